@@ -1,0 +1,215 @@
+"""TrainSamples -> packed micro-batches for every data-parallel rank, and the step's global token counts.
+
+Samples lie end to end, policy and expert together, so that no token is padding (but for alignment) and one pass serves
+both branches. Every rank gets equally many micro-batches, or ranks would wait for each other for ever; a rank with
+nothing to do gets a batch without a trained token, which contributes exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_chord.records import TrainSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch of one data-parallel rank: N tokens in sequences, T of them trained."""
+
+    token_ids: np.ndarray
+    """[N] int64"""
+    position_ids: np.ndarray
+    """[N] int64, from 0 in every sequence"""
+    cu_seqlens: np.ndarray
+    """[sequences + 1] int32: where each starts, and N"""
+    loss_positions: np.ndarray
+    """[T] int64: the index in the N tokens whose hidden state predicts the trained token"""
+    targets: np.ndarray
+    """[T] int64: the trained token"""
+    is_expert: np.ndarray
+    """[T] bool"""
+    advantages: np.ndarray
+    """[T] float32"""
+    rollout_logprobs: np.ndarray
+    """[T] float32"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """All micro-batches of one optimizer step, by data-parallel rank, with the denominators they share."""
+
+    micro_batches: tuple[tuple[PackedBatch, ...], ...]
+    num_policy_tokens: int
+    num_expert_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the parallel layout asks of a packed batch."""
+
+    data: int = 1
+    """Data-parallel ranks."""
+    sequence_multiple: int = 1
+    """Every sequence's length: 2 x context with context parallelism."""
+    batch_multiple: int = 1
+    """Every batch's length: also divisible by tensor x context with sequence parallelism."""
+    count_multiple: int = 1
+    """Micro-batches per rank: the interleaved pipeline schedule wants a multiple of its stages."""
+
+
+def make_layout(
+    *, data: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool, virtual: bool
+) -> Layout:
+    sequence = 2 * context if context > 1 else 1
+    return Layout(
+        data=data,
+        sequence_multiple=sequence,
+        batch_multiple=math.lcm(sequence, tensor * context if sequence_parallel else 1),
+        count_multiple=pipeline if virtual else 1,
+    )
+
+
+def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout, pad_id: int) -> StepPlan:
+    """Pack one optimizer step's samples.
+
+    Args:
+        max_tokens: budget of one micro-batch; a longer sample gets one of its own.
+        pad_id: token of alignment padding; it is never trained, nor attended by a trained token.
+    """
+    lengths = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in samples]
+    bins = balanced_bins(
+        lengths, capacity=max_tokens, multiple=layout.data, rank_multiple=layout.count_multiple
+    )
+    batches = [pack([samples[i] for i in members], layout=layout, pad_id=pad_id) for members in bins]
+    counts = {
+        kind: sum(int(sample.trained.sum()) for sample in samples if sample.kind == kind)
+        for kind in ("policy", "expert")
+    }
+    return StepPlan(
+        micro_batches=tuple(tuple(batches[rank :: layout.data]) for rank in range(layout.data)),
+        num_policy_tokens=counts["policy"],
+        num_expert_tokens=counts["expert"],
+    )
+
+
+def balanced_bins(
+    lengths: Sequence[int], *, capacity: int, multiple: int = 1, rank_multiple: int = 1
+) -> list[list[int]]:
+    """Spread items over as few bins as hold them within ``capacity``, with near-equal sums.
+
+    Longest first, each into the emptiest bin. The number of bins is a multiple of ``multiple * rank_multiple``; bins
+    come sorted by size, so that dealing them out in turn balances the ranks. An item above the capacity is alone.
+    """
+    step = multiple * rank_multiple
+    oversized = [[i] for i, length in enumerate(lengths) if length > capacity]
+    rest = sorted((i for i, length in enumerate(lengths) if length <= capacity), key=lambda i: -lengths[i])
+    count = math.ceil(sum(lengths[i] for i in rest) / capacity)
+    while True:
+        total = max(_round_up(count + len(oversized), step), step)
+        bins: list[list[int]] = [[] for _ in range(total - len(oversized))]
+        sums = [0] * len(bins)
+        for i in rest:
+            emptiest = min(range(len(bins)), key=sums.__getitem__)
+            bins[emptiest].append(i)
+            sums[emptiest] += lengths[i]
+        if max(sums, default=0) <= capacity:
+            filled = oversized + [sorted(members) for members in bins]
+            return sorted(filled, key=lambda members: -sum(lengths[i] for i in members))
+        count = total - len(oversized) + 1
+
+
+def pack(samples: Sequence[TrainSample], *, layout: Layout, pad_id: int) -> PackedBatch:
+    """Lay samples end to end; without samples, a batch of padding alone."""
+    tokens: list[np.ndarray] = []
+    positions, starts = [], [0]
+    trained: list[dict[str, np.ndarray]] = []
+    for sample in samples:
+        length = _round_up(len(sample.token_ids), layout.sequence_multiple)
+        padding = np.full(length - len(sample.token_ids), pad_id, np.int64)
+        tokens += [sample.token_ids.astype(np.int64), padding]
+        positions.append(np.arange(length, dtype=np.int64))
+        trained.append(_trained_tokens(sample, starts[-1]))
+        starts.append(starts[-1] + length)
+    tail = _round_up(max(starts[-1], layout.sequence_multiple), layout.batch_multiple) - starts[-1]
+    if tail:
+        tokens.append(np.full(tail, pad_id, np.int64))
+        positions.append(np.arange(tail, dtype=np.int64))
+        starts.append(starts[-1] + tail)
+    columns = {
+        name: np.concatenate([part[name] for part in [*trained, _NOTHING_TRAINED]])
+        for name in _NOTHING_TRAINED
+    }
+    return PackedBatch(
+        token_ids=np.concatenate(tokens),
+        position_ids=np.concatenate(positions),
+        cu_seqlens=np.array(starts, np.int32),
+        **columns,
+    )
+
+
+def context_order(length: int, context: int, rank: int) -> Tensor:
+    """Positions of a sequence of ``length`` that context-parallel rank ``rank`` holds: chunks r and 2c - 1 - r of 2c.
+
+    The causal triangle is then equally heavy on every rank (Transformer Engine's layout).
+    """
+    chunk = length // (2 * context)
+    first, last = rank * chunk, (2 * context - 1 - rank) * chunk
+    return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
+
+
+def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
+    """The tokens of one context-parallel rank; ``cu_seqlens`` stays that of the whole batch."""
+    if context == 1:
+        return batch
+    starts = batch.cu_seqlens.tolist()
+    held = np.concatenate(
+        [
+            start + context_order(stop - start, context, rank).numpy()
+            for start, stop in zip(starts, starts[1:], strict=False)
+        ]
+    )
+    local = np.full(len(batch.token_ids), -1, np.int64)
+    local[held] = np.arange(len(held))
+    mine = local[batch.loss_positions] >= 0
+    return replace(
+        batch,
+        token_ids=batch.token_ids[held],
+        position_ids=batch.position_ids[held],
+        loss_positions=local[batch.loss_positions][mine],
+        targets=batch.targets[mine],
+        is_expert=batch.is_expert[mine],
+        advantages=batch.advantages[mine],
+        rollout_logprobs=batch.rollout_logprobs[mine],
+    )
+
+
+_NOTHING_TRAINED = {
+    "loss_positions": np.zeros(0, np.int64),
+    "targets": np.zeros(0, np.int64),
+    "is_expert": np.zeros(0, bool),
+    "advantages": np.zeros(0, np.float32),
+    "rollout_logprobs": np.zeros(0, np.float32),
+}
+
+
+def _trained_tokens(sample: TrainSample, start: int) -> dict[str, np.ndarray]:
+    where = np.flatnonzero(sample.trained)
+    count = len(where)
+    logprobs = sample.rollout_logprobs
+    return {
+        "loss_positions": start + where - 1,
+        "targets": sample.token_ids[where].astype(np.int64),
+        "is_expert": np.full(count, sample.kind == "expert"),
+        "advantages": np.full(count, sample.advantage, np.float32),
+        "rollout_logprobs": np.zeros(count, np.float32) if logprobs is None else logprobs[where],
+    }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,33 @@
+"""Which family reads which config.json. A new family is one module with a ``shape`` function, and one line here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.families import qwen2
+from megatron_chord.families.shape import ModelShape
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {"qwen2": qwen2.shape}
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The model that ``folder/config.json`` describes.
+
+    Raises:
+        ValueError: no such file, not JSON, an unknown model_type, or settings the family cannot compute exactly.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: model.path must be a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{path}: unknown model_type {model_type!r}; known families: {known}")
+    return FAMILIES[model_type](config)

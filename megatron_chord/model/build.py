@@ -1,0 +1,150 @@
+"""ModelShape + settings -> TransformerConfig -> this rank's model chunks, empty; and their parameters by global name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.model.specs import block_spec, has_transformer_engine
+from megatron_chord.weights.mapping import padded_vocab_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ACTIVATIONS = {"silu": F.silu}
+
+
+def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """ValueError when this model cannot be laid out over these axes; needs no process group."""
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    rules = [
+        (
+            shape.num_heads % parallel.tensor == 0,
+            f"{shape.num_heads} attention heads / tensor {parallel.tensor}",
+        ),
+        (
+            shape.num_kv_heads % parallel.tensor == 0,
+            f"{shape.num_kv_heads} key-value heads / tensor {parallel.tensor}",
+        ),
+        (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}"),
+        (
+            shape.num_layers % stages == 0,
+            f"{shape.num_layers} layers / (pipeline {parallel.pipeline} x virtual_pipeline "
+            f"{parallel.virtual_pipeline or 1})",
+        ),
+    ]
+    broken = [text for holds, text in rules if not holds]
+    if broken:
+        raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
+    if parallel.expert > 1:
+        raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
+
+
+def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> Any:
+    """Megatron-Core's TransformerConfig. ValueError for an override that is no field of it."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dtype = DTYPES[model.dtype]
+    fused = has_transformer_engine()
+    settings: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "ffn_hidden_size": shape.ffn_size,
+        **shape.transformer,
+        "activation_func": _ACTIVATIONS[shape.transformer["activation_func"]],
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Megatron's defaults are 0.1, which would make every ratio of the loss noise.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are always read from a checkpoint.
+        "perform_initialization": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Packed micro-batches differ in length; the shapes travel ahead between pipeline stages. Megatron then asks
+        # for this dispatcher even where there are no experts.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": fused,
+        "persist_layer_norm": False,
+        # Needs a kernel of NVIDIA's Apex that only some images bring.
+        "gradient_accumulation_fusion": False,
+    }
+    if parallel.virtual_pipeline:
+        # Without overlapped sends two stages with virtual chunks mix their messages up: a wrong loss, no error.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if model.recompute == "full":
+        settings |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    _check_overrides(model.megatron_overrides, TransformerConfig)
+    return TransformerConfig(**(settings | model.megatron_overrides))
+
+
+def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
+    """This rank's PolicyModel chunks (one, or one for each virtual stage), with uninitialised weights."""
+    from megatron.core import parallel_state
+
+    from megatron_chord.model.policy import PolicyModel
+
+    count = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(count) if count else [None]:
+        where: dict[str, Any] = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+        chunk = PolicyModel(
+            config,
+            block_spec(config, vp_stage),
+            vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_percent=1.0,
+            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk if config.use_cpu_initialization else chunk.cuda())
+    return chunks
+
+
+def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """This rank's parameters by name, with layers numbered over the whole model."""
+    parameters: dict[str, Tensor] = {}
+    for chunk in chunks:
+        first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + first)
+            parameters[".".join(parts)] = parameter
+    return parameters
+
+
+def _check_overrides(overrides: dict[str, Any], config_class: type) -> None:
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for name in overrides:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"model.megatron_overrides: {name!r} is no field of Megatron's TransformerConfig{hint}"
+            )

@@ -1,0 +1,132 @@
+"""One pass of packed micro-batches through Megatron's schedule, with a loss given as a function of log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_chord.data.packing import PackedBatch, context_shard
+from megatron_chord.losses.objective import LossTokens
+from megatron_chord.runtime.parallel import ParallelGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """A packed micro-batch on the device, as this context-parallel rank sees it."""
+
+    token_ids: Tensor
+    """[1, N]"""
+    position_ids: Tensor
+    """[1, N]"""
+    packed_seq_params: Any
+    loss_positions: Tensor
+    """[T] into the N tokens of this context rank"""
+    targets: Tensor
+    """[T]"""
+    tokens: LossTokens
+
+
+MicroLoss = Callable[[Tensor, Tensor, LossTokens], tuple[Tensor, dict[str, Tensor]]]
+"""(log-probs [T], entropy [T], tokens) -> (this micro-batch's share of the loss, what to keep of it)."""
+
+
+def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    def move(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(groups.device, non_blocking=True)
+
+    longest = int(np.diff(batch.cu_seqlens).max())
+    starts = move(batch.cu_seqlens)
+    local = context_shard(batch, groups.context.size, groups.context.rank)
+    return DeviceBatch(
+        token_ids=move(local.token_ids)[None],
+        position_ids=move(local.position_ids)[None],
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            cu_seqlens_q_padded=starts,
+            cu_seqlens_kv_padded=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+        loss_positions=move(local.loss_positions),
+        targets=move(local.targets),
+        tokens=LossTokens(
+            is_expert=move(local.is_expert),
+            advantages=move(local.advantages),
+            rollout_logprobs=move(local.rollout_logprobs),
+        ),
+    )
+
+
+def run_micro_batches(
+    chunks: Sequence[Any],
+    micro_batches: Sequence[PackedBatch],
+    loss: MicroLoss,
+    *,
+    groups: ParallelGroups,
+    vocab_size: int,
+    temperature: float,
+    backward: bool,
+) -> list[dict[str, Tensor]]:
+    """Forward, and backward if asked, over this data-parallel rank's micro-batches.
+
+    The gradient left in the parameters is that of the **sum** of ``loss`` over all micro-batches of all
+    data-parallel and context-parallel ranks: Megatron's own averages are undone here.
+
+    Args:
+        chunks: model chunks wrapped in DistributedDataParallel (bare ones will do without ``backward``).
+        micro_batches: equally many on every rank.
+
+    Returns:
+        what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    # A two-tuple loss is multiplied by context / micro-batches and its gradient averaged over data x context
+    # (megatron/core/pipeline_parallel/schedules.py, forward_step_calc_loss).
+    undo = len(micro_batches) * groups.data.size
+
+    def forward_step(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch: DeviceBatch = next(batches)
+        output = model(batch.token_ids, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+
+        def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = unwrapped(model).token_logprobs(
+                hidden,
+                batch.loss_positions,
+                batch.targets,
+                vocab_size=vocab_size,
+                temperature=temperature,
+                tensor=groups.tensor,
+            )
+            value, kept = loss(logprobs, entropy, batch.tokens)
+            return value * undo, kept
+
+        return output, loss_of
+
+    on_device = [to_device(batch, groups) for batch in micro_batches]
+    iterators = [iter(on_device) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=len(micro_batches[0].token_ids),
+        micro_batch_size=1,
+        forward_only=not backward,
+    )
+
+
+def unwrapped(chunk: Any) -> Any:
+    """The PolicyModel inside Megatron's DistributedDataParallel, or the model itself."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk

@@ -1,0 +1,111 @@
+"""Norm and attention of the local layer spec: what Megatron-Core's own lack where Transformer Engine is not installed.
+
+Megatron's torch norm refuses sequence parallelism, and its unfused attention refuses packed sequences, expands
+grouped keys and materialises the scores. These two do neither.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_chord.data.packing import context_order
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS norm with fp32 statistics; marks its weight for the gradient reduction of sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class PackedAttention(MegatronModule):
+    """Causal self-attention over packed sequences with torch's scaled_dot_product_attention, one call a sequence.
+
+    No mask over the pack, no copies of grouped keys. With context parallelism every rank holds the two chunks of each
+    sequence that Transformer Engine's layout gives it; keys and values are gathered over the context group (one
+    all-gather forward, one reduce-scatter backward).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        if config.attention_dropout or config.apply_query_key_layer_scaling or config.window_size is not None:
+            raise ValueError("PackedAttention has no dropout, no layer scaling and no sliding window")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [T, heads, dim], key and value [T, groups, dim] -> [T, heads * dim]; T tokens of this context rank."""
+        assert packed_seq_params is not None and attention_mask is None, (
+            "only packed causal batches come here"
+        )
+        starts = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        if self.context_group.size() > 1:
+            outputs = self._over_context(query, key, value, lengths)
+        else:
+            sequences = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+            outputs = [self._attend(q, k, v, None) for q, k, v in sequences]
+        return torch.cat(outputs).flatten(1)
+
+    def _over_context(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
+        size, rank = self.context_group.size(), self.context_group.rank()
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=self.context_group
+        ).unflatten(0, (size, -1))
+        outputs, start = [], 0
+        for length in lengths:
+            stop = start + length // size
+            # Rank by rank, as gathered, back to the order of the sequence.
+            order = torch.cat([context_order(length, size, r) for r in range(size)]).argsort()
+            whole = gathered[:, start:stop].flatten(0, 1)[order.to(query.device)]
+            whole_key, whole_value = whole.chunk(2, dim=-1)
+            positions = context_order(length, size, rank).to(query.device)
+            mask = positions[:, None] >= torch.arange(length, device=query.device)[None, :]
+            outputs.append(self._attend(query[start:stop], whole_key, whole_value, mask))
+            start = stop
+        return outputs
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[S, heads, dim] x [L, groups, dim] -> [S, heads, dim]; causal when there is no mask."""
+        output = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[0].transpose(0, 1)

@@ -1,0 +1,68 @@
+"""The policy: a GPTModel whose last stage returns hidden states, with the log-prob head beside it.
+
+The head takes only the hidden states that predict a trained token, so logits exist for nothing else, and for those
+only a chunk at a time (``losses.logprobs``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_chord.losses.logprobs import token_logprobs
+from megatron_chord.runtime.parallel import Axis
+
+
+class PolicyModel(GPTModel):
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The final hidden states [T (or T / tensor with sequence parallelism), 1, H]: no logits."""
+        return hidden_states
+
+    def token_logprobs(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        *,
+        vocab_size: int,
+        temperature: float,
+        tensor: Axis,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [P] of ``targets`` [P] as predicted at ``positions`` [P] of the packed batch.
+
+        Args:
+            hidden: what the last stage's forward returned.
+            vocab_size: without padding rows; those take no part in the softmax.
+
+        Collectives on the tensor group: 2 all-reduces forward, 1 backward; with sequence parallelism also one
+        all-gather forward, and a reduce-scatter in place of the all-reduce backward.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=tensor.group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=tensor.group)
+        weight = self.output_weight()
+        first_row = tensor.rank * weight.shape[0]
+        real_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
+        return token_logprobs(
+            hidden[:, 0][positions],
+            weight[:real_rows] if real_rows < weight.shape[0] else weight,
+            targets,
+            first_row=first_row,
+            temperature=temperature,
+            group=tensor.group,
+        )
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output embedding [W, H], padding rows included."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight

@@ -1,0 +1,83 @@
+"""AdamW with the state layout of Transformer Engine's FusedAdam, for machines without Transformer Engine and Apex.
+
+There, Megatron-Core falls back on ``torch.optim.AdamW``, whose state its distributed optimizer saves and loads wrongly
+(megatron-core 0.16.1, distrib_optimizer.py:642, 825, 940: all parameters share one step count after a load, so the
+bias correction of a resumed run is silently wrong). With the step count in the parameter group, as Transformer Engine
+has it, the same code is right. The arithmetic is torch's fused kernel, on the CPU and on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class FusedAdam(torch.optim.Optimizer):
+    def __init__(  # noqa: PLR0913  (the signature of Transformer Engine's FusedAdam)
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+    ) -> None:
+        if not bias_correction or amsgrad:
+            raise ValueError("FusedAdam has bias correction and no amsgrad")
+        self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            if not params:
+                continue
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p.data)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p.data)
+            self._update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def install_if_needed() -> None:
+    """Make Megatron-Core build this optimizer where it found neither Transformer Engine's nor Apex's."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True

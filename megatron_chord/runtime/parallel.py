@@ -1,0 +1,184 @@
+"""Starts torch.distributed and Megatron's process groups, and hands them out as one value.
+
+Nothing else in the project asks Megatron's global state where a rank stands: it is in ``ParallelGroups``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_chord.config import ParallelConfig, data_parallel_size
+from megatron_chord.runtime import adam, cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One parallel axis as this rank sees it."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    device: torch.device
+    world_size: int
+    rank: int
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    """Data-parallel replicas, without the context axis."""
+    context: Axis
+    objects: dist.ProcessGroup
+    """All ranks over gloo: for Python objects and the coordinator's plans."""
+    data_rank_of: tuple[int, ...]
+    """Data-parallel rank of every global rank."""
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def holds_first_replica(self) -> bool:
+        """This rank's weights are those of data-parallel and context-parallel rank 0."""
+        return self.data.rank == 0 and self.context.rank == 0
+
+    @property
+    def is_exporter(self) -> bool:
+        """One rank a pipeline stage that gives weights away."""
+        return self.holds_first_replica and self.tensor.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """The coordinator's Python object, on every rank. One collective of ``objects``."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def scatter_by_data_rank(self, values: Sequence[Any] | None) -> Any:
+        """Entry d of the coordinator's list, on every rank of data-parallel rank d. One collective of ``objects``."""
+        per_rank = [values[d] for d in self.data_rank_of] if values is not None else None
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, per_rank, src=0, group=self.objects)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's Python object, on every rank, in rank order. One collective of ``objects``."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
+
+
+def start(parallel: ParallelConfig, *, seed: int) -> ParallelGroups:
+    """Join torch.distributed (NCCL with CUDA, else gloo) and build Megatron's groups.
+
+    Rank, world size and rendezvous come from torchrun's or Slurm's environment; alone, a process is a world of one.
+    Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
+
+    Raises:
+        ValueError: the axes do not divide the number of processes, or a combination that Megatron-Core computes
+            wrongly.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    data = data_parallel_size(parallel, world_size)
+    check_layout(parallel, data)
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        cpu.install()
+    adam.install_if_needed()
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=parallel.timeout_s),
+        )
+    return build_groups(parallel, device=device, seed=seed)
+
+
+def build_groups(parallel: ParallelConfig, *, device: torch.device, seed: int) -> ParallelGroups:
+    """Megatron's groups over an initialised torch.distributed, replacing those of an earlier call."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+    )
+    # There is no dropout, so every rank may draw the same numbers; the tracker must exist all the same.
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+    def axis(group: dist.ProcessGroup) -> Axis:
+        return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
+
+    data = axis(parallel_state.get_data_parallel_group())
+    objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=parallel.timeout_s))
+    assert objects is not None
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, data.rank, group=objects)
+    return ParallelGroups(
+        device=device,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor=axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=data,
+        context=axis(parallel_state.get_context_parallel_group()),
+        objects=objects,
+        data_rank_of=tuple(ranks),
+    )
+
+
+def stop() -> None:
+    """Leave Megatron's groups and torch.distributed; harmless when never started."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def check_layout(parallel: ParallelConfig, data_parallel: int) -> None:
+    """Refuse what Megatron-Core 0.16.1 builds without complaint and computes wrongly, or cannot build."""
+    if parallel.expert > 1 and (data_parallel * parallel.context * parallel.tensor) % parallel.expert:
+        raise ValueError(
+            f"parallel.expert {parallel.expert} does not divide the {data_parallel} data x {parallel.context} context x "
+            f"{parallel.tensor} tensor ranks that share the experts"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

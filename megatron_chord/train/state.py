@@ -1,0 +1,121 @@
+"""The policy in training: model chunks, optimizer and schedule of this rank, built and filled from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.model.build import build_chunks, global_parameters, transformer_config
+from megatron_chord.model.forward import unwrapped
+from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.weights.load import load
+from megatron_chord.weights.reader import HFReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything an optimizer step changes, with what it needs to do so."""
+
+    shape: ModelShape
+    groups: ParallelGroups
+    chunks: tuple[Any, ...]
+    """Model chunks of this pipeline stage in Megatron's DistributedDataParallel."""
+    optimizer: Any
+    scheduler: Any
+
+    def parameters(self) -> dict[str, Tensor]:
+        return global_parameters([unwrapped(chunk) for chunk in self.chunks])
+
+
+def build_state(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    *,
+    groups: ParallelGroups,
+    steps: int,
+) -> TrainState:
+    """Build this rank's part of the model, fill it from ``model.path`` and put an optimizer on it.
+
+    Collectives: those of Megatron's constructors; all ranks must call it.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    config = transformer_config(shape, model, parallel)
+    chunks = build_chunks(config, shape)
+    load(
+        global_parameters(chunks),
+        shape.weights,
+        HFReader.of(model.path),
+        tensor_rank=groups.tensor.rank,
+        tensor_size=groups.tensor.size,
+    )
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = tuple(
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = _optimizer(model, parallel, optim, wrapped)
+    return TrainState(
+        shape=shape,
+        groups=groups,
+        chunks=wrapped,
+        optimizer=optimizer,
+        scheduler=_scheduler(optimizer, optim, steps),
+    )
+
+
+def _optimizer(
+    model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig, chunks: tuple[Any, ...]
+) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_chord.model.build import DTYPES
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=model.dtype == "bf16",
+        params_dtype=DTYPES[model.dtype],
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def _scheduler(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
+    """Megatron's schedule. It is also what keeps weight decay off norms and biases: it applies each group's wd_mult."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(steps, optim.warmup_steps + 1),
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

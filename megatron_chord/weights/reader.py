@@ -1,0 +1,71 @@
+"""Reads tensors, or slices of them, from a Hugging Face folder of safetensors without loading the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class HFReader:
+    """Names, shapes and contents of the tensors of one folder. Files are opened when they are first read."""
+
+    folder: Path
+    file_of: dict[str, str]
+    _open: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> HFReader:
+        """ValueError when the folder holds no complete safetensors checkpoint."""
+        if not folder.is_dir():
+            raise ValueError(f"model folder {folder} does not exist")
+        opened: dict[str, Any] = {}
+        if (folder / INDEX).is_file():
+            file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            absent = sorted({name for name in file_of.values() if not (folder / name).is_file()})
+            if absent:
+                raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
+        elif (folder / SINGLE).is_file():
+            opened[SINGLE] = _open_file(folder / SINGLE)
+            file_of = dict.fromkeys(opened[SINGLE].keys(), SINGLE)
+        else:
+            raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there")
+        return cls(folder, file_of, opened)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The tensor on the CPU, or its part [start, stop) along axis 0 or 1."""
+        part = self._slice(name)
+        if axis is None:
+            return part[:]
+        return part[start:stop] if axis == 0 else part[:, start:stop]
+
+    def _slice(self, name: str) -> Any:
+        file = self.file_of[name]
+        if file not in self._open:
+            self._open[file] = _open_file(self.folder / file)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / file}: {error}") from error
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,83 @@
+"""How one Megatron-Core parameter is made of Hugging Face tensors, on one tensor-parallel rank, and back.
+
+A transform says along which axis each Hugging Face tensor is cut over tensor-parallel ranks (always in equal parts)
+and how the *local* parts are laid out in Megatron's local parameter. Megatron keeps whole heads together and puts the
+local gate above the local up projection, so cutting first and merging locally is exact: no rank ever needs the whole
+parameter, and the inverse is the same table read backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transform(Protocol):
+    """``axis`` is that of the tensor-parallel cut of every Hugging Face tensor, None for replicated ones."""
+
+    @property
+    def axis(self) -> int | None: ...
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """This rank's parts of the Hugging Face tensors -> this rank's Megatron parameter."""
+        ...
+
+    def split(self, parameter: Tensor) -> list[Tensor]:
+        """The inverse of ``merge``, bit for bit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor, the same on both sides."""
+
+    axis: int | None = None
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        return part
+
+    def split(self, parameter: Tensor) -> list[Tensor]:
+        return [parameter]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several tensors of one shape below each other: the gate and up projections of a gated MLP."""
+
+    count: int = 2
+    axis: int | None = 0
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        assert len(parts) == self.count
+        return torch.cat(list(parts))
+
+    def split(self, parameter: Tensor) -> list[Tensor]:
+        return list(parameter.chunk(self.count))
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Query, key and value rows interleaved per key-value group: [q.. of the group, k, v] (weights and biases)."""
+
+    queries_per_group: int
+    head_dim: int
+    axis: int | None = 0
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        query, key, value = parts
+        grouped = [
+            query.unflatten(0, (-1, self.queries_per_group * self.head_dim)),
+            key.unflatten(0, (-1, self.head_dim)),
+            value.unflatten(0, (-1, self.head_dim)),
+        ]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, parameter: Tensor) -> list[Tensor]:
+        sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
+        grouped = parameter.unflatten(0, (-1, sum(sizes)))
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]

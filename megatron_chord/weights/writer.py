@@ -1,0 +1,58 @@
+"""Writes a Hugging Face folder that Transformers and vLLM load as it is, from tensors that arrive one by one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_chord.weights.reader import INDEX, SINGLE
+
+SHARD_BYTES = 4 * 2**30
+
+
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, *, prefix: str, shard_bytes: int = SHARD_BYTES
+) -> dict[str, tuple[str, int]]:
+    """Write safetensors files ``prefix-00001.safetensors``, ... of at most ``shard_bytes`` (or one tensor) each.
+
+    Returns name -> (file, bytes). Peak memory is one shard.
+    """
+    placed: dict[str, tuple[str, int]] = {}
+    for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+        file = f"{prefix}-{number:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        placed |= {name: (file, tensor.nbytes) for name, tensor in shard.items()}
+    return placed
+
+
+def finish_folder(folder: Path, source: Path, placed: Mapping[str, tuple[str, int]]) -> None:
+    """Name the shards in the index, and copy what else a checkpoint holds (configs, tokenizer, template) over."""
+    if len({file for file, _ in placed.values()}) == 1:
+        (folder / next(iter(placed.values()))[0]).rename(folder / SINGLE)
+    else:
+        index = {
+            "metadata": {"total_size": sum(size for _, size in placed.values())},
+            "weight_map": {name: file for name, (file, _) in sorted(placed.items())},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
+            shutil.copy2(file, folder / file.name)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.cpu()
+        size += tensor.nbytes
+    if shard:
+        yield shard
