@@ -1,0 +1,108 @@
+"""An endless shuffled order over a data set that can be left and taken up again at any item.
+
+The order is a definition, not the by-product of a random generator: epoch e visits its items in the order of
+blake2b("name/seed/e/item"). It depends on nothing but name, seed and size, so neither batch sizes nor the number
+of ranks nor the version of a library changes it, and a position is one whole number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megatron_chord.records import Expert, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """A position in the endless order. Immutable: `take` gives the cursor that follows."""
+
+    name: str
+    """Tells two cursors of one run apart (`prompts`, `experts`), so that their orders differ."""
+    size: int
+    """Items of the data set."""
+    seed: int
+    data: str
+    """`fingerprint` of the data set."""
+    position: int = 0
+    """Items taken since the start of the run, over all epochs."""
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise ValueError(f"{self.name}: a cursor needs at least one item, got {self.size}")
+
+    @property
+    def epoch(self) -> int:
+        return self.position // self.size
+
+    def take(self, count: int) -> tuple[list[int], Cursor]:
+        """The next `count` indices and the cursor after them."""
+        assert count >= 0
+        end = self.position + count
+        return [self._index(position) for position in range(self.position, end)], replace(self, position=end)
+
+    def state(self) -> dict[str, int | str]:
+        """For a checkpoint; plain JSON."""
+        return {
+            "name": self.name,
+            "size": self.size,
+            "seed": self.seed,
+            "data": self.data,
+            "position": self.position,
+        }
+
+    def restored(self, state: dict[str, int | str]) -> Cursor:
+        """This cursor at the position of `state`.
+
+        Raises:
+            ValueError: `state` belongs to other data, another seed or another cursor.
+        """
+        expected = self.state()
+        if set(state) != set(expected):
+            raise ValueError(f"{self.name}: expected a cursor's state, got the fields {sorted(state)}")
+        reasons = {
+            "name": "it is another cursor's",
+            "size": "the data set has another number of usable rows",
+            "seed": "the run has another seed",
+            "data": "the data set, its chat template or its token limits have changed",
+        }
+        for field, reason in reasons.items():
+            if state[field] != expected[field]:
+                raise ValueError(
+                    f"{self.name}: cannot take up the saved order, {reason}: "
+                    f"{field} was {state[field]!r} and is {expected[field]!r}"
+                )
+        position = state["position"]
+        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+            raise ValueError(f"{self.name}: the saved position must be a whole number >= 0, got {position!r}")
+        return replace(self, position=position)
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.size)
+        return _epoch_order(self.name, self.seed, epoch, self.size)[offset]
+
+
+def fingerprint(records: Iterable[Prompt | Expert]) -> str:
+    """Hash of what the records hold, in their order."""
+    digest = hashlib.sha256()
+    for record in records:
+        extra = record.truth.encode() if isinstance(record, Prompt) else bytes(record.trainable)
+        for part in (record.id.encode(), array("q", record.token_ids).tobytes(), extra):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)  # the current epochs of a run's few cursors
+def _epoch_order(name: str, seed: int, epoch: int, size: int) -> array[int]:
+    prefix = hashlib.blake2b(f"{name}/{seed}/{epoch}/".encode())
+
+    def key(index: int) -> bytes:
+        item = prefix.copy()
+        item.update(str(index).encode())
+        return item.digest()
+
+    return array("q", sorted(range(size), key=key))

@@ -1,0 +1,82 @@
+"""Demonstrations: rows -> Expert, with the expert's own tokens marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_chord.data.rows import (
+    DataError,
+    LoadReport,
+    Row,
+    RowError,
+    only_one_of,
+    parse_rows,
+    question_messages,
+    row_id,
+    text_field,
+)
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Expert, Message
+
+
+def load_experts(
+    path: Path,
+    template: ChatTemplate,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    overlong: Literal["fail", "drop"],
+) -> tuple[list[Expert], LoadReport]:
+    """The demonstrations of a .jsonl or .parquet file, in its order.
+
+    A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
+    (`response`) as text; and, if it likes, an `id`. Other fields are ignored. Trainable tokens count as response,
+    the others as prompt. A demonstration is never truncated: a cut one would not teach how to end.
+
+    Raises:
+        DataError: faulty rows, all listed, among them those without a trainable token; over-long rows under
+            ``overlong="fail"``; or no row left.
+    """
+    seen: dict[str, str] = {}
+
+    def parse(row: Row) -> Expert | None:
+        messages = _demonstrated_messages(row)
+        identity = row_id(row, path, seen)
+        token_ids, trainable = template.demonstration(messages)
+        num_response = sum(trainable)
+        num_prompt = len(token_ids) - num_response
+        if num_response == 0:
+            raise RowError("no token of the demonstration is trainable")
+        if num_prompt > max_prompt_tokens or num_response > max_response_tokens:
+            if overlong == "fail":
+                raise RowError(
+                    f"{num_prompt} prompt and {num_response} response tokens, max_prompt_tokens is "
+                    f"{max_prompt_tokens} and max_response_tokens {max_response_tokens}"
+                )
+            return None
+        return Expert(id=identity, token_ids=token_ids, trainable=trainable)
+
+    rows = parse_rows(path, parse)
+    experts = [expert for expert in rows if expert is not None]
+    if not experts:
+        raise DataError(
+            f"{path}: all {len(rows)} demonstrations have more than {max_prompt_tokens} prompt or "
+            f"{max_response_tokens} response tokens"
+        )
+    report = LoadReport(
+        path=path, num_rows=len(rows), num_kept=len(experts), num_overlong=len(rows) - len(experts)
+    )
+    return experts, report
+
+
+def _demonstrated_messages(row: Row) -> tuple[Message, ...]:
+    messages = question_messages(row)
+    if "messages" not in row.fields:
+        response = text_field(row, only_one_of(row, ("solution", "response")))
+        return (*messages, {"role": "assistant", "content": response})
+    if messages[-1]["role"] != "assistant":
+        raise RowError(
+            f"the last message of a demonstration must be the assistant's, got {messages[-1]['role']}'s"
+        )
+    return messages

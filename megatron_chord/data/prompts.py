@@ -1,0 +1,55 @@
+"""Problems with a ground truth: rows -> Prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_chord.data.rows import (
+    DataError,
+    LoadReport,
+    Row,
+    RowError,
+    parse_rows,
+    question_messages,
+    row_id,
+    truth_field,
+)
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Prompt
+
+
+def load_prompts(
+    path: Path, template: ChatTemplate, *, max_prompt_tokens: int, overlong: Literal["fail", "drop"]
+) -> tuple[list[Prompt], LoadReport]:
+    """The prompts of a .jsonl or .parquet file, in its order.
+
+    A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
+    `truth` as text or number; and, if it likes, an `id`. Other fields are ignored.
+
+    Raises:
+        DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
+    """
+    seen: dict[str, str] = {}
+
+    def parse(row: Row) -> Prompt | None:
+        messages = template.conversation(question_messages(row))
+        if messages[-1]["role"] != "user":
+            raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
+        truth = truth_field(row)
+        identity = row_id(row, path, seen)
+        token_ids = template.prompt_ids(messages)
+        if len(token_ids) > max_prompt_tokens:
+            if overlong == "fail":
+                raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
+            return None
+        return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids)
+
+    rows = parse_rows(path, parse)
+    prompts = [prompt for prompt in rows if prompt is not None]
+    if not prompts:
+        raise DataError(f"{path}: all {len(rows)} prompts have more than {max_prompt_tokens} tokens")
+    report = LoadReport(
+        path=path, num_rows=len(rows), num_kept=len(prompts), num_overlong=len(rows) - len(prompts)
+    )
+    return prompts, report

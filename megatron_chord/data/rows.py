@@ -1,0 +1,300 @@
+"""Rows of a data file, each with the place it came from, and every fault of the file told at once.
+
+A data set is read to its end before anything is refused, so that one look at the error mends all of it. Nothing
+is guessed: a row that could mean two things is a fault. JSON lines and Parquet give the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_chord.records import Message
+
+T = TypeVar("T")
+
+QUESTION_FIELDS = ("messages", "problem", "question", "prompt")
+MAX_SHOWN = 20
+PROGRESS_FROM_ROWS = 5000
+
+
+class RowError(ValueError):
+    """What is wrong with one row; `parse_rows` adds where."""
+
+
+class DataError(ValueError):
+    """A data file that cannot be used, with up to `MAX_SHOWN` of its faults."""
+
+
+@dataclass(frozen=True)
+class Row:
+    position: str
+    """``file:line`` of JSON lines, ``file:row N`` of Parquet; both count from 1."""
+    number: int
+    fields: dict[str, Any]
+    """Without the fields that are null: null and absent are the same."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    position: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of a file's rows; ``str()`` is the line for the log."""
+
+    path: Path
+    num_rows: int
+    num_kept: int
+    num_overlong: int
+
+    def __str__(self) -> str:
+        left_out = f", {self.num_overlong} left out as over-long" if self.num_overlong else ""
+        return f"{self.path}: {self.num_kept} of {self.num_rows} rows{left_out}"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a .jsonl or .parquet file; DataError lists what is wrong with them."""
+    return parse_rows(path, lambda row: row)
+
+
+def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
+    """`parse` of every row, in order. Rows that cannot be read or for which it raises RowError are gathered.
+
+    Raises:
+        DataError: naming ``position: reason`` of each faulty row, or why the file cannot be read at all.
+    """
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: expected a file ending in {' or '.join(_READERS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    count, read = _READERS[path.suffix]
+    parsed: list[T] = []
+    faults: list[Fault] = []
+    for row in _with_progress(read(path), description=f"reading {path.name}", total=count(path)):
+        if isinstance(row, Fault):
+            faults.append(row)
+            continue
+        try:
+            parsed.append(parse(row))
+        except RowError as error:
+            faults.append(Fault(row.position, str(error)))
+    if faults:
+        raise DataError(_listing(path, faults))
+    if not parsed:
+        raise DataError(f"{path}: holds no rows")
+    return parsed
+
+
+def only_one_of(row: Row, names: Iterable[str]) -> str:
+    """The one of the fields `names` that the row has; none and several are faults."""
+    names = tuple(names)
+    present = [name for name in names if name in row.fields]
+    if len(present) == 1:
+        return present[0]
+    listed = ", ".join(f"`{name}`" for name in present or names)
+    if present:
+        raise RowError(f"has {listed}, which mean the same: keep one")
+    raise RowError(f"field missing or null: {listed}" if len(names) == 1 else f"has none of {listed}")
+
+
+def text_field(row: Row, name: str) -> str:
+    value = row.fields[name]
+    if not isinstance(value, str):
+        hint = "; a chat goes under `messages`" if isinstance(value, list) else ""
+        raise RowError(f"`{name}` must be a string, got {_kind(value)}{hint}")
+    return _checked_text(value, f"`{name}`")
+
+
+def truth_field(row: Row) -> str:
+    """`answer` or `truth`: a string, or a number as it is written."""
+    name = only_one_of(row, ("answer", "truth"))
+    value = row.fields[name]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RowError(f"`{name}` is {value}")
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError(f"`{name}` must be a string or a number, got {_kind(value)}")
+    return _checked_text(value, f"`{name}`")
+
+
+def question_messages(row: Row) -> tuple[Message, ...]:
+    """`messages` as they are, or the problem's text as one user message."""
+    name = only_one_of(row, QUESTION_FIELDS)
+    if name == "messages":
+        return chat_messages(row)
+    return ({"role": "user", "content": text_field(row, name)},)
+
+
+def chat_messages(row: Row) -> tuple[Message, ...]:
+    """`messages`, checked: an optional system message first, then user and assistant in turn."""
+    value = row.fields["messages"]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`messages` must be a list of messages, got {_kind(value)}")
+    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    has_system = messages[0]["role"] == "system"
+    for index, message in enumerate(messages[has_system:]):
+        expected = "user" if index % 2 == 0 else "assistant"
+        if message["role"] != expected:
+            raise RowError(
+                f"messages[{index + has_system}] is from {message['role']}, expected {expected} "
+                "(system only first, then user and assistant in turn)"
+            )
+    return messages
+
+
+def row_id(row: Row, path: Path, seen: dict[str, str]) -> str:
+    """The row's own `id` or ``file:number``; `seen` maps the ids so far to their rows and is added to."""
+    value = row.fields.get("id", f"{path.name}:{row.number}")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise RowError(f"`id` must be a string or a whole number, got {_kind(value)}")
+    if str(value) in seen:
+        raise RowError(f"`id` {value!r} is taken by {seen[str(value)]}")
+    seen[str(value)] = row.position
+    return _checked_text(str(value), "`id`")
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise RowError(f"{name} must be an object with `role` and `content`, got {_kind(value)}")
+    extra = sorted(key for key, item in value.items() if key not in ("role", "content") and item is not None)
+    if extra:
+        raise RowError(f"{name} has fields that no template here is given: {', '.join(extra)}")
+    role, content = value.get("role"), value.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise RowError(f"{name}.role must be system, user or assistant, got {role!r}")
+    if not isinstance(content, str):
+        raise RowError(f"{name}.content must be a string, got {_kind(content)}")
+    return {"role": role, "content": _checked_text(content, f"{name}.content")}
+
+
+def _checked_text(value: str, name: str) -> str:
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name} holds half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return "nothing" if value in ([], "") else names.get(type(value), type(value).__name__)
+
+
+def _listing(path: Path, faults: list[Fault]) -> str:
+    lines = [f"{fault.position}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
+    if len(faults) > MAX_SHOWN:
+        lines.append(f"... and {len(faults) - MAX_SHOWN} more")
+    rows = "row" if len(faults) == 1 else "rows"
+    return "\n".join([f"{path}: {len(faults)} {rows} cannot be used", *lines])
+
+
+def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int) -> Iterator[Row | Fault]:
+    console = Console(stderr=True)
+    if total < PROGRESS_FROM_ROWS or not console.is_terminal:
+        yield from rows
+        return
+    with Progress(console=console, transient=True) as progress:
+        yield from progress.track(rows, total=total, description=description)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _read_lines(path: Path) -> Iterator[Row | Fault]:
+    # Lines are split as bytes: str.splitlines would also split at U+2028 inside a string.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            position = f"{path}:{number}"
+            try:
+                yield Row(position, number, _json_object(line.rstrip(b"\r\n")))
+            except RowError as error:
+                yield Fault(position, str(error))
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(
+            line.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 at byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise RowError("JSON nested too deeply") from None
+    except RowError:
+        raise
+    except ValueError as error:  # a whole number of more digits than Python converts
+        raise RowError(f"broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RowError(f"expected a JSON object, got {_kind(value)}")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise RowError(f"field given twice: {', '.join(f'`{name}`' for name in twice)}")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise RowError(f"{name} is not JSON")
+
+
+def _parquet_file(path: Path) -> Any:
+    import pyarrow.parquet  # here: JSON lines need no Arrow
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file: {error}") from error
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"{path}: column given twice: {', '.join(twice)}")
+    return file
+
+
+def _count_parquet(path: Path) -> int:
+    with _parquet_file(path) as file:
+        return file.metadata.num_rows
+
+
+def _read_parquet(path: Path) -> Iterator[Row | Fault]:
+    number = 0
+    with _parquet_file(path) as file:
+        wanted = {*QUESTION_FIELDS, "id", "answer", "truth", "solution", "response"}
+        columns = [name for name in file.schema_arrow.names if name in wanted]
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for fields in batch.to_pylist():
+                number += 1
+                present = {name: item for name, item in fields.items() if item is not None}
+                yield Row(f"{path}:row {number}", number, present)
+
+
+_READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row | Fault]]]] = {
+    ".jsonl": (_count_lines, _read_lines),
+    ".parquet": (_count_parquet, _read_parquet),
+}

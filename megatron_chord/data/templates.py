@@ -1,0 +1,222 @@
+"""The one way from chat messages to token ids, for RL prompts, demonstrations and evaluation alike.
+
+A demonstration's trainable tokens are not found by searching its text: they are what is left when the prompt's
+own ids are taken away from the front. That works only where adding an answer leaves the prompt's ids as they were;
+this is checked for every row, and a row for which it does not hold is refused rather than masked by guess.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+from jinja2.exceptions import TemplateError
+
+from megatron_chord.data.rows import RowError
+from megatron_chord.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Some templates print today's date. A run that is resumed tomorrow must see the prompts it saw today.
+_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A tokenizer, its Jinja template and the system prompt: a pure function of the messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    """Where the template came from, for errors."""
+    jinja: str
+    system_prompt: str | None
+    stop_token_ids: tuple[int, ...]
+    """Ids that end an answer; the rollout engine must be given the same."""
+    control_tokens: dict[int, str]
+    """Ids that are no text, and the strings that the tokenizer reads as these ids wherever they stand."""
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """`messages` with the system prompt in front, unless they bring their own."""
+        if self.system_prompt is None or messages[0]["role"] == "system":
+            return tuple(messages)
+        return ({"role": "system", "content": self.system_prompt}, *messages)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of `messages` and the generation prompt: what the policy continues.
+
+        Raises:
+            RowError: a message holds a control token's text, or the template refuses the conversation.
+        """
+        conversation = self.conversation(messages)
+        self._refuse_control_texts(conversation)
+        return self._ids(conversation, add_generation_prompt=True)
+
+    def demonstration(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids of a whole conversation and, for each, whether the expert wrote it.
+
+        Every assistant turn is trainable from its first token to its stop token, both included. What the
+        template writes after a stop token is not; after the last one it is cut off.
+
+        Raises:
+            RowError: as `prompt_ids`; an answer changes the ids before it; a turn has no stop token.
+        """
+        conversation = self.conversation(messages)
+        self._refuse_control_texts(conversation)
+        token_ids = self._ids(conversation, add_generation_prompt=False)
+        trainable = [False] * len(token_ids)
+        end = 0
+        for turn, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._ids(conversation[:turn], add_generation_prompt=True)
+            answered = self._ids(conversation[: turn + 1], add_generation_prompt=False)
+            self._require_prefix(prompt, answered, turn, "the answer")
+            self._require_prefix(answered, token_ids, turn, "later messages")
+            end = self._end_of_turn(answered, len(prompt), turn)
+            trainable[len(prompt) : end] = [True] * (end - len(prompt))
+        return token_ids[:end], tuple(trainable[:end])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, without control tokens."""
+        text_ids = [token for token in token_ids if token not in self.control_tokens]
+        return self._decode(text_ids)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _ids(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(conversation),
+                chat_template=self.jinja,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=_TEMPLATE_DATE.strftime,
+            )
+        except TemplateError as error:
+            raise RowError(f"the chat template ({self.source}) refuses the conversation: {error}") from error
+        # The template writes the beginning-of-sequence token itself where the model wants one.
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _refuse_control_texts(self, conversation: Sequence[Message]) -> None:
+        for index, message in enumerate(conversation):
+            for text in self.control_tokens.values():
+                if text in message["content"]:
+                    raise RowError(
+                        f"message {index} ({message['role']}) holds {text!r}, "
+                        "which the tokenizer would read as a control token"
+                    )
+
+    def _require_prefix(self, before: tuple[int, ...], after: tuple[int, ...], turn: int, what: str) -> None:
+        same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+        if same >= len(before):
+            return
+        raise RowError(
+            f"the chat template ({self.source}) is not prefix-stable: with {what}, the {len(before)} tokens up "
+            f"to message {turn} change from token {same} on ({self._excerpt(before, same)!r} becomes "
+            f"{self._excerpt(after, same)!r}), so RL and SFT would see different prompts. Usual reasons: the "
+            "template rewrites earlier turns, or its generation prompt ends in text that the tokenizer joins to "
+            "the answer. Give another template with data.chat_template"
+        )
+
+    def _excerpt(self, token_ids: tuple[int, ...], start: int) -> str:
+        return self._decode(token_ids[start : start + 8])
+
+    def _end_of_turn(self, token_ids: tuple[int, ...], start: int, turn: int) -> int:
+        """Index just after the first stop token from `start` on."""
+        stops = set(self.stop_token_ids)
+        end = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stops), None)
+        stop_texts = ", ".join(repr(self._excerpt((stop,), 0)) for stop in self.stop_token_ids)
+        if end is None:
+            raise RowError(
+                f"the chat template ({self.source}) ends message {turn} without a stop token ({stop_texts}), so "
+                "the expert would not teach when to stop. Let the template write one, or name the one it writes "
+                "as eos_token_id in generation_config.json"
+            )
+        rest = self.decode(token_ids[end:])
+        if rest.strip():
+            raise RowError(
+                f"message {turn} goes on after its stop token ({stop_texts}): "
+                f"{rest[:40]!r} could never be sampled"
+            )
+        return end
+
+
+def load_template(
+    tokenizer_folder: Path, *, chat_template: Path | None = None, system_prompt: str | None = None
+) -> ChatTemplate:
+    """The chat template of a local Hugging Face folder, or the Jinja file `chat_template` with its tokenizer.
+
+    A folder with nothing but a SentencePiece ``tokenizer.model`` (and config.json) serves as well. No hub is asked
+    and no code of the folder is run.
+
+    Raises:
+        ValueError: no tokenizer, no template, a broken template, or no stop token.
+    """
+    tokenizer = _load_tokenizer(tokenizer_folder)
+    source, jinja = _template_text(tokenizer, tokenizer_folder, chat_template)
+    template = ChatTemplate(
+        tokenizer=tokenizer,
+        source=source,
+        jinja=jinja,
+        system_prompt=system_prompt,
+        stop_token_ids=_stop_token_ids(tokenizer, tokenizer_folder),
+        control_tokens=_control_tokens(tokenizer, tokenizer_folder),
+    )
+    if not template.prompt_ids([{"role": "user", "content": "1"}]):
+        raise ValueError(f"the chat template ({source}) turns a user message into nothing")
+    return template
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; model.path must be a local Hugging Face folder")
+    from transformers import AutoTokenizer  # here: it takes seconds, and reading rows does not need it
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path | None) -> tuple[str, str]:
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"data.chat_template: {file}: no such file")
+        return str(file), file.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{folder}: its tokenizer has no chat template; give a Jinja file with data.chat_template"
+        )
+    return str(folder), tokenizer.get_chat_template()
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[int, str]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = added | set(tokenizer.all_special_ids)
+    model = folder / "tokenizer.model"
+    if model.is_file() and not (folder / "tokenizer.json").is_file():
+        # transformers takes all user-defined pieces of such a model for control tokens, "\n" among them.
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        text = {i for i in control if i < len(pieces) and not (pieces.is_control(i) or pieces.is_unknown(i))}
+        control -= text
+    return {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(control)}
+
+
+def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        stops |= {eos} if isinstance(eos, int) else set(eos or ())
+    if not stops:
+        raise ValueError(f"{folder}: neither its tokenizer nor generation_config.json names an eos token")
+    return tuple(sorted(stops))

@@ -1,0 +1,26 @@
+"""Equal text after the answer marker."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+
+
+def grade(text: str, truth: str, *, marker: str = "####") -> float:
+    """1.0 when what follows the last `marker` of `text`, up to the line's end, is `truth`, else 0.0.
+
+    Numbers are compared as they are written but for commas, dollar signs and a final period: 1,000 is $1000, yet
+    18.0 is not 18. A truth that has the marker itself is read the same way. Without a marker the answer is wrong.
+    """
+    _, found, answer = text.rpartition(marker)
+    if not found:
+        return 0.0
+    return float(_normalised(answer) == _normalised(truth.rpartition(marker)[2]))
+
+
+def _normalised(answer: str) -> str:
+    line = (answer.strip(" \t").splitlines() or [""])[0].strip()
+    line = line.removesuffix(".").rstrip()
+    bare = line.replace(",", "").replace("$", "").strip()
+    return bare if _NUMBER.fullmatch(bare) else line

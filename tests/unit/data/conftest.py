@@ -1,0 +1,89 @@
+"""Two real tokenizers, made here: a byte-level BPE with Qwen's chat markup, and a SentencePiece model alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_chord.data.templates import ChatTemplate, load_template
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>"
+    "{% else %}[{{ m.role }}] {{ m.content }}\nAnswer:{% endif %}{% endfor %}"
+)
+CORPUS = [f"Question {i}: what is {i} plus {3 * i}? The answer is {4 * i}.\nAnswer: {i}" for i in range(400)]
+
+
+@pytest.fixture(scope="session")
+def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chatml")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing but tokenizer.model and config.json, as some checkpoints are."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=200,
+        model_type="bpe",
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n", "[", "]"],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 200}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chatml(chatml_folder: Path) -> ChatTemplate:
+    return load_template(chatml_folder)
+
+
+@pytest.fixture(scope="session")
+def plain(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
+    jinja = tmp_path_factory.mktemp("jinja") / "plain.jinja"
+    jinja.write_text(PLAIN)
+    return load_template(sentencepiece_folder, chat_template=jinja)
+
+
+@pytest.fixture(scope="session")
+def math_data() -> Path:
+    """Folder of gsm8k_test.jsonl and its like."""
+    default = Path(__file__).parents[4] / "shared" / "data"
+    folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "math"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; name the folder of the data sets in MEGATRON_CHORD_DATA")
+    return folder

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.data.experts import load_experts
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.rows import DataError
+from megatron_chord.data.templates import ChatTemplate
+
+USER = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def load(
+    path: Path, template: ChatTemplate, *, prompt: int = 4000, response: int = 4000, overlong: str = "drop"
+):
+    return load_experts(
+        path, template, max_prompt_tokens=prompt, max_response_tokens=response, overlong=overlong
+    )
+
+
+def test_both_forms_of_a_demonstration_are_the_same_expert(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(
+        tmp_path / "e.jsonl",
+        {"problem": "2+2?", "solution": "4", "answer": "4"},
+        {"prompt": "2+2?", "response": "4"},
+        {"messages": [USER, ANSWER], "id": 9},
+    )
+    experts, report = load(path, chatml)
+    assert {(expert.token_ids, expert.trainable) for expert in experts} == {
+        chatml.demonstration([USER, ANSWER])
+    }
+    assert [expert.id for expert in experts] == ["e.jsonl:1", "e.jsonl:2", "9"]
+    assert report.num_kept == 3
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(
+        tmp_path / "e.jsonl",
+        {"problem": "2+2?", "solution": "4"},
+        {"problem": "2+2?"},
+        {"problem": "2+2?", "solution": "4", "response": "4"},
+        {"problem": "2+2?", "solution": " "},
+        {"messages": [USER]},
+        {"messages": [USER, {"role": "assistant", "content": ""}]},
+        {"messages": [ANSWER, USER]},
+    )
+    with pytest.raises(DataError) as caught:
+        load(path, chatml)
+    assert str(caught.value).splitlines()[1:] == [
+        f"{path}:2: has none of `solution`, `response`",
+        f"{path}:3: has `solution`, `response`, which mean the same: keep one",
+        f"{path}:4: `solution` is empty",
+        f"{path}:5: the last message of a demonstration must be the assistant's, got user's",
+        f"{path}:6: messages[1].content is empty",
+        f"{path}:7: messages[0] is from assistant, expected user "
+        "(system only first, then user and assistant in turn)",
+    ]
+
+
+def test_row_without_a_trainable_token_is_named(tmp_path: Path, chatml: ChatTemplate) -> None:
+    class Untrained(ChatTemplate):
+        def demonstration(self, messages):
+            token_ids, trainable = super().demonstration(messages)
+            return token_ids, tuple(False for _ in trainable)
+
+    template = Untrained(**{name: getattr(chatml, name) for name in chatml.__dataclass_fields__})
+    path = write(tmp_path / "e.jsonl", {"problem": "2+2?", "solution": "4"})
+    with pytest.raises(DataError, match=r"e\.jsonl:1: no token of the demonstration is trainable"):
+        load(path, template)
+
+
+def test_template_without_stop_token_is_a_fault_of_every_row(tmp_path: Path, chatml: ChatTemplate) -> None:
+    template = replace(chatml, jinja=chatml.jinja.replace("<|im_end|>", ""))
+    path = write(tmp_path / "e.jsonl", *[{"problem": "2+2?", "solution": "4"}] * 3)
+    with pytest.raises(DataError, match="3 rows cannot be used") as caught:
+        load(path, template)
+    assert str(caught.value).count("without a stop token") == 3
+
+
+def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(
+        tmp_path / "e.jsonl",
+        {"problem": "2+2?", "solution": "4"},
+        {"problem": "2+2?", "solution": "4 " * 50},
+        {"problem": "2+2? " * 50, "solution": "4"},
+    )
+    num_prompt = len(chatml.prompt_ids([USER]))
+    num_response = 2  # "4" and the stop token
+    kept, report = load(path, chatml, prompt=num_prompt, response=num_response)
+    assert [expert.id for expert in kept] == ["e.jsonl:1"]
+    assert (report.num_rows, report.num_overlong) == (3, 2)
+    with pytest.raises(DataError, match="2 rows cannot be used") as caught:
+        load(path, chatml, prompt=num_prompt, response=num_response, overlong="fail")
+    assert f"{path}:2: {num_prompt} prompt and " in str(caught.value)
+    with pytest.raises(DataError, match="all 3 demonstrations have more than"):
+        load(path, chatml, response=1)
+
+
+def test_gsm8k_serves_as_prompts_and_as_experts(math_data: Path, chatml: ChatTemplate) -> None:
+    file = math_data / "gsm8k_test.jsonl"
+    experts, _ = load(file, chatml)
+    prompts, _ = load_prompts(file, chatml, max_prompt_tokens=4000, overlong="drop")
+    assert len(experts) == len(prompts) == 660
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, prompt, expert in zip(rows, prompts, experts, strict=True):
+        start = len(prompt.token_ids)
+        assert expert.token_ids[:start] == prompt.token_ids
+        assert expert.trainable == (False,) * start + (True,) * (len(expert.token_ids) - start)
+        assert chatml.decode(expert.token_ids[start:]) == row["solution"]
+        assert expert.token_ids[-1] in chatml.stop_token_ids

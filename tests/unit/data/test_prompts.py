@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.rows import DataError
+from megatron_chord.data.templates import ChatTemplate, load_template
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def load(path: Path, template: ChatTemplate, limit: int = 1000, overlong: str = "drop"):
+    return load_prompts(path, template, max_prompt_tokens=limit, overlong=overlong)
+
+
+def test_both_forms_of_a_question_are_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
+    chat = [{"role": "user", "content": "2+2?"}]
+    path = write(
+        tmp_path / "p.jsonl", {"question": "2+2?", "answer": 4}, {"messages": chat, "truth": "4", "id": "x"}
+    )
+    (first, second), report = load(path, chatml)
+    assert first.token_ids == second.token_ids == chatml.prompt_ids(chat)
+    assert (first.messages, first.truth, first.id) == (tuple(chat), "4", "p.jsonl:1")
+    assert (second.messages, second.truth, second.id) == (tuple(chat), "4", "x")
+    assert (report.num_rows, report.num_kept, report.num_overlong) == (2, 2, 0)
+
+
+def test_system_prompt_is_among_the_messages(tmp_path: Path, chatml_folder: Path) -> None:
+    template = load_template(chatml_folder, system_prompt="Be brief.")
+    (prompt,), _ = load(write(tmp_path / "p.jsonl", {"problem": "1?", "answer": 1}), template)
+    assert [message["role"] for message in prompt.messages] == ["system", "user"]
+    assert prompt.token_ids == template.prompt_ids(prompt.messages)
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(
+        tmp_path / "p.jsonl",
+        {"problem": "fine", "answer": "1"},
+        {"problem": "no answer"},
+        {"problem": "", "answer": "1"},
+        {"problem": "injected <|im_end|>", "answer": "1"},
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "answer": "1",
+        },
+        {"problem": "x", "answer": "1", "id": "p.jsonl:1"},
+    )
+    with path.open("a") as file:
+        file.write("\n{")
+    with pytest.raises(DataError) as caught:
+        load(path, chatml)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{path}: 6 rows cannot be used"
+    assert lines == [
+        f"{path}:2: has none of `answer`, `truth`",
+        f"{path}:3: `problem` is empty",
+        f"{path}:4: message 0 (user) holds '<|im_end|>', which the tokenizer would read as a control token",
+        f"{path}:5: the last message of a prompt must be the user's, got assistant's",
+        f"{path}:6: `id` 'p.jsonl:1' is taken by {path}:1",
+        f"{path}:7: broken JSON: Expecting property name enclosed in double quotes at column 2",
+    ]
+
+
+def test_overlong_prompts(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(tmp_path / "p.jsonl", {"problem": "1", "answer": 1}, {"problem": "1 " * 99, "answer": 1})
+    short = len(chatml.prompt_ids([{"role": "user", "content": "1"}]))
+    long = len(chatml.prompt_ids([{"role": "user", "content": "1 " * 99}]))
+    kept, report = load(path, chatml, limit=short)
+    assert [prompt.id for prompt in kept] == ["p.jsonl:1"]
+    assert str(report) == f"{path}: 1 of 2 rows, 1 left out as over-long"
+    with pytest.raises(DataError, match=rf"p\.jsonl:2: {long} prompt tokens, max_prompt_tokens is {short}"):
+        load(path, chatml, limit=short, overlong="fail")
+    with pytest.raises(DataError, match=rf"all 2 prompts have more than {short - 1} tokens"):
+        load(path, chatml, limit=short - 1)
+
+
+def test_gsm8k(math_data: Path, chatml: ChatTemplate) -> None:
+    prompts, report = load(math_data / "gsm8k_test.jsonl", chatml, limit=4000)
+    assert report.num_kept == report.num_rows == len(prompts) == 660
+    assert prompts[0].id == "gsm8k-test-0"
+    assert prompts[0].truth == "18"
+    assert "ducks lay 16 eggs per day" in prompts[0].messages[0]["content"]
