@@ -292,7 +292,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    output: Path
+    output: Path = field(metadata={"from_cwd": True})
     """Folder of the run: resolved config, metrics.jsonl, samples, TensorBoard, checkpoints, the exported policy."""
     steps: int
     """Optimizer steps of the whole run."""
@@ -310,6 +310,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(steps=self.steps)
+        _require(
+            self.optim.warmup_steps < self.steps,
+            f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
+        )
         mu_can_be_positive = self.objective.mu.peak > 0 or (self.objective.mu.valley or 0) > 0
         if mu_can_be_positive:
             _require(self.data.experts is not None, "mu is above 0 but data.experts is not given")

@@ -17,6 +17,7 @@ import importlib.machinery
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,26 @@ import torch
 
 _PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint "
-    "randn tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 _installed = False
 
 
@@ -59,10 +76,13 @@ def _import_without_compiling() -> None:
         import megatron.core.jit
 
         megatron.core.jit.disable_jit_fuser()
-        import megatron.core.distributed
-        import megatron.core.models.gpt
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel  # noqa: F401
+        with warnings.catch_warnings():
+            # That Transformer Engine and Apex are missing is what this module is for.
+            warnings.simplefilter("ignore", UserWarning)
+            import megatron.core.distributed
+            import megatron.core.models.gpt
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel  # noqa: F401
     finally:
         torch.compile = compile_
 

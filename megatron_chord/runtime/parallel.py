@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
 from megatron_chord.runtime import adam, cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +68,29 @@ class ParallelGroups:
         """One rank a pipeline stage that gives weights away."""
         return self.holds_first_replica and self.tensor.rank == 0
 
-    def broadcast(self, value: Any) -> Any:
-        """The coordinator's Python object, on every rank. One collective of ``objects``."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.objects)
-        return box[0]
+    def from_coordinator(self, compute: Callable[[], tuple[Any, Sequence[Any] | None]]) -> tuple[Any, Any]:
+        """Run ``compute`` on the coordinator and hand its result out; an exception there is raised on every rank.
 
-    def scatter_by_data_rank(self, values: Sequence[Any] | None) -> Any:
-        """Entry d of the coordinator's list, on every rank of data-parallel rank d. One collective of ``objects``."""
-        per_rank = [values[d] for d in self.data_rank_of] if values is not None else None
-        box: list[Any] = [None]
-        dist.scatter_object_list(box, per_rank, src=0, group=self.objects)
-        return box[0]
+        Args:
+            compute: returns what every rank gets, and a list with one entry for each data-parallel rank (or None).
+
+        Returns:
+            the common part, and this data-parallel rank's entry. 1 or 2 collectives of ``objects``.
+        """
+        outcome: Any = None
+        per_rank: Sequence[Any] | None = None
+        if self.is_coordinator:
+            try:
+                common, per_rank = compute()
+                outcome = (None, common, per_rank is not None)
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                outcome = (_sendable(error), None, False)
+        error, common, has_parts = self._broadcast(outcome)
+        if error is not None:
+            raise error
+        return common, self._scatter(per_rank) if has_parts else None
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's Python object, on every rank, in rank order. One collective of ``objects``."""
@@ -84,11 +98,47 @@ class ParallelGroups:
         dist.all_gather_object(values, value, group=self.objects)
         return values
 
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Run ``action`` on every rank and gather the results; when it fails anywhere, every rank raises."""
+        try:
+            outcome = (None, action())
+        except Exception as error:
+            outcome = (_sendable(error), None)
+        outcomes = self.gather(outcome)
+        for error, _ in outcomes:
+            if error is not None:
+                raise error
+        return [result for _, result in outcomes]
 
-def start(parallel: ParallelConfig, *, seed: int) -> ParallelGroups:
+    def _broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def _scatter(self, values: Sequence[Any] | None) -> Any:
+        per_rank = [values[d] for d in self.data_rank_of] if values is not None else None
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, per_rank, src=0, group=self.objects)
+        return box[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The exception itself where it survives pickling, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def start(
+    parallel: ParallelConfig, *, seed: int, coordinator_timeout_s: float | None = None
+) -> ParallelGroups:
     """Join torch.distributed (NCCL with CUDA, else gloo) and build Megatron's groups.
 
-    Rank, world size and rendezvous come from torchrun's or Slurm's environment; alone, a process is a world of one.
+    ``coordinator_timeout_s`` is how long ranks wait for the coordinator's plans (sampling a step may take longer
+    than any collective); by default ``parallel.timeout_s``. Rank, world size and rendezvous come from torchrun's or
+    Slurm's environment; alone, a process is a world of one.
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
     Raises:
@@ -116,10 +166,17 @@ def start(parallel: ParallelConfig, *, seed: int) -> ParallelGroups:
             world_size=world_size,
             timeout=datetime.timedelta(seconds=parallel.timeout_s),
         )
-    return build_groups(parallel, device=device, seed=seed)
+    return build_groups(
+        parallel,
+        device=device,
+        seed=seed,
+        coordinator_timeout_s=coordinator_timeout_s or parallel.timeout_s,
+    )
 
 
-def build_groups(parallel: ParallelConfig, *, device: torch.device, seed: int) -> ParallelGroups:
+def build_groups(
+    parallel: ParallelConfig, *, device: torch.device, seed: int, coordinator_timeout_s: float = 600.0
+) -> ParallelGroups:
     """Megatron's groups over an initialised torch.distributed, replacing those of an earlier call."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -142,7 +199,7 @@ def build_groups(parallel: ParallelConfig, *, device: torch.device, seed: int) -
         return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
 
     data = axis(parallel_state.get_data_parallel_group())
-    objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=parallel.timeout_s))
+    objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=coordinator_timeout_s))
     assert objects is not None
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, data.rank, group=objects)

@@ -1,0 +1,121 @@
+"""The command line: train, check, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megatron_chord.config import RunConfig
+from megatron_chord.config_io import ConfigError, dump_config, load_config
+
+_WORKER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.command == "doctor":
+        from megatron_chord import doctor
+
+        return doctor.main()
+    try:
+        run = load_config(args.config, args.overrides)
+    except ConfigError as error:
+        return _refuse(str(error))
+    return _check(run) if args.command == "check" else _train(run, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-chord", description="CHORD (arXiv 2508.11408) on Megatron-Core, with vLLM rollouts."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a training from a YAML file")
+    train.add_argument(
+        "--resume",
+        choices=["never", "auto"],
+        default="never",
+        help="auto: continue from the newest whole checkpoint of the output folder, if there is one",
+    )
+    train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
+    for command in (train, check):
+        command.add_argument("config", type=Path, metavar="RUN.yaml")
+        command.add_argument(
+            "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
+        )
+    commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
+    return parser
+
+
+def _check(run: RunConfig) -> int:
+    from megatron_chord.train.setup import check_run, load_data, plan_lines
+
+    try:
+        shape = check_run(run)
+        data = load_data(run)
+    except ValueError as error:
+        return _refuse(str(error))
+    plan_lines(run, shape, int(os.environ.get("WORLD_SIZE", run.parallel.ranks)), print)
+    print("\n".join(data.reports))
+    print(dump_config(run))
+    return 0
+
+
+def _train(run: RunConfig, args: argparse.Namespace) -> int:
+    from megatron_chord.train.setup import check_run
+
+    try:
+        check_run(run)
+    except ValueError as error:
+        return _refuse(str(error))
+    if "RANK" not in os.environ and run.parallel.ranks > 1:
+        _launch(run.parallel.ranks)
+    _end_with_launcher()
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    from megatron_chord.train.loop import train
+
+    try:
+        train(run, resume=args.resume, overwrite=args.overwrite)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            _refuse(str(error))
+        return 2
+    return 0
+
+
+def _launch(ranks: int) -> NoReturn:
+    """Become torchrun, with this very command line as its ranks."""
+    os.environ[_WORKER] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    os.execv(sys.executable, [*command, "-m", "megatron_chord.cli", *sys.argv[1:]])
+
+
+def _end_with_launcher() -> None:
+    """A rank that torchrun started on this machine must not outlive it, even when it is killed."""
+    if _WORKER not in os.environ:
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave through the finally blocks, which stop the rollout server."""
+    raise SystemExit(128 + number)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

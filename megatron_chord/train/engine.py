@@ -1,0 +1,158 @@
+"""The rollout servers as all ranks use them: fresh weights before every use, a dead server replaced, nothing left over.
+
+Every method is called on every rank. Only the coordinator holds processes and connections; a failure there is raised
+everywhere, so that no rank waits for a step that will not come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_chord.config import RunConfig
+from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.server import RolloutServer, ServerError, ServerSettings, start_server
+from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
+from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.state import TrainState
+from megatron_chord.weights.export import hf_tensors
+
+KEY_VARIABLE = "MEGATRON_CHORD_ROLLOUT_KEY"
+"""Environment variable with the API key of the servers named in rollout.servers."""
+
+Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
+"""(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
+
+
+class RolloutEngine:
+    def __init__(
+        self, run: RunConfig, groups: ParallelGroups, *, log_folder: Path, notify: Callable[[str], None]
+    ) -> None:
+        """Start the server (unless the run names its own) and return while it loads."""
+        self._run = run
+        self._groups = groups
+        self._log_folder = log_folder
+        self._notify = notify
+        self._server: RolloutServer | None = None
+        self._clients: list[RolloutClient] = []
+        self._sync: WeightSync | None = None
+        self._version: int | None = None
+        self._restarts_left = run.rollout.restarts
+        self._num_starts = 0
+        self._sync_seconds = 0.0
+        groups.from_coordinator(lambda: (self._start(), None))
+
+    def use(self, work: Work, state: TrainState, *, version: int) -> tuple[Any, Any]:
+        """Run ``work`` on the coordinator with servers that hold the weights of ``version``, those of ``state``.
+
+        A server that dies meanwhile is replaced, given the weights again, and the work repeated from its beginning,
+        at most ``rollout.restarts`` times in a run.
+        """
+        while True:
+            try:
+                self._refresh(state, version)
+                return self._groups.from_coordinator(lambda: work(self._clients, version))
+            except StaleWeights:
+                raise
+            except (RolloutError, SyncError, ServerError) as error:
+                if self._restarts_left == 0 or self._run.rollout.servers:
+                    raise
+                self._restarts_left -= 1
+                self._notify(f"rollout server lost, starting another ({error})")
+                self._replace()
+
+    def close(self) -> None:
+        """Stop the server and drop the connections; on this rank, without waiting for others."""
+        if self._sync is not None:
+            self._sync.close()
+        for client in self._clients:
+            client.close()
+        if self._server is not None:
+            self._server.stop()
+
+    def take_sync_seconds(self) -> float:
+        """Seconds spent in pushing weights since the last call."""
+        seconds, self._sync_seconds = self._sync_seconds, 0.0
+        return seconds
+
+    def _refresh(self, state: TrainState, version: int) -> None:
+        if self._version == version:
+            return
+        self._version = None
+        if self._sync is None:
+            self._groups.from_coordinator(lambda: (self._connect(), None))
+            self._sync = self._make_sync()
+        self._sync_seconds += self._sync.push(_tensors(state), version).seconds
+        self._version = version
+
+    def _make_sync(self) -> WeightSync:
+        groups, rollout = self._groups, self._run.rollout
+        exporters = [rank for rank, exports in enumerate(groups.gather(groups.is_exporter)) if exports]
+        transport = rollout.transport
+        if transport == "auto":
+            transport = "broadcast" if torch.cuda.is_available() else "file"
+        return WeightSync(
+            self._clients,
+            SyncSettings(transport=transport, timeout_s=rollout.sync_timeout_s),
+            exporters=exporters,
+            group=groups.objects if groups.world_size > 1 else None,
+            device=groups.device,
+        )
+
+    def _start(self) -> None:
+        run = self._run
+        if run.rollout.servers:
+            return
+        self._num_starts += 1
+        self._server = start_server(
+            run.model.path,
+            ServerSettings(
+                dtype=run.rollout.dtype or run.model.dtype,
+                max_model_len=run.data.max_prompt_tokens + run.data.max_response_tokens,
+                tensor=run.rollout.tensor,
+                kv_cache_bytes=run.rollout.kv_cache_bytes,
+                gpu_memory_utilization=run.rollout.gpu_memory_utilization,
+                cpu_threads=max(1, (os.cpu_count() or 1) // run.rollout.tensor),
+            ),
+            log=self._log_folder / f"rollout-server-{self._num_starts}.log",
+        )
+
+    def _connect(self) -> None:
+        rollout = self._run.rollout
+        if self._server is None:
+            key = os.environ.get(KEY_VARIABLE, "")
+            self._clients = [RolloutClient(url, key) for url in rollout.servers]
+            return
+        self._server.wait_until_ready(rollout.start_timeout_s)
+        self._clients = [RolloutClient(self._server.url, self._server.api_key)]
+
+    def _replace(self) -> None:
+        """A new server in place of the lost one; its weights come with the next refresh."""
+
+        def restart() -> None:
+            assert self._server is not None
+            self._server.stop()
+            self._start()
+            self._connect()
+            if self._sync is not None:
+                self._sync.reconnect(self._clients)
+
+        self._version = None
+        self._groups.from_coordinator(lambda: (restart(), None))
+
+
+def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part in giving the weights away: tensors on exporters, gathers on their tensor-parallel peers."""
+    if not state.groups.holds_first_replica:
+        return iter(())
+    return hf_tensors(
+        state.parameters(),
+        state.shape.weights,
+        group=state.groups.tensor.group,
+        vocab_size=state.shape.vocab_size,
+    )

@@ -1,0 +1,61 @@
+"""Accuracy on held-out problems, sampled and graded exactly as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_chord.config import RunConfig
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Prompt
+from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.collect import GradedRollouts, Sampling, grade, sample, sample_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    accuracy: float
+    """Mean score over problems and samples; a grading that failed counts as no answer and is left out."""
+    num_problems: int
+    num_errors: int
+    response_length: float
+    """Mean, in tokens."""
+
+
+def evaluate(
+    run: RunConfig,
+    problems: Sequence[Prompt],
+    clients: Sequence[RolloutClient],
+    *,
+    template: ChatTemplate,
+    graders: GraderPool,
+    version: int,
+) -> tuple[Evaluation, list[GradedRollouts]]:
+    sampling = Sampling(
+        num_samples=run.evaluation.samples,
+        temperature=run.evaluation.temperature,
+        max_tokens=run.data.max_response_tokens,
+        stop_token_ids=template.stop_token_ids,
+    )
+    sampled = sample(
+        clients,
+        problems,
+        sampling,
+        # The same draws at every evaluation: what differs between two is the weights.
+        seeds=[sample_seed(run.seed, -1, index) for index in range(len(problems))],
+        version=version,
+        deadline_s=run.rollout.request_timeout_s,
+    )
+    graded = grade(
+        problems, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
+    )
+    scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
+    lengths = [len(rollout.token_ids) for item in graded for rollout in item.rollouts]
+    result = Evaluation(
+        accuracy=sum(scores) / max(len(scores), 1),
+        num_problems=len(problems),
+        num_errors=len(lengths) - len(scores),
+        response_length=sum(lengths) / max(len(lengths), 1),
+    )
+    return result, graded

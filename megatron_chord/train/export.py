@@ -1,0 +1,47 @@
+"""The trained policy as a Hugging Face folder, written by all pipeline stages, visible only when complete."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_chord.train.state import TrainState
+from megatron_chord.weights.export import hf_tensors
+from megatron_chord.weights.mapping import check_accounting
+from megatron_chord.weights.writer import finish_folder, write_shards
+
+
+def export_policy(state: TrainState, source: Path, target: Path) -> None:
+    """Write the policy to ``target``, replacing it; config, tokenizer and template are those of ``source``.
+
+    Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
+    """
+    groups = state.groups
+    partial = target.with_name(f".{target.name}.partial")
+
+    def write() -> dict[str, tuple[str, int]]:
+        if not groups.holds_first_replica:
+            return {}
+        tensors = hf_tensors(
+            state.parameters(),
+            state.shape.weights,
+            group=groups.tensor.group,
+            vocab_size=state.shape.vocab_size,
+        )
+        return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
+
+    def make_empty() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    groups.from_coordinator(lambda: (make_empty(), None))
+    placed = {name: place for part in groups.together(write) for name, place in part.items()}
+
+    def finish() -> None:
+        check_accounting(list(state.shape.weights.hf_names()), list(placed), str(partial))
+        finish_folder(partial, source, placed)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+
+    groups.from_coordinator(lambda: (finish(), None))

@@ -1,0 +1,123 @@
+"""Where a run's numbers go: metrics.jsonl (always complete), TensorBoard, the console. Coordinator only."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+TENSORBOARD = "tensorboard"
+
+
+class Timer:
+    """Seconds of each named phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+class RunLog:
+    """One JSON line a step, the same numbers as TensorBoard scalars, one readable line on the console."""
+
+    def __init__(self, folder: Path, *, steps: int, first_step: int) -> None:
+        """Append to the folder's log; lines of steps from ``first_step`` on (an earlier run went further) go."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / METRICS
+        _keep_steps_before(self._path, first_step)
+        self._samples = folder / SAMPLES
+        self._samples.mkdir(exist_ok=True)
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._board.close()
+
+    def doing(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row with a ``step``; numbers that are not finite are an error, not a line nobody can parse."""
+        broken = [name for name, value in _scalars(row) if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in _scalars(row):
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def finish_step(self, row: Mapping[str, Any], line: str) -> None:
+        self.write(row)
+        self.say(line)
+        self._progress.update(self._task, completed=row["step"] + 1)
+
+    def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:
+        path = self._samples / f"{kind}-{step:06d}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _is_before(json.loads(line), first_step)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def _is_before(row: Mapping[str, Any], first_step: int) -> bool:
+    # The evaluation of a step's weights stands under the number of steps they have taken.
+    return row["step"] < first_step or ("accuracy" in row and row["step"] == first_step)
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in _scalars(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value

@@ -1,0 +1,127 @@
+"""Settings -> everything a run needs, checked before any work and then built in the order that saves time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chord.config import RunConfig
+from megatron_chord.data.cursor import Cursor, fingerprint
+from megatron_chord.data.experts import load_experts
+from megatron_chord.data.packing import Layout, make_layout
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import read_shape
+from megatron_chord.model.build import check_shape
+from megatron_chord.records import Expert, Prompt
+from megatron_chord.weights.mapping import check_accounting
+from megatron_chord.weights.reader import HFReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What the coordinator draws from."""
+
+    template: ChatTemplate
+    prompts: tuple[Prompt, ...]
+    experts: tuple[Expert, ...]
+    problems: tuple[Prompt, ...]
+    """Held out."""
+    prompt_cursor: Cursor
+    expert_cursor: Cursor | None
+    reports: tuple[str, ...]
+    """What became of each file's rows."""
+
+
+def check_run(run: RunConfig) -> ModelShape:
+    """Every rule that needs only the settings and the model folder's headers; takes milliseconds.
+
+    Raises:
+        ValueError: with the rule that is broken.
+    """
+    shape = read_shape(run.model.path)
+    check_accounting(list(shape.weights.hf_names()), HFReader.of(run.model.path).names, str(run.model.path))
+    check_shape(shape, run.parallel)
+    longest = run.data.max_prompt_tokens + run.data.max_response_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens {run.data.max_prompt_tokens} + data.max_response_tokens "
+            f"{run.data.max_response_tokens} = {longest} is beyond the model's {shape.max_positions} positions"
+        )
+    for name in ("prompts", "experts", "evaluation", "chat_template"):
+        path: Path | None = getattr(run.data, name)
+        if path is not None and not path.is_file():
+            raise ValueError(f"data.{name}: {path} does not exist")
+    return shape
+
+
+def load_data(run: RunConfig) -> RunData:
+    """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do."""
+    template = load_template(
+        run.model.path, chat_template=run.data.chat_template, system_prompt=run.data.system_prompt
+    )
+    limits = {"max_prompt_tokens": run.data.max_prompt_tokens, "overlong": run.data.overlong}
+    prompts, report = load_prompts(run.data.prompts, template, **limits)
+    reports = [f"prompts     {report}"]
+    experts: list[Expert] = []
+    if run.data.experts is not None:
+        experts, report = load_experts(
+            run.data.experts, template, max_response_tokens=run.data.max_response_tokens, **limits
+        )
+        reports.append(f"experts     {report}")
+    problems: list[Prompt] = []
+    if run.data.evaluation is not None:
+        problems, report = load_prompts(run.data.evaluation, template, **limits)
+        reports.append(f"evaluation  {report}")
+    return RunData(
+        template=template,
+        prompts=tuple(prompts),
+        experts=tuple(experts),
+        problems=tuple(problems[: run.evaluation.problems]),
+        prompt_cursor=_cursor("prompts", prompts, run.seed),
+        expert_cursor=_cursor("experts", experts, run.seed) if experts else None,
+        reports=tuple(reports),
+    )
+
+
+def layout_of(run: RunConfig, data_parallel: int) -> Layout:
+    parallel = run.parallel
+    return make_layout(
+        data=data_parallel,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual=parallel.virtual_pipeline is not None,
+    )
+
+
+def coordinator_timeout_s(run: RunConfig) -> float:
+    """How long ranks may have to wait for the coordinator: a server's start, a step's sampling, and their repeats."""
+    rollout = run.rollout
+    once = rollout.start_timeout_s + rollout.request_timeout_s + rollout.sync_timeout_s
+    return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
+
+
+def plan_lines(run: RunConfig, shape: ModelShape, world_size: int, say: Callable[[str], None]) -> None:
+    """What one step is, said once before the run."""
+    batch, parallel = run.batch, run.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    say(
+        f"model       {shape.family}, {shape.num_layers} layers of {shape.hidden_size}, vocabulary "
+        f"{shape.vocab_size}, {run.model.dtype}, from {run.model.path}"
+    )
+    say(
+        f"layout      {world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+        f"{parallel.context} x data {data}"
+    )
+    say(
+        f"one step    {batch.prompts} prompts x {batch.rollouts} rollouts + {batch.experts} demonstrations, "
+        f"one optimizer update; micro-batches of at most {batch.max_tokens} tokens"
+    )
+
+
+def _cursor(name: str, records: list[Prompt] | list[Expert], seed: int) -> Cursor:
+    return Cursor(name=name, size=len(records), seed=seed, data=fingerprint(records))
