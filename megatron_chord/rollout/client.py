@@ -1,0 +1,328 @@
+"""Token ids in, token ids and log-probs out: vLLM's HTTP interface, every reply checked before it is data.
+
+A rollout that this module returns has as many log-probs as tokens, all finite; was not aborted; and was sampled, every
+token of it, by the weights that the caller expects. Requests carry their seed, so that one which failed on the way
+can be sent again and yields the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from megatron_chord.records import Rollout
+
+_GENERATE = "/inference/v1/generate"
+_MODEL = "policy"
+_RETRY_PAUSE_S = 0.2
+_WORST_LOGPROB = -9999.0
+"""What vLLM sends in place of a log-prob that is NaN, minus infinity or not there."""
+_SEED_STEP = 0x9E3779B97F4A7C15
+_SEED_MASK = (1 << 62) - 1
+
+
+class RolloutError(RuntimeError):
+    """The server could not be reached, refused, or replied with what is not a rollout."""
+
+
+class StaleWeights(RolloutError):
+    """Tokens were sampled by other weights than those expected."""
+
+
+class _Transient(RolloutError):
+    """Worth sending again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One prompt to be sampled `num_samples` times. Nothing but `stop_token_ids` and `max_tokens` ends a sample."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    seed: int
+    temperature: float
+    """0 takes the most probable token; log-probs are then those at temperature 1, and all samples the same one."""
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+class RolloutClient:
+    """One server. Methods raise RolloutError; times are in seconds. May be used from several threads."""
+
+    def __init__(self, url: str, api_key: str, *, retries: int = 2, connect_timeout_s: float = 10.0) -> None:
+        self.url = url
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._retries = retries
+        self._connect_timeout_s = connect_timeout_s
+        # trust_env=False: a cluster's HTTP proxy must not see, or swallow, traffic on loopback.
+        # No kept connections: the server closes idle ones, and a request caught by that cannot be sent again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=limits)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        *,
+        version: int,
+        deadline_s: float,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[tuple[Rollout, ...]]:
+        """Samples all requests at once, in the order of `requests`.
+
+        Args:
+            version: the weight version that must have sampled every token.
+            deadline_s: for all of them together; what is unfinished then is aborted at the server.
+            on_done: called after each request with the number finished so far.
+
+        Raises:
+            StaleWeights: another version sampled a token.
+            RolloutError: a request failed for good, or time ran out. Nothing is returned then.
+        """
+        return asyncio.run(self._generate(requests, version, deadline_s, on_done))
+
+    def score(self, token_ids: Sequence[int], *, version: int, timeout_s: float = 60.0) -> list[float]:
+        """Log-probs, at temperature 1, of ``token_ids[1:]``, each given the tokens before it."""
+        body = {
+            "model": _MODEL,
+            "token_ids": list(token_ids),
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "logprobs": 0},
+        }
+        reply = self._json(self._request("POST", _GENERATE, json=body, timeout_s=timeout_s))
+        with _malformed_as_rollout_error(f"{self.url}{_GENERATE}"):
+            _check_versions(reply["choices"][0]["weight_versions"], 1, version)
+            entries = reply["prompt_logprobs"][1:]
+            scores = [
+                float(entry[str(token)]["logprob"])
+                for token, entry in zip(token_ids[1:], entries, strict=True)
+            ]
+            _check_logprobs(scores)
+            return scores
+
+    def health(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers and its engine is well."""
+        try:
+            return self._http.get("/health", timeout=timeout_s).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def weight_version(self, *, timeout_s: float = 30.0) -> int | None:
+        """Version of the last finished push; None where nothing was pushed since the server started."""
+        reply = self._json(self._request("GET", "/weight_info", timeout_s=timeout_s))
+        with _malformed_as_rollout_error(f"{self.url}/weight_info"):
+            return None if reply["weight_version"] == "default" else int(reply["weight_version"])
+
+    def num_workers(self, *, timeout_s: float = 30.0) -> int:
+        """Worker processes of the server: tensor times data parallel."""
+        reply = self._json(self._request("GET", "/get_world_size", timeout_s=timeout_s))
+        with _malformed_as_rollout_error(f"{self.url}/get_world_size"):
+            return int(reply["world_size"])
+
+    def pause(self, *, mode: Literal["abort", "wait"] = "wait", timeout_s: float = 600.0) -> None:
+        """Stops sampling and drops all caches; "wait" lets running requests finish, later ones are queued."""
+        self._request("POST", "/pause", params={"mode": mode, "clear_cache": "true"}, timeout_s=timeout_s)
+
+    def resume(self, *, timeout_s: float = 30.0) -> None:
+        """Ends a pause."""
+        self._request("POST", "/resume", timeout_s=timeout_s)
+
+    def sleep(self, *, level: Literal[1, 2] = 1, timeout_s: float = 300.0) -> None:
+        """Frees the server's GPU memory: 1 keeps the weights in main memory, 2 drops them (they must be pushed)."""
+        self._request("POST", "/sleep", params={"level": str(level), "mode": "wait"}, timeout_s=timeout_s)
+
+    def wake_up(self, *, tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float = 300.0) -> None:
+        """Takes the memory back. A push goes between "weights" and "kv_cache"."""
+        self._request("POST", "/wake_up", params={"tags": list(tags)}, timeout_s=timeout_s)
+
+    def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float) -> None:
+        self._request(
+            "POST", "/init_weight_transfer_engine", json={"init_info": init_info}, timeout_s=timeout_s
+        )
+
+    def start_weight_update(self, *, timeout_s: float) -> None:
+        self._request("POST", "/start_weight_update", timeout_s=timeout_s)
+
+    def update_weights(self, update_info: Mapping[str, Any], *, timeout_s: float) -> None:
+        self._request("POST", "/update_weights", json={"update_info": update_info}, timeout_s=timeout_s)
+
+    def finish_weight_update(self, version: int, *, timeout_s: float) -> None:
+        self._request(
+            "POST", "/finish_weight_update", json={"weight_version": str(version)}, timeout_s=timeout_s
+        )
+
+    def _request(self, method: str, path: str, *, timeout_s: float, **content: Any) -> httpx.Response:
+        """Never sent twice: most of these change the server's state."""
+        timeout = httpx.Timeout(timeout_s, connect=self._connect_timeout_s)
+        try:
+            response = self._http.request(method, path, timeout=timeout, **content)
+        except httpx.TransportError as error:
+            raise RolloutError(f"{method} {self.url}{path}: {type(error).__name__} {error}") from error
+        if response.status_code != 200:
+            raise RolloutError(f"{method} {self.url}{path}: {_refusal(response)}")
+        return response
+
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            raise RolloutError(f"{response.url}: the reply is not JSON: {response.text[:200]!r}") from error
+
+    async def _generate(
+        self,
+        requests: Sequence[SampleRequest],
+        version: int,
+        deadline_s: float,
+        on_done: Callable[[int], None] | None,
+    ) -> list[tuple[Rollout, ...]]:
+        num_done = 0
+
+        async def sample(http: httpx.AsyncClient, request: SampleRequest) -> tuple[Rollout, ...]:
+            nonlocal num_done
+            rollouts = await self._sample(http, request, version)
+            num_done += 1
+            if on_done is not None:
+                on_done(num_done)
+            return rollouts
+
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(None, connect=self._connect_timeout_s)
+        try:
+            async with (
+                asyncio.timeout(deadline_s),
+                httpx.AsyncClient(
+                    base_url=self.url, headers=self._headers, trust_env=False, limits=limits, timeout=timeout
+                ) as http,
+                asyncio.TaskGroup() as group,
+            ):
+                tasks = [group.create_task(sample(http, request)) for request in requests]
+        except TimeoutError as error:
+            raise RolloutError(
+                f"{self.url}: {num_done} of {len(requests)} requests finished within {deadline_s:.0f} s"
+            ) from error
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from first.__cause__
+        return [task.result() for task in tasks]
+
+    async def _sample(
+        self, http: httpx.AsyncClient, request: SampleRequest, version: int
+    ) -> tuple[Rollout, ...]:
+        for attempt in range(self._retries + 1):
+            try:
+                return await self._sample_once(http, request, version)
+            except _Transient as error:
+                if attempt == self._retries:
+                    raise RolloutError(f"{error} (after {attempt + 1} attempts)") from error
+                await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _sample_once(
+        self, http: httpx.AsyncClient, request: SampleRequest, version: int
+    ) -> tuple[Rollout, ...]:
+        where = f"{self.url}{_GENERATE}"
+        try:
+            response = await http.post(_GENERATE, json=_body(request))
+        except httpx.TransportError as error:
+            raise _Transient(f"{where}: {type(error).__name__} {error}") from error
+        if response.status_code != 200:
+            kind = _Transient if response.status_code >= 500 else RolloutError
+            raise kind(f"{where}: {_refusal(response)}")
+        with _malformed_as_rollout_error(where):
+            return _parse(self._json(response), request, version)
+
+
+def _body(request: SampleRequest) -> dict[str, Any]:
+    return {
+        "model": _MODEL,
+        "token_ids": list(request.prompt_ids),
+        "return_token_ids": True,
+        "sampling_params": {
+            "n": _num_to_sample(request),
+            "temperature": request.temperature,
+            "top_p": 1.0,
+            "max_tokens": request.max_tokens,
+            # vLLM samples the j-th of n with seed + j: neighbouring seeds are spread, or requests would share them.
+            "seed": request.seed * _SEED_STEP & _SEED_MASK,
+            "stop_token_ids": list(request.stop_token_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+
+
+def _num_to_sample(request: SampleRequest) -> int:
+    """vLLM refuses n > 1 at temperature 0, where all samples are the same one."""
+    return 1 if request.temperature == 0 else request.num_samples
+
+
+def _parse(reply: Any, request: SampleRequest, version: int) -> tuple[Rollout, ...]:
+    """ValueError, KeyError, TypeError: not the reply to `request`. StaleWeights, _Transient: see there."""
+    if reply["prompt_token_ids"] != list(request.prompt_ids):
+        raise ValueError("the reply is to another prompt")
+    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+    num_expected = _num_to_sample(request)
+    if [choice["index"] for choice in choices] != list(range(num_expected)):
+        raise ValueError(f"{len(choices)} samples instead of {num_expected}")
+    rollouts = tuple(_parse_choice(choice, request, version) for choice in choices)
+    return rollouts * (request.num_samples // num_expected)
+
+
+def _parse_choice(choice: Any, request: SampleRequest, version: int) -> Rollout:
+    token_ids, reason = choice["token_ids"], choice["finish_reason"]
+    if reason == "abort":
+        raise _Transient("a sample was aborted")
+    if reason not in ("stop", "length"):
+        raise ValueError(f"a sample finished for the reason {reason!r}")
+    if not 0 < len(token_ids) <= request.max_tokens:
+        raise ValueError(f"a sample of {len(token_ids)} tokens")
+    if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
+        raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
+    content = choice["logprobs"]["content"]
+    if [entry["token_id"] for entry in content] != token_ids:
+        raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")
+    logprobs = tuple(float(entry["logprob"]) for entry in content)
+    _check_logprobs(logprobs)
+    _check_versions(choice["weight_versions"], len(token_ids), version)
+    return Rollout(
+        token_ids=tuple(token_ids), logprobs=logprobs, finish_reason=reason, weight_version=version
+    )
+
+
+def _check_logprobs(logprobs: Sequence[float]) -> None:
+    for logprob in logprobs:
+        if not math.isfinite(logprob) or not _WORST_LOGPROB < logprob <= 1e-3:
+            raise ValueError(f"a log-prob of {logprob}")
+
+
+def _check_versions(spans: Sequence[Mapping[str, Any]], num_tokens: int, version: int) -> None:
+    """StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
+    wrong = {span["version"] for span in spans} - {str(version)}
+    if wrong:
+        raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {version}")
+    bounds = [0, *(span["end"] for span in spans)]
+    if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
+        raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
+
+
+@contextlib.contextmanager
+def _malformed_as_rollout_error(where: str) -> Iterator[None]:
+    """What a reply of the wrong form raises becomes a RolloutError that says where it came from."""
+    try:
+        yield
+    except RolloutError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise RolloutError(f"{where}: malformed reply: {type(error).__name__} {error}") from error
+
+
+def _refusal(response: httpx.Response) -> str:
+    return f"HTTP {response.status_code}: {response.text[:2000]}"

@@ -1,0 +1,321 @@
+"""A vLLM server of our own: started as a child, watched, and never left behind.
+
+``start_server`` returns at once (vLLM needs tens of seconds, in which the trainer builds its model);
+``RolloutServer.wait_until_ready`` does the waiting. The server listens on loopback, asks for a key made for it on every
+route, and dies with the process that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import httpx
+import torch
+
+from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
+from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
+
+MODEL_NAME = "policy"
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_CPU_KV_CACHE_BYTES = 256 << 20
+_TERM_GRACE_S = 20.0
+_TRACKER_GRACE_S = 2.0
+_LOG_LINES = 40
+_LOG_ERRORS = 5
+_ERROR_LINE = re.compile(r"\b\w+(Error|Exception): ")
+_SHARED_MEMORY = "/dev/shm/"
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention has kernels for. With any other the engine starts, and dies at the first request."""
+_LAUNCHER_VARIABLES = ("MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_")
+"""Prefixes. A launcher's description of the trainer's processes would be taken for the server's own."""
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or not in time. The message holds the end of its log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How vLLM runs the model."""
+
+    dtype: Literal["fp32", "bf16"]
+    max_model_len: int
+    """Prompt and response together, in tokens."""
+    tensor: int = 1
+    """Tensor parallelism."""
+    kv_cache_bytes: int | None = None
+    """On a CPU 256 MiB where left out, on a GPU what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: float = 0.6
+    sleep_mode: bool = False
+    """GPU only: allow ``RolloutClient.sleep``, for a server that shares the trainer's GPUs."""
+    visible_devices: str | None = None
+    """GPU only: CUDA_VISIBLE_DEVICES of the server; the trainer's own where left out."""
+    cpu_threads: int = 1
+    """OMP threads of each vLLM process on a CPU."""
+
+
+def start_server(model: Path, settings: ServerSettings, *, log: Path) -> RolloutServer:
+    """Starts vLLM and returns while it is still loading. Must be called from the main thread.
+
+    Args:
+        model: Hugging Face folder; only its config and weights are read, never a tokenizer.
+        log: receives the server's output; its folder must exist.
+
+    Raises:
+        ValueError: `model` holds no config.json, or a model that vLLM cannot run here.
+        RuntimeError: not called from the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # The kernel sends the parent-death signal when the *thread* that started the child ends.
+        raise RuntimeError("start_server must be called from the main thread")
+    on_cpu = not torch.cuda.is_available()
+    _check_model(model, on_cpu)
+    port, key = _free_port(), secrets.token_urlsafe(32)
+    arguments = _arguments(model, port, settings)
+    arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
+    environment = _environment(os.environ, key)
+    if on_cpu:
+        environment |= _cpu_environment(settings)
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # refused beside --kv-cache-memory-bytes
+    elif settings.visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return RolloutServer(process, url=f"http://127.0.0.1:{port}", api_key=key, log=log)
+
+
+class RolloutServer:
+    """A running (or starting, or dead) server. As a context manager it stops the server at the end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], *, url: str, api_key: str, log: Path) -> None:
+        self.url = url
+        self.api_key = api_key
+        self.log = log
+        self._process = process
+        self._owner = os.getpid()
+        self._shared_memory: set[str] = set()
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"},
+            trust_env=False,
+            timeout=5.0,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        atexit.register(self.stop)
+
+    @property
+    def pid(self) -> int:
+        """Of the API server; also its session and process group."""
+        return self._process.pid
+
+    def processes(self) -> list[int]:
+        """Process ids of everything that runs in the server's session."""
+        return _session_processes(self.pid)
+
+    def wait_until_ready(self, deadline_s: float) -> None:
+        """Returns when the server answers. ServerError when it exits or `deadline_s` seconds pass."""
+        end = time.monotonic() + deadline_s
+        while not self._healthy(when_busy=False):
+            if self._process.poll() is not None:
+                raise ServerError(self._report(f"exited with code {self._process.returncode} while starting"))
+            if time.monotonic() > end:
+                raise ServerError(self._report(f"was not ready after {deadline_s:.0f} s"))
+            time.sleep(0.2)
+        self._shared_memory |= self._mapped_shared_memory()
+
+    def alive(self) -> bool:
+        """Whether the server runs and its engine is well. False while it starts. Takes 5 s at most."""
+        return self._process.poll() is None and self._healthy(when_busy=True)
+
+    def log_tail(self) -> str:
+        """The last lines that the server wrote, after the errors before them: vLLM says "see root cause above"."""
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError as error:
+            return f"(no log: {error})"
+        errors = [line for line in lines[:-_LOG_LINES] if _ERROR_LINE.search(line)]
+        return "\n".join([*errors[-_LOG_ERRORS:], *lines[-_LOG_LINES:]])
+
+    def stop(self) -> None:
+        """Ends the server and all its processes: politely, then after 20 s by force. May be called again."""
+        atexit.unregister(self.stop)
+        if os.getpid() != self._owner:  # a forked child inherits the exit handler, but not the server
+            return
+        self._http.close()
+        self._shared_memory |= self._mapped_shared_memory()
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_TERM_GRACE_S)
+        if self._process.poll() is not None:
+            # Python's resource tracker, which removes semaphores, ends just after the process it serves.
+            _wait_until_empty(self.pid, _TRACKER_GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        # A killed engine leaves its message queues; a tensor-parallel one on a CPU does so even after a clean end.
+        for path in self._shared_memory:
+            Path(path).unlink(missing_ok=True)
+        self._shared_memory.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _healthy(self, *, when_busy: bool) -> bool:
+        try:
+            return self._http.get("/health").status_code == 200
+        except httpx.TimeoutException:
+            return when_busy
+        except httpx.TransportError:
+            return False
+
+    def _report(self, what: str) -> str:
+        return f"the rollout server {what}. The end of its log, {self.log}:\n{self.log_tail()}"
+
+    def _mapped_shared_memory(self) -> set[str]:
+        """Files directly in /dev/shm that the server's processes have mapped."""
+        paths = set()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                    path = line.split(maxsplit=5)[-1]
+                    if path.startswith(_SHARED_MEMORY) and "/" not in path[len(_SHARED_MEMORY) :]:
+                        paths.add(path.removesuffix(" (deleted)"))
+        return paths
+
+
+def _check_model(model: Path, on_cpu: bool) -> None:
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no readable config.json in the model folder {model}: {error}") from error
+    heads = config.get("num_attention_heads")
+    head_size = config.get("head_dim") or (config["hidden_size"] // heads if heads else None)
+    if on_cpu and head_size is not None and head_size not in _CPU_HEAD_SIZES:
+        raise ValueError(
+            f"the attention heads of {model} have {head_size} channels; without a GPU vLLM supports "
+            f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
+        )
+
+
+def _arguments(model: Path, port: int, settings: ServerSettings) -> list[str]:
+    return [
+        *("--model", str(model), "--served-model-name", MODEL_NAME),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--middleware", f"{RequireKey.__module__}.{RequireKey.__name__}"),
+        *("--dtype", _DTYPES[settings.dtype], "--max-model-len", str(settings.max_model_len)),
+        *("--tensor-parallel-size", str(settings.tensor)),
+        # The checkpoint's generation_config.json would otherwise change top_p, top_k and temperature.
+        *("--generation-config", "vllm"),
+        # Log-probs of the distribution that was sampled from, i.e. after the temperature.
+        *("--logprobs-mode", "processed_logprobs"),
+        "--skip-tokenizer-init",
+        "--enable-scale-out",
+        "--disable-uvicorn-access-log",
+        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+    ]
+
+
+def _cpu_arguments(settings: ServerSettings) -> list[str]:
+    return [
+        "--enforce-eager",
+        *("--kv-cache-memory-bytes", str(settings.kv_cache_bytes or _CPU_KV_CACHE_BYTES)),
+        # A seeded request whose prompt is processed in parts kills the engine: CPU generators have no offset
+        # (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync). Whole prompts need the larger token budget.
+        "--no-enable-chunked-prefill",
+        *("--max-num-batched-tokens", str(max(8192, settings.max_model_len))),
+        *(("--distributed-executor-backend", "uni") if settings.tensor == 1 else ()),
+    ]
+
+
+def _gpu_arguments(settings: ServerSettings) -> list[str]:
+    kv_cache_bytes = settings.kv_cache_bytes
+    return [
+        *("--gpu-memory-utilization", str(settings.gpu_memory_utilization)),
+        *(("--kv-cache-memory-bytes", str(kv_cache_bytes)) if kv_cache_bytes is not None else ()),
+        *(("--enable-sleep-mode",) if settings.sleep_mode else ()),
+    ]
+
+
+def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(_LAUNCHER_VARIABLES) and name not in _RANK_VARIABLES
+    }
+    return kept | {
+        KEY_VARIABLE: key,
+        DIE_WITH_PARENT: str(os.getpid()),
+        "VLLM_PLUGINS": "megatron_chord",
+        "VLLM_SERVER_DEV_MODE": "1",  # /pause, /update_weights and their like; loopback only, behind our key
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
+    environment = {
+        "OMP_NUM_THREADS": str(settings.cpu_threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)
+    }
+    if settings.tensor == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM silently refuses the uni executor
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _session_processes(session: int) -> list[int]:
+    """Ids of the live processes (zombies aside) of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # The command, in parentheses, may hold spaces; state, parent, group and session follow it.
+                state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(sid) == session and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def _wait_until_empty(session: int, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while _session_processes(session) and time.monotonic() < end:
+        time.sleep(0.02)

@@ -1,0 +1,232 @@
+"""Three ways for a bucket of weights to get from a trainer rank into the server's workers.
+
+Each sender-side transport has the same three steps, called in this order for every bucket:
+
+    fields = transport.publish(bucket, infos)   what the server must be told to find the bucket
+    transport.transmit(given_up)                while the server is being told: sends what needs a sender
+    transport.release()                         whatever happened: frees what publish took
+
+``file`` is for a server without a GPU or behind a shared file system, ``broadcast`` for a server on other GPUs (NCCL)
+or processes (gloo), ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
+
+Bucket = Sequence[tuple[str, Tensor]]
+
+
+class Transport(Protocol):
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict: ...
+
+    def transmit(self, given_up: Callable[[], bool]) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class FileTransport:
+    """A safetensors file in a private folder, usually in shared memory; gone when the server has read it."""
+
+    def __init__(self, folder: Path, sender: int) -> None:
+        self._path = folder / f"weights-{sender}.safetensors"
+
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
+        save_file({name: _of_its_own(tensor) for name, tensor in bucket}, self._path)
+        return {"path": str(self._path)}
+
+    def transmit(self, given_up: Callable[[], bool]) -> None:
+        pass
+
+    def release(self) -> None:
+        # Unlinked, never overwritten: the server may still have the old file mapped.
+        self._path.unlink(missing_ok=True)
+
+
+def read_bucket_file(
+    path: Path, folder: Path, infos: Sequence[TensorInfo], device: torch.device
+) -> list[Tensor]:
+    """A worker's side of ``FileTransport``. ValueError where the file does not lie in the run's folder."""
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path} does not lie in the run's folder {folder}")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return [file.get_tensor(info.name).to(device) for info in infos]
+
+
+class BroadcastTransport:
+    """One flat buffer per bucket, over a process group of this sender and all workers."""
+
+    def __init__(self, group: SenderGroup, sender: int, device: torch.device, timeout_s: float) -> None:
+        self._group, self._sender, self._device, self._timeout_s = group, sender, device, timeout_s
+        self._buffer: Tensor | None = None
+
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
+        self._buffer = torch.zeros(flat_size(infos), dtype=torch.uint8, device=self._device)
+        flatten((tensor for _, tensor in bucket), out=self._buffer)
+        return {"source": self._sender}
+
+    def transmit(self, given_up: Callable[[], bool]) -> None:
+        assert self._buffer is not None
+        self._group.broadcast(self._buffer, timeout_s=self._timeout_s, given_up=given_up)
+
+    def release(self) -> None:
+        self._buffer = None
+
+
+class IpcTransport:
+    """One staging buffer on this GPU, exported anew to each worker for each bucket; the workers copy it."""
+
+    def __init__(self, num_workers: int, device: torch.device) -> None:
+        self._num_workers, self._device = num_workers, device
+        self._buffer: Tensor | None = None
+
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
+        size = flat_size(infos)
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        flatten((tensor for _, tensor in bucket), out=self._buffer)
+        torch.cuda.synchronize(self._device)
+        return {"handles": [export_cuda_buffer(self._buffer) for _ in range(self._num_workers)]}
+
+    def transmit(self, given_up: Callable[[], bool]) -> None:
+        pass
+
+    def release(self) -> None:
+        torch.cuda.ipc_collect()
+
+
+class SenderGroup:
+    """A process group of its own, outside torch.distributed's default one: rank 0 sends, all others receive."""
+
+    def __init__(self, group: Any, store: dist.Store) -> None:
+        self._group = (
+            group  # ProcessGroupGloo or ProcessGroupNCCL, which torch's stubs do not call a ProcessGroup
+        )
+        self._store = store  # kept: NCCL connects only at its first collective
+
+    def broadcast(
+        self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Fills every rank's `buffer` with rank 0's. TimeoutError; RuntimeError when a peer is gone or `given_up`."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        end = time.monotonic() + timeout_s
+        work = self._group.broadcast([buffer], options)
+        # Polled, since a wait() inside gloo or NCCL would not notice that the other side has given up.
+        while not work.is_completed():
+            if given_up():
+                raise RuntimeError("the receivers gave up during a broadcast of weights")
+            if time.monotonic() > end:
+                raise TimeoutError(f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s")
+            time.sleep(0.0002)
+        work.wait()
+
+
+class SenderStore:
+    """The meeting point of one sender and the workers, listening on one address only."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((host, 0))
+        listener.listen(1024)
+        self.host, self.port = host, listener.getsockname()[1]
+        self._timeout_s = timeout_s
+        self._store = dist.TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def form_group(self, num_workers: int, device: torch.device) -> SenderGroup:
+        """Blocks until every worker has joined."""
+        return _make_group(self._store, 0, 1 + num_workers, device, self._timeout_s)
+
+
+def join_sender_group(
+    host: str, port: int, *, rank: int, size: int, device: torch.device, timeout_s: float
+) -> SenderGroup:
+    """A worker's side of ``SenderStore.form_group``."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return _make_group(store, rank, size, device, timeout_s)
+
+
+def _make_group(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
+) -> SenderGroup:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    prefixed = dist.PrefixStore("megatron_chord.weights", store)
+    if device.type != "cuda":
+        return SenderGroup(dist.ProcessGroupGloo(prefixed, rank, size, timeout), store)
+    torch.cuda.set_device(device)
+    options = dist.ProcessGroupNCCL.Options()
+    # NCCL's watchdog ends the whole process at its timeout; our own, shorter deadline should come first.
+    options._timeout = 2 * timeout
+    return SenderGroup(dist.ProcessGroupNCCL(prefixed, rank, size, options), store)
+
+
+def export_cuda_buffer(buffer: Tensor) -> dict:
+    """A CUDA IPC handle of a uint8 buffer as JSON values, for exactly one receiver."""
+    _, handle, size, offset, counter, counter_offset, event, event_sync = (
+        buffer.untyped_storage()._share_cuda_()
+    )
+    return {
+        "gpu": str(torch.cuda.get_device_properties(buffer.device).uuid),
+        "handle": _text(handle),
+        "size": size,
+        "offset": offset,
+        "counter": _text(counter),
+        "counter_offset": counter_offset,
+        "event": _text(event),
+        "event_sync": event_sync,
+    }
+
+
+def import_cuda_buffer(handle: dict, num_bytes: int, device: torch.device) -> Tensor:
+    """A copy on `device` of the first bytes of a buffer that another process exported. ValueError if out of sight."""
+    gpus = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    if handle["gpu"] not in gpus:
+        raise ValueError(f"the sender's GPU {handle['gpu']} is not among this worker's: {', '.join(gpus)}")
+    storage = torch.UntypedStorage._new_shared_cuda(
+        gpus[handle["gpu"]],
+        base64.b64decode(handle["handle"]),
+        handle["size"],
+        handle["offset"],
+        base64.b64decode(handle["counter"]),
+        handle["counter_offset"],
+        base64.b64decode(handle["event"]),
+        handle["event_sync"],
+    )
+    view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    if view.numel() < num_bytes:
+        raise ValueError(f"the sender exported {view.numel()} bytes, {num_bytes} were announced")
+    copy = view[:num_bytes].to(device, copy=True)
+    torch.cuda.synchronize(device)
+    return copy
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """safetensors refuses tensors that share memory, as slices of a fused weight do."""
+    shared = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

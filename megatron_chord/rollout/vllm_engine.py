@@ -1,0 +1,207 @@
+"""The server's side of a weight update: receives buckets, proves them, loads them, and refuses to finish early.
+
+One instance lives in each vLLM worker. Every worker receives every full tensor under its Hugging Face name; vLLM's
+own loaders fuse and slice. Only vLLM imports this module (see ``vllm_plugin``).
+
+vLLM loads layer by layer: a tensor is kept until its layer has all of them, then copied. Hence no receive buffer is
+ever reused here, and an update that failed cannot be repeated in the same process: what it left in the half-filled
+layers would be mixed with the next one's. The engine then refuses to start until the server is restarted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from megatron_chord.rollout.buckets import TensorInfo, flat_size, unflatten, verify
+from megatron_chord.rollout.transports import (
+    SenderGroup,
+    import_cuda_buffer,
+    join_sender_group,
+    read_bucket_file,
+)
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Body of /init_weight_transfer_engine. Which fields matter depends on the transport."""
+
+    transport: str
+    timeout_s: float
+    folder: str | None = None
+    """file: the run's private folder; a bucket outside it is refused."""
+    endpoints: list[list] = field(default_factory=list)
+    """broadcast: host and port of each sender's store."""
+    num_workers: int = 1
+    """Workers of all servers together."""
+    first_worker: int = 0
+    """Index of this server's first worker among them."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Body of /update_weights: one bucket."""
+
+    tensors: list[dict]
+    source: int = 0
+    """broadcast: index of the sender."""
+    path: str | None = None
+    """file: the safetensors file."""
+    handles: list[dict] | None = None
+    """ipc: one export of the sender's buffer for each worker."""
+
+
+class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, config, vllm_config, device, model) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._aliases = _aliases(model)
+        self._init: InitInfo | None = None
+        self._groups: list[SenderGroup] = []
+        self._received: set[str] = set()
+        self._loaded: set[str] = set()
+        self._failed: str | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if init_info.transport not in ("file", "broadcast", "ipc"):
+            raise ValueError(f"unknown weight transport {init_info.transport!r}")
+        self.shutdown()
+        self._init = init_info
+        self._groups = [
+            join_sender_group(
+                host,
+                port,
+                rank=1 + self._worker,
+                size=1 + init_info.num_workers,
+                device=self.device,
+                timeout_s=init_info.timeout_s,
+            )
+            for host, port in init_info.endpoints
+        ]
+
+    def start_weight_update(self) -> None:
+        if self._init is None:
+            raise RuntimeError("no trainer has initialised the weight transfer")
+        if self._failed:
+            raise RuntimeError(f"an earlier weight update failed ({self._failed}); restart the server")
+        self._failed = "it was never finished"
+        self._received, self._loaded = set(), set()
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict) -> None:
+        # vLLM's own version calls torch.accelerator.synchronize(), which raises without an accelerator.
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except Exception as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        infos = [TensorInfo.from_json(tensor) for tensor in update_info.tensors]
+        tensors = self._receive(update_info, infos)
+        verify(infos, tensors)
+        names = [info.name for info in infos]
+        repeated = sorted(self._received.intersection(names)) or sorted(
+            {name for name in names if names.count(name) > 1}
+        )
+        if repeated:
+            raise ValueError(f"sent twice in one update: {', '.join(repeated[:8])}")
+        model: Any = self.model  # torch's stubs know no load_weights
+        loaded = model.load_weights(zip(names, tensors, strict=True))
+        if loaded is None:
+            raise RuntimeError(f"{type(self.model).__name__} does not say which weights it loaded")
+        self._load_aliases(dict(zip(names, tensors, strict=True)))
+        self._received.update(names)
+        self._loaded |= loaded
+
+    def finish_weight_update(self) -> None:
+        missing = self._missing()
+        if missing:
+            self._failed = f"{len(missing)} parameters without weights"
+            raise ValueError(
+                f"{len(missing)} parameters were not, or not wholly, among the {len(self._received)} "
+                f"tensors of this update: {', '.join(missing[:8])}"
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._failed = None
+
+    def shutdown(self) -> None:
+        self._groups = []
+
+    @property
+    def _worker(self) -> int:
+        """Index of this worker among those of all servers."""
+        assert self._init is not None
+        parallel = self.parallel_config
+        return self._init.first_worker + parallel.data_parallel_index * parallel.world_size + parallel.rank
+
+    def _receive(self, update: UpdateInfo, infos: Sequence[TensorInfo]) -> list[Tensor]:
+        assert self._init is not None
+        if self._init.transport == "file":
+            if update.path is None or self._init.folder is None:
+                raise ValueError("the update names no file, or the initialisation no folder")
+            return read_bucket_file(Path(update.path), Path(self._init.folder), infos, self.device)
+        if self._init.transport == "ipc":
+            if update.handles is None:
+                raise ValueError("the update brings no CUDA IPC handles")
+            buffer = import_cuda_buffer(update.handles[self._worker], flat_size(infos), self.device)
+        else:
+            buffer = torch.empty(flat_size(infos), dtype=torch.uint8, device=self.device)
+            self._groups[update.source].broadcast(buffer, timeout_s=self._init.timeout_s)
+        return unflatten(infos, buffer)
+
+    def _load_aliases(self, tensors: dict[str, Tensor]) -> None:
+        """Loads a tied lm_head as well. vLLM leaves it to the embedding, but on a CPU it has a packed copy of its own,
+        which without this would keep the old weights, silently."""
+        for alias, name in self._aliases.items():
+            if name in tensors:
+                parameter: Any = self.model.get_parameter(alias)
+                parameter.weight_loader(parameter, tensors[name])
+
+    def _missing(self) -> list[str]:
+        """Parameters that no tensor of this update filled, and layers that are only partly filled.
+
+        vLLM names a fused parameter as loaded when one of its parts was, hence the second look: elements counted by
+        the layer-wise loader. Vocabulary padding is never loaded, so embeddings (one tensor each) are left out of it.
+        """
+        missing = {
+            name
+            for name, _ in self.model.named_parameters()
+            if self._aliases.get(name, name) not in self._loaded and name not in self._loaded
+        }
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if (
+                not isinstance(layer, VocabParallelEmbedding)
+                and info.load_numel_total is not None
+                and 0 < info.load_numel < info.load_numel_total
+            ):
+                missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+        return sorted(missing)
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, str]:
+    """Second names of parameters (a tied lm_head), with the first. Later they look like parameters of their own."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }

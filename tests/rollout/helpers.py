@@ -1,0 +1,82 @@
+"""A tiny random policy, requests for it, and what Transformers says of its rollouts."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_chord.records import Rollout
+from megatron_chord.rollout.client import RolloutClient, SampleRequest
+from megatron_chord.rollout.server import RolloutServer
+
+START_S = 180.0
+VOCAB = 300
+
+
+def make_model(seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
+    """Random weights, large enough that two models disagree by whole units of log-prob."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        eos_token_id=1,
+    )
+    model = Qwen2ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    return model
+
+
+def weights_of(model: Qwen2ForCausalLM) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of each parameter; no lm_head where it is tied."""
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -> list[SampleRequest]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        SampleRequest(
+            prompt_ids=tuple(torch.randint(3, VOCAB, (5 + 40 * i,), generator=generator).tolist()),
+            num_samples=4,
+            seed=seed + i,
+            temperature=temperature,
+            max_tokens=24,
+            stop_token_ids=(1, 2),
+        )
+        for i in range(num_prompts)
+    ]
+
+
+@torch.no_grad()
+def expected_logprobs(model: Qwen2ForCausalLM, request: SampleRequest, rollout: Rollout) -> torch.Tensor:
+    """Of the rollout's tokens, by Transformers."""
+    ids = torch.tensor([request.prompt_ids + rollout.token_ids])
+    logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
+    logprobs = torch.log_softmax(logits / (request.temperature or 1.0), dim=-1)
+    return logprobs.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+
+
+def largest_gap(
+    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+) -> float:
+    """Largest |vLLM - Transformers| log-prob over all sampled tokens."""
+    return max(
+        float(
+            (torch.tensor(rollout.logprobs).double() - expected_logprobs(model, request, rollout)).abs().max()
+        )
+        for request, rollouts in zip(asked, replies, strict=True)
+        for rollout in rollouts
+    )
+
+
+def client_of(server: RolloutServer) -> RolloutClient:
+    return RolloutClient(server.url, server.api_key)

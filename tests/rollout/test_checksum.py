@@ -1,0 +1,103 @@
+"""Every kind of damage that a transfer can do changes the checksum; how the tensor is stored does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_chord.rollout import checksum as module
+from megatron_chord.rollout.checksum import checksum, checksums, fingerprint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+def plain_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """Word by word with Python's integers."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    words = np.frombuffer(data + b"\0" * (-len(data) % 8), dtype=np.int64).tolist()
+    plain = weighted = 0
+    for position, word in enumerate(words, start=1):
+        mixed = signed(word * 0x9E3779B97F4A7C15)
+        mixed ^= mixed >> 32
+        plain += mixed
+        weighted += mixed * position
+    return signed(plain), signed(weighted)
+
+
+def signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).mul(50).abs().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (3, 5), (64, 33)])
+def test_equals_the_plain_definition(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = random_tensor(dtype, *shape)
+    assert checksum(tensor) == plain_checksum(tensor)
+
+
+def test_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = random_tensor(torch.float32, 1001, 7)
+    whole = checksum(tensor)
+    monkeypatch.setitem(module._WORDS_PER_CHUNK, "cpu", 13)
+    assert checksum(tensor) == whole
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_of_the_content_not_of_the_storage(dtype: torch.dtype) -> None:
+    tensor = random_tensor(dtype, 9, 11)
+    for view in (tensor.t(), tensor[1:, 3], tensor[2:5], tensor.reshape(-1)[1:]):
+        assert checksum(view) == checksum(view.clone(memory_format=torch.contiguous_format))
+    assert checksums([tensor, tensor[1:]]) == [checksum(tensor), checksum(tensor[1:])]
+
+
+def test_every_flipped_bit_changes_it() -> None:
+    tensor = random_tensor(torch.bfloat16, 5, 7)
+    original = checksum(tensor)
+    data = tensor.view(torch.uint8)
+    for byte in range(data.numel()):
+        for bit in range(8):
+            data.view(-1)[byte] ^= 1 << bit
+            assert checksum(tensor) != original
+            data.view(-1)[byte] ^= 1 << bit
+    assert checksum(tensor) == original
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 17), (3, 64), (5, 127)])
+def test_two_flipped_signs_do_not_cancel(first: int, second: int) -> None:
+    """Nor two values of opposite sign that changed places: the case that a plain weighted sum misses."""
+    tensor = torch.ones(256)
+    damaged = tensor.clone()
+    damaged[[2 * first + 1, 2 * second + 1]] *= -1
+    assert checksum(damaged) != checksum(tensor)
+    tensor[2 * first + 1] = -1
+    damaged = tensor.clone()
+    damaged[[2 * first + 1, 2 * second + 1]] = damaged[[2 * second + 1, 2 * first + 1]]
+    assert checksum(damaged) != checksum(tensor)
+
+
+def test_order_and_extent_matter() -> None:
+    tensor = random_tensor(torch.float32, 8, 6)
+    damaged = [
+        tensor.flip(0),
+        tensor[torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])],
+        tensor.roll(1),
+        tensor.t(),
+        torch.cat([tensor[:-1], torch.zeros(1, 6)]),
+        torch.cat([tensor[:-1], tensor[:1]]),
+    ]
+    assert len({checksum(tensor), *map(checksum, damaged)}) == len(damaged) + 1
+
+
+def test_fingerprint_holds_name_dtype_and_shape() -> None:
+    zeros = torch.zeros(4, 6)
+    others = [("b", zeros), ("a", zeros.view(6, 4)), ("a", torch.zeros(8, 6, dtype=torch.bfloat16))]
+    assert fingerprint("a", zeros) == fingerprint("a", zeros.clone())
+    assert fingerprint("a", zeros) not in [fingerprint(name, tensor) for name, tensor in others]
+    assert fingerprint("a", torch.zeros(1)) != fingerprint("a", torch.zeros(2))

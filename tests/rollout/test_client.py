@@ -1,0 +1,260 @@
+"""A server's answers that must never become data: each scripted answer comes from a real HTTP server."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights
+
+KEY = "the key"
+REQUEST = SampleRequest(
+    prompt_ids=(5, 6), num_samples=2, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
+)
+
+
+def choice(index: int, token_ids: list[int], reason: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "token_ids": token_ids,
+        "finish_reason": reason,
+        "stop_reason": None,
+        "logprobs": {"content": [{"token_id": token, "logprob": -0.5 * token} for token in token_ids]},
+        "weight_versions": [{"version": "7", "start": 0, "end": len(token_ids)}],
+    }
+
+
+GOOD: dict[str, Any] = {
+    "prompt_token_ids": [5, 6],
+    "choices": [choice(1, [4, 5, 6], "length"), choice(0, [9, 2], "stop")],
+}
+
+
+class Script:
+    """Answers in the order given, the last one again and again: (status, body), or None to hang up."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, Any] | None] = []
+        self.received: list[dict[str, Any]] = []
+        self.delay_s = 0.0
+
+    def next(self, body: dict[str, Any]) -> tuple[int, Any] | None:
+        self.received.append(body)
+        time.sleep(self.delay_s)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def client(script: Script) -> Iterator[RolloutClient]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers["Authorization"] != f"Bearer {KEY}":
+                answer: tuple[int, Any] | None = (401, {"error": "Unauthorized"})
+            else:
+                answer = script.next(json.loads(body or b"{}"))
+            if answer is None:
+                self.connection.close()
+                return
+            status, content = answer
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    client = RolloutClient(f"http://127.0.0.1:{server.server_port}", KEY)
+    yield client
+    client.close()
+    server.shutdown()
+    server.server_close()
+
+
+def broken(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    reply = copy.deepcopy(GOOD)
+    change(reply)
+    return reply
+
+
+def first(reply: dict[str, Any]) -> dict[str, Any]:
+    return reply["choices"][0]
+
+
+MALFORMED = {
+    "no choices": broken(lambda r: r.update(choices=[])),
+    "choices missing": broken(lambda r: r.pop("choices")),
+    "a sample too few": broken(lambda r: r["choices"].pop()),
+    "the same sample twice": broken(lambda r: first(r).update(index=0)),
+    "another prompt": broken(lambda r: r.update(prompt_token_ids=[5, 7])),
+    "no log-probs": broken(lambda r: first(r).update(logprobs=None)),
+    "log-prob content missing": broken(lambda r: first(r)["logprobs"].update(content=None)),
+    "a log-prob too few": broken(lambda r: first(r)["logprobs"]["content"].pop()),
+    "log-probs of other tokens": broken(lambda r: first(r)["logprobs"]["content"][1].update(token_id=9)),
+    "a log-prob that vLLM could not compute": broken(
+        lambda r: first(r)["logprobs"]["content"][1].update(logprob=-9999.0)
+    ),
+    "a log-prob that is not a number": broken(
+        lambda r: first(r)["logprobs"]["content"][1].update(logprob=float("nan"))
+    ),
+    "a positive log-prob": broken(lambda r: first(r)["logprobs"]["content"][1].update(logprob=0.5)),
+    "a log-prob that is text": broken(lambda r: first(r)["logprobs"]["content"][1].update(logprob="x")),
+    "no tokens": broken(lambda r: r["choices"].__setitem__(0, choice(1, [], "length"))),
+    "too many tokens": broken(lambda r: r["choices"].__setitem__(0, choice(1, [4, 4, 4, 4], "length"))),
+    "stopped without a stop token": broken(lambda r: first(r).update(finish_reason="stop")),
+    "a stop token that did not stop": broken(
+        lambda r: r["choices"].__setitem__(0, choice(1, [4, 2], "length"))
+    ),
+    "an unknown finish reason": broken(lambda r: first(r).update(finish_reason="tool_calls")),
+    "no versions": broken(lambda r: first(r).update(weight_versions=None)),
+    "versions of too few tokens": broken(lambda r: first(r)["weight_versions"][0].update(end=2)),
+    "empty versions": broken(lambda r: first(r).update(weight_versions=[])),
+    "a list": [],
+    "not JSON": b"<html>",
+    "nothing": b"",
+}
+
+
+def test_a_good_reply(client: RolloutClient, script: Script) -> None:
+    script.answers = [(200, GOOD)]
+    done: list[int] = []
+    replies = client.generate([REQUEST, REQUEST], version=7, deadline_s=10, on_done=done.append)
+    assert done == [1, 2]
+    assert len(replies) == 2
+    stopped, cut = replies[0]
+    assert (stopped.token_ids, stopped.finish_reason) == ((9, 2), "stop")
+    assert (cut.token_ids, cut.logprobs, cut.weight_version) == ((4, 5, 6), (-2.0, -2.5, -3.0), 7)
+    sent = script.received[0]
+    assert sent["token_ids"] == [5, 6]
+    assert sent["sampling_params"]["n"] == 2
+    assert sent["sampling_params"]["stop_token_ids"] == [2]
+
+
+def test_seeds_of_neighbouring_requests_are_far_apart(client: RolloutClient, script: Script) -> None:
+    """vLLM gives the j-th of n samples the seed plus j."""
+    script.answers = [(200, GOOD)]
+    client.generate([replace(REQUEST, seed=seed) for seed in range(50)], version=7, deadline_s=10)
+    seeds = sorted(body["sampling_params"]["seed"] for body in script.received)
+    assert min(b - a for a, b in itertools.pairwise(seeds)) > 1_000_000
+    assert seeds[0] >= 0
+    assert seeds[-1] < 2**62
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_reply_is_an_error_and_is_not_asked_again(
+    client: RolloutClient, script: Script, what: str
+) -> None:
+    script.answers = [(200, MALFORMED[what])]
+    with pytest.raises(RolloutError, match=client.url) as caught:
+        client.generate([REQUEST], version=7, deadline_s=10)
+    assert not isinstance(caught.value, StaleWeights)
+    assert len(script.received) == 1
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [{"version": "6", "start": 0, "end": 3}],
+        [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}],
+        [{"version": "default", "start": 0, "end": 3}],
+    ],
+)
+def test_stale_weights(client: RolloutClient, script: Script, spans: list[dict[str, Any]]) -> None:
+    script.answers = [(200, broken(lambda r: first(r).update(weight_versions=spans)))]
+    with pytest.raises(StaleWeights, match="not 7"):
+        client.generate([REQUEST], version=7, deadline_s=10)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        None,
+        (500, {"error": "EngineCore encountered an issue"}),
+        (503, {"error": "paused"}),
+        (200, broken(lambda r: first(r).update(finish_reason="abort"))),
+    ],
+)
+def test_a_transient_failure_is_tried_again_but_not_for_ever(
+    client: RolloutClient, script: Script, failure: tuple[int, Any] | None
+) -> None:
+    script.answers = [failure, failure, (200, GOOD)]
+    assert len(client.generate([REQUEST], version=7, deadline_s=10)[0]) == 2
+    script.answers = [failure]
+    script.received.clear()
+    with pytest.raises(RolloutError, match="after 3 attempts"):
+        client.generate([REQUEST], version=7, deadline_s=10)
+    assert len(script.received) == 3
+
+
+def test_a_refused_request_says_why_and_is_not_tried_again(client: RolloutClient, script: Script) -> None:
+    script.answers = [(400, {"error": {"message": "the prompt is too long"}})]
+    with pytest.raises(RolloutError, match=r"HTTP 400.*the prompt is too long"):
+        client.generate([REQUEST], version=7, deadline_s=10)
+    assert len(script.received) == 1
+
+
+def test_the_deadline_holds_for_all_requests_together(client: RolloutClient, script: Script) -> None:
+    script.answers = [(200, GOOD)]
+    script.delay_s = 1.0
+    begun = time.monotonic()
+    with pytest.raises(RolloutError, match="0 of 3 requests finished within 0 s"):
+        client.generate([REQUEST] * 3, version=7, deadline_s=0.2)
+    assert time.monotonic() - begun < 0.9
+
+
+def test_nobody_listens() -> None:
+    client = RolloutClient("http://127.0.0.1:9", KEY)
+    begun = time.monotonic()
+    with pytest.raises(RolloutError, match=r"http://127.0.0.1:9/.*ConnectError"):
+        client.generate([REQUEST], version=7, deadline_s=30)
+    with pytest.raises(RolloutError, match="ConnectError"):
+        client.weight_version()
+    assert not client.health()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_wrong_key_is_an_error(client: RolloutClient, script: Script) -> None:
+    with pytest.raises(RolloutError, match="HTTP 401"):
+        RolloutClient(client.url, "another key").generate([REQUEST], version=7, deadline_s=5)
+    assert script.received == []
+
+
+def test_control_requests_are_sent_once(client: RolloutClient, script: Script) -> None:
+    script.answers = [(500, {"error": "no"})]
+    with pytest.raises(RolloutError, match=r"POST .*/pause: HTTP 500"):
+        client.pause()
+    assert len(script.received) == 1
+    script.answers = [(200, {"weight_version": "default"}), (200, {"weight_version": "12"}), (200, {})]
+    assert client.weight_version() is None
+    assert client.weight_version() == 12
+    with pytest.raises(RolloutError, match="malformed"):
+        client.weight_version()
+
+
+def test_greedy_samples_are_asked_for_once(client: RolloutClient, script: Script) -> None:
+    """vLLM refuses n > 1 at temperature 0."""
+    script.answers = [(200, broken(lambda r: r["choices"].pop(0)))]
+    (rollouts,) = client.generate([replace(REQUEST, temperature=0.0)], version=7, deadline_s=5)
+    assert script.received[0]["sampling_params"]["n"] == 1
+    assert [rollout.token_ids for rollout in rollouts] == [(9, 2), (9, 2)]

@@ -1,0 +1,159 @@
+"""A server that does not start says why, and none outlives the process that started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from megatron_chord.rollout.server import (
+    ServerError,
+    ServerSettings,
+    _environment,
+    _session_processes,
+    start_server,
+)
+from tests.rollout.helpers import START_S, make_model
+
+SETTINGS = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
+TRAINER = textwrap.dedent(
+    """
+    import json, sys, time
+    from pathlib import Path
+    from megatron_chord.rollout.server import ServerSettings, start_server
+
+    model, log, ready = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "ready"
+    settings = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
+    server = start_server(model, settings, log=log)
+    if ready:
+        server.wait_until_ready(180)
+    print(json.dumps({"pid": server.pid, "url": server.url}), flush=True)
+    time.sleep(600)
+    """
+)
+
+
+def start_trainer(model: Path, log: Path, wait_for: str) -> tuple[subprocess.Popen[str], dict]:
+    """A process that starts a server; returns when the server has been started ("started") or answers ("ready")."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(model), str(log), wait_for],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert trainer.stdout is not None
+    return trainer, json.loads(trainer.stdout.readline())
+
+
+def wait_until_gone(session: int, deadline_s: float) -> list[int]:
+    end = time.monotonic() + deadline_s
+    while (left := _session_processes(session)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def kill_session(session: int) -> None:
+    for pid in _session_processes(session):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_no_server_survives_a_killed_trainer(model_folder: Path, tmp_path: Path) -> None:
+    trainer, server = start_trainer(model_folder, tmp_path / "log", "ready")
+    try:
+        assert len(_session_processes(server["pid"])) >= 2
+        assert httpx.get(server["url"] + "/pause").status_code == 401
+        trainer.kill()
+        trainer.wait()
+        assert wait_until_gone(server["pid"], deadline_s=5) == []
+    finally:
+        trainer.kill()
+        trainer.wait()
+        kill_session(server["pid"])
+
+
+def test_no_server_survives_a_trainer_killed_while_it_starts(model_folder: Path, tmp_path: Path) -> None:
+    trainer, server = start_trainer(model_folder, tmp_path / "log", "started")
+    try:
+        trainer.kill()
+        trainer.wait()
+        # Python imports vLLM for some seconds before anything of ours runs.
+        assert wait_until_gone(server["pid"], deadline_s=90) == []
+    finally:
+        kill_session(server["pid"])
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no readable config\.json in the model folder .*nowhere"):
+        start_server(tmp_path / "nowhere", SETTINGS, log=tmp_path / "log")
+
+
+def test_a_server_that_exits_while_starting_shows_its_log(tmp_path: Path) -> None:
+    model = make_model(seed=0)
+    model.config.save_pretrained(tmp_path)  # a config without weights
+    log = tmp_path / "vllm.log"
+    with start_server(tmp_path, SETTINGS, log=log) as server:
+        assert not server.alive()
+        with pytest.raises(ServerError, match="exited with code 1 while starting") as caught:
+            server.wait_until_ready(START_S)
+        assert str(log) in str(caught.value)
+        assert "Cannot find any model weights" in str(caught.value)
+        assert not server.alive()
+    assert _session_processes(server.pid) == []
+
+
+def test_a_server_that_takes_too_long(model_folder: Path, tmp_path: Path) -> None:
+    server = start_server(model_folder, SETTINGS, log=tmp_path / "log")
+    with pytest.raises(ServerError, match="was not ready after 0 s"):
+        server.wait_until_ready(0.3)
+    server.stop()
+    assert _session_processes(server.pid) == []
+    server.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU build")
+def test_heads_that_the_cpu_build_cannot_run_are_refused(tmp_path: Path) -> None:
+    model = make_model(seed=0)
+    model.config.num_attention_heads = 4
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="have 16 channels"):
+        start_server(tmp_path, SETTINGS, log=tmp_path / "log")
+
+
+def test_only_the_main_thread_may_start_one(model_folder: Path, tmp_path: Path) -> None:
+    """The kernel kills the server when the thread that started it ends."""
+    caught: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            start_server(model_folder, SETTINGS, log=tmp_path / "log")
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(caught[0])
+
+
+def test_the_launcher_s_variables_do_not_reach_the_server() -> None:
+    inherited = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "a",
+        "TORCHELASTIC_RUN_ID": "x",
+        "PATH": "/bin",
+    }
+    environment = _environment(inherited, "the key")
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert environment["PATH"] == "/bin"
+    assert environment["VLLM_API_KEY"] == "the key"

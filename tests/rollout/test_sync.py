@@ -1,0 +1,270 @@
+"""Weights reach a real vLLM server exactly, or the push fails on every rank and the server is not used again.
+
+The reference is Transformers on the same weights: random models whose log-probs differ by whole units.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_chord.records import Rollout
+from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.server import RolloutServer
+from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
+from megatron_chord.rollout.transports import FileTransport
+from tests.rollout import rank_program
+from tests.rollout.conftest import Servers
+from tests.rollout.helpers import client_of, largest_gap, make_model, requests, weights_of
+from tests.support.ranks import run_ranks
+
+TOLERANCE = 1e-4
+DEADLINE_S = 60.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def make_sync(client: RolloutClient, transport: TransportName, folder: Path = SHARED_MEMORY) -> WeightSync:
+    return WeightSync(
+        [client],
+        SyncSettings(
+            transport=transport,
+            timeout_s=DEADLINE_S,
+            folder=folder,
+            bucket_bytes=60_000,  # several buckets, some of which end in the middle of a layer
+        ),
+        exporters=[0],
+        group=None,
+        device=torch.device("cuda" if torch.cuda.is_available() and transport != "file" else "cpu"),
+    )
+
+
+@pytest.fixture
+def server(servers: Servers) -> RolloutServer:
+    return servers.healthy()
+
+
+@pytest.fixture
+def client(server: RolloutServer) -> Iterator[RolloutClient]:
+    client = client_of(server)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def pushed(client: RolloutClient) -> int:
+    """A version that the server holds, of the model with seed 0."""
+    version = 1000
+    sync = make_sync(client, "file")
+    sync.push(weights_of(make_model(0)), version)
+    sync.close()
+    return version
+
+
+def test_nothing_is_sampled_by_weights_that_were_never_pushed(
+    server: RolloutServer, client: RolloutClient
+) -> None:
+    assert client.weight_version() is None
+    with pytest.raises(StaleWeights, match="default, not 0"):
+        client.generate(requests(), version=0, deadline_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    "transport",
+    ["file", pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo"))],
+)
+def test_logprobs_equal_those_of_transformers_after_every_push(
+    client: RolloutClient, transport: TransportName
+) -> None:
+    with_temperature = [request for t in (1.0, 0.7, 0.0) for request in requests(3, temperature=t)]
+    sync = make_sync(client, transport)
+    try:
+        for version in (0, 1, 10):
+            for intermediate in range(max(version - 8, 0), version):
+                sync.push(weights_of(make_model(100 + intermediate)), intermediate)
+            model = make_model(version)
+            report = sync.push(weights_of(model), version)
+            assert report.num_bytes == sum(tensor.nbytes for _, tensor in weights_of(model))
+            assert client.weight_version() == version
+            replies = client.generate(with_temperature, version=version, deadline_s=DEADLINE_S)
+            assert largest_gap(model, with_temperature, replies) < TOLERANCE
+            # The bound means something: other weights, or another temperature, are far off.
+            assert largest_gap(make_model(version + 1), with_temperature, replies) > 1
+            forgotten = [replace(request, temperature=1.0) for request in requests(3, temperature=0.7)]
+            assert largest_gap(model, forgotten, replies[3:6]) > 0.1
+    finally:
+        sync.close()
+
+
+def test_scores_equal_those_of_transformers(client: RolloutClient, pushed: int) -> None:
+    (request,) = requests(1)
+    (rollouts,) = client.generate([request], version=pushed, deadline_s=DEADLINE_S)
+    ids = request.prompt_ids + rollouts[0].token_ids
+    with torch.no_grad():
+        logits = make_model(0)(torch.tensor([ids])).logits[0, :-1].double()
+    expected = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    scores = torch.tensor(client.score(ids, version=pushed)).double()
+    torch.testing.assert_close(scores, expected, atol=TOLERANCE, rtol=0)
+    with pytest.raises(StaleWeights):
+        client.score(ids, version=pushed + 1)
+
+
+def test_the_same_seeds_sample_the_same_tokens(client: RolloutClient, pushed: int) -> None:
+    asked = requests()
+    first = client.generate(asked, version=pushed, deadline_s=DEADLINE_S)
+    assert tokens(client.generate(asked[::-1], version=pushed, deadline_s=DEADLINE_S)[::-1]) == tokens(first)
+    other = [replace(request, seed=request.seed + 77) for request in asked]
+    assert tokens(client.generate(other, version=pushed, deadline_s=DEADLINE_S)) != tokens(first)
+    assert all(len({rollout.token_ids for rollout in rollouts}) == len(rollouts) for rollouts in first)
+
+
+def tokens(replies: list[tuple[Rollout, ...]]) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in rollouts] for rollouts in replies]
+
+
+def test_a_stop_token_ends_a_sample_and_belongs_to_it(client: RolloutClient, pushed: int) -> None:
+    asked = [replace(request, stop_token_ids=tuple(range(0, 300, 10))) for request in requests()]
+    rollouts = [r for reply in client.generate(asked, version=pushed, deadline_s=DEADLINE_S) for r in reply]
+    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    assert stopped
+    assert all(rollout.token_ids[-1] % 10 == 0 for rollout in stopped)
+    assert all(token % 10 for rollout in rollouts for token in rollout.token_ids[:-1])
+
+
+def test_stale_weights_are_noticed(client: RolloutClient, pushed: int) -> None:
+    with pytest.raises(StaleWeights, match=f"version {pushed}, not {pushed + 1}"):
+        client.generate(requests(), version=pushed + 1, deadline_s=DEADLINE_S)
+
+
+def test_an_aborted_sample_is_sampled_again(client: RolloutClient, pushed: int) -> None:
+    asked = [replace(request, max_tokens=200) for request in requests()]
+    undisturbed = client.generate(asked, version=pushed, deadline_s=DEADLINE_S)
+    disturbed: list[list[tuple[Rollout, ...]]] = []
+    thread = threading.Thread(
+        target=lambda: disturbed.append(client.generate(asked, version=pushed, deadline_s=DEADLINE_S))
+    )
+    thread.start()
+    time.sleep(0.2)
+    client.pause(mode="abort")
+    client.resume()
+    thread.join()
+    assert tokens(disturbed[0]) == tokens(undisturbed)
+
+
+def test_a_deadline_while_the_server_is_paused(client: RolloutClient, pushed: int) -> None:
+    client.pause()
+    with pytest.raises(RolloutError, match="0 of 4 requests finished within 1 s"):
+        client.generate(requests(), version=pushed, deadline_s=1.0)
+    client.resume()
+    assert len(client.generate(requests(), version=pushed, deadline_s=DEADLINE_S)) == 4
+
+
+def test_a_private_folder_is_left_empty_and_then_removed(client: RolloutClient, tmp_path: Path) -> None:
+    sync = make_sync(client, "file", folder=tmp_path)
+    sync.push(weights_of(make_model(0)), 5)
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.iterdir()) == []
+    sync.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks without a GPU")
+def test_several_exporters_and_one_that_fails(servers: Servers) -> None:
+    server = servers.to_be_broken()
+    results = run_ranks(rank_program.main, 3, server.url, server.api_key, timeout_s=120)
+    num_bytes = sum(tensor.nbytes for _, tensor in weights_of(make_model(0)))
+    assert [result.num_bytes for result in results] == [num_bytes] * 3
+    assert set(results[0].gaps) == {"file", "broadcast"}
+    assert all(gap < TOLERANCE for gap in results[0].gaps.values())
+    for result in results:
+        assert result.failure == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"
+        assert result.failure_s < 15
+
+
+def test_a_killed_server_is_noticed_at_once(servers: Servers) -> None:
+    server = servers.running()
+    begun = time.monotonic()
+    os.kill(server.pid, signal.SIGKILL)
+    with pytest.raises(RolloutError):
+        client_of(server).generate(requests(), version=0, deadline_s=DEADLINE_S)
+    assert time.monotonic() - begun < 5
+    assert not server.alive()
+    while server.processes() and time.monotonic() - begun < 5:
+        time.sleep(0.05)
+    assert server.processes() == []
+
+
+def test_a_damaged_bucket_fails_the_push_and_a_new_server_serves_again(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = servers.to_be_broken()
+    sync = make_sync(client_of(old), "file")
+    model = make_model(3)
+    publish = FileTransport.publish
+
+    def publish_damaged(transport, bucket, infos):
+        fields = publish(transport, bucket, infos)
+        if any("layers.1.mlp.up_proj" in name for name, _ in bucket):
+            with open(fields["path"], "r+b") as file:
+                file.seek(-100, os.SEEK_END)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 4]))
+        return fields
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileTransport, "publish", publish_damaged)
+        with pytest.raises(SyncError, match=r"1 of \d tensors arrived damaged"):
+            sync.push(weights_of(model), 0)
+    assert sync._folder is not None
+    assert list(sync._folder.iterdir()) == []
+    # Half of the layers are new: this server must not be used, and says so.
+    with pytest.raises(SyncError, match=r"earlier weight update failed .*restart the server"):
+        sync.push(weights_of(model), 1)
+
+    # vLLM's CPU build keeps a packed copy of a tied lm_head, which must follow the embedding.
+    new = client_of(servers.healthy(tied=True))
+    sync.reconnect([new])
+    for version in (2, 3):
+        tied = make_model(version, tied=True)
+        sync.push(weights_of(tied), version)
+        asked = requests()
+        replies = new.generate(asked, version=version, deadline_s=DEADLINE_S)
+        assert largest_gap(tied, asked, replies) < TOLERANCE
+    sync.close()
+
+
+def test_a_missing_part_of_a_fused_parameter_fails_the_push(servers: Servers) -> None:
+    """vLLM itself counts qkv_proj as loaded as soon as one of the three is, and only logs a layer without any."""
+    left_out = ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
+    sync = make_sync(client_of(servers.healthy(tied=True)), "file")
+    tensors = [item for item in weights_of(make_model(0, tied=True)) if item[0] not in left_out]
+    with pytest.raises(
+        SyncError, match=r"2 parameters .*: model\.layers\.1\.self_attn\.qkv_proj .*, model\.norm"
+    ):
+        sync.push(tensors, 0)
+    sync.close()
+
+
+def test_a_killed_engine_is_noticed_at_once(servers: Servers) -> None:
+    server = servers.running()
+    client = client_of(server)
+    (engine,) = [
+        pid for pid in server.processes() if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    begun = time.monotonic()
+    os.kill(engine, signal.SIGKILL)
+    with pytest.raises(RolloutError):
+        client.generate(requests(), version=0, deadline_s=DEADLINE_S)
+    assert time.monotonic() - begun < 5
+    while server.alive() and time.monotonic() - begun < 10:
+        time.sleep(0.05)
+    assert not server.alive()
