@@ -179,12 +179,34 @@ def load_template(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; model.path must be a local Hugging Face folder")
-    from transformers import AutoTokenizer  # here: it takes seconds, and reading rows does not need it
+    # Imported here: it takes seconds, and reading rows does not need it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # The folder's own tokenizer file is the truth. AutoTokenizer goes by the model type instead, and gives a Qwen2
+    # model with a SentencePiece tokenizer Qwen's byte-level one: other ids, without a warning.
+    has_file = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    loader = PreTrainedTokenizerFast if has_file else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _check_sentencepiece(tokenizer, folder)
+        return tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
+
+
+def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ValueError when a folder with nothing but a SentencePiece model is not read as SentencePiece reads it."""
+    model = folder / "tokenizer.model"
+    if not model.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in ("What is 12 + 7?", "two  spaces,\na line. #### 19"):
+        expected, ids = pieces.encode(text), tokenizer.encode(text, add_special_tokens=False)
+        if ids != expected:
+            raise ValueError(
+                f"transformers reads tokenizer.model otherwise than SentencePiece does: {text!r} becomes {ids}, "
+                f"not {expected}; train it with add_dummy_prefix=False, or add a tokenizer.json"
+            )
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path | None) -> tuple[str, str]:

@@ -48,7 +48,7 @@ def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nothing but tokenizer.model and config.json, as some checkpoints are."""
+    """Nothing but tokenizer.model and config.json, of a model type that transformers ties to another tokenizer."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -63,7 +63,7 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 200}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 200}))
     return folder
 
 

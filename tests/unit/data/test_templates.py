@@ -212,6 +212,8 @@ def test_code_of_a_model_folder_is_not_run(chatml_folder: Path, tmp_path: Path) 
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    load_template(folder)  # by its tokenizer.json
+    (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_template(folder)
     assert not canary.exists()
