@@ -226,10 +226,11 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[in
     control = added | set(tokenizer.all_special_ids)
     model = folder / "tokenizer.model"
     if model.is_file() and not (folder / "tokenizer.json").is_file():
-        # transformers takes all user-defined pieces of such a model for control tokens, "\n" among them.
+        # transformers takes all user-defined pieces of such a model for control tokens, "\n" among them. Only those
+        # that the tokenizer's configuration gives a role (end, padding) are.
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         text = {i for i in control if i < len(pieces) and not (pieces.is_control(i) or pieces.is_unknown(i))}
-        control -= text
+        control -= text - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     return {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(control)}
 
 

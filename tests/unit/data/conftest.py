@@ -59,7 +59,7 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add_dummy_prefix=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=["\n", "[", "]"],
+        user_defined_symbols=["\n", "[", "]", "<end>"],
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())

@@ -74,6 +74,21 @@ def test_sentencepiece_folder_gives_the_ids_of_sentencepiece(
     assert plain.decode([*reference.encode("4\n[6]"), reference.eos_id()]) == "4\n[6]"
 
 
+def test_user_defined_piece_with_a_role_is_no_text(
+    sentencepiece_folder: Path, plain: ChatTemplate, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sentencepiece_folder, folder)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<end>", "chat_template": plain.jinja.replace("</s>", "<end>")})
+    )
+    template = load_template(folder)
+    reference = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    (end,) = template.stop_token_ids
+    assert reference.id_to_piece(end) == "<end>"
+    assert template.decode([*reference.encode("4\n6"), end]) == "4\n6"
+
+
 @pytest.mark.parametrize("which", ["chatml", "plain"])
 @pytest.mark.parametrize(
     "content",
