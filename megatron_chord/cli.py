@@ -1,11 +1,13 @@
-"""The command line: train, check, doctor."""
+"""The command line: train, check, settings, doctor."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_chord import doctor
 
         return doctor.main()
+    if args.command == "settings":
+        from megatron_chord.settings import lines
+
+        print("\n".join(lines()))
+        return 0
     try:
         run = load_config(args.config, args.overrides)
     except ConfigError as error:
@@ -49,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
         )
+    commands.add_parser("settings", help="list every setting with its default and its meaning")
     commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
     return parser
 
@@ -57,11 +65,11 @@ def _check(run: RunConfig) -> int:
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:
-        shape = check_run(run)
+        shape = check_run(run, _world_size(run))
         data = load_data(run)
     except ValueError as error:
         return _refuse(str(error))
-    plan_lines(run, shape, int(os.environ.get("WORLD_SIZE", run.parallel.ranks)), print)
+    plan_lines(run, shape, _world_size(run), print)
     print("\n".join(data.reports))
     print(dump_config(run))
     return 0
@@ -71,22 +79,28 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
     from megatron_chord.train.setup import check_run
 
     try:
-        check_run(run)
+        check_run(run, _world_size(run))
     except ValueError as error:
         return _refuse(str(error))
     if "RANK" not in os.environ and run.parallel.ranks > 1:
         _launch(run.parallel.ranks)
     _end_with_launcher()
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    _quieten_libraries()
+    termination = _Termination()
+    signal.signal(signal.SIGTERM, termination.on_signal)
     from megatron_chord.train.loop import train
 
     try:
-        train(run, resume=args.resume, overwrite=args.overwrite)
+        train(run, resume=args.resume, overwrite=args.overwrite, check_stop=termination.check)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             _refuse(str(error))
         return 2
     return 0
+
+
+def _world_size(run: RunConfig) -> int:
+    return int(os.environ.get("WORLD_SIZE", run.parallel.ranks))
 
 
 def _launch(ranks: int) -> NoReturn:
@@ -107,9 +121,27 @@ def _end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave through the finally blocks, which stop the rollout server."""
-    raise SystemExit(128 + number)
+def _quieten_libraries() -> None:
+    """Remarks of Megatron-Core and torch that no user can act on, repeated by every rank."""
+    for module in ("megatron", r"torch\.distributed\.c10d_logger"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class _Termination:
+    """On a signal, leave through the finally blocks, which stop the rollout server."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+        self._code = 128 + number
+        raise SystemExit(self._code)
+
+    def check(self) -> None:
+        """Leave now if a signal has come: one that arrives inside a ``__del__`` is printed and forgotten by Python."""
+        if self._code is not None:
+            raise SystemExit(self._code)
 
 
 def _refuse(message: str) -> int:

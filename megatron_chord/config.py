@@ -35,7 +35,9 @@ class ModelConfig:
     """Parameters and activations; main weights, gradients and the log-prob reductions are fp32 either way."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: none, or every layer."""
-    megatron_overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
+    megatron_overrides: dict[str, int | float | bool | str] = field(
+        default_factory=dict[str, int | float | bool | str]
+    )
     """Fields of Megatron-Core's TransformerConfig to set by hand; unknown names are refused."""
 
 

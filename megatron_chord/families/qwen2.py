@@ -17,8 +17,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     hidden_size = require(config, "hidden_size")
     head_dim = config.get("head_dim") or hidden_size // num_heads
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rotary_base = rope.get("rope_theta", config.get("rope_theta"))
-    refuse(rotary_base is None, config, "no rope_theta")
+    rotary_base = rope["rope_theta"] if "rope_theta" in rope else require(config, "rope_theta")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refuse(rope_type != "default", config, f"RoPE scaling of type {rope_type!r} is not supported")
     refuse(config.get("hidden_act") != "silu", config, f"hidden_act {config.get('hidden_act')!r} is not silu")

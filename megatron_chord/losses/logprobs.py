@@ -54,8 +54,7 @@ def token_logprobs(
     Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, [3, T] sum), none in the backward pass.
     """
     chunk = chunk or chunk_tokens(weight.shape[0])
-    out = _TokenLogprobs.apply(hidden, weight, targets, first_row, 1.0 / temperature, group, chunk)
-    return out  # type: ignore[return-value]
+    return _TokenLogprobs.apply(hidden, weight, targets, first_row, 1.0 / temperature, group, chunk)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -107,8 +106,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs_T, grad_entropy_T = grads
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, here_T, lse_T, entropy_T = ctx.saved_tensors
         grad_hidden_TH = torch.zeros_like(hidden_TH)
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=ctx.dtype)

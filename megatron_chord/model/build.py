@@ -1,10 +1,10 @@
-"""ModelShape + settings -> TransformerConfig -> this rank's model chunks, empty; and their parameters by global name."""
+"""ModelShape + settings -> TransformerConfig -> this rank's empty model chunks; their parameters by global name."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,29 @@ from megatron_chord.weights.mapping import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ACTIVATIONS = {"silu": F.silu}
+_NOT_TO_OVERRIDE = {
+    "hidden_dropout": "dropout would make every ratio of the loss noise",
+    "attention_dropout": "dropout would make every ratio of the loss noise",
+    "calculate_per_token_loss": "it divides both branches of the loss by one count",
+    "variable_seq_lengths": "packed micro-batches differ in length",
+    "perform_initialization": "weights are always read from a checkpoint",
+    "overlap_p2p_comm": "it follows from parallel.virtual_pipeline",
+    "batch_p2p_comm": "it follows from parallel.virtual_pipeline",
+    "params_dtype": "model.dtype sets it",
+    "bf16": "model.dtype sets it",
+    "fp16": "model.dtype is fp32 or bf16",
+    "sequence_parallel": "parallel.sequence_parallel sets it",
+    **{
+        f"{axis}_parallel_size": f"parallel.{name} sets it"
+        for axis, name in {
+            "tensor_model": "tensor",
+            "pipeline_model": "pipeline",
+            "virtual_pipeline_model": "virtual_pipeline",
+            "context": "context",
+            "expert_model": "expert",
+        }.items()
+    },
+}
 
 
 def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
@@ -95,8 +118,9 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    _check_overrides(model.megatron_overrides, TransformerConfig)
-    return TransformerConfig(**(settings | model.megatron_overrides))
+    check_overrides(model.megatron_overrides)
+    merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
+    return TransformerConfig(**merged)
 
 
 def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
@@ -122,8 +146,20 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
             rotary_base=shape.rotary_base,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
+        _mark_cut_parameters(chunk, shape)
         chunks.append(chunk if config.use_cpu_initialization else chunk.cuda())
     return chunks
+
+
+def _mark_cut_parameters(chunk: Any, shape: ModelShape) -> None:
+    """Say which parameters every tensor-parallel rank has its own part of.
+
+    Megatron-Core 0.16.1 does so only where it initialises weights (tensor_parallel/layers.py:137, 170). Unmarked, all
+    but the first rank's parts are left out of the gradient norm, and clipping depends on the layout.
+    """
+    for name, parameter in global_parameters([chunk]).items():
+        if shape.weights.entry(name).rule.transform.axis is not None:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
@@ -139,8 +175,16 @@ def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
     return parameters
 
 
-def _check_overrides(overrides: dict[str, Any], config_class: type) -> None:
-    fields = [field.name for field in dataclasses.fields(config_class)]
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """ValueError for a name that is no field of Megatron's TransformerConfig, or one that must stay as it is."""
+    if not overrides:
+        return
+    for name in overrides:
+        if name in _NOT_TO_OVERRIDE:
+            raise ValueError(f"model.megatron_overrides: {name} cannot be set: {_NOT_TO_OVERRIDE[name]}")
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
     for name in overrides:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)

@@ -64,5 +64,8 @@ class PolicyModel(GPTModel):
     def output_weight(self) -> Tensor:
         """This rank's rows of the output embedding [W, H], padding rows included."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            shared = self.shared_embedding_or_output_weight()
+            assert shared is not None, "only the first and the last pipeline stage hold the embedding"
+            return shared
+        weight: Any = self.output_layer.weight
+        return weight

@@ -32,7 +32,7 @@ def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
 
     from megatron_chord.model.local_modules import PackedAttention, RMSNorm
 
-    layer = get_gpt_layer_local_spec(
+    layer: Any = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     parts = layer.submodules
@@ -44,4 +44,4 @@ def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
         parts.self_attention.submodules.k_layernorm = RMSNorm
     # Only a block spec lets us choose the final norm; a layer spec would get Megatron's.
     layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)  # type: ignore[arg-type]

@@ -142,12 +142,10 @@ def start(
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
     Raises:
-        ValueError: the axes do not divide the number of processes, or a combination that Megatron-Core computes
-            wrongly.
+        ValueError: the axes do not divide the number of processes.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    data = data_parallel_size(parallel, world_size)
-    check_layout(parallel, data)
+    rank, world_size = int(os.environ.get("RANK", 0)), world_size_of_environment()
+    data_parallel_size(parallel, world_size)
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -195,12 +193,11 @@ def build_groups(
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
-    def axis(group: dist.ProcessGroup) -> Axis:
+    def axis(group: Any) -> Axis:
         return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
 
     data = axis(parallel_state.get_data_parallel_group())
-    objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=coordinator_timeout_s))
-    assert objects is not None
+    objects: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=coordinator_timeout_s))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, data.rank, group=objects)
     return ParallelGroups(
@@ -216,6 +213,11 @@ def build_groups(
     )
 
 
+def world_size_of_environment() -> int:
+    """Processes of this run as torchrun or Slurm's launcher states them; 1 without either."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def stop() -> None:
     """Leave Megatron's groups and torch.distributed; harmless when never started."""
     if not dist.is_initialized():
@@ -224,15 +226,6 @@ def stop() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def check_layout(parallel: ParallelConfig, data_parallel: int) -> None:
-    """Refuse what Megatron-Core 0.16.1 builds without complaint and computes wrongly, or cannot build."""
-    if parallel.expert > 1 and (data_parallel * parallel.context * parallel.tensor) % parallel.expert:
-        raise ValueError(
-            f"parallel.expert {parallel.expert} does not divide the {data_parallel} data x {parallel.context} context x "
-            f"{parallel.tensor} tensor ranks that share the experts"
-        )
 
 
 def _free_port() -> int:

@@ -74,7 +74,8 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
         (folder / f".{LATEST}.tmp").replace(folder / LATEST)
         _sync_folder(folder)
         for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != target:  # newer ones may be there: damaged, and passed over by find
+                shutil.rmtree(old, ignore_errors=True)
 
     groups.from_coordinator(lambda: (finish(), None))
     return target
@@ -119,7 +120,7 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
         wanted = _sharded(state, is_loading=True)
         if not same_world:
             del wanted["rng"]
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
+        loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
         for index, chunk in enumerate(state.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
@@ -136,35 +137,38 @@ def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     groups = state.groups
+    metadata = dict(_METADATA)  # Megatron puts a process group into it
     model = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=_METADATA)
+        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(state.chunks)
     }
     # Megatron looks parameters up by the chunks' own dictionaries, or by the only one.
     flat = model if len(model) > 1 else model["model0"]
     return {
         **model,
-        "optimizer": state.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=_METADATA),
+        "optimizer": state.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=metadata),
         "rng": ShardedObject("rng", _rng_state(), (groups.world_size,), (groups.rank,)),
     }
 
 
 def _rng_state() -> dict[str, Any]:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    rng = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    rng = {"cpu": torch.get_rng_state(), "tracker": _rng_tracker().get_states()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     return rng
 
 
 def _restore_rng(rng: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     torch.set_rng_state(rng["cpu"])
-    get_cuda_rng_tracker().set_states(rng["tracker"])
+    _rng_tracker().set_states(rng["tracker"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _rng_tracker() -> Any:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,13 +46,21 @@ class _Parts:
     """On rank 0 only."""
 
 
-def train(run: RunConfig, *, resume: Resume = "never", overwrite: bool = False) -> None:
+def train(
+    run: RunConfig,
+    *,
+    resume: Resume = "never",
+    overwrite: bool = False,
+    check_stop: Callable[[], None] = lambda: None,
+) -> None:
     """Run ``run`` to its end on this rank; the same call on every rank of the world.
+
+    ``check_stop`` is called before every step and raises to end the run.
 
     Raises:
         ValueError: settings or data that will not do, before any work.
     """
-    shape = check_run(run)
+    shape = check_run(run, runtime.world_size_of_environment())
     groups = runtime.start(run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run))
     with ExitStack() as stack:
         stack.callback(runtime.stop)
@@ -75,6 +84,7 @@ def train(run: RunConfig, *, resume: Resume = "never", overwrite: bool = False) 
         if done == 0:
             _evaluate(parts, 0)
         for step in range(done, run.steps):
+            check_stop()
             _step(parts, step)
             if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
                 _evaluate(parts, step + 1)

@@ -72,7 +72,7 @@ class RunLog:
         self._progress.update(self._task, description=what)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row with a ``step``; numbers that are not finite are an error, not a line nobody can parse."""

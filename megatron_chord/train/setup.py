@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import RunConfig, data_parallel_size
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
 from megatron_chord.data.packing import Layout, make_layout
@@ -14,7 +14,7 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
-from megatron_chord.model.build import check_shape
+from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.records import Expert, Prompt
 from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.reader import HFReader
@@ -35,8 +35,8 @@ class RunData:
     """What became of each file's rows."""
 
 
-def check_run(run: RunConfig) -> ModelShape:
-    """Every rule that needs only the settings and the model folder's headers; takes milliseconds.
+def check_run(run: RunConfig, world_size: int) -> ModelShape:
+    """Every rule that needs only the settings, the number of processes and the model folder's headers.
 
     Raises:
         ValueError: with the rule that is broken.
@@ -44,6 +44,8 @@ def check_run(run: RunConfig) -> ModelShape:
     shape = read_shape(run.model.path)
     check_accounting(list(shape.weights.hf_names()), HFReader.of(run.model.path).names, str(run.model.path))
     check_shape(shape, run.parallel)
+    data_parallel_size(run.parallel, world_size)
+    check_overrides(run.model.megatron_overrides)
     longest = run.data.max_prompt_tokens + run.data.max_response_tokens
     if longest > shape.max_positions:
         raise ValueError(

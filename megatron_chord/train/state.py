@@ -56,6 +56,7 @@ def build_state(
         global_parameters(chunks),
         shape.weights,
         HFReader.of(model.path),
+        vocab_size=shape.vocab_size,
         tensor_rank=groups.tensor.rank,
         tensor_size=groups.tensor.size,
     )

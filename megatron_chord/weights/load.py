@@ -27,6 +27,7 @@ def load(
     weights: WeightMap,
     reader: HFReader,
     *,
+    vocab_size: int,
     tensor_rank: int,
     tensor_size: int,
 ) -> None:
@@ -50,6 +51,11 @@ def load(
         for name, parameter in parameters.items()
         for shape in [_merged_shape(plan[name], weights.entry(name), reader)]
         if not _fits(tuple(parameter.shape), shape, weights.entry(name))
+    ] + [
+        f"{name}: a vocabulary of {vocab_size}, but {cut.name} has {reader.shape(cut.name)[0]} rows"
+        for name, cuts in plan.items()
+        for cut in cuts
+        if weights.entry(name).rule.vocab and reader.shape(cut.name)[0] != vocab_size
     ]
     if findings:
         raise ValueError(

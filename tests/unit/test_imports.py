@@ -21,12 +21,12 @@ LAYERS = (
     ("losses", "data", "rewards", "families", "weights"),
     ("runtime", "model", "rollout"),
     ("train",),
-    ("cli", "doctor", "__main__"),
+    ("cli", "doctor", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
-NO_TORCH = ("config", "config_io", "records", "doctor")
+NO_TORCH = ("config", "config_io", "records", "doctor", "settings")
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
 

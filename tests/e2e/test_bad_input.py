@@ -1,0 +1,74 @@
+"""What cannot work is refused before any work, with the place and the reason. No server, no model, no ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.task import make_task, run_cli
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+def refusal(config: Path, *overrides: str, command: str = "check") -> str:
+    result = run_cli(command, str(config), *overrides)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_a_good_file_passes(task: Path) -> None:
+    result = run_cli("check", str(task))
+    assert result.returncode == 0, result.stderr
+    assert "4 prompts x 4 rollouts + 6 demonstrations" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("batch.rollout=4", "unknown setting 'batch.rollout'; did you mean batch.rollouts?"),
+        ("parallel.tensor=3", "2 attention heads / tensor 3"),
+        ("parallel.pipeline=4", "2 layers / (pipeline 4 x virtual_pipeline 1)"),
+        ("data.max_response_tokens=500", "is beyond the model's 256 positions"),
+        ("data.prompts=nowhere.jsonl", "data.prompts: nowhere.jsonl does not exist"),
+        ("model.path=nowhere", "nowhere/config.json does not exist"),
+        ("model.megatron_overrides={num_layer: 3}", "did you mean 'num_layers'?"),
+    ],
+)
+def test_settings(task: Path, override: str, reason: str) -> None:
+    assert reason in refusal(task, override)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_layout_that_does_not_divide_the_ranks(task: Path, command: str) -> None:
+    assert "does not divide the 1 processes" in refusal(task, "parallel.tensor=2", command=command)
+
+
+def test_model_without_weights_and_of_unknown_type(task: Path, tmp_path: Path) -> None:
+    policy = task.parent / "policy"
+    config: dict[str, Any] = json.loads((policy / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has no weights" in refusal(task, f"model.path={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba9"}))
+    error = refusal(task, f"model.path={tmp_path}")
+    assert "unknown model_type 'mamba9'; known families: qwen2" in error
+
+
+def test_broken_rows_are_named_with_their_lines(task: Path, tmp_path: Path) -> None:
+    rows = (task.parent / "train.jsonl").read_text().splitlines()
+    rows[2] = '{"problem": "1 + 1 ='
+    rows[4] = '{"problem": "1 + 1 =", "answer": null}'
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    error = refusal(task, f"data.prompts={tmp_path / 'prompts.jsonl'}", command="train")
+    assert "prompts.jsonl:3:" in error
+    assert "prompts.jsonl:5:" in error
+    rows = (task.parent / "train.jsonl").read_text().splitlines()
+    rows[1] = '{"problem": "1 + 1 =", "solution": ""}'
+    (tmp_path / "experts.jsonl").write_text("\n".join(rows))
+    assert "experts.jsonl:2:" in refusal(task, f"data.experts={tmp_path / 'experts.jsonl'}")

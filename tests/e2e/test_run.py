@@ -1,0 +1,219 @@
+"""Whole runs as a user starts them: resume is the uninterrupted run, a lost server is replaced, nothing survives a kill.
+
+Real Megatron-Core ranks over gloo and a real vLLM server, on the quick start's policy (its rewards are not all zero).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.ranks import ROOT
+from tests.support.task import cli_environment, metrics_of, run_cli
+
+EXAMPLE = ROOT / "examples" / "arithmetic"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "output": str(folder / "straight"),
+        "steps": STEPS,
+        "seed": 3,
+        "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
+        "data": {
+            "prompts": str(EXAMPLE / "problems_train.jsonl"),
+            "experts": str(EXAMPLE / "experts.jsonl"),
+            "evaluation": str(EXAMPLE / "problems_heldout.jsonl"),
+            "max_prompt_tokens": 64,
+            "max_response_tokens": 64,
+        },
+        "batch": {"prompts": 4, "rollouts": 6, "experts": 6, "max_tokens": 512},
+        "objective": {"mu": {"peak": 0.3}},
+        "rollout": {"kv_cache_bytes": 64 * 2**20},
+        "reward": {"kind": "exact", "workers": 1},
+        "optim": {"lr": 3e-4, "warmup_steps": 2, "weight_decay": 0.1},
+        "evaluation": {"problems": 8, "every": 2},
+        "checkpoint": {"every": 2, "keep": 5},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path) -> Path:
+    """The output of an uninterrupted run."""
+    result = run_cli("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return config.parent / "straight"
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+
+
+def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
+    rows = metrics_of(straight)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(STEPS))
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4]
+    assert any(row["reward_mean"] > 0 for row in steps), "a task whose rewards are all 0 would prove little"
+    for row in steps:
+        assert row["mu"] == 0.3
+        assert row["logprob_gap"] < 1e-4, "trainer and vLLM agree on the same tokens"
+        assert row["clip_fraction"] == 0.0
+        assert row["num_policy_tokens"] > 0
+        assert row["num_expert_tokens"] > 0
+        # The loss is the mix of its branches, each a mean over its own tokens.
+        assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["expert_loss"], rel=1e-5)
+        assert 0 < row["expert_phi"] <= 0.25
+        assert {"sample", "grade", "train", "sync", "total"} <= row["seconds"].keys()
+    assert steps[-1]["logprob_gap_max"] < 1e-3
+    assert len(list((straight / "samples").glob("step-*.jsonl"))) == STEPS
+    assert list((straight / "tensorboard").iterdir())
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(straight / "policy")
+    start = AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy")
+    assert AutoTokenizer.from_pretrained(straight / "policy").chat_template
+    moved = [not a.equal(b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_resume_is_the_uninterrupted_run(config: Path, straight: Path) -> None:
+    resumed = config.parent / "resumed"
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-000004")
+    shutil.rmtree(resumed / "policy")
+    result = run_cli("train", str(config), f"output={resumed}", "--resume", "auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 of 4 steps done" in result.stdout
+    assert without_times(metrics_of(resumed)) == without_times(metrics_of(straight))
+    assert (resumed / "policy" / "model.safetensors").read_bytes() == (
+        straight / "policy" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: Path) -> None:
+    result = run_cli("train", str(config))
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert len(metrics_of(straight)) > STEPS
+
+
+def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straight: Path) -> None:
+    output = config.parent / "recovered"
+    with running(config, output) as process:
+        wait_for(lambda: steps_done(output) >= 1, process)
+        os.kill(server_of(process), signal.SIGKILL)
+        assert process.wait(180) == 0, log_of(output)
+    assert "rollout server lost, starting another" in log_of(output)
+    assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "phase", "number"),
+    [
+        (1, "the server starts", signal.SIGKILL),
+        (1, "training", signal.SIGKILL),
+        (1, "training", signal.SIGTERM),
+        (2, "training", signal.SIGKILL),
+        (2, "training", signal.SIGTERM),
+    ],
+)
+def test_nothing_survives_a_kill(config: Path, tmp_path: Path, ranks: int, phase: str, number: int) -> None:
+    with running(config, tmp_path, f"parallel.ranks={ranks}", "steps=1000") as process:
+        started = "the server starts"
+        wait_for(lambda: (has_server(process) if phase == started else steps_done(tmp_path) >= 1), process)
+        family = descendants(process.pid)
+        assert len(family) >= 2
+        process.send_signal(number)
+        process.wait(60)
+        deadline = time.monotonic() + 40
+        while (left := [pid for pid in family if is_alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"still there after signal {number}: {left}"
+
+
+@contextlib.contextmanager
+def running(config: Path, output: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(config), f"output={output}", *overrides]
+    output.mkdir(exist_ok=True)
+    with (output / "console").open("wb") as console:
+        process = subprocess.Popen(
+            command, env=cli_environment(), stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def log_of(output: Path) -> str:
+    return (output / "console").read_text()
+
+
+def steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return sum("loss" in row for row in metrics_of(output)) if path.is_file() else 0
+
+
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 150
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the run ended before its time"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def descendants(root: int) -> list[int]:
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family, new = [], [root]
+    while new:
+        new = [pid for pid, parent in parents.items() if parent in new]
+        family += new
+    return family
+
+
+def server_of(process: subprocess.Popen[bytes]) -> int:
+    return next(pid for pid in descendants(process.pid) if "vllm.entrypoints" in command_line(pid))
+
+
+def has_server(process: subprocess.Popen[bytes]) -> bool:
+    return any("vllm.entrypoints" in command_line(pid) for pid in descendants(process.pid))
