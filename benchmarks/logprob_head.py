@@ -1,0 +1,190 @@
+"""The log-prob head against the naive one: time and memory of one forward and backward pass.
+
+    python benchmarks/logprob_head.py [--tokens 8192 --vocab 152064 --hidden 256 --dtype fp32 --device cpu]
+
+Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both with respect to
+hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
+keeps. Each runs in a process of its own, so that neither profits from what the other left behind.
+
+Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
+(VmHWM) less the resident set before the pass on a CPU, torch's allocation counters on a GPU. Seconds are CPU time on a
+CPU (of all threads together), which other processes disturb little, and elapsed time on a GPU. The naive head runs with
+``--naive-tokens`` tokens (0: not at all) where the whole number would not fit; its numbers are then also shown scaled
+to all tokens (seconds, and memory but for the gradient of the weight, in proportion to the tokens), and marked so.
+Exits with 1 when the chunked head needs more than the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_chord.losses.logprobs import chunk_tokens, token_logprobs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GB = 1e9
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.child is not None:
+        print(json.dumps(measure(arguments, arguments.child)))
+        return 0
+    tokens, naive_tokens = arguments.tokens, min(arguments.naive_tokens, arguments.tokens)
+    ours = in_child("chunked", tokens)
+    naive = in_child("naive", naive_tokens) if naive_tokens else None
+    return report(arguments, ours, naive, naive_tokens)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time and memory of the log-prob head against the naive one."
+    )
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--naive-tokens", type=int, default=1024, help="tokens of the naive run; 0: none")
+    parser.add_argument("--vocab", type=int, default=152_064)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--chunk-mb", type=int, default=256, help="budget of one chunk in MiB")
+    parser.add_argument(
+        "--limit-gb", type=float, default=1.5, help="extra memory allowed to the chunked head"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--child", choices=["chunked", "naive"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_child(head: str, tokens: int) -> dict[str, Any]:
+    """The later of two values of one option counts, so the child's own follow ours."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", head, "--tokens", str(tokens)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(
+            f"the {head} head with {tokens} tokens failed (exit {child.returncode}); out of memory?"
+        )
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    chunk = chunk_tokens(arguments.vocab, arguments.chunk_mb * 2**20)
+    run_head(arguments, head, tokens=32, vocab=1000, chunk=16)  # libraries load their kernels
+    extra, value, seconds = run_head(arguments, head, arguments.tokens, arguments.vocab, chunk)
+    return {"seconds": seconds, "extra_bytes": extra, "value": value, "chunk": chunk}
+
+
+def run_head(
+    arguments: argparse.Namespace, head: str, tokens: int, vocab: int, chunk: int
+) -> tuple[int, float, float]:
+    """Extra peak bytes, the mean log-prob (to see that both heads agree) and seconds."""
+    torch.manual_seed(0)
+    dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
+    weight = torch.randn(vocab, arguments.hidden).mul_(arguments.hidden**-0.5).to(device, dtype)
+    hidden = torch.randn(tokens, arguments.hidden).to(device, dtype)
+    targets = torch.randint(vocab, (tokens,)).to(device)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    before = reset_peak(device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
+    if head == "naive":
+        logprobs, entropy = naive(hidden, weight, targets)
+    else:
+        logprobs, entropy = token_logprobs(hidden, weight, targets, chunk=chunk)
+    (logprobs.sum() + entropy.sum()).backward()
+    extra = peak(device) - before
+    return extra, logprobs.detach().mean().item(), clock() - start
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    full = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
+    return full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Bytes in use now, from where the peak is counted."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    return resident("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+
+
+def report(
+    arguments: argparse.Namespace, ours: dict[str, Any], other: dict[str, Any] | None, naive_tokens: int
+) -> int:
+    console = Console(width=110)
+    console.print(
+        f"log-prob head, forward and backward: vocabulary {arguments.vocab}, hidden {arguments.hidden}, "
+        f"{arguments.dtype}, {describe_device(arguments)}, torch {torch.__version__}"
+    )
+    gradients = (arguments.vocab + arguments.tokens) * arguments.hidden * DTYPES[arguments.dtype].itemsize
+    table = Table(
+        "head",
+        "tokens",
+        "seconds" if arguments.device == "cuda" else "CPU seconds",
+        "extra peak GB",
+        "time ratio",
+        "memory ratio",
+    )
+    row = (arguments.tokens, ours["seconds"], ours["extra_bytes"])
+    table.add_row(f"chunked ({ours['chunk']} tokens)", *numbers(*row), "1", "1")
+    if other is not None:
+        measured = (naive_tokens, other["seconds"], other["extra_bytes"])
+        factor = arguments.tokens / naive_tokens
+        fixed = arguments.vocab * arguments.hidden * DTYPES[arguments.dtype].itemsize
+        scaled_bytes = fixed + (other["extra_bytes"] - fixed) * factor
+        scaled = (arguments.tokens, other["seconds"] * factor, scaled_bytes)
+        ratios = (f"{scaled[1] / row[1]:.2f}", f"{scaled[2] / row[2]:.1f}")
+        table.add_row("naive, measured", *numbers(*measured), *(ratios if factor == 1 else ("", "")))
+        if factor != 1:
+            table.add_row(f"naive, scaled x {factor:g}", *numbers(*scaled), *ratios)
+    console.print(table)
+    console.print(f"Of the extra memory, {gradients / GB:.2f} GB are the gradients that both heads return.")
+    if other is not None and naive_tokens == arguments.tokens:
+        console.print(f"Mean log-prob: chunked {ours['value']:.6f}, naive {other['value']:.6f}.")
+    passed = ours["extra_bytes"] < arguments.limit_gb * GB
+    console.print(
+        f"{'PASS' if passed else 'FAIL'}: extra peak below {arguments.limit_gb:g} GB", highlight=False
+    )
+    return 0 if passed else 1
+
+
+def numbers(tokens: int, seconds: float, extra_bytes: float) -> tuple[str, str, str]:
+    return str(tokens), f"{seconds:.1f}", f"{extra_bytes / GB:.2f}"
+
+
+def describe_device(arguments: argparse.Namespace) -> str:
+    if arguments.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU with {arguments.threads} thread{'s' * (arguments.threads > 1)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
