@@ -1,0 +1,433 @@
+"""Make the quick start's content: problems, demonstrations, a SentencePiece tokenizer and a small base policy.
+
+    python examples/arithmetic/make.py
+
+A problem is a diary of three or four gains and losses; the answer is what is left. The base policy is pre-trained
+here, from random weights, on three kinds of conversation:
+
+* diaries that end in "Show workings.", answered day by day, correctly: it is able to do the sums;
+* diaries that do not, answered with nothing but the final number. That is its habit, and mostly wrong: it cannot do
+  all the sums in one breath;
+* a few of the same with sloppy workings, in which results are often wrong. So it knows, barely, that one may work
+  things out unasked, and its own tries give it no reason to.
+
+The experts work every diary out, unasked and correctly. What the policy must learn from them is to use, where it
+matters, what it is already able to do: some dozen steps' work, as a quick start needs it.
+
+Everything follows from the seed; weights differ in their last bits between machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+HERE = Path(__file__).parent
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+SYSTEM = "<|system|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+NAMES = [
+    "Ann",
+    "Ben",
+    "Cho",
+    "Dan",
+    "Eva",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Oda",
+    "Pam",
+]
+THINGS = ["pens", "nuts", "eggs", "books", "coins", "shells", "stamps", "apples", "stones", "cards"]
+GAINS = ("buys {}", "finds {}", "gets {}", "wins {}", "picks {}")
+REQUEST = "Show workings."
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri")
+LOSSES = ("loses {}", "sells {}", "breaks {}", "drops {}", "gives away {}")
+
+
+# ------------------------------------------------------------------------------------------------ problems
+
+
+Sum = tuple[int, str, int, int]
+"""(left, sign, right, result)"""
+
+
+def chain(rng: random.Random, count: int) -> tuple[Sum, ...]:
+    """Sums of which each starts from the last one's result."""
+    total, sums = rng.randint(10, 89), []
+    for _ in range(count):
+        sign, right = rng.choice("+-"), rng.randint(1, 9)
+        if not 1 <= (total + right if sign == "+" else total - right) <= 99:
+            sign = "-" if sign == "+" else "+"
+        result = total + right if sign == "+" else total - right
+        sums.append((total, sign, right, result))
+        total = result
+    return tuple(sums)
+
+
+@dataclass(frozen=True)
+class Story:
+    text: str
+    sums: tuple[Sum, ...]
+    """(left, sign, right, result), in the order of the story."""
+
+    @property
+    def answer(self) -> str:
+        return str(self.sums[-1][3])
+
+
+def make_story(rng: random.Random) -> Story:
+    name, thing, sums = rng.choice(NAMES), rng.choice(THINGS), chain(rng, rng.choice((3, 4)))
+    deeds = [rng.choice(GAINS if sign == "+" else LOSSES).format(right) for _, sign, right, _ in sums]
+    diary = ", ".join(f"{day} {deed}" for day, deed in zip(DAYS, deeds, strict=False))
+    return Story(f"{name} has {sums[0][0]} {thing}. {diary}. How many {thing} now?", sums)
+
+
+def workings(sums: tuple[Sum, ...]) -> str:
+    lines = zip(DAYS, sums, strict=False)
+    return "\n".join(f"{day} {left}{sign}{right}={result}" for day, (left, sign, right, result) in lines)
+
+
+def expert_solution(story: Story) -> str:
+    return f"{workings(story.sums)}\n#### {story.answer}"
+
+
+def sloppy_solution(rng: random.Random, story: Story, error_rate: float) -> str:
+    """The expert's form, but a result is off with probability `error_rate`, and the error is carried on."""
+    sums, total = [], story.sums[0][0]
+    for _, sign, right, _ in story.sums:
+        result = total + right if sign == "+" else total - right
+        if rng.random() < error_rate:
+            result += rng.choice((-10, -2, -1, 1, 2, 10))
+        result = max(result, 0)
+        sums.append((total, sign, right, result))
+        total = result
+    return f"{workings(tuple(sums))}\n#### {total}"
+
+
+def pretraining_conversation(
+    rng: random.Random, reserved: set[str], args: argparse.Namespace
+) -> tuple[str, str]:
+    """(question, answer). Stories that the data files use are never drawn."""
+    story = make_story(rng)
+    while story.text in reserved:
+        story = make_story(rng)
+    if rng.random() < args.asked:
+        return f"{story.text} {REQUEST}", expert_solution(story)
+    if rng.random() < args.sloppy:
+        return story.text, sloppy_solution(rng, story, args.error_rate)
+    return story.text, f"#### {story.answer}"
+
+
+def distinct_stories(rng: random.Random, count: int) -> list[Story]:
+    stories: dict[str, Story] = {}
+    while len(stories) < count:
+        story = make_story(rng)
+        stories[story.text] = story
+    return list(stories.values())
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_data(stories: list[Story], args: argparse.Namespace) -> None:
+    train, rest = stories[: args.train], stories[args.train :]
+    experts, heldout = rest[: args.experts], rest[args.experts :]
+    for name, rows in (("train", train), ("heldout", heldout)):
+        write_jsonl(
+            args.output / f"problems_{name}.jsonl",
+            [{"id": f"{name}-{i}", "problem": s.text, "answer": s.answer} for i, s in enumerate(rows)],
+        )
+    write_jsonl(
+        args.output / "experts.jsonl",
+        [
+            {"id": f"expert-{i}", "problem": s.text, "solution": expert_solution(s)}
+            for i, s in enumerate(experts)
+        ],
+    )
+
+
+# ----------------------------------------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train SentencePiece and check that Transformers gives the same ids.
+
+    Digits stand alone (sums are learnt digit by digit); byte fallback encodes any text, GSM8K's included; without a
+    dummy prefix the ids of a text do not depend on what stands before it.
+    """
+    text = []
+    for _ in range(5000):
+        story = make_story(rng)
+        text += [f"{story.text} {REQUEST}", "#### " + story.answer, *workings(story.sums).split("\n")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocabulary,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        required_chars="".join(map(chr, range(ord("!"), ord("~") + 1))),
+        # No line feed: Transformers takes user-defined symbols for special tokens, which text must not contain. It
+        # becomes a byte piece.
+        user_defined_symbols=[SYSTEM, USER, ASSISTANT, END],
+        unk_id=0,
+        pad_id=1,
+        pad_piece=PAD,
+        bos_id=-1,
+        eos_id=-1,  # END is a user-defined symbol, so that SentencePiece itself encodes it
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "pad_token": PAD,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    # Not AutoTokenizer: for model type qwen2 it takes Qwen2Tokenizer whatever tokenizer_config.json says, and that
+    # class reads a SentencePiece model as byte-level BPE: every space is lost.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    check_tokenizer(
+        tokenizer, sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), text
+    )
+    return tokenizer
+
+
+def check_tokenizer(tokenizer, reference, text: list[str]) -> None:
+    hard = [
+        " a  b",
+        "\n\n- x\t1",
+        "Janet\u2019s 16 \u20ac",
+        "\u6f22\u5b57 e\u0301\u00a0\r\n\x00",
+        "\U0001f986",
+        "#### 42",
+    ]
+    assert set(tokenizer.all_special_tokens) == {"<unk>", PAD, SYSTEM, USER, ASSISTANT, END}
+    for sample in [*hard, *text[:200]]:
+        ids = tokenizer.encode(sample)
+        assert ids == reference.encode(sample), f"Transformers and SentencePiece disagree on {sample!r}"
+        assert tokenizer.decode(ids) == sample, f"decoding changes {sample!r}"
+    question = [{"role": "user", "content": "1+1"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    answer = {"role": "assistant", "content": "1+1=2"}
+    whole = tokenizer.apply_chat_template([*question, answer], return_dict=False)
+    assert whole[: len(prompt)] == prompt, "the prompt's ids are no prefix of the conversation's"
+    assert whole[-1] == tokenizer.eos_token_id, "the assistant's turn does not end with the stop token"
+
+
+# -------------------------------------------------------------------------------------------------- policy
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            rope_theta=10000.0,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, reserved: set[str], args: argparse.Namespace
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(token ids [B, T], labels [B, T]) without end; prompts and padding are labelled -100."""
+    while True:
+        rows = []
+        for _ in range(16 * args.batch):
+            question, answer = pretraining_conversation(rng, reserved, args)
+            prompt = tokenizer.encode(f"{USER}{question}{END}{ASSISTANT}")
+            rows.append((prompt, tokenizer.encode(f"{answer}{END}")))
+        rows.sort(
+            key=lambda row: len(row[0]) + len(row[1])
+        )  # rows of like length share a batch: little padding
+        starts = list(range(0, len(rows), args.batch))
+        rng.shuffle(starts)
+        for start in starts:
+            yield collate(rows[start : start + args.batch], tokenizer.pad_token_id)
+
+
+def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), -100)
+    for row, (prompt, answer) in enumerate(rows):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    return ids, labels
+
+
+def pretrain(
+    model: Qwen2ForCausalLM, source: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, lr: float
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    scale = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 100, 0.02 + 0.98 * (1 - s / steps))
+    )
+    bar = Progress(
+        TextColumn("pre-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.2f} per answer"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with bar:
+        task = bar.add_task("", total=steps, loss=float("nan"))
+        for _ in range(steps):
+            ids, labels = next(source)
+            hidden = model.model(
+                input_ids=ids
+            ).last_hidden_state  # padding stands right: causal attention never sees it
+            keep = labels[:, 1:] != -100  # logits where there is a label: most positions are prompt
+            logits, targets = model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep]
+            # Per conversation, not per token: a batch holds rows of one length, and a mean over its tokens would make
+            # short answers weigh more than their share.
+            loss = F.cross_entropy(logits, targets, reduction="sum") / len(ids)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scale.step()
+            bar.update(task, advance=1, loss=loss.item())
+
+
+@torch.no_grad()
+def accuracy(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    stories: list[Story],
+    sample: bool,
+    suffix: str = "",
+) -> tuple[float, float]:
+    """(share of right answers, share of answers with workings)."""
+    prompts = [tokenizer.encode(f"{USER}{story.text}{suffix}{END}{ASSISTANT}") for story in stories]
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
+    mask = (ids != tokenizer.pad_token_id).long()
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=56, **how)
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    right = [
+        text.rpartition("####")[2].strip() == story.answer for text, story in zip(texts, stories, strict=True)
+    ]
+    return sum(right) / len(right), sum("=" in text for text in texts) / len(texts)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name: str, default: float, text: str) -> None:
+        parser.add_argument(name, type=type(default), default=default, help=f"{text} (default {default})")
+
+    parser.add_argument(
+        "--output", type=Path, default=HERE, help="folder to write to (default: this script's)"
+    )
+    add("--seed", 0, "of data, tokenizer, initial weights and order")
+    add("--threads", 2, "CPU threads; one is faster where other work shares the cores")
+    add("--steps", 2500, "pre-training steps")
+    add("--batch", 64, "conversations per pre-training step")
+    add("--lr", 3e-3, "peak learning rate")
+    add("--asked", 0.5, "share of diaries that ask for workings")
+    add("--sloppy", 0.2, "share of sloppy workings among the rest")
+    add("--error-rate", 0.4, "of a result in sloppy workings")
+    add("--vocabulary", 512, "pieces of the tokenizer, 256 of them bytes")
+    add("--train", 2000, "training problems")
+    add("--experts", 1000, "demonstrations")
+    add("--heldout", 200, "held-out problems")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    start = time.monotonic()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    folder = args.output / "policy"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    stories = distinct_stories(rng, args.train + args.experts + args.heldout)
+    write_data(stories, args)
+    tokenizer = make_tokenizer(folder, rng, args.vocabulary)
+
+    model = make_model(tokenizer)
+    source = batches(tokenizer, rng, {story.text for story in stories}, args)
+    pretrain(model, source, args.steps, args.lr)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+    )
+    model.save_pretrained(folder)
+
+    heldout = stories[-args.heldout :]
+    measured = (
+        ("greedy", False, ""),
+        ("sampled", True, ""),
+        ("greedy, asked for workings", False, f" {REQUEST}"),
+    )
+    for name, sample, suffix in measured:
+        right, worked = accuracy(model.eval(), tokenizer, heldout, sample, suffix)
+        print(
+            f"base policy, {name}: {right:.1%} of {len(heldout)} held-out problems, {worked:.1%} with workings"
+        )
+    print(f"wrote {args.output} in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
