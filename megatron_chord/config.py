@@ -207,7 +207,7 @@ class RolloutConfig:
         )
         _require(
             self.top_p == 1.0,
-            f"rollout.top_p must be 1: sampling from a cut distribution is not the policy the loss describes, got {self.top_p}",
+            f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
 

@@ -141,9 +141,7 @@ class _Reader:
             key, full = key_node.value, f"{where}{key_node.value}"
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-                hint = (
-                    f"; did you mean {where}{near[0]}?" if near else f"; known here: {', '.join(fields)}"
-                )
+                hint = f"; did you mean {where}{near[0]}?" if near else f"; known here: {', '.join(fields)}"
                 self._fail(key_node, f"unknown setting {full!r}{hint}")
             elif key in values:
                 self._fail(key_node, f"{full} is set twice")
@@ -151,9 +149,7 @@ class _Reader:
                 inner = f"{full}." if dataclasses.is_dataclass(hints[key]) else full
                 values[key] = self.read(value_node, hints[key], inner, fields[key])
         for name, field in fields.items():
-            required = (
-                field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            )
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in values:
                 self._fail(node, f"{where}{name} is missing")
         if len(self.findings) > before:

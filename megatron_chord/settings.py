@@ -62,4 +62,6 @@ def _type_name(kind: Any) -> str:
         return " | ".join(typing.get_args(kind))
     if isinstance(kind, type) and not typing.get_args(kind):
         return "path" if kind.__name__ == "Path" else kind.__name__
-    return " | ".join(_type_name(part) for part in typing.get_args(kind) if part is not type(None)) or str(kind)
+    return " | ".join(_type_name(part) for part in typing.get_args(kind) if part is not type(None)) or str(
+        kind
+    )

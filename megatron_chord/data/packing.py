@@ -7,6 +7,7 @@ nothing to do gets a batch without a trained token, which contributes exactly 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -171,7 +172,7 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
     held = np.concatenate(
         [
             start + context_order(stop - start, context, rank).numpy()
-            for start, stop in zip(starts, starts[1:], strict=False)
+            for start, stop in itertools.pairwise(starts)
         ]
     )
     local = np.full(len(batch.token_ids), -1, np.int64)

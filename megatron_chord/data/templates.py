@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 from jinja2.exceptions import TemplateError
@@ -88,13 +88,15 @@ class ChatTemplate:
         return self._decode(text_ids)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
+        text = self.tokenizer.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)
+        return text
 
     def _ids(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: Any = self.tokenizer.apply_chat_template(
                 list(conversation),
                 chat_template=self.jinja,
                 tokenize=False,
@@ -221,7 +223,7 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path 
     return str(folder), tokenizer.get_chat_template()
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[int, str]:
+def _control_tokens(tokenizer: Any, folder: Path) -> dict[int, str]:
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     control = added | set(tokenizer.all_special_ids)
     model = folder / "tokenizer.model"
@@ -234,7 +236,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[in
     return {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(control)}
 
 
-def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
+def _stop_token_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
     if file.is_file():

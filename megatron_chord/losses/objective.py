@@ -58,10 +58,7 @@ def chord_loss(
         the share of the loss, a scalar to be summed over micro-batches and ranks (0, but still connected to the
         graph, when T is 0); detached scalars to be summed likewise; detached scalars whose maximum is meant.
     """
-    if objective.ratio_from == "rollout":
-        old_logprobs = tokens.rollout_logprobs
-    else:
-        old_logprobs = logprobs.detach()
+    old_logprobs = tokens.rollout_logprobs if objective.ratio_from == "rollout" else logprobs.detach()
     policy_loss, clipped = clipped_surrogate(
         logprobs,
         old_logprobs,

@@ -6,11 +6,12 @@ grouped keys and materialises the scores. These two do neither.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -67,11 +68,10 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query [T, heads, dim], key and value [T, groups, dim] -> [T, heads * dim]; T tokens of this context rank."""
-        assert packed_seq_params is not None and attention_mask is None, (
-            "only packed causal batches come here"
-        )
+        assert packed_seq_params is not None, "only packed batches come here"
+        assert attention_mask is None, "the mask of a packed batch is causal"
         starts = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         if self.context_group.size() > 1:
             outputs = self._over_context(query, key, value, lengths)
         else:

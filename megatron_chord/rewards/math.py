@@ -68,11 +68,11 @@ def _equal(answer: str, truth: str) -> bool:
         raise ValueError("the truth is empty")
     if answer == truth:
         return True
-    numbers = _plain_number(answer), _plain_number(truth)
-    if None not in numbers:
-        if numbers[0] == numbers[1]:
+    given, meant = _plain_number(answer), _plain_number(truth)
+    if given is not None and meant is not None:
+        if given == meant:
             return True
-        if all(number.denominator == 1 for number in numbers):
+        if given.denominator == meant.denominator == 1:
             return False
     parsed_truth = _parsed(truth)
     if not parsed_truth:
@@ -89,4 +89,4 @@ def _plain_number(text: str) -> Fraction | None:
 
 
 def _parsed(text: str) -> list:
-    return parse(f"\\boxed{{{text}}}", extraction_config=_LATEX, parsing_timeout=None)
+    return parse(f"\\boxed{{{text}}}", extraction_config=_LATEX, parsing_timeout=None)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    def __init__(  # noqa: PLR0913  (the signature of Transformer Engine's FusedAdam)
+    def __init__(
         self,
         params: Any,
         lr: float = 1e-3,

@@ -50,7 +50,7 @@ _installed = False
 
 def install() -> None:
     """Adapt Megatron-Core to this process once. RuntimeError where CUDA is available: nothing is to be adapted."""
-    global _installed  # noqa: PLW0603  (a process-wide patch has process-wide state)
+    global _installed
     if _installed:
         return
     if torch.cuda.is_available():
@@ -82,7 +82,7 @@ def _import_without_compiling() -> None:
             import megatron.core.distributed
             import megatron.core.models.gpt
             import megatron.core.optimizer
-            import megatron.core.pipeline_parallel  # noqa: F401
+            import megatron.core.pipeline_parallel
     finally:
         torch.compile = compile_
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_chord.config import ObjectiveConfig
 from tests.distributed import steps

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: resume is the uninterrupted run, a lost server is replaced, nothing survives a kill.
+"""Whole runs as a user starts them: exact resume, a lost server replaced, nothing left behind by a kill.
 
 Real Megatron-Core ranks over gloo and a real vLLM server, on the quick start's policy (its rewards are not all zero).
 """
@@ -139,7 +139,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
 def test_nothing_survives_a_kill(config: Path, tmp_path: Path, ranks: int, phase: str, number: int) -> None:
     with running(config, tmp_path, f"parallel.ranks={ranks}", "steps=1000") as process:
         started = "the server starts"
-        wait_for(lambda: (has_server(process) if phase == started else steps_done(tmp_path) >= 1), process)
+        wait_for(lambda: has_server(process) if phase == started else steps_done(tmp_path) >= 1, process)
         family = descendants(process.pid)
         assert len(family) >= 2
         process.send_signal(number)
@@ -152,7 +152,15 @@ def test_nothing_survives_a_kill(config: Path, tmp_path: Path, ranks: int, phase
 
 @contextlib.contextmanager
 def running(config: Path, output: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(config), f"output={output}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_chord.cli",
+        "train",
+        str(config),
+        f"output={output}",
+        *overrides,
+    ]
     output.mkdir(exist_ok=True)
     with (output / "console").open("wb") as console:
         process = subprocess.Popen(
@@ -176,9 +184,7 @@ def steps_done(output: Path) -> int:
     return sum("loss" in row for row in metrics_of(output)) if path.is_file() else 0
 
 
-def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 150
-) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 150) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the run ended before its time"

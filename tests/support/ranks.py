@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -60,10 +61,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def _result(folder: Path, rank: int, process: subprocess.Popen[bytes], timeout_s: float) -> Any:
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        pass
     output = (folder / f"out-{rank}").read_text(errors="replace")[-6000:]
     path = folder / f"result-{rank}.pickle"
     if not path.is_file():

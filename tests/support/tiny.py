@@ -11,6 +11,8 @@ import torch
 from megatron_chord.config import ObjectiveConfig
 from megatron_chord.records import TrainSample
 
+POLICY_MEANS = ("policy_loss", "entropy", "clip_fraction", "logprob_gap")
+EXPERT_MEANS = ("expert_loss", "expert_nll", "expert_p", "expert_phi")
 VOCAB = 203  # odd, so that every tensor-parallel layout pads it
 
 
@@ -87,7 +89,7 @@ def reference_step(
         kind: sum(int(s.trained.sum()) for s in samples if s.kind == kind) for kind in ("policy", "expert")
     }
     sums = dict.fromkeys(
-        "policy_loss entropy clip_fraction logprob_gap expert_loss expert_nll expert_p expert_phi".split(),
+        (*POLICY_MEANS, *EXPERT_MEANS),
         0.0,
     )
     loss = torch.zeros((), dtype=torch.float64)

@@ -54,7 +54,10 @@ def test_dump_reads_back_to_the_same(tmp_path: Path) -> None:
         (("  lr: 1e-6", "  lr: -1"), "run.yaml:10: optim.lr must be > 0, got -1.0"),
         (("steps: 20\n", ""), "run.yaml:1: steps is missing"),
         (("steps: 20", "steps: many"), "run.yaml:2: steps: expected int, got 'many'"),
-        (("  path: policy", "  path: policy\n  dtype: int8"), "run.yaml:5: model.dtype: 'int8' is none of fp32, bf16"),
+        (
+            ("  path: policy", "  path: policy\n  dtype: int8"),
+            "run.yaml:5: model.dtype: 'int8' is none of fp32, bf16",
+        ),
         (("rollouts: 8", "rollouts: 1"), "batch.rollouts must be >= 2"),
         (("  experts: experts.jsonl\n", ""), "mu is above 0 but data.experts is not given"),
         (("model:\n  path: policy", "model: policy"), "run.yaml:3: model.: expected a block of settings"),
@@ -74,6 +77,7 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text), ["objective.my.peak=1", "nonsense"])
     assert len(str(error.value).splitlines()) == 4
-    assert "override 'objective.my.peak=1': unknown setting 'objective.my'; did you mean objective.mu?" in str(
-        error.value
+    assert (
+        "override 'objective.my.peak=1': unknown setting 'objective.my'; did you mean objective.mu?"
+        in str(error.value)
     )

@@ -1,0 +1,404 @@
+"""A resumed run is the uninterrupted one, in its own layout and in another; a damaged checkpoint is never loaded.
+
+And the optimizer step itself: clipping, AdamW, schedule and the parameters without weight decay, against torch's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_chord.config import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig
+from megatron_chord.data.packing import plan_step
+from megatron_chord.families.table import read_shape
+from megatron_chord.losses.objective import StepWeights
+from megatron_chord.train import checkpoint
+from megatron_chord.train.checkpoint import CheckpointError
+from megatron_chord.train.state import TrainState, build_state
+from megatron_chord.train.step import apply_gradients, compute_gradients
+from tests.distributed.steps import gather_hf, layout_of, start_groups
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_samples, save_qwen2
+
+SAVED, STEPS = 2, 4
+OPTIM = OptimConfig(
+    lr=1e-2,
+    min_lr=1e-3,
+    schedule="cosine",
+    warmup_steps=1,
+    weight_decay=0.1,
+    clip_grad=1.0,
+    eps=1e-3,  # with 1e-8, Adam would enlarge the rounding of tiny gradients to whole steps
+)
+RATES = [1e-2, 1e-3 + 9e-3 * 0.75, 1e-3 + 9e-3 * 0.25, 1e-3]
+"""OPTIM's over 4 steps: up to 1e-2 in one step, then a half cosine (1, 3/4, 1/4, 0) over three down to 1e-3."""
+
+SAME_LAYOUT: dict[str, dict[str, Any]] = {
+    "one": {"world": 1},
+    "one_bf16": {"world": 1, "dtype": "bf16"},
+    "tp2": {"world": 2, "tensor": 2},
+    "dp2": {"world": 2},
+    "pp2_vpp2": {"world": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "dp2_replicated_optimizer": {"world": 2, "distributed_optimizer": False},
+}
+Outcome = dict[str, Any]
+
+
+def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM) -> tuple[TrainState, Any]:
+    layout = {name: value for name, value in layout.items() if name != "world"}
+    dtype = layout.pop("dtype", "fp32")
+    parallel = ParallelConfig(**layout)
+    state = build_state(
+        read_shape(folder),
+        ModelConfig(path=folder, dtype=dtype),
+        parallel,
+        optim,
+        groups=start_groups(parallel),
+        steps=STEPS,
+    )
+    return state, layout_of(parallel, state.groups.data.size)
+
+
+def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:
+    """Of the samples that belong to this step. Its metrics."""
+    plan = plan_step(make_samples(seed=step), max_tokens=60, layout=layout, pad_id=0)
+    result = compute_gradients(
+        state,
+        plan.micro_batches[state.groups.data.rank],
+        StepWeights(
+            mu=0.3,
+            num_policy_tokens=plan.num_policy_tokens,
+            num_expert_tokens=plan.num_expert_tokens,
+        ),
+        ObjectiveConfig(entropy_bonus=0.01),
+        temperature=1.0,
+    )
+    return {"loss": result.loss, **result.means, **result.maxima}
+
+
+def train(state: TrainState, layout: Any, steps: range) -> list[dict[str, float]]:
+    metrics = []
+    for step in steps:
+        row = gradients(state, layout, step)
+        row["grad_norm"], row["rate"] = apply_gradients(state)
+        metrics.append(row)
+    return metrics
+
+
+def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in gather_hf(state, state.parameters()).items()}
+
+
+def interrupted_and_not(
+    folder: Path, layouts: dict[str, dict[str, Any]], out: Path
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """For each layout: 4 steps saving after 2, and the last 2 again from that checkpoint in a fresh state."""
+    results = {}
+    for name, settings in layouts.items():
+        state, layout = fresh_state(folder, settings)
+        train(state, layout, range(SAVED))
+        run_state = {"step": SAVED, "cursor": {"epoch": 3}}
+        saved = checkpoint.save(state, run_state, out / name, keep=2)
+        metrics = train(state, layout, range(SAVED, STEPS))
+        through = {"metrics": metrics, "weights": whole_weights(state)}
+        checkpoint.save(state, {"step": STEPS}, out / name, keep=2)
+
+        state, layout = fresh_state(folder, settings)
+        # RNG state is taken up as well; nothing here draws from it, so it is asked for a number.
+        torch.manual_seed(7)
+        loaded = checkpoint.load(state, saved)
+        drawn = torch.rand(1).item()
+        resumed = {"metrics": train(state, layout, range(SAVED, STEPS)), "weights": whole_weights(state)}
+        resumed |= {"run_state": loaded, "drawn": drawn}
+        results[name] = (through, resumed)
+    return results
+
+
+def resume(folder: Path, cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Outcome]:
+    """The last 2 steps of each (checkpoint, layout)."""
+    results = {}
+    for name, (saved, settings) in cases.items():
+        state, layout = fresh_state(folder, settings)
+        checkpoint.load(state, saved)
+        metrics = train(state, layout, range(SAVED, STEPS))
+        results[name] = {"metrics": metrics, "weights": whole_weights(state)}
+    return results
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, checkpoints: Path) -> dict[str, list[tuple[Outcome, Outcome]]]:
+    """Of every layout, what each rank has of the uninterrupted and of the resumed run."""
+    results: dict[str, list[tuple[Outcome, Outcome]]] = {}
+    for world_size in (1, 2):
+        layouts = {name: kind for name, kind in SAME_LAYOUT.items() if kind["world"] == world_size}
+        per_rank = run_ranks(interrupted_and_not, world_size, model, layouts, checkpoints)
+        results |= {name: [rank[name] for rank in per_rank] for name in layouts}
+    return results
+
+
+@pytest.mark.parametrize("layout", SAME_LAYOUT)
+def test_resuming_on_the_same_layout_is_bit_for_bit(runs: Any, layout: str) -> None:
+    for through, resumed in runs[layout]:
+        assert resumed["run_state"] == {"step": SAVED, "cursor": {"epoch": 3}}
+        assert resumed["metrics"] == through["metrics"]
+        assert through["weights"].keys() == resumed["weights"].keys() != set()
+        for name, weight in through["weights"].items():
+            assert torch.equal(resumed["weights"][name], weight), name
+        torch.manual_seed(0)  # what the run was started with
+        assert resumed["drawn"] == torch.rand(1).item()
+
+
+def test_every_layout_trains_the_same_model(runs: Any) -> None:
+    """Four steps of Adam with clipping agree over all layouts: gradient norms, rates and weights."""
+    through, _ = runs["one"][0]
+    for layout in ("tp2", "dp2", "pp2_vpp2", "dp2_replicated_optimizer"):
+        assert_same_run(runs[layout][0][0], through, layout)
+
+
+def test_resuming_on_another_layout(model: Path, checkpoints: Path, runs: Any) -> None:
+    targets: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
+        1: {name: (name, {}) for name in ("tp2", "pp2_vpp2", "dp2")},
+        2: {
+            "tp2 -> pp2": ("tp2", {"pipeline": 2}),
+            "tp2 -> dp2": ("tp2", {}),
+            "pp2_vpp2 -> tp2": ("pp2_vpp2", {"tensor": 2}),
+            "dp2 -> pp2": ("dp2", {"pipeline": 2}),
+            "one -> tp2": ("one", {"tensor": 2}),
+        },
+    }
+    for world_size, named in targets.items():
+        cases = {
+            name: (checkpoints / saved / f"step-{SAVED:06d}", layout)
+            for name, (saved, layout) in named.items()
+        }
+        (first, *_) = run_ranks(resume, world_size, model, cases)
+        for name, outcome in first.items():
+            through, _ = runs[named[name][0]][0]
+            assert_same_run(outcome, through, name)
+
+
+def assert_same_run(ours: Outcome, theirs: Outcome, what: str) -> None:
+    """To fp32 rounding."""
+    for step, (row, expected) in enumerate(zip(ours["metrics"], theirs["metrics"], strict=True)):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-7), f"{what}, step {step}"
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, weight in theirs["weights"].items():
+        error = (ours["weights"][name] - weight).abs().max().item()
+        assert error < 1e-5, f"{what}: {name} off by {error:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.fixture
+def folder(runs: Any, checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of the single rank's two checkpoints."""
+    return shutil.copytree(checkpoints / "one", tmp_path / "checkpoints")
+
+
+def find(folder: Path) -> tuple[Path | None, list[str]]:
+    said: list[str] = []
+    return checkpoint.find(folder, said.append), said
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+OLDER, NEWER = f"step-{SAVED:06d}", f"step-{STEPS:06d}"
+
+
+def test_the_newest_whole_checkpoint_is_found(folder: Path) -> None:
+    assert (folder / "latest").read_text() == f"{NEWER}\n"
+    assert find(folder) == (folder / NEWER, [])
+    assert checkpoint.step_of(folder / NEWER) == STEPS
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert find(tmp_path) == (None, [])
+    assert find(tmp_path / "nowhere") == (None, [])
+
+
+def test_one_flipped_byte_in_any_file_falls_back_and_says_so(folder: Path) -> None:
+    files = [path for path in (folder / NEWER).rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for path in files:
+        intact = path.read_bytes()
+        flip_a_byte(path)
+        found, said = find(folder)
+        assert found == folder / OLDER, path.name
+        (line,) = said
+        assert f"{folder / NEWER} is damaged" in line
+        if path.name != "manifest.json":
+            assert f"{path.relative_to(folder / NEWER)} has changed" in line
+        path.write_bytes(intact)
+    assert find(folder) == (folder / NEWER, [])
+
+
+def test_a_missing_file_or_manifest_falls_back(folder: Path) -> None:
+    (folder / NEWER / "run.json").unlink()
+    found, (line,) = find(folder)
+    assert found == folder / OLDER
+    assert "run.json is missing" in line
+    (folder / NEWER / "manifest.json").unlink()
+    found, (line,) = find(folder)
+    assert found == folder / OLDER
+    assert "no readable manifest.json" in line
+
+
+def test_all_damaged_is_an_error_and_no_start_from_the_beginning(folder: Path) -> None:
+    for name in (OLDER, NEWER):
+        flip_a_byte(next((folder / name).glob("*.distcp")))
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.find(folder, said.append)
+    assert [NEWER in said[0], OLDER in said[1]] == [True, True]
+
+
+def test_what_a_crash_leaves_behind_is_ignored(folder: Path) -> None:
+    shutil.copytree(folder / NEWER, folder / ".step-000006.partial")
+    (folder / ".step-000006.partial" / "manifest.json").unlink()
+    (folder / ".latest.tmp").write_text("step-000006\n")
+    assert find(folder) == (folder / NEWER, [])
+
+
+def save_again(folder: Path, out: Path) -> list[list[str]]:
+    """The checkpoints there after each of several saves; a partial folder of an earlier crash is in the way."""
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    there = []
+    (out / ".step-000001.partial").mkdir(parents=True)
+    (out / ".step-000001.partial" / "half.distcp").write_bytes(b"half")
+    for step in (1, 2, 3, 12, 5, 5):
+        saved = checkpoint.save(state, {"step": step}, out, keep=2)
+        there.append(sorted(path.name for path in out.iterdir()))
+        assert checkpoint.find(out, print) is not None
+        assert not (saved / "half.distcp").exists()
+    # Fewer than before, while a newer one (say, a damaged one that was passed over) is there.
+    checkpoint.save(state, {"step": 6}, out, keep=1)
+    there.append(sorted(path.name for path in out.iterdir()))
+    return there
+
+
+def test_the_newest_are_kept_and_never_is_the_one_just_written_dropped(model: Path, tmp_path: Path) -> None:
+    (there,) = run_ranks(save_again, 1, model, tmp_path / "out")
+    assert [[int(name[5:]) for name in names if name != "latest"] for names in there] == [
+        [1],
+        [1, 2],
+        [2, 3],
+        [3, 12],
+        [5, 12],
+        [5, 12],
+        [6, 12],
+    ]
+    assert all("latest" in names for names in there)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def recorded_steps(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, list[Outcome]]:
+    """Of each step: whole gradients before clipping, their norm and the rate as reported, whole weights after it."""
+    results = {}
+    for name, (folder, settings) in cases.items():
+        state, layout = fresh_state(folder, settings)
+        rows = []
+        for step in range(STEPS):
+            gradients(state, layout, step)
+            parameters: dict[str, Any] = {**state.parameters()}
+            grads = {name: parameter.main_grad for name, parameter in parameters.items()}
+            row: Outcome = {"grads": {name: g.clone() for name, g in gather_hf(state, grads).items()}}
+            row["norm"], row["rate"] = apply_gradients(state)
+            rows.append(row | {"weights": whole_weights(state)})
+        results[name] = rows
+    return results
+
+
+# The distributed optimizer's gradients are whole only where there is one data-parallel and context-parallel rank.
+OPTIMIZER_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}, "one_replicated_optimizer": {"distributed_optimizer": False}},
+    2: {
+        "tp2": {"tensor": 2, "distributed_optimizer": False},
+        "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+        "pp2": {"pipeline": 2},
+        "cp2": {"context": 2, "distributed_optimizer": False},
+    },
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_is_torch_adamw_with_clipping_and_schedule(
+    model: Path, tmp_path: Path, world_size: int
+) -> None:
+    """torch's own clip_grad_norm_ and AdamW follow along, fed with our gradients of each step."""
+    models = {"untied": model, "tied": save_qwen2(tmp_path, tied=True)}
+    cases = {
+        f"{layout}, {kind}": (folder, settings)
+        for layout, settings in OPTIMIZER_LAYOUTS[world_size].items()
+        for kind, folder in models.items()
+    }
+    (first, *_) = run_ranks(recorded_steps, world_size, cases)
+    for name, rows in first.items():
+        follow_with_torch(load_file(cases[name][0] / "model.safetensors"), rows, name)
+
+
+def follow_with_torch(start: dict[str, torch.Tensor], rows: list[Outcome], what: str) -> None:
+    weights = {name: weight.double().requires_grad_() for name, weight in start.items()}
+    plain = [weight for name, weight in weights.items() if name.endswith("bias") or "norm" in name]
+    matrices = [weight for name, weight in weights.items() if not (name.endswith("bias") or "norm" in name)]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+    )
+    for step, (row, rate) in enumerate(zip(rows, RATES, strict=True)):
+        assert row["rate"] == pytest.approx(rate, rel=1e-12), f"{what}, step {step}"
+        for name, weight in weights.items():
+            weight.grad = row["grads"][name].double()
+        for group in adam.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), OPTIM.clip_grad)
+        assert norm > 2 * OPTIM.clip_grad, "the clip must do something"
+        assert row["norm"] == pytest.approx(norm.item(), rel=1e-5), f"{what}, step {step}"
+        adam.step()
+        for name, weight in weights.items():
+            error = (row["weights"][name].double() - weight).abs().max().item()
+            assert error < 1e-6, f"{what}, step {step}: {name} off by {error:.1e}"
+
+
+def one_step_without_gradient(folder: Path) -> dict[str, torch.Tensor]:
+    state, _ = fresh_state(folder, {}, OptimConfig(lr=0.5, weight_decay=0.5))
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    apply_gradients(state)
+    return whole_weights(state)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone(model: Path) -> None:
+    (after,) = run_ranks(one_step_without_gradient, 1, model)
+    before = load_file(model / "model.safetensors")
+    assert sum("norm" in name for name in before) == 9
+    assert sum(name.endswith("bias") for name in before) == 12
+    for name, weight in before.items():
+        # Matrices lose rate x decay = a quarter of themselves.
+        factor = 1.0 if "norm" in name or name.endswith("bias") else 0.75
+        assert torch.equal(after[name], factor * weight), name

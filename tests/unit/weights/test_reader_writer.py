@@ -1,0 +1,130 @@
+"""Hugging Face folders as they should not be, and as we write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.writer import finish_folder, write_shards
+
+
+def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+
+
+def write_index(folder: Path, **file_of: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+
+
+def test_reads_one_file(tmp_path: Path) -> None:
+    tensor = numbered(6, 4)
+    save_file({"a": tensor, "b": numbered(3, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    reader = HFReader.of(tmp_path)
+    assert sorted(reader.names) == ["a", "b"]
+    assert reader.shape("a") == (6, 4)
+    assert torch.equal(reader.read("a"), tensor)
+    assert torch.equal(reader.read("a", 0, 2, 5), tensor[2:5])
+    assert torch.equal(reader.read("a", 1, 1, 3), tensor[:, 1:3])
+    assert reader.read("a", 0, 6, 6).shape == (0, 4)
+    assert reader.read("b").dtype == torch.bfloat16
+
+
+def test_reads_what_an_index_names_and_opens_files_when_needed(tmp_path: Path) -> None:
+    save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(b"never opened")
+    write_index(tmp_path, a="x.safetensors", b="y.safetensors")
+    reader = HFReader.of(tmp_path)
+    assert reader.names == ["a", "b"]
+    assert reader.read("a").tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"y\.safetensors is not a readable safetensors file"):
+        reader.read("b")
+
+
+def test_all_absent_files_of_an_index_are_named(tmp_path: Path) -> None:
+    save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
+    write_index(tmp_path, a="x.safetensors", b="z.safetensors", c="y.safetensors", d="y.safetensors")
+    with pytest.raises(ValueError, match=r"names files that are not there: y\.safetensors, z\.safetensors$"):
+        HFReader.of(tmp_path)
+
+
+def test_an_index_that_places_a_tensor_in_the_wrong_file(tmp_path: Path) -> None:
+    save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
+    write_index(tmp_path, b="x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*b"):
+        HFReader.of(tmp_path).shape("b")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1])
+def test_a_truncated_file(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": numbered(100)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        HFReader.of(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="has no weights"):
+        HFReader.of(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        HFReader.of(tmp_path / "nowhere")
+
+
+# 40, 24, 16, 400, 4 and 4 bytes.
+TENSORS = {"a": numbered(10), "b": numbered(2, 3), "c": numbered(4), "big": numbered(100), "d": numbered(1)}
+TENSORS |= {"e": numbered(2, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("limit", "files"),
+    [
+        (64, [["a", "b"], ["c"], ["big"], ["d", "e"]]),
+        (80, [["a", "b", "c"], ["big"], ["d", "e"]]),
+        (1, [["a"], ["b"], ["c"], ["big"], ["d"], ["e"]]),
+        (10_000, [["a", "b", "c", "big", "d", "e"]]),
+    ],
+)
+def test_shards_keep_to_their_limit(tmp_path: Path, limit: int, files: list[list[str]]) -> None:
+    placed = write_shards(iter(TENSORS.items()), tmp_path, prefix="part", shard_bytes=limit)
+    paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == [f"part-{i:05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert [sorted(load_file(path)) for path in paths] == [sorted(names) for names in files]
+    assert placed == {
+        name: (f"part-{i:05d}.safetensors", TENSORS[name].nbytes)
+        for i, names in enumerate(files, start=1)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("limit", [64, 10_000])
+def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, limit: int) -> None:
+    source, folder = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    folder.mkdir()
+    kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    for name in kept:
+        (source / name).write_text(name)
+    # Neither the source's weights nor its index, which names files that are not here.
+    save_file({"old": numbered(1)}, source / "model-00001-of-00001.safetensors")
+    write_index(source, old="model-00001-of-00001.safetensors")
+    finish_folder(folder, source, write_shards(TENSORS.items(), folder, prefix="model", shard_bytes=limit))
+
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if not name.startswith("model")} == set(kept)
+    assert all((folder / name).read_text() == name for name in kept)
+    if limit == 64:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 40 + 24 + 16 + 400 + 4 + 4
+    else:
+        assert {name for name in names if name.startswith("model")} == {"model.safetensors"}
+    reader = HFReader.of(folder)
+    assert sorted(reader.names) == sorted(TENSORS)
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
+    assert all(reader.read(name).dtype == tensor.dtype for name, tensor in TENSORS.items())
