@@ -8,8 +8,8 @@ here, from random weights, on three kinds of conversation:
 * diaries that end in "Show workings.", answered day by day, correctly: it is able to do the sums;
 * diaries that do not, answered with nothing but the final number. That is its habit, and mostly wrong: it cannot do
   all the sums in one breath;
-* a few of the same with sloppy workings, in which results are often wrong. So it knows, barely, that one may work
-  things out unasked, and its own tries give it no reason to.
+* a few of the same with sloppy workings, in which results are often wrong: it knows that one may work things out
+  unasked, and does so in about one answer of eight, badly.
 
 The experts work every diary out, unasked and correctly. What the policy must learn from them is to use, where it
 matters, what it is already able to do: some dozen steps' work, as a quick start needs it.

@@ -59,7 +59,8 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
     dist_checkpointing.save(
         _sharded(state, is_loading=False),
         str(partial),
-        content_metadata=_METADATA | {"world_size": groups.world_size},
+        content_metadata=_METADATA
+        | {"world_size": groups.world_size, "distributed_optimizer": _has_distributed_optimizer(state)},
     )
     digests = _digest_together(partial, groups)
 
@@ -116,6 +117,12 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         saved_metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+        saved_kind = saved_metadata.get("distributed_optimizer")
+        if saved_kind != _has_distributed_optimizer(state):
+            raise CheckpointError(
+                f"{checkpoint} was written with parallel.distributed_optimizer: {str(saved_kind).lower()}; "
+                "its optimizer state cannot be read with another setting"
+            )
         same_world = saved_metadata.get("world_size") == state.groups.world_size
         wanted = _sharded(state, is_loading=True)
         if not same_world:
@@ -131,6 +138,10 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
     return run_state
+
+
+def _has_distributed_optimizer(state: TrainState) -> bool:
+    return state.chunks[0].ddp_config.use_distributed_optimizer
 
 
 def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
@@ -183,6 +194,8 @@ def _fault(checkpoint: Path) -> str | None:
         manifest: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"no readable {MANIFEST}: {error}"
+    if RUN_STATE not in manifest:
+        return f"{MANIFEST} does not name {RUN_STATE}"
     for name, digest in manifest.items():
         path = checkpoint / name
         if not path.is_file():

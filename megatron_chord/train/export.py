@@ -17,6 +17,7 @@ def export_policy(state: TrainState, source: Path, target: Path) -> None:
     Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
     """
     groups = state.groups
+    dtype = next(iter(state.parameters().values())).dtype
     partial = target.with_name(f".{target.name}.partial")
 
     def write() -> dict[str, tuple[str, int]]:
@@ -39,7 +40,7 @@ def export_policy(state: TrainState, source: Path, target: Path) -> None:
 
     def finish() -> None:
         check_accounting(list(state.shape.weights.hf_names()), list(placed), str(partial))
-        finish_folder(partial, source, placed)
+        finish_folder(partial, source, placed, dtype=dtype)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

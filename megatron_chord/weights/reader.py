@@ -29,7 +29,10 @@ class HFReader:
             raise ValueError(f"model folder {folder} does not exist")
         opened: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            try:
+                file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{folder / INDEX} is no safetensors index: {error!r}") from error
             absent = sorted({name for name in file_of.values() if not (folder / name).is_file()})
             if absent:
                 raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")

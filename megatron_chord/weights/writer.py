@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,8 +31,13 @@ def write_shards(
     return placed
 
 
-def finish_folder(folder: Path, source: Path, placed: Mapping[str, tuple[str, int]]) -> None:
-    """Name the shards in the index, and copy what else a checkpoint holds (configs, tokenizer, template) over."""
+def finish_folder(
+    folder: Path, source: Path, placed: Mapping[str, tuple[str, int]], *, dtype: torch.dtype
+) -> None:
+    """Name the shards in the index, and copy what else a checkpoint holds (configs, tokenizer, template) over.
+
+    config.json is made to state ``dtype``, the one the weights are written in.
+    """
     if len({file for file, _ in placed.values()}) == 1:
         (folder / next(iter(placed.values()))[0]).rename(folder / SINGLE)
     else:
@@ -43,6 +49,10 @@ def finish_folder(folder: Path, source: Path, placed: Mapping[str, tuple[str, in
     for file in source.iterdir():
         if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
             shutil.copy2(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)  # what Transformers before 5 called it
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -21,7 +21,12 @@ from megatron_chord.weights.export import hf_tensors
 def start_groups(parallel: ParallelConfig) -> runtime.ParallelGroups:
     """Groups for this layout; a second call in the same processes replaces the first's."""
     if torch.distributed.is_initialized():
-        return runtime.build_groups(parallel, device=torch.device("cpu"), seed=0)
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+        return runtime.build_groups(parallel, device=device, seed=0)
     return runtime.start(parallel, seed=0)
 
 

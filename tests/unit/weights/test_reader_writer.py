@@ -111,14 +111,18 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
     kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
     for name in kept:
         (source / name).write_text(name)
+    (source / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "bfloat16"}')
     # Neither the source's weights nor its index, which names files that are not here.
     save_file({"old": numbered(1)}, source / "model-00001-of-00001.safetensors")
     write_index(source, old="model-00001-of-00001.safetensors")
-    finish_folder(folder, source, write_shards(TENSORS.items(), folder, prefix="model", shard_bytes=limit))
+    placed = write_shards(TENSORS.items(), folder, prefix="model", shard_bytes=limit)
+    finish_folder(folder, source, placed, dtype=torch.float32)
 
     names = {path.name for path in folder.iterdir()}
     assert {name for name in names if not name.startswith("model")} == set(kept)
-    assert all((folder / name).read_text() == name for name in kept)
+    assert all((folder / name).read_text() == name for name in kept if name != "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {"model_type": "qwen2", "dtype": "float32"}
     if limit == 64:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == 40 + 24 + 16 + 400 + 4 + 4
