@@ -1,4 +1,4 @@
-# Everything here runs without a GPU, in a virtual environment of its own. For a cluster see docs/.
+# Everything here runs without a GPU, in a virtual environment of its own. For GPUs see README.md.
 #
 #   make quickstart   install if needed, then train the arithmetic example on this machine's cores
 #   make test         install if needed, then lint, types and tests

@@ -20,7 +20,11 @@ _WORKER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    if args.command == "train" and args.overwrite and args.resume != "never":
+        parser.error("--overwrite and --resume auto contradict each other")
     if args.command == "doctor":
         from megatron_chord import doctor
 
@@ -82,17 +86,22 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
         check_run(run, _world_size(run))
     except ValueError as error:
         return _refuse(str(error))
-    if "RANK" not in os.environ and run.parallel.ranks > 1:
-        _launch(run.parallel.ranks)
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            return _refuse(
+                "srun starts processes that do not know each other; start torchrun on each node instead"
+            )
+        if run.parallel.ranks > 1:
+            _launch(run.parallel.ranks, args.argv)
     _end_with_launcher()
     _quieten_libraries()
     termination = _Termination()
     signal.signal(signal.SIGTERM, termination.on_signal)
-    from megatron_chord.train.loop import train
+    from megatron_chord.train.loop import Refused, train
 
     try:
         train(run, resume=args.resume, overwrite=args.overwrite, check_stop=termination.check)
-    except ValueError as error:
+    except Refused as error:
         if os.environ.get("RANK", "0") == "0":
             _refuse(str(error))
         return 2
@@ -103,12 +112,12 @@ def _world_size(run: RunConfig) -> int:
     return int(os.environ.get("WORLD_SIZE", run.parallel.ranks))
 
 
-def _launch(ranks: int) -> NoReturn:
+def _launch(ranks: int, argv: Sequence[str]) -> NoReturn:
     """Become torchrun, with this very command line as its ranks."""
     os.environ[_WORKER] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    os.execv(sys.executable, [*command, "-m", "megatron_chord.cli", *sys.argv[1:]])
+    os.execv(sys.executable, [*command, "-m", "megatron_chord.cli", *argv])
 
 
 def _end_with_launcher() -> None:
@@ -135,6 +144,7 @@ class _Termination:
         self._code: int | None = None
 
     def on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the leaving
         self._code = 128 + number
         raise SystemExit(self._code)
 

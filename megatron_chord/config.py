@@ -44,7 +44,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     ranks: int = 1
-    """Processes that `megatron-chord train` starts on this machine; under torchrun or Slurm its world size rules."""
+    """Processes that `megatron-chord train` starts on this machine; under torchrun its world size rules."""
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None
@@ -184,7 +184,7 @@ class RolloutConfig:
     """Size of the server's KV cache; on a CPU 256 MiB where left out, on a GPU what is free."""
     transport: Literal["auto", "file", "broadcast", "ipc"] = "auto"
     """How weights reach the server: shared-memory files, a process group (NCCL or gloo), CUDA IPC. Auto takes files
-    without a GPU and NCCL with one."""
+    without a GPU; with one, CUDA IPC to the trainer's own server and NCCL to those in `servers`."""
     start_timeout_s: float = 600.0
     request_timeout_s: float = 1800.0
     """Deadline of one step's sampling."""
@@ -210,6 +210,11 @@ class RolloutConfig:
             f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
+        _not_negative(**{"rollout.restarts": self.restarts})
+        if self.max_logprob_gap is not None:
+            _positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
+        if self.kv_cache_bytes is not None:
+            _positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +240,11 @@ class RewardConfig:
                 "reward.memory_mb": self.memory_mb,
             }
         )
+        _require(
+            0 <= self.max_error_rate < 1,
+            f"reward.max_error_rate must lie in [0, 1), got {self.max_error_rate}",
+        )
+        _require(self.kind != "exact" or self.answer_marker != "", "reward.answer_marker is empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +263,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive(**{"optim.lr": self.lr, "optim.eps": self.eps})
+        for name, beta in {"optim.beta1": self.beta1, "optim.beta2": self.beta2}.items():
+            _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}")
         _not_negative(
             **{
                 "optim.min_lr": self.min_lr,
@@ -320,6 +332,9 @@ class RunConfig:
         if mu_can_be_positive:
             _require(self.data.experts is not None, "mu is above 0 but data.experts is not given")
             _require(self.batch.experts > 0, "mu is above 0 but batch.experts is 0")
+        mu = self.objective.mu
+        always_one = mu.peak == 1 and mu.valley in (None, 1) and mu.warmup_steps == 0
+        _require(self.batch.prompts > 0 or always_one, "batch.prompts is 0 but mu is below 1")
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -46,6 +46,8 @@ def parse_config(text: str, name: str, folder: Path, overrides: Sequence[str] = 
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{name}: expected a mapping of settings")
     reader = _Reader(name, folder)
@@ -162,7 +164,11 @@ class _Reader:
     def _free_mapping(self, node: yaml.Node, where: str) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise self._fail(node, f"{where}: expected a mapping, got {_shown(node)}")
-        return {key.value: _natural(value) for key, value in node.value}
+        values = {key.value: _natural(value) for key, value in node.value}
+        for name, value in values.items():
+            if not isinstance(value, str | int | float | bool):
+                raise self._fail(node, f"{where}.{name}: expected a single value, got {value!r}")
+        return values
 
     def _scalar(self, node: yaml.ScalarNode, kind: Any, where: str, field: Any) -> Any:
         text = node.value
@@ -175,11 +181,14 @@ class _Reader:
             if node.tag != "tag:yaml.org,2002:bool":
                 raise self._fail(node, f"{where}: expected true or false, got {text!r}")
             return text.lower() in ("true", "yes", "on")
+        if node.tag == "tag:yaml.org,2002:null" or not text:
+            raise self._fail(
+                node, f"{where}: is empty; expected {'a path' if kind is Path else kind.__name__}"
+            )
         if kind is Path:
             from_cwd = id(node) in self.overridden or (field and field.metadata.get("from_cwd"))
-            return Path(text) if from_cwd else self.folder / text
-        if node.tag == "tag:yaml.org,2002:null":
-            raise self._fail(node, f"{where}: is empty; expected {kind.__name__}")
+            path = Path(text).expanduser()
+            return path if from_cwd else self.folder / path
         try:
             return kind(text)
         except ValueError:

@@ -18,6 +18,7 @@ from megatron_chord.weights.mapping import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ACTIVATIONS = {"silu": F.silu}
+_SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
 _NOT_TO_OVERRIDE = {
     "hidden_dropout": "dropout would make every ratio of the loss noise",
     "attention_dropout": "dropout would make every ratio of the loss noise",
@@ -27,6 +28,8 @@ _NOT_TO_OVERRIDE = {
     "overlap_p2p_comm": "it follows from parallel.virtual_pipeline",
     "batch_p2p_comm": "it follows from parallel.virtual_pipeline",
     "params_dtype": "model.dtype sets it",
+    "pipeline_dtype": "model.dtype sets it",
+    "use_cpu_initialization": "it follows from the device",
     "bf16": "model.dtype sets it",
     "fp16": "model.dtype is fp32 or bf16",
     "sequence_parallel": "parallel.sequence_parallel sets it",
@@ -118,7 +121,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    check_overrides(model.megatron_overrides)
+    check_overrides(model.megatron_overrides, shape)
     merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
     return TransformerConfig(**merged)
 
@@ -175,13 +178,16 @@ def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
     return parameters
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
+def check_overrides(overrides: Mapping[str, Any], shape: ModelShape) -> None:
     """ValueError for a name that is no field of Megatron's TransformerConfig, or one that must stay as it is."""
     if not overrides:
         return
     for name in overrides:
-        if name in _NOT_TO_OVERRIDE:
-            raise ValueError(f"model.megatron_overrides: {name} cannot be set: {_NOT_TO_OVERRIDE[name]}")
+        reason = _NOT_TO_OVERRIDE.get(name)
+        if name in shape.transformer or name in _SHAPE_FIELDS:
+            reason = "the model's config.json sets it"
+        if reason is not None:
+            raise ValueError(f"model.megatron_overrides: {name} cannot be set: {reason}")
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     fields = [field.name for field in dataclasses.fields(TransformerConfig)]

@@ -82,8 +82,12 @@ def sample(
         share = requests[server :: len(clients)]
         return clients[server].generate(share, version=version, deadline_s=deadline_s, on_done=count)
 
-    with ThreadPoolExecutor(len(clients)) as pool:
+    pool = ThreadPoolExecutor(len(clients))
+    try:
         shares = list(pool.map(serve, range(len(clients))))
+    finally:
+        # Not waiting: on a signal the server is stopped next, which ends the requests.
+        pool.shutdown(wait=False, cancel_futures=True)
     return [shares[index % len(clients)][index // len(clients)] for index in range(len(requests))]
 
 

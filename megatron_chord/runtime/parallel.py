@@ -51,10 +51,6 @@ class ParallelGroups:
         return self.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pipeline.rank == self.pipeline.size - 1
 
@@ -137,8 +133,8 @@ def start(
     """Join torch.distributed (NCCL with CUDA, else gloo) and build Megatron's groups.
 
     ``coordinator_timeout_s`` is how long ranks wait for the coordinator's plans (sampling a step may take longer
-    than any collective); by default ``parallel.timeout_s``. Rank, world size and rendezvous come from torchrun's or
-    Slurm's environment; alone, a process is a world of one.
+    than any collective); by default ``parallel.timeout_s``. Rank, world size and rendezvous come from torchrun's
+    environment; alone, a process is a world of one.
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
     Raises:
@@ -214,7 +210,7 @@ def build_groups(
 
 
 def world_size_of_environment() -> int:
-    """Processes of this run as torchrun or Slurm's launcher states them; 1 without either."""
+    """Processes of this run as torchrun states them; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -18,6 +18,7 @@ from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import (
     GradedRollouts,
     Sampling,
+    TooManyGraderErrors,
     expert_samples,
     grade,
     make_groups,
@@ -37,6 +38,8 @@ class StepInputs:
     weights: StepWeights
     stats: dict[str, Any]
     """The sampling's part of the step's metrics row."""
+    seconds: dict[str, float]
+    """Of each phase of the collection."""
     num_tokens: int
     """All tokens of the step's samples, prompts included."""
 
@@ -105,6 +108,8 @@ class Coordinator:
         if num_prompts:
             graded = self._sample_and_grade(step, chosen, clients, version, timer)
             groups = make_groups(graded, use_std=run.objective.advantage_std, eps=run.objective.advantage_eps)
+            if not groups:
+                raise TooManyGraderErrors(f"step {step}: no prompt has two rollouts whose grading succeeded")
             stats = _rollout_stats(graded, groups)
             self.log.write_samples(step, _sample_rows(graded))
         demonstrations, expert_cursor = self._draw_experts(run.batch.experts if mu > 0 else 0)
@@ -119,7 +124,8 @@ class Coordinator:
         )
         inputs = StepInputs(
             weights=weights,
-            stats=stats | {"seconds": timer.seconds},
+            stats=stats,
+            seconds=timer.seconds,
             num_tokens=sum(len(sample.token_ids) for sample in samples),
         )
         return inputs, plan.micro_batches
@@ -181,9 +187,10 @@ def _rollout_stats(graded: Sequence[GradedRollouts], groups: Sequence[RolloutGro
     errors = sum(grade.error is not None for item in graded for grade in item.grades)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     return {
-        "reward_mean": statistics.fmean(rewards) if rewards else 0.0,
-        "reward_std": statistics.pstdev(rewards) if rewards else 0.0,
-        "equal_reward_groups": sum(min(g.rewards) == max(g.rewards) for g in groups) / max(len(groups), 1),
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "equal_reward_groups": sum(min(g.rewards) == max(g.rewards) for g in groups) / len(groups),
+        "dropped_groups": len(graded) - len(groups),
         "response_length": statistics.fmean(lengths),
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "grader_errors": errors,

@@ -7,9 +7,11 @@ everywhere, so that no rank waits for a step that will not come.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class RolloutEngine:
         self._sync: WeightSync | None = None
         self._version: int | None = None
         self._restarts_left = run.rollout.restarts
-        self._num_starts = 0
+        self._lost = False
         self._sync_seconds = 0.0
         groups.from_coordinator(lambda: (self._start(), None))
 
@@ -55,6 +57,8 @@ class RolloutEngine:
         """
         while True:
             try:
+                if self._lost:
+                    self._replace()
                 self._refresh(state, version)
                 return self._groups.from_coordinator(lambda: work(self._clients, version))
             except StaleWeights:
@@ -64,7 +68,7 @@ class RolloutEngine:
                     raise
                 self._restarts_left -= 1
                 self._notify(f"rollout server lost, starting another ({error})")
-                self._replace()
+                self._lost = True
 
     def close(self) -> None:
         """Stop the server and drop the connections; on this rank, without waiting for others."""
@@ -95,10 +99,16 @@ class RolloutEngine:
         exporters = [rank for rank, exports in enumerate(groups.gather(groups.is_exporter)) if exports]
         transport = rollout.transport
         if transport == "auto":
-            transport = "broadcast" if torch.cuda.is_available() else "file"
+            # The trainer's own server shares its GPUs, and NCCL refuses two ranks on one GPU.
+            on_gpu = "broadcast" if rollout.servers else "ipc"
+            transport = on_gpu if torch.cuda.is_available() else "file"
         return WeightSync(
             self._clients,
-            SyncSettings(transport=transport, timeout_s=rollout.sync_timeout_s),
+            SyncSettings(
+                transport=transport,
+                timeout_s=rollout.sync_timeout_s,
+                host=_address_towards(rollout.servers),
+            ),
             exporters=exporters,
             group=groups.objects if groups.world_size > 1 else None,
             device=groups.device,
@@ -108,7 +118,6 @@ class RolloutEngine:
         run = self._run
         if run.rollout.servers:
             return
-        self._num_starts += 1
         self._server = start_server(
             run.model.path,
             ServerSettings(
@@ -117,9 +126,9 @@ class RolloutEngine:
                 tensor=run.rollout.tensor,
                 kv_cache_bytes=run.rollout.kv_cache_bytes,
                 gpu_memory_utilization=run.rollout.gpu_memory_utilization,
-                cpu_threads=max(1, (os.cpu_count() or 1) // run.rollout.tensor),
+                cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
             ),
-            log=self._log_folder / f"rollout-server-{self._num_starts}.log",
+            log=self._log_folder / f"rollout-server-{len(list(self._log_folder.iterdir())) + 1}.log",
         )
 
     def _connect(self) -> None:
@@ -129,6 +138,8 @@ class RolloutEngine:
             self._clients = [RolloutClient(url, key) for url in rollout.servers]
             return
         self._server.wait_until_ready(rollout.start_timeout_s)
+        for client in self._clients:
+            client.close()
         self._clients = [RolloutClient(self._server.url, self._server.api_key)]
 
     def _replace(self) -> None:
@@ -144,6 +155,17 @@ class RolloutEngine:
 
         self._version = None
         self._groups.from_coordinator(lambda: (restart(), None))
+        self._lost = False
+
+
+def _address_towards(servers: Sequence[str]) -> str:
+    """The address under which the servers can reach this machine."""
+    if not servers:
+        return "127.0.0.1"
+    url = urlsplit(servers[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
+        probe.connect((url.hostname, url.port or 80))
+        return probe.getsockname()[0]
 
 
 def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:

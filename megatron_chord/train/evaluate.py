@@ -10,7 +10,14 @@ from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.collect import GradedRollouts, Sampling, grade, sample, sample_seed
+from megatron_chord.rollout.collect import (
+    GradedRollouts,
+    Sampling,
+    TooManyGraderErrors,
+    grade,
+    sample,
+    sample_seed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +58,13 @@ def evaluate(
         problems, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
     )
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
+    if not scores:
+        raise TooManyGraderErrors(f"none of the evaluation's {len(problems)} problems could be graded")
     lengths = [len(rollout.token_ids) for item in graded for rollout in item.rollouts]
     result = Evaluation(
-        accuracy=sum(scores) / max(len(scores), 1),
+        accuracy=sum(scores) / len(scores),
         num_problems=len(problems),
         num_errors=len(lengths) - len(scores),
-        response_length=sum(lengths) / max(len(lengths), 1),
+        response_length=sum(lengths) / len(lengths),
     )
     return result, graded

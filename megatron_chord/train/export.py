@@ -11,8 +11,12 @@ from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.writer import finish_folder, write_shards
 
 
-def export_policy(state: TrainState, source: Path, target: Path) -> None:
+def export_policy(
+    state: TrainState, source: Path, target: Path, *, chat_template: Path | None = None
+) -> None:
     """Write the policy to ``target``, replacing it; config, tokenizer and template are those of ``source``.
+
+    ``chat_template``: the Jinja file the policy was trained with, where it is not the source's own.
 
     Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
     """
@@ -29,7 +33,12 @@ def export_policy(state: TrainState, source: Path, target: Path) -> None:
             group=groups.tensor.group,
             vocab_size=state.shape.vocab_size,
         )
-        return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
+        try:
+            return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
+        except Exception:
+            for _ in tensors:  # the tensor-parallel peers wait in the iterator's gathers
+                pass
+            raise
 
     def make_empty() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -40,7 +49,7 @@ def export_policy(state: TrainState, source: Path, target: Path) -> None:
 
     def finish() -> None:
         check_accounting(list(state.shape.weights.hf_names()), list(placed), str(partial))
-        finish_folder(partial, source, placed, dtype=dtype)
+        finish_folder(partial, source, placed, dtype=dtype, chat_template=chat_template)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,14 @@ from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD, RunLog, Timer, read_metrics
 from megatron_chord.train.report import step_line, summary
-from megatron_chord.train.setup import check_run, coordinator_timeout_s, layout_of, load_data, plan_lines
+from megatron_chord.train.setup import (
+    RunData,
+    check_run,
+    coordinator_timeout_s,
+    layout_of,
+    load_data,
+    plan_lines,
+)
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.step import StepResult, apply_gradients, compute_gradients
 
@@ -31,6 +38,10 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 CONFIG = "config.yaml"
 _MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class Refused(ValueError):
+    """Settings, data or a checkpoint that will not do; nothing has been trained."""
 
 
 class LogprobMismatch(RuntimeError):
@@ -58,18 +69,21 @@ def train(
     ``check_stop`` is called before every step and raises to end the run.
 
     Raises:
-        ValueError: settings or data that will not do, before any work.
+        Refused: settings, data or a checkpoint that will not do, before any work.
     """
-    shape = check_run(run, runtime.world_size_of_environment())
+    with _refusing():
+        shape = check_run(run, runtime.world_size_of_environment())
     groups = runtime.start(run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run))
     with ExitStack() as stack:
         stack.callback(runtime.stop)
         coordinator: Coordinator | None = None
 
+        @_refusing()
         def prepare() -> tuple[Path | None, None]:
             nonlocal coordinator
+            data = load_data(run)
             stack.enter_context(_claim(run, resume=resume, overwrite=overwrite))
-            coordinator, found = _make_coordinator(run, groups, resume, stack)
+            coordinator, found = _make_coordinator(run, data, groups, resume, stack)
             plan_lines(run, shape, groups.world_size, coordinator.log.say)
             return found, None
 
@@ -78,9 +92,10 @@ def train(
         say = coordinator.log.say if coordinator is not None else lambda text: None
         engine = RolloutEngine(run, groups, log_folder=run.output / LOGS, notify=say)
         stack.callback(engine.close)
-        state = build_state(shape, run.model, run.parallel, run.optim, groups=groups, steps=run.steps)
-        parts = _Parts(run=run, state=state, engine=engine, coordinator=coordinator)
-        done = _resume(parts, saved) if saved is not None else 0
+        with _refusing():
+            state = build_state(shape, run.model, run.parallel, run.optim, groups=groups, steps=run.steps)
+            parts = _Parts(run=run, state=state, engine=engine, coordinator=coordinator)
+            done = _resume(parts, saved) if saved is not None else 0
         if done == 0:
             _evaluate(parts, 0)
         for step in range(done, run.steps):
@@ -90,10 +105,12 @@ def train(
                 _evaluate(parts, step + 1)
             if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
                 _save(parts, step + 1)
-        export_policy(state, run.model.path, run.output / POLICY)
+        export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
-            coordinator.log.console.print(summary(read_metrics(run.output)))
+            table = summary(read_metrics(run.output))
+            if table is not None:
+                coordinator.log.console.print(table)
 
 
 def _step(parts: _Parts, step: int) -> None:
@@ -126,7 +143,7 @@ def _step(parts: _Parts, step: int) -> None:
     if coordinator is None:
         return
     coordinator.commit()
-    seconds = timer.seconds | inputs.stats.pop("seconds")
+    seconds = timer.seconds | inputs.seconds
     row = {
         "step": step,
         "mu": mu,
@@ -150,7 +167,9 @@ def _check_gap(run: RunConfig, result: StepResult, step: int) -> None:
     """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere."""
     gap = result.means.get("logprob_gap")
     dtypes = {run.model.dtype, run.rollout.dtype or run.model.dtype}
-    limit = run.rollout.max_logprob_gap or max(_MAX_GAP[dtype] for dtype in dtypes)
+    limit = run.rollout.max_logprob_gap
+    if limit is None:
+        limit = max(_MAX_GAP[dtype] for dtype in dtypes)
     if gap is not None and not gap <= limit:
         raise LogprobMismatch(
             f"step {step}: trainer and rollout log-probs of the same tokens differ by {gap:.2e} on average "
@@ -173,7 +192,7 @@ def _evaluate(parts: _Parts, version: int) -> None:
 
     result, _ = parts.engine.use(work, parts.state, version=version)
     if coordinator is not None:
-        coordinator.log.write({"step": version, **asdict(result)})
+        coordinator.log.write({"step": version, "evaluation": asdict(result)})
         coordinator.log.say(
             f"evaluation after {version} steps: accuracy {100 * result.accuracy:.1f} % "
             f"on {result.num_problems} problems"
@@ -206,11 +225,12 @@ def _resume(parts: _Parts, path: Path) -> int:
 
 
 def _make_coordinator(
-    run: RunConfig, groups: runtime.ParallelGroups, resume: Resume, stack: ExitStack
+    run: RunConfig, data: RunData, groups: runtime.ParallelGroups, resume: Resume, stack: ExitStack
 ) -> tuple[Coordinator, Path | None]:
-    data = load_data(run)
     found = checkpoint.find(run.output / CHECKPOINTS, print) if resume == "auto" else None
     first_step = checkpoint.step_of(found) if found is not None else 0
+    if first_step > run.steps:
+        raise ValueError(f"{found} has taken {first_step} steps already, but steps is {run.steps}")
     log = stack.enter_context(RunLog(run.output, steps=run.steps, first_step=first_step))
     graders = stack.enter_context(
         GraderPool(
@@ -247,8 +267,17 @@ def _claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
             path = run.output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run.output / LOGS).mkdir(exist_ok=True)
-    (run.output / CONFIG).write_text(dump_config(run))
+    (run.output / CONFIG).write_text(dump_config(run), encoding="utf-8")
     return lock
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong before the first step is the user's to mend, and is told apart from a fault in a later one."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _doing(coordinator: Coordinator | None, what: str) -> None:

@@ -45,6 +45,10 @@ class RunLog:
         _keep_steps_before(self._path, first_step)
         self._samples = folder / SAMPLES
         self._samples.mkdir(exist_ok=True)
+        for path in self._samples.glob("*-*.jsonl"):
+            kind, step = path.stem.rsplit("-", 1)
+            if int(step) >= first_step + (kind == "evaluation"):
+                path.unlink()
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
         self.console = Console()
         self._progress = Progress(
@@ -79,7 +83,7 @@ class RunLog:
         broken = [name for name, value in _scalars(row) if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in _scalars(row):
             if name != "step":
@@ -92,27 +96,38 @@ class RunLog:
 
     def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:
         path = self._samples / f"{kind}-{step:06d}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return list(_rows(path)) if path.is_file() else []
 
 
 def _keep_steps_before(path: Path, first_step: int) -> None:
     if not path.is_file():
         return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if _is_before(json.loads(line), first_step)]
+    kept = [row for row in _rows(path) if _is_before(row, first_step)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log; a last line that was cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a row of metrics: {error}") from error
 
 
 def _is_before(row: Mapping[str, Any], first_step: int) -> bool:
     # The evaluation of a step's weights stands under the number of steps they have taken.
-    return row["step"] < first_step or ("accuracy" in row and row["step"] == first_step)
+    return row["step"] < first_step or ("evaluation" in row and 0 < first_step == row["step"])
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -8,20 +8,19 @@ from typing import Any
 from rich.table import Table
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Accuracy at every evaluation, and the first and last training numbers."""
+def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Held-out accuracy before, on the way and after; None when nothing was evaluated."""
+    evaluations = [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
+    if not evaluations:
+        return None
     table = Table(title="what the run learned")
-    table.add_column("")
-    evaluations = [row for row in rows if "accuracy" in row]
-    steps = [row for row in rows if "loss" in row]
-    for row in evaluations:
-        when = "before" if row["step"] == 0 else f"after step {row['step']}"
-        table.add_column(when, justify="right")
-    if evaluations:
-        table.add_row("held-out accuracy", *(f"{100 * row['accuracy']:.1f} %" for row in evaluations))
-        table.add_row("tokens per answer", *(f"{row['response_length']:.1f}" for row in evaluations))
-        gained = 100 * (evaluations[-1]["accuracy"] - evaluations[0]["accuracy"])
-        table.caption = f"{gained:+.1f} points in {len(steps)} steps"
+    for name in ("weights", "held-out accuracy", "tokens per answer"):
+        table.add_column(name, justify="right")
+    for step, result in evaluations:
+        when = "before" if step == 0 else f"after {step} steps"
+        table.add_row(when, f"{100 * result['accuracy']:.1f} %", f"{result['response_length']:.1f}")
+    gained = 100 * (evaluations[-1][1]["accuracy"] - evaluations[0][1]["accuracy"])
+    table.caption = f"{gained:+.1f} points"
     return table
 
 

@@ -45,7 +45,7 @@ def check_run(run: RunConfig, world_size: int) -> ModelShape:
     check_accounting(list(shape.weights.hf_names()), HFReader.of(run.model.path).names, str(run.model.path))
     check_shape(shape, run.parallel)
     data_parallel_size(run.parallel, world_size)
-    check_overrides(run.model.megatron_overrides)
+    check_overrides(run.model.megatron_overrides, shape)
     longest = run.data.max_prompt_tokens + run.data.max_response_tokens
     if longest > shape.max_positions:
         raise ValueError(
@@ -101,16 +101,18 @@ def layout_of(run: RunConfig, data_parallel: int) -> Layout:
 
 
 def coordinator_timeout_s(run: RunConfig) -> float:
-    """How long ranks may have to wait for the coordinator: a server's start, a step's sampling, and their repeats."""
+    """How long ranks may have to wait for the coordinator: a server's start, a step's sampling and grading, and
+    their repeats."""
     rollout = run.rollout
-    once = rollout.start_timeout_s + rollout.request_timeout_s + rollout.sync_timeout_s
+    grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
+    once = rollout.start_timeout_s + rollout.request_timeout_s + rollout.sync_timeout_s + grading
     return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
 
 
 def plan_lines(run: RunConfig, shape: ModelShape, world_size: int, say: Callable[[str], None]) -> None:
     """What one step is, said once before the run."""
     batch, parallel = run.batch, run.parallel
-    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    data = data_parallel_size(parallel, world_size)
     say(
         f"model       {shape.family}, {shape.num_layers} layers of {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size}, {run.model.dtype}, from {run.model.path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,8 @@ def build_state(
 
     config = transformer_config(shape, model, parallel)
     chunks = build_chunks(config, shape)
-    load(
+    read = functools.partial(
+        load,
         global_parameters(chunks),
         shape.weights,
         HFReader.of(model.path),
@@ -60,6 +62,7 @@ def build_state(
         tensor_rank=groups.tensor.rank,
         tensor_size=groups.tensor.size,
     )
+    groups.together(read)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -113,7 +116,8 @@ def _scheduler(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
         max_lr=optim.lr,
         min_lr=optim.min_lr,
         lr_warmup_steps=optim.warmup_steps,
-        lr_decay_steps=max(steps, optim.warmup_steps + 1),
+        # The schedule advances before each update; one more step keeps the last update's rate above min_lr.
+        lr_decay_steps=max(steps, optim.warmup_steps) + 1,
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

@@ -32,11 +32,17 @@ def write_shards(
 
 
 def finish_folder(
-    folder: Path, source: Path, placed: Mapping[str, tuple[str, int]], *, dtype: torch.dtype
+    folder: Path,
+    source: Path,
+    placed: Mapping[str, tuple[str, int]],
+    *,
+    dtype: torch.dtype,
+    chat_template: Path | None = None,
 ) -> None:
     """Name the shards in the index, and copy what else a checkpoint holds (configs, tokenizer, template) over.
 
-    config.json is made to state ``dtype``, the one the weights are written in.
+    config.json is made to state ``dtype``, the one the weights are written in; ``chat_template`` (a Jinja file)
+    replaces the source's own.
     """
     if len({file for file, _ in placed.values()}) == 1:
         (folder / next(iter(placed.values()))[0]).rename(folder / SINGLE)
@@ -45,14 +51,25 @@ def finish_folder(
             "metadata": {"total_size": sum(size for _, size in placed.values())},
             "weight_map": {name: file for name, (file, _) in sorted(placed.items())},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(folder / INDEX, index)
     for file in source.iterdir():
         if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
             shutil.copy2(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)  # what Transformers before 5 called it
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_json(folder / "config.json", config)
+    if chat_template is not None:
+        shutil.copy2(chat_template, folder / "chat_template.jinja")
+        path = folder / "tokenizer_config.json"
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings.pop("chat_template", None)
+            _write_json(path, settings)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

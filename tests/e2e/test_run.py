@@ -70,7 +70,7 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
     rows = metrics_of(straight)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(STEPS))
-    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "evaluation" in row] == [0, 2, 4]
     assert any(row["reward_mean"] > 0 for row in steps), "a task whose rewards are all 0 would prove little"
     for row in steps:
         assert row["mu"] == 0.3
