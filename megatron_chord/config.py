@@ -176,7 +176,7 @@ class RolloutConfig:
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""
     servers: tuple[str, ...] = ()
-    """URLs of running vLLM servers; when empty the trainer starts one on loopback."""
+    """URLs of running vLLM servers (docs/running.md); when empty the trainer starts one on loopback."""
     tensor: int = 1
     """Tensor parallelism of the server the trainer starts."""
     gpu_memory_utilization: float = 0.6

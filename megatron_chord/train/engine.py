@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import RunConfig
+from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
 from megatron_chord.rollout.server import RolloutServer, ServerError, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
 from megatron_chord.weights.export import hf_tensors
-
-KEY_VARIABLE = "MEGATRON_CHORD_ROLLOUT_KEY"
-"""Environment variable with the API key of the servers named in rollout.servers."""
 
 Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
 """(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
@@ -134,7 +132,9 @@ class RolloutEngine:
     def _connect(self) -> None:
         rollout = self._run.rollout
         if self._server is None:
-            key = os.environ.get(KEY_VARIABLE, "")
+            key = os.environ.get(KEY_VARIABLE)
+            if not key:
+                raise ValueError(f"rollout.servers need their key in the environment variable {KEY_VARIABLE}")
             self._clients = [RolloutClient(url, key) for url in rollout.servers]
             return
         self._server.wait_until_ready(rollout.start_timeout_s)

@@ -245,7 +245,7 @@ def _make_coordinator(
         log.say(report)
     if resume == "auto" and found is None:
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
-    layout = layout_of(run, groups.data.size)
+    layout = layout_of(run.parallel, groups.data.size)
     return Coordinator(run, data, layout=layout, graders=graders, log=log), found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chord.config import RunConfig, data_parallel_size
+from megatron_chord.config import ParallelConfig, RunConfig, data_parallel_size
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
 from megatron_chord.data.packing import Layout, make_layout
@@ -88,8 +88,8 @@ def load_data(run: RunConfig) -> RunData:
     )
 
 
-def layout_of(run: RunConfig, data_parallel: int) -> Layout:
-    parallel = run.parallel
+def layout_of(parallel: ParallelConfig, data_parallel: int) -> Layout:
+    """What packing must know of the parallel axes."""
     return make_layout(
         data=data_parallel,
         tensor=parallel.tensor,

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from megatron_chord.config import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig
-from megatron_chord.data.packing import make_layout, plan_step
+from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.objective import StepWeights
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.train.setup import layout_of
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.step import compute_gradients
 from megatron_chord.weights.export import hf_tensors
@@ -40,17 +41,6 @@ def build(
         optim or OptimConfig(lr=1e-2),
         groups=start_groups(parallel),
         steps=steps,
-    )
-
-
-def layout_of(parallel: ParallelConfig, data: int) -> Any:
-    return make_layout(
-        data=data,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        sequence_parallel=parallel.sequence_parallel,
-        virtual=parallel.virtual_pipeline is not None,
     )
 
 
