@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 .PHONY: quickstart test venv doctor lint format lock clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/megatron-chord train $(CONFIG)
+	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -122,12 +122,13 @@ def expert_solution(story: Story) -> str:
 
 
 def sloppy_solution(rng: random.Random, story: Story, error_rate: float) -> str:
-    """The expert's form, but carrying and borrowing are forgotten with probability `error_rate`: 58+7=55."""
+    """The expert's form, but a result is off with probability `error_rate`, and the error is carried on."""
     sums, total = [], story.sums[0][0]
     for _, sign, right, _ in story.sums:
         result = total + right if sign == "+" else total - right
         if rng.random() < error_rate:
-            result = total // 10 * 10 + result % 10
+            result += rng.choice((-10, -2, -1, 1, 2, 10))
+        result = max(result, 0)
         sums.append((total, sign, right, result))
         total = result
     return f"{workings(tuple(sums))}\n#### {total}"
@@ -381,7 +382,7 @@ def parse() -> argparse.Namespace:
     add("--lr", 3e-3, "peak learning rate")
     add("--asked", 0.5, "share of diaries that ask for workings")
     add("--sloppy", 0.2, "share of sloppy workings among the rest")
-    add("--error-rate", 0.95, "how often sloppy workings forget to carry")
+    add("--error-rate", 0.4, "of a result in sloppy workings")
     add("--vocabulary", 512, "pieces of the tokenizer, 256 of them bytes")
     add("--train", 2000, "training problems")
     add("--experts", 1000, "demonstrations")

@@ -33,7 +33,7 @@ class RolloutEngine:
     def __init__(
         self, run: RunConfig, groups: ParallelGroups, *, log_folder: Path, notify: Callable[[str], None]
     ) -> None:
-        """Start the server (unless the run names its own) and return while it loads."""
+        """Start the server (unless the run names its own, or never samples) and return while it loads."""
         self._run = run
         self._groups = groups
         self._log_folder = log_folder
@@ -114,7 +114,7 @@ class RolloutEngine:
 
     def _start(self) -> None:
         run = self._run
-        if run.rollout.servers:
+        if run.rollout.servers or (run.batch.prompts == 0 and run.data.evaluation is None):
             return
         self._server = start_server(
             run.model.path,

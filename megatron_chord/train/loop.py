@@ -90,9 +90,9 @@ def train(
         saved, _ = groups.from_coordinator(prepare)
         # The server loads while the model is built.
         say = coordinator.log.say if coordinator is not None else lambda text: None
-        engine = RolloutEngine(run, groups, log_folder=run.output / LOGS, notify=say)
-        stack.callback(engine.close)
         with _refusing():
+            engine = RolloutEngine(run, groups, log_folder=run.output / LOGS, notify=say)
+            stack.callback(engine.close)
             state = build_state(shape, run.model, run.parallel, run.optim, groups=groups, steps=run.steps)
             parts = _Parts(run=run, state=state, engine=engine, coordinator=coordinator)
             done = _resume(parts, saved) if saved is not None else 0
