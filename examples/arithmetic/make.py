@@ -20,6 +20,7 @@ Everything follows from the seed; weights differ in their last bits between mach
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import time
@@ -190,9 +191,10 @@ def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> PreTrai
     for _ in range(5000):
         story = make_story(rng)
         text += [f"{story.text} {REQUEST}", "#### " + story.answer, *workings(story.sums).split("\n")]
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,  # not model_prefix: SentencePiece writes that path into the model
         model_type="bpe",
         vocab_size=vocabulary,
         byte_fallback=True,
@@ -212,7 +214,7 @@ def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> PreTrai
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",

@@ -56,9 +56,10 @@ def finish_folder(
         if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
             shutil.copy2(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("torch_dtype", None)  # what Transformers before 5 called it
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    stated = config.pop("torch_dtype", None)  # what Transformers before 5 called it
+    name = str(dtype).removeprefix("torch.")
+    if config.get("dtype", stated) != name:
+        _write_json(folder / "config.json", config | {"dtype": name})
     if chat_template is not None:
         shutil.copy2(chat_template, folder / "chat_template.jinja")
         path = folder / "tokenizer_config.json"

@@ -95,7 +95,10 @@ def test_round_trip_is_bit_for_bit(models: dict[str, Path], tmp_path: Path, worl
         for tensor, value in expected.items():
             assert found[tensor].dtype == value.dtype, f"{name}: {tensor}"
             assert torch.equal(found[tensor].view(torch.uint8), value.view(torch.uint8)), f"{name}: {tensor}"
-        for file in ("config.json", "generation_config.json", "chat_template.jinja"):
+        config = json.loads((source / "config.json").read_text())
+        dtype = str(next(iter(expected.values())).dtype).removeprefix("torch.")
+        assert json.loads((target / "config.json").read_text()) == config | {"dtype": dtype}, name
+        for file in ("generation_config.json", "chat_template.jinja"):
             assert (target / file).read_bytes() == (source / file).read_bytes(), f"{name}: {file}"
         assert not list(tmp_path.glob(".*")), "a partial folder was left behind"
     for name in (next(iter(cases)), list(cases)[-1], f"{list(LAYOUTS[world_size])[-1]}-tied_203_fp32"):
