@@ -35,8 +35,8 @@ OPTIM = OptimConfig(
     clip_grad=1.0,
     eps=1e-3,  # with 1e-8, Adam would enlarge the rounding of tiny gradients to whole steps
 )
-RATES = [1e-2, 1e-3 + 9e-3 * 0.75, 1e-3 + 9e-3 * 0.25, 1e-3]
-"""OPTIM's over 4 steps: up to 1e-2 in one step, then a half cosine (1, 3/4, 1/4, 0) over three down to 1e-3."""
+RATES = [1e-2, 1e-3 + 9e-3 * (2 + 2**0.5) / 4, 1e-3 + 9e-3 / 2, 1e-3 + 9e-3 * (2 - 2**0.5) / 4]
+"""OPTIM's over 4 steps: up to 1e-2 in one step, then (1 + cos) / 2 at 1/4, 2/4 and 3/4 of the way down to 1e-3."""
 
 SAME_LAYOUT: dict[str, dict[str, Any]] = {
     "one": {"world": 1},

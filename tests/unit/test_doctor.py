@@ -26,6 +26,8 @@ NODE = Machine(
 COMMON = {
     "megatron-core": "0.16.1",
     "transformers": "5.19.0",
+    "numpy": "2.3.5",
+    "jinja2": "3.1.6",
     "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",
     "math-verify": "0.9.0",
