@@ -74,15 +74,14 @@ def run_micro_batches(
     groups: ParallelGroups,
     vocab_size: int,
     temperature: float,
-    backward: bool,
 ) -> list[dict[str, Tensor]]:
-    """Forward, and backward if asked, over this data-parallel rank's micro-batches.
+    """Forward and backward over this data-parallel rank's micro-batches.
 
     The gradient left in the parameters is that of the **sum** of ``loss`` over all micro-batches of all
     data-parallel and context-parallel ranks: Megatron's own averages are undone here.
 
     Args:
-        chunks: model chunks wrapped in DistributedDataParallel (bare ones will do without ``backward``).
+        chunks: model chunks wrapped in DistributedDataParallel.
         micro_batches: equally many on every rank.
 
     Returns:
@@ -121,7 +120,7 @@ def run_micro_batches(
         num_microbatches=len(micro_batches),
         seq_length=len(micro_batches[0].token_ids),
         micro_batch_size=1,
-        forward_only=not backward,
+        forward_only=False,
     )
 
 

@@ -88,6 +88,11 @@ class ParallelGroups:
             raise error
         return common, self._scatter(per_rank) if has_parts else None
 
+    def once(self, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on the coordinator alone and give every rank its result, or its exception."""
+        result, _ = self.from_coordinator(lambda: (compute(), None))
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's Python object, on every rank, in rank order. One collective of ``objects``."""
         values: list[Any] = [None] * self.world_size

@@ -48,14 +48,14 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
     from megatron.core import dist_checkpointing
 
     groups = state.groups
-    name, _ = groups.from_coordinator(lambda: (f"step-{run_state['step']:06d}", None))
+    name = groups.once(lambda: f"step-{run_state['step']:06d}")
     target, partial = folder / name, folder / f".{name}.partial"
 
     def make_empty() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    groups.from_coordinator(lambda: (make_empty(), None))
+    groups.once(make_empty)
     dist_checkpointing.save(
         _sharded(state, is_loading=False),
         str(partial),
@@ -78,7 +78,7 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
             if old != target:  # newer ones may be there: damaged, and passed over by find
                 shutil.rmtree(old, ignore_errors=True)
 
-    groups.from_coordinator(lambda: (finish(), None))
+    groups.once(finish)
     return target
 
 
@@ -207,9 +207,7 @@ def _fault(checkpoint: Path) -> str | None:
 
 def _digest_together(folder: Path, groups: ParallelGroups) -> dict[str, str]:
     """SHA-256 of every file below ``folder``; the ranks share the reading."""
-    names, _ = groups.from_coordinator(
-        lambda: (sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), None)
-    )
+    names = groups.once(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     mine = names[groups.rank :: groups.world_size]
     parts = groups.together(lambda: {name: _digest(folder / name) for name in mine})
     return {name: digest for part in parts for name, digest in part.items()}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
 
 from megatron_chord.config import RunConfig
 from megatron_chord.rollout.auth import KEY_VARIABLE
@@ -23,7 +22,6 @@ from megatron_chord.rollout.server import RolloutServer, ServerError, ServerSett
 from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
-from megatron_chord.weights.export import hf_tensors
 
 Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
 """(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
@@ -45,7 +43,7 @@ class RolloutEngine:
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._sync_seconds = 0.0
-        groups.from_coordinator(lambda: (self._start(), None))
+        groups.once(self._start)
 
     def use(self, work: Work, state: TrainState, *, version: int) -> tuple[Any, Any]:
         """Run ``work`` on the coordinator with servers that hold the weights of ``version``, those of ``state``.
@@ -87,9 +85,9 @@ class RolloutEngine:
             return
         self._version = None
         if self._sync is None:
-            self._groups.from_coordinator(lambda: (self._connect(), None))
+            self._groups.once(self._connect)
             self._sync = self._make_sync()
-        self._sync_seconds += self._sync.push(_tensors(state), version).seconds
+        self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
         self._version = version
 
     def _make_sync(self) -> WeightSync:
@@ -154,7 +152,7 @@ class RolloutEngine:
                 self._sync.reconnect(self._clients)
 
         self._version = None
-        self._groups.from_coordinator(lambda: (restart(), None))
+        self._groups.once(restart)
         self._lost = False
 
 
@@ -166,15 +164,3 @@ def _address_towards(servers: Sequence[str]) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
         probe.connect((url.hostname, url.port or 80))
         return probe.getsockname()[0]
-
-
-def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part in giving the weights away: tensors on exporters, gathers on their tensor-parallel peers."""
-    if not state.groups.holds_first_replica:
-        return iter(())
-    return hf_tensors(
-        state.parameters(),
-        state.shape.weights,
-        group=state.groups.tensor.group,
-        vocab_size=state.shape.vocab_size,
-    )

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from megatron_chord.train.state import TrainState
-from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.writer import finish_folder, write_shards
 
@@ -25,14 +24,7 @@ def export_policy(
     partial = target.with_name(f".{target.name}.partial")
 
     def write() -> dict[str, tuple[str, int]]:
-        if not groups.holds_first_replica:
-            return {}
-        tensors = hf_tensors(
-            state.parameters(),
-            state.shape.weights,
-            group=groups.tensor.group,
-            vocab_size=state.shape.vocab_size,
-        )
+        tensors = state.hf_tensors()
         try:
             return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
         except Exception:
@@ -44,7 +36,7 @@ def export_policy(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    groups.from_coordinator(lambda: (make_empty(), None))
+    groups.once(make_empty)
     placed = {name: place for part in groups.together(write) for name, place in part.items()}
 
     def finish() -> None:
@@ -54,4 +46,4 @@ def export_policy(
             shutil.rmtree(target)
         partial.rename(target)
 
-    groups.from_coordinator(lambda: (finish(), None))
+    groups.once(finish)

@@ -79,15 +79,15 @@ def train(
         coordinator: Coordinator | None = None
 
         @_refusing()
-        def prepare() -> tuple[Path | None, None]:
+        def prepare() -> Path | None:
             nonlocal coordinator
             data = load_data(run)
             stack.enter_context(_claim(run, resume=resume, overwrite=overwrite))
             coordinator, found = _make_coordinator(run, data, groups, resume, stack)
             plan_lines(run, shape, groups.world_size, coordinator.log.say)
-            return found, None
+            return found
 
-        saved, _ = groups.from_coordinator(prepare)
+        saved = groups.once(prepare)
         # The server loads while the model is built.
         say = coordinator.log.say if coordinator is not None else lambda text: None
         with _refusing():
@@ -214,13 +214,12 @@ def _resume(parts: _Parts, path: Path) -> int:
     """Weights, optimizer and cursors from a checkpoint; returns the optimizer steps done."""
     run_state = checkpoint.load(parts.state, path)
 
-    def restore() -> tuple[None, None]:
+    def restore() -> None:
         assert parts.coordinator is not None
         parts.coordinator.restore(run_state)
         parts.coordinator.log.say(f"resumed from {path}: {run_state['step']} of {parts.run.steps} steps done")
-        return None, None
 
-    parts.state.groups.from_coordinator(restore)
+    parts.state.groups.once(restore)
     return run_state["step"]
 
 

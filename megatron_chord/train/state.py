@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, global_parameters, transformer_config
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.load import load
 from megatron_chord.weights.reader import HFReader
 
@@ -30,6 +32,20 @@ class TrainState:
 
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part in giving the weights away: whole Hugging Face tensors on exporters, nothing elsewhere.
+
+        To be drained on every rank: the exporters' tensor-parallel peers take part in the gathers.
+        """
+        if not self.groups.holds_first_replica:
+            return iter(())
+        return hf_tensors(
+            self.parameters(),
+            self.shape.weights,
+            group=self.groups.tensor.group,
+            vocab_size=self.shape.vocab_size,
+        )
 
 
 def build_state(

@@ -38,9 +38,8 @@ def compute_gradients(
     objective: ObjectiveConfig,
     *,
     temperature: float,
-    backward: bool = True,
 ) -> StepResult:
-    """Loss and, with ``backward``, gradients of the step in the parameters' ``main_grad``; changes no weight.
+    """Loss and gradients of the step in the parameters' ``main_grad``; changes no weight.
 
     Args:
         micro_batches: this data-parallel rank's, equally many on every rank.
@@ -62,7 +61,6 @@ def compute_gradients(
         groups=state.groups,
         vocab_size=state.shape.vocab_size,
         temperature=temperature,
-        backward=backward,
     )
     return _reduce(kept, weights, state.groups)
 
