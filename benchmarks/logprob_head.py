@@ -101,7 +101,7 @@ def run_head(
     if head == "naive":
         logprobs, entropy = naive(hidden, weight, targets)
     else:
-        logprobs, entropy = token_logprobs(hidden, weight, targets, chunk=chunk)
+        logprobs, entropy, _ = token_logprobs(hidden, weight, targets, chunk=chunk)
     (logprobs.sum() + entropy.sum()).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start

@@ -1,4 +1,4 @@
-"""The command line: train, check, settings, doctor."""
+"""The command line: train, check, mu preview, settings, doctor."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = load_config(args.config, args.overrides)
     except ConfigError as error:
         return _refuse(str(error))
+    if args.command == "mu":
+        return _preview_mu(run, args.plot)
     return _check(run) if args.command == "check" else _train(run, args)
 
 
@@ -55,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
-    for command in (train, check):
+    mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the expert branch")
+    preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
+        "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
+    )
+    preview.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it with matplotlib, too")
+    for command in (train, check, preview):
         command.add_argument("config", type=Path, metavar="RUN.yaml")
         command.add_argument(
             "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
@@ -69,13 +76,28 @@ def _check(run: RunConfig) -> int:
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:
-        shape = check_run(run, _world_size(run))
+        shape, _ = check_run(run, _world_size(run))
         data = load_data(run)
     except ValueError as error:
         return _refuse(str(error))
     plan_lines(run, shape, _world_size(run), print)
     print("\n".join(data.reports))
     print(dump_config(run))
+    return 0
+
+
+def _preview_mu(run: RunConfig, plot: Path | None) -> int:
+    from megatron_chord.preview import lines, save_plot
+
+    try:
+        if plot is not None:
+            save_plot(run, plot)
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    plain = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
+    print("\n".join(lines(run, plain=plain)))
+    if plot is not None:
+        print(f"plot: {plot}")
     return 0
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.schedules import MuSchedule
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -79,6 +81,10 @@ class DataConfig:
     """JSON lines or Parquet: problems with a ground truth, for rollouts."""
     experts: Path | None = None
     """JSON lines or Parquet: demonstrations. May be left out only when mu is 0 throughout."""
+    aligned: bool = False
+    """Every prompt has its own demonstration among `experts`, found by the prompt itself. Some methods need it."""
+    unmatched: Literal["fail", "drop"] = "fail"
+    """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
     evaluation: Path | None = None
     """JSON lines or Parquet: held-out problems."""
     chat_template: Path | None = None
@@ -96,53 +102,200 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuConfig:
-    """Weight of the expert branch at optimizer step s (the first step is s = 0).
+class SimpleWeight:
+    """one: plain SFT. p: importance-weighted SFT with pi_sample = 1, also known as DFT. phi: p(1-p), CHORD's."""
 
-    ``constant`` is ``peak`` at every step. ``warmup_cosine`` rises linearly from 0 to ``peak`` over ``warmup_steps``,
-    then falls along a cosine to ``valley`` over ``decay_steps`` and stays there (CHORD-mu: 0.9 -> 0.05).
-    """
+    kind: Literal["one", "p", "phi"]
 
-    schedule: Literal["constant", "warmup_cosine"] = "constant"
-    peak: float = 0.1
-    valley: float | None = None
-    warmup_steps: int = 0
-    decay_steps: int = 0
+
+@dataclass(frozen=True, kw_only=True)
+class PowerWeight:
+    """scale p^a (1-p)^b, with its peak at a / (a + b); phi is a = b = scale = 1."""
+
+    kind: Literal["power"] = "power"
+    a: float = 1.0
+    b: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.peak <= 1.0, f"mu.peak must lie in [0, 1], got {self.peak}")
-        if self.schedule == "constant":
-            _require(
-                self.valley is None and self.warmup_steps == 0 and self.decay_steps == 0,
-                "a constant mu has only `peak`; valley, warmup_steps and decay_steps belong to warmup_cosine",
-            )
-            return
-        _require(self.valley is not None, "warmup_cosine needs `valley`, the value after the decay")
-        assert self.valley is not None
-        _require(0.0 <= self.valley <= 1.0, f"mu.valley must lie in [0, 1], got {self.valley}")
-        _not_negative(**{"mu.warmup_steps": self.warmup_steps, "mu.decay_steps": self.decay_steps})
+        _not_negative(a=self.a, b=self.b)
+        _positive(scale=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedISWeight:
+    """p where p <= threshold, else 0 (CHORD, App. B.2)."""
+
+    kind: Literal["clipped_is"] = "clipped_is"
+    threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        _require(0 < self.threshold <= 1, f"threshold must lie in (0, 1], got {self.threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalWeight:
+    """(1-p)^exponent."""
+
+    kind: Literal["focal"] = "focal"
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        _not_negative(exponent=self.exponent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BernoulliEntropyWeight:
+    """-p ln p - (1-p) ln(1-p)."""
+
+    kind: Literal["bernoulli_entropy"] = "bernoulli_entropy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyTopWeight:
+    """1 for the `share` of the step's expert tokens with the highest full-vocabulary entropy, else 0 (CHORD, App. B.2).
+
+    Costs a forward pass more: the threshold is that of the whole step.
+    """
+
+    kind: Literal["entropy_top"] = "entropy_top"
+    share: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(0 < self.share <= 1, f"share must lie in (0, 1], got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyNormWeight:
+    """Full-vocabulary entropy / its mean over the step's expert tokens. Costs a forward pass more."""
+
+    kind: Literal["entropy_norm"] = "entropy_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginWeight:
+    """Of m = p - the probability of the best other token: 1 - |m|, or exp(-m^2 / (2 width^2)) where width is given."""
+
+    kind: Literal["margin"] = "margin"
+    width: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None:
+            _positive(width=self.width)
+
+
+TokenWeight = (
+    SimpleWeight
+    | PowerWeight
+    | ClippedISWeight
+    | FocalWeight
+    | BernoulliEntropyWeight
+    | EntropyTopWeight
+    | EntropyNormWeight
+    | MarginWeight
+)
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """A penalty for leaving a reference policy, added to the policy branch."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = l_ref - l per token: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
+    coefficient: float = 0.001
+    reference: Path | None = None
+    """Hugging Face folder of the reference; the run's own starting point where left out."""
+
+    def __post_init__(self) -> None:
+        _positive(**{"kl.coefficient": self.coefficient})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Importance weight between trainer and rollout engine, w = exp(l_old - l_rollout), constant, times the loss."""
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """w of each token, the product over its sequence, or that product's geometric mean."""
+    mode: Literal["truncate", "clamp", "mask"] = "truncate"
+    """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (a sequence-level mask
+    drops whole sequences, and then multiplies by 1)."""
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.low < self.high, f"correction needs 0 <= low < high, got {self.low} and {self.high}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    mu: MuConfig = field(default_factory=MuConfig)
-    expert_weight: Literal["one", "p", "phi"] = "phi"
-    """Weight of an expert token: 1 (SFT), p (importance-weighted SFT, also known as DFT) or p(1-p) (CHORD-phi)."""
+    mu: MuSchedule | None = None
+    """Weight of the expert branch, by schedule; a constant 0.1 where left out. For methods that mix by mu."""
+    expert_weight: TokenWeight | None = None
+    """Weight of an expert token, detached; phi where left out. For methods that mix by mu."""
+    expert_cutoff: float = 1.0
+    """Expert tokens more probable than this are not pushed further (Trinity-RFT's cutoff_prob); 1 turns it off."""
+    expert_aggregation: Aggregation = "token_mean"
+    surrogate: Literal["ppo", "gspo", "cispo", "unclipped"] = "ppo"
+    """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
+    A l. unclipped: -r A."""
     clip_low: float = 0.2
     clip_high: float = 0.2
-    """The surrogate's ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-    ratio_from: Literal["rollout", "current"] = "rollout"
-    """Denominator of the ratio: the rollout engine's log-probs (the paper's pi_sample), or the trainer's own."""
-    advantage_std: bool = True
-    """Divide group-centred rewards by the group's standard deviation (unbiased)."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    dual_clip: float | None = None
+    """Bounds the loss of tokens with A < 0 by -A dual_clip (> 1; usually 3)."""
+    ratio_from: Literal["rollout", "current", "recomputed"] = "rollout"
+    """Denominator of the ratio: the rollout engine's log-probs (the paper's pi_sample), the trainer's own of this very
+    pass (ratio 1 in value), or the trainer's own before the step's first update (a forward pass more)."""
+    aggregation: Aggregation = "token_mean"
+    """Of policy tokens over the whole step. token_mean: sum / tokens. sequence_mean: mean over sequences of token
+    means. sequence_sum: mean over sequences of token sums. constant: sum / (sequences x aggregation_length)."""
+    aggregation_length: int | None = None
+    """For `constant` (Dr.GRPO); data.max_response_tokens where left out."""
+    advantage: Literal["group_std", "group", "batch_std", "leave_one_out"] = "group_std"
+    """group_std: (R - group mean) / group std. group: R - group mean (Dr.GRPO). batch_std: divided by the std of the
+    step's rewards. leave_one_out: R - mean of the others (RLOO). Standard deviations are unbiased."""
     advantage_eps: float = 1e-6
+    equal_groups: Literal["keep", "drop"] = "keep"
+    """Groups of equal rewards have no advantage; keep: they count in the denominators. drop: they do not."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """mask: rollouts cut off at the length limit are not trained on; their rewards still count in their group."""
     entropy_bonus: float = 0.0
     """Coefficient of the mean entropy over rollout tokens, subtracted from the policy branch."""
+    kl: KLConfig | None = None
+    correction: CorrectionConfig | None = None
 
     def __post_init__(self) -> None:
         _require(0.0 < self.clip_low <= 1.0, f"clip_low must lie in (0, 1], got {self.clip_low}")
         _positive(clip_high=self.clip_high, advantage_eps=self.advantage_eps)
         _not_negative(entropy_bonus=self.entropy_bonus)
+        _require(0 < self.expert_cutoff <= 1, f"expert_cutoff must lie in (0, 1], got {self.expert_cutoff}")
+        if self.dual_clip is not None:
+            _require(self.dual_clip > 1, f"dual_clip must be > 1, got {self.dual_clip}")
+            _require(self.surrogate in ("ppo", "gspo"), f"dual_clip belongs to ppo and gspo, not {self.surrogate}")
+        if self.aggregation_length is not None:
+            _positive(aggregation_length=self.aggregation_length)
+            _require(
+                "constant" in (self.aggregation, self.expert_aggregation),
+                "aggregation_length belongs to the aggregation `constant`",
+            )
+        _require(
+            self.correction is None or self.ratio_from != "rollout",
+            "objective.correction and ratio_from: rollout would correct the same mismatch twice; set ratio_from to "
+            "current or recomputed",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """How data are mixed; docs/methods.md lists the methods with their settings."""
+
+    name: str = "chord"
+    settings: dict[str, int | float | bool | str] = field(
+        default_factory=dict[str, int | float | bool | str], metadata={"rest": True}
+    )
+    """The method's own settings, written beside `name`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +306,26 @@ class BatchConfig:
     """Samples per prompt (the group of GRPO)."""
     experts: int
     """Demonstrations per optimizer step."""
+    mini_batches: int = 1
+    """Optimizer updates that share a step's samples, each its own part of them."""
+    epochs: int = 1
+    """How often a step's samples are used."""
+    sampling_attempts: int = 1
+    """Above 1: dynamic sampling. Groups of equal rewards are replaced by those of further prompts, in at most so many
+    rounds; what is missing then is filled with groups of equal rewards."""
     max_tokens: int = 8192
     """Token budget of one packed micro-batch on one data-parallel rank; a longer sample gets a micro-batch alone."""
 
     def __post_init__(self) -> None:
         _not_negative(**{"batch.prompts": self.prompts, "batch.experts": self.experts})
-        _positive(**{"batch.max_tokens": self.max_tokens})
+        _positive(
+            **{
+                "batch.max_tokens": self.max_tokens,
+                "batch.mini_batches": self.mini_batches,
+                "batch.epochs": self.epochs,
+                "batch.sampling_attempts": self.sampling_attempts,
+            }
+        )
         _require(
             self.rollouts >= 2 or self.prompts == 0,
             f"batch.rollouts must be >= 2 (a group of one has no advantage), got {self.rollouts}",
@@ -229,6 +396,11 @@ class RewardConfig:
     """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
     memory_mb: int = 2048
     """Address space of one worker."""
+    overlong_cache: int = 0
+    """Soft overlong punishment (DAPO): the reward falls linearly over the last so many tokens before
+    data.max_response_tokens; 0 turns it off."""
+    overlong_penalty: float = 1.0
+    """What is taken from the reward at the limit."""
     max_error_rate: float = 0.1
     """Share of gradings that may fail in a step before the run stops."""
 
@@ -313,6 +485,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
+    method: MethodConfig = field(default_factory=MethodConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -328,13 +501,6 @@ class RunConfig:
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
         )
-        mu_can_be_positive = self.objective.mu.peak > 0 or (self.objective.mu.valley or 0) > 0
-        if mu_can_be_positive:
-            _require(self.data.experts is not None, "mu is above 0 but data.experts is not given")
-            _require(self.batch.experts > 0, "mu is above 0 but batch.experts is 0")
-        mu = self.objective.mu
-        always_one = mu.peak == 1 and mu.valley in (None, 1) and mu.warmup_steps == 0
-        _require(self.batch.prompts > 0 or always_one, "batch.prompts is 0 but mu is below 1")
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -54,21 +55,30 @@ class RolloutGroup:
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
 
+    @property
+    def has_equal_rewards(self) -> bool:
+        return min(self.rewards) == max(self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Tokens of a sample that one term of the objective trains."""
+
+    term: str
+    positions: np.ndarray
+    """[K] int64, ascending: which of the sample's tokens. Never 0: nothing predicts the first."""
+    constants: Mapping[str, float | np.ndarray] = field(default_factory=dict[str, "float | np.ndarray"])
+    """What the term knows of each token beside its log-prob: [K] float32, or one number for all."""
+
+    def __post_init__(self) -> None:
+        assert len(self.positions) == 0 or self.positions[0] > 0
+        assert all(np.shape(value) in ((), self.positions.shape) for value in self.constants.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSample:
-    """Tokens with what the loss needs at each. All arrays have the length of ``token_ids``."""
+    """A sequence to train on. No token is in two of its parts."""
 
-    kind: Literal["policy", "expert"]
     token_ids: np.ndarray
-    """int64"""
-    trained: np.ndarray
-    """bool: the loss counts this token's own log-prob. Never the first token."""
-    advantage: float = 0.0
-    rollout_logprobs: np.ndarray | None = None
-    """float32, 0 where not trained; policy samples only."""
-
-    def __post_init__(self) -> None:
-        assert self.token_ids.shape == self.trained.shape
-        assert not self.trained[0], "the first token has no predecessor to be predicted from"
-        assert (self.rollout_logprobs is None) == (self.kind == "expert")
+    """[N] int64"""
+    parts: tuple[Part, ...]

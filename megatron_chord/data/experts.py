@@ -12,11 +12,11 @@ from megatron_chord.data.rows import (
     RowError,
     only_one_of,
     parse_rows,
-    question_messages,
     row_id,
     text_field,
 )
 from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.data.tools import conversation
 from megatron_chord.records import Expert, Message
 
 
@@ -31,8 +31,9 @@ def load_experts(
     """The demonstrations of a .jsonl or .parquet file, in its order.
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
-    (`response`) as text; and, if it likes, an `id`. Other fields are ignored. Trainable tokens count as response,
-    the others as prompt. A demonstration is never truncated: a cut one would not teach how to end.
+    (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
+    (`data.tools`). Other fields are ignored. Trainable tokens count as response, the others as prompt. A
+    demonstration is never truncated: a cut one would not teach how to end.
 
     Raises:
         DataError: faulty rows, all listed, among them those without a trainable token; over-long rows under
@@ -41,7 +42,7 @@ def load_experts(
     seen: dict[str, str] = {}
 
     def parse(row: Row) -> Expert | None:
-        messages = _demonstrated_messages(row)
+        messages = _demonstrated_messages(row, template)
         identity = row_id(row, path, seen)
         token_ids, trainable = template.demonstration(messages)
         num_response = sum(trainable)
@@ -70,8 +71,8 @@ def load_experts(
     return experts, report
 
 
-def _demonstrated_messages(row: Row) -> tuple[Message, ...]:
-    messages = question_messages(row)
+def _demonstrated_messages(row: Row, template: ChatTemplate) -> tuple[Message, ...]:
+    messages = conversation(row, template)
     if "messages" not in row.fields:
         response = text_field(row, only_one_of(row, ("solution", "response")))
         return (*messages, {"role": "assistant", "content": response})

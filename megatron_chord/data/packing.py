@@ -1,7 +1,7 @@
 """TrainSamples -> packed micro-batches for every data-parallel rank, and the step's global token counts.
 
-Samples lie end to end, policy and expert together, so that no token is padding (but for alignment) and one pass serves
-both branches. Every rank gets equally many micro-batches, or ranks would wait for each other for ever; a rank with
+Samples lie end to end, those of all terms together, so that no token is padding (but for alignment) and one pass serves
+all terms. Every rank gets equally many micro-batches, or ranks would wait for each other for ever; a rank with
 nothing to do gets a batch without a trained token, which contributes exactly 0.
 """
 
@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_chord.records import TrainSample
+from megatron_chord.records import Part, TrainSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTerm:
+    """K of a micro-batch's T trained tokens: those of one term of the objective."""
+
+    index: np.ndarray
+    """[K] int64: which of the T"""
+    sequence: np.ndarray
+    """[K] int64: which of the term's S sequences (a sample's part is one) each belongs to"""
+    lengths: np.ndarray
+    """[S] float32: tokens of each sequence, on all context-parallel ranks together"""
+    columns: Mapping[str, np.ndarray]
+    """[K] float32 each: the constants by name"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +47,17 @@ class PackedBatch:
     """[T] int64: the index in the N tokens whose hidden state predicts the trained token"""
     targets: np.ndarray
     """[T] int64: the trained token"""
-    is_expert: np.ndarray
-    """[T] bool"""
-    advantages: np.ndarray
-    """[T] float32"""
-    rollout_logprobs: np.ndarray
-    """[T] float32"""
+    terms: Mapping[str, PackedTerm]
+    """Every term that trains a token anywhere in the step, in every micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """All micro-batches of one optimizer step, by data-parallel rank, with the denominators they share."""
+    """All micro-batches of one optimizer update, by data-parallel rank."""
 
     micro_batches: tuple[tuple[PackedBatch, ...], ...]
-    num_policy_tokens: int
-    num_expert_tokens: int
+    counts: Mapping[str, int]
+    """Trained tokens of each term, over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,7 @@ def make_layout(
 
 
 def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout, pad_id: int) -> StepPlan:
-    """Pack one optimizer step's samples.
+    """Pack one optimizer update's samples.
 
     Args:
         max_tokens: budget of one micro-batch; a longer sample gets one of its own.
@@ -87,16 +97,31 @@ def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout
     bins = balanced_bins(
         lengths, capacity=max_tokens, multiple=layout.data, rank_multiple=layout.count_multiple
     )
-    batches = [pack([samples[i] for i in members], layout=layout, pad_id=pad_id) for members in bins]
-    counts = {
-        kind: sum(int(sample.trained.sum()) for sample in samples if sample.kind == kind)
-        for kind in ("policy", "expert")
-    }
+    columns = columns_of(samples)
+    batches = [
+        pack([samples[i] for i in members], columns=columns, layout=layout, pad_id=pad_id) for members in bins
+    ]
     return StepPlan(
         micro_batches=tuple(tuple(batches[rank :: layout.data]) for rank in range(layout.data)),
-        num_policy_tokens=counts["policy"],
-        num_expert_tokens=counts["expert"],
+        counts=token_counts(samples),
     )
+
+
+def columns_of(samples: Sequence[TrainSample]) -> dict[str, tuple[str, ...]]:
+    """The constants' names of each term that trains a token of these samples."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part in (part for sample in samples for part in sample.parts if len(part.positions)):
+        names = found.setdefault(part.term, tuple(part.constants))
+        assert set(names) == set(part.constants), f"parts of {part.term} with different constants"
+    return dict(sorted(found.items()))
+
+
+def token_counts(samples: Sequence[TrainSample]) -> dict[str, int]:
+    """Trained tokens of each term."""
+    counts = dict.fromkeys(columns_of(samples), 0)
+    for part in (part for sample in samples for part in sample.parts if len(part.positions)):
+        counts[part.term] += len(part.positions)
+    return counts
 
 
 def balanced_bins(
@@ -125,32 +150,54 @@ def balanced_bins(
         count = total - len(oversized) + 1
 
 
-def pack(samples: Sequence[TrainSample], *, layout: Layout, pad_id: int) -> PackedBatch:
-    """Lay samples end to end; without samples, a batch of padding alone."""
+def pack(
+    samples: Sequence[TrainSample],
+    *,
+    columns: Mapping[str, Sequence[str]],
+    layout: Layout,
+    pad_id: int,
+) -> PackedBatch:
+    """Lay samples end to end; without samples, a batch of padding alone.
+
+    Args:
+        columns: the step's terms with the names of their constants; the batch has them all, empty ones too.
+    """
     tokens: list[np.ndarray] = []
     positions, starts = [], [0]
-    trained: list[dict[str, np.ndarray]] = []
+    trained: list[tuple[int, Part]] = []
     for sample in samples:
         length = _round_up(len(sample.token_ids), layout.sequence_multiple)
         padding = np.full(length - len(sample.token_ids), pad_id, np.int64)
         tokens += [sample.token_ids.astype(np.int64), padding]
         positions.append(np.arange(length, dtype=np.int64))
-        trained.append(_trained_tokens(sample, starts[-1]))
+        trained += [(starts[-1], part) for part in sample.parts if len(part.positions)]
         starts.append(starts[-1] + length)
     tail = _round_up(max(starts[-1], layout.sequence_multiple), layout.batch_multiple) - starts[-1]
     if tail:
         tokens.append(np.full(tail, pad_id, np.int64))
         positions.append(np.arange(tail, dtype=np.int64))
         starts.append(starts[-1] + tail)
-    columns = {
-        name: np.concatenate([part[name] for part in [*trained, _NOTHING_TRAINED]])
-        for name in _NOTHING_TRAINED
+    token_ids = np.concatenate(tokens)
+    # Ascending in the batch, whatever the parts' order.
+    where = {
+        term: _joined([start + part.positions for start, part in trained if part.term == term])
+        for term in columns
     }
+    targets_at = np.sort(_joined(list(where.values())))
     return PackedBatch(
-        token_ids=np.concatenate(tokens),
+        token_ids=token_ids,
         position_ids=np.concatenate(positions),
         cu_seqlens=np.array(starts, np.int32),
-        **columns,
+        loss_positions=targets_at - 1,
+        targets=token_ids[targets_at],
+        terms={
+            term: _packed_term(
+                [part for _, part in trained if part.term == term],
+                np.searchsorted(targets_at, where[term]),
+                names,
+            )
+            for term, names in columns.items()
+        },
     )
 
 
@@ -178,38 +225,43 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
     local = np.full(len(batch.token_ids), -1, np.int64)
     local[held] = np.arange(len(held))
     mine = local[batch.loss_positions] >= 0
+    new_index = np.cumsum(mine) - 1
     return replace(
         batch,
         token_ids=batch.token_ids[held],
         position_ids=batch.position_ids[held],
         loss_positions=local[batch.loss_positions][mine],
         targets=batch.targets[mine],
-        is_expert=batch.is_expert[mine],
-        advantages=batch.advantages[mine],
-        rollout_logprobs=batch.rollout_logprobs[mine],
+        terms={
+            name: replace(
+                term,
+                index=new_index[term.index][mine[term.index]],
+                sequence=term.sequence[mine[term.index]],
+                columns={key: column[mine[term.index]] for key, column in term.columns.items()},
+            )
+            for name, term in batch.terms.items()
+        },
     )
 
 
-_NOTHING_TRAINED = {
-    "loss_positions": np.zeros(0, np.int64),
-    "targets": np.zeros(0, np.int64),
-    "is_expert": np.zeros(0, bool),
-    "advantages": np.zeros(0, np.float32),
-    "rollout_logprobs": np.zeros(0, np.float32),
-}
+def _packed_term(parts: Sequence[Part], index: np.ndarray, names: Sequence[str]) -> PackedTerm:
+    lengths = [len(part.positions) for part in parts]
+    return PackedTerm(
+        index=index.astype(np.int64),
+        sequence=np.repeat(np.arange(len(parts), dtype=np.int64), lengths),
+        lengths=np.array(lengths, np.float32),
+        columns={
+            name: np.concatenate(
+                [np.zeros(0, np.float32)]
+                + [np.broadcast_to(part.constants[name], len(part.positions)) for part in parts]
+            ).astype(np.float32)
+            for name in names
+        },
+    )
 
 
-def _trained_tokens(sample: TrainSample, start: int) -> dict[str, np.ndarray]:
-    where = np.flatnonzero(sample.trained)
-    count = len(where)
-    logprobs = sample.rollout_logprobs
-    return {
-        "loss_positions": start + where - 1,
-        "targets": sample.token_ids[where].astype(np.int64),
-        "is_expert": np.full(count, sample.kind == "expert"),
-        "advantages": np.full(count, sample.advantage, np.float32),
-        "rollout_logprobs": np.zeros(count, np.float32) if logprobs is None else logprobs[where],
-    }
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -11,11 +11,10 @@ from megatron_chord.data.rows import (
     Row,
     RowError,
     parse_rows,
-    question_messages,
     row_id,
-    truth_field,
 )
 from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.data.tools import conversation, true_answer
 from megatron_chord.records import Prompt
 
 
@@ -25,7 +24,8 @@ def load_prompts(
     """The prompts of a .jsonl or .parquet file, in its order.
 
     A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
-    `truth` as text or number; and, if it likes, an `id`. Other fields are ignored.
+    `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
+    whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Other fields are ignored.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
@@ -33,10 +33,10 @@ def load_prompts(
     seen: dict[str, str] = {}
 
     def parse(row: Row) -> Prompt | None:
-        messages = template.conversation(question_messages(row))
+        messages = conversation(row, template)
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
-        truth = truth_field(row)
+        truth = true_answer(row)
         identity = row_id(row, path, seen)
         token_ids = template.prompt_ids(messages)
         if len(token_ids) > max_prompt_tokens:

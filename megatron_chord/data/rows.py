@@ -21,6 +21,8 @@ from megatron_chord.records import Message
 T = TypeVar("T")
 
 QUESTION_FIELDS = ("messages", "problem", "question", "prompt")
+TOOL_FIELDS = ("tools", "functions")
+TRUTH_FIELDS = ("answer", "truth", "ground_truth")
 MAX_SHOWN = 20
 PROGRESS_FROM_ROWS = 5000
 
@@ -113,6 +115,17 @@ def text_field(row: Row, name: str) -> str:
         hint = "; a chat goes under `messages`" if isinstance(value, list) else ""
         raise RowError(f"`{name}` must be a string, got {_kind(value)}{hint}")
     return _checked_text(value, f"`{name}`")
+
+
+def json_field(row: Row, name: str) -> Any:
+    """A value that is given as it is or as its JSON text."""
+    value = row.fields[name]
+    if not isinstance(value, str):
+        return value
+    try:
+        return _strict_json(value)
+    except RowError as error:
+        raise RowError(f"`{name}`: {error}") from None
 
 
 def truth_field(row: Row) -> str:
@@ -232,11 +245,17 @@ def _read_lines(path: Path) -> Iterator[Row | Fault]:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(
-            line.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
+        value = _strict_json(line.decode())
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1} of the line") from None
+    if not isinstance(value, dict):
+        raise RowError(f"expected a JSON object, got {_kind(value)}")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _strict_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -245,9 +264,6 @@ def _json_object(line: bytes) -> dict[str, Any]:
         raise
     except ValueError as error:  # a whole number of more digits than Python converts
         raise RowError(f"broken JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RowError(f"expected a JSON object, got {_kind(value)}")
-    return {name: item for name, item in value.items() if item is not None}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -285,13 +301,32 @@ def _count_parquet(path: Path) -> int:
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
     number = 0
     with _parquet_file(path) as file:
-        wanted = {*QUESTION_FIELDS, "id", "answer", "truth", "solution", "response"}
+        wanted = {*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "solution", "response"}
         columns = [name for name in file.schema_arrow.names if name in wanted]
+        _refuse_nested_json(path, file, columns)
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for fields in batch.to_pylist():
                 number += 1
                 present = {name: item for name, item in fields.items() if item is not None}
                 yield Row(f"{path}:row {number}", number, present)
+
+
+def _refuse_nested_json(path: Path, file: Any, columns: list[str]) -> None:
+    """Arrow gives each object of a column the fields of all others, so calls and functions would not come back."""
+    import pyarrow.types
+
+    if not set(columns) & set(TOOL_FIELDS):
+        return
+    types = {name: file.schema_arrow.field(name).type for name in columns}
+    nested = [
+        name
+        for name in (*TOOL_FIELDS, *TRUTH_FIELDS)
+        if name in types and pyarrow.types.is_nested(types[name])
+    ]
+    if nested:
+        raise DataError(
+            f"{path}: {', '.join(f'`{name}`' for name in nested)} must be JSON text in a Parquet file"
+        )
 
 
 _READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row | Fault]]]] = {

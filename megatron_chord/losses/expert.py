@@ -1,26 +1,111 @@
 """The expert branch: negative log-likelihood of demonstrations, each token with a detached weight.
 
 Without the stop-gradient on phi a rare expert token (p < 0.2356) would be pushed down, not up: the logit gradient
-p(1-p)[(1-2p) ln p + 1-p] changes its sign there.
+p(1-p)[(1-2p) ln p + 1-p] changes its sign there. No weight is renormalised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-TOKEN_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "one": torch.ones_like,
-    "p": lambda p: p,
-    "phi": lambda p: p * (1 - p),
+from megatron_chord.config import (
+    EntropyNormWeight,
+    EntropyTopWeight,
+    MarginWeight,
+    TokenWeight,
+)
+from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats
+
+WeightFunction = Callable[[Tensor, TokenStats, TermTokens, Any], Tensor]
+"""(p [K], the tokens' stats, what is known of them, the weight's settings) -> weights [K]; called without gradient."""
+
+
+def _margin(p: Tensor, stats: TokenStats, tokens: TermTokens, weight: MarginWeight) -> Tensor:
+    assert stats.rival is not None
+    margin = p - stats.rival.exp()
+    if weight.width is None:
+        return 1 - margin.abs()
+    return (-margin.square() / (2 * weight.width**2)).exp()
+
+
+TOKEN_WEIGHTS: dict[str, WeightFunction] = {
+    "one": lambda p, stats, tokens, weight: torch.ones_like(p),
+    "p": lambda p, stats, tokens, weight: p,
+    "phi": lambda p, stats, tokens, weight: p * (1 - p),
+    "power": lambda p, stats, tokens, weight: weight.scale * p**weight.a * (1 - p) ** weight.b,
+    "clipped_is": lambda p, stats, tokens, weight: p * (p <= weight.threshold),
+    "focal": lambda p, stats, tokens, weight: (1 - p) ** weight.exponent,
+    "bernoulli_entropy": lambda p, stats, tokens, weight: -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p),
+    "entropy_top": lambda p, stats, tokens, weight: tokens["entropy_weight"],
+    "entropy_norm": lambda p, stats, tokens, weight: tokens["entropy_weight"],
+    "margin": _margin,
 }
-"""Weight of an expert token as a function of its probability p: plain SFT, importance-weighted SFT with
-pi_sample = 1 (CHORD eq. 4; DFT), and CHORD's phi (eq. 5). phi is never renormalised."""
+"""By the kind in ``objective.expert_weight``; their settings and meaning stand in ``config``."""
 
 
-def weighted_nll(logprobs: Tensor, weight: str) -> Tensor:
-    """-w(p) log p per token, w detached (CHORD eq. 1, 4 and 6). logprobs: [T]; returns [T]."""
-    weights = TOKEN_WEIGHTS[weight](logprobs.detach().exp())
-    return -weights * logprobs
+def expert_loss(
+    stats: TokenStats, tokens: TermTokens, *, weight: TokenWeight, cutoff: float = 1.0
+) -> TermOutput:
+    """-w log p per token, w detached (CHORD eq. 1, 4 and 6); tokens with p > cutoff get no gradient.
+
+    As in Trinity-RFT's ``sft_phi`` a token above the cutoff keeps -w log(cutoff) in the loss, w from its own p.
+    """
+    logprobs = stats.logprobs
+    with torch.no_grad():
+        p = logprobs.exp()
+        weights = TOKEN_WEIGHTS[weight.kind](p, stats, tokens, weight)
+    pushed = (
+        logprobs if cutoff == 1.0 else torch.where(p > cutoff, torch.full_like(p, cutoff).log(), logprobs)
+    )
+    loss = -weights * pushed
+    means = {
+        "expert_nll": -logprobs.detach(),
+        "expert_p": p,
+        "expert_phi": p * (1 - p),
+        "expert_weight": weights,
+    }
+    return TermOutput(loss, {"expert_loss": loss.detach()}, means, {})
+
+
+def expert_term(
+    *, pool: str = "expert", weight: TokenWeight, cutoff: float = 1.0, **aggregation: Any
+) -> Term:
+    """The expert branch as a term; ``aggregation`` and ``aggregation_length`` as in Term."""
+    needs_entropy = isinstance(weight, EntropyTopWeight | EntropyNormWeight)
+
+    def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
+        return expert_loss(stats, tokens, weight=weight, cutoff=cutoff)
+
+    def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
+        entropies = across.collect(_joined(batches, "old_entropy"))
+        if isinstance(weight, EntropyTopWeight):
+            threshold = top_threshold(entropies, weight.share)
+            return [{"entropy_weight": (batch["old_entropy"] >= threshold).float()} for batch in batches]
+        mean = entropies.double().mean().float()
+        return [{"entropy_weight": batch["old_entropy"] / mean} for batch in batches]
+
+    return Term(
+        loss=loss,
+        pool=pool,
+        scored=frozenset({"old_entropy"}) if needs_entropy else frozenset(),
+        prepare=prepare if needs_entropy else None,
+        rival=isinstance(weight, MarginWeight),
+        **aggregation,
+    )
+
+
+def top_threshold(values: Tensor, share: float) -> Tensor:
+    """The smallest of the ceil(share x n) largest of n values; infinite when there is none."""
+    if len(values) == 0:
+        return values.new_tensor(torch.inf)
+    count = max(1, math.ceil(round(share * len(values), 6)))
+    return values.topk(count).values[-1]
+
+
+def _joined(batches: Sequence[TermTokens], name: str) -> Tensor:
+    return torch.cat([batch[name] for batch in batches])

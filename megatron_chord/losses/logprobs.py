@@ -1,4 +1,4 @@
-"""Log-probs and entropies of chosen tokens, straight from hidden states.
+"""Log-probs and entropies of chosen tokens, and their best rivals, straight from hidden states.
 
 The logits of a step ([tokens, vocabulary] in fp32) are the largest tensor a trainer could ever make: 8k tokens of a
 152k vocabulary take 5 GB. Here they exist only for a chunk of tokens at a time, are reduced at once, and are computed
@@ -9,7 +9,7 @@ Legend of shape suffixes: T tokens, C tokens of a chunk, H hidden size, V vocabu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,18 @@ def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES) -> int:
     return max(16, budget_bytes // (2 * 4 * max(vocab_rows, 1)))
 
 
+class HeadOutput(NamedTuple):
+    """What the head says of each target: [T] each, fp32 (fp64 for fp64 input), equal on every rank of the group."""
+
+    logprobs: Tensor
+    """log p(target)."""
+    entropy: Tensor
+    """Of the whole distribution, in nats."""
+    rival: Tensor | None
+    """max over v != target of log p(v), without a gradient; none unless asked for. With a vocabulary of one token
+    there is no other, and it is -inf (p = 0)."""
+
+
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -34,7 +46,8 @@ def token_logprobs(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    rival: bool = False,
+) -> HeadOutput:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of the same distributions.
 
     Args:
@@ -46,15 +59,18 @@ def token_logprobs(
         temperature: what the logits are divided by, as in sampling.
         group: ranks that hold the other rows; none means all rows are here.
         chunk: tokens at a time; by default what ``CHUNK_BYTES`` allows.
+        rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
+            chunk's logits, no further product and no further matrix. Equal on all ranks of ``group``.
 
     Returns:
-        log-probs [T] and entropies [T] in nats, fp32 (fp64 for fp64 input), equal on every rank. Both are
-        differentiable with respect to hidden and weight.
+        log-probs [T] and entropies [T], differentiable with respect to hidden and weight, and rivals [T] or none.
 
-    Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, [3, T] sum), none in the backward pass.
+    Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, with rivals [2, T]; [3, T] sum), none in the
+    backward pass.
     """
     chunk = chunk or chunk_tokens(weight.shape[0])
-    return _TokenLogprobs.apply(hidden, weight, targets, first_row, 1.0 / temperature, group, chunk)
+    rows = targets - first_row
+    return HeadOutput(*_TokenLogprobs.apply(hidden, weight, rows, 1.0 / temperature, group, chunk, rival))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -63,17 +79,18 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         weight_WH: Tensor,
-        targets_T: Tensor,
-        first_row: int,
+        rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) where another rank holds them
         scale: float,
         group: dist.ProcessGroup | None,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+        rival: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         num_tokens, num_rows = hidden_TH.shape[0], weight_WH.shape[0]
         dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         # Of this shard: log sum exp z; the target's logit (0 where another rank holds it); mean logit under softmax.
         lse_T, target_T, mean_T = hidden_TH.new_zeros((3, num_tokens), dtype=dtype)
-        rows_T = targets_T - first_row
+        # And the largest logit but the target's: -inf where the shard has no other row.
+        rival_T = lse_T.new_full((num_tokens,), -torch.inf) if rival else None
         here_T = (rows_T >= 0) & (rows_T < num_rows)
         rows_T = rows_T.clamp(0, max(num_rows - 1, 0))
         if num_rows == 0:
@@ -87,10 +104,17 @@ class _TokenLogprobs(torch.autograd.Function):
                 sum_C = e_CW.sum(1)
                 lse_T[piece] = top_C1.squeeze(1) + sum_C.log()
                 mean_T[piece] = torch.bmm(e_CW[:, None, :], z_CW[:, :, None]).flatten() / sum_C
+                if rival_T is not None:
+                    # z_CW has served; take out of it, in place, those targets that are here.
+                    others_C = target_T[piece].masked_fill(here_T[piece], -torch.inf)
+                    rival_T[piece] = z_CW.scatter_(1, rows_T[piece, None], others_C[:, None]).amax(1)
+                del z_CW, e_CW  # or they would live on beside the next chunk's
             target_T *= here_T
         if group is not None and group.size() > 1 and num_tokens > 0:
-            top_T = lse_T.clone()
+            top_T = lse_T.clone() if rival_T is None else torch.stack([lse_T, rival_T])
             dist.all_reduce(top_T, dist.ReduceOp.MAX, group=group)
+            if rival_T is not None:
+                top_T, rival_T = top_T
             share_T = (lse_T - top_T).exp()
             parts_3T = torch.stack([share_T, target_T, share_T * mean_T])
             dist.all_reduce(parts_3T, group=group)
@@ -99,15 +123,18 @@ class _TokenLogprobs(torch.autograd.Function):
             mean_T = weighted_T / share_T
         logprobs_T = target_T - lse_T
         entropy_T = lse_T - mean_T
+        if rival_T is not None:
+            rival_T = rival_T - lse_T
+            ctx.mark_non_differentiable(rival_T)
         ctx.save_for_backward(hidden_TH, weight_WH, rows_T, here_T, lse_T, entropy_T)
         ctx.scale, ctx.chunk, ctx.dtype = scale, chunk, dtype
         ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T
+        return logprobs_T, entropy_T, rival_T
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
+        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, here_T, lse_T, entropy_T = ctx.saved_tensors
         grad_hidden_TH = torch.zeros_like(hidden_TH)
@@ -133,6 +160,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight_WH.addmm_(grad_CW.t(), hidden_CH)
                 else:
                     grad_weight_WH += grad_CW.t() @ hidden_CH
+                del logp_CW, p_CW, grad_CW  # as in the forward pass
         return grad_hidden_TH, grad_weight_WH.to(weight_WH.dtype), None, None, None, None, None
 
 

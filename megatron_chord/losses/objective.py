@@ -1,91 +1,55 @@
-"""CHORD's objective over one micro-batch: L = (1 - mu) L_GRPO + mu L_SFT (arXiv 2508.11408, eq. 3).
+"""The objective over one micro-batch: every term's tokens, each with its scale, each term with its weight.
 
-Policy and expert tokens lie in the same packed batch. The objective is a weighted sum over its tokens: a policy token
-carries (1 - mu) / N_policy, an expert token mu / N_expert, where both counts are those of the **whole optimizer step**
-over all ranks and micro-batches. So the sum over any split of the step is the same number, and so is its gradient.
+For CHORD (arXiv 2508.11408, eq. 3) the terms are policy and expert with weights 1 - mu and mu.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_chord.config import ObjectiveConfig
-from megatron_chord.losses.expert import TOKEN_WEIGHTS, weighted_nll
-from megatron_chord.losses.policy import clipped_surrogate
+from megatron_chord.losses.aggregate import SCALE
+from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossTokens:
-    """What the objective knows of each of T trained tokens."""
+class Share(NamedTuple):
+    """A micro-batch's part in the update's numbers."""
 
-    is_expert: Tensor
-    """[T] bool"""
-    advantages: Tensor
-    """[T] fp32; 0 at expert tokens"""
-    rollout_logprobs: Tensor
-    """[T] fp32, the sampling engine's; 0 at expert tokens"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWeights:
-    """mu and the step's global denominators: all that a micro-batch must know of the rest of its step."""
-
-    mu: float
-    num_policy_tokens: int
-    num_expert_tokens: int
-
-    @property
-    def policy(self) -> float:
-        return (1.0 - self.mu) / max(self.num_policy_tokens, 1)
-
-    @property
-    def expert(self) -> float:
-        return self.mu / max(self.num_expert_tokens, 1)
+    loss: Tensor
+    """Scalar, to be summed over micro-batches and ranks; connected to the graph even without a token."""
+    sums: dict[str, dict[str, Tensor]]
+    """By term and name: detached scalars to be summed; `means` are still to be divided by the term's tokens."""
+    maxima: dict[str, Tensor]
+    """Detached scalars whose maximum is meant."""
 
 
-def chord_loss(
-    logprobs: Tensor, entropy: Tensor, tokens: LossTokens, weights: StepWeights, objective: ObjectiveConfig
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """This micro-batch's share of the step's loss.
+def objective(
+    stats: TokenStats,
+    tokens: Mapping[str, TermTokens],
+    terms: Mapping[str, Term],
+    weights: Mapping[str, float],
+) -> Share:
+    """This micro-batch's share of the update's loss and metrics.
 
     Args:
-        logprobs, entropy: [T] from ``token_logprobs``, differentiable.
+        stats: of the micro-batch's T trained tokens.
+        tokens: of each term; every term of the update, also those without a token here.
+        weights: of each term in this step.
 
-    Returns:
-        the share of the loss, a scalar to be summed over micro-batches and ranks (0, but still connected to the
-        graph, when T is 0); detached scalars to be summed likewise; detached scalars whose maximum is meant.
+    Collectives: those of the terms' losses, over the context-parallel ranks.
     """
-    old_logprobs = tokens.rollout_logprobs if objective.ratio_from == "rollout" else logprobs.detach()
-    policy_loss, clipped = clipped_surrogate(
-        logprobs,
-        old_logprobs,
-        tokens.advantages,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-    )
-    bonus = objective.entropy_bonus * entropy if objective.entropy_bonus else 0.0
-    expert_loss = weighted_nll(logprobs, objective.expert_weight)
-    loss = torch.where(
-        tokens.is_expert, weights.expert * expert_loss, weights.policy * (policy_loss - bonus)
-    ).sum()
-
-    with torch.no_grad():
-        expert = tokens.is_expert.to(logprobs.dtype)
-        policy = 1.0 - expert
-        p = logprobs.exp()
-        gap = (logprobs - tokens.rollout_logprobs).abs() * policy
-        sums = {
-            "policy_loss": (policy_loss * policy).sum(),
-            "expert_loss": (expert_loss * expert).sum(),
-            "expert_nll": (-logprobs * expert).sum(),
-            "expert_p": (p * expert).sum(),
-            "expert_phi": (TOKEN_WEIGHTS["phi"](p) * expert).sum(),
-            "entropy": (entropy * policy).sum(),
-            "clip_fraction": (clipped * policy).sum(),
-            "logprob_gap": gap.sum(),
-        }
-        maxima = {"logprob_gap_max": torch.cat([gap, gap.new_zeros(1)]).max()}
-    return loss, sums, maxima
+    loss = stats.logprobs.sum() * 0.0
+    sums: dict[str, dict[str, Tensor]] = {}
+    maxima: dict[str, Tensor] = {}
+    for name, here in tokens.items():
+        output = terms[name].loss(stats.at(here.index), here)
+        loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
+        with torch.no_grad():
+            sums[name] = {key: (here[SCALE] * values).sum() for key, values in output.losses.items()}
+            sums[name] |= {key: values.sum() for key, values in output.means.items()}
+            for key, values in output.maxima.items():
+                maxima[key] = torch.cat([values, values.new_zeros(1)]).max()
+    return Share(loss, sums, maxima)

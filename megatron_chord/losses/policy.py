@@ -1,42 +1,151 @@
-"""The on-policy branch: group advantages and the clipped surrogate of GRPO (CHORD, arXiv 2508.11408, eq. 2)."""
+"""The on-policy branch: advantages, surrogates (PPO, GSPO, CISPO, unclipped), importance correction, KL penalty.
+
+r = exp(l - l_old)        l the policy's log-prob, l_old by ``objective.ratio_from``
+ppo        -min(r A, clip(r, 1 - low, 1 + high) A)                      GRPO, DAPO (arXiv 2503.14476)
+dual clip  min(that, -c A) where A < 0                                  arXiv 1912.09729
+gspo       ppo with s in place of r: s = sg(exp(mean over the sequence of l - l_old)) p / sg(p)    arXiv 2507.18071
+cispo      -sg(clip(r)) A l                                             arXiv 2506.13585
+unclipped  -r A
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_chord.config import CorrectionConfig, ObjectiveConfig
+from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 so that one broken token cannot overflow the exponential."""
 
 
-def group_advantages(rewards: Sequence[float], *, use_std: bool, eps: float) -> tuple[float, ...]:
-    """(R - mean) / (std + eps) within one prompt's group; without ``use_std`` R - mean.
+def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float) -> list[tuple[float, ...]]:
+    """Advantages of each group's rewards, by ``objective.advantage``; exactly 0 in a group of equal rewards.
 
-    The standard deviation is the unbiased one (divisor n - 1). Equal rewards give exactly 0.
+    With the group's mean m and unbiased standard deviation s, and b that of all rewards of the step:
+    group_std (R - m) / (s + eps); group R - m; batch_std (R - m) / (b + eps); leave_one_out R - mean of the others.
     """
-    mean = statistics.fmean(rewards)
-    if max(rewards) == min(rewards):
-        return (0.0,) * len(rewards)
-    scale = statistics.stdev(rewards) + eps if use_std else 1.0
-    return tuple((reward - mean) / scale for reward in rewards)
+    everything = [reward for rewards in groups for reward in rewards]
+
+    def of(rewards: Sequence[float]) -> tuple[float, ...]:
+        if max(rewards) == min(rewards):
+            return (0.0,) * len(rewards)
+        mean, n = statistics.fmean(rewards), len(rewards)
+        scale = {
+            "group_std": lambda: 1 / (statistics.stdev(rewards) + eps),
+            "group": lambda: 1.0,
+            "batch_std": lambda: 1 / (statistics.stdev(everything) + eps),
+            "leave_one_out": lambda: n / (n - 1),
+        }[kind]()
+        return tuple((reward - mean) * scale for reward in rewards)
+
+    return [of(rewards) for rewards in groups]
 
 
-def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+class Surrogate(NamedTuple):
+    loss: Tensor
+    """[K]"""
+    clipped: Tensor
+    """[K] bool: the ratio's clip is active"""
+    dual_clipped: Tensor
+    """[K] bool: the dual clip is active"""
+
+
+def surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, tokens: TermTokens, objective: ObjectiveConfig
+) -> Surrogate:
+    """The loss of ``objective.surrogate`` per token. ``old_logprobs`` [K] and ``tokens["advantage"]`` are constants.
+
+    A clipped token's gradient is 0, but for cispo, whose gradient is never cut.
+    """
+    advantages = tokens["advantage"]
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    log_ratio = logprobs - old_logprobs.detach()
+    if objective.surrogate == "gspo":
+        of_sequence = tokens.sequence_means(log_ratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = (of_sequence + logprobs - logprobs.detach()).exp()
+    else:
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    within = ratio.clamp(low, high)
+    nothing = torch.zeros_like(ratio, dtype=torch.bool)
+    if objective.surrogate == "unclipped":
+        return Surrogate(-ratio * advantages, nothing, nothing)
+    if objective.surrogate == "cispo":
+        return Surrogate(-within.detach() * advantages * logprobs, (within != ratio).detach(), nothing)
+    loss = -torch.minimum(ratio * advantages, within * advantages)
+    clipped = (within * advantages < ratio * advantages).detach()
+    if objective.dual_clip is None:
+        return Surrogate(loss, clipped, nothing)
+    bound = -advantages * objective.dual_clip
+    dual = ((advantages < 0) & (loss > bound)).detach()
+    return Surrogate(torch.where(dual, bound, loss), clipped, dual)
+
+
+def correction_weights(
+    old_logprobs: Tensor, tokens: TermTokens, correction: CorrectionConfig
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token, with r = exp(logprobs - old_logprobs).
-
-    Args:
-        logprobs: [T], the policy's, differentiable. ``old_logprobs``, ``advantages``: [T] constants.
+    """Importance weights between the trainer's and the rollout engine's log-probs of the same tokens.
 
     Returns:
-        the loss [T], and [T] bool: the clip is active (its gradient is 0).
+        the constant that multiplies each token's loss [K], and [K] bool: the weight was cut, or masked.
     """
-    ratio = (logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    advantages = advantages.detach()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -torch.minimum(unclipped, clipped), (clipped < unclipped).detach()
+    gap = (old_logprobs.detach() - tokens["rollout_logprob"]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if correction.level == "sequence":
+        gap = tokens.sequence_sums(gap).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    elif correction.level == "geometric":
+        gap = tokens.sequence_means(gap)
+    weight = gap.exp()
+    outside = weight > correction.high
+    if correction.mode != "truncate":
+        outside = outside | (weight < correction.low)
+    if correction.mode == "mask":
+        kept = weight if correction.level == "token" else torch.ones_like(weight)
+        return torch.where(outside, 0.0, kept), outside
+    low = 0.0 if correction.mode == "truncate" else correction.low
+    return weight.clamp(low, correction.high), outside
+
+
+def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """Schulman's per-token estimators of KL(policy || reference), differentiable: k1, k2 or k3. All [K]."""
+    difference = reference_logprobs.detach() - logprobs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return difference.exp() - 1 - difference
+
+
+def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
+    """Surrogate x importance correction + KL penalty - entropy bonus, per token of a rollout.
+
+    Columns: advantage, rollout_logprob; old_logprob with ``ratio_from: recomputed``; reference_logprob with ``kl``.
+    """
+    logprobs = stats.logprobs
+    old = {
+        "rollout": lambda: tokens["rollout_logprob"],
+        "current": logprobs.detach,
+        "recomputed": lambda: tokens["old_logprob"],
+    }[objective.ratio_from]()
+    loss, clipped, dual_clipped = surrogate(logprobs, old, tokens, objective)
+    gap = (logprobs - tokens["rollout_logprob"]).abs().detach()
+    means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), "logprob_gap": gap}
+    if objective.dual_clip is not None:
+        means["dual_clip_fraction"] = dual_clipped.float()
+    if objective.correction is not None:
+        weight, outside = correction_weights(old, tokens, objective.correction)
+        loss = loss * weight
+        means |= {"correction_weight": weight, "correction_outside": outside.float()}
+    losses = {"policy_loss": loss.detach()}
+    if objective.kl is not None:
+        kl = kl_penalty(logprobs, tokens["reference_logprob"], objective.kl.estimator)
+        loss = loss + objective.kl.coefficient * kl
+        means["kl"] = kl.detach()
+    if objective.entropy_bonus:
+        loss = loss - objective.entropy_bonus * stats.entropy
+    return TermOutput(loss, losses, means, {"logprob_gap_max": gap})

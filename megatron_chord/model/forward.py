@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.data.packing import PackedBatch, context_shard
-from megatron_chord.losses.objective import LossTokens
+from megatron_chord.losses.terms import TermTokens, TokenStats
 from megatron_chord.runtime.parallel import ParallelGroups
 
 
@@ -28,11 +28,11 @@ class DeviceBatch:
     """[T] into the N tokens of this context rank"""
     targets: Tensor
     """[T]"""
-    tokens: LossTokens
+    terms: Mapping[str, TermTokens]
 
 
-MicroLoss = Callable[[Tensor, Tensor, LossTokens], tuple[Tensor, dict[str, Tensor]]]
-"""(log-probs [T], entropy [T], tokens) -> (this micro-batch's share of the loss, what to keep of it)."""
+MicroLoss = Callable[[TokenStats, Mapping[str, TermTokens]], tuple[Tensor, dict[str, Tensor]]]
+"""(stats of the T trained tokens, each term's tokens) -> (this micro-batch's share of the loss, what to keep of it)."""
 
 
 def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
@@ -58,31 +58,39 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
         ),
         loss_positions=move(local.loss_positions),
         targets=move(local.targets),
-        tokens=LossTokens(
-            is_expert=move(local.is_expert),
-            advantages=move(local.advantages),
-            rollout_logprobs=move(local.rollout_logprobs),
-        ),
+        terms={
+            name: TermTokens(
+                index=move(term.index),
+                sequence=move(term.sequence),
+                lengths=move(term.lengths),
+                columns={key: move(column) for key, column in term.columns.items()},
+                context=groups.context.group if groups.context.size > 1 else None,
+            )
+            for name, term in local.terms.items()
+        },
     )
 
 
 def run_micro_batches(
     chunks: Sequence[Any],
-    micro_batches: Sequence[PackedBatch],
+    micro_batches: Sequence[DeviceBatch],
     loss: MicroLoss,
     *,
     groups: ParallelGroups,
     vocab_size: int,
     temperature: float,
+    rival: bool = False,
+    backward: bool = True,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward over this data-parallel rank's micro-batches.
+    """Forward, and backward if wanted, over this data-parallel rank's micro-batches.
 
     The gradient left in the parameters is that of the **sum** of ``loss`` over all micro-batches of all
     data-parallel and context-parallel ranks: Megatron's own averages are undone here.
 
     Args:
-        chunks: model chunks wrapped in DistributedDataParallel.
+        chunks: model chunks; for a backward pass wrapped in DistributedDataParallel.
         micro_batches: equally many on every rank.
+        rival: compute ``TokenStats.rival``.
 
     Returns:
         what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
@@ -98,30 +106,31 @@ def run_micro_batches(
         output = model(batch.token_ids, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
 
         def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropy = unwrapped(model).token_logprobs(
+            head = unwrapped(model).token_logprobs(
                 hidden,
                 batch.loss_positions,
                 batch.targets,
                 vocab_size=vocab_size,
                 temperature=temperature,
                 tensor=groups.tensor,
+                rival=rival,
             )
-            value, kept = loss(logprobs, entropy, batch.tokens)
+            value, kept = loss(TokenStats(head.logprobs, head.entropy, head.rival), batch.terms)
             return value * undo, kept
 
         return output, loss_of
 
-    on_device = [to_device(batch, groups) for batch in micro_batches]
-    iterators = [iter(on_device) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks),
-        num_microbatches=len(micro_batches),
-        seq_length=len(micro_batches[0].token_ids),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    iterators = [iter(micro_batches) for _ in chunks]
+    with torch.set_grad_enabled(backward):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].token_ids.shape[1],
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
 
 
 def unwrapped(chunk: Any) -> Any:

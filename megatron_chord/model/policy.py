@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_chord.losses.logprobs import token_logprobs
+from megatron_chord.losses.logprobs import HeadOutput, token_logprobs
 from megatron_chord.runtime.parallel import Axis
 
 
@@ -33,12 +33,14 @@ class PolicyModel(GPTModel):
         vocab_size: int,
         temperature: float,
         tensor: Axis,
-    ) -> tuple[Tensor, Tensor]:
+        rival: bool = False,
+    ) -> HeadOutput:
         """Log-probs and entropies [P] of ``targets`` [P] as predicted at ``positions`` [P] of the packed batch.
 
         Args:
             hidden: what the last stage's forward returned.
             vocab_size: without padding rows; those take no part in the softmax.
+            rival: also the log-prob of the best other token.
 
         Collectives on the tensor group: 2 all-reduces forward, 1 backward; with sequence parallelism also one
         all-gather forward, and a reduce-scatter in place of the all-reduce backward.
@@ -59,6 +61,7 @@ class PolicyModel(GPTModel):
             first_row=first_row,
             temperature=temperature,
             group=tensor.group,
+            rival=rival,
         )
 
     def output_weight(self) -> Tensor:

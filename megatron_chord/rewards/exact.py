@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_chord.rewards.answers import after_marker, first_line
+
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
@@ -13,14 +15,13 @@ def grade(text: str, truth: str, *, marker: str = "####") -> float:
     Numbers are compared as they are written but for commas, dollar signs and a final period: 1,000 is $1000, yet
     18.0 is not 18. A truth that has the marker itself is read the same way. Without a marker the answer is wrong.
     """
-    _, found, answer = text.rpartition(marker)
-    if not found:
+    answer = after_marker(text, marker)
+    if answer is None:
         return 0.0
     return float(_normalised(answer) == _normalised(truth.rpartition(marker)[2]))
 
 
 def _normalised(answer: str) -> str:
-    line = (answer.strip(" \t").splitlines() or [""])[0].strip()
-    line = line.removesuffix(".").rstrip()
+    line = first_line(answer).strip().removesuffix(".").rstrip()
     bare = line.replace(",", "").replace("$", "").strip()
     return bare if _NUMBER.fullmatch(bare) else line

@@ -11,10 +11,11 @@ from fractions import Fraction
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from megatron_chord.rewards.answers import marked_answer
+
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 _LAST_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-_BOXED = re.compile(r"\\boxed\s*\{")
 
 
 def grade(text: str, truth: str, *, marker: str = "####") -> float:
@@ -26,37 +27,14 @@ def grade(text: str, truth: str, *, marker: str = "####") -> float:
     Raises:
         ValueError: the truth cannot be read, which is no fault of the answer.
     """
-    answer = _marked_answer(text, marker)
+    answer = marked_answer(text, marker)
     if answer is None:
         numbers = _LAST_NUMBER.findall(text)
         if not numbers:
             return 0.0
         answer = numbers[-1]
-    marked_truth = _marked_answer(truth, marker)
+    marked_truth = marked_answer(truth, marker)
     return float(_equal(_trimmed(answer), _trimmed(truth if marked_truth is None else marked_truth)))
-
-
-def _marked_answer(text: str, marker: str) -> str | None:
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed
-    _, found, rest = text.rpartition(marker)
-    if not found:
-        return None
-    return (rest.strip(" \t").splitlines() or [""])[0]
-
-
-def _last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` whose braces close."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth, index = 1, match.end()
-        while index < len(text) and depth:
-            # A backslash takes the next character with it: \{ and \} are not grouping.
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            index += 2 if text[index] == "\\" else 1
-        if depth == 0:
-            return text[match.end() : index - 1]
-    return None
 
 
 def _trimmed(answer: str) -> str:

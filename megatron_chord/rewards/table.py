@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from megatron_chord.rewards import exact, math
+from megatron_chord.rewards import exact, math, tool_calls
 
 
 class Grader(Protocol):
@@ -13,4 +13,11 @@ class Grader(Protocol):
         ...
 
 
-GRADERS: dict[str, Grader] = {"exact": exact.grade, "math": math.grade}
+GRADERS: dict[str, Grader] = {"exact": exact.grade, "math": math.grade, "tool_calls": tool_calls.grade}
+
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "exact": ("#### 1", "1"),
+    "math": ("\\boxed{x+\\frac{1}{2}}", "x+0.5"),
+    "tool_calls": ("<think></think><tool_call>[]</tool_call>", "[]"),
+}
+"""A right answer and its truth for each grader: graded once at a worker's start, to import what is imported late."""

@@ -82,10 +82,10 @@ def main() -> None:
     import sympy.parsing.sympy_parser as sympy_parser
     import sympy.physics.units  # noqa: F401 (else in the midst of a comparison, where it evaluates names)
 
-    from megatron_chord.rewards.table import GRADERS
+    from megatron_chord.rewards.table import EXAMPLES, GRADERS
 
     grader = GRADERS[options.kind]
-    grader("\\boxed{x+\\frac{1}{2}}", "x+0.5", marker=options.marker)  # imports what is imported at first use
+    grader(*EXAMPLES[options.kind], marker=options.marker)  # imports what is imported at first use
     watch = Watch()
     sympy_parser.eval_expr = _only_numbers(sympy_parser.eval_expr, watch)
     _send(connection, {"ready": True})

@@ -1,4 +1,4 @@
-"""Prompts -> sampled, graded groups -> TrainSamples. Runs on the coordinator."""
+"""Prompts -> sampled and graded rollouts. Runs on the coordinator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.losses.policy import group_advantages
-from megatron_chord.records import Expert, Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.records import Prompt, Rollout
 from megatron_chord.rewards.pool import Grade, GraderPool
 from megatron_chord.rollout.client import RolloutClient, SampleRequest
 
@@ -31,45 +28,63 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradedRollouts:
-    """One prompt's rollouts with their grades, in the engine's order."""
+class Ask:
+    """One prompt to be answered."""
 
     prompt: Prompt
+    seed: int
+    prefix: tuple[int, ...] = ()
+    """The answer's beginning, given and not sampled; counts towards the answer's length limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedRollouts:
+    """One prompt's rollouts with their grades and rewards, in the engine's order."""
+
+    prompt: Prompt
+    prefix: tuple[int, ...] = ()
+    """What every answer begins with; not part of ``rollouts``."""
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
+    """The whole answers, prefix included."""
     grades: tuple[Grade, ...]
+    rewards: tuple[float | None, ...]
+    """The grade's score with format and length taken into account; None where the grading failed."""
 
 
-def sample_seed(run_seed: int, step: int, index: int) -> int:
-    """Seed of the ``index``-th request of a step: a pure function, so that a resumed run samples the same tokens."""
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{index}".encode(), digest_size=8).digest()
+Shaping = Callable[[float, str, Rollout], float]
+"""(score, whole answer, rollout) -> reward"""
+
+
+def sample_seed(run_seed: int, name: str, position: int) -> int:
+    """Seed of the request for a data set's ``position``-th draw: a pure function, so a resumed run samples the same."""
+    digest = hashlib.blake2b(f"{run_seed}/{name}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
 
 def sample(
     clients: Sequence[RolloutClient],
-    prompts: Sequence[Prompt],
+    asks: Sequence[Ask],
     sampling: Sampling,
     *,
-    seeds: Sequence[int],
     version: int,
     deadline_s: float,
     on_done: Callable[[int], None] | None = None,
 ) -> list[tuple[Rollout, ...]]:
-    """Rollouts of every prompt, all of weight version ``version``; requests are dealt out to the servers in turn.
+    """Rollouts of every ask, all of weight version ``version``; requests are dealt out to the servers in turn.
 
     Raises RolloutError when any request fails for good: a step never goes on with half a batch.
     """
     requests = [
         SampleRequest(
-            prompt_ids=prompt.token_ids,
+            prompt_ids=ask.prompt.token_ids + ask.prefix,
             num_samples=sampling.num_samples,
-            seed=seed,
+            seed=ask.seed,
             temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.max_tokens - len(ask.prefix),
             stop_token_ids=sampling.stop_token_ids,
         )
-        for prompt, seed in zip(prompts, seeds, strict=True)
+        for ask in asks
     ]
     done = [0] * len(clients)
 
@@ -92,20 +107,24 @@ def sample(
 
 
 def grade(
-    prompts: Sequence[Prompt],
+    asks: Sequence[Ask],
     sampled: Sequence[tuple[Rollout, ...]],
     *,
     template: ChatTemplate,
     graders: GraderPool,
     max_error_rate: float,
+    shaping: Shaping = lambda score, text, rollout: score,
 ) -> list[GradedRollouts]:
     """Decode and grade every rollout.
 
     Raises:
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
     """
-    texts = [tuple(template.decode(rollout.token_ids) for rollout in rollouts) for rollouts in sampled]
-    items = [(text, prompt.truth) for prompt, group in zip(prompts, texts, strict=True) for text in group]
+    texts = [
+        tuple(template.decode(ask.prefix + rollout.token_ids) for rollout in rollouts)
+        for ask, rollouts in zip(asks, sampled, strict=True)
+    ]
+    items = [(text, ask.prompt.truth) for ask, group in zip(asks, texts, strict=True) for text in group]
     grades = graders.grade_all(items)
     errors = [grade.error for grade in grades if grade.error is not None]
     if len(errors) > max_error_rate * len(grades):
@@ -114,61 +133,21 @@ def grade(
             f"the first: {errors[0]}"
         )
     graded, start = [], 0
-    for prompt, rollouts, group in zip(prompts, sampled, texts, strict=True):
-        stop = start + len(rollouts)
+    for ask, rollouts, group in zip(asks, sampled, texts, strict=True):
+        here = tuple(grades[start : start + len(rollouts)])
+        rewards = tuple(
+            None if grade.score is None else shaping(grade.score, text, rollout)
+            for grade, text, rollout in zip(here, group, rollouts, strict=True)
+        )
         graded.append(
-            GradedRollouts(prompt=prompt, rollouts=rollouts, texts=group, grades=tuple(grades[start:stop]))
-        )
-        start = stop
-    return graded
-
-
-def make_groups(graded: Sequence[GradedRollouts], *, use_std: bool, eps: float) -> list[RolloutGroup]:
-    """Groups with advantages. A rollout whose grading failed is left out, and a group of fewer than two with it."""
-    groups = []
-    for item in graded:
-        kept = [i for i, grade in enumerate(item.grades) if grade.score is not None]
-        if len(kept) < 2:
-            continue
-        rewards = tuple(float(item.grades[i].score or 0.0) for i in kept)
-        groups.append(
-            RolloutGroup(
-                prompt=item.prompt,
-                rollouts=tuple(item.rollouts[i] for i in kept),
-                texts=tuple(item.texts[i] for i in kept),
+            GradedRollouts(
+                prompt=ask.prompt,
+                prefix=ask.prefix,
+                rollouts=rollouts,
+                texts=group,
+                grades=here,
                 rewards=rewards,
-                advantages=group_advantages(rewards, use_std=use_std, eps=eps),
             )
         )
-    return groups
-
-
-def policy_samples(groups: Sequence[RolloutGroup]) -> list[TrainSample]:
-    samples = []
-    for group in groups:
-        prompt = np.array(group.prompt.token_ids, np.int64)
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
-            token_ids = np.concatenate([prompt, np.array(rollout.token_ids, np.int64)])
-            logprobs = np.zeros(len(token_ids), np.float32)
-            logprobs[len(prompt) :] = rollout.logprobs
-            samples.append(
-                TrainSample(
-                    kind="policy",
-                    token_ids=token_ids,
-                    trained=np.arange(len(token_ids)) >= len(prompt),
-                    advantage=advantage,
-                    rollout_logprobs=logprobs,
-                )
-            )
-    return samples
-
-
-def expert_samples(experts: Sequence[Expert]) -> list[TrainSample]:
-    return [
-        TrainSample(
-            kind="expert",
-            token_ids=np.array(expert.token_ids, np.int64),
-            trained=np.array(expert.trainable, bool),
-        )
-        for expert in experts
-    ]
+        start += len(rollouts)
+    return graded

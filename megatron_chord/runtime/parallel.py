@@ -41,6 +41,8 @@ class ParallelGroups:
     data: Axis
     """Data-parallel replicas, without the context axis."""
     context: Axis
+    replicas: Axis
+    """Data-parallel and context-parallel ranks together: they hold the same weights."""
     objects: dist.ProcessGroup
     """All ranks over gloo: for Python objects and the coordinator's plans."""
     data_rank_of: tuple[int, ...]
@@ -209,6 +211,7 @@ def build_groups(
         pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
         data=data,
         context=axis(parallel_state.get_context_parallel_group()),
+        replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         objects=objects,
         data_rank_of=tuple(ranks),
     )

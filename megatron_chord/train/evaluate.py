@@ -11,6 +11,7 @@ from megatron_chord.records import Prompt
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import (
+    Ask,
     GradedRollouts,
     Sampling,
     TooManyGraderErrors,
@@ -45,17 +46,20 @@ def evaluate(
         max_tokens=run.data.max_response_tokens,
         stop_token_ids=template.stop_token_ids,
     )
+    # The same draws at every evaluation: what differs between two is the weights.
+    asks = [
+        Ask(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
+        for index, problem in enumerate(problems)
+    ]
     sampled = sample(
         clients,
-        problems,
+        asks,
         sampling,
-        # The same draws at every evaluation: what differs between two is the weights.
-        seeds=[sample_seed(run.seed, -1, index) for index in range(len(problems))],
         version=version,
         deadline_s=run.rollout.request_timeout_s,
     )
     graded = grade(
-        problems, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
+        asks, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
     )
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
     if not scores:

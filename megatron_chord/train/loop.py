@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +13,18 @@ from typing import Any, Literal
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
-from megatron_chord.losses.mu import mu_at
+from megatron_chord.data.packing import PackedBatch
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Method
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.schedules import Memory, Moment
+from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
-from megatron_chord.train.coordinator import Coordinator
+from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
-from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD, RunLog, Timer, read_metrics
+from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics
 from megatron_chord.train.report import step_line, summary
 from megatron_chord.train.setup import (
     RunData,
@@ -28,9 +33,16 @@ from megatron_chord.train.setup import (
     layout_of,
     load_data,
     plan_lines,
+    reference_folder,
 )
-from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import StepResult, apply_gradients, compute_gradients
+from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
+from megatron_chord.train.step import (
+    UpdateResult,
+    apply_gradients,
+    compute_gradients,
+    mean_result,
+    prepare_batches,
+)
 
 Resume = Literal["never", "auto"]
 POLICY = "policy"
@@ -51,6 +63,8 @@ class LogprobMismatch(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
     run: RunConfig
+    method: Method
+    terms: Mapping[str, Term]
     state: TrainState
     engine: RolloutEngine
     coordinator: Coordinator | None
@@ -72,7 +86,7 @@ def train(
         Refused: settings, data or a checkpoint that will not do, before any work.
     """
     with _refusing():
-        shape = check_run(run, runtime.world_size_of_environment())
+        shape, method = check_run(run, runtime.world_size_of_environment())
     groups = runtime.start(run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run))
     with ExitStack() as stack:
         stack.callback(runtime.stop)
@@ -83,7 +97,7 @@ def train(
             nonlocal coordinator
             data = load_data(run)
             stack.enter_context(_claim(run, resume=resume, overwrite=overwrite))
-            coordinator, found = _make_coordinator(run, data, groups, resume, stack)
+            coordinator, found = _make_coordinator(run, method, data, groups, resume, stack)
             plan_lines(run, shape, groups.world_size, coordinator.log.say)
             return found
 
@@ -93,18 +107,29 @@ def train(
         with _refusing():
             engine = RolloutEngine(run, groups, log_folder=run.output / LOGS, notify=say)
             stack.callback(engine.close)
-            state = build_state(shape, run.model, run.parallel, run.optim, groups=groups, steps=run.steps)
-            parts = _Parts(run=run, state=state, engine=engine, coordinator=coordinator)
-            done = _resume(parts, saved) if saved is not None else 0
+            terms = method.terms(run)
+            state = build_state(
+                shape,
+                run.model,
+                run.parallel,
+                run.optim,
+                groups=groups,
+                steps=run.steps,
+                reference=reference_folder(run, terms),
+            )
+            parts = _Parts(
+                run=run, method=method, terms=terms, state=state, engine=engine, coordinator=coordinator
+            )
+            done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
             _evaluate(parts, 0)
         for step in range(done, run.steps):
             check_stop()
-            _step(parts, step)
+            memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
             if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
                 _evaluate(parts, step + 1)
             if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
-                _save(parts, step + 1)
+                _save(parts, step + 1, memory)
         export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
@@ -113,57 +138,76 @@ def train(
                 coordinator.log.console.print(table)
 
 
-def _step(parts: _Parts, step: int) -> None:
-    """One optimizer step; on the coordinator also its metrics."""
-    run, state, coordinator = parts.run, parts.state, parts.coordinator
-    mu = mu_at(step, run.objective.mu)
+def _step(parts: _Parts, now: Moment) -> Memory:
+    """One step; on the coordinator also its metrics. Returns what mu is to remember."""
+    run, method, state, coordinator = parts.run, parts.method, parts.state, parts.coordinator
+    step, schedule = now.step, method.schedule(run)
+    if schedule is not None and schedule.resets_optimizer(step):
+        reset_optimizer(state)
     timer = Timer()
     with timer.phase("total"):
         with timer.phase("collect"):
 
             def collect(clients: Any, version: int) -> Any:
                 assert coordinator is not None
-                return coordinator.collect(step, mu, clients, version)
+                return coordinator.collect(now, clients, version)
 
-            if mu < 1 and run.batch.prompts:
+            if method.samples_at(run, now):
                 inputs, micro_batches = parts.engine.use(collect, state, version=step)
             else:
                 inputs, micro_batches = state.groups.from_coordinator(lambda: collect([], step))
         _doing(coordinator, "training")
         with timer.phase("train"):
-            result = compute_gradients(
-                state,
-                micro_batches,
-                inputs.weights,
-                run.objective,
-                temperature=run.rollout.temperature,
-            )
-            _check_gap(run, result, step)
-            grad_norm, learning_rate = apply_gradients(state)
-    if coordinator is None:
-        return
-    coordinator.commit()
-    seconds = timer.seconds | inputs.seconds
+            result, grad_norm, learning_rate = _train_on(parts, inputs, micro_batches, step)
     row = {
         "step": step,
-        "mu": mu,
+        **({"mu": inputs.mu} if inputs.mu is not None else {}),
         "loss": result.loss,
         **result.means,
         **result.maxima,
-        "num_policy_tokens": inputs.weights.num_policy_tokens,
-        "num_expert_tokens": inputs.weights.num_expert_tokens,
+        **{f"num_{term}_tokens": sum(u.counts.get(term, 0) for u in inputs.updates) for term in parts.terms},
         **inputs.stats,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "weight_version": step,
-        "micro_batches": len(micro_batches),
-        "tokens_per_s": inputs.num_tokens / seconds["total"],
-        "seconds": seconds | {"sync": parts.engine.take_sync_seconds()},
+        "micro_batches": sum(len(batches) for batches in micro_batches),
     }
-    coordinator.log.finish_step(row, step_line(row, run.steps))
+    if coordinator is not None:
+        coordinator.commit()
+        seconds = timer.seconds | inputs.seconds
+        row |= {
+            "tokens_per_s": inputs.num_tokens / seconds["total"],
+            "seconds": seconds | {"sync": parts.engine.take_sync_seconds()},
+        }
+        coordinator.log.finish_step(row, step_line(row, run.steps))
+    if schedule is None or inputs.mu is None:
+        return now.memory
+    return schedule.remember(now, inputs.mu, row)
 
 
-def _check_gap(run: RunConfig, result: StepResult, step: int) -> None:
+def _train_on(
+    parts: _Parts, inputs: StepInputs, micro_batches: Sequence[Sequence[PackedBatch]], step: int
+) -> tuple[UpdateResult, float, float]:
+    """All updates of a step. Returns their mean numbers, their mean gradient norm, and the learning rate."""
+    run, state, temperature = parts.run, parts.state, parts.run.rollout.temperature
+    prepared = [
+        prepare_batches(state, batches, parts.terms, temperature=temperature) for batches in micro_batches
+    ]
+    results: list[UpdateResult] = []
+    norms: list[float] = []
+    learning_rate = 0.0
+    for _ in range(run.batch.epochs):
+        for update, batches in zip(inputs.updates, prepared, strict=True):
+            result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
+            if not results:
+                _check_gap(run, result, step)
+            norm, learning_rate = apply_gradients(state, new_step=not results)
+            results.append(result)
+            norms.append(norm)
+    return mean_result(results), statistics.fmean(norms), learning_rate
+
+
+def _check_gap(run: RunConfig, result: UpdateResult, step: int) -> None:
     """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere."""
     gap = result.means.get("logprob_gap")
     dtypes = {run.model.dtype, run.rollout.dtype or run.model.dtype}
@@ -199,10 +243,10 @@ def _evaluate(parts: _Parts, version: int) -> None:
         )
 
 
-def _save(parts: _Parts, step: int) -> None:
+def _save(parts: _Parts, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
-    run_state = coordinator.run_state(step) if coordinator is not None else {}
+    run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
     path = checkpoint.save(
         parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
     )
@@ -210,8 +254,8 @@ def _save(parts: _Parts, step: int) -> None:
         coordinator.log.say(f"checkpoint {path}")
 
 
-def _resume(parts: _Parts, path: Path) -> int:
-    """Weights, optimizer and cursors from a checkpoint; returns the optimizer steps done."""
+def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
+    """Weights, optimizer and cursors from a checkpoint; returns the steps done and what mu remembers."""
     run_state = checkpoint.load(parts.state, path)
 
     def restore() -> None:
@@ -220,11 +264,19 @@ def _resume(parts: _Parts, path: Path) -> int:
         parts.coordinator.log.say(f"resumed from {path}: {run_state['step']} of {parts.run.steps} steps done")
 
     parts.state.groups.once(restore)
-    return run_state["step"]
+    schedule, step = parts.method.schedule(parts.run), run_state["step"]
+    if schedule is not None:
+        restart_schedule(parts.state, max(filter(schedule.resets_optimizer, range(step)), default=0))
+    return run_state["step"], run_state["mu"]
 
 
 def _make_coordinator(
-    run: RunConfig, data: RunData, groups: runtime.ParallelGroups, resume: Resume, stack: ExitStack
+    run: RunConfig,
+    method: Method,
+    data: RunData,
+    groups: runtime.ParallelGroups,
+    resume: Resume,
+    stack: ExitStack,
 ) -> tuple[Coordinator, Path | None]:
     found = checkpoint.find(run.output / CHECKPOINTS, print) if resume == "auto" else None
     first_step = checkpoint.step_of(found) if found is not None else 0
@@ -245,7 +297,7 @@ def _make_coordinator(
     if resume == "auto" and found is None:
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
     layout = layout_of(run.parallel, groups.data.size)
-    return Coordinator(run, data, layout=layout, graders=graders, log=log), found
+    return Coordinator(run, method, data, layout=layout, graders=graders, log=log), found
 
 
 def _claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:

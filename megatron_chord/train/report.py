@@ -26,7 +26,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
 
 def step_line(row: Mapping[str, Any], steps: int) -> str:
     """One training step for the console: what a person watches."""
-    parts = [f"step {row['step'] + 1:>{len(str(steps))}}/{steps}", f"mu {row['mu']:.3f}"]
+    parts = [f"step {row['step'] + 1:>{len(str(steps))}}/{steps}"]
+    if "mu" in row:
+        parts.append(f"mu {row['mu']:.3f}")
     if "reward_mean" in row:
         parts.append(f"reward {row['reward_mean']:.3f}")
     if "policy_loss" in row:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_chord.config import ParallelConfig, RunConfig, data_parallel_size
+from megatron_chord.data.align import align
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
 from megatron_chord.data.packing import Layout, make_layout
@@ -14,6 +15,10 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Method
+from megatron_chord.methods.draw import Sources
+from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.records import Expert, Prompt
 from megatron_chord.weights.mapping import check_accounting
@@ -25,22 +30,20 @@ class RunData:
     """What the coordinator draws from."""
 
     template: ChatTemplate
-    prompts: tuple[Prompt, ...]
-    experts: tuple[Expert, ...]
+    sources: Sources
     problems: tuple[Prompt, ...]
     """Held out."""
-    prompt_cursor: Cursor
-    expert_cursor: Cursor | None
     reports: tuple[str, ...]
     """What became of each file's rows."""
 
 
-def check_run(run: RunConfig, world_size: int) -> ModelShape:
+def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     """Every rule that needs only the settings, the number of processes and the model folder's headers.
 
     Raises:
         ValueError: with the rule that is broken.
     """
+    method = method_of(run)
     shape = read_shape(run.model.path)
     check_accounting(list(shape.weights.hf_names()), HFReader.of(run.model.path).names, str(run.model.path))
     check_shape(shape, run.parallel)
@@ -56,7 +59,27 @@ def check_run(run: RunConfig, world_size: int) -> ModelShape:
         path: Path | None = getattr(run.data, name)
         if path is not None and not path.is_file():
             raise ValueError(f"data.{name}: {path} does not exist")
-    return shape
+    if run.objective.kl is not None and run.objective.kl.reference is not None:
+        _check_reference(run.objective.kl.reference, shape)
+    return shape, method
+
+
+def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
+    """Where the reference policy is read from, when a term asks for its log-probs."""
+    if not any("reference_logprob" in term.scored for term in terms.values()):
+        return None
+    kl = run.objective.kl
+    return kl.reference if kl is not None and kl.reference is not None else run.model.path
+
+
+def _check_reference(folder: Path, shape: ModelShape) -> None:
+    reference = read_shape(folder)
+    for field in fields(ModelShape):
+        theirs, ours = getattr(reference, field.name), getattr(shape, field.name)
+        if field.name != "weights" and theirs != ours:
+            raise ValueError(
+                f"objective.kl.reference: {folder} has {field.name} {theirs!r}, the policy has {ours!r}"
+            )
 
 
 def load_data(run: RunConfig) -> RunData:
@@ -77,13 +100,21 @@ def load_data(run: RunConfig) -> RunData:
     if run.data.evaluation is not None:
         problems, report = load_prompts(run.data.evaluation, template, **limits)
         reports.append(f"evaluation  {report}")
+    demonstrations: dict[str, Expert] = {}
+    if run.data.aligned:
+        num_prompts = len(prompts)
+        prompts, demonstrations = align(prompts, experts, unmatched=run.data.unmatched)
+        reports.append(f"aligned     {len(prompts)} of {num_prompts} prompts have their own demonstration")
     return RunData(
         template=template,
-        prompts=tuple(prompts),
-        experts=tuple(experts),
+        sources=Sources(
+            prompts=tuple(prompts),
+            experts=tuple(experts),
+            demonstrations=demonstrations,
+            prompt_cursor=_cursor("prompts", prompts, run.seed),
+            expert_cursor=_cursor("experts", experts, run.seed) if experts else None,
+        ),
         problems=tuple(problems[: run.evaluation.problems]),
-        prompt_cursor=_cursor("prompts", prompts, run.seed),
-        expert_cursor=_cursor("experts", experts, run.seed) if experts else None,
         reports=tuple(reports),
     )
 

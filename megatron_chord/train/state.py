@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,8 @@ class TrainState:
     """Model chunks of this pipeline stage in Megatron's DistributedDataParallel."""
     optimizer: Any
     scheduler: Any
+    reference: tuple[Any, ...] = ()
+    """Chunks of a policy that is never updated; empty unless the objective needs one."""
 
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
@@ -56,8 +59,11 @@ def build_state(
     *,
     groups: ParallelGroups,
     steps: int,
+    reference: Path | None = None,
 ) -> TrainState:
     """Build this rank's part of the model, fill it from ``model.path`` and put an optimizer on it.
+
+    ``reference``: folder of a second policy of the same shape to keep beside it, for its log-probs alone.
 
     Collectives: those of Megatron's constructors; all ranks must call it.
     """
@@ -67,18 +73,11 @@ def build_state(
         finalize_model_grads,
     )
 
-    config = transformer_config(shape, model, parallel)
-    chunks = build_chunks(config, shape)
-    read = functools.partial(
-        load,
-        global_parameters(chunks),
-        shape.weights,
-        HFReader.of(model.path),
-        vocab_size=shape.vocab_size,
-        tensor_rank=groups.tensor.rank,
-        tensor_size=groups.tensor.size,
-    )
-    groups.together(read)
+    config, chunks = _filled(shape, model, parallel, groups)
+    reference_chunks: tuple[Any, ...] = ()
+    if reference is not None:
+        _, read = _filled(shape, replace(model, path=reference), parallel, groups)
+        reference_chunks = tuple(chunk.requires_grad_(False) for chunk in read)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -96,7 +95,47 @@ def build_state(
         chunks=wrapped,
         optimizer=optimizer,
         scheduler=_scheduler(optimizer, optim, steps),
+        reference=reference_chunks,
     )
+
+
+def reset_optimizer(state: TrainState) -> None:
+    """Forget Adam's moments and start the learning-rate schedule anew, as a run that begins now would have them."""
+    for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        inner = optimizer.optimizer
+        for moments in inner.state.values():
+            for value in moments.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        for group in inner.param_groups:
+            group["step"] = 0
+    restart_schedule(state, state.scheduler.num_steps)
+
+
+def restart_schedule(state: TrainState, since: int) -> None:
+    """Count the learning-rate schedule's steps, and those that are left to it, from ``since`` on."""
+    state.scheduler.num_steps -= since
+    state.scheduler.lr_decay_steps -= since
+    state.scheduler.step(0)
+
+
+def _filled(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
+) -> tuple[Any, list[Any]]:
+    """Megatron's config, and this rank's chunks with the weights of ``model.path``."""
+    config = transformer_config(shape, model, parallel)
+    chunks = build_chunks(config, shape)
+    read = functools.partial(
+        load,
+        global_parameters(chunks),
+        shape.weights,
+        HFReader.of(model.path),
+        vocab_size=shape.vocab_size,
+        tensor_rank=groups.tensor.rank,
+        tensor_size=groups.tensor.size,
+    )
+    groups.together(read)
+    return config, chunks
 
 
 def _optimizer(

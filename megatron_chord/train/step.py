@@ -1,76 +1,126 @@
-"""One optimizer step: gradients of the whole step's objective, clipped, applied; and its numbers over all ranks."""
+"""One optimizer update: gradients of the whole update's objective, clipped, applied; and its numbers over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.config import ObjectiveConfig
 from megatron_chord.data.packing import PackedBatch
-from megatron_chord.losses.objective import LossTokens, StepWeights, chord_loss
-from megatron_chord.model.forward import run_micro_batches
-from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.losses.objective import objective
+from megatron_chord.losses.terms import Term, TermTokens, TokenStats, reported
+from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
+from megatron_chord.runtime.parallel import Axis, ParallelGroups
 from megatron_chord.train.state import TrainState
 
-_POLICY_MEANS = ("policy_loss", "entropy", "clip_fraction", "logprob_gap")
-_EXPERT_MEANS = ("expert_loss", "expert_nll", "expert_p", "expert_phi")
-_MAXIMA = ("logprob_gap_max",)
+Terms = Mapping[str, Term]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """The step's numbers, equal on every rank: means over the step's policy or expert tokens, and totals."""
+class Update:
+    """What every rank is told of one optimizer update, beside its own micro-batches."""
+
+    weights: Mapping[str, float]
+    """Of each term."""
+    counts: Mapping[str, int]
+    """Trained tokens of each term that has any, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """An update's numbers, equal on every rank. Terms without a token report nothing."""
 
     loss: float
     means: dict[str, float]
-    """None of a kind's means is there when the step had no token of that kind."""
     maxima: dict[str, float]
+
+
+def prepare_batches(
+    state: TrainState, micro_batches: Sequence[PackedBatch], terms: Terms, *, temperature: float
+) -> list[DeviceBatch]:
+    """This data-parallel rank's micro-batches on the device, with the columns that must be computed beforehand.
+
+    No pass at all unless a term asks for one (``Term.scored``): then one forward pass with the present weights, and
+    one with the reference's where that is asked for.
+    """
+    batches = [to_device(batch, state.groups) for batch in micro_batches]
+    present = {name: terms[name] for name in batches[0].terms}
+    wanted = {column for term in present.values() for column in term.scored}
+    if not wanted:
+        return batches
+    columns: list[dict[str, Tensor]] = [{} for _ in batches]
+    if wanted & {"old_logprob", "old_entropy"}:
+        for scores, found in zip(_scores(state, state.chunks, batches, temperature), columns, strict=False):
+            found |= {"old_logprob": scores["logprobs"], "old_entropy": scores["entropy"]}
+    if "reference_logprob" in wanted:
+        for scores, found in zip(
+            _scores(state, state.reference, batches, temperature), columns, strict=False
+        ):
+            found["reference_logprob"] = scores["logprobs"]
+    if not state.groups.is_last_stage:
+        return batches
+    batches = [_with_columns(batch, present, found) for batch, found in zip(batches, columns, strict=True)]
+    across = _Across(state.groups.replicas)
+    for name, term in present.items():
+        if term.prepare is None:
+            continue
+        added = term.prepare([batch.terms[name] for batch in batches], across)
+        batches = [
+            replace(batch, terms={**batch.terms, name: _extended(batch.terms[name], new)})
+            for batch, new in zip(batches, added, strict=True)
+        ]
+    return batches
 
 
 def compute_gradients(
     state: TrainState,
-    micro_batches: Sequence[PackedBatch],
-    weights: StepWeights,
-    objective: ObjectiveConfig,
+    batches: Sequence[DeviceBatch],
+    update: Update,
+    terms: Terms,
     *,
     temperature: float,
-) -> StepResult:
-    """Loss and gradients of the step in the parameters' ``main_grad``; changes no weight.
+) -> UpdateResult:
+    """Loss and gradients of the update in the parameters' ``main_grad``; changes no weight.
 
     Args:
-        micro_batches: this data-parallel rank's, equally many on every rank.
-        weights: the same on every rank, with the counts of the whole step.
+        batches: this data-parallel rank's, equally many on every rank.
+        update: the same on every rank.
 
     Collectives: those of Megatron's schedule and gradient reduction, and 2 all-reduces over all ranks.
     """
+    present = {name: terms[name] for name in batches[0].terms}
 
-    def loss(logprobs: Tensor, entropy: Tensor, tokens: LossTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        value, sums, maxima = chord_loss(logprobs, entropy, tokens, weights, objective)
-        return value, {"loss": value.detach().clone(), **sums, **maxima}
+    def loss(stats: TokenStats, tokens: Mapping[str, TermTokens]) -> tuple[Tensor, dict[str, Any]]:
+        share = objective(stats, tokens, present, update.weights)
+        return share.loss, {"loss": share.loss.detach().clone(), "sums": share.sums, "maxima": share.maxima}
 
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     kept = run_micro_batches(
         state.chunks,
-        micro_batches,
+        batches,
         loss,
         groups=state.groups,
         vocab_size=state.shape.vocab_size,
         temperature=temperature,
+        rival=any(term.rival for term in present.values()),
     )
-    return _reduce(kept, weights, state.groups)
+    return _reduce(kept, update, present, state.groups)
 
 
-def apply_gradients(state: TrainState) -> tuple[float, float]:
-    """Clip, update the weights, advance the schedule. Returns the gradient norm before clipping, and the rate used.
+def apply_gradients(state: TrainState, *, new_step: bool = True) -> tuple[float, float]:
+    """Clip, update the weights. Returns the gradient norm before clipping, and the rate used.
 
-    The schedule advances first, so that the first step of a warm-up is not wasted on a rate of 0.
+    With ``new_step`` the learning-rate schedule advances, and it does so first, so that the first step of a warm-up
+    is not wasted on a rate of 0.
     """
-    state.scheduler.step(1)
+    if new_step:
+        state.scheduler.step(1)
     learning_rate = max(group["lr"] for group in state.optimizer.param_groups)
     succeeded, grad_norm, _ = state.optimizer.step()
     assert succeeded, "only fp16 loss scaling skips steps"
@@ -78,24 +128,101 @@ def apply_gradients(state: TrainState) -> tuple[float, float]:
     return float(grad_norm or 0.0), float(learning_rate)
 
 
-def _reduce(kept: Sequence[dict[str, Tensor]], weights: StepWeights, groups: ParallelGroups) -> StepResult:
+def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
+    """Of a step's updates: each number's mean over the updates that report it, the largest of the maxima.
+
+    The log-prob gap is the first update's: later ones differ from the sampling policy because they should.
+    """
+    first = results[0]
+    means = {
+        name: statistics.fmean([result.means[name] for result in results if name in result.means])
+        for name in dict.fromkeys(name for result in results for name in result.means)
+    }
+    peaks = dict.fromkeys(name for result in results for name in result.maxima)
+    maxima = {name: max(result.maxima.get(name, 0.0) for result in results) for name in peaks}
+    return UpdateResult(
+        loss=statistics.fmean(result.loss for result in results),
+        means=means | {name: first.means[name] for name in ("logprob_gap",) if name in first.means},
+        maxima=maxima | {name: first.maxima[name] for name in ("logprob_gap_max",) if name in first.maxima},
+    )
+
+
+def _scores(
+    state: TrainState, chunks: Sequence[Any], batches: Sequence[DeviceBatch], temperature: float
+) -> list[dict[str, Tensor]]:
+    """Log-probs and entropies [T] of every micro-batch's trained tokens; empty on all but the last stage."""
+
+    def keep(stats: TokenStats, tokens: Mapping[str, TermTokens]) -> tuple[Tensor, dict[str, Tensor]]:
+        return stats.logprobs.sum(), {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+    return run_micro_batches(
+        chunks,
+        batches,
+        keep,
+        groups=state.groups,
+        vocab_size=state.shape.vocab_size,
+        temperature=temperature,
+        backward=False,
+    )
+
+
+def _with_columns(batch: DeviceBatch, terms: Terms, found: Mapping[str, Tensor]) -> DeviceBatch:
+    """``found`` is [T]; each term gets its tokens' part of the columns it asked for."""
+    return replace(
+        batch,
+        terms={
+            name: _extended(tokens, {key: found[key][tokens.index] for key in terms[name].scored})
+            for name, tokens in batch.terms.items()
+        },
+    )
+
+
+def _extended(tokens: TermTokens, columns: Mapping[str, Tensor]) -> TermTokens:
+    return replace(tokens, columns={**tokens.columns, **columns})
+
+
+class _Across:
+    """``AcrossRanks`` over the ranks that hold the update's other tokens."""
+
+    def __init__(self, replicas: Axis) -> None:
+        self._replicas = replicas
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=self._replicas.group)
+        return total
+
+    def collect(self, values: Tensor) -> Tensor:
+        lengths = values.new_zeros(self._replicas.size, dtype=torch.int64)
+        lengths[self._replicas.rank] = len(values)
+        dist.all_reduce(lengths, group=self._replicas.group)
+        longest = int(lengths.max())
+        padded = torch.cat([values, values.new_zeros(longest - len(values))])
+        parts = [torch.empty_like(padded) for _ in range(self._replicas.size)]
+        dist.all_gather(parts, padded, group=self._replicas.group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+
+
+def _reduce(
+    kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups: ParallelGroups
+) -> UpdateResult:
     """Add up what the last pipeline stage's ranks kept, each token counted once."""
-    sum_names = ("loss", *_POLICY_MEANS, *_EXPERT_MEANS)
-    counts_here = groups.is_last_stage and groups.tensor.rank == 0
-    sums = torch.zeros(len(sum_names), dtype=torch.float64, device=groups.device)
-    maxima = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=groups.device)
-    if counts_here:
+    outputs = {name: reported(term) for name, term in terms.items()}
+    names = [(term, key) for term, output in outputs.items() for key in (*output.losses, *output.means)]
+    peaks = [key for output in outputs.values() for key in output.maxima]
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
+    maxima = torch.zeros(len(peaks), dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage and groups.tensor.rank == 0:
         for row in kept:
-            sums += torch.stack([row[name].double() for name in sum_names])
-            maxima = torch.maximum(maxima, torch.stack([row[name].double() for name in _MAXIMA]))
+            values = [row["loss"], *(row["sums"][term][key] for term, key in names)]
+            sums += torch.stack([value.double() for value in values])
+            if peaks:
+                maxima = torch.maximum(maxima, torch.stack([row["maxima"][key].double() for key in peaks]))
     dist.all_reduce(sums)
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
-    total = dict(zip(sum_names, sums.tolist(), strict=True))
-    means: dict[str, float] = {}
-    if weights.num_policy_tokens:
-        means |= {name: total[name] / weights.num_policy_tokens for name in _POLICY_MEANS}
-    if weights.num_expert_tokens:
-        means |= {name: total[name] / weights.num_expert_tokens for name in _EXPERT_MEANS}
-    return StepResult(
-        loss=total["loss"], means=means, maxima=dict(zip(_MAXIMA, maxima.tolist(), strict=True))
-    )
+    loss, *totals = sums.tolist()
+    means = {
+        key: total / (update.counts[term] if key in outputs[term].means else 1)
+        for (term, key), total in zip(names, totals, strict=True)
+    }
+    return UpdateResult(loss=loss, means=means, maxima=dict(zip(peaks, maxima.tolist(), strict=True)))

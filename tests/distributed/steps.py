@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_chord.config import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
-from megatron_chord.losses.objective import StepWeights
+from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.setup import layout_of
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import compute_gradients
+from megatron_chord.train.step import Update, compute_gradients, prepare_batches
 from megatron_chord.weights.export import hf_tensors
 
 
@@ -32,7 +34,11 @@ def start_groups(parallel: ParallelConfig) -> runtime.ParallelGroups:
 
 
 def build(
-    folder: Path, parallel: ParallelConfig, optim: OptimConfig | None = None, steps: int = 10
+    folder: Path,
+    parallel: ParallelConfig,
+    optim: OptimConfig | None = None,
+    steps: int = 10,
+    reference: Path | None = None,
 ) -> TrainState:
     return build_state(
         read_shape(folder),
@@ -41,6 +47,7 @@ def build(
         optim or OptimConfig(lr=1e-2),
         groups=start_groups(parallel),
         steps=steps,
+        reference=reference,
     )
 
 
@@ -56,29 +63,26 @@ def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, 
     return merged
 
 
-def chord_steps(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
-    """For each case: metrics and whole gradients of one step, without updating weights."""
+def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
+    """For each case: metrics and whole gradients of one update by the case's ``run``, without updating weights."""
     results = []
     for case in cases:
-        parallel = ParallelConfig(distributed_optimizer=False, **case.get("parallel", {}))
-        state = build(folder, parallel)
+        run: RunConfig = case["run"]
+        parallel = replace(run.parallel, distributed_optimizer=False)
+        terms = build_method(run.method).terms(run)
+        state = build(folder, parallel, reference=case.get("reference"))
         plan = plan_step(
-            case["samples"],
-            max_tokens=case.get("max_tokens", 10_000),
+            with_scales(case["samples"], terms),
+            max_tokens=run.batch.max_tokens,
             layout=layout_of(parallel, state.groups.data.size),
             pad_id=0,
         )
-        result = compute_gradients(
-            state,
-            plan.micro_batches[state.groups.data.rank],
-            StepWeights(
-                mu=case["mu"],
-                num_policy_tokens=plan.num_policy_tokens,
-                num_expert_tokens=plan.num_expert_tokens,
-            ),
-            case.get("objective", ObjectiveConfig()),
-            temperature=case.get("temperature", 1.0),
+        temperature = run.rollout.temperature
+        batches = prepare_batches(
+            state, plan.micro_batches[state.groups.data.rank], terms, temperature=temperature
         )
+        update = Update(weights=case["weights"], counts=plan.counts)
+        result = compute_gradients(state, batches, update, terms, temperature=temperature)
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
         results.append(({"loss": result.loss, **result.means, **result.maxima}, gather_hf(state, grads)))
     return results
@@ -96,12 +100,9 @@ def packed_logits(folder: Path, cases: list[dict[str, Any]], sequences: list[lis
     for case in cases:
         parallel = ParallelConfig(distributed_optimizer=False, **case)
         state = build(folder, parallel)
-        samples = [
-            TrainSample(kind="expert", token_ids=np.array(ids), trained=np.arange(len(ids)) > 0)
-            for ids in sequences
-        ]
+        samples = [TrainSample(token_ids=np.array(ids), parts=()) for ids in sequences]
         layout = layout_of(parallel, state.groups.data.size)
-        batch = pack(samples, layout=layout, pad_id=0)
+        batch = pack(samples, columns={}, layout=layout, pad_id=0)
         results.append(_logits_of(state, batch, [len(ids) for ids in sequences], to_device))
     return results
 

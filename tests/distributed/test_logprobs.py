@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ def make_inputs(dtype: torch.dtype, scale: float = 2.0) -> tuple[Tensor, Tensor,
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
     weight = scale * HIDDEN**-0.5 * torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
-    return hidden.to(dtype), weight.to(dtype), torch.randint(VOCAB, (TOKENS,))
+    targets = torch.randint(VOCAB, (TOKENS,))
+    # The first is the only row of its shard in the split "one row".
+    targets[:2] = torch.tensor([0, VOCAB - 1])
+    return hidden.to(dtype), weight.to(dtype), targets
 
 
 def factors() -> Tensor:
@@ -45,10 +49,11 @@ def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         hidden, weight, targets = make_inputs(case["dtype"], case["scale"])
         hidden, targets = hidden[: case["tokens"]].requires_grad_(), targets[: case["tokens"]]
+        weight, targets = weight[: case["vocab"]], targets.clamp(max=case["vocab"] - 1)
         cut = case["cut"]
         shard = (weight[:cut] if dist.get_rank() == 0 else weight[cut:]).clone().requires_grad_()
         calls.clear()
-        logprobs, entropy = token_logprobs(
+        logprobs, entropy, rival = token_logprobs(
             hidden,
             shard,
             targets,
@@ -56,6 +61,7 @@ def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             temperature=TEMPERATURE,
             group=dist.group.WORLD,
             chunk=case["chunk"],
+            rival=case["rival"],
         )
         forward = list(calls)
         weighting = factors()[:, : case["tokens"]].to(logprobs.dtype)
@@ -64,6 +70,7 @@ def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "log-probs": logprobs.detach(),
                 "entropy": entropy.detach(),
+                "rival": rival,
                 "hidden.grad": hidden.grad,
                 "weight.grad": shard.grad,
                 "forward": forward,
@@ -76,17 +83,19 @@ def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
     hidden, weight, targets = (part.double() for part in make_inputs(case["dtype"], case["scale"]))
-    hidden = hidden[: case["tokens"]].requires_grad_()
+    hidden.requires_grad_()
     weight.requires_grad_()
+    targets = targets.long()
     full = torch.log_softmax(hidden @ weight.t() / TEMPERATURE, -1)
-    logprobs = full.gather(1, targets[: case["tokens"], None].long())[:, 0]
+    logprobs = full.gather(1, targets[:, None])[:, 0]
     entropy = -(full.exp() * full).sum(-1)
-    (factors()[0, : case["tokens"]] @ logprobs + factors()[1, : case["tokens"]] @ entropy).backward()
+    (factors()[0] @ logprobs + factors()[1] @ entropy).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     return {
         "log-probs": logprobs.detach(),
         "entropy": entropy.detach(),
+        "rival": full.detach().scatter(1, targets[:, None], -torch.inf).amax(1),
         "hidden.grad": hidden.grad,
         "weight.grad": weight.grad,
     }
@@ -98,25 +107,25 @@ PRECISIONS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 @pytest.fixture(scope="module")
 def outcomes() -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """(case, first rank's result, second rank's) of all cases, from one pair of processes."""
+    usual = {"cut": 10, "dtype": torch.float64, "chunk": 7, "tokens": TOKENS, "vocab": VOCAB, "scale": 2.0}
     cases = [
-        {"cut": cut, "dtype": dtype, "chunk": chunk, "tokens": TOKENS, "scale": 2.0}
+        {**usual, "cut": cut, "dtype": dtype, "chunk": chunk, "rival": rival}
         for cut in SPLITS.values()
         for dtype in PRECISIONS
         for chunk in (1, 7, 100)
+        for rival in (False, True)
     ]
     # Logits of a few hundred: one rank's share of the softmax underflows to 0.
-    cases += [
-        {"cut": cut, "dtype": torch.float64, "chunk": 7, "tokens": TOKENS, "scale": 2000.0}
-        for cut in SPLITS.values()
-    ]
-    cases += [{"cut": 10, "dtype": torch.float32, "chunk": 7, "tokens": 0, "scale": 2.0}]
+    cases += [{**usual, "cut": cut, "scale": 2000.0, "rival": True} for cut in SPLITS.values()]
+    cases += [{**usual, "cut": cut, "vocab": 1, "rival": True} for cut in (0, 1)]
+    cases += [{**usual, "dtype": torch.float32, "tokens": 0, "rival": True}]
     first, second = run_ranks(heads, 2, cases)
     return list(zip(cases, first, second, strict=True))
 
 
 def test_shards_together_are_the_whole_head(outcomes: Any) -> None:
     for case, *ranks in outcomes:
-        if not case["tokens"]:
+        if not case["tokens"] or case["vocab"] == 1:
             continue
         expected = reference(case)
         ours = {
@@ -125,20 +134,47 @@ def test_shards_together_are_the_whole_head(outcomes: Any) -> None:
             "hidden.grad": ranks[0]["hidden.grad"].double() + ranks[1]["hidden.grad"].double(),
             "weight.grad": torch.cat([rank["weight.grad"] for rank in ranks]),
         }
-        for name, value in expected.items():
-            # Entropy is a difference of numbers as large as the log-probs; it may itself be almost 0.
-            scale = max(value.abs().max(), expected["log-probs"].abs().max() * (name == "entropy"))
-            error = (ours[name].double() - value).abs().max()
+        if case["rival"]:
+            ours["rival"] = ranks[0]["rival"]
+            assert not ours["rival"].requires_grad
+        for name, value in ours.items():
+            # Entropy is a difference of numbers as large as the log-probs; it and the rivals may be almost 0.
+            scale = expected[name].abs().max()
+            if name in ("entropy", "rival"):
+                scale = max(scale, expected["log-probs"].abs().max())
+            error = (value.double() - expected[name]).abs().max()
             assert error <= PRECISIONS[case["dtype"]] * scale, f"{case}: {name}: {error:.1e}"
-        for name in ("log-probs", "entropy"):
+        for name in ours.keys() - {"hidden.grad", "weight.grad"}:
             assert torch.equal(ranks[0][name], ranks[1][name]), case
+
+
+def test_rivals_change_nothing_else(outcomes: Any) -> None:
+    compared = 0
+    for (plain, *plain_ranks), (asked, *asked_ranks) in pairwise(outcomes):
+        if asked != {**plain, "rival": True} or plain["rival"]:
+            continue
+        compared += 1
+        for before, after in zip(plain_ranks, asked_ranks, strict=True):
+            assert before["rival"] is None
+            for name in ("log-probs", "entropy", "hidden.grad", "weight.grad"):
+                assert torch.equal(before[name], after[name]), (asked, name)
+    assert compared == len(SPLITS) * len(PRECISIONS) * 3
+
+
+def test_the_only_token_has_no_rival(outcomes: Any) -> None:
+    ranks = [rank for case, *ranks in outcomes if case["vocab"] == 1 for rank in ranks]
+    assert len(ranks) == 4
+    for rank in ranks:
+        assert rank["rival"].tolist() == [-torch.inf] * TOKENS
+        for name in ("log-probs", "entropy", "hidden.grad", "weight.grad"):
+            assert not rank[name].any(), name
 
 
 def test_without_tokens_no_rank_waits_and_gradients_are_0(outcomes: Any) -> None:
     case, *ranks = outcomes[-1]
     assert case["tokens"] == 0
     for rank in ranks:
-        assert rank["log-probs"].shape == rank["entropy"].shape == (0,)
+        assert rank["log-probs"].shape == rank["entropy"].shape == rank["rival"].shape == (0,)
         assert rank["hidden.grad"].shape == (0, HIDDEN)
         assert not rank["weight.grad"].any()
         assert rank["forward"] == []
@@ -147,5 +183,6 @@ def test_without_tokens_no_rank_waits_and_gradients_are_0(outcomes: Any) -> None
 def test_two_collectives_forward_and_none_backward(outcomes: Any) -> None:
     for case, *ranks in outcomes[:-1]:
         for rank in ranks:
-            assert rank["forward"] == [(TOKENS,), (3, TOKENS)], case
+            maxima = (2, TOKENS) if case["rival"] else (TOKENS,)
+            assert rank["forward"] == [maxima, (3, TOKENS)], case
             assert rank["backward"] == [], case

@@ -1,4 +1,4 @@
-"""One CHORD step is the same step however it is split: against plain float64 Transformers, values and gradients."""
+"""CHORD's objective, with every option of its policy and expert branch, in every layout."""
 
 from __future__ import annotations
 
@@ -7,34 +7,44 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import ObjectiveConfig
+from megatron_chord.config import (
+    BernoulliEntropyWeight,
+    ClippedISWeight,
+    CorrectionConfig,
+    EntropyNormWeight,
+    EntropyTopWeight,
+    FocalWeight,
+    KLConfig,
+    MarginWeight,
+    PowerWeight,
+    SimpleWeight,
+)
+from megatron_chord.records import TrainSample
 from tests.distributed import steps
+from tests.distributed.splits import LAYOUTS, assert_same_update, assert_split_invariant, case
+from tests.support.oracle import oracle_update
+from tests.support.oracle_terms import expert_term, policy_term
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, reference_step, save_qwen2
+from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
-RELATIVE = 1e-5
 MU = 0.3
-OBJECTIVE = ObjectiveConfig(entropy_bonus=0.01)
+WEIGHTS = {"policy": 1 - MU, "expert": MU}
+CONSTANT_LENGTH = 16
 
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}},
-    2: {
-        "tp2": {"tensor": 2},
-        "tp2_sp": {"tensor": 2, "sequence_parallel": True},
-        "pp2": {"pipeline": 2},
-        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
-        "dp2": {},
-        "cp2": {"context": 2},
-    },
-    4: {
-        "tp2_pp2": {"tensor": 2, "pipeline": 2},
-        "tp2_pp2_sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
-        "tp2_dp2": {"tensor": 2},
-        "pp2_dp2": {"pipeline": 2},
-        "tp2_cp2_sp": {"tensor": 2, "context": 2, "sequence_parallel": True},
-        "dp4": {},
-    },
-}
+
+def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
+    """The run of these settings with its oracle."""
+    run = tiny_run(folder, **settings)
+    terms = {
+        "policy": policy_term(run.objective, length=CONSTANT_LENGTH),
+        "expert": expert_term(
+            run.objective.expert_weight or SimpleWeight(kind="phi"),
+            cutoff=run.objective.expert_cutoff,
+            aggregation=run.objective.expert_aggregation,
+            length=CONSTANT_LENGTH,
+        ),
+    }
+    return run, samples, WEIGHTS, terms
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -42,38 +52,82 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return save_qwen2(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
 
 
-def assert_same_step(result: Any, reference: Any, what: str) -> None:
-    metrics, grads = result
-    expected, expected_grads = reference
-    assert metrics.keys() == expected.keys(), what
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=RELATIVE, abs=1e-9), f"{what}: {name}"
-    assert grads.keys() == expected_grads.keys(), what
-    for name, grad in expected_grads.items():
-        scale = grad.abs().max().item()
-        error = (grads[name].double() - grad).abs().max().item()
-        assert error <= RELATIVE * scale + 1e-9, (
-            f"{what}: gradient of {name} off by {error:.2e} of {scale:.2e}"
-        )
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp("untied"))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_layout_computes_the_reference_step(model: Path, world_size: int) -> None:
-    samples = make_samples()
-    cases, names = [], []
-    for layout, parallel in LAYOUTS[world_size].items():
-        # One micro-batch a rank, many of them, and another packing order.
-        for split, variant in {
-            "one": {"samples": samples},
-            "many": {"samples": samples, "max_tokens": 30},
-            "reversed": {"samples": samples[::-1], "max_tokens": 60},
-        }.items():
-            cases.append({"mu": MU, "objective": OBJECTIVE, "parallel": parallel, **variant})
-            names.append(f"{layout}/{split}")
-    reference = reference_step(model, samples, MU, OBJECTIVE)
-    for rank_results in run_ranks(steps.chord_steps, world_size, model, cases):
-        for name, result in zip(names, rank_results, strict=True):
-            assert_same_step(result, reference, name)
+    assert_split_invariant(
+        model,
+        {"chord": chord(model, make_samples(), entropy_bonus=0.01)},
+        layouts={world_size: LAYOUTS[world_size]},
+    )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # policy branch
+    "asymmetric clip": {"clip_low": 0.1, "clip_high": 0.28, "temperature": 0.7},
+    "dual clip": {"dual_clip": 3.0},
+    "gspo": {"surrogate": "gspo", "aggregation": "sequence_mean", "clip_low": 0.02, "clip_high": 0.03},
+    "gspo, dual clip": {"surrogate": "gspo", "dual_clip": 1.5},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.28},
+    "unclipped": {"surrogate": "unclipped", "ratio_from": "current"},
+    "sequence_mean": {"aggregation": "sequence_mean", "expert_aggregation": "sequence_mean"},
+    "sequence_sum": {"aggregation": "sequence_sum", "expert_aggregation": "sequence_sum"},
+    "constant": {"aggregation": "constant", "expert_aggregation": "constant"},
+    "recomputed": {"ratio_from": "recomputed", "entropy_bonus": 0.02},
+    **{
+        f"correction {level} {mode}": {
+            "ratio_from": ratio_from,
+            "correction": CorrectionConfig(level=level, mode=mode, low=0.5, high=2.0),
+        }
+        for level, mode, ratio_from in (
+            ("token", "truncate", "current"),
+            ("token", "clamp", "recomputed"),
+            ("token", "mask", "current"),
+            ("sequence", "truncate", "recomputed"),
+            ("sequence", "mask", "current"),
+            ("geometric", "mask", "recomputed"),
+            ("geometric", "clamp", "current"),
+        )
+    },
+    # expert branch
+    "one": {"expert_weight": SimpleWeight(kind="one")},
+    "p": {"expert_weight": SimpleWeight(kind="p")},
+    "power": {"expert_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
+    "clipped is": {"expert_weight": ClippedISWeight(threshold=0.01)},
+    "focal": {"expert_weight": FocalWeight()},
+    "bernoulli entropy": {"expert_weight": BernoulliEntropyWeight()},
+    "entropy top": {"expert_weight": EntropyTopWeight(share=0.3)},
+    "entropy norm": {"expert_weight": EntropyNormWeight()},
+    "margin": {"expert_weight": MarginWeight()},
+    "gaussian margin": {"expert_weight": MarginWeight(width=0.1)},
+    "cutoff": {"expert_cutoff": 0.01},
+}
+SPREAD: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "cp2": {"context": 2}},
+    4: {"pp2_dp2": {"pipeline": 2}},
+}
+
+
+def test_every_option_in_layouts_that_cut_sequences_vocabulary_and_batch(untied: Path) -> None:
+    samples = make_samples(seed=3)
+    objectives = {name: chord(untied, samples, **settings) for name, settings in OPTIONS.items()}
+    assert_split_invariant(untied, objectives, layouts=SPREAD)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_to_a_reference(untied: Path, tmp_path: Path, estimator: Any) -> None:
+    reference = save_qwen2(tmp_path, seed=1)
+    kl = KLConfig(estimator=estimator, coefficient=0.1, reference=reference)
+    assert_split_invariant(
+        untied,
+        {"kl": chord(untied, make_samples(), kl=kl)},
+        layouts={2: {"pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2}, "cp2": {"context": 2}}},
+        reference=reference,
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,39 +141,19 @@ def test_every_layout_computes_the_reference_step(model: Path, world_size: int) 
     ids=["experts only", "rollouts only", "a rank with nothing", "ranks with one kind or nothing"],
 )
 def test_micro_batches_without_a_kind(
-    model: Path, kinds: dict[str, int], world_size: int, parallel: dict[str, int]
+    untied: Path, kinds: dict[str, int], world_size: int, parallel: dict[str, int]
 ) -> None:
-    samples = make_samples(**kinds)
-    reference = reference_step(model, samples, MU, OBJECTIVE)
-    case = {"samples": samples, "mu": MU, "objective": OBJECTIVE, "parallel": parallel, "max_tokens": 30}
-    for (result,) in run_ranks(steps.chord_steps, world_size, model, [case]):
-        assert_same_step(result, reference, str(kinds))
+    objective = chord(untied, make_samples(**kinds), surrogate="gspo", expert_weight=EntropyNormWeight())
+    assert_split_invariant(untied, {str(kinds): objective}, layouts={world_size: {"": parallel}})
 
 
-def test_other_objectives_and_temperature(model: Path) -> None:
-    samples = make_samples(seed=3)
-    objectives = [
-        ObjectiveConfig(expert_weight="one", clip_low=0.1, clip_high=0.28),
-        ObjectiveConfig(expert_weight="p", ratio_from="current"),
-    ]
-    cases = [
-        {"samples": samples, "mu": MU, "objective": objective, "temperature": 0.7, "max_tokens": 40}
-        for objective in objectives
-    ]
-    (results,) = run_ranks(steps.chord_steps, 1, model, cases)
-    for objective, result in zip(objectives, results, strict=True):
-        assert_same_step(result, reference_step(model, samples, MU, objective, 0.7), str(objective))
-
-
-def test_mu_0_is_grpo_and_mu_1_is_sft(model: Path) -> None:
+def test_mu_0_is_grpo_and_mu_1_is_sft(untied: Path) -> None:
     """Tokens of the other kind share the pass and add nothing (that they add an exact 0 is a test of the losses)."""
     samples = make_samples()
-    cases = [{"samples": samples, "mu": mu} for mu in (0.0, 1.0)]
-    (results,) = run_ranks(steps.chord_steps, 1, model, cases)
-    for mu, kind, (metrics, grads) in zip((0.0, 1.0), ("policy", "expert"), results, strict=True):
-        pure = [sample for sample in samples if sample.kind == kind]
-        expected, expected_grads = reference_step(model, pure, mu, ObjectiveConfig())
-        shared = {name: value for name, value in metrics.items() if name in expected}
-        if kind == "expert":
-            shared["logprob_gap_max"] = expected["logprob_gap_max"]
-        assert_same_step((shared, grads), (expected, expected_grads), kind)
+    run = tiny_run(untied)
+    cases = [case(run, samples, {"policy": 1 - mu, "expert": mu}) for mu in (0.0, 1.0)]
+    (results,) = run_ranks(steps.updates, 1, untied, cases)
+    for kind, result in zip(("policy", "expert"), results, strict=True):
+        pure = [sample for sample in samples if sample.parts[0].term == kind]
+        terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+        assert_same_update(result, oracle_update(untied, pure, terms, {kind: 1.0}), kind)

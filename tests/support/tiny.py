@@ -1,18 +1,25 @@
-"""Tiny models and batches with which the tests compare, and the plain float64 reference of one CHORD step."""
+"""Tiny models, settings and batches with which the tests compare."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_chord.config import ObjectiveConfig
-from megatron_chord.records import TrainSample
+from megatron_chord.config import (
+    BatchConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from megatron_chord.records import Part, TrainSample
 
-POLICY_MEANS = ("policy_loss", "entropy", "clip_fraction", "logprob_gap")
-EXPERT_MEANS = ("expert_loss", "expert_nll", "expert_p", "expert_phi")
 VOCAB = 203  # odd, so that every tensor-parallel layout pads it
 
 
@@ -44,92 +51,51 @@ def save_qwen2(
     return folder
 
 
+def tiny_run(
+    folder: Path,
+    *,
+    method: str = "chord",
+    settings: dict[str, Any] | None = None,
+    max_tokens: int = 10_000,
+    parallel: dict[str, Any] | None = None,
+    temperature: float = 1.0,
+    **objective: Any,
+) -> RunConfig:
+    """Settings of a run whose objective is what a test is about; nothing in it is ever read from disk but the model."""
+    return RunConfig(
+        output=folder / "out",
+        steps=10,
+        model=ModelConfig(path=folder, dtype="fp32"),
+        data=DataConfig(prompts=folder / "prompts", experts=folder / "experts", max_response_tokens=16),
+        batch=BatchConfig(prompts=3, rollouts=2, experts=5, max_tokens=max_tokens),
+        method=MethodConfig(name=method, settings=settings or {}),
+        parallel=ParallelConfig(**parallel or {}),
+        objective=ObjectiveConfig(**objective),
+        rollout=RolloutConfig(temperature=temperature),
+    )
+
+
 def make_samples(
     *, num_policy: int = 6, num_expert: int = 5, seed: int = 0, vocab: int = VOCAB
 ) -> list[TrainSample]:
-    """Random samples of uneven lengths; rollout log-probs such that some ratios clip on either side."""
+    """Random samples of CHORD's two terms, of uneven lengths; rollout log-probs such that ratios clip on either side."""
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(num_policy + num_expert):
         is_expert = index >= num_policy
         prompt, response = int(rng.integers(2, 9)), int(rng.integers(1, 14))
+        positions = np.arange(prompt, prompt + response)
         token_ids = rng.integers(3, vocab, prompt + response)
-        trained = np.arange(prompt + response) >= prompt
         if is_expert and response > 4:
-            trained[prompt + 2] = False  # a hole, as in a conversation of several turns
-        samples.append(
-            TrainSample(
-                kind="expert" if is_expert else "policy",
-                token_ids=token_ids,
-                trained=trained,
-                advantage=0.0 if is_expert else float(rng.normal()),
-                rollout_logprobs=None
-                if is_expert
-                else np.where(trained, rng.normal(-6, 2, len(token_ids)), 0).astype(np.float32),
-            )
+            positions = np.delete(positions, 2)  # a hole, as in a conversation of several turns
+        constants = {
+            "advantage": float(rng.normal()),
+            "rollout_logprob": rng.normal(-6, 2, response).astype(np.float32),
+        }
+        part = Part(
+            term="expert" if is_expert else "policy",
+            positions=positions,
+            constants={} if is_expert else constants,
         )
+        samples.append(TrainSample(token_ids=token_ids, parts=(part,)))
     return samples
-
-
-def reference_step(
-    folder: Path,
-    samples: Sequence[TrainSample],
-    mu: float,
-    objective: ObjectiveConfig,
-    temperature: float = 1.0,
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Loss, metrics and gradients (by Hugging Face name) of one CHORD step, written out with Transformers in float64.
-
-    Independent of the package: one sample at a time, full logits, the formulas of arXiv 2508.11408 eq. 1-6.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    count = {
-        kind: sum(int(s.trained.sum()) for s in samples if s.kind == kind) for kind in ("policy", "expert")
-    }
-    sums = dict.fromkeys(
-        (*POLICY_MEANS, *EXPERT_MEANS),
-        0.0,
-    )
-    loss = torch.zeros((), dtype=torch.float64)
-    gap_max = 0.0
-    for sample in samples:
-        ids = torch.from_numpy(np.asarray(sample.token_ids))[None]
-        logps = torch.log_softmax(model(ids).logits[0, :-1] / temperature, dim=-1)
-        chosen = logps.gather(1, ids[0, 1:, None])[:, 0]
-        keep = torch.from_numpy(sample.trained[1:])
-        logp, full = chosen[keep], logps[keep]
-        if sample.kind == "expert":
-            p = logp.detach().exp()
-            weight = {"one": torch.ones_like(p), "p": p, "phi": p * (1 - p)}[objective.expert_weight]
-            term = -(weight * logp).sum()
-            loss = loss + mu * term / count["expert"]
-            sums["expert_loss"] += term.item()
-            sums["expert_nll"] -= logp.sum().item()
-            sums["expert_p"] += p.sum().item()
-            sums["expert_phi"] += (p * (1 - p)).sum().item()
-        else:
-            rolled = torch.from_numpy(sample.rollout_logprobs[1:])[keep].double()
-            old = rolled if objective.ratio_from == "rollout" else logp.detach()
-            ratio = (logp - old).clamp(-20, 20).exp()
-            clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-            a = float(np.float32(sample.advantage))
-            term = -torch.minimum(ratio * a, clipped * a).sum()
-            entropy = -(full.exp() * full).sum()
-            loss = loss + (1 - mu) * (term - objective.entropy_bonus * entropy) / count["policy"]
-            sums["policy_loss"] += term.item()
-            sums["entropy"] += entropy.item()
-            sums["clip_fraction"] += (clipped * a < ratio * a).sum().item()
-            sums["logprob_gap"] += (logp - rolled).abs().sum().item()
-            gap_max = max(gap_max, (logp - rolled).abs().max().item())
-    loss.backward()
-    metrics = {
-        name: value / count["expert" if name.startswith("expert") else "policy"]
-        for name, value in sums.items()
-        if count["expert" if name.startswith("expert") else "policy"]
-    }
-    grads = {
-        name: (p.grad if p.grad is not None else torch.zeros_like(p)) for name, p in model.named_parameters()
-    }
-    return {"loss": loss.item(), "logprob_gap_max": gap_max, **metrics}, grads

@@ -17,16 +17,17 @@ import megatron_chord
 
 PACKAGE = "megatron_chord"
 LAYERS = (
-    ("config", "config_io", "records"),
+    ("config", "config_io", "config_nodes", "records", "schedules", "timing"),
     ("losses", "data", "rewards", "families", "weights"),
     ("runtime", "model", "rollout"),
+    ("methods",),
     ("train",),
-    ("cli", "doctor", "settings", "__main__"),
+    ("cli", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
-NO_TORCH = ("config", "config_io", "records", "doctor", "settings")
+NO_TORCH = ("config", "config_io", "config_nodes", "records", "schedules", "doctor", "settings")
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
 

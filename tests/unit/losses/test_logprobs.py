@@ -1,7 +1,8 @@
-"""The chunked head computes log_softmax, its entropy and both gradients, and never makes the whole logits."""
+"""The chunked head computes log_softmax, its entropy, rivals and gradients, and never makes the whole logits."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_chord.losses.logprobs import CHUNK_BYTES, chunk_tokens, token_logprobs
+from megatron_chord.losses.logprobs import CHUNK_BYTES, HeadOutput, chunk_tokens, token_logprobs
 
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Head = Callable[[Tensor, Tensor, Tensor], HeadOutput]
 TOKENS, HIDDEN, VOCAB = 23, 12, 37
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> HeadOutput:
     full = torch.log_softmax(hidden @ weight.t() / temperature, dim=-1)
-    return full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
+    others = full.detach().scatter(1, targets[:, None], -torch.inf)
+    return HeadOutput(full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1), others.amax(1))
 
 
 def make_inputs(
@@ -36,7 +38,7 @@ def make_inputs(
 def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) -> dict[str, Tensor]:
     """Values, and gradients of a random weighting of the log-probs, of the entropies, or of both."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logprobs, entropy = head(hidden, weight, targets)
+    logprobs, entropy, rival = head(hidden, weight, targets)
     generator = torch.Generator().manual_seed(5)
     factors = torch.randn(2, len(targets), generator=generator, dtype=torch.float64).to(logprobs.dtype)
     terms = {"log-probs": [factors[0] @ logprobs], "entropy": [factors[1] @ entropy]}
@@ -44,12 +46,16 @@ def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) 
     torch.stack(terms[part]).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    return {
+    result = {
         "log-probs": logprobs.detach(),
         "entropy": entropy.detach(),
         "hidden.grad": hidden.grad,
         "weight.grad": weight.grad,
     }
+    if rival is not None:
+        assert not rival.requires_grad
+        result["rival"] = rival
+    return result
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float) -> None:
@@ -64,10 +70,10 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: f
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 1000, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_values_and_gradients(part: str, chunk: int | None, temperature: float) -> None:
-    def head(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(*inputs, temperature=temperature, chunk=chunk)
+    def head(*inputs: Tensor) -> HeadOutput:
+        return token_logprobs(*inputs, temperature=temperature, chunk=chunk, rival=True)
 
-    def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(*inputs: Tensor) -> HeadOutput:
         return naive(*inputs, temperature=temperature)
 
     inputs = make_inputs()
@@ -79,10 +85,12 @@ def test_values_and_gradients(part: str, chunk: int | None, temperature: float) 
 def test_lower_precision(dtype: torch.dtype, relative: float, chunk: int) -> None:
     """Against float64 on the same rounded inputs. Reductions are fp32 even where the logits are rounded to bf16."""
     hidden, weight, targets = make_inputs(dtype)
-    ours = run(lambda *inputs: token_logprobs(*inputs, chunk=chunk), hidden, weight, targets, "both")
+    ours = run(
+        lambda *inputs: token_logprobs(*inputs, chunk=chunk, rival=True), hidden, weight, targets, "both"
+    )
     theirs = run(naive, hidden.double(), weight.double(), targets, "both")
     assert_close(ours, theirs, relative)
-    assert ours["log-probs"].dtype == ours["entropy"].dtype == torch.float32
+    assert ours["log-probs"].dtype == ours["entropy"].dtype == ours["rival"].dtype == torch.float32
     assert ours["hidden.grad"].dtype == ours["weight.grad"].dtype == dtype
 
 
@@ -92,7 +100,7 @@ def test_weight_gradient_does_not_lose_small_chunks(dtype: torch.dtype) -> None:
     tokens = 4000
     hidden = torch.ones(tokens, 1, dtype=dtype)
     weight = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
-    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk=1)
+    logprobs, *_ = token_logprobs(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk=1)
     logprobs.sum().backward()
     assert weight.grad is not None
     # Both p are 1/2, so dl/dz is +1/2 and -1/2 at each of the 4000 tokens; 2000 is a bf16 number.
@@ -104,7 +112,7 @@ def test_gradcheck(chunk: int) -> None:
     hidden, weight, targets = make_inputs(tokens=5, vocab=9)
 
     def head(hidden: Tensor, weight: Tensor) -> Any:
-        return token_logprobs(hidden, weight, targets, temperature=0.8, chunk=chunk)
+        return token_logprobs(hidden, weight, targets, temperature=0.8, chunk=chunk, rival=True)[:2]
 
     assert torch.autograd.gradcheck(head, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -125,8 +133,9 @@ def test_no_tokens() -> None:
     hidden, weight, targets = make_inputs(tokens=0)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logprobs, entropy = token_logprobs(hidden, weight, targets)
-    assert logprobs.shape == entropy.shape == (0,)
+    logprobs, entropy, rival = token_logprobs(hidden, weight, targets, rival=True)
+    assert rival is not None
+    assert logprobs.shape == entropy.shape == rival.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, HIDDEN)
@@ -138,8 +147,10 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
     # Logits 3000, 2000 and 0: p is 1, 0, 0 and log p is 0, -1000, -3000, though exp(3000) has no fp32 number.
     hidden = torch.tensor([[1000.0]] * 3, requires_grad=True)
     weight = torch.tensor([[3.0], [2.0], [0.0]], requires_grad=True)
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]))
+    logprobs, entropy, rival = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), rival=True)
     assert logprobs.tolist() == [0.0, -1000.0, -3000.0]
+    assert rival is not None
+    assert rival.tolist() == [-1000.0, 0.0, 0.0]
     assert entropy.tolist() == [0.0, 0.0, 0.0]
     (logprobs.sum() + entropy.sum()).backward()
     # dl/dz = 1[target] - p, so dl/dh = w[target] - w[0]: 0, -1, -3.
@@ -150,23 +161,62 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
 
 
 def test_rows_of_one_shard_alone() -> None:
-    """Rows 10 to 29 without a group: targets there get the shard's log_softmax, the others a logit of 0."""
+    """Rows 10 to 29 without a group: targets there get the shard's log_softmax, the others a logit of 0 and, as rival,
+    the best row of all."""
     hidden, weight, targets = make_inputs()
     shard = weight[10:30]
     here = (targets >= 10) & (targets < 30)
     assert here.any()
     assert not here.all()
 
-    def head(hidden: Tensor, shard: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, shard, targets, first_row=10, chunk=7)
+    def head(hidden: Tensor, shard: Tensor, targets: Tensor) -> HeadOutput:
+        return token_logprobs(hidden, shard, targets, first_row=10, chunk=7, rival=True)
 
-    def reference(hidden: Tensor, shard: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(hidden: Tensor, shard: Tensor, targets: Tensor) -> HeadOutput:
         logits = hidden @ shard.t()
-        chosen, entropy = naive(hidden, shard, (targets - 10).clamp(0, 19))
-        return torch.where(here, chosen, -logits.logsumexp(-1)), entropy
+        chosen, entropy, rival = naive(hidden, shard, (targets - 10).clamp(0, 19))
+        assert rival is not None
+        best = logits.detach().log_softmax(-1).amax(-1)
+        return HeadOutput(
+            torch.where(here, chosen, -logits.logsumexp(-1)), entropy, torch.where(here, rival, best)
+        )
 
     ours, theirs = (run(each, hidden, shard, targets, "both") for each in (head, reference))
     assert_close(ours, theirs, relative=1e-13)
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 37, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_rivals_change_nothing_else(vocab: int, chunk: int) -> None:
+    inputs = make_inputs(vocab=vocab)
+    plain = run(lambda *parts: token_logprobs(*parts, chunk=chunk), *inputs, "both")
+    asked = run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=True), *inputs, "both")
+    assert "rival" not in plain
+    for name, value in plain.items():
+        assert torch.equal(asked[name], value), name
+    assert_close(asked, run(naive, *inputs, "both"), relative=1e-13)
+
+
+def test_rivals_of_best_worst_and_tied_targets() -> None:
+    # p is 1/8, 3/8, 3/8, 1/8: the rival of a best token is the other best one, and that of the others one of the two.
+    weight = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64).log()[:, None]
+    targets = torch.tensor([0, 1, 2, 3])
+    rival = token_logprobs(torch.ones(4, 1, dtype=torch.float64), weight, targets, rival=True).rival
+    assert rival is not None
+    torch.testing.assert_close(rival.exp(), torch.full((4,), 3 / 8, dtype=torch.float64))
+    # And the second best where there is only one best: p is 1/10, 6/10, 3/10.
+    weight = torch.tensor([1.0, 6.0, 3.0], dtype=torch.float64).log()[:, None]
+    rival = token_logprobs(torch.ones(3, 1, dtype=torch.float64), weight, torch.arange(3), rival=True).rival
+    assert rival is not None
+    torch.testing.assert_close(rival.exp(), torch.tensor([0.6, 0.3, 0.6], dtype=torch.float64))
+
+
+def test_the_only_token_has_no_rival() -> None:
+    hidden, weight, targets = make_inputs(tokens=3, vocab=1)
+    ours = run(lambda *parts: token_logprobs(*parts, chunk=2, rival=True), hidden, weight, targets, "both")
+    assert ours["rival"].tolist() == [-torch.inf] * 3
+    for name in ("log-probs", "entropy", "hidden.grad", "weight.grad"):
+        assert not ours[name].any(), name
 
 
 class LargestTensor(TorchDispatchMode):
@@ -188,11 +238,43 @@ def test_the_whole_logits_are_never_made() -> None:
     tokens, vocab, chunk = 640, 500, 32
     inputs = make_inputs(torch.float32, tokens, vocab)
     with LargestTensor() as largest:
-        run(lambda *parts: token_logprobs(*parts, chunk=chunk), *inputs, "both")
+        run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=True), *inputs, "both")
     assert largest.elements == chunk * vocab
     with LargestTensor() as largest:  # the probe sees them where they are made
         run(naive, *inputs, "both")
     assert largest.elements == tokens * vocab
+
+
+class Matrices(TorchDispatchMode):
+    """The most tensors of ``elements`` fp32 numbers or more that lived at once, and the products that made some."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.bytes, self.most, self.products = 4 * elements, 0, 0
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() >= self.bytes:
+            self.made.append(weakref.ref(result))
+            self.products += func is torch.ops.aten.mm.default
+        living = [value for made in self.made if (value := made()) is not None]
+        self.most = max(self.most, len({value.untyped_storage().data_ptr() for value in living}))
+        return result
+
+
+@pytest.mark.parametrize("rival", [False, True])
+@pytest.mark.parametrize("part", ["log-probs", "both"])
+def test_two_matrices_live_at_a_time(rival: bool, part: str) -> None:
+    tokens, vocab, chunk = 96, 500, 32
+    inputs = make_inputs(torch.float32, tokens, vocab)
+    with Matrices(chunk * vocab) as matrices:
+        run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=rival), *inputs, part)
+    assert matrices.most == 2
+    assert matrices.products == 2 * tokens // chunk  # one per chunk forward, one backward
+    with Matrices(tokens * vocab) as matrices:  # the probe sees them where there are more
+        run(naive, *inputs, part)
+    assert matrices.most > 2
 
 
 def test_the_default_chunk_keeps_to_its_budget() -> None:

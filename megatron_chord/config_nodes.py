@@ -1,0 +1,205 @@
+"""The YAML nodes of a run: its file, the files that this one is based on, and the overrides, as one tree.
+
+What belongs together is decided by the settings' types: a block is a dataclass, or one of several that a key of
+theirs tells apart. Every node knows the file and line, or the override, that it comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+_MAP = "tag:yaml.org,2002:map"
+_STR = "tag:yaml.org,2002:str"
+_NULL = "tag:yaml.org,2002:null"
+_FLOAT = "tag:yaml.org,2002:float"
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+"""YAML 1.1 takes 1e-6 and 1.0e6 for strings."""
+
+
+class ConfigError(ValueError):
+    """What is wrong with a run's settings, one finding a line."""
+
+
+class _Override(yaml.Mark):
+    """The place of what was given as an override, which is the mark's name."""
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str, name: str, mark: type[yaml.Mark] = yaml.Mark) -> None:
+        self.mark = mark
+        super().__init__(text)
+        self.name = name
+
+    def get_mark(self) -> yaml.Mark:
+        return self.mark(self.name, self.index, self.line, self.column, None, 0)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that would be read as numbers here."""
+
+
+for _class in (_Loader, Dumper):
+    _class.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
+
+
+def members(kind: Any) -> tuple[type, ...]:
+    """The dataclasses that a block of settings of type ``kind`` can be; none where it is no block."""
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    parts = tuple(part for part in parts if part is not types.NoneType)
+    return parts if all(dataclasses.is_dataclass(part) for part in parts) else ()
+
+
+def choice(kind: Any) -> str | None:
+    """The key of a block that a single value in its place stands for; among several dataclasses it tells which."""
+    blocks = [typing.get_type_hints(member) for member in members(kind)]
+    if not blocks:
+        return None
+    if len(blocks) > 1:
+        (name,) = (key for key in blocks[0] if all(get_origin(hints.get(key)) is Literal for hints in blocks))
+        return name
+    first = dataclasses.fields(members(kind)[0])[0].name
+    return first if blocks[0][first] is str else None
+
+
+def place(node: yaml.Node) -> str:
+    """Where a finding about ``node`` belongs."""
+    mark = node.start_mark
+    return mark.name if isinstance(mark, _Override) else f"{mark.name}:{mark.line + 1}"
+
+
+def folder(node: yaml.Node) -> Path:
+    """What a relative path in ``node`` is relative to: the folder of its file; for an override, the current one."""
+    return Path() if isinstance(node.start_mark, _Override) else Path(node.start_mark.name).parent
+
+
+def is_null(node: yaml.Node) -> bool:
+    return node.tag == _NULL
+
+
+def child(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
+    return next((value for name, value in mapping.value if name.value == key), None)
+
+
+def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
+    """``phi`` -> ``{kind: phi}`` where a single value may stand for a block."""
+    key = choice(kind)
+    if key is None or not isinstance(node, yaml.ScalarNode) or is_null(node):
+        return node
+    return _mapping([(_key(key, node), node)], node)
+
+
+def read_files(
+    path: Path, kind: type, asked_by: yaml.Node | None = None, above: tuple[Path, ...] = ()
+) -> yaml.MappingNode:
+    """The settings of a file, over those of the file that its ``base`` names.
+
+    Raises:
+        ConfigError: a file cannot be read or is no YAML mapping; what it says is then unknown, so nothing else is told.
+    """
+    if path.resolve() in (file.resolve() for file in above):
+        chain = " -> ".join(str(file) for file in (*above, path))
+        raise ConfigError(f"{_asker(asked_by)}the base files form a circle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{_asker(asked_by)}{path}: cannot be read: {error}") from error
+    root = _compose(text, str(path))
+    bases = [value for name, value in root.value if name.value == "base"]
+    if not bases:
+        return root
+    base = bases[0]
+    if len(bases) > 1:
+        raise ConfigError(f"{place(bases[1])}: base is set twice")
+    if not isinstance(base, yaml.ScalarNode) or is_null(base) or not base.value:
+        raise ConfigError(f"{place(base)}: base: expected the name of a YAML file")
+    own = _mapping([pair for pair in root.value if pair[0].value != "base"], root)
+    below = read_files(path.parent / Path(base.value).expanduser(), kind, base, (*above, path))
+    return typing.cast(yaml.MappingNode, _over(below, own, kind))
+
+
+def override(root: yaml.MappingNode, text: str, kind: type) -> yaml.MappingNode:
+    """``root`` with one setting replaced, as in ``optim.lr=1e-6``; all others stay as they are.
+
+    Raises:
+        ConfigError: it has not this form.
+    """
+    key, separator, value = text.partition("=")
+    name = f"override {text!r}"
+    if not separator or not key:
+        raise ConfigError(f"{name}: expected name=value, as in optim.lr=1e-6")
+    if key == "base":
+        raise ConfigError(f"{name}: a base is named in a file only")
+    mark = _Override(name, 0, 0, 0, None, 0)
+    try:
+        node = _Loader(value, name, _Override).get_single_node() or yaml.ScalarNode(_NULL, "", mark)
+    except yaml.YAMLError:
+        node = yaml.ScalarNode(_STR, value, mark)
+    return _set(root, key.split("."), node, kind)
+
+
+def _compose(text: str, name: str) -> yaml.MappingNode:
+    try:
+        root = _Loader(text, name).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = f"{error.problem_mark.line + 1}: " if error.problem_mark else " "
+        raise ConfigError(f"{name}:{line}not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{name}: expected a mapping of settings")
+    return root
+
+
+def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
+    """``own`` over ``below``, the nodes of one setting: key by key, unless ``own`` makes the block's choice anew."""
+    below = as_block(below, kind)
+    if kind is None or not (isinstance(below, yaml.MappingNode) and isinstance(own, yaml.MappingNode)):
+        return own
+    key = choice(kind)
+    if key is not None and child(own, key) is not None:
+        return own
+    pairs = [pair for pair in below.value if child(own, pair[0].value) is None]
+    for name, value in own.value:
+        old = child(below, name.value)
+        pairs.append((name, value if old is None else _over(old, value, _inner(kind, name.value))))
+    return _mapping(pairs, own)
+
+
+def _set(node: yaml.Node | None, keys: Sequence[str], value: yaml.Node, kind: Any) -> yaml.MappingNode:
+    block = None if node is None else as_block(node, kind)
+    if not isinstance(block, yaml.MappingNode):
+        block = _mapping([], value)
+    key, *rest = keys
+    pairs = list(block.value)
+    at = next((index for index, (name, _) in enumerate(pairs) if name.value == key), len(pairs))
+    key_node, old = pairs[at] if at < len(pairs) else (None, None)
+    if rest:
+        value = _set(old, rest, value, _inner(kind, key))
+    pairs[at : at + 1] = [(key_node if key_node and rest else _key(key, value), value)]
+    return _mapping(pairs, block)
+
+
+def _inner(kind: Any, key: Any) -> Any:
+    """The type of the setting ``key`` in a block of type ``kind``; None where it has none."""
+    hints = (typing.get_type_hints(member) for member in members(kind))
+    return next((found[key] for found in hints if isinstance(key, str) and key in found), None)
+
+
+def _mapping(pairs: list[tuple[yaml.Node, yaml.Node]], at: yaml.Node) -> yaml.MappingNode:
+    return yaml.MappingNode(_MAP, pairs, at.start_mark, at.end_mark)
+
+
+def _key(name: str, at: yaml.Node) -> yaml.ScalarNode:
+    return yaml.ScalarNode(_STR, name, at.start_mark, at.end_mark)
+
+
+def _asker(node: yaml.Node | None) -> str:
+    return f"{place(node)}: base: " if node else ""

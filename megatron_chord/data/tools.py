@@ -1,0 +1,117 @@
+"""Tool use as data: the functions of a row go into its system message, its true calls become JSON text.
+
+RL prompts, demonstrations and evaluation get their messages here, so all three see the same tools. What the reply
+must look like is what `rewards.tool_calls` reads; a list of tools and these two tags are Tool-N1's way to ask for it
+(arXiv 2505.00024).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_chord.data.rows import (
+    TOOL_FIELDS,
+    TRUTH_FIELDS,
+    Row,
+    RowError,
+    json_field,
+    only_one_of,
+    question_messages,
+    truth_field,
+)
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Message
+from megatron_chord.rewards.tool_calls import read_truth
+
+_INSTRUCTION = """\
+# Tools
+
+These are the functions that you can call, one to a line:
+<tools>
+{tools}
+</tools>
+
+Every reply of yours has two parts, in this order:
+1. <think> and </think>, once each, and between them your reasoning: which functions the request needs, and what \
+their arguments are.
+2. <tool_call> and </tool_call>, and between them all calls as one JSON list, each call an object with the \
+function's name and its arguments: <tool_call>[{{"name": "...", "arguments": {{"...": ...}}}}, ...]</tool_call>. \
+Give each argument the type that its function asks for. If no function helps, the list is empty: \
+<tool_call>[]</tool_call>"""
+
+
+def conversation(row: Row, template: ChatTemplate) -> tuple[Message, ...]:
+    """The row's question with the system prompt and, where it has tools, these at the end of the system message."""
+    messages = template.conversation(question_messages(row))
+    if not _has_tools(row):
+        return messages
+    text = _INSTRUCTION.format(tools="\n".join(_tool_lines(row)))
+    if messages[0]["role"] != "system":
+        return ({"role": "system", "content": text}, *messages)
+    system = messages[0]["content"].rstrip()
+    return ({"role": "system", "content": f"{system}\n\n{text}"}, *messages[1:])
+
+
+def true_answer(row: Row) -> str:
+    """`answer` or `truth` as text; of a row with tools (there also `ground_truth`) as one line of JSON.
+
+    The calls are a list, or its JSON text; see `rewards.tool_calls` for their two forms.
+    """
+    if not _has_tools(row):
+        return truth_field(row)
+    name = only_one_of(row, TRUTH_FIELDS)
+    text = _json_text(json_field(row, name), f"`{name}`", sort_keys=True)
+    try:
+        calls = read_truth(text)
+    except ValueError as error:
+        raise RowError(f"`{name}`: {error}") from None
+    unknown = sorted({call.name for call in calls} - {tool["name"] for tool in _tools(row)})
+    if unknown:
+        raise RowError(f"`{name}` calls what is not among the tools: {', '.join(unknown)}")
+    return text
+
+
+def _has_tools(row: Row) -> bool:
+    return any(name in row.fields for name in TOOL_FIELDS)
+
+
+def _tool_lines(row: Row) -> list[str]:
+    return [
+        _json_text({"type": "function", "function": tool}, f"tool {tool['name']}") for tool in _tools(row)
+    ]
+
+
+def _tools(row: Row) -> list[dict[str, Any]]:
+    """The function schemas of `tools` or `functions`, each as it is or as {"type": "function", "function": ...}."""
+    field = only_one_of(row, TOOL_FIELDS)
+    items = json_field(row, field)
+    if not isinstance(items, list) or not items:
+        raise RowError(f"`{field}` must be a list of functions; leave the field out where there are none")
+    tools = [_tool(item, f"{field}[{index}]") for index, item in enumerate(items)]
+    names = [tool["name"] for tool in tools]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RowError(f"`{field}` has several functions named {', '.join(twice)}")
+    return tools
+
+
+def _tool(item: Any, name: str) -> dict[str, Any]:
+    if isinstance(item, dict) and item.keys() == {"type", "function"}:
+        item = item["function"]
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"].strip():
+        raise RowError(f"{name} must be a function schema, an object with a `name`")
+    if not isinstance(item.get("parameters", {}), dict):
+        raise RowError(f"{name}.parameters must be an object")
+    return item
+
+
+def _json_text(value: Any, name: str, *, sort_keys: bool = False) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{name} holds half a surrogate pair") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{name} cannot be written as JSON: {error}") from None
+    return text

@@ -1,0 +1,140 @@
+"""Terms of the objective: what a loss over trained tokens is given, and what it gives back.
+
+The objective of every method is a sum over terms; a term is a loss per token, times the token's ``scale`` (one over
+what its pool is averaged over, ``losses.aggregate``), summed, times the term's weight in the step. All of a term's
+constants are known before the pass, so the sum over any split of the step is the same number, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_chord.config import Aggregation
+
+
+class TokenStats(NamedTuple):
+    """What the pass computed of K tokens."""
+
+    logprobs: Tensor
+    """[K], differentiable"""
+    entropy: Tensor
+    """[K], of the full vocabulary, differentiable"""
+    rival: Tensor | None
+    """[K], log-prob of the best other token, detached; only where a term asks for it"""
+
+    def at(self, index: Tensor) -> TokenStats:
+        """Of the tokens at ``index``."""
+        rival = None if self.rival is None else self.rival[index]
+        return TokenStats(self.logprobs[index], self.entropy[index], rival)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermTokens:
+    """What is known beforehand of the K tokens of one term in one micro-batch (on one context-parallel rank)."""
+
+    index: Tensor
+    """[K] int64: which of the micro-batch's trained tokens"""
+    sequence: Tensor
+    """[K] int64: the sequence of each"""
+    lengths: Tensor
+    """[S] float32: tokens of each sequence on all context-parallel ranks together"""
+    columns: Mapping[str, Tensor]
+    """[K] float32 each"""
+    context: dist.ProcessGroup | None = None
+    """The ranks that hold the sequences' other tokens, if any."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """Each token's sequence's sum of ``values`` [K], a constant [K]. One all-reduce over the context ranks."""
+        sums = values.new_zeros(len(self.lengths)).index_add_(0, self.sequence, values.detach())
+        if self.context is not None:
+            dist.all_reduce(sums, group=self.context)
+        return sums[self.sequence]
+
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """Like ``sequence_sums``, divided by the sequence's length."""
+        return self.sequence_sums(values) / self.lengths[self.sequence]
+
+
+class TermOutput(NamedTuple):
+    """Of K tokens. Metrics are detached; their names are unique over the terms of a method."""
+
+    loss: Tensor
+    """[K], what is minimised, before scale and weight"""
+    losses: Mapping[str, Tensor]
+    """[K] each: reported summed with the tokens' scale, as the loss is"""
+    means: Mapping[str, Tensor]
+    """[K] each: reported as the mean over the term's tokens"""
+    maxima: Mapping[str, Tensor]
+    """[K] each, >= 0: reported as the largest"""
+
+
+TermLoss = Callable[[TokenStats, TermTokens], TermOutput]
+
+
+class AcrossRanks(Protocol):
+    """Reductions over the ranks that hold the update's other tokens."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise over all ranks; every rank has the same shape."""
+        ...
+
+    def collect(self, values: Tensor) -> Tensor:
+        """All ranks' [n] values end to end; n may differ."""
+        ...
+
+
+Prepare = Callable[[Sequence[TermTokens], AcrossRanks], Sequence[Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of a method's objective."""
+
+    loss: TermLoss
+    pool: str
+    """Terms of one pool are averaged together (``losses.aggregate``)."""
+    aggregation: Aggregation = "token_mean"
+    aggregation_length: int = 1
+    """For `constant`."""
+    scored: frozenset[str] = field(default=frozenset())
+    """Columns that a forward pass before the step's first update fills: old_logprob, old_entropy (of the policy),
+    reference_logprob (of the reference)."""
+    prepare: Prepare | None = None
+    """Further columns from the scored ones, with all of the update's tokens at hand: from each micro-batch's tokens
+    to each micro-batch's new columns. Called on every rank that computes losses."""
+    rival: bool = False
+    """The loss uses ``TokenStats.rival``."""
+
+
+def reported(term: Term) -> TermOutput:
+    """The term's output for no tokens: its keys are the names of all it reports. No collective."""
+    nothing = torch.zeros(0)
+    tokens = TermTokens(
+        index=nothing.long(), sequence=nothing.long(), lengths=nothing, columns=_Empty(nothing)
+    )
+    return term.loss(TokenStats(nothing, nothing, nothing), tokens)
+
+
+class _Empty(Mapping[str, Tensor]):
+    """Every column there could be, without a token in it."""
+
+    def __init__(self, nothing: Tensor) -> None:
+        self._nothing = nothing
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._nothing
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0

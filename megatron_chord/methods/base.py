@@ -1,0 +1,91 @@
+"""What a method is: how it mixes data, and the terms of its objective.
+
+A method is a frozen dataclass whose fields are its YAML settings. The loop calls it in this order, every step:
+
+    samples_at   on every rank: will this step ask the rollout engine for anything?
+    collect      on the coordinator: draw, sample, grade -> samples, each with its parts, and the terms' weights
+    terms        the losses; they run on every rank of the last pipeline stage
+
+``methods.table`` lists them; docs/methods.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from megatron_chord.config import RunConfig
+from megatron_chord.losses.policy import policy_loss
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.draw import Draw
+from megatron_chord.records import TrainSample
+from megatron_chord.schedules import Moment, MuSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """One step's samples."""
+
+    samples: Sequence[TrainSample]
+    weights: Mapping[str, float]
+    """Of each term in this step's objective."""
+    mu: float | None = None
+    """For methods that mix by it."""
+    stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The method's part of the step's metrics row."""
+    memory: Any = None
+    """Plain JSON that the next step's ``Draw.memory`` will be; saved in checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of the methods."""
+
+    name: ClassVar[str]
+    needs_demonstrations: ClassVar[bool] = False
+    """Every prompt must have its own demonstration (``data.aligned``)."""
+    uses_expert_settings: ClassVar[bool] = False
+    """``objective.expert_weight``, ``expert_cutoff`` and ``expert_aggregation`` mean something to it."""
+    uses_surrogate: ClassVar[bool] = True
+    """``objective.surrogate`` and what belongs to it mean something to it."""
+
+    def schedule(self, run: RunConfig) -> MuSchedule | None:
+        """The schedule of mu, for methods that mix by it."""
+        return None
+
+    def check(self, run: RunConfig) -> None:
+        """ValueError, with the rule that is broken, for settings that do not go together."""
+
+    def samples_at(self, run: RunConfig, now: Moment) -> bool:
+        """Whether a step asks the rollout engine for anything; the same on every rank."""
+        return True
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        """The samples of one step. May be repeated after a server's death: it must draw the same."""
+        raise NotImplementedError
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        """Every term that ``collect`` may use."""
+        raise NotImplementedError
+
+
+def policy_term(run: RunConfig, *, pool: str = "policy", loss: Callable[..., Any] | None = None) -> Term:
+    """The on-policy branch by ``objective``'s settings; or another loss, averaged in the same way."""
+    objective = run.objective
+    scored: set[str] = set()
+    if objective.ratio_from == "recomputed":
+        scored.add("old_logprob")
+    if objective.kl is not None:
+        scored.add("reference_logprob")
+    return Term(
+        loss=loss or (lambda stats, tokens: policy_loss(stats, tokens, objective)),
+        pool=pool,
+        aggregation=objective.aggregation,
+        aggregation_length=aggregation_length(run),
+        scored=frozenset(scored),
+    )
+
+
+def aggregation_length(run: RunConfig) -> int:
+    return run.objective.aggregation_length or run.data.max_response_tokens

@@ -1,0 +1,103 @@
+"""CHORD (arXiv 2508.11408) and all that differs from it by mu and the experts' token weight.
+
+    L = (1 - mu) L_policy + mu L_expert
+
+SFT, GRPO, SFT-then-RL, alternating, constant mixing, CHORD-mu, CHORD-phi, IS-SFT (DFT), the reward-adaptive mixture
+and SASR are this method with other settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron_chord.config import RunConfig, SimpleWeight
+from megatron_chord.losses.expert import expert_term
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
+from megatron_chord.methods.draw import Draw
+from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
+from megatron_chord.records import Expert, Part, TrainSample
+from megatron_chord.schedules import Constant, Moment, MuSchedule
+
+EXPERT = "expert"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chord(Method):
+    name: ClassVar[str] = "chord"
+    uses_expert_settings: ClassVar[bool] = True
+
+    def schedule(self, run: RunConfig) -> MuSchedule:
+        return run.objective.mu or Constant()
+
+    def check(self, run: RunConfig) -> None:
+        low, high = self.schedule(run).bounds()
+        if high > 0 and run.data.experts is None:
+            raise ValueError("mu can be above 0 but data.experts is not given")
+        if high > 0 and run.batch.experts == 0:
+            raise ValueError("mu can be above 0 but batch.experts is 0")
+        if low < 1 and run.batch.prompts == 0:
+            raise ValueError("mu can be below 1 but batch.prompts is 0")
+        for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
+            if run.optim.warmup_steps >= run.steps - step:
+                raise ValueError(
+                    f"optim.warmup_steps {run.optim.warmup_steps} leaves no step at full rate after the optimizer's "
+                    f"reset at step {step} of {run.steps}"
+                )
+        if run.data.aligned and run.batch.experts > run.batch.prompts:
+            raise ValueError(
+                f"data.aligned: batch.experts {run.batch.experts} are the demonstrations of the step's "
+                f"batch.prompts {run.batch.prompts}, so there cannot be more of them"
+            )
+
+    def samples_at(self, run: RunConfig, now: Moment) -> bool:
+        schedule = self.schedule(run)
+        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        schedule = self.schedule(run)
+        stats: dict[str, Any] = {}
+        samples: list[TrainSample] = []
+        now, drawn = draw.now, []
+        if self.samples_at(run, now):
+            sampled = sample_groups(draw, run)
+            drawn, stats = sampled.drawn, dict(sampled.stats)
+            now = replace(now, reward_mean=sampled.reward_mean)
+            samples = policy_samples(sampled.groups, run.objective)
+        mu = schedule.value(now)
+        if mu == 1:
+            samples = []
+        if mu > 0 and run.data.aligned:
+            drawn = drawn or draw.prompts(run.batch.prompts)
+            chosen = [item.prompt.id for item in drawn[: run.batch.experts]]
+            samples += expert_samples([draw.sources.demonstrations[name] for name in chosen])
+        elif mu > 0:
+            samples += expert_samples(draw.experts(run.batch.experts))
+        return Collected(samples=samples, weights={POLICY: 1 - mu, EXPERT: mu}, mu=mu, stats=stats)
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        objective = run.objective
+        return {
+            POLICY: policy_term(run),
+            EXPERT: expert_term(
+                weight=objective.expert_weight or SimpleWeight(kind="phi"),
+                cutoff=objective.expert_cutoff,
+                aggregation=objective.expert_aggregation,
+                aggregation_length=aggregation_length(run),
+            ),
+        }
+
+
+def expert_samples(experts: Sequence[Expert]) -> list[TrainSample]:
+    """Demonstrations under the term ``expert``."""
+    return [
+        TrainSample(
+            token_ids=np.array(expert.token_ids, np.int64),
+            parts=(Part(term=EXPERT, positions=np.flatnonzero(expert.trainable)),),
+        )
+        for expert in experts
+    ]

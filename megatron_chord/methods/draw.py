@@ -1,0 +1,191 @@
+"""What a method may ask for in a step: prompts, demonstrations, graded rollouts. Coordinator only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_chord.config import RunConfig
+from megatron_chord.data.cursor import Cursor
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Expert, Prompt, Rollout
+from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling, grade, sample, sample_seed
+from megatron_chord.schedules import Moment
+from megatron_chord.timing import Timer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The data of a run and where its cursors stand. Immutable: drawing gives the sources that follow."""
+
+    prompts: Sequence[Prompt]
+    experts: Sequence[Expert]
+    demonstrations: Mapping[str, Expert]
+    """By prompt id; with ``data.aligned`` every prompt's."""
+    prompt_cursor: Cursor
+    expert_cursor: Cursor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A prompt with its place in the endless order of prompts, from which its sampling seed follows."""
+
+    prompt: Prompt
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What samples and grades."""
+
+    clients: Sequence[RolloutClient]
+    """None in a step that samples nothing."""
+    version: int
+    """Of the weights that sample."""
+    template: ChatTemplate
+    graders: GraderPool
+
+
+class Draw:
+    """One step's draws. Holds where the cursors have got to, and all that was sampled, for the log."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        engine: Engine,
+        sources: Sources,
+        *,
+        now: Moment,
+        memory: Any,
+        timer: Timer,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.now = now
+        self.memory = memory
+        """What the method remembered after the step before; None before the first."""
+        self.sources = sources
+        self.graded: list[GradedRollouts] = []
+        """Every rollout of the step, used or not."""
+        self._run = run
+        self._engine = engine
+        self._timer = timer
+        self._notify = notify
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self._engine.template
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    def prompts(self, count: int) -> list[Drawn]:
+        """The next ``count`` prompts."""
+        cursor = self.sources.prompt_cursor
+        indices, after = cursor.take(count)
+        self.sources = replace(self.sources, prompt_cursor=after)
+        return [
+            Drawn(prompt=self.sources.prompts[index], position=cursor.position + offset)
+            for offset, index in enumerate(indices)
+        ]
+
+    def experts(self, count: int) -> list[Expert]:
+        """The next ``count`` demonstrations of ``data.experts``."""
+        cursor = self.sources.expert_cursor
+        if cursor is None or count == 0:
+            return []
+        indices, after = cursor.take(count)
+        self.sources = replace(self.sources, expert_cursor=after)
+        return [self.sources.experts[index] for index in indices]
+
+    def demonstration(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's own demonstration: the answer's tokens, the stop token included. Needs ``data.aligned``."""
+        return response_ids(self.sources.demonstrations[prompt.id], prompt)
+
+    def rollouts(
+        self,
+        drawn: Sequence[Drawn],
+        *,
+        samples: int,
+        attempt: str = "",
+        prefixes: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[GradedRollouts]:
+        """``samples`` graded rollouts of every prompt.
+
+        Args:
+            attempt: tells two samplings of the same draw apart; their seeds differ.
+            prefixes: for each prompt what its answers begin with.
+        """
+        run = self._run
+        name = f"rollout/{attempt}" if attempt else "rollout"
+        asks = [
+            Ask(
+                prompt=item.prompt,
+                seed=sample_seed(run.seed, name, item.position),
+                prefix=prefixes[index] if prefixes is not None else (),
+            )
+            for index, item in enumerate(drawn)
+        ]
+        sampling = Sampling(
+            num_samples=samples,
+            temperature=run.rollout.temperature,
+            max_tokens=run.data.max_response_tokens,
+            stop_token_ids=self.template.stop_token_ids,
+        )
+        with self._timer.phase("sample"):
+            sampled = sample(
+                self._engine.clients,
+                asks,
+                sampling,
+                version=self.version,
+                deadline_s=run.rollout.request_timeout_s,
+                on_done=lambda done: self._notify(f"sampling {done}/{len(asks)} prompts"),
+            )
+        graded = self._grade(asks, sampled)
+        self.graded += graded
+        return graded
+
+    def demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
+        """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs)."""
+        asks = [Ask(prompt=item.prompt, seed=0) for item in drawn]
+        answers = [
+            (
+                Rollout(
+                    token_ids=self.demonstration(item.prompt),
+                    logprobs=(),
+                    finish_reason="stop",
+                    weight_version=self.version,
+                ),
+            )
+            for item in drawn
+        ]
+        return self._grade(asks, answers)
+
+    def _grade(self, asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]]) -> list[GradedRollouts]:
+        with self._timer.phase("grade"):
+            self._notify("grading")
+            return grade(
+                asks,
+                sampled,
+                template=self.template,
+                graders=self._engine.graders,
+                max_error_rate=self._run.reward.max_error_rate,
+            )
+
+
+def response_ids(expert: Expert, prompt: Prompt) -> tuple[int, ...]:
+    """The tokens that a demonstration answers ``prompt`` with.
+
+    Raises:
+        ValueError: the demonstration does not begin with the prompt, or not all of its answer is trainable.
+    """
+    start = len(prompt.token_ids)
+    stop = max((i + 1 for i, trainable in enumerate(expert.trainable) if trainable), default=0)
+    if expert.token_ids[:start] != prompt.token_ids or any(expert.trainable[:start]):
+        raise ValueError(f"demonstration {expert.id} does not answer prompt {prompt.id}")
+    if not all(expert.trainable[start:stop]):
+        raise ValueError(f"demonstration {expert.id} is a conversation of several turns, not one answer")
+    return expert.token_ids[start:stop]

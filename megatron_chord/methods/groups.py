@@ -1,0 +1,124 @@
+"""Graded rollouts -> groups with advantages -> samples of the policy term; the sampling that most methods share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.losses.policy import group_advantages
+from megatron_chord.methods.draw import Draw, Drawn
+from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.rollout.collect import GradedRollouts, TooManyGraderErrors
+
+POLICY = "policy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGroups:
+    """A step's groups and what the sampling has to report."""
+
+    drawn: Sequence[Drawn]
+    """The prompts of ``groups``, in the same order."""
+    groups: Sequence[RolloutGroup]
+    stats: Mapping[str, Any]
+
+    @property
+    def reward_mean(self) -> float:
+        return self.stats["reward_mean"]
+
+
+def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
+    """``batch.prompts`` groups of ``batch.rollouts``, by dynamic sampling where ``batch.sampling_attempts`` is above 1.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards are replaced by those of further prompts.
+
+    Raises:
+        TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.
+    """
+    wanted, attempts = run.batch.prompts, run.batch.sampling_attempts
+    useful: list[tuple[Drawn, RolloutGroup]] = []
+    equal: list[tuple[Drawn, RolloutGroup]] = []
+    num_graded = rounds = 0
+    while rounds < attempts and len(useful) < wanted:
+        drawn = draw.prompts(wanted - len(useful))
+        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
+        num_graded += len(graded)
+        for item, answers in zip(drawn, graded, strict=True):
+            group = make_group(answers)
+            if group is not None:
+                (equal if group.has_equal_rewards else useful).append((item, group))
+        rounds += 1
+    everything = useful + equal
+    if not everything:
+        raise TooManyGraderErrors(f"step {draw.now.step}: no prompt has two rollouts whose grading succeeded")
+    kept = sorted(useful + equal[: wanted - len(useful)], key=lambda pair: pair[0].position)
+    rewards = [reward for _, group in everything for reward in group.rewards]
+    stats: dict[str, Any] = {
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "equal_reward_groups": len(equal) / len(everything),
+        "dropped_groups": num_graded - len(everything),
+    }
+    if attempts > 1:
+        stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded}
+    return SampledGroups(
+        drawn=[item for item, _ in kept],
+        groups=with_advantages([group for _, group in kept], run.objective),
+        stats=stats,
+    )
+
+
+def make_group(graded: GradedRollouts) -> RolloutGroup | None:
+    """One prompt's group, without advantages yet; rollouts whose grading failed are left out, None below two."""
+    kept = [(i, reward) for i, reward in enumerate(graded.rewards) if reward is not None]
+    if len(kept) < 2:
+        return None
+    return RolloutGroup(
+        prompt=graded.prompt,
+        rollouts=tuple(graded.rollouts[i] for i, _ in kept),
+        texts=tuple(graded.texts[i] for i, _ in kept),
+        rewards=tuple(reward for _, reward in kept),
+        advantages=(0.0,) * len(kept),
+    )
+
+
+def with_advantages(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -> list[RolloutGroup]:
+    """The groups with the advantages that ``objective`` asks for."""
+    rewards = [group.rewards for group in groups]
+    found = group_advantages(rewards, kind=objective.advantage, eps=objective.advantage_eps)
+    return [replace(group, advantages=advantages) for group, advantages in zip(groups, found, strict=True)]
+
+
+def policy_samples(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -> list[TrainSample]:
+    """Every rollout that is trained on, under the term ``policy``."""
+    return [
+        rollout_sample(group.prompt, rollout, advantage=advantage)
+        for group in groups
+        if objective.equal_groups == "keep" or not group.has_equal_rewards
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        if objective.truncated == "keep" or rollout.finish_reason != "length"
+    ]
+
+
+def rollout_sample(
+    prompt: Prompt, rollout: Rollout, *, term: str = POLICY, **constants: float
+) -> TrainSample:
+    """A rollout after its prompt; constants are ``rollout_logprob`` and those given."""
+    logprobs = np.array(rollout.logprobs, np.float32)
+    return answer_sample(prompt, rollout.token_ids, term=term, rollout_logprob=logprobs, **constants)
+
+
+def answer_sample(
+    prompt: Prompt, answer: Sequence[int], *, term: str, **constants: float | np.ndarray
+) -> TrainSample:
+    """Any answer after a prompt; all of its tokens are trained under ``term``."""
+    start = len(prompt.token_ids)
+    return TrainSample(
+        token_ids=np.array([*prompt.token_ids, *answer], np.int64),
+        parts=(Part(term=term, positions=np.arange(start, start + len(answer)), constants=constants),),
+    )

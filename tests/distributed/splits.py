@@ -1,0 +1,102 @@
+"""One update is the same update however it is split: compared with the float64 oracle, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_chord.config import ParallelConfig, RunConfig
+from megatron_chord.records import TrainSample
+from tests.distributed import steps
+from tests.support.oracle import OracleTerm, oracle_update
+from tests.support.ranks import run_ranks
+
+RELATIVE = 1e-5
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "tp2": {"tensor": 2},
+        "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+        "pp2": {"pipeline": 2},
+        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+        "dp2": {},
+        "cp2": {"context": 2},
+    },
+    4: {
+        "tp2_pp2": {"tensor": 2, "pipeline": 2},
+        "tp2_pp2_sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "tp2_dp2": {"tensor": 2},
+        "pp2_dp2": {"pipeline": 2},
+        "tp2_cp2_sp": {"tensor": 2, "context": 2, "sequence_parallel": True},
+        "dp4": {},
+    },
+}
+"""By number of ranks."""
+
+
+def case(
+    run: RunConfig, samples: Sequence[TrainSample], weights: Mapping[str, float], **extra: Any
+) -> dict[str, Any]:
+    """What ``steps.updates`` computes; ``extra`` may hold reference, a folder."""
+    return {"run": run, "samples": list(samples), "weights": dict(weights), **extra}
+
+
+def with_layout(run: RunConfig, parallel: Mapping[str, Any], max_tokens: int) -> RunConfig:
+    return replace(run, parallel=ParallelConfig(**parallel), batch=replace(run.batch, max_tokens=max_tokens))
+
+
+def assert_same_update(result: Any, expected: Any, what: str, *, relative: float = RELATIVE) -> None:
+    """Every metric that the oracle names, and every gradient."""
+    (metrics, grads), (wanted, wanted_grads) = result, expected
+    for name, value in wanted.items():
+        assert metrics[name] == pytest.approx(value, rel=relative, abs=1e-7), f"{what}: {name}"
+    assert grads.keys() == wanted_grads.keys(), what
+    for name, grad in wanted_grads.items():
+        scale = grad.abs().max().item()
+        error = (grads[name].double() - grad).abs().max().item()
+        assert error <= relative * scale + 1e-9, f"{what}: gradient of {name} off by {error:.2e} of {scale:.2e}"
+
+
+def assert_split_invariant(
+    model: Path,
+    objectives: Mapping[str, tuple[RunConfig, Sequence[TrainSample], Mapping[str, float], Mapping[str, OracleTerm]]],
+    *,
+    layouts: Mapping[int, Mapping[str, Mapping[str, Any]]],
+    reference: Path | None = None,
+    relative: float = RELATIVE,
+) -> None:
+    """Every objective in every layout, in one micro-batch a rank and in many, against the oracle.
+
+    Args:
+        objectives: by name: the run, one update's samples, the terms' weights, and the oracle's terms.
+        layouts: parallel settings by number of ranks and name; each number is one start of processes.
+    """
+    expected = {
+        name: oracle_update(
+            model, samples, terms, weights, temperature=run.rollout.temperature, reference=reference
+        )
+        for name, (run, samples, weights, terms) in objectives.items()
+    }
+    for world_size, named in layouts.items():
+        cases, names = [], []
+        for layout, parallel in named.items():
+            for name, (run, samples, weights, _) in objectives.items():
+                for split, max_tokens in {"one": 10_000, "many": 30}.items():
+                    whole = samples if split == "one" else samples[::-1]
+                    run_here = with_layout(run, parallel, max_tokens)
+                    cases.append(case(run_here, whole, weights, reference=reference))
+                    names.append((name, f"{name}/{layout}/{split}"))
+        for results in run_ranks(steps.updates, world_size, model, cases, timeout_s=600):
+            for (name, what), result in zip(names, results, strict=True):
+                assert_same_update(result, expected[name], what, relative=relative)
+
+
+def total(grads: Mapping[str, torch.Tensor]) -> float:
+    """Largest gradient entry: to see that a test is not comparing zeros."""
+    return max(grad.abs().max().item() for grad in grads.values())

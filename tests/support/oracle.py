@@ -1,0 +1,142 @@
+"""One optimizer update written out with Transformers in float64: one sample at a time, full logits, no tensor tricks.
+
+Independent of the package's losses: formulas are those of the papers, token by token, with Python's own loops. What is
+constant (old log-probs, weights, advantages) enters as a number, what is differentiated as a 0-dimensional tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_chord.records import TrainSample
+
+
+@dataclass(kw_only=True)
+class Token:
+    """One trained token."""
+
+    logp: Tensor
+    """differentiable"""
+    entropy: Tensor
+    """differentiable"""
+    rival: float
+    """the best other token's log-prob"""
+    constants: dict[str, float]
+    old_logp: float
+    """of the policy before the update (in one update from the same weights: its own log-prob)"""
+    old_entropy: float
+    reference_logp: float = math.nan
+
+    @property
+    def p(self) -> float:
+        return math.exp(self.logp.item())
+
+
+@dataclass(kw_only=True)
+class SequenceTokens:
+    """The trained tokens of one part of a sample."""
+
+    term: str
+    tokens: list[Token]
+
+
+@dataclass(kw_only=True)
+class OracleTerm:
+    """``loss(token, its sequence, all of the term's sequences)``: a tensor; and numbers to report as means."""
+
+    loss: Callable[[Token, SequenceTokens, list[SequenceTokens]], Tensor]
+    pool: str
+    aggregation: str = "token_mean"
+    length: int = 1
+    means: Mapping[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]] = field(
+        default_factory=dict[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]]
+    )
+    losses: Mapping[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]] = field(
+        default_factory=dict[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]]
+    )
+
+
+def oracle_update(
+    folder: Path,
+    samples: Sequence[TrainSample],
+    terms: Mapping[str, OracleTerm],
+    weights: Mapping[str, float],
+    *,
+    temperature: float = 1.0,
+    reference: Path | None = None,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Loss and metrics, and gradients by Hugging Face name."""
+    from transformers import AutoModelForCausalLM
+
+    def load(path: Path) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+
+    model = load(folder)
+    other = load(reference) if reference is not None else None
+    found: dict[str, list[SequenceTokens]] = defaultdict(list)
+    for sample in samples:
+        logps = _log_softmax(model, sample, temperature)
+        theirs = _log_softmax(other, sample, temperature).detach() if other is not None else None
+        for part in sample.parts:
+            tokens = []
+            for k, position in enumerate(part.positions.tolist()):
+                row, target = logps[position - 1], int(sample.token_ids[position])
+                others = torch.cat([row[:target], row[target + 1 :]])
+                entropy = -(row.exp() * row).sum()
+                tokens.append(
+                    Token(
+                        logp=row[target],
+                        entropy=entropy,
+                        rival=others.max().item(),
+                        constants={
+                            name: float(np.float32(value if np.ndim(value) == 0 else value[k]))
+                            for name, value in part.constants.items()
+                        },
+                        old_logp=row[target].item(),
+                        old_entropy=entropy.item(),
+                        reference_logp=theirs[position - 1, target].item() if theirs is not None else math.nan,
+                    )
+                )
+            if tokens:
+                found[part.term].append(SequenceTokens(term=part.term, tokens=tokens))
+    num_tokens: dict[str, int] = defaultdict(int)
+    num_sequences: dict[str, int] = defaultdict(int)
+    for name, sequences in found.items():
+        num_tokens[terms[name].pool] += sum(len(sequence.tokens) for sequence in sequences)
+        num_sequences[terms[name].pool] += len(sequences)
+    loss = torch.zeros((), dtype=torch.float64)
+    metrics: dict[str, float] = {}
+    for name, sequences in found.items():
+        term = terms[name]
+        count = sum(len(sequence.tokens) for sequence in sequences)
+        for sequence in sequences:
+            scale = {
+                "token_mean": 1 / num_tokens[term.pool],
+                "sequence_mean": 1 / num_sequences[term.pool] / len(sequence.tokens),
+                "sequence_sum": 1 / num_sequences[term.pool],
+                "constant": 1 / num_sequences[term.pool] / term.length,
+            }[term.aggregation]
+            for token in sequence.tokens:
+                loss = loss + weights[name] * scale * term.loss(token, sequence, sequences)
+                for key, value in term.losses.items():
+                    metrics[key] = metrics.get(key, 0.0) + scale * value(token, sequence, sequences)
+                for key, value in term.means.items():
+                    metrics[key] = metrics.get(key, 0.0) + value(token, sequence, sequences) / count
+    loss.backward()
+    grads = {
+        name: (p.grad if p.grad is not None else torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
+    return {"loss": loss.item(), **metrics}, grads
+
+
+def _log_softmax(model: torch.nn.Module, sample: TrainSample, temperature: float) -> Tensor:
+    ids = torch.from_numpy(np.asarray(sample.token_ids))[None]
+    return torch.log_softmax(model(ids).logits[0, :-1] / temperature, dim=-1)

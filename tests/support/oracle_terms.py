@@ -1,0 +1,147 @@
+"""The policy and the expert term for ``tests.support.oracle``, written from the papers, one token at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_chord.config import ObjectiveConfig
+from tests.support.oracle import OracleTerm, SequenceTokens, Token
+
+
+def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "policy") -> OracleTerm:
+    """``objective``'s policy branch; columns advantage and rollout_logprob."""
+
+    def old(token: Token) -> float:
+        return token.constants["rollout_logprob"] if objective.ratio_from == "rollout" else token.old_logp
+
+    def ratio_of(token: Token, sequence: SequenceTokens) -> Tensor:
+        """Differentiable."""
+        if objective.surrogate != "gspo":
+            return torch.exp(torch.clamp(token.logp - old(token), -20, 20))
+        mean = sum(other.logp.item() - old(other) for other in sequence.tokens) / len(sequence.tokens)
+        return math.exp(mean) * token.logp.exp() / token.p
+
+    def surrogate(token: Token, sequence: SequenceTokens) -> tuple[Tensor, bool, bool]:
+        a, ratio = token.constants["advantage"], ratio_of(token, sequence)
+        low, high = 1 - objective.clip_low, 1 + objective.clip_high
+        if objective.surrogate == "unclipped":
+            return -ratio * a, False, False
+        inside = low <= ratio.item() <= high
+        if objective.surrogate == "cispo":
+            return -min(max(ratio.item(), low), high) * a * token.logp, not inside, False
+        is_clipped = (a > 0 and ratio.item() > high) or (a < 0 and ratio.item() < low)
+        loss = torch.tensor(-a * (high if a > 0 else low), dtype=torch.float64) if is_clipped else -ratio * a
+        c = objective.dual_clip
+        if c is not None and a < 0 and ratio.item() > c:
+            return torch.tensor(-a * c, dtype=torch.float64), is_clipped, True
+        return loss, is_clipped, False
+
+    def weight(token: Token, sequence: SequenceTokens) -> tuple[float, bool]:
+        if objective.correction is None:
+            return 1.0, False
+        c = objective.correction
+        gaps = [other.old_logp - other.constants["rollout_logprob"] for other in sequence.tokens]
+        w = math.exp(
+            {
+                "token": token.old_logp - token.constants["rollout_logprob"],
+                "sequence": max(-20.0, min(20.0, sum(gaps))),
+                "geometric": sum(gaps) / len(gaps),
+            }[c.level]
+        )
+        if c.mode == "truncate":
+            return min(w, c.high), w > c.high
+        outside = not c.low <= w <= c.high
+        if c.mode == "clamp":
+            return min(max(w, c.low), c.high), outside
+        return 0.0 if outside else (w if c.level == "token" else 1.0), outside
+
+    def kl(token: Token) -> Tensor:
+        assert objective.kl is not None
+        d = token.reference_logp - token.logp
+        return {"k1": -d, "k2": d**2 / 2, "k3": torch.exp(d) - 1 - d}[objective.kl.estimator]
+
+    def loss(token: Token, sequence: SequenceTokens, _: list[SequenceTokens]) -> Tensor:
+        value = surrogate(token, sequence)[0] * weight(token, sequence)[0]
+        if objective.kl is not None:
+            value = value + objective.kl.coefficient * kl(token)
+        return value - objective.entropy_bonus * token.entropy
+
+    means: dict[str, Any] = {
+        "entropy": lambda token, *_: token.entropy.item(),
+        "clip_fraction": lambda token, sequence, _: float(surrogate(token, sequence)[1]),
+        "logprob_gap": lambda token, *_: abs(token.logp.item() - token.constants["rollout_logprob"]),
+    }
+    if objective.dual_clip is not None:
+        means["dual_clip_fraction"] = lambda token, sequence, _: float(surrogate(token, sequence)[2])
+    if objective.correction is not None:
+        means["correction_weight"] = lambda token, sequence, _: weight(token, sequence)[0]
+        means["correction_outside"] = lambda token, sequence, _: float(weight(token, sequence)[1])
+    if objective.kl is not None:
+        means["kl"] = lambda token, *_: kl(token).item()
+    return OracleTerm(
+        loss=loss,
+        pool=pool,
+        aggregation=objective.aggregation,
+        length=length,
+        means=means,
+        losses={
+            "policy_loss": lambda token, sequence, _: (
+                surrogate(token, sequence)[0].item() * weight(token, sequence)[0]
+            )
+        },
+    )
+
+
+def expert_term(
+    weight: Any, *, cutoff: float = 1.0, pool: str = "expert", aggregation: str = "token_mean", length: int = 1
+) -> OracleTerm:
+    """-w log p with ``weight`` a settings class of ``objective.expert_weight``."""
+
+    def entropy_rank(token: Token, everything: list[SequenceTokens]) -> int:
+        return sum(t.old_entropy > token.old_entropy for s in everything for t in s.tokens)
+
+    def w(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
+        p, q = token.p, 1 - token.p
+        count = sum(len(sequence.tokens) for sequence in everything)
+        margin = p - math.exp(token.rival)
+        if weight.kind == "power":
+            return weight.scale * p**weight.a * q**weight.b
+        if weight.kind == "clipped_is":
+            return p if p <= weight.threshold else 0.0
+        if weight.kind == "focal":
+            return q**weight.exponent
+        if weight.kind == "bernoulli_entropy":
+            return -p * math.log(p) - q * math.log(q)
+        if weight.kind == "entropy_top":
+            return float(entropy_rank(token, everything) < max(1, math.ceil(weight.share * count)))
+        if weight.kind == "entropy_norm":
+            total = sum(t.old_entropy for s in everything for t in s.tokens)
+            return token.old_entropy * count / total
+        if weight.kind == "margin":
+            if weight.width is None:
+                return 1 - abs(margin)
+            return math.exp(-(margin**2) / 2 / weight.width**2)
+        return {"one": 1.0, "p": p, "phi": p * q}[weight.kind]
+
+    def loss(token: Token, sequence: SequenceTokens, everything: list[SequenceTokens]) -> Tensor:
+        is_cut = cutoff < 1 and token.p > cutoff
+        logp = torch.tensor(math.log(cutoff), dtype=torch.float64) if is_cut else token.logp
+        return -w(token, sequence, everything) * logp
+
+    return OracleTerm(
+        loss=loss,
+        pool=pool,
+        aggregation=aggregation,
+        length=length,
+        means={
+            "expert_nll": lambda token, *_: -token.logp.item(),
+            "expert_p": lambda token, *_: token.p,
+            "expert_phi": lambda token, *_: token.p * (1 - token.p),
+            "expert_weight": w,
+        },
+        losses={"expert_loss": lambda token, sequence, every: loss(token, sequence, every).item()},
+    )

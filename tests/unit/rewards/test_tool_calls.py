@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.tool_calls import MAX_DEPTH, grade, read_truth
+
+MAIL = {"name": "mail", "arguments": {"to": "Bob", "lines": 2}}
+PAY = {"name": "pay", "arguments": {"sum": 1.5, "gift": True}}
+BFCL_FILES = {"irrelevance": 240, "live_simple": 258, "parallel": 200, "simple_python": 400}
+
+
+def reply(calls: object) -> str:
+    return f"<think>hm</think>\n<tool_call>{json.dumps(calls)}</tool_call>"
+
+
+def score(calls: object, truth: object) -> float:
+    return grade(reply(calls), json.dumps(truth))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><tool_call>[{c}]</tool_call>", 1.0),
+        ("  <think>a</think> so \n<tool_call>\n [{c}] \u00a0</tool_call> done", 1.0),
+        ("<think>a</think><tool_call>{c}</tool_call>", 1.0),  # an object alone
+        ("<think>a</think><tool_call>[]</tool_call><tool_call>[{c}]</tool_call>", 1.0),  # the last block
+        ("<think>a</think><tool_call>[{c}]</tool_call><tool_call>[]</tool_call>", 0.0),
+        ("<think>a</think><tool_call>[{c}]</tool_call><tool_call>[", 1.0),  # not closed: not a block
+        ("<think>a</think><tool_call><tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a</think><tool_call>[{c}]</tool_call></tool_call>", 1.0),
+        ("a</think><think><tool_call>[{c}]</tool_call>", 1.0),  # as published: their order is not looked at
+        ("<tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a<tool_call>[{c}]</tool_call>", 0.0),
+        ("a</think><tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a</think><think>b</think><tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a<think>b</think><tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a</think></think><tool_call>[{c}]</tool_call>", 0.0),
+        ("<tool_call>[{c}]</tool_call><think>a</think>", 0.0),
+        ("<think>I write <tool_call>[]</tool_call></think><tool_call>[{c}]</tool_call>", 0.0),
+        ("<think>a</think>[{c}]", 0.0),
+        ("<think>a</think><tool_call>[{c}", 0.0),
+        ("<think>a</think><tool_call>```json\n[{c}]\n```</tool_call>", 0.0),
+        ("<think>a</think><tool_call>[{c},]</tool_call>", 0.0),
+        ("<think>a</think><tool_call>[[{c}]]</tool_call>", 0.0),
+        ("<think>a</think><tool_call>[{c}, 5]</tool_call>", 0.0),
+        ("<think>a</think><tool_call></tool_call>", 0.0),
+        ("<think>a</think><tool_call>null</tool_call>", 0.0),
+        ("<think>a</think><tool_call>7</tool_call>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_form_of_a_reply(text: str, expected: float) -> None:
+    assert grade(text.replace("{c}", json.dumps(MAIL)), json.dumps([MAIL])) == expected
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([MAIL, PAY], 1.0),
+        ([PAY, MAIL], 1.0),
+        (json.dumps([MAIL, PAY]), 1.0),  # a string of JSON
+        (json.dumps(json.dumps([MAIL, PAY])), 0.0),
+        ([{**MAIL, "id": 1}, PAY], 1.0),
+        ([MAIL], 0.0),
+        ([MAIL, MAIL], 0.0),
+        ([MAIL, PAY, PAY], 0.0),
+        ([], 0.0),
+        ([{"name": "mail"}, PAY], 0.0),
+        ([{"name": "Mail", "arguments": MAIL["arguments"]}, PAY], 0.0),
+        ([{"name": ["mail"], "arguments": MAIL["arguments"]}, PAY], 0.0),
+        ([{"name": "mail", "arguments": {"lines": 2, "to": "Bob"}}, PAY], 1.0),
+        ([{"name": "mail", "arguments": {"lines": 2.0, "to": "Bob"}}, PAY], 0.0),
+        ([{"name": "mail", "arguments": {"lines": "2", "to": "Bob"}}, PAY], 0.0),
+        ([{"name": "mail", "arguments": {"lines": 2, "to": "bob"}}, PAY], 0.0),
+        ([{"name": "mail", "arguments": {"lines": 2, "to": "Bob", "cc": ""}}, PAY], 0.0),
+        ([{"name": "mail", "arguments": json.dumps(MAIL["arguments"])}, PAY], 0.0),
+        ([MAIL, {"name": "pay", "arguments": {"sum": 1.5, "gift": 1}}], 0.0),
+    ],
+)
+def test_calls_are_a_multiset(calls: object, expected: float) -> None:
+    assert score(calls, [MAIL, PAY]) == expected
+
+
+def test_equal_calls_are_counted() -> None:
+    assert score([MAIL, MAIL, PAY], [PAY, MAIL, MAIL]) == 1.0
+    assert score([MAIL, PAY, PAY], [PAY, MAIL, MAIL]) == 0.0
+
+
+def test_no_call_is_an_answer() -> None:
+    assert score([], []) == 1.0
+    assert score([MAIL], []) == 0.0
+    assert grade("<think>none fits</think>sorry", "[]") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "accepted", "expected"),
+    [
+        ({"a": 1}, {"a": [1, 2]}, True),
+        ({"a": 3}, {"a": [1, 2]}, False),
+        ({}, {"a": [1]}, False),
+        ({}, {"a": [1, ""]}, True),
+        ({}, {}, True),
+        ({"b": 1}, {"a": [1, ""]}, False),
+        (["a"], {"a": [1]}, False),
+        ({"a": ""}, {"a": ["x", ""]}, True),
+        ({"a": ""}, {"a": [1, ""]}, False),  # no text for a number
+        ({"a": "-"}, {"a": ["x", ""]}, False),
+        ({"a": ""}, {"a": ["x"]}, False),
+        ({"a": 1.0}, {"a": [1]}, True),
+        ({"a": 1}, {"a": [True]}, False),
+        ({"a": True}, {"a": [1]}, False),
+        ({"a": False}, {"a": [True, False]}, True),
+        ({"a": None}, {"a": [None]}, True),
+        ({"a": 0}, {"a": [None, False]}, False),
+        ({"a": "san francisco,ca"}, {"a": ["San Francisco, CA"]}, True),
+        ({"a": "O'Hare"}, {"a": ['O"Hare']}, True),
+        ({"a": "San Diego"}, {"a": ["San Francisco"]}, False),
+        ({"a": "1"}, {"a": [1]}, False),
+        ({"a": [1, 2]}, {"a": [[1, 2], [3]]}, True),
+        ({"a": [2, 1]}, {"a": [[1, 2]]}, False),
+        ({"a": [1]}, {"a": [[1, 2]]}, False),
+        ({"a": [[1, "X"]]}, {"a": [[[1, "x"]]]}, True),
+        ({"a": []}, {"a": []}, True),  # nothing is accepted but nothing
+        ({"a": [1]}, {"a": []}, False),
+        ({"a": {"b": 1}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, True),
+        ({"a": {"b": 1, "c": 4}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
+        ({"a": {"c": 3}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
+        ({"a": {}}, {"a": ["", {}]}, True),
+        ({"a": 5}, {"a": [{"b": [1]}]}, False),
+        ({"a": [{"b": 1}, {"b": 2}]}, {"a": [[{"b": [1]}, {"b": [2]}]]}, True),
+        ({"a": [{"b": 2}, {"b": 1}]}, {"a": [[{"b": [1]}, {"b": [2]}]]}, False),
+    ],
+)
+def test_accepted_values(given: object, accepted: object, expected: bool) -> None:
+    assert score([{"name": "f", "arguments": given}], [{"f": accepted}]) == expected
+    assert score([{"name": "g", "arguments": given}], [{"f": accepted}]) == 0.0
+
+
+def test_calls_are_given_to_true_calls_so_that_all_fit() -> None:
+    truth = [{"f": {"a": [1, 2]}}, {"f": {"a": [1, 3]}}, {"f": {"a": [1]}}]
+    for values, expected in [
+        ((1, 2, 3), 1.0),
+        ((3, 1, 2), 1.0),
+        ((2, 3, 1), 1.0),
+        ((1, 1, 2), 1.0),
+        ((2, 2, 1), 0.0),
+    ]:
+        assert score([{"name": "f", "arguments": {"a": value}} for value in values], truth) == expected
+
+
+def test_both_forms_in_one_truth() -> None:
+    assert score([{"name": "f", "arguments": {"a": 2}}, MAIL], [MAIL, {"f": {"a": [1, 2]}}]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "reason"),
+    [
+        ("", "are not JSON"),
+        ("mail(to='Bob')", "are not JSON"),
+        ("[" * 5000 + "]" * 5000, "are not JSON: nested more than"),
+        ("{}", "must be a JSON list"),
+        (json.dumps(MAIL), "must be a JSON list"),
+        ("[5]", "true call 1 is neither"),
+        (json.dumps([MAIL, {}]), "true call 2 is neither"),
+        (json.dumps([{"f": {}, "g": {}}]), "true call 1 is neither"),
+        (json.dumps([{"f": [1]}]), "true call 1 is neither"),
+        (json.dumps([{"type": "function", "function": MAIL}]), "true call 1 is neither"),
+        (json.dumps([{"name": "f", "arguments": "{}"}]), "`arguments` an object"),
+        (json.dumps([{"name": 5, "arguments": {}}]), "`name` must be a string"),
+        (json.dumps([{"f": {"a": 1}}]), "true call 1: f.a must be a list of accepted values"),
+        (json.dumps([{"f": {"a": [[{"b": 1}]]}}]), "true call 1: f.a.b must be a list of accepted values"),
+    ],
+)
+def test_truth_that_cannot_be_read_is_no_zero(truth: str, reason: str) -> None:
+    for text in ("", reply([MAIL])):
+        with pytest.raises(ValueError, match=reason):
+            grade(text, truth)
+
+
+BOMBS = {
+    "lists": "[" * 1_000_000,
+    "closed lists": "[" * 100_000 + "]" * 100_000,
+    "objects": '{"name":' * 200_000,
+    "just too deep": "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+    "string of lists": json.dumps("[" * 100_000),
+    "quotes": '"\\"' * 300_000,
+    "backslashes": '"' + "\\" * 1_000_001,
+    "digits": f'[{{"name": "mail", "arguments": {"9" * 100_000}}}]',
+    "calls": json.dumps([MAIL] * 20_000),
+    "not a number": '[{"name": "mail", "arguments": NaN}]',
+    "infinity": '[{"name": "mail", "arguments": 1e999}]',
+    "half a character": '[{"name": "mail", "arguments": {"to": "\\ud800"}}]',
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_wrong_answers(bomb: str) -> None:
+    start = time.monotonic()
+    assert grade(f"<think></think><tool_call>{BOMBS[bomb]}</tool_call>", json.dumps([MAIL])) == 0.0
+    assert time.monotonic() - start < 10
+
+
+def test_many_tags_take_linear_time() -> None:
+    start = time.monotonic()
+    assert grade("<think></think>" + "<tool_call>" * 300_000, "[]") == 0.0
+    assert grade("<think></think>" + "<tool_call>[]</tool_call>" * 100_000, "[]") == 1.0
+    assert time.monotonic() - start < 10
+
+
+def test_brackets_in_strings_are_not_depth() -> None:
+    call = {"name": "run", "arguments": {"code": '"' + "[{" * 500 + "\\"}}
+    assert score([call], [call]) == 1.0
+
+
+def test_in_the_pool_bombs_are_zeros_and_bad_truths_errors() -> None:
+    with GraderPool("tool_calls", workers=2, timeout_s=30, memory_mb=400) as pool:
+        items = [
+            (f"<think></think><tool_call>{bomb}</tool_call>", json.dumps([MAIL])) for bomb in BOMBS.values()
+        ]
+        assert pool.grade_all(items) == [Grade(0.0)] * len(BOMBS)
+        good, bad = pool.grade_all([(reply([MAIL]), json.dumps([MAIL])), (reply([MAIL]), "mail")])
+    assert good == Grade(1.0)
+    assert bad.score is None
+    assert bad.error is not None
+    assert bad.error.startswith("ValueError: the true calls are not JSON")
+
+
+@pytest.fixture(scope="module")
+def bfcl() -> Path:
+    default = Path(__file__).parents[4] / "shared" / "data"
+    folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "tool_calling"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; name the folder of the data sets in MEGATRON_CHORD_DATA")
+    return folder
+
+
+def chosen(accepted: list[Any], *, last: bool) -> Any:
+    """The first or the last accepted value, with nested choices taken, too."""
+    value = ([option for option in accepted if option != ""] or accepted or [[]])[-1 if last else 0]
+    return taken(value, last=last)
+
+
+def taken(value: Any, *, last: bool) -> Any:
+    if isinstance(value, dict):
+        return {key: chosen(accepted, last=last) for key, accepted in value.items()}
+    return [taken(item, last=last) for item in value] if isinstance(value, list) else value
+
+
+def made_calls(truth: list[dict[str, dict[str, list[Any]]]], *, last: bool = False) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "arguments": {key: chosen(accepted, last=last) for key, accepted in arguments.items()}}
+        for call in truth
+        for name, arguments in call.items()
+    ]
+
+
+@pytest.mark.parametrize("name", BFCL_FILES)
+def test_bfcl_truth_is_right_and_what_differs_is_wrong(bfcl: Path, name: str) -> None:
+    rows = [json.loads(line) for line in (bfcl / f"bfcl_{name}.jsonl").read_text().splitlines()]
+    assert len(rows) == BFCL_FILES[name]
+    for row in rows:
+        truth = row["ground_truth"]
+        assert len(read_truth(json.dumps(truth))) == len(truth)
+        calls = made_calls(truth)
+        assert score(calls, truth) == score(made_calls(truth, last=True)[::-1], truth) == 1.0, row["id"]
+        assert score([*calls, MAIL], truth) == 0.0
+        if calls:
+            assert score(calls[:-1], truth) == score([], truth) == 0.0
+        for number, call in enumerate(calls):
+            for wrong in perturbed(call, next(iter(truth[number].values()))):
+                changed = [*calls[:number], wrong, *calls[number + 1 :]]
+                assert score(changed, truth) == 0.0, (row["id"], wrong)
+
+
+def perturbed(call: dict[str, Any], accepted: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    wrong: list[dict[str, Any]] = [
+        {"name": call["name"] + "_", "arguments": call["arguments"]},
+        {"name": call["name"], "arguments": {**call["arguments"], "no such argument": 1}},
+    ]
+    for argument in call["arguments"]:
+        changed = copy.deepcopy(call)
+        changed["arguments"][argument] = "quite another value"
+        wrong.append(changed)
+        if "" not in accepted[argument]:
+            left_out = copy.deepcopy(call)
+            del left_out["arguments"][argument]
+            wrong.append(left_out)
+    return wrong

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_chord import settings
+from megatron_chord.config import RunConfig
+from megatron_chord.config_nodes import members
+from megatron_chord.schedules import MuSchedule
+
+LISTING = list(settings.lines())
+
+
+def blocks(kind: type) -> Iterator[type]:
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        for member in members(hint):
+            yield from blocks(member)
+
+
+def keys(kind: type, naming: str = "") -> Iterator[str]:
+    """What the listing of a block must hold, in order; ``naming`` is the key that comes first."""
+    hints = typing.get_type_hints(kind)
+    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name != naming):
+        yield "..." if field.metadata.get("rest") else field.name
+        inner = members(hints[field.name])
+        for member in inner:
+            yield from keys(member, "" if len(inner) == 1 else "schedule" if field.name == "mu" else "kind")
+
+
+def under(start: str, indent: int) -> list[str]:
+    """The lines of a block, from its first line on, up to one that is less indented."""
+    lines = LISTING[LISTING.index(start) + 1 :]
+    end = next((i for i, line in enumerate(lines) if line and not line.startswith(" " * indent)), len(lines))
+    return [line.strip() for line in lines[:end]]
+
+
+def test_every_field_of_every_block_is_listed_in_order() -> None:
+    listed = [line.strip() for line in LISTING if line and not line.strip().startswith("#")]
+    assert [line.partition(":")[0] for line in listed] == ["base", *keys(RunConfig)]
+
+
+@pytest.mark.parametrize("kind", list(blocks(RunConfig)), ids=lambda kind: kind.__name__)
+def test_every_doc_of_a_block_is_listed(kind: type) -> None:
+    text = " ".join(line.strip().removeprefix("# ") for line in LISTING)
+    assert set(settings._field_docs(kind)) <= {field.name for field in dataclasses.fields(kind)}
+    for doc in settings._field_docs(kind).values():
+        assert doc in text
+    assert kind is RunConfig or settings._doc(kind) in text
+
+
+def test_the_alternatives_of_a_union_stand_in_a_row_each_with_its_own_settings() -> None:
+    start = next(line for line in LISTING if line.startswith("  mu:"))
+    assert start == "  mu: null  # or one of these blocks; a value in place of the block is its schedule"
+    text = "\n".join(line for line in under(start, 4) if not line.startswith("#"))
+    listed = [block.splitlines() for block in text.split("\n\n")]
+    for member, lines in zip(typing.get_args(MuSchedule), listed, strict=True):
+        names = [line.partition(":")[0] for line in lines]
+        assert names[0] == "schedule"
+        assert sorted(names) == sorted(field.name for field in dataclasses.fields(member))
+    assert "schedule: constant\npeak: 0.1  # float" in text
+    assert "schedule: binary\nswitch_step:  # int\nreset_optimizer: false  # bool" in text
+
+
+def test_a_private_base_lends_its_docs_and_field_docs() -> None:
+    text = "\n".join(LISTING)
+    assert (
+        "# A linear rise from 0 to `peak`, a fall to `valley`, then `valley`. The fall is a straight" in text
+    )
+    assert text.count("# What the schedule calls the run's first step") == 2
+    assert "Base of the schedules" not in text
+
+
+def test_optional_blocks_shorthands_and_free_settings_are_told() -> None:
+    assert "  kl: null  # or this block" in LISTING
+    assert "    coefficient: 0.001  # float" in LISTING
+    assert "    kind: one | p | phi" in LISTING
+    assert under("method:  # a value in place of the block is its name", 2) == [
+        "name: chord  # text",
+        "# settings: The method's own settings, written beside `name`.",
+        "...: int | float | bool | text",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "base:  # path, may be left out",
+        "output:  # path",
+        "seed: 0  # int",
+        "  dtype: bf16  # fp32 | bf16",
+        "  megatron_overrides: {}  # name: int | float | bool | text",
+        "  servers: []  # list of text",
+        "  answer_marker: '####'  # text",
+        "  distributed_optimizer: true  # bool",
+        "  lr: 1.0e-06  # float",
+        "  experts: null  # path",
+    ],
+)
+def test_defaults_are_written_as_in_yaml(line: str) -> None:
+    assert line in LISTING
+
+
+def test_lines_fit() -> None:
+    assert max(map(len, LISTING)) <= 110
