@@ -118,8 +118,8 @@ class PowerWeight:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _not_negative(a=self.a, b=self.b)
-        _positive(scale=self.scale)
+        _not_negative(**{"expert_weight.a": self.a, "expert_weight.b": self.b})
+        _positive(**{"expert_weight.scale": self.scale})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class ClippedISWeight:
     threshold: float = 0.4
 
     def __post_init__(self) -> None:
-        _require(0 < self.threshold <= 1, f"threshold must lie in (0, 1], got {self.threshold}")
+        _require(0 < self.threshold <= 1, f"expert_weight.threshold must lie in (0, 1], got {self.threshold}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class FocalWeight:
     exponent: float = 2.0
 
     def __post_init__(self) -> None:
-        _not_negative(exponent=self.exponent)
+        _not_negative(**{"expert_weight.exponent": self.exponent})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class EntropyTopWeight:
     share: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(0 < self.share <= 1, f"share must lie in (0, 1], got {self.share}")
+        _require(0 < self.share <= 1, f"expert_weight.share must lie in (0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class MarginWeight:
 
     def __post_init__(self) -> None:
         if self.width is not None:
-            _positive(width=self.width)
+            _positive(**{"expert_weight.width": self.width})
 
 
 TokenWeight = (
@@ -209,7 +209,7 @@ class KLConfig:
     """Hugging Face folder of the reference; the run's own starting point where left out."""
 
     def __post_init__(self) -> None:
-        _positive(**{"kl.coefficient": self.coefficient})
+        _positive(**{"objective.kl.coefficient": self.coefficient})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,10 @@ class CorrectionConfig:
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.low < self.high, f"correction needs 0 <= low < high, got {self.low} and {self.high}")
+        _require(
+            0 <= self.low < self.high,
+            f"objective.correction needs 0 <= low < high, got {self.low} and {self.high}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,15 +270,21 @@ class ObjectiveConfig:
     correction: CorrectionConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(0.0 < self.clip_low <= 1.0, f"clip_low must lie in (0, 1], got {self.clip_low}")
-        _positive(clip_high=self.clip_high, advantage_eps=self.advantage_eps)
-        _not_negative(entropy_bonus=self.entropy_bonus)
-        _require(0 < self.expert_cutoff <= 1, f"expert_cutoff must lie in (0, 1], got {self.expert_cutoff}")
+        _require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
+        _positive(**{"objective.clip_high": self.clip_high, "objective.advantage_eps": self.advantage_eps})
+        _not_negative(**{"objective.entropy_bonus": self.entropy_bonus})
+        _require(
+            0 < self.expert_cutoff <= 1,
+            f"objective.expert_cutoff must lie in (0, 1], got {self.expert_cutoff}",
+        )
         if self.dual_clip is not None:
-            _require(self.dual_clip > 1, f"dual_clip must be > 1, got {self.dual_clip}")
-            _require(self.surrogate in ("ppo", "gspo"), f"dual_clip belongs to ppo and gspo, not {self.surrogate}")
+            _require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
+            _require(
+                self.surrogate in ("ppo", "gspo"),
+                f"objective.dual_clip belongs to ppo and gspo, not {self.surrogate}",
+            )
         if self.aggregation_length is not None:
-            _positive(aggregation_length=self.aggregation_length)
+            _positive(**{"objective.aggregation_length": self.aggregation_length})
             _require(
                 "constant" in (self.aggregation, self.expert_aggregation),
                 "aggregation_length belongs to the aggregation `constant`",
@@ -386,9 +395,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    kind: Literal["math", "exact"] = "math"
+    kind: Literal["math", "exact", "tool_calls"] = "math"
     """math: the last boxed answer (or number) against the truth with math-verify. exact: equal text after the last
-    `answer_marker`."""
+    `answer_marker`. tool_calls: exactly the true calls in the last <tool_call>, after one <think>..</think>."""
+    format: Literal["none", "chord", "trinity"] = "none"
+    """Form of the response in the training reward (evaluation never sees it). chord: -1 when cut off before a final
+    answer, -0.1 when wrong and without exactly one <think>..</think>. trinity: -0.1 without it, right or wrong."""
     answer_marker: str = "####"
     """For `exact`: the answer is what follows this, up to the line's end."""
     workers: int = 2
@@ -416,7 +428,17 @@ class RewardConfig:
             0 <= self.max_error_rate < 1,
             f"reward.max_error_rate must lie in [0, 1), got {self.max_error_rate}",
         )
-        _require(self.kind != "exact" or self.answer_marker != "", "reward.answer_marker is empty")
+        _require(self.answer_marker != "", "reward.answer_marker is empty")
+        _require(
+            self.kind != "tool_calls" or self.format == "none",
+            "reward.format: the tool-call reward demands the <think> tags itself; leave it at none",
+        )
+        _not_negative(
+            **{
+                "reward.overlong_cache": self.overlong_cache,
+                "reward.overlong_penalty": self.overlong_penalty,
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,6 +522,11 @@ class RunConfig:
         _require(
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
+        )
+        _require(
+            self.reward.overlong_cache <= self.data.max_response_tokens,
+            f"reward.overlong_cache {self.reward.overlong_cache} is above data.max_response_tokens "
+            f"{self.data.max_response_tokens}",
         )
 
 

@@ -10,6 +10,9 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Expert, Prompt, Rollout
+from megatron_chord.rewards.answers import has_answer
+from megatron_chord.rewards.format import shape_reward
+from megatron_chord.rewards.overlong import overlong_penalty
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling, grade, sample, sample_seed
@@ -165,6 +168,11 @@ class Draw:
         return self._grade(asks, answers)
 
     def _grade(self, asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]]) -> list[GradedRollouts]:
+        run = self._run
+
+        def shaping(score: float, text: str, rollout: Rollout) -> float:
+            return reward_of(score, text, rollout, run)
+
         with self._timer.phase("grade"):
             self._notify("grading")
             return grade(
@@ -172,8 +180,28 @@ class Draw:
                 sampled,
                 template=self.template,
                 graders=self._engine.graders,
-                max_error_rate=self._run.reward.max_error_rate,
+                max_error_rate=run.reward.max_error_rate,
+                shaping=shaping,
             )
+
+
+def reward_of(score: float, text: str, rollout: Rollout, run: RunConfig) -> float:
+    """The training reward of an answer: its score, its form (``reward.format``), its length (overlong punishment)."""
+    rule, reward = run.reward, score
+    if rule.format != "none":
+        reward = shape_reward(
+            score,
+            text=text,
+            truncated=rollout.finish_reason == "length",
+            answered=has_answer(text, kind=rule.kind, marker=rule.answer_marker),
+            rule=rule.format,
+        )
+    return reward + overlong_penalty(
+        len(rollout.token_ids),
+        limit=run.data.max_response_tokens,
+        cache=rule.overlong_cache,
+        factor=rule.overlong_penalty,
+    )
 
 
 def response_ids(expert: Expert, prompt: Prompt) -> tuple[int, ...]:

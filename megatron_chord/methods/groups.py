@@ -51,7 +51,9 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
         for item, answers in zip(drawn, graded, strict=True):
             group = make_group(answers)
             if group is not None:
-                (equal if group.has_equal_rewards else useful).append((item, group))
+                # By the score: punishments for form and length are no signal of their own (DAPO).
+                scores = {grade.score for grade in answers.grades} - {None}
+                (equal if len(scores) == 1 else useful).append((item, group))
         rounds += 1
     everything = useful + equal
     if not everything:

@@ -116,9 +116,7 @@ class Coordinator:
         run, timer = self._run, Timer()
         draw = Draw(
             run,
-            Engine(
-                clients=clients, version=version, template=self._data.template, graders=self._graders
-            ),
+            Engine(clients=clients, version=version, template=self._data.template, graders=self._graders),
             self._progress.sources,
             now=now,
             memory=self._progress.memory,

@@ -66,11 +66,15 @@ def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, 
 def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
     """For each case: metrics and whole gradients of one update by the case's ``run``, without updating weights."""
     results = []
+    built: tuple[Any, TrainState] | None = None
     for case in cases:
         run: RunConfig = case["run"]
         parallel = replace(run.parallel, distributed_optimizer=False)
         terms = build_method(run.method).terms(run)
-        state = build(folder, parallel, reference=case.get("reference"))
+        if built is None or built[0] != (parallel, case.get("reference")):
+            # Groups are dear: gloo keeps the threads of every group that it has made.
+            built = (parallel, case.get("reference")), build(folder, parallel, reference=case.get("reference"))
+        state = built[1]
         plan = plan_step(
             with_scales(case["samples"], terms),
             max_tokens=run.batch.max_tokens,

@@ -1,0 +1,155 @@
+"""DPO on a fixed mixture of on-policy and off-policy pairs, as in SimpleMix (arXiv 2505.02363).
+
+Every prompt gives at most one pair. On-policy: the best against the worst of its rollouts. Off-policy: its own
+demonstration against the worst of its rollouts. Which of the two is a function of the prompt's place in the order of
+draws; pairs of equal rewards are left out. The reference is the run's starting point, ``model.path``.
+
+SimpleMix draws its pairs once, from the SFT model and from a published preference set, half and half; both answers
+of its off-policy pairs are others', and a reward model judges. Here rollouts are the present policy's (online DPO),
+demonstrations have no rejected partner but the policy's own answer, and the grader judges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from megatron_chord.config import RunConfig
+from megatron_chord.losses.preference import dpo_term
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Collected, Method
+from megatron_chord.methods.draw import Draw
+from megatron_chord.methods.groups import answer_sample, rollout_sample, sample_groups
+from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.rollout.collect import GradedRollouts
+
+DPO = "dpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt; the rejected one is always the policy's."""
+
+    prompt: Prompt
+    chosen: Rollout
+    rejected: Rollout
+    is_offpolicy: bool
+    """The chosen answer is the demonstration, which has no log-probs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedDPO(Method):
+    name: ClassVar[str] = "dpo"
+    needs_demonstrations: ClassVar[bool] = True
+    uses_surrogate: ClassVar[bool] = False
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    offpolicy_share: float = 0.5
+    """Of prompts whose pair is off-policy."""
+
+    def check(self, run: RunConfig) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"method.beta must be > 0, got {self.beta}")
+        if not 0 <= self.offpolicy_share <= 1:
+            raise ValueError(f"method.offpolicy_share must lie in [0, 1], got {self.offpolicy_share}")
+        if run.batch.prompts == 0:
+            raise ValueError("method dpo pairs rollouts, but batch.prompts is 0")
+        if run.batch.mini_batches > 1 or run.batch.epochs > 1:
+            raise ValueError(
+                "method dpo takes one update per step: a pair's gradient is worked out with the weights before it, and "
+                f"batch.mini_batches {run.batch.mini_batches} x batch.epochs {run.batch.epochs} would move them"
+            )
+        if run.batch.sampling_attempts > 1 and self.offpolicy_share > 0:
+            raise ValueError(
+                "batch.sampling_attempts above 1 replaces groups of equal rewards, which off-policy pairs are made of; "
+                "leave it out, or set method.offpolicy_share: 0"
+            )
+        default = type(run.objective)()
+        for field in fields(default):
+            if getattr(run.objective, field.name) != getattr(default, field.name):
+                raise ValueError(
+                    f"objective.{field.name}: method dpo does not use it (its loss is -log sigma of a pair's margin, "
+                    "without ratio, advantage or other penalty); leave it out"
+                )
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        sampled = sample_groups(draw, run)
+        off = [is_offpolicy(item.position, self.offpolicy_share) for item in sampled.drawn]
+        asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
+        graded = iter(draw.demonstrations(asked))
+        pairs = [
+            demonstration_pair(group, next(graded)) if wanted else rollout_pair(group)
+            for group, wanted in zip(sampled.groups, off, strict=True)
+        ]
+        kept = [pair for pair in pairs if pair is not None]
+        return Collected(
+            samples=pair_samples(kept),
+            weights={DPO: 1.0},
+            stats={
+                **sampled.stats,
+                "dpo_pairs": len(kept),
+                "dpo_offpolicy_pairs": sum(pair.is_offpolicy for pair in kept),
+                "dpo_skipped_prompts": len(pairs) - len(kept),
+            },
+        )
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        return {DPO: dpo_term(beta=self.beta, max_pairs=run.batch.prompts)}
+
+
+def is_offpolicy(position: int, share: float) -> bool:
+    """Whether the draw at ``position`` gives an off-policy pair: evenly spread, floor(n share) of the first n."""
+    return math.floor((position + 1) * share) > math.floor(position * share)
+
+
+def rollout_pair(group: RolloutGroup) -> Pair | None:
+    """The best against the worst rollout, the first of equals; None when all rewards are equal."""
+    if group.has_equal_rewards:
+        return None
+    return Pair(
+        prompt=group.prompt,
+        chosen=group.rollouts[group.rewards.index(max(group.rewards))],
+        rejected=worst(group),
+        is_offpolicy=False,
+    )
+
+
+def demonstration_pair(group: RolloutGroup, demonstration: GradedRollouts) -> Pair | None:
+    """The demonstration against the worst rollout; None unless it was graded, and graded better."""
+    (answer,), (reward,) = demonstration.rollouts, demonstration.rewards
+    if reward is None or reward <= min(group.rewards):
+        return None
+    return Pair(prompt=group.prompt, chosen=answer, rejected=worst(group), is_offpolicy=True)
+
+
+def worst(group: RolloutGroup) -> Rollout:
+    return group.rollouts[group.rewards.index(min(group.rewards))]
+
+
+def pair_samples(pairs: Sequence[Pair]) -> list[TrainSample]:
+    """Two samples of each pair, under the term ``dpo``."""
+    samples: list[TrainSample] = []
+    for index, pair in enumerate(pairs):
+        if pair.is_offpolicy:
+            samples.append(
+                answer_sample(
+                    pair.prompt,
+                    pair.chosen.token_ids,
+                    term=DPO,
+                    rollout_logprob=0.0,
+                    pair=float(index),
+                    sign=1.0,
+                    is_rollout=0.0,
+                )
+            )
+        else:
+            samples.append(
+                rollout_sample(pair.prompt, pair.chosen, term=DPO, pair=float(index), sign=1.0, is_rollout=1.0)
+            )
+        samples.append(
+            rollout_sample(pair.prompt, pair.rejected, term=DPO, pair=float(index), sign=-1.0, is_rollout=1.0)
+        )
+    return samples

@@ -1,0 +1,62 @@
+"""LUFFY (arXiv 2504.14945): a demonstration in every group, its ratio shaped so that rare tokens are learned.
+
+    L = -(1/Z) [ sum over demonstrations f(p) A + sum over rollouts surrogate(r, A) ]    f(x) = x / (x + gamma)
+
+The demonstrations' own policy is taken for 1 everywhere, so that their ratio is p, the policy's probability; nothing is
+clipped there. A is over rollouts and demonstration together and the only constant: f is differentiated, which pushes
+the token's logit by A gamma p(1-p) / (p + gamma)^2, most at p = gamma / (1 + 2 gamma).
+Z is one denominator for both, by ``objective.aggregation``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_chord.config import RunConfig
+from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.demonstration import (
+    DEMONSTRATION,
+    check_guided,
+    collect_mixed,
+    demonstration_term,
+)
+from megatron_chord.methods.draw import Draw
+from megatron_chord.methods.groups import POLICY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Luffy(Method):
+    name: ClassVar[str] = "luffy"
+    needs_demonstrations: ClassVar[bool] = True
+
+    gamma: float = 0.1
+    """Of the shaping: the smaller, the more rare tokens count."""
+    shaping: bool = True
+    """False: f(x) = x."""
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ValueError(f"method.gamma must be > 0, got {self.gamma}")
+
+    def check(self, run: RunConfig) -> None:
+        check_guided(self.name, run)
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        return collect_mixed(draw, run)
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
+            return shaped_loss(stats, tokens, gamma=self.gamma if self.shaping else None)
+
+        return {POLICY: policy_term(run), DEMONSTRATION: demonstration_term(run, loss, pool="policy")}
+
+
+def shaped_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float | None) -> TermOutput:
+    """-f(p) A per demonstration token; column advantage. ``gamma`` none: f(x) = x, with A = 1 the gradient of DFT."""
+    p = stats.logprobs.exp()
+    ratio = p if gamma is None else p / (p + gamma)
+    loss = -ratio * tokens["advantage"]
+    means = {"demonstration_p": p.detach(), "demonstration_ratio": ratio.detach()}
+    return TermOutput(loss, {"demonstration_loss": loss.detach()}, means, {})

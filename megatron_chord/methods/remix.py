@@ -1,0 +1,189 @@
+"""ReMix (arXiv 2507.06892): in its first stage part of every batch is the policy's own stale rollouts.
+
+Stage 1, steps before ``mix_steps``: each group of the batch is, with probability ``stale_share``, one that a policy
+pi_{k-i}, i <= ``lag``, sampled in an earlier step; its tokens train under the term ``stale``. Stage 2: on-policy.
+
+    L_stale = -min(r A, clip(r, c - clip_low, c + clip_high) A),    r = pi_theta / pi_{k-i},  c = pi_k / pi_{k-i}
+
+pi_k is the policy before the step's first update; c and A are constants. In that update pi_theta = pi_k, so r = c:
+the clip acts only with ``batch.epochs`` or ``batch.mini_batches`` above 1 (the paper: two updates per batch).
+
+Left out: the KL-convex constraint lambda KL(pi_theta || pi_base) + (1 - lambda) KL(pi_theta || pi_{k-1}) and the new
+pi_base at the second stage's begin. Their coefficients are not known to us, and they need two references that change
+during the run. ``objective.kl`` is the KL to the initial policy, on fresh and stale tokens alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.losses.policy import MAX_LOG_RATIO, kl_penalty
+from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.draw import Draw
+from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
+from megatron_chord.records import Part, RolloutGroup, TrainSample
+from megatron_chord.rollout.collect import sample_seed
+
+STALE = "stale"
+_SEEDS = 2**62
+"""``sample_seed`` lies in [0, this)."""
+
+Answer = Mapping[str, Any]
+"""A rollout as remembered: prompt and tokens (lists of ids), logprobs (one per token), advantage."""
+Remembered = Mapping[str, Any]
+"""A step's fresh groups: step, and groups, each a list of ``Answer``. Plain JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMix(Method):
+    name: ClassVar[str] = "remix"
+
+    stale_share: float = 0.4
+    """Probability of each group of a batch to be a stale one; the paper's p."""
+    lag: int = 2
+    """How many steps back a policy may lie; the paper's N. So many steps' rollouts are remembered."""
+    mix_steps: int = 50
+    """Steps of the first stage; the paper's T."""
+
+    def check(self, run: RunConfig) -> None:
+        objective = run.objective
+        if not 0 <= self.stale_share <= 1:
+            raise ValueError(f"method.stale_share must lie in [0, 1], got {self.stale_share}")
+        if self.lag < 1:
+            raise ValueError(f"method.lag must be >= 1, got {self.lag}")
+        if self.mix_steps < 0:
+            raise ValueError(f"method.mix_steps must be >= 0, got {self.mix_steps}")
+        if run.batch.prompts == 0:
+            raise ValueError("method remix trains on rollouts only, but batch.prompts is 0")
+        if objective.surrogate != "ppo" or objective.dual_clip is not None:
+            raise ValueError(
+                "method remix clips stale tokens around pi_k / pi_{k-i}, which is defined for objective.surrogate: "
+                "ppo without objective.dual_clip"
+            )
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        step, count = draw.now.step, run.batch.prompts
+        memory: Sequence[Remembered] = draw.memory or []
+        wanted = num_stale(run.seed, step, count, self.stale_share) if step < self.mix_steps else 0
+        stale = choose_stale(memory, run.seed, step, wanted)
+        groups: Sequence[RolloutGroup] = []
+        stats: dict[str, Any] = {}
+        if len(stale) < count:
+            fresh = replace(run, batch=replace(run.batch, prompts=count - len(stale)))
+            sampled = sample_groups(draw, fresh)
+            groups, stats = sampled.groups, dict(sampled.stats)
+        will_mix = step + 1 < self.mix_steps
+        return Collected(
+            samples=policy_samples(groups, run.objective) + stale_samples(stale, step),
+            weights={POLICY: 1.0, STALE: 1.0},
+            stats={**stats, "stale_groups": len(stale)},
+            memory=remember(memory, groups, step, self.lag, run.objective) if will_mix else None,
+        )
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        objective, fresh = run.objective, policy_term(run)
+
+        def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
+            return stale_loss(stats, tokens, objective)
+
+        return {POLICY: fresh, STALE: replace(fresh, loss=loss, scored=fresh.scored | {"old_logprob"})}
+
+
+def num_stale(seed: int, step: int, count: int, share: float) -> int:
+    """How many of a step's ``count`` groups are to be stale: each with probability ``share``."""
+    return sum(sample_seed(seed, f"remix/stale/{step}", slot) < share * _SEEDS for slot in range(count))
+
+
+def choose_stale(
+    memory: Sequence[Remembered], seed: int, step: int, wanted: int
+) -> list[tuple[int, Sequence[Answer]]]:
+    """``wanted`` remembered groups, each with the step that sampled it; all of them where there are fewer.
+
+    No group is twice in a step; one may come again in the next.
+    """
+    groups = [(entry["step"], group) for entry in memory for group in entry["groups"]]
+    order = sorted(range(len(groups)), key=lambda i: sample_seed(seed, f"remix/choice/{step}", i))
+    return [groups[i] for i in sorted(order[:wanted])]
+
+
+def remember(
+    memory: Sequence[Remembered],
+    groups: Sequence[RolloutGroup],
+    step: int,
+    lag: int,
+    objective: ObjectiveConfig,
+) -> list[Remembered]:
+    """What the next step may draw from: the fresh rollouts of the last ``lag`` steps, as far as they were trained on."""
+    kept = [remembered_group(group, objective) for group in groups]
+    here = {"step": step, "groups": [answers for answers in kept if answers]}
+    return [entry for entry in [*memory, here] if entry["step"] > step - lag]
+
+
+def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[Answer]:
+    """By the same rules as ``policy_samples``."""
+    if objective.equal_groups == "drop" and group.has_equal_rewards:
+        return []
+    return [
+        {
+            "prompt": list(group.prompt.token_ids),
+            "tokens": list(rollout.token_ids),
+            "logprobs": list(rollout.logprobs),
+            "advantage": advantage,
+        }
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        if objective.truncated == "keep" or rollout.finish_reason != "length"
+    ]
+
+
+def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> list[TrainSample]:
+    """Remembered groups under the term ``stale``; ``rollout_logprob`` is log pi_{k-i}, ``age`` is i."""
+    return [
+        TrainSample(
+            token_ids=np.array([*answer["prompt"], *answer["tokens"]], np.int64),
+            parts=(
+                Part(
+                    term=STALE,
+                    positions=len(answer["prompt"]) + np.arange(len(answer["tokens"])),
+                    constants={
+                        "rollout_logprob": np.array(answer["logprobs"], np.float32),
+                        "advantage": answer["advantage"],
+                        "age": float(step - sampled_at),
+                    },
+                ),
+            ),
+        )
+        for sampled_at, group in chosen
+        for answer in group
+    ]
+
+
+def stale_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
+    """-min(r A, clip(r, c - low, c + high) A) + KL penalty - entropy bonus, per stale token.
+
+    Columns: advantage, rollout_logprob (log pi_{k-i}), old_logprob (log pi_k), age; reference_logprob with ``kl``.
+    """
+    advantages, sampled = tokens["advantage"], tokens["rollout_logprob"]
+    ratio = (stats.logprobs - sampled).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    centre = (tokens["old_logprob"] - sampled).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    within = ratio.clamp(centre - objective.clip_low, centre + objective.clip_high)
+    loss = -torch.minimum(ratio * advantages, within * advantages)
+    losses = {"stale_loss": loss.detach()}
+    means = {
+        "stale_clip_fraction": (within * advantages < ratio * advantages).float(),
+        "stale_ratio": ratio.detach(),
+        "stale_age": tokens["age"],
+    }
+    if objective.kl is not None:
+        kl = kl_penalty(stats.logprobs, tokens["reference_logprob"], objective.kl.estimator)
+        loss = loss + objective.kl.coefficient * kl
+        means["stale_kl"] = kl.detach()
+    if objective.entropy_bonus:
+        loss = loss - objective.entropy_bonus * stats.entropy
+    return TermOutput(loss, losses, means, {})
