@@ -79,7 +79,7 @@ class MixedDPO(Method):
         sampled = sample_groups(draw, run)
         off = [is_offpolicy(item.position, self.offpolicy_share) for item in sampled.drawn]
         asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
-        graded = iter(draw.demonstrations(asked))
+        graded = iter(draw.demonstrations(asked) if asked else [])
         pairs = [
             demonstration_pair(group, next(graded)) if wanted else rollout_pair(group)
             for group, wanted in zip(sampled.groups, off, strict=True)
@@ -147,7 +147,9 @@ def pair_samples(pairs: Sequence[Pair]) -> list[TrainSample]:
             )
         else:
             samples.append(
-                rollout_sample(pair.prompt, pair.chosen, term=DPO, pair=float(index), sign=1.0, is_rollout=1.0)
+                rollout_sample(
+                    pair.prompt, pair.chosen, term=DPO, pair=float(index), sign=1.0, is_rollout=1.0
+                )
             )
         samples.append(
             rollout_sample(pair.prompt, pair.rejected, term=DPO, pair=float(index), sign=-1.0, is_rollout=1.0)

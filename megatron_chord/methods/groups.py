@@ -59,13 +59,8 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
     if not everything:
         raise TooManyGraderErrors(f"step {draw.now.step}: no prompt has two rollouts whose grading succeeded")
     kept = sorted(useful + equal[: wanted - len(useful)], key=lambda pair: pair[0].position)
-    rewards = [reward for _, group in everything for reward in group.rewards]
-    stats: dict[str, Any] = {
-        "reward_mean": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
-        "equal_reward_groups": len(equal) / len(everything),
-        "dropped_groups": num_graded - len(everything),
-    }
+    stats = reward_stats([group for _, group in everything], num_sampled=num_graded)
+    stats["equal_reward_groups"] = len(equal) / len(everything)
     if attempts > 1:
         stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded}
     return SampledGroups(
@@ -73,6 +68,25 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
         groups=with_advantages([group for _, group in kept], run.objective),
         stats=stats,
     )
+
+
+def whole_groups(graded: Sequence[GradedRollouts], *, step: int) -> list[tuple[GradedRollouts, RolloutGroup]]:
+    """The prompts that have a group, without advantages yet. TooManyGraderErrors where none has."""
+    pairs = [(item, group) for item in graded if (group := make_group(item)) is not None]
+    if not pairs:
+        raise TooManyGraderErrors(f"step {step}: no prompt has two rollouts whose grading succeeded")
+    return pairs
+
+
+def reward_stats(groups: Sequence[RolloutGroup], *, num_sampled: int) -> dict[str, Any]:
+    """Of the groups that are left of ``num_sampled`` prompts' rollouts."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    return {
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "equal_reward_groups": statistics.fmean(group.has_equal_rewards for group in groups),
+        "dropped_groups": num_sampled - len(groups),
+    }
 
 
 def make_group(graded: GradedRollouts) -> RolloutGroup | None:

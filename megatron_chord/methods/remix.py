@@ -8,9 +8,11 @@ pi_{k-i}, i <= ``lag``, sampled in an earlier step; its tokens train under the t
 pi_k is the policy before the step's first update; c and A are constants. In that update pi_theta = pi_k, so r = c:
 the clip acts only with ``batch.epochs`` or ``batch.mini_batches`` above 1 (the paper: two updates per batch).
 
-Left out: the KL-convex constraint lambda KL(pi_theta || pi_base) + (1 - lambda) KL(pi_theta || pi_{k-1}) and the new
-pi_base at the second stage's begin. Their coefficients are not known to us, and they need two references that change
-during the run. ``objective.kl`` is the KL to the initial policy, on fresh and stale tokens alike.
+``objective.ratio_from`` and ``correction`` rule the fresh tokens, which are those of ``chord``'s policy branch.
+
+Left out: the KL-convex constraint beta [lambda KL(pi_theta || pi_base) + (1 - lambda) KL(pi_theta || pi_{k-1})], and
+with it the new pi_base = pi_T of stage 2. Its strength beta is in no source we could read, and it needs references
+that change during the run. ``objective.kl`` is the KL to the initial policy, on fresh and stale tokens alike.
 """
 
 from __future__ import annotations
@@ -120,9 +122,9 @@ def remember(
     lag: int,
     objective: ObjectiveConfig,
 ) -> list[Remembered]:
-    """What the next step may draw from: the fresh rollouts of the last ``lag`` steps, as far as they were trained on."""
+    """What the next step may draw from: the fresh rollouts of the last ``lag`` steps that were trained on."""
     kept = [remembered_group(group, objective) for group in groups]
-    here = {"step": step, "groups": [answers for answers in kept if answers]}
+    here: Remembered = {"step": step, "groups": [answers for answers in kept if answers]}
     return [entry for entry in [*memory, here] if entry["step"] > step - lag]
 
 

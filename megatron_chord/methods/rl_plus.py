@@ -4,8 +4,8 @@
     r_m = 2 p / (p_omega + p_old)      p_omega = (p_old + 1) / 2, so that r_m = 2 p / (1.5 p_old + 0.5)
     A_c = A (1 - p)^gamma
 
-p_omega stands for the demonstrations' unknown policy: the mean of the old policy and one that is 1 everywhere, as in the
-publication's code. r_m is differentiated and never clipped; A, p_old and the p of A_c are constants.
+p_omega stands for the demonstrations' unknown policy: the mean of the old policy and one that is 1 everywhere, as the
+publication's code has it. r_m is differentiated and never clipped; A, p_old and the p of A_c are constants.
 A is over rollouts and demonstration together. Z is one denominator for both, by ``objective.aggregation``.
 """
 

@@ -9,8 +9,18 @@ from typing import Any, get_type_hints
 from megatron_chord.config import MethodConfig, RunConfig
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.chord import Chord
+from megatron_chord.methods.dpo import MixedDPO
+from megatron_chord.methods.ghpo import GHPO
+from megatron_chord.methods.hpt import HPT
+from megatron_chord.methods.luffy import Luffy
+from megatron_chord.methods.prefix_rft import PrefixRFT
+from megatron_chord.methods.remix import ReMix
+from megatron_chord.methods.rl_plus import RLPlus
+from megatron_chord.methods.srft import SRFT
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Chord,)}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (Chord, Luffy, RLPlus, SRFT, MixedDPO, ReMix, PrefixRFT, GHPO, HPT)
+}
 
 
 def method_of(run: RunConfig) -> Method:

@@ -13,15 +13,16 @@ import signal
 
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
-"""Environment variable: the trainer's process id."""
+"""Environment variable: the parent's process id, the trainer's in the server itself. Each process hands on its own."""
 _PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
     """Called by vLLM, possibly more than once in a process."""
-    trainer = os.environ.get(DIE_WITH_PARENT)
-    if trainer:
-        _die_with_parent(int(trainer))
+    parent = os.environ.get(DIE_WITH_PARENT)
+    if parent and int(parent) != os.getpid():
+        _die_with_parent(int(parent))
+        os.environ[DIE_WITH_PARENT] = str(os.getpid())
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -31,11 +32,11 @@ def register() -> None:
         )
 
 
-def _die_with_parent(trainer: int) -> None:
+def _die_with_parent(pid: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     # Imports take seconds before a process gets here, and the signal is sent only for a death that is yet to come.
     parent = multiprocessing.parent_process()
-    expected = parent.pid if parent is not None else trainer
+    expected = parent.pid if parent is not None else pid
     if os.getppid() != expected and multiprocessing.get_start_method(allow_none=True) != "forkserver":
         os.kill(os.getpid(), signal.SIGKILL)

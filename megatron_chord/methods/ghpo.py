@@ -1,0 +1,159 @@
+"""GHPO (arXiv 2507.10628; code hkgc-1/GHPO): prompts that are too hard are asked again with a hint.
+
+A prompt whose rollouts are all wrong is sampled anew with the first ``stage_share`` of its reference solution appended
+to the last user message, then with twice as much, and so on up to ``stages`` times; the group sampled last is trained
+by ordinary GRPO. There is no expert loss: a hint is a part of the prompt, and prompts are not trained. Evaluation never
+sees one.
+
+As in the code, a hint is cut by characters, and right or wrong is the grader's verdict alone. The wording of ``cue`` is
+ours. Where the code cuts an over-long prompt off at its front, here the prompt keeps the last group that fits.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from megatron_chord.config import RunConfig
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.draw import Draw, Drawn
+from megatron_chord.methods.groups import (
+    POLICY,
+    make_group,
+    policy_samples,
+    reward_stats,
+    whole_groups,
+    with_advantages,
+)
+from megatron_chord.records import Prompt
+from megatron_chord.rollout.collect import GradedRollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A prompt with the group that was sampled for it last."""
+
+    drawn: Drawn
+    """Without a hint."""
+    graded: GradedRollouts
+    stage: int = 0
+    """Of the hint in ``graded.prompt``; 0: none."""
+    refused: bool = False
+    """The next hint would have made the prompt too long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GHPO(Method):
+    name: ClassVar[str] = "ghpo"
+    needs_demonstrations: ClassVar[bool] = True
+
+    stages: int = 3
+    """How often an all-wrong prompt is sampled anew, each time with a longer hint."""
+    stage_share: float = 0.25
+    """By how much of the solution the hint grows with each stage."""
+    start_step: int = 0
+    """No hints before this step (the paper's cold start: 20)."""
+    wrong_at_most: float = 0.0
+    """A rollout is wrong whose score is no higher."""
+    cue: str = "A correct solution begins as follows. Use it to solve the problem:"
+    """Stands between the problem and the hint, on a line of its own."""
+
+    def check(self, run: RunConfig) -> None:
+        if self.stages < 1:
+            raise ValueError(f"method.stages must be >= 1 (without hints it is GRPO), got {self.stages}")
+        if not 0 < self.stage_share * self.stages < 1:
+            raise ValueError(
+                f"method.stages {self.stages} x method.stage_share {self.stage_share} must lie in (0, 1): the last "
+                "hint must leave something to solve"
+            )
+        if not 0 <= self.start_step < run.steps:
+            raise ValueError(
+                f"method.start_step {self.start_step} must lie in [0, {run.steps}), the run's steps"
+            )
+        if run.batch.prompts == 0:
+            raise ValueError("method ghpo samples every step: batch.prompts must be > 0")
+        if run.batch.sampling_attempts > 1:
+            raise ValueError(
+                "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method ghpo gives "
+                "hints to; leave it at 1"
+            )
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        drawn = draw.prompts(run.batch.prompts)
+        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
+        trials = [Trial(drawn=item, graded=answers) for item, answers in zip(drawn, graded, strict=True)]
+        first = [group for group in map(make_group, graded) if group is not None]
+        for stage in range(1, self.stages + 1 if draw.now.step >= self.start_step else 1):
+            trials = self._next_stage(trials, stage, draw, run)
+        pairs = whole_groups([trial.graded for trial in trials], step=draw.now.step)
+        groups = with_advantages([group for _, group in pairs], run.objective)
+        return Collected(
+            samples=policy_samples(groups, run.objective),
+            weights={POLICY: 1.0},
+            stats={**reward_stats(first or groups, num_sampled=len(graded)), **hint_stats(trials)},
+        )
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        return {POLICY: policy_term(run)}
+
+    def _next_stage(self, trials: Sequence[Trial], stage: int, draw: Draw, run: RunConfig) -> list[Trial]:
+        """The trials after those that are still all wrong were sampled again with this stage's hint."""
+        share, limit = stage * self.stage_share, run.data.max_prompt_tokens
+        asked: dict[int, Drawn] = {}
+        after = list(trials)
+        for index in hopeless(trials, wrong_at_most=self.wrong_at_most):
+            prompt = trials[index].drawn.prompt
+            hint = beginning(draw.template.decode(draw.demonstration(prompt)), share)
+            harder = hinted(prompt, hint, cue=self.cue, template=draw.template)
+            if len(harder.token_ids) > limit:
+                after[index] = replace(trials[index], refused=True)
+            else:
+                asked[index] = replace(trials[index].drawn, prompt=harder)
+        if asked:
+            answers = draw.rollouts(list(asked.values()), samples=run.batch.rollouts, attempt=f"hint{stage}")
+            for index, graded in zip(asked, answers, strict=True):
+                after[index] = replace(trials[index], graded=graded, stage=stage)
+        return after
+
+
+def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
+    """Which trials are to be asked again: all graded rollouts wrong, and no hint refused yet."""
+    return [
+        index
+        for index, trial in enumerate(trials)
+        if not trial.refused and is_all_wrong(trial.graded, wrong_at_most=wrong_at_most)
+    ]
+
+
+def is_all_wrong(graded: GradedRollouts, *, wrong_at_most: float) -> bool:
+    """Whether every graded rollout is wrong; not where no grading succeeded, which says nothing of the prompt."""
+    scores = [grade.score for grade in graded.grades if grade.score is not None]
+    return bool(scores) and max(scores) <= wrong_at_most
+
+
+def beginning(solution: str, share: float) -> str:
+    """The first ``share`` of a text, by characters."""
+    return solution[: round(share * len(solution))]
+
+
+def hinted(prompt: Prompt, hint: str, *, cue: str, template: ChatTemplate) -> Prompt:
+    """The same problem with the hint after its last message."""
+    *before, last = prompt.messages
+    messages = (*before, {**last, "content": f"{last['content']}\n{cue}\n{hint}"})
+    return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages))
+
+
+def hint_stats(trials: Sequence[Trial]) -> dict[str, Any]:
+    """``reward_mean`` is that of the first, unhinted rollouts; here is what the hints did."""
+    helped = [trial for trial in trials if trial.stage]
+    rewards = [reward for trial in helped for reward in trial.graded.rewards if reward is not None]
+    return {
+        "hinted_groups": len(helped) / len(trials),
+        "hint_stage": statistics.fmean(trial.stage for trial in helped) if helped else 0.0,
+        "hints_too_long": sum(trial.refused for trial in trials),
+        **({"hinted_reward_mean": statistics.fmean(rewards)} if rewards else {}),
+    }

@@ -1,0 +1,94 @@
+"""HPT (arXiv 2509.04419; code TsinghuaC3I/Unify-Post-Training): each prompt is trained by RL or by SFT.
+
+P = mean score of the prompt's rollouts. P <= ``gate``: its rollouts are discarded and its demonstration is trained by
+SFT; otherwise its rollouts are trained by GRPO. With n prompts in the step, n_SFT of them by SFT:
+
+    L = (n_RL / n) L_RL  +  sft_coefficient (n_SFT / n) L_SFT
+
+L_RL is averaged by ``objective.aggregation`` over the tokens that RL trains, L_SFT over those of the demonstrations.
+
+The paper writes alpha L_RL + beta L_SFT for one prompt, (alpha, beta) = (0, 1) or (1, 0): L_RL clipped Dr.GRPO with the
+advantage divided by the std, L_SFT the mean over tokens. How the prompts of a batch are averaged it leaves open; the
+weights above let each branch count by its share of the prompts. The authors' script has no std and no clip, divides
+L_RL's sum over tokens by 8192, and averages L_SFT over the tokens of a micro-batch, so that its two branches have
+scales of their own, and L_SFT's changes with the packing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_chord.config import RunConfig, SimpleWeight
+from megatron_chord.losses.expert import expert_term
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.draw import Draw
+from megatron_chord.methods.groups import (
+    POLICY,
+    answer_sample,
+    policy_samples,
+    reward_stats,
+    whole_groups,
+    with_advantages,
+)
+from megatron_chord.rollout.collect import GradedRollouts
+
+EXPERT = "expert"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPT(Method):
+    name: ClassVar[str] = "hpt"
+    needs_demonstrations: ClassVar[bool] = True
+
+    gate: float = 0.0
+    """Prompts whose rollouts score no more than this on average are trained by SFT."""
+    sft_coefficient: float = 1.0
+
+    def check(self, run: RunConfig) -> None:
+        if not 0 <= self.gate < 1:
+            raise ValueError(f"method.gate must lie in [0, 1), got {self.gate}")
+        if self.sft_coefficient <= 0:
+            raise ValueError(f"method.sft_coefficient must be > 0, got {self.sft_coefficient}")
+        if run.batch.prompts == 0:
+            raise ValueError("method hpt samples every step: batch.prompts must be > 0")
+        if run.batch.sampling_attempts > 1:
+            raise ValueError(
+                "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method hpt trains "
+                "by SFT; leave it at 1"
+            )
+
+    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+        drawn = draw.prompts(run.batch.prompts)
+        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
+        pairs = whole_groups(graded, step=draw.now.step)
+        groups = with_advantages([group for _, group in pairs], run.objective)
+        imitates = [mean_score(item) <= self.gate for item, _ in pairs]
+        explored = [group for group, sft in zip(groups, imitates, strict=True) if not sft]
+        imitated = [group.prompt for group, sft in zip(groups, imitates, strict=True) if sft]
+        samples = policy_samples(explored, run.objective)
+        samples += [answer_sample(prompt, draw.demonstration(prompt), term=EXPERT) for prompt in imitated]
+        return Collected(
+            samples=samples,
+            weights=self.weights(imitates),
+            stats={
+                **reward_stats(groups, num_sampled=len(graded)),
+                "sft_prompts": statistics.fmean(imitates),
+            },
+        )
+
+    def weights(self, imitates: Sequence[bool]) -> dict[str, float]:
+        """Of the two terms; ``imitates``: of every prompt, whether it is trained by SFT."""
+        share = statistics.fmean(imitates)
+        return {POLICY: 1 - share, EXPERT: self.sft_coefficient * share}
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        return {POLICY: policy_term(run), EXPERT: expert_term(weight=SimpleWeight(kind="one"))}
+
+
+def mean_score(graded: GradedRollouts) -> float:
+    """P: of the rollouts whose grading succeeded; by the grader, without what form and length take away."""
+    return statistics.fmean(grade.score for grade in graded.grades if grade.score is not None)

@@ -1,0 +1,155 @@
+"""ReMix's and DPO's terms against naive versions, in layouts that cut sequences, vocabulary, batch and pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_chord.config import KLConfig
+from megatron_chord.methods.dpo import Pair, pair_samples
+from megatron_chord.records import Prompt, Rollout, TrainSample
+from tests.distributed.splits import assert_split_invariant
+from tests.support.oracle import OracleTerm, SequenceTokens, Token
+from tests.support.oracle_terms import policy_term
+from tests.support.tiny import VOCAB, make_samples, save_qwen2, tiny_run
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "cp2": {"context": 2}},
+    4: {"pp2_dp2": {"pipeline": 2}},
+}
+BETA = 0.2
+KL = 0.05
+
+
+def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
+    model, reference = save_qwen2(tmp_path / "policy"), save_qwen2(tmp_path / "reference", seed=1)
+    assert_split_invariant(
+        model, {"remix": remix(model, reference), "dpo": dpo(model)}, layouts=LAYOUTS, reference=reference
+    )
+
+
+# ---- ReMix
+
+
+def remix(model: Path, reference: Path) -> Any:
+    kl = KLConfig(estimator="k2", coefficient=KL, reference=reference)
+    run = tiny_run(model, method="remix", kl=kl, aggregation="sequence_mean")
+    fresh, stale = make_samples(num_policy=4, num_expert=0), make_samples(num_policy=5, num_expert=0, seed=1)
+    samples = fresh + [as_stale(sample, age=1.0 + i % 2) for i, sample in enumerate(stale)]
+    terms = {"policy": policy_term(run.objective), "stale": stale_term()}
+    return run, samples, {"policy": 1.0, "stale": 1.0}, terms
+
+
+def as_stale(sample: TrainSample, *, age: float) -> TrainSample:
+    (part,) = sample.parts
+    return replace(sample, parts=(replace(part, term="stale", constants={**part.constants, "age": age}),))
+
+
+def stale_term() -> OracleTerm:
+    """In a single update pi_theta = pi_k: the ratio is the clip's centre, and the clip cuts nothing."""
+
+    def ratio(token: Token) -> Tensor:
+        return torch.exp(token.logp - token.constants["rollout_logprob"])
+
+    def kl(token: Token) -> Tensor:
+        return (token.reference_logp - token.logp) ** 2 / 2
+
+    return OracleTerm(
+        loss=lambda token, *_: -ratio(token) * token.constants["advantage"] + KL * kl(token),
+        pool="policy",
+        aggregation="sequence_mean",
+        means={
+            "stale_ratio": lambda token, *_: ratio(token).item(),
+            "stale_age": lambda token, *_: token.constants["age"],
+            "stale_clip_fraction": lambda *_: 0.0,
+            "stale_kl": lambda token, *_: kl(token).item(),
+        },
+        losses={"stale_loss": lambda token, *_: -ratio(token).item() * token.constants["advantage"]},
+    )
+
+
+# ---- DPO
+
+
+def dpo(model: Path) -> Any:
+    run = tiny_run(model, method="dpo", settings={"beta": BETA})
+    run = replace(run, batch=replace(run.batch, prompts=7))
+    return run, pair_samples([random_pair(seed) for seed in range(6)]), {"dpo": 1.0}, {"dpo": dpo_term()}
+
+
+def random_pair(seed: int) -> Pair:
+    rng = np.random.default_rng(seed)
+
+    def answer(*, has_logprobs: bool) -> Rollout:
+        length = int(rng.integers(1, 14))
+        return Rollout(
+            token_ids=tuple(rng.integers(3, VOCAB, length).tolist()),
+            logprobs=tuple(rng.normal(-6, 2, length).tolist()) if has_logprobs else (),
+            finish_reason="stop",
+            weight_version=0,
+        )
+
+    prompt = tuple(rng.integers(3, VOCAB, int(rng.integers(2, 9))).tolist())
+    is_offpolicy = seed % 2 == 1
+    return Pair(
+        prompt=Prompt(id=str(seed), messages=(), truth="", token_ids=prompt),
+        chosen=answer(has_logprobs=not is_offpolicy),
+        rejected=answer(has_logprobs=True),
+        is_offpolicy=is_offpolicy,
+    )
+
+
+def dpo_term() -> OracleTerm:
+    """The whole loss of a pair stands at the first token of its chosen answer; 2 undoes two sequences to a pair."""
+
+    def sides(token: Token, everything: list[SequenceTokens]) -> tuple[SequenceTokens, SequenceTokens]:
+        pair = [s for s in everything if s.tokens[0].constants["pair"] == token.constants["pair"]]
+        (chosen,) = [s for s in pair if s.tokens[0].constants["sign"] == 1]
+        (rejected,) = [s for s in pair if s.tokens[0].constants["sign"] == -1]
+        return chosen, rejected
+
+    def margin(token: Token, everything: list[SequenceTokens]) -> Tensor:
+        chosen, rejected = (
+            torch.stack([t.logp - t.reference_logp for t in side.tokens]).sum()
+            for side in sides(token, everything)
+        )
+        return BETA * (chosen - rejected)
+
+    def stands_here(token: Token, everything: list[SequenceTokens]) -> bool:
+        return token is sides(token, everything)[0].tokens[0]
+
+    def loss(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> Tensor:
+        if not stands_here(token, everything):
+            return torch.zeros((), dtype=torch.float64)
+        return -2 * torch.log(torch.sigmoid(margin(token, everything)))
+
+    def of_pair(number: Any) -> Any:
+        def value(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
+            return 2 * number(margin(token, everything).item()) if stands_here(token, everything) else 0.0
+
+        return value
+
+    def gap(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
+        tokens = [t for sequence in everything for t in sequence.tokens]
+        num_sampled = sum(t.constants["is_rollout"] == 1 for t in tokens)
+        if token.constants["is_rollout"] == 0:
+            return 0.0
+        return abs(token.logp.item() - token.constants["rollout_logprob"]) * len(tokens) / num_sampled
+
+    return OracleTerm(
+        loss=loss,
+        pool="dpo",
+        aggregation="sequence_sum",
+        means={"entropy": lambda token, *_: token.entropy.item(), "logprob_gap": gap},
+        losses={
+            "dpo_loss": of_pair(lambda m: math.log(1 + math.exp(-m))),
+            "dpo_margin": of_pair(lambda m: m),
+            "dpo_accuracy": of_pair(lambda m: float(m > 0)),
+        },
+    )
