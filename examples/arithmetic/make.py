@@ -169,13 +169,15 @@ def write_data(stories: list[Story], args: argparse.Namespace) -> None:
             args.output / f"problems_{name}.jsonl",
             [{"id": f"{name}-{i}", "problem": s.text, "answer": s.answer} for i, s in enumerate(rows)],
         )
-    write_jsonl(
-        args.output / "experts.jsonl",
-        [
-            {"id": f"expert-{i}", "problem": s.text, "solution": expert_solution(s)}
-            for i, s in enumerate(experts)
-        ],
-    )
+    # Of other problems than the policy trains on, and, for methods that ask for them, of the very same.
+    for name, file, solved in (("expert", "experts", experts), ("demonstration", "demonstrations", train)):
+        write_jsonl(
+            args.output / f"{file}.jsonl",
+            [
+                {"id": f"{name}-{i}", "problem": s.text, "solution": expert_solution(s)}
+                for i, s in enumerate(solved)
+            ],
+        )
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer

@@ -47,8 +47,8 @@ class Method:
     """Every prompt must have its own demonstration (``data.aligned``)."""
     uses_expert_settings: ClassVar[bool] = False
     """``objective.expert_weight``, ``expert_cutoff`` and ``expert_aggregation`` mean something to it."""
-    uses_surrogate: ClassVar[bool] = True
-    """``objective.surrogate`` and what belongs to it mean something to it."""
+    draws_experts: ClassVar[bool] = False
+    """It trains on ``batch.experts`` demonstrations a step; others take those of their prompts, if any."""
 
     def schedule(self, run: RunConfig) -> MuSchedule | None:
         """The schedule of mu, for methods that mix by it."""
@@ -60,6 +60,10 @@ class Method:
     def samples_at(self, run: RunConfig, now: Moment) -> bool:
         """Whether a step asks the rollout engine for anything; the same on every rank."""
         return True
+
+    def samplings(self, run: RunConfig) -> int:
+        """How often a step may ask the rollout engine in turn; for its deadline."""
+        return run.batch.sampling_attempts
 
     def collect(self, draw: Draw, run: RunConfig) -> Collected:
         """The samples of one step. May be repeated after a server's death: it must draw the same."""

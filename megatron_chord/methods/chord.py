@@ -30,6 +30,7 @@ EXPERT = "expert"
 class Chord(Method):
     name: ClassVar[str] = "chord"
     uses_expert_settings: ClassVar[bool] = True
+    draws_experts: ClassVar[bool] = True
 
     def schedule(self, run: RunConfig) -> MuSchedule:
         return run.objective.mu or Constant()
@@ -42,6 +43,15 @@ class Chord(Method):
             raise ValueError("mu can be above 0 but batch.experts is 0")
         if low < 1 and run.batch.prompts == 0:
             raise ValueError("mu can be below 1 but batch.prompts is 0")
+        if self.schedule(run).needs_mu_gradient:
+            if run.parallel.distributed_optimizer:
+                raise ValueError(
+                    "mu.rate needs whole gradients on every rank: set parallel.distributed_optimizer: false"
+                )
+            if run.batch.mini_batches * run.batch.epochs > 1:
+                raise ValueError(
+                    "mu.rate measures one update a step: batch.mini_batches and batch.epochs must be 1"
+                )
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= run.steps - step:
                 raise ValueError(

@@ -66,7 +66,7 @@ def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
     Dynamic sampling judges the rollouts: a group of equal rewards is replaced although its demonstration's may differ.
 
     Raises:
-        TooManyGraderErrors: as for rollouts; when all demonstrations fail, in any case.
+        TooManyGraderErrors: too many gradings of rollouts failed.
     """
     sampled = sample_groups(draw, run)
     demonstrations = draw.demonstrations(sampled.drawn)
@@ -77,12 +77,12 @@ def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
         for group, is_guided in zip(members, guided, strict=True)
     ]
     last = [group.members for group in groups if group.is_guided]
-    stats = {
-        **sampled.stats,
-        "demonstration_reward": statistics.fmean(group.rewards[-1] for group in last),
-        "demonstration_advantage": statistics.fmean(group.advantages[-1] for group in last),
-        "demonstration_errors": guided.count(False),
-    }
+    stats = {**sampled.stats, "demonstration_errors": guided.count(False)}
+    if last:
+        stats |= {
+            "demonstration_reward": statistics.fmean(group.rewards[-1] for group in last),
+            "demonstration_advantage": statistics.fmean(group.advantages[-1] for group in last),
+        }
     return GuidedGroups(groups=groups, stats=stats)
 
 

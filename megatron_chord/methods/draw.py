@@ -147,12 +147,15 @@ class Draw:
                 deadline_s=run.rollout.request_timeout_s,
                 on_done=lambda done: self._notify(f"sampling {done}/{len(asks)} prompts"),
             )
-        graded = self._grade(asks, sampled)
+        graded = self._grade(asks, sampled, max_error_rate=run.reward.max_error_rate)
         self.graded += graded
         return graded
 
     def demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
-        """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs)."""
+        """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs).
+
+        Any number of these gradings may fail: it is the method that knows what to do without one.
+        """
         asks = [Ask(prompt=item.prompt, seed=0) for item in drawn]
         answers = [
             (
@@ -165,13 +168,16 @@ class Draw:
             )
             for item in drawn
         ]
-        return self._grade(asks, answers)
+        return self._grade(asks, answers, max_error_rate=1.0)
 
-    def _grade(self, asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]]) -> list[GradedRollouts]:
+    def _grade(
+        self, asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]], *, max_error_rate: float
+    ) -> list[GradedRollouts]:
         run = self._run
 
-        def shaping(score: float, text: str, rollout: Rollout) -> float:
-            return reward_of(score, text, rollout, run)
+        def shaping(score: float, text: str, rollout: Rollout, length: int) -> float:
+            truncated = rollout.finish_reason == "length"
+            return reward_of(score, text, length=length, truncated=truncated, run=run)
 
         with self._timer.phase("grade"):
             self._notify("grading")
@@ -180,24 +186,24 @@ class Draw:
                 sampled,
                 template=self.template,
                 graders=self._engine.graders,
-                max_error_rate=run.reward.max_error_rate,
+                max_error_rate=max_error_rate,
                 shaping=shaping,
             )
 
 
-def reward_of(score: float, text: str, rollout: Rollout, run: RunConfig) -> float:
+def reward_of(score: float, text: str, *, length: int, truncated: bool, run: RunConfig) -> float:
     """The training reward of an answer: its score, its form (``reward.format``), its length (overlong punishment)."""
     rule, reward = run.reward, score
     if rule.format != "none":
         reward = shape_reward(
             score,
             text=text,
-            truncated=rollout.finish_reason == "length",
+            truncated=truncated,
             answered=has_answer(text, kind=rule.kind, marker=rule.answer_marker),
             rule=rule.format,
         )
     return reward + overlong_penalty(
-        len(rollout.token_ids),
+        length,
         limit=run.data.max_response_tokens,
         cache=rule.overlong_cache,
         factor=rule.overlong_penalty,

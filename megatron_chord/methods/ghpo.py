@@ -62,6 +62,9 @@ class GHPO(Method):
     cue: str = "A correct solution begins as follows. Use it to solve the problem:"
     """Stands between the problem and the hint, on a line of its own."""
 
+    def samplings(self, run: RunConfig) -> int:
+        return 1 + self.stages
+
     def check(self, run: RunConfig) -> None:
         if self.stages < 1:
             raise ValueError(f"method.stages must be >= 1 (without hints it is GRPO), got {self.stages}")
@@ -74,8 +77,6 @@ class GHPO(Method):
             raise ValueError(
                 f"method.start_step {self.start_step} must lie in [0, {run.steps}), the run's steps"
             )
-        if run.batch.prompts == 0:
-            raise ValueError("method ghpo samples every step: batch.prompts must be > 0")
         if run.batch.sampling_attempts > 1:
             raise ValueError(
                 "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method ghpo gives "

@@ -53,8 +53,6 @@ class HPT(Method):
             raise ValueError(f"method.gate must lie in [0, 1), got {self.gate}")
         if self.sft_coefficient <= 0:
             raise ValueError(f"method.sft_coefficient must be > 0, got {self.sft_coefficient}")
-        if run.batch.prompts == 0:
-            raise ValueError("method hpt samples every step: batch.prompts must be > 0")
         if run.batch.sampling_attempts > 1:
             raise ValueError(
                 "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method hpt trains "

@@ -3,17 +3,19 @@
 Of each prompt's K answers, ``hybrids`` begin with the first L = floor(l |y*|) tokens of its demonstration y* and are
 continued by the policy; l ~ U(low, ``high``), and low falls from ``low_start`` to ``low_end`` along half a cosine.
 
-    unprefixed rollouts   a GRPO group of their own                                 A by objective.advantage
-    continuation          its own group: of one hybrid mean 0 and std 1             A = R_hybrid
-    prefix                                                                          A = (R_hybrid - mean R_unprefixed) / hybrids
+    unprefixed rollouts   A by objective.advantage; a group of their own
+    continuation          A = R_hybrid; a group of one, mean 0 and std 1
+    prefix                A = (R_hybrid - mean R_unprefixed) / hybrids
 
 A prefix token is trained by the same surrogate, its ratio taken against the policy's own log-prob, never the expert's:
 exp(l - sg l), or against the log-prob before the step with ``ratio_from: recomputed``. Only the ``entropy_share`` of
 prefix tokens with the highest entropy keep their advantage, the others' is 0; they still count in the denominators.
 
 What differs from the code: the entropy threshold is that of the whole update, not of a micro-batch, since it would
-change with the packing. The hybrids of a prompt share one prefix. Prefix tokens were not sampled, so KL penalty,
-entropy bonus and importance correction leave them out. Where sequences are averaged, a hybrid counts as two.
+change with the packing. Prefix tokens were not sampled, so KL penalty, entropy bonus and importance correction leave
+them out. Several hybrids of a prompt share one prefix and are a group by ``objective.advantage`` (as in the code, where
+their prefix's advantage is then taken from the normalised reward; here from the reward itself). Where sequences are
+averaged, a hybrid's prefix and its continuation are two.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class PrefixRFT(Method):
     entropy_share: float = 0.2
     """Of an update's prefix tokens, those that are trained."""
 
+    def samplings(self, run: RunConfig) -> int:
+        return super().samplings(run) + 1
+
     def check(self, run: RunConfig) -> None:
         if not 0 <= self.low_end <= self.low_start <= self.high < 1:
             raise ValueError(
@@ -71,8 +76,6 @@ class PrefixRFT(Method):
             raise ValueError(f"method.decay_steps must be >= 0, got {self.decay_steps}")
         if self.hybrids < 1:
             raise ValueError(f"method.hybrids must be >= 1 (without hybrids it is GRPO), got {self.hybrids}")
-        if run.batch.prompts == 0:
-            raise ValueError("method prefix_rft samples every step: batch.prompts must be > 0")
         if run.batch.rollouts - self.hybrids < 2:
             raise ValueError(
                 f"batch.rollouts {run.batch.rollouts} less method.hybrids {self.hybrids} leaves a group of "

@@ -35,12 +35,10 @@ class RLPlus(Method):
     gamma: float = 0.5
     """Of A_c: the larger, the less is made of tokens that the policy knows already."""
 
-    def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"method.gamma must be >= 0, got {self.gamma}")
-
     def check(self, run: RunConfig) -> None:
         check_guided(self.name, run)
+        if not self.gamma >= 0:
+            raise ValueError(f"method.gamma must be >= 0, got {self.gamma}")
 
     def collect(self, draw: Draw, run: RunConfig) -> Collected:
         return collect_mixed(draw, run)

@@ -60,13 +60,11 @@ class SRFT(Method):
     positive_reward: float = 0.5
     """Rollouts whose reward is above this are right."""
 
-    def __post_init__(self) -> None:
-        for name in ("sft_coefficient", "rl_coefficient"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"method.{name} must be >= 0, got {getattr(self, name)}")
-
     def check(self, run: RunConfig) -> None:
         check_guided(self.name, run)
+        for name in ("sft_coefficient", "rl_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"method.{name} must be >= 0, got {getattr(self, name)}")
         default = ObjectiveConfig()
         for name in UNUSED:
             if getattr(run.objective, name) != getattr(default, name):

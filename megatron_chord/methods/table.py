@@ -79,12 +79,15 @@ def _check(method: Method, run: RunConfig) -> None:
             f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with "
             "data.experts that answer the problems of data.prompts"
         )
+    if not method.draws_experts and batch.experts > 0:
+        raise ValueError(
+            f"batch.experts is {batch.experts}, but method {method.name} draws no demonstrations beside its prompts' "
+            "own; set it to 0"
+        )
+    if batch.sampling_attempts > 1 and batch.prompts == 0:
+        raise ValueError("batch.sampling_attempts is above 1, but batch.prompts is 0: nothing is sampled")
     if data.aligned and data.experts is None:
         raise ValueError("data.aligned needs data.experts")
-    if batch.prompts and batch.rollouts < 2:
-        raise ValueError(
-            f"batch.rollouts must be >= 2 (a group of one has no advantage), got {batch.rollouts}"
-        )
     method.check(run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(
@@ -11,7 +10,7 @@ _BRACE = re.compile(
 )  # a backslash takes the next character with it: \{ and \} do not group
 
 
-def has_answer(text: str, *, kind: Literal["math", "exact"], marker: str = "####") -> bool:
+def has_answer(text: str, *, kind: str, marker: str = "####") -> bool:
     """Whether a response states an answer, where the grader `kind` looks for one. A loose number is none."""
     answer = marked_answer(text, marker) if kind == "math" else after_marker(text, marker)
     return bool(answer and answer.strip())

@@ -52,8 +52,8 @@ class GradedRollouts:
     """The grade's score with format and length taken into account; None where the grading failed."""
 
 
-Shaping = Callable[[float, str, Rollout], float]
-"""(score, whole answer, rollout) -> reward"""
+Shaping = Callable[[float, str, Rollout, int], float]
+"""(score, whole answer, what was sampled of it, tokens of the whole answer) -> reward"""
 
 
 def sample_seed(run_seed: int, name: str, position: int) -> int:
@@ -113,7 +113,7 @@ def grade(
     template: ChatTemplate,
     graders: GraderPool,
     max_error_rate: float,
-    shaping: Shaping = lambda score, text, rollout: score,
+    shaping: Shaping = lambda score, text, rollout, length: score,
 ) -> list[GradedRollouts]:
     """Decode and grade every rollout.
 
@@ -135,9 +135,10 @@ def grade(
     graded, start = [], 0
     for ask, rollouts, group in zip(asks, sampled, texts, strict=True):
         here = tuple(grades[start : start + len(rollouts)])
+        lengths = [len(ask.prefix) + len(rollout.token_ids) for rollout in rollouts]
         rewards = tuple(
-            None if grade.score is None else shaping(grade.score, text, rollout)
-            for grade, text, rollout in zip(here, group, rollouts, strict=True)
+            None if grade.score is None else shaping(grade.score, text, rollout, length)
+            for grade, text, rollout, length in zip(here, group, rollouts, lengths, strict=True)
         )
         graded.append(
             GradedRollouts(

@@ -65,7 +65,7 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
     digests = _digest_together(partial, groups)
 
     def finish() -> None:
-        _write(partial / RUN_STATE, json.dumps(run_state, indent=2))
+        _write(partial / RUN_STATE, json.dumps(run_state))
         digests[RUN_STATE] = _digest(partial / RUN_STATE)
         _write(partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True))
         _sync_folder(partial)

@@ -24,6 +24,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
+from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics
 from megatron_chord.train.report import step_line, summary
 from megatron_chord.train.setup import (
@@ -69,6 +70,8 @@ class _Parts:
     engine: RolloutEngine
     coordinator: Coordinator | None
     """On rank 0 only."""
+    mu_gradient: MuGradient | None
+    """Where mu is learned."""
 
 
 def train(
@@ -87,7 +90,9 @@ def train(
     """
     with _refusing():
         shape, method = check_run(run, runtime.world_size_of_environment())
-    groups = runtime.start(run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run))
+    groups = runtime.start(
+        run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run, method)
+    )
     with ExitStack() as stack:
         stack.callback(runtime.stop)
         coordinator: Coordinator | None = None
@@ -117,8 +122,15 @@ def train(
                 steps=run.steps,
                 reference=reference_folder(run, terms),
             )
+            schedule = method.schedule(run)
             parts = _Parts(
-                run=run, method=method, terms=terms, state=state, engine=engine, coordinator=coordinator
+                run=run,
+                method=method,
+                terms=terms,
+                state=state,
+                engine=engine,
+                coordinator=coordinator,
+                mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
             )
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
@@ -198,7 +210,13 @@ def _train_on(
     learning_rate = 0.0
     for _ in range(run.batch.epochs):
         for update, batches in zip(inputs.updates, prepared, strict=True):
-            result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
+            if parts.mu_gradient is not None:
+                result, slope = parts.mu_gradient.compute(
+                    state, batches, update, parts.terms, temperature=temperature
+                )
+                result.means["mu_gradient"] = slope
+            else:
+                result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
             if not results:
                 _check_gap(run, result, step)
             norm, learning_rate = apply_gradients(state, new_step=not results)

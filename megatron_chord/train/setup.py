@@ -131,12 +131,13 @@ def layout_of(parallel: ParallelConfig, data_parallel: int) -> Layout:
     )
 
 
-def coordinator_timeout_s(run: RunConfig) -> float:
+def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     """How long ranks may have to wait for the coordinator: a server's start, a step's sampling and grading, and
     their repeats."""
     rollout = run.rollout
     grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
-    once = rollout.start_timeout_s + rollout.request_timeout_s + rollout.sync_timeout_s + grading
+    sampling = method.samplings(run) * (rollout.request_timeout_s + grading)
+    once = rollout.start_timeout_s + sampling + rollout.sync_timeout_s
     return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
 
 

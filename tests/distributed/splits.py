@@ -60,12 +60,16 @@ def assert_same_update(result: Any, expected: Any, what: str, *, relative: float
     for name, grad in wanted_grads.items():
         scale = grad.abs().max().item()
         error = (grads[name].double() - grad).abs().max().item()
-        assert error <= relative * scale + 1e-9, f"{what}: gradient of {name} off by {error:.2e} of {scale:.2e}"
+        assert error <= relative * scale + 1e-9, (
+            f"{what}: gradient of {name} off by {error:.2e} of {scale:.2e}"
+        )
 
 
 def assert_split_invariant(
     model: Path,
-    objectives: Mapping[str, tuple[RunConfig, Sequence[TrainSample], Mapping[str, float], Mapping[str, OracleTerm]]],
+    objectives: Mapping[
+        str, tuple[RunConfig, Sequence[TrainSample], Mapping[str, float], Mapping[str, OracleTerm]]
+    ],
     *,
     layouts: Mapping[int, Mapping[str, Mapping[str, Any]]],
     reference: Path | None = None,

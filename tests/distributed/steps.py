@@ -73,7 +73,10 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         terms = build_method(run.method).terms(run)
         if built is None or built[0] != (parallel, case.get("reference")):
             # Groups are dear: gloo keeps the threads of every group that it has made.
-            built = (parallel, case.get("reference")), build(folder, parallel, reference=case.get("reference"))
+            built = (
+                (parallel, case.get("reference")),
+                build(folder, parallel, reference=case.get("reference")),
+            )
         state = built[1]
         plan = plan_step(
             with_scales(case["samples"], terms),

@@ -102,7 +102,9 @@ def oracle_update(
                         },
                         old_logp=row[target].item(),
                         old_entropy=entropy.item(),
-                        reference_logp=theirs[position - 1, target].item() if theirs is not None else math.nan,
+                        reference_logp=theirs[position - 1, target].item()
+                        if theirs is not None
+                        else math.nan,
                     )
                 )
             if tokens:

@@ -97,35 +97,40 @@ def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "pol
 
 
 def expert_term(
-    weight: Any, *, cutoff: float = 1.0, pool: str = "expert", aggregation: str = "token_mean", length: int = 1
+    weight: Any,
+    *,
+    cutoff: float = 1.0,
+    pool: str = "expert",
+    aggregation: str = "token_mean",
+    length: int = 1,
 ) -> OracleTerm:
     """-w log p with ``weight`` a settings class of ``objective.expert_weight``."""
 
     def entropy_rank(token: Token, everything: list[SequenceTokens]) -> int:
         return sum(t.old_entropy > token.old_entropy for s in everything for t in s.tokens)
 
-    def w(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
-        p, q = token.p, 1 - token.p
+    def entropy_weight(token: Token, everything: list[SequenceTokens]) -> float:
         count = sum(len(sequence.tokens) for sequence in everything)
-        margin = p - math.exp(token.rival)
-        if weight.kind == "power":
-            return weight.scale * p**weight.a * q**weight.b
-        if weight.kind == "clipped_is":
-            return p if p <= weight.threshold else 0.0
-        if weight.kind == "focal":
-            return q**weight.exponent
-        if weight.kind == "bernoulli_entropy":
-            return -p * math.log(p) - q * math.log(q)
         if weight.kind == "entropy_top":
             return float(entropy_rank(token, everything) < max(1, math.ceil(weight.share * count)))
-        if weight.kind == "entropy_norm":
-            total = sum(t.old_entropy for s in everything for t in s.tokens)
-            return token.old_entropy * count / total
+        return token.old_entropy * count / sum(t.old_entropy for s in everything for t in s.tokens)
+
+    def w(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
+        p, q = token.p, 1 - token.p
+        margin = p - math.exp(token.rival)
+        if weight.kind.startswith("entropy"):
+            return entropy_weight(token, everything)
         if weight.kind == "margin":
-            if weight.width is None:
-                return 1 - abs(margin)
-            return math.exp(-(margin**2) / 2 / weight.width**2)
-        return {"one": 1.0, "p": p, "phi": p * q}[weight.kind]
+            return 1 - abs(margin) if weight.width is None else math.exp(-(margin**2) / 2 / weight.width**2)
+        return {
+            "one": lambda: 1.0,
+            "p": lambda: p,
+            "phi": lambda: p * q,
+            "power": lambda: weight.scale * p**weight.a * q**weight.b,
+            "clipped_is": lambda: p if p <= weight.threshold else 0.0,
+            "focal": lambda: q**weight.exponent,
+            "bernoulli_entropy": lambda: -p * math.log(p) - q * math.log(q),
+        }[weight.kind]()
 
     def loss(token: Token, sequence: SequenceTokens, everything: list[SequenceTokens]) -> Tensor:
         is_cut = cutoff < 1 and token.p > cutoff

@@ -78,7 +78,7 @@ def tiny_run(
 def make_samples(
     *, num_policy: int = 6, num_expert: int = 5, seed: int = 0, vocab: int = VOCAB
 ) -> list[TrainSample]:
-    """Random samples of CHORD's two terms, of uneven lengths; rollout log-probs such that ratios clip on either side."""
+    """Random samples of CHORD's two terms, of uneven lengths, whose ratios clip on either side."""
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(num_policy + num_expert):

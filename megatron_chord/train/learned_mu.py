@@ -1,0 +1,87 @@
+"""The gradient of a learned mu (AMFT, arXiv 2508.06944; experimental): would more SFT have made the next step better?
+
+One SGD step from theta is theta' = theta - eta ((1 - mu) g_RL + mu g_SFT), so the utility after it changes with mu by
+eta grad U(theta') . (g_RL - g_SFT). We take for grad U(theta') the negative RL gradient of the next step: its prompts
+are fresh, and so a held-out estimate. As neither the paper's scale nor Adam's is known to us, the product is that of
+unit vectors: a cosine in [-1, 1], positive where more SFT would have helped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_chord.methods.chord import EXPERT
+from megatron_chord.methods.groups import POLICY
+from megatron_chord.model.forward import DeviceBatch
+from megatron_chord.train.state import TrainState
+from megatron_chord.train.step import Terms, Update, UpdateResult, compute_gradients
+
+Gradients = Mapping[str, Tensor]
+
+
+class MuGradient:
+    """Computes the two branches' gradients apart and keeps their difference, one fp32 gradient's size, for a step.
+
+    A resumed run measures nothing in its first step: the difference is not saved.
+    """
+
+    def __init__(self) -> None:
+        self._difference: Gradients | None = None
+
+    def compute(
+        self,
+        state: TrainState,
+        batches: Sequence[DeviceBatch],
+        update: Update,
+        terms: Terms,
+        *,
+        temperature: float,
+    ) -> tuple[UpdateResult, float]:
+        """``compute_gradients`` in two passes, and the measured gradient of mu (0 where there is none yet).
+
+        Collectives: twice those of ``compute_gradients``, and 1 all-reduce over all ranks.
+        """
+        alone: dict[str, UpdateResult] = {}
+        parts: dict[str, Gradients] = {}
+        for branch in (POLICY, EXPERT):
+            only = replace(update, weights={POLICY: 0.0, EXPERT: 0.0, branch: 1.0})
+            alone[branch] = compute_gradients(state, batches, only, terms, temperature=temperature)
+            parts[branch] = {name: grad.clone() for name, grad in _gradients(state).items()}
+        for name, grad in _gradients(state).items():
+            grad.zero_()
+            for branch, part in parts.items():
+                grad.add_(part[name], alpha=update.weights[branch])
+        slope = 0.0
+        if self._difference is not None:
+            slope = -cosine(state, parts[POLICY], self._difference)
+        self._difference = {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
+        loss = sum(update.weights[branch] * result.loss for branch, result in alone.items())
+        return replace(alone[POLICY], loss=loss), slope
+
+
+def cosine(state: TrainState, left: Gradients, right: Gradients) -> float:
+    """Of two gradients of the whole model, every parameter counted once. One all-reduce over all ranks."""
+    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    counted = [
+        name
+        for name, parameter in state.parameters().items()
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    products = torch.zeros(3, dtype=torch.float64, device=state.groups.device)
+    for name in counted:
+        a, b = left[name].double(), right[name].double()
+        products += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+    dist.all_reduce(products)
+    across, first, second = products.tolist()
+    return across / max((first * second) ** 0.5, 1e-30)
+
+
+def _gradients(state: TrainState) -> dict[str, Tensor]:
+    return {name: parameter.main_grad for name, parameter in state.parameters().items()}  # type: ignore[attr-defined]

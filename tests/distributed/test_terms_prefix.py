@@ -1,0 +1,116 @@
+"""Prefix-RFT's and HPT's terms against naive versions, in layouts that cut sequences, vocabulary and batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megatron_chord.methods.hpt import HPT
+from megatron_chord.methods.prefix_rft import hybrid_sample
+from megatron_chord.records import Prompt, Rollout, TrainSample
+from tests.distributed.splits import assert_split_invariant
+from tests.support.oracle import OracleTerm, SequenceTokens, Token
+from tests.support.oracle_terms import policy_term
+from tests.support.tiny import VOCAB, make_samples, save_qwen2, tiny_run
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "cp2": {"context": 2}},
+    4: {"pp2_dp2": {"pipeline": 2}},
+}
+SHARE = 0.3
+
+
+def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
+    model = save_qwen2(tmp_path)
+    assert_split_invariant(
+        model,
+        {
+            "prefix_rft": prefix_rft(model),
+            "prefix_rft, recomputed": prefix_rft(model, ratio_from="recomputed", aggregation="sequence_mean"),
+            "prefix_rft, gspo": prefix_rft(model, surrogate="gspo", dual_clip=3.0, entropy_bonus=0.01),
+            "hpt": hpt(model),
+        },
+        layouts=LAYOUTS,
+    )
+
+
+# ---- Prefix-RFT
+
+
+def prefix_rft(model: Path, **objective: Any) -> Any:
+    run = tiny_run(model, method="prefix_rft", settings={"entropy_share": SHARE}, **objective)
+    samples = make_samples(num_policy=4, num_expert=0) + hybrids()
+    terms = {"policy": policy_term(run.objective), "prefix": prefix_term(run.objective.aggregation)}
+    return run, samples, {"policy": 1.0, "prefix": 1.0}, terms
+
+
+def hybrids() -> list[TrainSample]:
+    """Of uneven prefixes and continuations; one without a prefix, one much longer than a micro-batch likes."""
+    rng = np.random.default_rng(5)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(3, VOCAB, count).tolist())
+
+    return [
+        hybrid_sample(
+            Prompt(id="", messages=(), truth="", token_ids=tokens(question)),
+            tokens(prefix),
+            Rollout(
+                token_ids=tokens(continuation),
+                logprobs=tuple(rng.normal(-6, 2, continuation).tolist()),
+                finish_reason="stop",
+                weight_version=0,
+            ),
+            prefix_advantage=float(rng.normal()),
+            advantage=float(rng.normal()),
+        )
+        for question, prefix, continuation in ((3, 7, 4), (5, 1, 9), (2, 0, 5), (4, 21, 11), (6, 8, 1))
+    ]
+
+
+def prefix_term(aggregation: str) -> OracleTerm:
+    """In a single update the ratio is p / sg(p): 1, with the gradient of log p."""
+
+    def kept(token: Token, everything: list[SequenceTokens]) -> float:
+        entropies = sorted((t.old_entropy for s in everything for t in s.tokens), reverse=True)
+        return float(token.old_entropy >= entropies[math.ceil(SHARE * len(entropies)) - 1])
+
+    def loss(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> Tensor:
+        return -token.logp.exp() / token.p * token.constants["advantage"] * kept(token, everything)
+
+    return OracleTerm(
+        loss=loss,
+        pool="policy",
+        aggregation=aggregation,
+        means={
+            "prefix_nll": lambda token, *_: -token.logp.item(),
+            "prefix_entropy": lambda token, *_: token.entropy.item(),
+            "prefix_kept": lambda token, _, everything: kept(token, everything),
+            "prefix_clip_fraction": lambda *_: 0.0,
+        },
+        losses={"prefix_loss": lambda *all: loss(*all).item()},
+    )
+
+
+# ---- HPT
+
+
+def hpt(model: Path) -> Any:
+    """7 prompts, 2 of them by SFT: 5/7 of the mean over rollouts' tokens, 0.5 x 2/7 of that over demonstrations'."""
+    run = tiny_run(model, method="hpt", settings={"sft_coefficient": 0.5}, temperature=0.8)
+    samples = make_samples(num_policy=10, num_expert=2, seed=4)
+    weights = HPT(sft_coefficient=0.5).weights([False] * 5 + [True] * 2)
+    nll = OracleTerm(
+        loss=lambda token, *_: -token.logp,
+        pool="demonstrations",
+        means={"expert_nll": lambda token, *_: -token.logp.item()},
+        losses={"expert_loss": lambda token, *_: -token.logp.item()},
+    )
+    assert weights == {"policy": 1 - 2 / 7, "expert": 0.5 * 2 / 7}
+    oracle = {"policy": replace(policy_term(run.objective), pool="rollouts"), "expert": nll}
+    return run, samples, weights, oracle

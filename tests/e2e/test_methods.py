@@ -1,0 +1,136 @@
+"""Every file of examples/methods trains on real rollouts, and its metrics line names what is its own.
+
+One vLLM server samples for all of them; each run pushes its own weights to it before the first sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.config_io import load_config
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.task import metrics_of
+
+EXAMPLES = ROOT / "examples" / "methods"
+STEPS = 3
+
+SFT = {"mu", "expert_loss", "expert_nll", "expert_p", "expert_phi", "expert_weight"}
+GRPO = {"mu", "policy_loss", "entropy", "clip_fraction", "logprob_gap", "reward_mean", "equal_reward_groups"}
+GUIDED = {"policy_loss", "demonstration_p", "demonstration_reward", "demonstration_advantage", "logprob_gap"}
+OWN: dict[str, set[str]] = {
+    "sft": SFT,
+    "dft": SFT,
+    "grpo": GRPO,
+    "sft_then_rl": SFT | GRPO,
+    "alternating": SFT | GRPO,
+    "constant_mu": SFT | GRPO,
+    "is_sft": SFT | GRPO,
+    "chord_mu": SFT | GRPO,
+    "chord_phi": SFT | GRPO,
+    "chord_both": SFT | GRPO,
+    "reward_adaptive": SFT | GRPO,
+    "sasr": SFT | {"kl"},
+    "amft": SFT | GRPO | {"mu_gradient"},
+    "dapo": GRPO | {"sampling_rounds", "prompts_sampled"},
+    "dr_grpo": GRPO,
+    "gspo": GRPO,
+    "cispo": GRPO,
+    "rloo": GRPO | {"correction_weight", "correction_outside"},
+    "luffy": GUIDED | {"demonstration_loss", "demonstration_ratio"},
+    "rl_plus": GUIDED | {"demonstration_loss", "demonstration_focus"},
+    "srft": GUIDED | {"demonstration_sft_loss", "demonstration_rl_loss", "demonstration_weight", "right_fraction"},
+    "prefix_rft": {"policy_loss", "prefix_loss", "prefix_nll", "prefix_kept", "logprob_gap"},
+    "ghpo": {"policy_loss", "hinted_groups", "hint_stage", "logprob_gap"},
+    "hpt": {"expert_loss", "sft_prompts"},
+    "remix": {"policy_loss", "stale_loss", "stale_ratio", "stale_age"},
+    "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
+}
+"""By file: what some step's row of metrics.jsonl must hold."""
+
+SMALL = {
+    "batch.prompts": "4",
+    "batch.rollouts": "4",
+    "data.evaluation": "null",
+    "optim.warmup_steps": "1",
+    "rollout.kv_cache_bytes": str(64 << 20),
+    "reward.workers": "1",
+    "steps": str(STEPS),
+}
+SHORTER = {
+    "sft_then_rl": {"objective.mu.switch_step": "1"},
+    "alternating": {"objective.mu.policy_steps": "1"},
+    "amft": {"objective.mu.sft_steps": "1"},
+    "sasr": {"objective.mu.warmup_steps": "1"},
+    "chord_mu": {"objective.mu.decay_steps": "2"},
+    "remix": {"method.mix_steps": "3", "method.stale_share": "0.6"},
+}
+"""So that three steps see every stage."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutServer]:
+    started = start_server(
+        ROOT / "examples" / "arithmetic" / "policy",
+        ServerSettings(dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1),
+        log=tmp_path_factory.mktemp("server") / "vllm.log",
+    )
+    try:
+        started.wait_until_ready(300)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_API_KEY", started.api_key)
+            yield started
+    finally:
+        started.stop()
+
+
+def train_all(files: list[Path], url: str, out: Path, changes: dict[str, dict[str, str]]) -> None:
+    """In a process of its own, one run after the other."""
+    from megatron_chord.train.loop import train
+
+    for file in files:
+        settings = {**SMALL, **changes.get(file.stem, {}), "output": str(out / file.stem)}
+        overrides = [*(f"{name}={value}" for name, value in settings.items()), f"rollout.servers=[{url}]"]
+        if load_config(file).batch.experts:
+            overrides.append("batch.experts=6")
+        train(load_config(file, overrides))
+
+
+def own_metrics(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    rows = metrics_of(folder)
+    return rows, {name for row in rows for name in row}
+
+
+def test_there_is_an_expectation_for_every_file() -> None:
+    files = {path.stem for path in EXAMPLES.glob("*.yaml")} - {"common", "aligned"}
+    assert files == set(OWN)
+
+
+def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
+    files = [EXAMPLES / f"{name}.yaml" for name in OWN]
+    run_ranks(train_all, 1, files, server.url, tmp_path, SHORTER, timeout_s=900)
+    for name, expected in OWN.items():
+        rows, names = own_metrics(tmp_path / name)
+        assert [row["step"] for row in rows] == list(range(STEPS)), name
+        assert expected <= names, f"{name} lacks {expected - names}"
+        assert max(row["grad_norm"] for row in rows) > 0, name
+        assert all(row.get("logprob_gap", 0) < 1e-4 for row in rows), name
+        assert (tmp_path / name / "policy" / "config.json").is_file()
+
+
+def test_methods_whose_terms_talk_across_ranks_train_on_two(server: RolloutServer, tmp_path: Path) -> None:
+    """The same draws and, to rounding, the same numbers as on one rank."""
+    names = ["dpo_mixed_pairs", "prefix_rft", "luffy"]
+    files = [EXAMPLES / f"{name}.yaml" for name in names]
+    changes = {name: {**SHORTER.get(name, {}), "steps": "2"} for name in names}
+    run_ranks(train_all, 1, files, server.url, tmp_path / "one", changes)
+    run_ranks(train_all, 2, files, server.url, tmp_path / "two", changes)
+    for name in names:
+        one, two = metrics_of(tmp_path / "one" / name), metrics_of(tmp_path / "two" / name)
+        assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-4, abs=1e-6), name
+        assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4), name
+        assert one[1]["reward_mean"] == two[1]["reward_mean"], name

@@ -1,0 +1,97 @@
+"""A ``Draw`` whose answers a test writes down, and what stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_chord.methods.draw import Drawn
+from megatron_chord.records import Prompt, Rollout
+from megatron_chord.rewards.pool import Grade
+from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.schedules import Moment
+
+Score = float | None
+
+
+def prompt(name: str, *, tokens: Sequence[int] = (5, 6), text: str = "?") -> Prompt:
+    messages = ({"role": "system", "content": "s"}, {"role": "user", "content": text})
+    return Prompt(id=name, messages=messages, truth="", token_ids=tuple(tokens))
+
+
+def graded(
+    of: Prompt, scores: Sequence[Score], *, prefix: tuple[int, ...] = (), finish_reason: Any = "stop"
+) -> GradedRollouts:
+    """Answers of two tokens, 20 and 21, 30 and 31, ...; rewards are the scores."""
+    rollouts = tuple(
+        Rollout(
+            token_ids=(20 + 10 * i, 21 + 10 * i),
+            logprobs=(-0.5, -1.0 - i),
+            finish_reason=finish_reason,
+            weight_version=0,
+        )
+        for i in range(len(scores))
+    )
+    return GradedRollouts(
+        prompt=of,
+        prefix=prefix,
+        rollouts=rollouts,
+        texts=("",) * len(scores),
+        grades=tuple(Grade(score, "timeout" if score is None else None) for score in scores),
+        rewards=tuple(scores),
+    )
+
+
+@dataclass(kw_only=True)
+class ScriptedDraw:
+    """What a method may ask for in a step."""
+
+    scores: Mapping[tuple[str, str], Sequence[Score]]
+    """By attempt and prompt id, of its rollouts."""
+    demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    step: int = 0
+    template: Any = None
+    asked: list[tuple[str, Sequence[Drawn], int]] = field(
+        default_factory=list[tuple[str, Sequence[Drawn], int]]
+    )
+    """Attempt, prompts and number of samples of every call of ``rollouts``."""
+
+    @property
+    def now(self) -> Moment:
+        return Moment(step=self.step)
+
+    def prompts(self, count: int) -> list[Drawn]:
+        names = list(dict.fromkeys(name for _, name in self.scores))
+        return [Drawn(prompt=prompt(names[i]), position=100 + i) for i in range(count)]
+
+    def demonstration(self, of: Prompt) -> tuple[int, ...]:
+        return self.demonstrations[of.id]
+
+    def rollouts(
+        self,
+        drawn: Sequence[Drawn],
+        *,
+        samples: int,
+        attempt: str = "",
+        prefixes: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[GradedRollouts]:
+        self.asked.append((attempt, drawn, samples))
+        found = [
+            graded(item.prompt, self.scores[attempt, item.prompt.id], prefix=prefixes[i] if prefixes else ())
+            for i, item in enumerate(drawn)
+        ]
+        assert all(len(item.rollouts) == samples for item in found)
+        return found
+
+
+class WordTemplate(SimpleNamespace):
+    """Tokens are characters, of all messages one after the other."""
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return tuple(ord(letter) for message in messages for letter in message["content"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Without the stop token 0."""
+        return "".join(chr(token) for token in token_ids if token)

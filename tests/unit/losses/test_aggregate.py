@@ -1,0 +1,122 @@
+"""What each token is divided by: four ways, over pools of one term and of two, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_chord.config import Aggregation
+from megatron_chord.losses.aggregate import SCALE, with_scales
+from megatron_chord.losses.terms import Term, TermOutput
+from megatron_chord.records import Part, TrainSample
+
+
+def part(term: str, tokens: int, *, start: int = 1, **constants: float | np.ndarray) -> Part:
+    return Part(term=term, positions=np.arange(start, start + tokens), constants=constants)
+
+
+def sample(*parts: Part) -> TrainSample:
+    return TrainSample(token_ids=np.arange(20), parts=parts)
+
+
+def term(pool: str, aggregation: Aggregation = "token_mean", length: int = 1) -> Term:
+    def loss(*_: Any) -> TermOutput:
+        raise NotImplementedError
+
+    return Term(loss=loss, pool=pool, aggregation=aggregation, aggregation_length=length)
+
+
+def scales(samples: list[TrainSample], terms: dict[str, Term]) -> list[list[tuple[str, Any]]]:
+    return [
+        [(part.term, part.constants[SCALE]) for part in sample.parts]
+        for sample in with_scales(samples, terms)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        # Three sequences of 1, 3 and 4 tokens; the constant length is 5.
+        ("token_mean", [1 / 8, 1 / 8, 1 / 8]),
+        ("sequence_mean", [1 / 3, 1 / 9, 1 / 12]),
+        ("sequence_sum", [1 / 3, 1 / 3, 1 / 3]),
+        ("constant", [1 / 15, 1 / 15, 1 / 15]),
+    ],
+)
+def test_four_aggregations(aggregation: Aggregation, expected: list[float]) -> None:
+    samples = [sample(part("policy", tokens)) for tokens in (1, 3, 4)]
+    found = scales(samples, {"policy": term("policy", aggregation, 5)})
+    assert found == [[("policy", pytest.approx(scale, rel=1e-15))] for scale in expected]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_weights_of_a_mean_add_up_to_1(aggregation: Aggregation) -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample(part("policy", int(rng.integers(0, 9)))) for _ in range(50)]
+    scaled = with_scales(samples, {"policy": term("policy", aggregation)})
+    weights = [np.broadcast_to(p.constants[SCALE], p.positions.shape) for s in scaled for p in s.parts]
+    assert np.concatenate(weights).sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_terms_of_different_pools_do_not_meet() -> None:
+    samples = [sample(part("policy", 2)), sample(part("expert", 5)), sample(part("policy", 6))]
+    terms = {"policy": term("policy"), "expert": term("expert", "sequence_mean"), "unused": term("expert")}
+    assert scales(samples, terms) == [[("policy", 1 / 8)], [("expert", 1 / 5)], [("policy", 1 / 8)]]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        # One pool of sequences of 2, 6 and 4 tokens.
+        ("token_mean", [1 / 12, 1 / 12, 1 / 12]),
+        ("sequence_mean", [1 / 6, 1 / 18, 1 / 12]),
+        ("sequence_sum", [1 / 3, 1 / 3, 1 / 3]),
+        ("constant", [1 / 30, 1 / 30, 1 / 30]),
+    ],
+)
+def test_two_terms_of_one_pool(aggregation: Aggregation, expected: list[float]) -> None:
+    samples = [sample(part("policy", 2)), sample(part("policy", 6)), sample(part("demonstration", 4))]
+    terms = {name: term("shared", aggregation, 10) for name in ("policy", "demonstration")}
+    names = ["policy", "policy", "demonstration"]
+    assert scales(samples, terms) == [
+        [(name, pytest.approx(scale, rel=1e-15))] for name, scale in zip(names, expected, strict=True)
+    ]
+
+
+def test_each_part_of_a_sample_is_a_sequence() -> None:
+    samples = [sample(part("prefix", 2), part("policy", 3, start=5)), sample(part("policy", 4))]
+    apart = {"prefix": term("prefix", "sequence_mean"), "policy": term("policy", "sequence_mean")}
+    assert scales(samples, apart) == [[("prefix", 1 / 2), ("policy", 1 / 6)], [("policy", 1 / 8)]]
+    together = {name: term("shared", "sequence_mean") for name in apart}
+    assert scales(samples, together) == [[("prefix", 1 / 6), ("policy", 1 / 9)], [("policy", 1 / 12)]]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_empty_parts_are_dropped_and_do_not_count(aggregation: Aggregation) -> None:
+    terms = {"policy": term("policy", aggregation, 7), "expert": term("policy", aggregation, 7)}
+    full = [sample(part("policy", 2)), sample(part("expert", 3))]
+    with_empty = [
+        sample(part("expert", 0), part("policy", 2)),
+        sample(part("policy", 0)),
+        sample(part("expert", 3)),
+        sample(),
+    ]
+    first, second = scales(full, terms)
+    assert scales(with_empty, terms) == [first, [], second, []]
+
+
+def test_nothing_at_all() -> None:
+    assert with_scales([], {"policy": term("policy")}) == []
+    assert scales([sample(part("policy", 0))], {"policy": term("policy", "sequence_mean")}) == [[]]
+
+
+def test_the_rest_of_a_sample_stays() -> None:
+    columns = np.array([1.0, 2.0], np.float32)
+    before = sample(part("policy", 2, advantage=0.5, rollout_logprob=columns))
+    (after,) = with_scales([before], {"policy": term("policy")})
+    assert after.token_ids is before.token_ids
+    assert after.parts[0].positions is before.parts[0].positions
+    assert after.parts[0].constants == {"advantage": 0.5, "rollout_logprob": columns, SCALE: 0.5}
+    assert SCALE not in before.parts[0].constants
