@@ -68,7 +68,7 @@ def surrogate(
     log_ratio = logprobs - old_logprobs.detach()
     if objective.surrogate == "gspo":
         of_sequence = tokens.sequence_means(log_ratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = (of_sequence + logprobs - logprobs.detach()).exp()
+        ratio = (of_sequence + (logprobs - logprobs.detach())).exp()
     else:
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     within = ratio.clamp(low, high)

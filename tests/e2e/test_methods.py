@@ -125,10 +125,10 @@ def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
 def test_methods_whose_terms_talk_across_ranks_train_on_two(server: RolloutServer, tmp_path: Path) -> None:
     """The same draws and, to rounding, the same numbers as on one rank."""
     names = ["dpo_mixed_pairs", "prefix_rft", "luffy"]
-    files = [EXAMPLES / f"{name}.yaml" for name in names]
     changes = {name: {**SHORTER.get(name, {}), "steps": "2"} for name in names}
-    run_ranks(train_all, 1, files, server.url, tmp_path / "one", changes)
-    run_ranks(train_all, 2, files, server.url, tmp_path / "two", changes)
+    for name in names:
+        for count, folder in ((1, "one"), (2, "two")):
+            run_ranks(train_all, count, [EXAMPLES / f"{name}.yaml"], server.url, tmp_path / folder, changes)
     for name in names:
         one, two = metrics_of(tmp_path / "one" / name), metrics_of(tmp_path / "two" / name)
         assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-4, abs=1e-6), name

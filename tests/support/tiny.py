@@ -67,7 +67,9 @@ def tiny_run(
         steps=10,
         model=ModelConfig(path=folder, dtype="fp32"),
         data=DataConfig(prompts=folder / "prompts", experts=folder / "experts", max_response_tokens=16),
-        batch=BatchConfig(prompts=3, rollouts=2, experts=5, max_tokens=max_tokens),
+        batch=BatchConfig(
+            prompts=3, rollouts=2, experts=5 if method == "chord" else 0, max_tokens=max_tokens
+        ),
         method=MethodConfig(name=method, settings=settings or {}),
         parallel=ParallelConfig(**parallel or {}),
         objective=ObjectiveConfig(**objective),

@@ -13,13 +13,15 @@ from megatron_chord.data.packing import (
     PackedBatch,
     StepPlan,
     balanced_bins,
+    columns_of,
     context_order,
     context_shard,
     make_layout,
     pack,
     plan_step,
+    token_counts,
 )
-from megatron_chord.records import TrainSample
+from megatron_chord.records import Part, TrainSample
 
 PAD = 0
 LAYOUTS = {
@@ -35,52 +37,110 @@ LAYOUTS = {
 CONTEXT = {"cp2": 2, "cp3_tp2_sp_pp4_vpp": 3}
 
 
+COLUMNS = {"expert": ("phase",), "policy": ("advantage", "rollout_logprob"), "unset": ()}
+Row = tuple[int, str, int, tuple[tuple[str, float], ...]]
+
+
 def random_samples(rng: np.random.Generator, count: int) -> list[TrainSample]:
-    """Samples whose every trained token can be recognised: its id, advantage and log-prob are its own."""
+    """Samples whose every trained token can be recognised: its id and its constants are its own.
+
+    Their parts are of one to three terms, mixed within the sample, in any order, and some of them empty.
+    """
     samples = []
     for index in range(count):
         length = int(rng.integers(2, 60))
-        is_expert = bool(rng.random() < 0.5)
-        trained = rng.random(length) < 0.6
-        trained[0] = False
         ids = 1000 * (index + 1) + np.arange(length)
-        samples.append(
-            TrainSample(
-                kind="expert" if is_expert else "policy",
-                token_ids=ids,
-                trained=trained,
-                advantage=0.0 if is_expert else float(index + 1),
-                rollout_logprobs=None if is_expert else np.where(trained, -ids, 0).astype(np.float32),
-            )
-        )
+        owner = rng.integers(0, 6, length) % rng.integers(1, 7)
+        parts = [
+            Part(term=term, positions=positions, constants=constants_of(term, index, ids[positions]))
+            for number, term in enumerate(COLUMNS)
+            if len(positions := np.flatnonzero((owner == number) & (np.arange(length) > 0)))
+            or rng.random() < 0.3
+        ]
+        samples.append(TrainSample(token_ids=ids, parts=tuple(parts[i] for i in rng.permutation(len(parts)))))
     return samples
+
+
+def constants_of(term: str, sample: int, ids: np.ndarray) -> dict[str, float | np.ndarray]:
+    if term == "policy":
+        return {"rollout_logprob": -ids.astype(np.float32), "advantage": sample + 0.5}
+    return {"phase": sample * 2} if term == "expert" else {}
 
 
 def sequences_of(batch: PackedBatch) -> list[np.ndarray]:
     return np.split(batch.token_ids, batch.cu_seqlens[1:-1])
 
 
-def trained_rows(batch: PackedBatch) -> list[tuple[int, bool, float, float]]:
-    """(target, is expert, advantage, rollout log-prob) of each trained token."""
-    columns = (batch.targets, batch.is_expert, batch.advantages, batch.rollout_logprobs)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def trained_rows(batch: PackedBatch) -> list[Row]:
+    """(target, term, tokens of its part, constants) of each trained token."""
+    return [
+        (
+            int(batch.targets[term.index[k]]),
+            name,
+            int(term.lengths[term.sequence[k]]),
+            tuple(sorted((key, float(column[k])) for key, column in term.columns.items())),
+        )
+        for name, term in batch.terms.items()
+        for k in range(len(term.index))
+    ]
 
 
-def expected_rows(samples: list[TrainSample]) -> list[tuple[int, bool, float, float]]:
+def expected_rows(samples: list[TrainSample]) -> list[Row]:
     return [
         (
             int(token),
-            sample.kind == "expert",
-            sample.advantage,
-            0.0 if sample.kind == "expert" else -float(token),
+            part.term,
+            len(part.positions),
+            tuple(
+                sorted(
+                    (key, float(value if isinstance(value, float | int) else value[k]))
+                    for key, value in part.constants.items()
+                )
+            ),
         )
         for sample in samples
-        for token in sample.token_ids[sample.trained]
+        for part in sample.parts
+        for k, token in enumerate(sample.token_ids[part.positions])
     ]
+
+
+def trained_sequences(*batches: PackedBatch) -> set[tuple[str, frozenset[int]]]:
+    """Which targets of a term share a sequence, over batches that number their sequences alike."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for batch in batches:
+        for name, term in batch.terms.items():
+            for k, sequence in enumerate(term.sequence.tolist()):
+                found.setdefault((name, sequence), set()).add(int(batch.targets[term.index[k]]))
+    return {(name, frozenset(targets)) for (name, _), targets in found.items()}
+
+
+def expected_sequences(samples: list[TrainSample]) -> set[tuple[str, frozenset[int]]]:
+    return {
+        (part.term, frozenset(sample.token_ids[part.positions].tolist()))
+        for sample in samples
+        for part in sample.parts
+        if len(part.positions)
+    }
 
 
 def batches_of(plan: StepPlan) -> list[PackedBatch]:
     return [batch for rank in plan.micro_batches for batch in rank]
+
+
+def check_terms(batch: PackedBatch) -> None:
+    """Every trained token is in exactly one term, and columns fit."""
+    index = [term.index for term in batch.terms.values()]
+    assert np.sort(np.concatenate([np.zeros(0, np.int64), *index])).tolist() == list(
+        range(len(batch.targets))
+    )
+    assert len(batch.loss_positions) == len(batch.targets)
+    assert (np.diff(batch.loss_positions) > 0).all()
+    for term in batch.terms.values():
+        assert {term.index.dtype, term.sequence.dtype} == {np.dtype("i8")}
+        assert {term.lengths.dtype, *(column.dtype for column in term.columns.values())} == {np.dtype("f4")}
+        assert {column.shape for column in term.columns.values()} <= {term.index.shape}
+        assert term.sequence.shape == term.index.shape
+        assert np.isin(term.sequence, np.arange(len(term.lengths))).all()
 
 
 def check_well_formed(batch: PackedBatch, layout: Layout) -> None:
@@ -96,9 +156,15 @@ def check_well_formed(batch: PackedBatch, layout: Layout) -> None:
     # The token after a loss position is its target, and belongs to the same sequence.
     assert batch.token_ids[batch.loss_positions + 1].tolist() == batch.targets.tolist()
     assert not np.isin(batch.loss_positions + 1, starts).any()
-    types = {"token_ids": "i8", "position_ids": "i8", "cu_seqlens": "i4", "loss_positions": "i8"}
-    types |= {"targets": "i8", "is_expert": "?", "advantages": "f4", "rollout_logprobs": "f4"}
+    types = {
+        "token_ids": "i8",
+        "position_ids": "i8",
+        "cu_seqlens": "i4",
+        "loss_positions": "i8",
+        "targets": "i8",
+    }
     assert {name: getattr(batch, name).dtype for name in types} == {n: np.dtype(t) for n, t in types.items()}
+    check_terms(batch)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -124,11 +190,17 @@ def test_plans_of_random_steps(name: str, max_tokens: int) -> None:
             assert len(batch.token_ids) - used < layout.batch_multiple or not held
             found += held
         assert sorted(found) == [sample.token_ids.tolist() for sample in samples]
-        rows = [row for batch in batches_of(plan) for row in trained_rows(batch)]
+        batches = batches_of(plan)
         expected = expected_rows(samples)
-        assert sorted(rows) == sorted(expected)
-        assert plan.num_expert_tokens == sum(is_expert for _, is_expert, _, _ in expected)
-        assert plan.num_policy_tokens == len(expected) - plan.num_expert_tokens
+        assert sorted(row for batch in batches for row in trained_rows(batch)) == sorted(expected)
+        assert set().union(*(trained_sequences(batch) for batch in batches)) == expected_sequences(samples)
+        assert plan.counts == Counter(term for _, term, _, _ in expected)
+        # Every micro-batch has every term of the step, with all of its columns, in the same order.
+        shapes = [{name: list(term.columns) for name, term in batch.terms.items()} for batch in batches]
+        assert all(list(shape.items()) == list(shapes[0].items()) for shape in shapes)
+        assert {name: set(columns) for name, columns in shapes[0].items()} == {
+            name: set(COLUMNS[name]) for name in plan.counts
+        }
 
 
 @pytest.mark.parametrize("name", CONTEXT)
@@ -136,7 +208,7 @@ def test_context_shards_partition_tokens_and_loss_positions(name: str) -> None:
     layout, context = LAYOUTS[name], CONTEXT[name]
     for seed in range(20):
         samples = random_samples(np.random.default_rng(seed), count=5)
-        batch = pack(samples, layout=layout, pad_id=PAD)
+        batch = pack(samples, columns=columns_of(samples), layout=layout, pad_id=PAD)
         shards = [context_shard(batch, context, rank) for rank in range(context)]
         whole = Counter(zip(batch.token_ids.tolist(), batch.position_ids.tolist(), strict=True))
         parts = Counter(
@@ -148,7 +220,12 @@ def test_context_shards_partition_tokens_and_loss_positions(name: str) -> None:
         assert sorted(row for shard in shards for row in trained_rows(shard)) == sorted(
             expected_rows(samples)
         )
+        assert trained_sequences(*shards) == expected_sequences(samples)
         for shard in shards:
+            check_terms(shard)
+            assert list(shard.terms) == list(batch.terms)
+            for name, term in shard.terms.items():
+                assert term.lengths is batch.terms[name].lengths
             assert len(shard.token_ids) == len(batch.token_ids) // context
             assert shard.cu_seqlens is batch.cu_seqlens
             # A sample's ids count up, so the token that predicts a target is the target less one.
@@ -156,7 +233,7 @@ def test_context_shards_partition_tokens_and_loss_positions(name: str) -> None:
 
 
 def test_one_context_rank_holds_the_batch_itself() -> None:
-    batch = pack(random_samples(np.random.default_rng(0), 3), layout=Layout(), pad_id=PAD)
+    batch = pack(random_samples(np.random.default_rng(0), 3), columns=COLUMNS, layout=Layout(), pad_id=PAD)
     assert context_shard(batch, 1, 0) is batch
 
 
@@ -175,23 +252,125 @@ def test_context_order_is_a_partition_with_equal_work(context: int) -> None:
     assert len({int((positions + 1).sum()) for positions in held}) == 1
 
 
-def test_two_samples_by_hand() -> None:
-    expert = TrainSample(kind="expert", token_ids=np.array([5, 6, 7]), trained=np.array([False, True, True]))
-    policy = TrainSample(
-        kind="policy",
-        token_ids=np.array([8, 9]),
-        trained=np.array([False, True]),
-        advantage=-0.5,
-        rollout_logprobs=np.array([0, -1.5], np.float32),
+def two_samples() -> list[TrainSample]:
+    """The first trains three tokens of one term around one of another, the second two tokens of the latter."""
+    first = TrainSample(
+        token_ids=np.array([5, 6, 7, 8, 9]),
+        parts=(
+            Part(term="policy", positions=np.array([2]), constants={"advantage": -0.5}),
+            Part(
+                term="expert",
+                positions=np.array([1, 3, 4]),
+                constants={"weight": np.array([1, 2, 3], np.float32), "scale": 0.25},
+            ),
+            Part(term="empty", positions=np.zeros(0, np.int64), constants={"anything": 1.0}),
+        ),
     )
-    # Sequences of a multiple of 2 in a batch of a multiple of 4: a pad after 7, and a tail of two.
-    layout = Layout(sequence_multiple=2, batch_multiple=4)
-    batch = pack([expert, policy], layout=layout, pad_id=1)
-    assert batch.token_ids.tolist() == [5, 6, 7, 1, 8, 9, 1, 1]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 4, 6, 8]
-    assert batch.loss_positions.tolist() == [0, 1, 4]
-    assert trained_rows(batch) == [(6, True, 0.0, 0.0), (7, True, 0.0, 0.0), (9, False, -0.5, -1.5)]
+    second = TrainSample(
+        token_ids=np.array([10, 11, 12]),
+        parts=(Part(term="policy", positions=np.array([1, 2]), constants={"advantage": 0.75}),),
+    )
+    return [first, second]
+
+
+def columns_in(batch: PackedBatch) -> dict[str, dict[str, list[float]]]:
+    return {
+        name: {
+            "index": term.index.tolist(),
+            "sequence": term.sequence.tolist(),
+            "lengths": term.lengths.tolist(),
+        }
+        | {key: column.tolist() for key, column in term.columns.items()}
+        for name, term in batch.terms.items()
+    }
+
+
+def test_two_samples_by_hand() -> None:
+    # Sequences of a multiple of 4 in a batch of a multiple of 8: three pads after 9, one after 12, and a tail of 4.
+    samples = two_samples()
+    layout = Layout(sequence_multiple=4, batch_multiple=8)
+    batch = pack(samples, columns=columns_of(samples), layout=layout, pad_id=1)
+    assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 1, 1, 1, 10, 11, 12, 1, 1, 1, 1, 1]
+    assert batch.position_ids.tolist() == [*range(8), *range(4), *range(4)]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.loss_positions.tolist() == [0, 1, 2, 3, 8, 9]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 11, 12]
+    assert columns_in(batch) == {
+        "expert": {
+            "index": [0, 2, 3],
+            "sequence": [0, 0, 0],
+            "lengths": [3.0],
+            "weight": [1.0, 2.0, 3.0],
+            "scale": [0.25] * 3,
+        },
+        "policy": {
+            "index": [1, 4, 5],
+            "sequence": [0, 1, 1],
+            "lengths": [1.0, 2.0],
+            "advantage": [-0.5, 0.75, 0.75],
+        },
+    }
+
+
+def test_context_shards_by_hand() -> None:
+    samples = two_samples()
+    layout = Layout(sequence_multiple=4, batch_multiple=4)
+    batch = pack(samples, columns=columns_of(samples), layout=layout, pad_id=1)
+    # Rank 0 holds tokens 0 1 6 7 and 8 11, rank 1 those between them.
+    outer, inner = context_shard(batch, 2, 0), context_shard(batch, 2, 1)
+    assert outer.token_ids.tolist() == [5, 6, 1, 1, 10, 1]
+    assert inner.token_ids.tolist() == [7, 8, 9, 1, 11, 12]
+    assert outer.position_ids.tolist() == [0, 1, 6, 7, 0, 3]
+    # Whoever holds the token before it trains the target.
+    assert (outer.loss_positions.tolist(), outer.targets.tolist()) == ([0, 1, 4], [6, 7, 11])
+    assert (inner.loss_positions.tolist(), inner.targets.tolist()) == ([0, 1, 4], [8, 9, 12])
+    assert columns_in(outer) == {
+        "expert": {"index": [0], "sequence": [0], "lengths": [3.0], "weight": [1.0], "scale": [0.25]},
+        "policy": {"index": [1, 2], "sequence": [0, 1], "lengths": [1.0, 2.0], "advantage": [-0.5, 0.75]},
+    }
+    assert columns_in(inner) == {
+        "expert": {
+            "index": [0, 1],
+            "sequence": [0, 0],
+            "lengths": [3.0],
+            "weight": [2.0, 3.0],
+            "scale": [0.25] * 2,
+        },
+        "policy": {"index": [2], "sequence": [1], "lengths": [1.0, 2.0], "advantage": [0.75]},
+    }
+
+
+def test_terms_and_counts_of_a_step() -> None:
+    samples = two_samples()
+    assert columns_of(samples) == {"expert": ("weight", "scale"), "policy": ("advantage",)}
+    assert list(columns_of(samples)) == list(columns_of(samples[::-1])) == ["expert", "policy"]
+    assert token_counts(samples) == {"expert": 3, "policy": 3}
+    assert columns_of([]) == token_counts([]) == {}
+    # One micro-batch for each sample: that of the second has no expert token.
+    plan = plan_step(samples, max_tokens=5, layout=Layout(data=2), pad_id=PAD)
+    assert plan.counts == {"expert": 3, "policy": 3}
+    (first,), (second,) = plan.micro_batches
+    assert second.token_ids.tolist() == [10, 11, 12]
+    assert columns_in(first)["policy"] == {
+        "index": [1],
+        "sequence": [0],
+        "lengths": [1.0],
+        "advantage": [-0.5],
+    }
+    assert columns_in(second) == {
+        "expert": {"index": [], "sequence": [], "lengths": [], "weight": [], "scale": []},
+        "policy": {"index": [0, 1], "sequence": [0, 0], "lengths": [2.0], "advantage": [0.75, 0.75]},
+    }
+
+
+def test_parts_of_a_term_have_the_same_constants() -> None:
+    first, second = two_samples()
+    part = Part(term="policy", positions=np.array([1]), constants={"advantage": 0.0, "age": 1.0})
+    odd = TrainSample(token_ids=first.token_ids, parts=(part,))
+    with pytest.raises(AssertionError, match="parts of policy with different constants"):
+        columns_of([first, odd, second])
+    with pytest.raises(AssertionError, match="different constants"):
+        plan_step([odd, second], max_tokens=100, layout=Layout(), pad_id=PAD)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -203,9 +382,14 @@ def test_ranks_with_nothing_to_do_get_padding_without_a_trained_token(name: str)
     empty = [batch for batch in batches_of(plan) if not batch.token_ids.any()]
     assert len(used) == 1
     assert len(empty) == layout.data * layout.count_multiple - 1
+    assert used[0].terms
     for batch in empty:
         check_well_formed(batch, layout)
         assert trained_rows(batch) == []
+        assert {name: set(term.columns) for name, term in batch.terms.items()} == {
+            name: set(term.columns) for name, term in used[0].terms.items()
+        }
+        assert all(len(term.lengths) == 0 for term in batch.terms.values())
         assert len(batch.token_ids) == max(layout.sequence_multiple, layout.batch_multiple)
 
 

@@ -25,7 +25,24 @@ from megatron_chord.losses.expert import TOKEN_WEIGHTS, expert_loss, expert_term
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
 from tests.unit.methods.guided import push_on_target, tokens_of
 
-PROBABILITIES = [1e-6, 1e-3, 0.01, 0.05, 0.1, 0.2, 0.23, 0.24, 1 / 3, 0.39, 0.41, 0.5, 0.7, 0.9, 0.99, 1 - 1e-6]
+PROBABILITIES = [
+    1e-6,
+    1e-3,
+    0.01,
+    0.05,
+    0.1,
+    0.2,
+    0.23,
+    0.24,
+    1 / 3,
+    0.39,
+    0.41,
+    0.5,
+    0.7,
+    0.9,
+    0.99,
+    1 - 1e-6,
+]
 ONE, P, PHI = SimpleWeight(kind="one"), SimpleWeight(kind="p"), SimpleWeight(kind="phi")
 WEIGHTS = [
     ONE,

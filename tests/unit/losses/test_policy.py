@@ -48,9 +48,7 @@ def run_surrogate(
     assert logprobs.grad is not None
     assert old.grad is None
     assert out.clipped.dtype == out.dual_clipped.dtype == torch.bool
-    return Result(
-        out.loss.tolist(), logprobs.grad.tolist(), out.clipped.tolist(), out.dual_clipped.tolist()
-    )
+    return Result(out.loss.tolist(), logprobs.grad.tolist(), out.clipped.tolist(), out.dual_clipped.tolist())
 
 
 def test_advantages_with_the_unbiased_standard_deviation() -> None:
@@ -274,8 +272,8 @@ def test_gspo_clips_whole_sequences_in_fp32() -> None:
     tokens = replace(tokens, lengths=tokens.lengths.float(), columns={"advantage": torch.ones(200)})
     for gap in torch.linspace(3.98e-4, 4.02e-4, 101):
         out = surrogate(logprobs, logprobs - gap, tokens, objective)
-        assert len(set(out.loss.tolist())) == 1
-        assert len(set(out.clipped.tolist())) == 1
+        assert out.loss.unique().numel() == 1
+        assert out.clipped.unique().numel() == 1
 
 
 @pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "unclipped"])
@@ -315,7 +313,6 @@ def test_old_logprobs_and_advantages_are_constants(
     assert logprobs.grad is not None
     assert logprobs.grad.abs().max() > 0
     assert old.grad is None
-    assert not (out.clipped.requires_grad or out.dual_clipped.requires_grad)
 
 
 GEOMETRIC = math.sqrt(2)
