@@ -54,12 +54,6 @@ class GuidedGroups:
     stats: dict[str, Any]
 
 
-def check_guided(name: str, run: RunConfig) -> None:
-    """ValueError unless the run samples at all."""
-    if run.batch.prompts == 0:
-        raise ValueError(f"method {name} trains on rollouts: batch.prompts must be above 0")
-
-
 def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
     """``batch.prompts`` groups of ``batch.rollouts`` rollouts and one demonstration, which the verifier grades too.
 

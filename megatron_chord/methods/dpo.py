@@ -55,8 +55,6 @@ class MixedDPO(Method):
             raise ValueError(f"method.beta must be > 0, got {self.beta}")
         if not 0 <= self.offpolicy_share <= 1:
             raise ValueError(f"method.offpolicy_share must lie in [0, 1], got {self.offpolicy_share}")
-        if run.batch.prompts == 0:
-            raise ValueError("method dpo pairs rollouts, but batch.prompts is 0")
         if run.batch.mini_batches > 1 or run.batch.epochs > 1:
             raise ValueError(
                 "method dpo takes one update per step: a pair's gradient is worked out with the weights before it, and "

@@ -18,7 +18,6 @@ from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.demonstration import (
     DEMONSTRATION,
-    check_guided,
     collect_mixed,
     demonstration_term,
 )
@@ -37,7 +36,6 @@ class Luffy(Method):
     """False: f(x) = x."""
 
     def check(self, run: RunConfig) -> None:
-        check_guided(self.name, run)
         if not self.gamma > 0:
             raise ValueError(f"method.gamma must be > 0, got {self.gamma}")
 

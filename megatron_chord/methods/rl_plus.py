@@ -19,7 +19,6 @@ from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.demonstration import (
     DEMONSTRATION,
-    check_guided,
     collect_mixed,
     demonstration_term,
 )
@@ -36,7 +35,6 @@ class RLPlus(Method):
     """Of A_c: the larger, the less is made of tokens that the policy knows already."""
 
     def check(self, run: RunConfig) -> None:
-        check_guided(self.name, run)
         if not self.gamma >= 0:
             raise ValueError(f"method.gamma must be >= 0, got {self.gamma}")
 

@@ -26,7 +26,6 @@ from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.demonstration import (
     DEMONSTRATION,
     GuidedGroup,
-    check_guided,
     demonstration_samples,
     demonstration_term,
     sample_guided,
@@ -61,7 +60,6 @@ class SRFT(Method):
     """Rollouts whose reward is above this are right."""
 
     def check(self, run: RunConfig) -> None:
-        check_guided(self.name, run)
         for name in ("sft_coefficient", "rl_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"method.{name} must be >= 0, got {getattr(self, name)}")

@@ -13,17 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_chord.config import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
-from megatron_chord.losses.objective import StepWeights
+from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.methods.chord import Chord
 from megatron_chord.train import checkpoint
 from megatron_chord.train.checkpoint import CheckpointError
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import apply_gradients, compute_gradients
+from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
 from tests.distributed.steps import gather_hf, layout_of, start_groups
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, save_qwen2
+from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
 SAVED, STEPS = 2, 4
 OPTIM = OptimConfig(
@@ -32,7 +33,7 @@ OPTIM = OptimConfig(
     schedule="cosine",
     warmup_steps=1,
     weight_decay=0.1,
-    clip_grad=1.0,
+    clip_grad=0.3,
     eps=1e-3,  # with 1e-8, Adam would enlarge the rounding of tiny gradients to whole steps
 )
 RATES = [1e-2, 1e-3 + 9e-3 * (2 + 2**0.5) / 4, 1e-3 + 9e-3 / 2, 1e-3 + 9e-3 * (2 - 2**0.5) / 4]
@@ -66,18 +67,12 @@ def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM
 
 def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:
     """Of the samples that belong to this step. Its metrics."""
-    plan = plan_step(make_samples(seed=step), max_tokens=60, layout=layout, pad_id=0)
-    result = compute_gradients(
-        state,
-        plan.micro_batches[state.groups.data.rank],
-        StepWeights(
-            mu=0.3,
-            num_policy_tokens=plan.num_policy_tokens,
-            num_expert_tokens=plan.num_expert_tokens,
-        ),
-        ObjectiveConfig(entropy_bonus=0.01),
-        temperature=1.0,
-    )
+    terms = Chord().terms(tiny_run(Path("model"), entropy_bonus=0.01))
+    samples = with_scales(make_samples(seed=step), terms)
+    plan = plan_step(samples, max_tokens=60, layout=layout, pad_id=0)
+    batches = prepare_batches(state, plan.micro_batches[state.groups.data.rank], terms, temperature=1.0)
+    update = Update(weights={"policy": 0.7, "expert": 0.3}, counts=plan.counts)
+    result = compute_gradients(state, batches, update, terms, temperature=1.0)
     return {"loss": result.loss, **result.means, **result.maxima}
 
 

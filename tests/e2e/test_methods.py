@@ -5,14 +5,13 @@ One vLLM server samples for all of them; each run pushes its own weights to it b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_chord.config_io import load_config
-from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from megatron_chord.rollout.server import RolloutServer
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -43,7 +42,8 @@ OWN: dict[str, set[str]] = {
     "rloo": GRPO | {"correction_weight", "correction_outside"},
     "luffy": GUIDED | {"demonstration_loss", "demonstration_ratio"},
     "rl_plus": GUIDED | {"demonstration_loss", "demonstration_focus"},
-    "srft": GUIDED | {"demonstration_sft_loss", "demonstration_rl_loss", "demonstration_weight", "right_fraction"},
+    "srft": GUIDED
+    | {"demonstration_sft_loss", "demonstration_rl_loss", "demonstration_weight", "right_fraction"},
     "prefix_rft": {"policy_loss", "prefix_loss", "prefix_nll", "prefix_kept", "logprob_gap"},
     "ghpo": {"policy_loss", "hinted_groups", "hint_stage", "logprob_gap"},
     "hpt": {"expert_loss", "sft_prompts"},
@@ -72,22 +72,6 @@ SHORTER = {
 """So that three steps see every stage."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutServer]:
-    started = start_server(
-        ROOT / "examples" / "arithmetic" / "policy",
-        ServerSettings(dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1),
-        log=tmp_path_factory.mktemp("server") / "vllm.log",
-    )
-    try:
-        started.wait_until_ready(300)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_API_KEY", started.api_key)
-            yield started
-    finally:
-        started.stop()
-
-
 def train_all(files: list[Path], url: str, out: Path, changes: dict[str, dict[str, str]]) -> None:
     """In a process of its own, one run after the other."""
     from megatron_chord.train.loop import train
@@ -110,6 +94,7 @@ def test_there_is_an_expectation_for_every_file() -> None:
     assert files == set(OWN)
 
 
+@pytest.mark.usefixtures("server_key")
 def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
     files = [EXAMPLES / f"{name}.yaml" for name in OWN]
     run_ranks(train_all, 1, files, server.url, tmp_path, SHORTER, timeout_s=900)
@@ -122,6 +107,7 @@ def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
         assert (tmp_path / name / "policy" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("server_key")
 def test_methods_whose_terms_talk_across_ranks_train_on_two(server: RolloutServer, tmp_path: Path) -> None:
     """The same draws and, to rounding, the same numbers as on one rank."""
     names = ["dpo_mixed_pairs", "prefix_rft", "luffy"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_chord.config import ObjectiveConfig
+from megatron_chord.config import EntropyTopWeight, MarginWeight, SimpleWeight
 from megatron_chord.losses.logprobs import token_logprobs
-from tests.distributed import steps
-from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, reference_step, save_qwen2
+from tests.distributed.splits import assert_split_invariant
+from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,19 +23,21 @@ RELATIVE = 5e-3
 """Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa)."""
 
 
-def test_one_step_equals_float64_transformers(tmp_path: Path) -> None:
-    folder, samples, objective = save_qwen2(tmp_path), make_samples(), ObjectiveConfig(entropy_bonus=0.01)
-    expected, expected_grads = reference_step(folder, samples, 0.3, objective)
-    cases = [
-        {"samples": samples, "mu": 0.3, "objective": objective, "max_tokens": max_tokens}
-        for max_tokens in (10_000, 40)
-    ]
-    (results,) = run_ranks(steps.chord_steps, 1, folder, cases)
-    for metrics, grads in results:
-        assert metrics["loss"] == pytest.approx(expected["loss"], rel=RELATIVE)
-        for name, grad in expected_grads.items():
-            error = (grads[name].double().cpu() - grad).abs().max().item()
-            assert error <= RELATIVE * grad.abs().max().item(), name
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "chord": {"entropy_bonus": 0.01},
+    "gspo, margin": {"surrogate": "gspo", "expert_weight": MarginWeight()},
+    "cispo, entropy top": {"surrogate": "cispo", "expert_weight": EntropyTopWeight(share=0.3)},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_step_equals_float64_transformers(tmp_path: Path, name: str) -> None:
+    folder = save_qwen2(tmp_path)
+    run = tiny_run(folder, **OBJECTIVES[name])
+    expert_weight = run.objective.expert_weight or SimpleWeight(kind="phi")
+    terms = {"policy": policy_term(run.objective), "expert": expert_term(expert_weight)}
+    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    assert_split_invariant(folder, {name: objective}, layouts={1: {"one": {}}}, relative=RELATIVE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,7 +46,7 @@ def test_the_head_equals_log_softmax(dtype: torch.dtype) -> None:
     hidden = torch.randn(300, 128, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(5000, 128, device="cuda", dtype=dtype, requires_grad=True)
     targets = torch.randint(5000, (300,), device="cuda")
-    logprobs, entropy = token_logprobs(hidden, weight, targets, chunk=64)
+    logprobs, entropy, _ = token_logprobs(hidden, weight, targets, chunk=64)
     (logprobs.sum() + 0.1 * entropy.sum()).backward()
 
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))

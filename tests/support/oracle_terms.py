@@ -12,52 +12,66 @@ from megatron_chord.config import ObjectiveConfig
 from tests.support.oracle import OracleTerm, SequenceTokens, Token
 
 
+def _old(token: Token, objective: ObjectiveConfig) -> float:
+    return token.constants["rollout_logprob"] if objective.ratio_from == "rollout" else token.old_logp
+
+
+def _ratio(token: Token, sequence: SequenceTokens, objective: ObjectiveConfig) -> Tensor:
+    """Differentiable."""
+    if objective.surrogate != "gspo":
+        return torch.exp(torch.clamp(token.logp - _old(token, objective), -20, 20))
+    gaps = [other.logp.item() - _old(other, objective) for other in sequence.tokens]
+    return math.exp(sum(gaps) / len(gaps)) * token.logp.exp() / token.p
+
+
+def _surrogate(
+    token: Token, sequence: SequenceTokens, objective: ObjectiveConfig
+) -> tuple[Tensor, bool, bool]:
+    """Loss, whether the clip is active, whether the dual clip is."""
+    a, ratio = token.constants["advantage"], _ratio(token, sequence, objective)
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    if objective.surrogate == "unclipped":
+        return -ratio * a, False, False
+    if objective.surrogate == "cispo":
+        r = ratio.item()
+        return -min(max(r, low), high) * a * token.logp, not low <= r <= high, False
+    is_clipped = (a > 0 and ratio.item() > high) or (a < 0 and ratio.item() < low)
+    loss = torch.tensor(-a * (high if a > 0 else low), dtype=torch.float64) if is_clipped else -ratio * a
+    c = objective.dual_clip
+    if c is not None and a < 0 and ratio.item() > c:
+        return torch.tensor(-a * c, dtype=torch.float64), is_clipped, True
+    return loss, is_clipped, False
+
+
+def _correction(token: Token, sequence: SequenceTokens, objective: ObjectiveConfig) -> tuple[float, bool]:
+    """Weight, whether it was cut or masked."""
+    c = objective.correction
+    if c is None:
+        return 1.0, False
+    gaps = [other.old_logp - other.constants["rollout_logprob"] for other in sequence.tokens]
+    w = math.exp(
+        {
+            "token": token.old_logp - token.constants["rollout_logprob"],
+            "sequence": max(-20.0, min(20.0, sum(gaps))),
+            "geometric": sum(gaps) / len(gaps),
+        }[c.level]
+    )
+    if c.mode == "truncate":
+        return min(w, c.high), w > c.high
+    outside = not c.low <= w <= c.high
+    if c.mode == "clamp":
+        return min(max(w, c.low), c.high), outside
+    return 0.0 if outside else (w if c.level == "token" else 1.0), outside
+
+
 def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "policy") -> OracleTerm:
     """``objective``'s policy branch; columns advantage and rollout_logprob."""
 
-    def old(token: Token) -> float:
-        return token.constants["rollout_logprob"] if objective.ratio_from == "rollout" else token.old_logp
-
-    def ratio_of(token: Token, sequence: SequenceTokens) -> Tensor:
-        """Differentiable."""
-        if objective.surrogate != "gspo":
-            return torch.exp(torch.clamp(token.logp - old(token), -20, 20))
-        mean = sum(other.logp.item() - old(other) for other in sequence.tokens) / len(sequence.tokens)
-        return math.exp(mean) * token.logp.exp() / token.p
-
     def surrogate(token: Token, sequence: SequenceTokens) -> tuple[Tensor, bool, bool]:
-        a, ratio = token.constants["advantage"], ratio_of(token, sequence)
-        low, high = 1 - objective.clip_low, 1 + objective.clip_high
-        if objective.surrogate == "unclipped":
-            return -ratio * a, False, False
-        inside = low <= ratio.item() <= high
-        if objective.surrogate == "cispo":
-            return -min(max(ratio.item(), low), high) * a * token.logp, not inside, False
-        is_clipped = (a > 0 and ratio.item() > high) or (a < 0 and ratio.item() < low)
-        loss = torch.tensor(-a * (high if a > 0 else low), dtype=torch.float64) if is_clipped else -ratio * a
-        c = objective.dual_clip
-        if c is not None and a < 0 and ratio.item() > c:
-            return torch.tensor(-a * c, dtype=torch.float64), is_clipped, True
-        return loss, is_clipped, False
+        return _surrogate(token, sequence, objective)
 
     def weight(token: Token, sequence: SequenceTokens) -> tuple[float, bool]:
-        if objective.correction is None:
-            return 1.0, False
-        c = objective.correction
-        gaps = [other.old_logp - other.constants["rollout_logprob"] for other in sequence.tokens]
-        w = math.exp(
-            {
-                "token": token.old_logp - token.constants["rollout_logprob"],
-                "sequence": max(-20.0, min(20.0, sum(gaps))),
-                "geometric": sum(gaps) / len(gaps),
-            }[c.level]
-        )
-        if c.mode == "truncate":
-            return min(w, c.high), w > c.high
-        outside = not c.low <= w <= c.high
-        if c.mode == "clamp":
-            return min(max(w, c.low), c.high), outside
-        return 0.0 if outside else (w if c.level == "token" else 1.0), outside
+        return _correction(token, sequence, objective)
 
     def kl(token: Token) -> Tensor:
         assert objective.kl is not None

@@ -303,7 +303,7 @@ class TestDump:
                 name="1e-6", settings={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers}
             ),
             objective=objective,
-            reward=config.RewardConfig(answer_marker=""),
+            reward=config.RewardConfig(answer_marker=" "),
             rollout=config.RolloutConfig(servers=("http://a:1", "1e5")),
         )
         again = load_config(write(tmp_path / "other", dump_config(run)))
@@ -387,7 +387,7 @@ class TestOverrides:
             ),
             (
                 "objective.kl.coefficient=0",
-                "override 'objective.kl.coefficient=0': kl.coefficient must be > 0",
+                "override 'objective.kl.coefficient=0': objective.kl.coefficient must be > 0",
             ),
             ("steps.x=1", "override 'steps.x=1': steps: expected a single value, got a mapping"),
             ("steps", "override 'steps': expected name=value"),

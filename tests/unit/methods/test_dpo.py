@@ -381,7 +381,6 @@ def dpo_run(folder: Path, *, settings: Any = None, batch: Any = None, **objectiv
         ({"settings": {"offpolicy_share": 1.5}}, r"method\.offpolicy_share must lie in \[0, 1\]"),
         ({"batch": {"epochs": 2}}, "one update per step"),
         ({"batch": {"mini_batches": 2}}, "one update per step"),
-        ({"batch": {"prompts": 0}}, r"batch\.prompts is 0"),
         ({"batch": {"sampling_attempts": 2}}, r"batch\.sampling_attempts above 1"),
         ({"clip_low": 0.1}, r"objective\.clip_low: method dpo does not use it"),
         ({"advantage": "group"}, r"objective\.advantage: method dpo does not use it"),

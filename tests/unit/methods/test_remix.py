@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,9 +327,3 @@ def test_settings_that_do_not_go_together(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         method_of(tiny_run(tmp_path, method="remix", settings=settings, **objective))
-
-
-def test_a_run_without_prompts_is_refused(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, method="remix")
-    with pytest.raises(ValueError, match=r"batch\.prompts is 0"):
-        method_of(replace(run, batch=replace(run.batch, prompts=0)))

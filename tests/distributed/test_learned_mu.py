@@ -1,0 +1,77 @@
+"""The two branches' gradients apart: their mixture is the step's gradient, and the slope of mu the float64 cosine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_chord.config import SimpleWeight
+from megatron_chord.data.packing import plan_step
+from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.methods.chord import Chord
+from megatron_chord.train.learned_mu import MuGradient
+from megatron_chord.train.setup import layout_of
+from megatron_chord.train.step import Update, prepare_batches
+from tests.distributed.splits import assert_same_update
+from tests.distributed.steps import build, gather_hf
+from tests.support.oracle import oracle_update
+from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_samples, save_qwen2, tiny_run
+
+WEIGHTS = {"policy": 0.7, "expert": 0.3}
+LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {}, {"context": 2}]
+
+
+def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
+    """For each layout: the second of two measurements on the same weights: numbers, gradients, slope."""
+    results = []
+    for layout in layouts:
+        run = tiny_run(folder, parallel={"distributed_optimizer": False, **layout}, max_tokens=30)
+        terms = Chord().terms(run)
+        state = build(folder, run.parallel)
+        measure, slopes = MuGradient(), []
+        for seed in (0, 1):
+            plan = plan_step(
+                with_scales(make_samples(seed=seed), terms),
+                max_tokens=run.batch.max_tokens,
+                layout=layout_of(run.parallel, state.groups.data.size),
+                pad_id=0,
+            )
+            mine = plan.micro_batches[state.groups.data.rank]
+            batches = prepare_batches(state, mine, terms, temperature=1.0)
+            update = Update(weights=WEIGHTS, counts=plan.counts)
+            result, slope = measure.compute(state, batches, update, terms, temperature=1.0)
+            slopes.append(slope)
+        grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
+        metrics = {"loss": result.loss, **result.means}
+        results.append((metrics, gather_hf(state, grads), slopes))
+    return results
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixture_and_slope(tmp_path: Path, tied: bool) -> None:
+    folder = save_qwen2(tmp_path, tied=tied)
+    run = tiny_run(folder)
+    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+
+    def reference(seed: int, **weights: float) -> Any:
+        return oracle_update(
+            folder, make_samples(seed=seed), terms, {"policy": 0.0, "expert": 0.0, **weights}
+        )
+
+    def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+    policy, expert = (flat(reference(0, **{branch: 1.0})[1]) for branch in WEIGHTS)
+    next_policy = flat(reference(1, policy=1.0)[1])
+    slope = -torch.cosine_similarity(next_policy, policy - expert, dim=0).item()
+    expected = reference(1, **WEIGHTS)
+    for results in run_ranks(two_steps, 2, folder, LAYOUTS):
+        for layout, (metrics, grads, slopes) in zip(LAYOUTS, results, strict=True):
+            assert_same_update((metrics, grads), expected, str(layout))
+            assert slopes[0] == 0.0
+            assert slopes[1] == pytest.approx(slope, abs=1e-5), str(layout)
