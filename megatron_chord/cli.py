@@ -20,9 +20,23 @@ _WORKER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    args, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    # argparse takes positional arguments in one place only; overrides may also stand after an option.
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text]
+    if unknown or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        args.overrides += rest
     if args.command == "train" and args.overwrite and args.resume != "never":
         parser.error("--overwrite and --resume auto contradict each other")
     if args.command == "doctor":
@@ -76,11 +90,11 @@ def _check(run: RunConfig) -> int:
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:
-        shape, _ = check_run(run, _world_size(run))
+        shape, method = check_run(run, _world_size(run))
         data = load_data(run)
     except ValueError as error:
         return _refuse(str(error))
-    plan_lines(run, shape, _world_size(run), print)
+    plan_lines(run, shape, method, _world_size(run), print)
     print("\n".join(data.reports))
     print(dump_config(run))
     return 0

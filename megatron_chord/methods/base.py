@@ -12,7 +12,7 @@ A method is a frozen dataclass whose fields are its YAML settings. The loop call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from megatron_chord.config import RunConfig
@@ -60,6 +60,19 @@ class Method:
     def samples_at(self, run: RunConfig, now: Moment) -> bool:
         """Whether a step asks the rollout engine for anything; the same on every rank."""
         return True
+
+    def describe(self, run: RunConfig) -> str:
+        """The method and its settings in one line."""
+        schedule = self.schedule(run)
+        parts = [f"{field.name} {getattr(self, field.name)}" for field in fields(self)]
+        if schedule is not None:
+            settings = [
+                f"{field.name} {getattr(schedule, field.name)}"
+                for field in fields(schedule)
+                if field.name != "schedule" and getattr(schedule, field.name) != field.default
+            ]
+            parts.append(f"mu {schedule.schedule} ({', '.join(settings)})")
+        return ", ".join([self.name, *parts])
 
     def samplings(self, run: RunConfig) -> int:
         """How often a step may ask the rollout engine in turn; for its deadline."""

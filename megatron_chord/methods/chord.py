@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import RunConfig, SimpleWeight
+from megatron_chord.config import RunConfig, SimpleWeight, TokenWeight
 from megatron_chord.losses.expert import expert_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
@@ -64,6 +64,9 @@ class Chord(Method):
                 f"batch.prompts {run.batch.prompts}, so there cannot be more of them"
             )
 
+    def describe(self, run: RunConfig) -> str:
+        return f"{super().describe(run)}, expert weight {expert_weight(run).kind}"
+
     def samples_at(self, run: RunConfig, now: Moment) -> bool:
         schedule = self.schedule(run)
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
@@ -94,12 +97,16 @@ class Chord(Method):
         return {
             POLICY: policy_term(run),
             EXPERT: expert_term(
-                weight=objective.expert_weight or SimpleWeight(kind="phi"),
+                weight=expert_weight(run),
                 cutoff=objective.expert_cutoff,
                 aggregation=objective.expert_aggregation,
                 aggregation_length=aggregation_length(run),
             ),
         }
+
+
+def expert_weight(run: RunConfig) -> TokenWeight:
+    return run.objective.expert_weight or SimpleWeight(kind="phi")
 
 
 def expert_samples(experts: Sequence[Expert]) -> list[TrainSample]:

@@ -84,6 +84,14 @@ def _check(method: Method, run: RunConfig) -> None:
             f"batch.experts is {batch.experts}, but method {method.name} draws no demonstrations beside its prompts' "
             "own; set it to 0"
         )
+    for name, count in {
+        "batch.experts": batch.experts,
+        "batch.prompts x batch.rollouts": batch.prompts * batch.rollouts,
+    }.items():
+        if 0 < count < batch.mini_batches:
+            raise ValueError(
+                f"{name} is {count}, fewer than batch.mini_batches {batch.mini_batches}: some updates would have none"
+            )
     if batch.sampling_attempts > 1 and batch.prompts == 0:
         raise ValueError("batch.sampling_attempts is above 1, but batch.prompts is 0: nothing is sampled")
     if data.aligned and data.experts is None:

@@ -103,7 +103,7 @@ def train(
             data = load_data(run)
             stack.enter_context(_claim(run, resume=resume, overwrite=overwrite))
             coordinator, found = _make_coordinator(run, method, data, groups, resume, stack)
-            plan_lines(run, shape, groups.world_size, coordinator.log.say)
+            plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
 
         saved = groups.once(prepare)

@@ -141,8 +141,10 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
 
 
-def plan_lines(run: RunConfig, shape: ModelShape, world_size: int, say: Callable[[str], None]) -> None:
-    """What one step is, said once before the run."""
+def plan_lines(
+    run: RunConfig, shape: ModelShape, method: Method, world_size: int, say: Callable[[str], None]
+) -> None:
+    """What one step is, derived from the settings and said once before the run."""
     batch, parallel = run.batch, run.parallel
     data = data_parallel_size(parallel, world_size)
     say(
@@ -153,10 +155,42 @@ def plan_lines(run: RunConfig, shape: ModelShape, world_size: int, say: Callable
         f"layout      {world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
         f"{parallel.context} x data {data}"
     )
+    say(f"method      {method.describe(run)}")
+    experts = f" + {batch.experts} demonstrations" if batch.experts else ""
     say(
-        f"one step    {batch.prompts} prompts x {batch.rollouts} rollouts + {batch.experts} demonstrations, "
-        f"one optimizer update; micro-batches of at most {batch.max_tokens} tokens"
+        f"one step    {batch.prompts} prompts x {batch.rollouts} rollouts{experts}; "
+        f"{_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; micro-batches of at most "
+        f"{batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
+    terms = method.terms(run)
+    pools = {term.pool: term for term in terms.values()}
+    for pool, term in pools.items():
+        names = " and ".join(name for name, other in terms.items() if other.pool == pool)
+        say(f"average     {names}: the sum over the whole update's tokens / {_denominator(term)}")
+    scored = {column for term in terms.values() for column in term.scored}
+    passes = [
+        text
+        for text, columns in (
+            ("log-probs before the first update", {"old_logprob", "old_entropy"}),
+            ("log-probs of the reference", {"reference_logprob"}),
+        )
+        if scored & columns
+    ]
+    if passes:
+        say(f"passes      one forward pass more a step for each of: {', '.join(passes)}")
+
+
+def _denominator(term: Term) -> str:
+    return {
+        "token_mean": "their number",
+        "sequence_mean": "(sequences x tokens of the own sequence)",
+        "sequence_sum": "sequences",
+        "constant": f"(sequences x {term.aggregation_length})",
+    }[term.aggregation]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def _cursor(name: str, records: list[Prompt] | list[Expert], seed: int) -> Cursor:

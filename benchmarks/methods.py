@@ -1,0 +1,138 @@
+"""Every method of examples/methods on the quick start's task, at equal budget: what each learns and what it costs.
+
+    python benchmarks/methods.py [NAME ...] [--seeds 1] [--steps 40] [--output FILE]
+
+Each file of examples/methods (or those named) is trained as it stands, one after the other in this process, against
+one vLLM server, to which every run pushes its own weights. Accuracy is that of greedy answers to the 200 held-out
+problems. ``tokens`` are those trained on (prompts included) and ``rollouts`` those sampled for training: methods spend
+different amounts of either in a step. One seed on one toy task ranks nothing in general: it shows that each method
+runs, learns, and what a step of it costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_chord.config_io import load_config
+from megatron_chord.rollout.server import ServerSettings, start_server
+from megatron_chord.train.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples" / "methods"
+SHARED = ("common", "aligned")
+
+
+def main() -> int:
+    names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - set(SHARED))
+    arguments = parse(names)
+    chosen = arguments.names or names
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_server(
+            ROOT / "examples" / "arithmetic" / "policy",
+            ServerSettings(dtype="fp32", max_model_len=160, kv_cache_bytes=256 << 20, cpu_threads=cores()),
+            log=Path(folder) / "server.log",
+        )
+        try:
+            server.wait_until_ready(300)
+            os.environ["VLLM_API_KEY"] = server.api_key
+            for index, name in enumerate(chosen):
+                for seed in range(arguments.seeds):
+                    print(f"[{index + 1}/{len(chosen)}] {name}, seed {seed}", file=sys.stderr, flush=True)
+                    output = Path(folder) / f"{name}-{seed}"
+                    rows.append(run_one(name, seed, output, server.url, arguments.steps))
+        finally:
+            server.stop()
+    report(rows, arguments.output)
+    return 0
+
+
+def parse(names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Every method on the quick start's task, at equal budget.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names)}")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each (default 1)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each run (default 40)")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(names)
+    if unknown:
+        parser.error(f"no such file in {EXAMPLES}: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[str, Any]:
+    """Train one file; the numbers of its row."""
+    run = load_config(
+        EXAMPLES / f"{name}.yaml",
+        [
+            f"output={output}",
+            f"seed={seed}",
+            f"steps={steps}",
+            f"evaluation.every={max(steps // 2, 1)}",
+            f"rollout.servers=[{url}]",
+        ],
+    )
+    begun = time.monotonic()
+    with (output.parent / f"{output.name}.log").open("w") as log, contextlib.redirect_stdout(log):
+        train(run)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    taken = [line for line in lines if "loss" in line]
+    sampled = [len(path.read_text().splitlines()) for path in output.glob("samples/step-*.jsonl")]
+    return {
+        "name": name,
+        "seed": seed,
+        "accuracy": [line["evaluation"]["accuracy"] for line in lines if "evaluation" in line],
+        "length": [line["evaluation"]["response_length"] for line in lines if "evaluation" in line][-1],
+        "rollouts": sum(sampled),
+        "tokens": round(sum(line["tokens_per_s"] * line["seconds"]["total"] for line in taken)),
+        "step_s": sum(line["seconds"]["total"] for line in taken) / len(taken),
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
+    table = Table(title="held-out accuracy in %, and cost")
+    for heading in (
+        "method",
+        "before",
+        "half-way",
+        "after",
+        "answer length",
+        "rollouts",
+        "tokens trained",
+        "s/step",
+    ):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in sorted(rows, key=lambda row: -row["accuracy"][-1]):
+        before, half, after = (f"{100 * value:.1f}" for value in (*row["accuracy"][:2], row["accuracy"][-1]))
+        name = row["name"] if row["seed"] == 0 else f"{row['name']} (seed {row['seed']})"
+        costs = (f"{row['length']:.1f}", str(row["rollouts"]), str(row["tokens"]), f"{row['step_s']:.2f}")
+        table.add_row(name, before, half, after, *costs)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    place = f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {cores()} cores; {versions}; {' '.join(sys.argv)}"
+    Console().print(table, place)
+    if output is not None:
+        with output.open("w") as file:
+            Console(file=file, width=120).print(table, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
