@@ -265,7 +265,7 @@ class ObjectiveConfig:
     truncated: Literal["keep", "mask"] = "keep"
     """mask: rollouts cut off at the length limit are not trained on; their rewards still count in their group."""
     entropy_bonus: float = 0.0
-    """Coefficient of the mean entropy over rollout tokens, subtracted from the policy branch."""
+    """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
     kl: KLConfig | None = None
     correction: CorrectionConfig | None = None
 
@@ -335,9 +335,10 @@ class BatchConfig:
                 "batch.sampling_attempts": self.sampling_attempts,
             }
         )
+        reason = "all rewards are equal" if self.sampling_attempts > 1 else "no answer has an advantage"
         _require(
             self.rollouts >= 2 or self.prompts == 0,
-            f"batch.rollouts must be >= 2 (a group of one has no advantage), got {self.rollouts}",
+            f"batch.rollouts must be >= 2, got {self.rollouts}: in a group of one {reason}",
         )
         _require(
             self.prompts + self.experts > 0, "batch.prompts and batch.experts are both 0: nothing to train on"

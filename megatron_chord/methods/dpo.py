@@ -43,7 +43,6 @@ class Pair:
 class MixedDPO(Method):
     name: ClassVar[str] = "dpo"
     needs_demonstrations: ClassVar[bool] = True
-    uses_surrogate: ClassVar[bool] = False
 
     beta: float = 0.1
     """Strength of the pull towards the reference."""

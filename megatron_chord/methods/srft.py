@@ -51,7 +51,6 @@ UNUSED = (
 class SRFT(Method):
     name: ClassVar[str] = "srft"
     needs_demonstrations: ClassVar[bool] = True
-    uses_surrogate: ClassVar[bool] = False
 
     sft_coefficient: float = 0.5
     rl_coefficient: float = 0.1

@@ -57,9 +57,10 @@ class MuGradient:
             for branch, part in parts.items():
                 grad.add_(part[name], alpha=update.weights[branch])
         slope = 0.0
-        if self._difference is not None:
+        if self._difference is not None and POLICY in update.counts:
             slope = -cosine(state, parts[POLICY], self._difference)
-        self._difference = {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
+        if {POLICY, EXPERT} <= update.counts.keys():
+            self._difference = {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
         loss = sum(update.weights[branch] * result.loss for branch, result in alone.items())
         return replace(alone[POLICY], loss=loss), slope
 

@@ -1,0 +1,126 @@
+"""Methods by name: settings that do not fit are refused with the reason, and what every method owes the loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.config import MethodConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config_io import ConfigError, load_config
+from megatron_chord.losses.terms import reported
+from megatron_chord.methods.table import METHODS, build, method_of
+from megatron_chord.schedules import Binary, Constant, Learned
+from tests.support.ranks import ROOT
+from tests.support.tiny import tiny_run
+
+FILES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
+PUBLISHED = sorted((ROOT / "examples" / "published").glob("*.yaml"))
+
+
+def changed(run: RunConfig, **blocks: dict[str, Any]) -> RunConfig:
+    return replace(run, **{name: replace(getattr(run, name), **fields) for name, fields in blocks.items()})
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (MethodConfig(name="lufy"), r"'lufy' is none of chord, .*; did you mean 'luffy'\?"),
+        (MethodConfig(name="luffy", settings={"gama": 0.1}), r"method\.gama: unknown to luffy; .*'gamma'\?"),
+        (MethodConfig(name="luffy", settings={"gamma": "big"}), r"method\.gamma: expected float, got 'big'"),
+        (MethodConfig(name="luffy", settings={"shaping": 1}), r"method\.shaping: expected bool, got 1"),
+        (MethodConfig(settings={"mu": 1}), r"method\.mu: unknown to chord; it has no settings"),
+    ],
+)
+def test_names_and_settings(method: MethodConfig, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(method)
+
+
+def test_a_whole_number_is_a_float_setting() -> None:
+    assert build(MethodConfig(name="luffy", settings={"gamma": 1})) == METHODS["luffy"](gamma=1.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks", "reason"),
+    [
+        ("luffy", {}, "luffy needs every prompt's own demonstration: set data.aligned: true"),
+        ("chord", {"data": {"experts": None}}, "mu can be above 0 but data.experts is not given"),
+        ("chord", {"batch": {"experts": 0}}, "mu can be above 0 but batch.experts is 0"),
+        ("chord", {"batch": {"prompts": 0}}, "mu can be below 1 but batch.prompts is 0"),
+        ("chord", {"data": {"aligned": True}}, "there cannot be more of them"),
+        ("chord", {"batch": {"mini_batches": 6}}, r"batch\.experts is 5, fewer than batch\.mini_batches 6"),
+        ("ghpo", {"data": {"aligned": True}, "batch": {"experts": 3}}, "draws no demonstrations beside"),
+        ("ghpo", {"data": {"aligned": True}, "objective": {"mu": Constant()}}, "ghpo does not mix by mu"),
+        ("hpt", {"data": {"aligned": True}, "objective": {"expert_cutoff": 0.5}}, "hpt does not use it"),
+        ("remix", {"data": {"aligned": True, "experts": None}}, "data.aligned needs data.experts"),
+        (
+            "chord",
+            {"objective": {"mu": Learned(rate=0.1)}},
+            "needs whole gradients: set parallel.distributed_optimizer: false|distributed_optimizer: false",
+        ),
+        (
+            "chord",
+            {"objective": {"mu": Binary(switch_step=8, reset_optimizer=True)}, "optim": {"warmup_steps": 3}},
+            "no step at full rate after the optimizer's reset at step 8 of 10",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    tmp_path: Path, method: str, blocks: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        method_of(changed(tiny_run(tmp_path, method=method), **blocks))
+
+
+def test_dynamic_sampling_with_a_group_of_one(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"batch\.rollouts must be >= 2, got 1: in a group of one all rewards"
+    ):
+        replace(run.batch, rollouts=1, sampling_attempts=3)
+
+
+def test_the_same_mismatch_is_not_corrected_twice(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"base: {FILES[0].parent / 'grpo.yaml'}\nobjective:\n  correction: {{level: token}}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:3: objective\.correction and ratio_from: rollout"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
+    aligned = METHODS[name].needs_demonstrations
+    run = changed(tiny_run(tmp_path, method=name), data={"aligned": aligned}, batch={"rollouts": 3})
+    method = method_of(run)
+    outputs = [reported(term) for term in method.terms(run).values()]
+    names = Counter(key for output in outputs for key in (*output.losses, *output.means, *output.maxima))
+    assert max(names.values()) == 1, f"reported by two terms: {names.most_common(1)}"
+    assert {"logprob_gap", "logprob_gap_max", "entropy"} <= names.keys()
+    assert name in method.describe(run)
+    assert method.samplings(run) >= 1
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_files_of_the_examples(file: Path) -> None:
+    if file.stem == "aligned":
+        with pytest.raises(ValueError, match=r"batch\.experts is 0"):  # it names no method of its own
+            method_of(load_config(file))
+    else:
+        method_of(load_config(file))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_published_settings(file: Path) -> None:
+    run = load_config(file)
+    method_of(run)
+    math = "math" in file.stem
+    assert (run.batch.prompts, run.batch.rollouts, run.batch.experts) == (
+        (32, 8, 64) if math else (96, 8, 96)
+    )
+    assert run.objective == ObjectiveConfig(mu=run.objective.mu, expert_weight=run.objective.expert_weight)
+    assert run.steps == (1500 if math else 100)
+    assert run.data.max_response_tokens == 16384
