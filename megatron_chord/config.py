@@ -99,6 +99,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
+        _require(
+            self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +156,9 @@ class BernoulliEntropyWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTopWeight:
-    """1 for the `share` of the step's expert tokens with the highest full-vocabulary entropy, else 0 (CHORD, App. B.2).
+    """1 for the `share` of an update's expert tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
 
-    Costs a forward pass more: the threshold is that of the whole step.
+    Costs a forward pass more: the threshold is that of the whole update.
     """
 
     kind: Literal["entropy_top"] = "entropy_top"
@@ -167,7 +170,7 @@ class EntropyTopWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyNormWeight:
-    """Full-vocabulary entropy / its mean over the step's expert tokens. Costs a forward pass more."""
+    """Full-vocabulary entropy / its mean over the update's expert tokens. Costs a forward pass more."""
 
     kind: Literal["entropy_norm"] = "entropy_norm"
 
@@ -226,6 +229,10 @@ class CorrectionConfig:
 
     def __post_init__(self) -> None:
         _require(
+            self.mode != "truncate" or self.low == 0,
+            "objective.correction.low means nothing to the mode `truncate`; leave it out, or clamp",
+        )
+        _require(
             0 <= self.low < self.high,
             f"objective.correction needs 0 <= low < high, got {self.low} and {self.high}",
         )
@@ -282,6 +289,16 @@ class ObjectiveConfig:
             _require(
                 self.surrogate in ("ppo", "gspo"),
                 f"objective.dual_clip belongs to ppo and gspo, not {self.surrogate}",
+            )
+        if self.surrogate == "unclipped":
+            _require(
+                (self.clip_low, self.clip_high) == (0.2, 0.2),
+                "objective.clip_low and clip_high mean nothing to the surrogate `unclipped`; leave them out",
+            )
+        if self.advantage in ("group", "leave_one_out"):
+            _require(
+                self.advantage_eps == 1e-6,
+                f"objective.advantage_eps means nothing to the advantage `{self.advantage}`; leave it out",
             )
         if self.aggregation_length is not None:
             _positive(**{"objective.aggregation_length": self.aggregation_length})
@@ -433,6 +450,10 @@ class RewardConfig:
         _require(
             self.kind != "tool_calls" or self.format == "none",
             "reward.format: the tool-call reward demands the <think> tags itself; leave it at none",
+        )
+        _require(
+            self.overlong_cache > 0 or self.overlong_penalty == 1.0,
+            "reward.overlong_penalty means nothing without reward.overlong_cache",
         )
         _not_negative(
             **{

@@ -164,13 +164,18 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
     if kind is None or not (isinstance(below, yaml.MappingNode) and isinstance(own, yaml.MappingNode)):
         return own
     key = choice(kind)
-    if key is not None and child(own, key) is not None:
+    if key is not None and _differs(child(own, key), child(below, key)):
         return own
     pairs = [pair for pair in below.value if child(own, pair[0].value) is None]
     for name, value in own.value:
         old = child(below, name.value)
         pairs.append((name, value if old is None else _over(old, value, _inner(kind, name.value))))
     return _mapping(pairs, own)
+
+
+def _differs(chosen: yaml.Node | None, below: yaml.Node | None) -> bool:
+    """A variant is named, and it is not the one below."""
+    return chosen is not None and (below is None or chosen.value != below.value)
 
 
 def _set(node: yaml.Node | None, keys: Sequence[str], value: yaml.Node, kind: Any) -> yaml.MappingNode:

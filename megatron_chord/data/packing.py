@@ -29,6 +29,8 @@ class PackedTerm:
     """[K] int64: which of the term's S sequences (a sample's part is one) each belongs to"""
     lengths: np.ndarray
     """[S] float32: tokens of each sequence, on all context-parallel ranks together"""
+    held: np.ndarray
+    """[S] int64: tokens of each sequence that are here; they lie together, in the sequences' order"""
     columns: Mapping[str, np.ndarray]
     """[K] float32 each: the constants by name"""
 
@@ -237,6 +239,7 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
                 term,
                 index=new_index[term.index][mine[term.index]],
                 sequence=term.sequence[mine[term.index]],
+                held=np.bincount(term.sequence[mine[term.index]], minlength=len(term.lengths)),
                 columns={key: column[mine[term.index]] for key, column in term.columns.items()},
             )
             for name, term in batch.terms.items()
@@ -250,6 +253,7 @@ def _packed_term(parts: Sequence[Part], index: np.ndarray, names: Sequence[str])
         index=index.astype(np.int64),
         sequence=np.repeat(np.arange(len(parts), dtype=np.int64), lengths),
         lengths=np.array(lengths, np.float32),
+        held=np.array(lengths, np.int64),
         columns={
             name: np.concatenate(
                 [np.zeros(0, np.float32)]

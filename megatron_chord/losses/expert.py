@@ -86,7 +86,7 @@ def expert_term(
         if isinstance(weight, EntropyTopWeight):
             threshold = top_threshold(entropies, weight.share)
             return [{"entropy_weight": (batch["old_entropy"] >= threshold).float()} for batch in batches]
-        mean = entropies.double().mean().float()
+        mean = entropies.double().mean().float().clamp(min=torch.finfo(torch.float32).tiny)
         return [{"entropy_weight": batch["old_entropy"] / mean} for batch in batches]
 
     return Term(

@@ -31,6 +31,7 @@ def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float
     group_std (R - m) / (s + eps); group R - m; batch_std (R - m) / (b + eps); leave_one_out R - mean of the others.
     """
     everything = [reward for rewards in groups for reward in rewards]
+    batch_std = statistics.stdev(everything) if kind == "batch_std" and len(everything) > 1 else 0.0
 
     def of(rewards: Sequence[float]) -> tuple[float, ...]:
         if max(rewards) == min(rewards):
@@ -39,7 +40,7 @@ def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float
         scale = {
             "group_std": lambda: 1 / (statistics.stdev(rewards) + eps),
             "group": lambda: 1.0,
-            "batch_std": lambda: 1 / (statistics.stdev(everything) + eps),
+            "batch_std": lambda: 1 / (batch_std + eps),
             "leave_one_out": lambda: n / (n - 1),
         }[kind]()
         return tuple((reward - mean) * scale for reward in rewards)

@@ -44,6 +44,8 @@ class TermTokens:
     """[K] int64: the sequence of each"""
     lengths: Tensor
     """[S] float32: tokens of each sequence on all context-parallel ranks together"""
+    held: Tensor
+    """[S] int64: tokens of each sequence that are here; they lie together, in the sequences' order"""
     columns: Mapping[str, Tensor]
     """[K] float32 each"""
     context: dist.ProcessGroup | None = None
@@ -53,8 +55,14 @@ class TermTokens:
         return self.columns[name]
 
     def sequence_sums(self, values: Tensor) -> Tensor:
-        """Each token's sequence's sum of ``values`` [K], a constant [K]. One all-reduce over the context ranks."""
-        sums = values.new_zeros(len(self.lengths)).index_add_(0, self.sequence, values.detach())
+        """Each token's sequence's sum of ``values`` [K], a constant [K]. One all-reduce over the context ranks.
+
+        Segments are added up in order, not by atomics, so every tensor-parallel rank gets the same bits.
+        """
+        if len(self.lengths) == 0:
+            return values.detach()
+        # Its own checks would wait for the device.
+        sums = torch.segment_reduce(values.detach(), "sum", lengths=self.held, initial=0.0, unsafe=True)
         if self.context is not None:
             dist.all_reduce(sums, group=self.context)
         return sums[self.sequence]
@@ -119,7 +127,11 @@ def reported(term: Term) -> TermOutput:
     """The term's output for no tokens: its keys are the names of all it reports. No collective."""
     nothing = torch.zeros(0)
     tokens = TermTokens(
-        index=nothing.long(), sequence=nothing.long(), lengths=nothing, columns=_Empty(nothing)
+        index=nothing.long(),
+        sequence=nothing.long(),
+        lengths=nothing,
+        held=nothing.long(),
+        columns=_Empty(nothing),
     )
     return term.loss(TokenStats(nothing, nothing, nothing), tokens)
 

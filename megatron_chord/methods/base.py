@@ -57,6 +57,17 @@ class Method:
     def check(self, run: RunConfig) -> None:
         """ValueError, with the rule that is broken, for settings that do not go together."""
 
+    def samples(self, run: RunConfig) -> bool:
+        """Whether any step of the run asks the rollout engine for anything."""
+        return True
+
+    def step_text(self, run: RunConfig) -> str:
+        """What one step is made of, for the printed plan."""
+        own = ", each with its own demonstration" if self.needs_demonstrations else ""
+        attempts = run.batch.sampling_attempts
+        more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
+        return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
+
     def samples_at(self, run: RunConfig, now: Moment) -> bool:
         """Whether a step asks the rollout engine for anything; the same on every rank."""
         return True

@@ -43,6 +43,10 @@ class Chord(Method):
             raise ValueError("mu can be above 0 but batch.experts is 0")
         if low < 1 and run.batch.prompts == 0:
             raise ValueError("mu can be below 1 but batch.prompts is 0")
+        if low == 1 and run.objective.kl is not None:
+            raise ValueError(
+                "objective.kl belongs to the policy branch, but mu is 1 throughout; leave it out"
+            )
         if self.schedule(run).needs_mu_gradient:
             if run.parallel.distributed_optimizer:
                 raise ValueError(
@@ -67,6 +71,20 @@ class Chord(Method):
     def describe(self, run: RunConfig) -> str:
         return f"{super().describe(run)}, expert weight {expert_weight(run).kind}"
 
+    def samples(self, run: RunConfig) -> bool:
+        schedule = self.schedule(run)
+        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
+
+    def step_text(self, run: RunConfig) -> str:
+        demonstrations = f"{run.batch.experts} demonstrations"
+        low, high = self.schedule(run).bounds()
+        if not self.samples(run):
+            return f"{demonstrations}; nothing is sampled"
+        if high == 0:
+            return f"{super().step_text(run)}; no demonstration is drawn"
+        only = " (where mu > 0)" if low == 0 else ""
+        return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
+
     def samples_at(self, run: RunConfig, now: Moment) -> bool:
         schedule = self.schedule(run)
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
@@ -85,7 +103,7 @@ class Chord(Method):
         if mu == 1:
             samples = []
         if mu > 0 and run.data.aligned:
-            drawn = drawn or draw.prompts(run.batch.prompts)
+            drawn = drawn or draw.prompts(run.batch.experts)
             chosen = [item.prompt.id for item in drawn[: run.batch.experts]]
             samples += expert_samples([draw.sources.demonstrations[name] for name in chosen])
         elif mu > 0:

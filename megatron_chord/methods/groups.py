@@ -60,9 +60,9 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
         raise TooManyGraderErrors(f"step {draw.now.step}: no prompt has two rollouts whose grading succeeded")
     kept = sorted(useful + equal[: wanted - len(useful)], key=lambda pair: pair[0].position)
     stats = reward_stats([group for _, group in everything], num_sampled=num_graded)
-    stats["equal_reward_groups"] = len(equal) / len(everything)
     if attempts > 1:
-        stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded}
+        share = len(equal) / len(everything)
+        stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded, "equal_score_groups": share}
     return SampledGroups(
         drawn=[item for item, _ in kept],
         groups=with_advantages([group for _, group in kept], run.objective),

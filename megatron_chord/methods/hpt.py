@@ -25,6 +25,7 @@ from megatron_chord.config import RunConfig, SimpleWeight
 from megatron_chord.losses.expert import expert_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.chord import EXPERT
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
@@ -35,8 +36,6 @@ from megatron_chord.methods.groups import (
     with_advantages,
 )
 from megatron_chord.rollout.collect import GradedRollouts
-
-EXPERT = "expert"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from megatron_chord.config import MethodConfig, RunConfig
+from megatron_chord.config import MethodConfig, ObjectiveConfig, RunConfig
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.chord import Chord
 from megatron_chord.methods.dpo import MixedDPO
@@ -67,36 +68,63 @@ def _typed(value: Any, kind: type, name: str) -> Any:
 
 def _check(method: Method, run: RunConfig) -> None:
     """Rules that hold for every method, then the method's own."""
-    objective, batch, data, default = run.objective, run.batch, run.data, type(run.objective)()
-    if method.schedule(run) is None and objective.mu is not None:
-        raise ValueError(f"objective.mu: method {method.name} does not mix by mu; leave it out")
-    if not method.uses_expert_settings:
-        for name in ("expert_weight", "expert_cutoff", "expert_aggregation"):
-            if getattr(objective, name) != getattr(default, name):
-                raise ValueError(f"objective.{name}: method {method.name} does not use it; leave it out")
-    if method.needs_demonstrations and not data.aligned:
-        raise ValueError(
-            f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with "
-            "data.experts that answer the problems of data.prompts"
+    for is_broken, reason in (*_rules_of_objective(method, run), *_rules_of_data(method, run)):
+        if is_broken:
+            raise ValueError(reason)
+    method.check(run)
+
+
+def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """(broken, reason)"""
+    objective, batch, default = run.objective, run.batch, ObjectiveConfig()
+    yield (
+        method.schedule(run) is None and objective.mu is not None,
+        f"objective.mu: method {method.name} does not mix by mu; leave it out",
+    )
+    for name in ("expert_weight", "expert_cutoff", "expert_aggregation"):
+        yield (
+            not method.uses_expert_settings and getattr(objective, name) != getattr(default, name),
+            f"objective.{name}: method {method.name} does not use it; leave it out",
         )
-    if not method.draws_experts and batch.experts > 0:
-        raise ValueError(
-            f"batch.experts is {batch.experts}, but method {method.name} draws no demonstrations beside its prompts' "
-            "own; set it to 0"
-        )
+    yield (
+        objective.ratio_from == "current"
+        and objective.surrogate != "unclipped"
+        and batch.mini_batches * batch.epochs > 1,
+        "objective.ratio_from: current makes every ratio 1, also in a step's later updates; with batch.mini_batches or "
+        "batch.epochs above 1 set it to rollout or recomputed",
+    )
+
+
+def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """(broken, reason)"""
+    batch, data = run.batch, run.data
+    yield (
+        method.needs_demonstrations and not data.aligned,
+        f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with data.experts that "
+        "answer the problems of data.prompts",
+    )
+    yield (
+        data.aligned and not (method.needs_demonstrations or method.draws_experts),
+        f"data.aligned: method {method.name} uses no demonstrations; leave it out",
+    )
+    yield data.aligned and data.experts is None, "data.aligned needs data.experts"
+    yield (
+        not method.draws_experts and batch.experts > 0,
+        f"batch.experts is {batch.experts}, but method {method.name} draws no demonstrations beside its prompts' own; "
+        "set it to 0",
+    )
     for name, count in {
         "batch.experts": batch.experts,
         "batch.prompts x batch.rollouts": batch.prompts * batch.rollouts,
     }.items():
-        if 0 < count < batch.mini_batches:
-            raise ValueError(
-                f"{name} is {count}, fewer than batch.mini_batches {batch.mini_batches}: some updates would have none"
-            )
-    if batch.sampling_attempts > 1 and batch.prompts == 0:
-        raise ValueError("batch.sampling_attempts is above 1, but batch.prompts is 0: nothing is sampled")
-    if data.aligned and data.experts is None:
-        raise ValueError("data.aligned needs data.experts")
-    method.check(run)
+        yield (
+            0 < count < batch.mini_batches,
+            f"{name} is {count}, fewer than batch.mini_batches {batch.mini_batches}: some updates would have none",
+        )
+    yield (
+        batch.sampling_attempts > 1 and batch.prompts == 0,
+        "batch.sampling_attempts is above 1, but batch.prompts is 0: nothing is sampled",
+    )
 
 
 def _near(name: str, known: Any) -> str:

@@ -63,6 +63,7 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
                 index=move(term.index),
                 sequence=move(term.sequence),
                 lengths=move(term.lengths),
+                held=move(term.held),
                 columns={key: move(column) for key, column in term.columns.items()},
                 context=groups.context.group if groups.context.size > 1 else None,
             )

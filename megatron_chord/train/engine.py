@@ -29,9 +29,16 @@ Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]
 
 class RolloutEngine:
     def __init__(
-        self, run: RunConfig, groups: ParallelGroups, *, log_folder: Path, notify: Callable[[str], None]
+        self,
+        run: RunConfig,
+        groups: ParallelGroups,
+        *,
+        is_needed: bool,
+        log_folder: Path,
+        notify: Callable[[str], None],
     ) -> None:
-        """Start the server (unless the run names its own, or never samples) and return while it loads."""
+        """Start the server (if ``is_needed`` and the run names none of its own) and return while it loads."""
+        self._is_needed = is_needed
         self._run = run
         self._groups = groups
         self._log_folder = log_folder
@@ -112,7 +119,7 @@ class RolloutEngine:
 
     def _start(self) -> None:
         run = self._run
-        if run.rollout.servers or (run.batch.prompts == 0 and run.data.evaluation is None):
+        if run.rollout.servers or not self._is_needed:
             return
         self._server = start_server(
             run.model.path,

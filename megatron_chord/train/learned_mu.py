@@ -25,9 +25,10 @@ Gradients = Mapping[str, Tensor]
 
 
 class MuGradient:
-    """Computes the two branches' gradients apart and keeps their difference, one fp32 gradient's size, for a step.
+    """Computes the two branches' gradients apart and keeps their difference for a step.
 
-    A resumed run measures nothing in its first step: the difference is not saved.
+    That is one fp32 gradient more, and three at the peak. A resumed run measures nothing in its first step: the
+    difference is not saved.
     """
 
     def __init__(self) -> None:
@@ -59,8 +60,11 @@ class MuGradient:
         slope = 0.0
         if self._difference is not None and POLICY in update.counts:
             slope = -cosine(state, parts[POLICY], self._difference)
-        if {POLICY, EXPERT} <= update.counts.keys():
-            self._difference = {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
+        self._difference = (
+            {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
+            if {POLICY, EXPERT} <= update.counts.keys()
+            else None
+        )
         loss = sum(update.weights[branch] * result.loss for branch, result in alone.items())
         return replace(alone[POLICY], loss=loss), slope
 

@@ -7,7 +7,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
-from megatron_chord.schedules import Memory, Moment
+from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
 from megatron_chord.train.coordinator import Coordinator, StepInputs
@@ -110,7 +110,13 @@ def train(
         # The server loads while the model is built.
         say = coordinator.log.say if coordinator is not None else lambda text: None
         with _refusing():
-            engine = RolloutEngine(run, groups, log_folder=run.output / LOGS, notify=say)
+            engine = RolloutEngine(
+                run,
+                groups,
+                is_needed=method.samples(run) or run.data.evaluation is not None,
+                log_folder=run.output / LOGS,
+                notify=say,
+            )
             stack.callback(engine.close)
             terms = method.terms(run)
             state = build_state(
@@ -194,7 +200,8 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         coordinator.log.finish_step(row, step_line(row, run.steps))
     if schedule is None or inputs.mu is None:
         return now.memory
-    return schedule.remember(now, inputs.mu, row)
+    # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
+    return state.groups.once(lambda: dict(schedule.remember(now, inputs.mu, row)))
 
 
 def _train_on(
@@ -219,7 +226,7 @@ def _train_on(
                 result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
             if not results:
                 _check_gap(run, result, step)
-            norm, learning_rate = apply_gradients(state, new_step=not results)
+            norm, learning_rate = apply_gradients(state, new_step=not results, skip=not update.counts)
             results.append(result)
             norms.append(norm)
     return mean_result(results), statistics.fmean(norms), learning_rate
@@ -284,8 +291,18 @@ def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
     parts.state.groups.once(restore)
     schedule, step = parts.method.schedule(parts.run), run_state["step"]
     if schedule is not None:
+        _check_memory(schedule, Moment(step=step, memory=run_state["mu"]), path)
         restart_schedule(parts.state, max(filter(schedule.resets_optimizer, range(step)), default=0))
     return run_state["step"], run_state["mu"]
+
+
+def _check_memory(schedule: MuSchedule, now: Moment, path: Path) -> None:
+    try:
+        schedule.value(replace(now, reward_mean=0.0))
+    except KeyError as error:
+        raise ValueError(
+            f"{path} was written under another schedule of mu: {schedule.schedule} needs to remember {error}"
+        ) from None
 
 
 def _make_coordinator(

@@ -156,11 +156,9 @@ def plan_lines(
         f"{parallel.context} x data {data}"
     )
     say(f"method      {method.describe(run)}")
-    experts = f" + {batch.experts} demonstrations" if batch.experts else ""
     say(
-        f"one step    {batch.prompts} prompts x {batch.rollouts} rollouts{experts}; "
-        f"{_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; micro-batches of at most "
-        f"{batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"
+        f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
+        f"micro-batches of at most {batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
     terms = method.terms(run)
     pools = {term.pool: term for term in terms.values()}

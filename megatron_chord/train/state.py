@@ -104,9 +104,9 @@ def reset_optimizer(state: TrainState) -> None:
     for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         inner = optimizer.optimizer
         for moments in inner.state.values():
-            for value in moments.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    moments[name].zero_()
         for group in inner.param_groups:
             group["step"] = 0
     restart_schedule(state, state.scheduler.num_steps)

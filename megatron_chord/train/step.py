@@ -113,15 +113,18 @@ def compute_gradients(
     return _reduce(kept, update, present, state.groups)
 
 
-def apply_gradients(state: TrainState, *, new_step: bool = True) -> tuple[float, float]:
+def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = False) -> tuple[float, float]:
     """Clip, update the weights. Returns the gradient norm before clipping, and the rate used.
 
     With ``new_step`` the learning-rate schedule advances, and it does so first, so that the first step of a warm-up
-    is not wasted on a rate of 0.
+    is not wasted on a rate of 0. ``skip`` leaves the weights alone: of an update without a trained token, momentum and
+    weight decay would be all that moves them.
     """
     if new_step:
         state.scheduler.step(1)
     learning_rate = max(group["lr"] for group in state.optimizer.param_groups)
+    if skip:
+        return 0.0, float(learning_rate)
     succeeded, grad_norm, _ = state.optimizer.step()
     assert succeeded, "only fp16 loss scaling skips steps"
     state.optimizer.zero_grad()

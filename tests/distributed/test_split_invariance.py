@@ -81,7 +81,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{
         f"correction {level} {mode}": {
             "ratio_from": ratio_from,
-            "correction": CorrectionConfig(level=level, mode=mode, low=0.5, high=2.0),
+            "correction": CorrectionConfig(
+                level=level, mode=mode, low=0.0 if mode == "truncate" else 0.5, high=2.0
+            ),
         }
         for level, mode, ratio_from in (
             ("token", "truncate", "current"),

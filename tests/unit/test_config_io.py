@@ -426,14 +426,14 @@ class TestBase:
         ("below", "own", "expected"),
         [
             ("{schedule: linear, peak: 1, valley: 0}", "{valley: 1}", schedules.Linear(peak=1.0, valley=1.0)),
-            ("{schedule: constant, peak: 0.5}", "{schedule: constant}", schedules.Constant()),
+            ("{schedule: constant, peak: 0.5}", "{schedule: constant}", schedules.Constant(peak=0.5)),
             ("{schedule: linear, peak: 1, valley: 0}", "periodic", schedules.Periodic()),
             ("{schedule: linear, peak: 1, valley: 0}", "null", None),
             ("periodic", "{expert_steps: 3}", schedules.Periodic(expert_steps=3)),
             ("null", "{peak: 0.3}", schedules.Constant(peak=0.3)),
         ],
     )
-    def test_naming_the_choice_replaces_the_whole_block(
+    def test_another_choice_replaces_the_whole_block(
         self, tmp_path: Path, below: str, own: str, expected: Any
     ) -> None:
         write(tmp_path, GOOD + f"objective: {{clip_high: 0.3, mu: {below}}}\n", "base.yaml")
@@ -443,7 +443,8 @@ class TestBase:
     @pytest.mark.parametrize(
         ("below", "own", "expected"),
         [
-            ("{name: luffy, gamma: 1}", "{name: luffy, beta: 2}", ("luffy", {"beta": 2})),
+            ("{name: luffy, gamma: 1}", "{name: luffy, beta: 2}", ("luffy", {"gamma": 1, "beta": 2})),
+            ("{name: luffy, gamma: 1}", "{name: grpo, beta: 2}", ("grpo", {"beta": 2})),
             ("{name: luffy, gamma: 1}", "{beta: 2}", ("luffy", {"gamma": 1, "beta": 2})),
             ("{name: luffy, gamma: 1}", "grpo", ("grpo", {})),
             ("luffy", "{beta: 2}", ("luffy", {"beta": 2})),

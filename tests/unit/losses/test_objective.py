@@ -57,6 +57,7 @@ class Batch:
             index=index,
             sequence=torch.arange(len(index)),
             lengths=torch.ones(len(index)),
+            held=torch.ones(len(index), dtype=torch.int64),
             columns={key: column[index] for key, column in self.columns.items()},
         )
 
@@ -384,6 +385,7 @@ def test_sequences_of_several_tokens_split_between_them() -> None:
             index=torch.arange(stop - start),
             sequence=torch.repeat_interleave(torch.arange(len(here)), here),
             lengths=here.float(),
+            held=here.long(),
             columns={name: column[start:stop] for name, column in batch.columns.items()},
         )
         stats = TokenStats(logprobs, batch.entropy[start:stop], None)

@@ -203,7 +203,7 @@ def test_cispo_of_one_token(ratio: float, advantage: float, factor: float, is_cl
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_unclipped_of_one_token(ratio: float, advantage: float) -> None:
     tokens = tokens_of(advantage=advantage)
-    result = run_surrogate([ratio], tokens, replace(DAPO, surrogate="unclipped"))
+    result = run_surrogate([ratio], tokens, ObjectiveConfig(surrogate="unclipped"))
     assert result.loss == pytest.approx([-ratio * advantage], rel=1e-13)
     assert result.grad == pytest.approx([-ratio * advantage], rel=1e-13)
     assert (result.clipped, result.dual_clipped) == ([False], [False])
@@ -285,7 +285,10 @@ def test_one_broken_token_does_not_overflow(
     logprobs = torch.tensor([-0.5], requires_grad=True)
     tokens = tokens_of(advantage=advantage)
     out = surrogate(
-        logprobs, logprobs.detach() - difference, tokens, ObjectiveConfig(surrogate=name, clip_low=1.0)
+        logprobs,
+        logprobs.detach() - difference,
+        tokens,
+        ObjectiveConfig(surrogate=name, clip_low=0.2 if name == "unclipped" else 1.0),
     )
     out.loss.sum().backward()
     # The log-ratio is held at +-20, the clip range is [0, 1.2].
@@ -341,7 +344,7 @@ def test_correction_weights(level: Any, mode: Any, weights: list[float], outside
     found, is_outside = correction_weights(
         old.requires_grad_(),
         tokens_of((2, 3, 1), rollout_logprob=rollout),
-        CorrectionConfig(level=level, mode=mode, low=0.6, high=1.5),
+        CorrectionConfig(level=level, mode=mode, low=0.0 if mode == "truncate" else 0.6, high=1.5),
     )
     assert found.tolist() == pytest.approx(weights, rel=1e-13)
     assert is_outside.tolist() == [letter == "T" for letter in outside]

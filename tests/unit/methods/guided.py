@@ -124,6 +124,7 @@ def tokens_of(sequences: Sequence[int] = (1,), **columns: float | Sequence[float
         index=torch.arange(count),
         sequence=torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(sequences)),
         lengths=torch.tensor(sequences, dtype=torch.float64),
+        held=torch.tensor(sequences),
         columns={name: column(values) for name, values in columns.items()},
     )
 

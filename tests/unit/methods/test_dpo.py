@@ -220,6 +220,7 @@ def batch_of(
         index=torch.arange(sum(lengths)),
         sequence=torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(lengths)),
         lengths=torch.tensor(lengths).float(),
+        held=torch.tensor(lengths),
         columns=columns,
     )
 
@@ -344,6 +345,7 @@ def test_a_rank_without_tokens_takes_part(pairs: Any) -> None:
         index=nothing.long(),
         sequence=nothing.long(),
         lengths=nothing,
+        held=nothing.long(),
         columns=dict.fromkeys(columns, nothing),
     )
     across = Summing()

@@ -207,6 +207,7 @@ def tokens_of(**columns: Any) -> TermTokens:
         index=torch.arange(count),
         sequence=torch.zeros(count, dtype=torch.int64),
         lengths=torch.tensor([float(count)]),
+        held=torch.tensor([count]),
         columns=tensors,
     )
 

@@ -234,6 +234,7 @@ def one_token(
         index=torch.zeros(1, dtype=torch.int64),
         sequence=torch.zeros(1, dtype=torch.int64),
         lengths=torch.ones(1),
+        held=torch.ones(1, dtype=torch.int64),
         columns={name: torch.tensor([value], dtype=torch.float64) for name, value in columns.items()},
     )
     output = stale_loss(TokenStats(logprobs, entropy, None), tokens, objective)

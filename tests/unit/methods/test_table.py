@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import MethodConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import KLConfig, MethodConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.losses.terms import reported
 from megatron_chord.methods.table import METHODS, build, method_of
@@ -56,7 +56,14 @@ def test_a_whole_number_is_a_float_setting() -> None:
         ("ghpo", {"data": {"aligned": True}, "batch": {"experts": 3}}, "draws no demonstrations beside"),
         ("ghpo", {"data": {"aligned": True}, "objective": {"mu": Constant()}}, "ghpo does not mix by mu"),
         ("hpt", {"data": {"aligned": True}, "objective": {"expert_cutoff": 0.5}}, "hpt does not use it"),
-        ("remix", {"data": {"aligned": True, "experts": None}}, "data.aligned needs data.experts"),
+        ("chord", {"data": {"aligned": True, "experts": None}}, "data.aligned needs data.experts"),
+        ("remix", {"data": {"aligned": True}}, "method remix uses no demonstrations"),
+        (
+            "chord",
+            {"objective": {"ratio_from": "current"}, "batch": {"epochs": 2}},
+            "current makes every ratio 1",
+        ),
+        ("chord", {"objective": {"mu": Constant(peak=1.0), "kl": KLConfig()}}, "mu is 1 throughout"),
         (
             "chord",
             {"objective": {"mu": Learned(rate=0.1)}},
