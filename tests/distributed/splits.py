@@ -43,7 +43,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 def case(
     run: RunConfig, samples: Sequence[TrainSample], weights: Mapping[str, float], **extra: Any
 ) -> dict[str, Any]:
-    """What ``steps.updates`` computes; ``extra`` may hold reference, a folder."""
+    """What ``steps.updates`` computes; ``extra`` may hold the folders reference and old."""
     return {"run": run, "samples": list(samples), "weights": dict(weights), **extra}
 
 
@@ -73,6 +73,7 @@ def assert_split_invariant(
     *,
     layouts: Mapping[int, Mapping[str, Mapping[str, Any]]],
     reference: Path | None = None,
+    old: Path | None = None,
     relative: float = RELATIVE,
 ) -> None:
     """Every objective in every layout, in one micro-batch a rank and in many, against the oracle.
@@ -80,10 +81,11 @@ def assert_split_invariant(
     Args:
         objectives: by name: the run, one update's samples, the terms' weights, and the oracle's terms.
         layouts: parallel settings by number of ranks and name; each number is one start of processes.
+        old: the policy before the step's first update; this is a later one.
     """
     expected = {
         name: oracle_update(
-            model, samples, terms, weights, temperature=run.rollout.temperature, reference=reference
+            model, samples, terms, weights, temperature=run.rollout.temperature, reference=reference, old=old
         )
         for name, (run, samples, weights, terms) in objectives.items()
     }
@@ -94,7 +96,7 @@ def assert_split_invariant(
                 for split, max_tokens in {"one": 10_000, "many": 30}.items():
                     whole = samples if split == "one" else samples[::-1]
                     run_here = with_layout(run, parallel, max_tokens)
-                    cases.append(case(run_here, whole, weights, reference=reference))
+                    cases.append(case(run_here, whole, weights, reference=reference, old=old))
                     names.append((name, f"{name}/{layout}/{split}"))
         for results in run_ranks(steps.updates, world_size, model, cases, timeout_s=600):
             for (name, what), result in zip(names, results, strict=True):

@@ -19,6 +19,8 @@ from megatron_chord.train.setup import layout_of
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.step import Update, compute_gradients, prepare_batches
 from megatron_chord.weights.export import hf_tensors
+from megatron_chord.weights.load import load
+from megatron_chord.weights.reader import HFReader
 
 
 def start_groups(parallel: ParallelConfig) -> runtime.ParallelGroups:
@@ -51,6 +53,18 @@ def build(
     )
 
 
+def fill(state: TrainState, folder: Path) -> None:
+    """Give the state another folder's weights."""
+    load(
+        state.parameters(),
+        state.shape.weights,
+        HFReader.of(folder),
+        vocab_size=state.shape.vocab_size,
+        tensor_rank=state.groups.tensor.rank,
+        tensor_size=state.groups.tensor.size,
+    )
+
+
 def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors laid out like the parameters (weights or gradients), whole and by Hugging Face name, on every rank."""
     groups = state.groups
@@ -64,7 +78,11 @@ def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
-    """For each case: metrics and whole gradients of one update by the case's ``run``, without updating weights."""
+    """For each case: metrics and whole gradients of one update by the case's ``run``.
+
+    With ``old`` in the case, what is computed beforehand is computed with that folder's weights, as it is for the
+    later updates of a step.
+    """
     results = []
     built: tuple[Any, TrainState] | None = None
     for case in cases:
@@ -78,6 +96,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
                 build(folder, parallel, reference=case.get("reference")),
             )
         state = built[1]
+        fill(state, case.get("old") or folder)
         plan = plan_step(
             with_scales(case["samples"], terms),
             max_tokens=run.batch.max_tokens,
@@ -88,6 +107,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         batches = prepare_batches(
             state, plan.micro_batches[state.groups.data.rank], terms, temperature=temperature
         )
+        fill(state, folder)
         update = Update(weights=case["weights"], counts=plan.counts)
         result = compute_gradients(state, batches, update, terms, temperature=temperature)
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}

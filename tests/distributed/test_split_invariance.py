@@ -120,6 +120,19 @@ def test_every_option_in_layouts_that_cut_sequences_vocabulary_and_batch(untied:
     assert_split_invariant(untied, objectives, layouts=SPREAD)
 
 
+def test_a_later_update_of_a_step(untied: Path, tmp_path: Path) -> None:
+    """The policy has moved since the log-probs were computed that ratios, corrections and quantiles start from."""
+    old = save_qwen2(tmp_path, seed=2)
+    later: dict[str, dict[str, Any]] = {
+        "ppo": {"ratio_from": "recomputed", "dual_clip": 1.5},
+        "gspo": {"ratio_from": "recomputed", "surrogate": "gspo", "clip_low": 0.02, "clip_high": 0.03},
+        "corrected": {"ratio_from": "recomputed", "correction": CorrectionConfig(level="geometric", low=0.0)},
+        "rollout": {"expert_weight": EntropyTopWeight(share=0.3)},
+    }
+    objectives = {name: chord(untied, make_samples(seed=4), **settings) for name, settings in later.items()}
+    assert_split_invariant(untied, objectives, layouts={2: SPREAD[2]}, old=old)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_to_a_reference(untied: Path, tmp_path: Path, estimator: Any) -> None:
     reference = save_qwen2(tmp_path, seed=1)

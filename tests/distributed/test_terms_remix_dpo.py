@@ -25,6 +25,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 BETA = 0.2
 KL = 0.05
+CLIP = 0.2
 
 
 def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
@@ -32,6 +33,13 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
     assert_split_invariant(
         model, {"remix": remix(model, reference), "dpo": dpo(model)}, layouts=LAYOUTS, reference=reference
     )
+
+
+def test_the_clip_of_stale_tokens_is_active_in_a_later_update(tmp_path: Path) -> None:
+    model, reference = save_qwen2(tmp_path / "policy"), save_qwen2(tmp_path / "reference", seed=1)
+    old = save_qwen2(tmp_path / "old", seed=2)
+    objectives = {"remix": remix(model, reference)}
+    assert_split_invariant(model, objectives, layouts={2: LAYOUTS[2]}, reference=reference, old=old)
 
 
 # ---- ReMix
@@ -52,25 +60,36 @@ def as_stale(sample: TrainSample, *, age: float) -> TrainSample:
 
 
 def stale_term() -> OracleTerm:
-    """In a single update pi_theta = pi_k: the ratio is the clip's centre, and the clip cuts nothing."""
+    """The clip's centre is pi_k / pi_{k-i}; in a step's first update that is the ratio itself, and nothing is cut."""
 
     def ratio(token: Token) -> Tensor:
         return torch.exp(token.logp - token.constants["rollout_logprob"])
+
+    def is_clipped(token: Token) -> bool:
+        a, r = token.constants["advantage"], ratio(token).item()
+        centre = math.exp(token.old_logp - token.constants["rollout_logprob"])
+        return r > centre + CLIP if a > 0 else r < centre - CLIP
+
+    def surrogate(token: Token) -> Tensor:
+        a = token.constants["advantage"]
+        centre = math.exp(token.old_logp - token.constants["rollout_logprob"])
+        edge = centre + CLIP if a > 0 else centre - CLIP
+        return -(torch.tensor(edge, dtype=torch.float64) if is_clipped(token) else ratio(token)) * a
 
     def kl(token: Token) -> Tensor:
         return (token.reference_logp - token.logp) ** 2 / 2
 
     return OracleTerm(
-        loss=lambda token, *_: -ratio(token) * token.constants["advantage"] + KL * kl(token),
+        loss=lambda token, *_: surrogate(token) + KL * kl(token),
         pool="policy",
         aggregation="sequence_mean",
         means={
             "stale_ratio": lambda token, *_: ratio(token).item(),
             "stale_age": lambda token, *_: token.constants["age"],
-            "stale_clip_fraction": lambda *_: 0.0,
+            "stale_clip_fraction": lambda token, *_: float(is_clipped(token)),
             "stale_kl": lambda token, *_: kl(token).item(),
         },
-        losses={"stale_loss": lambda token, *_: -ratio(token).item() * token.constants["advantage"]},
+        losses={"stale_loss": lambda token, *_: surrogate(token).item()},
     )
 
 

@@ -72,8 +72,9 @@ def oracle_update(
     *,
     temperature: float = 1.0,
     reference: Path | None = None,
+    old: Path | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Loss and metrics, and gradients by Hugging Face name."""
+    """Loss and metrics, and gradients by Hugging Face name. ``old``: the policy before the step's first update."""
     from transformers import AutoModelForCausalLM
 
     def load(path: Path) -> torch.nn.Module:
@@ -81,9 +82,11 @@ def oracle_update(
 
     model = load(folder)
     other = load(reference) if reference is not None else None
+    before = load(old) if old is not None else model
     found: dict[str, list[SequenceTokens]] = defaultdict(list)
     for sample in samples:
         logps = _log_softmax(model, sample, temperature)
+        earlier = _log_softmax(before, sample, temperature).detach()
         theirs = _log_softmax(other, sample, temperature).detach() if other is not None else None
         for part in sample.parts:
             tokens = []
@@ -100,8 +103,8 @@ def oracle_update(
                             name: float(np.float32(value if np.ndim(value) == 0 else value[k]))
                             for name, value in part.constants.items()
                         },
-                        old_logp=row[target].item(),
-                        old_entropy=entropy.item(),
+                        old_logp=earlier[position - 1, target].item(),
+                        old_entropy=-(earlier[position - 1].exp() * earlier[position - 1]).sum().item(),
                         reference_logp=theirs[position - 1, target].item()
                         if theirs is not None
                         else math.nan,
