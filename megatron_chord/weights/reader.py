@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,13 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """ValueError for a dtype that torch's safetensors reader does not know by this name."""
+        stated = self._slice(name).get_dtype()
+        if stated not in _DTYPES:
+            raise ValueError(f"{self.folder}: {name} is of type {stated}")
+        return _DTYPES[stated]
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor on the CPU, or its part [start, stop) along axis 0 or 1."""

@@ -21,11 +21,11 @@ LAYERS = (
     ("losses", "data", "rewards", "families", "weights"),
     ("runtime", "model", "rollout"),
     ("methods",),
-    ("train",),
+    ("convert", "train"),
     ("cli", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-MEGATRON = ("runtime", "model", "train")
+MEGATRON = ("runtime", "model", "convert", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
 NO_TORCH = ("config", "config_io", "config_nodes", "records", "schedules", "doctor", "settings")
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")

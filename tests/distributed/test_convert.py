@@ -1,0 +1,171 @@
+"""tools/convert.py: bit for bit there and back, loaded by Megatron-Core itself, and refusals that leave nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_chord.config import OptimConfig, ParallelConfig
+from tests.distributed import steps
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.tiny import save_qwen2
+
+TOOL = ROOT / "tools" / "convert.py"
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}],
+    4: [{"tensor": 2, "pipeline": 2}],
+}
+
+
+def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp(request.param) / "hf", tied=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def megatron(model: Path) -> Path:
+    target = model.parent / "megatron"
+    result = convert("hf-to-megatron", model, target)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def test_there_and_back(model: Path, megatron: Path, tmp_path: Path) -> None:
+    result = convert("megatron-to-hf", megatron, tmp_path / "back")
+    assert result.returncode == 0, result.stderr
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    for one, other in ((model, megatron), (megatron, tmp_path / "back")):
+        assert convert("verify", one, other).stdout.strip() == "the same model, bit for bit"
+    assert "the same" not in convert("verify", model, save_qwen2(tmp_path / "other", seed=5)).stdout
+
+
+def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, Any]]) -> list[Any]:
+    """Megatron's own loader fills models whose weights were another's; whole tensors by Hugging Face name."""
+    from megatron.core import dist_checkpointing
+
+    results = []
+    for layout in layouts:
+        state = steps.build(folder, ParallelConfig(**layout))
+        modules = [chunk.module for chunk in state.chunks]
+        with torch.no_grad():
+            for module in modules:
+                for parameter in module.parameters():
+                    parameter.fill_(torch.nan)
+            wanted = {
+                str(i): module.sharded_state_dict(metadata={"singleton_local_shards": False})
+                for i, module in enumerate(modules)
+            }
+            loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
+            for i, module in enumerate(modules):
+                module.load_state_dict(loaded[str(i)], strict=True)
+        results.append(steps.gather_hf(state, state.parameters()))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_megatron_core_loads_it_in_any_layout(model: Path, megatron: Path, world_size: int) -> None:
+    expected = load_file(model / "model.safetensors")
+    for results in run_ranks(loaded_by_megatron, world_size, model, megatron, LAYOUTS[world_size]):
+        for layout, tensors in zip(LAYOUTS[world_size], results, strict=True):
+            assert tensors.keys() == expected.keys(), layout
+            assert all(tensors[name].equal(expected[name]) for name in expected), layout
+
+
+def save_training(folder: Path, target: Path) -> None:
+    from megatron_chord.train import checkpoint
+    from megatron_chord.train.step import apply_gradients
+
+    state = steps.build(folder, ParallelConfig(tensor=2), OptimConfig())
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    apply_gradients(state)  # of nothing: it makes Adam's moments and leaves the weights alone
+    checkpoint.save(state, {"step": 0}, target, keep=1)
+
+
+def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: Path) -> None:
+    run_ranks(save_training, 2, model, tmp_path / "checkpoints")
+    step = tmp_path / "checkpoints" / "step-000000"
+    result = convert("megatron-to-hf", step, tmp_path / "policy", "--hf", model)
+    assert result.returncode == 0, result.stderr
+    assert convert("verify", model, tmp_path / "policy").returncode == 0
+
+
+def damaged(model: Path, folder: Path, how: str) -> Path:
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "missing":
+        del tensors[name], tensors["model.norm.weight"]
+    elif how == "extra":
+        tensors["model.layers.9.mlp.up_proj.weight"] = tensors[name].clone()
+    elif how == "shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif how == "dtype":
+        tensors[name] = tensors[name].half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if how == "truncated":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    if how in ("config", "architecture"):
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        change = {"intermediate_size": 80} if how == "config" else {"model_type": "mamba9"}
+        path.write_text(json.dumps(config | change))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "findings"),
+    [
+        ("missing", ["missing model.layers.1.mlp.up_proj.weight", "missing model.norm.weight"]),
+        ("extra", ["unexpected model.layers.9.mlp.up_proj.weight"]),
+        ("shape", ["model.layers.1.mlp.up_proj.weight"]),
+        ("dtype", ["float16, float32"]),
+        ("truncated", ["model.safetensors"]),
+        ("config", [f"decoder.layers.{layer}.mlp.linear_fc1.weight" for layer in range(4)]),
+        ("architecture", ["unknown model_type 'mamba9'"]),
+    ],
+)
+def test_damaged_input_leaves_nothing_behind(
+    model: Path, tmp_path: Path, how: str, findings: list[str]
+) -> None:
+    source = damaged(model, tmp_path / "damaged", how)
+    result = convert("hf-to-megatron", source, tmp_path / "target")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert all(finding in result.stderr for finding in findings), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+class Canary:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/tmp/megatron_chord_canary"),))
+
+
+def test_a_hostile_checkpoint_runs_nothing(megatron: Path, tmp_path: Path) -> None:
+    canary = Path("/tmp/megatron_chord_canary")
+    canary.unlink(missing_ok=True)
+    shutil.copytree(megatron, tmp_path / "hostile")
+    (tmp_path / "hostile" / ".metadata").write_bytes(pickle.dumps(Canary()))
+    result = convert("megatron-to-hf", tmp_path / "hostile", tmp_path / "target")
+    assert result.returncode == 2
+    assert "cannot be read: it asks for" in result.stderr
+    assert not canary.exists()
+    assert not (tmp_path / "target").exists()
