@@ -560,4 +560,9 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {product} "
         f"does not divide the {world_size} processes of this run",
     )
+    stage = world_size // parallel.pipeline
+    _require(
+        stage % parallel.expert == 0,
+        f"expert {parallel.expert} does not divide the {stage} processes of a pipeline stage",
+    )
     return world_size // product

@@ -49,8 +49,8 @@ def hf_to_megatron(source: Path, target: Path, *, progress: Progress = lambda si
         ConversionError: with all findings, before anything is written.
     """
     shape, reader = _shape_of(source), HFReader.of(source)
-    dtype = _only_dtype({name: reader.dtype(name) for name in reader.names}, str(source))
     _check_names(shape, reader)
+    dtype = _only_dtype({name: reader.dtype(name) for name in shape.weights.hf_names()}, str(source))
     layout = layout_of(shape, _DTYPE_NAMES[dtype])
     _check_shapes(layout, shape, reader)
     parameter = functools.lru_cache(maxsize=1)(functools.partial(_parameter, reader=reader))
@@ -176,7 +176,7 @@ def _shape_of(folder: Path) -> ModelShape:
 
 def _check_names(shape: ModelShape, reader: HFReader) -> None:
     try:
-        check_accounting(list(shape.weights.hf_names()), reader.names, str(reader.folder))
+        shape.weights.check_folder(reader.names, str(reader.folder))
     except ValueError as error:
         raise ConversionError(str(error)) from error
 

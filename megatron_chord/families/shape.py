@@ -10,6 +10,38 @@ from megatron_chord.weights.mapping import WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every RoPE frequency divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's: long waves slowed down by ``factor``, short ones kept, those between interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    base: float
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Sizes of the mixture of experts that every layer holds in place of a dense MLP."""
+
+    count: int
+    shared_ffn_size: int | None = None
+    """Width of the expert that sees every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     family: str
     vocab_size: int
@@ -21,7 +53,9 @@ class ModelShape:
     max_positions: int
     tied: bool
     """The output head is the input embedding."""
-    rotary_base: float
+    rope: Rope
+    experts: Experts | None
+    """None for a dense model."""
     transformer: Mapping[str, Any]
     """Fields of Megatron-Core's TransformerConfig beyond parallelism and dtype; activation_func by name."""
     weights: WeightMap

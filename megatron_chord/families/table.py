@@ -1,4 +1,4 @@
-"""Which family reads which config.json. A new family is one module with a ``shape`` function, and one line here."""
+"""Which family reads which config.json. A new family is one module with a ``shape`` function, and one entry here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chord.families import qwen2
+from megatron_chord.families import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from megatron_chord.families.shape import ModelShape
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {"qwen2": qwen2.shape}
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
+    "llama": llama.shape,
+    "mistral": mistral.shape,
+    "mixtral": mixtral.shape,
+    "qwen2": qwen2.shape,
+    "qwen2_moe": qwen2_moe.shape,
+    "qwen3": qwen3.shape,
+    "qwen3_moe": qwen3_moe.shape,
+}
 
 
 def read_shape(folder: Path) -> ModelShape:

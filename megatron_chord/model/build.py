@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
+from megatron_chord.model.rope import scaled_frequencies
 from megatron_chord.model.specs import block_spec, has_transformer_engine
-from megatron_chord.weights.mapping import padded_vocab_size
+from megatron_chord.runtime.parallel import EXPERT_TENSOR
+from megatron_chord.weights.mapping import global_name, padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ACTIVATIONS = {"silu": F.silu}
@@ -43,6 +45,7 @@ _NOT_TO_OVERRIDE = {
             "expert_model": "expert",
         }.items()
     },
+    "expert_tensor_parallel_size": "experts are not cut over the tensor axis",
 }
 
 
@@ -58,7 +61,7 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
             shape.num_kv_heads % parallel.tensor == 0,
             f"{shape.num_kv_heads} key-value heads / tensor {parallel.tensor}",
         ),
-        (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}"),
+        *_feed_forward_rules(shape, parallel),
         (
             shape.num_layers % stages == 0,
             f"{shape.num_layers} layers / (pipeline {parallel.pipeline} x virtual_pipeline "
@@ -68,8 +71,26 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     broken = [text for holds, text in rules if not holds]
     if broken:
         raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
-    if parallel.expert > 1:
+    if shape.experts is None and parallel.expert > 1:
         raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
+    if shape.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
+        # megatron/core/transformer/moe/moe_layer.py:379
+        raise ValueError(
+            f"parallel.tensor is {parallel.tensor}: Megatron trains experts ({shape.family}) beside a tensor axis "
+            "only with parallel.sequence_parallel"
+        )
+
+
+def _feed_forward_rules(shape: ModelShape, parallel: ParallelConfig) -> list[tuple[bool, str]]:
+    if shape.experts is None:
+        return [
+            (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}")
+        ]
+    count, shared = shape.experts.count, shape.experts.shared_ffn_size or 0
+    return [
+        (count % parallel.expert == 0, f"{count} experts / expert {parallel.expert}"),
+        (shared % parallel.tensor == 0, f"shared expert's width {shared} / tensor {parallel.tensor}"),
+    ]
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> Any:
@@ -90,6 +111,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
         "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": EXPERT_TENSOR,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -104,6 +127,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         # for this dispatcher even where there are no experts.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": fused and shape.experts is not None,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
@@ -146,35 +170,48 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="rope",
             rotary_percent=1.0,
-            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+            rotary_base=shape.rope.base,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        _mark_cut_parameters(chunk, shape)
+        if shape.rope.scaling is not None:
+            rope: Any = chunk.rotary_pos_emb
+            rope.inv_freq = scaled_frequencies(rope.inv_freq, shape.rope.scaling)
+        _mark_parameters(chunk, shape)
         chunks.append(chunk if config.use_cpu_initialization else chunk.cuda())
     return chunks
 
 
-def _mark_cut_parameters(chunk: Any, shape: ModelShape) -> None:
-    """Say which parameters every tensor-parallel rank has its own part of.
+def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
+    """Say which parameters every tensor-parallel rank has its own part of, and which are reduced as experts are.
 
-    Megatron-Core 0.16.1 does so only where it initialises weights (tensor_parallel/layers.py:137, 170). Unmarked, all
-    but the first rank's parts are left out of the gradient norm, and clipping depends on the layout.
+    Megatron-Core 0.16.1 does the first only where it initialises weights (tensor_parallel/layers.py:137, 170).
+    Unmarked, all but the first rank's parts are left out of the gradient norm, and clipping depends on the layout.
+    Experts are marked so too, as Megatron's are: their norm is summed over the ranks that hold different ones.
+
+    It does the second only with an expert axis (layers.py:886, 1209), although experts that are not cut are replicated
+    over the tensor axis, too: without the mark, their gradient would lack the other tensor-parallel ranks' tokens.
     """
     for name, parameter in global_parameters([chunk]).items():
-        if shape.weights.entry(name).rule.transform.axis is not None:
+        rule = shape.weights.entry(name).rule
+        if rule.of_expert:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+        if rule.of_expert or rule.transform.axis is not None:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """This rank's parameters by name, with layers numbered over the whole model."""
+    """This rank's parameters by name, with layers and experts numbered over the whole model."""
     parameters: dict[str, Tensor] = {}
     for chunk in chunks:
-        first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+        layers = chunk.decoder.layers
+        experts = getattr(layers[0].mlp, "local_expert_indices", [0]) if len(layers) else [0]
         for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(int(parts[2]) + first)
-            parameters[".".join(parts)] = parameter
+            whole = global_name(
+                name,
+                first_layer=layers[0].layer_number - 1 if len(layers) else 0,
+                first_expert=experts[0],
+            )
+            parameters[whole] = parameter
     return parameters
 
 

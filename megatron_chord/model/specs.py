@@ -42,6 +42,11 @@ def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
     if config.qk_layernorm:
         parts.self_attention.submodules.q_layernorm = RMSNorm
         parts.self_attention.submodules.k_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        # Megatron would save this norm under the name that it has in front of a dense MLP, unlike the layer spec of
+        # Transformer Engine (gpt_layer_specs.py:419).
+        keys = layer.submodules.sharded_state_dict_keys_map
+        parts.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if k != "pre_mlp_layernorm."}
     # Only a block spec lets us choose the final norm; a layer spec would get Megatron's.
     layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)  # type: ignore[arg-type]

@@ -101,6 +101,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError(f"an earlier weight update failed ({self._failed}); restart the server")
         self._failed = "it was never finished"
         self._received, self._loaded = set(), set()
+        if self.device.type == "cpu":
+            _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -198,10 +200,30 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, str]:
-    """Second names of parameters (a tied lm_head), with the first. Later they look like parameters of their own."""
+    """Second names of parameters that two modules share (a tied lm_head), with the first.
+
+    Later each module has its own. A module that is itself registered twice (a router, a shared expert) stays one.
+    """
     first: dict[int, str] = {}
+    names = [
+        (parameter, f"{path}.{name}" if path else name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
     return {
         name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for parameter, name in names
         if first.setdefault(id(parameter), name) != name
     }
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Makes vLLM 0.32 pack pushed experts for its CPU kernel, which it does only while it has none.
+
+    With a kernel it copies them unpacked over the packed ones (fused_moe/unquantized_fused_moe_method.py:187), and
+    the server goes on sampling, from other numbers. No CUDA graph holds the kernel on a CPU, so it can be built anew.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

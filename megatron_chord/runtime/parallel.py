@@ -21,6 +21,9 @@ from megatron_chord.runtime import adam, cpu
 
 T = TypeVar("T")
 
+EXPERT_TENSOR = 1
+"""Experts are spread, never cut over the tensor axis: Megatron's all-to-all dispatcher cannot do that over gloo."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
@@ -43,6 +46,10 @@ class ParallelGroups:
     context: Axis
     replicas: Axis
     """Data-parallel and context-parallel ranks together: they hold the same weights."""
+    expert: Axis
+    """Ranks that hold different experts; tensor, context and data axis together are divided anew among experts."""
+    expert_replicas: Axis
+    """Ranks that hold the same experts."""
     objects: dist.ProcessGroup
     """All ranks over gloo: for Python objects and the coordinator's plans."""
     data_rank_of: tuple[int, ...]
@@ -60,6 +67,11 @@ class ParallelGroups:
     def holds_first_replica(self) -> bool:
         """This rank's weights are those of data-parallel and context-parallel rank 0."""
         return self.data.rank == 0 and self.context.rank == 0
+
+    @property
+    def holds_first_experts(self) -> bool:
+        """This rank's experts are those of the first of the ranks that hold them."""
+        return self.expert_replicas.rank == 0
 
     @property
     def is_exporter(self) -> bool:
@@ -190,6 +202,7 @@ def build_groups(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=EXPERT_TENSOR,
         distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
     )
     # There is no dropout, so every rank may draw the same numbers; the tracker must exist all the same.
@@ -212,6 +225,8 @@ def build_groups(
         data=data,
         context=axis(parallel_state.get_context_parallel_group()),
         replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        expert=axis(parallel_state.get_expert_model_parallel_group()),
+        expert_replicas=axis(parallel_state.get_expert_data_parallel_group()),
         objects=objects,
         data_rank_of=tuple(ranks),
     )

@@ -21,7 +21,6 @@ from megatron_chord.methods.draw import Sources
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.records import Expert, Prompt
-from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.reader import HFReader
 
 
@@ -45,7 +44,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     """
     method = method_of(run)
     shape = read_shape(run.model.path)
-    check_accounting(list(shape.weights.hf_names()), HFReader.of(run.model.path).names, str(run.model.path))
+    shape.weights.check_folder(HFReader.of(run.model.path).names, str(run.model.path))
     check_shape(shape, run.parallel)
     data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,18 @@ class TrainState:
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """This rank's part in giving the weights away: whole Hugging Face tensors on exporters, nothing elsewhere.
 
-        To be drained on every rank: the exporters' tensor-parallel peers take part in the gathers.
+        To be drained on every rank: the exporters' peers take part in the gathers. ``tensors``: others that are laid
+        out like the parameters, in their place.
         """
-        if not self.groups.holds_first_replica:
-            return iter(())
+        groups = self.groups
         return hf_tensors(
-            self.parameters(),
+            self.parameters() if tensors is None else tensors,
             self.shape.weights,
-            group=self.groups.tensor.group,
+            tensor_group=groups.tensor.group if groups.holds_first_replica else None,
+            expert_group=groups.expert.group if groups.holds_first_experts else None,
             vocab_size=self.shape.vocab_size,
         )
 

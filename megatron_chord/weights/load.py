@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_chord.weights.mapping import Entry, WeightMap, check_accounting
+from megatron_chord.weights.mapping import Entry, WeightMap
 from megatron_chord.weights.reader import HFReader
 
 
@@ -40,7 +40,7 @@ def load(
     Raises:
         ValueError: listing every missing tensor, unexpected tensor and wrong shape.
     """
-    check_accounting(list(weights.hf_names()), reader.names, str(reader.folder))
+    weights.check_folder(reader.names, str(reader.folder))
     plan = {
         name: [_cut(hf, entry, reader, tensor_rank, tensor_size, parameter) for hf in entry.hf]
         for name, parameter in parameters.items()

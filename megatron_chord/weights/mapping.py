@@ -1,7 +1,7 @@
 """The table between Megatron-Core's and Hugging Face's names of one model, read in both directions.
 
 A family (``megatron_chord.families``) lists its ``Rule``s; everything that reads, writes or publishes weights asks
-``WeightMap``. Megatron names are global: layer numbers count over all pipeline stages.
+``WeightMap``. Megatron names are global: layer numbers count over all pipeline stages, experts over all ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from megatron_chord.weights.transforms import Transform
 
-_LAYER = "{layer}"
+_LAYER, _EXPERT = "{layer}", "{expert}"
+_LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+_EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One kind of parameter. ``{layer}`` in the names stands for the layer number."""
+    """One kind of parameter. ``{layer}`` and ``{expert}`` in the names stand for the numbers of both."""
 
     megatron: tuple[str, ...]
     """Names of the parameter: the local layer spec's, and Transformer Engine's where it differs."""
@@ -28,14 +30,24 @@ class Rule:
     exported: bool = True
     """False for a second copy of a tensor that another rule exports (the tied head of the last pipeline stage)."""
 
+    @property
+    def of_expert(self) -> bool:
+        """One of many experts' parameters: other expert-parallel ranks hold other experts."""
+        return any(_EXPERT in name for name in self.hf)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter: a rule with its layer number filled in."""
+    """One parameter: a rule with its numbers."""
 
     megatron: str
-    hf: tuple[str, ...]
     rule: Rule
+    layer: int | None
+    expert: int | None
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return tuple(_numbered(name, self.layer, self.expert) for name in self.rule.hf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +56,53 @@ class WeightMap:
 
     rules: tuple[Rule, ...]
     num_layers: int
+    num_experts: int = 0
+    unread: tuple[str, ...] = ()
+    """Hugging Face names, with ``{layer}``, of tensors that a folder may hold besides, which carry no information."""
 
     def entry(self, megatron_name: str) -> Entry:
         """What the parameter of this global Megatron name is made of. ValueError when the family has no such name."""
-        match = re.search(r"\.layers\.(\d+)\.", megatron_name)
-        layer = match.group(1) if match else ""
-        pattern = megatron_name.replace(f".layers.{layer}.", f".layers.{_LAYER}.") if match else megatron_name
+        pattern = _EXPERT_NUMBER.sub(_EXPERT, _LAYER_NUMBER.sub(_LAYER, megatron_name))
         for rule in self.rules:
             if pattern in rule.megatron:
-                hf = tuple(name.replace(_LAYER, layer) for name in rule.hf)
-                return Entry(megatron=megatron_name, hf=hf, rule=rule)
+                return Entry(
+                    megatron=megatron_name,
+                    rule=rule,
+                    layer=_number(_LAYER_NUMBER, megatron_name),
+                    expert=_number(_EXPERT_NUMBER, megatron_name),
+                )
         raise ValueError(f"no rule maps the Megatron parameter {megatron_name!r} to Hugging Face")
 
     def hf_names(self) -> Iterator[str]:
         """Every Hugging Face tensor of the model, each once."""
         for rule in self.rules:
-            if not rule.exported:
-                continue
-            for name in rule.hf:
-                if _LAYER in name:
-                    yield from (name.replace(_LAYER, str(layer)) for layer in range(self.num_layers))
-                else:
-                    yield name
+            if rule.exported:
+                yield from (name for pattern in rule.hf for name in self._each(pattern))
+
+    def check_folder(self, found: Sequence[str], where: str) -> None:
+        """ValueError unless these are the names of this model's tensors, in a folder to be read."""
+        unread = {name for pattern in self.unread for name in self._each(pattern)}
+        check_accounting(list(self.hf_names()), [name for name in found if name not in unread], where)
+
+    def _each(self, pattern: str) -> Iterator[str]:
+        for layer in range(self.num_layers) if _LAYER in pattern else [None]:
+            for expert in range(self.num_experts) if _EXPERT in pattern else [None]:
+                yield _numbered(pattern, layer, expert)
+
+
+def global_name(local: str, *, first_layer: int, first_expert: int) -> str:
+    """A parameter's name with layers and experts numbered over the whole model, from its name on this rank."""
+    name = _LAYER_NUMBER.sub(lambda match: str(int(match[0]) + first_layer), local)
+    return _EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + first_expert), name)
+
+
+def _number(pattern: re.Pattern[str], name: str) -> int | None:
+    match = pattern.search(name)
+    return int(match[0]) if match else None
+
+
+def _numbered(name: str, layer: int | None, expert: int | None) -> str:
+    return name.replace(_LAYER, str(layer)).replace(_EXPERT, str(expert))
 
 
 def both(local: str, transformer_engine: str) -> tuple[str, ...]:

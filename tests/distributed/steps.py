@@ -15,10 +15,10 @@ from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.train.export import export_policy
 from megatron_chord.train.setup import layout_of
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.step import Update, compute_gradients, prepare_batches
-from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.load import load
 from megatron_chord.weights.reader import HFReader
 
@@ -41,13 +41,15 @@ def build(
     optim: OptimConfig | None = None,
     steps: int = 10,
     reference: Path | None = None,
+    groups: runtime.ParallelGroups | None = None,
 ) -> TrainState:
+    """``groups`` of an earlier call, where the layout is the same."""
     return build_state(
         read_shape(folder),
         ModelConfig(path=folder, dtype="fp32"),
         parallel,
         optim or OptimConfig(lr=1e-2),
-        groups=start_groups(parallel),
+        groups=groups or start_groups(parallel),
         steps=steps,
         reference=reference,
     )
@@ -67,12 +69,9 @@ def fill(state: TrainState, folder: Path) -> None:
 
 def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors laid out like the parameters (weights or gradients), whole and by Hugging Face name, on every rank."""
-    groups = state.groups
-    mine = dict(
-        hf_tensors(tensors, state.shape.weights, group=groups.tensor.group, vocab_size=state.shape.vocab_size)
-    )
+    mine = dict(state.hf_tensors(tensors))
     merged: dict[str, torch.Tensor] = {}
-    for part in groups.gather(mine if groups.holds_first_replica else {}):
+    for part in state.groups.gather(mine):
         merged |= part
     return merged
 
@@ -117,21 +116,45 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
 
 def packed_logits(folder: Path, cases: list[dict[str, Any]], sequences: list[list[int]]) -> list[list[Any]]:
     """For each layout: full-vocabulary logits [S, V] of every sequence from one packed forward pass."""
+    return [
+        logits_of(build(folder, ParallelConfig(distributed_optimizer=False, **case)), sequences)
+        for case in cases
+    ]
+
+
+def logits_and_exports(
+    layouts: dict[str, dict[str, Any]], folders: list[Path], target: Path, sequences: list[list[int]]
+) -> dict[str, list[Any]]:
+    """By layout: packed logits of every model. Each is exported to ``target/<layout>/<the folder's name>``."""
+    results: dict[str, list[Any]] = {}
+    for name, layout in layouts.items():
+        parallel = ParallelConfig(distributed_optimizer=False, **layout)
+        groups = start_groups(parallel)
+        results[name] = []
+        for folder in folders:
+            state = build(folder, parallel, groups=groups)
+            results[name].append(logits_of(state, sequences))
+            export_policy(state, folder, target / name / folder.name)
+    return results
+
+
+def logits_of(state: TrainState, sequences: list[list[int]]) -> Any:
+    """Logits of each sequence from one packed forward pass; None but on the last pipeline stage."""
     import numpy as np
 
     from megatron_chord.data.packing import pack
     from megatron_chord.model.forward import to_device
     from megatron_chord.records import TrainSample
 
-    results = []
-    for case in cases:
-        parallel = ParallelConfig(distributed_optimizer=False, **case)
-        state = build(folder, parallel)
-        samples = [TrainSample(token_ids=np.array(ids), parts=()) for ids in sequences]
-        layout = layout_of(parallel, state.groups.data.size)
-        batch = pack(samples, columns={}, layout=layout, pad_id=0)
-        results.append(_logits_of(state, batch, [len(ids) for ids in sequences], to_device))
-    return results
+    samples = [TrainSample(token_ids=np.array(ids), parts=()) for ids in sequences]
+    config = unwrapped(state.chunks[0]).config
+    parallel = ParallelConfig(
+        tensor=state.groups.tensor.size,
+        context=state.groups.context.size,
+        sequence_parallel=config.sequence_parallel,
+    )
+    batch = pack(samples, columns={}, layout=layout_of(parallel, state.groups.data.size), pad_id=0)
+    return _logits_of(state, batch, [len(ids) for ids in sequences], to_device)
 
 
 def _logits_of(state: TrainState, batch: Any, lengths: list[int], to_device: Any) -> Any:
@@ -162,14 +185,14 @@ def _logits_of(state: TrainState, batch: Any, lengths: list[int], to_device: Any
 
         return output, keep
 
+    count = groups.pipeline.size if len(state.chunks) > 1 else 1  # the interleaved schedule's least
+    iterators = [iter([to_device(batch, groups)] * count) for _ in state.chunks]
     with torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter([to_device(batch, groups)]) for _ in state.chunks]
-            if len(state.chunks) > 1
-            else iter([to_device(batch, groups)]),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(state.chunks),
-            num_microbatches=1,
+            num_microbatches=count,
             seq_length=len(batch.token_ids),
             micro_batch_size=1,
             forward_only=True,

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_chord.config import OptimConfig, ParallelConfig
 from tests.distributed import steps
+from tests.distributed.test_families import DENSE, MOE
 from tests.support.ranks import ROOT, run_ranks
-from tests.support.tiny import save_qwen2
+from tests.support.tiny import save_model, save_qwen2
 
 TOOL = ROOT / "tools" / "convert.py"
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -57,12 +58,12 @@ def test_there_and_back(model: Path, megatron: Path, tmp_path: Path) -> None:
 
 
 def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, Any]]) -> list[Any]:
-    """Megatron's own loader fills models whose weights were another's; whole tensors by Hugging Face name."""
+    """Megatron's own loader fills models whose weights were no numbers; whole tensors by Hugging Face name."""
     from megatron.core import dist_checkpointing
 
     results = []
     for layout in layouts:
-        state = steps.build(folder, ParallelConfig(**layout))
+        state = steps.build(folder, ParallelConfig(distributed_optimizer=False, **layout))
         modules = [chunk.module for chunk in state.chunks]
         with torch.no_grad():
             for module in modules:
@@ -86,6 +87,39 @@ def test_megatron_core_loads_it_in_any_layout(model: Path, megatron: Path, world
         for layout, tensors in zip(LAYOUTS[world_size], results, strict=True):
             assert tensors.keys() == expected.keys(), layout
             assert all(tensors[name].equal(expected[name]) for name in expected), layout
+
+
+FAMILIES = {"llama_3": {}, "qwen2_moe_tied": {"expert": 2}, "qwen3_moe_untied": {"expert": 2}}
+"""Of test_families: with another layout than one rank's in which Megatron is to load it."""
+
+
+def convert_all(folder: Path) -> dict[str, list[str]]:
+    """Every family's models, there and back in one process; the differences by name."""
+    from megatron_chord.convert.directions import differences, hf_to_megatron, megatron_to_hf
+
+    found = {}
+    for name, settings in (DENSE | MOE).items():
+        here, options = folder / name, dict(settings)
+        save_model(options.pop("family"), here / "hf", **options)
+        hf_to_megatron(here / "hf", here / "megatron")
+        megatron_to_hf(here / "megatron", here / "back")
+        found[name] = [*differences(here / "hf", here / "megatron"), *differences(here / "hf", here / "back")]
+        before, after = (load_file(here / side / "model.safetensors") for side in ("hf", "back"))
+        assert before.keys() == after.keys()
+        assert all(before[tensor].equal(after[tensor]) for tensor in before)
+    return found
+
+
+def test_every_family_there_and_back_and_into_megatron(tmp_path: Path) -> None:
+    (found,) = run_ranks(convert_all, 1, tmp_path)
+    assert found == {name: [] for name in DENSE | MOE}
+    for name, layout in FAMILIES.items():
+        here = tmp_path / name
+        expected = load_file(here / "hf" / "model.safetensors")
+        layouts = [layout or {"tensor": 2}]
+        for (tensors,) in run_ranks(loaded_by_megatron, 2, here / "hf", here / "megatron", layouts):
+            assert tensors.keys() == expected.keys(), name
+            assert all(tensors[tensor].equal(expected[tensor]) for tensor in expected), name
 
 
 def save_training(folder: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,12 @@ def oracle_update(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss and metrics, and gradients by Hugging Face name. ``old``: the policy before the step's first update."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    def load(path: Path) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+    def load(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
 
     model = load(folder)
     other = load(reference) if reference is not None else None
@@ -139,7 +143,8 @@ def oracle_update(
     grads = {
         name: (p.grad if p.grad is not None else torch.zeros_like(p)) for name, p in model.named_parameters()
     }
-    return {"loss": loss.item(), **metrics}, grads
+    # Transformers holds all experts of a layer in one parameter; folders do not.
+    return {"loss": loss.item(), **metrics}, revert_weight_conversion(model, grads)
 
 
 def _log_softmax(model: torch.nn.Module, sample: TrainSample, temperature: float) -> Tensor:

@@ -26,24 +26,71 @@ VOCAB = 203  # odd, so that every tensor-parallel layout pads it
 def save_qwen2(
     folder: Path, *, tied: bool = False, layers: int = 4, seed: int = 0, vocab: int = VOCAB
 ) -> Path:
-    """A random Qwen2 in Hugging Face format, with norms and biases away from their initial values."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    return save_model("qwen2", folder, tied=tied, layers=layers, seed=seed, vocab=vocab)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 6.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 256,
+}
+"""Of the 8 (or 16) frequencies of a head of 16 (or 32), some are kept, some slowed down and some interpolated."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {},
+    "mistral": {"head_dim": 32, "sliding_window": None},
+    "qwen3": {"head_dim": 32},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+}
+"""What each family's tiny config.json says beyond the sizes that all have."""
+
+
+def save_model(
+    family: str,
+    folder: Path,
+    *,
+    tied: bool = False,
+    layers: int = 4,
+    seed: int = 0,
+    vocab: int = VOCAB,
+    **settings: Any,
+) -> Path:
+    """A random model in Hugging Face format, with norms and biases away from their initial values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = Qwen2ForCausalLM(config).float()
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(family, **sizes | FAMILIES[family] | settings)
+    model = AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))

@@ -1,0 +1,182 @@
+"""The decoder that all families here share: RMS norms, grouped-query attention with RoPE, a gated SiLU MLP.
+
+Hugging Face's names are those of Transformers' modeling_llama.py. Megatron's are those of its local layer spec, and
+of Transformer Engine's, which fuses two norms with the projection behind them (megatron-core 0.16.1,
+models/gpt/gpt_layer_specs.py:279, 417, 496).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_chord.families.shape import Experts, ModelShape, Rope, refuse, require
+from megatron_chord.weights.mapping import Rule, WeightMap, both, hf_layer, layer
+from megatron_chord.weights.transforms import GroupedQKV, Same, Stacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """What stands behind the attention of each layer, with the norm before it."""
+
+    rules: tuple[Rule, ...]
+    transformer: Mapping[str, Any]
+    experts: Experts | None = None
+
+
+def gated_mlp() -> FeedForward:
+    return FeedForward(
+        rules=(
+            Rule(
+                megatron=both("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+                hf=hf_layer("post_attention_layernorm.weight"),
+                transform=Same(),
+            ),
+            Rule(
+                megatron=layer("mlp.linear_fc1.weight"),
+                hf=hf_layer("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+                transform=Stacked(),
+            ),
+            Rule(
+                megatron=layer("mlp.linear_fc2.weight"),
+                hf=hf_layer("mlp.down_proj.weight"),
+                transform=Same(axis=1),
+            ),
+        ),
+        transformer={},
+    )
+
+
+def decoder(
+    config: Mapping[str, Any],
+    *,
+    rope: Rope,
+    feed_forward: FeedForward | None = None,
+    head_dim: int | None = None,
+    num_kv_heads: int | None = None,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    unread: tuple[str, ...] = (),
+) -> ModelShape:
+    """The model of this config.json.
+
+    Args:
+        feed_forward: a dense gated MLP where left out.
+        head_dim: where left out, config.json's, or hidden size / heads.
+        num_kv_heads: where left out, config.json's.
+        qkv_bias: query, key and value have biases.
+        qk_norm: queries and keys pass a norm, head by head, before RoPE.
+        unread: see ``WeightMap.unread``.
+
+    Raises:
+        ValueError: config.json lacks a size, or asks for what Megatron's model would compute differently.
+    """
+    feed_forward = feed_forward or gated_mlp()
+    activation = config.get("hidden_act", "silu")
+    refuse(activation != "silu", config, f"hidden_act {activation!r} is not silu")
+    refuse(config.get("quantization_config") is not None, config, "quantised weights cannot be trained")
+    num_heads = require(config, "num_attention_heads")
+    groups: int = num_kv_heads or require(config, "num_key_value_heads")
+    refuse(
+        num_heads % groups != 0,
+        config,
+        f"{num_heads} attention heads are no multiple of {groups} key-value heads",
+    )
+    hidden_size = require(config, "hidden_size")
+    width: int = head_dim or config.get("head_dim") or hidden_size // num_heads
+    tied = bool(config.get("tie_word_embeddings", False))
+    num_layers = require(config, "num_hidden_layers")
+    attention = _attention_rules(num_heads // groups, width, qkv_bias=qkv_bias, qk_norm=qk_norm)
+    return ModelShape(
+        family=require(config, "model_type"),
+        vocab_size=require(config, "vocab_size"),
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=groups,
+        ffn_size=require(config, "intermediate_size"),
+        max_positions=require(config, "max_position_embeddings"),
+        tied=tied,
+        rope=rope,
+        experts=feed_forward.experts,
+        transformer={
+            "kv_channels": width,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": require(config, "rms_norm_eps"),
+            "activation_func": "silu",
+            "gated_linear_unit": True,
+            "add_bias_linear": False,
+            "add_qkv_bias": qkv_bias,
+            "qk_layernorm": qk_norm,
+            **feed_forward.transformer,
+        },
+        weights=WeightMap(
+            rules=(*_embedding_rules(tied), *attention, *feed_forward.rules),
+            num_layers=num_layers,
+            num_experts=feed_forward.experts.count if feed_forward.experts else 0,
+            unread=unread,
+        ),
+    )
+
+
+def _embedding_rules(tied: bool) -> tuple[Rule, ...]:
+    embedding = "model.embed_tokens.weight"
+    return (
+        Rule(
+            megatron=("embedding.word_embeddings.weight",),
+            hf=(embedding,),
+            transform=Same(axis=0),
+            vocab=True,
+        ),
+        Rule(megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), transform=Same()),
+        Rule(
+            megatron=("output_layer.weight",),
+            hf=(embedding if tied else "lm_head.weight",),
+            transform=Same(axis=0),
+            vocab=True,
+            exported=not tied,
+        ),
+    )
+
+
+def _attention_rules(
+    queries_per_group: int, head_dim: int, *, qkv_bias: bool, qk_norm: bool
+) -> tuple[Rule, ...]:
+    qkv = GroupedQKV(queries_per_group, head_dim)
+    rules = [
+        Rule(
+            megatron=both("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            hf=hf_layer("input_layernorm.weight"),
+            transform=Same(),
+        ),
+        Rule(
+            megatron=layer("self_attention.linear_qkv.weight"),
+            hf=hf_layer("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+            transform=qkv,
+        ),
+        Rule(
+            megatron=layer("self_attention.linear_proj.weight"),
+            hf=hf_layer("self_attn.o_proj.weight"),
+            transform=Same(axis=1),
+        ),
+    ]
+    if qkv_bias:
+        rules.append(
+            Rule(
+                megatron=layer("self_attention.linear_qkv.bias"),
+                hf=hf_layer("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+                transform=qkv,
+            )
+        )
+    if qk_norm:
+        # Not fused with anything: the name is the same in both layer specs.
+        rules += [
+            Rule(
+                megatron=layer(f"self_attention.{part}_layernorm.weight"),
+                hf=hf_layer(f"self_attn.{part}_norm.weight"),
+                transform=Same(),
+            )
+            for part in ("q", "k")
+        ]
+    return tuple(rules)

@@ -1,0 +1,98 @@
+"""Readings of a config.json that families share. Each follows Transformers 5 where a setting may be left out.
+
+Every function raises ValueError for what Megatron's model would compute differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_chord.families.shape import LinearScaling, Llama3Scaling, Rope, refuse, require
+
+
+def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0) -> Rope:
+    """RoPE in Transformers 5's spelling (``rope_parameters``) or 4's (``rope_theta`` with ``rope_scaling``).
+
+    Where both are there, what Transformers 5 takes (modeling_rope_utils.py, convert_rope_params_to_dict).
+    """
+    stated: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    refuse(
+        any(isinstance(value, Mapping) for value in stated.values()),
+        config,
+        "RoPE that differs between kinds of layers is not supported",
+    )
+
+    def of(name: str, default: Any) -> Any:
+        return next((at[name] for at in (stated, config) if at.get(name) is not None), default)
+
+    share = of("partial_rotary_factor", 1.0)
+    refuse(
+        share != 1.0, config, f"RoPE on a part of the head (partial_rotary_factor {share}) is not supported"
+    )
+    base = float(of("rope_theta", default_base))
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    match kind:
+        case "default":
+            return Rope(base=base)
+        case "linear":
+            return Rope(base=base, scaling=LinearScaling(factor=_number(config, stated, "factor")))
+        case "llama3":
+            original = config.get("original_max_position_embeddings") or stated.get(
+                "original_max_position_embeddings"
+            )
+            scaling = Llama3Scaling(
+                factor=_number(config, stated, "factor"),
+                low_freq_factor=_number(config, stated, "low_freq_factor"),
+                high_freq_factor=_number(config, stated, "high_freq_factor"),
+                original_max_positions=original or require(config, "max_position_embeddings"),
+            )
+            refuse(
+                not 0 < scaling.low_freq_factor < scaling.high_freq_factor,
+                config,
+                f"RoPE's low_freq_factor {scaling.low_freq_factor} must lie between 0 and high_freq_factor "
+                f"{scaling.high_freq_factor}",
+            )
+            return Rope(base=base, scaling=scaling)
+        case _:
+            raise ValueError(
+                f"config.json of model_type {config.get('model_type')!r}: RoPE scaling of type {kind!r} is not "
+                "supported"
+            )
+
+
+def _number(config: Mapping[str, Any], rope: Mapping[str, Any], name: str) -> float:
+    value = rope.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(
+            f"config.json of model_type {config.get('model_type')!r}: RoPE scaling needs a positive {name!r}, "
+            f"got {value!r}"
+        )
+    return float(value)
+
+
+def refuse_biases(config: Mapping[str, Any], *names: str) -> None:
+    """Megatron has biases on all linear layers, on query, key and value alone, or on none."""
+    for name in names:
+        refuse(
+            bool(config.get(name)), config, f"{name} is not supported: Megatron's layer would lack the bias"
+        )
+
+
+def refuse_sliding_layers(config: Mapping[str, Any]) -> None:
+    """Qwen's switch: ``use_sliding_window`` gives some layers a window; ``layer_types`` names them and overrules it."""
+    types = config.get("layer_types")
+    sliding = set(types) != {"full_attention"} if types else bool(config.get("use_sliding_window"))
+    refuse(sliding, config, "sliding-window attention is not supported")
+
+
+def refuse_short_window(config: Mapping[str, Any], *, default: int | None) -> None:
+    """Mistral's switch: a window on all layers, which does nothing where it spans all positions of the model."""
+    window = config.get("sliding_window", default)
+    positions = require(config, "max_position_embeddings")
+    refuse(
+        window is not None and window < positions,
+        config,
+        f"sliding-window attention is not supported: the window of {window} is shorter than the model's "
+        f"{positions} positions",
+    )

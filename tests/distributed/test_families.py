@@ -1,0 +1,195 @@
+"""Every family: read, computed, trained and written as Transformers does it, in layouts that cut it in every way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_chord.config import SimpleWeight
+from megatron_chord.train.checkpoint import step_of
+from tests.distributed import steps
+from tests.distributed.splits import assert_split_invariant
+from tests.distributed.test_checkpoint import SAVED, interrupted_and_not, resume
+from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.ranks import run_ranks
+from tests.support.tiny import LLAMA3_ROPE, VOCAB, make_samples, save_model, tiny_run
+
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
+DENSE: dict[str, dict[str, Any]] = {
+    "llama_untied": {"family": "llama"},
+    "llama_3": {"family": "llama", "tied": True, "rope_parameters": LLAMA3_ROPE},
+    "llama_linear": {"family": "llama", "rope_parameters": LINEAR_ROPE},
+    "mistral_untied": {"family": "mistral"},
+    "mistral_tied": {"family": "mistral", "tied": True, "sliding_window": 512, "vocab": 256},
+    "qwen3_untied": {"family": "qwen3"},
+    "qwen3_tied": {"family": "qwen3", "tied": True},
+}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral_untied": {"family": "mixtral"},
+    "qwen2_moe_untied": {"family": "qwen2_moe"},
+    "qwen2_moe_tied": {"family": "qwen2_moe", "tied": True, "norm_topk_prob": True, "qkv_bias": False},
+    "qwen3_moe_untied": {"family": "qwen3_moe"},
+    "qwen3_moe_one": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 1},
+}
+TP2_SP = {"tensor": 2, "sequence_parallel": True}
+DENSE_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "tp2": {"tensor": 2},
+        "tp2_sp": TP2_SP,
+        "pp2": {"pipeline": 2},
+        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    },
+    4: {
+        "tp2_pp2": {"tensor": 2, "pipeline": 2},
+        "tp2_pp2_vpp2": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+    },
+}
+MOE_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "ep2": {"expert": 2},
+        "tp2_sp": TP2_SP,
+        "tp2_sp_ep2": TP2_SP | {"expert": 2},
+        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    },
+    4: {
+        "ep4": {"expert": 4},
+        "ep2_pp2_vpp2": {"expert": 2, "pipeline": 2, "virtual_pipeline": 2},
+        "tp2_sp_ep2": TP2_SP | {"expert": 2},
+        "tp2_sp_ep4": TP2_SP | {"expert": 4},
+        "tp2_sp_pp2": TP2_SP | {"pipeline": 2},
+    },
+}
+SEQUENCES = [
+    np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+    for seed, length in enumerate([17, 1, 40, 8, 160])
+]
+
+
+def models(kinds: dict[str, dict[str, Any]], factory: pytest.TempPathFactory) -> list[Path]:
+    root = factory.mktemp("models")
+    return [save_model(folder=root / name, **kind) for name, kind in kinds.items()]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return models(DENSE, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return models(MOE, tmp_path_factory)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dense_families_are_read_computed_and_written_exactly(
+    dense: list[Path], world_size: int, tmp_path: Path
+) -> None:
+    assert_exact(dense, DENSE_LAYOUTS[world_size], world_size, tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_families_of_experts_are_read_computed_and_written_exactly(
+    moe: list[Path], world_size: int, tmp_path: Path
+) -> None:
+    assert_exact(moe, MOE_LAYOUTS[world_size], world_size, tmp_path)
+
+
+def assert_exact(
+    folders: list[Path], layouts: dict[str, dict[str, Any]], world_size: int, target: Path
+) -> None:
+    """Logits are Transformers', and what is exported is bit for bit what was read, of every model in every layout."""
+    results = run_ranks(
+        steps.logits_and_exports, world_size, layouts, folders, target, SEQUENCES, timeout_s=600
+    )
+    for number, folder in enumerate(folders):
+        expected = transformers_logits(folder)
+        for layout in layouts:
+            found = [logits for rank in results if (logits := rank[layout][number]) is not None]
+            assert found, f"{layout}: no logits of {folder.name}"
+            for logits in found:
+                for ours, theirs in zip(logits, expected, strict=True):
+                    what = f"{folder.name} in {layout}"
+                    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=what)
+            assert_same_tensors(target / layout / folder.name, folder)
+        last = target / list(layouts)[-1] / folder.name
+        for ours, theirs in zip(transformers_logits(last), expected, strict=True):
+            np.testing.assert_allclose(
+                ours, theirs, atol=1e-5, rtol=0
+            )  # how memory is aligned moves the last bits
+
+
+def assert_same_tensors(folder: Path, source: Path) -> None:
+    expected = load_file(source / "model.safetensors")
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not part.keys() & found.keys(), f"{folder}: twice {part.keys() & found.keys()}"
+        found |= part
+    assert found.keys() == expected.keys(), folder
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), f"{folder}: {name}"
+
+
+def transformers_logits(folder: Path) -> list[Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in SEQUENCES]
+
+
+STEPS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama_3": {"pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2}},
+    "mistral_untied": {"tp2_sp": TP2_SP},
+    "qwen3_tied": {"tp2": {"tensor": 2}, "tp2_sp": TP2_SP},
+    "mixtral_untied": {"ep2": {"expert": 2}},
+    "qwen2_moe_untied": {"tp2_sp_ep2": TP2_SP | {"expert": 2}},
+    "qwen3_moe_untied": {"tp2_sp": TP2_SP, "cp2_ep2": {"context": 2, "expert": 2}},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_chord_is_the_references(name: str, tmp_path: Path) -> None:
+    folder = save_model(folder=tmp_path, **(DENSE | MOE)[name])
+    run = tiny_run(folder)
+    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    assert_split_invariant(folder, {"chord": objective}, layouts={2: STEPS[name]})
+
+
+def test_experts_resume_in_other_layouts_as_if_never_interrupted(tmp_path: Path) -> None:
+    """Clipped AdamW steps, gradient norms and checkpoints do not depend on where the experts are."""
+    folder = save_model("qwen2_moe", tmp_path / "model")
+    ((through, _),) = [
+        rank["one"] for rank in run_ranks(interrupted_and_not, 1, folder, {"one": {}}, tmp_path / "alone")
+    ]
+    for rank in run_ranks(
+        interrupted_and_not, 2, folder, {"moved": TP2_SP | {"expert": 2}}, tmp_path / "cut"
+    ):
+        for outcome in rank["moved"]:
+            assert_same_run(outcome, through, "tp2_sp_ep2")
+    saved = min((tmp_path / "cut" / "moved").glob("step*"), key=step_of)
+    assert step_of(saved) == SAVED
+    for world_size, layouts in {
+        1: {"one": {}},
+        2: {"ep2": {"expert": 2}, "tp2_sp": TP2_SP},
+    }.items():
+        cases = {name: (saved, layout) for name, layout in layouts.items()}
+        for rank in run_ranks(resume, world_size, folder, cases):
+            for name, outcome in rank.items():
+                assert_same_run(outcome, through, name)
+
+
+def assert_same_run(outcome: Any, expected: Any, what: str) -> None:
+    for ours, theirs in zip(outcome["metrics"], expected["metrics"], strict=True):
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{what}: {name}"
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(outcome["weights"][name], tensor, atol=2e-5, rtol=0, msg=f"{what}: {name}")

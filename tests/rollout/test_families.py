@@ -1,0 +1,125 @@
+"""vLLM serves each family's exported folder: the same greedy tokens as Transformers, and pushed weights take effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from megatron_chord.rollout.sync import SyncSettings, WeightSync
+from megatron_chord.weights.reader import HFReader
+from tests.distributed import steps
+from tests.rollout.helpers import START_S, VOCAB, client_of, largest_gap, requests
+from tests.support.ranks import run_ranks
+from tests.support.tiny import LLAMA3_ROPE, save_model
+
+TOLERANCE = 1e-4
+DEADLINE_S = 120.0
+TOKENS = 24
+# vLLM's attention has no kernel for heads of 16 on a CPU.
+SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "layers": 2,
+    "vocab": VOCAB,
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "qwen2": {"tied": True},
+    "llama": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {},
+    "qwen3": {"tied": True},
+}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"moe_intermediate_size": 64},
+    "qwen3_moe": {"moe_intermediate_size": 128},
+}
+LAYOUT: dict[str, Any] = {"tensor": 2, "sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a folder of each family, exported from two tensor-parallel ranks that share the experts between them."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("exported")
+    folders = {
+        name: save_model(name, source / name, **SIZES, **settings) for name, settings in (DENSE | MOE).items()
+    }
+    for kinds, layout in ((DENSE, LAYOUT), (MOE, LAYOUT | {"expert": 2})):
+        of_kind = [folders[name] for name in kinds]
+        run_ranks(steps.logits_and_exports, 2, {"": layout}, of_kind, target, [[3, 4, 5]])
+    return target
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, exported: Path, tmp_path: Path) -> Iterator[RolloutServer]:
+    settings = ServerSettings(
+        dtype="fp32", max_model_len=512, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1
+    )
+    server = start_server(exported / request.param, settings, log=tmp_path / "vllm.log")
+    try:
+        server.wait_until_ready(START_S)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("family", "server"), [(name, name) for name in DENSE | MOE], indirect=["server"])
+def test_greedy_tokens_are_those_of_transformers(
+    family: str, server: RolloutServer, exported: Path, tmp_path: Path
+) -> None:
+    model = transformers_model(exported / family)
+    for request in requests(3):
+        assert served(server, request.prompt_ids) == greedy(model, request.prompt_ids)
+
+    other = save_model(family, tmp_path / "other", seed=1, **SIZES, **(DENSE | MOE)[family])
+    reader = HFReader.of(other)
+    client = client_of(server)
+    sync = WeightSync(
+        [client],
+        SyncSettings(transport="file", timeout_s=DEADLINE_S, bucket_bytes=60_000),
+        exporters=[0],
+        group=None,
+        device=torch.device("cpu"),
+    )
+    try:
+        sync.push(((name, reader.read(name)) for name in reader.names), 1)
+        sampled = requests(3)
+        replies = client.generate(sampled, version=1, deadline_s=DEADLINE_S)
+        assert largest_gap(transformers_model(other), sampled, replies) < TOLERANCE
+        assert largest_gap(model, sampled, replies) > 1
+    finally:
+        sync.close()
+        client.close()
+
+
+def served(server: RolloutServer, prompt: tuple[int, ...]) -> list[int]:
+    """The server's greedy tokens by the weights that it read from the folder, of which a RolloutClient takes none."""
+    sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
+    body = {"model": "policy", "token_ids": list(prompt), "sampling_params": sampling}
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    reply = httpx.post(
+        f"{server.url}/inference/v1/generate", json=body, headers=headers, timeout=DEADLINE_S, trust_env=False
+    )
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["token_ids"]
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    """The most probable continuation, recomputed from the start for each token."""
+    ids = list(prompt)
+    for _ in range(TOKENS):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]

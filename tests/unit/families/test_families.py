@@ -1,0 +1,255 @@
+"""Each family's table and settings against Transformers' own, and the reason why a config.json is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_chord.config import ParallelConfig, data_parallel_size
+from megatron_chord.families.shape import Experts, LinearScaling, Llama3Scaling, ModelShape, Rope
+from megatron_chord.families.table import FAMILIES, read_shape
+from megatron_chord.model.build import check_shape
+from megatron_chord.model.rope import scaled_frequencies
+from megatron_chord.weights.reader import HFReader
+from tests.support.tiny import FAMILIES as TINY
+from tests.support.tiny import LLAMA3_ROPE, save_model
+
+LAYERS = 2
+ALL = sorted(FAMILIES)
+
+
+def config(family: str, **changes: Any) -> dict[str, Any]:
+    """A config.json as Transformers 5 writes it; ``ABSENT`` for a change leaves the key out."""
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    stated: dict[str, Any] = AutoConfig.for_model(family, **sizes | TINY[family]).to_diff_dict() | changes
+    return {name: value for name, value in (stated | sizes | changes).items() if value is not ABSENT}
+
+
+ABSENT = object()
+
+
+def shape_of(family: str, **changes: Any) -> ModelShape:
+    return FAMILIES[family](config(family, **changes))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ALL)
+def test_the_names_are_those_of_the_folder(family: str, tied: bool, tmp_path: Path) -> None:
+    folder = save_model(family, tmp_path, tied=tied, layers=LAYERS)
+    shape = read_shape(folder)
+    names = list(shape.weights.hf_names())
+    assert len(names) == len(set(names))
+    assert sorted(names) == sorted(HFReader.of(folder).names)
+    assert shape.tied == tied
+    assert shape.family == family
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_both_layer_specs_name_the_same_tensors(family: str) -> None:
+    """Each rule's Megatron names, with numbers of two digits filled in, lead back to the rule's tensors."""
+    shape = shape_of(family, num_hidden_layers=12)
+    for rule in shape.weights.rules:
+        for name in rule.megatron:
+            numbered = name.replace("{layer}", "11").replace("{expert}", "3")
+            entry = shape.weights.entry(numbered)
+            assert entry.rule is rule
+            assert entry.hf == tuple(hf.replace("{layer}", "11").replace("{expert}", "3") for hf in rule.hf)
+
+
+def test_names_of_experts_in_both_layer_specs() -> None:
+    weights = shape_of("mixtral").weights
+    start = "decoder.layers.1.mlp"
+    w1_w3 = tuple(f"model.layers.1.block_sparse_moe.experts.3.{w}.weight" for w in ("w1", "w3"))
+    for name in (
+        f"{start}.experts.local_experts.3.linear_fc1.weight",
+        f"{start}.experts.linear_fc1.weight3",
+    ):
+        assert weights.entry(name).hf == w1_w3
+    assert weights.entry(f"{start}.router.weight").hf == ("model.layers.1.block_sparse_moe.gate.weight",)
+    assert weights.entry("decoder.layers.1.pre_mlp_layernorm.weight").hf == (
+        "model.layers.1.post_attention_layernorm.weight",
+    )
+
+
+ROPES: list[tuple[dict[str, Any], Rope]] = [
+    ({"rope_parameters": ABSENT}, Rope(base=10_000.0)),
+    ({"rope_parameters": ABSENT, "rope_theta": 5e5, "rope_scaling": None}, Rope(base=5e5)),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7.0}, Rope(base=5e5)),
+    (
+        {
+            "rope_parameters": ABSENT,
+            "rope_theta": 5e5,
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1,
+                "high_freq_factor": 4,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        Rope(
+            base=5e5,
+            scaling=Llama3Scaling(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+            ),
+        ),
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        Rope(base=5e5, scaling=LinearScaling(factor=2.0)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), ROPES)
+def test_rope_in_the_spelling_of_transformers_4_and_5(changes: dict[str, Any], expected: Rope) -> None:
+    from transformers import AutoConfig
+
+    stated = config("llama", **changes)
+    assert FAMILIES["llama"](stated).rope == expected
+    theirs = AutoConfig.for_model(**stated).rope_parameters
+    assert theirs["rope_theta"] == expected.base
+    assert (theirs["rope_type"] == "default") == (expected.scaling is None)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_base_where_none_is_stated_is_that_of_transformers(family: str) -> None:
+    from transformers import AutoConfig
+
+    stated = config(family, rope_parameters=ABSENT)
+    assert FAMILIES[family](stated).rope.base == AutoConfig.for_model(**stated).rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LLAMA3_ROPE,
+        LLAMA3_ROPE | {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    ],
+)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(
+    scaling: dict[str, Any], head_dim: int
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stated = config("llama", head_dim=head_dim, rope_parameters=dict(scaling))
+    expected, attention = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](
+        LlamaConfig(**stated), torch.device("cpu")
+    )
+    rope = FAMILIES["llama"](stated).rope
+    # As Megatron-Core begins (rotary_pos_embedding.py:85).
+    plain = 1.0 / (rope.base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    assert rope.scaling is not None
+    assert torch.equal(scaled_frequencies(plain, rope.scaling), expected)
+    assert not torch.equal(plain, expected)
+    assert attention == 1.0
+
+
+def refusals() -> Iterator[Any]:
+    def case(family: str, reason: str, **changes: Any) -> Any:
+        return pytest.param(family, changes, reason, id=f"{family} {' '.join(changes)}")
+
+    for family in ALL:
+        yield case(family, "hidden_act 'gelu' is not silu", hidden_act="gelu")
+        yield case(family, "quantised weights", quantization_config={"quant_method": "fp8"})
+        yield case(family, "type 'yarn'", rope_parameters={"rope_type": "yarn", "factor": 4.0})
+        yield case(family, "partial_rotary_factor 0.5", partial_rotary_factor=0.5)
+        yield case(family, "has no 'rms_norm_eps'", rms_norm_eps=ABSENT)
+        yield case(family, "no multiple of 3 key-value heads", num_key_value_heads=3)
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    yield case("qwen3", "differs between kinds of layers", rope_parameters=nested)
+    without_factor = {name: value for name, value in LLAMA3_ROPE.items() if name != "factor"}
+    yield case("llama", "positive 'factor', got None", rope_parameters=without_factor)
+    swapped = LLAMA3_ROPE | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}
+    yield case("llama", "low_freq_factor 4.0 must lie", rope_parameters=swapped)
+    yield case("llama", "attention_bias is not supported", attention_bias=True)
+    yield case("llama", "mlp_bias is not supported", mlp_bias=True)
+    for family in ("qwen3", "qwen3_moe"):
+        yield case(family, "attention_bias is not supported", attention_bias=True)
+    for family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
+        yield case(family, "sliding-window", use_sliding_window=True, layer_types=ABSENT)
+        yield case(family, "sliding-window", layer_types=["full_attention", "sliding_attention"])
+    for family in ("mistral", "mixtral"):
+        yield case(family, "window of 511 is shorter than the model's 512 positions", sliding_window=511)
+    yield case(
+        "mistral", "the window of 4096 is shorter", sliding_window=ABSENT, max_position_embeddings=32_768
+    )
+    for family in ("qwen2_moe", "qwen3_moe"):
+        yield case(family, "dense layers and layers of experts", mlp_only_layers=[0])
+        yield case(family, "dense layers and layers of experts", decoder_sparse_step=2)
+        yield case(family, "num_experts_per_tok 5 of 4", num_experts_per_tok=5)
+        yield case(family, "nothing would train the router", num_experts_per_tok=1, norm_topk_prob=True)
+    yield case("mixtral", "nothing would train the router", num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize(("family", "changes", "reason"), list(refusals()))
+def test_refused_with_the_reason(family: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        shape_of(family, **changes)
+    assert f"model_type {family!r}" in str(caught.value)
+
+
+def test_windows_that_do_nothing_are_accepted() -> None:
+    for family in ("mistral", "mixtral"):
+        for window in (None, 512, 4096):
+            shape_of(family, sliding_window=window)
+    shape_of("mistral", sliding_window=ABSENT)
+    shape_of("qwen2", use_sliding_window=True, layer_types=["full_attention"] * LAYERS)
+
+
+def test_what_transformers_fills_in() -> None:
+    assert shape_of("llama", num_key_value_heads=ABSENT).num_kv_heads == 4
+    assert shape_of("llama", head_dim=None).transformer["kv_channels"] == 16
+    assert shape_of("qwen3", head_dim=ABSENT).transformer["kv_channels"] == 128
+    assert shape_of("qwen3_moe", num_local_experts=ABSENT, num_experts=8).experts == Experts(count=8)
+    assert shape_of("qwen2_moe").experts == Experts(count=4, shared_ffn_size=32)
+    assert shape_of("qwen2_moe", qkv_bias=False).transformer["add_qkv_bias"] is False
+
+
+def test_frequencies_that_llama_2_keeps_in_its_folder_are_not_read() -> None:
+    weights = shape_of("llama").weights
+    found = [*weights.hf_names(), "model.layers.1.self_attn.rotary_emb.inv_freq"]
+    weights.check_folder(found, "somewhere")
+    with pytest.raises(ValueError, match=r"unexpected model.layers.2.self_attn.rotary_emb.inv_freq"):
+        weights.check_folder([*found, "model.layers.2.self_attn.rotary_emb.inv_freq"], "somewhere")
+    with pytest.raises(ValueError, match="unexpected"):
+        shape_of("mistral").weights.check_folder(found, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel", "reason"),
+    [
+        ("qwen3", {"expert": 2}, "qwen3 has no experts to spread"),
+        ("mixtral", {"expert": 3}, "4 experts / expert 3"),
+        ("mixtral", {"tensor": 2}, "only with parallel.sequence_parallel"),
+        ("qwen2_moe", {"tensor": 4, "sequence_parallel": True}, "2 key-value heads / tensor 4"),
+        ("llama", {"tensor": 4}, "2 key-value heads / tensor 4"),
+    ],
+)
+def test_layouts_that_do_not_fit(family: str, parallel: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_shape(shape_of(family), ParallelConfig(**parallel))
+
+
+def test_the_expert_axis_divides_a_pipeline_stage() -> None:
+    assert data_parallel_size(ParallelConfig(tensor=2, sequence_parallel=True, expert=4), 8) == 4
+    with pytest.raises(ValueError, match="expert 4 does not divide the 2 processes of a pipeline stage"):
+        data_parallel_size(ParallelConfig(pipeline=2, expert=4), 4)
