@@ -5,6 +5,7 @@
     python tools/convert.py megatron-to-hf   MEGATRON_FOLDER HF_FOLDER [--hf FOLDER]
     python tools/convert.py verify           FOLDER FOLDER
     python tools/convert.py inspect          FOLDER
+    python tools/convert.py plan             FOLDER          # from config.json alone
 
 A Megatron folder is a torch_dist checkpoint that Megatron-Core loads under any tensor, pipeline or data parallel
 layout; a training checkpoint of megatron-chord is one, too (give --hf the model folder it was started from).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shutil
 import sys
 import warnings
@@ -44,13 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_argument("right", type=Path)
     inspect = commands.add_parser("inspect", help="list a folder's tensors")
     inspect.add_argument("folder", type=Path)
+    plan = commands.add_parser(
+        "plan", help="what a config.json asks for: each target tensor with its sources"
+    )
+    plan.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_chord.runtime import parallel as runtime
 
     try:
-        return {"verify": _verify, "inspect": _inspect}.get(args.command, _convert)(args)
+        return {"verify": _verify, "inspect": _inspect, "plan": _plan}.get(args.command, _convert)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,6 +113,27 @@ def _inspect(args: argparse.Namespace) -> int:
         table.add_row(name, " x ".join(map(str, shape)), str(dtype).removeprefix("torch."))
     Console().print(table)
     print(f"{len(rows)} tensors, {_folder_bytes(args.folder) / GB:.3f} GB on disk")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_chord.convert.directions import plan_of
+
+    stored = plan_of(args.folder)
+    table = Table(title=f"{args.folder}: Megatron-Core's parameters and what each is made of")
+    for name in ("parameter", "shape", "Hugging Face tensors"):
+        table.add_column(name, overflow="fold")
+    for item in stored:
+        table.add_row(item.entry.megatron, " x ".join(map(str, item.shape)), "\n".join(item.entry.hf))
+    Console().print(table)
+    sizes = [math.prod(item.shape) for item in stored]
+    print(
+        f"{len(stored)} parameters, {sum(sizes):,} numbers, {2 * sum(sizes) / GB:.1f} GB in bf16; the largest "
+        f"{2 * max(sizes) / GB:.2f} GB, of which conversion holds two copies"
+    )
     return 0
 
 

@@ -100,6 +100,12 @@ def megatron_to_hf(
         finish_folder(folder, configuration, placed, dtype=dtype)
 
 
+def plan_of(folder: Path) -> list[Stored]:
+    """Every parameter that a folder's config.json asks for, without vocabulary padding; no weight is looked at."""
+    shape = _shape_of(folder)
+    return [without_padding(stored, shape.vocab_size) for stored in layout_of(shape, "bf16").parameters]
+
+
 def hf_tensors_of(folder: Path, *, hf: Path | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a Hugging Face or Megatron folder by its Hugging Face name, one at a time."""
     if not is_megatron(folder):

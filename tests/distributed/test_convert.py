@@ -141,6 +141,36 @@ def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: P
     assert convert("verify", model, tmp_path / "policy").returncode == 0
 
 
+def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
+    """Llama 3.1 70B: 80 layers of 8192 x (8192 + 2 x 1024 + 8192) + 3 x 8192 x 28672 + 2 x 8192, a final norm of 8192,
+    and 2 x 128256 x 8192 for embedding and head."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = convert("plan", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "70,553,706,496 numbers" in result.stdout
+
+
 def damaged(model: Path, folder: Path, how: str) -> Path:
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
