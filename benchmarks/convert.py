@@ -1,0 +1,135 @@
+"""tools/convert.py beside a plain copy of the same bytes: GB/s of each direction and peak memory.
+
+    python benchmarks/convert.py [--gb 10] [--folder /var/tmp]
+
+Makes a Llama-shaped model of random bf16 weights of about ``--gb`` (10^9 bytes) in shards of 2 GB, then, each in a
+process of its own: copies its folder, converts it to Megatron-Core's torch_dist and back, and verifies the result.
+Peak memory is the process's resident set at its highest (VmHWM), program and libraries included. Needs four times the
+size on disk. Every file is flushed to disk before the clock stops; reads may come from the page cache, for all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_chord.families.table import read_shape
+from megatron_chord.weights.writer import finish_folder, write_shards
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert.py"
+GB = 1e9
+HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 8, 128256
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Conversion beside a plain copy of the same bytes.")
+    parser.add_argument("--gb", type=float, default=10.0, help="size of the model (default 10)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--copy", nargs=2, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.copy:
+        shutil.copytree(*arguments.copy)
+        return 0
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        size = make_model(folder / "hf", arguments.gb)
+        tool = [sys.executable, str(TOOL)]
+        commands = {
+            "copy": [sys.executable, __file__, "--copy", str(folder / "hf"), str(folder / "copy")],
+            "hf-to-megatron": [*tool, "hf-to-megatron", str(folder / "hf"), str(folder / "megatron")],
+            "megatron-to-hf": [*tool, "megatron-to-hf", str(folder / "megatron"), str(folder / "back")],
+            "verify": [*tool, "verify", str(folder / "hf"), str(folder / "back")],
+        }
+        report(size, {name: measured(command) for name, command in commands.items()})
+    return 0
+
+
+def make_model(folder: Path, gb: float) -> int:
+    """Returns the bytes of its weights."""
+    per_layer = 2 * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * FFN + 2)
+    layers = max(1, round((gb * GB - 4 * VOCAB * HIDDEN) / per_layer))
+    folder.mkdir()
+    config = {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    source = folder.with_name("config")
+    shutil.copytree(folder, source)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(name: str) -> torch.Tensor:
+        kv = HIDDEN * KV_HEADS // HEADS
+        rows = {"k_proj": kv, "v_proj": kv, "gate_proj": FFN, "up_proj": FFN}.get(name.split(".")[-2], HIDDEN)
+        if "norm" in name:
+            return torch.ones(HIDDEN, dtype=torch.bfloat16)
+        if "embed" in name or "lm_head" in name:
+            rows = VOCAB
+        columns = FFN if "down_proj" in name else HIDDEN
+        numbers = torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16, generator=generator)
+        return numbers.bitwise_and_(-32257).view(
+            torch.bfloat16
+        )  # without the exponent's top bits: always finite
+
+    names = read_shape(folder).weights.hf_names()
+    placed = write_shards(
+        ((name, tensor(name)) for name in names), folder, prefix="model", shard_bytes=2 * 10**9
+    )
+    finish_folder(folder, source, placed, dtype=torch.bfloat16)
+    os.sync()
+    return sum(size for _, size in placed.values())
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds until the written files are on disk, and peak memory in bytes, of a child process."""
+    begun = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    os.sync()
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
+    return time.perf_counter() - begun, usage.ru_maxrss * 1024
+
+
+def report(size: int, results: dict[str, tuple[float, float]]) -> None:
+    table = Table(title=f"a model of {size / GB:.1f} GB")
+    for heading in ("what", "seconds", "GB/s", "of a copy's speed", "peak memory GB"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    copy_s = results["copy"][0]
+    for name, (seconds, peak) in results.items():
+        speed = f"{size / GB / seconds:.2f}"
+        table.add_row(name, f"{seconds:.1f}", speed, f"{copy_s / seconds:.2f}", f"{peak / GB:.2f}")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    place = (
+        f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {len(os.sched_getaffinity(0))} cores; {versions}"
+    )
+    Console().print(table, f"{place}; {' '.join(sys.argv)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
