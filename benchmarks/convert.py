@@ -4,7 +4,8 @@
 
 Makes a Llama-shaped model of random bf16 weights of about ``--gb`` (10^9 bytes) in shards of 2 GB, then, each in a
 process of its own: copies its folder, converts it to Megatron-Core's torch_dist and back, and verifies the result.
-Peak memory is the process's resident set at its highest (VmHWM), program and libraries included. Needs four times the
+Peak memory is the process's resident set at its highest, program, libraries and the mapped pages of the files that it
+reads included; the last the system takes back when it needs them. Needs four times the
 size on disk. Every file is flushed to disk before the clock stops; reads may come from the page cache, for all alike.
 """
 
@@ -39,13 +40,20 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=10.0, help="size of the model (default 10)")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--copy", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.copy:
         shutil.copytree(*arguments.copy)
         return 0
+    if arguments.make:
+        make_model(arguments.make, arguments.gb)
+        return 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        size = make_model(folder / "hf", arguments.gb)
+        # In a child: what this process has in memory would be counted as each child's, which begins as its copy.
+        made = [sys.executable, __file__, "--make", str(folder / "hf"), "--gb", str(arguments.gb)]
+        subprocess.run(made, check=True)
+        size = sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
         tool = [sys.executable, str(TOOL)]
         commands = {
             "copy": [sys.executable, __file__, "--copy", str(folder / "hf"), str(folder / "copy")],
@@ -57,8 +65,7 @@ def main() -> int:
     return 0
 
 
-def make_model(folder: Path, gb: float) -> int:
-    """Returns the bytes of its weights."""
+def make_model(folder: Path, gb: float) -> None:
     per_layer = 2 * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * FFN + 2)
     layers = max(1, round((gb * GB - 4 * VOCAB * HIDDEN) / per_layer))
     folder.mkdir()
@@ -101,7 +108,6 @@ def make_model(folder: Path, gb: float) -> int:
     )
     finish_folder(folder, source, placed, dtype=torch.bfloat16)
     os.sync()
-    return sum(size for _, size in placed.values())
 
 
 def measured(command: list[str]) -> tuple[float, float]:

@@ -43,7 +43,8 @@ class ConversionError(ValueError):
 def hf_to_megatron(source: Path, target: Path, *, progress: Progress = lambda size: None) -> None:
     """A Hugging Face folder as a distributed checkpoint, in the dtype of its tensors.
 
-    Peak memory beyond the program's own: the largest parameter, twice (its parts and their merged copy).
+    Peak memory beyond the program's own and the mapped pages of the source: the largest parameter, twice (its parts
+    and their merged copy).
 
     Raises:
         ConversionError: with all findings, before anything is written.
