@@ -8,9 +8,10 @@ as well; their optimizer state is passed over.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,23 +22,19 @@ from megatron_chord.convert.layout import Layout, Stored, layout_of, merged, wit
 from megatron_chord.convert.stream import Box, Checkpoint, write
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.model.build import DTYPES
 from megatron_chord.weights.mapping import check_accounting
-from megatron_chord.weights.reader import INDEX, HFReader
-from megatron_chord.weights.writer import finish_folder, write_shards
+from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.writer import copy_settings, finish_folder, write_shards
 
 HF = "hf"
 SHARD_BYTES = 10**9
 """Of an exported safetensors file: it is assembled in memory."""
-_CONFIG_SUFFIXES = {".json", ".model", ".txt", ".jinja"}
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BESIDE_THE_MODEL = ("optimizer.", "rng", "rerun_state_machine_state")
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just been written."""
-
-
-class ConversionError(ValueError):
-    """What keeps the conversion from being exact, one finding a line. Nothing was written."""
 
 
 def hf_to_megatron(source: Path, target: Path, *, progress: Progress = lambda size: None) -> None:
@@ -47,10 +44,10 @@ def hf_to_megatron(source: Path, target: Path, *, progress: Progress = lambda si
     and their merged copy).
 
     Raises:
-        ConversionError: with all findings, before anything is written.
+        ValueError: with all findings, one a line, before anything is written.
     """
-    shape, reader = _shape_of(source), HFReader.of(source)
-    _check_names(shape, reader)
+    shape, reader = read_shape(source), HFReader.of(source)
+    shape.weights.check_folder(reader.names, str(reader.folder))
     dtype = _only_dtype({name: reader.dtype(name) for name in shape.weights.hf_names()}, str(source))
     layout = layout_of(shape, _DTYPE_NAMES[dtype])
     _check_shapes(layout, shape, reader)
@@ -73,9 +70,7 @@ def hf_to_megatron(source: Path, target: Path, *, progress: Progress = lambda si
         common = {"common_backend": "torch", "common_backend_version": 1}
         (folder / "metadata.json").write_text(json.dumps(backend | common))
         (folder / HF).mkdir()
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in _CONFIG_SUFFIXES and file.name != INDEX:
-                shutil.copy2(file, folder / HF / file.name)
+        copy_settings(source, folder / HF)
 
 
 def megatron_to_hf(
@@ -89,13 +84,13 @@ def megatron_to_hf(
     Peak memory beyond the program's own: the largest parameter, twice, and one safetensors shard, twice.
 
     Raises:
-        ConversionError: with all findings, before anything is written.
+        ValueError: with all findings, one a line, before anything is written.
     """
     configuration = hf or source / HF
-    shape, checkpoint = _shape_of(configuration), Checkpoint(source)
-    dtype, layout = _check_checkpoint(checkpoint, shape)
+    shape, checkpoint = read_shape(configuration), Checkpoint(source)
+    dtype, parameters = _check_checkpoint(checkpoint, shape)
     with _appearing(target) as folder:
-        tensors = _hf_tensors(checkpoint, layout, progress)
+        tensors = _hf_tensors(checkpoint, parameters, progress)
         placed = write_shards(tensors, folder, prefix="model", shard_bytes=SHARD_BYTES)
         check_accounting(list(shape.weights.hf_names()), list(placed), str(folder))
         finish_folder(folder, configuration, placed, dtype=dtype)
@@ -103,20 +98,20 @@ def megatron_to_hf(
 
 def plan_of(folder: Path) -> list[Stored]:
     """Every parameter that a folder's config.json asks for, without vocabulary padding; no weight is looked at."""
-    shape = _shape_of(folder)
+    shape = read_shape(folder)
     return [without_padding(stored, shape.vocab_size) for stored in layout_of(shape, "bf16").parameters]
 
 
-def hf_tensors_of(folder: Path, *, hf: Path | None = None) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a Hugging Face or Megatron folder by its Hugging Face name, one at a time."""
     if not is_megatron(folder):
-        shape, reader = _shape_of(folder), HFReader.of(folder)
-        _check_names(shape, reader)
+        shape, reader = read_shape(folder), HFReader.of(folder)
+        shape.weights.check_folder(reader.names, str(reader.folder))
         yield from ((name, reader.read(name)) for name in shape.weights.hf_names())
         return
-    shape, checkpoint = _shape_of(hf or folder / HF), Checkpoint(folder)
-    _, layout = _check_checkpoint(checkpoint, shape)
-    yield from _hf_tensors(checkpoint, layout, lambda size: None)
+    shape, checkpoint = read_shape(folder / HF), Checkpoint(folder)
+    _, parameters = _check_checkpoint(checkpoint, shape)
+    yield from _hf_tensors(checkpoint, parameters, lambda size: None)
 
 
 def differences(left: Path, right: Path) -> Iterator[str]:
@@ -143,20 +138,20 @@ def is_megatron(folder: Path) -> bool:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    import hashlib
-
     plain = tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
     header = f"{tuple(tensor.shape)}{tensor.dtype}".encode()
     return hashlib.blake2b(header + plain.numpy().tobytes(), digest_size=16).digest()
 
 
 def _names(folder: Path) -> list[str]:
-    shape = _shape_of(folder / HF if is_megatron(folder) else folder)
+    shape = read_shape(folder / HF if is_megatron(folder) else folder)
     return list(shape.weights.hf_names())
 
 
-def _hf_tensors(checkpoint: Checkpoint, layout: Layout, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    for stored in layout.parameters:
+def _hf_tensors(
+    checkpoint: Checkpoint, parameters: Sequence[Stored], progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    for stored in parameters:
         if not stored.entry.rule.exported:
             continue
         parameter = merged([checkpoint.read(box) for box in stored.boxes], stored)
@@ -174,20 +169,6 @@ def _parameter(stored: Stored, *, reader: HFReader) -> Tensor:
     return torch.cat([found, found.new_zeros(missing_rows, *stored.shape[1:])])
 
 
-def _shape_of(folder: Path) -> ModelShape:
-    try:
-        return read_shape(folder)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-
-
-def _check_names(shape: ModelShape, reader: HFReader) -> None:
-    try:
-        shape.weights.check_folder(reader.names, str(reader.folder))
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-
-
 def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
     findings = []
     for stored in layout.parameters:
@@ -202,13 +183,13 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
         if found != stored.shape:
             findings.append(f"{stored.entry.megatron} has shape {stored.shape}, but {sources} make {found}")
     if findings:
-        raise ConversionError(
+        raise ValueError(
             f"shapes in {reader.folder} disagree with its config.json:\n  " + "\n  ".join(findings)
         )
 
 
-def _check_checkpoint(checkpoint: Checkpoint, shape: ModelShape) -> tuple[torch.dtype, Layout]:
-    """The checkpoint's dtype and its layout without padding rows."""
+def _check_checkpoint(checkpoint: Checkpoint, shape: ModelShape) -> tuple[torch.dtype, list[Stored]]:
+    """The checkpoint's dtype and its parameters without padding rows."""
     stored = {key: (whole, dtype) for key, whole, dtype in checkpoint.tensors()}
     model = {key: value for key, value in stored.items() if not key.startswith(_BESIDE_THE_MODEL)}
     layout = layout_of(shape, "fp32")
@@ -224,22 +205,17 @@ def _check_checkpoint(checkpoint: Checkpoint, shape: ModelShape) -> tuple[torch.
         if found != wanted[key] and not is_padded:
             findings.append(f"{key} has shape {found}, the config says {wanted[key]}")
     if findings:
-        raise ConversionError(
+        raise ValueError(
             f"{checkpoint.folder} does not hold this model's tensors:\n  " + "\n  ".join(sorted(findings))
         )
     dtype = _only_dtype({key: model[key][1] for key in wanted}, str(checkpoint.folder))
-    return dtype, Layout(
-        parameters=tuple(without_padding(parameter, shape.vocab_size) for parameter in layout.parameters),
-        objects=layout.objects,
-    )
+    return dtype, [without_padding(parameter, shape.vocab_size) for parameter in layout.parameters]
 
 
 def _only_dtype(dtypes: dict[str, torch.dtype], where: str) -> torch.dtype:
     kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     if len(kinds) > 1 or next(iter(dtypes.values())) not in _DTYPE_NAMES:
-        raise ConversionError(
-            f"{where}: tensors must all be float32 or all bfloat16, they are {', '.join(kinds)}"
-        )
+        raise ValueError(f"{where}: tensors must all be float32 or all bfloat16, they are {', '.join(kinds)}")
     return next(iter(dtypes.values()))
 
 
@@ -247,7 +223,7 @@ def _only_dtype(dtypes: dict[str, torch.dtype], where: str) -> torch.dtype:
 def _appearing(target: Path) -> Iterator[Path]:
     """A hidden folder that becomes ``target`` when the block succeeds, and is gone when it does not."""
     if target.exists():
-        raise ConversionError(f"{target} is already there")
+        raise ValueError(f"{target} is already there")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -19,7 +19,7 @@ from megatron_chord.config import (
     MarginWeight,
     TokenWeight,
 )
-from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.losses.terms import AcrossRanks, Prepare, Term, TermOutput, TermTokens, TokenStats
 
 WeightFunction = Callable[[Tensor, TokenStats, TermTokens, Any], Tensor]
 """(p [K], the tokens' stats, what is known of them, the weight's settings) -> weights [K]; called without gradient."""
@@ -76,27 +76,33 @@ def expert_term(
     *, pool: str = "expert", weight: TokenWeight, cutoff: float = 1.0, **aggregation: Any
 ) -> Term:
     """The expert branch as a term; ``aggregation`` and ``aggregation_length`` as in Term."""
-    needs_entropy = isinstance(weight, EntropyTopWeight | EntropyNormWeight)
 
     def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
         return expert_loss(stats, tokens, weight=weight, cutoff=cutoff)
 
-    def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
-        entropies = across.collect(_joined(batches, "old_entropy"))
-        if isinstance(weight, EntropyTopWeight):
-            threshold = top_threshold(entropies, weight.share)
-            return [{"entropy_weight": (batch["old_entropy"] >= threshold).float()} for batch in batches]
-        mean = entropies.double().mean().float().clamp(min=torch.finfo(torch.float32).tiny)
-        return [{"entropy_weight": batch["old_entropy"] / mean} for batch in batches]
-
+    prepare: Prepare | None = None
+    if isinstance(weight, EntropyTopWeight):
+        prepare = most_uncertain("entropy_weight", weight.share)
+    elif isinstance(weight, EntropyNormWeight):
+        prepare = _over_mean_entropy
     return Term(
         loss=loss,
         pool=pool,
-        scored=frozenset({"old_entropy"}) if needs_entropy else frozenset(),
-        prepare=prepare if needs_entropy else None,
+        scored=frozenset({"old_entropy"}) if prepare is not None else frozenset(),
+        prepare=prepare,
         rival=isinstance(weight, MarginWeight),
         **aggregation,
     )
+
+
+def most_uncertain(column: str, share: float) -> Prepare:
+    """``column``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0."""
+
+    def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
+        threshold = top_threshold(_all_entropies(batches, across), share)
+        return [{column: (batch["old_entropy"] >= threshold).float()} for batch in batches]
+
+    return prepare
 
 
 def top_threshold(values: Tensor, share: float) -> Tensor:
@@ -107,5 +113,11 @@ def top_threshold(values: Tensor, share: float) -> Tensor:
     return values.topk(count).values[-1]
 
 
-def _joined(batches: Sequence[TermTokens], name: str) -> Tensor:
-    return torch.cat([batch[name] for batch in batches])
+def _over_mean_entropy(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
+    """The column ``entropy_weight``: old_entropy / its mean over the update's tokens."""
+    mean = _all_entropies(batches, across).double().mean().float().clamp(min=torch.finfo(torch.float32).tiny)
+    return [{"entropy_weight": batch["old_entropy"] / mean} for batch in batches]
+
+
+def _all_entropies(batches: Sequence[TermTokens], across: AcrossRanks) -> Tensor:
+    return across.collect(torch.cat([batch["old_entropy"] for batch in batches]))

@@ -122,6 +122,22 @@ def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> 
     return difference.exp() - 1 - difference
 
 
+def with_penalties(
+    loss: Tensor, stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor | None]:
+    """``loss`` [K] + ``objective``'s KL penalty - its entropy bonus; and the KL [K], detached, where it is asked for.
+
+    Column: reference_logprob with ``kl``.
+    """
+    kl = None
+    if objective.kl is not None:
+        kl = kl_penalty(stats.logprobs, tokens["reference_logprob"], objective.kl.estimator)
+        loss = loss + objective.kl.coefficient * kl
+    if objective.entropy_bonus:
+        loss = loss - objective.entropy_bonus * stats.entropy
+    return loss, None if kl is None else kl.detach()
+
+
 def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
     """Surrogate x importance correction + KL penalty - entropy bonus, per token of a rollout.
 
@@ -143,10 +159,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
         loss = loss * weight
         means |= {"correction_weight": weight, "correction_outside": outside.float()}
     losses = {"policy_loss": loss.detach()}
-    if objective.kl is not None:
-        kl = kl_penalty(logprobs, tokens["reference_logprob"], objective.kl.estimator)
-        loss = loss + objective.kl.coefficient * kl
-        means["kl"] = kl.detach()
-    if objective.entropy_bonus:
-        loss = loss - objective.entropy_bonus * stats.entropy
+    loss, kl = with_penalties(loss, stats, tokens, objective)
+    if kl is not None:
+        means["kl"] = kl
     return TermOutput(loss, losses, means, {"logprob_gap_max": gap})

@@ -11,13 +11,13 @@ A method is a frozen dataclass whose fields are its YAML settings. The loop call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from megatron_chord.config import RunConfig
 from megatron_chord.losses.policy import policy_loss
-from megatron_chord.losses.terms import Term
+from megatron_chord.losses.terms import Prepare, Term, TermLoss
 from megatron_chord.methods.draw import Draw
 from megatron_chord.records import TrainSample
 from megatron_chord.schedules import Moment, MuSchedule
@@ -98,20 +98,35 @@ class Method:
         raise NotImplementedError
 
 
-def policy_term(run: RunConfig, *, pool: str = "policy", loss: Callable[..., Any] | None = None) -> Term:
-    """The on-policy branch by ``objective``'s settings; or another loss, averaged in the same way."""
+def policy_term(run: RunConfig) -> Term:
+    """The on-policy branch by ``objective``'s settings."""
     objective = run.objective
     scored: set[str] = set()
     if objective.ratio_from == "recomputed":
         scored.add("old_logprob")
     if objective.kl is not None:
         scored.add("reference_logprob")
+    return averaged_term(
+        run, lambda stats, tokens: policy_loss(stats, tokens, objective), pool="policy", scored=scored
+    )
+
+
+def averaged_term(
+    run: RunConfig,
+    loss: TermLoss,
+    *,
+    pool: str,
+    scored: Iterable[str] = (),
+    prepare: Prepare | None = None,
+) -> Term:
+    """A loss averaged within ``pool`` as ``objective.aggregation`` says for the policy's tokens."""
     return Term(
-        loss=loss or (lambda stats, tokens: policy_loss(stats, tokens, objective)),
+        loss=loss,
         pool=pool,
-        aggregation=objective.aggregation,
+        aggregation=run.objective.aggregation,
         aggregation_length=aggregation_length(run),
         scored=frozenset(scored),
+        prepare=prepare,
     )
 
 

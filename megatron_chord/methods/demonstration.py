@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.terms import Term, TermLoss
-from megatron_chord.methods.base import Collected, aggregation_length
+from megatron_chord.methods.base import Collected
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
     answer_sample,
+    group_is_trained,
     policy_samples,
     sample_groups,
     with_advantages,
@@ -82,9 +82,7 @@ def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
 
 def trained_groups(groups: Sequence[GuidedGroup], objective: ObjectiveConfig) -> list[GuidedGroup]:
     """By ``objective.equal_groups``; a demonstration with another reward than all rollouts makes a group unequal."""
-    return [
-        group for group in groups if objective.equal_groups == "keep" or not group.members.has_equal_rewards
-    ]
+    return [group for group in groups if group_is_trained(group.members, objective)]
 
 
 def demonstration_samples(groups: Sequence[GuidedGroup]) -> list[TrainSample]:
@@ -114,19 +112,6 @@ def collect_mixed(draw: Draw, run: RunConfig) -> Collected:
         samples=own + demonstration_samples(trained),
         weights={POLICY: 1.0, DEMONSTRATION: 1.0},
         stats=guided.stats,
-    )
-
-
-def demonstration_term(
-    run: RunConfig, loss: TermLoss, *, pool: str, scored: frozenset[str] = frozenset()
-) -> Term:
-    """A loss of demonstration tokens, averaged within ``pool`` as the policy's are."""
-    return Term(
-        loss=loss,
-        pool=pool,
-        aggregation=run.objective.aggregation,
-        aggregation_length=aggregation_length(run),
-        scored=scored,
     )
 
 

@@ -115,10 +115,20 @@ def policy_samples(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -
     return [
         rollout_sample(group.prompt, rollout, advantage=advantage)
         for group in groups
-        if objective.equal_groups == "keep" or not group.has_equal_rewards
+        if group_is_trained(group, objective)
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        if objective.truncated == "keep" or rollout.finish_reason != "length"
+        if rollout_is_trained(rollout, objective)
     ]
+
+
+def group_is_trained(group: RolloutGroup, objective: ObjectiveConfig) -> bool:
+    """By ``objective.equal_groups``."""
+    return objective.equal_groups == "keep" or not group.has_equal_rewards
+
+
+def rollout_is_trained(rollout: Rollout, objective: ObjectiveConfig) -> bool:
+    """By ``objective.truncated``."""
+    return objective.truncated == "keep" or rollout.finish_reason != "length"
 
 
 def rollout_sample(

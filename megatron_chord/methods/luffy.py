@@ -15,12 +15,8 @@ from typing import ClassVar
 
 from megatron_chord.config import RunConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, policy_term
-from megatron_chord.methods.demonstration import (
-    DEMONSTRATION,
-    collect_mixed,
-    demonstration_term,
-)
+from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
+from megatron_chord.methods.demonstration import DEMONSTRATION, collect_mixed
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY
 
@@ -46,7 +42,7 @@ class Luffy(Method):
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return shaped_loss(stats, tokens, gamma=self.gamma if self.shaping else None)
 
-        return {POLICY: policy_term(run), DEMONSTRATION: demonstration_term(run, loss, pool="policy")}
+        return {POLICY: policy_term(run), DEMONSTRATION: averaged_term(run, loss, pool=POLICY)}
 
 
 def shaped_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float | None) -> TermOutput:

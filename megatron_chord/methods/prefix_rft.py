@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.expert import top_threshold
+from megatron_chord.losses.expert import most_uncertain
 from megatron_chord.losses.policy import group_advantages, surrogate
-from megatron_chord.losses.terms import AcrossRanks, Prepare, Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
+from megatron_chord.losses.terms import Prepare, Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.draw import Draw
-from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
+from megatron_chord.methods.groups import POLICY, policy_samples, rollout_is_trained, sample_groups
 from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.rollout.collect import GradedRollouts, sample_seed
 from megatron_chord.schedules import Moment, WarmupCosine
@@ -115,12 +113,11 @@ class PrefixRFT(Method):
         scored = {"old_entropy"} | ({"old_logprob"} if objective.ratio_from == "recomputed" else set())
         return {
             POLICY: policy_term(run),
-            PREFIX: Term(
-                loss=lambda stats, tokens: prefix_loss(stats, tokens, objective),
+            PREFIX: averaged_term(
+                run,
+                lambda stats, tokens: prefix_loss(stats, tokens, objective),
                 pool=POLICY,
-                aggregation=objective.aggregation,
-                aggregation_length=aggregation_length(run),
-                scored=frozenset(scored),
+                scored=scored,
                 prepare=keep_most_uncertain(self.entropy_share),
             ),
         }
@@ -174,7 +171,7 @@ def hybrid_samples(
         )
         for item, group, pairs, advantages in zip(hybrids, groups, kept, continued, strict=True)
         for (rollout, reward), advantage in zip(pairs, advantages, strict=True)
-        if objective.truncated == "keep" or rollout.finish_reason != "length"
+        if rollout_is_trained(rollout, objective)
     ]
 
 
@@ -242,10 +239,4 @@ def prefix_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
 
 def keep_most_uncertain(share: float) -> Prepare:
     """The column ``kept``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0."""
-
-    def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
-        entropies = across.collect(torch.cat([batch["old_entropy"] for batch in batches]))
-        threshold = top_threshold(entropies, share)
-        return [{"kept": (batch["old_entropy"] >= threshold).float()} for batch in batches]
-
-    return prepare
+    return most_uncertain("kept", share)

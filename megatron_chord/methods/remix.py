@@ -25,11 +25,17 @@ import numpy as np
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.policy import MAX_LOG_RATIO, kl_penalty
+from megatron_chord.losses.policy import MAX_LOG_RATIO, with_penalties
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.draw import Draw
-from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
+from megatron_chord.methods.groups import (
+    POLICY,
+    group_is_trained,
+    policy_samples,
+    rollout_is_trained,
+    sample_groups,
+)
 from megatron_chord.records import Part, RolloutGroup, TrainSample
 from megatron_chord.rollout.collect import sample_seed
 
@@ -128,7 +134,7 @@ def remember(
 
 def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[Answer]:
     """By the same rules as ``policy_samples``."""
-    if objective.equal_groups == "drop" and group.has_equal_rewards:
+    if not group_is_trained(group, objective):
         return []
     return [
         {
@@ -138,7 +144,7 @@ def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[An
             "advantage": advantage,
         }
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        if objective.truncated == "keep" or rollout.finish_reason != "length"
+        if rollout_is_trained(rollout, objective)
     ]
 
 
@@ -180,10 +186,7 @@ def stale_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig
         "stale_ratio": ratio.detach(),
         "stale_age": tokens["age"],
     }
-    if objective.kl is not None:
-        kl = kl_penalty(stats.logprobs, tokens["reference_logprob"], objective.kl.estimator)
-        loss = loss + objective.kl.coefficient * kl
-        means["stale_kl"] = kl.detach()
-    if objective.entropy_bonus:
-        loss = loss - objective.entropy_bonus * stats.entropy
+    loss, kl = with_penalties(loss, stats, tokens, objective)
+    if kl is not None:
+        means["stale_kl"] = kl
     return TermOutput(loss, losses, means, {})

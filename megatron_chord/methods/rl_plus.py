@@ -16,12 +16,8 @@ from typing import ClassVar
 
 from megatron_chord.config import RunConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, policy_term
-from megatron_chord.methods.demonstration import (
-    DEMONSTRATION,
-    collect_mixed,
-    demonstration_term,
-)
+from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
+from megatron_chord.methods.demonstration import DEMONSTRATION, collect_mixed
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY
 
@@ -45,8 +41,8 @@ class RLPlus(Method):
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return mixture_loss(stats, tokens, gamma=self.gamma, ratio_from=run.objective.ratio_from)
 
-        scored = frozenset({"old_logprob"} if run.objective.ratio_from == "recomputed" else ())
-        demonstration = demonstration_term(run, loss, pool="policy", scored=scored)
+        scored = {"old_logprob"} if run.objective.ratio_from == "recomputed" else set[str]()
+        demonstration = averaged_term(run, loss, pool=POLICY, scored=scored)
         return {POLICY: policy_term(run), DEMONSTRATION: demonstration}
 
 

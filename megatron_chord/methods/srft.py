@@ -22,17 +22,16 @@ import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.base import Collected, Method, averaged_term
 from megatron_chord.methods.demonstration import (
     DEMONSTRATION,
     GuidedGroup,
     demonstration_samples,
-    demonstration_term,
     sample_guided,
     trained_groups,
 )
 from megatron_chord.methods.draw import Draw
-from megatron_chord.methods.groups import POLICY, rollout_sample
+from megatron_chord.methods.groups import POLICY, rollout_is_trained, rollout_sample
 from megatron_chord.records import TrainSample
 
 UNUSED = (
@@ -88,8 +87,8 @@ class SRFT(Method):
             return imitation_loss(stats, tokens, coefficient=self.sft_coefficient)
 
         return {
-            POLICY: policy_term(run, loss=of_rollouts),
-            DEMONSTRATION: demonstration_term(run, of_demonstrations, pool="demonstration"),
+            POLICY: averaged_term(run, of_rollouts, pool=POLICY),
+            DEMONSTRATION: averaged_term(run, of_demonstrations, pool=DEMONSTRATION),
         }
 
 
@@ -101,7 +100,7 @@ def signed_samples(
         rollout_sample(own.prompt, rollout, sign=1.0 if reward > positive_reward else -1.0)
         for own in (group.own for group in groups)
         for rollout, reward in zip(own.rollouts, own.rewards, strict=True)
-        if objective.truncated == "keep" or rollout.finish_reason != "length"
+        if rollout_is_trained(rollout, objective)
     ]
 
 

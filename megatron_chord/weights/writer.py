@@ -52,9 +52,7 @@ def finish_folder(
             "weight_map": {name: file for name, (file, _) in sorted(placed.items())},
         }
         _write_json(folder / INDEX, index)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
-            shutil.copy2(file, folder / file.name)
+    copy_settings(source, folder)
     config = json.loads((folder / "config.json").read_text())
     stated = config.pop("torch_dtype", None)  # what Transformers before 5 called it
     name = str(dtype).removeprefix("torch.")
@@ -67,6 +65,13 @@ def finish_folder(
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings.pop("chat_template", None)
             _write_json(path, settings)
+
+
+def copy_settings(source: Path, folder: Path) -> None:
+    """Copy what a Hugging Face folder holds beside its weights: configs, tokenizer, template."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
+            shutil.copy2(file, folder / file.name)
 
 
 def _write_json(path: Path, value: object) -> None:
