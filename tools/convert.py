@@ -1,14 +1,18 @@
 #!/usr/bin/env python
 """Convert checkpoints between Hugging Face and Megatron-Core, exactly or not at all.
 
-    python tools/convert.py hf-to-megatron   HF_FOLDER MEGATRON_FOLDER
-    python tools/convert.py megatron-to-hf   MEGATRON_FOLDER HF_FOLDER [--hf FOLDER]
-    python tools/convert.py verify           FOLDER FOLDER
-    python tools/convert.py inspect          FOLDER
-    python tools/convert.py plan             FOLDER          # from config.json alone
+    python tools/convert.py hf-to-megatron        HF_FOLDER MEGATRON_FOLDER
+    python tools/convert.py megatron-to-hf        MEGATRON_FOLDER HF_FOLDER [--hf FOLDER]
+    python tools/convert.py megatron-to-megatron  MEGATRON_FOLDER MEGATRON_FOLDER [--hf FOLDER]
+    python tools/convert.py to-fp8                FOLDER HF_FOLDER [--hf FOLDER]
+    python tools/convert.py verify                FOLDER FOLDER [--logits]
+    python tools/convert.py inspect               FOLDER
+    python tools/convert.py plan                  FOLDER          # from config.json alone
 
-A Megatron folder is a torch_dist checkpoint that Megatron-Core loads under any tensor, pipeline or data parallel
-layout; a training checkpoint of megatron-chord is one, too (give --hf the model folder it was started from).
+A Megatron folder is a torch_dist checkpoint that Megatron-Core loads under any tensor, pipeline, expert or data
+parallel layout. A training checkpoint of megatron-chord is one, too: give --hf the model folder it was started from.
+`megatron-to-megatron` leaves the model of it: no optimizer state, one chunk of rows after the other.
+`to-fp8` writes 128 x 128 block-quantised weights with their scales, which vLLM loads as they are, from either kind.
 Exits with 0 when it did what was asked, 1 when `verify` found a difference, and 2 when something will not do; then
 nothing has been written.
 """
@@ -21,7 +25,8 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +34,14 @@ GB = 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    to_megatron = commands.add_parser("hf-to-megatron", help="Hugging Face folder -> torch_dist checkpoint")
-    to_hf = commands.add_parser("megatron-to-hf", help="torch_dist checkpoint -> Hugging Face folder")
-    to_hf.add_argument("--hf", type=Path, help="folder with config.json and tokenizer (default: SOURCE/hf)")
-    for command in (to_megatron, to_hf):
-        command.add_argument("source", type=Path)
-        command.add_argument("target", type=Path)
-    verify = commands.add_parser(
-        "verify", help="are two folders, of either kind, the same model, bit for bit?"
-    )
-    verify.add_argument("left", type=Path)
-    verify.add_argument("right", type=Path)
-    inspect = commands.add_parser("inspect", help="list a folder's tensors")
-    inspect.add_argument("folder", type=Path)
-    plan = commands.add_parser(
-        "plan", help="what a config.json asks for: each target tensor with its sources"
-    )
-    plan.add_argument("folder", type=Path)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_chord.runtime import parallel as runtime
 
+    commands = {"verify": _verify, "inspect": _inspect, "plan": _plan}
     try:
-        return {"verify": _verify, "inspect": _inspect, "plan": _plan}.get(args.command, _convert)(args)
+        return commands.get(args.command, _convert)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,41 +49,100 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime.stop()
 
 
-def _convert(args: argparse.Namespace) -> int:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    from megatron_chord.convert.directions import hf_to_megatron, megatron_to_hf
-
-    size = sum(file.stat().st_size for file in args.source.glob("*.safetensors")) or sum(
-        file.stat().st_size for file in args.source.glob("*.distcp")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    helps = {
+        "hf-to-megatron": "Hugging Face folder -> torch_dist checkpoint",
+        "megatron-to-hf": "torch_dist checkpoint -> Hugging Face folder",
+        "megatron-to-megatron": "torch_dist checkpoint of any layout -> one that holds the model alone",
+        "to-fp8": "either kind -> Hugging Face folder with block-quantised FP8 weights",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", type=Path)
+        command.add_argument("target", type=Path)
+        if name != "hf-to-megatron":
+            command.add_argument(
+                "--hf", type=Path, help="folder with config.json and tokenizer (default: SOURCE/hf)"
+            )
+        command.add_argument(
+            "--workers", type=_count, help="threads that read and write (default: one a core, at most 8)"
+        )
+    verify = commands.add_parser(
+        "verify", help="are two folders, of either kind, the same model, bit for bit?"
+    )
+    verify.add_argument("left", type=Path)
+    verify.add_argument("right", type=Path)
+    verify.add_argument(
+        "--logits",
+        action="store_true",
+        help="also run both on the same tokens in fp32, by Transformers and Megatron-Core (needs the memory)",
+    )
+    commands.add_parser("inspect", help="list a folder's tensors").add_argument("folder", type=Path)
+    plan = commands.add_parser(
+        "plan", help="what a config.json asks for: each target tensor with its sources"
+    )
+    plan.add_argument("folder", type=Path)
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_chord.convert.directions import to_hf, to_megatron
+    from megatron_chord.convert.sources import MegatronSource, open_source
+
+    source = open_source(args.source, getattr(args, "hf", None))
+    is_megatron = isinstance(source, MegatronSource)
+    if args.command != "to-fp8" and is_megatron != args.command.startswith("megatron"):
+        kind = "a distributed checkpoint" if is_megatron else "a Hugging Face folder"
+        raise ValueError(f"{args.source} is {kind}: {args.command} is not for it")
+    size = sum(stored.size(source.dtype) for stored in source.layout.parameters)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.target.parent).free
     if size > free:
         raise ValueError(
             f"{args.target.parent} has {free / GB:.1f} GB free, the checkpoint {size / GB:.1f} GB"
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(args.command, total=size)
-
-        def progress(written: int) -> None:
-            bar.advance(task, written)
-
-        if args.command == "hf-to-megatron":
-            hf_to_megatron(args.source, args.target, progress=progress)
+    with _progress(args.command, size) as progress:
+        if args.command.endswith("to-megatron"):
+            to_megatron(source, args.target, progress=progress, workers=args.workers)
         else:
-            megatron_to_hf(args.source, args.target, hf=args.hf, progress=progress)
+            fp8 = args.command == "to-fp8"
+            to_hf(source, args.target, fp8=fp8, progress=progress, workers=args.workers)
     print(f"{args.target}: {_folder_bytes(args.target) / GB:.3f} GB")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_chord.convert.directions import differences
+    from megatron_chord.convert.sources import open_source
 
-    found = list(differences(args.left, args.right))
+    left, right = open_source(args.left), open_source(args.right)
+    size = sum(stored.size(left.dtype) for stored in left.layout.parameters if stored.entry.rule.exported)
+    with _progress("verify", size) as progress:
+        found = list(differences(left, right, progress=progress))
     print("\n".join(found) or "the same model, bit for bit")
+    if args.logits and not _same_logits(left, right):
+        return 1
     return 1 if found else 0
+
+
+def _same_logits(left: Any, right: Any) -> bool:
+    from megatron_chord.convert.logits import TOLERANCE, disagreement, logits_of, sample_tokens
+
+    if left.shape.vocab_size != right.shape.vocab_size:
+        return False
+    tokens = sample_tokens(left.shape.vocab_size)
+    one, other = logits_of(left, tokens), logits_of(right, tokens)
+    largest, agreeing = disagreement(one, other)
+    magnitude = one.abs().max().item()
+    print(
+        f"logits of {len(tokens)} tokens in fp32 differ by at most {largest:.1e} (they reach {magnitude:.1f}); "
+        f"the most likely token is the same at {100 * agreeing:.1f} % of positions"
+    )
+    return largest <= TOLERANCE * max(1.0, magnitude)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -132,24 +176,41 @@ def _plan(args: argparse.Namespace) -> int:
     sizes = [math.prod(item.shape) for item in stored]
     print(
         f"{len(stored)} parameters, {sum(sizes):,} numbers, {2 * sum(sizes) / GB:.1f} GB in bf16; the largest "
-        f"{2 * max(sizes) / GB:.2f} GB, of which conversion holds two copies"
+        f"{2 * max(sizes) / GB:.2f} GB, which an export holds once"
     )
     return 0
 
 
 def _tensors(folder: Path) -> list[tuple[str, tuple[int, ...], Any]]:
-    from megatron_chord.convert.directions import is_megatron
-    from megatron_chord.convert.stream import Checkpoint
+    from megatron_chord.convert.stream import METADATA, Checkpoint
     from megatron_chord.weights.reader import HFReader
 
-    if is_megatron(folder):
+    if (folder / METADATA).is_file():
         return list(Checkpoint(folder).tensors())
     reader = HFReader.of(folder)
     return [(name, reader.shape(name), reader.dtype(name)) for name in reader.names]
 
 
+@contextmanager
+def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A bar with GB/s on a terminal; the function that moves it, from any thread."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=size)
+        yield lambda done: bar.advance(task, done)
+
+
 def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ and offsets it would save them. The format reshards, so what one rank would save
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.convert.stream import Box
@@ -22,7 +22,18 @@ from megatron_chord.model.build import build_chunks, transformer_config
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.weights.mapping import Entry
 
+PIECE_BYTES = 128 * 2**20
+"""Of what is read and written at a time."""
 _METADATA = {"singleton_local_shards": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows [start, stop) of a parameter, and the box that holds them."""
+
+    start: int
+    stop: int
+    box: Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +45,47 @@ class Stored:
     boxes: tuple[Box, ...]
     """One, or, for a gated MLP's stacked projections, one each: the parameter is these below each other."""
 
-    def piece(self, parameter: Tensor, number: int) -> Tensor:
-        """Box ``number``'s part of the whole parameter."""
-        return parameter.chunk(len(self.boxes))[number]
+    def size(self, dtype: torch.dtype) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * dtype.itemsize
+
+    def pieces(self, max_bytes: int) -> Iterator[Piece]:
+        """The parameter in order, in pieces of at most ``max_bytes``, or of the rows that must stay together."""
+        rows, unit = self.shape[0], self.entry.rule.transform.unit
+        row_bytes = math.prod(self.shape[1:]) * self.boxes[0].dtype.itemsize
+        step = max(unit, max_bytes // row_bytes // unit * unit)
+        each = rows // len(self.boxes)
+        for first in range(0, rows, each):
+            for start in range(first, first + each, step):
+                stop = min(start + step, first + each)
+                yield Piece(start=start, stop=stop, box=self.box(start, stop))
+
+    def box(self, start: int, stop: int) -> Box:
+        """The box of rows [start, stop), which must not lie in more than one."""
+        each = self.shape[0] // len(self.boxes)
+        whole, first = self.boxes[start // each], start // each * each
+        axis = len(whole.shape) - len(self.shape)  # checkpoints lay experts along an axis in front
+        offset, shape = list(whole.offset), list(whole.shape)
+        offset[axis] += start - first
+        shape[axis] = stop - start
+        return replace(whole, offset=tuple(offset), shape=tuple(shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     parameters: tuple[Stored, ...]
+    """With the vocabulary's padding rows of a layout of one rank."""
     objects: tuple[tuple[str, bytes], ...]
     """What Megatron saves beside tensors, by key, and asks for when it loads."""
 
 
-def layout_of(shape: ModelShape, dtype: str) -> Layout:
-    """The checkpoint's layout for a model of this shape; starts a process group of one if there is none."""
+def layout_of(shape: ModelShape) -> Layout:
+    """The checkpoint's layout for a model of this shape, in fp32; starts a process group of one if there is none."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
     alone = ParallelConfig()
     runtime.start(alone, seed=0)
-    config = transformer_config(shape, ModelConfig(path=Path("."), dtype=dtype), alone)  # type: ignore[arg-type]
+    config = transformer_config(shape, ModelConfig(path=Path("."), dtype="fp32"), alone)
     with torch.device("meta"):
         (chunk,) = build_chunks(config, shape)
     parameters: list[Stored] = []
@@ -79,12 +112,6 @@ def without_padding(stored: Stored, vocab_size: int) -> Stored:
         return stored
     shape = (vocab_size, *stored.shape[1:])
     return replace(stored, shape=shape, boxes=tuple(replace(box, shape=shape) for box in stored.boxes))
-
-
-def merged(pieces: Sequence[Tensor], stored: Stored) -> Tensor:
-    """The parameter from its boxes' contents."""
-    whole = torch.cat([piece.flatten(0, piece.dim() - len(stored.shape)) for piece in pieces])
-    return whole.reshape(stored.shape)
 
 
 def _box(piece: Any) -> Box:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,11 +32,14 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 METADATA = ".metadata"
 
@@ -67,10 +73,14 @@ def write(
     Args:
         objects: what stands beside the tensors, serialised.
         files: how many are written at the same time, each by a thread of its own with one box in memory.
+
+    Raises:
+        OSError: the disk is full, or whatever else it says.
     """
     items = {_index(box): (box, data) for box, data in boxes.items()}
-    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=files, sync_files=True)
-    save({}, storage_writer=writer, planner=_SavePlanner(items, objects or {}), no_dist=True)
+    writer = _Writer(folder, files)
+    with _plain_errors(folder):
+        save({}, storage_writer=writer, planner=_SavePlanner(items, objects or {}), no_dist=True)
 
 
 class Checkpoint:
@@ -87,14 +97,43 @@ class Checkpoint:
             if isinstance(stored, TensorStorageMetadata):
                 yield key, tuple(stored.size), stored.properties.dtype
 
-    def read(self, box: Box) -> Tensor:
-        """The box's contents, in the stored dtype."""
-        stored = self._metadata.state_dict_metadata[box.key]
-        assert isinstance(stored, TensorStorageMetadata)
-        into = torch.empty(box.shape, dtype=stored.properties.dtype)
+    def dtype(self, key: str) -> torch.dtype:
+        return self._stored(key).properties.dtype
+
+    def read(self, box: Box, into: Tensor) -> None:
+        """Fill ``into``, of the box's shape, with its contents; safe to call from several threads.
+
+        Raises:
+            OSError: a file that is shorter than the checkpoint says, or cannot be read.
+        """
         reader = _Reader(self.folder, self._metadata)
-        load({}, storage_reader=reader, planner=_LoadPlanner(box, stored, into), no_dist=True)
-        return into
+        with _plain_errors(self.folder):
+            load(
+                {},
+                storage_reader=reader,
+                planner=_LoadPlanner(box, self._stored(box.key), into),
+                no_dist=True,
+            )
+
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata)
+        return stored
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """torch wraps what a rank raised, with its traceback; here is one rank, and it says what was wrong first.
+
+    (After a write that failed, torch.save complains of its own position in the file.)
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        (cause, _) = next(iter(error.failures.values()))
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        raise OSError(f"{folder}: {cause}") from error
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -172,6 +211,39 @@ class _SavePlanner(DefaultSavePlanner):
             return io.BytesIO(self._objects[write_item.index.fqn])
         box, data = self._items[write_item.index]
         return data().reshape(box.shape).to(box.dtype).contiguous()
+
+
+class _Writer(FileSystemWriter):
+    """Several files at a time. The base class's own threads lose what is raised in them, a full disk for one."""
+
+    def __init__(self, folder: Path, files: int) -> None:
+        super().__init__(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
+        self._files = files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        shares: list[list[WriteItem]] = [[] for _ in range(min(self._files, len(plan.items)))]
+        sizes = [0] * len(shares)
+        for item in sorted(plan.items, key=_size, reverse=True):
+            least = sizes.index(min(sizes))
+            shares[least].append(item)
+            sizes[least] += _size(item)
+
+        def write_one(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = replace(plan, items=items, storage_data=prefix)
+            return super(_Writer, self).write_data(part, planner).wait()
+
+        with ThreadPoolExecutor(max(1, len(shares))) as pool:
+            written = list(pool.map(write_one, range(len(shares)), shares))
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([result for part in written for result in part])
+        return results
+
+
+def _size(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 class _LoadPlanner(DefaultLoadPlanner):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -24,7 +24,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class HFReader:
-    """Names, shapes and contents of the tensors of one folder. Files are opened when they are first read."""
+    """Names, shapes and contents of the tensors of one folder; nothing but headers is read ahead of a request."""
 
     folder: Path
     file_of: dict[str, str]
@@ -56,30 +56,38 @@ class HFReader:
         return list(self.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._described(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """ValueError for a dtype that torch's safetensors reader does not know by this name."""
-        stated = self._slice(name).get_dtype()
-        if stated not in _DTYPES:
+        stated = self._described(name).get_dtype()
+        if stated not in SAFETENSORS_DTYPES:
             raise ValueError(f"{self.folder}: {name} is of type {stated}")
-        return _DTYPES[stated]
+        return SAFETENSORS_DTYPES[stated]
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor on the CPU, or its part [start, stop) along axis 0 or 1."""
-        part = self._slice(name)
+        """The tensor on the CPU, or its part [start, stop) along axis 0 or 1; safe to call from several threads.
+
+        The file is opened for this tensor alone: its pages stay in memory only as long as the tensor does.
+        """
+        file = self.file_of[name]
+        part = _slice(_open_file(self.folder / file), name, self.folder / file)
         if axis is None:
             return part[:]
         return part[start:stop] if axis == 0 else part[:, start:stop]
 
-    def _slice(self, name: str) -> Any:
+    def _described(self, name: str) -> Any:
         file = self.file_of[name]
         if file not in self._open:
             self._open[file] = _open_file(self.folder / file)
-        try:
-            return self._open[file].get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.folder / file}: {error}") from error
+        return _slice(self._open[file], name, self.folder / file)
+
+
+def _slice(opened: Any, name: str, path: Path) -> Any:
+    try:
+        return opened.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open_file(path: Path) -> Any:

@@ -9,7 +9,7 @@ parameter, and the inverse is the same table read backwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,12 +30,25 @@ class Transform(Protocol):
         """The inverse of ``merge``, bit for bit."""
         ...
 
+    def rows(self, start: int, stop: int, of: int) -> list[slice]:
+        """Rows of each Hugging Face tensor of which ``merge`` makes rows [start, stop) of the parameter's ``of``.
+
+        Both ends must be multiples of ``unit``, or ``of`` itself.
+        """
+        ...
+
+    @property
+    def unit(self) -> int:
+        """How many of the parameter's rows can only be made together."""
+        ...
+
 
 @dataclass(frozen=True)
 class Same:
     """One tensor, the same on both sides."""
 
     axis: int | None = None
+    unit: int = field(default=1, init=False)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         (part,) = parts
@@ -44,6 +57,9 @@ class Same:
     def split(self, parameter: Tensor) -> list[Tensor]:
         return [parameter]
 
+    def rows(self, start: int, stop: int, of: int) -> list[slice]:
+        return [slice(start, stop)]
+
 
 @dataclass(frozen=True)
 class Stacked:
@@ -51,6 +67,7 @@ class Stacked:
 
     count: int = 2
     axis: int | None = 0
+    unit: int = field(default=1, init=False)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         assert len(parts) == self.count
@@ -58,6 +75,11 @@ class Stacked:
 
     def split(self, parameter: Tensor) -> list[Tensor]:
         return list(parameter.chunk(self.count))
+
+    def rows(self, start: int, stop: int, of: int) -> list[slice]:
+        each = of // self.count
+        firsts = range(0, of, each)
+        return [slice(min(max(start - first, 0), each), min(max(stop - first, 0), each)) for first in firsts]
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,17 @@ class GroupedQKV:
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, parameter: Tensor) -> list[Tensor]:
-        sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
-        grouped = parameter.unflatten(0, (-1, sum(sizes)))
-        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+        grouped = parameter.unflatten(0, (-1, self.unit))
+        return [part.flatten(0, 1) for part in grouped.split(self._sizes, dim=1)]
+
+    def rows(self, start: int, stop: int, of: int) -> list[slice]:
+        return [slice(start // self.unit * size, stop // self.unit * size) for size in self._sizes]
+
+    @property
+    def unit(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Rows of a group's queries, key and value."""
+        return [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]

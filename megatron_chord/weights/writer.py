@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_chord.weights.reader import INDEX, SINGLE
+from megatron_chord.weights.reader import INDEX, SAFETENSORS_DTYPES, SINGLE
 
 SHARD_BYTES = 4 * 2**30
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_shards(
@@ -21,14 +23,76 @@ def write_shards(
 ) -> dict[str, tuple[str, int]]:
     """Write safetensors files ``prefix-00001.safetensors``, ... of at most ``shard_bytes`` (or one tensor) each.
 
-    Returns name -> (file, bytes). Peak memory is one shard.
+    Returns name -> (file, bytes). One tensor at a time is in memory; files are on disk when this returns.
     """
     placed: dict[str, tuple[str, int]] = {}
-    for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
-        file = f"{prefix}-{number:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        placed |= {name: (file, tensor.nbytes) for name, tensor in shard.items()}
+    shard: _Shard | None = None
+    number = 0
+    try:
+        for name, tensor in tensors:
+            if shard is None or not shard.has_room(name, tensor, shard_bytes):
+                if shard is not None:
+                    shard.finish()
+                number += 1
+                shard = _Shard(folder / f"{prefix}-{number:05d}.safetensors")
+            shard.add(name, tensor)
+            placed[name] = (shard.path.name, tensor.nbytes)
+        if shard is not None:
+            shard.finish()
+    finally:
+        if shard is not None:
+            shard.file.close()
     return placed
+
+
+class _Shard:
+    """A safetensors file that grows by a tensor at a time; the library's own writer wants all of them in memory.
+
+    The format: the header's length in 8 bytes, little-endian; the header, JSON, spaces allowed behind it; the tensors.
+    """
+
+    HEADER_ROOM = 2**16
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("wb")
+        self.file.seek(8 + self.HEADER_ROOM)
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._header_bytes = len(json.dumps(self._header))
+        self._size = 0
+
+    def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
+        """Always for a first tensor. Readers want a tensor's place to be a multiple of its numbers' size."""
+        header_bytes = self._header_bytes + len(json.dumps(self._entry(name, tensor)))
+        return self._size == 0 or (
+            self._size + tensor.nbytes <= limit
+            and self._size % tensor.itemsize == 0
+            and header_bytes <= self.HEADER_ROOM
+        )
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        entry = self._entry(name, tensor)
+        self._header |= entry
+        self._header_bytes += len(json.dumps(entry))
+        numbers = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self.file.write(numbers.data)
+        self._size += tensor.nbytes
+
+    def finish(self) -> None:
+        header = json.dumps(self._header).encode()
+        self.file.seek(0)
+        self.file.write(self.HEADER_ROOM.to_bytes(8, "little") + header.ljust(self.HEADER_ROOM))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def _entry(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        described = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._size, self._size + tensor.nbytes],
+        }
+        return {name: described}
 
 
 def finish_folder(
@@ -39,25 +103,28 @@ def finish_folder(
     dtype: torch.dtype,
     chat_template: Path | None = None,
 ) -> None:
-    """Name the shards in the index, and copy what else a checkpoint holds (configs, tokenizer, template) over.
+    """Number the shards, list them in the index, and copy what else a checkpoint holds (configs, tokenizer, template).
 
     config.json is made to state ``dtype``, the one the weights are written in; ``chat_template`` (a Jinja file)
     replaces the source's own.
     """
-    if len({file for file, _ in placed.values()}) == 1:
-        (folder / next(iter(placed.values()))[0]).rename(folder / SINGLE)
-    else:
+    files = sorted({file for file, _ in placed.values()})
+    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    renamed = dict(zip(files, names if len(files) > 1 else [SINGLE], strict=True))
+    for file, name in renamed.items():
+        (folder / file).rename(folder / name)
+    if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(size for _, size in placed.values())},
-            "weight_map": {name: file for name, (file, _) in sorted(placed.items())},
+            "weight_map": {name: renamed[file] for name, (file, _) in sorted(placed.items())},
         }
         _write_json(folder / INDEX, index)
     copy_settings(source, folder)
     config = json.loads((folder / "config.json").read_text())
-    stated = config.pop("torch_dtype", None)  # what Transformers before 5 called it
+    stated = config.get("dtype", config.get("torch_dtype"))  # the latter before Transformers 5
     name = str(dtype).removeprefix("torch.")
-    if config.get("dtype", stated) != name:
-        _write_json(folder / "config.json", config | {"dtype": name})
+    if stated != name:
+        change_config(folder, dtype=name)
     if chat_template is not None:
         shutil.copy2(chat_template, folder / "chat_template.jinja")
         path = folder / "tokenizer_config.json"
@@ -65,6 +132,14 @@ def finish_folder(
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings.pop("chat_template", None)
             _write_json(path, settings)
+
+
+def change_config(folder: Path, **settings: Any) -> None:
+    """Set these in the folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    if "dtype" in settings:
+        config.pop("torch_dtype", None)
+    _write_json(folder / "config.json", config | settings)
 
 
 def copy_settings(source: Path, folder: Path) -> None:
@@ -76,16 +151,3 @@ def copy_settings(source: Path, folder: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.cpu()
-        size += tensor.nbytes
-    if shard:
-        yield shard

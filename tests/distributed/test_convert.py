@@ -33,9 +33,9 @@ def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_qwen2(tmp_path_factory.mktemp(request.param) / "hf", tied=request.param == "tied")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,25 @@ def test_there_and_back(model: Path, megatron: Path, tmp_path: Path) -> None:
     assert all(before[name].equal(after[name]) for name in before)
     for one, other in ((model, megatron), (megatron, tmp_path / "back")):
         assert convert("verify", one, other).stdout.strip() == "the same model, bit for bit"
-    assert "the same" not in convert("verify", model, save_qwen2(tmp_path / "other", seed=5)).stdout
+    assert convert("verify", model, megatron, "--logits").returncode == 0
+    other = convert("verify", model, save_qwen2(tmp_path / "other", seed=5), "--logits")
+    assert other.returncode == 1
+    assert (
+        "mlp.linear_fc2.weight (model.layers.3.mlp.down_proj.weight) differs in rows 0 to 63" in other.stdout
+    )
+    assert "of 128 tokens in fp32 differ by at most" in other.stdout
+
+
+def test_another_configuration_is_another_model(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    path.write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    result = convert("verify", model, tmp_path / "other")
+    assert result.returncode == 1
+    assert "base=5000.0" in result.stdout
+    assert "1e-05" in result.stdout
 
 
 def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, Any]]) -> list[Any]:
@@ -89,22 +107,41 @@ def test_megatron_core_loads_it_in_any_layout(model: Path, megatron: Path, world
             assert all(tensors[name].equal(expected[name]) for name in expected), layout
 
 
-FAMILIES = {"llama_3": {}, "qwen2_moe_tied": {"expert": 2}, "qwen3_moe_untied": {"expert": 2}}
+MODELS = {"qwen2_tied": {"family": "qwen2", "tied": True}} | DENSE | MOE
+FAMILIES = {
+    "qwen2_tied": {"pipeline": 2},
+    "llama_3": {},
+    "qwen2_moe_tied": {"expert": 2},
+    "qwen3_moe_untied": {"expert": 2},
+}
 """Of test_families: with another layout than one rank's in which Megatron is to load it."""
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def convert_all(folder: Path) -> dict[str, list[str]]:
     """Every family's models, there and back in one process; the differences by name."""
-    from megatron_chord.convert.directions import differences, hf_to_megatron, megatron_to_hf
+    from megatron_chord.convert import directions
+    from megatron_chord.convert.directions import differences, to_hf, to_megatron
+    from megatron_chord.convert.sources import open_source
 
+    # So small that every parameter comes in several pieces, and every model in several files.
+    directions.PIECE_BYTES, directions.SHARD_BYTES = 2000, 20_000
     found = {}
-    for name, settings in (DENSE | MOE).items():
+    for name, settings in MODELS.items():
         here, options = folder / name, dict(settings)
         save_model(options.pop("family"), here / "hf", **options)
-        hf_to_megatron(here / "hf", here / "megatron")
-        megatron_to_hf(here / "megatron", here / "back")
-        found[name] = [*differences(here / "hf", here / "megatron"), *differences(here / "hf", here / "back")]
-        before, after = (load_file(here / side / "model.safetensors") for side in ("hf", "back"))
+        original = open_source(here / "hf")
+        to_megatron(original, here / "megatron")
+        to_hf(open_source(here / "megatron"), here / "back")
+        found[name] = [
+            *differences(original, open_source(here / "megatron")),
+            *differences(original, open_source(here / "back")),
+        ]
+        before, after = load_file(here / "hf" / "model.safetensors"), load_folder(here / "back")
+        assert len(list((here / "back").glob("*.safetensors"))) > 5
         assert before.keys() == after.keys()
         assert all(before[tensor].equal(after[tensor]) for tensor in before)
     return found
@@ -112,7 +149,7 @@ def convert_all(folder: Path) -> dict[str, list[str]]:
 
 def test_every_family_there_and_back_and_into_megatron(tmp_path: Path) -> None:
     (found,) = run_ranks(convert_all, 1, tmp_path)
-    assert found == {name: [] for name in DENSE | MOE}
+    assert found == {name: [] for name in MODELS}
     for name, layout in FAMILIES.items():
         here = tmp_path / name
         expected = load_file(here / "hf" / "model.safetensors")
@@ -139,6 +176,14 @@ def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: P
     result = convert("megatron-to-hf", step, tmp_path / "policy", "--hf", model)
     assert result.returncode == 0, result.stderr
     assert convert("verify", model, tmp_path / "policy").returncode == 0
+    result = convert("megatron-to-megatron", step, tmp_path / "alone", "--hf", model)
+    assert result.returncode == 0, result.stderr
+    assert convert("verify", model, tmp_path / "alone").returncode == 0
+    assert "optimizer." in convert("inspect", step).stdout
+    assert "optimizer." not in convert("inspect", tmp_path / "alone").stdout
+    expected = load_file(model / "model.safetensors")
+    for (tensors,) in run_ranks(loaded_by_megatron, 2, model, tmp_path / "alone", [{"pipeline": 2}]):
+        assert all(tensors[name].equal(expected[name]) for name in expected)
 
 
 def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
@@ -216,6 +261,76 @@ def test_damaged_input_leaves_nothing_behind(
     assert "Traceback" not in result.stderr
     assert all(finding in result.stderr for finding in findings), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_truncated_checkpoint_is_refused_and_leaves_nothing(megatron: Path, tmp_path: Path) -> None:
+    shutil.copytree(megatron, tmp_path / "damaged")
+    file = max((tmp_path / "damaged").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    result = convert("megatron-to-hf", tmp_path / "damaged", tmp_path / "target")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "damaged") in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_full_disk_leaves_nothing_behind(
+    model: Path, megatron: Path, tmp_path: Path, direction: str
+) -> None:
+    """On a disk with room for the weights, as the check before finds, and 4 kB for what stands around them."""
+    source = model if direction == "hf-to-megatron" else megatron
+    weights = (model / "model.safetensors").stat().st_size
+    size = -(-weights // 4096) * 4096 + 4096
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f"mount -t tmpfs -o size={size} tmpfs {disk} && {sys.executable} {TOOL} {direction} {source} {disk}/target"
+    script += f"; code=$?; ls -A {disk}; exit $code"
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no file system of its own can be mounted here")
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_fp8_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    """Its numbers times its scales are within half of E4M3's widest spacing (32 of 448) of a block's largest number."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 128, "vocab": 250}
+    model = save_model("qwen3_moe", tmp_path / "hf", layers=2, moe_intermediate_size=128, **sizes)
+    result = convert("to-fp8", model, tmp_path / "fp8")
+    assert result.returncode == 0, result.stderr
+    exported = load_folder(tmp_path / "fp8")
+    quantised = {name for name, tensor in exported.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {name.split(".")[-2] for name in quantised} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    ).state_dict()
+    assert read.keys() == exact.keys()
+    for name, numbers in exact.items():
+        if not any(part in name for part in ("_proj", "experts")):
+            assert read[name].equal(numbers), name
+            continue
+        blocks = numbers.unflatten(-2, (-1, 128)).unflatten(-1, (-1, 128))
+        largest = blocks.abs().amax(dim=(-3, -1), keepdim=True).expand_as(blocks)
+        error = (read[name] - numbers).unflatten(-2, (-1, 128)).unflatten(-1, (-1, 128)).abs()
+        assert (error <= largest * 16.001 / 448).all(), name
+        assert error.max() > 0
+
+
+def test_fp8_blocks_over_a_border_are_refused(model: Path, tmp_path: Path) -> None:
+    result = convert("to-fp8", model, tmp_path / "fp8")
+    assert result.returncode == 2
+    assert "model.layers.3.self_attn.k_proj.weight has 32 rows" in result.stderr
+    assert not (tmp_path / "fp8").exists()
 
 
 class Canary:

@@ -103,6 +103,18 @@ def test_shards_keep_to_their_limit(tmp_path: Path, limit: int, files: list[list
     }
 
 
+def test_a_shard_ends_where_its_header_or_its_alignment_does(tmp_path: Path) -> None:
+    odd = {"three": numbered(3, dtype=torch.bfloat16), "four": numbered(4)}
+    placed = write_shards(odd.items(), tmp_path, prefix="odd")
+    assert [file for file, _ in placed.values()] == ["odd-00001.safetensors", "odd-00002.safetensors"]
+    many = {f"{'long' * 100}.{index}": numbered(1) for index in range(300)}  # 300 x 500 bytes of header
+    placed = write_shards(many.items(), tmp_path, prefix="many")
+    files = sorted({file for file, _ in placed.values()})
+    assert len(files) == 3
+    read = {name: tensor for file in files for name, tensor in load_file(tmp_path / file).items()}
+    assert all(read[name].equal(tensor) for name, tensor in many.items())
+
+
 @pytest.mark.parametrize("limit", [64, 10_000])
 def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, limit: int) -> None:
     source, folder = tmp_path / "source", tmp_path / "target"

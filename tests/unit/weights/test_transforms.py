@@ -106,3 +106,17 @@ def test_parts_of_the_wrong_number_or_shape_are_refused() -> None:
         Stacked().merge([torch.zeros(2, 2)])
     with pytest.raises(RuntimeError):
         GroupedQKV(2, 4).merge([torch.zeros(16, 2), torch.zeros(6, 2), torch.zeros(8, 2)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_made_of_rows(name: str) -> None:
+    """Pieces between any two multiples of the unit, from the rows that ``rows`` names, are the parameter's rows."""
+    transform, shapes = CASES[name]
+    parts = [random_bits(shape, torch.float32) for shape in shapes]
+    whole = transform.merge(parts)
+    of, unit = whole.shape[0], transform.unit
+    for start in range(0, of, unit):
+        for stop in range(start, of + 1, unit):
+            slices = transform.rows(start, stop, of)
+            piece = transform.merge([part[rows] for part, rows in zip(parts, slices, strict=True)])
+            assert_same_bits(piece, whole[start:stop])

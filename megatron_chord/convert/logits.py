@@ -1,0 +1,69 @@
+"""One forward pass of a source's model in fp32: Transformers for Hugging Face's folders, Megatron-Core for its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.convert.layout import PIECE_BYTES, without_padding
+from megatron_chord.convert.sources import HFSource, Source
+from megatron_chord.model.build import build_chunks, global_parameters, transformer_config
+from megatron_chord.runtime import parallel as runtime
+
+TOLERANCE = 1e-4
+"""Of the largest difference, as a share of the largest magnitude, or of 1 where that is smaller."""
+
+
+def sample_tokens(vocab_size: int, length: int = 128) -> Tensor:
+    """Any tokens, the same for both sides: [length] int64."""
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(source: Source, tokens: Tensor) -> Tensor:
+    """[tokens, vocabulary] fp32. The whole model is in memory in fp32 meanwhile."""
+    return _transformers(source, tokens) if isinstance(source, HFSource) else _megatron(source, tokens)
+
+
+def disagreement(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """(largest difference, share of positions at which both have the same most likely token)."""
+    return (left - right).abs().max().item(), (left.argmax(-1) == right.argmax(-1)).float().mean().item()
+
+
+def _transformers(source: Source, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    with torch.no_grad():
+        return model(tokens[None]).logits[0].float()
+
+
+def _megatron(source: Source, tokens: Tensor) -> Tensor:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    alone = ParallelConfig()
+    groups = runtime.start(alone, seed=0)
+    model = ModelConfig(path=source.configuration, dtype="fp32")
+    (chunk,) = build_chunks(transformer_config(source.shape, model, alone), source.shape)
+    parameters = global_parameters([chunk])
+    with torch.no_grad():
+        for stored in source.layout.parameters:
+            unpadded = without_padding(stored, source.shape.vocab_size)
+            into = parameters[stored.entry.megatron]
+            for piece in unpadded.pieces(PIECE_BYTES):
+                into[piece.start : piece.stop].copy_(source.rows(unpadded, piece.start, piece.stop))
+        tokens = tokens.to(groups.device)
+        starts = torch.tensor([0, len(tokens)], dtype=torch.int32, device=groups.device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=len(tokens),
+            max_seqlen_kv=len(tokens),
+        )
+        positions = torch.arange(len(tokens), device=groups.device)
+        hidden = chunk(tokens[None], positions[None], None, packed_seq_params=packed)
+        head = chunk.output_weight()[: source.shape.vocab_size]
+        return (hidden[:, 0] @ head.t()).float().cpu()

@@ -1,0 +1,69 @@
+"""mbridge, an independent converter, makes the same Megatron parameters of the same Hugging Face folder.
+
+Its models need Transformer Engine; its tables of names and layouts do not, and those are what is compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.test_families import DENSE, MOE
+from tests.support.ranks import run_ranks
+from tests.support.tiny import save_model
+
+MODELS = {"qwen2": {"family": "qwen2"}} | {
+    name: settings
+    for name, settings in (DENSE | MOE).items()
+    # mbridge knows no Mistral, and chooses several experts' weights before the softmax.
+    if settings["family"] != "mistral" and settings.get("num_experts_per_tok") != 1
+}
+
+
+def transformer_engine_name(stored: Any) -> str:
+    """The parameter's name where Transformer Engine's layers hold it, in which mbridge's tables are written."""
+    entry = stored.entry
+    return entry.rule.megatron[-1].replace("{layer}", str(entry.layer)).replace("{expert}", str(entry.expert))
+
+
+def compare(folder: Path) -> dict[str, tuple[int, list[str]]]:
+    """By model: parameters compared, and what differs."""
+    from mbridge import AutoBridge
+    from transformers import AutoConfig
+
+    from megatron_chord.convert.sources import HFSource
+
+    results = {}
+    for name, settings in MODELS.items():
+        options = dict(settings)
+        hf = save_model(options.pop("family"), folder / name, **options)
+        source = HFSource.of(hf)  # first: it builds the process groups that mbridge looks for
+        config = AutoConfig.from_pretrained(hf)
+        config.rope_theta = 1e4  # mbridge reads it where Transformers 4 had it; no weight depends on it
+        if getattr(config, "head_dim", 0) is None:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+        bridge: Any = AutoBridge.from_config(config, dtype=torch.float32)
+        tensors = load_file(hf / "model.safetensors")
+        compared, differences = 0, []
+        for stored in source.layout.parameters:
+            if not stored.entry.rule.exported:
+                continue
+            theirs = transformer_engine_name(stored)
+            made_of = bridge._weight_name_mapping_mcore_to_hf(theirs)
+            expected = bridge._weight_to_mcore_format(theirs, [tensors[part] for part in made_of])
+            if sorted(made_of) != sorted(stored.entry.hf):
+                differences.append(f"{theirs}: {made_of}, ours {stored.entry.hf}")
+            elif not source.rows(stored, 0, stored.shape[0]).equal(expected):
+                differences.append(theirs)
+            compared += 1
+        results[name] = (compared, differences)
+    return results
+
+
+def test_mbridge_makes_the_same_parameters(tmp_path: Path) -> None:
+    (results,) = run_ranks(compare, 1, tmp_path)
+    assert {name: differences for name, (_, differences) in results.items()} == {name: [] for name in MODELS}
+    assert all(compared > 20 for compared, _ in results.values())
