@@ -11,12 +11,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_chord.records import Part, TrainSample
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,19 @@ class Layout:
     """Every batch's length: also divisible by tensor x context with sequence parallelism."""
     count_multiple: int = 1
     """Micro-batches per rank: the interleaved pipeline schedule wants a multiple of its stages."""
+    attention_cost: float = 0.0
+    """A sequence of n tokens costs n + attention_cost n^2, in units of a token's matrix products."""
 
 
 def make_layout(
-    *, data: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool, virtual: bool
+    *,
+    data: int,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    sequence_parallel: bool,
+    virtual: bool,
+    attention_cost: float = 0.0,
 ) -> Layout:
     sequence = 2 * context if context > 1 else 1
     return Layout(
@@ -85,26 +97,28 @@ def make_layout(
         sequence_multiple=sequence,
         batch_multiple=math.lcm(sequence, tensor * context if sequence_parallel else 1),
         count_multiple=pipeline if virtual else 1,
+        attention_cost=attention_cost,
     )
 
 
 def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout, pad_id: int) -> StepPlan:
-    """Pack one optimizer update's samples.
+    """Pack one optimizer update's samples: every rank's work, and every micro-batch's, near equal.
 
     Args:
         max_tokens: budget of one micro-batch; a longer sample gets one of its own.
         pad_id: token of alignment padding; it is never trained, nor attended by a trained token.
     """
     lengths = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in samples]
+    work = [length + layout.attention_cost * length**2 for length in lengths]
     bins = balanced_bins(
-        lengths, capacity=max_tokens, multiple=layout.data, rank_multiple=layout.count_multiple
+        lengths, work, capacity=max_tokens, multiple=layout.data, rank_multiple=layout.count_multiple
     )
     columns = columns_of(samples)
     batches = [
         pack([samples[i] for i in members], columns=columns, layout=layout, pad_id=pad_id) for members in bins
     ]
     return StepPlan(
-        micro_batches=tuple(tuple(batches[rank :: layout.data]) for rank in range(layout.data)),
+        micro_batches=tuple(map(tuple, dealt(batches, layout.data))),
         counts=token_counts(samples),
     )
 
@@ -127,29 +141,68 @@ def token_counts(samples: Sequence[TrainSample]) -> dict[str, int]:
 
 
 def balanced_bins(
-    lengths: Sequence[int], *, capacity: int, multiple: int = 1, rank_multiple: int = 1
+    lengths: Sequence[int],
+    work: Sequence[float],
+    *,
+    capacity: int,
+    multiple: int = 1,
+    rank_multiple: int = 1,
 ) -> list[list[int]]:
-    """Spread items over as few bins as hold them within ``capacity``, with near-equal sums.
+    """Spread items over as few bins as hold their lengths within ``capacity``, with near-equal work.
 
-    Longest first, each into the emptiest bin. The number of bins is a multiple of ``multiple * rank_multiple``; bins
-    come sorted by size, so that dealing them out in turn balances the ranks. An item above the capacity is alone.
+    The number of bins is a multiple of ``multiple * rank_multiple``; bins come sorted by work, the most first. An item
+    above the capacity is alone.
     """
     step = multiple * rank_multiple
     oversized = [[i] for i, length in enumerate(lengths) if length > capacity]
-    rest = sorted((i for i, length in enumerate(lengths) if length <= capacity), key=lambda i: -lengths[i])
+    rest = [i for i, length in enumerate(lengths) if length <= capacity]
     count = math.ceil(sum(lengths[i] for i in rest) / capacity)
     while True:
         total = max(_round_up(count + len(oversized), step), step)
-        bins: list[list[int]] = [[] for _ in range(total - len(oversized))]
-        sums = [0] * len(bins)
-        for i in rest:
-            emptiest = min(range(len(bins)), key=sums.__getitem__)
-            bins[emptiest].append(i)
-            sums[emptiest] += lengths[i]
-        if max(sums, default=0) <= capacity:
-            filled = oversized + [sorted(members) for members in bins]
-            return sorted(filled, key=lambda members: -sum(lengths[i] for i in members))
+        rooms = np.full(total - len(oversized), capacity)
+        bins = _spread(rest, lengths, work, rooms) or _squeezed(rest, lengths, rooms)
+        if bins is not None:
+            return sorted(oversized + bins, key=lambda members: -sum(work[i] for i in members))
         count = total - len(oversized) + 1
+
+
+def _spread(
+    items: Sequence[int], lengths: Sequence[int], work: Sequence[float], rooms: np.ndarray
+) -> list[list[int]] | None:
+    """Most work first, each item into the bin with the least of it that has room; None where no bin has."""
+    rooms, done = rooms.copy(), np.zeros(len(rooms))
+    bins: list[list[int]] = [[] for _ in rooms]
+    for i in sorted(items, key=lambda i: -work[i]):
+        least = int(np.argmin(np.where(rooms >= lengths[i], done, np.inf)))
+        if rooms[least] < lengths[i]:
+            return None
+        bins[least].append(i)
+        rooms[least] -= lengths[i]
+        done[least] += work[i]
+    return [sorted(members) for members in bins]
+
+
+def _squeezed(items: Sequence[int], lengths: Sequence[int], rooms: np.ndarray) -> list[list[int]] | None:
+    """Longest first, each item where it leaves the least room: what fits bins that are nearly full anyway."""
+    rooms = rooms.copy()
+    bins: list[list[int]] = [[] for _ in rooms]
+    for i in sorted(items, key=lambda i: -lengths[i]):
+        tightest = int(np.argmin(np.where(rooms >= lengths[i], rooms, np.iinfo(rooms.dtype).max)))
+        if rooms[tightest] < lengths[i]:
+            return None
+        bins[tightest].append(i)
+        rooms[tightest] -= lengths[i]
+    return [sorted(members) for members in bins]
+
+
+def dealt(items: Sequence[T], ranks: int) -> list[list[T]]:
+    """Items, sorted by size, to ranks: to and fro, so that no rank always gets the largest of a round."""
+    hands: list[list[T]] = [[] for _ in range(ranks)]
+    for first in range(0, len(items), ranks):
+        order = range(ranks) if first // ranks % 2 == 0 else reversed(range(ranks))
+        for rank, item in zip(order, items[first : first + ranks], strict=True):
+            hands[rank].append(item)
+    return hands
 
 
 def pack(
