@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_chord.losses.terms import Term
 from megatron_chord.records import Part, TrainSample
 
@@ -46,3 +48,17 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
         replace(sample, parts=tuple(scaled(part) for part in sample.parts if len(part.positions)))
         for sample in samples
     ]
+
+
+def without_idle(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
+    """The samples without the parts that cannot change anything (``Term.idle``); those without parts are left out.
+
+    To be called after ``with_scales``: what is left out counts in the denominators.
+    """
+
+    def is_idle(part: Part) -> bool:
+        column = terms[part.term].idle
+        return column is not None and not np.any(part.constants[column])
+
+    kept = [replace(sample, parts=tuple(p for p in sample.parts if not is_idle(p))) for sample in samples]
+    return [sample for sample in kept if sample.parts]

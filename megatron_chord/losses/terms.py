@@ -121,6 +121,8 @@ class Term:
     to each micro-batch's new columns. Called on every rank that computes losses."""
     rival: bool = False
     """The loss uses ``TokenStats.rival``."""
+    idle: str | None = None
+    """A column: sequences in which it is 0 throughout have neither loss nor gradient, so they need no pass."""
 
 
 def reported(term: Term) -> TermOutput:

@@ -106,8 +106,13 @@ def policy_term(run: RunConfig) -> Term:
         scored.add("old_logprob")
     if objective.kl is not None:
         scored.add("reference_logprob")
+    has_penalties = objective.kl is not None or objective.entropy_bonus != 0
     return averaged_term(
-        run, lambda stats, tokens: policy_loss(stats, tokens, objective), pool="policy", scored=scored
+        run,
+        lambda stats, tokens: policy_loss(stats, tokens, objective),
+        pool="policy",
+        scored=scored,
+        idle=None if has_penalties else "advantage",
     )
 
 
@@ -118,6 +123,7 @@ def averaged_term(
     pool: str,
     scored: Iterable[str] = (),
     prepare: Prepare | None = None,
+    idle: str | None = None,
 ) -> Term:
     """A loss averaged within ``pool`` as ``objective.aggregation`` says for the policy's tokens."""
     return Term(
@@ -127,6 +133,7 @@ def averaged_term(
         aggregation_length=aggregation_length(run),
         scored=frozenset(scored),
         prepare=prepare,
+        idle=idle,
     )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout, PackedBatch, plan_step
-from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.losses.aggregate import with_scales, without_idle
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.draw import Draw, Engine, Sources
+from megatron_chord.records import TrainSample
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import GradedRollouts
@@ -37,7 +38,7 @@ class StepInputs:
     seconds: Mapping[str, float]
     """Of each phase of the collection."""
     num_tokens: int
-    """All tokens of the step's samples, prompts included."""
+    """All tokens that pass through the model, prompts included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,22 +130,22 @@ class Coordinator:
             self.log.write_samples(now.step, _sample_rows(draw.graded))
         with timer.phase("pack"):
             count = run.batch.mini_batches
-            parts = [collected.samples[index::count] for index in range(count)]
+            scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
+            trained = [without_idle(samples, self._terms) for samples in scaled]
             plans = [
-                plan_step(
-                    with_scales(part, self._terms),
-                    max_tokens=run.batch.max_tokens,
-                    layout=self._layout,
-                    pad_id=0,
-                )
-                for part in parts
+                plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
+                for samples in trained
             ]
         inputs = StepInputs(
             updates=tuple(Update(weights=collected.weights, counts=plan.counts) for plan in plans),
             mu=collected.mu,
-            stats={**collected.stats, **_rollout_stats(draw.graded)},
+            stats={
+                **collected.stats,
+                **_rollout_stats(draw.graded),
+                "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
+            },
             seconds=timer.seconds,
-            num_tokens=sum(len(sample.token_ids) for sample in collected.samples),
+            num_tokens=_num_tokens(trained),
         )
         return inputs, [
             tuple(plan.micro_batches[rank] for plan in plans) for rank in range(self._layout.data)
@@ -161,6 +162,11 @@ class Coordinator:
         )
         self.log.write_samples(version, _sample_rows(graded), kind="evaluation")
         return result
+
+
+def _num_tokens(updates: Sequence[Sequence[TrainSample]]) -> int:
+    """With their prompts."""
+    return sum(len(sample.token_ids) for samples in updates for sample in samples)
 
 
 def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:

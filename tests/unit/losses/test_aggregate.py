@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_chord.config import Aggregation
-from megatron_chord.losses.aggregate import SCALE, with_scales
+from megatron_chord.losses.aggregate import SCALE, with_scales, without_idle
 from megatron_chord.losses.terms import Term, TermOutput
 from megatron_chord.records import Part, TrainSample
 
@@ -110,6 +111,22 @@ def test_empty_parts_are_dropped_and_do_not_count(aggregation: Aggregation) -> N
 def test_nothing_at_all() -> None:
     assert with_scales([], {"policy": term("policy")}) == []
     assert scales([sample(part("policy", 0))], {"policy": term("policy", "sequence_mean")}) == [[]]
+
+
+def test_idle_parts_are_left_out_but_counted() -> None:
+    terms = {"policy": replace(term("policy"), idle="advantage"), "expert": term("expert")}
+    samples = [
+        sample(part("policy", 3, advantage=0.0)),
+        sample(part("policy", 2, advantage=-1.0)),
+        sample(part("policy", 2, advantage=np.array([0.0, 0.5]))),
+        sample(part("policy", 1, advantage=np.zeros(1)), part("expert", 4, advantage=0.0)),
+    ]
+    kept = without_idle(with_scales(samples, terms), terms)
+    assert [[(part.term, len(part.positions), part.constants[SCALE]) for part in s.parts] for s in kept] == [
+        [("policy", 2, 1 / 8)],
+        [("policy", 2, 1 / 8)],
+        [("expert", 4, 1 / 4)],
+    ]
 
 
 def test_the_rest_of_a_sample_stays() -> None:

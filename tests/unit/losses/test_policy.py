@@ -495,3 +495,20 @@ def test_the_correction_only_scales_the_surrogate(level: Any, ratio_from: Any) -
     torch.testing.assert_close(grads[1], grads[0] * weights, rtol=1e-13, atol=0)
     assert grads[0].all()
     assert (weights != 1).any()
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "unclipped"])
+@pytest.mark.parametrize("level", [None, "token", "sequence"])
+def test_without_an_advantage_there_is_neither_loss_nor_gradient(name: Any, level: Any) -> None:
+    """What ``Term.idle`` promises of the policy's term."""
+    correction = None if level is None else CorrectionConfig(level=level, high=2.0)
+    clips = {} if name == "unclipped" else {"clip_low": 0.2, "clip_high": 0.28}
+    objective = ObjectiveConfig(surrogate=name, correction=correction, ratio_from="recomputed", **clips)
+    stats = stats_of([0.9, 0.05, 1e-4])
+    tokens = tokens_of((3,), advantage=0.0, rollout_logprob=[-0.5, -2, -2], old_logprob=[-0.4, -2, -3])
+    output = policy_loss(stats, tokens, objective)
+    output.loss.sum().backward()
+    assert output.loss.tolist() == [0.0] * 3
+    assert stats.logprobs.grad is not None
+    assert stats.logprobs.grad.tolist() == [0.0] * 3
+    assert stats.entropy.grad is None
