@@ -4,7 +4,8 @@
 
 Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both with respect to
 hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
-keeps. Each runs in a process of its own, so that neither profits from what the other left behind.
+keeps. A third row times the matrix products alone that a chunked head cannot do without (logits, logits again in the
+backward pass, two gradients): the bound. Each runs in a process of its own, so that none profits from what is left.
 
 Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
 (VmHWM) less the resident set before the pass on a CPU, torch's allocation counters on a GPU. Seconds are CPU time on a
@@ -42,8 +43,9 @@ def main() -> int:
         return 0
     tokens, naive_tokens = arguments.tokens, min(arguments.naive_tokens, arguments.tokens)
     ours = in_child("chunked", tokens)
+    products = in_child("products", tokens)
     naive = in_child("naive", naive_tokens) if naive_tokens else None
-    return report(arguments, ours, naive, naive_tokens)
+    return report(arguments, ours, products, naive, naive_tokens)
 
 
 def parse() -> argparse.Namespace:
@@ -61,7 +63,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--child", choices=["chunked", "naive"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["chunked", "products", "naive"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -98,6 +100,10 @@ def run_head(
     before = reset_peak(device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     start = clock()
+    if head == "products":
+        with torch.no_grad():
+            value = products(hidden, weight, chunk)
+        return peak(device) - before, value, clock() - start
     if head == "naive":
         logprobs, entropy = naive(hidden, weight, targets)
     else:
@@ -105,6 +111,21 @@ def run_head(
     (logprobs.sum() + entropy.sum()).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start
+
+
+def products(hidden: Tensor, weight: Tensor, chunk: int) -> float:
+    """The matrix products that no chunked head can do without, and nothing else."""
+    grad_weight = torch.zeros_like(weight)
+    total = 0.0
+    for start in range(0, len(hidden), chunk):
+        logits = hidden[start : start + chunk] @ weight.t()
+        total += float(logits[0, 0])
+    for start in range(0, len(hidden), chunk):
+        piece = hidden[start : start + chunk]
+        logits = piece @ weight.t()
+        total += float((logits @ weight)[0, 0])
+        grad_weight.addmm_(logits.t(), piece)
+    return total
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +158,11 @@ def resident(field: str) -> int:
 
 
 def report(
-    arguments: argparse.Namespace, ours: dict[str, Any], other: dict[str, Any] | None, naive_tokens: int
+    arguments: argparse.Namespace,
+    ours: dict[str, Any],
+    products: dict[str, Any],
+    other: dict[str, Any] | None,
+    naive_tokens: int,
 ) -> int:
     console = Console(width=110)
     console.print(
@@ -155,6 +180,9 @@ def report(
     )
     row = (arguments.tokens, ours["seconds"], ours["extra_bytes"])
     table.add_row(f"chunked ({ours['chunk']} tokens)", *numbers(*row), "1", "1")
+    bound = (arguments.tokens, products["seconds"], products["extra_bytes"])
+    bound_ratios = (f"{bound[1] / row[1]:.2f}", f"{bound[2] / row[2]:.1f}")
+    table.add_row("its matrix products alone", *numbers(*bound), *bound_ratios)
     if other is not None:
         measured = (naive_tokens, other["seconds"], other["extra_bytes"])
         factor = arguments.tokens / naive_tokens

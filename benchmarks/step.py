@@ -1,0 +1,313 @@
+"""A whole CHORD step beside the same step written with plain Transformers and AdamW: time and peak memory.
+
+    python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --experts 16]
+
+One optimizer update of L = 0.8 L_GRPO + 0.2 L_SFT-phi on one process, in fp32, from the same random Qwen2-shaped model
+and the same samples, with lengths as GSM8K's (or, with ``--tails``, long-tailed ones): all passes, clipping, AdamW.
+Ours packs all samples and projects trained tokens alone, in chunks. The plain step pads micro-batches of the same token
+budget and makes whole logits: once with the samples as drawn, once sorted by length, which is the best padding can do.
+
+Each runs in a process of its own; the first update warms up, the median of the next ones counts. Seconds are CPU time
+of all threads (elapsed on a GPU). Extra peak memory is what updates needed beyond model, gradients and optimizer. The
+losses of the three are printed: they are the same number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_chord.records import Part, TrainSample
+
+GB = 1e9
+MU, LR, CLIP = 0.2, 1e-5, 0.2
+KINDS = {"ours": "megatron_chord", "drawn": "plain, as drawn", "sorted": "plain, sorted by length"}
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.child:
+        print(json.dumps(measure(arguments)))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        save_model(arguments, Path(name))
+        results = {kind: in_child(kind, name) for kind in KINDS}
+    report(arguments, results)
+    losses = [result["loss"] for result in results.values()]
+    agree = max(losses) - min(losses) < 1e-5 * max(1.0, abs(losses[0]))
+    print(
+        f"{'PASS' if agree else 'FAIL'}: the three losses agree: {', '.join(f'{loss:.7f}' for loss in losses)}"
+    )
+    return 0 if agree else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A CHORD step beside plain Transformers and AdamW.")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=32_768)
+    parser.add_argument("--rollouts", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
+    parser.add_argument("--tails", action="store_true", help="long-tailed lengths: mean 500, cut at 2000")
+    parser.add_argument("--updates", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_child(kind: str, folder: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", kind, "--model", folder]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(f"{KINDS[kind]} failed (exit {child.returncode}); out of memory?")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def save_model(arguments: argparse.Namespace, folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=4 * arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=max(1, arguments.hidden // 256),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+
+
+def make_samples(arguments: argparse.Namespace) -> list[TrainSample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(arguments.rollouts + arguments.experts):
+        prompt = int(np.clip(rng.lognormal(np.log(90), 0.35), 30, 400))
+        median, spread, most = (400, 0.75, 2000) if arguments.tails else (160, 0.5, 1000)
+        response = int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
+        is_expert = index >= arguments.rollouts
+        constants = {
+            "advantage": float(rng.normal()),
+            "rollout_logprob": rng.normal(-np.log(arguments.vocab), 0.1, response).astype(np.float32),
+        }
+        part = Part(
+            term="expert" if is_expert else "policy",
+            positions=np.arange(prompt, prompt + response),
+            constants={} if is_expert else constants,
+        )
+        samples.append(
+            TrainSample(token_ids=rng.integers(3, arguments.vocab, prompt + response), parts=(part,))
+        )
+    order = rng.permutation(len(samples))
+    return [samples[i] for i in order]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    samples = make_samples(arguments)
+    has_cuda = torch.cuda.is_available()
+    clock = time.perf_counter if has_cuda else time.process_time
+    build = ours if arguments.child == "ours" else plain
+    update, tokens = build(arguments, samples)
+    seconds: list[float] = []
+    loss, before = update(), resident("VmRSS")  # the first update also makes Adam's moments
+    if has_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    for _ in range(arguments.updates):
+        start = clock()
+        update()
+        if has_cuda:
+            torch.cuda.synchronize()
+        seconds.append(clock() - start)
+    peak = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
+    return {
+        "seconds": statistics.median(seconds),
+        "extra": peak - before,
+        "peak": peak,
+        "loss": loss,
+        "tokens": sum(len(sample.token_ids) for sample in samples),
+        "passed": tokens,
+    }
+
+
+def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
+    from megatron_chord.config import (
+        BatchConfig,
+        DataConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        OptimConfig,
+        ParallelConfig,
+        RunConfig,
+    )
+    from megatron_chord.data.packing import plan_step
+    from megatron_chord.families.table import read_shape
+    from megatron_chord.losses.aggregate import with_scales
+    from megatron_chord.methods.table import build
+    from megatron_chord.runtime import parallel as runtime
+    from megatron_chord.train.setup import layout_of
+    from megatron_chord.train.state import build_state
+    from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+
+    run = RunConfig(
+        output=Path("unused"),
+        steps=100,
+        model=ModelConfig(path=arguments.model, dtype=arguments.dtype),
+        data=DataConfig(prompts=Path("unused"), experts=Path("unused"), max_response_tokens=2000),
+        batch=BatchConfig(prompts=8, rollouts=6, experts=16, max_tokens=arguments.max_tokens),
+        parallel=ParallelConfig(),
+        objective=ObjectiveConfig(clip_low=CLIP, clip_high=CLIP),
+        optim=OptimConfig(lr=LR),
+    )
+    groups = runtime.start(run.parallel, seed=0)
+    state = build_state(
+        read_shape(arguments.model), run.model, run.parallel, run.optim, groups=groups, steps=100
+    )
+    terms = build(run.method).terms(run)
+    plan = plan_step(
+        with_scales(samples, terms),
+        max_tokens=arguments.max_tokens,
+        layout=layout_of(run.parallel, 1),
+        pad_id=0,
+    )
+    weights = {"policy": 1 - MU, "expert": MU}
+
+    def update() -> float:
+        batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
+        result = compute_gradients(
+            state, batches, Update(weights=weights, counts=plan.counts), terms, temperature=1.0
+        )
+        apply_gradients(state)
+        return result.loss
+
+    return update, sum(len(batch.token_ids) for batch in plan.micro_batches[0])
+
+
+def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
+    """What one writes first: padded micro-batches, whole logits, torch's AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    if arguments.child == "sorted":
+        samples = sorted(samples, key=lambda sample: len(sample.token_ids))
+    micro_batches = padded(samples, arguments.max_tokens, device)
+    counts = {
+        name: sum(int((batch["term"] == code).sum()) for batch in micro_batches)
+        for name, code in (("policy", 1), ("expert", 2))
+    }
+
+    def update() -> float:
+        total = 0.0
+        for batch in micro_batches:
+            logits = model(batch["ids"], attention_mask=batch["mask"], use_cache=False).logits[:, :-1].float()
+            logp = torch.log_softmax(logits, -1).gather(-1, batch["ids"][:, 1:, None])[..., 0]
+            ratio = (logp - batch["old"]).exp()
+            advantage = batch["advantage"]
+            policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+            p = logp.detach().exp()
+            expert = -(p * (1 - p)) * logp
+            loss = (1 - MU) * (policy * (batch["term"] == 1)).sum() / counts["policy"]
+            loss = loss + MU * (expert * (batch["term"] == 2)).sum() / counts["expert"]
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return update, sum(batch["ids"].numel() for batch in micro_batches)
+
+
+def padded(samples: list[TrainSample], budget: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Samples in order, as many to a micro-batch as keep it, padding included, within the budget."""
+    groups: list[list[TrainSample]] = [[]]
+    for sample in samples:
+        group = [*groups[-1], sample]
+        if groups[-1] and len(group) * max(len(s.token_ids) for s in group) > budget:
+            groups.append([sample])
+        else:
+            groups[-1] = group
+    batches = []
+    for group in groups:
+        width = max(len(sample.token_ids) for sample in group)
+        ids, mask = np.zeros((len(group), width), np.int64), np.zeros((len(group), width), np.int64)
+        term, old, advantage = (np.zeros((len(group), width - 1), np.float32) for _ in range(3))
+        for row, sample in enumerate(group):
+            (part,) = sample.parts
+            ids[row, : len(sample.token_ids)], mask[row, : len(sample.token_ids)] = sample.token_ids, 1
+            term[row, part.positions - 1] = 1 if part.term == "policy" else 2
+            old[row, part.positions - 1] = part.constants.get("rollout_logprob", 0.0)
+            advantage[row, part.positions - 1] = part.constants.get("advantage", 0.0)
+        arrays = {"ids": ids, "mask": mask, "term": term, "old": old, "advantage": advantage}
+        batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    return batches
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+
+
+def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {arguments.threads} thread(s)"
+    )
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")
+    )
+    ours_row = results["ours"]
+    table = Table(
+        title=f"one update of {arguments.rollouts} rollouts and {arguments.experts} demonstrations, "
+        f"{ours_row['tokens']} tokens; hidden {arguments.hidden}, {arguments.layers} layers, vocabulary "
+        f"{arguments.vocab}, {arguments.dtype}"
+    )
+    table.add_column("step")
+    for heading in ("tokens passed", "seconds", "tokens/s", "extra peak GB", "time ratio", "memory ratio"):
+        table.add_column(heading, justify="right")
+    for kind, row in results.items():
+        table.add_row(
+            KINDS[kind],
+            str(row["passed"]),
+            f"{row['seconds']:.2f}",
+            f"{row['tokens'] / row['seconds']:.0f}",
+            f"{row['extra'] / GB:.2f}",
+            f"{row['seconds'] / ours_row['seconds']:.2f}",
+            f"{row['extra'] / ours_row['extra']:.1f}",
+        )
+    Console(width=120).print(
+        table,
+        f"{time.strftime('%Y-%m-%d')}; {device}, {platform.machine()}; {versions}; {' '.join(sys.argv)}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
