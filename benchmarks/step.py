@@ -213,7 +213,8 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
     if arguments.child == "sorted":
         samples = sorted(samples, key=lambda sample: len(sample.token_ids))
