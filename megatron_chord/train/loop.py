@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import dump_config
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method
@@ -24,8 +21,9 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
+from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Resume, claim
 from megatron_chord.train.learned_mu import MuGradient
-from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics
+from megatron_chord.train.metrics import RunLog, read_metrics
 from megatron_chord.train.report import step_line, summary
 from megatron_chord.train.setup import (
     RunData,
@@ -45,11 +43,6 @@ from megatron_chord.train.step import (
     prepare_batches,
 )
 
-Resume = Literal["never", "auto"]
-POLICY = "policy"
-CHECKPOINTS = "checkpoints"
-LOGS = "logs"
-CONFIG = "config.yaml"
 _MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 
 
@@ -101,7 +94,7 @@ def train(
         def prepare() -> Path | None:
             nonlocal coordinator
             data = load_data(run)
-            stack.enter_context(_claim(run, resume=resume, overwrite=overwrite))
+            stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
             coordinator, found = _make_coordinator(run, method, data, groups, resume, stack)
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
@@ -333,28 +326,6 @@ def _make_coordinator(
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
     layout = layout_of(run.parallel, groups.data.size)
     return Coordinator(run, method, data, layout=layout, graders=graders, log=log), found
-
-
-def _claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
-    """Make the run folder ours, or say why not. The lock goes with the process, however it ends."""
-    run.output.mkdir(parents=True, exist_ok=True)
-    lock = (run.output / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing to {run.output}") from None
-    if (run.output / CONFIG).exists() and resume == "never":
-        if not overwrite:
-            raise ValueError(
-                f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
-                "or replace it with --overwrite"
-            )
-        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, POLICY):
-            path = run.output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (run.output / LOGS).mkdir(exist_ok=True)
-    (run.output / CONFIG).write_text(dump_config(run), encoding="utf-8")
-    return lock
 
 
 @contextmanager

@@ -1,0 +1,39 @@
+"""The run's folder: what lies where in it, and that no other run writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from typing import Any, Literal
+
+from megatron_chord.config import RunConfig
+from megatron_chord.config_io import dump_config
+from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD
+
+Resume = Literal["never", "auto"]
+POLICY = "policy"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+CONFIG = "config.yaml"
+
+
+def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
+    """Make the run folder ours, or say why not. The lock goes with the process, however it ends."""
+    run.output.mkdir(parents=True, exist_ok=True)
+    lock = (run.output / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {run.output}") from None
+    if (run.output / CONFIG).exists() and resume == "never":
+        if not overwrite:
+            raise ValueError(
+                f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
+                "or replace it with --overwrite"
+            )
+        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, POLICY):
+            path = run.output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (run.output / LOGS).mkdir(exist_ok=True)
+    (run.output / CONFIG).write_text(dump_config(run), encoding="utf-8")
+    return lock
