@@ -42,7 +42,8 @@ class Rollout:
     """The engine's log-prob of each, at the sampling temperature."""
     finish_reason: Literal["stop", "length"]
     weight_version: int
-    """Optimizer steps in the weights that sampled every one of these tokens."""
+    """Optimizer steps in the oldest weights that sampled any of these tokens; with ``rollout.in_flight: keep`` later
+    ones may have sampled the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,17 @@ from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.overlong import overlong_penalty
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling, grade, sample, sample_seed
+from megatron_chord.rollout.collect import (
+    Ask,
+    GradedRollouts,
+    Sampling,
+    Shaping,
+    grade,
+    graded_before,
+    sample,
+    sample_seed,
+)
+from megatron_chord.rollout.recorded import Call, answers_to
 from megatron_chord.schedules import Moment
 from megatron_chord.timing import Timer
 
@@ -50,6 +60,8 @@ class Engine:
     """Of the weights that sample."""
     template: ChatTemplate
     graders: GraderPool
+    may_advance: bool = False
+    """Weights may be replaced while they sample."""
 
 
 class Draw:
@@ -65,13 +77,18 @@ class Draw:
         memory: Any,
         timer: Timer,
         notify: Callable[[str], None],
+        recorded: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
+        """``recorded``: the answers to this step's calls, from a checkpoint; nothing is sampled or graded then."""
         self.now = now
         self.memory = memory
         """What the method remembered after the step before; None before the first."""
         self.sources = sources
         self.graded: list[GradedRollouts] = []
         """Every rollout of the step, used or not."""
+        self.calls: list[Call] = []
+        """All that was asked, in order: what ``recorded`` is made of."""
+        self._recorded = None if recorded is None else list(recorded)
         self._run = run
         self._engine = engine
         self._timer = timer
@@ -84,6 +101,10 @@ class Draw:
     @property
     def version(self) -> int:
         return self._engine.version
+
+    def has_more_recorded(self) -> bool:
+        """Whether recorded answers have not been asked for."""
+        return bool(self._recorded)
 
     def prompts(self, count: int) -> list[Drawn]:
         """The next ``count`` prompts."""
@@ -138,16 +159,12 @@ class Draw:
             max_tokens=run.data.max_response_tokens,
             stop_token_ids=self.template.stop_token_ids,
         )
-        with self._timer.phase("sample"):
-            sampled = sample(
-                self._engine.clients,
-                asks,
-                sampling,
-                version=self.version,
-                deadline_s=run.rollout.request_timeout_s,
-                on_done=lambda done: self._notify(f"sampling {done}/{len(asks)} prompts"),
-            )
-        graded = self._grade(asks, sampled, max_error_rate=run.reward.max_error_rate)
+        graded = self._answered(
+            asks,
+            sampling,
+            lambda: self._sample(asks, sampling),
+            max_error_rate=run.reward.max_error_rate,
+        )
         self.graded += graded
         return graded
 
@@ -168,17 +185,53 @@ class Draw:
             )
             for item in drawn
         ]
-        return self._grade(asks, answers, max_error_rate=1.0)
+        return self._answered(asks, None, lambda: answers, max_error_rate=1.0)
 
-    def _grade(
-        self, asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]], *, max_error_rate: float
+    def _answered(
+        self,
+        asks: Sequence[Ask],
+        sampling: Sampling | None,
+        answers: Callable[[], Sequence[tuple[Rollout, ...]]],
+        *,
+        max_error_rate: float,
     ) -> list[GradedRollouts]:
+        """The answers, graded now or when they were recorded."""
         run = self._run
 
         def shaping(score: float, text: str, rollout: Rollout, length: int) -> float:
             truncated = rollout.finish_reason == "length"
             return reward_of(score, text, length=length, truncated=truncated, run=run)
 
+        if self._recorded is None:
+            graded = self._grade(asks, answers(), shaping, max_error_rate=max_error_rate)
+        else:
+            if not self.has_more_recorded():
+                raise ValueError("more answers are wanted than were sampled")
+            sampled, grades = answers_to(asks, sampling, self._recorded.pop(0))
+            graded = graded_before(asks, sampled, grades, template=self.template, shaping=shaping)
+        self.calls.append(Call(sampling=sampling, graded=graded))
+        return graded
+
+    def _sample(self, asks: Sequence[Ask], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+        with self._timer.phase("sample"):
+            return sample(
+                self._engine.clients,
+                asks,
+                sampling,
+                version=self.version,
+                deadline_s=self._run.rollout.request_timeout_s,
+                may_advance=self._engine.may_advance,
+                on_done=lambda done: self._notify(f"sampling {done}/{len(asks)} prompts"),
+            )
+
+    def _grade(
+        self,
+        asks: Sequence[Ask],
+        sampled: Sequence[tuple[Rollout, ...]],
+        shaping: Shaping,
+        *,
+        max_error_rate: float,
+    ) -> list[GradedRollouts]:
         with self._timer.phase("grade"):
             self._notify("grading")
             return grade(

@@ -1,8 +1,8 @@
 """Token ids in, token ids and log-probs out: vLLM's HTTP interface, every reply checked before it is data.
 
 A rollout that this module returns has as many log-probs as tokens, all finite; was not aborted; and was sampled, every
-token of it, by the weights that the caller expects. Requests carry their seed, so that one which failed on the way
-can be sent again and yields the same tokens.
+token of it, by the weights that the caller expects, or by later ones where the caller says so. Requests carry their
+seed, so that one which failed on the way can be sent again and yields the same tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import httpx
 
@@ -25,6 +25,9 @@ _WORST_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that is NaN, minus infinity or not there."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 62) - 1
+
+
+PauseMode = Literal["abort", "wait", "keep"]
 
 
 class RolloutError(RuntimeError):
@@ -64,8 +67,16 @@ class RolloutClient:
         # No kept connections: the server closes idle ones, and a request caught by that cannot be sent again.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=limits)
+        self._closed = False
+        self._sampling: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
+        """Of the calls of ``generate`` under way."""
 
     def close(self) -> None:
+        """A ``generate`` under way in another thread raises at once, and the server drops its requests."""
+        self._closed = True
+        for loop, task in list(self._sampling):
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
         self._http.close()
 
     def generate(
@@ -74,20 +85,26 @@ class RolloutClient:
         *,
         version: int,
         deadline_s: float,
+        may_advance: bool = False,
         on_done: Callable[[int], None] | None = None,
     ) -> list[tuple[Rollout, ...]]:
         """Samples all requests at once, in the order of `requests`.
 
         Args:
             version: the weight version that must have sampled every token.
+            may_advance: weights may be pushed meanwhile (``pause(mode="keep")``): later versions are right, too.
             deadline_s: for all of them together; what is unfinished then is aborted at the server.
             on_done: called after each request with the number finished so far.
 
         Raises:
             StaleWeights: another version sampled a token.
-            RolloutError: a request failed for good, or time ran out. Nothing is returned then.
+            RolloutError: a request failed for good, time ran out, or the client was closed. Nothing is returned then.
         """
-        return asyncio.run(self._generate(requests, version, deadline_s, on_done))
+        least = _Least(version, may_advance)
+        try:
+            return asyncio.run(self._generate(requests, least, deadline_s, on_done))
+        except asyncio.CancelledError:
+            raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
     def score(self, token_ids: Sequence[int], *, version: int, timeout_s: float = 60.0) -> list[float]:
         """Log-probs, at temperature 1, of ``token_ids[1:]``, each given the tokens before it."""
@@ -98,7 +115,7 @@ class RolloutClient:
         }
         reply = self._json(self._request("POST", _GENERATE, json=body, timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}{_GENERATE}"):
-            _check_versions(reply["choices"][0]["weight_versions"], 1, version)
+            _check_versions(reply["choices"][0]["weight_versions"], 1, _Least(version))
             entries = reply["prompt_logprobs"][1:]
             scores = [
                 float(entry[str(token)]["logprob"])
@@ -126,8 +143,9 @@ class RolloutClient:
         with _malformed_as_rollout_error(f"{self.url}/get_world_size"):
             return int(reply["world_size"])
 
-    def pause(self, *, mode: Literal["abort", "wait"] = "wait", timeout_s: float = 600.0) -> None:
-        """Stops sampling and drops all caches; "wait" lets running requests finish, later ones are queued."""
+    def pause(self, *, mode: PauseMode = "wait", timeout_s: float = 600.0) -> None:
+        """Stops sampling and drops all caches. Running requests are aborted ("abort"), finished first ("wait"), or go
+        on after ``resume`` with the weights that there are then ("keep"); later ones are queued."""
         self._request("POST", "/pause", params={"mode": mode, "clear_cache": "true"}, timeout_s=timeout_s)
 
     def resume(self, *, timeout_s: float = 30.0) -> None:
@@ -178,11 +196,14 @@ class RolloutClient:
     async def _generate(
         self,
         requests: Sequence[SampleRequest],
-        version: int,
+        version: _Least,
         deadline_s: float,
         on_done: Callable[[int], None] | None,
     ) -> list[tuple[Rollout, ...]]:
         num_done = 0
+        task = asyncio.current_task()
+        assert task is not None
+        here = (asyncio.get_running_loop(), task)
 
         async def sample(http: httpx.AsyncClient, request: SampleRequest) -> tuple[Rollout, ...]:
             nonlocal num_done
@@ -194,7 +215,10 @@ class RolloutClient:
 
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=self._connect_timeout_s)
+        self._sampling.add(here)
         try:
+            if self._closed:
+                raise asyncio.CancelledError
             async with (
                 asyncio.timeout(deadline_s),
                 httpx.AsyncClient(
@@ -210,10 +234,12 @@ class RolloutClient:
         except ExceptionGroup as errors:
             first = errors.exceptions[0]
             raise first from first.__cause__
+        finally:
+            self._sampling.discard(here)
         return [task.result() for task in tasks]
 
     async def _sample(
-        self, http: httpx.AsyncClient, request: SampleRequest, version: int
+        self, http: httpx.AsyncClient, request: SampleRequest, version: _Least
     ) -> tuple[Rollout, ...]:
         for attempt in range(self._retries + 1):
             try:
@@ -225,7 +251,7 @@ class RolloutClient:
         raise AssertionError("unreachable")
 
     async def _sample_once(
-        self, http: httpx.AsyncClient, request: SampleRequest, version: int
+        self, http: httpx.AsyncClient, request: SampleRequest, version: _Least
     ) -> tuple[Rollout, ...]:
         where = f"{self.url}{_GENERATE}"
         try:
@@ -264,7 +290,7 @@ def _num_to_sample(request: SampleRequest) -> int:
     return 1 if request.temperature == 0 else request.num_samples
 
 
-def _parse(reply: Any, request: SampleRequest, version: int) -> tuple[Rollout, ...]:
+def _parse(reply: Any, request: SampleRequest, version: _Least) -> tuple[Rollout, ...]:
     """ValueError, KeyError, TypeError: not the reply to `request`. StaleWeights, _Transient: see there."""
     if reply["prompt_token_ids"] != list(request.prompt_ids):
         raise ValueError("the reply is to another prompt")
@@ -276,7 +302,7 @@ def _parse(reply: Any, request: SampleRequest, version: int) -> tuple[Rollout, .
     return rollouts * (request.num_samples // num_expected)
 
 
-def _parse_choice(choice: Any, request: SampleRequest, version: int) -> Rollout:
+def _parse_choice(choice: Any, request: SampleRequest, version: _Least) -> Rollout:
     token_ids, reason = choice["token_ids"], choice["finish_reason"]
     if reason == "abort":
         raise _Transient("a sample was aborted")
@@ -291,10 +317,8 @@ def _parse_choice(choice: Any, request: SampleRequest, version: int) -> Rollout:
         raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")
     logprobs = tuple(float(entry["logprob"]) for entry in content)
     _check_logprobs(logprobs)
-    _check_versions(choice["weight_versions"], len(token_ids), version)
-    return Rollout(
-        token_ids=tuple(token_ids), logprobs=logprobs, finish_reason=reason, weight_version=version
-    )
+    oldest = _check_versions(choice["weight_versions"], len(token_ids), version)
+    return Rollout(token_ids=tuple(token_ids), logprobs=logprobs, finish_reason=reason, weight_version=oldest)
 
 
 def _check_logprobs(logprobs: Sequence[float]) -> None:
@@ -303,14 +327,30 @@ def _check_logprobs(logprobs: Sequence[float]) -> None:
             raise ValueError(f"a log-prob of {logprob}")
 
 
-def _check_versions(spans: Sequence[Mapping[str, Any]], num_tokens: int, version: int) -> None:
-    """StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
-    wrong = {span["version"] for span in spans} - {str(version)}
+class _Least(NamedTuple):
+    """Which weights may sample: those of ``version``, or with ``may_advance`` later ones, too."""
+
+    version: int
+    may_advance: bool = False
+
+    def admits(self, version: str) -> bool:
+        if not self.may_advance:
+            return version == str(self.version)
+        return version.isdecimal() and int(version) >= self.version
+
+    def __str__(self) -> str:
+        return f"{self.version}{' or later' if self.may_advance else ''}"
+
+
+def _check_versions(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> int:
+    """The oldest version. StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
+    wrong = {span["version"] for span in spans if not least.admits(span["version"])}
     if wrong:
-        raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {version}")
+        raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {least}")
     bounds = [0, *(span["end"] for span in spans)]
     if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
         raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
+    return min(int(span["version"]) for span in spans)
 
 
 @contextlib.contextmanager

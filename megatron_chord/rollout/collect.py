@@ -69,9 +69,12 @@ def sample(
     *,
     version: int,
     deadline_s: float,
+    may_advance: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> list[tuple[Rollout, ...]]:
     """Rollouts of every ask, all of weight version ``version``; requests are dealt out to the servers in turn.
+
+    With ``may_advance`` weights may be pushed meanwhile, and later versions are right, too.
 
     Raises RolloutError when any request fails for good: a step never goes on with half a batch.
     """
@@ -95,7 +98,9 @@ def sample(
                 on_done(sum(done))
 
         share = requests[server :: len(clients)]
-        return clients[server].generate(share, version=version, deadline_s=deadline_s, on_done=count)
+        return clients[server].generate(
+            share, version=version, deadline_s=deadline_s, may_advance=may_advance, on_done=count
+        )
 
     pool = ThreadPoolExecutor(len(clients))
     try:
@@ -120,10 +125,7 @@ def grade(
     Raises:
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
     """
-    texts = [
-        tuple(template.decode(ask.prefix + rollout.token_ids) for rollout in rollouts)
-        for ask, rollouts in zip(asks, sampled, strict=True)
-    ]
+    texts = _texts(asks, sampled, template)
     items = [(text, ask.prompt.truth) for ask, group in zip(asks, texts, strict=True) for text in group]
     grades = graders.grade_all(items)
     errors = [grade.error for grade in grades if grade.error is not None]
@@ -132,6 +134,37 @@ def grade(
             f"{len(errors)} of {len(grades)} gradings failed (reward.max_error_rate {max_error_rate}); "
             f"the first: {errors[0]}"
         )
+    return _assembled(asks, sampled, texts, grades, shaping)
+
+
+def graded_before(
+    asks: Sequence[Ask],
+    sampled: Sequence[tuple[Rollout, ...]],
+    grades: Sequence[Grade],
+    *,
+    template: ChatTemplate,
+    shaping: Shaping,
+) -> list[GradedRollouts]:
+    """As ``grade``, with the grades at hand: one for each rollout of every ask, in order."""
+    return _assembled(asks, sampled, _texts(asks, sampled, template), grades, shaping)
+
+
+def _texts(
+    asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
+) -> list[tuple[str, ...]]:
+    return [
+        tuple(template.decode(ask.prefix + rollout.token_ids) for rollout in rollouts)
+        for ask, rollouts in zip(asks, sampled, strict=True)
+    ]
+
+
+def _assembled(
+    asks: Sequence[Ask],
+    sampled: Sequence[tuple[Rollout, ...]],
+    texts: Sequence[tuple[str, ...]],
+    grades: Sequence[Grade],
+    shaping: Shaping,
+) -> list[GradedRollouts]:
     graded, start = [], 0
     for ask, rollouts, group in zip(asks, sampled, texts, strict=True):
         here = tuple(grades[start : start + len(rollouts)])

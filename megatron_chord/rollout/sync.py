@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_chord.rollout.buckets import describe, in_buckets
-from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.exchange import Exchange
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
@@ -72,8 +72,8 @@ class SyncSettings:
     host: str = "127.0.0.1"
     """``broadcast`` only: address of this rank that the servers can reach."""
     bucket_bytes: int = 256 << 20
-    pause_mode: Literal["abort", "wait"] = "wait"
-    """Whether requests that are being sampled when a push begins are finished or aborted."""
+    pause_mode: PauseMode = "wait"
+    """What becomes of requests that are being sampled when a push begins (``RolloutClient.pause``)."""
 
 
 class WeightSync:
