@@ -217,17 +217,24 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Importance weight between trainer and rollout engine, w = exp(l_old - l_rollout), constant, times the loss."""
+    """Importance weight of a rollout's token, w = exp(l_old - l_rollout), constant, times the loss.
+
+    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.lag`, for the older
+    weights that sampled."""
 
     level: Literal["token", "sequence", "geometric"] = "token"
     """w of each token, the product over its sequence, or that product's geometric mean."""
-    mode: Literal["truncate", "clamp", "mask"] = "truncate"
+    mode: Literal["truncate", "clamp", "mask", "none"] = "truncate"
     """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (a sequence-level mask
-    drops whole sequences, and then multiplies by 1)."""
+    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag`."""
     low: float = 0.0
     high: float = 2.0
 
     def __post_init__(self) -> None:
+        _require(
+            self.mode != "none" or (self.level, self.low, self.high) == ("token", 0.0, 2.0),
+            "objective.correction.mode none has no weight: leave level, low and high out",
+        )
         _require(
             self.mode != "truncate" or self.low == 0,
             "objective.correction.low means nothing to the mode `truncate`; leave it out, or clamp",
@@ -275,6 +282,8 @@ class ObjectiveConfig:
     """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
     kl: KLConfig | None = None
     correction: CorrectionConfig | None = None
+    """Left out: none, but where `rollout.lag` is above 0 and `ratio_from` is not `rollout` the block's own defaults,
+    min(w, 2) of each token. With `ratio_from: rollout` the ratio itself corrects."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
@@ -383,11 +392,17 @@ class RolloutConfig:
     request_timeout_s: float = 1800.0
     """Deadline of one step's sampling."""
     sync_timeout_s: float = 600.0
+    lag: int = 0
+    """How many steps ahead are sampled while a step trains: a step's rollouts are up to so many steps older than the
+    weights they train. 0: every step samples first, with its own weights, and then trains."""
+    in_flight: Literal["drain", "keep"] = "drain"
+    """With `lag`, what becomes of unfinished requests when new weights are there. drain: they are finished first. keep:
+    they go on with the new weights; how far they had got is chance, so two runs are no longer equal."""
     restarts: int = 1
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
     """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it the run stops. Left out: 1e-3 in fp32,
-    5e-2 in bf16."""
+    5e-2 in bf16; 0.5 for rollouts of older weights (`lag`), which differ because the policy has moved."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -404,7 +419,16 @@ class RolloutConfig:
             f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
-        _not_negative(**{"rollout.restarts": self.restarts})
+        _not_negative(**{"rollout.restarts": self.restarts, "rollout.lag": self.lag})
+        _require(
+            self.lag > 0 or self.in_flight == "drain",
+            "rollout.in_flight means nothing without rollout.lag: no request is unfinished when weights are pushed",
+        )
+        _require(
+            self.lag <= 1 or self.in_flight == "keep",
+            f"rollout.lag {self.lag} with rollout.in_flight: drain would only make rollouts older: all sampling is "
+            "finished before every push, so nothing more overlaps than with 1; set lag to 1, or in_flight to keep",
+        )
         if self.max_logprob_gap is not None:
             _positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
         if self.kv_cache_bytes is not None:
@@ -549,6 +573,12 @@ class RunConfig:
             self.reward.overlong_cache <= self.data.max_response_tokens,
             f"reward.overlong_cache {self.reward.overlong_cache} is above data.max_response_tokens "
             f"{self.data.max_response_tokens}",
+        )
+        correction = self.objective.correction
+        _require(
+            self.rollout.lag > 0 or correction is None or correction.mode != "none",
+            "objective.correction.mode none turns off the correction that rollout.lag brings; without a lag leave "
+            "objective.correction out",
         )
 
 

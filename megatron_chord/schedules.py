@@ -48,6 +48,11 @@ class Schedule:
         return False
 
     @property
+    def needs_last_step(self) -> bool:
+        """``value`` depends on what the step before measured, so it is not known before that step has trained."""
+        return False
+
+    @property
     def needs_mu_gradient(self) -> bool:
         """``remember`` reads ``measured["mu_gradient"]``, which the trainer must then compute."""
         return False
@@ -264,6 +269,10 @@ class GradientNorm(Schedule):
         return 0.0, 1.0
 
     @property
+    def needs_last_step(self) -> bool:
+        return True
+
+    @property
     def known_steps(self) -> int:
         return self.warmup_steps
 
@@ -330,6 +339,10 @@ class Learned(Schedule):
 
     def bounds(self) -> tuple[float, float]:
         return self.low, 1.0 if self.sft_steps else self.high
+
+    @property
+    def needs_last_step(self) -> bool:
+        return True
 
     @property
     def needs_mu_gradient(self) -> bool:

@@ -154,7 +154,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
     means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), "logprob_gap": gap}
     if objective.dual_clip is not None:
         means["dual_clip_fraction"] = dual_clipped.float()
-    if objective.correction is not None:
+    if objective.correction is not None and objective.correction.mode != "none":
         weight, outside = correction_weights(old, tokens, objective.correction)
         loss = loss * weight
         means |= {"correction_weight": weight, "correction_outside": outside.float()}

@@ -12,10 +12,10 @@ A method is a frozen dataclass whose fields are its YAML settings. The loop call
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
 from megatron_chord.methods.draw import Draw
@@ -100,7 +100,7 @@ class Method:
 
 def policy_term(run: RunConfig) -> Term:
     """The on-policy branch by ``objective``'s settings."""
-    objective = run.objective
+    objective = corrected(run)
     scored: set[str] = set()
     if objective.ratio_from == "recomputed":
         scored.add("old_logprob")
@@ -114,6 +114,17 @@ def policy_term(run: RunConfig) -> Term:
         scored=scored,
         idle=None if has_penalties else "advantage",
     )
+
+
+def corrected(run: RunConfig) -> ObjectiveConfig:
+    """``objective`` as rollouts of older weights need it: corrected, unless the user has said that it should not be.
+
+    With ``ratio_from: rollout`` the ratio is the importance weight already.
+    """
+    objective = run.objective
+    if run.rollout.lag == 0 or objective.ratio_from == "rollout" or objective.correction is not None:
+        return objective
+    return replace(objective, correction=CorrectionConfig())
 
 
 def averaged_term(

@@ -68,6 +68,11 @@ class ReMix(Method):
             raise ValueError(f"method.lag must be >= 1, got {self.lag}")
         if self.mix_steps < 0:
             raise ValueError(f"method.mix_steps must be >= 0, got {self.mix_steps}")
+        if run.rollout.lag > 0:
+            raise ValueError(
+                f"rollout.lag {run.rollout.lag}: method remix mixes rollouts of older weights itself, with fresh ones "
+                "of the present policy; leave it at 0"
+            )
         if objective.surrogate != "ppo" or objective.dual_clip is not None:
             raise ValueError(
                 "method remix clips stale tokens around pi_k / pi_{k-i}, which is defined for objective.surrogate: "

@@ -61,6 +61,11 @@ class SRFT(Method):
         for name in ("sft_coefficient", "rl_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"method.{name} must be >= 0, got {getattr(self, name)}")
+        if run.rollout.lag > 0:
+            raise ValueError(
+                f"rollout.lag {run.rollout.lag}: method srft pushes rollouts without a ratio, so nothing corrects for "
+                "the older weights that sampled them; leave it at 0"
+            )
         default = ObjectiveConfig()
         for name in UNUSED:
             if getattr(run.objective, name) != getattr(default, name):

@@ -68,7 +68,8 @@ def _typed(value: Any, kind: type, name: str) -> Any:
 
 def _check(method: Method, run: RunConfig) -> None:
     """Rules that hold for every method, then the method's own."""
-    for is_broken, reason in (*_rules_of_objective(method, run), *_rules_of_data(method, run)):
+    rules = (*_rules_of_objective(method, run), *_rules_of_data(method, run), *_rules_of_lag(method, run))
+    for is_broken, reason in rules:
         if is_broken:
             raise ValueError(reason)
     method.check(run)
@@ -124,6 +125,20 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     yield (
         batch.sampling_attempts > 1 and batch.prompts == 0,
         "batch.sampling_attempts is above 1, but batch.prompts is 0: nothing is sampled",
+    )
+
+
+def _rules_of_lag(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """(broken, reason)"""
+    lag, schedule = run.rollout.lag, method.schedule(run)
+    yield (
+        lag > 0 and schedule is not None and schedule.needs_last_step,
+        f"rollout.lag {lag}: objective.mu {schedule and schedule.schedule!r} is known only after the step before, when "
+        "a step's rollouts have been sampled already; leave it at 0, or choose another schedule",
+    )
+    yield (
+        lag > 0 and not method.samples(run),
+        f"rollout.lag {lag}: this run samples nothing; leave it at 0",
     )
 
 
