@@ -12,12 +12,13 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout, PackedBatch, plan_step
 from megatron_chord.losses.aggregate import with_scales, without_idle
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Method
+from megatron_chord.methods.base import Collected, Method
 from megatron_chord.methods.draw import Draw, Engine, Sources
 from megatron_chord.records import TrainSample
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.rollout.recorded import Call, to_json
 from megatron_chord.schedules import Memory, Moment
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, evaluate
@@ -39,6 +40,8 @@ class StepInputs:
     """Of each phase of the collection."""
     num_tokens: int
     """All tokens that pass through the model, prompts included."""
+    weight_version: int
+    """Of the oldest weights that sampled any of the step's rollouts; the step's own where nothing was sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,14 @@ class _Progress:
 
     sources: Sources
     memory: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """What a step was collected from."""
+
+    version: int
+    calls: Sequence[Call]
 
 
 class Coordinator:
@@ -67,31 +78,42 @@ class Coordinator:
         self._layout = layout
         self._graders = graders
         self.log = log
-        self._progress = _Progress(sources=data.sources, memory=None)
-        self._after = self._progress
+        self._progress = {-1: _Progress(sources=data.sources, memory=None)}
+        """What each step leaves: of the last that was trained on, and of those collected ahead."""
+        self._answers: dict[int, _Answers] = {}
+        """Of the steps collected ahead, with ``rollout.lag``."""
 
     # ---- progress: a step's draws count only once the step is done
 
-    def commit(self) -> None:
-        """The step that was collected last has been trained on."""
-        self._progress = self._after
+    def commit(self, step: int) -> None:
+        """``step`` has been trained on."""
+        self._progress = {key: value for key, value in self._progress.items() if key >= step}
+        self._answers = {key: value for key, value in self._answers.items() if key > step}
 
     def run_state(self, step: int, mu_memory: Memory) -> dict[str, Any]:
-        """What a checkpoint after ``step`` optimizer steps keeps beside weights and optimizer."""
-        sources = self._progress.sources
+        """What a checkpoint after ``step`` optimizer steps keeps beside weights and optimizer.
+
+        Nothing may be collected meanwhile.
+        """
+        progress = self._progress[step - 1]
+        sources = progress.sources
         return {
             "step": step,
-            "method": {"name": self._method.name, "memory": self._progress.memory},
+            "method": {"name": self._method.name, "memory": progress.memory},
             "mu": dict(mu_memory),
             "cursors": {
                 "prompts": sources.prompt_cursor.state(),
                 "experts": sources.expert_cursor.state() if sources.expert_cursor is not None else None,
             },
+            "ahead": [
+                {"step": ahead, "version": answers.version, "calls": list(map(to_json, answers.calls))}
+                for ahead, answers in sorted(self._answers.items())
+            ],
         }
 
     def restore(self, run_state: dict[str, Any]) -> None:
         """Take the data up where a checkpoint left it. ValueError when the data are not the same."""
-        saved, sources = run_state["cursors"], self._progress.sources
+        saved, sources = run_state["cursors"], self._data.sources
         if (sources.expert_cursor is None) != (saved["experts"] is None):
             raise ValueError("data.experts was added or removed since the checkpoint was written")
         sources = replace(
@@ -103,29 +125,49 @@ class Coordinator:
         )
         method = run_state["method"]
         memory = method["memory"] if method["name"] == self._method.name else None
-        self._progress = self._after = _Progress(sources=sources, memory=memory)
+        self._progress = {run_state["step"] - 1: _Progress(sources=sources, memory=memory)}
 
     # ---- one step
 
     def collect(
-        self, now: Moment, clients: Sequence[RolloutClient], version: int
+        self,
+        now: Moment,
+        clients: Sequence[RolloutClient],
+        version: int,
+        *,
+        recorded: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]:
         """The inputs of a step, and for every data-parallel rank each update's micro-batches.
 
-        May be repeated: it draws the same.
+        The step before must have been collected. May be repeated: it draws the same. With ``recorded`` (a checkpoint's)
+        nothing is sampled.
+
+        Raises:
+            ValueError: what is recorded does not answer what is asked.
         """
-        run, timer = self._run, Timer()
+        run, timer, before = self._run, Timer(), self._progress[now.step - 1]
+        may_lag = run.rollout.lag > 0
+        engine = Engine(
+            clients=clients,
+            version=version,
+            template=self._data.template,
+            graders=self._graders,
+            may_advance=run.rollout.in_flight == "keep",
+        )
         draw = Draw(
             run,
-            Engine(clients=clients, version=version, template=self._data.template, graders=self._graders),
-            self._progress.sources,
+            engine,
+            before.sources,
             now=now,
-            memory=self._progress.memory,
+            memory=before.memory,
             timer=timer,
-            notify=self.log.doing,
+            notify=(lambda text: None) if may_lag else self.log.doing,
+            recorded=recorded,
         )
-        collected = self._method.collect(draw, run)
-        self._after = _Progress(sources=draw.sources, memory=collected.memory)
+        collected = self._collect_by(draw)
+        self._progress[now.step] = _Progress(sources=draw.sources, memory=collected.memory)
+        if may_lag:
+            self._answers[now.step] = _Answers(version=version, calls=draw.calls)
         if draw.graded:
             self.log.write_samples(now.step, _sample_rows(draw.graded))
         with timer.phase("pack"):
@@ -136,20 +178,30 @@ class Coordinator:
                 plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
                 for samples in trained
             ]
+        versions = [rollout.weight_version for item in draw.graded for rollout in item.rollouts]
+        ages = [now.step - sampled for sampled in versions] if may_lag else []
         inputs = StepInputs(
             updates=tuple(Update(weights=collected.weights, counts=plan.counts) for plan in plans),
             mu=collected.mu,
             stats={
                 **collected.stats,
                 **_rollout_stats(draw.graded),
+                **_staleness(ages),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
             num_tokens=_num_tokens(trained),
+            weight_version=min(versions, default=now.step),
         )
         return inputs, [
             tuple(plan.micro_batches[rank] for plan in plans) for rank in range(self._layout.data)
         ]
+
+    def _collect_by(self, draw: Draw) -> Collected:
+        collected = self._method.collect(draw, self._run)
+        if draw.has_more_recorded():
+            raise ValueError("more answers were sampled than are wanted")
+        return collected
 
     def evaluate(self, clients: Sequence[RolloutClient], version: int) -> Evaluation:
         result, graded = evaluate(
@@ -178,6 +230,11 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "grader_errors": sum(grade.error is not None for item in graded for grade in item.grades),
     }
+
+
+def _staleness(ages: Sequence[int]) -> dict[str, Any]:
+    """``ages``: of every rollout, in optimizer steps; nothing where there are none."""
+    return {"staleness_mean": statistics.fmean(ages), "staleness_max": max(ages)} if ages else {}
 
 
 def _sample_rows(graded: Sequence[GradedRollouts]) -> list[dict[str, Any]]:

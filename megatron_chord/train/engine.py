@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -23,6 +23,7 @@ from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
 
+T = TypeVar("T")
 Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
 """(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
 
@@ -47,23 +48,38 @@ class RolloutEngine:
         self._clients: list[RolloutClient] = []
         self._sync: WeightSync | None = None
         self._version: int | None = None
+        self.generation = 0
+        """How many servers have been replaced."""
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._sync_seconds = 0.0
         groups.once(self._start)
 
-    def use(self, work: Work, state: TrainState, *, version: int) -> tuple[Any, Any]:
-        """Run ``work`` on the coordinator with servers that hold the weights of ``version``, those of ``state``.
+    @property
+    def clients(self) -> Sequence[RolloutClient]:
+        """Of the servers that ``push`` has reached; the coordinator's."""
+        return tuple(self._clients)
 
-        A server that dies meanwhile is replaced, given the weights again, and the work repeated from its beginning,
-        at most ``rollout.restarts`` times in a run.
+    def use(self, work: Work, state: TrainState, *, version: int) -> tuple[Any, Any]:
+        """Run ``work`` on the coordinator with servers that hold the weights of ``version``, those of ``state``."""
+
+        def action() -> tuple[Any, Any]:
+            self.push(state, version)
+            return self._groups.from_coordinator(lambda: work(self._clients, version))
+
+        return self.attempt(action)
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """Run ``action``, which pushes what it needs.
+
+        A server that dies meanwhile is replaced and the action repeated from its beginning, at most
+        ``rollout.restarts`` times in a run.
         """
         while True:
             try:
                 if self._lost:
                     self._replace()
-                self._refresh(state, version)
-                return self._groups.from_coordinator(lambda: work(self._clients, version))
+                return action()
             except StaleWeights:
                 raise
             except (RolloutError, SyncError, ServerError) as error:
@@ -72,6 +88,17 @@ class RolloutEngine:
                 self._restarts_left -= 1
                 self._notify(f"rollout server lost, starting another ({error})")
                 self._lost = True
+
+    def push(self, state: TrainState, version: int) -> None:
+        """Give the servers the weights of ``state``, unless they hold this version already. Within ``attempt``."""
+        if self._version == version:
+            return
+        self._version = None
+        if self._sync is None:
+            self._groups.once(self._connect)
+            self._sync = self._make_sync()
+        self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
+        self._version = version
 
     def close(self) -> None:
         """Stop the server and drop the connections; on this rank, without waiting for others."""
@@ -87,16 +114,6 @@ class RolloutEngine:
         seconds, self._sync_seconds = self._sync_seconds, 0.0
         return seconds
 
-    def _refresh(self, state: TrainState, version: int) -> None:
-        if self._version == version:
-            return
-        self._version = None
-        if self._sync is None:
-            self._groups.once(self._connect)
-            self._sync = self._make_sync()
-        self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
-        self._version = version
-
     def _make_sync(self) -> WeightSync:
         groups, rollout = self._groups, self._run.rollout
         exporters = [rank for rank, exports in enumerate(groups.gather(groups.is_exporter)) if exports]
@@ -110,6 +127,7 @@ class RolloutEngine:
             SyncSettings(
                 transport=transport,
                 timeout_s=rollout.sync_timeout_s,
+                pause_mode="keep" if rollout.in_flight == "keep" else "wait",
                 host=_address_towards(rollout.servers),
             ),
             exporters=exporters,
@@ -148,7 +166,7 @@ class RolloutEngine:
         self._clients = [RolloutClient(self._server.url, self._server.api_key)]
 
     def _replace(self) -> None:
-        """A new server in place of the lost one; its weights come with the next refresh."""
+        """A new server in place of the lost one; its weights come with the next push."""
 
         def restart() -> None:
             assert self._server is not None
@@ -160,6 +178,7 @@ class RolloutEngine:
 
         self._version = None
         self._groups.once(restart)
+        self.generation += 1
         self._lost = False
 
 

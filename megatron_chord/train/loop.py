@@ -18,6 +18,7 @@ from megatron_chord.runtime import parallel as runtime
 from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
+from megatron_chord.train.ahead import Ahead
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
@@ -44,6 +45,7 @@ from megatron_chord.train.step import (
 )
 
 _MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
+_MAX_STALE_GAP = 0.5
 
 
 class Refused(ValueError):
@@ -61,6 +63,7 @@ class _Parts:
     terms: Mapping[str, Term]
     state: TrainState
     engine: RolloutEngine
+    ahead: Ahead
     coordinator: Coordinator | None
     """On rank 0 only."""
     mu_gradient: MuGradient | None
@@ -121,6 +124,8 @@ def train(
                 steps=run.steps,
                 reference=reference_folder(run, terms),
             )
+            ahead = Ahead(run, method, state, engine, coordinator)
+            stack.callback(ahead.close)
             schedule = method.schedule(run)
             parts = _Parts(
                 run=run,
@@ -128,6 +133,7 @@ def train(
                 terms=terms,
                 state=state,
                 engine=engine,
+                ahead=ahead,
                 coordinator=coordinator,
                 mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
             )
@@ -158,15 +164,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     timer = Timer()
     with timer.phase("total"):
         with timer.phase("collect"):
-
-            def collect(clients: Any, version: int) -> Any:
-                assert coordinator is not None
-                return coordinator.collect(now, clients, version)
-
-            if method.samples_at(run, now):
-                inputs, micro_batches = parts.engine.use(collect, state, version=step)
-            else:
-                inputs, micro_batches = state.groups.from_coordinator(lambda: collect([], step))
+            inputs, micro_batches = parts.ahead.take(now)
         _doing(coordinator, "training")
         with timer.phase("train"):
             result, grad_norm, learning_rate = _train_on(parts, inputs, micro_batches, step)
@@ -180,21 +178,22 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         **inputs.stats,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
-        "weight_version": step,
+        "weight_version": inputs.weight_version,
         "micro_batches": sum(len(batches) for batches in micro_batches),
     }
     if coordinator is not None:
-        coordinator.commit()
-        seconds = timer.seconds | inputs.seconds
+        coordinator.commit(step)
+        seconds = {**timer.seconds, **inputs.seconds}
         row |= {
             "tokens_per_s": inputs.num_tokens / seconds["total"],
             "seconds": seconds | {"sync": parts.engine.take_sync_seconds()},
         }
         coordinator.log.finish_step(row, step_line(row, run.steps))
-    if schedule is None or inputs.mu is None:
+    mu = inputs.mu
+    if schedule is None or mu is None:
         return now.memory
     # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
-    return state.groups.once(lambda: dict(schedule.remember(now, inputs.mu, row)))
+    return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
 
 
 def _train_on(
@@ -218,23 +217,27 @@ def _train_on(
             else:
                 result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
             if not results:
-                _check_gap(run, result, step)
+                _check_gap(run, result, step=step, age=step - inputs.weight_version)
             norm, learning_rate = apply_gradients(state, new_step=not results, skip=not update.counts)
             results.append(result)
             norms.append(norm)
     return mean_result(results), statistics.fmean(norms), learning_rate
 
 
-def _check_gap(run: RunConfig, result: UpdateResult, step: int) -> None:
-    """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere."""
+def _check_gap(run: RunConfig, result: UpdateResult, *, step: int, age: int) -> None:
+    """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere.
+
+    Rollouts that are ``age`` > 0 steps old differ because the policy has moved; too far, and no correction helps.
+    """
     gap = result.means.get("logprob_gap")
     dtypes = {run.model.dtype, run.rollout.dtype or run.model.dtype}
     limit = run.rollout.max_logprob_gap
     if limit is None:
-        limit = max(_MAX_GAP[dtype] for dtype in dtypes)
+        limit = max(_MAX_GAP[dtype] for dtype in dtypes) if age == 0 else _MAX_STALE_GAP
     if gap is not None and not gap <= limit:
         raise LogprobMismatch(
-            f"step {step}: trainer and rollout log-probs of the same tokens differ by {gap:.2e} on average "
+            f"step {step}: trainer and rollout log-probs of the same tokens{f', {age} steps old,' if age else ''} "
+            f"differ by {gap:.2e} on average "
             f"(at most {result.maxima['logprob_gap_max']:.2e}); rollout.max_logprob_gap is {limit:.0e}. "
             "Nothing was trained on them"
         )
@@ -247,6 +250,7 @@ def _evaluate(parts: _Parts, version: int) -> None:
     if not has_problems:
         return
     _doing(coordinator, "evaluating")
+    parts.ahead.drain()
 
     def work(clients: Any, version: int) -> Any:
         assert coordinator is not None
@@ -264,6 +268,7 @@ def _evaluate(parts: _Parts, version: int) -> None:
 def _save(parts: _Parts, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
+    parts.ahead.drain()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
     path = checkpoint.save(
         parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
@@ -282,6 +287,7 @@ def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
         parts.coordinator.log.say(f"resumed from {path}: {run_state['step']} of {parts.run.steps} steps done")
 
     parts.state.groups.once(restore)
+    parts.ahead.restore(run_state)
     schedule, step = parts.method.schedule(parts.run), run_state["step"]
     if schedule is not None:
         _check_memory(schedule, Moment(step=step, memory=run_state["mu"]), path)
