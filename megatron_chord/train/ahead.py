@@ -75,7 +75,7 @@ class Ahead:
             self._state.groups.once(wait)
 
     def restore(self, run_state: Mapping[str, Any]) -> None:
-        """Take up the steps that a checkpoint holds the rollouts of; without a lag they are dropped.
+        """Take up the steps that a checkpoint holds the rollouts of; without a lag they are sampled anew.
 
         Raises:
             ValueError: they were sampled under other settings.
@@ -154,5 +154,11 @@ class Ahead:
     def _recollect(self, now: Moment, record: Mapping[str, Any]) -> None:
         assert self._coordinator is not None
         future: Future[_Collected] = Future()
-        future.set_result(self._coordinator.collect(now, [], record["version"], recorded=record["calls"]))
+        try:
+            future.set_result(self._coordinator.collect(now, [], record["version"], recorded=record["calls"]))
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint holds rollouts of step {now.step}, sampled ahead under other settings: {error}. Resume "
+                "with the run's own settings, or with rollout.lag=0, which samples the step anew"
+            ) from error
         self._steps[now.step] = future

@@ -16,7 +16,7 @@ from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Method
+from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.draw import Sources
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
@@ -131,12 +131,12 @@ def layout_of(parallel: ParallelConfig, data_parallel: int) -> Layout:
 
 
 def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
-    """How long ranks may have to wait for the coordinator: a server's start, a step's sampling and grading, and
-    their repeats."""
+    """How long ranks may have to wait for the coordinator: a server's start, the sampling and grading of all steps that
+    may be under way, and their repeats."""
     rollout = run.rollout
     grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
     sampling = method.samplings(run) * (rollout.request_timeout_s + grading)
-    once = rollout.start_timeout_s + sampling + rollout.sync_timeout_s
+    once = rollout.start_timeout_s + sampling * max(1, rollout.lag) + rollout.sync_timeout_s
     return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
 
 
@@ -159,6 +159,8 @@ def plan_lines(
         f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
         f"micro-batches of at most {batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
+    if run.rollout.lag > 0:
+        say(f"lag         {_lag_text(run)}")
     terms = method.terms(run)
     pools = {term.pool: term for term in terms.values()}
     for pool, term in pools.items():
@@ -175,6 +177,21 @@ def plan_lines(
     ]
     if passes:
         say(f"passes      one forward pass more a step for each of: {', '.join(passes)}")
+
+
+def _lag_text(run: RunConfig) -> str:
+    rollout, correction = run.rollout, corrected(run).correction
+    when = {
+        "drain": "what is being sampled is finished before new weights are pushed",
+        "keep": "what is being sampled goes on with new weights",
+    }[rollout.in_flight]
+    if run.objective.ratio_from == "rollout":
+        how = "their older weights are the denominator of the ratio"
+    elif correction is None or correction.mode == "none":
+        how = "their older weights are NOT corrected for (objective.correction.mode: none)"
+    else:
+        how = f"their older weights are corrected for by each {correction.level}'s weight, {correction.mode}"
+    return f"rollouts are sampled {_counted(rollout.lag, 'step')} ahead; {when}; {how}"
 
 
 def _denominator(term: Term) -> str:

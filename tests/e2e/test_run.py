@@ -126,18 +126,36 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
 
+def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> None:
+    """What it had not finished is sampled anew, by the weights there are then; every step is trained."""
+    output = config.parent / "recovered_ahead"
+    with running(config, output, "rollout.lag=1") as process:
+        wait_for(lambda: steps_done(output) >= 1, process)
+        os.kill(server_of(process), signal.SIGKILL)
+        assert process.wait(180) == 0, log_of(output)
+    assert "rollout server lost, starting another" in log_of(output)
+    steps = [row for row in metrics_of(output) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(STEPS))
+    ages = [row["step"] - row["weight_version"] for row in steps]
+    assert ages == [row["staleness_max"] for row in steps]
+    assert set(ages) <= {0, 1}
+
+
 @pytest.mark.parametrize(
-    ("ranks", "phase", "number"),
+    ("ranks", "lag", "phase", "number"),
     [
-        (1, "the server starts", signal.SIGKILL),
-        (1, "training", signal.SIGKILL),
-        (1, "training", signal.SIGTERM),
-        (2, "training", signal.SIGKILL),
-        (2, "training", signal.SIGTERM),
+        (1, 0, "the server starts", signal.SIGKILL),
+        (1, 0, "training", signal.SIGKILL),
+        (1, 0, "training", signal.SIGTERM),
+        (1, 1, "training", signal.SIGTERM),
+        (2, 0, "training", signal.SIGKILL),
+        (2, 1, "training", signal.SIGTERM),
     ],
 )
-def test_nothing_survives_a_kill(config: Path, tmp_path: Path, ranks: int, phase: str, number: int) -> None:
-    with running(config, tmp_path, f"parallel.ranks={ranks}", "steps=1000") as process:
+def test_nothing_survives_a_kill(
+    config: Path, tmp_path: Path, ranks: int, lag: int, phase: str, number: int
+) -> None:
+    with running(config, tmp_path, f"parallel.ranks={ranks}", f"rollout.lag={lag}", "steps=1000") as process:
         started = "the server starts"
         wait_for(lambda: has_server(process) if phase == started else steps_done(tmp_path) >= 1, process)
         family = descendants(process.pid)

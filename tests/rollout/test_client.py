@@ -187,6 +187,38 @@ def test_stale_weights(client: RolloutClient, script: Script, spans: list[dict[s
 
 
 @pytest.mark.parametrize(
+    ("versions", "oldest"), [(["7"], 7), (["7", "8"], 7), (["9"], 9), (["6", "7"], None), (["default"], None)]
+)
+def test_weights_that_may_advance(
+    client: RolloutClient, script: Script, versions: list[str], oldest: int | None
+) -> None:
+    """The oldest is recorded; none may be older than the one asked for."""
+    bounds = [0, *range(1, len(versions)), 3]
+    spans = [
+        {"version": version, "start": bounds[i], "end": bounds[i + 1]} for i, version in enumerate(versions)
+    ]
+    script.answers = [(200, broken(lambda r: first(r).update(weight_versions=spans)))]
+    if oldest is None:
+        with pytest.raises(StaleWeights, match="not 7 or later"):
+            client.generate([REQUEST], version=7, deadline_s=10, may_advance=True)
+    else:
+        ((other, changed),) = client.generate([REQUEST], version=7, deadline_s=10, may_advance=True)
+        assert (other.weight_version, changed.weight_version) == (7, oldest)
+
+
+def test_closing_ends_what_is_being_sampled_in_another_thread(client: RolloutClient, script: Script) -> None:
+    script.answers = [(200, GOOD)]
+    script.delay_s = 3.0
+    threading.Timer(0.3, client.close).start()
+    begun = time.monotonic()
+    with pytest.raises(RolloutError, match="the client was closed while it sampled"):
+        client.generate([REQUEST] * 3, version=7, deadline_s=30)
+    assert time.monotonic() - begun < 2
+    with pytest.raises(RolloutError, match="the client was closed"):
+        client.generate([REQUEST], version=7, deadline_s=30)
+
+
+@pytest.mark.parametrize(
     "failure",
     [
         None,

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.client import PauseMode, RolloutClient, RolloutError, StaleWeights
 from megatron_chord.rollout.server import RolloutServer
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import FileTransport
 from tests.rollout import rank_program
 from tests.rollout.conftest import Servers
-from tests.rollout.helpers import client_of, largest_gap, make_model, requests, weights_of
+from tests.rollout.helpers import client_of, expected_logprobs, largest_gap, make_model, requests, weights_of
 from tests.support.ranks import run_ranks
 
 TOLERANCE = 1e-4
@@ -31,7 +31,12 @@ DEADLINE_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def make_sync(client: RolloutClient, transport: TransportName, folder: Path = SHARED_MEMORY) -> WeightSync:
+def make_sync(
+    client: RolloutClient,
+    transport: TransportName,
+    folder: Path = SHARED_MEMORY,
+    pause_mode: PauseMode = "wait",
+) -> WeightSync:
     return WeightSync(
         [client],
         SyncSettings(
@@ -39,6 +44,7 @@ def make_sync(client: RolloutClient, transport: TransportName, folder: Path = SH
             timeout_s=DEADLINE_S,
             folder=folder,
             bucket_bytes=60_000,  # several buckets, some of which end in the middle of a layer
+            pause_mode=pause_mode,
         ),
         exporters=[0],
         group=None,
@@ -156,6 +162,37 @@ def test_an_aborted_sample_is_sampled_again(client: RolloutClient, pushed: int) 
     client.resume()
     thread.join()
     assert tokens(disturbed[0]) == tokens(undisturbed)
+
+
+def test_requests_that_are_kept_go_on_with_the_new_weights(client: RolloutClient, pushed: int) -> None:
+    """Each token has the log-prob of the weights that sampled it: first the old ones', then the new ones'."""
+    asked = [replace(request, max_tokens=400, stop_token_ids=()) for request in requests(2)]
+    sampled: list[list[tuple[Rollout, ...]]] = []
+    begun = threading.Thread(
+        target=lambda: sampled.append(
+            client.generate(asked, version=pushed, deadline_s=DEADLINE_S, may_advance=True)
+        )
+    )
+    begun.start()
+    time.sleep(0.5)
+    sync = make_sync(client, "file", pause_mode="keep")
+    old, new = make_model(0), make_model(1)
+    sync.push(weights_of(new), pushed + 1)
+    begun.join()
+    sync.close()
+    switched = 0
+    for request, rollouts in zip(asked, sampled[0], strict=True):
+        for rollout in rollouts:
+            assert rollout.weight_version == pushed, "the oldest"
+            found = torch.tensor(rollout.logprobs).double()
+            is_old = (found - expected_logprobs(old, request, rollout)).abs() < TOLERANCE
+            is_new = (found - expected_logprobs(new, request, rollout)).abs() < TOLERANCE
+            count = int(is_old.int().cumprod(0).sum())
+            assert bool(is_new[count:].all()), "nothing but old ones and then new ones"
+            switched += 0 < count < len(rollout.token_ids)
+    assert switched > 0, "the push came when all was sampled, or before anything was"
+    (after,) = client.generate(requests(1), version=pushed + 1, deadline_s=DEADLINE_S)
+    assert largest_gap(new, requests(1), [after]) < TOLERANCE
 
 
 def test_a_deadline_while_the_server_is_paused(client: RolloutClient, pushed: int) -> None:

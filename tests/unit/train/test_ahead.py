@@ -1,0 +1,221 @@
+"""The order of pushes, samplings and trainings, with a scripted engine that writes down what it is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_chord.config import RunConfig
+from megatron_chord.rollout.client import RolloutError
+from megatron_chord.schedules import Binary, Moment
+from megatron_chord.train.ahead import Ahead
+from tests.support.tiny import tiny_run
+
+STEPS = 4
+
+
+class OneRank:
+    """``ParallelGroups`` of a world of one."""
+
+    def from_coordinator(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        common, per_rank = compute()
+        return common, per_rank[0]
+
+    def once(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+
+class Script:
+    """Engine and coordinator in one: every push and every collection is an event, in the order they begin."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.generation = 0
+        self.clients = ("client",)
+        self.failures: dict[int, list[Exception]] = {}
+        self.gates: dict[int, threading.Event] = {}
+        """A collection waits for its step's."""
+        self._version: int | None = None
+
+    def push(self, state: Any, version: int) -> None:
+        if self._version != version:
+            self.events.append(f"push {version}")
+        self._version = version
+
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return action()
+            except RolloutError:
+                self.generation += 1
+                self._version = None
+                self.events.append("another server")
+
+    def use(self, work: Callable[[Any, int], Any], state: Any, *, version: int) -> Any:
+        self.push(state, version)
+        common, per_rank = work(self.clients, version)
+        return common, per_rank[0]
+
+    def collect(self, now: Moment, clients: Any, version: int, *, recorded: Any = None) -> Any:
+        how = "recorded" if recorded is not None else "sampled" if clients else "drawn"
+        self.events.append(f"{now.step} {how} by {version}")
+        if now.step in self.gates:
+            assert self.gates[now.step].wait(10)
+        if self.failures.get(now.step):
+            raise self.failures[now.step].pop(0)
+        return f"{now.step} by {version}", [f"batches of {now.step}"]
+
+
+def run_of(*, lag: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
+    run = tiny_run(Path("model"))
+    return replace(
+        run,
+        steps=STEPS,
+        rollout=replace(run.rollout, lag=lag, in_flight=in_flight),
+        objective=replace(run.objective, **objective),
+    )
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+def ahead_of(run: RunConfig, script: Any) -> Ahead:
+    from megatron_chord.methods.table import build
+
+    state: Any = SimpleNamespace(groups=OneRank())
+    return Ahead(run, build(run.method), state, script, script)
+
+
+@pytest.fixture
+def trained(script: Script) -> Iterator[Callable[..., list[Any]]]:
+    """Runs the steps; a training lasts until all that was begun has ended."""
+    opened: list[Ahead] = []
+
+    def train(run: RunConfig, first: int = 0, *, record: Any = None) -> list[Any]:
+        ahead = ahead_of(run, script)
+        opened.append(ahead)
+        if record is not None:
+            ahead.restore(record)
+        taken = []
+        for step in range(first, run.steps):
+            taken.append(ahead.take(Moment(step=step)))
+            script.events.append(f"train {step}")
+            ahead.drain()
+        return taken
+
+    yield train
+    for ahead in opened:
+        ahead.close()
+
+
+def without_trainings(events: list[str]) -> list[str]:
+    return [event for event in events if not event.startswith("train")]
+
+
+def test_without_a_lag_every_step_samples_with_its_own_weights(script: Script, trained: Any) -> None:
+    taken = trained(run_of(lag=0))
+    assert taken == [(f"{step} by {step}", f"batches of {step}") for step in range(STEPS)]
+    assert script.events[:4] == ["push 0", "0 sampled by 0", "train 0", "push 1"]
+
+
+def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Script, trained: Any) -> None:
+    taken = trained(run_of(lag=1))
+    assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 1", "3 by 2"]
+    assert without_trainings(script.events) == [
+        "push 0",
+        "0 sampled by 0",
+        "1 sampled by 0",
+        "push 1",
+        "2 sampled by 1",
+        "push 2",
+        "3 sampled by 2",
+    ]
+
+
+def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
+    script.gates[1] = threading.Event()
+    ahead = ahead_of(run_of(lag=1), script)
+    assert ahead.take(Moment(step=0))[0] == "0 by 0"
+    assert script.events[:2] == ["push 0", "0 sampled by 0"]
+    script.gates[1].set()
+    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    ahead.close()
+
+
+def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Script) -> None:
+    script.gates[1] = threading.Event()
+    ahead = ahead_of(run_of(lag=1, in_flight="keep"), script)
+    ahead.take(Moment(step=0))
+    threading.Timer(0.3, script.gates[1].set).start()
+    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    ahead.drain()
+    assert script.events == ["push 0", "0 sampled by 0", "1 sampled by 0", "push 1", "2 sampled by 1"]
+    ahead.close()
+
+
+def test_a_longer_lag_queues_so_many_steps(script: Script, trained: Any) -> None:
+    taken = trained(run_of(lag=2, in_flight="keep"))
+    assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 0", "3 by 1"]
+
+
+def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) -> None:
+    """mu is 1 for two steps: the first step of RL is sampled while the last of SFT trains, by its weights."""
+    trained(run_of(lag=1, mu=Binary(switch_step=2)))
+    assert without_trainings(script.events) == [
+        "0 drawn by 0",
+        "1 drawn by 0",
+        "push 1",
+        "2 sampled by 1",
+        "push 2",
+        "3 sampled by 2",
+    ]
+
+
+def test_a_failure_is_raised_when_its_step_comes(script: Script) -> None:
+    script.failures[1] = [ValueError("no")]
+    ahead = ahead_of(run_of(lag=1), script)
+    ahead.take(Moment(step=0))
+    ahead.drain()
+    with pytest.raises(ValueError, match="no"):
+        ahead.take(Moment(step=1))
+    ahead.close()
+
+
+def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
+    script: Script, trained: Any
+) -> None:
+    script.failures[1] = [RolloutError("gone")]
+    taken = trained(run_of(lag=1))
+    assert [common for common, _ in taken] == ["0 by 0", "1 by 1", "2 by 1", "3 by 2"]
+    assert script.events.count("another server") == 1
+
+
+def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
+    """The evaluation has found it gone and replaced it."""
+    ahead = ahead_of(run_of(lag=1), script)
+    ahead.take(Moment(step=0))
+    ahead.drain()
+    script.generation += 1
+    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    ahead.close()
+
+
+def test_recorded_steps_are_not_sampled_again(script: Script, trained: Any) -> None:
+    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "calls": []}]}
+    taken = trained(run_of(lag=1), 2, record=record)
+    assert [common for common, _ in taken] == ["2 by 1", "3 by 2"]
+    assert without_trainings(script.events) == ["2 recorded by 1", "push 2", "3 sampled by 2"]
+
+
+def test_without_a_lag_recorded_steps_are_dropped(script: Script, trained: Any) -> None:
+    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "calls": []}]}
+    taken = trained(run_of(lag=0), 2, record=record)
+    assert [common for common, _ in taken] == ["2 by 2", "3 by 3"]
