@@ -158,7 +158,7 @@ class Ahead:
             future.set_result(self._coordinator.collect(now, [], record["version"], recorded=record["calls"]))
         except ValueError as error:
             raise ValueError(
-                f"the checkpoint holds rollouts of step {now.step}, sampled ahead under other settings: {error}. Resume "
-                "with the run's own settings, or with rollout.lag=0, which samples the step anew"
+                f"the checkpoint holds rollouts of step {now.step}, sampled ahead under other settings: {error}. "
+                "Resume with the run's own settings, or with rollout.lag=0, which samples the step anew"
             ) from error
         self._steps[now.step] = future

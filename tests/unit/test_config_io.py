@@ -528,3 +528,32 @@ class TestBase:
         write(tmp_path, GOOD, "base.yaml")
         for name in ("a.yaml", "b.yaml"):
             assert load_config(write(tmp_path, "base: base.yaml\n", name)).steps == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("rollout: {lag: -1}", "rollout.lag must be >= 0, got -1"),
+        ("rollout: {lag: 2}", "rollout.lag 2 with rollout.in_flight: drain would only make rollouts older"),
+        ("rollout: {in_flight: keep}", "rollout.in_flight means nothing without rollout.lag"),
+        (
+            "objective: {ratio_from: current, correction: {mode: none}}",
+            "objective.correction.mode none turns off the correction that rollout.lag brings",
+        ),
+        (
+            "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
+            "objective.correction.mode none has no weight",
+        ),
+        (
+            "rollout: {lag: 1}\nobjective: {correction: {mode: none}}",
+            "objective.correction and ratio_from: rollout would correct the same mismatch twice",
+        ),
+    ],
+)
+def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
+    assert finding in only_finding(tmp_path, f"{text}\n")
+
+
+def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
+    run = load(tmp_path, "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none}}\n")
+    assert run.objective.correction == config.CorrectionConfig(mode="none")

@@ -486,7 +486,7 @@ def test_the_correction_only_scales_the_surrogate(level: Any, ratio_from: Any) -
         rollout_logprob=logs([0.2, 0.5, 0.7, 0.1]),
     )
     grads, weights = [], torch.zeros(0)
-    for correction in (None, CorrectionConfig(level=level)):
+    for correction in (CorrectionConfig(mode="none"), CorrectionConfig(level=level)):
         stats = stats_of([0.3, 0.45, 0.45, 0.1])
         out = policy_loss(stats, tokens, ObjectiveConfig(ratio_from=ratio_from, correction=correction))
         out.loss.sum().backward()

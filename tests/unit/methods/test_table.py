@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import KLConfig, MethodConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import CorrectionConfig, KLConfig, MethodConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.losses.terms import reported
+from megatron_chord.methods.base import corrected
 from megatron_chord.methods.table import METHODS, build, method_of
-from megatron_chord.schedules import Binary, Constant, Learned
+from megatron_chord.schedules import Binary, Constant, GradientNorm, Learned
 from tests.support.ranks import ROOT
 from tests.support.tiny import tiny_run
 
@@ -131,3 +132,42 @@ def test_published_settings(file: Path) -> None:
     assert run.objective == ObjectiveConfig(mu=run.objective.mu, expert_weight=run.objective.expert_weight)
     assert run.steps == (1500 if math else 100)
     assert run.data.max_response_tokens == 16384
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks", "reason"),
+    [
+        ("srft", {}, "srft pushes rollouts without a ratio"),
+        ("remix", {}, "remix mixes rollouts of older weights itself"),
+        ("chord", {"objective": {"mu": GradientNorm(warmup_steps=1)}}, "'gradient_norm' is known only after"),
+        ("chord", {"objective": {"mu": Learned(entropy_rate=0.1, entropy_target=1.0)}}, "'learned' is known"),
+        ("chord", {"objective": {"mu": Constant(peak=1.0)}}, "this run samples nothing"),
+    ],
+)
+def test_what_does_not_go_with_a_lag(
+    tmp_path: Path, method: str, blocks: dict[str, Any], reason: str
+) -> None:
+    run = changed(tiny_run(tmp_path, method=method), rollout={"lag": 1}, **blocks)
+    if method == "srft":
+        run = changed(run, data={"aligned": True})
+    if method in ("srft", "remix"):
+        run = changed(run, batch={"experts": 0})
+    with pytest.raises(ValueError, match=reason):
+        method_of(run)
+    assert method_of(changed(run, rollout={"lag": 0}))
+
+
+def test_rollouts_of_older_weights_are_corrected_for_unless_told_otherwise(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    default, off = CorrectionConfig(), CorrectionConfig(mode="none")
+    own = CorrectionConfig(level="geometric", mode="mask", low=0.9, high=1.1)
+    for lag, ratio_from, given, used in (
+        (0, "current", None, None),
+        (1, "rollout", None, None),
+        (1, "current", None, default),
+        (1, "recomputed", None, default),
+        (1, "current", own, own),
+        (1, "current", off, off),
+    ):
+        asked = changed(run, rollout={"lag": lag}, objective={"ratio_from": ratio_from, "correction": given})
+        assert corrected(asked).correction == used

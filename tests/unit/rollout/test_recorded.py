@@ -1,0 +1,54 @@
+"""Answers written into a checkpoint and read again are the same to the bit, and answer nothing but what was asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_chord.records import Rollout
+from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling
+from megatron_chord.rollout.recorded import Call, answers_to, to_json
+from tests.support.scripted import graded, prompt
+
+SAMPLING = Sampling(num_samples=2, temperature=0.1, max_tokens=7, stop_token_ids=(1, 2))
+ASKS = [Ask(prompt=prompt("a"), seed=1), Ask(prompt=prompt("b"), seed=2, prefix=(8, 9))]
+ODD = (-0.1, -1e-17, -2.2250738585072014e-308, -12.345678901234567)
+"""Log-probs that a careless format would round."""
+
+
+def answers() -> list[GradedRollouts]:
+    first, second = graded(ASKS[0].prompt, (1.0, None)), graded(ASKS[1].prompt, (0.1, 0.0), prefix=(8, 9))
+    odd = Rollout(token_ids=(3, 4, 5, 6), logprobs=ODD, finish_reason="length", weight_version=12)
+    return [replace(first, rollouts=(odd, first.rollouts[1])), second]
+
+
+def through_a_file(call: Call) -> Any:
+    return json.loads(json.dumps(to_json(call)))
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, None])
+def test_the_same_answers_come_back(sampling: Sampling | None) -> None:
+    given = answers()
+    sampled, grades = answers_to(ASKS, sampling, through_a_file(Call(sampling=sampling, graded=given)))
+    assert sampled == [item.rollouts for item in given]
+    assert grades == [grade for item in given for grade in item.grades]
+    assert sampled[0][0].logprobs == ODD
+
+
+@pytest.mark.parametrize(
+    ("asks", "sampling", "reason"),
+    [
+        (ASKS, replace(SAMPLING, temperature=0.2), "'temperature': 0.1.* wanted with .*'temperature': 0.2"),
+        (ASKS, replace(SAMPLING, num_samples=3), "'num_samples': 3"),
+        (ASKS, None, "wanted with None"),
+        (ASKS[:1], SAMPLING, "prompts a, b were sampled, and those to a are wanted"),
+        (ASKS[::-1], SAMPLING, "those to b, a are wanted"),
+        ([ASKS[0], replace(ASKS[1], prefix=(8,))], SAMPLING, "those to a, b are wanted"),
+    ],
+)
+def test_other_questions_are_refused(asks: list[Ask], sampling: Sampling | None, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        answers_to(asks, sampling, through_a_file(Call(sampling=SAMPLING, graded=answers())))
