@@ -2,11 +2,11 @@
 
     python benchmarks/overlap.py [--steps 12] [--repeats 2] [--prompts 16] [--rollouts 8] [--threads 1] [--output FILE]
 
-The quick start's policy and problems, against one vLLM server to which every run pushes its own weights: ``rollout.lag``
-0, 1, and 1 with ``in_flight: keep``, in turn and ``--repeats`` times, each in a process of its own with ``--threads``
-threads for the trainer and as many for the server. Medians over the steps of all repeats, the first two of each run left
-out. ``best`` is what perfect overlap would give: the longer of sampling and training as lag 0 has them, and the push of
-weights, which neither can overlap with. It cannot be had where both want the same cores.
+The quick start's policy and problems, against one vLLM server to which every run pushes its own weights:
+``rollout.lag`` 0, 1, and 1 with ``in_flight: keep``, in turn and ``--repeats`` times, each in a process of its own with
+``--threads`` threads for the trainer and as many for the server. Medians over the steps of all repeats, the first two
+of each run left out. ``best`` is what perfect overlap would give: the longer of sampling and training as lag 0 has
+them, and the push of weights, which neither can overlap with. It cannot be had where both want the same cores.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ KINDS: Mapping[str, Sequence[str]] = {
     "1, keep": ["rollout.lag=1", "rollout.in_flight=keep"],
 }
 WARMUP_STEPS = 2
+PHASES = (("total",), ("sample", "grade", "pack"), ("train",), ("sync",))
 
 Steps = list[dict[str, Any]]
 
@@ -125,26 +126,25 @@ def report(found: Mapping[str, Steps], output: Path | None) -> None:
             f"{statistics.fmean(row.get('staleness_mean', 0) for row in rows):.1f}",
         )
     before = found["0"]
-    samples, trains, pushes = (
-        seconds(before, "sample", "grade", "pack"),
-        seconds(before, "train"),
-        seconds(before, "sync"),
-    )
+    total, samples, trains, pushes = (seconds(before, *names) for names in PHASES)
     best = max(samples, trains) + pushes
     lines = [
-        f"best {best:.3f} s: the longer of sampling {samples:.3f} and training {trains:.3f}, and the push {pushes:.3f}",
-        *(
-            f"lag {kind}: {seconds(before, 'total') / seconds(rows, 'total'):.2f}x as fast as lag 0; best would be "
-            f"{seconds(before, 'total') / best:.2f}x; training took {seconds(rows, 'train') / trains:.2f}x and sampling "
-            f"{seconds(rows, 'sample', 'grade', 'pack') / samples:.2f}x as long side by side"
-            for kind, rows in found.items()
-            if kind != "0"
-        ),
+        f"best {best:.3f} s, {total / best:.2f}x as fast as lag 0: the longer of sampling {samples:.3f} and training "
+        f"{trains:.3f}, and the push {pushes:.3f}"
+    ]
+    for kind, rows in found.items():
+        if kind != "0":
+            now, sampling, training, _ = (seconds(rows, *names) for names in PHASES)
+            lines.append(
+                f"lag {kind}: {total / now:.2f}x as fast as lag 0; side by side sampling takes "
+                f"{sampling / samples:.2f}x as long, training {training / trains:.2f}x"
+            )
+    lines.append(
         f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
         f"{os.getloadavg()[1]:.1f} (others' work included); "
         + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-        + f"; {' '.join(sys.argv)}",
-    ]
+        + f"; {' '.join(sys.argv)}"
+    )
     write(Console(width=120), table, lines)
     if output is not None:
         with output.open("w", encoding="utf-8") as file:
