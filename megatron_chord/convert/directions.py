@@ -60,7 +60,7 @@ def to_megatron(
         return rows
 
     boxes: dict[Box, Callable[[], Tensor]] = {
-        replace(piece.box, dtype=source.dtype): functools.partial(data, stored, piece)
+        replace(piece.box, dtype=stored.dtype(source.dtype)): functools.partial(data, stored, piece)
         for stored in source.layout.parameters
         for piece in stored.pieces(PIECE_BYTES)
     }

@@ -45,9 +45,13 @@ class Stored:
     boxes: tuple[Box, ...]
     """One, or, for a gated MLP's stacked projections, one each: the parameter is these below each other."""
 
-    def size(self, dtype: torch.dtype) -> int:
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """What it is kept in, in a model of this dtype."""
+        return self.entry.rule.dtype or of_model
+
+    def size(self, of_model: torch.dtype) -> int:
         """In bytes."""
-        return math.prod(self.shape) * dtype.itemsize
+        return math.prod(self.shape) * self.dtype(of_model).itemsize
 
     def pieces(self, max_bytes: int) -> Iterator[Piece]:
         """The parameter in order, in pieces of at most ``max_bytes``, or of the rows that must stay together."""

@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor."""
+        """Of every tensor whose rule names no other."""
         ...
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
@@ -81,7 +81,15 @@ class HFSource:
     def of(cls, folder: Path) -> HFSource:
         shape, reader = read_shape(folder), HFReader.of(folder)
         shape.weights.check_folder(reader.names, str(folder))
-        dtype = _only_dtype({name: reader.dtype(name) for name in shape.weights.hf_names()}, folder)
+        dtypes, own = {name: reader.dtype(name) for name in shape.weights.hf_names()}, shape.weights.dtypes()
+        dtype = _only_dtype({name: found for name, found in dtypes.items() if name not in own}, folder)
+        findings = [
+            f"{name} is of type {dtypes[name]}, which {wanted} does not hold exactly"
+            for name, wanted in own.items()
+            if torch.promote_types(dtypes[name], wanted) != wanted
+        ]
+        if findings:
+            raise ValueError(f"{folder}:\n  " + "\n  ".join(findings))
         layout = layout_of(shape)
         _check_shapes(layout, shape, reader)
         return cls(folder=folder, shape=shape, layout=layout, dtype=dtype, reader=reader)
@@ -97,11 +105,11 @@ class HFSource:
             self.reader.read(name, 0, part.start, part.stop)
             for name, part in zip(stored.entry.hf, wanted, strict=True)
         ]
-        return transform.merge(parts)
+        return transform.merge(parts).to(stored.dtype(self.dtype))
 
     def tensors(self, stored: Stored) -> Iterator[tuple[str, Tensor]]:
         for name in stored.entry.hf:
-            yield name, self.reader.read(name)
+            yield name, self.reader.read(name).to(stored.dtype(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,7 @@ class MegatronSource:
         """Holds one piece of what the checkpoint was written in besides the rows."""
         stored = without_padding(stored, self.shape.vocab_size)
         stop = min(stop, stored.shape[0])
-        found = torch.empty(max(stop - start, 0), *stored.shape[1:], dtype=self.dtype)
+        found = torch.empty(max(stop - start, 0), *stored.shape[1:], dtype=stored.dtype(self.dtype))
         each = stored.shape[0] // len(stored.boxes)
         while start < stop:
             until = min(stop, (start // each + 1) * each)
@@ -186,7 +194,8 @@ def _check_checkpoint(checkpoint: Checkpoint, layout: Layout, shape: ModelShape)
         raise ValueError(
             f"{checkpoint.folder} does not hold this model's tensors:\n  " + "\n  ".join(sorted(findings))
         )
-    return _only_dtype({key: model[key][1] for key in wanted}, checkpoint.folder)
+    own = {box.key for p in layout.parameters if p.entry.rule.dtype is not None for box in p.boxes}
+    return _only_dtype({key: model[key][1] for key in wanted if key not in own}, checkpoint.folder)
 
 
 def _only_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:

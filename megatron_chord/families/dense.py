@@ -17,6 +17,15 @@ from megatron_chord.weights.transforms import GroupedQKV, Same, Stacked
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The attention of every layer, with the norm before it."""
+
+    rules: tuple[Rule, ...]
+    transformer: Mapping[str, Any]
+    num_kv_heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeedForward:
     """What stands behind the attention of each layer, with the norm before it."""
 
@@ -25,97 +34,90 @@ class FeedForward:
     experts: Experts | None = None
 
 
-def gated_mlp() -> FeedForward:
-    return FeedForward(
-        rules=(
-            Rule(
-                megatron=both("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-                hf=hf_layer("post_attention_layernorm.weight"),
-                transform=Same(),
-            ),
-            Rule(
-                megatron=layer("mlp.linear_fc1.weight"),
-                hf=hf_layer("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-                transform=Stacked(),
-            ),
-            Rule(
-                megatron=layer("mlp.linear_fc2.weight"),
-                hf=hf_layer("mlp.down_proj.weight"),
-                transform=Same(axis=1),
-            ),
+PRE_MLP_NORM = Rule(
+    # Transformer Engine's layer spec fuses it with a dense MLP, and leaves it alone before experts.
+    megatron=both("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    hf=hf_layer("post_attention_layernorm.weight"),
+    transform=Same(),
+)
+
+
+def gated_mlp_rules(layers: tuple[int, ...] | None = None) -> tuple[Rule, ...]:
+    """Of the dense MLPs of these layers, or of all, without the norm before them."""
+    return (
+        Rule(
+            megatron=layer("mlp.linear_fc1.weight"),
+            hf=hf_layer("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            transform=Stacked(),
+            layers=layers,
         ),
-        transformer={},
+        Rule(
+            megatron=layer("mlp.linear_fc2.weight"),
+            hf=hf_layer("mlp.down_proj.weight"),
+            transform=Same(axis=1),
+            layers=layers,
+        ),
     )
+
+
+def gated_mlp() -> FeedForward:
+    return FeedForward(rules=(PRE_MLP_NORM, *gated_mlp_rules()), transformer={})
 
 
 def decoder(
     config: Mapping[str, Any],
     *,
     rope: Rope,
+    attention: Attention | None = None,
     feed_forward: FeedForward | None = None,
-    head_dim: int | None = None,
-    num_kv_heads: int | None = None,
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
     unread: tuple[str, ...] = (),
+    num_unread_layers: int = 0,
 ) -> ModelShape:
     """The model of this config.json.
 
     Args:
+        attention: ``grouped_attention`` of config.json's sizes where left out.
         feed_forward: a dense gated MLP where left out.
-        head_dim: where left out, config.json's, or hidden size / heads.
-        num_kv_heads: where left out, config.json's.
-        qkv_bias: query, key and value have biases.
-        qk_norm: queries and keys pass a norm, head by head, before RoPE.
         unread: see ``WeightMap.unread``.
+        num_unread_layers: see ``WeightMap.num_unread_layers``.
 
     Raises:
         ValueError: config.json lacks a size, or asks for what Megatron's model would compute differently.
     """
+    attention = attention or grouped_attention(config)
     feed_forward = feed_forward or gated_mlp()
     activation = config.get("hidden_act", "silu")
     refuse(activation != "silu", config, f"hidden_act {activation!r} is not silu")
     refuse(config.get("quantization_config") is not None, config, "quantised weights cannot be trained")
-    num_heads = require(config, "num_attention_heads")
-    groups: int = num_kv_heads or require(config, "num_key_value_heads")
-    refuse(
-        num_heads % groups != 0,
-        config,
-        f"{num_heads} attention heads are no multiple of {groups} key-value heads",
-    )
-    hidden_size = require(config, "hidden_size")
-    width: int = head_dim or config.get("head_dim") or hidden_size // num_heads
     tied = bool(config.get("tie_word_embeddings", False))
     num_layers = require(config, "num_hidden_layers")
-    attention = _attention_rules(num_heads // groups, width, qkv_bias=qkv_bias, qk_norm=qk_norm)
     return ModelShape(
         family=require(config, "model_type"),
         vocab_size=require(config, "vocab_size"),
         num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=groups,
+        hidden_size=require(config, "hidden_size"),
+        num_heads=require(config, "num_attention_heads"),
+        num_kv_heads=attention.num_kv_heads,
         ffn_size=require(config, "intermediate_size"),
         max_positions=require(config, "max_position_embeddings"),
         tied=tied,
         rope=rope,
         experts=feed_forward.experts,
         transformer={
-            "kv_channels": width,
             "normalization": "RMSNorm",
             "layernorm_epsilon": require(config, "rms_norm_eps"),
             "activation_func": "silu",
             "gated_linear_unit": True,
             "add_bias_linear": False,
-            "add_qkv_bias": qkv_bias,
-            "qk_layernorm": qk_norm,
+            **attention.transformer,
             **feed_forward.transformer,
         },
         weights=WeightMap(
-            rules=(*_embedding_rules(tied), *attention, *feed_forward.rules),
+            rules=(*_embedding_rules(tied), *attention.rules, *feed_forward.rules),
             num_layers=num_layers,
             num_experts=feed_forward.experts.count if feed_forward.experts else 0,
             unread=unread,
+            num_unread_layers=num_unread_layers,
         ),
     )
 
@@ -140,7 +142,38 @@ def _embedding_rules(tied: bool) -> tuple[Rule, ...]:
     )
 
 
-def _attention_rules(
+def grouped_attention(
+    config: Mapping[str, Any],
+    *,
+    head_dim: int | None = None,
+    num_kv_heads: int | None = None,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> Attention:
+    """Grouped-query attention.
+
+    Args:
+        head_dim: where left out, config.json's, or hidden size / heads.
+        num_kv_heads: where left out, config.json's.
+        qkv_bias: query, key and value have biases.
+        qk_norm: queries and keys pass a norm, head by head, before RoPE.
+    """
+    num_heads = require(config, "num_attention_heads")
+    groups: int = num_kv_heads or require(config, "num_key_value_heads")
+    refuse(
+        num_heads % groups != 0,
+        config,
+        f"{num_heads} attention heads are no multiple of {groups} key-value heads",
+    )
+    width: int = head_dim or config.get("head_dim") or require(config, "hidden_size") // num_heads
+    return Attention(
+        rules=_grouped_attention_rules(num_heads // groups, width, qkv_bias=qkv_bias, qk_norm=qk_norm),
+        transformer={"kv_channels": width, "add_qkv_bias": qkv_bias, "qk_layernorm": qk_norm},
+        num_kv_heads=groups,
+    )
+
+
+def _grouped_attention_rules(
     queries_per_group: int, head_dim: int, *, qkv_bias: bool, qk_norm: bool
 ) -> tuple[Rule, ...]:
     qkv = GroupedQKV(queries_per_group, head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_chord.families.dense import decoder
+from megatron_chord.families.dense import decoder, grouped_attention
 from megatron_chord.families.settings import read_rope, refuse_biases
 from megatron_chord.families.shape import ModelShape, require
 from megatron_chord.weights.mapping import hf_layer
@@ -16,7 +16,10 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     return decoder(
         config,
         rope=read_rope(config),
-        num_kv_heads=config.get("num_key_value_heads") or require(config, "num_attention_heads"),
+        attention=grouped_attention(
+            config,
+            num_kv_heads=config.get("num_key_value_heads") or require(config, "num_attention_heads"),
+        ),
         # Llama 2's folders keep RoPE's frequencies, which config.json determines.
         unread=hf_layer("self_attn.rotary_emb.inv_freq"),
     )

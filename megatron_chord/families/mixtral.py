@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_chord.families.dense import decoder
-from megatron_chord.families.moe import mixture
+from megatron_chord.families.moe import Names, mixture
 from megatron_chord.families.settings import read_rope, refuse_short_window
 from megatron_chord.families.shape import Experts, ModelShape, require
 
@@ -18,9 +18,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         experts=Experts(count=require(config, "num_local_experts")),
         width=require(config, "intermediate_size"),
         normalised=True,
-        block="block_sparse_moe",
-        gate="w1",
-        up="w3",
-        down="w2",
+        names=Names(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     )
     return decoder(config, rope=read_rope(config, default_base=1e6), feed_forward=feed_forward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_chord.families.dense import decoder
+from megatron_chord.families.dense import decoder, grouped_attention
 from megatron_chord.families.settings import read_rope, refuse_biases, refuse_sliding_layers
 from megatron_chord.families.shape import ModelShape
 
@@ -16,4 +16,5 @@ HEAD_DIM = 128
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_sliding_layers(config)
     refuse_biases(config, "attention_bias")
-    return decoder(config, rope=read_rope(config), head_dim=config.get("head_dim") or HEAD_DIM, qk_norm=True)
+    attention = grouped_attention(config, head_dim=config.get("head_dim") or HEAD_DIM, qk_norm=True)
+    return decoder(config, rope=read_rope(config), attention=attention)

@@ -8,15 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_chord.families.shape import LinearScaling, Llama3Scaling, Rope, refuse, require
+from megatron_chord.families.shape import (
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnScaling,
+    refuse,
+    require,
+)
 
 
-def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0) -> Rope:
-    """RoPE in Transformers 5's spelling (``rope_parameters``) or 4's (``rope_theta`` with ``rope_scaling``).
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of RoPE under Transformers 5's name for it, or 4's.
 
     Where both are there, what Transformers 5 takes (modeling_rope_utils.py, convert_rope_params_to_dict).
     """
-    stated: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+
+
+def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0, yarn: bool = False) -> Rope:
+    """RoPE in Transformers 5's spelling (``rope_parameters``) or 4's (``rope_theta`` with ``rope_scaling``).
+
+    ``yarn``: the family may scale by YaRN, as long as queries and keys keep their size.
+    """
+    stated = rope_parameters(config)
     refuse(
         any(isinstance(value, Mapping) for value in stated.values()),
         config,
@@ -38,14 +53,11 @@ def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0) -> R
         case "linear":
             return Rope(base=base, scaling=LinearScaling(factor=_number(config, stated, "factor")))
         case "llama3":
-            original = config.get("original_max_position_embeddings") or stated.get(
-                "original_max_position_embeddings"
-            )
             scaling = Llama3Scaling(
                 factor=_number(config, stated, "factor"),
                 low_freq_factor=_number(config, stated, "low_freq_factor"),
                 high_freq_factor=_number(config, stated, "high_freq_factor"),
-                original_max_positions=original or require(config, "max_position_embeddings"),
+                original_max_positions=_original_max_positions(config, stated),
             )
             refuse(
                 not 0 < scaling.low_freq_factor < scaling.high_freq_factor,
@@ -54,11 +66,41 @@ def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0) -> R
                 f"{scaling.high_freq_factor}",
             )
             return Rope(base=base, scaling=scaling)
+        case "yarn" if yarn:
+            return Rope(base=base, scaling=_yarn(config, stated))
         case _:
             raise ValueError(
                 f"config.json of model_type {config.get('model_type')!r}: RoPE scaling of type {kind!r} is not "
                 "supported"
             )
+
+
+def _yarn(config: Mapping[str, Any], stated: Mapping[str, Any]) -> YarnScaling:
+    """Defaults are those of Transformers 5 (modeling_rope_utils.py, _compute_yarn_parameters)."""
+    scaling = YarnScaling(
+        factor=_number(config, stated, "factor"),
+        beta_fast=float(stated.get("beta_fast") or 32),
+        beta_slow=float(stated.get("beta_slow") or 1),
+        truncate=bool(stated.get("truncate", True)),
+        original_max_positions=_original_max_positions(config, stated),
+    )
+    mscale, over_all = stated.get("mscale"), stated.get("mscale_all_dim")
+    stretch = stated.get("attention_factor")
+    keeps_size = stretch == 1 or (
+        stretch is None and (scaling.factor <= 1 or (mscale and mscale == over_all))
+    )
+    refuse(
+        not keeps_size,
+        config,
+        f"YaRN that stretches queries and keys is not supported: mscale {mscale} and mscale_all_dim {over_all} must "
+        f"be equal, attention_factor {stretch} absent or 1",
+    )
+    return scaling
+
+
+def _original_max_positions(config: Mapping[str, Any], stated: Mapping[str, Any]) -> int:
+    name = "original_max_position_embeddings"
+    return config.get(name) or stated.get(name) or require(config, "max_position_embeddings")
 
 
 def _number(config: Mapping[str, Any], rope: Mapping[str, Any], name: str) -> float:

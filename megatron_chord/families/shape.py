@@ -27,18 +27,33 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN's (arXiv 2309.00071, eq. 17 to 20): dimensions that turn less than ``beta_slow`` times over the original
+    positions slowed down by ``factor``, those that turn more than ``beta_fast`` times kept, a ramp between."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """The ramp's ends are rounded to whole dimensions."""
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rope:
     base: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Sizes of the mixture of experts that every layer holds in place of a dense MLP."""
+    """Sizes of the mixture of experts that layers hold in place of a dense MLP."""
 
     count: int
     shared_ffn_size: int | None = None
     """Width of the expert that sees every token."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers of the layers that keep a dense MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,10 @@ class ModelShape:
     transformer: Mapping[str, Any]
     """Fields of Megatron-Core's TransformerConfig beyond parallelism and dtype; activation_func by name."""
     weights: WeightMap
+
+    @property
+    def has_latent_attention(self) -> bool:
+        return bool(self.transformer.get("multi_latent_attention"))
 
 
 def require(config: Mapping[str, Any], name: str) -> Any:

@@ -7,10 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chord.families import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from megatron_chord.families import (
+    deepseek_v2,
+    deepseek_v3,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_chord.families.shape import ModelShape
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
+    "deepseek_v2": deepseek_v2.shape,
+    "deepseek_v3": deepseek_v3.shape,
     "llama": llama.shape,
     "mistral": mistral.shape,
     "mixtral": mixtral.shape,

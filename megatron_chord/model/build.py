@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,12 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
         raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
     if shape.experts is None and parallel.expert > 1:
         raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
+    if shape.has_latent_attention and parallel.tensor > 1 and not parallel.sequence_parallel:
+        # megatron/core/transformer/multi_latent_attention.py:596: only there is that gradient reduced.
+        raise ValueError(
+            f"parallel.tensor is {parallel.tensor}: Megatron sums the gradient of the keys that all heads share "
+            f"({shape.family}'s latent attention) over a tensor axis only with parallel.sequence_parallel"
+        )
     if shape.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
         # megatron/core/transformer/moe/moe_layer.py:379
         raise ValueError(
@@ -82,12 +88,12 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
 
 
 def _feed_forward_rules(shape: ModelShape, parallel: ParallelConfig) -> list[tuple[bool, str]]:
+    dense = (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}")
     if shape.experts is None:
-        return [
-            (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}")
-        ]
+        return [dense]
     count, shared = shape.experts.count, shape.experts.shared_ffn_size or 0
     return [
+        *([dense] if shape.experts.dense_layers else []),
         (count % parallel.expert == 0, f"{count} experts / expert {parallel.expert}"),
         (shared % parallel.tensor == 0, f"shared expert's width {shared} / tensor {parallel.tensor}"),
     ]
@@ -95,8 +101,6 @@ def _feed_forward_rules(shape: ModelShape, parallel: ParallelConfig) -> list[tup
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> Any:
     """Megatron-Core's TransformerConfig. ValueError for an override that is no field of it."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     dtype = DTYPES[model.dtype]
     fused = has_transformer_engine()
     settings: dict[str, Any] = {
@@ -131,7 +135,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": fused,
+        # Fused, Megatron's latent attention rotates by its own YaRN.
+        "apply_rope_fusion": fused and not shape.has_latent_attention,
         "persist_layer_norm": False,
         # Needs a kernel of NVIDIA's Apex that only some images bring.
         "gradient_accumulation_fusion": False,
@@ -147,7 +152,13 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         }
     check_overrides(model.megatron_overrides, shape)
     merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
-    return TransformerConfig(**merged)
+    return _config_class(shape)(**merged)
+
+
+def _config_class(shape: ModelShape) -> Any:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    return MLATransformerConfig if shape.has_latent_attention else TransformerConfig
 
 
 def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
@@ -173,12 +184,33 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
             rotary_base=shape.rope.base,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        if shape.rope.scaling is not None:
-            rope: Any = chunk.rotary_pos_emb
-            rope.inv_freq = scaled_frequencies(rope.inv_freq, shape.rope.scaling)
+        _scale_rope(chunk, shape)
+        _keep_expert_bias(chunk)
         _mark_parameters(chunk, shape)
         chunks.append(chunk if config.use_cpu_initialization else chunk.cuda())
     return chunks
+
+
+def _scale_rope(chunk: Any, shape: ModelShape) -> None:
+    """Latent attention has RoPE of its own in each layer, other attention one for the chunk."""
+    holders = (
+        [layer.self_attention for layer in chunk.decoder.layers] if shape.has_latent_attention else [chunk]
+    )
+    for holder in holders:
+        rope: Any = holder.rotary_pos_emb
+        rope.inv_freq = scaled_frequencies(rope.inv_freq, shape.rope)
+
+
+def _keep_expert_bias(chunk: Any) -> None:
+    """Leave the bias of the choice of experts as it is: no router counts its tokens.
+
+    Megatron moves it by the sign of (mean - count) times the update rate, which is 0; but it sums the counts over the
+    ranks anew at each step (moe/moe_utils.py:1067) and leaves it to the training loop to reset them. They would
+    overflow, and the bias become nan.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "enable_expert_bias"):
+            module.enable_expert_bias = False
 
 
 def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
@@ -201,18 +233,27 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
     """This rank's parameters by name, with layers and experts numbered over the whole model."""
-    parameters: dict[str, Tensor] = {}
+    return {
+        name: parameter for chunk in chunks for name, parameter in _named(chunk, chunk.named_parameters())
+    }
+
+
+def global_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """The parameters, and what else a checkpoint of the model holds: buffers that the forward pass reads."""
+    weights = global_parameters(chunks)
     for chunk in chunks:
-        layers = chunk.decoder.layers
-        experts = getattr(layers[0].mlp, "local_expert_indices", [0]) if len(layers) else [0]
-        for name, parameter in chunk.named_parameters():
-            whole = global_name(
-                name,
-                first_layer=layers[0].layer_number - 1 if len(layers) else 0,
-                first_expert=experts[0],
-            )
-            parameters[whole] = parameter
-    return parameters
+        saved = chunk.state_dict(keep_vars=True)
+        weights |= _named(chunk, ((name, buffer) for name, buffer in chunk.named_buffers() if name in saved))
+    return weights
+
+
+def _named(chunk: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    layers = chunk.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    of_layers = [getattr(layer.mlp, "local_expert_indices", None) for layer in layers]
+    first_expert = next((indices[0] for indices in of_layers if indices), 0)
+    for name, tensor in tensors:
+        yield global_name(name, first_layer=first_layer, first_expert=first_expert), tensor
 
 
 def check_overrides(overrides: Mapping[str, Any], shape: ModelShape) -> None:
@@ -225,9 +266,7 @@ def check_overrides(overrides: Mapping[str, Any], shape: ModelShape) -> None:
             reason = "the model's config.json sets it"
         if reason is not None:
             raise ValueError(f"model.megatron_overrides: {name} cannot be set: {reason}")
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
+    fields = [field.name for field in dataclasses.fields(_config_class(shape))]
     for name in overrides:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)

@@ -67,7 +67,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """query [T, heads, dim], key and value [T, groups, dim] -> [T, heads * dim]; T tokens of this context rank."""
+        """[T, heads, D], [T, groups, D] and [T, groups, V] -> [T, heads * V]; T tokens of this context rank."""
         assert packed_seq_params is not None, "only packed batches come here"
         assert attention_mask is None, "the mask of a packed batch is causal"
         starts = packed_seq_params.cu_seqlens_q.tolist()
@@ -90,7 +90,7 @@ class PackedAttention(MegatronModule):
             # Rank by rank, as gathered, back to the order of the sequence.
             order = torch.cat([context_order(length, size, r) for r in range(size)]).argsort()
             whole = gathered[:, start:stop].flatten(0, 1)[order.to(query.device)]
-            whole_key, whole_value = whole.chunk(2, dim=-1)
+            whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
             positions = context_order(length, size, rank).to(query.device)
             mask = positions[:, None] >= torch.arange(length, device=query.device)[None, :]
             outputs.append(self._attend(query[start:stop], whole_key, whole_value, mask))
@@ -98,7 +98,7 @@ class PackedAttention(MegatronModule):
         return outputs
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """[S, heads, dim] x [L, groups, dim] -> [S, heads, dim]; causal when there is no mask."""
+        """[S, heads, D], [L, groups, D] and [L, groups, V] -> [S, heads, V]; causal when there is no mask."""
         output = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],

@@ -12,13 +12,23 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_chord.families.shape import LinearScaling, Llama3Scaling
+from megatron_chord.families.shape import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 
-def scaled_frequencies(frequencies: Tensor, scaling: LinearScaling | Llama3Scaling) -> Tensor:
-    """[head_dim / 2] -> the same, scaled."""
-    if isinstance(scaling, LinearScaling):
-        return frequencies / scaling.factor
+def scaled_frequencies(frequencies: Tensor, rope: Rope) -> Tensor:
+    """The plain frequencies [head_dim / 2] of ``rope.base`` -> the same, scaled."""
+    match rope.scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor=factor):
+            return frequencies / factor
+        case Llama3Scaling():
+            return _llama3(frequencies, rope.scaling)
+        case YarnScaling():
+            return _yarn(2 * len(frequencies), rope.base, rope.scaling, frequencies.device)
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * math.pi / frequencies
     long = wavelength > scaling.original_max_positions / low
@@ -27,3 +37,22 @@ def scaled_frequencies(frequencies: Tensor, scaling: LinearScaling | Llama3Scali
     share = (scaling.original_max_positions / wavelength - low) / (high - low)
     between = (1 - share) * slowed / scaling.factor + share * slowed
     return torch.where(~short & ~long, between, slowed)
+
+
+def _yarn(head_dim: int, base: float, scaling: YarnScaling, device: torch.device) -> Tensor:
+    def dimension(turns: float) -> float:
+        """The one that turns this often over the original positions."""
+        wavelengths = scaling.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelengths) / (2 * math.log(base))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    order = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    kept = 1 - ((order - low) / (high - low)).clamp(0, 1)
+    # From the wavelengths, not from the frequencies: division rounds differently.
+    wavelengths = base ** (2 * order / head_dim)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept

@@ -24,29 +24,60 @@ def block_spec(config: Any, vp_stage: int | None) -> Any:
 
 
 def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_chord.model.local_modules import RMSNorm
+
+    dense = _local_layer_spec(config, num_experts=None)
+    sparse = _local_layer_spec(config, num_experts=config.num_moe_experts)
+    every: list[int] = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else []
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    here = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    # Only a block spec lets us choose the final norm; a layer spec would get Megatron's.
+    return TransformerBlockSubmodules(
+        layer_specs=[dense if every and not every[number] else sparse for number in here],
+        layer_norm=RMSNorm,  # type: ignore[arg-type]
+    )
+
+
+def _local_layer_spec(config: Any, *, num_experts: int | None) -> Any:
+    """Of a dense layer where there are no experts. Saved under the names of Transformer Engine's layer spec."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.post_training.modelopt.layers import Linear
 
     from megatron_chord.model.local_modules import PackedAttention, RMSNorm
 
     layer: Any = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=num_experts,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization="RMSNorm",
     )
     parts = layer.submodules
+    attention = parts.self_attention
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = PackedAttention
-    if config.qk_layernorm:
-        parts.self_attention.submodules.q_layernorm = RMSNorm
-        parts.self_attention.submodules.k_layernorm = RMSNorm
-    if config.num_moe_experts is not None:
-        # Megatron would save this norm under the name that it has in front of a dense MLP, unlike the layer spec of
-        # Transformer Engine (gpt_layer_specs.py:419).
-        keys = layer.submodules.sharded_state_dict_keys_map
-        parts.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if k != "pre_mlp_layernorm."}
-    # Only a block spec lets us choose the final norm; a layer spec would get Megatron's.
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)  # type: ignore[arg-type]
+    attention.submodules.core_attention = PackedAttention
+    fused = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if num_experts is None else {}
+    if config.multi_latent_attention:
+        # Replicated, as with Transformer Engine. Megatron's choice here cuts them over the tensor axis and, once their
+        # results are gathered, gives each part the gradient from one rank's heads alone.
+        attention.submodules.linear_q_down_proj = Linear
+        attention.submodules.linear_kv_down_proj = Linear
+        attention.submodules.q_layernorm = RMSNorm
+        attention.submodules.kv_layernorm = RMSNorm
+        for latent in ("q", "kv"):
+            fused[f"self_attention.{latent}_layernorm."] = (
+                f"self_attention.linear_{latent}_up_proj.layer_norm_"
+            )
+    else:
+        fused["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        if config.qk_layernorm:
+            attention.submodules.q_layernorm = RMSNorm
+            attention.submodules.k_layernorm = RMSNorm
+    parts.sharded_state_dict_keys_map = fused
+    return layer

@@ -280,8 +280,11 @@ def _patch_random_state() -> None:
 def _patch_missing_transformer_engine_names() -> None:
     """Names that Megatron-Core uses although their import from Transformer Engine failed (NameError otherwise)."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
+    if not isinstance(multi_latent_attention.TELinear, type):  # multi_latent_attention.py:185: it is a mock
+        multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):  # moe_utils.py:1192
         moe_utils.te_general_gemm = None
     if not hasattr(random, "FP8GlobalStateManager"):  # random.py:589

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
-from megatron_chord.model.build import build_chunks, global_parameters, transformer_config
+from megatron_chord.model.build import build_chunks, global_parameters, global_weights, transformer_config
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.weights.export import hf_tensors
@@ -36,6 +36,10 @@ class TrainState:
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
 
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters, and buffers that are part of the model but not trained."""
+        return global_weights([unwrapped(chunk) for chunk in self.chunks])
+
     def hf_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """This rank's part in giving the weights away: whole Hugging Face tensors on exporters, nothing elsewhere.
 
@@ -44,7 +48,7 @@ class TrainState:
         """
         groups = self.groups
         return hf_tensors(
-            self.parameters() if tensors is None else tensors,
+            self.weights() if tensors is None else tensors,
             self.shape.weights,
             tensor_group=groups.tensor.group if groups.holds_first_replica else None,
             expert_group=groups.expert.group if groups.holds_first_experts else None,
@@ -128,7 +132,7 @@ def _filled(
     chunks = build_chunks(config, shape)
     read = functools.partial(
         load,
-        global_parameters(chunks),
+        global_weights(chunks),
         shape.weights,
         HFReader.of(model.path),
         vocab_size=shape.vocab_size,

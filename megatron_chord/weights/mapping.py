@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megatron_chord.weights.transforms import Transform
 
 _LAYER, _EXPERT = "{layer}", "{expert}"
@@ -29,6 +31,10 @@ class Rule:
     """Rows are vocabulary entries: Megatron's parameter has padding rows at the end, Hugging Face's has not."""
     exported: bool = True
     """False for a second copy of a tensor that another rule exports (the tied head of the last pipeline stage)."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers that have it; None for all."""
+    dtype: torch.dtype | None = None
+    """What both sides hold it in, whichever dtype the model has; None where it follows the model."""
 
     @property
     def of_expert(self) -> bool:
@@ -59,16 +65,19 @@ class WeightMap:
     num_experts: int = 0
     unread: tuple[str, ...] = ()
     """Hugging Face names, with ``{layer}``, of tensors that a folder may hold besides, which carry no information."""
+    num_unread_layers: int = 0
+    """Layers that a folder may hold after the model's own, which no forward pass of the model runs through."""
 
     def entry(self, megatron_name: str) -> Entry:
         """What the parameter of this global Megatron name is made of. ValueError when the family has no such name."""
         pattern = _EXPERT_NUMBER.sub(_EXPERT, _LAYER_NUMBER.sub(_LAYER, megatron_name))
+        number = _number(_LAYER_NUMBER, megatron_name)
         for rule in self.rules:
-            if pattern in rule.megatron:
+            if pattern in rule.megatron and (rule.layers is None or number in rule.layers):
                 return Entry(
                     megatron=megatron_name,
                     rule=rule,
-                    layer=_number(_LAYER_NUMBER, megatron_name),
+                    layer=number,
                     expert=_number(_EXPERT_NUMBER, megatron_name),
                 )
         raise ValueError(f"no rule maps the Megatron parameter {megatron_name!r} to Hugging Face")
@@ -77,15 +86,28 @@ class WeightMap:
         """Every Hugging Face tensor of the model, each once."""
         for rule in self.rules:
             if rule.exported:
-                yield from (name for pattern in rule.hf for name in self._each(pattern))
+                yield from self._names(rule)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Hugging Face names of the tensors that do not follow the model's dtype, with their own."""
+        return {
+            name: rule.dtype for rule in self.rules if rule.dtype is not None for name in self._names(rule)
+        }
 
     def check_folder(self, found: Sequence[str], where: str) -> None:
         """ValueError unless these are the names of this model's tensors, in a folder to be read."""
-        unread = {name for pattern in self.unread for name in self._each(pattern)}
-        check_accounting(list(self.hf_names()), [name for name in found if name not in unread], where)
+        unread = {name for pattern in self.unread for name in self._each(pattern, range(self.num_layers))}
+        after = range(self.num_layers, self.num_layers + self.num_unread_layers)
+        starts = tuple(_numbered(start, number, None) for number in after for start in hf_layer(""))
+        read = [name for name in found if name not in unread and not name.startswith(starts)]
+        check_accounting(list(self.hf_names()), read, where)
 
-    def _each(self, pattern: str) -> Iterator[str]:
-        for layer in range(self.num_layers) if _LAYER in pattern else [None]:
+    def _names(self, rule: Rule) -> Iterator[str]:
+        layers = range(self.num_layers) if rule.layers is None else rule.layers
+        return (name for pattern in rule.hf for name in self._each(pattern, layers))
+
+    def _each(self, pattern: str, layers: Sequence[int]) -> Iterator[str]:
+        for layer in layers if _LAYER in pattern else [None]:
             for expert in range(self.num_experts) if _EXPERT in pattern else [None]:
                 yield _numbered(pattern, layer, expert)
 

@@ -58,7 +58,7 @@ def build(
 def fill(state: TrainState, folder: Path) -> None:
     """Give the state another folder's weights."""
     load(
-        state.parameters(),
+        state.weights(),
         state.shape.weights,
         HFReader.of(folder),
         vocab_size=state.shape.vocab_size,

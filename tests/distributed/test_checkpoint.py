@@ -86,7 +86,7 @@ def train(state: TrainState, layout: Any, steps: range) -> list[dict[str, float]
 
 
 def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in gather_hf(state, state.parameters()).items()}
+    return {name: tensor.clone() for name, tensor in gather_hf(state, state.weights()).items()}
 
 
 def interrupted_and_not(

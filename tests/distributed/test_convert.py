@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chord.config import OptimConfig, ParallelConfig
+from megatron_chord.model.build import global_weights
 from tests.distributed import steps
 from tests.distributed.test_families import DENSE, MOE
 from tests.support.ranks import ROOT, run_ranks
@@ -85,8 +86,8 @@ def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, A
         modules = [chunk.module for chunk in state.chunks]
         with torch.no_grad():
             for module in modules:
-                for parameter in module.parameters():
-                    parameter.fill_(torch.nan)
+                for weight in global_weights([module]).values():
+                    weight.fill_(torch.nan)
             wanted = {
                 str(i): module.sharded_state_dict(metadata={"singleton_local_shards": False})
                 for i, module in enumerate(modules)
@@ -94,7 +95,7 @@ def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, A
             loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
             for i, module in enumerate(modules):
                 module.load_state_dict(loaded[str(i)], strict=True)
-        results.append(steps.gather_hf(state, state.parameters()))
+        results.append(steps.gather_hf(state, state.weights()))
     return results
 
 
@@ -113,6 +114,8 @@ FAMILIES = {
     "llama_3": {},
     "qwen2_moe_tied": {"expert": 2},
     "qwen3_moe_untied": {"expert": 2},
+    "qwen3_moe_every_other": {"pipeline": 2},
+    "deepseek_v3_untied": {"tensor": 2, "sequence_parallel": True, "expert": 2},
 }
 """Of test_families: with another layout than one rank's in which Megatron is to load it."""
 
@@ -157,6 +160,47 @@ def test_every_family_there_and_back_and_into_megatron(tmp_path: Path) -> None:
         for (tensors,) in run_ranks(loaded_by_megatron, 2, here / "hf", here / "megatron", layouts):
             assert tensors.keys() == expected.keys(), name
             assert all(tensors[tensor].equal(expected[tensor]) for tensor in expected), name
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+def convert_bias(folder: Path) -> dict[str, Any]:
+    """A bf16 model there and back, with its bias in fp32 and in what other dtypes a folder may hold it."""
+    from megatron_chord.convert.directions import differences, hf_to_megatron, megatron_to_hf
+
+    save_model("deepseek_v3", folder / "exact", layers=2)
+    exact = load_file(folder / "exact" / "model.safetensors")
+    for name, bias in {
+        "hf": exact[BIAS],
+        "rounded": exact[BIAS].bfloat16(),
+        "double": exact[BIAS].double(),
+    }.items():
+        shutil.copytree(folder / "exact", folder / name)
+        tensors = {name: tensor.bfloat16() for name, tensor in exact.items()} | {BIAS: bias}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    megatron_to_hf(folder / "megatron", folder / "back")
+    hf_to_megatron(folder / "rounded", folder / "rounded_megatron")
+    with pytest.raises(ValueError, match=r"float64, which torch\.float32 does not") as refused:
+        hf_to_megatron(folder / "double", folder / "double_megatron")
+    return {
+        "same": list(differences(folder / "hf", folder / "back")),
+        "rounded": list(differences(folder / "rounded", folder / "rounded_megatron")),
+        "other": list(differences(folder / "back", folder / "rounded_megatron")),
+        "refused": str(refused.value),
+    }
+
+
+def test_a_bias_in_fp32_stays_so_in_a_bf16_model(tmp_path: Path) -> None:
+    (found,) = run_ranks(convert_bias, 1, tmp_path)
+    assert found["same"] == found["rounded"] == []
+    assert found["other"] == [f"{BIAS} differs"]
+    assert BIAS in found["refused"]
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert torch.equal(back[BIAS], load_file(tmp_path / "exact" / "model.safetensors")[BIAS])
+    assert {tensor.dtype for name, tensor in back.items() if name != BIAS} == {torch.bfloat16}
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def save_training(folder: Path, target: Path) -> None:
@@ -214,6 +258,61 @@ def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
     result = convert("plan", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "70,553,706,496 numbers" in result.stdout
+
+
+def test_the_plan_of_deepseek_v3_from_its_config_alone(tmp_path: Path) -> None:
+    """671B numbers, 61 layers of latent attention: 7168 x (1536 + 512 + 64) + 1536 x 128 x 192 + 512 x 128 x 256 +
+    128 x 128 x 7168, norms of 1536 + 512 + 2 x 7168; behind them 3 times 3 x 7168 x 18432, and 58 times
+    257 x 3 x 7168 x 2048 + 256 x 7168 + 256; 2 x 129280 x 7168 and 7168."""
+    config = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_nextn_predict_layers": 1,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = convert("plan", tmp_path)
+    assert result.returncode == 0, result.stderr
+    attention = 7168 * (1536 + 512 + 64) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    norms = 1536 + 512 + 2 * 7168
+    experts = 257 * 3 * 7168 * 2048 + 256 * 7168 + 256
+    whole = 61 * (attention + norms) + 3 * 3 * 7168 * 18432 + 58 * experts + 2 * 129280 * 7168 + 7168
+    assert 671e9 < whole < 672e9
+    assert f"{whole:,} numbers" in result.stdout
 
 
 def damaged(model: Path, folder: Path, how: str) -> Path:

@@ -35,6 +35,26 @@ MOE: dict[str, dict[str, Any]] = {
     "qwen2_moe_tied": {"family": "qwen2_moe", "tied": True, "norm_topk_prob": True, "qkv_bias": False},
     "qwen3_moe_untied": {"family": "qwen3_moe"},
     "qwen3_moe_one": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 1},
+    "qwen2_moe_one_dense": {"family": "qwen2_moe", "mlp_only_layers": [2]},
+    "qwen3_moe_every_other": {"family": "qwen3_moe", "decoder_sparse_step": 2},
+    "deepseek_v3_untied": {"family": "deepseek_v3"},
+    "deepseek_v3_plain": {
+        "family": "deepseek_v3",
+        "tied": True,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    },
+    "deepseek_v2_untied": {"family": "deepseek_v2"},
+    "deepseek_v2_groups": {
+        "family": "deepseek_v2",
+        "q_lora_rank": 40,
+        "n_routed_experts": 8,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+    },
 }
 TP2_SP = {"tensor": 2, "sequence_parallel": True}
 DENSE_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -152,6 +172,14 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "mixtral_untied": {"ep2": {"expert": 2}},
     "qwen2_moe_untied": {"tp2_sp_ep2": TP2_SP | {"expert": 2}},
     "qwen3_moe_untied": {"tp2_sp": TP2_SP, "cp2_ep2": {"context": 2, "expert": 2}},
+    "qwen2_moe_one_dense": {"tp2_sp_ep2": TP2_SP | {"expert": 2}},
+    "deepseek_v3_untied": {
+        "tp2_sp": TP2_SP,
+        "tp2_sp_ep2": TP2_SP | {"expert": 2},
+        "cp2_ep2": {"context": 2, "expert": 2},
+        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    },
+    "deepseek_v2_untied": {"tp2_sp": TP2_SP},
 }
 
 
@@ -164,9 +192,10 @@ def test_a_step_of_chord_is_the_references(name: str, tmp_path: Path) -> None:
     assert_split_invariant(folder, {"chord": objective}, layouts={2: STEPS[name]})
 
 
-def test_experts_resume_in_other_layouts_as_if_never_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_experts_resume_in_other_layouts_as_if_never_interrupted(family: str, tmp_path: Path) -> None:
     """Clipped AdamW steps, gradient norms and checkpoints do not depend on where the experts are."""
-    folder = save_model("qwen2_moe", tmp_path / "model")
+    folder = save_model(family, tmp_path / "model")
     ((through, _),) = [
         rank["one"] for rank in run_ranks(interrupted_and_not, 1, folder, {"one": {}}, tmp_path / "alone")
     ]
@@ -185,6 +214,10 @@ def test_experts_resume_in_other_layouts_as_if_never_interrupted(tmp_path: Path)
         for rank in run_ranks(resume, world_size, folder, cases):
             for name, outcome in rank.items():
                 assert_same_run(outcome, through, name)
+    before = load_file(folder / "model.safetensors")
+    for name, tensor in through["weights"].items():
+        is_trained = not name.endswith("e_score_correction_bias")
+        assert torch.equal(tensor, before[name]) != is_trained, name
 
 
 def assert_same_run(outcome: Any, expected: Any, what: str) -> None:

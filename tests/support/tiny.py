@@ -39,6 +39,28 @@ LLAMA3_ROPE = {
 }
 """Of the 8 (or 16) frequencies of a head of 16 (or 32), some are kept, some slowed down and some interpolated."""
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 128,
+}
+"""Of the 8 frequencies of a rotated part of 16, some are kept, some slowed down and some between."""
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 28,
+    "rope_parameters": YARN_ROPE,
+}
+"""All sizes of latent attention differ."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "llama": {},
@@ -57,6 +79,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "head_dim": 32,
         "norm_topk_prob": True,
+    },
+    "deepseek_v2": LATENT
+    | {
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": LATENT
+    | {
+        "q_lora_rank": 40,
+        "n_routed_experts": 12,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
     },
 }
 """What each family's tiny config.json says beyond the sizes that all have."""
@@ -94,6 +139,9 @@ def save_model(
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():
+            buffer.data.add_(0.1 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return folder
 

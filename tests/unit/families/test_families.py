@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from megatron_chord.model.build import check_shape
 from megatron_chord.model.rope import scaled_frequencies
 from megatron_chord.weights.reader import HFReader
 from tests.support.tiny import FAMILIES as TINY
-from tests.support.tiny import LLAMA3_ROPE, save_model
+from tests.support.tiny import LLAMA3_ROPE, YARN_ROPE, save_model
 
 LAYERS = 2
+LATENT = ("deepseek_v2", "deepseek_v3")
 ALL = sorted(FAMILIES)
 
 
@@ -36,7 +38,8 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    stated: dict[str, Any] = AutoConfig.for_model(family, **sizes | TINY[family]).to_diff_dict() | changes
+    sizes |= TINY[family]
+    stated: dict[str, Any] = AutoConfig.for_model(family, **sizes).to_diff_dict()
     return {name: value for name, value in (stated | sizes | changes).items() if value is not ABSENT}
 
 
@@ -61,14 +64,17 @@ def test_the_names_are_those_of_the_folder(family: str, tied: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("family", ALL)
 def test_both_layer_specs_name_the_same_tensors(family: str) -> None:
-    """Each rule's Megatron names, with numbers of two digits filled in, lead back to the rule's tensors."""
+    """Each rule's Megatron names, with numbers filled in, lead back to the rule's tensors."""
     shape = shape_of(family, num_hidden_layers=12)
     for rule in shape.weights.rules:
-        for name in rule.megatron:
-            numbered = name.replace("{layer}", "11").replace("{expert}", "3")
-            entry = shape.weights.entry(numbered)
-            assert entry.rule is rule
-            assert entry.hf == tuple(hf.replace("{layer}", "11").replace("{expert}", "3") for hf in rule.hf)
+        for layer in rule.layers or (2, 11):
+            for name in rule.megatron:
+                numbered = name.replace("{layer}", str(layer)).replace("{expert}", "3")
+                entry = shape.weights.entry(numbered)
+                assert entry.rule is rule
+                assert entry.hf == tuple(
+                    hf.replace("{layer}", str(layer)).replace("{expert}", "3") for hf in rule.hf
+                )
 
 
 def test_names_of_experts_in_both_layer_specs() -> None:
@@ -158,9 +164,58 @@ def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(
     # As Megatron-Core begins (rotary_pos_embedding.py:85).
     plain = 1.0 / (rope.base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     assert rope.scaling is not None
-    assert torch.equal(scaled_frequencies(plain, rope.scaling), expected)
+    assert torch.equal(scaled_frequencies(plain, rope), expected)
     assert not torch.equal(plain, expected)
     assert attention == 1.0
+
+
+DEEPSEEK_V3_ROPE = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "head_dim", "base"),
+    [
+        (YARN_ROPE, 16, 1e4),
+        (DEEPSEEK_V3_ROPE, 64, 1e4),
+        (DEEPSEEK_V3_ROPE | {"factor": 32.0, "beta_fast": 1.0}, 64, 5e4),  # Kimi K2's: no ramp
+        (DEEPSEEK_V3_ROPE | {"truncate": False, "beta_fast": 7, "beta_slow": 0.5}, 64, 1e4),
+        (DEEPSEEK_V3_ROPE | {"mscale": 0.707, "mscale_all_dim": 0.707}, 128, 1e4),
+    ],
+)
+def test_yarn_is_that_of_transformers_bit_for_bit(rope: dict[str, Any], head_dim: int, base: float) -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+
+    stated = config("deepseek_v3", rope_parameters=ABSENT, rope_scaling=rope, rope_theta=base)
+    stated |= {
+        "qk_rope_head_dim": head_dim,
+        "head_dim": head_dim,
+        "max_position_embeddings": 163_840,
+        "_attn_implementation": "eager",
+    }
+    shape = FAMILIES["deepseek_v3"](stated)
+    loaded = DeepseekV3Config(**stated)
+    embedding = theirs.DeepseekV3RotaryEmbedding(loaded)
+    assert embedding.attention_scaling == 1.0
+    # As Megatron-Core begins (rotary_pos_embedding.py:85).
+    plain = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    assert torch.equal(scaled_frequencies(plain, shape.rope), embedding.inv_freq)
+    assert not torch.equal(plain, embedding.inv_freq)
+
+    # The softmax's scale as Megatron computes it (multi_latent_attention.py:141).
+    settings = shape.transformer
+    stretch = 0.1 * settings["mscale_all_dim"] * math.log(settings["rotary_scaling_factor"]) + 1.0
+    width = settings["qk_head_dim"] + settings["qk_pos_emb_head_dim"]
+    scaling = theirs.DeepseekV3Attention(loaded, 0).scaling
+    assert stretch * stretch / math.sqrt(width) == pytest.approx(scaling, rel=1e-12)
 
 
 def refusals() -> Iterator[Any]:
@@ -170,10 +225,12 @@ def refusals() -> Iterator[Any]:
     for family in ALL:
         yield case(family, "hidden_act 'gelu' is not silu", hidden_act="gelu")
         yield case(family, "quantised weights", quantization_config={"quant_method": "fp8"})
-        yield case(family, "type 'yarn'", rope_parameters={"rope_type": "yarn", "factor": 4.0})
+        stretched = "stretches queries" if family in LATENT else "type 'yarn'"
+        yield case(family, stretched, rope_parameters={"rope_type": "yarn", "factor": 4.0})
         yield case(family, "partial_rotary_factor 0.5", partial_rotary_factor=0.5)
         yield case(family, "has no 'rms_norm_eps'", rms_norm_eps=ABSENT)
-        yield case(family, "no multiple of 3 key-value heads", num_key_value_heads=3)
+        heads = "is not num_attention_heads" if family in LATENT else "no multiple of 3 key-value heads"
+        yield case(family, heads, num_key_value_heads=3)
     nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     yield case("qwen3", "differs between kinds of layers", rope_parameters=nested)
     without_factor = {name: value for name, value in LLAMA3_ROPE.items() if name != "factor"}
@@ -193,11 +250,36 @@ def refusals() -> Iterator[Any]:
         "mistral", "the window of 4096 is shorter", sliding_window=ABSENT, max_position_embeddings=32_768
     )
     for family in ("qwen2_moe", "qwen3_moe"):
-        yield case(family, "dense layers and layers of experts", mlp_only_layers=[0])
-        yield case(family, "dense layers and layers of experts", decoder_sparse_step=2)
+        yield case(family, "decoder_sparse_step 0 is no positive number", decoder_sparse_step=0)
         yield case(family, "num_experts_per_tok 5 of 4", num_experts_per_tok=5)
         yield case(family, "nothing would train the router", num_experts_per_tok=1, norm_topk_prob=True)
     yield case("mixtral", "nothing would train the router", num_experts_per_tok=1)
+    yield from deepseek_refusals(case)
+
+
+def deepseek_refusals(case: Callable[..., Any]) -> Iterator[Any]:
+    for family in LATENT:
+        yield case(family, "attention_bias is not supported", attention_bias=True)
+        yield case(family, "latents' norms with 1e-06 all the same", rms_norm_eps=1e-5)
+        yield case(family, "plain RoPE or YaRN", rope_parameters=LLAMA3_ROPE)
+        for unequal in ({"mscale": 0.7}, {"mscale_all_dim": 0.0}, {"attention_factor": 1.1}):
+            yield case(family, "stretches queries and keys", rope_parameters=YARN_ROPE | unequal)
+        yield case(family, "has no 'kv_lora_rank'", kv_lora_rank=ABSENT)
+        yield case(family, "num_experts_per_tok 13 of", num_experts_per_tok=13)
+    yield case("deepseek_v3", "rope_interleave false is not supported", rope_interleave=False)
+    yield case("deepseek_v3", "scoring_func None must be 'sigmoid'", scoring_func=ABSENT)
+    yield case("deepseek_v3", "topk_method 'greedy' must be 'noaux_tc'", topk_method="greedy")
+    yield case("deepseek_v3", "norm_topk_prob) are not supported", norm_topk_prob=False)
+    yield case(
+        "deepseek_v3", "by its best 2, but Megatron adds up num_experts_per_tok 6 // ", num_experts_per_tok=6
+    )
+    yield case("deepseek_v3", "topk_group 2 of n_group 5 groups of 12 experts", n_group=5)
+    yield case("deepseek_v2", "mlp_bias is not supported", mlp_bias=True)
+    yield case("deepseek_v2", "topk_method 'noaux_tc' is neither", topk_method="noaux_tc")
+    yield case("deepseek_v2", "scoring_func 'sigmoid' is not", scoring_func="sigmoid")
+    yield case("deepseek_v2", "norm_topk_prob is not supported", norm_topk_prob=True)
+    groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "n_routed_experts": 160}
+    yield case("deepseek_v2", "best 1, but Megatron adds up", num_experts_per_tok=6, **groups)
 
 
 @pytest.mark.parametrize(("family", "changes", "reason"), list(refusals()))
@@ -224,6 +306,44 @@ def test_what_transformers_fills_in() -> None:
     assert shape_of("qwen2_moe", qkv_bias=False).transformer["add_qkv_bias"] is False
 
 
+def test_which_layers_stay_dense() -> None:
+    """As Transformers' Qwen3MoeDecoderLayer and DeepseekV3DecoderLayer have it."""
+    for changes, dense in (
+        ({"decoder_sparse_step": 2}, (0, 2, 4)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2, 3, 4)),
+        ({"mlp_only_layers": [0, 4, 9]}, (0, 4)),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 1}, ()),
+    ):
+        for family in ("qwen2_moe", "qwen3_moe"):
+            experts = shape_of(family, num_hidden_layers=6, **changes).experts
+            assert experts is not None
+            assert experts.dense_layers == dense
+    shape = shape_of("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=3)
+    assert shape.experts == Experts(count=12, shared_ffn_size=48, dense_layers=(0, 1, 2))
+    assert shape.transformer["moe_layer_freq"] == [0, 0, 0, 1, 1, 1]
+    for family, changes in (
+        ("qwen3_moe", {"decoder_sparse_step": 7}),
+        ("deepseek_v3", {"first_k_dense_replace": 6}),
+    ):
+        assert shape_of(family, num_hidden_layers=6, **changes).experts is None
+
+
+def test_layers_for_multi_token_prediction_are_not_read() -> None:
+    weights = shape_of("deepseek_v3", num_nextn_predict_layers=1).weights
+    names = list(weights.hf_names())
+    found = [
+        *names,
+        f"model.layers.{LAYERS}.eh_proj.weight",
+        f"model.layers.{LAYERS}.mlp.experts.3.up_proj.weight",
+    ]
+    weights.check_folder(found, "somewhere")
+    with pytest.raises(ValueError, match=f"unexpected model.layers.{LAYERS + 1}.eh_proj.weight"):
+        weights.check_folder([*found, f"model.layers.{LAYERS + 1}.eh_proj.weight"], "somewhere")
+    none = shape_of("deepseek_v3", num_nextn_predict_layers=0).weights
+    with pytest.raises(ValueError, match=f"unexpected model.layers.{LAYERS}.eh_proj.weight"):
+        none.check_folder(found, "somewhere")
+
+
 def test_frequencies_that_llama_2_keeps_in_its_folder_are_not_read() -> None:
     weights = shape_of("llama").weights
     found = [*weights.hf_names(), "model.layers.1.self_attn.rotary_emb.inv_freq"]
@@ -242,6 +362,12 @@ def test_frequencies_that_llama_2_keeps_in_its_folder_are_not_read() -> None:
         ("mixtral", {"tensor": 2}, "only with parallel.sequence_parallel"),
         ("qwen2_moe", {"tensor": 4, "sequence_parallel": True}, "2 key-value heads / tensor 4"),
         ("llama", {"tensor": 4}, "2 key-value heads / tensor 4"),
+        (
+            "deepseek_v3",
+            {"tensor": 2},
+            "latent attention) over a tensor axis only with parallel.sequence_parallel",
+        ),
+        ("deepseek_v3", {"expert": 5}, "12 experts / expert 5"),
     ],
 )
 def test_layouts_that_do_not_fit(family: str, parallel: dict[str, Any], reason: str) -> None:

@@ -1,0 +1,56 @@
+"""DeepSeek-V3 and R1, and what others built alike (Transformers' modeling_deepseek_v3.py).
+
+The layers for multi-token prediction that published folders hold after the model's own are neither read nor exported:
+no forward pass of the model runs through them, so nothing trains them. Transformers passes over them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_chord.families.dense import decoder
+from megatron_chord.families.latent import latent_attention
+from megatron_chord.families.moe import Scores, mixture
+from megatron_chord.families.settings import read_rope
+from megatron_chord.families.shape import Experts, ModelShape, refuse, require
+from megatron_chord.weights.mapping import hf_layer
+
+
+def shape(config: Mapping[str, Any]) -> ModelShape:
+    # Transformers does not read these two. vLLM does, and without them routes otherwise.
+    for name, expected in {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}.items():
+        refuse(config.get(name) != expected, config, f"{name} {config.get(name)!r} must be {expected!r}")
+    rope = read_rope(config, yarn=True)
+    width, num_shared = require(config, "moe_intermediate_size"), require(config, "n_shared_experts")
+    feed_forward = mixture(
+        config,
+        experts=Experts(
+            count=require(config, "n_routed_experts"),
+            shared_ffn_size=width * num_shared,
+            dense_layers=tuple(range(first_layers(config))),
+        ),
+        width=width,
+        normalised=bool(require(config, "norm_topk_prob")),
+        scores=Scores(
+            function="sigmoid",
+            scale=float(require(config, "routed_scaling_factor")),
+            groups=require(config, "n_group"),
+            chosen_groups=require(config, "topk_group"),
+            fp32=True,
+        ),
+    )
+    return decoder(
+        config,
+        rope=rope,
+        attention=latent_attention(config, rope=rope),
+        feed_forward=feed_forward,
+        # Folders of some models hold RoPE's frequencies, which config.json determines.
+        unread=hf_layer("self_attn.rotary_emb.inv_freq"),
+        num_unread_layers=config.get("num_nextn_predict_layers") or 0,
+    )
+
+
+def first_layers(config: Mapping[str, Any]) -> int:
+    """How many layers at the front have a dense MLP."""
+    return min(require(config, "first_k_dense_replace"), require(config, "num_hidden_layers"))
