@@ -28,9 +28,13 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     )
     # Transformers never normalises. vLLM does where it is asked to.
     refuse(bool(config.get("norm_topk_prob")), config, "norm_topk_prob is not supported")
-    groups, chosen_groups = 1, 1
-    if method == "group_limited_greedy":
-        groups, chosen_groups = require(config, "n_group"), require(config, "topk_group")
+    groups, chosen_groups = config.get("n_group") or 1, config.get("topk_group") or 1
+    refuse(
+        method == "greedy" and chosen_groups != groups,
+        config,
+        f"topk_method 'greedy' with topk_group {chosen_groups} of n_group {groups} groups: Transformers would choose "
+        "among all experts, vLLM among those groups'",
+    )
     rope = read_rope(config, yarn=True)
     width = require(config, "moe_intermediate_size")
     feed_forward = mixture(

@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = {
     "layers": 2,
     "vocab": VOCAB,
 }
+# Of latent attention, vLLM's kernel for CPUs has these sizes alone.
+LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 DENSE: dict[str, dict[str, Any]] = {
     "qwen2": {"tied": True},
     "llama": {"rope_parameters": LLAMA3_ROPE},
@@ -39,6 +41,8 @@ MOE: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2_moe": {"moe_intermediate_size": 64},
     "qwen3_moe": {"moe_intermediate_size": 128},
+    "deepseek_v2": LATENT | {"moe_intermediate_size": 64},
+    "deepseek_v3": LATENT | {"moe_intermediate_size": 64},
 }
 LAYOUT: dict[str, Any] = {"tensor": 2, "sequence_parallel": True}
 

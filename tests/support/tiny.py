@@ -86,6 +86,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4,
         "n_shared_experts": 2,
         "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
         "moe_intermediate_size": 48,
         "first_k_dense_replace": 1,
         "routed_scaling_factor": 1.5,

@@ -277,6 +277,7 @@ def deepseek_refusals(case: Callable[..., Any]) -> Iterator[Any]:
     yield case("deepseek_v2", "mlp_bias is not supported", mlp_bias=True)
     yield case("deepseek_v2", "topk_method 'noaux_tc' is neither", topk_method="noaux_tc")
     yield case("deepseek_v2", "scoring_func 'sigmoid' is not", scoring_func="sigmoid")
+    yield case("deepseek_v2", "topk_method 'greedy' with topk_group 1 of n_group 2 groups", n_group=2)
     yield case("deepseek_v2", "norm_topk_prob is not supported", norm_topk_prob=True)
     groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "n_routed_experts": 160}
     yield case("deepseek_v2", "best 1, but Megatron adds up", num_experts_per_tok=6, **groups)
