@@ -57,6 +57,8 @@ class ParallelConfig:
     """Shard norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel axis."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over the data-parallel axis while the last micro-batch's backward pass runs."""
     timeout_s: float = 600.0
     """Deadline of one collective."""
 

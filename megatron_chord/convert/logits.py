@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.convert.layout import PIECE_BYTES, without_padding
 from megatron_chord.convert.sources import HFSource, Source
-from megatron_chord.model.build import build_chunks, global_parameters, transformer_config
+from megatron_chord.model.build import build_chunks, global_weights, transformer_config
 from megatron_chord.runtime import parallel as runtime
 
 TOLERANCE = 1e-4
@@ -47,11 +47,11 @@ def _megatron(source: Source, tokens: Tensor) -> Tensor:
     groups = runtime.start(alone, seed=0)
     model = ModelConfig(path=source.configuration, dtype="fp32")
     (chunk,) = build_chunks(transformer_config(source.shape, model, alone), source.shape)
-    parameters = global_parameters([chunk])
+    weights = global_weights([chunk])
     with torch.no_grad():
         for stored in source.layout.parameters:
             unpadded = without_padding(stored, source.shape.vocab_size)
-            into = parameters[stored.entry.megatron]
+            into = weights[stored.entry.megatron]
             for piece in unpadded.pieces(PIECE_BYTES):
                 into[piece.start : piece.stop].copy_(source.rows(unpadded, piece.start, piece.stop))
         tokens = tokens.to(groups.device)

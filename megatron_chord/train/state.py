@@ -86,6 +86,7 @@ def build_state(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         check_for_nan_in_grad=True,
     )
     wrapped = tuple(
@@ -93,6 +94,10 @@ def build_state(
         for index, chunk in enumerate(chunks)
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        # Called by the schedules around all but the last micro-batch, whose backward pass reduces.
+        pauses = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
     optimizer = _optimizer(model, parallel, optim, wrapped)
     return TrainState(
         shape=shape,

@@ -26,6 +26,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"pipeline": 2},
         "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
         "dp2": {},
+        "dp2_reduced_after": {"overlap_grad_reduce": False},
         "cp2": {"context": 2},
     },
     4: {
@@ -34,6 +35,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2_dp2": {"tensor": 2},
         "pp2_dp2": {"pipeline": 2},
         "tp2_cp2_sp": {"tensor": 2, "context": 2, "sequence_parallel": True},
+        "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
         "dp4": {},
     },
 }
