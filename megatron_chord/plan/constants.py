@@ -1,0 +1,103 @@
+"""Every number of the planner that is measured or assumed rather than derived, each with its source.
+
+Letters in brackets are the sources of docs/planning.md. A formula elsewhere in this package names a constant from here
+or a fact of the model, of the settings or of Megatron-Core's code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU. Vendors' figures: dense BF16 products, decimal bytes."""
+
+    name: str
+    peak_flops: float
+    """Of BF16 matrix products without sparsity, per second."""
+    bandwidth: float
+    """Of its own memory, bytes per second."""
+    memory: float
+    """Bytes."""
+    source: str
+
+
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet, SXM"
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet, SXM"
+GPUS = {
+    "h100": Gpu(name="H100 SXM", peak_flops=989e12, bandwidth=3.35e12, memory=80e9, source=_H100),
+    "h200": Gpu(
+        name="H200 SXM",
+        peak_flops=989e12,
+        bandwidth=4.8e12,
+        memory=141e9,
+        source="NVIDIA H200 Tensor Core GPU datasheet, SXM",
+    ),
+    "h20": Gpu(
+        name="H20",
+        peak_flops=148e12,
+        bandwidth=4.0e12,
+        memory=96e9,
+        source="vendor's figures as quoted by [VERL-FA]",
+    ),
+    "a100-80": Gpu(
+        name="A100 SXM 80 GB", peak_flops=312e12, bandwidth=2.039e12, memory=80e9, source=_A100
+    ),
+    "a100-40": Gpu(
+        name="A100 SXM 40 GB", peak_flops=312e12, bandwidth=1.555e12, memory=40e9, source=_A100
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """Calibrated: chosen on the rows so named in benchmarks/planner.py. The others come from their sources alone."""
+
+    train_efficiency: float = 0.42
+    """Model FLOP/s of a trainer on packed sequences over the GPU's peak, before the factors below. Calibrated."""
+    tensor_factor: MappingProxyType[int, float] = field(
+        default_factory=lambda: MappingProxyType({1: 1.0, 2: 0.96, 4: 0.88, 8: 0.65})
+    )
+    """What is left of it under tensor parallelism. 8: 704 -> 509 TFLOP/s from TP4 PP4 to TP8 PP4 [MB-SKILL-MEM]. The
+    others calibrated."""
+    context_factor: float = 0.97
+    """What is left of it at each doubling of the context axis. Assumed: no published pair of runs."""
+    moe_factor: float = 0.274
+    """What is left of it for a mixture of small experts: Qwen3-30B-A3B's 204 over Llama3-8B's 744 TFLOP/s per GPU, both
+    FP8 pre-training [MB-ARCH]."""
+    fp8_factor: float = 1.2
+    """Of training time in FP8: the low end of 1.2 to 1.5 for linear layers [MB-GUIDE]."""
+    decode_bandwidth: float = 0.70
+    """Share of the memory's bandwidth that a decode step reaches. Calibrated."""
+    decode_flops: float = 0.5
+    """Share of the peak that products of many sequences reach in decoding and prefill. Calibrated."""
+    decode_step_s: float = 6e-3
+    """Of every decode step beside the model's own work: scheduling, sampling, launches. Calibrated."""
+    decode_all_reduce_s: float = 30e-6
+    """Of one all-reduce in a decode step under tensor parallelism; two a layer. Calibrated."""
+    sync_shared: tuple[float, float] = (2.0, 10e9)
+    """Of a weight push to servers on the same GPUs: seconds at once, bytes per second. Calibrated on 5 s (8B) and 14 s
+    (70B) [RL-959]."""
+    sync_apart: tuple[float, float] = (0.5, 40e9)
+    """Of a push to other GPUs, one sender over a 400 Gb/s port: seconds at once, bytes per second [RL-BWCALC]."""
+    step_overhead: float = 0.03
+    """Share of a step beside its phases: drawing, grading, packing, logging. 2 to 4 % in [RL-959]."""
+    cuda_bytes: float = 3e9
+    """Of a training process beside torch's tensors: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers. 3 to 5
+    once all else is released [SLIME-010]."""
+    fragmentation: float = 0.05
+    """Of activations and the head's work space."""
+    server_bytes: float = 3e9
+    """Of a vLLM process beside weights and KV cache: context, CUDA graphs, activations of prefill."""
+    asleep_bytes: float = 3e9
+    """What a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
+    checkpoint_bytes: float = 14.0
+    """Per parameter in BF16 training: BF16 weights, FP32 master weights and two FP32 moments. NVIDIA reports 13.1
+    [DGXC]."""
+
+
+CONSTANTS = Constants()
