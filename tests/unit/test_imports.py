@@ -21,13 +21,13 @@ LAYERS = (
     ("losses", "data", "rewards", "families", "weights"),
     ("runtime", "model", "rollout"),
     ("methods",),
-    ("convert", "train"),
+    ("convert", "train", "plan"),
     ("cli", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "convert", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
-NO_TORCH = ("config", "config_io", "config_nodes", "records", "schedules", "doctor", "settings")
+NO_TORCH = ("config", "config_io", "config_nodes", "records", "schedules", "doctor", "settings", "plan")
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
 

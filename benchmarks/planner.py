@@ -1,0 +1,359 @@
+#!/usr/bin/env python
+"""The planner beside published runs: predicted, published, error, and which rows its constants were chosen on.
+
+    python benchmarks/planner.py
+
+Exits with 1 when a row is off by more than 20 %. Sources: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import FAMILIES, read_shape
+from megatron_chord.plan.constants import CONSTANTS, GB, GPUS
+from megatron_chord.plan.estimate import Case, Choice, Cluster, Work, checkpoint_bytes, estimate
+from megatron_chord.plan.memory import Micro, Numerics, full_logits_bytes, stage_memory
+from megatron_chord.plan.training import pass_seconds, speed
+
+LIMIT = 0.20
+CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
+Use = Literal["calibrated", "held back"]
+"""Calibrated: constants were chosen with the row in view. Held back: it was not looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    what: str
+    published: float
+    predicted: float
+    unit: str
+    use: Use
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+
+def rows() -> list[Row]:
+    return [*_grpo_rows(), *_phase_rows(), *_iteration_rows(), *_memory_rows()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = rows()
+    table = Table(title="the planner beside published runs (H100)")
+    for name in ("run", "what", "predicted", "published", "unit", "error %", "constants"):
+        table.add_column(name, justify="right" if name in ("predicted", "published", "error %") else "left")
+    for use in get_args(Use):
+        for row in (row for row in found if row.use == use):
+            numbers = [f"{value:.1f}" if value >= 10 else f"{value:.3f}" for value in (row.predicted, row.published)]
+            table.add_row(row.name, row.what, *numbers, row.unit, f"{100 * row.error:+.1f}", use)
+        table.add_section()
+    Console(width=130).print(table)
+    for use in get_args(Use):
+        errors = [abs(row.error) for row in found if row.use == use]
+        within = sum(error <= LIMIT for error in errors)
+        mean = sum(errors) / len(errors)
+        print(f"{use}: {within} of {len(errors)} rows within 20 %, mean {mean:.1%}, largest {max(errors):.1%}")
+    missed = [row for row in found if abs(row.error) > LIMIT]
+    print("PASS" if not missed else "FAIL: " + ", ".join(row.name for row in missed))
+    return 1 if missed else 0
+
+
+def _shape(name: str) -> ModelShape:
+    return read_shape(CONFIGS / name)
+
+
+# GRPO end to end, NeMo-RL [RLPERF] [RL-959]: 64 prompts x 32 samples, two log-prob passes (policy and reference).
+
+PROMPT_TOKENS = 127
+"""Per sample; from comparing the published columns."""
+MOST_TOKENS = 4096
+"""Prompt and response."""
+PACK = 16384
+"""Tokens of a packed micro-batch; not published."""
+
+
+def _grpo(
+    model: str,
+    *,
+    mean: float,
+    gpus: int,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    rollout_tensor: int = 1,
+    rollout_gpus: int = 0,
+    fp8: bool = False,
+) -> tuple[Case, Choice]:
+    """Args: mean is of prompt and response together; gpus are those that train."""
+    case = Case(
+        shape=_shape(model),
+        cluster=Cluster(
+            gpu=GPUS["h100"], nodes=(gpus + rollout_gpus) // 8, rollout_nodes=rollout_gpus // 8
+        ),
+        work=Work(
+            prompts=64,
+            rollouts=32,
+            experts=0,
+            prompt_tokens=PROMPT_TOKENS,
+            response_tokens=mean - PROMPT_TOKENS,
+            expert_tokens=0,
+            response_limit=MOST_TOKENS - PROMPT_TOKENS,
+            longest=MOST_TOKENS,
+            passes=2,
+        ),
+        reference=True,
+        train_fp8=fp8,
+        rollout_fp8=fp8,
+        rollout_tensor=rollout_tensor,
+        utilization=0.85 if rollout_gpus else 0.6,
+        overlap=rollout_gpus > 0,
+    )
+    parallel = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1
+    )
+    return case, Choice(parallel=parallel, max_tokens=PACK, recompute="none")
+
+
+_RUNS: tuple[tuple[str, float, Use, tuple[Case, Choice]], ...] = (
+    (
+        "8B, 8 GPUs, on-policy",
+        112,
+        "calibrated",
+        _grpo("llama-3.1-8b", mean=795 + 127, gpus=8, pipeline=2),
+    ),
+    (
+        "70B, 64 GPUs, on-policy",
+        147,
+        "calibrated",
+        _grpo("llama-3.1-70b", mean=398 + 127, gpus=64, tensor=4, pipeline=4, rollout_tensor=8),
+    ),
+    (
+        "8B, 16 GPUs, on-policy (v0.5)",
+        92.8,
+        "calibrated",
+        _grpo("llama-3.1-8b", mean=1019, gpus=16, pipeline=2),
+    ),
+    (
+        "8B, 8+8 GPUs, 1 step off",
+        64.8,
+        "calibrated",
+        _grpo("llama-3.1-8b", mean=1123, gpus=8, rollout_gpus=8),
+    ),
+    (
+        "32B, 32 GPUs, on-policy (v0.5)",
+        376,
+        "calibrated",
+        _grpo("qwen3-32b", mean=3251, gpus=32, tensor=4, pipeline=4, rollout_tensor=4),
+    ),
+    (
+        "32B, 32+32 GPUs, 1 step off",
+        200,
+        "calibrated",
+        _grpo("qwen3-32b", mean=3252, gpus=32, tensor=4, pipeline=4, rollout_tensor=4, rollout_gpus=32),
+    ),
+    (
+        "8B, 16 GPUs, on-policy (v0.4)",
+        97.7,
+        "held back",
+        _grpo("llama-3.1-8b", mean=1060, gpus=16, pipeline=2),
+    ),
+    (
+        "32B, 32 GPUs, on-policy (v0.4)",
+        393,
+        "held back",
+        _grpo("qwen3-32b", mean=3206, gpus=32, tensor=4, pipeline=4, rollout_tensor=4),
+    ),
+    (
+        "8B, 8+8 GPUs, 1 step off, FP8",
+        53.0,
+        "held back",
+        _grpo("llama-3.1-8b", mean=1128, gpus=8, rollout_gpus=8, fp8=True),
+    ),
+    (
+        "30B-A3B, 32 GPUs, on-policy",
+        192,
+        "held back",
+        _grpo("qwen3-30b-a3b", mean=3203, gpus=32, expert=8, rollout_tensor=2),
+    ),
+    (
+        "30B-A3B, 16+16 GPUs, 1 step off",
+        152,
+        "held back",
+        _grpo("qwen3-30b-a3b", mean=3201, gpus=16, expert=8, pipeline=2, rollout_tensor=2, rollout_gpus=16),
+    ),
+)
+
+
+def _grpo_rows() -> list[Row]:
+    return [
+        Row(
+            name=name,
+            what="step",
+            published=published,
+            predicted=estimate(case, choice).times.step,
+            unit="s",
+            use=use,
+        )
+        for name, published, use, (case, choice) in _RUNS
+    ]
+
+
+def _phase_rows() -> list[Row]:
+    """The phases of the first two runs [RL-959], and a checkpoint's size [DGXC]."""
+    published = {
+        "8B, 8 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 58},
+        "70B, 64 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 84},
+    }
+    found = []
+    for name, _, use, (case, choice) in _RUNS:
+        times = estimate(case, choice).times
+        found += [
+            Row(
+                name=name,
+                what=phase,
+                published=seconds,
+                predicted=getattr(times, phase),
+                unit="s",
+                use=use,
+            )
+            for phase, seconds in published.get(name, {}).items()
+        ]
+    case, _ = _grpo("llama-3.1-8b", mean=1000, gpus=8)
+    found.append(
+        Row(
+            name="8B, training state",
+            what="checkpoint",
+            published=105,
+            predicted=checkpoint_bytes(case) / GB,
+            unit="GB",
+            use="held back",
+        )
+    )
+    return found
+
+
+# Megatron-LM's own regression runs, "gpt3 7b": 32 layers, LayerNorm, GELU, learned positions, all logits at once
+# [MLM-GOLD]. 8 GPUs, sequences of 8192, global batch 8, BF16, FP32 gradients, no recomputation.
+
+
+def gpt_7b() -> ModelShape:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 131072,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    }
+    shape = FAMILIES["llama"](config)
+    return dataclasses.replace(shape, transformer={**shape.transformer, "gated_linear_unit": False})
+
+
+_GOLD = (
+    ("7B GPT, TP4 PP1 DP2", ParallelConfig(tensor=4), 2, 20.66, 57.14, 1.115),
+    ("7B GPT, TP1 PP4 VPP8 DP2", ParallelConfig(pipeline=4, virtual_pipeline=8), 1, 24.81, 60.72, 1.151),
+)
+"""Name, layout, sequences of a micro-batch, GB held, peak GB, seconds an iteration."""
+
+
+def _iteration_rows() -> list[Row]:
+    found = []
+    for name, parallel, sequences, _, _, published in _GOLD:
+        how = speed(gpt_7b(), parallel, micro_batches=8 // 2 // sequences)
+        predicted = pass_seconds(
+            gpt_7b(), GPUS["h100"], gpus=8, tokens=8 * 8192, length=8192, efficiency=how.efficiency
+        )
+        found.append(
+            Row(
+                name=name,
+                what="iteration",
+                published=published,
+                predicted=predicted,
+                unit="s",
+                use="held back",
+            )
+        )
+    return found
+
+
+def _memory_rows() -> list[Row]:
+    """torch's allocations of rank 0, so without CUDA's own; and the 70B SFT runs in FP8 [MB-SKILL-MEM]."""
+    found = []
+    inside = dataclasses.replace(CONSTANTS, cuda_bytes=0.0, fragmentation=0.0)
+    for name, parallel, sequences, held, peak, _ in _GOLD:
+        shape, tokens = gpt_7b(), sequences * 8192
+        memory = stage_memory(
+            shape,
+            parallel,
+            0,
+            data=2,
+            micro=Micro(tokens=tokens, count=8 // 2 // sequences),
+            recompute="none",
+            constants=inside,
+        )
+        # Learned positions, whole on every rank of the first stage: no family here has them.
+        static = memory.static + (2 + 4 + 12 / 2) * 8192 * shape.hidden_size
+        is_last = parallel.pipeline == 1
+        logits = full_logits_bytes(shape.vocab_size / parallel.tensor, tokens) if is_last else 0.0
+        for what, published, predicted in (
+            ("held", held, static),
+            ("peak", peak, static + memory.activations + logits),
+        ):
+            found.append(
+                Row(
+                    name=name,
+                    what=what,
+                    published=published,
+                    predicted=predicted / GB,
+                    unit="GB",
+                    use="held back",
+                )
+            )
+    # FP8 weights (kept as FP8 with a transposed copy made for a moment), BF16 gradients.
+    numerics = Numerics(weights=1, gradients=2, gemm_input=1)
+    for name, parallel, data, published in (
+        ("70B SFT FP8, TP4 PP4 VPP5 DP2", ParallelConfig(tensor=4, pipeline=4, virtual_pipeline=5), 2, 58.8),
+        ("70B SFT FP8, TP4 PP8 VPP5 DP1", ParallelConfig(tensor=4, pipeline=8, virtual_pipeline=5), 1, 53.2),
+        ("70B SFT FP8, TP8 PP4 VPP5 DP1", ParallelConfig(tensor=8, pipeline=4, virtual_pipeline=5), 1, 50.2),
+    ):
+        memory = stage_memory(
+            _shape("llama-3.1-70b"),
+            dataclasses.replace(parallel, sequence_parallel=True),
+            0,
+            data=data,
+            micro=Micro(tokens=4096, count=32 // data),
+            recompute="none",
+            numerics=numerics,
+            constants=inside,
+        )
+        found.append(
+            Row(
+                name=name,
+                what="peak",
+                published=published,
+                predicted=memory.total / GB,
+                unit="GB",
+                use="held back",
+            )
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

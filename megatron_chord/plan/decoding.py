@@ -1,0 +1,109 @@
+"""How long vLLM takes to sample a step's responses: the decode steps simulated one by one.
+
+A step of all live sequences reads the weights once and every sequence's keys and values, or is bound by its products
+when there are many. Lengths follow an exponential distribution that is cut off at the limit and has the stated mean;
+one sequence of each server is taken to reach the limit, so the tail is there whatever the mean. docs/planning.md,
+"Sampling".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.plan.constants import CONSTANTS, Constants, Gpu
+from megatron_chord.plan.memory import kv_bytes_per_token
+from megatron_chord.plan.parameters import Sizes, active_count, expert_count, model_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """One of the equal servers."""
+
+    gpu: Gpu
+    tensor: int
+    kv_tokens: int
+    """Capacity of its KV cache."""
+    weight_bytes: float = 2
+    """Per parameter."""
+    kv_dtype_bytes: float = 2
+    flops_factor: float = 1.0
+    """Products in FP8 are twice as fast at their peak."""
+
+
+def sampling_seconds(
+    shape: ModelShape,
+    server: Server,
+    *,
+    servers: int,
+    sequences: int,
+    prompts: int,
+    prompt_tokens: float,
+    response_tokens: float,
+    limit: int,
+    constants: Constants = CONSTANTS,
+) -> float:
+    """Seconds from the first request to the last answer.
+
+    Args:
+        sequences: over all servers.
+        prompts: distinct ones: the samples of one prompt share its prefill.
+        prompt_tokens: mean length.
+        response_tokens: mean length, at most ``limit``.
+        limit: longest response.
+    """
+    if sequences == 0:
+        return 0.0
+    own = sequences / servers
+    step = _DecodeStep(shape, server, constants)
+    scale = exponential_scale(response_tokens, limit)
+    seconds = 0.0
+    for position in range(limit):
+        live = max(own * math.exp(-position / scale), min(1.0, own)) if math.isfinite(scale) else own
+        length = prompt_tokens + position
+        running = max(min(live, server.kv_tokens / max(length, 1.0)), 1e-9)
+        # Those that do not fit wait for their turn.
+        seconds += max(live / running, 1.0) * step.seconds(running, length)
+    flops = 2 * active_count(shape) * prompts * prompt_tokens
+    rate = servers * server.tensor * constants.decode_flops * server.gpu.peak_flops * server.flops_factor
+    return seconds + flops / rate
+
+
+class _DecodeStep:
+    def __init__(self, shape: ModelShape, server: Server, constants: Constants) -> None:
+        sizes = Sizes.of(shape)
+        bandwidth = constants.decode_bandwidth * server.gpu.bandwidth
+        per_weight = server.weight_bytes / server.tensor / bandwidth
+        experts = expert_count(shape)
+        self._dense_s = (model_count(shape) - experts) * per_weight
+        self._experts_s = experts * per_weight
+        self._untouched = 1 - sizes.top_k / shape.experts.count if shape.experts else 0.0
+        peak = constants.decode_flops * server.gpu.peak_flops * server.flops_factor
+        self._product_s = 2 * active_count(shape) / (server.tensor * peak)
+        shared = min(server.tensor, shape.num_kv_heads)
+        self._cache_s = kv_bytes_per_token(shape, server.kv_dtype_bytes) / shared / bandwidth
+        self._fixed_s = constants.decode_step_s
+        if server.tensor > 1:
+            self._fixed_s += 2 * shape.num_layers * constants.decode_all_reduce_s
+
+    def seconds(self, running: float, length: float) -> float:
+        """One step of ``running`` sequences of ``length`` tokens."""
+        # Each expert is read that at least one sequence chose, choices taken to be even.
+        weights = self._dense_s + self._experts_s * (1 - self._untouched**running)
+        return max(weights, running * self._product_s) + running * length * self._cache_s + self._fixed_s
+
+
+def exponential_scale(mean: float, limit: float) -> float:
+    """Scale s of an exponential distribution whose cut-off mean, s (1 - exp(-limit / s)), is ``mean``; inf at the limit."""
+    if mean >= limit:
+        return math.inf
+    low, high = mean, mean
+    while high * (1 - math.exp(-limit / high)) < mean and high < 1e6 * limit:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if middle * (1 - math.exp(-limit / middle)) < mean else (low, middle)
+        )
+    return (low + high) / 2

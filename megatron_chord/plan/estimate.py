@@ -1,0 +1,457 @@
+"""One layout of one run on one cluster: does it fit, and how long is a step?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_chord.config import ParallelConfig, RunConfig, data_parallel_size
+from megatron_chord.data.packing import Layout, make_layout
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import read_shape
+from megatron_chord.methods.table import method_of
+from megatron_chord.model.build import check_shape
+from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
+from megatron_chord.plan.decoding import Server, sampling_seconds
+from megatron_chord.plan.memory import (
+    Micro,
+    Numerics,
+    ServerMemory,
+    StageMemory,
+    gb,
+    server_memory,
+    stage_memory,
+)
+from megatron_chord.plan.parameters import model_count
+from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed, train_flops
+
+_ELEMENT = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The GPUs of a run."""
+
+    gpu: Gpu
+    nodes: int = 1
+    gpus_per_node: int = 8
+    rollout_nodes: int = 0
+    """Nodes that only sample; 0: trainer and servers share all of them."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus_per_node < 1:
+            raise ValueError(f"{self.nodes} nodes of {self.gpus_per_node} GPUs: both must be at least 1")
+        if not 0 <= self.rollout_nodes < self.nodes:
+            raise ValueError(f"{self.rollout_nodes} of {self.nodes} nodes for rollouts leave none to train on")
+
+    @property
+    def colocated(self) -> bool:
+        return self.rollout_nodes == 0
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def train_gpus(self) -> int:
+        return (self.nodes - self.rollout_nodes) * self.gpus_per_node
+
+    @property
+    def rollout_gpus(self) -> int:
+        return (self.rollout_nodes or self.nodes) * self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step samples and trains on. Lengths are means over samples, in tokens."""
+
+    prompts: int
+    rollouts: int
+    """Samples per prompt."""
+    experts: int
+    prompt_tokens: float
+    response_tokens: float
+    expert_tokens: float
+    """Of a demonstration's response."""
+    response_limit: int
+    longest: int
+    """Most tokens that one sample can have."""
+    updates: int = 1
+    """Optimizer updates that share the step's samples, each its own part."""
+    epochs: int = 1
+    passes: int = 0
+    """Forward passes beside the training pass: old log-probs, the reference's."""
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.rollouts
+
+    @property
+    def tokens(self) -> float:
+        """All that is trained on, prompts included."""
+        sampled = self.sequences * (self.prompt_tokens + self.response_tokens)
+        return sampled + self.experts * (self.prompt_tokens + self.expert_tokens)
+
+    @property
+    def length(self) -> float:
+        """Of a sample, on average."""
+        return self.tokens / max(1, self.sequences + self.experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run on a cluster, but for the trainer's layout."""
+
+    shape: ModelShape
+    cluster: Cluster
+    work: Work
+    numerics: Numerics = field(default_factory=Numerics)
+    weight_bytes: float = 2
+    """Per parameter on disk and in a weight push."""
+    reference: bool = False
+    train_fp8: bool = False
+    rollout_fp8: bool = False
+    rollout_tensor: int = 1
+    utilization: float = 0.6
+    """Of each GPU's memory, for vLLM."""
+    cache_bytes: float | None = None
+    overlap: bool = False
+    """Sampling for the next step runs beside training."""
+    constants: Constants = CONSTANTS
+
+    def __post_init__(self) -> None:
+        tensor, cluster = self.rollout_tensor, self.cluster
+        if cluster.rollout_gpus % tensor:
+            raise ValueError(f"rollout.tensor {tensor} does not divide the {cluster.rollout_gpus} GPUs that sample")
+        if self.shape.num_heads % tensor:
+            raise ValueError(
+                f"rollout.tensor {tensor} does not divide the model's {self.shape.num_heads} attention heads"
+            )
+        if self.overlap and cluster.colocated:
+            raise ValueError("sampling can run beside training only on nodes of its own")
+
+    @property
+    def servers(self) -> int:
+        return self.cluster.rollout_gpus // self.rollout_tensor
+
+    @property
+    def server_weight_bytes(self) -> float:
+        return 1.0 if self.rollout_fp8 else self.weight_bytes
+
+    def server(self) -> ServerMemory:
+        return server_memory(
+            self.shape,
+            self.cluster.gpu,
+            tensor=self.rollout_tensor,
+            utilization=self.utilization,
+            weight_bytes=self.server_weight_bytes,
+            kv_dtype_bytes=self.weight_bytes,
+            cache_bytes=self.cache_bytes,
+            constants=self.constants,
+        )
+
+    def sampling_seconds(self) -> float:
+        if self.work.sequences == 0:
+            return 0.0
+        server = Server(
+            gpu=self.cluster.gpu,
+            tensor=self.rollout_tensor,
+            kv_tokens=self.server().tokens,
+            weight_bytes=self.server_weight_bytes,
+            kv_dtype_bytes=self.weight_bytes,
+            flops_factor=2.0 if self.rollout_fp8 else 1.0,
+        )
+        return sampling_seconds(
+            self.shape,
+            server,
+            servers=self.servers,
+            sequences=self.work.sequences,
+            prompts=self.work.prompts,
+            prompt_tokens=self.work.prompt_tokens,
+            response_tokens=self.work.response_tokens,
+            limit=self.work.response_limit,
+            constants=self.constants,
+        )
+
+    def sync_seconds(self) -> float:
+        if self.work.sequences == 0:
+            return 0.0
+        at_once, rate = self.constants.sync_shared if self.cluster.colocated else self.constants.sync_apart
+        return at_once + self.weight_bytes * model_count(self.shape) / rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search may choose of the trainer's settings."""
+
+    parallel: ParallelConfig
+    max_tokens: int
+    recompute: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of a step."""
+
+    sampling: float
+    scoring: float
+    training: float
+    sync: float
+    overlap: bool
+    overhead: float
+    """Share of the rest."""
+
+    @property
+    def trainer(self) -> float:
+        return self.scoring + self.training
+
+    @property
+    def step(self) -> float:
+        phases = max(self.sampling, self.trainer) if self.overlap else self.sampling + self.trainer
+        return (phases + self.sync) * (1 + self.overhead)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    choice: Choice
+    data: int
+    micro: Micro
+    stages: tuple[StageMemory, ...]
+    """The first and the last: those between hold neither embedding nor head, and keep less than the first."""
+    server: ServerMemory | None
+    training_peak: float
+    """Bytes on the fullest GPU while training."""
+    sampling_peak: float
+    """Bytes on the fullest GPU while sampling, where trainer and servers share it; else of a server's GPU."""
+    problems: tuple[str, ...]
+    """What does not fit, and by how much; empty when all does."""
+    times: Times
+    speed: Speed
+    mfu: float
+    """Of the training pass alone: model FLOP/s over the peak, recomputation not counted."""
+    tokens_per_s: float
+    """All tokens of a step over its time."""
+
+    @property
+    def worst(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.total)
+
+
+def case_of(
+    run: RunConfig,
+    cluster: Cluster,
+    *,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+    expert_tokens: float | None = None,
+    precision: str = "bf16",
+    overlap: bool = False,
+    constants: Constants = CONSTANTS,
+) -> Case:
+    """What the settings say, and the lengths that must be assumed.
+
+    Args:
+        prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
+            ``expert_tokens``: as long as the responses where left out.
+        precision: bf16, fp8_rollout or fp8_e2e.
+
+    Raises:
+        ValueError: settings or model that will not do, or lengths beyond the settings' limits.
+    """
+    method, shape = method_of(run), read_shape(run.model.path)
+    longest = run.data.max_prompt_tokens + run.data.max_response_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's "
+            f"{shape.max_positions} positions"
+        )
+    if precision != "bf16" and run.model.dtype != "bf16":
+        raise ValueError(f"precision {precision} needs model.dtype bf16, it is {run.model.dtype}")
+    response = _mean("response", response_tokens, run.data.max_response_tokens)
+    scored = {column for term in method.terms(run).values() for column in term.scored}
+    samples = method.samples(run)
+    return Case(
+        shape=shape,
+        cluster=cluster,
+        work=Work(
+            prompts=run.batch.prompts if samples else 0,
+            rollouts=run.batch.rollouts,
+            experts=run.batch.experts if method.draws_experts else 0,
+            prompt_tokens=_mean("prompt", prompt_tokens, run.data.max_prompt_tokens),
+            response_tokens=response,
+            expert_tokens=_mean("expert", expert_tokens or response, run.data.max_response_tokens),
+            response_limit=run.data.max_response_tokens,
+            longest=longest,
+            updates=run.batch.mini_batches,
+            epochs=run.batch.epochs,
+            passes=bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored),
+        ),
+        numerics=Numerics.of(run.model.dtype, fp8=precision == "fp8_e2e"),
+        weight_bytes=_ELEMENT[run.model.dtype],
+        reference="reference_logprob" in scored,
+        train_fp8=precision == "fp8_e2e",
+        rollout_fp8=precision != "bf16",
+        rollout_tensor=run.rollout.tensor,
+        utilization=run.rollout.gpu_memory_utilization,
+        cache_bytes=run.rollout.kv_cache_bytes,
+        overlap=overlap,
+        constants=constants,
+    )
+
+
+def choice_of(run: RunConfig) -> Choice:
+    return Choice(parallel=run.parallel, max_tokens=run.batch.max_tokens, recompute=run.model.recompute)
+
+
+def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Estimate:
+    """Memory and time of this layout.
+
+    Args:
+        sampling: ``case.sampling_seconds()`` where it is already known: it does not depend on the choice.
+
+    Raises:
+        ValueError: the model cannot be laid out so over these GPUs, for the reason that the trainer would give.
+    """
+    parallel, cluster, work = choice.parallel, case.cluster, case.work
+    check_shape(case.shape, parallel)
+    data = data_parallel_size(parallel, cluster.train_gpus)
+    packing = _packing(parallel, data)
+    count = micro_batches(
+        work.tokens / work.updates,
+        data=data,
+        budget=choice.max_tokens,
+        multiple=packing.count_multiple,
+    )
+    largest = max(choice.max_tokens, work.longest)
+    micro = Micro(tokens=-(-largest // packing.batch_multiple) * packing.batch_multiple, count=count)
+    stages = tuple(
+        stage_memory(
+            case.shape,
+            parallel,
+            stage,
+            data=data,
+            micro=micro,
+            recompute=choice.recompute,
+            numerics=case.numerics,
+            reference=case.reference,
+            constants=case.constants,
+        )
+        for stage in sorted({0, parallel.pipeline - 1})
+    )
+    server = case.server() if work.sequences else None
+    asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
+    beside = max(stage.static for stage in stages) + case.constants.cuda_bytes if cluster.colocated else 0.0
+    training_peak = max(stage.total for stage in stages) + asleep
+    sampling_peak = beside + case.utilization * cluster.gpu.memory if server else 0.0
+    how = speed(
+        case.shape, parallel, micro_batches=count, fp8=case.train_fp8, constants=case.constants
+    )
+    times = _times(case, choice, how, sampling)
+    mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
+    return Estimate(
+        choice=choice,
+        data=data,
+        micro=micro,
+        stages=stages,
+        server=server,
+        training_peak=training_peak,
+        sampling_peak=sampling_peak,
+        problems=tuple(_problems(case, stages, server, training_peak, sampling_peak)),
+        times=times,
+        speed=how,
+        mfu=mfu,
+        tokens_per_s=work.tokens / times.step,
+    )
+
+
+def checkpoint_bytes(case: Case) -> float:
+    """Of one training checkpoint. FP32 models save the weights and, once more, the optimizer's copy."""
+    per_parameter = case.constants.checkpoint_bytes if case.weight_bytes == 2 else 16.0
+    return per_parameter * model_count(case.shape)
+
+
+def export_bytes(case: Case) -> float:
+    """Of the exported Hugging Face folder."""
+    return case.weight_bytes * model_count(case.shape)
+
+
+def step_flops(case: Case) -> float:
+    """Of the training passes over a step's samples."""
+    return case.work.epochs * case.work.tokens * train_flops(case.shape, case.work.length)
+
+
+def _times(case: Case, choice: Choice, how: Speed, sampling: float | None) -> Times:
+    work = case.work
+    one = pass_seconds(
+        case.shape,
+        case.cluster.gpu,
+        gpus=case.cluster.train_gpus,
+        tokens=work.tokens,
+        length=work.length,
+        efficiency=how.efficiency,
+    )
+    recomputed = 4 / 3 if choice.recompute == "full" else 1.0
+    return Times(
+        sampling=case.sampling_seconds() if sampling is None else sampling,
+        scoring=work.passes * one / 3,
+        training=work.epochs * recomputed * one,
+        sync=case.sync_seconds(),
+        overlap=case.overlap,
+        overhead=case.constants.step_overhead,
+    )
+
+
+def _problems(
+    case: Case,
+    stages: Sequence[StageMemory],
+    server: ServerMemory | None,
+    training_peak: float,
+    sampling_peak: float,
+) -> list[str]:
+    gpu, found = case.cluster.gpu, []
+    if training_peak > gpu.memory:
+        worst = max(stages, key=lambda stage: stage.total)
+        found.append(
+            f"training needs {gb(training_peak)} on a GPU of pipeline stage {worst.stage} ({gb(worst.static)} of weights, "
+            f"gradients and optimizer state, {gb(worst.activations + worst.head)} of activations), "
+            f"{_beyond(training_peak, gpu)}"
+        )
+    if server is None:
+        return found
+    if sampling_peak > gpu.memory:
+        found.append(
+            f"sampling needs {gb(sampling_peak)}: vLLM's {case.utilization:.2f} of the GPU beside "
+            f"{gb(max(stage.static for stage in stages))} of the trainer's weights, gradients and optimizer state, "
+            f"{_beyond(sampling_peak, gpu)}; lower rollout.gpu_memory_utilization"
+        )
+    if server.tokens < case.work.longest:
+        reserved = case.utilization * gpu.memory
+        found.append(
+            f"vLLM's KV cache holds {server.tokens} tokens, one sample may have {case.work.longest}: of "
+            f"{gb(reserved)} a GPU, weights take {gb(server.weights)} and vLLM itself "
+            f"{gb(case.constants.server_bytes)}; raise rollout.tensor or rollout.gpu_memory_utilization"
+        )
+    return found
+
+
+def _beyond(needed: float, gpu: Gpu) -> str:
+    return f"{(needed - gpu.memory) / GB:.1f} GB more than the {gpu.memory / GB:.0f} GB of an {gpu.name}"
+
+
+def _packing(parallel: ParallelConfig, data: int) -> Layout:
+    return make_layout(
+        data=data,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual=parallel.virtual_pipeline is not None,
+    )
+
+
+def _mean(what: str, stated: float | None, limit: int) -> float:
+    if stated is None:
+        return limit / 4
+    if not 0 < stated <= limit:
+        raise ValueError(f"mean {what} tokens {stated:g} must lie in (0, {limit}], the settings' limit")
+    return stated

@@ -1,0 +1,242 @@
+"""Bytes on one training GPU, by part, for every pipeline stage; and what a vLLM server on it takes.
+
+Formulas and their sources: docs/planning.md, "Memory". Bytes are decimal (1 GB = 1e9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.losses.logprobs import CHUNK_BYTES
+from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
+from megatron_chord.plan.parameters import Count, Sizes, model_count, rank_count
+from megatron_chord.weights.mapping import padded_vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """Bytes per parameter, as ``train/state.py`` sets Megatron's optimizer up; the defaults are BF16 training."""
+
+    weights: float = 2
+    gradients: float = 4
+    """``grad_reduce_in_fp32`` is on."""
+    optimizer: float = 12
+    """FP32 master weights and Adam's two moments."""
+    activation: float = 2
+    """Of one number kept for the backward pass."""
+    gemm_input: float = 2
+    """The same of the input of a matrix product; 1 in FP8."""
+    cached_weights: float = 0
+    """Quantised copies that Transformer Engine keeps of the weights, row-wise and transposed."""
+
+    @classmethod
+    def of(cls, dtype: str, *, fp8: bool = False) -> Numerics:
+        if dtype == "fp32":
+            return cls(weights=4, optimizer=8, activation=4, gemm_input=4)
+        return cls(gemm_input=1, cached_weights=2) if fp8 else cls()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Micro:
+    """What memory needs of a data-parallel rank's micro-batches."""
+
+    tokens: int
+    """Of the largest one, before the context axis cuts it."""
+    count: int
+    """In one optimizer update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """One GPU of one pipeline stage at the peak of training; bytes."""
+
+    stage: int
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float
+    head: float
+    """Chunked log-probs, on the last stage."""
+    overhead: float
+    """CUDA, NCCL, fragmentation."""
+
+    @property
+    def static(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stage", "parameters")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerMemory:
+    """One vLLM server of ``tensor`` GPUs."""
+
+    tensor: int
+    weights: float
+    """Bytes per GPU."""
+    cache: float
+    """KV cache, bytes per GPU; negative when the weights leave nothing."""
+    tokens: int
+    """KV capacity of the whole server."""
+
+
+def stage_memory(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    stage: int,
+    *,
+    data: int,
+    micro: Micro,
+    recompute: str,
+    numerics: Numerics = Numerics(),
+    reference: bool = False,
+    constants: Constants = CONSTANTS,
+) -> StageMemory:
+    """Args:
+    data: data-parallel ranks, without the context axis.
+    recompute: none or full.
+    reference: a second policy's weights are kept beside.
+    """
+    count = rank_count(shape, parallel, stage)
+    activations = activation_bytes(shape, parallel, stage, micro=micro, recompute=recompute, numerics=numerics)
+    is_last = stage == parallel.pipeline - 1
+    head = head_bytes(shape, parallel, micro.tokens, numerics) if is_last else 0.0
+    return StageMemory(
+        stage=stage,
+        parameters=count.total,
+        weights=(numerics.weights + numerics.cached_weights) * count.total,
+        gradients=numerics.gradients * count.total,
+        optimizer=optimizer_bytes(count, parallel, data, numerics),
+        reference=numerics.weights * count.total if reference else 0.0,
+        activations=activations,
+        head=head,
+        overhead=constants.cuda_bytes + constants.fragmentation * (activations + head),
+    )
+
+
+def optimizer_bytes(count: Count, parallel: ParallelConfig, data: int, numerics: Numerics) -> float:
+    """Sharded over the ranks that hold the same weights, those of experts over the fewer that hold the same experts."""
+    if not parallel.distributed_optimizer:
+        return numerics.optimizer * count.total
+    replicas = data * parallel.context
+    # Experts are not cut over the tensor axis, so its ranks hold the same ones, too (runtime/parallel.py).
+    expert_replicas = replicas * parallel.tensor / parallel.expert
+    return numerics.optimizer * (count.dense / replicas + count.experts / expert_replicas)
+
+
+def activation_bytes(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    stage: int,
+    *,
+    micro: Micro,
+    recompute: str,
+    numerics: Numerics = Numerics(),
+) -> float:
+    """Kept for the backward pass at the schedule's fullest moment."""
+    tokens = micro.tokens / parallel.context
+    layers = layers_in_flight(shape.num_layers, parallel, stage, micro.count)
+    layer = layer_activation_bytes(shape, parallel, numerics)
+    if recompute == "none":
+        return layers * layer * tokens
+    sequence = parallel.tensor if parallel.sequence_parallel else 1
+    inputs = numerics.activation * shape.hidden_size / sequence
+    return (layers * inputs + layer) * tokens  # every layer's input, and all of the one that is computed again
+
+
+def layer_activation_bytes(
+    shape: ModelShape, parallel: ParallelConfig, numerics: Numerics = Numerics()
+) -> float:
+    """Of one layer, per token of this context rank."""
+    of, hidden = Sizes.of(shape), shape.hidden_size
+    full, gemm = numerics.activation, numerics.gemm_input
+    # Inputs of both norms; inputs of the products behind them, which are those norms' outputs.
+    whole = (2 * full + 2 * gemm) * hidden
+    attention = full * (of.query + 2 * of.kv) + full * of.query
+    shared = (shape.experts.shared_ffn_size or 0) if shape.experts else 0
+    width = shared if shape.experts else shape.ffn_size
+    # Outputs of the projections into the MLP, and the activation's output, which the last product reads.
+    mlp = (of.gates * full + gemm) * width
+    sequence = parallel.tensor if parallel.sequence_parallel else 1
+    cut = (attention + mlp) / parallel.tensor + whole / sequence
+    if not shape.experts:
+        return cut
+    # Each token travels to top_k experts and back: its copies there, and what comes back.
+    expert = of.top_k * ((of.gates * full + gemm) * of.expert_width + (gemm + full) * hidden)
+    return cut + expert / sequence
+
+
+def layers_in_flight(num_layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
+    """Layers whose activations of some micro-batch are kept at once, on one rank.
+
+    Megatron-Core 0.16.1, pipeline_parallel/schedules.py: warm-up of the 1F1B schedule and of the interleaved one.
+    """
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
+    own = num_layers / stages
+    if chunks == 1:
+        return own * min(stages - stage, micro_batches)
+    warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    return own / chunks * min(warm_up, chunks * micro_batches)
+
+
+def head_bytes(shape: ModelShape, parallel: ParallelConfig, tokens: int, numerics: Numerics) -> float:
+    """Work space of ``losses.logprobs`` in its backward pass, where every token of the micro-batch is trained."""
+    rows = padded_vocab_size(shape.vocab_size, parallel.tensor) / parallel.tensor
+    # The weight's gradient is summed in FP32 and each chunk's part is made in the weights' type.
+    weight = (4 + numerics.activation) * rows * shape.hidden_size
+    # The gathered hidden states, those that predict a trained token, and the gradients of both.
+    hidden = 4 * numerics.activation * tokens / parallel.context * shape.hidden_size
+    chunk = CHUNK_BYTES * (1 + numerics.activation / 8)  # two FP32 matrices, and the product in the weights' type
+    return chunk + weight + hidden
+
+
+def full_logits_bytes(vocab_rows: float, tokens: float) -> float:
+    """What a head that makes all logits keeps: BF16 logits, FP32 ones and their gradient."""
+    return tokens * vocab_rows * (2 + 4 + 4)
+
+
+def kv_bytes_per_token(shape: ModelShape, dtype_bytes: float = 2) -> float:
+    """Keys and values of one token in all layers."""
+    return 2 * shape.num_layers * Sizes.of(shape).kv * dtype_bytes
+
+
+def server_memory(
+    shape: ModelShape,
+    gpu: Gpu,
+    *,
+    tensor: int,
+    utilization: float,
+    weight_bytes: float = 2,
+    kv_dtype_bytes: float = 2,
+    cache_bytes: float | None = None,
+    constants: Constants = CONSTANTS,
+) -> ServerMemory:
+    """Weights and KV cache of a vLLM server within ``utilization`` of each of its GPUs.
+
+    Args:
+        weight_bytes: per parameter: 2 in BF16, 1 in FP8, 4 in FP32.
+        cache_bytes: the KV cache's size per GPU, where the settings state it.
+    """
+    weights = weight_bytes * model_count(shape) / tensor
+    left = utilization * gpu.memory - weights - constants.server_bytes
+    cache = left if cache_bytes is None else cache_bytes
+    # Beyond as many GPUs as there are key-value heads vLLM keeps copies of them.
+    shared = min(tensor, shape.num_kv_heads)
+    per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / shared
+    return ServerMemory(
+        tensor=tensor, weights=weights, cache=cache, tokens=max(0, int(cache / per_token))
+    )
+
+
+def gb(value: float) -> str:
+    return f"{value / GB:.1f} GB"

@@ -1,0 +1,194 @@
+"""An estimate as text tables, and as plain values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from megatron_chord.plan.constants import GB
+from megatron_chord.plan.estimate import Case, Choice, Estimate, checkpoint_bytes, export_bytes
+from megatron_chord.plan.memory import gb
+from megatron_chord.plan.parameters import model_count
+from megatron_chord.plan.search import Found, best_block
+
+_SHOWN = 10
+
+
+def tables(case: Case, found: Estimate) -> Iterator[Table]:
+    yield _memory(case, found)
+    yield _time(case, found)
+    yield _capacity(case, found)
+
+
+def search_table(found: Found) -> Table:
+    table = Table(title=f"{len(found.fitting)} layouts fit; the fastest by prediction")
+    for name in ("layout", "recompute", "max_tokens", "step s", "train s", "bubble %", "train GB", "sample GB"):
+        table.add_column(name, justify="left" if name in ("layout", "recompute") else "right")
+    for one in found.fitting[:_SHOWN]:
+        table.add_row(
+            layout(one.choice, one.data),
+            one.choice.recompute,
+            str(one.choice.max_tokens),
+            f"{one.times.step:.1f}",
+            f"{one.times.trainer:.1f}",
+            f"{100 * one.speed.bubble:.0f}",
+            f"{one.training_peak / GB:.1f}",
+            f"{one.sampling_peak / GB:.1f}",
+        )
+    return table
+
+
+def reasons(found: Found) -> Iterator[str]:
+    """Why nothing fits: the nearest misses, then what the trainer would refuse."""
+    yield "no layout fits"
+    for one in found.too_large[:_SHOWN]:
+        name = f"{layout(one.choice, one.data)}, recompute {one.choice.recompute}, {one.choice.max_tokens} tokens"
+        yield from (f"  {name}: {problem}" for problem in one.problems)
+    yield from (f"  refused: {reason}" for reason in found.refused[:_SHOWN])
+
+
+def layout(choice: Choice, data: int) -> str:
+    parallel = choice.parallel
+    axes = {
+        "TP": parallel.tensor,
+        "PP": parallel.pipeline,
+        "VPP": parallel.virtual_pipeline or 1,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+    }
+    return " ".join([*(f"{name}{size}" for name, size in axes.items() if size > 1), f"DP{data}"])
+
+
+def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
+    """Numbers in bytes, seconds and tokens."""
+    parallel, server = found.choice.parallel, found.server
+    return {
+        "parameters": model_count(case.shape),
+        "parallel": {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "context": parallel.context,
+            "expert": parallel.expert,
+            "sequence_parallel": parallel.sequence_parallel,
+            "data": found.data,
+        },
+        "max_tokens": found.choice.max_tokens,
+        "recompute": found.choice.recompute,
+        "fits": not found.problems,
+        "problems": list(found.problems),
+        "memory": {
+            "gpu": case.cluster.gpu.memory,
+            "worst_stage": found.worst.stage,
+            **found.worst.parts(),
+            "training_peak": found.training_peak,
+            "sampling_peak": found.sampling_peak,
+        },
+        "server": None
+        if server is None
+        else {
+            "servers": case.servers,
+            "tensor": server.tensor,
+            "weights": server.weights,
+            "kv_cache": server.cache,
+            "kv_tokens": server.tokens,
+        },
+        "seconds": {
+            "step": found.times.step,
+            "sampling": found.times.sampling,
+            "scoring": found.times.scoring,
+            "training": found.times.training,
+            "sync": found.times.sync,
+        },
+        "micro_batches": found.micro.count,
+        "bubble": found.speed.bubble,
+        "mfu": found.mfu,
+        "tokens_per_s": found.tokens_per_s,
+        "checkpoint_bytes": checkpoint_bytes(case),
+        "export_bytes": export_bytes(case),
+    }
+
+
+def search_as_plain(case: Case, found: Found) -> dict[str, Any]:
+    return {
+        "fitting": [as_plain(case, one) for one in found.fitting[:_SHOWN]],
+        "number_fitting": len(found.fitting),
+        "block": best_block(found.fitting[0]) if found.fitting else None,
+        "reasons": [] if found.fitting else list(reasons(found)),
+    }
+
+
+def _memory(case: Case, found: Estimate) -> Table:
+    worst, cluster = found.worst, case.cluster
+    where = f"stage {worst.stage} of {found.choice.parallel.pipeline}"
+    table = _two_columns(
+        f"memory of one {cluster.gpu.name} ({gb(cluster.gpu.memory)}), {where}: {worst.parameters / 1e9:.2f} billion "
+        "parameters"
+    )
+    for name, value in worst.parts().items():
+        if value:
+            table.add_row(_NAMES[name], gb(value))
+    if found.server and cluster.colocated:
+        table.add_row("vLLM, asleep", gb(case.constants.asleep_bytes))
+    table.add_row("training, together", gb(found.training_peak), end_section=True)
+    if found.server:
+        reserved = case.utilization * cluster.gpu.memory
+        table.add_row("vLLM: weights", gb(found.server.weights))
+        table.add_row("vLLM: KV cache", gb(found.server.cache))
+        table.add_row("vLLM: all it reserves", gb(reserved))
+        if cluster.colocated:
+            table.add_row("with the trainer's state beside it", gb(found.sampling_peak))
+    return table
+
+
+_NAMES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "reference": "reference model",
+    "activations": "activations",
+    "head": "log-prob head, a chunk at a time",
+    "overhead": "CUDA, NCCL, fragmentation",
+}
+
+
+def _time(case: Case, found: Estimate) -> Table:
+    times = found.times
+    table = _two_columns(f"one step of {case.work.tokens:,.0f} tokens")
+    for name, value in {
+        "sampling": times.sampling,
+        "log-probs": times.scoring,
+        "training": times.training,
+        "weight push": times.sync,
+    }.items():
+        table.add_row(name, f"{value:.1f} s")
+    table.add_row("step", f"{times.step:.1f} s", end_section=True)
+    table.add_row("tokens/s", f"{found.tokens_per_s:,.0f}")
+    table.add_row("micro-batches on each data-parallel rank", f"{found.micro.count}")
+    table.add_row("pipeline bubble", f"{found.speed.bubble:.1%}")
+    table.add_row("MFU of training", f"{found.mfu:.1%}")
+    return table
+
+
+def _capacity(case: Case, found: Estimate) -> Table:
+    table = _two_columns("capacity")
+    if found.server:
+        work, tokens = case.work, found.server.tokens
+        mean = work.prompt_tokens + work.response_tokens
+        table.add_row("rollout servers", f"{case.servers} of {found.server.tensor} GPUs")
+        table.add_row("KV cache of a server", f"{tokens:,} tokens")
+        table.add_row("samples at once, of mean length", f"{tokens / mean:,.0f}")
+        table.add_row("samples at once, of the longest", f"{tokens // work.longest:,}")
+        table.add_row("samples of a step for each server", f"{work.sequences / case.servers:,.0f}")
+    table.add_row("one checkpoint on disk", gb(checkpoint_bytes(case)))
+    table.add_row("the exported folder", gb(export_bytes(case)))
+    return table
+
+
+def _two_columns(title: str, names: Sequence[str] = ("", "")) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(names[0])
+    table.add_column(names[1], justify="right")
+    return table

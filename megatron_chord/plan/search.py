@@ -1,0 +1,110 @@
+"""All layouts that the trainer would accept, those that fit ranked by the predicted time of a step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_chord.plan.estimate import Case, Choice, Estimate, estimate
+
+_LEAST_BUDGET = 8192
+"""Smaller micro-batches would leave a GPU idle between kernels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    fitting: tuple[Estimate, ...]
+    """Fastest first, and among equals the one that needs least memory."""
+    too_large: tuple[Estimate, ...]
+    """Layouts that the trainer would accept and the GPUs cannot hold, the nearest miss first."""
+    refused: tuple[str, ...]
+    """Why the trainer would refuse the others, each reason once."""
+
+
+def search(case: Case, start: Choice) -> Found:
+    """Try tensor, pipeline, virtual pipeline, context and expert sizes, token budgets and recomputation.
+
+    The tensor axis stays within a node. All else of ``start`` is kept.
+    """
+    sampling = case.sampling_seconds()
+    fitting: list[Estimate] = []
+    too_large: list[Estimate] = []
+    refused: dict[str, None] = {}
+    for choice in _choices(case, start):
+        try:
+            found = estimate(case, choice, sampling=sampling)
+        except ValueError as error:
+            refused[str(error)] = None
+            continue
+        (too_large if found.problems else fitting).append(found)
+    return Found(
+        fitting=tuple(sorted(fitting, key=lambda e: (round(e.times.step, 2), _peak(e)))),
+        too_large=tuple(sorted(too_large, key=_peak)),
+        refused=tuple(refused),
+    )
+
+
+def best_block(found: Estimate) -> str:
+    """The layout as YAML to paste into a run."""
+    parallel = found.choice.parallel
+    settings: dict[str, int | bool | None] = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+        "expert": parallel.expert,
+    }
+    lines = [
+        "parallel:",
+        *(f"  {name}: {value}" for name, value in settings.items() if value not in (None, 1)),
+        f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
+        "batch:",
+        f"  max_tokens: {found.choice.max_tokens}",
+        "model:",
+        f"  recompute: {found.choice.recompute}",
+    ]
+    return "\n".join(lines)
+
+
+def _choices(case: Case, start: Choice) -> Iterator[Choice]:
+    gpus, layers = case.cluster.train_gpus, case.shape.num_layers
+    tensors = [size for size in _powers(case.cluster.gpus_per_node) if case.cluster.gpus_per_node % size == 0]
+    contexts = [size for size in _powers(8) if size <= gpus]
+    experts = [1] if case.shape.experts is None else _divisors(case.shape.experts.count)
+    for tensor, pipeline, context, expert in itertools.product(tensors, _divisors(layers), contexts, experts):
+        if gpus % (tensor * pipeline * context) or (gpus // pipeline) % expert:
+            continue  # the axes do not divide the processes: nothing that a user would want explained
+        virtual = [size for size in _divisors(layers // pipeline) if size > 1] if pipeline > 1 else []
+        for chunks, budget, recompute in itertools.product(
+            [None, *virtual], _budgets(case, start), ("none", "full")
+        ):
+            parallel = replace(
+                start.parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=chunks,
+                context=context,
+                expert=expert,
+                sequence_parallel=tensor > 1,
+            )
+            yield Choice(parallel=parallel, max_tokens=budget, recompute=recompute)
+
+
+def _budgets(case: Case, start: Choice) -> list[int]:
+    """The longest sample's, rounded up; twice that; and the settings' own if it holds the longest sample."""
+    least = -(-max(case.work.longest, _LEAST_BUDGET) // 1024) * 1024
+    own = [start.max_tokens] if start.max_tokens >= case.work.longest else []
+    return sorted({least, 2 * least, *own})
+
+
+def _peak(found: Estimate) -> float:
+    return max(found.training_peak, found.sampling_peak)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,78 @@
+"""How long the trainer's passes over a step's tokens take. docs/planning.md, "Training"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.plan.constants import CONSTANTS, Constants, Gpu
+from megatron_chord.plan.parameters import Sizes, active_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a layout makes of the trainer's GPUs."""
+
+    efficiency: float
+    """Model FLOP/s over the peak of all GPUs, without recomputation."""
+    bubble: float
+    """Share of the time that a pipeline stage waits."""
+
+
+def train_flops(shape: ModelShape, length: float) -> float:
+    """Of one token's forward and backward pass, in a sequence of ``length``, its causal attention counted once.
+
+    6 per parameter that multiplies it, and 6 per layer, query channel and position (the mean token sees half of them,
+    in scores and in values): the convention of [MB-ARCH].
+    """
+    attention = 6 * shape.num_layers * Sizes.of(shape).query * length
+    return 6 * active_count(shape) + attention
+
+
+def micro_batches(tokens: float, *, data: int, budget: int, multiple: int = 1) -> int:
+    """Of one data-parallel rank in an update of ``tokens``; a multiple of ``multiple``."""
+    return math.ceil(max(1, math.ceil(tokens / (data * budget))) / multiple) * multiple
+
+
+def speed(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    *,
+    micro_batches: int,
+    fp8: bool = False,
+    constants: Constants = CONSTANTS,
+) -> Speed:
+    chunks = parallel.virtual_pipeline or 1
+    waits, works = parallel.pipeline - 1, micro_batches * chunks
+    bubble = waits / (works + waits)
+    factor = constants.context_factor ** math.log2(parallel.context)
+    factor *= tensor_factor(parallel.tensor, constants)
+    factor *= constants.moe_factor if shape.experts else 1.0
+    factor *= constants.fp8_factor if fp8 else 1.0
+    return Speed(efficiency=constants.train_efficiency * factor * (1 - bubble), bubble=bubble)
+
+
+def tensor_factor(tensor: int, constants: Constants = CONSTANTS) -> float:
+    """The table's, and between its entries the next larger one's; beyond it the last step again for each doubling."""
+    known = dict(constants.tensor_factor)
+    for size in sorted(known):
+        if tensor <= size:
+            return known[size]
+    last, before = sorted(known)[-1], sorted(known)[-2]
+    return known[last] * (known[last] / known[before]) ** math.log2(tensor / last)
+
+
+def pass_seconds(
+    shape: ModelShape,
+    gpu: Gpu,
+    *,
+    gpus: int,
+    tokens: float,
+    length: float,
+    efficiency: float,
+    passes: float = 1.0,
+) -> float:
+    """Of ``passes`` times the forward and backward pass over ``tokens`` tokens; a forward pass alone is a third."""
+    return passes * tokens * train_flops(shape, length) / (gpus * gpu.peak_flops * efficiency)

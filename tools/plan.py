@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Does a run fit its GPUs, and how long will a step take? From its YAML and the model's config.json alone.
+
+    python tools/plan.py RUN.yaml [NAME=VALUE ...] --gpu h100 --nodes 8
+    python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # layouts that fit, the fastest first
+    python tools/plan.py RUN.yaml --nodes 8 --rollout-nodes 4 --overlap     # half of them only sample
+
+Memory by part, the step's time by phase, KV capacity and disk. Nothing is measured here: docs/planning.md has the
+formulas, and how far they are from published runs. Exits with 0 when it fits (with --search: when any layout does), 1
+when not, and 2 when settings, model or cluster will not do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    from megatron_chord.config_io import load_config
+    from megatron_chord.config_nodes import ConfigError
+    from megatron_chord.plan.constants import GPUS
+    from megatron_chord.plan.estimate import Cluster, case_of, choice_of, estimate
+    from megatron_chord.plan.search import search
+
+    try:
+        run = load_config(args.config, args.overrides)
+        cluster = Cluster(
+            gpu=GPUS[args.gpu],
+            nodes=args.nodes,
+            gpus_per_node=args.gpus,
+            rollout_nodes=args.rollout_nodes,
+        )
+        case = case_of(
+            run,
+            cluster,
+            prompt_tokens=args.prompt_tokens,
+            response_tokens=args.response_tokens,
+            expert_tokens=args.expert_tokens,
+            precision=args.precision,
+            overlap=args.overlap,
+        )
+        if args.search:
+            return _show_search(args, case, search(case, choice_of(run)))
+        return _show(args, case, estimate(case, choice_of(run)))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="as in model.path=PATH/MODEL")
+    parser.add_argument("--gpu", default="h100", choices=_gpu_names(), help="default: h100")
+    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
+    parser.add_argument(
+        "--rollout-nodes", type=int, default=0, help="nodes that only sample (default: all GPUs do both)"
+    )
+    parser.add_argument("--overlap", action="store_true", help="sampling runs one step ahead of training")
+    parser.add_argument(
+        "--prompt-tokens", type=float, help="mean length (default: a quarter of the settings' limit)"
+    )
+    parser.add_argument("--response-tokens", type=float, help="mean length (default: a quarter of the limit)")
+    parser.add_argument(
+        "--expert-tokens", type=float, help="mean length of a demonstration (default: as responses)"
+    )
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8_rollout", "fp8_e2e"))
+    parser.add_argument("--search", action="store_true", help="try all layouts of the training ranks")
+    parser.add_argument("--json", action="store_true", help="plain numbers: bytes, seconds, tokens")
+    return parser.parse_intermixed_args(argv)
+
+
+def _gpu_names() -> list[str]:
+    from megatron_chord.plan.constants import GPUS
+
+    return list(GPUS)
+
+
+def _show(args: argparse.Namespace, case, found) -> int:
+    from rich.console import Console
+
+    from megatron_chord.plan.report import as_plain, layout, tables
+
+    if args.json:
+        print(json.dumps(as_plain(case, found), indent=2))
+        return int(bool(found.problems))
+    console = Console()
+    console.print(f"layout: {layout(found.choice, found.data)}, recompute {found.choice.recompute}")
+    console.print(_assumed(case), highlight=False)
+    for table in tables(case, found):
+        console.print(table)
+    for problem in found.problems:
+        print(f"does not fit: {problem}", file=sys.stderr)
+    return int(bool(found.problems))
+
+
+def _show_search(args: argparse.Namespace, case, found) -> int:
+    from rich.console import Console
+
+    from megatron_chord.plan.report import reasons, search_as_plain, search_table, tables
+    from megatron_chord.plan.search import best_block
+
+    if args.json:
+        print(json.dumps(search_as_plain(case, found), indent=2))
+    elif found.fitting:
+        console = Console()
+        console.print(_assumed(case), highlight=False)
+        console.print(search_table(found))
+        for table in tables(case, found.fitting[0]):
+            console.print(table)
+        print(best_block(found.fitting[0]))
+    else:
+        print("\n".join(reasons(found)), file=sys.stderr)
+    return int(not found.fitting)
+
+
+def _assumed(case) -> str:
+    work, cluster = case.work, case.cluster
+    split = "sampling and training on all" if cluster.colocated else f"{cluster.rollout_nodes} nodes only sample"
+    return (
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {split}; assumed mean lengths: prompt "
+        f"{work.prompt_tokens:g}, response {work.response_tokens:g}, demonstration {work.expert_tokens:g} tokens"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
