@@ -19,9 +19,10 @@ from megatron_chord.config import ParallelConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
 from megatron_chord.plan.constants import CONSTANTS, GB, GPUS
-from megatron_chord.plan.estimate import Case, Choice, Cluster, Work, checkpoint_bytes, estimate
-from megatron_chord.plan.memory import Micro, Numerics, full_logits_bytes, stage_memory
+from megatron_chord.plan.estimate import Case, Choice, Cluster, checkpoint_bytes, estimate
+from megatron_chord.plan.memory import Numerics, Training, full_logits_bytes, stage_memory
 from megatron_chord.plan.training import pass_seconds, speed
+from megatron_chord.plan.work import Work
 
 LIMIT = 0.20
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_column(name, justify="right" if name in ("predicted", "published", "error %") else "left")
     for use in get_args(Use):
         for row in (row for row in found if row.use == use):
-            numbers = [f"{value:.1f}" if value >= 10 else f"{value:.3f}" for value in (row.predicted, row.published)]
+            numbers = [
+                f"{value:.1f}" if value >= 10 else f"{value:.3f}" for value in (row.predicted, row.published)
+            ]
             table.add_row(row.name, row.what, *numbers, row.unit, f"{100 * row.error:+.1f}", use)
         table.add_section()
     Console(width=130).print(table)
@@ -65,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = [abs(row.error) for row in found if row.use == use]
         within = sum(error <= LIMIT for error in errors)
         mean = sum(errors) / len(errors)
-        print(f"{use}: {within} of {len(errors)} rows within 20 %, mean {mean:.1%}, largest {max(errors):.1%}")
+        print(
+            f"{use}: {within} of {len(errors)} rows within 20 %, mean {mean:.1%}, largest {max(errors):.1%}"
+        )
     missed = [row for row in found if abs(row.error) > LIMIT]
     print("PASS" if not missed else "FAIL: " + ", ".join(row.name for row in missed))
     return 1 if missed else 0
@@ -77,6 +82,7 @@ def _shape(name: str) -> ModelShape:
 
 # GRPO end to end, NeMo-RL [RLPERF] [RL-959]: 64 prompts x 32 samples, two log-prob passes (policy and reference).
 
+ONE_GPU = ParallelConfig()
 PROMPT_TOKENS = 127
 """Per sample; from comparing the published columns."""
 MOST_TOKENS = 4096
@@ -90,18 +96,22 @@ def _grpo(
     *,
     mean: float,
     gpus: int,
-    tensor: int = 1,
-    pipeline: int = 1,
-    expert: int = 1,
+    parallel: ParallelConfig = ONE_GPU,
     rollout_tensor: int = 1,
-    rollout_gpus: int = 0,
+    apart: bool = False,
     fp8: bool = False,
 ) -> tuple[Case, Choice]:
-    """Args: mean is of prompt and response together; gpus are those that train."""
+    """A run and its layout.
+
+    Args:
+        mean: of prompt and response together.
+        gpus: those that train.
+        apart: as many more only sample, one step ahead.
+    """
     case = Case(
         shape=_shape(model),
         cluster=Cluster(
-            gpu=GPUS["h100"], nodes=(gpus + rollout_gpus) // 8, rollout_nodes=rollout_gpus // 8
+            gpu=GPUS["h100"], nodes=gpus // 8 * (1 + apart), rollout_nodes=gpus // 8 if apart else 0
         ),
         work=Work(
             prompts=64,
@@ -118,81 +128,86 @@ def _grpo(
         train_fp8=fp8,
         rollout_fp8=fp8,
         rollout_tensor=rollout_tensor,
-        utilization=0.85 if rollout_gpus else 0.6,
-        overlap=rollout_gpus > 0,
-    )
-    parallel = ParallelConfig(
-        tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1
+        utilization=0.85 if apart else 0.6,
+        overlap=apart,
     )
     return case, Choice(parallel=parallel, max_tokens=PACK, recompute="none")
 
 
+_FOUR_BY_FOUR = ParallelConfig(tensor=4, pipeline=4, sequence_parallel=True)
 _RUNS: tuple[tuple[str, float, Use, tuple[Case, Choice]], ...] = (
     (
         "8B, 8 GPUs, on-policy",
         112,
         "calibrated",
-        _grpo("llama-3.1-8b", mean=795 + 127, gpus=8, pipeline=2),
+        _grpo("llama-3.1-8b", mean=795 + 127, gpus=8, parallel=ParallelConfig(pipeline=2)),
     ),
     (
         "70B, 64 GPUs, on-policy",
         147,
         "calibrated",
-        _grpo("llama-3.1-70b", mean=398 + 127, gpus=64, tensor=4, pipeline=4, rollout_tensor=8),
+        _grpo("llama-3.1-70b", mean=398 + 127, gpus=64, parallel=_FOUR_BY_FOUR, rollout_tensor=8),
     ),
     (
         "8B, 16 GPUs, on-policy (v0.5)",
         92.8,
         "calibrated",
-        _grpo("llama-3.1-8b", mean=1019, gpus=16, pipeline=2),
+        _grpo("llama-3.1-8b", mean=1019, gpus=16, parallel=ParallelConfig(pipeline=2)),
     ),
     (
         "8B, 8+8 GPUs, 1 step off",
         64.8,
         "calibrated",
-        _grpo("llama-3.1-8b", mean=1123, gpus=8, rollout_gpus=8),
+        _grpo("llama-3.1-8b", mean=1123, gpus=8, apart=True),
     ),
     (
         "32B, 32 GPUs, on-policy (v0.5)",
         376,
         "calibrated",
-        _grpo("qwen3-32b", mean=3251, gpus=32, tensor=4, pipeline=4, rollout_tensor=4),
+        _grpo("qwen3-32b", mean=3251, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4),
     ),
     (
         "32B, 32+32 GPUs, 1 step off",
         200,
         "calibrated",
-        _grpo("qwen3-32b", mean=3252, gpus=32, tensor=4, pipeline=4, rollout_tensor=4, rollout_gpus=32),
+        _grpo("qwen3-32b", mean=3252, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4, apart=True),
     ),
     (
         "8B, 16 GPUs, on-policy (v0.4)",
         97.7,
         "held back",
-        _grpo("llama-3.1-8b", mean=1060, gpus=16, pipeline=2),
+        _grpo("llama-3.1-8b", mean=1060, gpus=16, parallel=ParallelConfig(pipeline=2)),
     ),
     (
         "32B, 32 GPUs, on-policy (v0.4)",
         393,
         "held back",
-        _grpo("qwen3-32b", mean=3206, gpus=32, tensor=4, pipeline=4, rollout_tensor=4),
+        _grpo("qwen3-32b", mean=3206, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4),
     ),
     (
         "8B, 8+8 GPUs, 1 step off, FP8",
         53.0,
         "held back",
-        _grpo("llama-3.1-8b", mean=1128, gpus=8, rollout_gpus=8, fp8=True),
+        _grpo("llama-3.1-8b", mean=1128, gpus=8, apart=True, fp8=True),
     ),
     (
         "30B-A3B, 32 GPUs, on-policy",
         192,
         "held back",
-        _grpo("qwen3-30b-a3b", mean=3203, gpus=32, expert=8, rollout_tensor=2),
+        _grpo("qwen3-30b-a3b", mean=3203, gpus=32, parallel=ParallelConfig(expert=8), rollout_tensor=2),
     ),
     (
         "30B-A3B, 16+16 GPUs, 1 step off",
         152,
         "held back",
-        _grpo("qwen3-30b-a3b", mean=3201, gpus=16, expert=8, pipeline=2, rollout_tensor=2, rollout_gpus=16),
+        _grpo(
+            "qwen3-30b-a3b",
+            mean=3201,
+            gpus=16,
+            parallel=ParallelConfig(pipeline=2, expert=8),
+            rollout_tensor=2,
+            apart=True,
+        ),
     ),
 )
 
@@ -298,15 +313,14 @@ def _memory_rows() -> list[Row]:
     inside = dataclasses.replace(CONSTANTS, cuda_bytes=0.0, fragmentation=0.0)
     for name, parallel, sequences, held, peak, _ in _GOLD:
         shape, tokens = gpt_7b(), sequences * 8192
-        memory = stage_memory(
-            shape,
-            parallel,
-            0,
+        training = Training(
+            parallel=parallel,
             data=2,
-            micro=Micro(tokens=tokens, count=8 // 2 // sequences),
+            micro_tokens=tokens,
+            micro_batches=8 // 2 // sequences,
             recompute="none",
-            constants=inside,
         )
+        memory = stage_memory(shape, training, 0, inside)
         # Learned positions, whole on every rank of the first stage: no family here has them.
         static = memory.static + (2 + 4 + 12 / 2) * 8192 * shape.hidden_size
         is_last = parallel.pipeline == 1
@@ -332,16 +346,15 @@ def _memory_rows() -> list[Row]:
         ("70B SFT FP8, TP4 PP8 VPP5 DP1", ParallelConfig(tensor=4, pipeline=8, virtual_pipeline=5), 1, 53.2),
         ("70B SFT FP8, TP8 PP4 VPP5 DP1", ParallelConfig(tensor=8, pipeline=4, virtual_pipeline=5), 1, 50.2),
     ):
-        memory = stage_memory(
-            _shape("llama-3.1-70b"),
-            dataclasses.replace(parallel, sequence_parallel=True),
-            0,
+        training = Training(
+            parallel=dataclasses.replace(parallel, sequence_parallel=True),
             data=data,
-            micro=Micro(tokens=4096, count=32 // data),
+            micro_tokens=4096,
+            micro_batches=32 // data,
             recompute="none",
             numerics=numerics,
-            constants=inside,
         )
+        memory = stage_memory(_shape("llama-3.1-70b"), training, 0, inside)
         found.append(
             Row(
                 name=name,

@@ -584,6 +584,16 @@ class RunConfig:
         )
 
 
+def check_lengths(data: DataConfig, max_positions: int) -> None:
+    """ValueError when a sample could be longer than the model's positions."""
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    _require(
+        longest <= max_positions,
+        f"data.max_prompt_tokens {data.max_prompt_tokens} + data.max_response_tokens {data.max_response_tokens} = "
+        f"{longest} is beyond the model's {max_positions} positions",
+    )
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel ranks of `world_size` processes; ValueError when the axes do not divide it."""
     product = parallel.tensor * parallel.pipeline * parallel.context

@@ -93,7 +93,7 @@ def _show(args: argparse.Namespace, case, found) -> int:
         print(json.dumps(as_plain(case, found), indent=2))
         return int(bool(found.problems))
     console = Console()
-    console.print(f"layout: {layout(found.choice, found.data)}, recompute {found.choice.recompute}")
+    console.print(f"layout: {layout(found)}, recompute {found.choice.recompute}")
     console.print(_assumed(case), highlight=False)
     for table in tables(case, found):
         console.print(table)
@@ -124,7 +124,9 @@ def _show_search(args: argparse.Namespace, case, found) -> int:
 
 def _assumed(case) -> str:
     work, cluster = case.work, case.cluster
-    split = "sampling and training on all" if cluster.colocated else f"{cluster.rollout_nodes} nodes only sample"
+    split = (
+        "sampling and training on all" if cluster.colocated else f"{cluster.rollout_nodes} nodes only sample"
+    )
     return (
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {split}; assumed mean lengths: prompt "
         f"{work.prompt_tokens:g}, response {work.response_tokens:g}, demonstration {work.expert_tokens:g} tokens"

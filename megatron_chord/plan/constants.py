@@ -44,12 +44,8 @@ GPUS = {
         memory=96e9,
         source="vendor's figures as quoted by [VERL-FA]",
     ),
-    "a100-80": Gpu(
-        name="A100 SXM 80 GB", peak_flops=312e12, bandwidth=2.039e12, memory=80e9, source=_A100
-    ),
-    "a100-40": Gpu(
-        name="A100 SXM 40 GB", peak_flops=312e12, bandwidth=1.555e12, memory=40e9, source=_A100
-    ),
+    "a100-80": Gpu(name="A100 SXM 80 GB", peak_flops=312e12, bandwidth=2.039e12, memory=80e9, source=_A100),
+    "a100-40": Gpu(name="A100 SXM 40 GB", peak_flops=312e12, bandwidth=1.555e12, memory=40e9, source=_A100),
 }
 
 
@@ -64,6 +60,9 @@ class Constants:
     )
     """What is left of it under tensor parallelism. 8: 704 -> 509 TFLOP/s from TP4 PP4 to TP8 PP4 [MB-SKILL-MEM]. The
     others calibrated."""
+    pipeline_factor: float = 0.954
+    """What is left of it at each doubling of the pipeline's stages, beside the bubble: 704 -> 668 TFLOP/s from TP4 PP4
+    DP2 to TP4 PP8 DP1, of which the bubbles of 16 and 32 micro-batches in 5 chunks explain 0.6 % [MB-SKILL-MEM]."""
     context_factor: float = 0.97
     """What is left of it at each doubling of the context axis. Assumed: no published pair of runs."""
     moe_factor: float = 0.274

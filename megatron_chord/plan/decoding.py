@@ -15,6 +15,7 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.plan.constants import CONSTANTS, Constants, Gpu
 from megatron_chord.plan.memory import kv_bytes_per_token
 from megatron_chord.plan.parameters import Sizes, active_count, expert_count, model_count
+from megatron_chord.plan.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,37 +36,26 @@ class Server:
 def sampling_seconds(
     shape: ModelShape,
     server: Server,
+    work: Work,
     *,
     servers: int,
-    sequences: int,
-    prompts: int,
-    prompt_tokens: float,
-    response_tokens: float,
-    limit: int,
     constants: Constants = CONSTANTS,
 ) -> float:
-    """Seconds from the first request to the last answer.
-
-    Args:
-        sequences: over all servers.
-        prompts: distinct ones: the samples of one prompt share its prefill.
-        prompt_tokens: mean length.
-        response_tokens: mean length, at most ``limit``.
-        limit: longest response.
-    """
-    if sequences == 0:
+    """Seconds from the first request to the last answer of a step, from ``servers`` equal servers."""
+    if work.sequences == 0:
         return 0.0
-    own = sequences / servers
+    own = work.sequences / servers
     step = _DecodeStep(shape, server, constants)
-    scale = exponential_scale(response_tokens, limit)
+    scale = exponential_scale(work.response_tokens, work.response_limit)
     seconds = 0.0
-    for position in range(limit):
+    for position in range(work.response_limit):
         live = max(own * math.exp(-position / scale), min(1.0, own)) if math.isfinite(scale) else own
-        length = prompt_tokens + position
+        length = work.prompt_tokens + position
         running = max(min(live, server.kv_tokens / max(length, 1.0)), 1e-9)
         # Those that do not fit wait for their turn.
         seconds += max(live / running, 1.0) * step.seconds(running, length)
-    flops = 2 * active_count(shape) * prompts * prompt_tokens
+    # The samples of one prompt share its prefill.
+    flops = 2 * active_count(shape) * work.prompts * work.prompt_tokens
     rate = servers * server.tensor * constants.decode_flops * server.gpu.peak_flops * server.flops_factor
     return seconds + flops / rate
 
@@ -95,7 +85,7 @@ class _DecodeStep:
 
 
 def exponential_scale(mean: float, limit: float) -> float:
-    """Scale s of an exponential distribution whose cut-off mean, s (1 - exp(-limit / s)), is ``mean``; inf at the limit."""
+    """Scale s of an exponential distribution with the cut-off mean s (1 - exp(-limit / s)) = ``mean``; inf at the limit."""
     if mean >= limit:
         return math.inf
     low, high = mean, mean
@@ -103,7 +93,5 @@ def exponential_scale(mean: float, limit: float) -> float:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if middle * (1 - math.exp(-limit / middle)) < mean else (low, middle)
-        )
+        low, high = (middle, high) if middle * (1 - math.exp(-limit / middle)) < mean else (low, middle)
     return (low + high) / 2

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_chord.config import ParallelConfig, RunConfig, data_parallel_size
-from megatron_chord.data.packing import Layout, make_layout
+from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.methods.table import method_of
@@ -14,16 +13,18 @@ from megatron_chord.model.build import check_shape
 from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
 from megatron_chord.plan.decoding import Server, sampling_seconds
 from megatron_chord.plan.memory import (
-    Micro,
     Numerics,
     ServerMemory,
     StageMemory,
+    Training,
     gb,
     server_memory,
     stage_memory,
 )
 from megatron_chord.plan.parameters import model_count
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed, train_flops
+from megatron_chord.plan.work import Work
+from megatron_chord.train.setup import layout_of
 
 _ELEMENT = {"bf16": 2, "fp32": 4}
 
@@ -42,7 +43,9 @@ class Cluster:
         if self.nodes < 1 or self.gpus_per_node < 1:
             raise ValueError(f"{self.nodes} nodes of {self.gpus_per_node} GPUs: both must be at least 1")
         if not 0 <= self.rollout_nodes < self.nodes:
-            raise ValueError(f"{self.rollout_nodes} of {self.nodes} nodes for rollouts leave none to train on")
+            raise ValueError(
+                f"{self.rollout_nodes} of {self.nodes} nodes for rollouts leave none to train on"
+            )
 
     @property
     def colocated(self) -> bool:
@@ -59,43 +62,6 @@ class Cluster:
     @property
     def rollout_gpus(self) -> int:
         return (self.rollout_nodes or self.nodes) * self.gpus_per_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one step samples and trains on. Lengths are means over samples, in tokens."""
-
-    prompts: int
-    rollouts: int
-    """Samples per prompt."""
-    experts: int
-    prompt_tokens: float
-    response_tokens: float
-    expert_tokens: float
-    """Of a demonstration's response."""
-    response_limit: int
-    longest: int
-    """Most tokens that one sample can have."""
-    updates: int = 1
-    """Optimizer updates that share the step's samples, each its own part."""
-    epochs: int = 1
-    passes: int = 0
-    """Forward passes beside the training pass: old log-probs, the reference's."""
-
-    @property
-    def sequences(self) -> int:
-        return self.prompts * self.rollouts
-
-    @property
-    def tokens(self) -> float:
-        """All that is trained on, prompts included."""
-        sampled = self.sequences * (self.prompt_tokens + self.response_tokens)
-        return sampled + self.experts * (self.prompt_tokens + self.expert_tokens)
-
-    @property
-    def length(self) -> float:
-        """Of a sample, on average."""
-        return self.tokens / max(1, self.sequences + self.experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +88,9 @@ class Case:
     def __post_init__(self) -> None:
         tensor, cluster = self.rollout_tensor, self.cluster
         if cluster.rollout_gpus % tensor:
-            raise ValueError(f"rollout.tensor {tensor} does not divide the {cluster.rollout_gpus} GPUs that sample")
+            raise ValueError(
+                f"rollout.tensor {tensor} does not divide the {cluster.rollout_gpus} GPUs that sample"
+            )
         if self.shape.num_heads % tensor:
             raise ValueError(
                 f"rollout.tensor {tensor} does not divide the model's {self.shape.num_heads} attention heads"
@@ -161,17 +129,7 @@ class Case:
             kv_dtype_bytes=self.weight_bytes,
             flops_factor=2.0 if self.rollout_fp8 else 1.0,
         )
-        return sampling_seconds(
-            self.shape,
-            server,
-            servers=self.servers,
-            sequences=self.work.sequences,
-            prompts=self.work.prompts,
-            prompt_tokens=self.work.prompt_tokens,
-            response_tokens=self.work.response_tokens,
-            limit=self.work.response_limit,
-            constants=self.constants,
-        )
+        return sampling_seconds(self.shape, server, self.work, servers=self.servers, constants=self.constants)
 
     def sync_seconds(self) -> float:
         if self.work.sequences == 0:
@@ -214,8 +172,7 @@ class Times:
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     choice: Choice
-    data: int
-    micro: Micro
+    training: Training
     stages: tuple[StageMemory, ...]
     """The first and the last: those between hold neither embedding nor head, and keep less than the first."""
     server: ServerMemory | None
@@ -259,12 +216,7 @@ def case_of(
         ValueError: settings or model that will not do, or lengths beyond the settings' limits.
     """
     method, shape = method_of(run), read_shape(run.model.path)
-    longest = run.data.max_prompt_tokens + run.data.max_response_tokens
-    if longest > shape.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's "
-            f"{shape.max_positions} positions"
-        )
+    check_lengths(run.data, shape.max_positions)
     if precision != "bf16" and run.model.dtype != "bf16":
         raise ValueError(f"precision {precision} needs model.dtype bf16, it is {run.model.dtype}")
     response = _mean("response", response_tokens, run.data.max_response_tokens)
@@ -281,7 +233,7 @@ def case_of(
             response_tokens=response,
             expert_tokens=_mean("expert", expert_tokens or response, run.data.max_response_tokens),
             response_limit=run.data.max_response_tokens,
-            longest=longest,
+            longest=run.data.max_prompt_tokens + run.data.max_response_tokens,
             updates=run.batch.mini_batches,
             epochs=run.batch.epochs,
             passes=bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored),
@@ -315,7 +267,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     parallel, cluster, work = choice.parallel, case.cluster, case.work
     check_shape(case.shape, parallel)
     data = data_parallel_size(parallel, cluster.train_gpus)
-    packing = _packing(parallel, data)
+    packing = layout_of(parallel, data)
     count = micro_batches(
         work.tokens / work.updates,
         data=data,
@@ -323,19 +275,17 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         multiple=packing.count_multiple,
     )
     largest = max(choice.max_tokens, work.longest)
-    micro = Micro(tokens=-(-largest // packing.batch_multiple) * packing.batch_multiple, count=count)
+    training = Training(
+        parallel=parallel,
+        data=data,
+        micro_tokens=-(-largest // packing.batch_multiple) * packing.batch_multiple,
+        micro_batches=count,
+        recompute=choice.recompute,
+        numerics=case.numerics,
+        reference=case.reference,
+    )
     stages = tuple(
-        stage_memory(
-            case.shape,
-            parallel,
-            stage,
-            data=data,
-            micro=micro,
-            recompute=choice.recompute,
-            numerics=case.numerics,
-            reference=case.reference,
-            constants=case.constants,
-        )
+        stage_memory(case.shape, training, stage, case.constants)
         for stage in sorted({0, parallel.pipeline - 1})
     )
     server = case.server() if work.sequences else None
@@ -343,15 +293,12 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     beside = max(stage.static for stage in stages) + case.constants.cuda_bytes if cluster.colocated else 0.0
     training_peak = max(stage.total for stage in stages) + asleep
     sampling_peak = beside + case.utilization * cluster.gpu.memory if server else 0.0
-    how = speed(
-        case.shape, parallel, micro_batches=count, fp8=case.train_fp8, constants=case.constants
-    )
+    how = speed(case.shape, parallel, micro_batches=count, fp8=case.train_fp8, constants=case.constants)
     times = _times(case, choice, how, sampling)
     mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
     return Estimate(
         choice=choice,
-        data=data,
-        micro=micro,
+        training=training,
         stages=stages,
         server=server,
         training_peak=training_peak,
@@ -412,8 +359,8 @@ def _problems(
     if training_peak > gpu.memory:
         worst = max(stages, key=lambda stage: stage.total)
         found.append(
-            f"training needs {gb(training_peak)} on a GPU of pipeline stage {worst.stage} ({gb(worst.static)} of weights, "
-            f"gradients and optimizer state, {gb(worst.activations + worst.head)} of activations), "
+            f"training needs {gb(training_peak)} on a GPU of pipeline stage {worst.stage} ({gb(worst.static)} of "
+            f"weights, gradients and optimizer state, {gb(worst.activations + worst.head)} of activations), "
             f"{_beyond(training_peak, gpu)}"
         )
     if server is None:
@@ -436,17 +383,6 @@ def _problems(
 
 def _beyond(needed: float, gpu: Gpu) -> str:
     return f"{(needed - gpu.memory) / GB:.1f} GB more than the {gpu.memory / GB:.0f} GB of an {gpu.name}"
-
-
-def _packing(parallel: ParallelConfig, data: int) -> Layout:
-    return make_layout(
-        data=data,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        sequence_parallel=parallel.sequence_parallel,
-        virtual=parallel.virtual_pipeline is not None,
-    )
 
 
 def _mean(what: str, stated: float | None, limit: int) -> float:

@@ -5,7 +5,7 @@ Formulas and their sources: docs/planning.md, "Memory". Bytes are decimal (1 GB 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.families.shape import ModelShape
@@ -39,13 +39,31 @@ class Numerics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Micro:
-    """What memory needs of a data-parallel rank's micro-batches."""
+class Training:
+    """What memory needs of a layout and of its micro-batches."""
 
-    tokens: int
-    """Of the largest one, before the context axis cuts it."""
-    count: int
-    """In one optimizer update."""
+    parallel: ParallelConfig
+    data: int
+    """Data-parallel ranks, without the context axis."""
+    micro_tokens: int
+    """Of the largest micro-batch, before the context axis cuts it."""
+    micro_batches: int
+    """Of each data-parallel rank in one optimizer update."""
+    recompute: str
+    """none or full."""
+    numerics: Numerics = field(default_factory=Numerics)
+    reference: bool = False
+    """A second policy's weights are kept beside."""
+
+    @property
+    def local_tokens(self) -> float:
+        """Of a micro-batch on one context-parallel rank."""
+        return self.micro_tokens / self.parallel.context
+
+    @property
+    def sequence_cut(self) -> int:
+        """Over how many ranks of the tensor axis residuals and norms are cut along the sequence."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,75 +109,51 @@ class ServerMemory:
 
 
 def stage_memory(
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    stage: int,
-    *,
-    data: int,
-    micro: Micro,
-    recompute: str,
-    numerics: Numerics = Numerics(),
-    reference: bool = False,
-    constants: Constants = CONSTANTS,
+    shape: ModelShape, training: Training, stage: int, constants: Constants = CONSTANTS
 ) -> StageMemory:
-    """Args:
-    data: data-parallel ranks, without the context axis.
-    recompute: none or full.
-    reference: a second policy's weights are kept beside.
-    """
-    count = rank_count(shape, parallel, stage)
-    activations = activation_bytes(shape, parallel, stage, micro=micro, recompute=recompute, numerics=numerics)
-    is_last = stage == parallel.pipeline - 1
-    head = head_bytes(shape, parallel, micro.tokens, numerics) if is_last else 0.0
+    """One GPU of pipeline stage ``stage``."""
+    numerics, count = training.numerics, rank_count(shape, training.parallel, stage)
+    activations = activation_bytes(shape, training, stage)
+    head = head_bytes(shape, training) if stage == training.parallel.pipeline - 1 else 0.0
     return StageMemory(
         stage=stage,
         parameters=count.total,
         weights=(numerics.weights + numerics.cached_weights) * count.total,
         gradients=numerics.gradients * count.total,
-        optimizer=optimizer_bytes(count, parallel, data, numerics),
-        reference=numerics.weights * count.total if reference else 0.0,
+        optimizer=optimizer_bytes(count, training),
+        reference=numerics.weights * count.total if training.reference else 0.0,
         activations=activations,
         head=head,
         overhead=constants.cuda_bytes + constants.fragmentation * (activations + head),
     )
 
 
-def optimizer_bytes(count: Count, parallel: ParallelConfig, data: int, numerics: Numerics) -> float:
+def optimizer_bytes(count: Count, training: Training) -> float:
     """Sharded over the ranks that hold the same weights, those of experts over the fewer that hold the same experts."""
+    parallel, per_parameter = training.parallel, training.numerics.optimizer
     if not parallel.distributed_optimizer:
-        return numerics.optimizer * count.total
-    replicas = data * parallel.context
+        return per_parameter * count.total
+    replicas = training.data * parallel.context
     # Experts are not cut over the tensor axis, so its ranks hold the same ones, too (runtime/parallel.py).
     expert_replicas = replicas * parallel.tensor / parallel.expert
-    return numerics.optimizer * (count.dense / replicas + count.experts / expert_replicas)
+    return per_parameter * (count.dense / replicas + count.experts / expert_replicas)
 
 
-def activation_bytes(
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    stage: int,
-    *,
-    micro: Micro,
-    recompute: str,
-    numerics: Numerics = Numerics(),
-) -> float:
+def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
     """Kept for the backward pass at the schedule's fullest moment."""
-    tokens = micro.tokens / parallel.context
-    layers = layers_in_flight(shape.num_layers, parallel, stage, micro.count)
-    layer = layer_activation_bytes(shape, parallel, numerics)
-    if recompute == "none":
-        return layers * layer * tokens
-    sequence = parallel.tensor if parallel.sequence_parallel else 1
-    inputs = numerics.activation * shape.hidden_size / sequence
-    return (layers * inputs + layer) * tokens  # every layer's input, and all of the one that is computed again
+    layers = layers_in_flight(shape.num_layers, training.parallel, stage, training.micro_batches)
+    layer = layer_activation_bytes(shape, training)
+    if training.recompute == "none":
+        return layers * layer * training.local_tokens
+    # Every layer's input, and all of the one that is computed again.
+    inputs = training.numerics.activation * shape.hidden_size / training.sequence_cut
+    return (layers * inputs + layer) * training.local_tokens
 
 
-def layer_activation_bytes(
-    shape: ModelShape, parallel: ParallelConfig, numerics: Numerics = Numerics()
-) -> float:
+def layer_activation_bytes(shape: ModelShape, training: Training) -> float:
     """Of one layer, per token of this context rank."""
     of, hidden = Sizes.of(shape), shape.hidden_size
-    full, gemm = numerics.activation, numerics.gemm_input
+    full, gemm = training.numerics.activation, training.numerics.gemm_input
     # Inputs of both norms; inputs of the products behind them, which are those norms' outputs.
     whole = (2 * full + 2 * gemm) * hidden
     attention = full * (of.query + 2 * of.kv) + full * of.query
@@ -167,13 +161,12 @@ def layer_activation_bytes(
     width = shared if shape.experts else shape.ffn_size
     # Outputs of the projections into the MLP, and the activation's output, which the last product reads.
     mlp = (of.gates * full + gemm) * width
-    sequence = parallel.tensor if parallel.sequence_parallel else 1
-    cut = (attention + mlp) / parallel.tensor + whole / sequence
+    cut = (attention + mlp) / training.parallel.tensor + whole / training.sequence_cut
     if not shape.experts:
         return cut
     # Each token travels to top_k experts and back: its copies there, and what comes back.
     expert = of.top_k * ((of.gates * full + gemm) * of.expert_width + (gemm + full) * hidden)
-    return cut + expert / sequence
+    return cut + expert / training.sequence_cut
 
 
 def layers_in_flight(num_layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
@@ -189,14 +182,16 @@ def layers_in_flight(num_layers: int, parallel: ParallelConfig, stage: int, micr
     return own / chunks * min(warm_up, chunks * micro_batches)
 
 
-def head_bytes(shape: ModelShape, parallel: ParallelConfig, tokens: int, numerics: Numerics) -> float:
+def head_bytes(shape: ModelShape, training: Training) -> float:
     """Work space of ``losses.logprobs`` in its backward pass, where every token of the micro-batch is trained."""
-    rows = padded_vocab_size(shape.vocab_size, parallel.tensor) / parallel.tensor
-    # The weight's gradient is summed in FP32 and each chunk's part is made in the weights' type.
-    weight = (4 + numerics.activation) * rows * shape.hidden_size
+    tensor, element = training.parallel.tensor, training.numerics.activation
+    rows = padded_vocab_size(shape.vocab_size, tensor) / tensor
+    # The weight's gradient is summed in FP32, and each chunk's part is made in the weights' type.
+    weight = (4 + element) * rows * shape.hidden_size
     # The gathered hidden states, those that predict a trained token, and the gradients of both.
-    hidden = 4 * numerics.activation * tokens / parallel.context * shape.hidden_size
-    chunk = CHUNK_BYTES * (1 + numerics.activation / 8)  # two FP32 matrices, and the product in the weights' type
+    hidden = 4 * element * training.local_tokens * shape.hidden_size
+    # Two FP32 matrices, and the product in the weights' type.
+    chunk = CHUNK_BYTES * (1 + element / 8)
     return chunk + weight + hidden
 
 
@@ -233,9 +228,7 @@ def server_memory(
     # Beyond as many GPUs as there are key-value heads vLLM keeps copies of them.
     shared = min(tensor, shape.num_kv_heads)
     per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / shared
-    return ServerMemory(
-        tensor=tensor, weights=weights, cache=cache, tokens=max(0, int(cache / per_token))
-    )
+    return ServerMemory(tensor=tensor, weights=weights, cache=cache, tokens=max(0, int(cache / per_token)))
 
 
 def gb(value: float) -> str:

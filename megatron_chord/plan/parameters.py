@@ -1,7 +1,7 @@
 """How many parameters each rank holds, from the family's weight table and the model's sizes.
 
-The table says which parameters there are, which are cut over the tensor axis, spread over the expert axis or padded; the
-sizes of each follow from its name. Names are Megatron's (local layer spec). No tensor is made.
+The table says which parameters there are, and which are cut over the tensor axis, spread over the expert axis or
+padded; the sizes of each follow from its name. Names are Megatron's (local layer spec). No tensor is made.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Sizes:
 
 def model_count(shape: ModelShape) -> int:
     """Parameters of the whole model, a tied head counted once, without padding rows of the vocabulary."""
-    return sum(_copies(rule, shape) * math.prod(dims(rule, shape)) for rule in shape.weights.rules if rule.exported)
+    return sum(
+        _copies(rule, shape) * math.prod(dims(rule, shape)) for rule in shape.weights.rules if rule.exported
+    )
 
 
 def active_count(shape: ModelShape) -> int:
@@ -78,7 +80,11 @@ def active_count(shape: ModelShape) -> int:
         size = math.prod(dims(rule, shape))
         if rule.megatron[0] == _FIRST_STAGE or len(dims(rule, shape)) < 2:
             continue
-        copies = shape.num_layers * Sizes.of(shape).top_k if rule.of_expert else _copies(rule, shape, experts=False)
+        copies = (
+            shape.num_layers * Sizes.of(shape).top_k
+            if rule.of_expert
+            else _copies(rule, shape, experts=False)
+        )
         total += size * copies
     return total
 
@@ -97,7 +103,7 @@ def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count
     found = Count()
     for rule in shape.weights.rules:
         name = rule.megatron[0]
-        if name == _FIRST_STAGE and not first or name in _LAST_STAGE and not last:
+        if (name == _FIRST_STAGE and not first) or (name in _LAST_STAGE and not last):
             continue
         if name == "output_layer.weight" and shape.tied and first:
             continue  # the embedding itself

@@ -8,12 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from megatron_chord.plan.constants import GB
-from megatron_chord.plan.estimate import Case, Choice, Estimate, checkpoint_bytes, export_bytes
+from megatron_chord.plan.estimate import Case, Estimate, checkpoint_bytes, export_bytes
 from megatron_chord.plan.memory import gb
 from megatron_chord.plan.parameters import model_count
 from megatron_chord.plan.search import Found, best_block
 
 _SHOWN = 10
+_MISSES = 3
 
 
 def tables(case: Case, found: Estimate) -> Iterator[Table]:
@@ -24,18 +25,16 @@ def tables(case: Case, found: Estimate) -> Iterator[Table]:
 
 def search_table(found: Found) -> Table:
     table = Table(title=f"{len(found.fitting)} layouts fit; the fastest by prediction")
-    for name in ("layout", "recompute", "max_tokens", "step s", "train s", "bubble %", "train GB", "sample GB"):
-        table.add_column(name, justify="left" if name in ("layout", "recompute") else "right")
+    for name in ("layout", "recompute", "tokens", "step s", "train s", "peak GB"):
+        table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=True)
     for one in found.fitting[:_SHOWN]:
         table.add_row(
-            layout(one.choice, one.data),
+            layout(one),
             one.choice.recompute,
             str(one.choice.max_tokens),
             f"{one.times.step:.1f}",
             f"{one.times.trainer:.1f}",
-            f"{100 * one.speed.bubble:.0f}",
-            f"{one.training_peak / GB:.1f}",
-            f"{one.sampling_peak / GB:.1f}",
+            f"{max(one.training_peak, one.sampling_peak) / GB:.1f}",
         )
     return table
 
@@ -43,14 +42,19 @@ def search_table(found: Found) -> Table:
 def reasons(found: Found) -> Iterator[str]:
     """Why nothing fits: the nearest misses, then what the trainer would refuse."""
     yield "no layout fits"
-    for one in found.too_large[:_SHOWN]:
-        name = f"{layout(one.choice, one.data)}, recompute {one.choice.recompute}, {one.choice.max_tokens} tokens"
+    nearest: dict[tuple[int, ...], Estimate] = {}
+    for one in found.too_large:
+        parallel = one.choice.parallel
+        nearest.setdefault((parallel.tensor, parallel.pipeline, parallel.context, parallel.expert), one)
+    for one in list(nearest.values())[:_MISSES]:
+        name = f"{layout(one)}, recompute {one.choice.recompute}, {one.choice.max_tokens} tokens"
         yield from (f"  {name}: {problem}" for problem in one.problems)
-    yield from (f"  refused: {reason}" for reason in found.refused[:_SHOWN])
+    yield from (f"  refused: {reason}" for reason in found.refused[:_MISSES])
 
 
-def layout(choice: Choice, data: int) -> str:
-    parallel = choice.parallel
+def layout(found: Estimate) -> str:
+    """TP4 PP2 DP8 and the like; axes of 1 are left out."""
+    parallel = found.choice.parallel
     axes = {
         "TP": parallel.tensor,
         "PP": parallel.pipeline,
@@ -58,7 +62,9 @@ def layout(choice: Choice, data: int) -> str:
         "CP": parallel.context,
         "EP": parallel.expert,
     }
-    return " ".join([*(f"{name}{size}" for name, size in axes.items() if size > 1), f"DP{data}"])
+    return " ".join(
+        [*(f"{name}{size}" for name, size in axes.items() if size > 1), f"DP{found.training.data}"]
+    )
 
 
 def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "context": parallel.context,
             "expert": parallel.expert,
             "sequence_parallel": parallel.sequence_parallel,
-            "data": found.data,
+            "data": found.training.data,
         },
         "max_tokens": found.choice.max_tokens,
         "recompute": found.choice.recompute,
@@ -102,7 +108,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "training": found.times.training,
             "sync": found.times.sync,
         },
-        "micro_batches": found.micro.count,
+        "micro_batches": found.training.micro_batches,
         "bubble": found.speed.bubble,
         "mfu": found.mfu,
         "tokens_per_s": found.tokens_per_s,
@@ -166,7 +172,7 @@ def _time(case: Case, found: Estimate) -> Table:
         table.add_row(name, f"{value:.1f} s")
     table.add_row("step", f"{times.step:.1f} s", end_section=True)
     table.add_row("tokens/s", f"{found.tokens_per_s:,.0f}")
-    table.add_row("micro-batches on each data-parallel rank", f"{found.micro.count}")
+    table.add_row("micro-batches on each data-parallel rank", f"{found.training.micro_batches}")
     table.add_row("pipeline bubble", f"{found.speed.bubble:.1%}")
     table.add_row("MFU of training", f"{found.mfu:.1%}")
     return table

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_chord.plan.estimate import Case, Choice, Estimate, estimate
 
+_EQUAL = 0.01
 _LEAST_BUDGET = 8192
 """Smaller micro-batches would leave a GPU idle between kernels."""
 
@@ -15,7 +16,8 @@ _LEAST_BUDGET = 8192
 @dataclass(frozen=True, kw_only=True)
 class Found:
     fitting: tuple[Estimate, ...]
-    """Fastest first, and among equals the one that needs least memory."""
+    """Fastest first, in groups of a hundredth of the fastest step: the prediction is no better. In a group first those
+    whose experts stay within a node, then of the fewest chunks, context ranks and stages, then of least memory."""
     too_large: tuple[Estimate, ...]
     """Layouts that the trainer would accept and the GPUs cannot hold, the nearest miss first."""
     refused: tuple[str, ...]
@@ -38,8 +40,9 @@ def search(case: Case, start: Choice) -> Found:
             refused[str(error)] = None
             continue
         (too_large if found.problems else fitting).append(found)
+    fastest = min((one.times.step for one in fitting), default=1.0)
     return Found(
-        fitting=tuple(sorted(fitting, key=lambda e: (round(e.times.step, 2), _peak(e)))),
+        fitting=tuple(sorted(fitting, key=lambda one: _rank(case, one, fastest))),
         too_large=tuple(sorted(too_large, key=_peak)),
         refused=tuple(refused),
     )
@@ -96,6 +99,14 @@ def _budgets(case: Case, start: Choice) -> list[int]:
     least = -(-max(case.work.longest, _LEAST_BUDGET) // 1024) * 1024
     own = [start.max_tokens] if start.max_tokens >= case.work.longest else []
     return sorted({least, 2 * least, *own})
+
+
+def _rank(case: Case, found: Estimate, fastest: float) -> tuple[float, ...]:
+    parallel = found.choice.parallel
+    group = int((found.times.step / fastest - 1) / _EQUAL)
+    chunks = parallel.virtual_pipeline or 1
+    spread = parallel.expert > case.cluster.gpus_per_node
+    return group, spread, chunks * parallel.context * parallel.pipeline, _peak(found)
 
 
 def _peak(found: Estimate) -> float:

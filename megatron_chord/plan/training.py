@@ -48,6 +48,7 @@ def speed(
     waits, works = parallel.pipeline - 1, micro_batches * chunks
     bubble = waits / (works + waits)
     factor = constants.context_factor ** math.log2(parallel.context)
+    factor *= constants.pipeline_factor ** math.log2(parallel.pipeline)
     factor *= tensor_factor(parallel.tensor, constants)
     factor *= constants.moe_factor if shape.experts else 1.0
     factor *= constants.fp8_factor if fp8 else 1.0

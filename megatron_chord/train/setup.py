@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_chord.config import ParallelConfig, RunConfig, data_parallel_size
+from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
 from megatron_chord.data.align import align
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
@@ -48,12 +48,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     check_shape(shape, run.parallel)
     data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)
-    longest = run.data.max_prompt_tokens + run.data.max_response_tokens
-    if longest > shape.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens {run.data.max_prompt_tokens} + data.max_response_tokens "
-            f"{run.data.max_response_tokens} = {longest} is beyond the model's {shape.max_positions} positions"
-        )
+    check_lengths(run.data, shape.max_positions)
     for name in ("prompts", "experts", "evaluation", "chat_template"):
         path: Path | None = getattr(run.data, name)
         if path is not None and not path.is_file():

@@ -1,0 +1,53 @@
+"""One process stands in for any rank of a large run: Megatron's real groups over torch's fake process group, whose
+collectives do nothing. Enough to build a rank's model on the meta device and look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.model.build import build_chunks, transformer_config
+from megatron_chord.runtime import adam, cpu
+from megatron_chord.runtime.parallel import EXPERT_TENSOR
+
+
+@contextmanager
+def rank_of(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator[None]:
+    """Megatron's parallel state as rank ``rank`` of ``world_size`` has it."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu.install()
+    adam.install_if_needed()
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=EXPERT_TENSOR,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def chunks_on_meta(shape: ModelShape, parallel: ParallelConfig) -> list[Any]:
+    """This rank's model chunks, by the trainer's own construction, without memory."""
+    config = transformer_config(shape, ModelConfig(path=Path("."), dtype="bf16"), parallel)
+    with torch.device("meta"):
+        return build_chunks(config, shape)

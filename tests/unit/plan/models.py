@@ -1,0 +1,23 @@
+"""Published models by their config.json files, beside this one; only the sizes are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import read_shape
+
+CONFIGS = Path(__file__).with_name("configs")
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "cluster"
+CLUSTER_RUNS = {
+    "chord_qwen7b": ("qwen2.5-7b", 1),
+    "chord_qwen32b": ("qwen2.5-32b", 4),
+    "chord_llama70b": ("llama-3.1-70b", 8),
+    "chord_qwen72b": ("qwen2.5-72b", 8),
+    "chord_qwen3_30b_a3b": ("qwen3-30b-a3b", 4),
+}
+"""Each run's model, and its nodes of 8 H100."""
+
+
+def shape_of(name: str) -> ModelShape:
+    return read_shape(CONFIGS / name)

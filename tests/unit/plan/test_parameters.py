@@ -1,0 +1,138 @@
+"""Counts against published sizes, Hugging Face folders, Megatron's own models on the meta device."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.config_io import load_config
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import FAMILIES, read_shape
+from megatron_chord.plan.parameters import active_count, expert_count, model_count, rank_count
+from megatron_chord.weights.mapping import padded_vocab_size
+from megatron_chord.weights.reader import HFReader
+from tests.support.ranks import run_ranks
+from tests.support.tiny import save_model
+from tests.unit.plan.models import CONFIGS, EXAMPLES, shape_of
+from tests.unit.plan.per_rank import Asked, Held, conversion_plans, held
+
+# The published checkpoints': total_size of model.safetensors.index.json, in BF16 two bytes a parameter.
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    assert model_count(shape_of(name)) == PUBLISHED[name]
+
+
+def test_experts_and_active_parameters() -> None:
+    shape = shape_of("qwen3-30b-a3b")
+    # 48 layers x 128 experts x 3 projections of 2048 x 768.
+    assert expert_count(shape) == 48 * 128 * 3 * 2048 * 768
+    # Named "A3B": 3.3 billion, of which the embedding's lookup (151936 x 2048) multiplies nothing.
+    assert active_count(shape) / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)
+    assert expert_count(shape_of("qwen2.5-7b")) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_counts_what_its_folder_holds(family: str, tied: bool, tmp_path: Path) -> None:
+    reader = HFReader.of(save_model(family, tmp_path, tied=tied, layers=2))
+    stored = sum(math.prod(reader.shape(name)) for name in reader.names)
+    assert model_count(read_shape(tmp_path)) == stored
+
+
+def test_every_family_counts_what_conversion_plans(tmp_path: Path) -> None:
+    folders = [save_model(family, tmp_path / family, layers=2) for family in sorted(FAMILIES)]
+    (plans,) = run_ranks(conversion_plans, 1, *folders)
+    for folder, plan in zip(folders, plans, strict=True):
+        assert sum(map(math.prod, plan.values())) == model_count(read_shape(folder)), folder.name
+
+
+LAYOUTS = [
+    ParallelConfig(),
+    ParallelConfig(tensor=2, sequence_parallel=True),
+    ParallelConfig(pipeline=2),
+    ParallelConfig(pipeline=2, virtual_pipeline=2, tensor=2, sequence_parallel=True),
+]
+WITH_EXPERTS = [
+    ParallelConfig(expert=2, pipeline=2),
+    ParallelConfig(expert=4, tensor=2, sequence_parallel=True),
+]
+
+
+def test_every_family_counts_what_megatron_builds(tmp_path: Path) -> None:
+    asked = []
+    for family in sorted(FAMILIES):
+        for tied in (False, True):
+            folder = save_model(family, tmp_path / f"{family}-{tied}", tied=tied, layers=4)
+            layouts = LAYOUTS + (WITH_EXPERTS if read_shape(folder).experts else [])
+            asked += [Asked(folder, parallel, (0, 1, 2, 3), 4) for parallel in layouts]
+    (found,) = run_ranks(held, 1, *asked)
+    for one, ranks in zip(asked, found, strict=True):
+        for rank in ranks:
+            count = rank_count(read_shape(one.folder), one.parallel, rank.stage)
+            assert count.total == _size(rank), (one.folder.name, one.parallel, rank.stage)
+
+
+def test_experts_over_a_large_world() -> None:
+    shape = shape_of("qwen3-30b-a3b")
+    parallel = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=4, expert=8, sequence_parallel=True)
+    ranks = (0, 5, 16, 31)
+    ((found,),) = run_ranks(held, 1, Asked(CONFIGS / "qwen3-30b-a3b", parallel, ranks, 32))
+    assert {one.expert for one in found} == {0, 5, 7}
+    for one in found:
+        count = rank_count(shape, parallel, one.stage)
+        assert count.total == _size(one)
+        assert count.experts == sum(math.prod(s) for name, s in one.shapes.items() if ".experts." in name)
+
+
+def test_dry_run_of_70b() -> None:
+    """chord_llama70b.yaml on 64 ranks: what Megatron builds is what the planner counts, and adds up to the model."""
+    folder = CONFIGS / "llama-3.1-70b"
+    run = load_config(EXAMPLES / "chord_llama70b.yaml", [f"model.path={folder}"])
+    parallel, shape = run.parallel, read_shape(folder)
+    assert (parallel.tensor, parallel.pipeline, parallel.context) == (4, 4, 1)
+    # Megatron numbers ranks along tensor, then data, then pipeline: the first replica's grid, and the very last rank.
+    grid = tuple(tensor + 16 * stage for stage in range(4) for tensor in range(4))
+    ((found,),) = run_ranks(held, 1, Asked(folder, parallel, (*grid, 63), 64))
+    assert [(one.stage, one.tensor) for one in found[:16]] == [(s, t) for s in range(4) for t in range(4)]
+    for one in found:
+        assert rank_count(shape, parallel, one.stage).total == _size(one)
+    assert found[16].shapes == found[15].shapes
+    assert _assembled(found[:16], shape) == 70_553_706_496
+    # The same parameters, whole, as the conversion of its checkpoint would write.
+    ((plan,),) = run_ranks(conversion_plans, 1, folder)
+    assert set().union(*(one.shapes for one in found)) == set(plan)
+    assert sum(map(math.prod, plan.values())) == 70_553_706_496
+
+
+def _size(one: Held) -> int:
+    return sum(map(math.prod, one.shapes.values()))
+
+
+def _assembled(grid: list[Held], shape: ModelShape) -> int:
+    """Numbers of the whole model from a tensor x pipeline grid: cut parameters added up, replicated ones once, without
+    the vocabulary's padding rows."""
+    total = 0
+    for name in set().union(*(one.shapes for one in grid)):
+        rule = shape.weights.entry(name).rule
+        parts = [math.prod(one.shapes[name]) for one in grid if name in one.shapes]
+        if rule.transform.axis is None:
+            assert len(set(parts)) == 1
+            total += parts[0]
+            continue
+        rows = padded_vocab_size(shape.vocab_size, len(parts)) - shape.vocab_size if rule.vocab else 0
+        total += sum(parts) - rows * shape.hidden_size
+    return total
