@@ -1,0 +1,178 @@
+"""Memory against hand arithmetic, Megatron's own schedules and published layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.losses.logprobs import CHUNK_BYTES
+from megatron_chord.plan.constants import GB, GPUS
+from megatron_chord.plan.memory import (
+    Numerics,
+    Training,
+    head_bytes,
+    kv_bytes_per_token,
+    layer_activation_bytes,
+    layers_in_flight,
+    server_memory,
+    stage_memory,
+)
+from tests.support.ranks import run_ranks
+from tests.unit.plan.models import shape_of
+from tests.unit.plan.per_rank import warm_ups
+
+
+def training(parallel: ParallelConfig, **others: object) -> Training:
+    defaults = {"data": 1, "micro_tokens": 16384, "micro_batches": 64, "recompute": "full"}
+    return Training(parallel=parallel, **defaults | others)  # type: ignore[arg-type]
+
+
+# Weights, gradients, optimizer state and activations in GB of stage 0, FP32 gradients, every layer recomputed; worked
+# out by hand from the models' sizes (2, 4 and 12 / (DP x CP) bytes a parameter).
+LAYOUTS = [
+    ("qwen2.5-7b", {}, 8, 16384, (15.2, 30.5, 11.4, 5.9)),
+    ("qwen2.5-7b", {"tensor": 2}, 4, 16384, (7.6, 15.2, 11.4, 2.9)),
+    ("qwen2.5-7b", {"tensor": 2}, 4, 32768, (7.6, 15.2, 11.4, 5.9)),
+    ("qwen2.5-32b", {"tensor": 8}, 2, 16384, (8.2, 16.4, 24.6, 1.8)),
+    ("qwen2.5-32b", {"tensor": 4, "pipeline": 4}, 2, 16384, (4.3, 8.6, 12.9, 3.6)),
+    ("qwen2.5-32b", {"tensor": 4, "pipeline": 2, "context": 2}, 2, 32768, (8.2, 16.4, 12.3, 3.6)),
+    ("llama-3.1-70b", {"tensor": 4, "pipeline": 4}, 4, 16384, (9.1, 18.2, 13.6, 6.5)),
+    ("llama-3.1-70b", {"tensor": 8, "pipeline": 2}, 2, 16384, (8.8, 17.6, 26.5, 3.2)),
+    ("qwen2.5-72b", {"tensor": 8, "pipeline": 4}, 2, 16384, (4.7, 9.4, 14.1, 3.3)),
+]
+
+
+@pytest.mark.parametrize(("name", "axes", "data", "tokens", "expected"), LAYOUTS)
+def test_parts_of_a_stage(
+    name: str, axes: dict[str, int], data: int, tokens: int, expected: tuple[float, ...]
+) -> None:
+    parallel = ParallelConfig(**axes, sequence_parallel=axes.get("tensor", 1) > 1)  # type: ignore[arg-type]
+    memory = stage_memory(shape_of(name), training(parallel, data=data, micro_tokens=tokens), 0)
+    found = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+    assert [value / GB for value in found] == pytest.approx(expected, abs=0.06)
+    assert memory.total == pytest.approx(sum(found) + memory.head + memory.overhead)
+
+
+def test_bytes_of_a_layer() -> None:
+    """8h + 2(q + 2k) + 2q + 6f bytes a token in BF16."""
+    one = training(ParallelConfig())
+    # Qwen2.5-7B: h 3584, q 3584, k 512, f 18944. Llama-70B: 8192, 8192, 1024, 28672.
+    assert layer_activation_bytes(shape_of("qwen2.5-7b"), one) == 8 * 3584 + 2 * 4608 + 2 * 3584 + 6 * 18944
+    assert layer_activation_bytes(shape_of("qwen2.5-7b"), one) == 158720
+    assert layer_activation_bytes(shape_of("llama-3.1-70b"), one) == 274432
+    cut = training(ParallelConfig(tensor=4, sequence_parallel=True))
+    assert layer_activation_bytes(shape_of("llama-3.1-70b"), cut) == 274432 / 4
+    # Without sequence parallelism residuals and norms are whole on every rank: 8h.
+    whole = training(ParallelConfig(tensor=4))
+    assert layer_activation_bytes(shape_of("llama-3.1-70b"), whole) == (274432 - 8 * 8192) / 4 + 8 * 8192
+
+
+def test_bytes_of_a_layer_of_experts() -> None:
+    """Qwen3-30B-A3B: 8 of 128 experts of width 768 see each token: 8 copies in, 8 results out, 6 x 768 within."""
+    found = layer_activation_bytes(shape_of("qwen3-30b-a3b"), training(ParallelConfig()))
+    assert found == 8 * 2048 + 2 * (4096 + 2 * 512) + 2 * 4096 + 8 * (6 * 768 + 2 * 2048 + 2 * 2048)
+
+
+def test_layers_in_flight_are_megatrons() -> None:
+    """The warm-up and the one that follows it, as Megatron's schedule counts."""
+    asked = [
+        (ParallelConfig(pipeline=stages, virtual_pipeline=chunks), micro_batches)
+        for stages, chunks in ((2, None), (4, None), (4, 2), (4, 5), (8, 5), (2, 10))
+        for micro_batches in (stages, 2 * stages, 16 * stages)
+    ]
+    (found,) = run_ranks(warm_ups, 1, *asked)
+    for (parallel, micro_batches), warm_up in zip(asked, found, strict=True):
+        chunks = parallel.virtual_pipeline or 1
+        layer_groups = [
+            layers_in_flight(80, parallel, stage, micro_batches) / (80 / parallel.pipeline / chunks)
+            for stage in range(parallel.pipeline)
+        ]
+        most = chunks * micro_batches
+        assert layer_groups == [min(count + 1, most) for count in warm_up], (parallel, micro_batches)
+
+
+def test_without_recomputation_every_layer_is_kept() -> None:
+    shape, parallel = shape_of("qwen2.5-7b"), ParallelConfig(tensor=4, sequence_parallel=True)
+    memory = stage_memory(shape, training(parallel, data=2, recompute="none"), 0)
+    assert memory.activations == 28 * 158720 / 4 * 16384  # 18.2 GB
+
+
+def test_the_optimizer_is_whole_without_its_sharding() -> None:
+    shape = shape_of("qwen2.5-7b")
+    whole = stage_memory(shape, training(ParallelConfig(distributed_optimizer=False), data=8), 0)
+    assert whole.optimizer == 12 * 7_615_616_512
+    fp32 = stage_memory(shape, training(ParallelConfig(), data=8, numerics=Numerics.of("fp32")), 0)
+    assert fp32.optimizer == 8 / 8 * 7_615_616_512  # no second copy of the weights
+    assert fp32.weights == 4 * 7_615_616_512
+
+
+def test_the_optimizer_of_experts_is_sharded_over_fewer_ranks() -> None:
+    """32 ranks, expert 8: the 8 times smaller part of the experts is held by 4 ranks, all else by 32."""
+    shape = shape_of("qwen3-30b-a3b")
+    experts = 48 * 128 * 3 * 2048 * 768
+    memory = stage_memory(shape, training(ParallelConfig(expert=8), data=32), 0)
+    others = 30_532_122_624 - experts
+    assert memory.optimizer == pytest.approx(12 * (experts / 8 / 4 + others / 32))
+    assert memory.parameters == experts // 8 + others
+
+
+def test_a_reference_costs_its_weights() -> None:
+    shape = shape_of("qwen2.5-7b")
+    one = stage_memory(shape, training(ParallelConfig()), 0)
+    two = stage_memory(shape, training(ParallelConfig(), reference=True), 0)
+    assert two.total - one.total == pytest.approx(2 * 7_615_616_512)
+
+
+def test_the_head_works_in_chunks() -> None:
+    """TP2: 76032 rows of 3584; FP32 sum and one BF16 part of the weight's gradient; four BF16 [tokens, h] matrices."""
+    parallel = ParallelConfig(tensor=2, sequence_parallel=True)
+    found = head_bytes(shape_of("qwen2.5-7b"), training(parallel, micro_tokens=8192))
+    assert found == 1.25 * CHUNK_BYTES + 6 * 76032 * 3584 + 4 * 2 * 8192 * 3584
+    stages = [
+        stage_memory(shape_of("qwen2.5-7b"), training(ParallelConfig(pipeline=2)), stage) for stage in (0, 1)
+    ]
+    assert stages[0].head == 0 < stages[1].head
+
+
+# 0.60 and 0.85 of 80 GB, less BF16 weights and 3 GB a GPU, over the bytes of a token; in thousands of tokens.
+CAPACITY = [
+    ("qwen2.5-7b", 1, 0.60, 2, 519),
+    ("qwen2.5-7b", 1, 0.85, 2, 868),
+    ("qwen2.5-7b", 1, 0.85, 1, 1001),
+    ("qwen2.5-32b", 2, 0.60, 2, 93),
+    ("qwen2.5-32b", 4, 0.60, 2, 437),
+    ("qwen2.5-32b", 4, 0.85, 1, 867),
+    ("llama-3.1-70b", 4, 0.85, 2, 363),
+    ("llama-3.1-70b", 8, 0.60, 2, 668),
+    ("llama-3.1-70b", 8, 0.85, 1, 1372),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "utilization", "weight_bytes", "thousands"), CAPACITY)
+def test_kv_capacity(
+    name: str, tensor: int, utilization: float, weight_bytes: float, thousands: float
+) -> None:
+    found = server_memory(
+        shape_of(name),
+        GPUS["h100"],
+        tensor=tensor,
+        utilization=utilization,
+        weight_bytes=weight_bytes,
+    )
+    assert found.tokens / 1000 == pytest.approx(thousands, abs=0.6)
+
+
+def test_kv_bytes() -> None:
+    assert kv_bytes_per_token(shape_of("qwen2.5-7b")) == 57344
+    assert kv_bytes_per_token(shape_of("llama-3.1-70b")) == 327680
+    # 4 key-value heads over 8 GPUs: every head is there twice.
+    four = server_memory(shape_of("qwen3-30b-a3b"), GPUS["h100"], tensor=4, utilization=0.5, cache_bytes=1e9)
+    eight = server_memory(shape_of("qwen3-30b-a3b"), GPUS["h100"], tensor=8, utilization=0.5, cache_bytes=1e9)
+    assert four.tokens == eight.tokens
+
+
+def test_gpus_state_their_source() -> None:
+    for gpu in GPUS.values():
+        assert all(getattr(gpu, item.name) for item in dataclasses.fields(gpu))

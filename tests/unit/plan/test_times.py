@@ -1,0 +1,169 @@
+"""Time against hand arithmetic and a naive simulation."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.plan.constants import CONSTANTS, GPUS
+from megatron_chord.plan.decoding import Server, exponential_scale, sampling_seconds
+from megatron_chord.plan.training import micro_batches, pass_seconds, speed, tensor_factor, train_flops
+from megatron_chord.plan.work import Work
+from tests.unit.plan.models import shape_of
+
+
+def work(**changes: float) -> Work:
+    values = {
+        "prompts": 1,
+        "rollouts": 2,
+        "experts": 0,
+        "prompt_tokens": 100,
+        "response_tokens": 1000,
+        "expert_tokens": 0,
+        "response_limit": 1000,
+        "longest": 1100,
+    }
+    return Work(**values | changes)  # type: ignore[arg-type]
+
+
+# GFLOP of one token's training in sequences of 2048, 8192 and 16384: 6 x (parameters less the input embedding) +
+# 6 x layers x query width x length.
+FLOPS = [
+    ("qwen2.5-7b", (43.7, 47.4, 52.3)),
+    ("llama-3.1-8b", (46.6, 51.5, 57.9)),
+    ("qwen2.5-32b", (195.9, 208.0, 224.1)),
+    ("qwen3-32b", (198.3, 217.7, 243.4)),
+    ("llama-3.1-70b", (425.0, 449.2, 481.4)),
+    ("qwen2.5-72b", (436.8, 461.0, 493.2)),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), FLOPS)
+def test_flops_of_a_token(name: str, expected: tuple[float, ...]) -> None:
+    found = [train_flops(shape_of(name), length) / 1e9 for length in (2048, 8192, 16384)]
+    assert found == pytest.approx(expected, abs=0.07)
+
+
+def test_flops_are_the_published_convention() -> None:
+    """Tokens and TFLOP per second and GPU that NVIDIA publishes for one run, Llama3-8B and 70B at 8192 [MB-ARCH]."""
+    assert 14451 * train_flops(shape_of("llama-3.1-8b"), 8192) / 1e12 == pytest.approx(744, rel=1e-3)
+    assert 1602 * train_flops(shape_of("llama-3.1-70b"), 8192) / 1e12 == pytest.approx(719, rel=2e-3)
+
+
+def test_bubble() -> None:
+    shape = shape_of("llama-3.1-70b")
+    assert speed(shape, ParallelConfig(), micro_batches=3).bubble == 0
+    assert speed(shape, ParallelConfig(pipeline=4), micro_batches=9).bubble == pytest.approx(3 / 12)
+    virtual = ParallelConfig(pipeline=4, virtual_pipeline=5)
+    assert speed(shape, virtual, micro_batches=9).bubble == pytest.approx(3 / 48)
+
+
+def test_factors_of_a_layout() -> None:
+    shape = shape_of("llama-3.1-70b")
+    plain = speed(shape, ParallelConfig(), micro_batches=8).efficiency
+    assert plain == CONSTANTS.train_efficiency
+    found = speed(
+        shape, ParallelConfig(tensor=4, sequence_parallel=True, context=4), micro_batches=8
+    ).efficiency
+    assert found == pytest.approx(plain * CONSTANTS.tensor_factor[4] * CONSTANTS.context_factor**2)
+    # 704 to 509 TFLOP/s from TP4 to TP8 [MB-SKILL-MEM].
+    assert tensor_factor(8) / tensor_factor(4) == pytest.approx(509 / 704, rel=0.03)
+    assert tensor_factor(16) < tensor_factor(8) < tensor_factor(4) < tensor_factor(2) < 1
+    # 704 to 668 from PP4 to PP8, 16 and 32 micro-batches in 5 chunks.
+    four, eight = (
+        speed(
+            shape,
+            ParallelConfig(tensor=4, pipeline=stages, virtual_pipeline=5, sequence_parallel=True),
+            micro_batches=count,
+        )
+        for stages, count in ((4, 16), (8, 32))
+    )
+    assert eight.efficiency / four.efficiency == pytest.approx(668 / 704, rel=0.002)
+
+
+def test_seconds_of_a_pass() -> None:
+    shape, gpu = shape_of("qwen2.5-7b"), GPUS["h100"]
+    found = pass_seconds(shape, gpu, gpus=8, tokens=1e6, length=2048, efficiency=0.42)
+    assert found == pytest.approx(1e6 * 43.7e9 / (8 * 989e12 * 0.42), rel=2e-3)
+
+
+def test_number_of_micro_batches() -> None:
+    assert micro_batches(100_000, data=4, budget=8192) == 4  # 25000 tokens a rank
+    assert micro_batches(100_000, data=4, budget=8192, multiple=3) == 6
+    assert micro_batches(10, data=4, budget=8192) == 1
+
+
+def test_all_responses_at_the_limit() -> None:
+    """Every one of 1000 steps reads 8B weights and two sequences' keys and values; the sum over lengths by hand."""
+    server = Server(gpu=GPUS["h100"], tensor=1, kv_tokens=10**9)
+    found = sampling_seconds(shape_of("llama-3.1-8b"), server, work(), servers=1)
+    bandwidth = 0.7 * 3.35e12
+    weights = 2 * 8_030_261_248 / bandwidth
+    lengths = 1000 * 100 + 1000 * 999 / 2
+    prefill = 2 * 7.5047e9 * 100 / (0.5 * 989e12)
+    assert found == pytest.approx(
+        1000 * (weights + 6e-3) + 2 * lengths * 131072 / bandwidth + prefill, rel=1e-4
+    )
+
+
+def test_tensor_parallel_decoding_waits_for_its_all_reduces() -> None:
+    shape = shape_of("llama-3.1-70b")
+    one, eight = (
+        sampling_seconds(shape, Server(gpu=GPUS["h100"], tensor=size, kv_tokens=10**9), work(), servers=1)
+        for size in (1, 8)
+    )
+    fixed = 1000 * 6e-3
+    # Sizes are divided by 8; 2 x 80 all-reduces of 30 us are added. Prefill is too short to see.
+    assert eight == pytest.approx((one - fixed) / 8 + fixed + 1000 * 160 * 30e-6, rel=1e-3)
+
+
+def test_what_does_not_fit_the_cache_waits() -> None:
+    """64 sequences of 100 tokens, one step: half of them at a time reads the weights twice, the cache once."""
+    one_step = work(rollouts=64, response_limit=1, response_tokens=1)
+    roomy, tight = (
+        sampling_seconds(
+            shape_of("llama-3.1-8b"),
+            Server(gpu=GPUS["h100"], tensor=1, kv_tokens=size),
+            one_step,
+            servers=1,
+        )
+        for size in (10**9, 32 * 100)
+    )
+    assert tight - roomy == pytest.approx(2 * 8_030_261_248 / (0.7 * 3.35e12) + 6e-3, rel=1e-6)
+
+
+def test_servers_share_the_samples() -> None:
+    shape, server = shape_of("llama-3.1-8b"), Server(gpu=GPUS["h100"], tensor=1, kv_tokens=10**9)
+    four = sampling_seconds(shape, server, work(prompts=4), servers=4)
+    assert four == pytest.approx(sampling_seconds(shape, server, work(), servers=1))
+    assert sampling_seconds(shape, server, work(prompts=0), servers=1) == 0
+
+
+def test_experts_are_read_as_they_are_chosen() -> None:
+    """One sequence reads 8 of 128 experts; a thousand sequences read nearly all."""
+    shape, gpu = shape_of("qwen3-30b-a3b"), GPUS["h100"]
+    experts = 48 * 128 * 3 * 2048 * 768
+    others = 30_532_122_624 - experts
+
+    def seconds(sequences: int) -> float:
+        short = work(prompts=1, rollouts=sequences, response_limit=1, response_tokens=1, prompt_tokens=1)
+        return sampling_seconds(shape, Server(gpu=gpu, tensor=1, kv_tokens=10**9), short, servers=1)
+
+    bandwidth = 0.7 * 3.35e12
+    assert seconds(1) == pytest.approx(6e-3 + 2 * (others + experts / 16) / bandwidth, rel=0.01)
+    assert seconds(1000) == pytest.approx(6e-3 + 2 * (others + experts) / bandwidth, rel=0.02)
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(398, 3969), (795, 3969), (3124, 3969), (10, 10_000)])
+def test_scale_of_the_lengths(mean: float, limit: int) -> None:
+    """Against drawn lengths: exponential, cut off at the limit."""
+    draw, scale = random.Random(0), exponential_scale(mean, limit)
+    lengths = [min(draw.expovariate(1 / scale), limit) for _ in range(200_000)]
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.01)
+
+
+def test_no_scale_reaches_the_limit() -> None:
+    assert exponential_scale(100, 100) == math.inf
