@@ -49,25 +49,24 @@ def search(case: Case, start: Choice) -> Found:
 
 
 def best_block(found: Estimate) -> str:
-    """The layout as YAML to paste into a run."""
+    """The layout as YAML to paste into a run; every axis is stated, so that a ``base`` file's do not stay."""
     parallel = found.choice.parallel
-    settings: dict[str, int | bool | None] = {
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "context": parallel.context,
-        "expert": parallel.expert,
-    }
-    lines = [
-        "parallel:",
-        *(f"  {name}: {value}" for name, value in settings.items() if value not in (None, 1)),
-        f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
-        "batch:",
-        f"  max_tokens: {found.choice.max_tokens}",
-        "model:",
-        f"  recompute: {found.choice.recompute}",
-    ]
-    return "\n".join(lines)
+    virtual = parallel.virtual_pipeline
+    return "\n".join(
+        [
+            "parallel:",
+            f"  tensor: {parallel.tensor}",
+            f"  pipeline: {parallel.pipeline}",
+            f"  virtual_pipeline: {'null' if virtual is None else virtual}",
+            f"  context: {parallel.context}",
+            f"  expert: {parallel.expert}",
+            f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
+            "batch:",
+            f"  max_tokens: {found.choice.max_tokens}",
+            "model:",
+            f"  recompute: {found.choice.recompute}",
+        ]
+    )
 
 
 def _choices(case: Case, start: Choice) -> Iterator[Choice]:

@@ -1,0 +1,243 @@
+"""Whole estimates: the cluster examples, what does not fit and why, the search, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.config import RunConfig, data_parallel_size
+from megatron_chord.config_io import load_config
+from megatron_chord.model.build import check_shape
+from megatron_chord.plan.constants import GPUS
+from megatron_chord.plan.estimate import (
+    Cluster,
+    Times,
+    case_of,
+    checkpoint_bytes,
+    choice_of,
+    estimate,
+    export_bytes,
+)
+from megatron_chord.plan.search import best_block, search
+from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES
+
+ROOT = EXAMPLES.parents[1]
+
+
+def run_of(name: str, *overrides: str) -> RunConfig:
+    model, _ = CLUSTER_RUNS[name]
+    return load_config(EXAMPLES / f"{name}.yaml", [f"model.path={CONFIGS / model}", *overrides])
+
+
+def h100(nodes: int = 1, **others: int) -> Cluster:
+    return Cluster(gpu=GPUS["h100"], nodes=nodes, **others)
+
+
+@pytest.mark.parametrize("name", sorted(CLUSTER_RUNS))
+def test_every_cluster_example_fits(name: str) -> None:
+    run, nodes = run_of(name), CLUSTER_RUNS[name][1]
+    found = estimate(case_of(run, h100(nodes)), choice_of(run))
+    assert found.problems == ()
+    assert max(found.training_peak, found.sampling_peak) <= 80e9
+    assert run.parallel.ranks == nodes * 8
+    assert run.batch.max_tokens >= run.data.max_prompt_tokens + run.data.max_response_tokens
+
+
+def test_there_are_no_other_cluster_examples() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CLUSTER_RUNS)
+
+
+def test_a_step_is_its_phases() -> None:
+    times = Times(sampling=10.0, scoring=2.0, training=6.0, sync=1.0, overlap=False, overhead=0.1)
+    assert times.step == pytest.approx(19 * 1.1)
+    assert dataclasses.replace(times, overlap=True).step == pytest.approx(11 * 1.1)
+
+
+def test_work_follows_the_settings() -> None:
+    run = run_of("chord_qwen7b")
+    case = case_of(run, h100(), prompt_tokens=200, response_tokens=3000, expert_tokens=5000)
+    # 32 x 8 rollouts of 3200 tokens and 64 demonstrations of 5200.
+    assert case.work.tokens == 256 * 3200 + 64 * 5200
+    assert case.work.passes == 0
+    kl = case_of(run_of("chord_qwen7b", "objective.kl.coefficient=0.01"), h100())
+    assert (kl.work.passes, kl.reference) == (1, True)
+    both = run_of("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
+    assert case_of(both, h100()).work.passes == 2
+    sft = case_of(run_of("chord_qwen7b", "objective.mu.peak=1"), h100())
+    assert (sft.work.sequences, sft.sampling_seconds(), sft.sync_seconds()) == (0, 0, 0)
+
+
+def test_scoring_is_a_third_and_recomputation_a_third_more() -> None:
+    base = ("objective.kl.coefficient=0.01", "rollout.gpu_memory_utilization=0.3")
+    full, none = (
+        estimate(case_of(run, h100()), choice_of(run)).times
+        for run in (
+            run_of("chord_qwen7b", *base),
+            run_of("chord_qwen7b", *base, "model.recompute=none"),
+        )
+    )
+    assert full.scoring == pytest.approx(none.training / 3)
+    assert full.training == pytest.approx(none.training * 4 / 3)
+
+
+def test_two_updates_of_half_a_step_have_larger_bubbles() -> None:
+    one, two = (run_of("chord_llama70b", f"batch.mini_batches={count}") for count in (1, 2))
+    first, second = (estimate(case_of(run, h100(8)), choice_of(run)) for run in (one, two))
+    assert second.training.micro_batches == pytest.approx(first.training.micro_batches / 2, abs=1)
+    assert second.speed.bubble > first.speed.bubble
+
+
+def test_a_run_that_does_not_fit_says_by_how_much() -> None:
+    run = run_of("chord_llama70b")
+    found = estimate(case_of(run, h100(2)), choice_of(run))
+    training, sampling = found.problems
+    over = (found.training_peak - 80e9) / 1e9
+    assert over > 0
+    assert f"{over:.1f} GB more than the 80 GB of an H100 SXM" in training
+    assert "pipeline stage" in training
+    assert "lower rollout.gpu_memory_utilization" in sampling
+
+
+def test_a_server_that_cannot_hold_the_model_says_so() -> None:
+    run = run_of("chord_llama70b", "rollout.tensor=2")
+    (problem,) = estimate(case_of(run, h100(8)), choice_of(run)).problems
+    assert "KV cache holds 0 tokens, one sample may have 9216" in problem
+    assert "weights take 70.6 GB" in problem
+
+
+def test_separate_nodes_do_not_share_memory() -> None:
+    run = run_of("chord_llama70b", "rollout.gpu_memory_utilization=0.85")
+    together = estimate(case_of(run, h100(8)), choice_of(run))
+    apart = estimate(case_of(run, h100(16, rollout_nodes=8), overlap=True), choice_of(run))
+    assert together.problems
+    assert not apart.problems
+    assert apart.sampling_peak == pytest.approx(0.85 * 80e9)
+    assert apart.times.step < together.times.step
+
+
+def test_disk() -> None:
+    case = case_of(run_of("chord_llama70b"), h100(8))
+    assert export_bytes(case) == 2 * 70_553_706_496
+    assert checkpoint_bytes(case) == 14 * 70_553_706_496
+
+
+BAD = [
+    (lambda: Cluster(gpu=GPUS["h100"], nodes=0), "at least 1"),
+    (lambda: h100(2, rollout_nodes=2), "leave none to train on"),
+    (lambda: case_of(run_of("chord_qwen7b", "rollout.tensor=16"), h100()), "does not divide the 8 GPUs"),
+    (lambda: case_of(run_of("chord_qwen7b", "rollout.tensor=8"), h100()), "28 attention heads"),
+    (lambda: case_of(run_of("chord_qwen7b"), h100(), overlap=True), "only on nodes of its own"),
+    (lambda: case_of(run_of("chord_qwen7b"), h100(), response_tokens=20_000), "response tokens 20000"),
+    (lambda: case_of(run_of("chord_qwen7b", "model.dtype=fp32"), h100(), precision="fp8_e2e"), "needs model"),
+    (
+        lambda: case_of(run_of("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
+        "beyond the model's 32768 positions",
+    ),
+    (lambda: case_of(run_of("chord_qwen7b", "batch.experts=0"), h100()), "batch.experts is 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_trainers_own_rules_hold() -> None:
+    run = run_of("chord_qwen7b", "parallel.tensor=8")
+    with pytest.raises(ValueError, match="28 attention heads / tensor 8; 4 key-value heads / tensor 8"):
+        estimate(case_of(run, h100()), choice_of(run))
+    large = run_of("chord_llama70b")
+    with pytest.raises(ValueError, match="does not divide the 8 processes"):
+        estimate(case_of(large, h100()), choice_of(large))
+
+
+@pytest.mark.parametrize("name", ["chord_qwen7b", "chord_llama70b", "chord_qwen3_30b_a3b"])
+def test_search(name: str) -> None:
+    run, nodes = run_of(name), CLUSTER_RUNS[name][1]
+    case = case_of(run, h100(nodes))
+    own = estimate(case, choice_of(run))
+    found = search(case, choice_of(run))
+    steps = [one.times.step for one in found.fitting]
+    assert steps[0] <= 1.01 * min(steps)
+    assert steps[0] <= own.times.step
+    assert own.choice in [one.choice for one in found.fitting]
+    for one in found.fitting[:20]:
+        assert not one.problems
+        check_shape(case.shape, one.choice.parallel)
+        assert data_parallel_size(one.choice.parallel, nodes * 8) == one.training.data
+        assert one.choice.parallel.tensor <= 8
+    assert all(one.problems for one in found.too_large)
+
+
+def test_the_block_is_the_layout(tmp_path: Path) -> None:
+    run = run_of("chord_llama70b")
+    case = case_of(run, h100(8))
+    best = search(case, choice_of(run)).fitting[0]
+    base = f"base: {EXAMPLES / 'chord_llama70b.yaml'}\n"
+    (tmp_path / "run.yaml").write_text(base + best_block(best))
+    again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}"])
+    assert choice_of(again) == best.choice
+
+
+def test_nothing_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    code = plan("chord_llama70b", "--nodes", "1", "--search")
+    error = capsys.readouterr().err
+    assert code == 1
+    assert "no layout fits" in error
+    assert "GB more than the 80 GB of an H100 SXM" in error
+
+
+def plan(name: str, *arguments: str) -> int:
+    model, _ = CLUSTER_RUNS[name]
+    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(EXAMPLES / f"{name}.yaml"), f"model.path={CONFIGS / model}", *arguments])
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("chord_qwen7b") == 0
+    assert "pipeline bubble" in capsys.readouterr().out
+    assert plan("chord_qwen7b", "--gpu", "a100-40") == 1
+    assert "does not fit: training needs" in capsys.readouterr().err
+    assert plan("chord_qwen7b", "parallel.tensor=8") == 2
+    assert "28 attention heads / tensor 8" in capsys.readouterr().err
+    assert plan("chord_qwen7b", "batch.promts=3") == 2
+    assert "did you mean batch.prompts?" in capsys.readouterr().err
+    assert plan("chord_qwen7b", "model.path=/nowhere") == 2
+    assert "/nowhere/config.json does not exist" in capsys.readouterr().err
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("chord_qwen7b", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 7_615_616_512
+    assert found["fits"] is True
+    assert found["memory"]["weights"] == pytest.approx(7.6e9, rel=0.01)
+    assert plan("chord_qwen7b", "--json", "--search") == 0
+    searched = json.loads(capsys.readouterr().out)
+    assert searched["block"].startswith("parallel:")
+    assert searched["number_fitting"] > 10
+
+
+def test_no_library_of_training_is_loaded() -> None:
+    code = (
+        "import sys, megatron_chord.plan.search, megatron_chord.plan.report;"
+        "print(sorted({'vllm', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
