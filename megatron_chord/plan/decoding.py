@@ -85,7 +85,10 @@ class _DecodeStep:
 
 
 def exponential_scale(mean: float, limit: float) -> float:
-    """Scale s of an exponential distribution with the cut-off mean s (1 - exp(-limit / s)) = ``mean``; inf at the limit."""
+    """Of the exponential distribution whose mean, cut off at ``limit``, is ``mean``; inf where that is the limit.
+
+    A scale s has the cut-off mean s (1 - exp(-limit / s)).
+    """
     if mean >= limit:
         return math.inf
     low, high = mean, mean
