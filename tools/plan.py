@@ -17,13 +17,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_chord.plan.constants import GPUS
+
+if TYPE_CHECKING:  # they load torch, which --help need not wait for
+    from megatron_chord.plan.estimate import Case, Estimate
+    from megatron_chord.plan.search import Found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     from megatron_chord.config_io import load_config
     from megatron_chord.config_nodes import ConfigError
-    from megatron_chord.plan.constants import GPUS
     from megatron_chord.plan.estimate import Cluster, case_of, choice_of, estimate
     from megatron_chord.plan.search import search
 
@@ -58,7 +64,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="as in model.path=PATH/MODEL")
-    parser.add_argument("--gpu", default="h100", choices=_gpu_names(), help="default: h100")
+    parser.add_argument("--gpu", default="h100", choices=list(GPUS), help="default: h100")
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
     parser.add_argument(
@@ -78,13 +84,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _gpu_names() -> list[str]:
-    from megatron_chord.plan.constants import GPUS
-
-    return list(GPUS)
-
-
-def _show(args: argparse.Namespace, case, found) -> int:
+def _show(args: argparse.Namespace, case: Case, found: Estimate) -> int:
     from rich.console import Console
 
     from megatron_chord.plan.report import as_plain, layout, tables
@@ -102,7 +102,7 @@ def _show(args: argparse.Namespace, case, found) -> int:
     return int(bool(found.problems))
 
 
-def _show_search(args: argparse.Namespace, case, found) -> int:
+def _show_search(args: argparse.Namespace, case: Case, found: Found) -> int:
     from rich.console import Console
 
     from megatron_chord.plan.report import reasons, search_as_plain, search_table, tables
@@ -122,7 +122,7 @@ def _show_search(args: argparse.Namespace, case, found) -> int:
     return int(not found.fitting)
 
 
-def _assumed(case) -> str:
+def _assumed(case: Case) -> str:
     work, cluster = case.work, case.cluster
     split = (
         "sampling and training on all" if cluster.colocated else f"{cluster.rollout_nodes} nodes only sample"

@@ -19,6 +19,9 @@ class Held:
     stage: int
     tensor: int
     expert: int
+    replicas: int
+    """Ranks that hold the same weights but for experts', which ``expert_replicas`` hold."""
+    expert_replicas: int
     shapes: dict[str, tuple[int, ...]]
     """By global name."""
 
@@ -48,6 +51,8 @@ def _held(shape: ModelShape, asked: Asked, rank: int) -> Held:
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             tensor=parallel_state.get_tensor_model_parallel_rank(),
             expert=parallel_state.get_expert_model_parallel_rank(),
+            replicas=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            expert_replicas=parallel_state.get_expert_data_parallel_world_size(),
             shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
         )
 

@@ -11,6 +11,7 @@ from megatron_chord.config import ParallelConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
+from megatron_chord.plan.memory import Training, optimizer_bytes
 from megatron_chord.plan.parameters import active_count, expert_count, model_count, rank_count
 from megatron_chord.weights.mapping import padded_vocab_size
 from megatron_chord.weights.reader import HFReader
@@ -96,6 +97,9 @@ def test_experts_over_a_large_world() -> None:
         count = rank_count(shape, parallel, one.stage)
         assert count.total == _size(one)
         assert count.experts == sum(math.prod(s) for name, s in one.shapes.items() if ".experts." in name)
+        training = Training(parallel=parallel, data=8, micro_tokens=8192, micro_batches=8, recompute="full")
+        sharded = count.dense / one.replicas + count.experts / one.expert_replicas
+        assert optimizer_bytes(count, training) == pytest.approx(12 * sharded)
 
 
 def test_dry_run_of_70b() -> None:
