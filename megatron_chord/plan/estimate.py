@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.methods.base import Method
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_shape
 from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
@@ -228,7 +229,7 @@ def case_of(
         work=Work(
             prompts=run.batch.prompts if samples else 0,
             rollouts=run.batch.rollouts,
-            experts=run.batch.experts if method.draws_experts else 0,
+            experts=_demonstrations(run, method),
             prompt_tokens=_mean("prompt", prompt_tokens, run.data.max_prompt_tokens),
             response_tokens=response,
             expert_tokens=_mean("expert", expert_tokens or response, run.data.max_response_tokens),
@@ -292,7 +293,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
     beside = max(stage.static for stage in stages) + case.constants.cuda_bytes if cluster.colocated else 0.0
     training_peak = max(stage.total for stage in stages) + asleep
-    sampling_peak = beside + case.utilization * cluster.gpu.memory if server else 0.0
+    sampling_peak = beside + server.reserved if server else 0.0
     how = speed(case.shape, parallel, micro_batches=count, fp8=case.train_fp8, constants=case.constants)
     times = _times(case, choice, how, sampling)
     mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
@@ -367,15 +368,14 @@ def _problems(
         return found
     if sampling_peak > gpu.memory:
         found.append(
-            f"sampling needs {gb(sampling_peak)}: vLLM's {case.utilization:.2f} of the GPU beside "
+            f"sampling needs {gb(sampling_peak)}: vLLM's {gb(server.reserved)} beside "
             f"{gb(max(stage.static for stage in stages))} of the trainer's weights, gradients and optimizer state, "
             f"{_beyond(sampling_peak, gpu)}; lower rollout.gpu_memory_utilization"
         )
     if server.tokens < case.work.longest:
-        reserved = case.utilization * gpu.memory
         found.append(
             f"vLLM's KV cache holds {server.tokens} tokens, one sample may have {case.work.longest}: of "
-            f"{gb(reserved)} a GPU, weights take {gb(server.weights)} and vLLM itself "
+            f"{gb(server.reserved)} a GPU, weights take {gb(server.weights)} and vLLM itself "
             f"{gb(case.constants.server_bytes)}; raise rollout.tensor or rollout.gpu_memory_utilization"
         )
     return found
@@ -383,6 +383,13 @@ def _problems(
 
 def _beyond(needed: float, gpu: Gpu) -> str:
     return f"{(needed - gpu.memory) / GB:.1f} GB more than the {gpu.memory / GB:.0f} GB of an {gpu.name}"
+
+
+def _demonstrations(run: RunConfig, method: Method) -> int:
+    """Of a step: drawn for themselves, or one for each prompt."""
+    if method.draws_experts:
+        return run.batch.experts
+    return run.batch.prompts if method.needs_demonstrations else 0
 
 
 def _mean(what: str, stated: float | None, limit: int) -> float:

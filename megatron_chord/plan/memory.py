@@ -104,6 +104,8 @@ class ServerMemory:
     """Bytes per GPU."""
     cache: float
     """KV cache, bytes per GPU; negative when the weights leave nothing."""
+    reserved: float
+    """All that it takes, bytes per GPU."""
     tokens: int
     """KV capacity of the whole server."""
 
@@ -223,12 +225,19 @@ def server_memory(
         cache_bytes: the KV cache's size per GPU, where the settings state it.
     """
     weights = weight_bytes * model_count(shape) / tensor
-    left = utilization * gpu.memory - weights - constants.server_bytes
-    cache = left if cache_bytes is None else cache_bytes
+    own = weights + constants.server_bytes
+    reserved = utilization * gpu.memory if cache_bytes is None else own + cache_bytes
+    cache = reserved - own
     # Beyond as many GPUs as there are key-value heads vLLM keeps copies of them.
     shared = min(tensor, shape.num_kv_heads)
     per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / shared
-    return ServerMemory(tensor=tensor, weights=weights, cache=cache, tokens=max(0, int(cache / per_token)))
+    return ServerMemory(
+        tensor=tensor,
+        weights=weights,
+        cache=cache,
+        reserved=reserved,
+        tokens=max(0, int(cache / per_token)),
+    )
 
 
 def gb(value: float) -> str:

@@ -140,10 +140,9 @@ def _memory(case: Case, found: Estimate) -> Table:
         table.add_row("vLLM, asleep", gb(case.constants.asleep_bytes))
     table.add_row("training, together", gb(found.training_peak), end_section=True)
     if found.server:
-        reserved = case.utilization * cluster.gpu.memory
         table.add_row("vLLM: weights", gb(found.server.weights))
         table.add_row("vLLM: KV cache", gb(found.server.cache))
-        table.add_row("vLLM: all it reserves", gb(reserved))
+        table.add_row("vLLM: all it reserves", gb(found.server.reserved))
         if cluster.colocated:
             table.add_row("with the trainer's state beside it", gb(found.sampling_peak))
     return table

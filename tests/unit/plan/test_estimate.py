@@ -71,6 +71,8 @@ def test_work_follows_the_settings() -> None:
     assert (kl.work.passes, kl.reference) == (1, True)
     both = run_of("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
     assert case_of(both, h100()).work.passes == 2
+    # LUFFY trains on each of 16 prompts' own demonstration.
+    assert case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.experts == 16
     sft = case_of(run_of("chord_qwen7b", "objective.mu.peak=1"), h100())
     assert (sft.work.sequences, sft.sampling_seconds(), sft.sync_seconds()) == (0, 0, 0)
 

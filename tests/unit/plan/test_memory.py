@@ -176,3 +176,11 @@ def test_kv_bytes() -> None:
 def test_gpus_state_their_source() -> None:
     for gpu in GPUS.values():
         assert all(getattr(gpu, item.name) for item in dataclasses.fields(gpu))
+
+
+def test_a_stated_cache_is_what_a_server_takes() -> None:
+    found = server_memory(
+        shape_of("qwen2.5-7b"), GPUS["h100"], tensor=1, utilization=0.6, cache_bytes=57344e5
+    )
+    assert found.tokens == 100_000
+    assert found.reserved == pytest.approx(2 * 7_615_616_512 + 3e9 + 57344e5)
