@@ -3,8 +3,8 @@
 
     python benchmarks/planner.py
 
-Below it each of the calibrated runs once more, predicted with the two main constants fitted to the other five alone: how
-much that one run decides. Exits with 1 when a row of the table is off by more than 20 %. Sources: docs/planning.md.
+Below it each of the calibrated runs once more, predicted with the two main constants fitted to the other five alone:
+how much that one run decides. Exits with 1 when a row of the table is off by more than 20 %. Sources: docs/planning.md.
 """
 
 from __future__ import annotations
