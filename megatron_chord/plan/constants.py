@@ -94,9 +94,6 @@ class Constants:
     """Of a vLLM process beside weights and KV cache: context, CUDA graphs, activations of prefill."""
     asleep_bytes: float = 3e9
     """What a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
-    checkpoint_bytes: float = 14.0
-    """Per parameter in BF16 training: BF16 weights, FP32 master weights and two FP32 moments. NVIDIA reports 13.1
-    [DGXC]."""
 
 
 CONSTANTS = Constants()

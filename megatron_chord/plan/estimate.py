@@ -313,9 +313,9 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
 
 
 def checkpoint_bytes(case: Case) -> float:
-    """Of one training checkpoint. FP32 models save the weights and, once more, the optimizer's copy."""
-    per_parameter = case.constants.checkpoint_bytes if case.weight_bytes == 2 else 16.0
-    return per_parameter * model_count(case.shape)
+    """Of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights) and two
+    moments."""
+    return (case.weight_bytes + 12) * model_count(case.shape)
 
 
 def export_bytes(case: Case) -> float:

@@ -129,6 +129,9 @@ def test_disk() -> None:
     case = case_of(run_of("chord_llama70b"), h100(8))
     assert export_bytes(case) == 2 * 70_553_706_496
     assert checkpoint_bytes(case) == 14 * 70_553_706_496
+    tiny = case_of(load_config(ROOT / "examples" / "methods" / "sft.yaml"), h100())
+    # One step of this run on a CPU left tensors of 5,264,384 bytes.
+    assert checkpoint_bytes(tiny) == 5_264_384
 
 
 BAD = [
