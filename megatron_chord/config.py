@@ -46,7 +46,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     ranks: int = 1
-    """Processes that `megatron-chord train` starts on this machine; under torchrun its world size rules."""
+    """Processes that `megatron-chord train` starts on this machine; under torchrun or srun their number rules."""
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None
@@ -381,15 +381,17 @@ class RolloutConfig:
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""
     servers: tuple[str, ...] = ()
-    """URLs of running vLLM servers (docs/running.md); when empty the trainer starts one on loopback."""
+    """URLs of running vLLM servers (docs/running.md); when empty the trainer starts one on loopback, and a Slurm job
+    its own on its nodes."""
     tensor: int = 1
-    """Tensor parallelism of the server the trainer starts."""
+    """Tensor parallelism of a server that the trainer or the job starts."""
     gpu_memory_utilization: float = 0.6
     kv_cache_bytes: int | None = None
     """Size of the server's KV cache; on a CPU 256 MiB where left out, on a GPU what is free."""
-    transport: Literal["auto", "file", "broadcast", "ipc"] = "auto"
-    """How weights reach the server: shared-memory files, a process group (NCCL or gloo), CUDA IPC. Auto takes files
-    without a GPU; with one, CUDA IPC to the trainer's own server and NCCL to those in `servers`."""
+    transport: Literal["auto", "file", "gloo", "broadcast", "ipc"] = "auto"
+    """How weights reach the server: shared-memory files, main memory and gloo, a process group (NCCL with GPUs),
+    CUDA IPC. Auto takes files without a GPU; with one, CUDA IPC to the trainer's own server and NCCL to those in
+    `servers`; in a Slurm job what fits where its servers run (docs/cluster.md)."""
     start_timeout_s: float = 600.0
     request_timeout_s: float = 1800.0
     """Deadline of one step's sampling."""

@@ -1,8 +1,8 @@
 """A vLLM server of our own: started as a child, watched, and never left behind.
 
 ``start_server`` returns at once (vLLM needs tens of seconds, in which the trainer builds its model);
-``RolloutServer.wait_until_ready`` does the waiting. The server listens on loopback, asks for a key made for it on every
-route, and dies with the process that started it, however that ends.
+``RolloutServer.wait_until_ready`` does the waiting. The server listens on one address only (loopback, or in a job its
+node's own), asks for a key on every route, and dies with the process that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -71,12 +71,21 @@ class ServerSettings:
     """OMP threads of each vLLM process on a CPU."""
 
 
-def start_server(model: Path, settings: ServerSettings, *, log: Path) -> RolloutServer:
+def start_server(
+    model: Path,
+    settings: ServerSettings,
+    *,
+    log: Path,
+    host: str = "127.0.0.1",
+    key: str | None = None,
+) -> RolloutServer:
     """Starts vLLM and returns while it is still loading. Must be called from the main thread.
 
     Args:
         model: Hugging Face folder; only its config and weights are read, never a tokenizer.
         log: receives the server's output; its folder must exist.
+        host: address to listen on, in numbers; never one that strangers reach.
+        key: what requests must show; made for this server where left out.
 
     Raises:
         ValueError: `model` holds no config.json, or a model that vLLM cannot run here.
@@ -87,8 +96,8 @@ def start_server(model: Path, settings: ServerSettings, *, log: Path) -> Rollout
         raise RuntimeError("start_server must be called from the main thread")
     on_cpu = not torch.cuda.is_available()
     _check_model(model, on_cpu)
-    port, key = _free_port(), secrets.token_urlsafe(32)
-    arguments = _arguments(model, port, settings)
+    port, key = _free_port(host), key or secrets.token_urlsafe(32)
+    arguments = _arguments(model, host, port, settings)
     arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
     environment = _environment(os.environ, key)
     if on_cpu:
@@ -105,7 +114,7 @@ def start_server(model: Path, settings: ServerSettings, *, log: Path) -> Rollout
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return RolloutServer(process, url=f"http://127.0.0.1:{port}", api_key=key, log=log)
+    return RolloutServer(process, url=f"http://{host}:{port}", api_key=key, log=log)
 
 
 class RolloutServer:
@@ -139,13 +148,24 @@ class RolloutServer:
     def wait_until_ready(self, deadline_s: float) -> None:
         """Returns when the server answers. ServerError when it exits or `deadline_s` seconds pass."""
         end = time.monotonic() + deadline_s
-        while not self._healthy(when_busy=False):
+        while not self.ready():
             if self._process.poll() is not None:
                 raise ServerError(self._report(f"exited with code {self._process.returncode} while starting"))
             if time.monotonic() > end:
                 raise ServerError(self._report(f"was not ready after {deadline_s:.0f} s"))
             time.sleep(0.2)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while its process runs."""
+        return self._process.poll()
+
+    def ready(self) -> bool:
+        """Whether the server answers by now. Takes 5 s at most."""
+        if self.exit_code is not None or not self._healthy(when_busy=False):
+            return False
         self._shared_memory |= self._mapped_shared_memory()
+        return True
 
     def alive(self) -> bool:
         """Whether the server runs and its engine is well. False while it starts. Takes 5 s at most."""
@@ -230,10 +250,10 @@ def _check_model(model: Path, on_cpu: bool) -> None:
         )
 
 
-def _arguments(model: Path, port: int, settings: ServerSettings) -> list[str]:
+def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> list[str]:
     return [
         *("--model", str(model), "--served-model-name", MODEL_NAME),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", host, "--port", str(port)),
         *("--middleware", f"{RequireKey.__module__}.{RequireKey.__name__}"),
         *("--dtype", _DTYPES[settings.dtype], "--max-model-len", str(settings.max_model_len)),
         *("--tensor-parallel-size", str(settings.tensor)),
@@ -279,7 +299,7 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
         KEY_VARIABLE: key,
         DIE_WITH_PARENT: str(os.getpid()),
         "VLLM_PLUGINS": "megatron_chord",
-        "VLLM_SERVER_DEV_MODE": "1",  # /pause, /update_weights and their like; loopback only, behind our key
+        "VLLM_SERVER_DEV_MODE": "1",  # /pause, /update_weights and their like; on one address, behind our key
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -296,9 +316,9 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 

@@ -40,7 +40,7 @@ from megatron_chord.rollout.transports import (
     Transport,
 )
 
-TransportName = Literal["file", "broadcast", "ipc"]
+TransportName = Literal["file", "gloo", "broadcast", "ipc"]
 COORDINATOR = 0
 _ANSWER_S = 10.0
 """Added to a deadline for the exchange of what went wrong once it has passed."""
@@ -70,7 +70,7 @@ class SyncSettings:
     folder: Path = Path("/dev/shm")
     """``file`` only: where rank 0 makes a private folder, to be seen by all exporters and servers."""
     host: str = "127.0.0.1"
-    """``broadcast`` only: address of this rank that the servers can reach."""
+    """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
     bucket_bytes: int = 256 << 20
     pause_mode: PauseMode = "wait"
     """What becomes of requests that are being sampled when a push begins (``RolloutClient.pause``)."""
@@ -193,7 +193,8 @@ class WeightSync:
 
         def listen() -> list | None:
             nonlocal store
-            if self._settings.transport != "broadcast" or self._exchange.rank not in self._exporters:
+            needs_group = self._settings.transport in ("broadcast", "gloo")
+            if not needs_group or self._exchange.rank not in self._exporters:
                 return None
             store = SenderStore(self._settings.host, self._settings.timeout_s)
             return [store.host, store.port]
@@ -246,8 +247,9 @@ class WeightSync:
         if self._settings.transport == "ipc":
             return IpcTransport(num_workers, self._device)
         assert store is not None
-        group = store.form_group(num_workers, self._device)
-        return BroadcastTransport(group, sender, self._device, self._settings.timeout_s)
+        device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
+        group = store.form_group(num_workers, device)
+        return BroadcastTransport(group, sender, device, self._settings.timeout_s)
 
     def _open_update(self) -> None:
         self._tell(lambda client: client.pause(mode=self._settings.pause_mode, timeout_s=self._time_left()))

@@ -1,4 +1,4 @@
-"""Three ways for a bucket of weights to get from a trainer rank into the server's workers.
+"""Four ways for a bucket of weights to get from a trainer rank into the server's workers.
 
 Each sender-side transport has the same three steps, called in this order for every bucket:
 
@@ -6,8 +6,9 @@ Each sender-side transport has the same three steps, called in this order for ev
     transport.transmit(given_up)                while the server is being told: sends what needs a sender
     transport.release()                         whatever happened: frees what publish took
 
-``file`` is for a server without a GPU or behind a shared file system, ``broadcast`` for a server on other GPUs (NCCL)
-or processes (gloo), ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one.
+``file`` is for a server without a GPU or behind a shared file system; ``broadcast`` for a server on other GPUs (NCCL)
+or processes (gloo); ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one; ``gloo`` for
+servers on the trainer's GPUs on several nodes, through main memory: slower than NCCL, but it works anywhere.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class InitInfo(WeightTransferInitInfo):
     folder: str | None = None
     """file: the run's private folder; a bucket outside it is refused."""
     endpoints: list[list] = field(default_factory=list)
-    """broadcast: host and port of each sender's store."""
+    """broadcast, gloo: host and port of each sender's store."""
     num_workers: int = 1
     """Workers of all servers together."""
     first_worker: int = 0
@@ -57,7 +57,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
     tensors: list[dict]
     source: int = 0
-    """broadcast: index of the sender."""
+    """broadcast, gloo: index of the sender."""
     path: str | None = None
     """file: the safetensors file."""
     handles: list[dict] | None = None
@@ -78,7 +78,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._failed: str | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        if init_info.transport not in ("file", "broadcast", "ipc"):
+        if init_info.transport not in ("file", "gloo", "broadcast", "ipc"):
             raise ValueError(f"unknown weight transport {init_info.transport!r}")
         self.shutdown()
         self._init = init_info
@@ -88,7 +88,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 port,
                 rank=1 + self._worker,
                 size=1 + init_info.num_workers,
-                device=self.device,
+                device=self._meeting_place,
                 timeout_s=init_info.timeout_s,
             )
             for host, port in init_info.endpoints
@@ -154,6 +154,12 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         parallel = self.parallel_config
         return self._init.first_worker + parallel.data_parallel_index * parallel.world_size + parallel.rank
 
+    @property
+    def _meeting_place(self) -> torch.device:
+        """Where a broadcast arrives."""
+        assert self._init is not None
+        return torch.device("cpu") if self._init.transport == "gloo" else self.device
+
     def _receive(self, update: UpdateInfo, infos: Sequence[TensorInfo]) -> list[Tensor]:
         assert self._init is not None
         if self._init.transport == "file":
@@ -165,8 +171,9 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 raise ValueError("the update brings no CUDA IPC handles")
             buffer = import_cuda_buffer(update.handles[self._worker], flat_size(infos), self.device)
         else:
-            buffer = torch.empty(flat_size(infos), dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(flat_size(infos), dtype=torch.uint8, device=self._meeting_place)
             self._groups[update.source].broadcast(buffer, timeout_s=self._init.timeout_s)
+            buffer = buffer.to(self.device)
         return unflatten(infos, buffer)
 
     def _load_aliases(self, tensors: dict[str, Tensor]) -> None:

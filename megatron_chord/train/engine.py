@@ -18,14 +18,28 @@ import torch
 from megatron_chord.config import RunConfig
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
-from megatron_chord.rollout.server import RolloutServer, ServerError, ServerSettings, start_server
-from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
+from megatron_chord.rollout.fleet import Fleet, JobServers, ListedServers, OwnServer
+from megatron_chord.rollout.registry import JobRollout, Registry, read_key
+from megatron_chord.rollout.server import ServerError, ServerSettings, start_server
+from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
 
 T = TypeVar("T")
 Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
 """(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
+
+
+def server_settings(run: RunConfig) -> ServerSettings:
+    """How a server of this run's own, or of its job's, runs the policy on this machine."""
+    return ServerSettings(
+        dtype=run.rollout.dtype or run.model.dtype,
+        max_model_len=run.data.max_prompt_tokens + run.data.max_response_tokens,
+        tensor=run.rollout.tensor,
+        kv_cache_bytes=run.rollout.kv_cache_bytes,
+        gpu_memory_utilization=run.rollout.gpu_memory_utilization,
+        cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
+    )
 
 
 class RolloutEngine:
@@ -38,20 +52,22 @@ class RolloutEngine:
         log_folder: Path,
         notify: Callable[[str], None],
     ) -> None:
-        """Start the server (if ``is_needed`` and the run names none of its own) and return while it loads."""
+        """Start the server (if ``is_needed``, and neither the run nor a job has its own) and return while it loads."""
         self._is_needed = is_needed
         self._run = run
         self._groups = groups
         self._log_folder = log_folder
         self._notify = notify
-        self._server: RolloutServer | None = None
-        self._clients: list[RolloutClient] = []
+        self._job = None if run.rollout.servers else JobRollout.of_environment(os.environ)
+        self._fleet: Fleet | None = None
+        self._clients: Sequence[RolloutClient] = ()
         self._sync: WeightSync | None = None
         self._version: int | None = None
         self.generation = 0
         """How many servers have been replaced."""
         self._restarts_left = run.rollout.restarts
         self._lost = False
+        self._push_failed = False
         self._sync_seconds = 0.0
         groups.once(self._start)
 
@@ -88,6 +104,7 @@ class RolloutEngine:
                 self._restarts_left -= 1
                 self._notify(f"rollout server lost, starting another ({error})")
                 self._lost = True
+                self._push_failed = isinstance(error, SyncError)
 
     def push(self, state: TrainState, version: int) -> None:
         """Give the servers the weights of ``state``, unless they hold this version already. Within ``attempt``."""
@@ -104,10 +121,8 @@ class RolloutEngine:
         """Stop the server and drop the connections; on this rank, without waiting for others."""
         if self._sync is not None:
             self._sync.close()
-        for client in self._clients:
-            client.close()
-        if self._server is not None:
-            self._server.stop()
+        if self._fleet is not None:
+            self._fleet.close()
 
     def take_sync_seconds(self) -> float:
         """Seconds spent in pushing weights since the last call."""
@@ -117,62 +132,64 @@ class RolloutEngine:
     def _make_sync(self) -> WeightSync:
         groups, rollout = self._groups, self._run.rollout
         exporters = [rank for rank, exports in enumerate(groups.gather(groups.is_exporter)) if exports]
-        transport = rollout.transport
-        if transport == "auto":
-            # The trainer's own server shares its GPUs, and NCCL refuses two ranks on one GPU.
-            on_gpu = "broadcast" if rollout.servers else "ipc"
-            transport = on_gpu if torch.cuda.is_available() else "file"
         return WeightSync(
             self._clients,
             SyncSettings(
-                transport=transport,
+                transport=self._transport(),
                 timeout_s=rollout.sync_timeout_s,
                 pause_mode="keep" if rollout.in_flight == "keep" else "wait",
-                host=_address_towards(rollout.servers),
+                host=self._job.address if self._job is not None else _address_towards(rollout.servers),
             ),
             exporters=exporters,
             group=groups.objects if groups.world_size > 1 else None,
             device=groups.device,
         )
 
-    def _start(self) -> None:
-        run = self._run
-        if run.rollout.servers or not self._is_needed:
-            return
-        self._server = start_server(
-            run.model.path,
-            ServerSettings(
-                dtype=run.rollout.dtype or run.model.dtype,
-                max_model_len=run.data.max_prompt_tokens + run.data.max_response_tokens,
-                tensor=run.rollout.tensor,
-                kv_cache_bytes=run.rollout.kv_cache_bytes,
-                gpu_memory_utilization=run.rollout.gpu_memory_utilization,
-                cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
-            ),
-            log=self._log_folder / f"rollout-server-{len(list(self._log_folder.iterdir())) + 1}.log",
-        )
-
-    def _connect(self) -> None:
+    def _transport(self) -> TransportName:
         rollout = self._run.rollout
-        if self._server is None:
+        if rollout.transport != "auto":
+            return rollout.transport
+        if self._job is not None:
+            return self._job.transport
+        if not torch.cuda.is_available():
+            return "file"
+        # The trainer's own server shares its GPUs, and NCCL refuses two ranks on one GPU.
+        return "broadcast" if rollout.servers else "ipc"
+
+    def _start(self) -> None:
+        if self._is_needed:
+            self._fleet = self._make_fleet()
+            self._fleet.start()
+
+    def _make_fleet(self) -> Fleet:
+        run, timeout_s = self._run, self._run.rollout.start_timeout_s
+        if run.rollout.servers:
             key = os.environ.get(KEY_VARIABLE)
             if not key:
                 raise ValueError(f"rollout.servers need their key in the environment variable {KEY_VARIABLE}")
-            self._clients = [RolloutClient(url, key) for url in rollout.servers]
-            return
-        self._server.wait_until_ready(rollout.start_timeout_s)
-        for client in self._clients:
-            client.close()
-        self._clients = [RolloutClient(self._server.url, self._server.api_key)]
+            return ListedServers(run.rollout.servers, key)
+        if self._job is not None:
+            key = read_key(self._job.folder)
+            return JobServers(Registry(self._job.folder), self._job.count, key=key, timeout_s=timeout_s)
+        return OwnServer(
+            lambda: start_server(run.model.path, server_settings(run), log=self._next_log()),
+            timeout_s=timeout_s,
+        )
+
+    def _next_log(self) -> Path:
+        return self._log_folder / f"rollout-server-{len(list(self._log_folder.iterdir())) + 1}.log"
+
+    def _connect(self) -> None:
+        assert self._fleet is not None
+        self._clients = self._fleet.connect()
 
     def _replace(self) -> None:
-        """A new server in place of the lost one; its weights come with the next push."""
+        """New servers in place of lost ones; their weights come with the next push."""
 
         def restart() -> None:
-            assert self._server is not None
-            self._server.stop()
-            self._start()
-            self._connect()
+            assert self._fleet is not None
+            # A push that failed leaves every server with weights that are neither the old nor the new.
+            self._clients = self._fleet.replace(everything=self._push_failed)
             if self._sync is not None:
                 self._sync.reconnect(self._clients)
 

@@ -1,0 +1,140 @@
+"""The servers that a run samples from, whoever started them: one of its own, a job's, or the user's.
+
+All three are used by the coordinator alone. ``start`` returns while servers still load; ``connect`` waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.registry import Announcement, Registry
+from megatron_chord.rollout.server import RolloutServer, ServerError
+
+_POLL_S = 0.2
+
+
+class Fleet(Protocol):
+    def start(self) -> None: ...
+
+    def connect(self) -> Sequence[RolloutClient]:
+        """Clients of servers that are ready. ServerError when one is not in time."""
+        ...
+
+    def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
+        """Put new servers in place of those that are lost (or of all) and connect."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OwnServer:
+    """One server, a child of this process."""
+
+    def __init__(self, start: Callable[[], RolloutServer], *, timeout_s: float) -> None:
+        self._start = start
+        self._timeout_s = timeout_s
+        self._server: RolloutServer | None = None
+        self._client: RolloutClient | None = None
+
+    def start(self) -> None:
+        self._server = self._start()
+
+    def connect(self) -> Sequence[RolloutClient]:
+        assert self._server is not None
+        self._server.wait_until_ready(self._timeout_s)
+        self._client = RolloutClient(self._server.url, self._server.api_key)
+        return [self._client]
+
+    def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
+        self.close()
+        self.start()
+        return self.connect()
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        if self._server is not None:
+            self._server.stop()
+
+
+class ListedServers:
+    """Servers that the user started and looks after."""
+
+    def __init__(self, urls: Sequence[str], key: str) -> None:
+        self._clients = [RolloutClient(url, key) for url in urls]
+
+    def start(self) -> None:
+        pass
+
+    def connect(self) -> Sequence[RolloutClient]:
+        return self._clients
+
+    def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
+        raise ServerError("servers listed in rollout.servers are not this run's to replace")
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+
+
+class JobServers:
+    """Servers that the nodes of a Slurm job run and announce in its folder (``cluster.node``)."""
+
+    def __init__(self, registry: Registry, count: int, *, key: str, timeout_s: float) -> None:
+        self._registry = registry
+        self._count = count
+        self._key = key
+        self._timeout_s = timeout_s
+        self._known: list[Announcement] = []
+        self._clients: list[RolloutClient] = []
+
+    def start(self) -> None:
+        pass
+
+    def connect(self) -> Sequence[RolloutClient]:
+        self.close()
+        self._known = self._await_all()
+        self._clients = [RolloutClient(server.url, self._key) for server in self._known]
+        return self._clients
+
+    def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
+        """Gives up the servers that do not answer; all of them when all answer, since one of them is at fault."""
+        lost = [index for index, client in enumerate(self._clients) if not client.health()]
+        if everything or not lost:
+            lost = range(self._count)
+        for index in lost:
+            if self._known:
+                self._registry.give_up(index, self._known[index].life)
+        return self.connect()
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._clients = []
+
+    def _await_all(self) -> list[Announcement]:
+        end = time.monotonic() + self._timeout_s
+        while True:
+            ready = [self._ready(index) for index in range(self._count)]
+            missing = [index for index, server in enumerate(ready) if server is None]
+            if not missing:
+                return [server for server in ready if server is not None]
+            if time.monotonic() > end:
+                names = ", ".join(map(str, missing))
+                raise ServerError(
+                    f"of the job's {self._count} rollout servers, these were not ready after "
+                    f"{self._timeout_s:.0f} s: {names}"
+                )
+            time.sleep(_POLL_S)
+
+    def _ready(self, index: int) -> Announcement | None:
+        server = self._registry.announced(index)
+        if server is None or server.life <= self._registry.given_up(index):
+            return None
+        # The announcement of one that died a moment ago may still be there.
+        with contextlib.closing(RolloutClient(server.url, self._key)) as client:
+            return server if client.health() else None

@@ -1,0 +1,109 @@
+"""Where the nodes of a job say which rollout servers run, and the trainer says which are to be replaced.
+
+A folder on the job's shared file system, private to the user, with two small files a server:
+
+    server-003.json       written by the server's node once it is ready: its URL and its life (0, 1, ...)
+    server-003.replace    written by the trainer: the last life that it has given up
+
+Files are replaced whole, so a reader sees an old one or a new one. The servers' key lies beside them (``KEY_FILE``),
+readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+VARIABLE = "CHORD_ROLLOUT"
+"""Environment variable with which a node tells its ranks of the job's servers: ``JobRollout`` as JSON."""
+KEY_FILE = "key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRollout:
+    """The servers of a job as one of its ranks needs to know them."""
+
+    folder: Path
+    count: int
+    address: str
+    """Of this rank's node; the servers can reach it."""
+    transport: Literal["file", "gloo", "broadcast", "ipc"]
+    """What fits where the servers run, for ``rollout.transport: auto``."""
+
+    def to_variable(self) -> dict[str, str]:
+        return {VARIABLE: json.dumps(asdict(self) | {"folder": str(self.folder)})}
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Self | None:
+        """None outside a job with servers of its own."""
+        text = environment.get(VARIABLE)
+        if not text:
+            return None
+        fields = json.loads(text)
+        return cls(**fields | {"folder": Path(fields["folder"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    url: str
+    node: str
+    life: int
+    """How many servers ran in this place before."""
+
+
+class Registry:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def announce(self, server: int, announcement: Announcement) -> None:
+        _write(self._path(server, "json"), json.dumps(asdict(announcement)))
+
+    def announced(self, server: int) -> Announcement | None:
+        """The newest announcement, whether the server still runs or not."""
+        text = _read(self._path(server, "json"))
+        return None if text is None else Announcement(**json.loads(text))
+
+    def give_up(self, server: int, life: int) -> None:
+        """Ask for a new server in place of the one of ``life``."""
+        _write(self._path(server, "replace"), str(life))
+
+    def given_up(self, server: int) -> int:
+        """The last life that was given up; -1 where none was."""
+        text = _read(self._path(server, "replace"))
+        return -1 if text is None else int(text)
+
+    def _path(self, server: int, kind: str) -> Path:
+        return self._folder / f"server-{server:03d}.{kind}"
+
+
+def read_key(folder: Path) -> str:
+    """The key of the job's servers. ValueError when others could have read or written it."""
+    path = folder / KEY_FILE
+    status = path.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ValueError(
+            f"{path} holds the servers' key and must belong to this user with mode 0600; it has mode "
+            f"{stat.S_IMODE(status.st_mode):04o} and user {status.st_uid}"
+        )
+    key = path.read_text().strip()
+    if len(key) < 20:
+        raise ValueError(f"{path} must hold a key of at least 20 characters, it has {len(key)}")
+    return key
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
