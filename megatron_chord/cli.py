@@ -16,7 +16,8 @@ from typing import NoReturn
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, dump_config, load_config
 
-_WORKER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
+RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
+"""Environment variable that a launcher of this package sets for its ranks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,31 +119,40 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> int:
+    from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
+    from megatron_chord.train.stop import EXIT_CODE, Stopped, StopWish
 
+    if "RANK" not in os.environ:
+        os.environ.update(rank_of_task(os.environ))
+    # Ranks of a job have a log each; others share a terminal, where one message is enough.
+    speaks = os.environ.get("RANK", "0") == "0" or "CHORD_JOB" in os.environ
     try:
         check_run(run, _world_size(run))
     except ValueError as error:
-        return _refuse(str(error))
-    if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            return _refuse(
-                "srun starts processes that do not know each other; start torchrun on each node instead"
-            )
-        if run.parallel.ranks > 1:
-            _launch(run.parallel.ranks, args.argv)
+        return _refuse(str(error)) if speaks else 2
+    if "RANK" not in os.environ and run.parallel.ranks > 1:
+        _launch(run.parallel.ranks, args.argv)
     _end_with_launcher()
     _quieten_libraries()
-    termination = _Termination()
+    termination, wish = _Termination(), StopWish()
     signal.signal(signal.SIGTERM, termination.on_signal)
+    wish.listen()
     from megatron_chord.train.loop import Refused, train
 
     try:
-        train(run, resume=args.resume, overwrite=args.overwrite, check_stop=termination.check)
-    except Refused as error:
-        if os.environ.get("RANK", "0") == "0":
-            _refuse(str(error))
-        return 2
+        train(
+            run,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            check_stop=termination.check,
+            stop_wanted=wish.there,
+        )
+    except (Refused, Stopped) as error:
+        code = EXIT_CODE if isinstance(error, Stopped) else 2
+        if speaks:
+            print(error if code == EXIT_CODE else f"error: {error}", file=sys.stderr)
+        return code
     return 0
 
 
@@ -152,15 +162,15 @@ def _world_size(run: RunConfig) -> int:
 
 def _launch(ranks: int, argv: Sequence[str]) -> NoReturn:
     """Become torchrun, with this very command line as its ranks."""
-    os.environ[_WORKER] = "1"
+    os.environ[RANK_OF_LAUNCHER] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     os.execv(sys.executable, [*command, "-m", "megatron_chord.cli", *argv])
 
 
 def _end_with_launcher() -> None:
-    """A rank that torchrun started on this machine must not outlive it, even when it is killed."""
-    if _WORKER not in os.environ:
+    """A rank must not outlive the launcher that started it, even when that is killed."""
+    if RANK_OF_LAUNCHER not in os.environ:
         return
     import ctypes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_chord.train.evaluate import Evaluation, evaluate
 from megatron_chord.train.metrics import RunLog
 from megatron_chord.train.setup import RunData
 from megatron_chord.train.step import Update
+from megatron_chord.train.stop import StopWanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class Coordinator:
         layout: Layout,
         graders: GraderPool,
         log: RunLog,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._run = run
         self._method = method
@@ -78,6 +80,7 @@ class Coordinator:
         self._layout = layout
         self._graders = graders
         self.log = log
+        self._stop_wanted = stop_wanted
         self._progress = {-1: _Progress(sources=data.sources, memory=None)}
         """What each step leaves: of the last that was trained on, and of those collected ahead."""
         self._answers: dict[int, _Answers] = {}
@@ -143,6 +146,8 @@ class Coordinator:
         nothing is sampled.
 
         Raises:
+            StopWanted: a stop is wanted while it samples; not with ``rollout.lag``, where a step that is sampled anew
+                would be sampled by other weights.
             ValueError: what is recorded does not answer what is asked.
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
@@ -161,7 +166,7 @@ class Coordinator:
             now=now,
             memory=before.memory,
             timer=timer,
-            notify=(lambda text: None) if may_lag else self.log.doing,
+            notify=(lambda text: None) if may_lag else self._doing,
             recorded=recorded,
         )
         collected = self._collect_by(draw)
@@ -202,6 +207,11 @@ class Coordinator:
         if draw.has_more_recorded():
             raise ValueError("more answers were sampled than are wanted")
         return collected
+
+    def _doing(self, what: str) -> None:
+        self.log.doing(what)
+        if self._stop_wanted():
+            raise StopWanted
 
     def evaluate(self, clients: Sequence[RolloutClient], version: int) -> Evaluation:
         result, graded = evaluate(

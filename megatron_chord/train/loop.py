@@ -32,6 +32,7 @@ from megatron_chord.train.setup import (
     coordinator_timeout_s,
     layout_of,
     load_data,
+    needs_servers,
     plan_lines,
     reference_folder,
 )
@@ -43,6 +44,7 @@ from megatron_chord.train.step import (
     mean_result,
     prepare_batches,
 )
+from megatron_chord.train.stop import Stopped, StopWanted
 
 _MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 _MAX_STALE_GAP = 0.5
@@ -76,12 +78,15 @@ def train(
     resume: Resume = "never",
     overwrite: bool = False,
     check_stop: Callable[[], None] = lambda: None,
+    stop_wanted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run ``run`` to its end on this rank; the same call on every rank of the world.
 
-    ``check_stop`` is called before every step and raises to end the run.
+    ``check_stop`` is called before every step and raises to end the run. When ``stop_wanted`` answers yes on any rank
+    before a step, or on the coordinator while it samples, the run writes a checkpoint and ends.
 
     Raises:
+        Stopped: on every rank, because a stop was wanted; continue with ``resume="auto"``.
         Refused: settings, data or a checkpoint that will not do, before any work.
     """
     with _refusing():
@@ -98,7 +103,7 @@ def train(
             nonlocal coordinator
             data = load_data(run)
             stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
-            coordinator, found = _make_coordinator(run, method, data, groups, resume, stack)
+            coordinator, found = _make_coordinator(run, method, data, groups, resume, stack, stop_wanted)
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
 
@@ -109,7 +114,7 @@ def train(
             engine = RolloutEngine(
                 run,
                 groups,
-                is_needed=method.samples(run) or run.data.evaluation is not None,
+                is_needed=needs_servers(run, method),
                 log_folder=run.output / LOGS,
                 notify=say,
             )
@@ -140,13 +145,22 @@ def train(
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
             _evaluate(parts, 0)
+        saved_step = done
         for step in range(done, run.steps):
             check_stop()
-            memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
+            try:
+                if any(groups.gather(stop_wanted())):
+                    raise StopWanted
+                memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
+            except StopWanted:
+                if saved_step < step:
+                    _save(parts, step, memory)
+                raise Stopped(f"stopped as asked: {step} of {run.steps} steps done") from None
             if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
                 _evaluate(parts, step + 1)
             if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
                 _save(parts, step + 1, memory)
+                saved_step = step + 1
         export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
@@ -311,6 +325,7 @@ def _make_coordinator(
     groups: runtime.ParallelGroups,
     resume: Resume,
     stack: ExitStack,
+    stop_wanted: Callable[[], bool],
 ) -> tuple[Coordinator, Path | None]:
     found = checkpoint.find(run.output / CHECKPOINTS, print) if resume == "auto" else None
     first_step = checkpoint.step_of(found) if found is not None else 0
@@ -331,7 +346,10 @@ def _make_coordinator(
     if resume == "auto" and found is None:
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
     layout = layout_of(run.parallel, groups.data.size)
-    return Coordinator(run, method, data, layout=layout, graders=graders, log=log), found
+    coordinator = Coordinator(
+        run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted
+    )
+    return coordinator, found
 
 
 @contextmanager

@@ -58,6 +58,11 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     return shape, method
 
 
+def needs_servers(run: RunConfig, method: Method) -> bool:
+    """Whether anything is ever sampled: by the method, or by evaluation."""
+    return method.samples(run) or run.data.evaluation is not None
+
+
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
     """Where the reference policy is read from, when a term asks for its log-probs."""
     if not any("reference_logprob" in term.scored for term in terms.values()):

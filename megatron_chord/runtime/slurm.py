@@ -1,0 +1,44 @@
+"""The ranks of ``srun --ntasks-per-node=N megatron-chord train ...``: Slurm's description of a task, in torch's words.
+
+For interactive use inside an allocation. Jobs of ``slurm/`` start their ranks through ``cluster.node``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_FIRST_PORT = 10_000
+_NUM_PORTS = 20_000
+"""Below the ports that Linux hands out by itself (32768 and up)."""
+
+
+def rank_of_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and so on of a task of a step with several; empty for any other process.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` that are set already are left alone.
+    """
+    count = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if count == 1:
+        return {}
+    ours = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(port_of_step(int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))),
+    }
+    return ours | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+
+
+def first_host(node_list: str) -> str:
+    """The first name of a Slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``. ValueError if there is none."""
+    match = re.match(r"([\w.-]+)(?:\[(\d+)[^\]]*\]([\w.-]*))?", node_list)
+    if match is None:
+        raise ValueError(f"no host name in the node list {node_list!r}")
+    return "".join(part or "" for part in match.groups())
+
+
+def port_of_step(job: int, step: int) -> int:
+    """A port for rank 0 that other jobs and steps of the same user are unlikely to take."""
+    return _FIRST_PORT + (job * 17 + step) % _NUM_PORTS
