@@ -22,7 +22,7 @@ LAYERS = (
     ("runtime", "model", "rollout"),
     ("methods",),
     ("convert", "train", "plan"),
-    ("cli", "doctor", "preview", "settings", "__main__"),
+    ("cli", "cluster", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "convert", "train")

@@ -1,0 +1,61 @@
+"""How a restart of a job ended, said in files that its batch script reads.
+
+    outcome             exit code of the ranks, written by the first node when all of its own ended well
+    failures/TIME-...   one file a failed process, named by when it ended: the first in the list is the cause
+
+A failure file's first line is the exit code, its second says who failed and how, the rest is the end of a log.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+_OUTCOME = "outcome"
+_FAILURES = "failures"
+_TAIL_LINES = 25
+
+
+def write_outcome(folder: Path, code: int) -> None:
+    temporary = folder / f".{_OUTCOME}"
+    temporary.write_text(f"{code}\n")
+    temporary.replace(folder / _OUTCOME)
+
+
+def has_outcome(folder: Path) -> bool:
+    return (folder / _OUTCOME).exists()
+
+
+def record_failure(folder: Path, who: str, code: int, message: str, log: Path | None = None) -> None:
+    """Write down that ``who`` (no slashes) failed now; ``log``'s end goes with it."""
+    failures = folder / _FAILURES
+    failures.mkdir(exist_ok=True)
+    lines = [str(code), message]
+    if log is not None:
+        lines += [f"The end of {log}:", *tail(log)]
+    temporary = failures / f".{who}"
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(failures / f"{time.time():.3f}-{who}")
+
+
+def exit_code_of(status: int) -> int:
+    """A shell's exit code for a ``Popen.returncode``: 128 + n for a process that signal n ended."""
+    return status if status >= 0 else 128 - status
+
+
+def described(status: int) -> str:
+    """``exited with code 3`` or ``was killed by SIGSEGV``."""
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def tail(log: Path) -> list[str]:
+    try:
+        return log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError as error:
+        return [f"(no log: {error})"]

@@ -1,0 +1,109 @@
+"""The training ranks of one node: child processes with a log each, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from megatron_chord.cluster.job import Job
+
+_LOG_GRACE_S = 1.0
+
+
+class Rank:
+    """One rank and its process group."""
+
+    def __init__(
+        self, number: int, process: subprocess.Popen[bytes], log: Path, copier: threading.Thread | None
+    ) -> None:
+        self.number = number
+        self.log = log
+        self._process = process
+        self._copier = copier
+
+    @property
+    def status(self) -> int | None:
+        """``Popen.returncode``; None while it runs."""
+        return self._process.poll()
+
+    def complete_log(self) -> None:
+        """After its end: wait a moment for its last lines to reach the log."""
+        if self._copier is not None:
+            self._copier.join(_LOG_GRACE_S)
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGTERM)
+
+    def end(self, deadline: float) -> None:
+        """Wait until ``deadline`` (monotonic), then kill what is left of its process group."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def start_ranks(job: Job, command: Sequence[str], *, name: str, environment: dict[str, str]) -> list[Rank]:
+    """Start this node's ranks of ``command``, each with its place in the world in its environment.
+
+    Args:
+        command: arguments of this Python, as in ``["-m", "package.module"]``.
+        name: of the logs: ``logs/NAME-NODE-rankN.log`` in the job's folder. The first rank's also goes to our output.
+    """
+    common = os.environ | environment
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))
+    return [
+        _start(job, local, [sys.executable, *command], name, common) for local in range(job.ranks_per_node)
+    ]
+
+
+def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict[str, str]) -> Rank:
+    number = job.first_rank + local
+    log = log_folder(job) / f"{name}-{job.name}-rank{number}.log"
+    place = {
+        "RANK": str(number),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(job.world_size),
+        "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
+        "MASTER_ADDR": job.head.address,
+        "MASTER_PORT": str(job.port),
+    }
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=common | place,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if number == 0 else output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    copier = None
+    if process.stdout is not None:
+        copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+        copier.start()
+    return Rank(number, process, log, copier)
+
+
+def log_folder(job: Job) -> Path:
+    folder = job.folder / "logs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _copy(source: IO[bytes], log: Path) -> None:
+    """Every line into the log and to our own output, which is the job's."""
+    with source, log.open("ab", buffering=0) as file:
+        for line in source:
+            file.write(line)
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()

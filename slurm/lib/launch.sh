@@ -1,0 +1,86 @@
+# shellcheck shell=bash
+# What the scripts in slurm/ share: one step that checks the nodes, one that runs the job on them, and its end.
+# Everything that takes more than a few lines is Python, in megatron_chord/cluster/. See docs/cluster.md.
+set -euo pipefail
+: "${CHORD_HOME:?}" "${CHORD_JOBS:?}"
+
+# launch RUN.yaml [NAME=VALUE ...]: train, and end the batch job with the run's exit code.
+launch() {
+  if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "error: start this with sbatch: it needs a Slurm allocation" >&2
+    exit 2
+  fi
+  cd "$CHORD_HOME"
+  prepare
+  local code=0
+  trap 'echo "a stop was asked for: checkpoint, then again"; touch "$CHORD_JOB/stop"' USR1
+  step megatron_chord.cluster.preflight "$@" || code=$?
+  if ((code == 0)); then
+    step megatron_chord.cluster.node "$@" || code=$?
+  fi
+  finish "$code"
+}
+
+# The job's folder, key, nodes and port, as the nodes read them.
+prepare() {
+  export CHORD_JOB="$CHORD_JOBS/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}"
+  (
+    umask 077
+    mkdir -p "$CHORD_JOB/logs" "$CHORD_JOB/failures"
+    head -c 48 /dev/urandom | base64 -w 0 | tr -d '+/=' >"$CHORD_JOB/key"
+  )
+  CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |
+    sed -nE 's/^NodeName=([^ ]+).*/\1/p; s/.*NodeAddr=([^ ]+).*/\1/p' | paste -d= - - | paste -sd' ' -)"
+  export CHORD_NODES
+  export CHORD_PORT="${CHORD_PORT:-$((10000 + SLURM_JOB_ID * 2 % 20000))}"
+  export HF_HUB_OFFLINE=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+  export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID-$SLURM_JOB_ID}"
+  ulimit -Sn "$(ulimit -Hn)"
+  echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $CHORD_NODES; its files are in $CHORD_JOB"
+}
+
+# step MODULE ARGUMENT...: one task on every node; srun's exit code, also when signals come in between.
+step() {
+  local python="${CHORD_PYTHON:-}" container=()
+  if [[ -n "${CHORD_CONTAINER_IMAGE:-}" ]]; then
+    container=(--container-image="$CHORD_CONTAINER_IMAGE" --container-workdir="$CHORD_HOME" --no-container-mount-home
+      --container-mounts="$CHORD_HOME,$CHORD_JOBS${CHORD_CONTAINER_MOUNTS:+,$CHORD_CONTAINER_MOUNTS}")
+    python="${python:-python3}"
+  fi
+  # All CPUs and GPUs of the node for its one task, which shares them out itself.
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+    --kill-on-bad-exit=1 --unbuffered ${container[@]+"${container[@]}"} \
+    "${python:-$CHORD_VENV/bin/python}" -m "$@" &
+  local pid=$! code=0
+  while true; do
+    wait "$pid" && code=0 || code=$?
+    kill -0 "$pid" 2>/dev/null || break
+  done
+  wait "$pid" && code=0 || code=$?
+  return "$code"
+}
+
+# finish CODE: say what failed first, requeue a run that stopped with a checkpoint, exit with the run's own code.
+finish() {
+  local code="$1" first
+  first="$(find "$CHORD_JOB/failures" -type f ! -name '.*' | sort | head -n 1)"
+  if [[ -n "$first" ]]; then
+    code="$(head -n 1 "$first")"
+    echo "failed first: $(tail -n +2 "$first")" >&2
+  elif [[ -f "$CHORD_JOB/outcome" ]]; then
+    code="$(<"$CHORD_JOB/outcome")"
+  elif ((code == 0)); then
+    code=1
+    echo "the nodes ended without saying how: see $CHORD_JOB/logs" >&2
+  fi
+  if ((code == 75)); then
+    if ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
+      echo "stopped with a checkpoint after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
+    else
+      echo "stopped with a checkpoint; the job goes back to the queue"
+      scontrol requeue "$SLURM_JOB_ID" && exit 0
+    fi
+  fi
+  exit "$code"
+}

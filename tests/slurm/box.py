@@ -1,0 +1,167 @@
+"""A real Slurm on this machine: one controller, several node daemons with an address each, pretended GPUs.
+
+Every virtual node has its own loopback address (127.0.1.1, 127.0.1.2, ...), so that what should listen on a node's own
+address, or reach another's, can be told from what listens everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+GPUS_PER_NODE = 8
+_START_S = 30.0
+
+_SLURM_CONF = """
+ClusterName=box
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={port}
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,bf_interval=2
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+KillWait=10
+SlurmdParameters=config_overrides
+GresTypes=gpu
+MailProg=/bin/true
+{nodes}
+PartitionName=batch Nodes=n[0-{last}] Default=YES MaxTime=1-0 State=UP
+"""
+_NODE = (
+    "NodeName=n{index} NodeHostname={host} NodeAddr={address} Port={port} CPUs=64 Sockets=2 CoresPerSocket=32 "
+    "ThreadsPerCore=1 RealMemory=200000 Gres=gpu:h100:{gpus} State=UNKNOWN"
+)
+
+
+class Box:
+    """A running cluster of nodes n0, n1, ..."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder = folder
+        self.nodes = nodes
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        """RuntimeError with the controller's log when the nodes are not idle in time."""
+        for name in ("run", "state", "spool", "log"):
+            (self.folder / name).mkdir(parents=True)
+        for index in range(self.nodes):
+            (self.folder / "spool" / f"n{index}").mkdir()
+        host = socket.gethostname().split(".")[0]
+        ports = _free_ports(1 + self.nodes)
+        nodes = [
+            _NODE.format(index=i, host=host, address=address_of(i), port=ports[1 + i], gpus=GPUS_PER_NODE)
+            for i in range(self.nodes)
+        ]
+        text = _SLURM_CONF.format(
+            host=host,
+            user="root",
+            port=ports[0],
+            folder=self.folder,
+            nodes="\n".join(nodes),
+            last=self.nodes - 1,
+        )
+        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "gres.conf").write_text(
+            f"NodeName=n[0-{self.nodes - 1}] Name=gpu Type=h100 File=/dev/tty[0-{GPUS_PER_NODE - 1}]\n"
+        )
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        self._daemon("slurmctld", "-D")
+        for index in range(self.nodes):
+            self._daemon("slurmd", "-D", "-N", f"n{index}")
+        deadline = time.monotonic() + _START_S
+        while self.output("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).count("n") < self.nodes:
+            if time.monotonic() > deadline:
+                log = self.folder / "log" / "slurmctld.log"
+                raise RuntimeError(f"the nodes did not get ready:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self._daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(10)
+            daemon.kill()
+            daemon.wait()
+
+    def run(
+        self, *command: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A client command, such as sbatch."""
+        return subprocess.run(
+            command,
+            env=self.environment | (env or {}),
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=check,
+        )
+
+    def output(self, *command: str, check: bool = True) -> str:
+        return self.run(*command, check=check).stdout.strip()
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What ``scontrol show job`` says of it."""
+        text = self.output("scontrol", "show", "job", "-o", job_id)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def _daemon(self, *command: str) -> None:
+        output = (self.folder / "log" / "daemons.out").open("ab")
+        self._daemons.append(
+            subprocess.Popen(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
+        output.close()
+
+
+def address_of(node: int) -> str:
+    """The loopback address of virtual node ``node``."""
+    return f"127.0.1.{node + 1}"
+
+
+def missing_programs() -> list[str]:
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
