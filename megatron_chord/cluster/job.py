@@ -6,6 +6,7 @@ Slurm commands. Nothing here is guessed from host names.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,8 +117,14 @@ class Job:
         return "ipc" if len(self.nodes) == 1 else "gloo"
 
     def numeric_address(self) -> str:
-        """This node's IPv4 address, for servers to listen on."""
-        return socket.gethostbyname(self.nodes[self.index].address)
+        """This node's IPv4 address, for servers to listen on. OSError where a name cannot be resolved."""
+        own = socket.gethostbyname(self.nodes[self.index].address)
+        if len(self.nodes) > 1 and _is_loopback(own):
+            # Debian's /etc/hosts gives a machine's own name a loopback address, which its peers cannot reach.
+            peer = socket.gethostbyname(self.nodes[1 if self.is_head else 0].address)
+            if not _is_loopback(peer):
+                return _address_towards(peer)
+        return own
 
 
 def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
@@ -151,6 +158,17 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
         gpus=tuple(gpus[:num_gpus]),
         servers_per_node=_count(environment, "CHORD_SERVERS_PER_NODE"),
     )
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _address_towards(peer: str) -> str:
+    """This machine's address on the way to ``peer``. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
 
 
 def _nodes(text: str) -> tuple[Node, ...]:

@@ -29,6 +29,7 @@ def has_outcome(folder: Path) -> bool:
 
 def record_failure(folder: Path, who: str, code: int, message: str, log: Path | None = None) -> None:
     """Write down that ``who`` (no slashes) failed now; ``log``'s end goes with it."""
+    now = time.time()
     failures = folder / _FAILURES
     failures.mkdir(exist_ok=True)
     lines = [str(code), message]
@@ -36,7 +37,7 @@ def record_failure(folder: Path, who: str, code: int, message: str, log: Path | 
         lines += [f"The end of {log}:", *tail(log)]
     temporary = failures / f".{who}"
     temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(failures / f"{time.time():.3f}-{who}")
+    temporary.replace(failures / f"{now:.6f}-{who}")
 
 
 def exit_code_of(status: int) -> int:

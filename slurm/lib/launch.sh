@@ -13,12 +13,17 @@ launch() {
   cd "$CHORD_HOME"
   prepare
   local code=0
-  trap 'echo "a stop was asked for: checkpoint, then again"; touch "$CHORD_JOB/stop"' USR1
   step megatron_chord.cluster.preflight "$@" || code=$?
   if ((code == 0)); then
     step megatron_chord.cluster.node "$@" || code=$?
   fi
   finish "$code"
+}
+
+# convert ARGUMENT...: tools/convert.py on one node; its exit code.
+convert() {
+  cd "$CHORD_HOME"
+  step tools.convert "$@"
 }
 
 # The job's folder, key, nodes and port, as the nodes read them.
@@ -29,6 +34,7 @@ prepare() {
     mkdir -p "$CHORD_JOB/logs" "$CHORD_JOB/failures"
     head -c 48 /dev/urandom | base64 -w 0 | tr -d '+/=' >"$CHORD_JOB/key"
   )
+  trap 'echo "a stop was asked for: checkpoint, then back to the queue"; touch "$CHORD_JOB/stop"' USR1
   CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |
     sed -nE 's/^NodeName=([^ ]+).*/\1/p; s/.*NodeAddr=([^ ]+).*/\1/p' | paste -d= - - | paste -sd' ' -)"
   export CHORD_NODES
@@ -44,6 +50,7 @@ prepare() {
 step() {
   local python="${CHORD_PYTHON:-}" container=()
   if [[ -n "${CHORD_CONTAINER_IMAGE:-}" ]]; then
+    mkdir -p "$CHORD_JOBS"
     container=(--container-image="$CHORD_CONTAINER_IMAGE" --container-workdir="$CHORD_HOME" --no-container-mount-home
       --container-mounts="$CHORD_HOME,$CHORD_JOBS${CHORD_CONTAINER_MOUNTS:+,$CHORD_CONTAINER_MOUNTS}")
     python="${python:-python3}"

@@ -43,7 +43,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 SwitchType=switch/none
 MpiDefault=none
-ReturnToService=2
+ReturnToService=1
 KillWait=10
 SlurmdParameters=config_overrides
 GresTypes=gpu

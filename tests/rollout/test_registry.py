@@ -1,0 +1,47 @@
+"""The folder in which a job's nodes and its trainer speak of servers, and the key beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.rollout.registry import Announcement, JobRollout, Registry, read_key
+
+
+def test_announcements_and_what_was_given_up(tmp_path: Path) -> None:
+    node, trainer = Registry(tmp_path), Registry(tmp_path)
+    assert trainer.announced(3) is None
+    assert node.given_up(3) == -1
+    first = Announcement(url="http://10.0.0.1:4000", node="a1", life=0)
+    node.announce(3, first)
+    assert trainer.announced(3) == first
+    trainer.give_up(3, 0)
+    assert node.given_up(3) == 0
+    assert node.given_up(4) == -1
+    second = Announcement(url="http://10.0.0.1:4001", node="a1", life=1)
+    node.announce(3, second)
+    assert trainer.announced(3) == second
+
+
+def test_the_key_must_be_private(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o600)
+    path.write_text("x" * 40 + "\n")
+    assert read_key(tmp_path) == "x" * 40
+    os.chmod(path, 0o640)
+    with pytest.raises(ValueError, match="mode 0600; it has mode 0640"):
+        read_key(tmp_path)
+
+
+def test_an_empty_key_is_none(tmp_path: Path) -> None:
+    (tmp_path / "key").touch(mode=0o600)
+    with pytest.raises(ValueError, match="at least 20 characters, it has 0"):
+        read_key(tmp_path)
+
+
+def test_what_a_node_tells_its_ranks(tmp_path: Path) -> None:
+    told = JobRollout(folder=tmp_path, count=4, address="10.0.0.1", transport="gloo")
+    assert JobRollout.of_environment(told.to_variable()) == told
+    assert JobRollout.of_environment({}) is None

@@ -1,0 +1,164 @@
+"""Jobs on a real Slurm: real Megatron-Core ranks over gloo, real vLLM servers, several nodes; what disturbs them.
+
+Only the GPUs are pretended, and the nodes are daemons on one machine, each with an address of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.slurm.box import Box, address_of
+from tests.slurm.jobs import Submitted, rank_process, write_run
+from tests.support.ranks import ROOT
+from tests.support.task import metrics_of
+
+
+def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None:
+    """Lose the server, stop on the signal, go back to the queue, resume, finish."""
+    write_run(tmp_path, steps=400)
+    job = Submitted(box, tmp_path, nodes=3, CHORD_ROLLOUT_NODES="1")
+    job.wait_for(lambda: job.steps_done() >= 1)
+    assert "preflight: 3 nodes, 2 ranks" in job.output
+    check_security(job)
+
+    (server,) = job.processes("vllm.entrypoints", f"--host {address_of(2)}")
+    os.kill(server, signal.SIGKILL)
+    job.wait_for(lambda: "rollout server lost" in job.output)
+    lost_at = job.steps_done()
+    job.wait_for(lambda: job.steps_done() > lost_at)
+    assert announced(job, 0)["life"] == 1
+    assert announced(job, 0)["node"] == "n2"
+
+    box.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    stopped_at = job.steps_done()
+    assert (job.restart(0) / "outcome").read_text() == "75\n"
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{stopped_at:06d}\n"
+
+    # The next life reads the run's file again: it is to end soon.
+    write_run(tmp_path, steps=stopped_at + 2)
+    assert job.wait() == ("COMPLETED", 0), job.output[-6000:]
+    assert f"{stopped_at} of {stopped_at + 2} steps done" in job.output
+    steps = [row for row in metrics_of(tmp_path / "out") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(stopped_at + 2))
+    assert all(row["logprob_gap"] < 1e-4 for row in steps), "each step was sampled by the weights it trained"
+    logs = {path.name for path in (job.restart(1) / "logs").iterdir()}
+    assert {"train-n0-rank0.log", "train-n1-rank1.log", "rollout-n2-server0-0.log"} <= logs
+    assert (tmp_path / "out" / "policy" / "model.safetensors").is_file()
+    assert job.left_behind() == []
+
+
+def check_security(job: Submitted) -> None:
+    """The server listens on its node's address alone, behind a key that only this user can read."""
+    key_file = job.restart(0) / "key"
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(job.restart(0).stat().st_mode) == 0o700
+    key = key_file.read_text().strip()
+    assert job.processes(key) == [], "the key stands on a command line"
+    url = announced(job, 0)["url"]
+    assert url.startswith(f"http://{address_of(2)}:")
+    assert httpx.get(f"{url}/health").status_code == 401
+    assert httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    port = int(url.rpartition(":")[2])
+    for elsewhere in ("127.0.0.1", address_of(0)):
+        with socket.socket() as probe:
+            assert probe.connect_ex((elsewhere, port)) != 0
+
+
+def announced(job: Submitted, server: int) -> dict:
+    return json.loads((job.restart(0) / f"server-{server:03d}.json").read_text())
+
+
+def test_a_lost_node(box: Box, tmp_path: Path) -> None:
+    """Slurm requeues the job; on other nodes it goes on from its last checkpoint."""
+    settings = {"mu": 1.0, "checkpoint": {"every": 20}}
+    write_run(tmp_path, steps=4000, **settings)
+    job = Submitted(box, tmp_path, nodes=2)
+    latest = tmp_path / "out" / "checkpoints" / "latest"
+    job.wait_for(latest.is_file)
+    lost = nodes_of(job, 0)[1]
+    box.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    try:
+        job.wait_for(lambda: job.state() != "RUNNING")
+        saved = int(latest.read_text().strip().removeprefix("step-"))
+        write_run(tmp_path, steps=saved + 3, **settings)
+        assert job.wait() == ("COMPLETED", 0), job.output[-6000:]
+    finally:
+        box.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    assert box.job(job.id)["Restarts"] == "1"
+    assert lost not in nodes_of(job, 1)
+    assert f"{saved} of {saved + 3} steps done" in job.output
+    assert [row["step"] for row in metrics_of(tmp_path / "out")] == list(range(saved + 3))
+    assert job.left_behind() == []
+
+
+def nodes_of(job: Submitted, restart: int) -> list[str]:
+    """The job's nodes in a life of its, in rank order."""
+    line = next(line for line in job.output.splitlines() if f", restart {restart}: " in line)
+    return re.findall(r"(n\d+)=", line)
+
+
+def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
+    """The job ends with that rank's exit code and says which it was, though its peers fail as well."""
+    write_run(tmp_path, mu=1.0, steps=4000)
+    job = Submitted(box, tmp_path, nodes=2)
+    job.wait_for(lambda: job.steps_done() >= 1)
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    assert job.wait() == ("FAILED", 137), job.output[-6000:]
+    assert f"failed first: rank 1 on {nodes_of(job, 0)[1]} was killed by SIGKILL" in job.output
+    assert job.left_behind() == []
+
+
+def test_settings_that_will_not_do(box: Box, tmp_path: Path) -> None:
+    """Refused by the preflight, in one line, before anything is started."""
+    write_run(tmp_path)
+    job = Submitted(box, tmp_path, "parallel.tensor=3", nodes=1)
+    assert job.wait(60) == ("FAILED", 78), job.output
+    assert "parallel" in job.output.partition("failed first")[2]
+    assert not (tmp_path / "out").exists()
+    assert job.left_behind() == []
+
+
+def test_a_port_that_is_taken(box: Box, tmp_path: Path) -> None:
+    write_run(tmp_path, mu=1.0)
+    with socket.create_server((address_of(0), 0)) as taken:
+        port = taken.getsockname()[1]
+        job = Submitted(box, tmp_path, nodes=1, CHORD_PORT=str(port))
+        assert job.wait(60) == ("FAILED", 78), job.output
+    assert f"n0: cannot listen on {address_of(0)}:{port}" in job.output
+
+
+def test_srun_starts_ranks_by_itself(box: Box, tmp_path: Path) -> None:
+    """In an allocation, without our launcher: one task a rank."""
+    write_run(tmp_path, mu=1.0, steps=2)
+    train = [sys.executable, "-m", "megatron_chord.cli", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(
+        ["srun", "--nodes=2", "--ntasks-per-node=1", *train],
+        env=box.environment | {"MASTER_ADDR": address_of(0), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout
+    assert len(metrics_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_slurm_accepts_every_script(box: Box, script: Path) -> None:
+    done = box.run("sbatch", "--test-only", str(script), check=False)
+    assert done.returncode == 0, done.stderr
+    assert "to start at" in done.stderr

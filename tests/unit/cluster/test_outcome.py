@@ -1,0 +1,55 @@
+"""How failures are written down."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.cluster.outcome import (
+    described,
+    exit_code_of,
+    has_outcome,
+    record_failure,
+    write_outcome,
+)
+
+
+def test_failures_are_listed_in_the_order_of_their_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("".join(f"line {i}\n" for i in range(100)))
+    for rank in (7, 3, 5):
+        record_failure(tmp_path, f"rank{rank}", 128 + rank, f"rank {rank} failed", log)
+    files = sorted((tmp_path / "failures").iterdir())
+    assert [file.name.rpartition("-")[2] for file in files] == ["rank7", "rank3", "rank5"]
+    lines = files[0].read_text().splitlines()
+    assert lines[:3] == ["135", "rank 7 failed", f"The end of {log}:"]
+    assert lines[3:] == [f"line {i}" for i in range(75, 100)]
+
+
+def test_a_missing_log_is_said_to_be_missing(tmp_path: Path) -> None:
+    record_failure(tmp_path, "rank0", 1, "gone", tmp_path / "nowhere")
+    (file,) = (tmp_path / "failures").iterdir()
+    assert "no log" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text"),
+    [
+        (3, 3, "exited with code 3"),
+        (-signal.SIGKILL, 137, "was killed by SIGKILL"),
+        (-signal.SIGSEGV, 139, "was killed by SIGSEGV"),
+        (-63, 191, "was killed by signal 63"),
+    ],
+)
+def test_exit_codes(status: int, code: int, text: str) -> None:
+    assert exit_code_of(status) == code
+    assert described(status) == text
+
+
+def test_outcome(tmp_path: Path) -> None:
+    assert not has_outcome(tmp_path)
+    write_outcome(tmp_path, 75)
+    assert has_outcome(tmp_path)
+    assert (tmp_path / "outcome").read_text() == "75\n"

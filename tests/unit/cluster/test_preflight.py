@@ -1,0 +1,42 @@
+"""What the comparison of the nodes' reports finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_chord.cluster.preflight import Report, faults
+
+GOOD = Report(
+    node="a1", gpus=("H100",) * 8, versions={"torch": "2.13.0", "source": "1234"}, problems=(), clock=1000.0
+)
+
+
+def nodes(*changed: Report) -> list[Report]:
+    return [GOOD, replace(GOOD, node="a2", clock=1000.1), *changed]
+
+
+def test_equal_nodes_are_fit() -> None:
+    assert faults([GOOD]) == []
+    assert faults(nodes(replace(GOOD, node="a3", clock=1001.5))) == []
+
+
+def test_a_node_knows_its_own_problem() -> None:
+    found = faults(nodes(replace(GOOD, node="a3", problems=("no space left",))))
+    assert found == ["a3: no space left"]
+
+
+def test_other_versions_and_missing_packages() -> None:
+    other = replace(GOOD, node="a3", versions={"torch": "2.14.0", "source": "1234", "vllm": "0.32.0"})
+    assert faults(nodes(other)) == [
+        "a3 has torch 2.14.0, a1 has 2.13.0",
+        "a3 has vllm 0.32.0, a1 has none",
+    ]
+
+
+def test_a_lost_gpu() -> None:
+    assert faults(nodes(replace(GOOD, node="a3", gpus=("H100",) * 7))) == ["a3 has 7 x H100, a1 has 8 x H100"]
+
+
+def test_a_clock_that_is_off() -> None:
+    found = faults(nodes(replace(GOOD, node="a3", clock=997.0), replace(GOOD, node="a4")))
+    assert found == ["a3: its clock is -3.0 s off the others' (limit 2 s)"]
