@@ -3,7 +3,7 @@
 #   make quickstart   install if needed, then train the arithmetic example on this machine's cores
 #   make test         install if needed, then lint, types and tests
 #   make venv         install only            make doctor   say what is installed and what does not fit
-#   make lint         ruff and pyright        make format   let ruff rewrite what it can
+#   make lint         ruff, pyright, shellcheck   make format   let ruff rewrite what it can
 #   make lock         write requirements/*.txt anew from *.in (UPGRADE=--upgrade for newer versions)
 #   make clean        remove the environment and the caches
 
@@ -39,6 +39,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck -x slurm/*.sh slurm/lib/*.sh .ci/run
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

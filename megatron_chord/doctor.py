@@ -252,7 +252,7 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
 
     gib = 1 << 30
     yield hint(
-        "Slurm", ", ".join(machine.slurm) or "-", len(machine.slurm) == 2, "only slurm/*.sbatch need it"
+        "Slurm", ", ".join(machine.slurm) or "-", len(machine.slurm) == 2, "only slurm/*.sh need it"
     )
     yield hint("cores, memory", f"{machine.num_cores}, {machine.memory / gib:.0f} GiB", True, "")
     shared = machine.shared_memory

@@ -109,6 +109,22 @@ def test_resume_is_the_uninterrupted_run(config: Path, straight: Path) -> None:
     ).read_bytes()
 
 
+def test_a_stop_that_was_asked_for_loses_nothing(config: Path, straight: Path) -> None:
+    """The step that was being sampled is given up, and taken again the same."""
+    output = config.parent / "stopped"
+    with running(config, output, "checkpoint.every=0") as process:
+        wait_for(lambda: steps_done(output) >= 1, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 75, log_of(output)
+    done = steps_done(output)
+    assert 1 <= done < STEPS
+    assert f"stopped as asked: {done} of {STEPS} steps done" in log_of(output)
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
+    result = run_cli("train", str(config), f"output={output}", "--resume", "auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
+
+
 def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: Path) -> None:
     result = run_cli("train", str(config))
     assert result.returncode == 2

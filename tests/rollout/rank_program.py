@@ -34,7 +34,7 @@ def main(url: str, key: str) -> Result:
     group: Any = dist.new_group(backend="gloo")
     client = RolloutClient(url, key)
     gaps, num_bytes, version = {}, 0, 2000
-    for transport in ("file", "broadcast"):
+    for transport in ("file", "gloo", "broadcast"):
         sync = WeightSync(
             [client] if dist.get_rank() == 0 else [],
             SyncSettings(transport=transport, timeout_s=60, bucket_bytes=50_000),

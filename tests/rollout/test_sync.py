@@ -48,7 +48,7 @@ def make_sync(
         ),
         exporters=[0],
         group=None,
-        device=torch.device("cuda" if torch.cuda.is_available() and transport != "file" else "cpu"),
+        device=torch.device("cuda" if torch.cuda.is_available() and transport == "broadcast" else "cpu"),
     )
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_sampled_by_weights_that_were_never_pushed(
 
 @pytest.mark.parametrize(
     "transport",
-    ["file", pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo"))],
+    ["file", "gloo", pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo"))],
 )
 def test_logprobs_equal_those_of_transformers_after_every_push(
     client: RolloutClient, transport: TransportName
@@ -219,7 +219,7 @@ def test_several_exporters_and_one_that_fails(servers: Servers) -> None:
     results = run_ranks(rank_program.main, 3, server.url, server.api_key, timeout_s=120)
     num_bytes = sum(tensor.nbytes for _, tensor in weights_of(make_model(0)))
     assert [result.num_bytes for result in results] == [num_bytes] * 3
-    assert set(results[0].gaps) == {"file", "broadcast"}
+    assert set(results[0].gaps) == {"file", "gloo", "broadcast"}
     assert all(gap < TOLERANCE for gap in results[0].gaps.values())
     for result in results:
         assert result.failure == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"
