@@ -57,7 +57,7 @@ step() {
   fi
   # All CPUs and GPUs of the node for its one task, which shares them out itself.
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-    --kill-on-bad-exit=1 --unbuffered ${container[@]+"${container[@]}"} \
+    --kill-on-bad-exit=1 --wait=300 --unbuffered ${container[@]+"${container[@]}"} \
     "${python:-$CHORD_VENV/bin/python}" -m "$@" &
   local pid=$! code=0
   while true; do
@@ -71,6 +71,7 @@ step() {
 # finish CODE: say what failed first, requeue a run that stopped with a checkpoint, exit with the run's own code.
 finish() {
   local code="$1" first
+  touch "$CHORD_JOB/failures/.read" # writing to it makes an NFS client look at the folder anew
   first="$(find "$CHORD_JOB/failures" -type f ! -name '.*' | sort | head -n 1)"
   if [[ -n "$first" ]]; then
     code="$(head -n 1 "$first")"

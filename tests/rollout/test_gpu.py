@@ -1,4 +1,5 @@
-"""The transports that need GPUs, on a server that samples in fp32: IPC on one GPU, NCCL between two."""
+"""The transports on GPUs, to a server that samples in fp32: IPC on one GPU and from another one of the node, gloo
+through main memory, NCCL between two."""
 
 from __future__ import annotations
 
@@ -19,23 +20,38 @@ pytestmark = [
 TOLERANCE = 2e-2  # different kernels, and TF32 where vLLM uses it; other weights are off by whole units
 
 
-@pytest.fixture(scope="module", params=["ipc", "broadcast"])
-def transport(request: pytest.FixtureRequest) -> TransportName:
-    if request.param == "broadcast" and torch.cuda.device_count() < 2:
-        pytest.skip("NCCL does not put two ranks on one GPU")
-    return request.param
+PLACES: dict[str, tuple[TransportName, str | None]] = {
+    "ipc": ("ipc", None),
+    "ipc from another GPU": ("ipc", "1,0"),
+    "gloo": ("gloo", None),
+    "broadcast": ("broadcast", "1"),
+}
+"""Transport, and the server's CUDA_VISIBLE_DEVICES; the weights are on GPU 0."""
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest) -> tuple[TransportName, str | None]:
+    transport, visible = PLACES[request.param]
+    if visible is not None and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return transport, visible
+
+
+@pytest.fixture
+def transport(place: tuple[TransportName, str | None]) -> TransportName:
+    return place[0]
 
 
 @pytest.fixture(scope="module")
 def server(
-    transport: TransportName, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    place: tuple[TransportName, str | None], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RolloutServer]:
     settings = ServerSettings(
         dtype="fp32",
         max_model_len=512,
         gpu_memory_utilization=0.2,
-        sleep_mode=transport == "ipc",
-        visible_devices="1" if transport == "broadcast" else None,
+        sleep_mode=place[0] == "ipc",
+        visible_devices=place[1],
     )
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     with start_server(model_folder, settings, log=log) as server:

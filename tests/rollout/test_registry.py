@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from megatron_chord.rollout.fleet import JobServers
 from megatron_chord.rollout.registry import Announcement, JobRollout, Registry, read_key
+from megatron_chord.rollout.server import ServerError
 
 
 def test_announcements_and_what_was_given_up(tmp_path: Path) -> None:
@@ -45,3 +48,13 @@ def test_what_a_node_tells_its_ranks(tmp_path: Path) -> None:
     told = JobRollout(folder=tmp_path, count=4, address="10.0.0.1", transport="gloo")
     assert JobRollout.of_environment(told.to_variable()) == told
     assert JobRollout.of_environment({}) is None
+
+
+def test_servers_that_nobody_announces_or_that_have_gone(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    registry.announce(1, Announcement(url=url, node="a1", life=0))
+    servers = JobServers(registry, 3, key="x" * 40, timeout_s=0.5)
+    with pytest.raises(ServerError, match=r"of the job's 3 rollout servers.* not ready after 0 s: 0, 1, 2"):
+        servers.connect()

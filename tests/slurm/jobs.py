@@ -45,9 +45,11 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
 
 
 class Submitted:
-    """One job of chord_qwen7b.sh with a tiny model and the CPU stack."""
+    """One job of a script, by default with a tiny model and the CPU stack."""
 
-    def __init__(self, box: Box, folder: Path, *arguments: str, nodes: int, **variables: str) -> None:
+    def __init__(
+        self, box: Box, folder: Path, *arguments: str, nodes: int, script: Path = SCRIPT, **variables: str
+    ) -> None:
         self.box = box
         self.folder = folder
         environment = {
@@ -60,7 +62,7 @@ class Submitted:
             **variables,
         }
         options = ["--parsable", f"--nodes={nodes}", f"--output={folder}/job.out"]
-        self.id = box.run("sbatch", *options, str(SCRIPT), *arguments, env=environment).stdout.strip()
+        self.id = box.run("sbatch", *options, str(script), *arguments, env=environment).stdout.strip()
 
     @property
     def output(self) -> str:

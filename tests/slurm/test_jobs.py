@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.slurm.box import Box, address_of
-from tests.slurm.jobs import Submitted, rank_process, write_run
+from tests.slurm.jobs import EXAMPLE, Submitted, rank_process, write_run
 from tests.support.ranks import ROOT
 from tests.support.task import metrics_of
 
@@ -157,6 +157,16 @@ def test_srun_starts_ranks_by_itself(box: Box, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout
     assert len(metrics_of(tmp_path / "out")) == 2
+
+
+def test_conversion(box: Box, tmp_path: Path) -> None:
+    script, target = ROOT / "slurm" / "convert.sh", tmp_path / "megatron"
+    arguments = ("hf-to-megatron", str(EXAMPLE / "policy"), str(target))
+    job = Submitted(box, tmp_path, *arguments, nodes=1, script=script)
+    assert job.wait(60) == ("COMPLETED", 0), job.output
+    assert (target / ".metadata").is_file()
+    again = Submitted(box, tmp_path, *arguments, nodes=1, script=script)
+    assert again.wait(60) == ("FAILED", 2), "the target exists"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
