@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -33,13 +32,13 @@ from megatron_chord.cluster.outcome import (
     record_failure,
     write_outcome,
 )
-from megatron_chord.cluster.places import PlaceError, Places
 from megatron_chord.cluster.ranks import Rank, start_ranks
+from megatron_chord.cluster.servers import NodeServers, ServerLost, count_servers
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import ConfigError, load_config
+from megatron_chord.config_io import load_config
 from megatron_chord.rollout.registry import JobRollout
 from megatron_chord.train import stop
-from megatron_chord.train.setup import check_run, needs_servers
+from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
 _POLL_S = 0.05
@@ -47,11 +46,6 @@ _OUTCOME_POLL_S = 1.0
 _RANK_GRACE_S = 12.0
 """After SIGTERM. Slurm itself waits 30 s (KillWait) between its SIGTERM and SIGKILL."""
 _REFUSED = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ended:
-    code: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = load_config(args.config, args.overrides)
         _, method = check_run(run, job.world_size)
-        num_servers = job.num_servers(run.rollout.tensor)
-    except (ConfigError, ValueError) as error:
+        num_servers = count_servers(job, run, method)
+    except ValueError as error:
         record_failure(job.folder, f"{job.name}-settings", _REFUSED, str(error))
         return _REFUSED
-    samples = needs_servers(run, method) and not run.rollout.servers
-    return _Node(job, run, [str(args.config), *args.overrides], num_servers if samples else 0).run()
+    return _Node(job, run, [str(args.config), *args.overrides], num_servers).run()
 
 
 class _Node:
@@ -79,7 +72,7 @@ class _Node:
         self._arguments = arguments
         self._num_servers = num_servers
         self._ranks: list[Rank] = []
-        self._places: Places | None = None
+        self._servers: NodeServers | None = None
         self._terminated = False
         self._next_look = 0.0
 
@@ -89,20 +82,24 @@ class _Node:
         try:
             self._start()
             while True:
-                ended = self._watch()
-                if ended is not None:
-                    return ended.code
+                code = self._watch()
+                if code is not None:
+                    return code
                 time.sleep(_POLL_S)
-        except PlaceError as error:
+        except ServerLost as error:
             record_failure(self._job.folder, f"server{error.server}", 1, str(error), error.log)
             return 1
+        except Exception as error:
+            message = f"{self._job.name}: {type(error).__name__}: {error}"
+            record_failure(self._job.folder, f"node-{self._job.name}", 1, message)
+            raise
         finally:
             self._stop()
 
     def _start(self) -> None:
         job = self._job
         if job.samples and self._num_servers:
-            self._places = Places(job, self._run, say=self._say)
+            self._servers = NodeServers(job, self._run, say=self._say)
         if job.trains:
             environment = {RANK_OF_LAUNCHER: "1", stop.FILE_VARIABLE: str(job.folder / STOP_FILE)}
             if self._num_servers:
@@ -115,16 +112,17 @@ class _Node:
             command = ["-m", "megatron_chord.cli", "train", *self._arguments, "--resume", "auto"]
             self._ranks = start_ranks(job, command, name="train", environment=environment)
 
-    def _watch(self) -> _Ended | None:
+    def _watch(self) -> int | None:
+        """The exit code, once it is known."""
         if self._terminated:
-            return _Ended(code=128 + signal.SIGTERM)
-        if self._places is not None:
-            self._places.watch()
+            return 128 + signal.SIGTERM
+        if self._servers is not None:
+            self._servers.watch()
         if self._job.trains:
             return self._watch_ranks()
         return self._look_for_outcome()
 
-    def _watch_ranks(self) -> _Ended | None:
+    def _watch_ranks(self) -> int | None:
         statuses = [rank.status for rank in self._ranks]
         for rank, status in zip(self._ranks, statuses, strict=True):
             if status not in (None, 0, stop.EXIT_CODE):
@@ -133,27 +131,27 @@ class _Node:
                 record_failure(
                     self._job.folder, f"rank{rank.number}", exit_code_of(status), message, rank.log
                 )
-                return _Ended(code=exit_code_of(status))
+                return exit_code_of(status)
         if None in statuses:
             return None
         if self._job.is_head:
             write_outcome(self._job.folder, max(status for status in statuses if status is not None))
         # A stop is no failure: with a code other than 0, srun would end nodes that are still saving.
-        return _Ended(code=0)
+        return 0
 
-    def _look_for_outcome(self) -> _Ended | None:
+    def _look_for_outcome(self) -> int | None:
         if time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + _OUTCOME_POLL_S
-        return _Ended(code=0) if has_outcome(self._job.folder) else None
+        return 0 if has_outcome(self._job.folder) else None
 
     def _stop(self) -> None:
         deadline = time.monotonic() + _RANK_GRACE_S
         for rank in self._ranks:
             if rank.status is None:
                 rank.terminate()
-        if self._places is not None:
-            self._places.stop()
+        if self._servers is not None:
+            self._servers.stop()
         for rank in self._ranks:
             rank.end(deadline)
 

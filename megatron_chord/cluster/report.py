@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_chord.cluster.job import Job
+from megatron_chord.cluster.servers import count_servers
 from megatron_chord.config_io import load_config
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
 from megatron_chord.train.setup import check_run
@@ -70,7 +71,8 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
     refusal = ""
     try:
         run = load_config(config, overrides)
-        check_run(run, job.world_size)
+        _, method = check_run(run, job.world_size)
+        count_servers(job, run, method)
         versions["config.json"] = _digest((run.model.path / "config.json").read_bytes())
         problems += _disk_problems(run.output)
     except OSError as error:

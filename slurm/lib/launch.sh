@@ -84,9 +84,9 @@ finish() {
   fi
   if ((code == 75)); then
     if ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
-      echo "stopped with a checkpoint after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
+      echo "stopped as asked after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
     else
-      echo "stopped with a checkpoint; the job goes back to the queue"
+      echo "stopped as asked; the job goes back to the queue"
       scontrol requeue "$SLURM_JOB_ID" && exit 0
     fi
   fi

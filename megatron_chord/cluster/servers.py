@@ -14,15 +14,28 @@ from pathlib import Path
 from megatron_chord.cluster.job import Job
 from megatron_chord.cluster.ranks import log_folder
 from megatron_chord.config import RunConfig
+from megatron_chord.methods.base import Method
 from megatron_chord.rollout.registry import Announcement, Registry, read_key
 from megatron_chord.rollout.server import RolloutServer, start_server
 from megatron_chord.train.engine import server_settings
+from megatron_chord.train.setup import needs_servers
 
 _CHECK_S = 0.5
 """Between two looks at a server and at what the trainer wants of it."""
 
 
-class PlaceError(RuntimeError):
+def count_servers(job: Job, run: RunConfig, method: Method) -> int:
+    """Servers that the whole job runs; 0 where nothing is sampled or the run names servers of its own.
+
+    Raises:
+        ValueError: they do not fit on the nodes' GPUs.
+    """
+    if run.rollout.servers or not needs_servers(run, method):
+        return 0
+    return job.num_servers(run.rollout.tensor)
+
+
+class ServerLost(RuntimeError):
     """A server that did not start, or died too often. ``log`` holds its output."""
 
     def __init__(self, message: str, server: int, log: Path) -> None:
@@ -32,7 +45,7 @@ class PlaceError(RuntimeError):
 
 
 @dataclass
-class _Place:
+class _Slot:
     server: int
     """Job-wide index."""
     local: int
@@ -42,70 +55,68 @@ class _Place:
     announced: bool = False
 
 
-class Places:
+class NodeServers:
     def __init__(self, job: Job, run: RunConfig, *, say: Callable[[str], None]) -> None:
         """Start this node's servers. Main thread only."""
         self._job = job
         self._run = run
         self._say = say
-        self._folder = job.folder
         self._registry = Registry(job.folder)
         self._key = read_key(job.folder)
         self._address = job.numeric_address()
         self._next_check = 0.0
-        self._places: list[_Place] = []
+        self._slots: list[_Slot] = []
         tensor = run.rollout.tensor
         for local in range(job.num_servers_here(tensor)):
-            self._places.append(self._start(job.first_server(tensor) + local, local, life=0))
+            self._slots.append(self._start(job.first_server(tensor) + local, local, life=0))
 
     def watch(self) -> None:
-        """Announce servers that became ready and replace lost ones. PlaceError when one is lost for good."""
+        """Announce servers that became ready and replace lost ones. ServerLost when one is lost for good."""
         if time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + _CHECK_S
-        self._places = [self._watched(place) for place in self._places]
+        self._slots = [self._watched(slot) for slot in self._slots]
 
     def stop(self) -> None:
-        for place in self._places:
+        # All are told before any is waited for.
+        for slot in self._slots:
             with contextlib.suppress(ProcessLookupError):
-                if place.process.exit_code is None:
-                    os.kill(
-                        place.process.pid, signal.SIGTERM
-                    )  # all at once, or each would wait for the one before
-        for place in self._places:
-            place.process.stop()
-        self._places = []
+                if slot.process.exit_code is None:
+                    os.kill(slot.process.pid, signal.SIGTERM)
+        for slot in self._slots:
+            slot.process.stop()
+        self._slots = []
 
-    def _watched(self, place: _Place) -> _Place:
-        process, who = place.process, f"rollout server {place.server} on {self._job.name}"
+    def _watched(self, slot: _Slot) -> _Slot:
+        process, who = slot.process, f"rollout server {slot.server} on {self._job.name}"
         if process.exit_code is not None:
             how = f"{who} ended with code {process.exit_code}"
-            if not place.announced:
-                raise PlaceError(f"{how} while starting", place.server, process.log)
-            return self._replaced(place, how)
-        if self._registry.given_up(place.server) >= place.life:
-            return self._replaced(place, f"the trainer gave {who} up")
-        if place.announced:
-            return place
+            if not slot.announced:
+                raise ServerLost(f"{how} while starting", slot.server, process.log)
+            return self._replaced(slot, how)
+        if self._registry.given_up(slot.server) >= slot.life:
+            return self._replaced(slot, f"the trainer gave {who} up")
+        if slot.announced:
+            return slot
         if process.ready():
-            here = Announcement(url=process.url, node=self._job.name, life=place.life)
-            self._registry.announce(place.server, here)
-            place.announced = True
+            here = Announcement(url=process.url, node=self._job.name, life=slot.life)
+            self._registry.announce(slot.server, here)
+            slot.announced = True
             self._say(f"{who} is ready")
-        elif time.monotonic() > place.deadline:
+        elif time.monotonic() > slot.deadline:
             text = f"{who} was not ready after {self._run.rollout.start_timeout_s:.0f} s"
-            raise PlaceError(text, place.server, process.log)
-        return place
+            raise ServerLost(text, slot.server, process.log)
+        return slot
 
-    def _replaced(self, place: _Place, why: str) -> _Place:
-        place.process.stop()
-        if place.life >= self._run.rollout.restarts:
+    def _replaced(self, slot: _Slot, why: str) -> _Slot:
+        slot.process.stop()
+        if slot.life >= self._run.rollout.restarts:
             text = f"{why}, once more than rollout.restarts allows ({self._run.rollout.restarts})"
-            raise PlaceError(text, place.server, place.process.log)
+            raise ServerLost(text, slot.server, slot.process.log)
         self._say(f"{why}; starting another")
-        return self._start(place.server, place.local, life=place.life + 1)
+        return self._start(slot.server, slot.local, life=slot.life + 1)
 
-    def _start(self, server: int, local: int, *, life: int) -> _Place:
+    def _start(self, server: int, local: int, *, life: int) -> _Slot:
         run = self._run
         devices = self._job.server_devices(local, run.rollout.tensor)
         settings = dataclasses.replace(server_settings(run), visible_devices=devices)
@@ -113,6 +124,6 @@ class Places:
         try:
             process = start_server(run.model.path, settings, log=log, host=self._address, key=self._key)
         except ValueError as error:
-            raise PlaceError(str(error), server, log) from error
+            raise ServerLost(str(error), server, log) from error
         deadline = time.monotonic() + run.rollout.start_timeout_s
-        return _Place(server=server, local=local, life=life, process=process, deadline=deadline)
+        return _Slot(server=server, local=local, life=life, process=process, deadline=deadline)
