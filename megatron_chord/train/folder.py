@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import time
 from typing import Any, Literal
 
 from megatron_chord.config import RunConfig
@@ -15,16 +16,23 @@ POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 CONFIG = "config.yaml"
+_FORMER_LIFE_S = 60.0
 
 
 def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
     """Make the run folder ours, or say why not. The lock goes with the process, however it ends."""
     run.output.mkdir(parents=True, exist_ok=True)
     lock = (run.output / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing to {run.output}") from None
+    # A run that continues may find its former life still ending, on a node that was lost.
+    deadline = time.monotonic() + (_FORMER_LIFE_S if resume == "auto" else 0.0)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ValueError(f"another run is writing to {run.output}") from None
+            time.sleep(0.5)
     if (run.output / CONFIG).exists() and resume == "never":
         if not overwrite:
             raise ValueError(

@@ -7,6 +7,7 @@ address, or reach another's, can be told from what listens everywhere.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import shutil
 import signal
@@ -83,7 +84,7 @@ class Box:
         ]
         text = _SLURM_CONF.format(
             host=host,
-            user="root",
+            user=getpass.getuser(),
             port=ports[0],
             folder=self.folder,
             nodes="\n".join(nodes),
@@ -93,7 +94,7 @@ class Box:
         (self.folder / "gres.conf").write_text(
             f"NodeName=n[0-{self.nodes - 1}] Name=gpu Type=h100 File=/dev/tty[0-{GPUS_PER_NODE - 1}]\n"
         )
-        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (self.folder / "cgroup.conf").write_text("")
         self._daemon("slurmctld", "-D")
         for index in range(self.nodes):
             self._daemon("slurmd", "-D", "-N", f"n{index}")

@@ -80,14 +80,14 @@ class Submitted:
     def state(self) -> str:
         return self.box.job(self.id)["JobState"]
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.state() not in _ENDED, f"the job ended before its time:\n{self.output[-6000:]}"
             assert time.monotonic() < deadline, f"nothing happened:\n{self.output[-6000:]}"
             time.sleep(0.2)
 
-    def wait(self, timeout_s: float = 180) -> tuple[str, int]:
+    def wait(self, timeout_s: float = 240) -> tuple[str, int]:
         """The state that the job ended in, and its exit code."""
         deadline = time.monotonic() + timeout_s
         while self.state() not in _ENDED:
