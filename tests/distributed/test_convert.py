@@ -167,7 +167,8 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 def convert_bias(folder: Path) -> dict[str, Any]:
     """A bf16 model there and back, with its bias in fp32 and in what other dtypes a folder may hold it."""
-    from megatron_chord.convert.directions import differences, hf_to_megatron, megatron_to_hf
+    from megatron_chord.convert.directions import differences, to_hf, to_megatron
+    from megatron_chord.convert.sources import open_source
 
     save_model("deepseek_v3", folder / "exact", layers=2)
     exact = load_file(folder / "exact" / "model.safetensors")
@@ -179,15 +180,19 @@ def convert_bias(folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / "exact", folder / name)
         tensors = {name: tensor.bfloat16() for name, tensor in exact.items()} | {BIAS: bias}
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
-    hf_to_megatron(folder / "hf", folder / "megatron")
-    megatron_to_hf(folder / "megatron", folder / "back")
-    hf_to_megatron(folder / "rounded", folder / "rounded_megatron")
+    to_megatron(open_source(folder / "hf"), folder / "megatron")
+    to_hf(open_source(folder / "megatron"), folder / "back")
+    to_megatron(open_source(folder / "rounded"), folder / "rounded_megatron")
     with pytest.raises(ValueError, match=r"float64, which torch\.float32 does not") as refused:
-        hf_to_megatron(folder / "double", folder / "double_megatron")
+        open_source(folder / "double")
+
+    def different(one: str, other: str) -> list[str]:
+        return list(differences(open_source(folder / one), open_source(folder / other)))
+
     return {
-        "same": list(differences(folder / "hf", folder / "back")),
-        "rounded": list(differences(folder / "rounded", folder / "rounded_megatron")),
-        "other": list(differences(folder / "back", folder / "rounded_megatron")),
+        "same": different("hf", "back"),
+        "rounded": different("rounded", "rounded_megatron"),
+        "other": different("back", "rounded_megatron"),
         "refused": str(refused.value),
     }
 
@@ -195,7 +200,7 @@ def convert_bias(folder: Path) -> dict[str, Any]:
 def test_a_bias_in_fp32_stays_so_in_a_bf16_model(tmp_path: Path) -> None:
     (found,) = run_ranks(convert_bias, 1, tmp_path)
     assert found["same"] == found["rounded"] == []
-    assert found["other"] == [f"{BIAS} differs"]
+    assert found["other"] == [f"decoder.layers.1.mlp.router.expert_bias ({BIAS}) differs in rows 0 to 11"]
     assert BIAS in found["refused"]
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert torch.equal(back[BIAS], load_file(tmp_path / "exact" / "model.safetensors")[BIAS])
