@@ -18,15 +18,29 @@ from tests.support.tiny import save_model
 MODELS = {"qwen2": {"family": "qwen2"}} | {
     name: settings
     for name, settings in (DENSE | MOE).items()
-    # mbridge knows no Mistral, and chooses several experts' weights before the softmax.
-    if settings["family"] != "mistral" and settings.get("num_experts_per_tok") != 1
+    # mbridge knows no Mistral, no DeepSeek-V2, no dense layers among Qwen's experts, and no choice of one expert; its
+    # DeepSeek-V3 has settings that megatron-core 0.16.1 does not.
+    if settings["family"] not in ("mistral", "deepseek_v2", "deepseek_v3")
+    and not settings.keys() & {"mlp_only_layers", "decoder_sparse_step"}
+    and settings.get("num_experts_per_tok") != 1
 }
 
 
-def transformer_engine_name(stored: Any) -> str:
-    """The parameter's name where Transformer Engine's layers hold it, in which mbridge's tables are written."""
-    entry = stored.entry
-    return entry.rule.megatron[-1].replace("{layer}", str(entry.layer)).replace("{expert}", str(entry.expert))
+def hf_names(bridge: Any, entry: Any) -> tuple[str, list[str]]:
+    """The name under which mbridge knows the parameter, and what it makes it of.
+
+    Its tables are written for Transformer Engine's layers, of which those with experts do not fuse the norm.
+    """
+    names = [
+        name.replace("{layer}", str(entry.layer)).replace("{expert}", str(entry.expert))
+        for name in reversed(entry.rule.megatron)
+    ]
+    for name in names:
+        try:
+            return name, bridge._weight_name_mapping_mcore_to_hf(name)
+        except (NotImplementedError, KeyError):
+            continue
+    raise AssertionError(f"mbridge knows none of {names}")
 
 
 def compare(folder: Path) -> dict[str, tuple[int, list[str]]]:
@@ -51,8 +65,7 @@ def compare(folder: Path) -> dict[str, tuple[int, list[str]]]:
         for stored in source.layout.parameters:
             if not stored.entry.rule.exported:
                 continue
-            theirs = transformer_engine_name(stored)
-            made_of = bridge._weight_name_mapping_mcore_to_hf(theirs)
+            theirs, made_of = hf_names(bridge, stored.entry)
             expected = bridge._weight_to_mcore_format(theirs, [tensors[part] for part in made_of])
             if sorted(made_of) != sorted(stored.entry.hf):
                 differences.append(f"{theirs}: {made_of}, ours {stored.entry.hf}")
