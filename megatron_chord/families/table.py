@@ -32,6 +32,31 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
     "qwen3_moe": qwen3_moe.shape,
 }
 
+_EMBEDDING_SCALE = (
+    "embeddings times sqrt(hidden_size) "
+    "(models/common/embeddings/language_model_embedding.py:111 has no such factor)"
+)
+_NORMS_AFTER = (
+    "norms of what attention and MLP add to the residual (transformer/transformer_layer.py:224: a layer has norms "
+    "before them alone)"
+)
+_GEMMA_3 = (
+    _EMBEDDING_SCALE,
+    _NORMS_AFTER,
+    "two RoPE bases that alternate between layers (models/gpt/gpt_model.py:160 has one for all layers)",
+)
+LACKING: dict[str, tuple[str, ...]] = {
+    "gemma": (_EMBEDDING_SCALE,),
+    "gemma2": (
+        _EMBEDDING_SCALE,
+        _NORMS_AFTER,
+        "soft-capping of attention scores and logits (no setting of TransformerConfig)",
+    ),
+    "gemma3": _GEMMA_3,
+    "gemma3_text": _GEMMA_3,
+}
+"""What Megatron-Core 0.16.1's GPT model cannot compute of families that are asked for."""
+
 
 def read_shape(folder: Path) -> ModelShape:
     """The model that ``folder/config.json`` describes.
@@ -47,6 +72,11 @@ def read_shape(folder: Path) -> ModelShape:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
     model_type = config.get("model_type")
+    if model_type in LACKING:
+        lacking = "\n  ".join(LACKING[model_type])
+        raise ValueError(
+            f"{path}: Megatron-Core 0.16.1 cannot compute model_type {model_type!r}. It lacks:\n  {lacking}"
+        )
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: unknown model_type {model_type!r}; known families: {known}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,30 +46,26 @@ _NOT_TO_OVERRIDE = {
             "expert_model": "expert",
         }.items()
     },
-    "expert_tensor_parallel_size": "experts are not cut over the tensor axis",
+    "expert_tensor_parallel_size": "it is 1: experts are not cut over the tensor axis, parallel.expert spreads them",
 }
 
 
 def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     """ValueError when this model cannot be laid out over these axes; needs no process group."""
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    rules = [
-        (
-            shape.num_heads % parallel.tensor == 0,
-            f"{shape.num_heads} attention heads / tensor {parallel.tensor}",
-        ),
-        (
-            shape.num_kv_heads % parallel.tensor == 0,
-            f"{shape.num_kv_heads} key-value heads / tensor {parallel.tensor}",
-        ),
-        *_feed_forward_rules(shape, parallel),
-        (
-            shape.num_layers % stages == 0,
+    cut = _cut_over_tensor(shape)
+    broken = [f"{name} / tensor {parallel.tensor}" for name, size in cut.items() if size % parallel.tensor]
+    if broken:
+        common = math.gcd(*cut.values())
+        sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        broken[-1] += f" (parallel.tensor can be {sizes} for this model)"
+    if shape.experts is not None and shape.experts.count % parallel.expert:
+        broken.append(f"{shape.experts.count} experts / expert {parallel.expert}")
+    if shape.num_layers % stages:
+        broken.append(
             f"{shape.num_layers} layers / (pipeline {parallel.pipeline} x virtual_pipeline "
-            f"{parallel.virtual_pipeline or 1})",
-        ),
-    ]
-    broken = [text for holds, text in rules if not holds]
+            f"{parallel.virtual_pipeline or 1})"
+        )
     if broken:
         raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
     if shape.experts is None and parallel.expert > 1:
@@ -87,16 +84,17 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
         )
 
 
-def _feed_forward_rules(shape: ModelShape, parallel: ParallelConfig) -> list[tuple[bool, str]]:
-    dense = (shape.ffn_size % parallel.tensor == 0, f"MLP width {shape.ffn_size} / tensor {parallel.tensor}")
-    if shape.experts is None:
-        return [dense]
-    count, shared = shape.experts.count, shape.experts.shared_ffn_size or 0
-    return [
-        *([dense] if shape.experts.dense_layers else []),
-        (count % parallel.expert == 0, f"{count} experts / expert {parallel.expert}"),
-        (shared % parallel.tensor == 0, f"shared expert's width {shared} / tensor {parallel.tensor}"),
-    ]
+def _cut_over_tensor(shape: ModelShape) -> dict[str, int]:
+    """What every tensor-parallel rank gets an equal number of. Experts are whole."""
+    cut = {
+        f"{shape.num_heads} attention heads": shape.num_heads,
+        f"{shape.num_kv_heads} key-value heads": shape.num_kv_heads,
+    }
+    if shape.experts is None or shape.experts.dense_layers:
+        cut[f"MLP width {shape.ffn_size}"] = shape.ffn_size
+    if shape.experts is not None and shape.experts.shared_ffn_size is not None:
+        cut[f"shared expert's width {shape.experts.shared_ffn_size}"] = shape.experts.shared_ffn_size
+    return cut
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> Any:

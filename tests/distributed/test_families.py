@@ -10,11 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_chord.config import SimpleWeight
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, SimpleWeight
+from megatron_chord.families.table import read_shape
 from megatron_chord.train.checkpoint import step_of
+from megatron_chord.train.export import export_policy
+from megatron_chord.train.setup import layout_of
+from megatron_chord.train.state import build_state
+from megatron_chord.train.step import apply_gradients
 from tests.distributed import steps
 from tests.distributed.splits import assert_split_invariant
-from tests.distributed.test_checkpoint import SAVED, interrupted_and_not, resume
+from tests.distributed.test_checkpoint import SAVED, gradients, interrupted_and_not, resume
 from tests.support.oracle_terms import expert_term, policy_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import LLAMA3_ROPE, VOCAB, make_samples, save_model, tiny_run
@@ -218,6 +223,29 @@ def test_experts_resume_in_other_layouts_as_if_never_interrupted(family: str, tm
     for name, tensor in through["weights"].items():
         is_trained = not name.endswith("e_score_correction_bias")
         assert torch.equal(tensor, before[name]) != is_trained, name
+
+
+def train_and_export_in_bf16(folder: Path, target: Path) -> None:
+    parallel = ParallelConfig(distributed_optimizer=False)
+    model = ModelConfig(path=folder, dtype="bf16", recompute="full")
+    groups = steps.start_groups(parallel)
+    state = build_state(read_shape(folder), model, parallel, OptimConfig(lr=1e-2), groups=groups, steps=10)
+    gradients(state, layout_of(parallel, groups.data.size), 0)
+    apply_gradients(state)
+    export_policy(state, folder, target)
+
+
+def test_a_bf16_policy_keeps_the_bias_of_its_router_in_fp32(tmp_path: Path) -> None:
+    folder = save_model("deepseek_v3", tmp_path / "model")
+    run_ranks(train_and_export_in_bf16, 1, folder, tmp_path / "trained")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "trained"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(tensor, before[name])
+        else:
+            assert tensor.dtype == torch.bfloat16
+            assert not torch.equal(tensor, before[name].bfloat16()), name
 
 
 def assert_same_run(outcome: Any, expected: Any, what: str) -> None:
