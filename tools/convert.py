@@ -91,13 +91,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(args: argparse.Namespace) -> int:
     from megatron_chord.convert.directions import to_hf, to_megatron
-    from megatron_chord.convert.sources import MegatronSource, open_source
+    from megatron_chord.convert.sources import HFSource, open_source
 
     source = open_source(args.source, getattr(args, "hf", None))
-    is_megatron = isinstance(source, MegatronSource)
+    is_megatron = not isinstance(source, HFSource)
     if args.command != "to-fp8" and is_megatron != args.command.startswith("megatron"):
         kind = "a distributed checkpoint" if is_megatron else "a Hugging Face folder"
         raise ValueError(f"{args.source} is {kind}: {args.command} is not for it")
+    if isinstance(source, HFSource) and source.left_out:
+        print(
+            f"left out, as no part of the model: {len(source.left_out)} tensors ({source.left_out[0]}, ...)"
+        )
     size = sum(stored.size(source.dtype) for stored in source.layout.parameters)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.target.parent).free

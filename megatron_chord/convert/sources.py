@@ -21,6 +21,8 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.weights.reader import HFReader
 
 HF = "hf"
+_HELD_EXACTLY = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
+"""What a dtype of a rule's own may be read from."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BESIDE_THE_MODEL = ("optimizer.", "rng", "rerun_state_machine_state")
 
@@ -86,7 +88,7 @@ class HFSource:
         findings = [
             f"{name} is of type {dtypes[name]}, which {wanted} does not hold exactly"
             for name, wanted in own.items()
-            if torch.promote_types(dtypes[name], wanted) != wanted
+            if dtypes[name] not in _HELD_EXACTLY[wanted]
         ]
         if findings:
             raise ValueError(f"{folder}:\n  " + "\n  ".join(findings))
@@ -97,6 +99,12 @@ class HFSource:
     @property
     def configuration(self) -> Path:
         return self.folder
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of the folder that are no part of the model."""
+        known = set(self.shape.weights.hf_names())
+        return [name for name in self.reader.names if name not in known]
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
         transform, of = stored.entry.rule.transform, without_padding(stored, self.shape.vocab_size).shape[0]

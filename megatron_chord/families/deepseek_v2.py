@@ -26,6 +26,8 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         config,
         f"topk_method {method!r} is neither 'greedy' nor 'group_limited_greedy'",
     )
+    freq = config.get("moe_layer_freq", 1)
+    refuse(freq != 1, config, f"moe_layer_freq {freq!r} must be 1: Transformers does not read it, vLLM does")
     # Transformers never normalises. vLLM does where it is asked to.
     refuse(bool(config.get("norm_topk_prob")), config, "norm_topk_prob is not supported")
     groups, chosen_groups = config.get("n_group") or 1, config.get("topk_group") or 1

@@ -18,9 +18,10 @@ from megatron_chord.weights.mapping import hf_layer
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
-    # Transformers does not read these two. vLLM does, and without them routes otherwise.
-    for name, expected in {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}.items():
-        refuse(config.get(name) != expected, config, f"{name} {config.get(name)!r} must be {expected!r}")
+    # Transformers does not read these. vLLM does, and with others routes otherwise.
+    stated = {"moe_layer_freq": 1, **config}
+    for name, expected in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
+        refuse(stated.get(name) != expected, config, f"{name} {stated.get(name)!r} must be {expected!r}")
     rope = read_rope(config, yarn=True)
     width, num_shared = require(config, "moe_intermediate_size"), require(config, "n_shared_experts")
     feed_forward = mixture(

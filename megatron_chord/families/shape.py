@@ -28,7 +28,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN's (arXiv 2309.00071, eq. 17 to 20): dimensions that turn less than ``beta_slow`` times over the original
+    """YaRN's (arXiv 2309.00071, section 3.2): dimensions that turn less than ``beta_slow`` times over the original
     positions slowed down by ``factor``, those that turn more than ``beta_fast`` times kept, a ramp between."""
 
     factor: float

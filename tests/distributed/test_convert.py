@@ -320,6 +320,19 @@ def test_the_plan_of_deepseek_v3_from_its_config_alone(tmp_path: Path) -> None:
     assert f"{whole:,} numbers" in result.stdout
 
 
+def test_layers_for_multi_token_prediction_are_passed_over_and_said_to_be(tmp_path: Path) -> None:
+    model = save_model("deepseek_v3", tmp_path / "hf", layers=2)
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.2.eh_proj.weight": torch.zeros(64, 128)},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    result = convert("hf-to-megatron", model, tmp_path / "megatron")
+    assert result.returncode == 0, result.stderr
+    assert "left out, as no part of the model: 1 tensors (model.layers.2.eh_proj.weight" in result.stdout
+
+
 def damaged(model: Path, folder: Path, how: str) -> Path:
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")

@@ -267,6 +267,7 @@ def deepseek_refusals(case: Callable[..., Any]) -> Iterator[Any]:
         for unequal in ({"mscale": 0.7}, {"mscale_all_dim": 0.0}, {"attention_factor": 1.1}):
             yield case(family, "stretches queries and keys", rope_parameters=YARN_ROPE | unequal)
         yield case(family, "has no 'kv_lora_rank'", kv_lora_rank=ABSENT)
+        yield case(family, "moe_layer_freq 2 must be 1", moe_layer_freq=2)
         yield case(family, "num_experts_per_tok 13 of", num_experts_per_tok=13)
     yield case("deepseek_v3", "rope_interleave false is not supported", rope_interleave=False)
     yield case("deepseek_v3", "scoring_func None must be 'sigmoid'", scoring_func=ABSENT)
