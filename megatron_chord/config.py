@@ -565,10 +565,14 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trace_steps: int = 0
+    """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
+    one file a rank. Tracing slows these steps down."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _positive(steps=self.steps)
+        _not_negative(trace_steps=self.trace_steps)
         _require(
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 
 class Timer:
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
+        """``mark``: entered with each phase's name, around it."""
         self.seconds: dict[str, float] = {}
+        self._mark = mark
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to ``seconds[name]``."""
         begun = time.perf_counter()
         try:
-            yield
+            with self._mark(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun

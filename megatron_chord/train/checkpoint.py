@@ -43,7 +43,8 @@ class CheckpointError(ValueError):
 def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: int) -> Path:
     """Write ``folder``/step-N for ``run_state["step"]`` = N and drop all but the ``keep`` newest.
 
-    Called on every rank. ``run_state`` (plain JSON: step, cursors) is the coordinator's; other ranks' is ignored.
+    Called on every rank. ``run_state`` (plain JSON: step, cursors, answers sampled ahead) is the coordinator's; other
+    ranks' is ignored.
     """
     from megatron.core import dist_checkpointing
 

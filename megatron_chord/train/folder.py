@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
 from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD
+from megatron_chord.train.trace import TRACES
 
 Resume = Literal["never", "auto"]
 POLICY = "policy"
@@ -39,7 +40,7 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
                 f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
                 "or replace it with --overwrite"
             )
-        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, POLICY):
+        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, TRACES, POLICY):
             path = run.output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run.output / LOGS).mkdir(exist_ok=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
+
 from megatron_chord.config import RunConfig
-from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method
 from megatron_chord.rewards.pool import GraderPool
@@ -19,7 +19,7 @@ from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
 from megatron_chord.train.ahead import Ahead
-from megatron_chord.train.coordinator import Coordinator, StepInputs
+from megatron_chord.train.coordinator import Coordinator
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Resume, claim
@@ -37,25 +37,13 @@ from megatron_chord.train.setup import (
     reference_folder,
 )
 from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
-from megatron_chord.train.step import (
-    UpdateResult,
-    apply_gradients,
-    compute_gradients,
-    mean_result,
-    prepare_batches,
-)
 from megatron_chord.train.stop import Stopped, StopWanted
-
-_MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
-_MAX_STALE_GAP = 0.5
+from megatron_chord.train.trace import Tracer
+from megatron_chord.train.updates import train_on
 
 
 class Refused(ValueError):
     """Settings, data or a checkpoint that will not do; nothing has been trained."""
-
-
-class LogprobMismatch(RuntimeError):
-    """Trainer and rollout engine disagree on the probability of the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +133,16 @@ def train(
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
             _evaluate(parts, 0)
+        tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
+        stack.callback(tracer.close)
         saved_step = done
         for step in range(done, run.steps):
             check_stop()
             try:
                 if any(groups.gather(stop_wanted())):
                     raise StopWanted
-                memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
+                with tracer.step(step):
+                    memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
             except StopWanted:
                 if saved_step < step:
                     _save(parts, step, memory)
@@ -175,23 +166,31 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     step, schedule = now.step, method.schedule(run)
     if schedule is not None and schedule.resets_optimizer(step):
         reset_optimizer(state)
-    timer = Timer()
+    timer = Timer(mark=record_function)
     with timer.phase("total"):
         with timer.phase("collect"):
             inputs, micro_batches = parts.ahead.take(now)
         _doing(coordinator, "training")
         with timer.phase("train"):
-            result, grad_norm, learning_rate = _train_on(parts, inputs, micro_batches, step)
+            done = train_on(
+                run,
+                state,
+                parts.terms,
+                inputs,
+                micro_batches,
+                step=step,
+                mu_gradient=parts.mu_gradient,
+            )
     row = {
         "step": step,
         **({"mu": inputs.mu} if inputs.mu is not None else {}),
-        "loss": result.loss,
-        **result.means,
-        **result.maxima,
+        "loss": done.result.loss,
+        **done.result.means,
+        **done.result.maxima,
         **{f"num_{term}_tokens": sum(u.counts.get(term, 0) for u in inputs.updates) for term in parts.terms},
         **inputs.stats,
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
+        "grad_norm": done.grad_norm,
+        "learning_rate": done.learning_rate,
         "weight_version": inputs.weight_version,
         "micro_batches": sum(len(batches) for batches in micro_batches),
     }
@@ -208,53 +207,6 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         return now.memory
     # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
-
-
-def _train_on(
-    parts: _Parts, inputs: StepInputs, micro_batches: Sequence[Sequence[PackedBatch]], step: int
-) -> tuple[UpdateResult, float, float]:
-    """All updates of a step. Returns their mean numbers, their mean gradient norm, and the learning rate."""
-    run, state, temperature = parts.run, parts.state, parts.run.rollout.temperature
-    prepared = [
-        prepare_batches(state, batches, parts.terms, temperature=temperature) for batches in micro_batches
-    ]
-    results: list[UpdateResult] = []
-    norms: list[float] = []
-    learning_rate = 0.0
-    for _ in range(run.batch.epochs):
-        for update, batches in zip(inputs.updates, prepared, strict=True):
-            if parts.mu_gradient is not None:
-                result, slope = parts.mu_gradient.compute(
-                    state, batches, update, parts.terms, temperature=temperature
-                )
-                result.means["mu_gradient"] = slope
-            else:
-                result = compute_gradients(state, batches, update, parts.terms, temperature=temperature)
-            if not results:
-                _check_gap(run, result, step=step, age=step - inputs.weight_version)
-            norm, learning_rate = apply_gradients(state, new_step=not results, skip=not update.counts)
-            results.append(result)
-            norms.append(norm)
-    return mean_result(results), statistics.fmean(norms), learning_rate
-
-
-def _check_gap(run: RunConfig, result: UpdateResult, *, step: int, age: int) -> None:
-    """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere.
-
-    Rollouts that are ``age`` > 0 steps old differ because the policy has moved; too far, and no correction helps.
-    """
-    gap = result.means.get("logprob_gap")
-    dtypes = {run.model.dtype, run.rollout.dtype or run.model.dtype}
-    limit = run.rollout.max_logprob_gap
-    if limit is None:
-        limit = max(_MAX_GAP[dtype] for dtype in dtypes) if age == 0 else _MAX_STALE_GAP
-    if gap is not None and not gap <= limit:
-        raise LogprobMismatch(
-            f"step {step}: trainer and rollout log-probs of the same tokens{f', {age} steps old,' if age else ''} "
-            f"differ by {gap:.2e} on average "
-            f"(at most {result.maxima['logprob_gap_max']:.2e}); rollout.max_logprob_gap is {limit:.0e}. "
-            "Nothing was trained on them"
-        )
 
 
 def _evaluate(parts: _Parts, version: int) -> None:
