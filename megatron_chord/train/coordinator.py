@@ -90,8 +90,11 @@ class Coordinator:
 
     def commit(self, step: int) -> None:
         """``step`` has been trained on."""
-        self._progress = {key: value for key, value in self._progress.items() if key >= step}
-        self._answers = {key: value for key, value in self._answers.items() if key > step}
+        # In place and key by key: with a lag another thread is adding later steps.
+        for done in [key for key in list(self._progress) if key < step]:
+            del self._progress[done]
+        for done in [key for key in list(self._answers) if key <= step]:
+            del self._answers[done]
 
     def run_state(self, step: int, mu_memory: Memory) -> dict[str, Any]:
         """What a checkpoint after ``step`` optimizer steps keeps beside weights and optimizer.
