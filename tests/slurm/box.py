@@ -7,6 +7,7 @@ address, or reach another's, can be told from what listens everywhere.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import getpass
 import os
 import shutil
@@ -106,6 +107,9 @@ class Box:
             time.sleep(0.1)
 
     def stop(self) -> None:
+        """Cancel what still runs, and end the daemons."""
+        if self._daemons and self._daemons[0].poll() is None:
+            self._cancel_all()
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:
@@ -113,6 +117,14 @@ class Box:
                 daemon.wait(10)
             daemon.kill()
             daemon.wait()
+
+    def _cancel_all(self) -> None:
+        jobs = self.output("squeue", "-h", "-o", "%i", check=False).split()
+        if jobs:
+            self.run("scancel", *jobs, check=False)
+        deadline = time.monotonic() + _START_S
+        while self.output("squeue", "-h", check=False) and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def run(
         self, *command: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None
@@ -146,9 +158,15 @@ class Box:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         )
         output.close()
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def address_of(node: int) -> str:
