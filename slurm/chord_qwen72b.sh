@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # CHORD on Qwen2.5-72B on 8 nodes of 8 GPUs, vLLM on the same GPUs.
 #
-#   sbatch slurm/chord_qwen72b.sh model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.experts=/shared/sft.jsonl
+#   sbatch slurm/chord_qwen72b.sh \
+#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.experts=/shared/sft.jsonl
 #
 #SBATCH --job-name=chord_qwen72b
 #SBATCH --nodes=8
@@ -16,7 +17,8 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# Site settings; the environment comes before these defaults. Account and partition: export SBATCH_ACCOUNT, SBATCH_PARTITION.
+# Site settings; the environment comes before these defaults (docs/cluster.md). Account and partition are sbatch's own:
+# export SBATCH_ACCOUNT and SBATCH_PARTITION.
 export CHORD_HOME="${CHORD_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"        # this repository, on a shared file system
 export CHORD_VENV="${CHORD_VENV:-$CHORD_HOME/.venv}"               # an environment that all nodes see, or else
 export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"          # a pyxis image (IMAGE, or PATH.sqsh), with

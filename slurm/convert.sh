@@ -2,7 +2,7 @@
 # Convert a checkpoint between Hugging Face's format and Megatron-Core's on one node, without GPUs.
 #
 #   sbatch slurm/convert.sh hf-to-megatron /shared/models/Qwen2.5-72B-Instruct /shared/megatron/qwen2.5-72b
-#   sbatch slurm/convert.sh megatron-to-hf runs/chord_qwen72b/checkpoints/step-000100 /shared/trained --hf /shared/models/...
+#   sbatch slurm/convert.sh megatron-to-hf runs/chord_qwen72b/checkpoints/step-000100 /shared/trained --hf /shared/...
 #
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
