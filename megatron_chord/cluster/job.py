@@ -152,7 +152,7 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
         folder=Path(_needed(environment, "CHORD_JOB")),
         nodes=nodes,
         index=names.index(name),
-        port=int(_needed(environment, "CHORD_PORT")),
+        port=_number("CHORD_PORT", _needed(environment, "CHORD_PORT")),
         num_rollout_nodes=num_rollout_nodes,
         ranks_per_node=_count(environment, "CHORD_RANKS_PER_NODE") or max(1, num_gpus),
         gpus=tuple(gpus[:num_gpus]),
@@ -188,8 +188,10 @@ def _needed(environment: Mapping[str, str], name: str) -> str:
 
 def _count(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name)
-    if not text:
-        return None
+    return _number(name, text) if text else None
+
+
+def _number(name: str, text: str) -> int:
     if not text.isdigit():
         raise ValueError(f"{name} must be a number, it is {text!r}")
     return int(text)
