@@ -33,9 +33,9 @@ from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.exchange import Exchange
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
-    Bucket,
     FileTransport,
     IpcTransport,
+    Parcel,
     SenderStore,
     Transport,
 )
@@ -291,15 +291,34 @@ class WeightSync:
             return 0
         send = self._send_own if self._is_coordinator else self._send_by_coordinator
         num_bytes = 0
+        parcels: list[Parcel] = []
+        arrived: Callable[[], None] | None = None
         try:
             for bucket in in_buckets(tensors, self._settings.bucket_bytes):
-                send(bucket, self._transport)
+                # Gathered, fingerprinted and laid out while the servers take the bucket before.
+                infos = describe(bucket)
+                parcels.append(self._transport.publish(bucket, infos))
+                if arrived is not None:
+                    before, arrived = arrived, None
+                    before()
+                    parcels.pop(0).release()
+                arrived = send(
+                    {"tensors": [info.to_json() for info in infos], **parcels[-1].fields}, parcels[-1]
+                )
                 num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            if arrived is not None:
+                before, arrived = arrived, None
+                before()
         except _Refused:
             raise
         except Exception:
+            if arrived is not None:
+                arrived()  # or its answer would be taken for the next one
             self._say_end()
             raise
+        finally:
+            for parcel in parcels:
+                parcel.release()
         self._say_end()
         return num_bytes
 
@@ -307,30 +326,29 @@ class WeightSync:
         if not self._is_coordinator:
             self._exchange.send(None, COORDINATOR, self._time_left())
 
-    def _send_own(self, bucket: Bucket, transport: Transport) -> None:
-        try:
-            told = self._tell_of(_update_info(bucket, transport))
-            try:
-                transport.transmit(lambda: any(future.done() and future.exception() for future in told))
-            except Exception:
-                for future in told:
-                    if future.done():
-                        future.result()  # a server's reason says more than "the receivers gave up"
-                raise
+    def _send_own(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
+        """Has the parcel on its way; what it returns waits until the servers have it."""
+        told = self._tell_of(update_info)
+
+        def arrived() -> None:
             for future in told:
                 future.result()
-        finally:
-            transport.release()
 
-    def _send_by_coordinator(self, bucket: Bucket, transport: Transport) -> None:
-        """An exporter's side of ``_serve``, for one bucket."""
         try:
-            self._exchange.send(_update_info(bucket, transport), COORDINATOR, self._time_left())
-            self._hear()  # the servers are being told
-            transport.transmit(lambda: False)
-            self._hear()  # the servers have it
-        finally:
-            transport.release()
+            parcel.transmit(lambda: any(future.done() and future.exception() for future in told))
+        except Exception:
+            for future in told:
+                if future.done():
+                    future.result()  # a server's reason says more than "the receivers gave up"
+            raise
+        return arrived
+
+    def _send_by_coordinator(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
+        """An exporter's side of ``_serve``, for one bucket; as ``_send_own``."""
+        self._exchange.send(update_info, COORDINATOR, self._time_left())
+        self._hear()  # the servers are being told
+        parcel.transmit(lambda: False)
+        return self._hear  # the servers have it
 
     def _hear(self) -> None:
         refusal = self._exchange.receive(COORDINATOR, self._time_left())
@@ -377,8 +395,3 @@ class WeightSync:
 
 class _Refused(RuntimeError):
     """The coordinator does not want the rest."""
-
-
-def _update_info(bucket: Bucket, transport: Transport) -> dict:
-    infos = describe(bucket)
-    return {"tensors": [info.to_json() for info in infos], **transport.publish(bucket, infos)}

@@ -1,10 +1,11 @@
 """Four ways for a bucket of weights to get from a trainer rank into the server's workers.
 
-Each sender-side transport has the same three steps, called in this order for every bucket:
+A sender's transport publishes a bucket as a parcel, of which two may be under way: the next is made while the server
+takes the one before.
 
-    fields = transport.publish(bucket, infos)   what the server must be told to find the bucket
-    transport.transmit(given_up)                while the server is being told: sends what needs a sender
-    transport.release()                         whatever happened: frees what publish took
+    parcel = transport.publish(bucket, infos)   ``parcel.fields``: what the server must be told to find the bucket
+    parcel.transmit(given_up)                   while the server is being told: sends what needs a sender
+    parcel.release()                            when the server has it, or whatever happened: frees what it took
 
 ``file`` is for a server without a GPU or behind a shared file system; ``broadcast`` for a server on other GPUs (NCCL)
 or processes (gloo); ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one; ``gloo`` for
@@ -18,6 +19,7 @@ import datetime
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,30 +34,46 @@ from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
 Bucket = Sequence[tuple[str, Tensor]]
 
 
-class Transport(Protocol):
-    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict: ...
+class Parcel(Protocol):
+    @property
+    def fields(self) -> dict: ...
 
     def transmit(self, given_up: Callable[[], bool]) -> None: ...
 
     def release(self) -> None: ...
 
 
+class Transport(Protocol):
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> Parcel: ...
+
+
 class FileTransport:
     """A safetensors file in a private folder, usually in shared memory; gone when the server has read it."""
 
     def __init__(self, folder: Path, sender: int) -> None:
-        self._path = folder / f"weights-{sender}.safetensors"
+        self._folder, self._sender, self._count = folder, sender, 0
 
-    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
-        save_file({name: _of_its_own(tensor) for name, tensor in bucket}, self._path)
-        return {"path": str(self._path)}
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _File:
+        # A name of its own each time: the server may still have an earlier file mapped.
+        self._count += 1
+        path = self._folder / f"weights-{self._sender}-{self._count}.safetensors"
+        save_file({name: _of_its_own(tensor) for name, tensor in bucket}, path)
+        return _File(path)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    @property
+    def fields(self) -> dict:
+        return {"path": str(self.path)}
 
     def transmit(self, given_up: Callable[[], bool]) -> None:
         pass
 
     def release(self) -> None:
-        # Unlinked, never overwritten: the server may still have the old file mapped.
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def read_bucket_file(
@@ -73,35 +91,54 @@ class BroadcastTransport:
 
     def __init__(self, group: SenderGroup, sender: int, device: torch.device, timeout_s: float) -> None:
         self._group, self._sender, self._device, self._timeout_s = group, sender, device, timeout_s
-        self._buffer: Tensor | None = None
 
-    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
-        self._buffer = torch.zeros(flat_size(infos), dtype=torch.uint8, device=self._device)
-        flatten((tensor for _, tensor in bucket), out=self._buffer)
-        return {"source": self._sender}
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _Broadcast:
+        buffer = torch.zeros(flat_size(infos), dtype=torch.uint8, device=self._device)
+        flatten((tensor for _, tensor in bucket), out=buffer)
+        return _Broadcast(buffer, self._group, self._sender, self._timeout_s)
+
+
+@dataclass
+class _Broadcast:
+    buffer: Tensor | None
+    group: SenderGroup
+    sender: int
+    timeout_s: float
+
+    @property
+    def fields(self) -> dict:
+        return {"source": self.sender}
 
     def transmit(self, given_up: Callable[[], bool]) -> None:
-        assert self._buffer is not None
-        self._group.broadcast(self._buffer, timeout_s=self._timeout_s, given_up=given_up)
+        assert self.buffer is not None
+        self.group.broadcast(self.buffer, timeout_s=self.timeout_s, given_up=given_up)
 
     def release(self) -> None:
-        self._buffer = None
+        self.buffer = None
 
 
 class IpcTransport:
-    """One staging buffer on this GPU, exported anew to each worker for each bucket; the workers copy it."""
+    """Two staging buffers on this GPU in turn, exported anew to each worker for each bucket; the workers copy them."""
 
     def __init__(self, num_workers: int, device: torch.device) -> None:
         self._num_workers, self._device = num_workers, device
-        self._buffer: Tensor | None = None
+        self._buffers: list[Tensor | None] = [None, None]
 
-    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> dict:
+    def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _Handles:
         size = flat_size(infos)
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        flatten((tensor for _, tensor in bucket), out=self._buffer)
+        self._buffers.reverse()
+        buffer = self._buffers[0]
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._buffers[0] = buffer
+        flatten((tensor for _, tensor in bucket), out=buffer)
         torch.cuda.synchronize(self._device)
-        return {"handles": [export_cuda_buffer(self._buffer) for _ in range(self._num_workers)]}
+        return _Handles({"handles": [export_cuda_buffer(buffer) for _ in range(self._num_workers)]})
+
+
+@dataclass(frozen=True)
+class _Handles:
+    fields: dict
 
     def transmit(self, given_up: Callable[[], bool]) -> None:
         pass

@@ -62,10 +62,11 @@ def test_file_round_trip(tmp_path: Path) -> None:
     bucket = make_bucket()
     infos = describe(bucket)
     transport = FileTransport(tmp_path, sender=0)
-    path = Path(transport.publish(bucket, infos)["path"])
+    parcel = transport.publish(bucket, infos)
+    path = Path(parcel.fields["path"])
     received = read_bucket_file(path, tmp_path, infos, CPU)
     verify(infos, received)
-    transport.release()
+    parcel.release()
     assert list(tmp_path.iterdir()) == []
     verify(infos, received)
 
