@@ -135,29 +135,42 @@ def train(
             _evaluate(parts, 0)
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
-        saved_step = done
-        for step in range(done, run.steps):
-            check_stop()
-            try:
-                if any(groups.gather(stop_wanted())):
-                    raise StopWanted
-                with tracer.step(step):
-                    memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
-            except StopWanted:
-                if saved_step < step:
-                    _save(parts, step, memory)
-                raise Stopped(f"stopped as asked: {step} of {run.steps} steps done") from None
-            if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
-                _evaluate(parts, step + 1)
-            if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
-                _save(parts, step + 1, memory)
-                saved_step = step + 1
+        _run_steps(parts, done, memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
         export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
             table = summary(read_metrics(run.output))
             if table is not None:
                 coordinator.log.console.print(table)
+
+
+def _run_steps(
+    parts: _Parts,
+    done: int,
+    memory: Memory,
+    tracer: Tracer,
+    *,
+    check_stop: Callable[[], None],
+    stop_wanted: Callable[[], bool],
+) -> None:
+    """The steps after ``done``, each with the evaluation and the checkpoint that are due after it."""
+    run, groups, saved_step = parts.run, parts.state.groups, done
+    for step in range(done, run.steps):
+        check_stop()
+        try:
+            if any(groups.gather(stop_wanted())):
+                raise StopWanted
+            with tracer.step(step):
+                memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
+        except StopWanted:
+            if saved_step < step:
+                _save(parts, step, memory)
+            raise Stopped(f"stopped as asked: {step} of {run.steps} steps done") from None
+        if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
+            _evaluate(parts, step + 1)
+        if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
+            _save(parts, step + 1, memory)
+            saved_step = step + 1
 
 
 def _step(parts: _Parts, now: Moment) -> Memory:
