@@ -53,6 +53,8 @@ def answers_to(
         raise ValueError(f"answers were sampled with {then}, and are wanted with {now}")
     asked = [(answer["prompt"], answer["prefix"]) for answer in recorded["answers"]]
     wanted = [(ask.prompt.id, list(ask.prefix)) for ask in asks]
+    if asked != wanted and [name for name, _ in asked] == [name for name, _ in wanted]:
+        raise ValueError(f"answers to the prompts {_names(asked)} were sampled with other beginnings")
     if asked != wanted:
         raise ValueError(
             f"answers to the prompts {_names(asked)} were sampled, and those to {_names(wanted)} are wanted"

@@ -46,7 +46,11 @@ def test_the_same_answers_come_back(sampling: Sampling | None) -> None:
         (ASKS, None, "wanted with None"),
         (ASKS[:1], SAMPLING, "prompts a, b were sampled, and those to a are wanted"),
         (ASKS[::-1], SAMPLING, "those to b, a are wanted"),
-        ([ASKS[0], replace(ASKS[1], prefix=(8,))], SAMPLING, "those to a, b are wanted"),
+        (
+            [ASKS[0], replace(ASKS[1], prefix=(8,))],
+            SAMPLING,
+            "prompts a, b were sampled with other beginnings",
+        ),
     ],
 )
 def test_other_questions_are_refused(asks: list[Ask], sampling: Sampling | None, reason: str) -> None:
