@@ -121,7 +121,7 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 def _train(run: RunConfig, args: argparse.Namespace) -> int:
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
-    from megatron_chord.train.stop import EXIT_CODE, Stopped, StopWish
+    from megatron_chord.train.stop import Stopped, StopWish
 
     if "RANK" not in os.environ:
         os.environ.update(rank_of_task(os.environ))
@@ -148,11 +148,12 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
             check_stop=termination.check,
             stop_wanted=wish.there,
         )
-    except (Refused, Stopped) as error:
-        code = EXIT_CODE if isinstance(error, Stopped) else 2
+    except Stopped as stopped:
         if speaks:
-            print(error if code == EXIT_CODE else f"error: {error}", file=sys.stderr)
-        return code
+            print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except Refused as error:
+        return _refuse(str(error)) if speaks else 2
     return 0
 
 

@@ -125,7 +125,7 @@ class _Node:
     def _watch_ranks(self) -> int | None:
         statuses = [rank.status for rank in self._ranks]
         for rank, status in zip(self._ranks, statuses, strict=True):
-            if status not in (None, 0, stop.EXIT_CODE):
+            if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE):
                 message = f"rank {rank.number} on {self._job.name} {described(status)}"
                 rank.complete_log()
                 record_failure(

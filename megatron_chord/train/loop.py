@@ -37,7 +37,7 @@ from megatron_chord.train.setup import (
     reference_folder,
 )
 from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
-from megatron_chord.train.stop import Stopped, StopWanted
+from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWanted
 from megatron_chord.train.trace import Tracer
 from megatron_chord.train.updates import train_on
 
@@ -165,7 +165,10 @@ def _run_steps(
         except StopWanted:
             if saved_step < step:
                 _save(parts, step, memory)
-            raise Stopped(f"stopped as asked: {step} of {run.steps} steps done") from None
+            raise Stopped(
+                f"stopped as asked: {step} of {run.steps} steps done",
+                exit_code=EXIT_CODE if step > done else EXIT_CODE_IDLE,
+            ) from None
         if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
             _evaluate(parts, step + 1)
         if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:

@@ -17,12 +17,20 @@ EXIT_CODE = 75
 """Of a run that stopped so: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
+EXIT_CODE_IDLE = 76
+"""Of a run that stopped so before it had done a single step since it was started."""
+
+
 class StopWanted(Exception):
     """Raised where a step can be given up without loss: it is taken again, the same, when the run continues."""
 
 
 class Stopped(Exception):
     """The run has stopped as it was asked to; what it had done is in a checkpoint."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StopWish:

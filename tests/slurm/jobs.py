@@ -61,7 +61,13 @@ class Submitted:
             "OMP_NUM_THREADS": "1",
             **variables,
         }
-        options = ["--parsable", "--time=10", f"--nodes={nodes}", f"--output={folder}/job.out"]
+        options = [
+            "--parsable",
+            "--time=10",
+            "--signal=B:USR1@60",
+            f"--nodes={nodes}",
+            f"--output={folder}/job.out",
+        ]
         self.id = box.run("sbatch", *options, str(script), *arguments, env=environment).stdout.strip()
 
     @property

@@ -121,6 +121,37 @@ def test_exit_code_of_a_job(
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("outcome", "before", "code", "said"),
+    [
+        ("75", "75", 0, "goes back to the queue"),
+        ("75", "76", 0, "goes back to the queue"),
+        ("76", "75", 0, "goes back to the queue"),
+        ("76", "76", 76, "twice without a single step"),
+    ],
+)
+def test_a_job_that_was_stopped_goes_back_to_the_queue(
+    tmp_path: Path, outcome: str, before: str, code: int, said: str
+) -> None:
+    for life, text in ((1, before), (2, outcome)):
+        (tmp_path / f"restart-{life}" / "failures").mkdir(parents=True)
+        (tmp_path / f"restart-{life}" / "outcome").write_text(text + "\n")
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "$@"\n')
+    scontrol.chmod(0o755)
+    done = launch(
+        tmp_path,
+        "finish 0",
+        CHORD_JOB=str(tmp_path / "restart-2"),
+        SLURM_RESTART_COUNT="2",
+        SLURM_JOB_ID="17",
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert ("requeue 17" in done.stdout) == (code == 0)
+
+
 def test_outside_slurm_a_script_says_what_to_do() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
