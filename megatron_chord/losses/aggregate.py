@@ -53,12 +53,22 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
 def without_idle(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
     """The samples without the parts that cannot change anything (``Term.idle``); those without parts are left out.
 
-    To be called after ``with_scales``: what is left out counts in the denominators.
+    Of a term that is idle throughout, the shortest part stays: log-probs are compared in every update. To be called
+    after ``with_scales``: what is left out counts in the denominators.
     """
 
     def is_idle(part: Part) -> bool:
         column = terms[part.term].idle
         return column is not None and not np.any(part.constants[column])
 
-    kept = [replace(sample, parts=tuple(p for p in sample.parts if not is_idle(p))) for sample in samples]
+    parts = [part for sample in samples for part in sample.parts]
+    busy = {part.term for part in parts if not is_idle(part)}
+    shortest: dict[str, Part] = {}
+    for part in sorted(parts, key=lambda part: len(part.positions), reverse=True):
+        shortest[part.term] = part
+    stays = {id(part) for term, part in shortest.items() if term not in busy}
+    kept = [
+        replace(sample, parts=tuple(p for p in sample.parts if id(p) in stays or not is_idle(p)))
+        for sample in samples
+    ]
     return [sample for sample in kept if sample.parts]

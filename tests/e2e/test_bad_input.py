@@ -59,7 +59,7 @@ def test_model_without_weights_and_of_unknown_type(task: Path, tmp_path: Path) -
     assert "has no weights" in refusal(task, f"model.path={tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba9"}))
     error = refusal(task, f"model.path={tmp_path}")
-    assert "unknown model_type 'mamba9'; known families: llama, mistral" in error
+    assert "unknown model_type 'mamba9'; known families: deepseek_v2, deepseek_v3, llama" in error
 
 
 def test_broken_rows_are_named_with_their_lines(task: Path, tmp_path: Path) -> None:

@@ -129,6 +129,16 @@ def test_idle_parts_are_left_out_but_counted() -> None:
     ]
 
 
+def test_of_idle_parts_alone_the_shortest_stays() -> None:
+    terms = {"policy": replace(term("policy"), idle="advantage"), "expert": term("expert")}
+    samples = [sample(part("policy", tokens, advantage=0.0)) for tokens in (3, 2, 4)]
+    kept = without_idle(with_scales([*samples, sample(part("expert", 5))], terms), terms)
+    assert [[(part.term, len(part.positions)) for part in s.parts] for s in kept] == [
+        [("policy", 2)],
+        [("expert", 5)],
+    ]
+
+
 def test_the_rest_of_a_sample_stays() -> None:
     columns = np.array([1.0, 2.0], np.float32)
     before = sample(part("policy", 2, advantage=0.5, rollout_logprob=columns))
