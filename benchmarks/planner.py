@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.gpus import GPUS
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
-from megatron_chord.plan.constants import CONSTANTS, GB, GPUS
+from megatron_chord.plan.constants import CONSTANTS, GB
 from megatron_chord.plan.estimate import Case, Choice, Cluster, checkpoint_bytes, estimate
 from megatron_chord.plan.memory import Numerics, Training, full_logits_bytes, stage_memory
 from megatron_chord.plan.training import pass_seconds, speed

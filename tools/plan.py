@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_chord.plan.constants import GPUS
+from megatron_chord.costs.gpus import GPUS
 
 if TYPE_CHECKING:  # they load torch, which --help need not wait for
     from megatron_chord.plan.estimate import Case, Estimate

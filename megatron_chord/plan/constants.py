@@ -13,43 +13,6 @@ GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One kind of GPU. Vendors' figures: dense BF16 products, decimal bytes."""
-
-    name: str
-    peak_flops: float
-    """Of BF16 matrix products without sparsity, per second."""
-    bandwidth: float
-    """Of its own memory, bytes per second."""
-    memory: float
-    """Bytes."""
-    source: str
-
-
-_H100 = "NVIDIA H100 Tensor Core GPU datasheet, SXM"
-_A100 = "NVIDIA A100 Tensor Core GPU datasheet, SXM"
-GPUS = {
-    "h100": Gpu(name="H100 SXM", peak_flops=989e12, bandwidth=3.35e12, memory=80e9, source=_H100),
-    "h200": Gpu(
-        name="H200 SXM",
-        peak_flops=989e12,
-        bandwidth=4.8e12,
-        memory=141e9,
-        source="NVIDIA H200 Tensor Core GPU datasheet, SXM",
-    ),
-    "h20": Gpu(
-        name="H20",
-        peak_flops=148e12,
-        bandwidth=4.0e12,
-        memory=96e9,
-        source="vendor's figures as quoted by [VERL-FA]",
-    ),
-    "a100-80": Gpu(name="A100 SXM 80 GB", peak_flops=312e12, bandwidth=2.039e12, memory=80e9, source=_A100),
-    "a100-40": Gpu(name="A100 SXM 40 GB", peak_flops=312e12, bandwidth=1.555e12, memory=40e9, source=_A100),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Constants:
     """Calibrated: chosen on the rows so named in benchmarks/planner.py. The others come from their sources alone."""
 

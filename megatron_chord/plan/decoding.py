@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_chord.costs.flops import decode_attention_flops
+from megatron_chord.costs.gpus import Gpu
+from megatron_chord.costs.parameters import Sizes, active_count, expert_count
 from megatron_chord.families.shape import ModelShape
-from megatron_chord.plan.constants import CONSTANTS, Constants, Gpu
-from megatron_chord.plan.memory import kv_bytes_per_token
-from megatron_chord.plan.parameters import Sizes, active_count, expert_count, model_count
+from megatron_chord.plan.constants import CONSTANTS, Constants
+from megatron_chord.plan.memory import cache_parts, kv_bytes_per_token, server_count
 from megatron_chord.plan.work import Work
 
 
@@ -64,15 +66,17 @@ class _DecodeStep:
     def __init__(self, shape: ModelShape, server: Server, constants: Constants) -> None:
         sizes = Sizes.of(shape)
         bandwidth = constants.decode_bandwidth * server.gpu.bandwidth
-        per_weight = server.weight_bytes / server.tensor / bandwidth
-        experts = expert_count(shape)
-        self._dense_s = (model_count(shape) - experts) * per_weight
+        per_weight = server.weight_bytes / bandwidth
+        experts = expert_count(shape) / server.tensor
+        self._dense_s = (server_count(shape, server.tensor) - experts) * per_weight
         self._experts_s = experts * per_weight
         self._untouched = 1 - sizes.top_k / shape.experts.count if shape.experts else 0.0
         peak = constants.decode_flops * server.gpu.peak_flops * server.flops_factor
         self._product_s = 2 * active_count(shape) / (server.tensor * peak)
-        shared = min(server.tensor, shape.num_kv_heads)
-        self._cache_s = kv_bytes_per_token(shape, server.kv_dtype_bytes) / shared / bandwidth
+        # Of one position of one sequence. All heads share a latent, so there its products take as long as its reading.
+        part = kv_bytes_per_token(shape, server.kv_dtype_bytes) / cache_parts(shape, server.tensor)
+        products = decode_attention_flops(shape) / server.tensor
+        self._cache_s = max(part / bandwidth, products / (constants.decode_flops * server.gpu.peak_flops))
         self._fixed_s = constants.decode_step_s
         if server.tensor > 1:
             self._fixed_s += 2 * shape.num_layers * constants.decode_all_reduce_s

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.costs.flops import train_flops
+from megatron_chord.costs.gpus import Gpu
+from megatron_chord.costs.parameters import model_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_shape
-from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
+from megatron_chord.plan.constants import CONSTANTS, GB, Constants
 from megatron_chord.plan.decoding import Server, sampling_seconds
 from megatron_chord.plan.memory import (
     Numerics,
@@ -22,8 +25,7 @@ from megatron_chord.plan.memory import (
     server_memory,
     stage_memory,
 )
-from megatron_chord.plan.parameters import model_count
-from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed, train_flops
+from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.train.setup import layout_of
 
@@ -175,7 +177,7 @@ class Estimate:
     choice: Choice
     training: Training
     stages: tuple[StageMemory, ...]
-    """The first and the last: those between hold neither embedding nor head, and keep less than the first."""
+    """Those among which the fullest is (``_stages_to_see``)."""
     server: ServerMemory | None
     training_peak: float
     """Bytes on the fullest GPU while training."""
@@ -287,7 +289,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     )
     stages = tuple(
         stage_memory(case.shape, training, stage, case.constants)
-        for stage in sorted({0, parallel.pipeline - 1})
+        for stage in _stages_to_see(case.shape, parallel.pipeline)
     )
     server = case.server() if work.sequences else None
     asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
@@ -347,6 +349,14 @@ def _times(case: Case, choice: Choice, how: Speed, sampling: float | None) -> Ti
         overlap=case.overlap,
         overhead=case.constants.step_overhead,
     )
+
+
+def _stages_to_see(shape: ModelShape, stages: int) -> Sequence[int]:
+    """The first and the last: those between hold neither embedding nor head, and keep less than the first. All where
+    some layers have experts and others a dense MLP."""
+    if shape.experts is not None and shape.experts.dense_layers:
+        return range(stages)
+    return sorted({0, stages - 1})
 
 
 def _problems(

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.gpus import Gpu
+from megatron_chord.costs.parameters import Count, Sizes, model_count, rank_count, stage_layers, uncut_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.losses.logprobs import CHUNK_BYTES
-from megatron_chord.plan.constants import CONSTANTS, GB, Constants, Gpu
-from megatron_chord.plan.parameters import Count, Sizes, model_count, rank_count
+from megatron_chord.plan.constants import CONSTANTS, GB, Constants
 from megatron_chord.weights.mapping import padded_vocab_size
 
 
@@ -142,33 +143,33 @@ def optimizer_bytes(count: Count, training: Training) -> float:
 
 
 def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
-    """Kept for the backward pass at the schedule's fullest moment."""
-    layers = layers_in_flight(shape.num_layers, training.parallel, stage, training.micro_batches)
-    layer = layer_activation_bytes(shape, training)
+    """Kept for the backward pass at the schedule's fullest moment; of the stage's layers each equally often."""
+    in_flight = layers_in_flight(shape.num_layers, training.parallel, stage, training.micro_batches)
+    numbers = stage_layers(shape.num_layers, training.parallel, stage)
+    layers = [layer_activation_bytes(shape, training, number) for number in numbers]
     if training.recompute == "none":
-        return layers * layer * training.local_tokens
+        return in_flight * sum(layers) / len(layers) * training.local_tokens
     # Every layer's input, and all of the one that is computed again.
     inputs = training.numerics.activation * shape.hidden_size / training.sequence_cut
-    return (layers * inputs + layer) * training.local_tokens
+    return (in_flight * inputs + max(layers)) * training.local_tokens
 
 
-def layer_activation_bytes(shape: ModelShape, training: Training) -> float:
-    """Of one layer, per token of this context rank."""
-    of, hidden = Sizes.of(shape), shape.hidden_size
+def layer_activation_bytes(shape: ModelShape, training: Training, number: int = 0) -> float:
+    """Of layer ``number``, per token of this context rank."""
+    of, hidden, experts = Sizes.of(shape), shape.hidden_size, shape.experts
     full, gemm = training.numerics.activation, training.numerics.gemm_input
-    # Inputs of both norms; inputs of the products behind them, which are those norms' outputs.
-    whole = (2 * full + 2 * gemm) * hidden
-    attention = full * (of.query + 2 * of.kv) + full * of.query
-    shared = (shape.experts.shared_ffn_size or 0) if shape.experts else 0
-    width = shared if shape.experts else shape.ffn_size
-    # Outputs of the projections into the MLP, and the activation's output, which the last product reads.
-    mlp = (of.gates * full + gemm) * width
-    cut = (attention + mlp) / training.parallel.tensor + whole / training.sequence_cut
-    if not shape.experts:
-        return cut
-    # Each token travels to top_k experts and back: its copies there, and what comes back.
-    expert = of.top_k * ((of.gates * full + gemm) * of.expert_width + (gemm + full) * hidden)
-    return cut + expert / training.sequence_cut
+    # Inputs of both norms; inputs of the products behind them, which are those norms' outputs. Latents likewise.
+    whole = (2 * full + 2 * gemm) * hidden + (full + gemm) * of.latents
+    attention = full * (of.query + of.key + of.value + of.attended)
+    # Outputs of the projections into an MLP, and the activation's output, which the last product reads.
+    per_width = of.gates * full + gemm
+    if experts is None or number in experts.dense_layers:
+        mlp, expert = per_width * shape.ffn_size, 0.0
+    else:
+        mlp = per_width * (experts.shared_ffn_size or 0)
+        # Each token travels to top_k experts and back: its copies there, and what comes back.
+        expert = of.top_k * (per_width * of.expert_width + (gemm + full) * hidden)
+    return (attention + mlp) / training.parallel.tensor + (whole + expert) / training.sequence_cut
 
 
 def layers_in_flight(num_layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
@@ -203,8 +204,20 @@ def full_logits_bytes(vocab_rows: float, tokens: float) -> float:
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype_bytes: float = 2) -> float:
-    """Keys and values of one token in all layers."""
-    return 2 * shape.num_layers * Sizes.of(shape).kv * dtype_bytes
+    """What vLLM keeps of one token in all layers: keys and values, or the latent that they are made from."""
+    return shape.num_layers * Sizes.of(shape).cache * dtype_bytes
+
+
+def cache_parts(shape: ModelShape, tensor: int) -> int:
+    """Into how many different parts a server of ``tensor`` GPUs cuts its KV cache. Beyond as many GPUs as there are
+    key-value heads vLLM keeps copies of them, and every GPU keeps the whole latent, which all heads share."""
+    return 1 if shape.has_latent_attention else min(tensor, shape.num_kv_heads)
+
+
+def server_count(shape: ModelShape, tensor: int) -> float:
+    """Parameters on one of a server's ``tensor`` GPUs."""
+    uncut = uncut_count(shape)
+    return uncut + (model_count(shape) - uncut) / tensor
 
 
 def server_memory(
@@ -224,13 +237,11 @@ def server_memory(
         weight_bytes: per parameter: 2 in BF16, 1 in FP8, 4 in FP32.
         cache_bytes: the KV cache's size per GPU, where the settings state it.
     """
-    weights = weight_bytes * model_count(shape) / tensor
+    weights = weight_bytes * server_count(shape, tensor)
     own = weights + constants.server_bytes
     reserved = utilization * gpu.memory if cache_bytes is None else own + cache_bytes
     cache = reserved - own
-    # Beyond as many GPUs as there are key-value heads vLLM keeps copies of them.
-    shared = min(tensor, shape.num_kv_heads)
-    per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / shared
+    per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / cache_parts(shape, tensor)
     return ServerMemory(
         tensor=tensor,
         weights=weights,

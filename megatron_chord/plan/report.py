@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_chord.costs.parameters import model_count
 from megatron_chord.plan.constants import GB
 from megatron_chord.plan.estimate import Case, Estimate, checkpoint_bytes, export_bytes
 from megatron_chord.plan.memory import gb
-from megatron_chord.plan.parameters import model_count
 from megatron_chord.plan.search import Found, best_block
 
 _SHOWN = 10

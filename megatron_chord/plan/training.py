@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.flops import train_flops
+from megatron_chord.costs.gpus import Gpu
 from megatron_chord.families.shape import ModelShape
-from megatron_chord.plan.constants import CONSTANTS, Constants, Gpu
-from megatron_chord.plan.parameters import Sizes, active_count
+from megatron_chord.plan.constants import CONSTANTS, Constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +20,6 @@ class Speed:
     """Model FLOP/s over the peak of all GPUs, without recomputation."""
     bubble: float
     """Share of the time that a pipeline stage waits."""
-
-
-def train_flops(shape: ModelShape, length: float) -> float:
-    """Of one token's forward and backward pass, in a sequence of ``length``, its causal attention counted once.
-
-    6 per parameter that multiplies it, and 6 per layer, query channel and position (the mean token sees half of them,
-    in scores and in values): the convention of [MB-ARCH].
-    """
-    attention = 6 * shape.num_layers * Sizes.of(shape).query * length
-    return 6 * active_count(shape) + attention
 
 
 def micro_batches(tokens: float, *, data: int, budget: int, multiple: int = 1) -> int:

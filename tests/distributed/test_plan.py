@@ -47,7 +47,9 @@ def static_bytes(folder: Path, parallel: ParallelConfig) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("family", "sharded"), [("qwen2", True), ("qwen2", False), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+    ("family", "sharded"), [("qwen2", True), ("qwen2", False), ("qwen3_moe", True), ("deepseek_v3", True)]
+)
 def test_static_bytes_are_the_trainers(family: str, sharded: bool, tmp_path: Path) -> None:
     """Two data-parallel ranks in BF16; Megatron's buffers are padded by some bytes."""
     folder = save_model(family, tmp_path, layers=2)

@@ -18,7 +18,7 @@ import megatron_chord
 PACKAGE = "megatron_chord"
 LAYERS = (
     ("config", "config_io", "config_nodes", "records", "schedules", "timing"),
-    ("losses", "data", "rewards", "families", "weights"),
+    ("losses", "data", "rewards", "families", "weights", "costs"),
     ("runtime", "model", "rollout"),
     ("methods",),
     ("convert", "train", "plan"),
@@ -27,7 +27,17 @@ LAYERS = (
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "convert", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
-NO_TORCH = ("config", "config_io", "config_nodes", "records", "schedules", "doctor", "settings", "plan")
+NO_TORCH = (
+    "config",
+    "config_io",
+    "config_nodes",
+    "records",
+    "schedules",
+    "doctor",
+    "settings",
+    "costs",
+    "plan",
+)
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
 

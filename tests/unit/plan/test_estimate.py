@@ -15,8 +15,8 @@ import pytest
 
 from megatron_chord.config import RunConfig, data_parallel_size
 from megatron_chord.config_io import load_config
+from megatron_chord.costs.gpus import GPUS
 from megatron_chord.model.build import check_shape
-from megatron_chord.plan.constants import GPUS
 from megatron_chord.plan.estimate import (
     Cluster,
     Times,
@@ -123,6 +123,18 @@ def test_separate_nodes_do_not_share_memory() -> None:
     assert not apart.problems
     assert apart.sampling_peak == pytest.approx(0.85 * 80e9)
     assert apart.times.step < together.times.step
+
+
+def test_the_fullest_stage_may_lie_between() -> None:
+    """DeepSeek-V2-Lite over 3 stages: the first has the dense layer, and of the others the last the head."""
+    run = run_of("chord_qwen3_30b_a3b", f"model.path={CONFIGS / 'deepseek-v2-lite'}")
+    parallel = dataclasses.replace(run.parallel, tensor=1, pipeline=3, sequence_parallel=False, expert=1)
+    choice = dataclasses.replace(choice_of(run), parallel=parallel)
+    found = estimate(case_of(run, h100(3)), choice)
+    assert [stage.stage for stage in found.stages] == [0, 1, 2]
+    # A layer's experts (66 x 3 x 2048 x 1408) against the dense layer's MLP and the embedding.
+    first, second, _ = (stage.parameters for stage in found.stages)
+    assert second - first == 66 * 3 * 2048 * 1408 + 64 * 2048 - 3 * 2048 * 10944 - 102400 * 2048
 
 
 def test_disk() -> None:

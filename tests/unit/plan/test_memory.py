@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.gpus import GPUS
 from megatron_chord.losses.logprobs import CHUNK_BYTES
-from megatron_chord.plan.constants import GB, GPUS
+from megatron_chord.plan.constants import GB
 from megatron_chord.plan.memory import (
     Numerics,
     Training,
@@ -73,6 +72,26 @@ def test_bytes_of_a_layer_of_experts() -> None:
     """Qwen3-30B-A3B: 8 of 128 experts of width 768 see each token: 8 copies in, 8 results out, 6 x 768 within."""
     found = layer_activation_bytes(shape_of("qwen3-30b-a3b"), training(ParallelConfig()))
     assert found == 8 * 2048 + 2 * (4096 + 2 * 512) + 2 * 4096 + 8 * (6 * 768 + 2 * 2048 + 2 * 2048)
+
+
+def test_bytes_of_latent_attention() -> None:
+    """DeepSeek-V3: latents of 1536 and 512 before and after their norms, 128 heads of 192 (query, key) and 128 (value,
+    output); MLPs of 18432, or a shared expert and 8 of 256, each of width 2048."""
+    shape, h = shape_of("deepseek-v3"), 7168
+    attention = 8 * h + 4 * (1536 + 512) + 2 * 128 * (192 + 192 + 128 + 128)
+    dense = attention + 6 * 18432
+    sparse = attention + 6 * 2048 + 8 * (6 * 2048 + 4 * h)
+    one = training(ParallelConfig())
+    assert [layer_activation_bytes(shape, one, number) for number in (0, 2, 3, 60)] == [
+        dense,
+        dense,
+        sparse,
+        sparse,
+    ]
+    whole = stage_memory(shape, training(ParallelConfig(), recompute="none"), 0)
+    assert whole.activations == pytest.approx((3 * dense + 58 * sparse) * 16384)
+    recomputed = stage_memory(shape, one, 0)
+    assert recomputed.activations == pytest.approx((61 * 2 * h + max(dense, sparse)) * 16384)
 
 
 def test_layers_in_flight_are_megatrons() -> None:
@@ -173,9 +192,15 @@ def test_kv_bytes() -> None:
     assert four.tokens == eight.tokens
 
 
-def test_gpus_state_their_source() -> None:
-    for gpu in GPUS.values():
-        assert all(getattr(gpu, item.name) for item in dataclasses.fields(gpu))
+def test_every_gpu_keeps_the_whole_latent() -> None:
+    """DeepSeek-V3's published 70 KB a token: 61 layers of 512 + 64 numbers in BF16."""
+    shape = shape_of("deepseek-v3")
+    assert kv_bytes_per_token(shape) == 61 * 576 * 2 == 70272
+    for tensor in (1, 16):
+        found = server_memory(shape, GPUS["h200"], tensor=tensor, utilization=0.9, cache_bytes=70272e5)
+        assert found.tokens == 100_000
+    # 1,030,919,680 parameters (tests/unit/costs) are on every GPU, the others are cut.
+    assert found.weights == pytest.approx(2 * (1_030_919_680 + (671_026_419_200 - 1_030_919_680) / 16))
 
 
 def test_a_stated_cache_is_what_a_server_takes() -> None:

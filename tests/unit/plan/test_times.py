@@ -8,9 +8,11 @@ import random
 import pytest
 
 from megatron_chord.config import ParallelConfig
-from megatron_chord.plan.constants import CONSTANTS, GPUS
+from megatron_chord.costs.flops import train_flops
+from megatron_chord.costs.gpus import GPUS
+from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.decoding import Server, exponential_scale, sampling_seconds
-from megatron_chord.plan.training import micro_batches, pass_seconds, speed, tensor_factor, train_flops
+from megatron_chord.plan.training import micro_batches, pass_seconds, speed, tensor_factor
 from megatron_chord.plan.work import Work
 from tests.unit.plan.models import shape_of
 
@@ -155,6 +157,24 @@ def test_experts_are_read_as_they_are_chosen() -> None:
     bandwidth = 0.7 * 3.35e12
     assert seconds(1) == pytest.approx(6e-3 + 2 * (others + experts / 16) / bandwidth, rel=0.01)
     assert seconds(1000) == pytest.approx(6e-3 + 2 * (others + experts) / bandwidth, rel=0.02)
+
+
+@pytest.mark.parametrize(("tensor", "bound"), [(1, "products"), (8, "reading")])
+def test_decoding_from_a_latent(tensor: int, bound: str) -> None:
+    """DeepSeek-V3's 128 heads share what is read: alone a GPU takes longer over products, eight over reading it."""
+    shape, gpu = shape_of("deepseek-v3"), GPUS["h100"]
+
+    def seconds(length: int) -> float:
+        one = work(prompts=1, rollouts=1, response_limit=1, response_tokens=1, prompt_tokens=length)
+        return sampling_seconds(shape, Server(gpu=gpu, tensor=tensor, kv_tokens=10**9), one, servers=1)
+
+    prefill = 2 * 36_624_596_992 / (tensor * 0.5 * 989e12)
+    expected = {
+        "products": 2 * 61 * 128 * (576 + 512) / tensor / (0.5 * 989e12),
+        "reading": 61 * 576 * 2 / (0.7 * 3.35e12),
+    }
+    assert max(expected, key=lambda name: expected[name]) == bound
+    assert (seconds(20_000) - seconds(10_000)) / 10_000 - prefill == pytest.approx(expected[bound], rel=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "limit"), [(398, 3969), (795, 3969), (3124, 3969), (10, 10_000)])

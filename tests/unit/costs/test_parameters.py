@@ -9,10 +9,17 @@ import pytest
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.config_io import load_config
+from megatron_chord.costs.parameters import (
+    active_count,
+    expert_count,
+    model_count,
+    rank_count,
+    stage_layers,
+    uncut_count,
+)
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
 from megatron_chord.plan.memory import Training, optimizer_bytes
-from megatron_chord.plan.parameters import active_count, expert_count, model_count, rank_count
 from megatron_chord.weights.mapping import padded_vocab_size
 from megatron_chord.weights.reader import HFReader
 from tests.support.ranks import run_ranks
@@ -29,6 +36,7 @@ PUBLISHED = {
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-v2-lite": 15_706_484_224,
 }
 
 
@@ -44,6 +52,52 @@ def test_experts_and_active_parameters() -> None:
     # Named "A3B": 3.3 billion, of which the embedding's lookup (151936 x 2048) multiplies nothing.
     assert active_count(shape) / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)
     assert expert_count(shape_of("qwen2.5-7b")) == 0
+
+
+def test_deepseek_v3_by_hand() -> None:
+    """671 billion, of which 37 are active; without the layer for multi-token prediction."""
+    hidden, heads = 7168, 128
+    matrices = (
+        hidden * 1536  # queries down, and up: 128 + 64 a head
+        + 1536 * heads * 192
+        + hidden * (512 + 64)  # keys and values down, with the keys' rotated part; and up: 128 + 128 a head
+        + 512 * heads * 256
+        + heads * 128 * hidden
+    )
+    assert matrices == 187_105_280
+    attention = matrices + 1536 + 512 + 2 * hidden  # with the latents' norms and the layer's two
+    expert, dense, router = 3 * hidden * 2048, 3 * hidden * 18432, 256 * hidden
+    head = 129280 * hidden
+    whole = 2 * head + hidden + 61 * attention + 3 * dense + 58 * (257 * expert + router + 256)
+    assert whole == 671_026_419_200
+    shape = shape_of("deepseek-v3")
+    assert model_count(shape) == whole
+    assert expert_count(shape) == 58 * 256 * expert
+    active = head + 61 * matrices + 3 * dense + 58 * (9 * expert + router)
+    assert active_count(shape) == active == 36_624_596_992
+    assert (active + head) / 1e9 == pytest.approx(
+        37, rel=0.02
+    )  # the published figure counts the embedding, too
+    # On every rank of vLLM's tensor axis: norms, routers with their biases, projections down.
+    uncut = 61 * (hidden * (1536 + 576) + 1536 + 512 + 2 * hidden) + hidden + 58 * (router + 256)
+    assert uncut_count(shape) == uncut
+
+
+def test_stages_with_and_without_dense_layers() -> None:
+    """DeepSeek-V2-Lite, 27 layers of which the first is dense: nine a stage, or three at three places."""
+    shape = shape_of("deepseek-v2-lite")
+    hidden, width = 2048, 1408
+    attention = hidden * 16 * 192 + hidden * 576 + 512 * 16 * 256 + 16 * 128 * hidden + 512 + 2 * hidden
+    dense, sparse = 3 * hidden * 10944, 64 * hidden + 66 * 3 * hidden * width
+    table = 102400 * hidden
+    for parallel in (ParallelConfig(pipeline=3), ParallelConfig(pipeline=3, virtual_pipeline=3)):
+        counts = [rank_count(shape, parallel, stage).total for stage in range(3)]
+        assert counts == [
+            table + 9 * attention + dense + 8 * sparse,
+            9 * attention + 9 * sparse,
+            9 * attention + 9 * sparse + hidden + table,
+        ]
+    assert stage_layers(12, ParallelConfig(pipeline=2, virtual_pipeline=3), 1) == [2, 3, 6, 7, 10, 11]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -1,0 +1,35 @@
+"""FLOPs of a model on its tokens, by the convention of published figures: 2 for each multiplication and addition,
+causal attention counted once, nothing for norms, lookups and activation functions, nor for recomputation.
+"""
+
+from __future__ import annotations
+
+from megatron_chord.costs.parameters import Sizes, active_count
+from megatron_chord.families.shape import ModelShape
+
+
+def train_flops(shape: ModelShape, length: float) -> float:
+    """Of one token's forward and backward pass, the mean over a sequence of ``length``.
+
+    6 per parameter that multiplies it, and 3 per layer, position and channel of queries and of attention's output: the
+    mean token sees half of the positions, in scores and in values. With equal channels that is the convention of
+    [MB-ARCH] (docs/planning.md), 6 per layer, position and channel. Over sequences of several lengths, ``length`` is
+    their mean weighted by tokens: the sum of squares over the sum.
+    """
+    return 6 * active_count(shape) + _per_position(shape) * length
+
+
+def attention_cost(shape: ModelShape) -> float:
+    """What attention adds to a token's matrix products for each token of its sequence: a sequence of n tokens costs
+    n + attention_cost n^2, in units of the products of a token with the parameters."""
+    return _per_position(shape) / (6 * active_count(shape))
+
+
+def decode_attention_flops(shape: ModelShape) -> float:
+    """Of one decoded token for each position that it attends to, in all layers."""
+    return 2 * shape.num_layers * Sizes.of(shape).decode_channels
+
+
+def _per_position(shape: ModelShape) -> float:
+    of = Sizes.of(shape)
+    return 3 * shape.num_layers * (of.query + of.attended)

@@ -1,0 +1,72 @@
+"""Kinds of GPUs, by vendors' figures: dense BF16 products, decimal bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    driver_name: str
+    """What the driver calls it, and so ``torch.cuda.get_device_name``."""
+    peak_flops: float
+    """Of BF16 matrix products without sparsity, per second."""
+    bandwidth: float
+    """Of its own memory, bytes per second."""
+    memory: float
+    """Bytes."""
+    source: str
+
+
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet, SXM"
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet, SXM"
+GPUS = {
+    "h100": Gpu(
+        name="H100 SXM",
+        driver_name="NVIDIA H100 80GB HBM3",
+        peak_flops=989e12,
+        bandwidth=3.35e12,
+        memory=80e9,
+        source=_H100,
+    ),
+    "h200": Gpu(
+        name="H200 SXM",
+        driver_name="NVIDIA H200",
+        peak_flops=989e12,
+        bandwidth=4.8e12,
+        memory=141e9,
+        source="NVIDIA H200 Tensor Core GPU datasheet, SXM",
+    ),
+    "h20": Gpu(
+        name="H20",
+        driver_name="NVIDIA H20",
+        peak_flops=148e12,
+        bandwidth=4.0e12,
+        memory=96e9,
+        source="vendor's figures as quoted by [VERL-FA]",
+    ),
+    "a100-80": Gpu(
+        name="A100 SXM 80 GB",
+        driver_name="NVIDIA A100-SXM4-80GB",
+        peak_flops=312e12,
+        bandwidth=2.039e12,
+        memory=80e9,
+        source=_A100,
+    ),
+    "a100-40": Gpu(
+        name="A100 SXM 40 GB",
+        driver_name="NVIDIA A100-SXM4-40GB",
+        peak_flops=312e12,
+        bandwidth=1.555e12,
+        memory=40e9,
+        source=_A100,
+    ),
+}
+
+
+def gpu_by_driver_name(name: str) -> Gpu | None:
+    """The kind that the driver calls ``name``, exactly (an H100 PCIe is another kind); None where it is not known."""
+    return next((gpu for gpu in GPUS.values() if gpu.driver_name == name), None)

@@ -1,0 +1,256 @@
+"""How many parameters each rank holds, from the family's weight table and the model's sizes.
+
+The table says which parameters there are, and which are cut over the tensor axis, spread over the expert axis or
+padded; the sizes of each follow from its name. Names are Megatron's (local layer spec). No tensor is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.weights.mapping import Rule, padded_vocab_size
+
+_LAYER = "decoder.layers.{layer}."
+_FIRST_STAGE = "embedding.word_embeddings.weight"
+_BUFFERS = (_LAYER + "mlp.router.expert_bias",)
+"""Neither trained nor, in Megatron, parameters."""
+_LAST_STAGE = ("decoder.final_layernorm.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Parameters on one rank. ``experts`` are reduced, and their optimizer state sharded, over fewer ranks."""
+
+    dense: int = 0
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+    def __add__(self, other: Count) -> Count:
+        return Count(dense=self.dense + other.dense, experts=self.experts + other.experts)
+
+    def times(self, number: int) -> Count:
+        return Count(dense=self.dense * number, experts=self.experts * number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the formulas of memory and time need of a model, in numbers of its own."""
+
+    query: int
+    """Width of all queries: heads x head size."""
+    key: int
+    """Width of all keys."""
+    value: int
+    """Width of all values."""
+    attended: int
+    """Width of attention's output: heads x a value's size."""
+    latents: int
+    """Width of the latents from which queries, keys and values are made; 0 where they come from hidden states."""
+    cache: int
+    """Numbers that the KV cache keeps of a token in each layer."""
+    decode_channels: int
+    """Products of a decoded token with what the cache keeps of one position of a layer, in scores and in values."""
+    gates: int
+    """Projections into the MLP: 2 for a gated one."""
+    expert_width: int
+    """Of one expert; 0 for a dense model."""
+    top_k: int
+    """Experts that a token passes; 0 for a dense model."""
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> Sizes:
+        settings: Mapping[str, Any] = shape.transformer
+        attention = _latent_sizes(shape) if shape.has_latent_attention else _grouped_sizes(shape)
+        return cls(
+            **attention,
+            gates=2 if settings["gated_linear_unit"] else 1,
+            expert_width=settings["moe_ffn_hidden_size"] if shape.experts else 0,
+            top_k=settings["moe_router_topk"] if shape.experts else 0,
+        )
+
+
+def _grouped_sizes(shape: ModelShape) -> dict[str, int]:
+    head = shape.transformer["kv_channels"]
+    query, kv = shape.num_heads * head, shape.num_kv_heads * head
+    return {
+        "query": query,
+        "key": kv,
+        "value": kv,
+        "attended": query,
+        "latents": 0,
+        "cache": 2 * kv,
+        "decode_channels": 2 * query,
+    }
+
+
+def _latent_sizes(shape: ModelShape) -> dict[str, int]:
+    settings, heads = shape.transformer, shape.num_heads
+    rotated, latent = settings["qk_pos_emb_head_dim"], settings["kv_lora_rank"]
+    query, value = heads * (settings["qk_head_dim"] + rotated), heads * settings["v_head_dim"]
+    return {
+        "query": query,
+        "key": query,
+        "value": value,
+        "attended": value,
+        "latents": latent + (settings["q_lora_rank"] or 0),
+        "cache": latent + rotated,
+        # The projections up from the latent are moved to the query's and the output's side (arXiv 2405.04434, 2.1.2):
+        # every head's scores are with the cached numbers themselves, its values are the latent.
+        "decode_channels": heads * (latent + rotated + latent),
+    }
+
+
+def model_count(shape: ModelShape) -> int:
+    """Numbers in the model's Hugging Face folder: a tied head counted once, no padding rows of the vocabulary."""
+    return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.exported)
+
+
+def active_count(shape: ModelShape) -> int:
+    """Parameters that multiply one token: the whole head, the embedding's lookup not, of the experts the chosen."""
+    chosen = Sizes.of(shape).top_k
+    return sum(
+        _size(rule, shape) * _num_layers(rule, shape) * (chosen if rule.of_expert else 1)
+        for rule in shape.weights.rules
+        if rule.megatron[0] != _FIRST_STAGE and len(dims(rule, shape)) > 1
+    )
+
+
+def expert_count(shape: ModelShape) -> int:
+    """Parameters of all experts together."""
+    return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.of_expert)
+
+
+def uncut_count(shape: ModelShape) -> int:
+    """Of the model's numbers, those that every rank of a tensor axis holds whole: norms, routers, projections down to
+    latents. Experts are not among them: vLLM cuts each over its tensor axis, or deals them out."""
+    return sum(
+        _copies(rule, shape) * _size(rule, shape)
+        for rule in shape.weights.rules
+        if rule.exported and rule.transform.axis is None and not rule.of_expert
+    )
+
+
+def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count:
+    """Parameters of one rank of pipeline stage ``stage``, padding rows included; the same on all its ranks."""
+    layers = stage_layers(shape.num_layers, parallel, stage)
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    found = Count()
+    for rule in shape.weights.rules:
+        name = rule.megatron[0]
+        if (name == _FIRST_STAGE and not first) or (name in _LAST_STAGE and not last) or name in _BUFFERS:
+            continue
+        if name == "output_layer.weight" and shape.tied and first:
+            continue  # the embedding itself
+        number = len(_layers_with(rule, layers)) if name.startswith(_LAYER) else 1
+        found += _rank_part(rule, shape, parallel).times(number)
+    return found
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline stage; virtual stages are dealt out in turn.
+
+    Megatron-Core 0.16.1, transformer/transformer_layer.py, get_transformer_layer_offset.
+    """
+    chunks = parallel.virtual_pipeline or 1
+    length = num_layers // (parallel.pipeline * chunks)
+    starts = [(chunk * parallel.pipeline + stage) * length for chunk in range(chunks)]
+    return [start + number for start in starts for number in range(length)]
+
+
+def _rank_part(rule: Rule, shape: ModelShape, parallel: ParallelConfig) -> Count:
+    """Of one layer, or of the whole rank for what is no layer's."""
+    sizes = list(dims(rule, shape))
+    if rule.vocab:
+        sizes[0] = padded_vocab_size(shape.vocab_size, parallel.tensor)
+    size = math.prod(sizes)
+    if rule.of_expert:
+        assert shape.experts is not None
+        return Count(experts=size * (shape.experts.count // parallel.expert))
+    return Count(dense=size // (parallel.tensor if rule.transform.axis is not None else 1))
+
+
+def _copies(rule: Rule, shape: ModelShape) -> int:
+    """How often the model has the rule's parameter."""
+    return _num_layers(rule, shape) * (shape.weights.num_experts if rule.of_expert else 1)
+
+
+def _num_layers(rule: Rule, shape: ModelShape) -> int:
+    """Layers that have the rule's parameter; 1 for what is no layer's."""
+    every = range(shape.num_layers)
+    return len(_layers_with(rule, every)) if rule.megatron[0].startswith(_LAYER) else 1
+
+
+def _layers_with(rule: Rule, layers: Sequence[int]) -> Sequence[int]:
+    return layers if rule.layers is None else sorted(set(layers) & set(rule.layers))
+
+
+def _size(rule: Rule, shape: ModelShape) -> int:
+    return math.prod(dims(rule, shape))
+
+
+def dims(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
+    """Shape of one whole parameter of this rule, without padding.
+
+    Raises:
+        ValueError: a parameter that this module knows no sizes of.
+    """
+    of, hidden = Sizes.of(shape), shape.hidden_size
+    shared = (shape.experts.shared_ffn_size or 0) if shape.experts else 0
+    known: dict[str, tuple[int, ...]] = {
+        _FIRST_STAGE: (shape.vocab_size, hidden),
+        "decoder.final_layernorm.weight": (hidden,),
+        "output_layer.weight": (shape.vocab_size, hidden),
+        "input_layernorm.weight": (hidden,),
+        **(_latent_dims(shape, of) if shape.has_latent_attention else _grouped_dims(shape, of)),
+        "self_attention.linear_proj.weight": (hidden, of.attended),
+        "pre_mlp_layernorm.weight": (hidden,),
+        "mlp.linear_fc1.weight": (of.gates * shape.ffn_size, hidden),
+        "mlp.linear_fc2.weight": (hidden, shape.ffn_size),
+        "mlp.router.weight": (shape.weights.num_experts, hidden),
+        "mlp.router.expert_bias": (shape.weights.num_experts,),
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight": (of.gates * of.expert_width, hidden),
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight": (hidden, of.expert_width),
+        "mlp.shared_experts.linear_fc1.weight": (of.gates * shared, hidden),
+        "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
+        "mlp.shared_experts.gate_weight": (1, hidden),
+    }
+    name = rule.megatron[0].removeprefix(_LAYER)
+    if name not in known:
+        raise ValueError(f"no size is known of {rule.megatron[0]} ({shape.family})")
+    return known[name]
+
+
+def _grouped_dims(shape: ModelShape, of: Sizes) -> dict[str, tuple[int, ...]]:
+    width, head = of.query + of.key + of.value, shape.transformer["kv_channels"]
+    return {
+        "self_attention.linear_qkv.weight": (width, shape.hidden_size),
+        "self_attention.linear_qkv.bias": (width,),
+        "self_attention.q_layernorm.weight": (head,),
+        "self_attention.k_layernorm.weight": (head,),
+    }
+
+
+def _latent_dims(shape: ModelShape, of: Sizes) -> dict[str, tuple[int, ...]]:
+    settings, hidden = shape.transformer, shape.hidden_size
+    latent, query_latent = settings["kv_lora_rank"], settings["q_lora_rank"] or 0
+    return {
+        "self_attention.linear_q_proj.weight": (of.query, hidden),
+        "self_attention.linear_q_down_proj.weight": (query_latent, hidden),
+        "self_attention.q_layernorm.weight": (query_latent,),
+        "self_attention.linear_q_up_proj.weight": (of.query, query_latent),
+        # The part of the keys that RoPE turns is not made from the latent, and all heads share it.
+        "self_attention.linear_kv_down_proj.weight": (latent + settings["qk_pos_emb_head_dim"], hidden),
+        "self_attention.kv_layernorm.weight": (latent,),
+        "self_attention.linear_kv_up_proj.weight": (
+            shape.num_heads * settings["qk_head_dim"] + of.value,
+            latent,
+        ),
+    }

@@ -1,0 +1,39 @@
+"""FLOPs against hand arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_chord.costs.flops import attention_cost, decode_attention_flops, train_flops
+from tests.unit.plan.models import shape_of
+
+
+def test_attention_cost_of_qwen2_5_7b() -> None:
+    """1.4e-5: a sequence of 70 thousand tokens spends as much on attention as on the products with the weights."""
+    # Of each of 28 layers: query and output 3584 x 3584, key and value 3584 x 512, three of 3584 x 18944; and the head.
+    weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584
+    # Forward, causal: half of n^2 positions, 2 FLOPs for each channel in scores and in values.
+    of_pair = 28 * 2 * (3584 + 3584) / 2
+    cost = attention_cost(shape_of("qwen2.5-7b"))
+    assert cost == pytest.approx(of_pair / (2 * weights))
+    assert cost == pytest.approx(1.42e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen3-30b-a3b", "deepseek-v3"])
+def test_attention_cost_is_the_part_that_grows(name: str) -> None:
+    shape = shape_of(name)
+    without = train_flops(shape, 0)
+    assert train_flops(shape, 3000) / without == pytest.approx(1 + attention_cost(shape) * 3000)
+
+
+def test_latent_attention() -> None:
+    """DeepSeek-V3: 128 heads of 128 + 64 for scores and 128 for values, 61 layers."""
+    shape = shape_of("deepseek-v3")
+    of_position = 3 * 61 * 128 * (192 + 128)
+    assert train_flops(shape, 4096) == pytest.approx(6 * 36_624_596_992 + 4096 * of_position)
+    # Decoding, a head's scores are with the 512 + 64 numbers that are cached, its values are the 512.
+    assert decode_attention_flops(shape) == 2 * 61 * 128 * (576 + 512)
+
+
+def test_grouped_attention_decodes_with_all_queries() -> None:
+    assert decode_attention_flops(shape_of("qwen2.5-7b")) == 2 * 28 * 2 * 3584
