@@ -191,7 +191,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     plan = plan_step(
         with_scales(samples, terms),
         max_tokens=arguments.max_tokens,
-        layout=layout_of(run.parallel, 1),
+        layout=layout_of(state.shape, run.parallel, 1),
         pad_id=0,
     )
     weights = {"policy": 1 - MU, "expert": MU}

@@ -270,7 +270,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     parallel, cluster, work = choice.parallel, case.cluster, case.work
     check_shape(case.shape, parallel)
     data = data_parallel_size(parallel, cluster.train_gpus)
-    packing = layout_of(parallel, data)
+    packing = layout_of(case.shape, parallel, data)
     count = micro_batches(
         work.tokens / work.updates,
         data=data,

@@ -11,6 +11,7 @@ from typing import Any
 from torch.profiler import record_function
 
 from megatron_chord.config import RunConfig
+from megatron_chord.data.packing import Layout
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method
 from megatron_chord.rewards.pool import GraderPool
@@ -91,7 +92,8 @@ def train(
             nonlocal coordinator
             data = load_data(run)
             stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
-            coordinator, found = _make_coordinator(run, method, data, groups, resume, stack, stop_wanted)
+            layout = layout_of(shape, run.parallel, groups.data.size)
+            coordinator, found = _make_coordinator(run, method, data, layout, resume, stack, stop_wanted)
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
 
@@ -290,7 +292,7 @@ def _make_coordinator(
     run: RunConfig,
     method: Method,
     data: RunData,
-    groups: runtime.ParallelGroups,
+    layout: Layout,
     resume: Resume,
     stack: ExitStack,
     stop_wanted: Callable[[], bool],
@@ -313,7 +315,6 @@ def _make_coordinator(
         log.say(report)
     if resume == "auto" and found is None:
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
-    layout = layout_of(run.parallel, groups.data.size)
     coordinator = Coordinator(
         run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted
     )

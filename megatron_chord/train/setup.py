@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
@@ -118,8 +119,8 @@ def load_data(run: RunConfig) -> RunData:
     )
 
 
-def layout_of(parallel: ParallelConfig, data_parallel: int) -> Layout:
-    """What packing must know of the parallel axes."""
+def layout_of(shape: ModelShape, parallel: ParallelConfig, data_parallel: int) -> Layout:
+    """What packing must know of the parallel axes, and of the model: what long sequences cost."""
     return make_layout(
         data=data_parallel,
         tensor=parallel.tensor,
@@ -127,6 +128,7 @@ def layout_of(parallel: ParallelConfig, data_parallel: int) -> Layout:
         context=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         virtual=parallel.virtual_pipeline is not None,
+        attention_cost=attention_cost(shape),
     )
 
 

@@ -99,7 +99,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         plan = plan_step(
             with_scales(case["samples"], terms),
             max_tokens=run.batch.max_tokens,
-            layout=layout_of(parallel, state.groups.data.size),
+            layout=layout_of(state.shape, parallel, state.groups.data.size),
             pad_id=0,
         )
         temperature = run.rollout.temperature
@@ -153,7 +153,9 @@ def logits_of(state: TrainState, sequences: list[list[int]]) -> Any:
         context=state.groups.context.size,
         sequence_parallel=config.sequence_parallel,
     )
-    batch = pack(samples, columns={}, layout=layout_of(parallel, state.groups.data.size), pad_id=0)
+    batch = pack(
+        samples, columns={}, layout=layout_of(state.shape, parallel, state.groups.data.size), pad_id=0
+    )
     return _logits_of(state, batch, [len(ids) for ids in sequences], to_device)
 
 

@@ -62,7 +62,7 @@ def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM
         groups=start_groups(parallel),
         steps=STEPS,
     )
-    return state, layout_of(parallel, state.groups.data.size)
+    return state, layout_of(state.shape, parallel, state.groups.data.size)
 
 
 def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:

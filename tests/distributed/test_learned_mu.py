@@ -38,7 +38,7 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
             plan = plan_step(
                 with_scales(make_samples(seed=seed), terms),
                 max_tokens=run.batch.max_tokens,
-                layout=layout_of(run.parallel, state.groups.data.size),
+                layout=layout_of(state.shape, run.parallel, state.groups.data.size),
                 pad_id=0,
             )
             mine = plan.micro_batches[state.groups.data.rank]

@@ -59,7 +59,10 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
     long = dataclasses.replace(sample, token_ids=ids, parts=(part,))
     for _ in range(2):  # Adam's moments are made in the first
         plan = plan_step(
-            with_scales([long, long], terms), max_tokens=TOKENS, layout=layout_of(parallel, 1), pad_id=0
+            with_scales([long, long], terms),
+            max_tokens=TOKENS,
+            layout=layout_of(shape, parallel, 1),
+            pad_id=0,
         )
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
         update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
