@@ -7,7 +7,7 @@ constants are known before the pass, so the sum over any split of the step is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -123,6 +123,12 @@ class Term:
     """The loss uses ``TokenStats.rival``."""
     idle: str | None = None
     """A column: sequences in which it is 0 throughout have neither loss nor gradient, so they need no pass."""
+
+
+def num_forward_passes(terms: Iterable[Term]) -> int:
+    """Before a step's first update: one of the policy, one of the reference, each where a term asks for its columns."""
+    scored = {column for term in terms for column in term.scored}
+    return bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored)
 
 
 def reported(term: Term) -> TermOutput:

@@ -11,6 +11,7 @@ from megatron_chord.costs.gpus import Gpu
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.losses.terms import num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_shape
@@ -223,7 +224,7 @@ def case_of(
     if precision != "bf16" and run.model.dtype != "bf16":
         raise ValueError(f"precision {precision} needs model.dtype bf16, it is {run.model.dtype}")
     response = _mean("response", response_tokens, run.data.max_response_tokens)
-    scored = {column for term in method.terms(run).values() for column in term.scored}
+    terms = method.terms(run).values()
     samples = method.samples(run)
     return Case(
         shape=shape,
@@ -239,11 +240,11 @@ def case_of(
             longest=run.data.max_prompt_tokens + run.data.max_response_tokens,
             updates=run.batch.mini_batches,
             epochs=run.batch.epochs,
-            passes=bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored),
+            passes=num_forward_passes(terms),
         ),
         numerics=Numerics.of(run.model.dtype, fp8=precision == "fp8_e2e"),
         weight_bytes=_ELEMENT[run.model.dtype],
-        reference="reference_logprob" in scored,
+        reference=any("reference_logprob" in term.scored for term in terms),
         train_fp8=precision == "fp8_e2e",
         rollout_fp8=precision != "bf16",
         rollout_tensor=run.rollout.tensor,

@@ -41,6 +41,8 @@ class StepInputs:
     """Of each phase of the collection."""
     num_tokens: int
     """All tokens that pass through the model, prompts included."""
+    squared_tokens: int
+    """Sum of the squares of their sequences' lengths."""
     weight_version: int
     """Of the oldest weights that sampled any of the step's rollouts; the step's own where nothing was sampled."""
 
@@ -199,6 +201,7 @@ class Coordinator:
             },
             seconds=timer.seconds,
             num_tokens=_num_tokens(trained),
+            squared_tokens=sum(len(sample.token_ids) ** 2 for samples in trained for sample in samples),
             weight_version=min(versions, default=now.step),
         )
         return inputs, [

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout
-from megatron_chord.losses.terms import Term
+from megatron_chord.losses.terms import Term, num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
@@ -39,6 +39,7 @@ from megatron_chord.train.setup import (
 )
 from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
 from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWanted
+from megatron_chord.train.throughput import own_gpu, throughput
 from megatron_chord.train.trace import Tracer
 from megatron_chord.train.updates import train_on
 
@@ -217,6 +218,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         seconds = {**timer.seconds, **inputs.seconds}
         row |= {
             "tokens_per_s": inputs.num_tokens / seconds["total"],
+            **_throughput(parts, inputs, seconds["train"]),
             "seconds": seconds | {"sync": parts.engine.take_sync_seconds()},
         }
         coordinator.log.finish_step(row, step_line(row, run.steps))
@@ -225,6 +227,20 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         return now.memory
     # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
+
+
+def _throughput(parts: _Parts, inputs: StepInputs, seconds: float) -> dict[str, float]:
+    trained = {name for update in inputs.updates for name in update.counts}
+    forward = num_forward_passes(parts.terms[name] for name in trained)
+    return throughput(
+        parts.state.shape,
+        tokens=inputs.num_tokens,
+        squared_tokens=inputs.squared_tokens,
+        passes=parts.run.batch.epochs + forward / 3,
+        seconds=seconds,
+        ranks=parts.state.groups.world_size,
+        gpu=own_gpu(),
+    )
 
 
 def _evaluate(parts: _Parts, version: int) -> None:

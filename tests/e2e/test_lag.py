@@ -68,7 +68,8 @@ def train_in_turn(url: str, runs: list[tuple[Path, Path, dict[str, str], int | s
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in metrics_of(folder)
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "tflops_per_gpu", "mfu")}
+        for row in metrics_of(folder)
     ]
 
 

@@ -41,7 +41,7 @@ def train_in_turn(url: str, runs: list[tuple[Path, dict[str, str], Any]]) -> Non
 
 def numbers(folder: Path, *but: str) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", *but)}
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "tflops_per_gpu", "mfu", *but)}
         for row in metrics_of(folder)
     ]
 

@@ -21,6 +21,7 @@ from megatron_chord.plan.memory import Training, stage_memory
 from megatron_chord.train.setup import layout_of
 from megatron_chord.train.state import build_state
 from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+from megatron_chord.train.throughput import own_gpu
 from tests.distributed.steps import start_groups
 from tests.support.tiny import make_samples, save_model, tiny_run
 
@@ -72,3 +73,12 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
     training = Training(parallel=parallel, data=1, micro_tokens=TOKENS, micro_batches=2, recompute=recompute)
     constants = dataclasses.replace(CONSTANTS, cuda_bytes=0.0, fragmentation=0.0)
     assert peak == pytest.approx(stage_memory(shape, training, 0, constants).total, rel=0.15)
+
+
+def test_the_kind_of_gpu_is_known_by_its_name() -> None:
+    """Memory as torch sees it: decimal bytes, some of the vendor's figure (or of the same number of GiB) reserved."""
+    gpu = own_gpu()
+    if gpu is None:
+        pytest.skip(f"{torch.cuda.get_device_name()} is not among the kinds of costs/gpus.py")
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert 0.9 * gpu.memory < total < 1.08 * gpu.memory
