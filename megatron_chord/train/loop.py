@@ -20,7 +20,7 @@ from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
 from megatron_chord.train.ahead import Ahead
-from megatron_chord.train.coordinator import Coordinator
+from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Resume, claim
