@@ -41,6 +41,8 @@ class Script:
         self.failures: dict[int, list[Exception]] = {}
         self.gates: dict[int, threading.Event] = {}
         """A collection waits for its step's."""
+        self.waiting = threading.Event()
+        """One does."""
         self._version: int | None = None
 
     def push(self, state: Any, version: int) -> None:
@@ -66,6 +68,7 @@ class Script:
         how = "recorded" if recorded is not None else "sampled" if clients else "drawn"
         self.events.append(f"{now.step} {how} by {version}")
         if now.step in self.gates:
+            self.waiting.set()
             assert self.gates[now.step].wait(10)
         if self.failures.get(now.step):
             raise self.failures[now.step].pop(0)
@@ -154,6 +157,7 @@ def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Scri
     script.gates[1] = threading.Event()
     ahead = ahead_of(run_of(lag=1, in_flight="keep"), script)
     ahead.take(Moment(step=0))
+    assert script.waiting.wait(10)
     threading.Timer(0.3, script.gates[1].set).start()
     assert ahead.take(Moment(step=1))[0] == "1 by 0"
     ahead.drain()
