@@ -27,8 +27,14 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 quickstart: $(VENV)/.installed
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
 
+# Unit tests on all cores; the others start several processes each, one after the other.
 test: lint
+ifeq ($(PYTEST_ARGS),)
+	$(BIN)/python -m pytest -q -n auto tests/unit
+	$(BIN)/python -m pytest tests --ignore tests/unit
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 venv: $(VENV)/.installed
 
