@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.precision import Precision, preset
 from megatron_chord.schedules import MuSchedule
 
 
@@ -228,7 +229,8 @@ class CorrectionConfig:
     """w of each token, the product over its sequence, or that product's geometric mean."""
     mode: Literal["truncate", "clamp", "mask", "none"] = "truncate"
     """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (a sequence-level mask
-    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag`."""
+    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag` and
+    of FP8."""
     low: float = 0.0
     high: float = 2.0
 
@@ -284,8 +286,8 @@ class ObjectiveConfig:
     """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
     kl: KLConfig | None = None
     correction: CorrectionConfig | None = None
-    """Left out: none, but where `rollout.lag` is above 0 and `ratio_from` is not `rollout` the block's own defaults,
-    min(w, 2) of each token. With `ratio_from: rollout` the ratio itself corrects."""
+    """Left out: none, but where `rollout.lag` is above 0 or `precision` one of FP8, and `ratio_from` is not `rollout`,
+    the block's own defaults, min(w, 2) of each token. With `ratio_from: rollout` the ratio itself corrects."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
@@ -406,7 +408,11 @@ class RolloutConfig:
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
     """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it the run stops. Left out: 1e-3 in fp32,
-    5e-2 in bf16; 0.5 for rollouts of older weights (`lag`), which differ because the policy has moved."""
+    5e-2 in bf16, 0.1 in FP8; 0.5 for rollouts of older weights (`lag`), which differ because the policy has moved."""
+    max_probability_error: float | None = None
+    """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ; beyond
+    it the run stops. Left out: 1.01 in fp32, 1.1 in bf16 and FP8, where up to 1.05 is healthy; no limit for rollouts of
+    older weights."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -435,6 +441,11 @@ class RolloutConfig:
         )
         if self.max_logprob_gap is not None:
             _positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
+        _require(
+            self.max_probability_error is None or self.max_probability_error > 1,
+            f"rollout.max_probability_error must be > 1, got {self.max_probability_error}: equal probabilities have an "
+            "error of 1",
+        )
         if self.kv_cache_bytes is not None:
             _positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
 
@@ -557,6 +568,10 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
+    precision: Precision | None = None
+    """Number formats, with a `model.dtype` of bf16 (docs/fp8.md). Left out, or bf16: no FP8. fp8_rollout: training in
+    BF16; vLLM quantises in blocks of 128 x 128. fp8_e2e: the trainer's matrix products in such blocks, too.
+    fp8_tensorwise: both with one scale for each tensor, the first and last layer in BF16."""
     method: MethodConfig = field(default_factory=MethodConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -584,10 +599,21 @@ class RunConfig:
         )
         correction = self.objective.correction
         _require(
-            self.rollout.lag > 0 or correction is None or correction.mode != "none",
-            "objective.correction.mode none turns off the correction that rollout.lag brings; without a lag leave "
-            "objective.correction out",
+            self.rollout.lag > 0
+            or preset(self.precision).rollouts is not None
+            or correction is None
+            or correction.mode != "none",
+            "objective.correction.mode none turns off the correction that rollout.lag or an FP8 precision brings; "
+            "without either leave objective.correction out",
         )
+        if self.precision is not None:
+            self._check_precision()
+
+    def _check_precision(self) -> None:
+        for name, dtype in {"model.dtype": self.model.dtype, "rollout.dtype": self.rollout.dtype}.items():
+            _require(
+                dtype in ("bf16", None), f"precision {self.precision} needs {name} to be bf16, got {dtype}"
+            )
 
 
 def check_lengths(data: DataConfig, max_positions: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_chord.precision import Fp8Training, batch_multiple
 from megatron_chord.records import Part, TrainSample
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Layout:
     sequence_multiple: int = 1
     """Every sequence's length: 2 x context with context parallelism."""
     batch_multiple: int = 1
-    """Every batch's length: also divisible by tensor x context with sequence parallelism."""
+    """Every batch's length: also divisible by tensor x context with sequence parallelism, and by more with FP8."""
     count_multiple: int = 1
     """Micro-batches per rank: the interleaved pipeline schedule wants a multiple of its stages."""
     attention_cost: float = 0.0
@@ -90,12 +91,16 @@ def make_layout(
     sequence_parallel: bool,
     virtual: bool,
     attention_cost: float = 0.0,
+    fp8: Fp8Training | None = None,
 ) -> Layout:
     sequence = 2 * context if context > 1 else 1
+    batch = math.lcm(sequence, tensor * context if sequence_parallel else 1)
+    if fp8 is not None:
+        batch = batch_multiple(fp8, tensor=tensor, context=context, sequence_parallel=sequence_parallel)
     return Layout(
         data=data,
         sequence_multiple=sequence,
-        batch_multiple=math.lcm(sequence, tensor * context if sequence_parallel else 1),
+        batch_multiple=batch,
         count_multiple=pipeline if virtual else 1,
         attention_cost=attention_cost,
     )
@@ -105,13 +110,14 @@ def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout
     """Pack one optimizer update's samples: every rank's work, and every micro-batch's, near equal.
 
     Args:
-        max_tokens: budget of one micro-batch; a longer sample gets one of its own.
+        max_tokens: budget of one micro-batch, alignment padding included; a longer sample gets one of its own.
         pad_id: token of alignment padding; it is never trained, nor attended by a trained token.
     """
     lengths = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in samples]
+    capacity = max(max_tokens // layout.batch_multiple, 1) * layout.batch_multiple
     work = [length + layout.attention_cost * length**2 for length in lengths]
     bins = balanced_bins(
-        lengths, work, capacity=max_tokens, multiple=layout.data, rank_multiple=layout.count_multiple
+        lengths, work, capacity=capacity, multiple=layout.data, rank_multiple=layout.count_multiple
     )
     columns = columns_of(samples)
     batches = [

@@ -19,6 +19,7 @@ from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
 from megatron_chord.methods.draw import Draw
+from megatron_chord.precision import preset
 from megatron_chord.records import TrainSample
 from megatron_chord.schedules import Moment, MuSchedule
 
@@ -117,12 +118,14 @@ def policy_term(run: RunConfig) -> Term:
 
 
 def corrected(run: RunConfig) -> ObjectiveConfig:
-    """``objective`` as rollouts of older weights need it: corrected, unless the user has said that it should not be.
+    """``objective`` as rollouts of older or of quantised weights need it: corrected, unless the user has said that it
+    should not be.
 
     With ``ratio_from: rollout`` the ratio is the importance weight already.
     """
     objective = run.objective
-    if run.rollout.lag == 0 or objective.ratio_from == "rollout" or objective.correction is not None:
+    needs_correction = run.rollout.lag > 0 or preset(run.precision).rollouts is not None
+    if not needs_correction or objective.ratio_from == "rollout" or objective.correction is not None:
         return objective
     return replace(objective, correction=CorrectionConfig())
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
+from megatron_chord.model.fp8 import transformer_settings
 from megatron_chord.model.rope import scaled_frequencies
 from megatron_chord.model.specs import block_spec, has_transformer_engine
+from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime.parallel import EXPERT_TENSOR
 from megatron_chord.weights.mapping import global_name, padded_vocab_size
 
@@ -47,6 +49,12 @@ _NOT_TO_OVERRIDE = {
         }.items()
     },
     "expert_tensor_parallel_size": "it is 1: experts are not cut over the tensor axis, parallel.expert spreads them",
+    **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16"), "precision sets it"),
+    **dict.fromkeys(
+        ("fp8_dot_product_attention", "fp8_multi_head_attention"),
+        "attention is computed in BF16 under every precision",
+    ),
+    **dict.fromkeys(("fp4", "fp4_param"), "there is no FP4 training here"),
 }
 
 
@@ -97,10 +105,19 @@ def _cut_over_tensor(shape: ModelShape) -> dict[str, int]:
     return cut
 
 
-def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> Any:
-    """Megatron-Core's TransformerConfig. ValueError for an override that is no field of it."""
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, fp8: Fp8Training | None = None
+) -> Any:
+    """Megatron-Core's TransformerConfig.
+
+    Raises:
+        ValueError: an override that is no field of it, or FP8 without Transformer Engine and a CUDA device.
+    """
     dtype = DTYPES[model.dtype]
     fused = has_transformer_engine()
+    if fp8 is not None and not fused:
+        # Megatron would ignore it: without Transformer Engine its FP8 context does nothing (fp8_utils.py).
+        raise ValueError("FP8 training needs a CUDA device and Transformer Engine")
     settings: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -136,8 +153,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         # Fused, Megatron's latent attention rotates by its own YaRN.
         "apply_rope_fusion": fused and not shape.has_latent_attention,
         "persist_layer_norm": False,
-        # Needs a kernel of NVIDIA's Apex that only some images bring.
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fused and _has_gradient_kernel(),
+        **transformer_settings(fp8),
     }
     if parallel.virtual_pipeline:
         # Without overlapped sends two stages with virtual chunks mix their messages up: a wrong loss, no error.
@@ -151,6 +168,16 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
     check_overrides(model.megatron_overrides, shape)
     merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
     return _config_class(shape)(**merged)
+
+
+def _has_gradient_kernel() -> bool:
+    """Whether NVIDIA's Apex, which only some images bring, has the kernel that adds weight gradients in fp32.
+
+    Transformer Engine has its own, but Megatron's embedding and head read the same setting and need Apex's.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    return layers._grad_accum_fusion_available
 
 
 def _config_class(shape: ModelShape) -> Any:

@@ -14,6 +14,8 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout
 from megatron_chord.losses.terms import Term, num_forward_passes
 from megatron_chord.methods.base import Method
+from megatron_chord.model.fp8 import set_environment
+from megatron_chord.precision import preset
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.schedules import Memory, Moment, MuSchedule
@@ -81,6 +83,7 @@ def train(
     """
     with _refusing():
         shape, method = check_run(run, runtime.world_size_of_environment())
+    set_environment(run.precision)
     groups = runtime.start(
         run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run, method)
     )
@@ -93,7 +96,7 @@ def train(
             nonlocal coordinator
             data = load_data(run)
             stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
-            layout = layout_of(shape, run.parallel, groups.data.size)
+            layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
             coordinator, found = _make_coordinator(run, method, data, layout, resume, stack, stop_wanted)
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
@@ -119,6 +122,7 @@ def train(
                 groups=groups,
                 steps=run.steps,
                 reference=reference_folder(run, terms),
+                fp8=preset(run.precision).training,
             )
             ahead = Ahead(run, method, state, engine, coordinator)
             stack.callback(ahead.close)

@@ -21,6 +21,8 @@ from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.draw import Sources
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
+from megatron_chord.model.fp8 import check_fp8
+from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Expert, Prompt
 from megatron_chord.weights.reader import HFReader
 
@@ -47,8 +49,15 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     shape = read_shape(run.model.path)
     shape.weights.check_folder(HFReader.of(run.model.path).names, str(run.model.path))
     check_shape(shape, run.parallel)
-    data_parallel_size(run.parallel, world_size)
+    data = data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)
+    check_fp8(shape, run.parallel, run.precision)
+    multiple = layout_of(shape, run.parallel, data, preset(run.precision).training).batch_multiple
+    if run.batch.max_tokens < multiple:
+        raise ValueError(
+            f"batch.max_tokens {run.batch.max_tokens} is below {multiple}, of which the length of every packed "
+            "micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
+        )
     check_lengths(run.data, shape.max_positions)
     for name in ("prompts", "experts", "evaluation", "chat_template"):
         path: Path | None = getattr(run.data, name)
@@ -119,8 +128,10 @@ def load_data(run: RunConfig) -> RunData:
     )
 
 
-def layout_of(shape: ModelShape, parallel: ParallelConfig, data_parallel: int) -> Layout:
-    """What packing must know of the parallel axes, and of the model: what long sequences cost."""
+def layout_of(
+    shape: ModelShape, parallel: ParallelConfig, data_parallel: int, fp8: Fp8Training | None = None
+) -> Layout:
+    """What packing must know of the parallel axes, of the trainer's FP8, and of what long sequences cost the model."""
     return make_layout(
         data=data_parallel,
         tensor=parallel.tensor,
@@ -129,6 +140,7 @@ def layout_of(shape: ModelShape, parallel: ParallelConfig, data_parallel: int) -
         sequence_parallel=parallel.sequence_parallel,
         virtual=parallel.virtual_pipeline is not None,
         attention_cost=attention_cost(shape),
+        fp8=fp8,
     )
 
 
@@ -156,6 +168,8 @@ def plan_lines(
         f"layout      {world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
         f"{parallel.context} x data {data}"
     )
+    if run.precision is not None:
+        say(f"precision   {run.precision}: {_precision_text(run, data)}")
     say(f"method      {method.describe(run)}")
     say(
         f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
@@ -179,6 +193,27 @@ def plan_lines(
     ]
     if passes:
         say(f"passes      one forward pass more a step for each of: {', '.join(passes)}")
+
+
+def _precision_text(run: RunConfig, data: int) -> str:
+    training, rollouts = preset(run.precision).training, preset(run.precision).rollouts
+    parts = ["training in BF16"]
+    if training is not None:
+        multiple = layout_of(run.parallel, data, training).batch_multiple
+        parts = [
+            f"the trainer's matrix products in {training.number_format} {training.recipe}"
+            + (", first and last layer in BF16" if training.first_last_bf16 else ""),
+            f"micro-batches padded to multiples of {multiple} tokens",
+        ]
+    parts.append(f"rollouts {f'quantised by vLLM, {rollouts.quantization}' if rollouts else 'in BF16'}")
+    correction = corrected(run).correction
+    if rollouts is not None and run.objective.ratio_from == "rollout":
+        parts.append("the ratio corrects for it")
+    elif rollouts is not None and (correction is None or correction.mode == "none"):
+        parts.append("NOT corrected for (objective.correction.mode: none)")
+    elif rollouts is not None and correction is not None:
+        parts.append(f"corrected for by each {correction.level}'s weight, {correction.mode}")
+    return "; ".join(parts)
 
 
 def _lag_text(run: RunConfig) -> str:

@@ -14,6 +14,8 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, global_parameters, global_weights, transformer_config
 from megatron_chord.model.forward import unwrapped
+from megatron_chord.model.fp8 import optimizer_settings
+from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.load import load
@@ -65,10 +67,12 @@ def build_state(
     groups: ParallelGroups,
     steps: int,
     reference: Path | None = None,
+    fp8: Fp8Training | None = None,
 ) -> TrainState:
     """Build this rank's part of the model, fill it from ``model.path`` and put an optimizer on it.
 
     ``reference``: folder of a second policy of the same shape to keep beside it, for its log-probs alone.
+    ``fp8``: of the matrix products of both.
 
     Collectives: those of Megatron's constructors; all ranks must call it.
     """
@@ -78,10 +82,10 @@ def build_state(
         finalize_model_grads,
     )
 
-    config, chunks = _filled(shape, model, parallel, groups)
+    config, chunks = _filled(shape, model, parallel, groups, fp8)
     reference_chunks: tuple[Any, ...] = ()
     if reference is not None:
-        _, read = _filled(shape, replace(model, path=reference), parallel, groups)
+        _, read = _filled(shape, replace(model, path=reference), parallel, groups, fp8)
         reference_chunks = tuple(chunk.requires_grad_(False) for chunk in read)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -98,7 +102,7 @@ def build_state(
         # Called by the schedules around all but the last micro-batch, whose backward pass reduces.
         pauses = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
-    optimizer = _optimizer(model, parallel, optim, wrapped)
+    optimizer = _optimizer(model, parallel, optim, wrapped, fp8)
     return TrainState(
         shape=shape,
         groups=groups,
@@ -130,10 +134,14 @@ def restart_schedule(state: TrainState, since: int) -> None:
 
 
 def _filled(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    fp8: Fp8Training | None,
 ) -> tuple[Any, list[Any]]:
     """Megatron's config, and this rank's chunks with the weights of ``model.path``."""
-    config = transformer_config(shape, model, parallel)
+    config = transformer_config(shape, model, parallel, fp8)
     chunks = build_chunks(config, shape)
     read = functools.partial(
         load,
@@ -149,8 +157,13 @@ def _filled(
 
 
 def _optimizer(
-    model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig, chunks: tuple[Any, ...]
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    chunks: tuple[Any, ...],
+    fp8: Fp8Training | None,
 ) -> Any:
+    """Megatron's choice of Adam: Transformer Engine's, else Apex's, else torch's (``runtime.adam`` without CUDA)."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_chord.model.build import DTYPES
@@ -167,6 +180,7 @@ def _optimizer(
         bf16=model.dtype == "bf16",
         params_dtype=DTYPES[model.dtype],
         use_distributed_optimizer=parallel.distributed_optimizer,
+        **optimizer_settings(fp8),
     )
     return get_megatron_optimizer(config, list(chunks))
 

@@ -538,7 +538,7 @@ class TestBase:
         ("rollout: {in_flight: keep}", "rollout.in_flight means nothing without rollout.lag"),
         (
             "objective: {ratio_from: current, correction: {mode: none}}",
-            "objective.correction.mode none turns off the correction that rollout.lag brings",
+            "objective.correction.mode none turns off the correction that rollout.lag or an FP8 precision brings",
         ),
         (
             "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
@@ -557,3 +557,35 @@ def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) ->
 def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
     run = load(tmp_path, "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none}}\n")
     assert run.objective.correction == config.CorrectionConfig(mode="none")
+
+
+@pytest.mark.parametrize("precision", ["fp8_rollout", "fp8_e2e", "fp8_tensorwise"])
+def test_fp8_is_one_line(tmp_path: Path, precision: str) -> None:
+    run = load(tmp_path, f"precision: {precision}\n")
+    without = load(tmp_path)
+    assert run.precision == precision
+    assert dataclasses.replace(run, precision=None) == without, "taking the line away is the way back to BF16"
+    off = "objective: {ratio_from: current, correction: {mode: none}}\n"
+    assert load(tmp_path, f"precision: {precision}\n{off}").objective.correction is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("precision: fp8", "precision: 'fp8' is none of bf16, fp8_rollout, fp8_e2e, fp8_tensorwise"),
+        (
+            "precision: bf16\nobjective: {ratio_from: current, correction: {mode: none}}",
+            "without either leave",
+        ),
+        ("precision: fp8_rollout\nrollout: {dtype: fp32}", "needs rollout.dtype to be bf16, got fp32"),
+        ("rollout: {max_probability_error: 0.9}", "rollout.max_probability_error must be > 1, got 0.9"),
+    ],
+)
+def test_what_goes_with_a_precision(tmp_path: Path, text: str, finding: str) -> None:
+    assert finding in only_finding(tmp_path, f"{text}\n")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_e2e"])
+def test_a_precision_needs_bf16_weights(tmp_path: Path, precision: str) -> None:
+    found = only_finding(tmp_path, f"precision: {precision}\n", "model.dtype=fp32")
+    assert f"precision {precision} needs model.dtype to be bf16, got fp32" in found

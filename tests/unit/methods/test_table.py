@@ -14,6 +14,7 @@ from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.losses.terms import reported
 from megatron_chord.methods.base import corrected
 from megatron_chord.methods.table import METHODS, build, method_of
+from megatron_chord.precision import Precision
 from megatron_chord.schedules import Binary, Constant, GradientNorm, Learned
 from tests.support.ranks import ROOT
 from tests.support.tiny import tiny_run
@@ -171,3 +172,17 @@ def test_rollouts_of_older_weights_are_corrected_for_unless_told_otherwise(tmp_p
     ):
         asked = changed(run, rollout={"lag": lag}, objective={"ratio_from": ratio_from, "correction": given})
         assert corrected(asked).correction == used
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_rollout", "fp8_e2e", "fp8_tensorwise"])
+def test_quantised_rollouts_are_corrected_for_unless_told_otherwise(
+    tmp_path: Path, precision: Precision
+) -> None:
+    run = tiny_run(tmp_path)
+    run = replace(run, model=replace(run.model, dtype="bf16"), precision=precision)
+    current = changed(run, objective={"ratio_from": "current"})
+    expected = (
+        None if precision == "bf16" else CorrectionConfig(level="token", mode="truncate", low=0.0, high=2.0)
+    )
+    assert corrected(current).correction == expected
+    assert corrected(run).correction is None, "the ratio does it"

@@ -1,0 +1,208 @@
+"""Which published models can be trained in FP8 over which tensor axis, how packed batches are padded, what is set.
+
+Sizes are those of the published config.json files; the table's verdicts were worked out by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.data.packing import make_layout
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import read_shape
+from megatron_chord.model.build import check_overrides, check_shape, transformer_config
+from megatron_chord.model.fp8 import check_fp8, matrix_sizes, optimizer_settings, transformer_settings
+from megatron_chord.precision import PRESETS, Precision, preset
+
+# model_type, hidden_size, intermediate_size, layers, heads, key-value heads, further settings
+PUBLISHED: dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]] = {
+    "Qwen2.5-7B": ("qwen2", 3584, 18944, 28, 28, 4, {}),
+    "Llama-3.1-8B": ("llama", 4096, 14336, 32, 32, 8, {}),
+    "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, {"head_dim": 128}),
+    "Qwen2.5-32B": ("qwen2", 5120, 27648, 64, 40, 8, {}),
+    "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, {"head_dim": 128}),
+    "Llama-3.3-70B": ("llama", 8192, 28672, 80, 64, 8, {}),
+    "Qwen2.5-72B": ("qwen2", 8192, 29568, 80, 64, 8, {}),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        {
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def shape_of(name: str, folder: Path) -> ModelShape:
+    family, hidden, ffn, layers, heads, groups, more = PUBLISHED[name]
+    config = {
+        "model_type": family,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        **more,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_shape(folder)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "Qwen3-30B-A3B"])
+def test_blocks_of_128_by_model_and_tensor_axis(name: str, tensor: int, tmp_path: Path) -> None:
+    shape = shape_of(name, tmp_path)
+    impossible = {("Qwen2.5-72B", 2): "14784", ("Qwen2.5-72B", 4): "7392", ("Qwen2.5-72B", 8): "3696"}
+    parallel = ParallelConfig(tensor=tensor)
+    if (name, tensor) == ("Qwen2.5-7B", 8):
+        with pytest.raises(ValueError, match="28 attention heads / tensor 8"):
+            check_shape(shape, parallel)
+        assert dict(matrix_sizes(shape, parallel))["MLP width 18944 / tensor 8"] == 2368
+        return
+    check_shape(shape, parallel)
+    check_fp8(shape, parallel, "fp8_tensorwise")
+    for precision in ("bf16", "fp8_rollout", None):
+        check_fp8(shape, parallel, precision)
+    if (name, tensor) not in impossible:
+        check_fp8(shape, parallel, "fp8_e2e")
+        return
+    with pytest.raises(ValueError, match="precision fp8_e2e") as refused:
+        check_fp8(shape, parallel, "fp8_e2e")
+    assert f"MLP width 29568 / tensor {tensor} = {impossible[name, tensor]}." in str(refused.value)
+    for alternative in ("fp8_tensorwise", "parallel.tensor 1", "fp8_rollout"):
+        assert alternative in str(refused.value)
+
+
+def test_experts_are_not_cut(tmp_path: Path) -> None:
+    shape = shape_of("Qwen3-30B-A3B", tmp_path)
+    parallel = ParallelConfig(tensor=4, expert=4, sequence_parallel=True)
+    assert dict(matrix_sizes(shape, parallel)) == {
+        "hidden size 2048": 2048,
+        "queries, keys and values of 32 heads / tensor 4": (8 + 2) * 128,
+        "attention output of 32 heads / tensor 4": 1024,
+        "expert width 768": 768,
+    }
+    check_fp8(shape, parallel, "fp8_e2e")
+
+
+def test_shapes_that_are_not_even_multiples_of_16(tmp_path: Path) -> None:
+    PUBLISHED["odd"] = ("qwen2", 4096, 11000, 32, 32, 8, {})  # 11000 = 8 x 1375
+    try:
+        shape = shape_of("odd", tmp_path)
+    finally:
+        del PUBLISHED["odd"]
+    for precision in ("fp8_e2e", "fp8_tensorwise"):
+        with pytest.raises(ValueError, match="MLP width 11000 = 11000") as refused:
+            check_fp8(shape, ParallelConfig(), precision)
+        assert str(refused.value).endswith("Possible instead: precision fp8_rollout, or none (BF16 training)")
+
+
+@pytest.mark.parametrize(
+    ("precision", "axes", "expected"),
+    [
+        # NeMo-RL's worked examples of its rule
+        ("fp8_e2e", {"tensor": 4, "context": 2, "sequence_parallel": True}, 2048),
+        ("fp8_e2e", {"tensor": 4, "context": 1, "sequence_parallel": True}, 512),
+        # 128 x 1, 128 x 1 (no sequence parallelism), 128 x 2 x 2, 16 x 1, 16 x (2 x 2) x 4
+        ("fp8_e2e", {}, 128),
+        ("fp8_e2e", {"tensor": 4}, 128),
+        ("fp8_e2e", {"context": 2}, 512),
+        ("fp8_tensorwise", {}, 16),
+        ("fp8_tensorwise", {"tensor": 4, "context": 2, "sequence_parallel": True}, 256),
+        # stages and data ranks change nothing
+        ("fp8_e2e", {"pipeline": 4, "data": 8, "tensor": 4, "sequence_parallel": True}, 512),
+        # no FP8 in the trainer: what sequence and context parallelism ask for
+        ("fp8_rollout", {"tensor": 4, "context": 2, "sequence_parallel": True}, 8),
+        ("bf16", {}, 1),
+        (None, {"tensor": 4, "sequence_parallel": True}, 4),
+    ],
+)
+def test_packed_length(precision: Precision | None, axes: dict[str, Any], expected: int) -> None:
+    one = {"data": 1, "tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False, "virtual": False}
+    layout = make_layout(**one | axes, fp8=preset(precision).training)
+    assert layout.batch_multiple == expected
+    assert layout.sequence_multiple == (2 * axes["context"] if axes.get("context", 1) > 1 else 1)
+
+
+def test_what_megatron_is_told() -> None:
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    expected = {"fp8_e2e": ("e4m3", "blockwise", False), "fp8_tensorwise": ("hybrid", "tensorwise", True)}
+    for precision, (number_format, recipe, first_last) in expected.items():
+        training = PRESETS[precision].training
+        config = TransformerConfig(
+            num_layers=2, hidden_size=128, num_attention_heads=2, **transformer_settings(training)
+        )
+        assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == (
+            number_format,
+            recipe,
+            first_last,
+        )
+        assert not config.fp8_param
+        optimizer = OptimizerConfig(optimizer="adam", **optimizer_settings(training))
+        assert optimizer.fp8_recipe == recipe
+        assert not optimizer.use_precision_aware_optimizer
+    assert transformer_settings(None) == optimizer_settings(None) == {}
+
+
+def test_fp8_is_never_silently_ignored(tmp_path: Path) -> None:
+    shape = shape_of("Qwen2.5-7B", tmp_path)
+    model = ModelConfig(path=tmp_path)
+    with pytest.raises(ValueError, match="needs a CUDA device and Transformer Engine"):
+        transformer_config(shape, model, ParallelConfig(), PRESETS["fp8_e2e"].training)
+    for name, value in {"fp8": "e4m3", "fp8_recipe": "delayed", "fp8_param": True}.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be set: precision sets it"):
+            check_overrides({name: value}, shape)
+
+
+def test_transformer_engine_reads_the_environment_when_it_is_imported() -> None:
+    code = """
+import os, sys, types
+from megatron_chord.model.fp8 import set_environment
+set_environment("fp8_tensorwise")
+assert "NVTE_FP8_BLOCK_SCALING_FP32_SCALES" not in os.environ
+set_environment("fp8_e2e")
+assert os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == "1"
+assert "megatron.core" not in sys.modules
+sys.modules["transformer_engine"] = types.ModuleType("transformer_engine")
+set_environment("fp8_e2e")  # as it should be
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "0"
+try:
+    set_environment("fp8_e2e")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "set NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in done.stdout
