@@ -87,6 +87,16 @@ def surrogate(
     return Surrogate(torch.where(dual, bound, loss), clipped, dual)
 
 
+def disagreement(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
+    """How far trainer and rollout engine are apart on the same tokens, [K] each, detached.
+
+    logprob_gap is |difference|, probability_error its exp: the factor by which the larger probability exceeds the
+    other, 1 where they agree (NVIDIA NeMo-RL's token_mult_prob_error). A gap above MAX_LOG_RATIO counts as that.
+    """
+    gap = (logprobs - rollout_logprobs).abs().detach()
+    return {"logprob_gap": gap, "probability_error": gap.clamp(max=MAX_LOG_RATIO).exp()}
+
+
 def correction_weights(
     old_logprobs: Tensor, tokens: TermTokens, correction: CorrectionConfig
 ) -> tuple[Tensor, Tensor]:
@@ -150,8 +160,8 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
         "recomputed": lambda: tokens["old_logprob"],
     }[objective.ratio_from]()
     loss, clipped, dual_clipped = surrogate(logprobs, old, tokens, objective)
-    gap = (logprobs - tokens["rollout_logprob"]).abs().detach()
-    means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), "logprob_gap": gap}
+    apart = disagreement(logprobs, tokens["rollout_logprob"])
+    means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), **apart}
     if objective.dual_clip is not None:
         means["dual_clip_fraction"] = dual_clipped.float()
     if objective.correction is not None and objective.correction.mode != "none":
@@ -162,4 +172,4 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
     loss, kl = with_penalties(loss, stats, tokens, objective)
     if kl is not None:
         means["kl"] = kl
-    return TermOutput(loss, losses, means, {"logprob_gap_max": gap})
+    return TermOutput(loss, losses, means, {"logprob_gap_max": apart["logprob_gap"]})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from megatron_chord.losses.policy import disagreement
 from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats
 
 
@@ -81,7 +82,7 @@ def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
     """
     logprobs = stats.logprobs
     loss = tokens["loss_share"] + tokens["slope"] * (logprobs - logprobs.detach())
-    gap = (logprobs - tokens["rollout_logprob"]).abs().detach()
+    apart = disagreement(logprobs, tokens["rollout_logprob"])
     return TermOutput(
         loss,
         {
@@ -89,6 +90,9 @@ def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             "dpo_margin": tokens["margin_share"],
             "dpo_accuracy": tokens["accuracy_share"],
         },
-        {"entropy": stats.entropy.detach(), "logprob_gap": gap * tokens["gap_weight"]},
-        {"logprob_gap_max": gap * tokens["is_rollout"]},
+        {
+            "entropy": stats.entropy.detach(),
+            **{name: values * tokens["gap_weight"] for name, values in apart.items()},
+        },
+        {"logprob_gap_max": apart["logprob_gap"] * tokens["is_rollout"]},
     )

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.losses.policy import disagreement
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term
 from megatron_chord.methods.demonstration import (
@@ -117,14 +118,14 @@ def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) ->
     logprobs, is_right = stats.logprobs, tokens["sign"] > 0
     weight = coefficient * tokens.sequence_means(stats.entropy).exp()
     loss = torch.where(is_right, -weight, 1.0) * logprobs
-    gap = (logprobs - tokens["rollout_logprob"]).abs().detach()
+    apart = disagreement(logprobs, tokens["rollout_logprob"])
     means = {
         "entropy": stats.entropy.detach(),
-        "logprob_gap": gap,
+        **apart,
         "right_fraction": is_right.float(),
         "right_weight": weight,
     }
-    return TermOutput(loss, {"policy_loss": loss.detach()}, means, {"logprob_gap_max": gap})
+    return TermOutput(loss, {"policy_loss": loss.detach()}, means, {"logprob_gap_max": apart["logprob_gap"]})
 
 
 def imitation_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) -> TermOutput:

@@ -134,7 +134,7 @@ def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = Fa
 def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
     """Of a step's updates: each number's mean over the updates that report it, the largest of the maxima.
 
-    The log-prob gap is the first update's: later ones differ from the sampling policy because they should.
+    What compares with the sampling policy is the first update's: later ones differ from it because they should.
     """
     first = results[0]
     means = {
@@ -145,7 +145,8 @@ def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
     maxima = {name: max(result.maxima.get(name, 0.0) for result in results) for name in peaks}
     return UpdateResult(
         loss=statistics.fmean(result.loss for result in results),
-        means=means | {name: first.means[name] for name in ("logprob_gap",) if name in first.means},
+        means=means
+        | {name: first.means[name] for name in ("logprob_gap", "probability_error") if name in first.means},
         maxima=maxima | {name: first.maxima[name] for name in ("logprob_gap_max",) if name in first.maxima},
     )
 

@@ -117,6 +117,9 @@ def srft(folder: Path, **objective: Any) -> Any:
             means={
                 "entropy": lambda token, *_: token.entropy.item(),
                 "logprob_gap": lambda token, *_: abs(token.logp.item() - token.constants["rollout_logprob"]),
+                "probability_error": lambda token, *_: math.exp(
+                    abs(token.logp.item() - token.constants["rollout_logprob"])
+                ),
                 "right_fraction": lambda token, *_: float(token.constants["sign"] > 0),
                 "right_weight": lambda token, sequence, _: 0.1 * math.exp(entropy(sequence)),
             },

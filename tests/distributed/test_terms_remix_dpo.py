@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,18 +155,23 @@ def dpo_term() -> OracleTerm:
 
         return value
 
-    def gap(token: Token, _: SequenceTokens, everything: list[SequenceTokens]) -> float:
+    def of_sampled(value: Callable[[float], float], token: Token, everything: list[SequenceTokens]) -> float:
         tokens = [t for sequence in everything for t in sequence.tokens]
         num_sampled = sum(t.constants["is_rollout"] == 1 for t in tokens)
         if token.constants["is_rollout"] == 0:
             return 0.0
-        return abs(token.logp.item() - token.constants["rollout_logprob"]) * len(tokens) / num_sampled
+        gap = abs(token.logp.item() - token.constants["rollout_logprob"])
+        return value(gap) * len(tokens) / num_sampled
 
     return OracleTerm(
         loss=loss,
         pool="dpo",
         aggregation="sequence_sum",
-        means={"entropy": lambda token, *_: token.entropy.item(), "logprob_gap": gap},
+        means={
+            "entropy": lambda token, *_: token.entropy.item(),
+            "logprob_gap": lambda token, _, everything: of_sampled(lambda gap: gap, token, everything),
+            "probability_error": lambda token, _, everything: of_sampled(math.exp, token, everything),
+        },
         losses={
             "dpo_loss": of_pair(lambda m: math.log(1 + math.exp(-m))),
             "dpo_margin": of_pair(lambda m: m),

@@ -88,6 +88,9 @@ def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "pol
         "entropy": lambda token, *_: token.entropy.item(),
         "clip_fraction": lambda token, sequence, _: float(surrogate(token, sequence)[1]),
         "logprob_gap": lambda token, *_: abs(token.logp.item() - token.constants["rollout_logprob"]),
+        "probability_error": lambda token, *_: math.exp(
+            abs(token.logp.item() - token.constants["rollout_logprob"])
+        ),
     }
     if objective.dual_clip is not None:
         means["dual_clip_fraction"] = lambda token, sequence, _: float(surrogate(token, sequence)[2])

@@ -161,6 +161,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
             "entropy": 0.75,
             "clip_fraction": 1.0,
             "logprob_gap": math.log(1.5),
+            "probability_error": 1.0 + 1.5,
             "logprob_gap_max": math.log(1.5),
         },
         rel=1e-13,

@@ -420,6 +420,7 @@ def test_ratio_from() -> None:
         out.loss.sum().backward()
         found[source] = [out.loss.item(), *grads_of(stats)[0]]
         assert out.means["logprob_gap"].tolist() == pytest.approx([math.log(1.5)])
+        assert out.means["probability_error"].tolist() == pytest.approx([1.5])
         assert out.maxima["logprob_gap_max"].tolist() == pytest.approx([math.log(1.5)])
     assert found["rollout"] == pytest.approx([-3.0, -3.0])
     assert found["current"] == pytest.approx([-2.0, -2.0])
@@ -467,6 +468,7 @@ def test_policy_loss_with_everything() -> None:
         "clip_fraction": [1.0, 0.0, 0.0],
         "dual_clip_fraction": [0.0, 1.0, 0.0],
         "logprob_gap": pytest.approx(gaps),
+        "probability_error": pytest.approx([2.5, 12.0, 2.0]),
         "correction_weight": pytest.approx([1.25, 2.0, 0.5]),
         "correction_outside": [0.0, 1.0, 0.0],
         "kl": pytest.approx(kl),

@@ -365,7 +365,12 @@ def test_at_the_reference_the_loss_is_log_2(pairs: Any) -> None:
 def test_what_it_reports() -> None:
     output = reported(dpo_term(beta=0.1, max_pairs=3))
     assert [*output.losses] == ["dpo_loss", "dpo_margin", "dpo_accuracy"]
-    assert [*output.means, *output.maxima] == ["entropy", "logprob_gap", "logprob_gap_max"]
+    assert [*output.means, *output.maxima] == [
+        "entropy",
+        "logprob_gap",
+        "probability_error",
+        "logprob_gap_max",
+    ]
 
 
 # ---- refusals
