@@ -28,6 +28,7 @@ from typing import Literal, Self
 import httpx
 import torch
 
+from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
 
@@ -63,6 +64,8 @@ class ServerSettings:
     kv_cache_bytes: int | None = None
     """On a CPU 256 MiB where left out, on a GPU what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.6
+    fp8: Fp8Rollouts | None = None
+    """Quantise the weights, those that are pushed too; needs `dtype` bf16."""
     sleep_mode: bool = False
     """GPU only: allow ``RolloutClient.sleep``, for a server that shares the trainer's GPUs."""
     visible_devices: str | None = None
@@ -100,6 +103,8 @@ def start_server(
     arguments = _arguments(model, host, port, settings)
     arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
     environment = _environment(os.environ, key)
+    if settings.fp8 is not None:
+        environment |= settings.fp8.environment
     if on_cpu:
         environment |= _cpu_environment(settings)
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # refused beside --kv-cache-memory-bytes
@@ -261,6 +266,7 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
         *("--generation-config", "vllm"),
         # Log-probs of the distribution that was sampled from, i.e. after the temperature.
         *("--logprobs-mode", "processed_logprobs"),
+        *(("--quantization", settings.fp8.quantization) if settings.fp8 is not None else ()),
         "--skip-tokenizer-init",
         "--enable-scale-out",
         "--disable-uvicorn-access-log",

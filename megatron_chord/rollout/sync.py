@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_chord.precision import Quantization
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.exchange import Exchange
@@ -74,6 +75,8 @@ class SyncSettings:
     bucket_bytes: int = 256 << 20
     pause_mode: PauseMode = "wait"
     """What becomes of requests that are being sampled when a push begins (``RolloutClient.pause``)."""
+    quantization: Quantization | None = None
+    """What the servers make of the weights; one that was started with another is refused."""
 
 
 class WeightSync:
@@ -228,6 +231,7 @@ class WeightSync:
                         "endpoints": endpoints,
                         "num_workers": sum(workers),
                         "first_worker": first,
+                        "quantization": self._settings.quantization,
                     },
                     timeout_s=self._time_left(),
                 ),

@@ -6,6 +6,10 @@ own loaders fuse and slice. Only vLLM imports this module (see ``vllm_plugin``).
 vLLM loads layer by layer: a tensor is kept until its layer has all of them, then copied. Hence no receive buffer is
 ever reused here, and an update that failed cannot be repeated in the same process: what it left in the half-filled
 layers would be mixed with the next one's. The engine then refuses to start until the server is restarted.
+
+A server started with --quantization receives the same BF16 tensors: an update puts each layer back to the parameters
+that it is loaded with, and vLLM quantises it anew as soon as it has them all, into the memory it had before
+(model_loader/reload/layerwise.py, _layerwise_process).
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ class InitInfo(WeightTransferInitInfo):
     """Workers of all servers together."""
     first_worker: int = 0
     """Index of this server's first worker among them."""
+    quantization: str | None = None
+    """What the trainer's precision expects of this server's --quantization."""
 
 
 @dataclass
@@ -73,6 +79,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._aliases = _aliases(model)
         self._init: InitInfo | None = None
         self._groups: list[SenderGroup] = []
+        self._expected: list[str] = []
         self._received: set[str] = set()
         self._loaded: set[str] = set()
         self._failed: str | None = None
@@ -80,6 +87,12 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if init_info.transport not in ("file", "gloo", "broadcast", "ipc"):
             raise ValueError(f"unknown weight transport {init_info.transport!r}")
+        serves = self.model_config.quantization
+        if serves != init_info.quantization:
+            raise ValueError(
+                f"this server was started with --quantization {serves}, but the trainer's precision expects "
+                f"{init_info.quantization}"
+            )
         self.shutdown()
         self._init = init_info
         self._groups = [
@@ -104,6 +117,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
+        # Now, not at the end: quantised layers also have scales then, which nobody sends.
+        self._expected = [name for name, _ in self.model.named_parameters()]
 
     def update_weights(self, update_info: dict) -> None:
         # vLLM's own version calls torch.accelerator.synchronize(), which raises without an accelerator.
@@ -192,18 +207,27 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         missing = {
             name
-            for name, _ in self.model.named_parameters()
+            for name in self._expected
             if self._aliases.get(name, name) not in self._loaded and name not in self._loaded
         }
         for name, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
-            if (
-                not isinstance(layer, VocabParallelEmbedding)
-                and info.load_numel_total is not None
-                and 0 < info.load_numel < info.load_numel_total
-            ):
-                missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+            if isinstance(layer, VocabParallelEmbedding) or info.load_numel_total is None:
+                continue
+            total = _without_padding(layer, info.load_numel_total)
+            if 0 < info.load_numel < total:
+                missing.add(f"{name} ({info.load_numel} of {total} elements)")
         return sorted(missing)
+
+
+def _without_padding(layer: Any, num_elements: int) -> int:
+    """Of ``num_elements`` those that are loaded: quantisation in blocks pads experts' sizes to whole blocks."""
+    moe = getattr(layer, "moe_config", None)
+    if moe is None:
+        return num_elements
+    padded = moe.hidden_dim * moe.intermediate_size_per_partition
+    loaded = moe.hidden_dim_unpadded * moe.intermediate_size_per_partition_unpadded
+    return num_elements * loaded // padded
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, str]:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_chord.config import RunConfig
+from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
 from megatron_chord.rollout.fleet import Fleet, JobServers, ListedServers, OwnServer
@@ -36,6 +37,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         dtype=run.rollout.dtype or run.model.dtype,
         max_model_len=run.data.max_prompt_tokens + run.data.max_response_tokens,
         tensor=run.rollout.tensor,
+        fp8=preset(run.precision).rollouts,
         kv_cache_bytes=run.rollout.kv_cache_bytes,
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
@@ -55,6 +57,7 @@ class RolloutEngine:
         """Start the server (if ``is_needed``, and neither the run nor a job has its own) and return while it loads."""
         self._is_needed = is_needed
         self._run = run
+        self._fp8 = preset(run.precision).rollouts
         self._groups = groups
         self._log_folder = log_folder
         self._notify = notify
@@ -139,6 +142,7 @@ class RolloutEngine:
                 timeout_s=rollout.sync_timeout_s,
                 pause_mode="keep" if rollout.in_flight == "keep" else "wait",
                 host=self._job.address if self._job is not None else _address_towards(rollout.servers),
+                quantization=self._fp8.quantization if self._fp8 is not None else None,
             ),
             exporters=exporters,
             group=groups.objects if groups.world_size > 1 else None,
