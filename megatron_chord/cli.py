@@ -94,6 +94,7 @@ def _check(run: RunConfig) -> int:
 
     try:
         shape, method = check_run(run, _world_size(run))
+        _check_machine(run)
         data = load_data(run)
     except ValueError as error:
         return _refuse(str(error))
@@ -129,6 +130,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
     speaks = os.environ.get("RANK", "0") == "0" or "CHORD_JOB" in os.environ
     try:
         check_run(run, _world_size(run))
+        _check_machine(run)
     except ValueError as error:
         return _refuse(str(error)) if speaks else 2
     if "RANK" not in os.environ and run.parallel.ranks > 1:
@@ -155,6 +157,21 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
     except Refused as error:
         return _refuse(str(error)) if speaks else 2
     return 0
+
+
+def _check_machine(run: RunConfig) -> None:
+    """ValueError with everything that this machine lacks for the run's precision."""
+    if run.precision is None:
+        return
+    from megatron_chord import doctor
+
+    machine = doctor.this_machine()
+    faults = doctor.fp8_faults(run.precision, machine, rollouts_elsewhere=bool(run.rollout.servers))
+    if faults:
+        raise ValueError(
+            f"precision {run.precision} needs {'; '.join(faults)}. `megatron-chord doctor` says more; without the "
+            "setting the run trains in BF16"
+        )
 
 
 def _world_size(run: RunConfig) -> int:

@@ -26,6 +26,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.precision import PRESETS, Precision, preset
+
 Status = Literal["ok", "missing", "wrong", "optional"]
 Kind = Literal["CPU", "GPU"]
 
@@ -35,6 +37,15 @@ FIRST_DRIVER = {12: 525, 13: 580}
 """Oldest NVIDIA driver branch that runs a CUDA major version."""
 MIN_SHARED_MEMORY = 1 << 30
 MIN_OPEN_FILES = 4096
+MIN_CUDNN = (9, 3)
+"""Of Transformer Engine 2.11 (its README)."""
+CUDNN_FOLDERS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/local/cuda/lib64",
+)
+"""Where images keep it; from PyPI it is a distribution."""
 INSTALL_FP8 = "pip install --no-build-isolation -e '.[fp8]', after torch"
 
 
@@ -173,7 +184,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
             yield Finding("GPU", "CUDA devices", found, "optional", where)
         return
     for index, device in enumerate(machine.devices):
-        capability = ".".join(map(str, device.capability))
+        capability = _dotted(device.capability)
         found = f"{device.name}, {device.memory_mib / 1024:.0f} GiB, capability {capability}"
         yield _check(
             "GPU", f"device {index}", found, device.capability >= (8, 0), "BF16 needs capability 8.0"
@@ -214,11 +225,78 @@ def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Fin
             if lowest >= (8, 9)
             else "no FP8 below 8.9: train in BF16"
         )
-        found = ".".join(map(str, lowest))
+        found = _dotted(lowest)
         yield _check(
             "FP8", "capability", found, lowest >= (9, 0), advice, required=False, otherwise="optional"
         )
     yield _transformer_engine(next(need for need in needs if need.name == "transformer-engine"))
+    yield _cudnn()
+    for precision, settings in PRESETS.items():
+        if settings.rollouts is not None:
+            faults = fp8_faults(precision, machine)
+            found = "-" if faults else "possible" if machine.devices else "possible but for the devices"
+            yield _check(
+                "FP8",
+                f"precision {precision}",
+                found,
+                not faults,
+                "; ".join(faults),
+                required=False,
+                otherwise="optional",
+            )
+
+
+def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bool = False) -> list[str]:
+    """What this machine lacks for a precision, each in words. Devices are not asked for on a cluster's login node.
+
+    Args:
+        rollouts_elsewhere: the rollout servers run on other machines.
+    """
+    settings = preset(precision)
+    if settings.training is None and (settings.rollouts is None or rollouts_elsewhere):
+        return []
+    build, faults = torch_build(), []
+    if not build.startswith("CUDA"):
+        faults.append(f"a CUDA build of torch (found: {build or 'none'})")
+    elif _numbers(build.removeprefix("CUDA")) < settings.cuda:
+        faults.append(f"torch built for CUDA {_dotted(settings.cuda)} or newer (found: {build})")
+    if machine.devices:
+        lowest = min(device.capability for device in machine.devices)
+        if lowest < settings.capability:
+            wanted = _dotted(settings.capability)
+            faults.append(f"devices of compute capability {wanted} or higher (found: {_dotted(lowest)})")
+    elif not is_login_node(machine):
+        faults.append("a CUDA device")
+    if settings.training is not None:
+        need = next(need for need in requirements() if need.name == "transformer-engine")
+        for finding in (_transformer_engine(need), _cudnn()):
+            if finding.status in ("missing", "wrong"):
+                faults.append(f"{finding.name} (found: {finding.found}; {finding.advice})")
+    return faults
+
+
+def is_login_node(machine: Machine) -> bool:
+    """No devices here, but Slurm to reach them, and a torch that could use them."""
+    has_devices = machine.devices or machine.num_device_files
+    return not has_devices and bool(machine.slurm) and torch_build().startswith("CUDA")
+
+
+def _cudnn() -> Finding:
+    version = _version("nvidia-cudnn-cu13") or _version("nvidia-cudnn-cu12") or _system_cudnn()
+    wanted = f"Transformer Engine needs {_dotted(MIN_CUDNN)} or newer"
+    if version is None:
+        return Finding("FP8", "cuDNN", "-", "missing", wanted)
+    return _check("FP8", "cuDNN", version, _numbers(version) >= MIN_CUDNN, wanted, required=False)
+
+
+def _system_cudnn() -> str | None:
+    """The newest libcudnn.so.X.Y.Z in the folders of CUDNN_FOLDERS."""
+    files = [file for folder in CUDNN_FOLDERS for file in Path(folder).glob("libcudnn.so.*.*.*")]
+    return max((file.name.removeprefix("libcudnn.so.") for file in files), key=_numbers, default=None)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _transformer_engine(need: Requirement) -> Finding:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.task import make_task, run_cli
 
@@ -45,6 +46,26 @@ def test_a_good_file_passes(task: Path) -> None:
 )
 def test_settings(task: Path, override: str, reason: str) -> None:
     assert reason in refusal(task, override)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have what FP8 needs")
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("precision", "missing"),
+    [
+        ("fp8_rollout", "a CUDA build of torch (found: CPU); a CUDA device."),
+        ("fp8_tensorwise", "a CUDA build of torch (found: CPU); a CUDA device; transformer-engine (found: "),
+    ],
+)
+def test_fp8_on_a_machine_without_a_gpu(task: Path, command: str, precision: str, missing: str) -> None:
+    error = refusal(task, f"precision={precision}", "model.dtype=bf16", command=command)
+    assert f"precision {precision} needs {missing}" in error
+    assert "without the setting the run trains in BF16" in error
+
+
+def test_fp8_in_blocks_on_a_shape_without_them(task: Path) -> None:
+    settings = ("precision=fp8_e2e", "model.dtype=bf16")
+    assert "hidden size 64 = 64" in refusal(task, *settings), "before any look at the machine"
 
 
 @pytest.mark.parametrize("command", ["check", "train"])

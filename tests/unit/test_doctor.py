@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.doctor import Device, Finding, Machine, Requirement, exit_status, report, requirements
+from megatron_chord import doctor
+from megatron_chord.doctor import (
+    Device,
+    Finding,
+    Machine,
+    Requirement,
+    exit_status,
+    fp8_faults,
+    report,
+    requirements,
+)
+from megatron_chord.precision import PRESETS, Precision
 
 GIB = 1 << 30
 LAPTOP = Machine(num_cores=2, memory=24 * GIB, shared_memory=8 * GIB, open_files=1024)
@@ -245,6 +256,87 @@ def test_transformer_engine_is_three_distributions_of_one_version(
     assert finding.status == status
     assert advice in finding.advice
     assert not finding.required
+
+
+A100, L40S = Device("A100", (8, 0), 81920, "580.65.06"), Device("L40S", (8, 9), 46068, "580.65.06")
+LOGIN = Machine(num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096, slurm=("sbatch", "srun"))
+CUDNN = {"nvidia-cudnn-cu13": "9.20.0.48"}
+
+
+def with_devices(*devices: Device) -> Machine:
+    return Machine(devices=devices, num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096)
+
+
+def test_fp8_on_a_machine_that_has_it_all(site: Site) -> None:
+    site.add_gpu_stack(**FP8, **CUDNN)
+    for precision in PRESETS:
+        assert fp8_faults(precision, NODE) == fp8_faults(precision, LOGIN) == []
+    findings = report(NODE)
+    assert named(findings, "cuDNN").found == "9.20.0.48"
+    assert [named(findings, f"precision fp8_{name}").status for name in ("rollout", "e2e", "tensorwise")] == [
+        "ok"
+    ] * 3
+    assert named(report(LOGIN), "precision fp8_e2e").found == "possible but for the devices"
+
+
+def test_fp8_without_a_gpu(site: Site) -> None:
+    site.add_cpu_stack()
+    assert fp8_faults("bf16", LAPTOP) == []
+    (build, device, engine, cudnn) = fp8_faults("fp8_e2e", LAPTOP)
+    assert build == "a CUDA build of torch (found: CPU)"
+    assert device == "a CUDA device"
+    assert engine.startswith("transformer-engine (found: -; for FP8")
+    assert cudnn == "cuDNN (found: -; Transformer Engine needs 9.3 or newer)"
+    assert fp8_faults("fp8_rollout", LAPTOP) == [build, device], "rollouts do not need Transformer Engine"
+    assert fp8_faults("fp8_rollout", LAPTOP, rollouts_elsewhere=True) == []
+    assert fp8_faults("fp8_e2e", LAPTOP, rollouts_elsewhere=True) == [build, device, engine, cudnn]
+
+
+@pytest.mark.parametrize(
+    ("precision", "devices", "cuda", "faults"),
+    [
+        ("fp8_e2e", (H100,), "12.9", []),
+        ("fp8_e2e", (H100,), "12.8", ["torch built for CUDA 12.9 or newer (found: CUDA 12.8)"]),
+        ("fp8_e2e", (H100, L40S), "13.0", ["devices of compute capability 9.0 or higher (found: 8.9)"]),
+        ("fp8_rollout", (L40S,), "13.0", ["devices of compute capability 9.0 or higher (found: 8.9)"]),
+        ("fp8_tensorwise", (L40S,), "12.1", []),
+        ("fp8_tensorwise", (A100,), "13.0", ["devices of compute capability 8.9 or higher (found: 8.0)"]),
+    ],
+)
+def test_fp8_by_device_and_cuda(
+    site: Site, precision: Precision, devices: tuple[Device, ...], cuda: str, faults: list[str]
+) -> None:
+    site.add("torch", "2.13.0")
+    (site.folder / "torch").mkdir()
+    (site.folder / "torch" / "version.py").write_text(f"cuda: Optional[str] = {cuda!r}\n")
+    for name, version in (FP8 | CUDNN).items():
+        site.add(name, version)
+    assert fp8_faults(precision, with_devices(*devices)) == faults
+
+
+@pytest.mark.parametrize(
+    ("parts", "fault"),
+    [
+        (FP8 | {"transformer-engine-cu13": "2.10.0"}, "the versions must be one"),
+        ({"transformer-engine": "2.11.0"}, "without its core and torch part"),
+        (
+            FP8 | {"nvidia-cudnn-cu13": "9.1.0.70"},
+            "cuDNN (found: 9.1.0.70; Transformer Engine needs 9.3 or newer)",
+        ),
+    ],
+)
+def test_fp8_with_parts_that_do_not_fit(site: Site, parts: dict[str, str], fault: str) -> None:
+    site.add_gpu_stack(**CUDNN | parts)
+    (found,) = fp8_faults("fp8_tensorwise", NODE)
+    assert fault in found
+
+
+def test_cudnn_of_an_image(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("9.9.0", "9.10.2"):
+        (tmp_path / f"libcudnn.so.{version}").touch()
+    monkeypatch.setattr(doctor, "CUDNN_FOLDERS", (str(tmp_path),))
+    site.add_gpu_stack(**FP8)
+    assert named(report(NODE), "cuDNN").found == "9.10.2"
 
 
 @pytest.mark.parametrize(
