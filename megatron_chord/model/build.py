@@ -167,7 +167,19 @@ def transformer_config(
         }
     check_overrides(model.megatron_overrides, shape)
     merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
+    if "attention_backend" in merged:
+        merged["attention_backend"] = _attention_backend(merged["attention_backend"])
     return _config_class(shape)(**merged)
+
+
+def _attention_backend(name: Any) -> Any:
+    """Megatron's enum. Left out, Transformer Engine chooses among its flash, fused and unfused attention."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    if name not in AttnBackend.__members__:
+        known = ", ".join(AttnBackend.__members__)
+        raise ValueError(f"model.megatron_overrides: attention_backend {name!r} is none of {known}")
+    return AttnBackend[name]
 
 
 def _has_gradient_kernel() -> bool:
@@ -243,6 +255,8 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
 
     Megatron-Core 0.16.1 does the first only where it initialises weights (tensor_parallel/layers.py:137, 170).
     Unmarked, all but the first rank's parts are left out of the gradient norm, and clipping depends on the layout.
+    Transformer Engine, on the other hand, marks every linear layer, latent attention's replicated ones as well
+    (pytorch/module/linear.py), whose gradients would be counted by every rank.
     Experts are marked so too, as Megatron's are: their norm is summed over the ranks that hold different ones.
 
     It does the second only with an expert axis (layers.py:886, 1209), although experts that are not cut are replicated
@@ -252,8 +266,8 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
         rule = shape.weights.entry(name).rule
         if rule.of_expert:
             parameter.allreduce = False  # type: ignore[attr-defined]
-        if rule.of_expert or rule.transform.axis is not None:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        is_cut = rule.of_expert or rule.transform.axis is not None
+        parameter.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:

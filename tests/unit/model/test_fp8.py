@@ -206,3 +206,16 @@ except RuntimeError as error:
     )
     assert done.returncode == 0, done.stderr
     assert "set NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in done.stdout
+
+
+def test_attention_backend_by_name(tmp_path: Path) -> None:
+    shape = shape_of("Qwen2.5-7B", tmp_path)
+    config = transformer_config(
+        shape, ModelConfig(path=tmp_path, megatron_overrides={"attention_backend": "fused"}), ParallelConfig()
+    )
+    assert config.attention_backend.name == "fused"
+    unknown = ModelConfig(path=tmp_path, megatron_overrides={"attention_backend": "fast"})
+    with pytest.raises(
+        ValueError, match="attention_backend 'fast' is none of flash, fused, unfused, local, auto"
+    ):
+        transformer_config(shape, unknown, ParallelConfig())
