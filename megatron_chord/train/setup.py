@@ -169,7 +169,7 @@ def plan_lines(
         f"{parallel.context} x data {data}"
     )
     if run.precision is not None:
-        say(f"precision   {run.precision}: {_precision_text(run, data)}")
+        say(f"precision   {run.precision}: {_precision_text(run, shape, data)}")
     say(f"method      {method.describe(run)}")
     say(
         f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
@@ -195,11 +195,11 @@ def plan_lines(
         say(f"passes      one forward pass more a step for each of: {', '.join(passes)}")
 
 
-def _precision_text(run: RunConfig, data: int) -> str:
+def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
     training, rollouts = preset(run.precision).training, preset(run.precision).rollouts
     parts = ["training in BF16"]
     if training is not None:
-        multiple = layout_of(run.parallel, data, training).batch_multiple
+        multiple = layout_of(shape, run.parallel, data, training).batch_multiple
         parts = [
             f"the trainer's matrix products in {training.number_format} {training.recipe}"
             + (", first and last layer in BF16" if training.first_last_bf16 else ""),

@@ -21,6 +21,7 @@ from megatron_chord.train.step import (
     prepare_batches,
 )
 
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """What a step's updates have to report, equal on every rank."""

@@ -230,7 +230,7 @@ def train_and_export_in_bf16(folder: Path, target: Path) -> None:
     model = ModelConfig(path=folder, dtype="bf16", recompute="full")
     groups = steps.start_groups(parallel)
     state = build_state(read_shape(folder), model, parallel, OptimConfig(lr=1e-2), groups=groups, steps=10)
-    gradients(state, layout_of(parallel, groups.data.size), 0)
+    gradients(state, layout_of(state.shape, parallel, groups.data.size), 0)
     apply_gradients(state)
     export_policy(state, folder, target)
 
