@@ -10,9 +10,12 @@ import torch
 
 from megatron_chord.config import EntropyTopWeight, MarginWeight, SimpleWeight
 from megatron_chord.losses.logprobs import token_logprobs
-from tests.distributed.splits import assert_split_invariant
+from megatron_chord.model import build, specs
+from tests.distributed import steps
+from tests.distributed.splits import assert_split_invariant, case
 from tests.support.oracle_terms import expert_term, policy_term
-from tests.support.tiny import make_samples, save_qwen2, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_samples, save_model, save_qwen2, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +24,7 @@ pytestmark = [
 
 RELATIVE = 5e-3
 """Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa)."""
-
+SEQUENCES = [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "chord": {"entropy_bonus": 0.01},
@@ -38,6 +41,41 @@ def test_one_step_equals_float64_transformers(tmp_path: Path, name: str) -> None
     terms = {"policy": policy_term(run.objective), "expert": expert_term(expert_weight)}
     objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
     assert_split_invariant(folder, {name: objective}, layouts={1: {"one": {}}}, relative=RELATIVE)
+
+
+def updates_by_spec(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """The same update with Transformer Engine's layers and with Megatron's local ones, and its sequences' logits."""
+    results = {}
+    for spec in ("te", "local"):
+        for module in (build, specs):
+            module.has_transformer_engine = lambda spec=spec: spec == "te"
+        (update,) = steps.updates(folder, [case])
+        ((first, second),) = steps.packed_logits(folder, [{}], SEQUENCES)
+        results[spec] = {"update": update, "logits": [first, second]}
+    return results
+
+
+@pytest.mark.skipif(not specs.has_transformer_engine(), reason="needs Transformer Engine")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_transformer_engine_equals_the_local_spec(tmp_path: Path, family: str) -> None:
+    folder = save_model(family, tmp_path)
+    run = tiny_run(folder)
+    (results,) = run_ranks(
+        updates_by_spec, 1, folder, case(run, make_samples(), {"policy": 0.7, "expert": 0.3})
+    )
+    engine, local = results["te"], results["local"]
+    for ours, theirs in zip(engine["logits"], local["logits"], strict=True):
+        assert relative_error(ours, theirs) < RELATIVE
+    (metrics, grads), (wanted, wanted_grads) = engine["update"], local["update"]
+    assert metrics["loss"] == pytest.approx(wanted["loss"], rel=RELATIVE)
+    assert grads.keys() == wanted_grads.keys()
+    for name, grad in wanted_grads.items():
+        assert relative_error(grads[name], grad) < 4 * RELATIVE, name
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

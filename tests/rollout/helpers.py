@@ -69,12 +69,25 @@ def largest_gap(
     model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
 ) -> float:
     """Largest |vLLM - Transformers| log-prob over all sampled tokens."""
-    return max(
-        float(
-            (torch.tensor(rollout.logprobs).double() - expected_logprobs(model, request, rollout)).abs().max()
-        )
-        for request, rollouts in zip(asked, replies, strict=True)
-        for rollout in rollouts
+    return float(_gaps(model, asked, replies).max())
+
+
+def mean_gap(
+    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+) -> float:
+    """Mean |vLLM - Transformers| log-prob over all sampled tokens."""
+    return float(_gaps(model, asked, replies).mean())
+
+
+def _gaps(
+    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+) -> torch.Tensor:
+    return torch.cat(
+        [
+            (torch.tensor(rollout.logprobs).double() - expected_logprobs(model, request, rollout)).abs()
+            for request, rollouts in zip(asked, replies, strict=True)
+            for rollout in rollouts
+        ]
     )
 
 

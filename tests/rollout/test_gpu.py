@@ -1,5 +1,5 @@
 """The transports on GPUs, to a server that samples in fp32: IPC on one GPU and from another one of the node, gloo
-through main memory, NCCL between two."""
+through main memory, NCCL between two. And FP8 rollouts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM
 
+from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
-from tests.rollout.helpers import START_S, client_of, largest_gap, make_model, requests, weights_of
+from megatron_chord.weights.reader import HFReader
+from tests.rollout.helpers import (
+    START_S,
+    VOCAB,
+    client_of,
+    largest_gap,
+    make_model,
+    mean_gap,
+    requests,
+    weights_of,
+)
+from tests.support.tiny import save_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +93,38 @@ def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None
         asked = requests()
         assert largest_gap(model, asked, client.generate(asked, version=version, deadline_s=60)) < TOLERANCE
     sync.close()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs capability 9.0"
+)
+@pytest.mark.parametrize("precision", ["fp8_rollout", "fp8_tensorwise"])
+def test_weights_are_quantised_as_they_arrive(precision: Precision, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "vocab": VOCAB}
+    folders = [save_model("qwen2", tmp_path / str(seed), seed=seed, **sizes) for seed in (0, 1)]
+    rollouts = preset(precision).rollouts
+    assert rollouts is not None
+    settings = ServerSettings(dtype="bf16", max_model_len=512, gpu_memory_utilization=0.2, fp8=rollouts)
+    device = torch.device("cuda", 0)
+    with start_server(folders[0], settings, log=tmp_path / "vllm.log") as server:
+        server.wait_until_ready(2 * START_S)
+        client = client_of(server)
+        sync = WeightSync(
+            [client],
+            SyncSettings(transport="ipc", timeout_s=120, quantization=rollouts.quantization),
+            exporters=[0],
+            group=None,
+            device=device,
+        )
+        gaps = {}
+        for version, sent in enumerate((1, 0, 1)):
+            reader = HFReader.of(folders[sent])
+            tensors = ((name, reader.read(name).bfloat16().to(device)) for name in reader.names)
+            sync.push(list(tensors), version)
+            models = [Qwen2ForCausalLM.from_pretrained(folder).eval() for folder in folders]
+            asked = requests()
+            replies = client.generate(asked, version=version, deadline_s=120)
+            gaps[version] = [mean_gap(model, asked, replies) for model in models]
+            assert gaps[version][sent] < 0.1, "of the weights that were sent, but for FP8"
+            assert gaps[version][1 - sent] > 5 * gaps[version][sent]
+        sync.close()
