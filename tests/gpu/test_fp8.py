@@ -65,7 +65,7 @@ def fresh_state(folder: Path, precision: Precision | None) -> TrainState:
         read_shape(folder),
         ModelConfig(path=folder, dtype="bf16"),
         parallel,
-        OptimConfig(lr=2e-3, clip_grad=1.0),
+        OptimConfig(lr=4e-4, clip_grad=1.0),
         groups=start_groups(parallel),
         steps=STEPS,
         fp8=preset(precision).training,

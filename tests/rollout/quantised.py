@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_chord.precision import PRESETS
 from megatron_chord.rollout.buckets import describe
 from megatron_chord.rollout.transports import FileTransport
 
@@ -21,6 +22,7 @@ from megatron_chord.rollout.transports import FileTransport
 def push(folder: Path) -> dict[str, Any]:
     """Load layers as at a server's start, then update them twice; and what becomes of updates that lack something."""
     from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm import envs
     from vllm.config.quantization import resolve_quantization_config
     from vllm.distributed.parallel_state import (
         ensure_model_parallel_initialized,
@@ -76,7 +78,10 @@ def push(folder: Path) -> dict[str, Any]:
         finalize_layerwise_processing(model, told)
 
         engine = WeightEngine(None, config, torch.device("cpu"), model)  # type: ignore[arg-type]
-        results: dict[str, Any] = {"start": held(model)}
+        results: dict[str, Any] = {"start": held(model), "unknown": []}
+        for fp8_rollouts in (settings.rollouts for settings in PRESETS.values() if settings.rollouts):
+            resolve_quantization_config(fp8_rollouts.quantization, None)
+            results["unknown"] += set(fp8_rollouts.environment) - set(envs.environment_variables)
         try:
             engine.init_transfer_engine(InitInfo(transport="file", timeout_s=5, folder=str(folder)))
         except ValueError as error:

@@ -37,6 +37,7 @@ def test_pushed_weights_are_quantised_in_place(tmp_path: Path) -> None:
         error = (dequantised(held) - exact).abs()
         assert (error <= exact.abs() / 16 * 1.01 + largest / E4M3_MAX * 2**-9).all()
     assert results["same memory"], "CUDA graphs keep pointing at it"
+    assert results["unknown"] == [], "vLLM knows every name that a precision sets"
     assert "started with --quantization fp8_per_block" in results["other quantization"]
     assert "expects None" in results["other quantization"]
     assert "gate_up (51200 of 102400 elements)" in results["incomplete"]
