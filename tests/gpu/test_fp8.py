@@ -75,7 +75,7 @@ def fresh_state(folder: Path, precision: Precision | None) -> TrainState:
 def train(state: TrainState, precision: Precision | None, steps: range) -> list[float]:
     """Plain SFT on the same eight demonstrations again and again; the loss of each step."""
     terms = Chord().terms(tiny_run(Path("model")))
-    layout = layout_of(ParallelConfig(), 1, preset(precision).training)
+    layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
     losses = []
     for _ in steps:
         samples = with_scales(make_samples(num_policy=0, num_expert=8), terms)
@@ -140,7 +140,7 @@ def peak_memory(folder: Path, precision: Precision | None) -> int:
     ids = np.random.default_rng(0).integers(3, 200, length)
     part = Part(term="expert", positions=np.arange(length // 2, length), constants={})
     samples = with_scales([TrainSample(token_ids=ids, parts=(part,))] * 4, terms)
-    layout = layout_of(ParallelConfig(), 1, preset(precision).training)
+    layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
     plan = plan_step(samples, max_tokens=4 * length, layout=layout, pad_id=0)
     update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
     for _ in range(2):

@@ -22,7 +22,6 @@ from megatron_chord.rollout.transports import FileTransport
 def push(folder: Path) -> dict[str, Any]:
     """Load layers as at a server's start, then update them twice; and what becomes of updates that lack something."""
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm import envs
     from vllm.config.quantization import resolve_quantization_config
     from vllm.distributed.parallel_state import (
         ensure_model_parallel_initialized,
@@ -78,10 +77,7 @@ def push(folder: Path) -> dict[str, Any]:
         finalize_layerwise_processing(model, told)
 
         engine = WeightEngine(None, config, torch.device("cpu"), model)  # type: ignore[arg-type]
-        results: dict[str, Any] = {"start": held(model), "unknown": []}
-        for fp8_rollouts in (settings.rollouts for settings in PRESETS.values() if settings.rollouts):
-            resolve_quantization_config(fp8_rollouts.quantization, None)
-            results["unknown"] += set(fp8_rollouts.environment) - set(envs.environment_variables)
+        results: dict[str, Any] = {"start": held(model), "unknown": unknown_names()}
         try:
             engine.init_transfer_engine(InitInfo(transport="file", timeout_s=5, folder=str(folder)))
         except ValueError as error:
@@ -93,11 +89,13 @@ def push(folder: Path) -> dict[str, Any]:
 
         def update(weights: dict[str, Tensor]) -> None:
             engine.start_weight_update()
+            transport = FileTransport(folder, 0)
             for bucket in ([item] for item in weights.items()):
-                infos, transport = describe(bucket), FileTransport(folder, 0)
-                path = transport.publish(bucket, infos)["path"]
-                engine.receive_weights(UpdateInfo(tensors=[info.to_json() for info in infos], path=path))
-                transport.release()
+                infos = describe(bucket)
+                parcel = transport.publish(bucket, infos)
+                described: Any = {"tensors": [info.to_json() for info in infos], **parcel.fields}
+                engine.receive_weights(UpdateInfo(**described))
+                parcel.release()
             engine.finish_weight_update()
 
         for version in (1, 2):
@@ -111,6 +109,16 @@ def push(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             results["incomplete"] = str(error)
     return results
+
+
+def unknown_names() -> list[str]:
+    """What a precision sets in vLLM that this vLLM does not know."""
+    from vllm import envs
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    rollouts = [settings.rollouts for settings in PRESETS.values() if settings.rollouts is not None]
+    known = {*ONLINE_QUANT_SHORTHAND_NAMES, *envs.environment_variables}
+    return [name for each in rollouts for name in (each.quantization, *each.environment) if name not in known]
 
 
 def weights_of(version: int) -> dict[str, Tensor]:

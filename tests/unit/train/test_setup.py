@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.data.packing import plan_step
+from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import layout_of, plan_lines
+from tests.support.tiny import tiny_run
 from tests.unit.plan.models import shape_of
 
 
@@ -33,3 +39,32 @@ def test_a_long_sequence_weighs_more_than_its_tokens() -> None:
     tokens = [sum(len(batch.token_ids) for batch in batches) for batches in plan.micro_batches]
     # 32768 (1 + 1.42e-5 x 32768) = 48000 tokens' worth, 2048 (1 + 1.42e-5 x 2048) = 2108: the 18 are 37900.
     assert tokens == [32768, 18 * 2048]
+
+
+@pytest.mark.parametrize(
+    ("precision", "ratio_from", "expected"),
+    [
+        (
+            "fp8_e2e",
+            "current",
+            "precision   fp8_e2e: the trainer's matrix products in e4m3 blockwise; micro-batches padded to multiples "
+            "of 512 tokens; rollouts quantised by vLLM, fp8_per_block; corrected for by each token's weight, truncate",
+        ),
+        (
+            "fp8_tensorwise",
+            "rollout",
+            "precision   fp8_tensorwise: the trainer's matrix products in hybrid tensorwise, first and last layer in "
+            "BF16; micro-batches padded to multiples of 64 tokens; rollouts quantised by vLLM, fp8_per_tensor; the "
+            "ratio corrects for it",
+        ),
+        ("bf16", "rollout", "precision   bf16: training in BF16; rollouts in BF16"),
+    ],
+)
+def test_the_plan_says_what_a_precision_means(
+    tmp_path: Path, precision: Any, ratio_from: Any, expected: str
+) -> None:
+    run = tiny_run(tmp_path, ratio_from=ratio_from, parallel={"tensor": 4, "sequence_parallel": True})
+    run = replace(run, model=replace(run.model, dtype="bf16"), precision=precision)
+    said: list[str] = []
+    plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 4, said.append)
+    assert [line for line in said if line.startswith("precision")] == [expected]
