@@ -26,6 +26,7 @@ from megatron_chord.plan.estimate import Case, Choice, Cluster, checkpoint_bytes
 from megatron_chord.plan.memory import Numerics, Training, full_logits_bytes, stage_memory
 from megatron_chord.plan.training import pass_seconds, speed
 from megatron_chord.plan.work import Work
+from megatron_chord.precision import Precision
 
 LIMIT = 0.20
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
@@ -107,7 +108,7 @@ def _grpo(
     parallel: ParallelConfig = ONE_GPU,
     rollout_tensor: int = 1,
     apart: bool = False,
-    fp8: bool = False,
+    precision: Precision | None = None,
 ) -> tuple[Case, Choice]:
     """A run and its layout.
 
@@ -133,8 +134,7 @@ def _grpo(
             passes=2,
         ),
         reference=True,
-        train_fp8=fp8,
-        rollout_fp8=fp8,
+        precision=precision,
         rollout_tensor=rollout_tensor,
         utilization=0.85 if apart else 0.6,
         overlap=apart,
@@ -196,7 +196,7 @@ _RUNS: tuple[tuple[str, float, Use, tuple[Case, Choice]], ...] = (
         "8B, 8+8 GPUs, 1 step off, FP8",
         53.0,
         "held back",
-        _grpo("llama-3.1-8b", mean=1128, gpus=8, apart=True, fp8=True),
+        _grpo("llama-3.1-8b", mean=1128, gpus=8, apart=True, precision="fp8_e2e"),
     ),
     (
         "30B-A3B, 32 GPUs, on-policy",

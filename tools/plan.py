@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt_tokens=args.prompt_tokens,
             response_tokens=args.response_tokens,
             expert_tokens=args.expert_tokens,
-            precision=args.precision,
             overlap=args.overlap,
         )
         if args.search:
@@ -78,7 +77,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--expert-tokens", type=float, help="mean length of a demonstration (default: as responses)"
     )
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8_rollout", "fp8_e2e"))
     parser.add_argument("--search", action="store_true", help="try all layouts of the training ranks")
     parser.add_argument("--json", action="store_true", help="plain numbers: bytes, seconds, tokens")
     return parser.parse_intermixed_args(argv)

@@ -15,6 +15,7 @@ from megatron_chord.losses.terms import num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_shape
+from megatron_chord.model.fp8 import check_fp8
 from megatron_chord.plan.constants import CONSTANTS, GB, Constants
 from megatron_chord.plan.decoding import Server, sampling_seconds
 from megatron_chord.plan.memory import (
@@ -28,6 +29,7 @@ from megatron_chord.plan.memory import (
 )
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
 from megatron_chord.plan.work import Work
+from megatron_chord.precision import Precision, preset
 from megatron_chord.train.setup import layout_of
 
 _ELEMENT = {"bf16": 2, "fp32": 4}
@@ -79,8 +81,7 @@ class Case:
     weight_bytes: float = 2
     """Per parameter on disk and in a weight push."""
     reference: bool = False
-    train_fp8: bool = False
-    rollout_fp8: bool = False
+    precision: Precision | None = None
     rollout_tensor: int = 1
     utilization: float = 0.6
     """Of each GPU's memory, for vLLM."""
@@ -108,7 +109,7 @@ class Case:
 
     @property
     def server_weight_bytes(self) -> float:
-        return 1.0 if self.rollout_fp8 else self.weight_bytes
+        return 1.0 if preset(self.precision).rollouts else self.weight_bytes
 
     def server(self) -> ServerMemory:
         return server_memory(
@@ -131,7 +132,7 @@ class Case:
             kv_tokens=self.server().tokens,
             weight_bytes=self.server_weight_bytes,
             kv_dtype_bytes=self.weight_bytes,
-            flops_factor=2.0 if self.rollout_fp8 else 1.0,
+            flops_factor=2.0 if preset(self.precision).rollouts else 1.0,
         )
         return sampling_seconds(self.shape, server, self.work, servers=self.servers, constants=self.constants)
 
@@ -205,7 +206,6 @@ def case_of(
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
     expert_tokens: float | None = None,
-    precision: str = "bf16",
     overlap: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Case:
@@ -214,15 +214,13 @@ def case_of(
     Args:
         prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
             ``expert_tokens``: as long as the responses where left out.
-        precision: bf16, fp8_rollout or fp8_e2e.
 
     Raises:
         ValueError: settings or model that will not do, or lengths beyond the settings' limits.
     """
     method, shape = method_of(run), read_shape(run.model.path)
     check_lengths(run.data, shape.max_positions)
-    if precision != "bf16" and run.model.dtype != "bf16":
-        raise ValueError(f"precision {precision} needs model.dtype bf16, it is {run.model.dtype}")
+    fp8 = preset(run.precision)
     response = _mean("response", response_tokens, run.data.max_response_tokens)
     terms = method.terms(run).values()
     samples = method.samples(run)
@@ -242,11 +240,10 @@ def case_of(
             epochs=run.batch.epochs,
             passes=num_forward_passes(terms),
         ),
-        numerics=Numerics.of(run.model.dtype, fp8=precision == "fp8_e2e"),
+        numerics=Numerics.of(run.model.dtype, fp8=fp8.training is not None),
         weight_bytes=_ELEMENT[run.model.dtype],
         reference=any("reference_logprob" in term.scored for term in terms),
-        train_fp8=precision == "fp8_e2e",
-        rollout_fp8=precision != "bf16",
+        precision=run.precision,
         rollout_tensor=run.rollout.tensor,
         utilization=run.rollout.gpu_memory_utilization,
         cache_bytes=run.rollout.kv_cache_bytes,
@@ -270,8 +267,9 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     """
     parallel, cluster, work = choice.parallel, case.cluster, case.work
     check_shape(case.shape, parallel)
+    check_fp8(case.shape, parallel, case.precision)
     data = data_parallel_size(parallel, cluster.train_gpus)
-    packing = layout_of(case.shape, parallel, data)
+    packing = layout_of(case.shape, parallel, data, preset(case.precision).training)
     count = micro_batches(
         work.tokens / work.updates,
         data=data,
@@ -297,7 +295,13 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     beside = max(stage.static for stage in stages) + case.constants.cuda_bytes if cluster.colocated else 0.0
     training_peak = max(stage.total for stage in stages) + asleep
     sampling_peak = beside + server.reserved if server else 0.0
-    how = speed(case.shape, parallel, micro_batches=count, fp8=case.train_fp8, constants=case.constants)
+    how = speed(
+        case.shape,
+        parallel,
+        micro_batches=count,
+        fp8=preset(case.precision).training is not None,
+        constants=case.constants,
+    )
     times = _times(case, choice, how, sampling)
     mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
     return Estimate(

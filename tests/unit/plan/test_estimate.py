@@ -137,6 +137,18 @@ def test_the_fullest_stage_may_lie_between() -> None:
     assert second - first == 66 * 3 * 2048 * 1408 + 64 * 2048 - 3 * 2048 * 10944 - 102400 * 2048
 
 
+def test_a_precision_of_the_run_is_planned_for() -> None:
+    slow, fast = (
+        case_of(run_of("chord_qwen7b", f"precision={precision}"), h100()) for precision in ("bf16", "fp8_e2e")
+    )
+    before, after = (estimate(case, choice_of(run_of("chord_qwen7b"))).times for case in (slow, fast))
+    assert after.training == pytest.approx(before.training / 1.2)
+    assert after.sampling < before.sampling
+    run = run_of("chord_qwen72b", "precision=fp8_e2e")
+    with pytest.raises(ValueError, match="29568"):
+        estimate(case_of(run, h100(8)), choice_of(run))
+
+
 def test_disk() -> None:
     case = case_of(run_of("chord_llama70b"), h100(8))
     assert export_bytes(case) == 2 * 70_553_706_496
@@ -153,7 +165,6 @@ BAD = [
     (lambda: case_of(run_of("chord_qwen7b", "rollout.tensor=8"), h100()), "28 attention heads"),
     (lambda: case_of(run_of("chord_qwen7b"), h100(), overlap=True), "only on nodes of its own"),
     (lambda: case_of(run_of("chord_qwen7b"), h100(), response_tokens=20_000), "response tokens 20000"),
-    (lambda: case_of(run_of("chord_qwen7b", "model.dtype=fp32"), h100(), precision="fp8_e2e"), "needs model"),
     (
         lambda: case_of(run_of("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
         "beyond the model's 32768 positions",
