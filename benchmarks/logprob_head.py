@@ -22,12 +22,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from shared import reset_high_water_mark, resident
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import chunk_tokens, token_logprobs
@@ -139,7 +139,7 @@ def reset_peak(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    reset_high_water_mark()
     return resident("VmRSS")
 
 
@@ -148,13 +148,6 @@ def peak(device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     return resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
 def report(

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from shared import reset_high_water_mark, resident, save_qwen2
 from torch import Tensor
 
 from megatron_chord.records import Part, TrainSample
@@ -45,7 +46,7 @@ def main() -> int:
         print(json.dumps(measure(arguments)))
         return 0
     with tempfile.TemporaryDirectory() as name:
-        save_model(arguments, Path(name))
+        save_qwen2(Path(name), hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
         results = {kind: in_child(kind, name) for kind in KINDS}
     report(arguments, results)
     losses = [result["loss"] for result in results.values()]
@@ -79,24 +80,6 @@ def in_child(kind: str, folder: str) -> dict[str, Any]:
     if child.returncode:
         raise SystemExit(f"{KINDS[kind]} failed (exit {child.returncode}); out of memory?")
     return json.loads(child.stdout.splitlines()[-1])
-
-
-def save_model(arguments: argparse.Namespace, folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=4 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 256),
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
 
 
 def make_samples(arguments: argparse.Namespace) -> list[TrainSample]:
@@ -136,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        reset_high_water_mark()
     for _ in range(arguments.updates):
         start = clock()
         update()
@@ -269,13 +252,6 @@ def padded(samples: list[TrainSample], budget: int, device: torch.device) -> lis
         arrays = {"ids": ids, "mask": mask, "term": term, "old": old, "advantage": advantage}
         batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
     return batches
-
-
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
 def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from shared import save_qwen2
 
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.server import ServerSettings, start_server
@@ -40,7 +40,8 @@ def main() -> int:
     device = torch.device("cuda" if has_cuda else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        weights = make_model(arguments, folder, device)
+        model = save_qwen2(folder, hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
+        weights = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
         settings = ServerSettings(
             dtype="fp32",
             max_model_len=256,
@@ -83,27 +84,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pushes", type=int, default=5)
     parser.add_argument("--transport", choices=["file", "broadcast", "ipc"])
     return parser.parse_args()
-
-
-def make_model(arguments: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """Saves the model and gives its tensors by name."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=4 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 256),
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model = AutoModelForCausalLM.from_config(config).float()
-    model.save_pretrained(folder)
-    return {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
 
 
 def copy_seconds(num_bytes: int, device: torch.device) -> float:

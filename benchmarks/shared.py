@@ -1,0 +1,41 @@
+"""What several benchmarks need: a random model, and how much memory a process takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def save_qwen2(folder: Path, *, hidden: int, layers: int, vocab: int) -> Any:
+    """A random fp32 model of Qwen2's shape in Hugging Face format; also returned, as Transformers' module."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config).float()
+    model.save_pretrained(folder)
+    return model
+
+
+def reset_high_water_mark() -> None:
+    """Start VmHWM again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
