@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,11 +42,12 @@ def build(
     steps: int = 10,
     reference: Path | None = None,
     groups: runtime.ParallelGroups | None = None,
+    recompute: Literal["none", "full"] = "none",
 ) -> TrainState:
     """``groups`` of an earlier call, where the layout is the same."""
     return build_state(
         read_shape(folder),
-        ModelConfig(path=folder, dtype="fp32"),
+        ModelConfig(path=folder, dtype="fp32", recompute=recompute),
         parallel,
         optim or OptimConfig(lr=1e-2),
         groups=groups or start_groups(parallel),
@@ -88,12 +89,11 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         run: RunConfig = case["run"]
         parallel = replace(run.parallel, distributed_optimizer=False)
         terms = build_method(run.method).terms(run)
-        if built is None or built[0] != (parallel, case.get("reference")):
+        made_of = (parallel, case.get("reference"), run.model.recompute)
+        if built is None or built[0] != made_of:
             # Groups are dear: gloo keeps the threads of every group that it has made.
-            built = (
-                (parallel, case.get("reference")),
-                build(folder, parallel, reference=case.get("reference")),
-            )
+            state = build(folder, parallel, reference=case.get("reference"), recompute=run.model.recompute)
+            built = (made_of, state)
         state = built[1]
         fill(state, case.get("old") or folder)
         plan = plan_step(

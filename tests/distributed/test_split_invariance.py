@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_every_layout_computes_the_reference_step(model: Path, world_size: int) 
         model,
         {"chord": chord(model, make_samples(), entropy_bonus=0.01)},
         layouts={world_size: LAYOUTS[world_size]},
+    )
+
+
+def test_recomputed_activations_give_the_same_step(untied: Path) -> None:
+    run, *rest = chord(untied, make_samples())
+    again = replace(run, model=replace(run.model, recompute="full"))
+    assert_split_invariant(
+        untied,
+        {"chord": (again, *rest)},
+        layouts={2: {"tp2_sp": LAYOUTS[2]["tp2_sp"], "pp2_vpp2": LAYOUTS[2]["pp2_vpp2"]}},
     )
 
 
