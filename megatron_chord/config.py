@@ -398,6 +398,9 @@ class RolloutConfig:
     request_timeout_s: float = 1800.0
     """Deadline of one step's sampling."""
     sync_timeout_s: float = 600.0
+    sleep: bool | None = None
+    """Servers free their GPU memory while the ranks train, and get it back with the next weights. Left out: with GPUs,
+    where the servers share the ranks' and `lag` is 0. Servers in `servers` must be started with --enable-sleep-mode."""
     lag: int = 0
     """How many steps ahead are sampled while a step trains: a step's rollouts are up to so many steps older than the
     weights they train. 0: every step samples first, with its own weights, and then trains."""
@@ -430,6 +433,10 @@ class RolloutConfig:
         )
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
         _not_negative(**{"rollout.restarts": self.restarts, "rollout.lag": self.lag})
+        _require(
+            not self.sleep or self.lag == 0,
+            "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",
+        )
         _require(
             self.lag > 0 or self.in_flight == "drain",
             "rollout.in_flight means nothing without rollout.lag: no request is unfinished when weights are pushed",

@@ -6,9 +6,11 @@ everywhere, so that no rank waits for a step that will not come.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -40,6 +42,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         fp8=preset(run.precision).rollouts,
         kv_cache_bytes=run.rollout.kv_cache_bytes,
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
+        sleep_mode=run.rollout.sleep is not False and run.rollout.lag == 0,
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
     )
 
@@ -71,6 +74,8 @@ class RolloutEngine:
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
+        self._sleeps = self._share_gpus() if run.rollout.sleep is None else run.rollout.sleep
+        self._asleep = False
         self._sync_seconds = 0.0
         groups.once(self._start)
 
@@ -102,12 +107,7 @@ class RolloutEngine:
             except StaleWeights:
                 raise
             except (RolloutError, SyncError, ServerError) as error:
-                if self._restarts_left == 0 or self._run.rollout.servers:
-                    raise
-                self._restarts_left -= 1
-                self._notify(f"rollout server lost, starting another ({error})")
-                self._lost = True
-                self._push_failed = isinstance(error, SyncError)
+                self._give_up(error)
 
     def push(self, state: TrainState, version: int) -> None:
         """Give the servers the weights of ``state``, unless they hold this version already. Within ``attempt``."""
@@ -117,11 +117,31 @@ class RolloutEngine:
         if self._sync is None:
             self._groups.once(self._connect)
             self._sync = self._make_sync()
+        if self._asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what training has left of activations
+            self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
+        if self._asleep:
+            self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["kv_cache"])))
+            self._asleep = False
         self._version = version
+
+    def rest(self) -> None:
+        """Nothing is sampled before the next push: servers that are to sleep meanwhile drop weights and KV cache."""
+        if not self._sleeps or self._sync is None or self._lost or self._asleep:
+            return
+        self._asleep, self._version = True, None
+        try:
+            self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
+        except RolloutError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Stop the server and drop the connections; on this rank, without waiting for others."""
+        if self._asleep and self._run.rollout.servers:
+            with contextlib.suppress(RolloutError):
+                self._each(lambda client: client.wake_up(tags=["weights", "kv_cache"]))
         if self._sync is not None:
             self._sync.close()
         if self._fleet is not None:
@@ -131,6 +151,25 @@ class RolloutEngine:
         """Seconds spent in pushing weights since the last call."""
         seconds, self._sync_seconds = self._sync_seconds, 0.0
         return seconds
+
+    def _share_gpus(self) -> bool:
+        """Whether servers run on the ranks' GPUs, and are idle while these train."""
+        shared = not self._run.rollout.servers and (self._job is None or self._job.transport != "broadcast")
+        return torch.cuda.is_available() and shared and self._run.rollout.lag == 0
+
+    def _each(self, action: Callable[[RolloutClient], None]) -> None:
+        """``action`` on all servers at the same time; on the coordinator."""
+        with ThreadPoolExecutor(max(1, len(self._clients))) as pool:
+            list(pool.map(action, self._clients))
+
+    def _give_up(self, error: Exception) -> None:
+        """Note that servers are lost, to be replaced; or raise ``error`` where that is not allowed."""
+        if self._restarts_left == 0 or self._run.rollout.servers:
+            raise error
+        self._restarts_left -= 1
+        self._notify(f"rollout server lost, starting another ({error})")
+        self._lost = True
+        self._push_failed = isinstance(error, SyncError)
 
     def _make_sync(self) -> WeightSync:
         groups, rollout = self._groups, self._run.rollout
@@ -198,6 +237,7 @@ class RolloutEngine:
                 self._sync.reconnect(self._clients)
 
         self._version = None
+        self._asleep = False
         self._groups.once(restart)
         self.generation += 1
         self._lost = False

@@ -193,6 +193,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     with timer.phase("total"):
         with timer.phase("collect"):
             inputs, micro_batches = parts.ahead.take(now)
+            parts.engine.rest()
         _doing(coordinator, "training")
         with timer.phase("train"):
             done = train_on(

@@ -128,6 +128,18 @@ def test_a_stop_that_was_asked_for_loses_nothing(config: Path, straight: Path) -
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
 
+def test_servers_that_sleep_while_the_ranks_train_change_nothing(config: Path, straight: Path) -> None:
+    """Asleep, a server has neither weights nor KV cache to sample with; on a CPU vLLM only stops scheduling."""
+    output = config.parent / "sleeping"
+    result = run_cli("train", str(config), f"output={output}", "rollout.sleep=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
+    log = (output / "logs" / "rollout-server-1.log").read_text()
+    assert log.count("to fall asleep") == STEPS
+    for part in ("weights", "kv_cache"):
+        assert log.count(f"wake up the engine with tags: ['{part}']") == STEPS
+
+
 def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: Path) -> None:
     result = run_cli("train", str(config))
     assert result.returncode == 2
