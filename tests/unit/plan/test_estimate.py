@@ -55,6 +55,13 @@ def test_there_are_no_other_cluster_examples() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CLUSTER_RUNS)
 
 
+@pytest.mark.parametrize("name", sorted(CLUSTER_RUNS))
+def test_every_script_asks_for_the_nodes_that_its_example_fits(name: str) -> None:
+    script = (ROOT / "slurm" / f"{name}.sh").read_text()
+    assert f"#SBATCH --nodes={CLUSTER_RUNS[name][1]}\n" in script
+    assert f"examples/cluster/{name}.yaml" in script
+
+
 def test_a_step_is_its_phases() -> None:
     times = Times(sampling=10.0, scoring=2.0, training=6.0, sync=1.0, overlap=False, overhead=0.1)
     assert times.step == pytest.approx(19 * 1.1)
