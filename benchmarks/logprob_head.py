@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from shared import reset_high_water_mark, resident
@@ -43,9 +46,10 @@ def main() -> int:
         return 0
     tokens, naive_tokens = arguments.tokens, min(arguments.naive_tokens, arguments.tokens)
     ours = in_child("chunked", tokens)
+    ranks = in_children("chunked", tokens, arguments.tensor) if arguments.tensor > 1 else None
     products = in_child("products", tokens)
     naive = in_child("naive", naive_tokens) if naive_tokens else None
-    return report(arguments, ours, products, naive, naive_tokens)
+    return report(arguments, ours, ranks, products, naive, naive_tokens)
 
 
 def parse() -> argparse.Namespace:
@@ -61,26 +65,48 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit-gb", type=float, default=1.5, help="extra memory allowed to the chunked head"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--tensor", type=int, default=1, help="also with the vocabulary over so many ranks")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU, for each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--child", choices=["chunked", "products", "naive"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def in_child(head: str, tokens: int) -> dict[str, Any]:
-    """The later of two values of one option counts, so the child's own follow ours."""
+    return in_children(head, tokens, 1)
+
+
+def in_children(head: str, tokens: int, ranks: int) -> dict[str, Any]:
+    """As many processes with a shard of the vocabulary each; what the slowest took, and the fullest needed.
+
+    The later of two values of one option counts, so the children's own follow ours.
+    """
     command = [sys.executable, __file__, *sys.argv[1:], "--child", head, "--tokens", str(tokens)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode:
-        raise SystemExit(
-            f"the {head} head with {tokens} tokens failed (exit {child.returncode}); out of memory?"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    children = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
         )
-    return json.loads(child.stdout.splitlines()[-1])
+        for rank in range(ranks)
+    ]
+    outputs = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        raise SystemExit(f"the {head} head with {tokens} tokens failed; out of memory?")
+    rows = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return rows[0] | {name: max(row[name] for row in rows) for name in ("seconds", "extra_bytes")}
 
 
 def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    chunk = chunk_tokens(arguments.vocab, arguments.chunk_mb * 2**20)
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:
+        if arguments.device == "cuda":
+            torch.cuda.set_device(int(os.environ["RANK"]))
+        dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    chunk = chunk_tokens(arguments.vocab // ranks, arguments.chunk_mb * 2**20)
     run_head(arguments, head, tokens=32, vocab=1000, chunk=16)  # libraries load their kernels
     extra, value, seconds = run_head(arguments, head, arguments.tokens, arguments.vocab, chunk)
     return {"seconds": seconds, "extra_bytes": extra, "value": value, "chunk": chunk}
@@ -92,7 +118,14 @@ def run_head(
     """Extra peak bytes, the mean log-prob (to see that both heads agree) and seconds."""
     torch.manual_seed(0)
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
-    weight = torch.randn(vocab, arguments.hidden).mul_(arguments.hidden**-0.5).to(device, dtype)
+    group = dist.group.WORLD if dist.is_initialized() else None
+    weight = torch.randn(vocab, arguments.hidden).mul_(arguments.hidden**-0.5)
+    first_row = 0
+    if group is not None:
+        rows = len(weight) // group.size()
+        first_row = rows * group.rank()
+        weight = weight[first_row : first_row + rows].clone()
+    weight = weight.to(device, dtype)
     hidden = torch.randn(tokens, arguments.hidden).to(device, dtype)
     targets = torch.randint(vocab, (tokens,)).to(device)
     hidden.requires_grad_()
@@ -107,7 +140,9 @@ def run_head(
     if head == "naive":
         logprobs, entropy = naive(hidden, weight, targets)
     else:
-        logprobs, entropy, _ = token_logprobs(hidden, weight, targets, chunk=chunk)
+        logprobs, entropy, _ = token_logprobs(
+            hidden, weight, targets, chunk=chunk, first_row=first_row, group=group
+        )
     (logprobs.sum() + entropy.sum()).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start
@@ -153,6 +188,7 @@ def peak(device: torch.device) -> int:
 def report(
     arguments: argparse.Namespace,
     ours: dict[str, Any],
+    ranks: dict[str, Any] | None,
     products: dict[str, Any],
     other: dict[str, Any] | None,
     naive_tokens: int,
@@ -173,6 +209,10 @@ def report(
     )
     row = (arguments.tokens, ours["seconds"], ours["extra_bytes"])
     table.add_row(f"chunked ({ours['chunk']} tokens)", *numbers(*row), "1", "1")
+    if ranks is not None:
+        each = (arguments.tokens, ranks["seconds"], ranks["extra_bytes"])
+        ratios = (f"{each[1] / row[1]:.2f}", f"{each[2] / row[2]:.1f}")
+        table.add_row(f"each of {arguments.tensor} ranks ({ranks['chunk']} tokens)", *numbers(*each), *ratios)
     bound = (arguments.tokens, products["seconds"], products["extra_bytes"])
     bound_ratios = (f"{bound[1] / row[1]:.2f}", f"{bound[2] / row[2]:.1f}")
     table.add_row("its matrix products alone", *numbers(*bound), *bound_ratios)
