@@ -82,7 +82,7 @@ class Ahead:
         """
         if self._run.rollout.lag == 0:
             return
-        for record in run_state["ahead"]:
+        for record in run_state.get("ahead", ()):
             now = Moment(step=record["step"], seed=self._run.seed, memory=run_state["mu"])
             if now.step >= self._run.steps:
                 break
