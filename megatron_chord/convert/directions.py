@@ -121,7 +121,7 @@ def to_hf(
         finally:
             pool.shutdown(cancel_futures=True)
         placed = {name: place for part in parts for name, place in part.items()}
-        scales = [name for name in placed if name not in set(names)] if fp8 else []
+        scales = [name for name in placed if name.endswith(SCALE_SUFFIX)] if fp8 else []
         check_accounting([*names, *scales], list(placed), str(folder))
         finish_folder(folder, source.configuration, placed, dtype=source.dtype)
         if fp8:
