@@ -12,10 +12,8 @@ size on disk. Every file is flushed to disk before the clock stops; reads may co
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from shared import circumstances
 
 from megatron_chord.families.table import read_shape
 from megatron_chord.weights.writer import finish_folder, write_shards
@@ -130,11 +129,7 @@ def report(size: int, results: dict[str, tuple[float, float]]) -> None:
     for name, (seconds, peak) in results.items():
         speed = f"{size / GB / seconds:.2f}"
         table.add_row(name, f"{seconds:.1f}", speed, f"{copy_s / seconds:.2f}", f"{peak / GB:.2f}")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-    place = (
-        f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {len(os.sched_getaffinity(0))} cores; {versions}"
-    )
-    Console().print(table, f"{place}; {' '.join(sys.argv)}")
+    Console().print(table, circumstances())
 
 
 if __name__ == "__main__":

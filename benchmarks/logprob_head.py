@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from shared import reset_high_water_mark, resident
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import chunk_tokens, token_logprobs
+from megatron_chord.network import free_port
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GB = 1e9
@@ -82,10 +82,7 @@ def in_children(head: str, tokens: int, ranks: int) -> dict[str, Any]:
     The later of two values of one option counts, so the children's own follow ours.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--child", head, "--tokens", str(tokens)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     children = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}

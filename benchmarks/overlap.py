@@ -12,21 +12,19 @@ them, and the push of weights, which neither can overlap with. It cannot be had 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from shared import circumstances
 
 from megatron_chord.rollout.server import ServerSettings, start_server
 
@@ -139,12 +137,7 @@ def report(found: Mapping[str, Steps], output: Path | None) -> None:
                 f"lag {kind}: {total / now:.2f}x as fast as lag 0; side by side sampling takes "
                 f"{sampling / samples:.2f}x as long, training {training / trains:.2f}x"
             )
-    lines.append(
-        f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{os.getloadavg()[1]:.1f} (others' work included); "
-        + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-        + f"; {' '.join(sys.argv)}"
-    )
+    lines.append(circumstances())
     write(Console(width=120), table, lines)
     if output is not None:
         with output.open("w", encoding="utf-8") as file:

@@ -1,9 +1,24 @@
-"""What several benchmarks need: a random model, and how much memory a process takes."""
+"""What several benchmarks need: a random model, how much memory a process takes, and what a result was got with."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+
+def circumstances(*packages: str) -> str:
+    """Day, machine and its load of the last 5 minutes, versions of torch, megatron-core and ``packages``, command."""
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", *packages)
+    ]
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[1]
+    machine = f"{platform.machine()}, {cores} cores, load {load:.1f}"
+    return "; ".join([time.strftime("%Y-%m-%d"), machine, ", ".join(versions), " ".join(sys.argv)])
 
 
 def save_qwen2(folder: Path, *, hidden: int, layers: int, vocab: int) -> Any:

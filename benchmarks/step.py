@@ -15,9 +15,7 @@ losses of the three are printed: they are the same number.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from shared import reset_high_water_mark, resident, save_qwen2
+from shared import circumstances, reset_high_water_mark, resident, save_qwen2
 from torch import Tensor
 
 from megatron_chord.records import Part, TrainSample
@@ -258,9 +256,6 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {arguments.threads} thread(s)"
     )
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")
-    )
     ours_row = results["ours"]
     table = Table(
         title=f"one update of {arguments.rollouts} rollouts and {arguments.experts} demonstrations, "
@@ -280,10 +275,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
             f"{row['seconds'] / ours_row['seconds']:.2f}",
             f"{row['extra'] / ours_row['extra']:.1f}",
         )
-    Console(width=120).print(
-        table,
-        f"{time.strftime('%Y-%m-%d')}; {device}, {platform.machine()}; {versions}; {' '.join(sys.argv)}",
-    )
+    Console(width=120).print(table, f"{device}; {circumstances('transformers')}")
 
 
 if __name__ == "__main__":

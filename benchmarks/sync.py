@@ -11,10 +11,7 @@ machine with GPUs the transport is ``broadcast`` (NCCL) unless told otherwise, a
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from shared import save_qwen2
+from shared import circumstances, save_qwen2
 
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.server import ServerSettings, start_server
@@ -105,13 +102,8 @@ def show(num_bytes: int, seconds: list[float], copy: float) -> None:
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for what, value in (("copy in memory", copy), ("push", push), ("first push, with set-up", first)):
         table.add_row(what, f"{value:.3f}", f"{num_bytes / GB / value:.2f}", f"{value / copy:.1f}")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
     print(json.dumps({"seconds": seconds, "copy": copy, "bytes": num_bytes}), file=sys.stderr)
-    Console(width=110).print(
-        table,
-        f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{os.getloadavg()[0]:.1f}; {versions}; {' '.join(sys.argv)}",
-    )
+    Console(width=110).print(table, circumstances())
 
 
 if __name__ == "__main__":
