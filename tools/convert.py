@@ -98,10 +98,9 @@ def _convert(args: argparse.Namespace) -> int:
     if args.command != "to-fp8" and is_megatron != args.command.startswith("megatron"):
         kind = "a distributed checkpoint" if is_megatron else "a Hugging Face folder"
         raise ValueError(f"{args.source} is {kind}: {args.command} is not for it")
-    if isinstance(source, HFSource) and source.left_out:
-        print(
-            f"left out, as no part of the model: {len(source.left_out)} tensors ({source.left_out[0]}, ...)"
-        )
+    left_out = source.left_out if isinstance(source, HFSource) else []
+    if left_out:
+        print(f"left out, as no part of the model: {len(left_out)} tensors ({left_out[0]}, ...)")
     size = sum(stored.size(source.dtype) for stored in source.layout.parameters)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.target.parent).free

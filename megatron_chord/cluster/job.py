@@ -11,9 +11,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Transport = Literal["file", "gloo", "broadcast", "ipc"]
+from megatron_chord.network import address_towards
+from megatron_chord.rollout.sync import TransportName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Job:
         others = tuple(gpu for gpu in self.gpus if gpu not in own) if self.trains else ()
         return ",".join(own + others)
 
-    def transport(self) -> Transport:
+    def transport(self) -> TransportName:
         """How weights get from the ranks to the servers, where the run leaves it open."""
         if not self.gpus:
             return "file" if len(self.nodes) == 1 else "gloo"
@@ -123,7 +123,7 @@ class Job:
             # Debian's /etc/hosts gives a machine's own name a loopback address, which its peers cannot reach.
             peer = socket.gethostbyname(self.nodes[1 if self.is_head else 0].address)
             if not _is_loopback(peer):
-                return _address_towards(peer)
+                return address_towards(peer)
         return own
 
 
@@ -162,13 +162,6 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
-
-
-def _address_towards(peer: str) -> str:
-    """This machine's address on the way to ``peer``. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
-        return probe.getsockname()[0]
 
 
 def _nodes(text: str) -> tuple[Node, ...]:

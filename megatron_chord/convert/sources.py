@@ -19,6 +19,7 @@ from megatron_chord.convert.stream import METADATA, Checkpoint
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.transforms import merged_shape
 
 HF = "hf"
 _HELD_EXACTLY = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
@@ -168,14 +169,11 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
     findings = []
     for stored in layout.parameters:
         stored = without_padding(stored, shape.vocab_size)
-        parts = [torch.empty(reader.shape(name), device="meta") for name in stored.entry.hf]
         sources = ", ".join(f"{name} {reader.shape(name)}" for name in stored.entry.hf)
-        try:
-            found = tuple(stored.entry.rule.transform.merge(parts).shape)
-        except (RuntimeError, ValueError) as error:
-            findings.append(f"{stored.entry.megatron} cannot be made of {sources}: {error}")
-            continue
-        if found != stored.shape:
+        found = merged_shape(stored.entry.rule.transform, [reader.shape(name) for name in stored.entry.hf])
+        if isinstance(found, str):
+            findings.append(f"{stored.entry.megatron} cannot be made of {sources}: {found}")
+        elif found != stored.shape:
             findings.append(f"{stored.entry.megatron} has shape {stored.shape}, but {sources} make {found}")
     if findings:
         raise ValueError(

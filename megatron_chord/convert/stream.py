@@ -56,10 +56,6 @@ class Box:
     """Shape of the tensor."""
     dtype: torch.dtype
 
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
 
 def write(
     folder: Path,
@@ -96,9 +92,6 @@ class Checkpoint:
         for key, stored in self._metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 yield key, tuple(stored.size), stored.properties.dtype
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._stored(key).properties.dtype
 
     def read(self, box: Box, into: Tensor) -> None:
         """Fill ``into``, of the box's shape, with its contents; safe to call from several threads.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
-from megatron_chord.costs.flops import train_flops
 from megatron_chord.costs.gpus import Gpu
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.families.shape import ModelShape
@@ -328,11 +327,6 @@ def checkpoint_bytes(case: Case) -> float:
 def export_bytes(case: Case) -> float:
     """Of the exported Hugging Face folder."""
     return case.weight_bytes * model_count(case.shape)
-
-
-def step_flops(case: Case) -> float:
-    """Of the training passes over a step's samples."""
-    return case.work.epochs * case.work.tokens * train_flops(case.shape, case.work.length)
 
 
 def _times(case: Case, choice: Choice, how: Speed, sampling: float | None) -> Times:

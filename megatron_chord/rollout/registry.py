@@ -17,7 +17,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
+
+from megatron_chord.rollout.sync import TransportName
 
 VARIABLE = "CHORD_ROLLOUT"
 """Environment variable with which a node tells its ranks of the job's servers: ``JobRollout`` as JSON."""
@@ -32,7 +34,7 @@ class JobRollout:
     count: int
     address: str
     """Of this rank's node; the servers can reach it."""
-    transport: Literal["file", "gloo", "broadcast", "ipc"]
+    transport: TransportName
     """What fits where the servers run, for ``rollout.transport: auto``."""
 
     def to_variable(self) -> dict[str, str]:

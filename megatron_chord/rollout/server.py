@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from typing import Literal, Self
 import httpx
 import torch
 
+from megatron_chord.network import free_port
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
@@ -99,7 +99,7 @@ def start_server(
         raise RuntimeError("start_server must be called from the main thread")
     on_cpu = not torch.cuda.is_available()
     _check_model(model, on_cpu)
-    port, key = _free_port(host), key or secrets.token_urlsafe(32)
+    port, key = free_port(host), key or secrets.token_urlsafe(32)
     arguments = _arguments(model, host, port, settings)
     arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
     environment = _environment(os.environ, key)
@@ -320,12 +320,6 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
     if settings.tensor == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM silently refuses the uni executor
     return environment
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def _session_processes(session: int) -> list[int]:

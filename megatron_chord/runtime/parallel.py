@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
+from megatron_chord.network import free_port
 from megatron_chord.runtime import adam, cpu
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def start(
     adam.install_if_needed()
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         dist.init_process_group(
             backend,
             rank=rank,
@@ -187,6 +187,18 @@ def start(
     )
 
 
+def axis_sizes(parallel: ParallelConfig) -> dict[str, Any]:
+    """The axes by the names of Megatron's ``initialize_model_parallel``."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": EXPERT_TENSOR,
+    }
+
+
 def build_groups(
     parallel: ParallelConfig, *, device: torch.device, seed: int, coordinator_timeout_s: float = 600.0
 ) -> ParallelGroups:
@@ -197,13 +209,7 @@ def build_groups(
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=EXPERT_TENSOR,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+        **axis_sizes(parallel), distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60))
     )
     # There is no dropout, so every rank may draw the same numbers; the tracker must exist all the same.
     torch.manual_seed(seed)
@@ -245,9 +251,3 @@ def stop() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

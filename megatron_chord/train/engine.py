@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_chord.config import RunConfig
+from megatron_chord.network import address_towards
 from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
@@ -248,6 +248,4 @@ def _address_towards(servers: Sequence[str]) -> str:
     if not servers:
         return "127.0.0.1"
     url = urlsplit(servers[0])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
-        probe.connect((url.hostname, url.port or 80))
-        return probe.getsockname()[0]
+    return address_towards(url.hostname or "", url.port or 80)

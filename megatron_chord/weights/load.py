@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_chord.weights.mapping import Entry, WeightMap
 from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.transforms import merged_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +86,14 @@ def _cut(hf: str, entry: Entry, reader: HFReader, rank: int, size: int, paramete
 
 
 def _merged_shape(cuts: list[Cut], entry: Entry, reader: HFReader) -> tuple[int, ...] | str:
-    """Shape of the merged local parameter, by running the transform on tensors without storage."""
-    parts = []
+    """Of the local parameter."""
+    shapes = []
     for cut in cuts:
         shape = list(reader.shape(cut.name))
         if cut.axis is not None:
             shape[cut.axis] = cut.stop - cut.start
-        parts.append(torch.empty(shape, device="meta"))
-    try:
-        return tuple(entry.rule.transform.merge(parts).shape)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
+        shapes.append(shape)
+    return merged_shape(entry.rule.transform, shapes)
 
 
 def _fits(parameter: tuple[int, ...], merged: tuple[int, ...] | str, entry: Entry) -> bool:

@@ -43,6 +43,14 @@ class Transform(Protocol):
         ...
 
 
+def merged_shape(transform: Transform, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | str:
+    """Shape of what ``merge`` makes of parts of these shapes, or why it cannot. Nothing is allocated."""
+    try:
+        return tuple(transform.merge([torch.empty(tuple(shape), device="meta") for shape in shapes]).shape)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
 @dataclass(frozen=True)
 class Same:
     """One tensor, the same on both sides."""

@@ -12,23 +12,12 @@ import pytest
 
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.server import RolloutServer
+from tests.e2e.test_stages import COMMON, SMALL
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
 EXAMPLES = ROOT / "examples" / "methods"
-COMMON = EXAMPLES / "common.yaml"
-SMALL = {
-    "steps": "4",
-    "batch.prompts": "4",
-    "batch.rollouts": "4",
-    "batch.experts": "6",
-    "data.evaluation": "null",
-    "optim.warmup_steps": "0",
-    "reward.workers": "1",
-    "checkpoint.every": "2",
-    "checkpoint.keep": "5",
-    "rollout.lag": "1",
-}
+LAGGED = SMALL | {"rollout.lag": "1"}
 EVALUATED = {
     "data.evaluation": str(ROOT / "examples" / "arithmetic" / "problems_heldout.jsonl"),
     "evaluation.problems": "8",
@@ -57,7 +46,7 @@ def train_in_turn(url: str, runs: list[tuple[Path, Path, dict[str, str], int | s
     from megatron_chord.train.loop import train
 
     for file, output, settings, how in runs:
-        wanted = {**SMALL, "rollout.servers": f"[{url}]", **settings, "output": str(output)}
+        wanted = {**LAGGED, "rollout.servers": f"[{url}]", **settings, "output": str(output)}
         run = load_config(file, [f"{name}={value}" for name, value in wanted.items()])
         if isinstance(how, int):
             with pytest.raises(Stopped):

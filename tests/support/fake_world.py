@@ -15,7 +15,7 @@ from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, transformer_config
 from megatron_chord.runtime import adam, cpu
-from megatron_chord.runtime.parallel import EXPERT_TENSOR
+from megatron_chord.runtime.parallel import axis_sizes
 
 
 @contextmanager
@@ -30,15 +30,7 @@ def rank_of(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator
     assert not dist.is_initialized()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=EXPERT_TENSOR,
-            create_gloo_process_groups=False,
-        )
+        parallel_state.initialize_model_parallel(**axis_sizes(parallel), create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         yield
     finally:

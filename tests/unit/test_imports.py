@@ -17,7 +17,7 @@ import megatron_chord
 
 PACKAGE = "megatron_chord"
 LAYERS = (
-    ("config", "config_io", "config_nodes", "precision", "records", "schedules", "timing"),
+    ("config", "config_io", "config_nodes", "network", "precision", "records", "schedules", "timing"),
     ("losses", "data", "rewards", "families", "weights", "costs"),
     ("runtime", "model", "rollout"),
     ("methods",),
@@ -31,6 +31,7 @@ NO_TORCH = (
     "config",
     "config_io",
     "config_nodes",
+    "network",
     "precision",
     "records",
     "schedules",
