@@ -27,11 +27,11 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 quickstart: $(VENV)/.installed
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
 
-# Unit tests on all cores; the others start several processes each, one after the other.
+# Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py).
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	$(BIN)/python -m pytest -q -n auto tests/unit
-	$(BIN)/python -m pytest tests --ignore tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/unit
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
