@@ -108,7 +108,7 @@ def most_uncertain(column: str, share: float) -> Prepare:
 def top_threshold(values: Tensor, share: float) -> Tensor:
     """The smallest of the ceil(share x n) largest of n values; infinite when there is none."""
     if len(values) == 0:
-        return values.new_tensor(torch.inf)
+        return values.new_full((), torch.inf)
     count = max(1, math.ceil(round(share * len(values), 6)))
     return values.topk(count).values[-1]
 

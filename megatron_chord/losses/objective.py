@@ -48,8 +48,10 @@ def objective(
         output = terms[name].loss(stats.at(here.index), here)
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
         with torch.no_grad():
-            sums[name] = {key: (here[SCALE] * values).sum() for key, values in output.losses.items()}
-            sums[name] |= {key: values.sum() for key, values in output.means.items()}
-            for key, values in output.maxima.items():
-                maxima[key] = torch.cat([values, values.new_zeros(1)]).max()
+            # One sum for all names: each kernel of so little work costs a launch.
+            values = [*(here[SCALE] * values for values in output.losses.values()), *output.means.values()]
+            totals = torch.stack(values).sum(1).unbind()
+            sums[name] = dict(zip((*output.losses, *output.means), totals, strict=True))
+            for key, candidates in output.maxima.items():
+                maxima[key] = torch.cat([candidates, candidates.new_zeros(1)]).max()
     return Share(loss, sums, maxima)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from megatron_chord.losses.policy import disagreement
-from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats, segment_sums
 
 
 def dpo_term(*, beta: float, max_pairs: int, pool: str = "dpo") -> Term:
@@ -54,8 +54,9 @@ def pair_columns(
         return torch.cat([batch[name] for batch in batches])
 
     log_ratios = joined("sign").double() * (joined("old_logprob") - joined("reference_logprob")).double()
-    counted = torch.stack([log_ratios, torch.ones_like(log_ratios), joined("is_rollout").double()])
-    sums = counted.new_zeros(3, max_pairs).index_add_(1, joined("pair").long(), counted)
+    counted = torch.stack([log_ratios, torch.ones_like(log_ratios), joined("is_rollout").double()], dim=1)
+    held = torch.cat([batch.held for batch in batches])
+    sums = _sums_of_pairs(counted, joined("pair").long(), held, max_pairs)
     log_ratio, length, num_sampled = across.sum(sums)
     margin = beta * log_ratio
     share = 2 / length.clamp(min=1)
@@ -73,6 +74,24 @@ def pair_columns(
         }
 
     return [of_tokens(batch) for batch in batches]
+
+
+def _sums_of_pairs(values: Tensor, pair: Tensor, held: Tensor, max_pairs: int) -> Tensor:
+    """[n, max_pairs]: sums of ``values`` [K, n] over each pair's tokens that are here.
+
+    First over each sequence, in order; then the one or two sequences of a pair, whose sum is the same in either order.
+    So the atomics with which CUDA adds at an index cannot change a bit, and all tensor-parallel ranks get the same.
+
+    Args:
+        pair: [K], of each token.
+        held: [S], the tokens of each sequence, which lie together in the sequences' order.
+    """
+    sums = values.new_zeros(max_pairs, values.shape[1])
+    if len(values) > 0:
+        # A sequence without a token here adds 0, to whichever pair.
+        first = (held.cumsum(0) - held).clamp(max=len(values) - 1)
+        sums.index_add_(0, pair[first], segment_sums(values, held))
+    return sums.t()
 
 
 def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

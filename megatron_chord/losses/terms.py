@@ -61,8 +61,7 @@ class TermTokens:
         """
         if len(self.lengths) == 0:
             return values.detach()
-        # Its own checks would wait for the device.
-        sums = torch.segment_reduce(values.detach(), "sum", lengths=self.held, initial=0.0, unsafe=True)
+        sums = segment_sums(values.detach(), self.held)
         if self.context is not None:
             dist.all_reduce(sums, group=self.context)
         return sums[self.sequence]
@@ -70,6 +69,14 @@ class TermTokens:
     def sequence_means(self, values: Tensor) -> Tensor:
         """Like ``sequence_sums``, divided by the sequence's length."""
         return self.sequence_sums(values) / self.lengths[self.sequence]
+
+
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """[S, ...]: sums of the S segments of ``lengths`` [S] that ``values`` [K, ...] consists of; S > 0.
+
+    Each is added up in order, and without a look at the lengths: torch's own checks of them would wait for the device.
+    """
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
 
 
 class TermOutput(NamedTuple):
