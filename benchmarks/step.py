@@ -179,11 +179,11 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
 
     def update() -> float:
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
-        result = compute_gradients(
+        measured = compute_gradients(
             state, batches, Update(weights=weights, counts=plan.counts), terms, temperature=1.0
         )
         apply_gradients(state)
-        return result.loss
+        return measured.result.loss
 
     return update, sum(len(batch.token_ids) for batch in plan.micro_batches[0])
 

@@ -262,14 +262,16 @@ def pack(
     )
 
 
-def context_order(length: int, context: int, rank: int) -> Tensor:
+def context_order(length: int, context: int, rank: int, device: torch.device | None = None) -> Tensor:
     """Positions of a sequence of ``length`` that context-parallel rank ``rank`` holds: chunks r and 2c - 1 - r of 2c.
 
     The causal triangle is then equally heavy on every rank (Transformer Engine's layout).
     """
     chunk = length // (2 * context)
     first, last = rank * chunk, (2 * context - 1 - rank) * chunk
-    return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
+    return torch.cat(
+        [torch.arange(start, start + chunk, device=device) for start in (first, last)],
+    )
 
 
 def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:

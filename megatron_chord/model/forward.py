@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_chord.data.packing import PackedBatch, context_shard
+from megatron_chord.data.transfer import move_together
 from megatron_chord.losses.terms import TermTokens, TokenStats
+from megatron_chord.model import specs
 from megatron_chord.runtime.parallel import ParallelGroups
 
 
@@ -36,17 +38,23 @@ MicroLoss = Callable[[TokenStats, Mapping[str, TermTokens]], tuple[Tensor, dict[
 
 
 def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
+    """This context-parallel rank's part of the batch on its device: one copy, which the host does not wait for."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    def move(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(groups.device, non_blocking=True)
-
-    longest = int(np.diff(batch.cu_seqlens).max())
-    starts = move(batch.cu_seqlens)
     local = context_shard(batch, groups.context.size, groups.context.rank)
+    arrays = [local.token_ids, local.position_ids, local.loss_positions, local.targets, batch.cu_seqlens]
+    for term in local.terms.values():
+        arrays += [term.index, term.sequence, term.lengths, term.held, *term.columns.values()]
+    moved = iter(move_together(arrays, groups.device))
+    token_ids, position_ids, loss_positions, targets, starts = (next(moved) for _ in range(5))
+    if not specs.has_transformer_engine():
+        # The local layers cut packs into sequences by numbers of the host, which would otherwise wait for the device in
+        # every layer: model/local_modules.py, and Megatron's unfused RoPE (rope_utils.py:204).
+        starts = torch.from_numpy(batch.cu_seqlens)
+    longest = int(np.diff(batch.cu_seqlens).max())
     return DeviceBatch(
-        token_ids=move(local.token_ids)[None],
-        position_ids=move(local.position_ids)[None],
+        token_ids=token_ids[None],
+        position_ids=position_ids[None],
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=starts,
@@ -56,15 +64,15 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        loss_positions=move(local.loss_positions),
-        targets=move(local.targets),
+        loss_positions=loss_positions,
+        targets=targets,
         terms={
             name: TermTokens(
-                index=move(term.index),
-                sequence=move(term.sequence),
-                lengths=move(term.lengths),
-                held=move(term.held),
-                columns={key: move(column) for key, column in term.columns.items()},
+                index=next(moved),
+                sequence=next(moved),
+                lengths=next(moved),
+                held=next(moved),
+                columns={key: next(moved) for key in term.columns},
                 context=groups.context.group if groups.context.size > 1 else None,
             )
             for name, term in local.terms.items()

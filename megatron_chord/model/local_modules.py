@@ -88,10 +88,10 @@ class PackedAttention(MegatronModule):
         for length in lengths:
             stop = start + length // size
             # Rank by rank, as gathered, back to the order of the sequence.
-            order = torch.cat([context_order(length, size, r) for r in range(size)]).argsort()
-            whole = gathered[:, start:stop].flatten(0, 1)[order.to(query.device)]
+            order = torch.cat([context_order(length, size, r, query.device) for r in range(size)]).argsort()
+            whole = gathered[:, start:stop].flatten(0, 1)[order]
             whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
-            positions = context_order(length, size, rank).to(query.device)
+            positions = context_order(length, size, rank, query.device)
             mask = positions[:, None] >= torch.arange(length, device=query.device)[None, :]
             outputs.append(self._attend(query[start:stop], whole_key, whole_value, mask))
             start = stop

@@ -1,4 +1,5 @@
-"""AdamW with the state layout of Transformer Engine's FusedAdam, for machines without Transformer Engine and Apex.
+"""What Megatron's optimizers lack on machines without Transformer Engine and Apex: AdamW with the state layout of
+Transformer Engine's FusedAdam, and clipping that does not wait for the device.
 
 There, Megatron-Core falls back on ``torch.optim.AdamW``, whose state its distributed optimizer saves and loads wrongly
 (megatron-core 0.16.1, distrib_optimizer.py:642, 825, 940: all parameters share one step count after a load, so the
@@ -8,10 +9,11 @@ has it, the same code is right. The arithmetic is torch's fused kernel, on the C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -58,7 +60,8 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                # Filled on the device: a number that is copied there from the host would be waited for.
+                [torch.full((), float(group["step"]), device=params[0].device)] * len(params),
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -69,13 +72,26 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
+def l2_norm(_: int, __: Tensor, lists: Sequence[Sequence[Tensor]], ___: bool) -> tuple[Tensor, None]:
+    """[1]: of all tensors of the one list together. Megatron's own waits for the device at each of them."""
+    (tensors,) = lists
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).view(1), None
+
+
+def scale(_: int, __: Tensor, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
+    """In place: clipping gives the same gradients as source and as target."""
+    torch._foreach_mul_(lists[-1], factor)
+
+
 def install_if_needed() -> None:
-    """Make Megatron-Core build this optimizer where it found neither Transformer Engine's nor Apex's."""
+    """Make Megatron-Core use what is here where it found neither Transformer Engine's nor Apex's."""
     import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
+    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
     optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam = FusedAdam

@@ -46,6 +46,8 @@ class ParallelGroups:
     context: Axis
     replicas: Axis
     """Data-parallel and context-parallel ranks together: they hold the same weights."""
+    replicas_host: dist.ProcessGroup
+    """The same ranks over gloo."""
     expert: Axis
     """Ranks that hold different experts; tensor, context and data axis together are divided anew among experts."""
     expert_replicas: Axis
@@ -231,6 +233,7 @@ def build_groups(
         data=data,
         context=axis(parallel_state.get_context_parallel_group()),
         replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        replicas_host=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
         expert=axis(parallel_state.get_expert_model_parallel_group()),
         expert_replicas=axis(parallel_state.get_expert_data_parallel_group()),
         objects=objects,

@@ -19,7 +19,7 @@ from megatron_chord.methods.chord import EXPERT
 from megatron_chord.methods.groups import POLICY
 from megatron_chord.model.forward import DeviceBatch
 from megatron_chord.train.state import TrainState
-from megatron_chord.train.step import Terms, Update, UpdateResult, compute_gradients
+from megatron_chord.train.step import Measured, Terms, Update, UpdateResult, compute_gradients
 
 Gradients = Mapping[str, Tensor]
 
@@ -42,12 +42,12 @@ class MuGradient:
         terms: Terms,
         *,
         temperature: float,
-    ) -> tuple[UpdateResult, float]:
-        """``compute_gradients`` in two passes, and the measured gradient of mu (0 where there is none yet).
+    ) -> Measured:
+        """``compute_gradients`` in two passes; among the means is ``mu_gradient`` as measured, 0 where it is not yet.
 
         Collectives: twice those of ``compute_gradients``, and 1 all-reduce over all ranks.
         """
-        alone: dict[str, UpdateResult] = {}
+        alone: dict[str, Measured] = {}
         parts: dict[str, Gradients] = {}
         for branch in (POLICY, EXPERT):
             only = replace(update, weights={POLICY: 0.0, EXPERT: 0.0, branch: 1.0})
@@ -57,20 +57,35 @@ class MuGradient:
             grad.zero_()
             for branch, part in parts.items():
                 grad.add_(part[name], alpha=update.weights[branch])
-        slope = 0.0
+        products = torch.zeros(3, dtype=torch.float64, device=state.groups.device)
         if self._difference is not None and POLICY in update.counts:
-            slope = -cosine(state, parts[POLICY], self._difference)
+            products = dot_products(state, parts[POLICY], self._difference)
         self._difference = (
             {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
             if {POLICY, EXPERT} <= update.counts.keys()
             else None
         )
-        loss = sum(update.weights[branch] * result.loss for branch, result in alone.items())
-        return replace(alone[POLICY], loss=loss), slope
+        policy, expert = alone[POLICY], alone[EXPERT]
+
+        def finish(numbers: list[float]) -> UpdateResult:
+            first, second = len(policy.values), len(policy.values) + len(expert.values)
+            ours, theirs = policy.finish(numbers[:first]), expert.finish(numbers[first:second])
+            loss = update.weights[POLICY] * ours.loss + update.weights[EXPERT] * theirs.loss
+            return replace(ours, loss=loss, means={**ours.means, "mu_gradient": -cosine(*numbers[second:])})
+
+        return Measured(values=torch.cat([policy.values, expert.values, products]), finish=finish)
 
 
-def cosine(state: TrainState, left: Gradients, right: Gradients) -> float:
-    """Of two gradients of the whole model, every parameter counted once. One all-reduce over all ranks."""
+def cosine(across: float, left: float, right: float) -> float:
+    """From the products of two vectors with each other and with themselves; 0 where one is 0."""
+    return across / max((left * right) ** 0.5, 1e-30)
+
+
+def dot_products(state: TrainState, left: Gradients, right: Gradients) -> Tensor:
+    """[3]: left x right, left x left, right x right, of two gradients of the whole model, every parameter counted once.
+
+    One all-reduce over all ranks.
+    """
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
@@ -84,8 +99,7 @@ def cosine(state: TrainState, left: Gradients, right: Gradients) -> float:
         a, b = left[name].double(), right[name].double()
         products += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
     dist.all_reduce(products)
-    across, first, second = products.tolist()
-    return across / max((first * second) ** 0.5, 1e-30)
+    return products
 
 
 def _gradients(state: TrainState) -> dict[str, Tensor]:

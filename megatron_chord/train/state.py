@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.load import load
 from megatron_chord.weights.reader import HFReader
+
+
+class NonFiniteGradient(RuntimeError):
+    """A gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,8 @@ def build_state(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        check_for_nan_in_grad=True,
+        # It would wait for the device twice for every bucket; see _checked_norm.
+        check_for_nan_in_grad=False,
     )
     wrapped = tuple(
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
@@ -182,7 +188,17 @@ def _optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         **optimizer_settings(fp8),
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer: Any = get_megatron_optimizer(config, list(chunks))
+    optimizer.get_grad_norm = functools.partial(_checked_norm, optimizer.get_grad_norm)
+    return optimizer
+
+
+def _checked_norm(get_grad_norm: Callable[[], float]) -> float:
+    """Megatron's gradient norm, which its step asks for before it changes a weight; the same on every rank."""
+    norm = get_grad_norm()
+    if not math.isfinite(norm):
+        raise NonFiniteGradient(f"the gradient's norm is {norm}; no weight has been changed by it")
+    return norm
 
 
 def _scheduler(optimizer: Any, optim: OptimConfig, steps: int) -> Any:

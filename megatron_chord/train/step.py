@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats, reported
 from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
-from megatron_chord.runtime.parallel import Axis, ParallelGroups
+from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
 
 Terms = Mapping[str, Term]
@@ -38,6 +39,19 @@ class UpdateResult:
     loss: float
     means: dict[str, float]
     maxima: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An update's numbers, still on the device."""
+
+    values: Tensor
+    finish: Callable[[list[float]], UpdateResult]
+
+    @functools.cached_property
+    def result(self) -> UpdateResult:
+        """Read once, by a copy to the host that waits for the device."""
+        return self.finish(self.values.tolist())
 
 
 def prepare_batches(
@@ -65,7 +79,7 @@ def prepare_batches(
     if not state.groups.is_last_stage:
         return batches
     batches = [_with_columns(batch, present, found) for batch, found in zip(batches, columns, strict=True)]
-    across = _Across(state.groups.replicas)
+    across = _Across(state.groups)
     for name, term in present.items():
         if term.prepare is None:
             continue
@@ -84,14 +98,14 @@ def compute_gradients(
     terms: Terms,
     *,
     temperature: float,
-) -> UpdateResult:
+) -> Measured:
     """Loss and gradients of the update in the parameters' ``main_grad``; changes no weight.
 
     Args:
         batches: this data-parallel rank's, equally many on every rank.
         update: the same on every rank.
 
-    Collectives: those of Megatron's schedule and gradient reduction, and 2 all-reduces over all ranks.
+    Collectives: those of Megatron's schedule and gradient reduction, and 1 all-reduce over all ranks.
     """
     present = {name: terms[name] for name in batches[0].terms}
 
@@ -188,8 +202,9 @@ def _extended(tokens: TermTokens, columns: Mapping[str, Tensor]) -> TermTokens:
 class _Across:
     """``AcrossRanks`` over the ranks that hold the update's other tokens."""
 
-    def __init__(self, replicas: Axis) -> None:
-        self._replicas = replicas
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._replicas = groups.replicas
+        self._host = groups.replicas_host
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.clone()
@@ -197,36 +212,49 @@ class _Across:
         return total
 
     def collect(self, values: Tensor) -> Tensor:
-        lengths = values.new_zeros(self._replicas.size, dtype=torch.int64)
-        lengths[self._replicas.rank] = len(values)
-        dist.all_reduce(lengths, group=self._replicas.group)
-        longest = int(lengths.max())
-        padded = torch.cat([values, values.new_zeros(longest - len(values))])
-        parts = [torch.empty_like(padded) for _ in range(self._replicas.size)]
+        # How many there are is the hosts' to know: no device is waited for.
+        lengths: list[Any] = [None] * self._replicas.size
+        dist.all_gather_object(lengths, len(values), group=self._host)
+        padded = torch.cat([values, values.new_zeros(max(lengths) - len(values))])
+        parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded, group=self._replicas.group)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def _reduce(
-    kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups: ParallelGroups
-) -> UpdateResult:
-    """Add up what the last pipeline stage's ranks kept, each token counted once."""
+def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups: ParallelGroups) -> Measured:
+    """Add up what the last pipeline stage's ranks kept, each token counted once. One all-reduce over all ranks.
+
+    Every replica writes its maxima to a row of its own, so that a sum brings them all.
+    """
     outputs = {name: reported(term) for name, term in terms.items()}
     names = [(term, key) for term, output in outputs.items() for key in (*output.losses, *output.means)]
     peaks = [key for output in outputs.values() for key in output.maxima]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
-    maxima = torch.zeros(len(peaks), dtype=torch.float64, device=groups.device)
+    rows = torch.zeros(groups.replicas.size, len(peaks), dtype=torch.float64, device=groups.device)
     if groups.is_last_stage and groups.tensor.rank == 0:
-        for row in kept:
-            values = [row["loss"], *(row["sums"][term][key] for term, key in names)]
-            sums += torch.stack([value.double() for value in values])
-            if peaks:
-                maxima = torch.maximum(maxima, torch.stack([row["maxima"][key].double() for key in peaks]))
-    dist.all_reduce(sums)
-    dist.all_reduce(maxima, dist.ReduceOp.MAX)
-    loss, *totals = sums.tolist()
-    means = {
-        key: total / (update.counts[term] if key in outputs[term].means else 1)
-        for (term, key), total in zip(names, totals, strict=True)
-    }
-    return UpdateResult(loss=loss, means=means, maxima=dict(zip(peaks, maxima.tolist(), strict=True)))
+        sums = _stacked(
+            [[row["loss"], *(row["sums"][term][key] for term, key in names)] for row in kept]
+        ).sum(0)
+        if peaks:
+            rows[groups.replicas.rank] = _stacked(
+                [[row["maxima"][key] for key in peaks] for row in kept]
+            ).amax(0)
+    values = torch.cat([sums, rows.flatten()])
+    dist.all_reduce(values)
+
+    def finish(numbers: list[float]) -> UpdateResult:
+        loss, *rest = numbers
+        totals, found = rest[: len(names)], rest[len(names) :]
+        means = {
+            key: total / (update.counts[term] if key in outputs[term].means else 1)
+            for (term, key), total in zip(names, totals, strict=True)
+        }
+        maxima = {key: max(found[place :: len(peaks)]) for place, key in enumerate(peaks)}
+        return UpdateResult(loss=loss, means=means, maxima=maxima)
+
+    return Measured(values=values, finish=finish)
+
+
+def _stacked(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """[rows, columns] float64 from scalars, in two kernels however many there are."""
+    return torch.stack([value for row in rows for value in row]).double().view(len(rows), -1)

@@ -55,15 +55,12 @@ def train_on(
     learning_rate = 0.0
     for _ in range(run.batch.epochs):
         for update, batches in zip(inputs.updates, prepared, strict=True):
-            if mu_gradient is not None:
-                result, slope = mu_gradient.compute(state, batches, update, terms, temperature=temperature)
-                result.means["mu_gradient"] = slope
-            else:
-                result = compute_gradients(state, batches, update, terms, temperature=temperature)
+            compute = compute_gradients if mu_gradient is None else mu_gradient.compute
+            measured = compute(state, batches, update, terms, temperature=temperature)
             if not results:
-                check_agreement(run, result, step=step, age=step - inputs.weight_version)
+                check_agreement(run, measured.result, step=step, age=step - inputs.weight_version)
             norm, learning_rate = apply_gradients(state, new_step=not results, skip=not update.counts)
-            results.append(result)
+            results.append(measured.result)
             norms.append(norm)
     return Trained(
         result=mean_result(results), grad_norm=statistics.fmean(norms), learning_rate=learning_rate

@@ -108,7 +108,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         )
         fill(state, folder)
         update = Update(weights=case["weights"], counts=plan.counts)
-        result = compute_gradients(state, batches, update, terms, temperature=temperature)
+        result = compute_gradients(state, batches, update, terms, temperature=temperature).result
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
         results.append(({"loss": result.loss, **result.means, **result.maxima}, gather_hf(state, grads)))
     return results

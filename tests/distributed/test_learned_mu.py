@@ -44,8 +44,8 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
             mine = plan.micro_batches[state.groups.data.rank]
             batches = prepare_batches(state, mine, terms, temperature=1.0)
             update = Update(weights=WEIGHTS, counts=plan.counts)
-            result, slope = measure.compute(state, batches, update, terms, temperature=1.0)
-            slopes.append(slope)
+            result = measure.compute(state, batches, update, terms, temperature=1.0).result
+            slopes.append(result.means.pop("mu_gradient"))
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
         metrics = {"loss": result.loss, **result.means}
         results.append((metrics, gather_hf(state, grads), slopes))

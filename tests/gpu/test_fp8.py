@@ -82,7 +82,7 @@ def train(state: TrainState, precision: Precision | None, steps: range) -> list[
         plan = plan_step(samples, max_tokens=1024, layout=layout, pad_id=0)
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
         update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
-        result = compute_gradients(state, batches, update, terms, temperature=1.0)
+        result = compute_gradients(state, batches, update, terms, temperature=1.0).result
         apply_gradients(state)
         losses.append(result.means["expert_nll"])
     return losses

@@ -1,0 +1,130 @@
+"""docs/performance.md states what one update sends over which group; counted here, on two ranks and the two layers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.config import OptimConfig, ParallelConfig
+from megatron_chord.losses.terms import reported
+from megatron_chord.methods.table import method_of
+from megatron_chord.train.state import TrainState
+from tests.distributed.steps import build
+from tests.distributed.watched import LENGTH, MICRO_BATCHES, PRESETS, TRAINED, preset, watched_step
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.tiny import save_qwen2
+
+LAYERS, HIDDEN, KEYS = 2, 64, 32
+"""Of the model of tests.support.tiny: two key-value heads of 16."""
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "data, plain optimizer": {"distributed_optimizer": False},
+    "tensor": {"tensor": 2},
+    "tensor, sequence": {"tensor": 2, "sequence_parallel": True},
+    "context": {"context": 2},
+    "pipeline": {"pipeline": 2},
+}
+KINDS = {
+    "allreduce": "all-reduce",
+    "allreduce_coalesced": "all-reduce",
+    "allgather_base": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "send": "send",
+    "recv": "receive",
+}
+Calls = dict[tuple[str, str, int], int]
+"""Of each (group, kind, numbers in a call)."""
+
+
+def stated() -> list[dict[str, str]]:
+    """The rows of the table in the documentation."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    header, _, *rows = text.split("<!-- collectives -->\n")[1].splitlines()
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    return [
+        dict(zip(names, (cell.strip() for cell in row.strip("|").split("|")), strict=True)) for row in rows
+    ]
+
+
+def value(formula: str, symbols: dict[str, int]) -> int:
+    """Of sums of products, like ``4 L + 2``; with at most one ``/``, which divides all of it."""
+    formula, _, divisor = formula.partition("/")
+    total = sum(math.prod(_factor(factor, symbols) for factor in term.split()) for term in formula.split("+"))
+    return total // (_factor(divisor.strip(), symbols) if divisor else 1)
+
+
+def _factor(text: str, symbols: dict[str, int]) -> int:
+    return int(text) if text.isdigit() else symbols[text]
+
+
+def expected(layout: str, symbols: dict[str, int]) -> Calls:
+    calls: Counter[tuple[str, str, int]] = Counter()
+    for row in stated():
+        if layout not in row["layout"].split("; ") and row["layout"] != "any":
+            continue
+        often = value(row["a micro-batch"] or "0", symbols) * MICRO_BATCHES + value(
+            row["an update"] or "0", symbols
+        )
+        calls[row["group"], row["kind"], value(row["numbers"], symbols)] += often
+    return dict(calls)
+
+
+def symbols_of(state: TrainState) -> dict[str, int]:
+    """What the table's letters stand for."""
+    run = preset(PRESETS["chord_phi"])
+    outputs = [reported(term) for term in method_of(run).terms(run).values()]
+    groups = state.groups
+    tokens = 2 * LENGTH // groups.context.size
+    return {
+        "L": LAYERS,
+        "N": tokens,
+        "H": HIDDEN,
+        "K": KEYS,
+        "T": 2 * 2 * TRAINED,
+        "P": sum(buffer.numel for chunk in state.chunks for buffer in chunk.buffers),
+        "norms": (2 * LAYERS + 1) * HIDDEN,
+        "n": sum(len(output.losses) + len(output.means) for output in outputs),
+        "m": sum(len(output.maxima) for output in outputs),
+        "t": groups.tensor.size,
+        "c": groups.context.size,
+        "r": groups.replicas.size,
+    }
+
+
+def counted(folder: Path) -> dict[str, tuple[Calls, dict[str, int]]]:
+    """For each layout: this rank's calls in one step of CHORD, and the table's symbols."""
+    run, found = preset(PRESETS["chord_phi"]), {}
+    for name, axes in LAYOUTS.items():
+        parallel = ParallelConfig(**axes)
+        state = build(folder, parallel, OptimConfig())
+        groups = state.groups
+        (optimizer,) = state.optimizer.chained_optimizers
+        known = {
+            "tensor": groups.tensor.group,
+            "pipeline": groups.pipeline.group,
+            "context": groups.context.group,
+            "replicas": groups.replicas.group,
+            "norm": optimizer.get_grad_stats_parallel_group(),
+        }
+        names = {group.group_name: axis for axis, group in known.items()} | {"0": "world"}
+        sent = watched_step(run, state, parallel).sent
+        calls = Counter((names[call.group], KINDS[call.kind], call.numel) for call in sent)
+        found[name] = (dict(calls), symbols_of(state))
+    return found
+
+
+def test_an_update_sends_what_the_documentation_says(tmp_path: Path) -> None:
+    for found in run_ranks(counted, 2, save_qwen2(tmp_path, layers=LAYERS)):
+        assert list(found) == list(LAYOUTS)
+        for layout, (calls, symbols) in found.items():
+            assert calls == expected(layout, symbols), layout
+
+
+def test_formulas() -> None:
+    assert value("4 L + 2", {"L": 3}) == 14
+    assert value("N H / t", {"N": 6, "H": 5, "t": 2}) == 15
+    assert value("1 + n + r m", {"n": 10, "r": 2, "m": 1}) == 13

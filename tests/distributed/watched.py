@@ -1,0 +1,96 @@
+"""A step of any method for tests that watch it from below (``tests.support.watch``): its samples, and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chord.config import ParallelConfig, RunConfig
+from megatron_chord.config_io import load_config
+from megatron_chord.data.packing import plan_step
+from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.methods.table import method_of
+from megatron_chord.records import Part, TrainSample
+from megatron_chord.train.coordinator import StepInputs
+from megatron_chord.train.learned_mu import MuGradient
+from megatron_chord.train.setup import layout_of
+from megatron_chord.train.state import TrainState
+from megatron_chord.train.step import Update
+from megatron_chord.train.updates import train_on
+from tests.support.ranks import ROOT
+from tests.support.watch import Watch
+
+PRESETS = {
+    path.stem: path
+    for path in sorted((ROOT / "examples" / "methods").glob("*.yaml"))
+    if path.stem not in ("common", "aligned")
+}
+MICRO_BATCHES = 3
+"""Of each data-parallel rank."""
+LENGTH = 16
+"""Tokens of a sample; a micro-batch has two."""
+TRAINED = 3
+"""Tokens of a sample that each term trains."""
+
+
+def preset(path: Path) -> RunConfig:
+    """With one update a step, and no limit on how far the random rollouts are from the random policy."""
+    run = load_config(path)
+    return replace(
+        run,
+        batch=replace(run.batch, mini_batches=1, epochs=1),
+        rollout=replace(run.rollout, max_logprob_gap=1e9, max_probability_error=1e9),
+    )
+
+
+def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
+    """Random samples, each with a part of every term, and every constant that any term reads."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(num_samples):
+        constants = {
+            "advantage": 1.0,
+            "rollout_logprob": np.full(TRAINED, -2.0, np.float32),
+            "sign": 1.0 if index % 2 == 0 else -1.0,
+            "is_rollout": 1.0,
+            "pair": float(index // 2),
+            "age": 1.0,
+        }
+        parts = tuple(
+            Part(term=name, positions=np.arange(start, start + TRAINED), constants=constants)
+            for name, start in zip(names, range(4, LENGTH, TRAINED), strict=False)
+        )
+        samples.append(TrainSample(token_ids=rng.integers(3, 200, LENGTH), parts=parts))
+    return samples
+
+
+def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) -> Watch:
+    """One step of ``run``'s method, by ``train_on``."""
+    method = method_of(run)
+    terms = method.terms(run)
+    samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size)
+    plan = plan_step(
+        with_scales(samples, terms),
+        max_tokens=2 * LENGTH,
+        layout=layout_of(state.shape, parallel, state.groups.data.size),
+        pad_id=0,
+    )
+    mine = plan.micro_batches[state.groups.data.rank]
+    assert len(mine) == MICRO_BATCHES
+    inputs = StepInputs(
+        updates=(Update(weights=dict.fromkeys(terms, 0.5), counts=plan.counts),),
+        mu=0.5,
+        stats={},
+        seconds={},
+        weight_version=0,
+        num_tokens=1,
+        squared_tokens=1,
+    )
+    schedule = method.schedule(run)
+    mu_gradient = MuGradient() if schedule is not None and schedule.needs_mu_gradient else None
+    with Watch() as watch:
+        train_on(run, state, terms, inputs, [mine], step=0, mu_gradient=mu_gradient)
+    return watch

@@ -1,0 +1,25 @@
+"""Clipping where neither Transformer Engine nor Apex is: the norm and the scaling, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_chord.runtime.adam import l2_norm, scale
+
+
+def test_norm_of_several_tensors() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(7), torch.randn(3, 5), torch.zeros(1)]
+    norm, per_tensor = l2_norm(0, torch.zeros(1), [tensors], False)
+    everything = np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])
+    assert norm.shape == (1,)
+    assert norm.item() == pytest.approx(np.sqrt((everything**2).sum()), rel=1e-6)
+    assert per_tensor is None
+
+
+def test_scaling_is_in_place() -> None:
+    gradients = [torch.tensor([2.0, -4.0]), torch.tensor([[1.0]])]
+    scale(0, torch.zeros(1), [gradients, gradients], 0.25)
+    assert [gradient.tolist() for gradient in gradients] == [[0.5, -1.0], [[0.25]]]
