@@ -401,6 +401,10 @@ class RolloutConfig:
     sleep: bool | None = None
     """Servers free their GPU memory while the ranks train, and get it back with the next weights. Left out: with GPUs,
     where the servers share the ranks' and `lag` is 0. Servers in `servers` must be started with --enable-sleep-mode."""
+    offload: bool | None = None
+    """Optimizer state, gradients and a reference policy free their GPU memory while servers sample: they wait in the
+    host's memory, which must have room for them (docs/cluster.md). Left out: with GPUs, where the servers share the
+    ranks' and `lag` is 0."""
     lag: int = 0
     """How many steps ahead are sampled while a step trains: a step's rollouts are up to so many steps older than the
     weights they train. 0: every step samples first, with its own weights, and then trains."""
@@ -436,6 +440,10 @@ class RolloutConfig:
         _require(
             not self.sleep or self.lag == 0,
             "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",
+        )
+        _require(
+            not self.offload or self.lag == 0,
+            "rollout.offload: with rollout.lag the ranks train while servers sample, and need their optimizer state",
         )
         _require(
             self.lag > 0 or self.in_flight == "drain",

@@ -26,6 +26,7 @@ from megatron_chord.rollout.registry import JobRollout, Registry, read_key
 from megatron_chord.rollout.server import ServerError, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.offload import Offload
 from megatron_chord.train.state import TrainState
 
 T = TypeVar("T")
@@ -76,6 +77,8 @@ class RolloutEngine:
         self._push_failed = False
         self._sleeps = self._share_gpus() if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
+        self._offloads = self._share_gpus() if run.rollout.offload is None else run.rollout.offload
+        self._offload: Offload | None = None
         self._sync_seconds = 0.0
         groups.once(self._start)
 
@@ -114,6 +117,10 @@ class RolloutEngine:
         if self._version == version:
             return
         self._version = None
+        if self._offloads:
+            self._offload = self._offload or Offload(state)
+            # All ranks have made room before any server takes it.
+            self._groups.together(self._offload.away)
         if self._sync is None:
             self._groups.once(self._connect)
             self._sync = self._make_sync()
@@ -127,15 +134,22 @@ class RolloutEngine:
             self._asleep = False
         self._version = version
 
+    @property
+    def has_offloaded(self) -> bool:
+        """The state that was pushed last can neither be trained nor saved before ``rest``."""
+        return self._offload is not None and self._offload.is_away
+
     def rest(self) -> None:
-        """Nothing is sampled before the next push: servers that are to sleep meanwhile drop weights and KV cache."""
-        if not self._sleeps or self._sync is None or self._lost or self._asleep:
-            return
-        self._asleep, self._version = True, None
-        try:
-            self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
-        except RolloutError as error:
-            self._give_up(error)
+        """Nothing is sampled before the next push: servers that are to sleep meanwhile drop weights and KV cache, and
+        what training needs comes back to the GPU."""
+        if self._sleeps and self._sync is not None and not self._lost and not self._asleep:
+            self._asleep, self._version = True, None
+            try:
+                self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
+            except RolloutError as error:
+                self._give_up(error)
+        if self._offload is not None:
+            self._groups.together(self._offload.back)
 
     def close(self) -> None:
         """Stop the server and drop the connections; on this rank, without waiting for others."""

@@ -187,13 +187,13 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     """One step; on the coordinator also its metrics. Returns what mu is to remember."""
     run, method, state, coordinator = parts.run, parts.method, parts.state, parts.coordinator
     step, schedule = now.step, method.schedule(run)
-    if schedule is not None and schedule.resets_optimizer(step):
-        reset_optimizer(state)
     timer = Timer(mark=record_function)
     with timer.phase("total"):
         with timer.phase("collect"):
             inputs, micro_batches = parts.ahead.take(now)
             parts.engine.rest()
+        if schedule is not None and schedule.resets_optimizer(step):
+            reset_optimizer(state)
         _doing(coordinator, "training")
         with timer.phase("train"):
             done = train_on(
@@ -274,6 +274,8 @@ def _save(parts: _Parts, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
     parts.ahead.drain()
+    if parts.engine.has_offloaded:  # for an evaluation, or a sampling that was given up
+        parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
     path = checkpoint.save(
         parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
