@@ -30,6 +30,10 @@ _NOT_TO_OVERRIDE = {
     "calculate_per_token_loss": "it divides both branches of the loss by one count",
     "variable_seq_lengths": "packed micro-batches differ in length",
     "perform_initialization": "weights are always read from a checkpoint",
+    **dict.fromkeys(
+        ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
+        "packed micro-batches differ in length, and rollout.offload changes addresses",
+    ),
     "overlap_p2p_comm": "it follows from parallel.virtual_pipeline",
     "batch_p2p_comm": "it follows from parallel.virtual_pipeline",
     "params_dtype": "model.dtype sets it",

@@ -46,6 +46,9 @@ class Constants:
     (70B) [RL-959]."""
     sync_apart: tuple[float, float] = (0.5, 40e9)
     """Of a push to other GPUs, one sender over a 400 Gb/s port: seconds at once, bytes per second [RL-BWCALC]."""
+    host_copy: float = 20e9
+    """Bytes per second between a GPU and pinned main memory, all GPUs of a node at the same time. Assumed: a PCIe 5
+    x16 port can do 64e9 alone."""
     step_overhead: float = 0.03
     """Share of a step beside its phases: drawing, grading, packing, logging. 2 to 4 % in [RL-959]."""
     cuda_bytes: float = 3e9

@@ -87,6 +87,8 @@ class Case:
     cache_bytes: float | None = None
     overlap: bool = False
     """Sampling for the next step runs beside training."""
+    offload: bool = False
+    """Optimizer state, gradients and reference leave the GPU while servers sample on it."""
     constants: Constants = CONSTANTS
 
     def __post_init__(self) -> None:
@@ -162,6 +164,8 @@ class Times:
     overlap: bool
     overhead: float
     """Share of the rest."""
+    offload: float = 0.0
+    """Of optimizer state and reference, to main memory and back."""
 
     @property
     def trainer(self) -> float:
@@ -170,7 +174,7 @@ class Times:
     @property
     def step(self) -> float:
         phases = max(self.sampling, self.trainer) if self.overlap else self.sampling + self.trainer
-        return (phases + self.sync) * (1 + self.overhead)
+        return (phases + self.sync + self.offload) * (1 + self.overhead)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +188,8 @@ class Estimate:
     """Bytes on the fullest GPU while training."""
     sampling_peak: float
     """Bytes on the fullest GPU while sampling, where trainer and servers share it; else of a server's GPU."""
+    saved: float
+    """Bytes of the fullest GPU that are in main memory while servers sample."""
     problems: tuple[str, ...]
     """What does not fit, and by how much; empty when all does."""
     times: Times
@@ -247,8 +253,15 @@ def case_of(
         utilization=run.rollout.gpu_memory_utilization,
         cache_bytes=run.rollout.kv_cache_bytes,
         overlap=overlap,
+        offload=_offloads(run, cluster) and samples,
         constants=constants,
     )
+
+
+def _offloads(run: RunConfig, cluster: Cluster) -> bool:
+    """As ``train/engine.py`` decides it where the setting is left out."""
+    stated = run.rollout.offload
+    return cluster.colocated and run.rollout.lag == 0 if stated is None else stated
 
 
 def choice_of(run: RunConfig) -> Choice:
@@ -291,7 +304,11 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     )
     server = case.server() if work.sequences else None
     asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
-    beside = max(stage.static for stage in stages) + case.constants.cuda_bytes if cluster.colocated else 0.0
+    beside = (
+        max(_beside(case, stage) for stage in stages) + case.constants.cuda_bytes
+        if cluster.colocated
+        else 0.0
+    )
     training_peak = max(stage.total for stage in stages) + asleep
     sampling_peak = beside + server.reserved if server else 0.0
     how = speed(
@@ -301,7 +318,8 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         fp8=preset(case.precision).training is not None,
         constants=case.constants,
     )
-    times = _times(case, choice, how, sampling)
+    saved = max(stage.saved for stage in stages) if case.offload else 0.0
+    times = _times(case, choice, how, sampling, saved)
     mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
     return Estimate(
         choice=choice,
@@ -310,6 +328,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         server=server,
         training_peak=training_peak,
         sampling_peak=sampling_peak,
+        saved=saved,
         problems=tuple(_problems(case, stages, server, training_peak, sampling_peak)),
         times=times,
         speed=how,
@@ -329,7 +348,12 @@ def export_bytes(case: Case) -> float:
     return case.weight_bytes * model_count(case.shape)
 
 
-def _times(case: Case, choice: Choice, how: Speed, sampling: float | None) -> Times:
+def _beside(case: Case, stage: StageMemory) -> float:
+    """Of the trainer, while servers sample on the same GPU."""
+    return stage.beside_servers if case.offload else stage.static
+
+
+def _times(case: Case, choice: Choice, how: Speed, sampling: float | None, saved: float) -> Times:
     work = case.work
     one = pass_seconds(
         case.shape,
@@ -347,6 +371,7 @@ def _times(case: Case, choice: Choice, how: Speed, sampling: float | None) -> Ti
         sync=case.sync_seconds(),
         overlap=case.overlap,
         overhead=case.constants.step_overhead,
+        offload=2 * saved / case.constants.host_copy,
     )
 
 
@@ -356,6 +381,9 @@ def _stages_to_see(shape: ModelShape, stages: int) -> Sequence[int]:
     if shape.experts is not None and shape.experts.dense_layers:
         return range(stages)
     return sorted({0, stages - 1})
+
+
+_KEPT = {False: "weights, gradients and optimizer state", True: "weights"}
 
 
 def _problems(
@@ -378,7 +406,7 @@ def _problems(
     if sampling_peak > gpu.memory:
         found.append(
             f"sampling needs {gb(sampling_peak)}: vLLM's {gb(server.reserved)} beside "
-            f"{gb(max(stage.static for stage in stages))} of the trainer's weights, gradients and optimizer state, "
+            f"{gb(max(_beside(case, stage) for stage in stages))} of the trainer's {_KEPT[case.offload]}, "
             f"{_beyond(sampling_peak, gpu)}; lower rollout.gpu_memory_utilization"
         )
     if server.tokens < case.work.longest:

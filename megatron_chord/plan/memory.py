@@ -89,6 +89,16 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
+    def saved(self) -> float:
+        """Of the static part what ``train/offload.py`` keeps in the host's memory while servers sample."""
+        return self.optimizer + self.reference
+
+    @property
+    def beside_servers(self) -> float:
+        """What then stays on the GPU; gradients are not kept anywhere."""
+        return self.static - self.saved - self.gradients
+
+    @property
     def total(self) -> float:
         return sum(self.parts().values())
 

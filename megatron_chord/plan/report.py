@@ -91,6 +91,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             **found.worst.parts(),
             "training_peak": found.training_peak,
             "sampling_peak": found.sampling_peak,
+            "main_memory": found.saved,
         },
         "server": None
         if server is None
@@ -107,6 +108,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "scoring": found.times.scoring,
             "training": found.times.training,
             "sync": found.times.sync,
+            "offload": found.times.offload,
         },
         "micro_batches": found.training.micro_batches,
         "bubble": found.speed.bubble,
@@ -144,7 +146,10 @@ def _memory(case: Case, found: Estimate) -> Table:
         table.add_row("vLLM: KV cache", gb(found.server.cache))
         table.add_row("vLLM: all it reserves", gb(found.server.reserved))
         if cluster.colocated:
-            table.add_row("with the trainer's state beside it", gb(found.sampling_peak))
+            kept = "weights" if case.offload else "state"
+            table.add_row(f"with the trainer's {kept} beside it", gb(found.sampling_peak))
+        if case.offload:
+            table.add_row("meanwhile in main memory, of each GPU", gb(found.saved))
     return table
 
 
@@ -167,6 +172,7 @@ def _time(case: Case, found: Estimate) -> Table:
         "log-probs": times.scoring,
         "training": times.training,
         "weight push": times.sync,
+        **({"optimizer state to main memory and back": times.offload} if case.offload else {}),
     }.items():
         table.add_row(name, f"{value:.1f} s")
     table.add_row("step", f"{times.step:.1f} s", end_section=True)

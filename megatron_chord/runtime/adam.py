@@ -72,13 +72,13 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
-def l2_norm(_: int, __: Tensor, lists: Sequence[Sequence[Tensor]], ___: bool) -> tuple[Tensor, None]:
+def l2_norm(_: int, __: Tensor, lists: Sequence[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
     """[1]: of all tensors of the one list together. Megatron's own waits for the device at each of them."""
     (tensors,) = lists
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).view(1), None
 
 
-def scale(_: int, __: Tensor, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
+def scale(_: int, __: Tensor, lists: Sequence[list[Tensor]], factor: float) -> None:
     """In place: clipping gives the same gradients as source and as target."""
     torch._foreach_mul_(lists[-1], factor)
 

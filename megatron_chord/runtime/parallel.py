@@ -221,6 +221,7 @@ def build_groups(
         return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
 
     data = axis(parallel_state.get_data_parallel_group())
+    host: Any = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
     objects: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=coordinator_timeout_s))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, data.rank, group=objects)
@@ -233,7 +234,7 @@ def build_groups(
         data=data,
         context=axis(parallel_state.get_context_parallel_group()),
         replicas=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        replicas_host=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
+        replicas_host=host,
         expert=axis(parallel_state.get_expert_model_parallel_group()),
         expert_replicas=axis(parallel_state.get_expert_data_parallel_group()),
         objects=objects,

@@ -128,16 +128,28 @@ def test_a_stop_that_was_asked_for_loses_nothing(config: Path, straight: Path) -
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
 
-def test_servers_that_sleep_while_the_ranks_train_change_nothing(config: Path, straight: Path) -> None:
-    """Asleep, a server has neither weights nor KV cache to sample with; on a CPU vLLM only stops scheduling."""
-    output = config.parent / "sleeping"
-    result = run_cli("train", str(config), f"output={output}", "rollout.sleep=true")
+@pytest.mark.parametrize(
+    ("offload", "sleeps", "wakes"),
+    [
+        (False, STEPS, STEPS),
+        # Once more before either of two checkpoints, which come after an evaluation and need the optimizer's state.
+        (True, STEPS + 2, STEPS + 1),
+    ],
+)
+def test_servers_and_trainers_that_make_room_change_nothing(
+    offload: bool, sleeps: int, wakes: int, config: Path, straight: Path
+) -> None:
+    """Asleep, a server has neither weights nor KV cache to sample with; on a CPU vLLM only stops scheduling. With
+    ``rollout.offload`` the trainer has no optimizer state while it samples, here as with GPUs."""
+    output = config.parent / f"sleeping-{offload}"
+    settings = ("rollout.sleep=true", f"rollout.offload={str(offload).lower()}")
+    result = run_cli("train", str(config), f"output={output}", *settings)
     assert result.returncode == 0, result.stdout + result.stderr
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
     log = (output / "logs" / "rollout-server-1.log").read_text()
-    assert log.count("to fall asleep") == STEPS
+    assert log.count("to fall asleep") == sleeps
     for part in ("weights", "kv_cache"):
-        assert log.count(f"wake up the engine with tags: ['{part}']") == STEPS
+        assert log.count(f"wake up the engine with tags: ['{part}']") == wakes
 
 
 def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: Path) -> None:

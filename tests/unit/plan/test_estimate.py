@@ -105,7 +105,7 @@ def test_two_updates_of_half_a_step_have_larger_bubbles() -> None:
 
 
 def test_a_run_that_does_not_fit_says_by_how_much() -> None:
-    run = run_of("chord_llama70b")
+    run = run_of("chord_llama70b", "rollout.offload=false")
     found = estimate(case_of(run, h100(2)), choice_of(run))
     training, sampling = found.problems
     over = (found.training_peak - 80e9) / 1e9
@@ -123,13 +123,30 @@ def test_a_server_that_cannot_hold_the_model_says_so() -> None:
 
 
 def test_separate_nodes_do_not_share_memory() -> None:
-    run = run_of("chord_llama70b", "rollout.gpu_memory_utilization=0.85")
+    run = run_of("chord_llama70b", "rollout.gpu_memory_utilization=0.85", "rollout.offload=false")
     together = estimate(case_of(run, h100(8)), choice_of(run))
     apart = estimate(case_of(run, h100(16, rollout_nodes=8), overlap=True), choice_of(run))
     assert together.problems
     assert not apart.problems
     assert apart.sampling_peak == pytest.approx(0.85 * 80e9)
     assert apart.times.step < together.times.step
+
+
+def test_offloading_leaves_only_weights_beside_the_servers() -> None:
+    """Llama-3.1-70B on 64 H100, TP4 x PP4: 12 bytes of optimizer state a parameter, over 4 data-parallel ranks."""
+    with_it, without = (
+        estimate(case_of(run, h100(8)), choice_of(run))
+        for run in (run_of("chord_llama70b", *more) for more in ((), ("rollout.offload=false",)))
+    )
+    assert with_it.choice.parallel.tensor * with_it.choice.parallel.pipeline == 16
+    stage = max(with_it.stages, key=lambda stage: stage.parameters)
+    count = stage.parameters
+    assert 70.6e9 / 16 < count < 1.1 * 70.6e9 / 16
+    assert with_it.saved == pytest.approx(12 * count / 4)
+    assert without.sampling_peak - with_it.sampling_peak == pytest.approx(4 * count + 12 * count / 4)
+    assert with_it.training_peak == without.training_peak
+    assert with_it.times.step - without.times.step == pytest.approx(1.03 * 2 * 12 * count / 4 / 20e9)
+    assert (without.saved, without.times.offload) == (0.0, 0.0)
 
 
 def test_the_fullest_stage_may_lie_between() -> None:
