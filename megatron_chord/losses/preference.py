@@ -56,7 +56,7 @@ def pair_columns(
     log_ratios = joined("sign").double() * (joined("old_logprob") - joined("reference_logprob")).double()
     counted = torch.stack([log_ratios, torch.ones_like(log_ratios), joined("is_rollout").double()], dim=1)
     held = torch.cat([batch.held for batch in batches])
-    sums = _sums_of_pairs(counted, joined("pair").long(), held, max_pairs)
+    sums = pair_sums(counted, joined("pair").long(), held, max_pairs)
     log_ratio, length, num_sampled = across.sum(sums)
     margin = beta * log_ratio
     share = 2 / length.clamp(min=1)
@@ -76,7 +76,7 @@ def pair_columns(
     return [of_tokens(batch) for batch in batches]
 
 
-def _sums_of_pairs(values: Tensor, pair: Tensor, held: Tensor, max_pairs: int) -> Tensor:
+def pair_sums(values: Tensor, pair: Tensor, held: Tensor, max_pairs: int) -> Tensor:
     """[n, max_pairs]: sums of ``values`` [K, n] over each pair's tokens that are here.
 
     First over each sequence, in order; then the one or two sequences of a pair, whose sum is the same in either order.

@@ -27,7 +27,8 @@ for all, could take twice what is needed."""
 class Offload:
     """Moves one rank's state. Host memory is taken once and kept.
 
-    CUDA graphs and buffers registered with NCCL would keep the old addresses; the trainer makes neither.
+    CUDA graphs and buffers registered with NCCL would keep the old addresses; the trainer makes neither. NCCL's own
+    buffers stay, and so does the gradient that a learned mu remembers.
     """
 
     def __init__(self, state: TrainState) -> None:

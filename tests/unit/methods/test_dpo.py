@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_chord.config import KLConfig
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.losses.preference import dpo_loss, dpo_term, pair_columns
+from megatron_chord.losses.preference import dpo_loss, dpo_term, pair_columns, pair_sums
 from megatron_chord.losses.terms import TermTokens, TokenStats, reported
 from megatron_chord.methods import dpo
 from megatron_chord.methods.dpo import demonstration_pair, is_offpolicy, pair_samples, rollout_pair
@@ -408,3 +408,12 @@ def test_dynamic_sampling_goes_with_on_policy_pairs_alone(tmp_path: Path) -> Non
 def test_it_needs_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.aligned"):
         method_of(tiny_run(tmp_path, method="dpo"))
+
+
+def test_sequences_without_a_token_here_add_nothing() -> None:
+    """As on a context-parallel rank: of pairs 2, 0, 2 and 1 the first and the last sequence lie elsewhere."""
+    values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]], dtype=torch.float64)
+    sums = pair_sums(values, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 1, 0]), 4)
+    assert sums.tolist() == [[3.0, 0.0, 4.0, 0.0], [30.0, 0.0, 40.0, 0.0]]
+    nothing = pair_sums(values[:0], torch.zeros(0, dtype=torch.long), torch.tensor([0, 0]), 2)
+    assert nothing.tolist() == [[0.0, 0.0], [0.0, 0.0]]
