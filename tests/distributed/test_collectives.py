@@ -14,7 +14,7 @@ from megatron_chord.train.state import TrainState
 from tests.distributed.steps import build
 from tests.distributed.watched import LENGTH, MICRO_BATCHES, PRESETS, TRAINED, preset, watched_step
 from tests.support.ranks import ROOT, run_ranks
-from tests.support.tiny import save_qwen2
+from tests.support.tiny import save_model
 
 LAYERS, HIDDEN, KEYS = 2, 64, 32
 """Of the model of tests.support.tiny: two key-value heads of 16."""
@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "context": {"context": 2},
     "pipeline": {"pipeline": 2},
 }
+EXPERTS = {"experts": {"expert": 2}}
 KINDS = {
     "allreduce": "all-reduce",
     "allreduce_coalesced": "all-reduce",
@@ -33,11 +34,12 @@ KINDS = {
     "allgather_into_tensor_coalesced": "all-gather",
     "reduce_scatter_base": "reduce-scatter",
     "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "alltoall_base": "all-to-all",
     "send": "send",
     "recv": "receive",
 }
 Calls = dict[tuple[str, str, int], int]
-"""Of each (group, kind, numbers in a call)."""
+"""Of each (group, kind, numbers in a call); what the router decides on counts as 0 numbers."""
 
 
 def stated() -> list[dict[str, str]]:
@@ -66,10 +68,12 @@ def expected(layout: str, symbols: dict[str, int]) -> Calls:
     for row in stated():
         if layout not in row["layout"].split("; ") and row["layout"] != "any":
             continue
-        often = value(row["a micro-batch"] or "0", symbols) * MICRO_BATCHES + value(
-            row["an update"] or "0", symbols
+        often = sum(
+            value(row[per] or "0", symbols) * times
+            for per, times in (("a micro-batch", MICRO_BATCHES), ("an update", 1))
         )
-        calls[row["group"], row["kind"], value(row["numbers"], symbols)] += often
+        for group, numbers in zip(row["group"].split("; "), row["numbers"].split("; "), strict=True):
+            calls[group, row["kind"], value(numbers, symbols)] += often
     return dict(calls)
 
 
@@ -86,42 +90,57 @@ def symbols_of(state: TrainState) -> dict[str, int]:
         "K": KEYS,
         "T": 2 * 2 * TRAINED,
         "P": sum(buffer.numel for chunk in state.chunks for buffer in chunk.buffers),
+        "Q": sum(buffer.numel for chunk in state.chunks for buffer in chunk.expert_parallel_buffers),
+        "X": 4,
+        "routed": 0,
         "norms": (2 * LAYERS + 1) * HIDDEN,
         "n": sum(len(output.losses) + len(output.means) for output in outputs),
         "m": sum(len(output.maxima) for output in outputs),
         "t": groups.tensor.size,
         "c": groups.context.size,
         "r": groups.replicas.size,
+        "e": groups.expert_replicas.size,
     }
 
 
-def counted(folder: Path) -> dict[str, tuple[Calls, dict[str, int]]]:
+def counted(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Calls, dict[str, int]]]:
     """For each layout: this rank's calls in one step of CHORD, and the table's symbols."""
+    from megatron.core import parallel_state
+
     run, found = preset(PRESETS["chord_phi"]), {}
-    for name, axes in LAYOUTS.items():
+    for name, axes in layouts.items():
         parallel = ParallelConfig(**axes)
         state = build(folder, parallel, OptimConfig())
         groups = state.groups
-        (optimizer,) = state.optimizer.chained_optimizers
         known = {
             "tensor": groups.tensor.group,
             "pipeline": groups.pipeline.group,
             "context": groups.context.group,
             "replicas": groups.replicas.group,
-            "norm": optimizer.get_grad_stats_parallel_group(),
+            "expert": groups.expert.group,
+            "expert replicas": groups.expert_replicas.group,
+            "norm": state.optimizer.get_grad_stats_parallel_group(),
         }
         names = {group.group_name: axis for axis, group in known.items()} | {"0": "world"}
+        # The expert axis with the tensor axis, of one rank here.
+        names[parallel_state.get_expert_tensor_and_model_parallel_group().group_name] = "expert"
         sent = watched_step(run, state, parallel).sent
-        calls = Counter((names[call.group], KINDS[call.kind], call.numel) for call in sent)
+        calls = Counter(
+            (names[call.group], KINDS[call.kind], 0 if call.kind == "alltoall_base" else call.numel)
+            for call in sent
+        )
         found[name] = (dict(calls), symbols_of(state))
     return found
 
 
 def test_an_update_sends_what_the_documentation_says(tmp_path: Path) -> None:
-    for found in run_ranks(counted, 2, save_qwen2(tmp_path, layers=LAYERS)):
-        assert list(found) == list(LAYOUTS)
-        for layout, (calls, symbols) in found.items():
-            assert calls == expected(layout, symbols), layout
+    models = {"qwen2": LAYOUTS, "qwen3_moe": EXPERTS}
+    for family, layouts in models.items():
+        folder = save_model(family, tmp_path / family, layers=LAYERS)
+        for found in run_ranks(counted, 2, folder, layouts):
+            assert list(found) == list(layouts)
+            for layout, (calls, symbols) in found.items():
+                assert calls == expected(layout, symbols), layout
 
 
 def test_formulas() -> None:
