@@ -132,6 +132,7 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
         for index, chunk in enumerate(state.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
+        _align_steps(state.optimizer)
     if same_world:
         _restore_rng(loaded["rng"])
     run_state = json.loads((checkpoint / RUN_STATE).read_text())
@@ -161,6 +162,20 @@ def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
         "optimizer": state.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=metadata),
         "rng": ShardedObject("rng", _rng_state(), (groups.world_size,), (groups.rank,)),
     }
+
+
+def _align_steps(optimizer: Any) -> None:
+    """Give every parameter group Adam's step count.
+
+    Megatron-Core 0.16.1 saves rank 0's groups for all ranks, and those that are empty there without a count
+    (distrib_optimizer.py:655): experts that the first pipeline stage has none of would begin at step 0 again, with the
+    moments of later steps, and be moved much too far.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    groups: list[dict[str, Any]] = [group for one in chained for group in one.optimizer.param_groups]
+    step = max((group["step"] for group in groups if "step" in group), default=0)
+    for group in groups:
+        group["step"] = step
 
 
 def _rng_state() -> dict[str, Any]:
