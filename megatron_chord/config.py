@@ -52,6 +52,9 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); none means one."""
+    stages: tuple[int, ...] | None = None
+    """Layers of each pipeline stage, such as [15, 16, 16, 14]; with virtual_pipeline of each chunk, in the order in
+    which a token passes them (chunk n belongs to stage n modulo pipeline). Left out: equally many."""
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
@@ -76,6 +79,22 @@ class ParallelConfig:
         if self.virtual_pipeline is not None:
             _require(self.virtual_pipeline > 1, "virtual_pipeline must be > 1, or left out")
             _require(self.pipeline > 1, "virtual_pipeline needs pipeline > 1")
+        if self.stages is not None:
+            self._check_stages(self.stages)
+
+    @property
+    def num_chunks(self) -> int:
+        """Of the whole model: pipeline stages x model chunks of each."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def _check_stages(self, stages: tuple[int, ...]) -> None:
+        _require(self.pipeline > 1, "stages needs pipeline > 1")
+        _require(
+            len(stages) == self.num_chunks,
+            f"stages lists {len(stages)} numbers of layers, expected {self.num_chunks} (pipeline {self.pipeline} x "
+            f"virtual_pipeline {self.virtual_pipeline or 1})",
+        )
+        _require(min(stages) > 0, f"stages must each have at least one layer, got {list(stages)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ causal attention counted once, nothing for norms, lookups and activation functio
 
 from __future__ import annotations
 
-from megatron_chord.costs.parameters import Sizes, active_count
+from megatron_chord.costs.parameters import Sizes, active_count, active_in_layer, head_count
 from megatron_chord.families.shape import ModelShape
 
 
@@ -17,6 +17,21 @@ def train_flops(shape: ModelShape, length: float) -> float:
     their mean weighted by tokens: the sum of squares over the sum.
     """
     return 6 * active_count(shape) + _per_position(shape) * length
+
+
+def layer_flops(shape: ModelShape, length: float) -> list[float]:
+    """``train_flops`` of each layer; with ``head_flops`` they add up to the model's."""
+    attention = _per_position(shape) / shape.num_layers * length
+    dense = shape.experts.dense_layers if shape.experts else ()
+    numbers = range(shape.num_layers)
+    one_of_each = {number in dense: number for number in numbers}
+    products = {is_dense: 6 * active_in_layer(shape, number) for is_dense, number in one_of_each.items()}
+    return [products[number in dense] + attention for number in numbers]
+
+
+def head_flops(shape: ModelShape) -> float:
+    """Of one token's forward and backward pass through the head."""
+    return 6 * head_count(shape)
 
 
 def attention_cost(shape: ModelShape) -> float:

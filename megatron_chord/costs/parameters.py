@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.stages import stage_layers
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.weights.mapping import Rule, padded_vocab_size
 
@@ -123,6 +124,21 @@ def active_count(shape: ModelShape) -> int:
     )
 
 
+def active_in_layer(shape: ModelShape, number: int) -> int:
+    """Of ``active_count`` those of layer ``number``."""
+    chosen = Sizes.of(shape).top_k
+    return sum(
+        _size(rule, shape) * (chosen if rule.of_expert else 1)
+        for rule in shape.weights.rules
+        if rule.megatron[0].startswith(_LAYER) and _layers_with(rule, [number]) and len(dims(rule, shape)) > 1
+    )
+
+
+def head_count(shape: ModelShape) -> int:
+    """Of ``active_count`` those of the head."""
+    return shape.vocab_size * shape.hidden_size
+
+
 def expert_count(shape: ModelShape) -> int:
     """Parameters of all experts together."""
     return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.of_expert)
@@ -152,17 +168,6 @@ def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count
         number = len(_layers_with(rule, layers)) if name.startswith(_LAYER) else 1
         found += _rank_part(rule, shape, parallel).times(number)
     return found
-
-
-def stage_layers(num_layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
-    """Numbers of the layers of a pipeline stage; virtual stages are dealt out in turn.
-
-    Megatron-Core 0.16.1, transformer/transformer_layer.py, get_transformer_layer_offset.
-    """
-    chunks = parallel.virtual_pipeline or 1
-    length = num_layers // (parallel.pipeline * chunks)
-    starts = [(chunk * parallel.pipeline + stage) * length for chunk in range(chunks)]
-    return [start + number for start in starts for number in range(length)]
 
 
 def _rank_part(rule: Rule, shape: ModelShape, parallel: ParallelConfig) -> Count:

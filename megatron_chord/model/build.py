@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.costs.balance import balanced_stages
+from megatron_chord.costs.stages import chunk_lengths
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.fp8 import transformer_settings
 from megatron_chord.model.rope import scaled_frequencies
@@ -52,6 +54,16 @@ _NOT_TO_OVERRIDE = {
             "expert_model": "expert",
         }.items()
     },
+    **dict.fromkeys(
+        (
+            "pipeline_model_parallel_layout",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+        ),
+        "parallel.stages sets it",
+    ),
     "expert_tensor_parallel_size": "it is 1: experts are not cut over the tensor axis, parallel.expert spreads them",
     **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16"), "precision sets it"),
     **dict.fromkeys(
@@ -64,7 +76,6 @@ _NOT_TO_OVERRIDE = {
 
 def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     """ValueError when this model cannot be laid out over these axes; needs no process group."""
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     cut = _cut_over_tensor(shape)
     broken = [f"{name} / tensor {parallel.tensor}" for name, size in cut.items() if size % parallel.tensor]
     if broken:
@@ -73,13 +84,18 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
         broken[-1] += f" (parallel.tensor can be {sizes} for this model)"
     if shape.experts is not None and shape.experts.count % parallel.expert:
         broken.append(f"{shape.experts.count} experts / expert {parallel.expert}")
-    if shape.num_layers % stages:
+    if parallel.stages is None and shape.num_layers % parallel.num_chunks:
         broken.append(
             f"{shape.num_layers} layers / (pipeline {parallel.pipeline} x virtual_pipeline "
-            f"{parallel.virtual_pipeline or 1})"
+            f"{parallel.virtual_pipeline or 1}){_unequal(shape, parallel)}"
         )
     if broken:
         raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
+    if parallel.stages is not None and sum(parallel.stages) != shape.num_layers:
+        raise ValueError(
+            f"parallel.stages {list(parallel.stages)} are {sum(parallel.stages)} layers together, the model has "
+            f"{shape.num_layers}{_unequal(shape, parallel)}"
+        )
     if shape.experts is None and parallel.expert > 1:
         raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
     if shape.has_latent_attention and parallel.tensor > 1 and not parallel.sequence_parallel:
@@ -94,6 +110,15 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
             f"parallel.tensor is {parallel.tensor}: Megatron trains experts ({shape.family}) beside a tensor axis "
             "only with parallel.sequence_parallel"
         )
+
+
+def _unequal(shape: ModelShape, parallel: ParallelConfig) -> str:
+    """What ``parallel.stages`` could be, where there are layers enough."""
+    if shape.num_layers < parallel.num_chunks:
+        return ""
+    chunks = parallel.virtual_pipeline or 1
+    stages = balanced_stages(shape, pipeline=parallel.pipeline, chunks=chunks, length=0.0, recompute=False)
+    return f" (parallel.stages can be {list(stages)})"
 
 
 def _cut_over_tensor(shape: ModelShape) -> dict[str, int]:
@@ -160,6 +185,8 @@ def transformer_config(
         "gradient_accumulation_fusion": fused and _has_gradient_kernel(),
         **transformer_settings(fp8),
     }
+    if parallel.stages is not None:
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(shape, parallel)
     if parallel.virtual_pipeline:
         # Without overlapped sends two stages with virtual chunks mix their messages up: a wrong loss, no error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -174,6 +201,14 @@ def transformer_config(
     if "attention_backend" in merged:
         merged["attention_backend"] = _attention_backend(merged["attention_backend"])
     return _config_class(shape)(**merged)
+
+
+def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]]:
+    """What each model chunk holds, in Megatron's words (transformer/pipeline_parallel_layer_layout.py)."""
+    layout = [["decoder"] * length for length in chunk_lengths(shape.num_layers, parallel)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _attention_backend(name: Any) -> Any:

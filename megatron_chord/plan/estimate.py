@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.costs.balance import slowdown
 from megatron_chord.costs.gpus import Gpu
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.families.shape import ModelShape
@@ -300,7 +301,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     )
     stages = tuple(
         stage_memory(case.shape, training, stage, case.constants)
-        for stage in _stages_to_see(case.shape, parallel.pipeline)
+        for stage in _stages_to_see(case.shape, parallel)
     )
     server = case.server() if work.sequences else None
     asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
@@ -315,6 +316,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         case.shape,
         parallel,
         micro_batches=count,
+        slowdown=slowdown(case.shape, parallel, length=work.length, recompute=choice.recompute == "full"),
         fp8=preset(case.precision).training is not None,
         constants=case.constants,
     )
@@ -375,12 +377,12 @@ def _times(case: Case, choice: Choice, how: Speed, sampling: float | None, saved
     )
 
 
-def _stages_to_see(shape: ModelShape, stages: int) -> Sequence[int]:
+def _stages_to_see(shape: ModelShape, parallel: ParallelConfig) -> Sequence[int]:
     """The first and the last: those between hold neither embedding nor head, and keep less than the first. All where
-    some layers have experts and others a dense MLP."""
-    if shape.experts is not None and shape.experts.dense_layers:
-        return range(stages)
-    return sorted({0, stages - 1})
+    stages are of unequal length, or some layers have experts and others a dense MLP."""
+    if parallel.stages or (shape.experts is not None and shape.experts.dense_layers):
+        return range(parallel.pipeline)
+    return sorted({0, parallel.pipeline - 1})
 
 
 _KEPT = {False: "weights, gradients and optimizer state", True: "weights"}

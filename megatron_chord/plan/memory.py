@@ -5,11 +5,13 @@ Formulas and their sources: docs/planning.md, "Memory". Bytes are decimal (1 GB 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.costs.gpus import Gpu
-from megatron_chord.costs.parameters import Count, Sizes, model_count, rank_count, stage_layers, uncut_count
+from megatron_chord.costs.parameters import Count, Sizes, model_count, rank_count, uncut_count
+from megatron_chord.costs.stages import stage_chunks
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.losses.logprobs import CHUNK_BYTES
 from megatron_chord.plan.constants import CONSTANTS, GB, Constants
@@ -153,15 +155,19 @@ def optimizer_bytes(count: Count, training: Training) -> float:
 
 
 def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
-    """Kept for the backward pass at the schedule's fullest moment; of the stage's layers each equally often."""
-    in_flight = layers_in_flight(shape.num_layers, training.parallel, stage, training.micro_batches)
-    numbers = stage_layers(shape.num_layers, training.parallel, stage)
-    layers = [layer_activation_bytes(shape, training, number) for number in numbers]
+    """Kept for the backward pass at the schedule's fullest moment."""
+    chunks = [
+        [layer_activation_bytes(shape, training, number) for number in chunk]
+        for chunk in stage_chunks(shape.num_layers, training.parallel, stage)
+    ]
     if training.recompute == "none":
-        return in_flight * sum(layers) / len(layers) * training.local_tokens
+        kept = kept_at_once(list(map(sum, chunks)), training.parallel, stage, training.micro_batches)
+        return kept * training.local_tokens
     # Every layer's input, and all of the one that is computed again.
-    inputs = training.numerics.activation * shape.hidden_size / training.sequence_cut
-    return (in_flight * inputs + max(layers)) * training.local_tokens
+    one = training.numerics.activation * shape.hidden_size / training.sequence_cut
+    inputs = [one * len(chunk) for chunk in chunks]
+    kept = kept_at_once(inputs, training.parallel, stage, training.micro_batches)
+    return (kept + max(map(max, chunks))) * training.local_tokens
 
 
 def layer_activation_bytes(shape: ModelShape, training: Training, number: int = 0) -> float:
@@ -182,17 +188,28 @@ def layer_activation_bytes(shape: ModelShape, training: Training, number: int = 
     return (attention + mlp) / training.parallel.tensor + (whole + expert) / training.sequence_cut
 
 
-def layers_in_flight(num_layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
-    """Layers whose activations of some micro-batch are kept at once, on one rank.
+def kept_at_once(chunks: Sequence[float], parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
+    """The most that is kept at once on one rank, of forward passes whose backward pass is still to come.
 
-    Megatron-Core 0.16.1, pipeline_parallel/schedules.py: warm-up of the 1F1B schedule and of the interleaved one.
+    Megatron-Core 0.16.1, pipeline_parallel/schedules.py: after the warm-up of the 1F1B schedule or of the interleaved
+    one, a forward and a backward pass take turns. A chunk has as many passes in a row as there are stages, then the
+    next one has; backward the last chunk is the first.
+
+    Args:
+        chunks: what one pass through each of the rank's chunks leaves behind.
     """
-    stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
-    own = num_layers / stages
-    if chunks == 1:
-        return own * min(stages - stage, micro_batches)
-    warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-    return own / chunks * min(warm_up, chunks * micro_batches)
+    stages, count = parallel.pipeline, len(chunks)
+    if count == 1:
+        return chunks[0] * min(stages - stage, micro_batches)
+    warm_up = 2 * (stages - stage - 1) + (count - 1) * stages + 1
+    passes = count * micro_batches
+    kept = sum(chunks[number // stages % count] for number in range(min(warm_up, passes)))
+    most = kept
+    for done in range(min(passes - warm_up, count * stages)):  # then it repeats itself
+        freed, added = chunks[-1 - done // stages % count], chunks[(warm_up + done) // stages % count]
+        kept += added - freed
+        most = max(most, kept)
+    return most
 
 
 def head_bytes(shape: ModelShape, training: Training) -> float:

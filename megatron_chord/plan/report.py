@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def reasons(found: Found) -> Iterator[str]:
 
 
 def layout(found: Estimate) -> str:
-    """TP4 PP2 DP8 and the like; axes of 1 are left out."""
+    """TP4 PP2 DP8 and the like; axes of 1 are left out, and so are the layers of equal stages."""
     parallel = found.choice.parallel
     axes = {
         "TP": parallel.tensor,
@@ -63,8 +64,18 @@ def layout(found: Estimate) -> str:
         "EP": parallel.expert,
     }
     return " ".join(
-        [*(f"{name}{size}" for name, size in axes.items() if size > 1), f"DP{found.training.data}"]
+        [
+            *(f"{name}{size}" for name, size in axes.items() if size > 1),
+            f"DP{found.training.data}",
+            *([f"stages {_runs(parallel.stages)}"] if parallel.stages else []),
+        ]
     )
+
+
+def _runs(lengths: Sequence[int]) -> str:
+    """15, 16, 16, 14 as 15+2x16+14."""
+    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    return "+".join(f"{count}x{length}" if count > 1 else str(length) for count, length in runs)
 
 
 def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
             "virtual_pipeline": parallel.virtual_pipeline,
+            "stages": parallel.stages,
             "context": parallel.context,
             "expert": parallel.expert,
             "sequence_parallel": parallel.sequence_parallel,

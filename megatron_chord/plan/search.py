@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_chord.costs.balance import balanced_stages
 from megatron_chord.plan.estimate import Case, Choice, Estimate, estimate
 
 _EQUAL = 0.01
@@ -17,7 +18,8 @@ _LEAST_BUDGET = 8192
 class Found:
     fitting: tuple[Estimate, ...]
     """Fastest first, in groups of a hundredth of the fastest step: the prediction is no better. In a group first those
-    whose experts stay within a node, then of the fewest chunks, context ranks and stages, then of least memory."""
+    whose experts stay within a node, then of the fewest chunks, context ranks and stages, then of equal stages, then of
+    least memory."""
     too_large: tuple[Estimate, ...]
     """Layouts that the trainer would accept and the GPUs cannot hold, the nearest miss first."""
     refused: tuple[str, ...]
@@ -25,7 +27,8 @@ class Found:
 
 
 def search(case: Case, start: Choice) -> Found:
-    """Try tensor, pipeline, virtual pipeline, context and expert sizes, token budgets and recomputation.
+    """Try tensor, pipeline, virtual pipeline, context and expert sizes, stages of equal length and such whose work is
+    balanced, token budgets and recomputation.
 
     The tensor axis stays within a node. All else of ``start`` is kept.
     """
@@ -58,6 +61,7 @@ def best_block(found: Estimate) -> str:
             f"  tensor: {parallel.tensor}",
             f"  pipeline: {parallel.pipeline}",
             f"  virtual_pipeline: {'null' if virtual is None else virtual}",
+            f"  stages: {'null' if parallel.stages is None else list(parallel.stages)}",
             f"  context: {parallel.context}",
             f"  expert: {parallel.expert}",
             f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
@@ -70,27 +74,46 @@ def best_block(found: Estimate) -> str:
 
 
 def _choices(case: Case, start: Choice) -> Iterator[Choice]:
-    gpus, layers = case.cluster.train_gpus, case.shape.num_layers
+    gpus = case.cluster.train_gpus
     tensors = [size for size in _powers(case.cluster.gpus_per_node) if case.cluster.gpus_per_node % size == 0]
     contexts = [size for size in _powers(8) if size <= gpus]
     experts = [1] if case.shape.experts is None else _divisors(case.shape.experts.count)
-    for tensor, pipeline, context, expert in itertools.product(tensors, _divisors(layers), contexts, experts):
-        if gpus % (tensor * pipeline * context) or (gpus // pipeline) % expert:
-            continue  # the axes do not divide the processes: nothing that a user would want explained
-        virtual = [size for size in _divisors(layers // pipeline) if size > 1] if pipeline > 1 else []
-        for chunks, budget, recompute in itertools.product(
-            [None, *virtual], _budgets(case, start), ("none", "full")
-        ):
-            parallel = replace(
-                start.parallel,
-                tensor=tensor,
-                pipeline=pipeline,
-                virtual_pipeline=chunks,
-                context=context,
-                expert=expert,
-                sequence_parallel=tensor > 1,
-            )
-            yield Choice(parallel=parallel, max_tokens=budget, recompute=recompute)
+    pipelines = [size for size in _divisors(gpus) if size <= case.shape.num_layers]
+    for pipeline, recompute in itertools.product(pipelines, ("none", "full")):
+        stages = list(_stages(case, pipeline, recompute))
+        for tensor, context, expert in itertools.product(tensors, contexts, experts):
+            if gpus % (tensor * pipeline * context) or (gpus // pipeline) % expert:
+                continue  # the axes do not divide the processes: nothing that a user would want explained
+            for (chunks, lengths), budget in itertools.product(stages, _budgets(case, start)):
+                parallel = replace(
+                    start.parallel,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=chunks,
+                    stages=lengths,
+                    context=context,
+                    expert=expert,
+                    sequence_parallel=tensor > 1,
+                )
+                yield Choice(parallel=parallel, max_tokens=budget, recompute=recompute)
+
+
+def _stages(case: Case, pipeline: int, recompute: str) -> Iterator[tuple[int | None, tuple[int, ...] | None]]:
+    """Chunks of a pipeline stage, and ``parallel.stages``: equal ones, and those whose work is balanced."""
+    layers = case.shape.num_layers
+    equal = [size for size in _divisors(layers // pipeline) if layers % (pipeline * size) == 0]
+    for chunks in equal if pipeline > 1 else [1]:
+        yield (chunks if chunks > 1 else None), None
+    for chunks in _powers(layers // pipeline) if pipeline > 1 else []:
+        found = balanced_stages(
+            case.shape,
+            pipeline=pipeline,
+            chunks=chunks,
+            length=case.work.length,
+            recompute=recompute == "full",
+        )
+        if len(set(found)) > 1:
+            yield (chunks if chunks > 1 else None), found
 
 
 def _budgets(case: Case, start: Choice) -> list[int]:
@@ -105,7 +128,8 @@ def _rank(case: Case, found: Estimate, fastest: float) -> tuple[float, ...]:
     group = int((found.times.step / fastest - 1) / _EQUAL)
     chunks = parallel.virtual_pipeline or 1
     spread = parallel.expert > case.cluster.gpus_per_node
-    return group, spread, chunks * parallel.context * parallel.pipeline, _peak(found)
+    is_unequal = parallel.stages is not None
+    return group, spread, chunks * parallel.context * parallel.pipeline, is_unequal, _peak(found)
 
 
 def _peak(found: Estimate) -> float:

@@ -32,9 +32,11 @@ def speed(
     parallel: ParallelConfig,
     *,
     micro_batches: int,
+    slowdown: float = 1.0,
     fp8: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Speed:
+    """``slowdown``: of the fullest pipeline stage, against equal ones (``costs.balance``); all wait for it."""
     chunks = parallel.virtual_pipeline or 1
     waits, works = parallel.pipeline - 1, micro_batches * chunks
     bubble = waits / (works + waits)
@@ -43,6 +45,7 @@ def speed(
     factor *= tensor_factor(parallel.tensor, constants)
     factor *= constants.moe_factor if shape.experts else 1.0
     factor *= constants.fp8_factor if fp8 else 1.0
+    factor /= slowdown
     return Speed(efficiency=constants.train_efficiency * factor * (1 - bubble), bubble=bubble)
 
 

@@ -167,6 +167,7 @@ def plan_lines(
     say(
         f"layout      {world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
         f"{parallel.context} x data {data}"
+        + (f"; stages of {', '.join(map(str, parallel.stages))} layers" if parallel.stages else "")
     )
     if run.precision is not None:
         say(f"precision   {run.precision}: {_precision_text(run, shape, data)}")

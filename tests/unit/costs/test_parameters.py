@@ -14,9 +14,9 @@ from megatron_chord.costs.parameters import (
     expert_count,
     model_count,
     rank_count,
-    stage_layers,
     uncut_count,
 )
+from megatron_chord.costs.stages import stage_layers
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
 from megatron_chord.plan.memory import Training, optimizer_bytes

@@ -26,6 +26,7 @@ from megatron_chord.plan.estimate import (
     estimate,
     export_bytes,
 )
+from megatron_chord.plan.report import layout
 from megatron_chord.plan.search import best_block, search
 from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES
 
@@ -238,6 +239,45 @@ def test_the_block_is_the_layout(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(base + best_block(best))
     again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}"])
     assert choice_of(again) == best.choice
+
+
+def test_the_search_deals_layers_out_unequally(tmp_path: Path) -> None:
+    """27 layers, over 2, 4 and 8 stages only with a list; the block gives the same layout again."""
+    overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}",)
+    run = run_of("chord_qwen3_30b_a3b", *overrides)
+    case = case_of(run, h100(4, rollout_nodes=2))
+    found = search(case, choice_of(run))
+    stages = {one.choice.parallel.pipeline: one.choice.parallel.stages for one in found.fitting}
+    assert {2, 4, 8} <= stages.keys()
+    for one in found.fitting:
+        parallel = one.choice.parallel
+        check_shape(case.shape, parallel)
+        assert (parallel.stages is not None) == (parallel.pipeline > 1)
+    unequal = next(one for one in found.fitting if one.choice.parallel.stages)
+    base = f"base: {EXAMPLES / 'chord_qwen3_30b_a3b.yaml'}\n"
+    (tmp_path / "run.yaml").write_text(base + best_block(unequal))
+    assert choice_of(load_config(tmp_path / "run.yaml", overrides)) == unequal.choice
+
+
+def test_the_fullest_stage_sets_the_pace() -> None:
+    run = run_of("chord_llama70b")
+    equal, slow, even = (
+        estimate(
+            case_of(run, h100(8)),
+            dataclasses.replace(
+                choice_of(run), parallel=dataclasses.replace(run.parallel, pipeline=4, stages=stages)
+            ),
+        )
+        for stages in (None, (30, 20, 15, 15), (20, 20, 21, 19))
+    )
+    assert even.times.training < equal.times.training < slow.times.training
+    assert [stage.stage for stage in slow.stages] == [0, 1, 2, 3]
+    assert slow.worst.stage == 0
+    # 30 layers of recomputed 6 N + attention instead of 20, and the head of 8 x 128256 x 8192 beside the last 20.
+    layer = 4 / 3 * (6 * 855_638_016 + 6 * 8192 * case_of(run, h100(8)).work.length)
+    ratio = 30 * layer / (20 * layer + 8 * 128256 * 8192)
+    assert slow.times.training / equal.times.training == pytest.approx(ratio)
+    assert layout(slow).endswith("stages 30+20+2x15")
 
 
 def test_nothing_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:

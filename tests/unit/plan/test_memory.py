@@ -12,9 +12,9 @@ from megatron_chord.plan.memory import (
     Numerics,
     Training,
     head_bytes,
+    kept_at_once,
     kv_bytes_per_token,
     layer_activation_bytes,
-    layers_in_flight,
     server_memory,
     stage_memory,
 )
@@ -94,7 +94,7 @@ def test_bytes_of_latent_attention() -> None:
     assert recomputed.activations == pytest.approx((61 * 2 * h + max(dense, sparse)) * 16384)
 
 
-def test_layers_in_flight_are_megatrons() -> None:
+def test_passes_in_flight_are_megatrons() -> None:
     """The warm-up and the one that follows it, as Megatron's schedule counts."""
     asked = [
         (ParallelConfig(pipeline=stages, virtual_pipeline=chunks), micro_batches)
@@ -104,12 +104,49 @@ def test_layers_in_flight_are_megatrons() -> None:
     (found,) = run_ranks(warm_ups, 1, *asked)
     for (parallel, micro_batches), warm_up in zip(asked, found, strict=True):
         chunks = parallel.virtual_pipeline or 1
-        layer_groups = [
-            layers_in_flight(80, parallel, stage, micro_batches) / (80 / parallel.pipeline / chunks)
-            for stage in range(parallel.pipeline)
+        kept = [
+            kept_at_once([1.0] * chunks, parallel, stage, micro_batches) for stage in range(parallel.pipeline)
         ]
         most = chunks * micro_batches
-        assert layer_groups == [min(count + 1, most) for count in warm_up], (parallel, micro_batches)
+        assert kept == [min(count + 1, most) for count in warm_up], (parallel, micro_batches)
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8, 20])
+@pytest.mark.parametrize("chunks", [(3.0, 1.0), (1.0, 3.0), (2.0, 5.0, 1.0)])
+@pytest.mark.parametrize("stage", range(4))
+def test_unequal_chunks_in_flight(stage: int, chunks: tuple[float, ...], micro_batches: int) -> None:
+    """Against the schedule played through pass by pass, with what each leaves behind in a dictionary."""
+    stages, count = 4, len(chunks)
+    order = [
+        (first + number, chunk)
+        for first in range(0, micro_batches, stages)
+        for chunk in range(count)
+        for number in range(stages)
+    ]
+    forward, backward = iter(order), iter([(number, count - 1 - chunk) for number, chunk in order])
+    kept: dict[tuple[int, int], float] = {}
+    most = 0.0
+    for _ in range(min(2 * (stages - stage - 1) + (count - 1) * stages, len(order))):
+        number, chunk = next(forward)
+        kept[number, chunk] = chunks[chunk]
+    for number, chunk in forward:
+        kept[number, chunk] = chunks[chunk]
+        most = max(most, sum(kept.values()))
+        del kept[next(backward)]
+    most = max(most, sum(kept.values()))
+    for done in backward:
+        del kept[done]
+    assert not kept
+    parallel = ParallelConfig(pipeline=stages, virtual_pipeline=count)
+    assert kept_at_once(chunks, parallel, stage, micro_batches) == most
+
+
+def test_a_shorter_first_stage_keeps_less() -> None:
+    """80 layers over 4 stages, 14 on the first: of 4 micro-batches, their inputs of 2 x 8192 bytes a token."""
+    shape, parallel = shape_of("llama-3.1-70b"), ParallelConfig(pipeline=4, stages=(14, 22, 22, 22))
+    found = stage_memory(shape, training(parallel), 0)
+    assert found.activations == pytest.approx((4 * 14 * 2 * 8192 + 274432) * 16384)
+    assert found.parameters == 14 * (855_638_016 + 2 * 8192) + 128256 * 8192
 
 
 def test_without_recomputation_every_layer_is_kept() -> None:

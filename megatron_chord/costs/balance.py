@@ -1,0 +1,65 @@
+"""How unequal the work of pipeline stages is, and the lengths of stages that make it most equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.flops import head_flops, layer_flops
+from megatron_chord.costs.stages import stage_layers
+from megatron_chord.families.shape import ModelShape
+
+
+def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, recompute: bool) -> float:
+    """Work of the fullest stage, over that of the fullest of stages that share the layers equally.
+
+    1 without ``parallel.stages``; below 1 where a shorter last stage makes room for the head. All stages wait for the
+    fullest, in every micro-batch.
+
+    Args:
+        length: mean length of the sequences in tokens, as ``costs.flops`` wants it.
+        recompute: layers are computed a second time in the backward pass.
+    """
+    if parallel.stages is None:
+        return 1.0
+    layers, head = _costs(shape, length, recompute)
+    work = [
+        sum(layers[number] for number in stage_layers(shape.num_layers, parallel, stage))
+        for stage in range(parallel.pipeline)
+    ]
+    work[-1] += head
+    return max(work) / (sum(layers) / parallel.pipeline + head)
+
+
+def balanced_stages(
+    shape: ModelShape, *, pipeline: int, chunks: int = 1, length: float, recompute: bool
+) -> tuple[int, ...]:
+    """``parallel.stages`` that leave the fullest stage as little work as whole layers allow.
+
+    The head, which the last stage has besides, counts as what it costs; all layers as their mean. Among equals, later
+    stages get the longer share: earlier ones keep the activations of more micro-batches.
+
+    Raises:
+        ValueError: there are fewer layers than chunks.
+    """
+    if shape.num_layers < pipeline * chunks:
+        raise ValueError(f"{shape.num_layers} layers cannot fill {pipeline} stages of {chunks} chunks")
+    layers, head = _costs(shape, length, recompute)
+    of_head = head / (sum(layers) / len(layers))
+    lengths = [chunks] * pipeline
+    for _ in range(shape.num_layers - pipeline * chunks):
+        work = [own + (of_head if stage == pipeline - 1 else 0.0) for stage, own in enumerate(lengths)]
+        lengths[min(range(pipeline), key=lambda stage: (work[stage], -stage))] += 1
+    return tuple(_share(own, chunks, chunk) for chunk in range(chunks) for own in lengths)
+
+
+def _share(layers: int, chunks: int, chunk: int) -> int:
+    """Of a stage's layers, those of its chunk; the first chunks get what remains."""
+    return layers // chunks + (chunk < layers % chunks)
+
+
+def _costs(shape: ModelShape, length: float, recompute: bool) -> tuple[Sequence[float], float]:
+    """FLOPs of a token's passes through each layer, and through the head, whose chunks are always computed twice."""
+    again = 4 / 3
+    layers = [flops * (again if recompute else 1.0) for flops in layer_flops(shape, length)]
+    return layers, again * head_flops(shape)
