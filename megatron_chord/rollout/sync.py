@@ -249,7 +249,7 @@ class WeightSync:
             assert self._folder is not None
             return FileTransport(self._folder, sender)
         if self._settings.transport == "ipc":
-            return IpcTransport(num_workers, self._device)
+            return IpcTransport(sender, num_workers, self._device)
         assert store is not None
         device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
         group = store.form_group(num_workers, device)

@@ -118,22 +118,35 @@ class _Broadcast:
 
 
 class IpcTransport:
-    """Two staging buffers on this GPU in turn, exported anew to each worker for each bucket; the workers copy them."""
+    """Two staging buffers on this GPU in turn; each is exported once to each worker, which keeps it open and copies it.
 
-    def __init__(self, num_workers: int, device: torch.device) -> None:
-        self._num_workers, self._device = num_workers, device
-        self._buffers: list[Tensor | None] = [None, None]
+    Exported anew for each bucket, a buffer would be wrapped once more each time (torch/csrc/CudaIPCTypes.h,
+    CudaIPCSentData.original_ptr_), and to free it after some hundred pushes would overflow the stack.
+    """
+
+    def __init__(self, sender: int, num_workers: int, device: torch.device) -> None:
+        self._sender, self._num_workers, self._device = sender, num_workers, device
+        self._staging: list[_Staging | None] = [None, None]
+        self._slot = 0
 
     def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _Handles:
         size = flat_size(infos)
-        self._buffers.reverse()
-        buffer = self._buffers[0]
-        if buffer is None or buffer.numel() < size:
+        self._slot = 1 - self._slot
+        staging = self._staging[self._slot]
+        if staging is None or staging.buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._buffers[0] = buffer
-        flatten((tensor for _, tensor in bucket), out=buffer)
+            staging = _Staging(buffer, [export_cuda_buffer(buffer) for _ in range(self._num_workers)])
+            self._staging[self._slot] = staging
+        flatten((tensor for _, tensor in bucket), out=staging.buffer)
         torch.cuda.synchronize(self._device)
-        return _Handles({"handles": [export_cuda_buffer(buffer) for _ in range(self._num_workers)]})
+        return _Handles({"source": self._sender, "slot": self._slot, "handles": staging.handles})
+
+
+@dataclass(frozen=True)
+class _Staging:
+    buffer: Tensor
+    handles: list[dict]
+    """One for each worker."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class _Handles:
         pass
 
     def release(self) -> None:
-        torch.cuda.ipc_collect()
+        pass
 
 
 class SenderGroup:
@@ -237,8 +250,33 @@ def export_cuda_buffer(buffer: Tensor) -> dict:
     }
 
 
-def import_cuda_buffer(handle: dict, num_bytes: int, device: torch.device) -> Tensor:
-    """A copy on `device` of the first bytes of a buffer that another process exported. ValueError if out of sight."""
+class CudaImports:
+    """A worker's side of ``IpcTransport``: others' buffers, each open until its sender has another in its place.
+
+    torch counts one opening and one closing for each export.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, int], tuple[dict, Tensor]] = {}
+
+    def copy(self, place: tuple[int, int], handle: dict, num_bytes: int, device: torch.device) -> Tensor:
+        """The first bytes of a buffer, on `device`. ValueError where this process cannot see the sender's GPU.
+
+        Args:
+            place: the sender, and which of its two buffers this is.
+        """
+        if place not in self._open or self._open[place][0] != handle:
+            self._open.pop(place, None)
+            self._open[place] = (handle, _open_cuda_buffer(handle))
+        view = self._open[place][1]
+        if view.numel() < num_bytes:
+            raise ValueError(f"the sender exported {view.numel()} bytes, {num_bytes} were announced")
+        copy = view[:num_bytes].to(device, copy=True)
+        torch.cuda.synchronize(device)
+        return copy
+
+
+def _open_cuda_buffer(handle: dict) -> Tensor:
     gpus = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     if handle["gpu"] not in gpus:
         raise ValueError(f"the sender's GPU {handle['gpu']} is not among this worker's: {', '.join(gpus)}")
@@ -252,12 +290,7 @@ def import_cuda_buffer(handle: dict, num_bytes: int, device: torch.device) -> Te
         base64.b64decode(handle["event"]),
         handle["event_sync"],
     )
-    view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    if view.numel() < num_bytes:
-        raise ValueError(f"the sender exported {view.numel()} bytes, {num_bytes} were announced")
-    copy = view[:num_bytes].to(device, copy=True)
-    torch.cuda.synchronize(device)
-    return copy
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

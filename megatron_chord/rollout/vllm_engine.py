@@ -32,8 +32,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, unflatten, verify
 from megatron_chord.rollout.transports import (
+    CudaImports,
     SenderGroup,
-    import_cuda_buffer,
     join_sender_group,
     read_bucket_file,
 )
@@ -63,7 +63,9 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
     tensors: list[dict]
     source: int = 0
-    """broadcast, gloo: index of the sender."""
+    """broadcast, gloo, ipc: index of the sender."""
+    slot: int = 0
+    """ipc: which of the sender's buffers."""
     path: str | None = None
     """file: the safetensors file."""
     handles: list[dict] | None = None
@@ -79,6 +81,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._aliases = _aliases(model)
         self._init: InitInfo | None = None
         self._groups: list[SenderGroup] = []
+        self._imports = CudaImports()
         self._expected: list[str] = []
         self._received: set[str] = set()
         self._loaded: set[str] = set()
@@ -161,6 +164,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self._groups = []
+        self._imports = CudaImports()
 
     @property
     def _worker(self) -> int:
@@ -184,7 +188,9 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._init.transport == "ipc":
             if update.handles is None:
                 raise ValueError("the update brings no CUDA IPC handles")
-            buffer = import_cuda_buffer(update.handles[self._worker], flat_size(infos), self.device)
+            buffer = self._imports.copy(
+                (update.source, update.slot), update.handles[self._worker], flat_size(infos), self.device
+            )
         else:
             buffer = torch.empty(flat_size(infos), dtype=torch.uint8, device=self._meeting_place)
             self._groups[update.source].broadcast(buffer, timeout_s=self._init.timeout_s)

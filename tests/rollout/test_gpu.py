@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_chord.precision import Precision, preset
+from megatron_chord.rollout.buckets import describe
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
+from megatron_chord.rollout.transports import IpcTransport
 from megatron_chord.weights.reader import HFReader
 from tests.rollout.helpers import (
     START_S,
@@ -95,12 +98,29 @@ def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None
     sync.close()
 
 
+def test_a_staging_buffer_is_exported_once_to_each_worker() -> None:
+    """Of buckets of 4, 4, 2, 4, 9 and 4 MiB each second one finds its buffer exported, but for the one that grew."""
+    transport = IpcTransport(0, 2, torch.device("cuda", 0))
+    fields = []
+    for mib in (4, 4, 2, 4, 9, 4):
+        bucket = [("weight", torch.ones(mib << 18, device="cuda"))]
+        fields.append(transport.publish(bucket, describe(bucket)).fields)
+    handles = [field["handles"] for field in fields]
+    assert [len(field) for field in handles] == [2] * 6
+    assert (
+        len({field["slot"] for field in fields[::2]}) == len({field["slot"] for field in fields[1::2]}) == 1
+    )
+    assert handles[2] is handles[0]
+    assert handles[5] is handles[3] is handles[1]
+    assert handles[4][0] != handles[0][0]
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs capability 9.0"
 )
 @pytest.mark.parametrize("precision", ["fp8_rollout", "fp8_tensorwise"])
 def test_weights_are_quantised_as_they_arrive(precision: Precision, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "vocab": VOCAB}
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "vocab": VOCAB}
     folders = [save_model("qwen2", tmp_path / str(seed), seed=seed, **sizes) for seed in (0, 1)]
     rollouts = preset(precision).rollouts
     assert rollouts is not None
