@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -35,6 +36,9 @@ GB = 1e9
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    # All of it happens in main memory. With a GPU in sight Megatron-Core would put the whole model on it, whatever
+    # device it is told (tensor_parallel/layers.py:873).
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_chord.runtime import parallel as runtime
