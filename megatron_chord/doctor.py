@@ -189,6 +189,14 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
         yield _check(
             "GPU", f"device {index}", found, device.capability >= (8, 0), "BF16 needs capability 8.0"
         )
+    if min(device.capability for device in machine.devices) < (9, 0) and _version("transformer-engine"):
+        # transformer_engine/common/fused_attn/fused_attn.cpp, nvte_get_fused_attn_backend: NVTE_THD asks for sm90.
+        found, advice = (
+            _version("flash-attn"),
+            "cuDNN's attention on packed sequences needs capability 9.0: without flash-attn (2.1.1 to 2.8.3) "
+            "Transformer Engine keeps all scores, of a length's square",
+        )
+        yield _check("GPU", "flash-attn", found or "-", found is not None, advice, required=False)
     if build.startswith("CUDA"):
         driver = machine.devices[0].driver
         first = FIRST_DRIVER.get(_numbers(build.removeprefix("CUDA"))[0], 0)

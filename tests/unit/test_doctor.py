@@ -232,6 +232,15 @@ def test_driver_too_old_for_torchs_cuda(site: Site) -> None:
     assert named(findings, "capability").advice == "no FP8 below 8.9: train in BF16"
 
 
+def test_packed_attention_before_hopper(site: Site) -> None:
+    site.add_gpu_stack(**FP8)
+    old = Machine(devices=(A100,), num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096)
+    assert not [f for f in report(NODE) if f.name == "flash-attn"]
+    assert "needs capability 9.0" in named(report(old), "flash-attn").advice
+    site.add("flash-attn", "2.8.3")
+    assert named(report(old), "flash-attn").status == "ok"
+
+
 def test_device_files_without_a_working_nvidia_smi(site: Site) -> None:
     site.add_gpu_stack()
     broken = Machine(num_device_files=4, num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096)
