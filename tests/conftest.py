@@ -1,7 +1,8 @@
-"""How tests are dealt out to pytest's workers by ``--dist loadfile``."""
+"""Where tests run: without a GPU unless ``-m gpu`` asks for it, and in which of pytest's workers (``--dist loadfile``)."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,13 @@ from xdist.scheduler import LoadFileScheduling
 
 TOGETHER = ("tests/e2e/", "tests/slurm/")
 """Folders whose files share what is dear to start: a vLLM server, a Slurm."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a GPU the other tests would put several ranks on one device, or compute in TF32."""
+    chosen: str = config.option.markexpr
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 class _ByFileOrFolder(LoadFileScheduling):
