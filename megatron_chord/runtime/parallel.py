@@ -159,13 +159,14 @@ def start(
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
     Raises:
-        ValueError: the axes do not divide the number of processes.
+        ValueError: the axes do not divide the number of processes, or a node has fewer devices than ranks.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), world_size_of_environment()
     data_parallel_size(parallel, world_size)
     has_cuda = torch.cuda.is_available()
     if has_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        index = device_index(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -187,6 +188,14 @@ def start(
         seed=seed,
         coordinator_timeout_s=coordinator_timeout_s or parallel.timeout_s,
     )
+
+
+def device_index(local_rank: int, count: int) -> int:
+    """Which of ``count`` visible CUDA devices is this rank's: of its node's, or the only one that it was given (as by
+    Slurm's --gpus-per-task). ValueError where there is none."""
+    if count > 1 and local_rank >= count:
+        raise ValueError(f"this is local rank {local_rank}, but CUDA finds {count} devices on its node")
+    return local_rank if count > 1 else 0
 
 
 def axis_sizes(parallel: ParallelConfig) -> dict[str, Any]:
