@@ -36,8 +36,8 @@ class ModelConfig:
     """Hugging Face folder of the policy: config.json, safetensors, tokenizer."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; main weights, gradients and the log-prob reductions are fp32 either way."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation: none, or every layer."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """Activations computed again in the backward pass: none, those inside MLPs and experts, or whole layers."""
     megatron_overrides: dict[str, int | float | bool | str] = field(
         default_factory=dict[str, int | float | bool | str]
     )

@@ -1,4 +1,4 @@
-"""Where tests run: without a GPU unless ``-m gpu`` asks for it, and in which of pytest's workers (``--dist loadfile``)."""
+"""Where tests run: without a GPU unless ``-m gpu`` asks for it, and dealt out to workers by ``--dist loadfile``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 class _ByFileOrFolder(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+        return next(
+            (folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid)
+        )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:

@@ -10,7 +10,7 @@ from megatron_chord.costs.stages import stage_layers
 from megatron_chord.families.shape import ModelShape
 
 
-def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, recompute: bool) -> float:
+def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, recompute: str) -> float:
     """Work of the fullest stage, over that of the fullest of stages that share the layers equally.
 
     1 without ``parallel.stages``; below 1 where a shorter last stage makes room for the head. All stages wait for the
@@ -18,7 +18,7 @@ def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, reco
 
     Args:
         length: mean length of the sequences in tokens, as ``costs.flops`` wants it.
-        recompute: layers are computed a second time in the backward pass.
+        recompute: what of a layer is computed a second time, as ``model.recompute`` says it.
     """
     if parallel.stages is None:
         return 1.0
@@ -32,7 +32,7 @@ def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, reco
 
 
 def balanced_stages(
-    shape: ModelShape, *, pipeline: int, chunks: int = 1, length: float, recompute: bool
+    shape: ModelShape, *, pipeline: int, chunks: int = 1, length: float, recompute: str
 ) -> tuple[int, ...]:
     """``parallel.stages`` that leave the fullest stage as little work as whole layers allow.
 
@@ -58,8 +58,6 @@ def _share(layers: int, chunks: int, chunk: int) -> int:
     return layers // chunks + (chunk < layers % chunks)
 
 
-def _costs(shape: ModelShape, length: float, recompute: bool) -> tuple[Sequence[float], float]:
+def _costs(shape: ModelShape, length: float, recompute: str) -> tuple[Sequence[float], float]:
     """FLOPs of a token's passes through each layer, and through the head, whose chunks are always computed twice."""
-    again = 4 / 3
-    layers = [flops * (again if recompute else 1.0) for flops in layer_flops(shape, length)]
-    return layers, again * head_flops(shape)
+    return layer_flops(shape, length, recompute), 4 / 3 * head_flops(shape)

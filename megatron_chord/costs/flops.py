@@ -19,14 +19,30 @@ def train_flops(shape: ModelShape, length: float) -> float:
     return 6 * active_count(shape) + _per_position(shape) * length
 
 
-def layer_flops(shape: ModelShape, length: float) -> list[float]:
-    """``train_flops`` of each layer; with ``head_flops`` they add up to the model's."""
-    attention = _per_position(shape) / shape.num_layers * length
+def recomputed_flops(shape: ModelShape, length: float, recompute: str) -> float:
+    """Beside ``train_flops``, of one token, by ``model.recompute``: a forward pass again, or its MLPs alone."""
+    if recompute == "full":
+        return train_flops(shape, length) / 3
+    return sum(layer_flops(shape, length, recompute)) - sum(layer_flops(shape, length, "none"))
+
+
+def layer_flops(shape: ModelShape, length: float, recompute: str) -> list[float]:
+    """Of one token's passes through each layer, those that are computed again (``model.recompute``) included.
+
+    With ``recompute`` none, these and ``head_flops`` add up to ``train_flops``.
+    """
+
+    def of_layer(number: int) -> float:
+        attention = _per_position(shape) / shape.num_layers * length
+        once = 6 * active_in_layer(shape, number) + attention
+        if recompute == "mlp":
+            return once + 2 * active_in_layer(shape, number, part="mlp.")
+        return once * 4 / 3 if recompute == "full" else once
+
     dense = shape.experts.dense_layers if shape.experts else ()
     numbers = range(shape.num_layers)
-    one_of_each = {number in dense: number for number in numbers}
-    products = {is_dense: 6 * active_in_layer(shape, number) for is_dense, number in one_of_each.items()}
-    return [products[number in dense] + attention for number in numbers]
+    of_kind = {is_dense: of_layer(n) for is_dense, n in {n in dense: n for n in numbers}.items()}
+    return [of_kind[number in dense] for number in numbers]
 
 
 def head_flops(shape: ModelShape) -> float:

@@ -124,13 +124,15 @@ def active_count(shape: ModelShape) -> int:
     )
 
 
-def active_in_layer(shape: ModelShape, number: int) -> int:
-    """Of ``active_count`` those of layer ``number``."""
+def active_in_layer(shape: ModelShape, number: int, part: str = "") -> int:
+    """Of ``active_count`` those of layer ``number``; ``part`` is how their names begin within it."""
     chosen = Sizes.of(shape).top_k
     return sum(
         _size(rule, shape) * (chosen if rule.of_expert else 1)
         for rule in shape.weights.rules
-        if rule.megatron[0].startswith(_LAYER) and _layers_with(rule, [number]) and len(dims(rule, shape)) > 1
+        if rule.megatron[0].startswith(_LAYER + part)
+        and _layers_with(rule, [number])
+        and len(dims(rule, shape)) > 1
     )
 
 

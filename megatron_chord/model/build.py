@@ -25,6 +25,11 @@ from megatron_chord.weights.mapping import global_name, padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ACTIVATIONS = {"silu": F.silu}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 _SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
 _NOT_TO_OVERRIDE = {
     "hidden_dropout": "dropout would make every ratio of the loss noise",
@@ -117,7 +122,7 @@ def _unequal(shape: ModelShape, parallel: ParallelConfig) -> str:
     if shape.num_layers < parallel.num_chunks:
         return ""
     chunks = parallel.virtual_pipeline or 1
-    stages = balanced_stages(shape, pipeline=parallel.pipeline, chunks=chunks, length=0.0, recompute=False)
+    stages = balanced_stages(shape, pipeline=parallel.pipeline, chunks=chunks, length=0.0, recompute="none")
     return f" (parallel.stages can be {list(stages)})"
 
 
@@ -190,12 +195,7 @@ def transformer_config(
     if parallel.virtual_pipeline:
         # Without overlapped sends two stages with virtual chunks mix their messages up: a wrong loss, no error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if model.recompute == "full":
-        settings |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+    settings |= _RECOMPUTE[model.recompute]
     check_overrides(model.megatron_overrides, shape)
     merged: dict[str, Any] = settings | dict[str, Any](model.megatron_overrides)
     if "attention_backend" in merged:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
 from megatron_chord.costs.balance import slowdown
+from megatron_chord.costs.flops import recomputed_flops, train_flops
 from megatron_chord.costs.gpus import Gpu
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.families.shape import ModelShape
@@ -316,13 +317,13 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         case.shape,
         parallel,
         micro_batches=count,
-        slowdown=slowdown(case.shape, parallel, length=work.length, recompute=choice.recompute == "full"),
+        slowdown=slowdown(case.shape, parallel, length=work.length, recompute=choice.recompute),
         fp8=preset(case.precision).training is not None,
         constants=case.constants,
     )
     saved = max(stage.saved for stage in stages) if case.offload else 0.0
     times = _times(case, choice, how, sampling, saved)
-    mfu = how.efficiency * (3 / 4 if choice.recompute == "full" else 1)
+    mfu = how.efficiency / _with_recomputation(case, choice)
     return Estimate(
         choice=choice,
         training=training,
@@ -365,16 +366,21 @@ def _times(case: Case, choice: Choice, how: Speed, sampling: float | None, saved
         length=work.length,
         efficiency=how.efficiency,
     )
-    recomputed = 4 / 3 if choice.recompute == "full" else 1.0
     return Times(
         sampling=case.sampling_seconds() if sampling is None else sampling,
         scoring=work.passes * one / 3,
-        training=work.epochs * recomputed * one,
+        training=work.epochs * _with_recomputation(case, choice) * one,
         sync=case.sync_seconds(),
         overlap=case.overlap,
         overhead=case.constants.step_overhead,
         offload=2 * saved / case.constants.host_copy,
     )
+
+
+def _with_recomputation(case: Case, choice: Choice) -> float:
+    """FLOPs of training over those of the model alone."""
+    length = case.work.length
+    return 1 + recomputed_flops(case.shape, length, choice.recompute) / train_flops(case.shape, length)
 
 
 def _stages_to_see(shape: ModelShape, parallel: ParallelConfig) -> Sequence[int]:

@@ -53,7 +53,7 @@ class Training:
     micro_batches: int
     """Of each data-parallel rank in one optimizer update."""
     recompute: str
-    """none or full."""
+    """none, mlp or full."""
     numerics: Numerics = field(default_factory=Numerics)
     reference: bool = False
     """A second policy's weights are kept beside."""
@@ -155,23 +155,33 @@ def optimizer_bytes(count: Count, training: Training) -> float:
 
 
 def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
-    """Kept for the backward pass at the schedule's fullest moment."""
+    """Kept for the backward pass at the schedule's fullest moment, and the most that is computed again at once."""
     chunks = [
-        [layer_activation_bytes(shape, training, number) for number in chunk]
+        [layer_activations(shape, training, number) for number in chunk]
         for chunk in stage_chunks(shape.num_layers, training.parallel, stage)
     ]
-    if training.recompute == "none":
-        kept = kept_at_once(list(map(sum, chunks)), training.parallel, stage, training.micro_batches)
-        return kept * training.local_tokens
-    # Every layer's input, and all of the one that is computed again.
-    one = training.numerics.activation * shape.hidden_size / training.sequence_cut
-    inputs = [one * len(chunk) for chunk in chunks]
-    kept = kept_at_once(inputs, training.parallel, stage, training.micro_batches)
-    return (kept + max(map(max, chunks))) * training.local_tokens
+    kept = kept_at_once(
+        [sum(layer.kept for layer in chunk) for chunk in chunks],
+        training.parallel,
+        stage,
+        training.micro_batches,
+    )
+    again = max(layer.again for chunk in chunks for layer in chunk)
+    return (kept + again) * training.local_tokens
 
 
-def layer_activation_bytes(shape: ModelShape, training: Training, number: int = 0) -> float:
-    """Of layer ``number``, per token of this context rank."""
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """Of one layer, bytes per token of a context rank."""
+
+    kept: float
+    """From the forward pass to the backward pass."""
+    again: float = 0.0
+    """Computed again in the backward pass."""
+
+
+def layer_activations(shape: ModelShape, training: Training, number: int = 0) -> LayerActivations:
+    """Of layer ``number``."""
     of, hidden, experts = Sizes.of(shape), shape.hidden_size, shape.experts
     full, gemm = training.numerics.activation, training.numerics.gemm_input
     # Inputs of both norms; inputs of the products behind them, which are those norms' outputs. Latents likewise.
@@ -185,7 +195,13 @@ def layer_activation_bytes(shape: ModelShape, training: Training, number: int = 
         mlp = per_width * (experts.shared_ffn_size or 0)
         # Each token travels to top_k experts and back: its copies there, and what comes back.
         expert = of.top_k * (per_width * of.expert_width + (gemm + full) * hidden)
-    return (attention + mlp) / training.parallel.tensor + (whole + expert) / training.sequence_cut
+    outside = attention / training.parallel.tensor + whole / training.sequence_cut
+    inside = mlp / training.parallel.tensor + expert / training.sequence_cut
+    if training.recompute == "full":
+        return LayerActivations(kept=full * hidden / training.sequence_cut, again=outside + inside)
+    if training.recompute == "mlp":
+        return LayerActivations(kept=outside, again=inside)
+    return LayerActivations(kept=outside + inside)
 
 
 def kept_at_once(chunks: Sequence[float], parallel: ParallelConfig, stage: int, micro_batches: int) -> float:

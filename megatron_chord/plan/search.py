@@ -79,7 +79,7 @@ def _choices(case: Case, start: Choice) -> Iterator[Choice]:
     contexts = [size for size in _powers(8) if size <= gpus]
     experts = [1] if case.shape.experts is None else _divisors(case.shape.experts.count)
     pipelines = [size for size in _divisors(gpus) if size <= case.shape.num_layers]
-    for pipeline, recompute in itertools.product(pipelines, ("none", "full")):
+    for pipeline, recompute in itertools.product(pipelines, ("none", "mlp", "full")):
         stages = list(_stages(case, pipeline, recompute))
         for tensor, context, expert in itertools.product(tensors, contexts, experts):
             if gpus % (tensor * pipeline * context) or (gpus // pipeline) % expert:
@@ -110,7 +110,7 @@ def _stages(case: Case, pipeline: int, recompute: str) -> Iterator[tuple[int | N
             pipeline=pipeline,
             chunks=chunks,
             length=case.work.length,
-            recompute=recompute == "full",
+            recompute=recompute,
         )
         if len(set(found)) > 1:
             yield (chunks if chunks > 1 else None), found

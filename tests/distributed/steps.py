@@ -42,7 +42,7 @@ def build(
     steps: int = 10,
     reference: Path | None = None,
     groups: runtime.ParallelGroups | None = None,
-    recompute: Literal["none", "full"] = "none",
+    recompute: Literal["none", "mlp", "full"] = "none",
 ) -> TrainState:
     """``groups`` of an earlier call, where the layout is the same."""
     return build_state(

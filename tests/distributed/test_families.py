@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,16 @@ def test_a_step_of_chord_is_the_references(name: str, tmp_path: Path) -> None:
     terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
     objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
     assert_split_invariant(folder, {"chord": objective}, layouts={2: STEPS[name]})
+
+
+def test_experts_computed_again_give_the_same_step(tmp_path: Path) -> None:
+    """A mixture with dense layers and shared experts."""
+    folder = save_model(folder=tmp_path, **MOE["qwen2_moe_one_dense"])
+    run = tiny_run(folder)
+    run = replace(run, model=replace(run.model, recompute="mlp"))
+    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    assert_split_invariant(folder, {"chord": objective}, layouts={2: {"tp2_sp_ep2": TP2_SP | {"expert": 2}}})
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])

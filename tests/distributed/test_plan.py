@@ -1,17 +1,19 @@
-"""The planner's static memory against real ranks: weights, gradients and optimizer state as the trainer builds them."""
+"""The planner's memory against real ranks: weights, gradients, optimizer state and kept activations."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.families.table import read_shape
-from megatron_chord.plan.memory import Training, stage_memory
+from megatron_chord.plan.memory import Numerics, Training, layer_activations, stage_memory
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.state import build_state
+from tests.distributed.steps import build
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model
 
@@ -62,3 +64,60 @@ def test_static_bytes_are_the_trainers(family: str, sharded: bool, tmp_path: Pat
     # A shard ends where a buffer does, not where a parameter does: ranks differ a little.
     mean = sum(found["optimizer"] for found in ranks) / 2
     assert mean == pytest.approx(expected.optimizer, rel=0.01)
+
+
+TOKENS, LAYERS = 64, 3
+
+
+def kept_bytes(folder: Path) -> dict[str, int]:
+    """What a forward pass of TOKENS tokens keeps for the backward pass beside the weights, by model.recompute."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    kept = {}
+    ids, starts = torch.arange(TOKENS)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    packing: dict[str, Any] = dict.fromkeys(names, starts)
+    for recompute in ("none", "mlp", "full"):
+        state = build(folder, ParallelConfig(distributed_optimizer=False), recompute=recompute)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in state.parameters().values()}
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(
+            tensor: torch.Tensor, weights: set[int] = weights, storages: dict[int, Any] = storages
+        ) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            params = PackedSeqParams(qkv_format="thd", max_seqlen_q=TOKENS, max_seqlen_kv=TOKENS, **packing)
+            (chunk,) = state.chunks
+            hidden = chunk(ids, ids, None, packed_seq_params=params)
+        kept[recompute] = sum(storage.nbytes() for storage in storages.values())
+        del hidden
+    return kept
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_recomputing_keeps_less(family: str, tmp_path: Path) -> None:
+    """Megatron's local layers keep more than the planner counts, but of what is computed again they keep nothing."""
+    folder = save_model(family, tmp_path, layers=LAYERS)
+    shape = read_shape(folder)
+    (kept,) = run_ranks(kept_bytes, 1, folder)
+
+    def counted(recompute: str) -> float:
+        training = Training(
+            parallel=ParallelConfig(),
+            data=1,
+            micro_tokens=TOKENS,
+            micro_batches=1,
+            recompute=recompute,
+            numerics=Numerics.of("fp32"),
+        )
+        return TOKENS * sum(layer_activations(shape, training, number).kept for number in range(LAYERS))
+
+    assert kept["none"] - kept["mlp"] >= counted("none") - counted("mlp") > 0
+    assert kept["mlp"] - kept["full"] >= counted("mlp") - counted("full") > 0
+    final_norm = 2 * TOKENS * shape.hidden_size * 4  # its input and its input normalised
+    assert kept["full"] == pytest.approx(counted("full") + final_norm, rel=0.15)  # and positions' angles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -17,6 +17,7 @@ from megatron_chord.config import (
     FocalWeight,
     KLConfig,
     MarginWeight,
+    ModelConfig,
     PowerWeight,
     SimpleWeight,
 )
@@ -69,10 +70,12 @@ def test_every_layout_computes_the_reference_step(model: Path, world_size: int) 
 
 def test_recomputed_activations_give_the_same_step(untied: Path) -> None:
     run, *rest = chord(untied, make_samples())
-    again = replace(run, model=replace(run.model, recompute="full"))
     assert_split_invariant(
         untied,
-        {"chord": (again, *rest)},
+        {
+            what: (replace(run, model=replace(run.model, recompute=what)), *rest)
+            for what in get_args(get_type_hints(ModelConfig)["recompute"])
+        },
         layouts={2: {"tp2_sp": LAYOUTS[2]["tp2_sp"], "pp2_vpp2": LAYOUTS[2]["pp2_vpp2"]}},
     )
 

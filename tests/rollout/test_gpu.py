@@ -120,7 +120,12 @@ def test_a_staging_buffer_is_exported_once_to_each_worker() -> None:
 )
 @pytest.mark.parametrize("precision", ["fp8_rollout", "fp8_tensorwise"])
 def test_weights_are_quantised_as_they_arrive(precision: Precision, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "vocab": VOCAB}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "vocab": VOCAB,
+    }
     folders = [save_model("qwen2", tmp_path / str(seed), seed=seed, **sizes) for seed in (0, 1)]
     rollouts = preset(precision).rollouts
     assert rollouts is not None

@@ -36,7 +36,7 @@ def test_parameters_of_unequal_stages() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-70b", "deepseek-v3", "deepseek-v2-lite"])
 def test_layers_and_head_are_the_model(name: str) -> None:
     shape = shape_of(name)
-    together = sum(layer_flops(shape, 3000.0)) + head_flops(shape)
+    together = sum(layer_flops(shape, 3000.0, "none")) + head_flops(shape)
     assert together == pytest.approx(train_flops(shape, 3000.0), rel=1e-12)
 
 
@@ -49,7 +49,7 @@ BALANCED: list[tuple[str, int, tuple[int, ...], float]] = [
 
 @pytest.mark.parametrize(("name", "pipeline", "stages", "ratio"), BALANCED)
 def test_balanced_by_hand(name: str, pipeline: int, stages: tuple[int, ...], ratio: float) -> None:
-    shape, work = shape_of(name), {"length": 0.0, "recompute": False}
+    shape, work = shape_of(name), {"length": 0.0, "recompute": "none"}
     assert balanced_stages(shape, pipeline=pipeline, **work) == stages  # type: ignore[arg-type]
     parallel = ParallelConfig(pipeline=pipeline, stages=stages)
     # 3 of DeepSeek-V3's layers are dense; their 9 x 7168 x 2048 of an MLP are 1 % off the experts' and router's.
@@ -62,7 +62,7 @@ def test_recomputation_and_long_sequences_make_the_head_smaller() -> None:
     parallel = ParallelConfig(pipeline=2, stages=(41, 39))
     # Attention: 3 x 2 x 8192 FLOPs a layer for each token of the sequence.
     layer, head = 6 * 855_638_016 + 6 * 8192 * 10_000, 8 * 128256 * 8192
-    found = slowdown(shape, parallel, length=10_000, recompute=True)
+    found = slowdown(shape, parallel, length=10_000, recompute="full")
     layer *= 4 / 3
     assert found == pytest.approx(max(41 * layer, 39 * layer + head) / (40 * layer + head))
 
@@ -70,10 +70,10 @@ def test_recomputation_and_long_sequences_make_the_head_smaller() -> None:
 def test_chunks_share_a_stage() -> None:
     """6 stages' worth of layers each: 13 layers over 2 stages of 2 chunks, the head being less than a layer."""
     shape = shape_of("deepseek-v2-lite")
-    found = balanced_stages(shape, pipeline=2, chunks=2, length=0.0, recompute=False)
+    found = balanced_stages(shape, pipeline=2, chunks=2, length=0.0, recompute="none")
     assert sum(found) == 27
     own = [found[0] + found[2], found[1] + found[3]]
-    head = 8 * 102400 * 2048 / (sum(layer_flops(shape, 0.0)) / 27)
+    head = 8 * 102400 * 2048 / (sum(layer_flops(shape, 0.0, "none")) / 27)
     assert abs(own[0] - own[1] - head) <= 1
     assert all(abs(found[stage] - found[stage + 2]) <= 1 for stage in (0, 1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_chord.costs.flops import attention_cost, decode_attention_flops, train_flops
+from megatron_chord.costs.flops import attention_cost, decode_attention_flops, recomputed_flops, train_flops
 from tests.unit.plan.models import shape_of
 
 
@@ -37,3 +37,14 @@ def test_latent_attention() -> None:
 
 def test_grouped_attention_decodes_with_all_queries() -> None:
     assert decode_attention_flops(shape_of("qwen2.5-7b")) == 2 * 28 * 2 * 3584
+
+
+def test_recomputation() -> None:
+    """Qwen2.5-7B: three products of 3584 x 18944 in each of 28 layers. DeepSeek-V3: 3 dense MLPs of width 18432, and in
+    58 layers 8 experts and a shared one of width 2048, and the router's 256 rows."""
+    qwen, deepseek = shape_of("qwen2.5-7b"), shape_of("deepseek-v3")
+    assert recomputed_flops(qwen, 2000, "none") == 0
+    assert recomputed_flops(qwen, 2000, "full") == pytest.approx(train_flops(qwen, 2000) / 3)
+    assert recomputed_flops(qwen, 2000, "mlp") == pytest.approx(2 * 28 * 3 * 3584 * 18944)
+    mlps = 3 * 3 * 18432 + 58 * (9 * 3 * 2048 + 256)
+    assert recomputed_flops(deepseek, 2000, "mlp") == pytest.approx(2 * mlps * 7168)

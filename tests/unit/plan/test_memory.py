@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.costs.gpus import GPUS
+from megatron_chord.families.shape import ModelShape
 from megatron_chord.losses.logprobs import CHUNK_BYTES
 from megatron_chord.plan.constants import GB
 from megatron_chord.plan.memory import (
@@ -14,7 +17,7 @@ from megatron_chord.plan.memory import (
     head_bytes,
     kept_at_once,
     kv_bytes_per_token,
-    layer_activation_bytes,
+    layer_activations,
     server_memory,
     stage_memory,
 )
@@ -54,23 +57,38 @@ def test_parts_of_a_stage(
     assert memory.total == pytest.approx(sum(found) + memory.head + memory.overhead)
 
 
+def whole_layer(shape: ModelShape, asked: Training, number: int = 0) -> float:
+    return layer_activations(shape, replace(asked, recompute="none"), number).kept
+
+
 def test_bytes_of_a_layer() -> None:
     """8h + 2(q + 2k) + 2q + 6f bytes a token in BF16."""
     one = training(ParallelConfig())
     # Qwen2.5-7B: h 3584, q 3584, k 512, f 18944. Llama-70B: 8192, 8192, 1024, 28672.
-    assert layer_activation_bytes(shape_of("qwen2.5-7b"), one) == 8 * 3584 + 2 * 4608 + 2 * 3584 + 6 * 18944
-    assert layer_activation_bytes(shape_of("qwen2.5-7b"), one) == 158720
-    assert layer_activation_bytes(shape_of("llama-3.1-70b"), one) == 274432
+    assert whole_layer(shape_of("qwen2.5-7b"), one) == 8 * 3584 + 2 * 4608 + 2 * 3584 + 6 * 18944
+    assert whole_layer(shape_of("qwen2.5-7b"), one) == 158720
+    assert whole_layer(shape_of("llama-3.1-70b"), one) == 274432
     cut = training(ParallelConfig(tensor=4, sequence_parallel=True))
-    assert layer_activation_bytes(shape_of("llama-3.1-70b"), cut) == 274432 / 4
+    assert whole_layer(shape_of("llama-3.1-70b"), cut) == 274432 / 4
     # Without sequence parallelism residuals and norms are whole on every rank: 8h.
     whole = training(ParallelConfig(tensor=4))
-    assert layer_activation_bytes(shape_of("llama-3.1-70b"), whole) == (274432 - 8 * 8192) / 4 + 8 * 8192
+    assert whole_layer(shape_of("llama-3.1-70b"), whole) == (274432 - 8 * 8192) / 4 + 8 * 8192
+
+
+def test_bytes_of_a_layer_whose_mlp_is_computed_again() -> None:
+    """Qwen2.5-7B: of 158,720 bytes a token 6f. Qwen3-30B-A3B: its experts and all that travels to them and back."""
+    mlp = training(ParallelConfig(), recompute="mlp")
+    found = layer_activations(shape_of("qwen2.5-7b"), mlp)
+    assert (found.kept, found.again) == (158720 - 6 * 18944, 6 * 18944)
+    found = layer_activations(shape_of("qwen3-30b-a3b"), mlp)
+    assert found.again == 8 * (6 * 768 + 2 * 2048 + 2 * 2048)
+    memory = stage_memory(shape_of("qwen2.5-7b"), mlp, 0)
+    assert memory.activations == (28 * (158720 - 6 * 18944) + 6 * 18944) * 16384
 
 
 def test_bytes_of_a_layer_of_experts() -> None:
     """Qwen3-30B-A3B: 8 of 128 experts of width 768 see each token: 8 copies in, 8 results out, 6 x 768 within."""
-    found = layer_activation_bytes(shape_of("qwen3-30b-a3b"), training(ParallelConfig()))
+    found = whole_layer(shape_of("qwen3-30b-a3b"), training(ParallelConfig()))
     assert found == 8 * 2048 + 2 * (4096 + 2 * 512) + 2 * 4096 + 8 * (6 * 768 + 2 * 2048 + 2 * 2048)
 
 
@@ -82,7 +100,7 @@ def test_bytes_of_latent_attention() -> None:
     dense = attention + 6 * 18432
     sparse = attention + 6 * 2048 + 8 * (6 * 2048 + 4 * h)
     one = training(ParallelConfig())
-    assert [layer_activation_bytes(shape, one, number) for number in (0, 2, 3, 60)] == [
+    assert [whole_layer(shape, one, number) for number in (0, 2, 3, 60)] == [
         dense,
         dense,
         sparse,
