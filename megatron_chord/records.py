@@ -32,6 +32,10 @@ class Expert:
     trainable: tuple[bool, ...]
 
 
+Span = tuple[int, int]
+"""(weight version, number of tokens): a stretch of a rollout that one version sampled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One sampled response: ids as the engine sampled them, never decoded and encoded again."""
@@ -39,11 +43,22 @@ class Rollout:
     token_ids: tuple[int, ...]
     """The response only, the stop token included."""
     logprobs: tuple[float, ...]
-    """The engine's log-prob of each, at the sampling temperature."""
-    finish_reason: Literal["stop", "length"]
+    """Of each the log-prob by the weights that sampled it, at the sampling temperature."""
+    finish_reason: Literal["stop", "length", "abort"]
+    """abort: stopped before its end, to be continued (``rollout.unfinished``); never trained on."""
     weight_version: int
-    """Optimizer steps in the oldest weights that sampled any of these tokens; with ``rollout.in_flight: keep`` later
-    ones may have sampled the rest."""
+    """Optimizer steps in the oldest weights that sampled any of these tokens."""
+    spans: tuple[Span, ...] = ()
+    """Which weights sampled which tokens, where several did: with ``rollout.in_flight: keep``, or in several steps."""
+
+    def __post_init__(self) -> None:
+        assert not self.spans or self.weight_version == min(version for version, _ in self.spans)
+        assert not self.spans or len(self.token_ids) == sum(count for _, count in self.spans)
+
+    @property
+    def all_spans(self) -> tuple[Span, ...]:
+        """Which weights sampled which tokens, also where one did."""
+        return self.spans or ((self.weight_version, len(self.token_ids)),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Token ids in, token ids and log-probs out: vLLM's HTTP interface, every reply checked before it is data.
 
-A rollout that this module returns has as many log-probs as tokens, all finite; was not aborted; and was sampled, every
-token of it, by the weights that the caller expects, or by later ones where the caller says so. Requests carry their
-seed, so that one which failed on the way can be sent again and yields the same tokens.
+A rollout that this module returns has as many log-probs as tokens, all finite; was not aborted, but by the caller's own
+``Stop``; and was sampled, every token of it, by the weights that the caller expects, or by later ones where the caller
+says so. Requests carry their seed, so that one which failed on the way can be sent again and yields the same tokens.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import httpx
 
-from megatron_chord.records import Rollout
+from megatron_chord.records import Rollout, Span
 
 _GENERATE = "/inference/v1/generate"
+_ABORT = "/inference/v1/abort_requests"
+_ENGINE_ID = "generate-tokens-{}"
+"""What vLLM's engine makes of a request's id (entrypoints/scale_out/token_in_token_out/serving.py, serve_tokens)."""
+_ABORT_AGAIN_S = 0.25
 _MODEL = "policy"
 _RETRY_PAUSE_S = 0.2
 _WORST_LOGPROB = -9999.0
@@ -55,6 +61,30 @@ class SampleRequest:
     stop_token_ids: tuple[int, ...]
 
 
+class Stop:
+    """Told once, from any thread: the calls of ``generate`` that it was given to return what they have."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told = False
+        self._listeners: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+            listeners = [] if told else self._listeners
+        for listener in listeners:
+            listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called once it is told; at once where it is already."""
+        with self._lock:
+            if not self._told:
+                self._listeners.append(listener)
+                return
+        listener()
+
+
 class RolloutClient:
     """One server. Methods raise RolloutError; times are in seconds. May be used from several threads."""
 
@@ -75,8 +105,7 @@ class RolloutClient:
         """A ``generate`` under way in another thread raises at once, and the server drops its requests."""
         self._closed = True
         for loop, task in list(self._sampling):
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                loop.call_soon_threadsafe(task.cancel)
+            _call_in(loop, task.cancel)
         self._http.close()
 
     def generate(
@@ -87,6 +116,7 @@ class RolloutClient:
         deadline_s: float,
         may_advance: bool = False,
         on_done: Callable[[int], None] | None = None,
+        stop: Stop | None = None,
     ) -> list[tuple[Rollout, ...]]:
         """Samples all requests at once, in the order of `requests`.
 
@@ -94,7 +124,9 @@ class RolloutClient:
             version: the weight version that must have sampled every token.
             may_advance: weights may be pushed meanwhile (``pause(mode="keep")``): later versions are right, too.
             deadline_s: for all of them together; what is unfinished then is aborted at the server.
-            on_done: called after each request with the number finished so far.
+            on_done: called with the index of each request that is finished; not where it was stopped.
+            stop: once told, these requests, and no others, are aborted at the server. What there is of them comes back
+                with the finish reason `abort`, perhaps without any token.
 
         Raises:
             StaleWeights: another version sampled a token.
@@ -102,7 +134,7 @@ class RolloutClient:
         """
         least = _Least(version, may_advance)
         try:
-            return asyncio.run(self._generate(requests, least, deadline_s, on_done))
+            return asyncio.run(self._generate(requests, least, deadline_s, on_done, stop))
         except asyncio.CancelledError:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
@@ -115,7 +147,7 @@ class RolloutClient:
         }
         reply = self._json(self._request("POST", _GENERATE, json=body, timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}{_GENERATE}"):
-            _check_versions(reply["choices"][0]["weight_versions"], 1, _Least(version))
+            _checked_spans(reply["choices"][0]["weight_versions"], 1, _Least(version))
             entries = reply["prompt_logprobs"][1:]
             scores = [
                 float(entry[str(token)]["logprob"])
@@ -199,23 +231,27 @@ class RolloutClient:
         version: _Least,
         deadline_s: float,
         on_done: Callable[[int], None] | None,
+        stop: Stop | None,
     ) -> list[tuple[Rollout, ...]]:
         num_done = 0
-        task = asyncio.current_task()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        here = (asyncio.get_running_loop(), task)
+        told = asyncio.Event()
+        running: set[str] = set()
 
-        async def sample(http: httpx.AsyncClient, request: SampleRequest) -> tuple[Rollout, ...]:
+        async def sample(http: httpx.AsyncClient, index: int) -> tuple[Rollout, ...]:
             nonlocal num_done
-            rollouts = await self._sample(http, request, version)
+            rollouts = await self._sample(http, requests[index], version, running, told)
             num_done += 1
-            if on_done is not None:
-                on_done(num_done)
+            if on_done is not None and all(rollout.finish_reason != "abort" for rollout in rollouts):
+                on_done(index)
             return rollouts
 
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=self._connect_timeout_s)
-        self._sampling.add(here)
+        self._sampling.add((loop, task))
+        if stop is not None:
+            stop.listen(lambda: _call_in(loop, told.set))
         try:
             if self._closed:
                 raise asyncio.CancelledError
@@ -226,7 +262,11 @@ class RolloutClient:
                 ) as http,
                 asyncio.TaskGroup() as group,
             ):
-                tasks = [group.create_task(sample(http, request)) for request in requests]
+                tasks = [group.create_task(sample(http, index)) for index in range(len(requests))]
+                if stop is not None and tasks:
+                    aborting = group.create_task(self._abort(http, running, told))
+                    await asyncio.wait(tasks)
+                    aborting.cancel()
         except TimeoutError as error:
             raise RolloutError(
                 f"{self.url}: {num_done} of {len(requests)} requests finished within {deadline_s:.0f} s"
@@ -235,34 +275,68 @@ class RolloutClient:
             first = errors.exceptions[0]
             raise first from first.__cause__
         finally:
-            self._sampling.discard(here)
+            self._sampling.discard((loop, task))
         return [task.result() for task in tasks]
 
+    async def _abort(self, http: httpx.AsyncClient, running: set[str], told: asyncio.Event) -> None:
+        """Once ``told``, until it is cancelled: again and again, as a request may not have got to the engine yet."""
+        await told.wait()
+        while True:
+            try:
+                response = await http.post(
+                    _ABORT, json={"request_ids": [_ENGINE_ID.format(name) for name in running]}
+                )
+            except httpx.TransportError:
+                pass  # a server that is gone fails the requests themselves
+            else:
+                if response.status_code != 200:
+                    raise RolloutError(f"POST {self.url}{_ABORT}: {_refusal(response)}")
+            await asyncio.sleep(_ABORT_AGAIN_S)
+
     async def _sample(
-        self, http: httpx.AsyncClient, request: SampleRequest, version: _Least
+        self,
+        http: httpx.AsyncClient,
+        request: SampleRequest,
+        version: _Least,
+        running: set[str],
+        told: asyncio.Event,
     ) -> tuple[Rollout, ...]:
         for attempt in range(self._retries + 1):
+            name = uuid.uuid4().hex
+            running.add(name)
             try:
-                return await self._sample_once(http, request, version)
+                return await self._sample_once(http, request, version, name, told)
             except _Transient as error:
                 if attempt == self._retries:
                     raise RolloutError(f"{error} (after {attempt + 1} attempts)") from error
                 await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+            finally:
+                running.discard(name)
         raise AssertionError("unreachable")
 
     async def _sample_once(
-        self, http: httpx.AsyncClient, request: SampleRequest, version: _Least
+        self,
+        http: httpx.AsyncClient,
+        request: SampleRequest,
+        version: _Least,
+        name: str,
+        told: asyncio.Event,
     ) -> tuple[Rollout, ...]:
         where = f"{self.url}{_GENERATE}"
         try:
-            response = await http.post(_GENERATE, json=_body(request))
+            response = await http.post(_GENERATE, json={"request_id": name, **_body(request)})
         except httpx.TransportError as error:
             raise _Transient(f"{where}: {type(error).__name__} {error}") from error
         if response.status_code != 200:
             kind = _Transient if response.status_code >= 500 else RolloutError
             raise kind(f"{where}: {_refusal(response)}")
         with _malformed_as_rollout_error(where):
-            return _parse(self._json(response), request, version)
+            return _parse(self._json(response), request, version, may_be_aborted=told.is_set())
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+        loop.call_soon_threadsafe(action)
 
 
 def _body(request: SampleRequest) -> dict[str, Any]:
@@ -290,7 +364,9 @@ def _num_to_sample(request: SampleRequest) -> int:
     return 1 if request.temperature == 0 else request.num_samples
 
 
-def _parse(reply: Any, request: SampleRequest, version: _Least) -> tuple[Rollout, ...]:
+def _parse(
+    reply: Any, request: SampleRequest, version: _Least, *, may_be_aborted: bool
+) -> tuple[Rollout, ...]:
     """ValueError, KeyError, TypeError: not the reply to `request`. StaleWeights, _Transient: see there."""
     if reply["prompt_token_ids"] != list(request.prompt_ids):
         raise ValueError("the reply is to another prompt")
@@ -299,17 +375,20 @@ def _parse(reply: Any, request: SampleRequest, version: _Least) -> tuple[Rollout
     if [choice["index"] for choice in choices] != list(range(num_expected)):
         raise ValueError(f"{len(choices)} samples instead of {num_expected}")
     rollouts = tuple(_parse_choice(choice, request, version) for choice in choices)
+    if not may_be_aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
+        raise _Transient("a sample was aborted")
     return rollouts * (request.num_samples // num_expected)
 
 
 def _parse_choice(choice: Any, request: SampleRequest, version: _Least) -> Rollout:
     token_ids, reason = choice["token_ids"], choice["finish_reason"]
-    if reason == "abort":
-        raise _Transient("a sample was aborted")
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "abort"):
         raise ValueError(f"a sample finished for the reason {reason!r}")
-    if not 0 < len(token_ids) <= request.max_tokens:
+    least = 0 if reason == "abort" else 1
+    if not least <= len(token_ids) <= request.max_tokens:
         raise ValueError(f"a sample of {len(token_ids)} tokens")
+    if not token_ids:
+        return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=version.version)
     if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
         raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
     content = choice["logprobs"]["content"]
@@ -317,8 +396,14 @@ def _parse_choice(choice: Any, request: SampleRequest, version: _Least) -> Rollo
         raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")
     logprobs = tuple(float(entry["logprob"]) for entry in content)
     _check_logprobs(logprobs)
-    oldest = _check_versions(choice["weight_versions"], len(token_ids), version)
-    return Rollout(token_ids=tuple(token_ids), logprobs=logprobs, finish_reason=reason, weight_version=oldest)
+    spans = _checked_spans(choice["weight_versions"], len(token_ids), version)
+    return Rollout(
+        token_ids=tuple(token_ids),
+        logprobs=logprobs,
+        finish_reason=reason,
+        weight_version=min(version for version, _ in spans),
+        spans=spans if len(spans) > 1 else (),
+    )
 
 
 def _check_logprobs(logprobs: Sequence[float]) -> None:
@@ -342,15 +427,15 @@ class _Least(NamedTuple):
         return f"{self.version}{' or later' if self.may_advance else ''}"
 
 
-def _check_versions(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> int:
-    """The oldest version. StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
+def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> tuple[Span, ...]:
+    """StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
     wrong = {span["version"] for span in spans if not least.admits(span["version"])}
     if wrong:
         raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {least}")
     bounds = [0, *(span["end"] for span in spans)]
     if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
         raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
-    return min(int(span["version"]) for span in spans)
+    return tuple((int(span["version"]), span["end"] - span["start"]) for span in spans)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Prompt, Rollout, Span
 from megatron_chord.rewards.pool import Grade, GraderPool
-from megatron_chord.rollout.client import RolloutClient, SampleRequest
+from megatron_chord.rollout.client import RolloutClient, SampleRequest, Stop
 
 
 class TooManyGraderErrors(RuntimeError):
@@ -35,6 +38,12 @@ class Ask:
     seed: int
     prefix: tuple[int, ...] = ()
     """The answer's beginning, given and not sampled; counts towards the answer's length limit."""
+    begun: tuple[Rollout, ...] = ()
+    """What was sampled of each answer before; those with the finish reason `abort` are to be continued."""
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.begun) and all(rollout.finish_reason != "abort" for rollout in self.begun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,35 +80,44 @@ def sample(
     deadline_s: float,
     may_advance: bool = False,
     on_done: Callable[[int], None] | None = None,
+    enough: int | None = None,
 ) -> list[tuple[Rollout, ...]]:
-    """Rollouts of every ask, all of weight version ``version``; requests are dealt out to the servers in turn.
+    """Rollouts of every ask, in order, of weight version ``version``; requests are dealt out to the servers in turn.
 
-    With ``may_advance`` weights may be pushed meanwhile, and later versions are right, too.
+    What was begun before keeps the versions that sampled it. With ``may_advance`` weights may be pushed meanwhile, and
+    later versions are right, too. With ``enough``, sampling stops when so many asks are answered; of the others comes
+    back what there is, unfinished rollouts with the finish reason `abort`, or nothing where nothing was sampled.
+
+    ``on_done`` is called with the number of asks that are answered, each time another is.
 
     Raises RolloutError when any request fails for good: a step never goes on with half a batch.
     """
-    requests = [
-        SampleRequest(
-            prompt_ids=ask.prompt.token_ids + ask.prefix,
-            num_samples=sampling.num_samples,
-            seed=ask.seed,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens - len(ask.prefix),
-            stop_token_ids=sampling.stop_token_ids,
-        )
-        for ask in asks
-    ]
-    done = [0] * len(clients)
+    answered = [ask.is_answered for ask in asks]
+    if enough is not None and sum(answered) >= enough:
+        return [ask.begun for ask in asks]
+    pieces = [piece for index, ask in enumerate(asks) for piece in _pieces(index, ask, sampling)]
+    missing = Counter(piece.ask for piece in pieces)
+    lock, stop = threading.Lock(), Stop()
+
+    def count(piece: _Piece) -> None:
+        with lock:
+            missing[piece.ask] -= 1
+            answered[piece.ask] = missing[piece.ask] == 0
+            has_another, num_answered = answered[piece.ask], sum(answered)
+        if has_another and on_done is not None:
+            on_done(num_answered)
+        if enough is not None and num_answered >= enough:
+            stop()
 
     def serve(server: int) -> list[tuple[Rollout, ...]]:
-        def count(finished: int) -> None:
-            done[server] = finished
-            if on_done is not None:
-                on_done(sum(done))
-
-        share = requests[server :: len(clients)]
+        share = pieces[server :: len(clients)]
         return clients[server].generate(
-            share, version=version, deadline_s=deadline_s, may_advance=may_advance, on_done=count
+            [piece.request for piece in share],
+            version=version,
+            deadline_s=deadline_s,
+            may_advance=may_advance,
+            on_done=lambda index: count(share[index]),
+            stop=stop if enough is not None else None,
         )
 
     pool = ThreadPoolExecutor(len(clients))
@@ -108,7 +126,67 @@ def sample(
     finally:
         # Not waiting: on a signal the server is stopped next, which ends the requests.
         pool.shutdown(wait=False, cancel_futures=True)
-    return [shares[index % len(clients)][index // len(clients)] for index in range(len(requests))]
+    found = [list(ask.begun) for ask in asks]
+    for index, piece in enumerate(pieces):
+        rollouts = shares[index % len(clients)][index // len(clients)]
+        if piece.sample is None:
+            found[piece.ask] = list(rollouts)
+        else:
+            found[piece.ask][piece.sample] = _joined(asks[piece.ask].begun[piece.sample], rollouts[0])
+    return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One request of an ask."""
+
+    ask: int
+    sample: int | None
+    """Which of its samples is continued; all of them are sampled from their beginning where None."""
+    request: SampleRequest
+
+
+def _pieces(index: int, ask: Ask, sampling: Sampling) -> list[_Piece]:
+    def request(begun: tuple[int, ...], num_samples: int, seed: int) -> SampleRequest:
+        return SampleRequest(
+            prompt_ids=ask.prompt.token_ids + ask.prefix + begun,
+            num_samples=num_samples,
+            seed=seed,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens - len(ask.prefix) - len(begun),
+            stop_token_ids=sampling.stop_token_ids,
+        )
+
+    if not ask.begun:
+        return [_Piece(ask=index, sample=None, request=request((), sampling.num_samples, ask.seed))]
+    return [
+        _Piece(
+            ask=index,
+            sample=sample,
+            request=request(
+                rollout.token_ids, 1, sample_seed(ask.seed, f"from {len(rollout.token_ids)}", sample)
+            ),
+        )
+        for sample, rollout in enumerate(ask.begun)
+        if rollout.finish_reason == "abort"
+    ]
+
+
+def _joined(begun: Rollout, rest: Rollout) -> Rollout:
+    """One rollout of what was sampled of it at two times."""
+    if not begun.token_ids or not rest.token_ids:
+        kept = begun if begun.token_ids else rest
+        return replace(kept, finish_reason=rest.finish_reason)
+    spans: list[Span] = []
+    for version, group in itertools.groupby(begun.all_spans + rest.all_spans, key=lambda span: span[0]):
+        spans.append((version, sum(count for _, count in group)))
+    return Rollout(
+        token_ids=begun.token_ids + rest.token_ids,
+        logprobs=begun.logprobs + rest.logprobs,
+        finish_reason=rest.finish_reason,
+        weight_version=min(begun.weight_version, rest.weight_version),
+        spans=tuple(spans) if len(spans) > 1 else (),
+    )
 
 
 def grade(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights
+from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights, Stop
 
 KEY = "the key"
 REQUEST = SampleRequest(
@@ -140,7 +140,7 @@ def test_a_good_reply(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
     done: list[int] = []
     replies = client.generate([REQUEST, REQUEST], version=7, deadline_s=10, on_done=done.append)
-    assert done == [1, 2]
+    assert sorted(done) == [0, 1]
     assert len(replies) == 2
     stopped, cut = replies[0]
     assert (stopped.token_ids, stopped.finish_reason) == ((9, 2), "stop")
@@ -216,6 +216,87 @@ def test_closing_ends_what_is_being_sampled_in_another_thread(client: RolloutCli
     assert time.monotonic() - begun < 2
     with pytest.raises(RolloutError, match="the client was closed"):
         client.generate([REQUEST], version=7, deadline_s=30)
+
+
+def test_a_stop_aborts_these_requests_and_returns_what_there_is(
+    client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request is answered and is enough; the server has heard nothing of the last when it is told first."""
+    stop, aborted = Stop(), threading.Event()
+    calls: list[list[str]] = []
+    names: list[str] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if "request_ids" in body:
+            calls.append(body["request_ids"])
+            if len(calls) == 3:  # two came too early
+                aborted.set()
+            return 200, {}
+        if body["sampling_params"]["max_tokens"] == 3:
+            return 200, GOOD
+        names.append(body["request_id"])
+        assert aborted.wait(10)
+        return 200, {
+            "prompt_token_ids": [5, 6],
+            "choices": [choice(0, [9, 2], "stop"), choice(1, [], "abort")],
+        }
+
+    monkeypatch.setattr(script, "next", answer)
+    done: list[int] = []
+
+    def is_enough(index: int) -> None:
+        done.append(index)
+        stop()
+
+    long = replace(REQUEST, max_tokens=8)
+    first, *rest = client.generate(
+        [REQUEST, long, long], version=7, deadline_s=10, on_done=is_enough, stop=stop
+    )
+    assert done == [0]
+    assert [rollout.finish_reason for rollout in first] == ["stop", "length"]
+    for group in rest:
+        assert [(rollout.token_ids, rollout.finish_reason) for rollout in group] == [
+            ((9, 2), "stop"),
+            ((), "abort"),
+        ]
+    assert len(calls) >= 3
+    assert all(set(call) == {f"generate-tokens-{name}" for name in names} for call in calls)
+
+
+def test_a_stop_that_was_told_before(
+    client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, aborted = Stop(), threading.Event()
+    stop()
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if "request_ids" in body:
+            aborted.set()
+            return 200, {}
+        assert aborted.wait(10)
+        return 200, broken(lambda reply: first(reply).update(finish_reason="abort"))
+
+    monkeypatch.setattr(script, "next", answer)
+    (group,) = client.generate([REQUEST], version=7, deadline_s=10, stop=stop)
+    assert [rollout.finish_reason for rollout in group] == ["stop", "abort"]
+    assert client.generate([], version=7, deadline_s=10, stop=stop) == []
+
+
+def test_a_server_that_cannot_abort_says_so(
+    client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Stop()
+    stop()
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if "request_ids" in body:
+            return 404, {"error": "Not Found"}
+        time.sleep(1.0)
+        return 200, GOOD
+
+    monkeypatch.setattr(script, "next", answer)
+    with pytest.raises(RolloutError, match=r"/inference/v1/abort_requests: HTTP 404.*Not Found"):
+        client.generate([REQUEST], version=7, deadline_s=10, stop=stop)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chord.records import Rollout
+from megatron_chord.records import Prompt, Rollout
 from megatron_chord.rollout.client import PauseMode, RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.collect import Ask, Sampling, sample
 from megatron_chord.rollout.server import RolloutServer
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import FileTransport
 from tests.rollout import rank_program
 from tests.rollout.conftest import Servers
-from tests.rollout.helpers import client_of, expected_logprobs, largest_gap, make_model, requests, weights_of
+from tests.rollout.helpers import (
+    VOCAB,
+    client_of,
+    expected_logprobs,
+    largest_gap,
+    make_model,
+    requests,
+    weights_of,
+)
 from tests.support.ranks import run_ranks
 
 TOLERANCE = 1e-4
@@ -197,6 +206,68 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(client: RolloutClient
     assert switched > 0, "the push came when all was sampled, or before anything was"
     (after,) = client.generate(requests(1), version=pushed + 1, deadline_s=DEADLINE_S)
     assert largest_gap(new, requests(1), [after]) < TOLERANCE
+
+
+def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient, pushed: int) -> None:
+    """Two of four prompts are enough. The others keep their tokens; nobody else's requests are stopped."""
+    sampling = Sampling(num_samples=4, temperature=1.0, max_tokens=400, stop_token_ids=())
+    generator = torch.Generator().manual_seed(5)
+
+    def ask(index: int, given: int) -> Ask:
+        ids = torch.randint(3, VOCAB, (12 + given,), generator=generator).tolist()
+        prompt = Prompt(id=str(index), messages=(), truth="", token_ids=tuple(ids[:12]))
+        return Ask(prompt=prompt, seed=index, prefix=tuple(ids[12:]))
+
+    # Without stop tokens an answer is as long as the limit lets it be: 10, 400, 20 and 400 tokens.
+    asks = [ask(0, 390), ask(1, 0), ask(2, 380), ask(3, 0)]
+    others = [replace(request, max_tokens=200, stop_token_ids=()) for request in requests(2)]
+    undisturbed: list[list[tuple[Rollout, ...]]] = []
+    beside = threading.Thread(
+        target=lambda: undisturbed.append(client.generate(others, version=pushed, deadline_s=DEADLINE_S))
+    )
+    beside.start()
+    done: list[int] = []
+    first = sample(
+        [client, client], asks, sampling, version=pushed, deadline_s=DEADLINE_S, on_done=done.append, enough=2
+    )
+    beside.join()
+    assert done == [1, 2]
+    assert [len(group) for group in first] == [4, 4, 4, 4]
+    assert [{rollout.finish_reason for rollout in group} for group in first] == [
+        {"length"},
+        {"abort"},
+        {"length"},
+        {"abort"},
+    ]
+    assert all(0 < len(rollout.token_ids) < 400 for group in first[1::2] for rollout in group)
+    assert [len(rollout.token_ids) for group in undisturbed[0] for rollout in group] == [200] * 8
+
+    sync = make_sync(client, "file")
+    old, new = make_model(0), make_model(1)
+    sync.push(weights_of(new), pushed + 1)
+    sync.close()
+    again = [replace(ask, begun=group) for ask, group in zip(asks, first, strict=True)]
+    second = sample([client, client], again, sampling, version=pushed + 1, deadline_s=DEADLINE_S)
+    assert second[0] == first[0], "what was finished is not sampled again"
+    assert second[2] == first[2]
+    for index in (1, 3):
+        request = replace(requests(1)[0], prompt_ids=asks[index].prompt.token_ids)
+        assert len({rollout.token_ids for rollout in second[index]}) == 4
+        for begun, whole in zip(first[index], second[index], strict=True):
+            count = len(begun.token_ids)
+            assert whole.finish_reason == "length"
+            assert len(whole.token_ids) == 400
+            assert whole.token_ids[:count] == begun.token_ids
+            assert whole.all_spans == ((pushed, count), (pushed + 1, 400 - count))
+            assert whole.weight_version == pushed
+            found = torch.tensor(whole.logprobs).double()
+            by_old, by_new = (expected_logprobs(model, request, whole) for model in (old, new))
+            torch.testing.assert_close(found[:count], by_old[:count], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(found[count:], by_new[count:], atol=TOLERANCE, rtol=0)
+            assert (by_new - by_old).abs().max() > 1, "the bound means something"
+            scores = client.score(request.prompt_ids + whole.token_ids, version=pushed + 1)
+            rescored = torch.tensor(scores[len(request.prompt_ids) - 1 + count :]).double()
+            torch.testing.assert_close(found[count:], rescored, atol=TOLERANCE, rtol=0)
 
 
 def test_a_deadline_while_the_server_is_paused(client: RolloutClient, pushed: int) -> None:
