@@ -7,6 +7,7 @@ imported: a wrong file is refused in milliseconds. ``config_io`` turns YAML into
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -241,15 +242,15 @@ class KLConfig:
 class CorrectionConfig:
     """Importance weight of a rollout's token, w = exp(l_old - l_rollout), constant, times the loss.
 
-    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.lag`, for the older
-    weights that sampled."""
+    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.lag` or carried
+    answers (`rollout.unfinished`), for the older weights that sampled."""
 
     level: Literal["token", "sequence", "geometric"] = "token"
     """w of each token, the product over its sequence, or that product's geometric mean."""
     mode: Literal["truncate", "clamp", "mask", "none"] = "truncate"
     """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (a sequence-level mask
-    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag` and
-    of FP8."""
+    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag`, of
+    carried answers and of FP8."""
     low: float = 0.0
     high: float = 2.0
 
@@ -305,8 +306,9 @@ class ObjectiveConfig:
     """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
     kl: KLConfig | None = None
     correction: CorrectionConfig | None = None
-    """Left out: none, but where `rollout.lag` is above 0 or `precision` one of FP8, and `ratio_from` is not `rollout`,
-    the block's own defaults, min(w, 2) of each token. With `ratio_from: rollout` the ratio itself corrects."""
+    """Left out: none, but where `rollout.lag` is above 0, unfinished answers are carried over or `precision` is one of
+    FP8, and `ratio_from` is not `rollout`, the block's own defaults, min(w, 2) of each token. With `ratio_from:
+    rollout` the ratio itself corrects."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
@@ -430,11 +432,19 @@ class RolloutConfig:
     in_flight: Literal["drain", "keep"] = "drain"
     """With `lag`, what becomes of unfinished requests when new weights are there. drain: they are finished first. keep:
     they go on with the new weights; how far they had got is chance, so two runs are no longer equal."""
+    extra_prompts: float = 0.0
+    """Share of prompts that are sampled beyond those a step trains; once the step's groups are complete, the rest is
+    stopped, so that the step does not wait for the longest answers. 0: no more are sampled, and none is stopped."""
+    unfinished: Literal["carry", "drop"] = "carry"
+    """With `extra_prompts`, what becomes of prompts that were stopped. carry: the next step goes on with them, what
+    there is of their answers included; each token keeps the log-prob and version of the weights that sampled it. drop:
+    they are passed over until their next epoch, which trains less on prompts with long answers."""
     restarts: int = 1
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
     """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it the run stops. Left out: 1e-3 in fp32,
-    5e-2 in bf16, 0.1 in FP8; 0.5 for rollouts of older weights (`lag`), which differ because the policy has moved."""
+    5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them (`lag`, carried answers), which differ as the
+    policy has moved."""
     max_probability_error: float | None = None
     """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ; beyond
     it the run stops. Left out: 1.01 in fp32, 1.1 in bf16 and FP8, where up to 1.05 is healthy; no limit for rollouts of
@@ -455,7 +465,22 @@ class RolloutConfig:
             f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
-        _not_negative(**{"rollout.restarts": self.restarts, "rollout.lag": self.lag})
+        _not_negative(
+            **{
+                "rollout.restarts": self.restarts,
+                "rollout.lag": self.lag,
+                "rollout.extra_prompts": self.extra_prompts,
+            }
+        )
+        _require(
+            self.extra_prompts <= 4,
+            f"rollout.extra_prompts must lie in [0, 4], got {self.extra_prompts}: it is a share of the step's prompts, "
+            "0.25 for a quarter more",
+        )
+        _require(
+            self.extra_prompts > 0 or self.unfinished == "carry",
+            "rollout.unfinished means nothing without rollout.extra_prompts: no sampling is stopped",
+        )
         _require(
             not self.sleep or self.lag == 0,
             "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",
@@ -482,6 +507,20 @@ class RolloutConfig:
         )
         if self.kv_cache_bytes is not None:
             _positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
+
+    @property
+    def carries(self) -> bool:
+        """Whether unfinished answers are continued by later weights."""
+        return self.extra_prompts > 0 and self.unfinished == "carry"
+
+    @property
+    def has_older_tokens(self) -> bool:
+        """Whether tokens that a step trains may have been sampled by older weights than its own."""
+        return self.lag > 0 or self.carries
+
+    def extra_of(self, count: int) -> int:
+        """How many prompts are sampled beyond ``count``."""
+        return math.ceil(round(self.extra_prompts * count, 6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -633,12 +672,12 @@ class RunConfig:
         )
         correction = self.objective.correction
         _require(
-            self.rollout.lag > 0
+            self.rollout.has_older_tokens
             or preset(self.precision).rollouts is not None
             or correction is None
             or correction.mode != "none",
-            "objective.correction.mode none turns off the correction that rollout.lag or an FP8 precision brings; "
-            "without either leave objective.correction out",
+            "objective.correction.mode none turns off the correction that rollout.lag, rollout.extra_prompts with "
+            "unfinished: carry, or an FP8 precision brings; without any leave objective.correction out",
         )
         if self.precision is not None:
             self._check_precision()

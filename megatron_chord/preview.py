@@ -168,6 +168,13 @@ def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
         yield f"the optimizer and its learning-rate schedule start anew before step {reset}"
     if run.batch.sampling_attempts > 1:
         yield f"dynamic sampling may draw up to {run.batch.sampling_attempts} times as many rollouts"
+    if extra := run.rollout.extra_of(run.batch.prompts):
+        yield (
+            f"up to {extra} of a step's prompts are stopped unfinished (rollout.extra_prompts) and finished in a later "
+            "step"
+            if run.rollout.carries
+            else f"up to {extra} more prompts a step are sampled and dropped unfinished (rollout.extra_prompts)"
+        )
 
 
 def text_plot(

@@ -42,7 +42,9 @@ class Cursor:
         """The next `count` indices and the cursor after them."""
         assert count >= 0
         end = self.position + count
-        return [self._index(position) for position in range(self.position, end)], replace(self, position=end)
+        return [self.index_at(position) for position in range(self.position, end)], replace(
+            self, position=end
+        )
 
     def state(self) -> dict[str, int | str]:
         """For a checkpoint; plain JSON."""
@@ -80,7 +82,8 @@ class Cursor:
             raise ValueError(f"{self.name}: the saved position must be a whole number >= 0, got {position!r}")
         return replace(self, position=position)
 
-    def _index(self, position: int) -> int:
+    def index_at(self, position: int) -> int:
+        """The item at a place in the endless order."""
         epoch, offset = divmod(position, self.size)
         return _epoch_order(self.name, self.seed, epoch, self.size)[offset]
 

@@ -124,7 +124,7 @@ def corrected(run: RunConfig) -> ObjectiveConfig:
     With ``ratio_from: rollout`` the ratio is the importance weight already.
     """
     objective = run.objective
-    needs_correction = run.rollout.lag > 0 or preset(run.precision).rollouts is not None
+    needs_correction = run.rollout.has_older_tokens or preset(run.precision).rollouts is not None
     if not needs_correction or objective.ratio_from == "rollout" or objective.correction is not None:
         return objective
     return replace(objective, correction=CorrectionConfig())

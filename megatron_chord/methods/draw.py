@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_chord.config import RunConfig
@@ -25,7 +25,7 @@ from megatron_chord.rollout.collect import (
     sample,
     sample_seed,
 )
-from megatron_chord.rollout.recorded import Call, answers_to
+from megatron_chord.rollout.recorded import Call, answers_to, rollout_of
 from megatron_chord.schedules import Moment
 from megatron_chord.timing import Timer
 
@@ -40,6 +40,8 @@ class Sources:
     """By prompt id; with ``data.aligned`` every prompt's."""
     prompt_cursor: Cursor
     expert_cursor: Cursor | None
+    unfinished: tuple[Drawn, ...] = ()
+    """Prompts drawn before whose sampling was stopped; they come before any new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Drawn:
 
     prompt: Prompt
     position: int
+    begun: tuple[Rollout, ...] = ()
+    """What was sampled before its sampling was stopped: of each answer, finished or not; empty where nothing was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,29 @@ class Engine:
     graders: GraderPool
     may_advance: bool = False
     """Weights may be replaced while they sample."""
+
+
+def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
+    """The prompts that were stopped, for a checkpoint."""
+    return [
+        {"prompt": item.prompt.id, "position": item.position, "begun": list(map(asdict, item.begun))}
+        for item in sources.unfinished
+    ]
+
+
+def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, keep: bool) -> Sources:
+    """``sources`` with the prompts that ``unfinished_to_json`` wrote; without ``keep`` nothing of their answers."""
+    return replace(
+        sources,
+        unfinished=tuple(
+            Drawn(
+                prompt=sources.prompts[sources.prompt_cursor.index_at(item["position"])],
+                position=item["position"],
+                begun=tuple(map(rollout_of, item["begun"])) if keep else (),
+            )
+            for item in saved
+        ),
+    )
 
 
 class Draw:
@@ -85,7 +112,11 @@ class Draw:
         """What the method remembered after the step before; None before the first."""
         self.sources = sources
         self.graded: list[GradedRollouts] = []
-        """Every rollout of the step, used or not."""
+        """Every finished rollout of the step, used or not."""
+        self.stopped: list[Drawn] = []
+        """Prompts whose sampling was stopped in this step and which it did not go on with."""
+        self.num_continued = 0
+        """Prompts of ``graded`` that were begun before."""
         self.calls: list[Call] = []
         """All that was asked, in order: what ``recorded`` is made of."""
         self._recorded = None if recorded is None else list(recorded)
@@ -129,6 +160,55 @@ class Draw:
         """The prompt's own demonstration: the answer's tokens, the stop token included. Needs ``data.aligned``."""
         return response_ids(self.sources.demonstrations[prompt.id], prompt)
 
+    def groups(self, count: int, *, samples: int) -> list[tuple[Drawn, GradedRollouts]]:
+        """The next ``count`` prompts, each with ``samples`` graded rollouts.
+
+        With ``rollout.extra_prompts`` more are asked, and these are the oldest of those that were first answered. What
+        was stopped earlier comes first, and is continued.
+        """
+        run, waiting = self._run, self.sources.unfinished
+        total = count + run.rollout.extra_of(count)
+        asked = [*waiting[:total], *self.prompts(max(0, total - len(waiting)))]
+        self.sources = replace(self.sources, unfinished=waiting[total:])
+        if other := {len(item.begun) for item in asked} - {0, samples}:
+            raise ValueError(
+                f"unfinished prompts were begun with {other.pop()} rollouts each, and {samples} are wanted"
+            )
+        asks = [
+            Ask(
+                prompt=item.prompt,
+                seed=sample_seed(run.seed, "rollout", item.position),
+                begun=item.begun,
+            )
+            for item in asked
+        ]
+        sampling = self._sampling(samples)
+        graded = self._answered(
+            asks,
+            sampling,
+            lambda: self._sample(asks, sampling, enough=count if total > count else None),
+            max_error_rate=run.reward.max_error_rate,
+            count=count,
+        )
+        self._put_back(
+            [
+                replace(asked[i], begun=begun)
+                for i, begun in enumerate(self.calls[-1].sampled)
+                if i not in graded
+            ]
+        )
+        self.graded += graded.values()
+        self.num_continued += sum(bool(asked[i].begun) for i in graded)
+        return [(replace(asked[i], begun=()), answers) for i, answers in graded.items()]
+
+    def _put_back(self, left: Sequence[Drawn]) -> None:
+        """What was stopped; the older ones are still the first."""
+        if self._run.rollout.unfinished == "drop":
+            self.stopped += left
+        else:
+            self.sources = replace(self.sources, unfinished=(*left, *self.sources.unfinished))
+            self.stopped = list(self.sources.unfinished)
+
     def rollouts(
         self,
         drawn: Sequence[Drawn],
@@ -153,20 +233,15 @@ class Draw:
             )
             for index, item in enumerate(drawn)
         ]
-        sampling = Sampling(
-            num_samples=samples,
-            temperature=run.rollout.temperature,
-            max_tokens=run.data.max_response_tokens,
-            stop_token_ids=self.template.stop_token_ids,
-        )
+        sampling = self._sampling(samples)
         graded = self._answered(
             asks,
             sampling,
             lambda: self._sample(asks, sampling),
             max_error_rate=run.reward.max_error_rate,
         )
-        self.graded += graded
-        return graded
+        self.graded += graded.values()
+        return list(graded.values())
 
     def demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
         """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs).
@@ -185,7 +260,7 @@ class Draw:
             )
             for item in drawn
         ]
-        return self._answered(asks, None, lambda: answers, max_error_rate=1.0)
+        return list(self._answered(asks, None, lambda: answers, max_error_rate=1.0).values())
 
     def _answered(
         self,
@@ -194,8 +269,12 @@ class Draw:
         answers: Callable[[], Sequence[tuple[Rollout, ...]]],
         *,
         max_error_rate: float,
-    ) -> list[GradedRollouts]:
-        """The answers, graded now or when they were recorded."""
+        count: int | None = None,
+    ) -> dict[int, GradedRollouts]:
+        """The answers, graded now or when they were recorded; with ``count`` the first so many finished ones.
+
+        The keys are places in ``asks``, in order.
+        """
         run = self._run
 
         def shaping(score: float, text: str, rollout: Rollout, length: int) -> float:
@@ -203,16 +282,48 @@ class Draw:
             return reward_of(score, text, length=length, truncated=truncated, run=run)
 
         if self._recorded is None:
-            graded = self._grade(asks, answers(), shaping, max_error_rate=max_error_rate)
+            sampled, recorded = list(answers()), None
         else:
             if not self.has_more_recorded():
                 raise ValueError("more answers are wanted than were sampled")
-            sampled, grades = answers_to(asks, sampling, self._recorded.pop(0))
-            graded = graded_before(asks, sampled, grades, template=self.template, shaping=shaping)
-        self.calls.append(Call(sampling=sampling, graded=graded))
-        return graded
+            sampled, recorded = answers_to(asks, sampling, self._recorded.pop(0))
+        taken = [
+            index
+            for index, ask in enumerate(asks)
+            if count is None or replace(ask, begun=sampled[index]).is_answered
+        ][:count]
+        if recorded is None:
+            graded = self._grade(
+                [asks[i] for i in taken],
+                [sampled[i] for i in taken],
+                shaping,
+                max_error_rate=max_error_rate,
+            )
+        else:
+            graded = graded_before(
+                [asks[i] for i in taken],
+                [sampled[i] for i in taken],
+                [grade for i in taken for grade in recorded[i]],
+                template=self.template,
+                shaping=shaping,
+            )
+        found = dict(zip(taken, graded, strict=True))
+        grades = [found[i].grades if i in found else () for i in range(len(asks))]
+        self.calls.append(Call(sampling=sampling, asks=asks, sampled=sampled, grades=grades))
+        return found
 
-    def _sample(self, asks: Sequence[Ask], sampling: Sampling) -> list[tuple[Rollout, ...]]:
+    def _sampling(self, samples: int) -> Sampling:
+        run = self._run
+        return Sampling(
+            num_samples=samples,
+            temperature=run.rollout.temperature,
+            max_tokens=run.data.max_response_tokens,
+            stop_token_ids=self.template.stop_token_ids,
+        )
+
+    def _sample(
+        self, asks: Sequence[Ask], sampling: Sampling, *, enough: int | None = None
+    ) -> list[tuple[Rollout, ...]]:
         with self._timer.phase("sample"):
             return sample(
                 self._engine.clients,
@@ -221,7 +332,8 @@ class Draw:
                 version=self.version,
                 deadline_s=self._run.rollout.request_timeout_s,
                 may_advance=self._engine.may_advance,
-                on_done=lambda done: self._notify(f"sampling {done}/{len(asks)} prompts"),
+                on_done=lambda done: self._notify(f"sampling {done}/{enough or len(asks)} prompts"),
+                enough=enough,
             )
 
     def _grade(

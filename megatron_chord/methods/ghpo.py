@@ -84,10 +84,9 @@ class GHPO(Method):
             )
 
     def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        drawn = draw.prompts(run.batch.prompts)
-        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
-        trials = [Trial(drawn=item, graded=answers) for item, answers in zip(drawn, graded, strict=True)]
-        first = [group for group in map(make_group, graded) if group is not None]
+        sampled = draw.groups(run.batch.prompts, samples=run.batch.rollouts)
+        trials = [Trial(drawn=item, graded=answers) for item, answers in sampled]
+        first = [group for _, answers in sampled if (group := make_group(answers)) is not None]
         for stage in range(1, self.stages + 1 if draw.now.step >= self.start_step else 1):
             trials = self._next_stage(trials, stage, draw, run)
         pairs = whole_groups([trial.graded for trial in trials], step=draw.now.step)
@@ -95,7 +94,7 @@ class GHPO(Method):
         return Collected(
             samples=policy_samples(groups, run.objective),
             weights={POLICY: 1.0},
-            stats={**reward_stats(first or groups, num_sampled=len(graded)), **hint_stats(trials)},
+            stats={**reward_stats(first or groups, num_sampled=len(sampled)), **hint_stats(trials)},
         )
 
     def terms(self, run: RunConfig) -> dict[str, Term]:

@@ -45,10 +45,9 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
     equal: list[tuple[Drawn, RolloutGroup]] = []
     num_graded = rounds = 0
     while rounds < attempts and len(useful) < wanted:
-        drawn = draw.prompts(wanted - len(useful))
-        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
-        num_graded += len(graded)
-        for item, answers in zip(drawn, graded, strict=True):
+        sampled = draw.groups(wanted - len(useful), samples=run.batch.rollouts)
+        num_graded += len(sampled)
+        for item, answers in sampled:
             group = make_group(answers)
             if group is not None:
                 # By the score: punishments for form and length are no signal of their own (DAPO).

@@ -59,8 +59,7 @@ class HPT(Method):
             )
 
     def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        drawn = draw.prompts(run.batch.prompts)
-        graded = draw.rollouts(drawn, samples=run.batch.rollouts)
+        graded = [answers for _, answers in draw.groups(run.batch.prompts, samples=run.batch.rollouts)]
         pairs = whole_groups(graded, step=draw.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
         imitates = [mean_score(item) <= self.gate for item, _ in pairs]

@@ -73,6 +73,12 @@ class ReMix(Method):
                 f"rollout.lag {run.rollout.lag}: method remix mixes rollouts of older weights itself, with fresh ones "
                 "of the present policy; leave it at 0"
             )
+        if run.rollout.carries:
+            raise ValueError(
+                f"rollout.extra_prompts {run.rollout.extra_prompts} with unfinished: carry: method remix mixes "
+                "rollouts of older weights itself, with fresh ones of the present policy, and a carried one is "
+                "neither; leave extra_prompts at 0, or set unfinished: drop"
+            )
         if objective.surrogate != "ppo" or objective.dual_clip is not None:
             raise ValueError(
                 "method remix clips stale tokens around pi_k / pi_{k-i}, which is defined for objective.surrogate: "

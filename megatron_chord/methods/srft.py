@@ -67,6 +67,12 @@ class SRFT(Method):
                 f"rollout.lag {run.rollout.lag}: method srft pushes rollouts without a ratio, so nothing corrects for "
                 "the older weights that sampled them; leave it at 0"
             )
+        if run.rollout.carries:
+            raise ValueError(
+                f"rollout.extra_prompts {run.rollout.extra_prompts} with unfinished: carry: method srft pushes "
+                "rollouts without a ratio, so nothing corrects for the older weights that sampled the carried part; "
+                "leave extra_prompts at 0, or set unfinished: drop"
+            )
         default = ObjectiveConfig()
         for name in UNUSED:
             if getattr(run.objective, name) != getattr(default, name):

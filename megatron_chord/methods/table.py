@@ -68,7 +68,7 @@ def _typed(value: Any, kind: type, name: str) -> Any:
 
 def _check(method: Method, run: RunConfig) -> None:
     """Rules that hold for every method, then the method's own."""
-    rules = (*_rules_of_objective(method, run), *_rules_of_data(method, run), *_rules_of_lag(method, run))
+    rules = (*_rules_of_objective(method, run), *_rules_of_data(method, run), *_rules_of_rollout(method, run))
     for is_broken, reason in rules:
         if is_broken:
             raise ValueError(reason)
@@ -128,7 +128,7 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     )
 
 
-def _rules_of_lag(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
+def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
     """(broken, reason)"""
     lag, schedule = run.rollout.lag, method.schedule(run)
     yield (
@@ -139,6 +139,11 @@ def _rules_of_lag(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
     yield (
         lag > 0 and not method.samples(run),
         f"rollout.lag {lag}: this run samples nothing; leave it at 0",
+    )
+    extra = run.rollout.extra_prompts
+    yield (
+        extra > 0 and not method.samples(run),
+        f"rollout.extra_prompts {extra}: this run samples nothing; leave it at 0",
     )
 
 

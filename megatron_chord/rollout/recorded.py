@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_chord.records import Rollout
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling
+from megatron_chord.rollout.collect import Ask, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,10 @@ class Call:
 
     sampling: Sampling | None
     """None: the answers were given, and only graded."""
-    graded: Sequence[GradedRollouts]
+    asks: Sequence[Ask]
+    sampled: Sequence[tuple[Rollout, ...]]
+    grades: Sequence[tuple[Grade, ...]]
+    """Of each ask's rollouts; none where its sampling was stopped."""
 
 
 def to_json(call: Call) -> dict[str, Any]:
@@ -29,20 +32,20 @@ def to_json(call: Call) -> dict[str, Any]:
         "sampling": _sampling_json(call.sampling),
         "answers": [
             {
-                "prompt": item.prompt.id,
-                "prefix": list(item.prefix),
-                "rollouts": [asdict(rollout) for rollout in item.rollouts],
-                "grades": [asdict(grade) for grade in item.grades],
+                "prompt": ask.prompt.id,
+                "prefix": list(ask.prefix),
+                "rollouts": [asdict(rollout) for rollout in rollouts],
+                "grades": [asdict(grade) for grade in grades],
             }
-            for item in call.graded
+            for ask, rollouts, grades in zip(call.asks, call.sampled, call.grades, strict=True)
         ],
     }
 
 
 def answers_to(
     asks: Sequence[Ask], sampling: Sampling | None, recorded: Mapping[str, Any]
-) -> tuple[list[tuple[Rollout, ...]], list[Grade]]:
-    """The rollouts of every ask, and the grades of all of them in order, from what ``to_json`` wrote.
+) -> tuple[list[tuple[Rollout, ...]], list[tuple[Grade, ...]]]:
+    """The rollouts of every ask, and their grades, from what ``to_json`` wrote.
 
     Raises:
         ValueError: something else was asked then.
@@ -59,12 +62,24 @@ def answers_to(
         raise ValueError(
             f"answers to the prompts {_names(asked)} were sampled, and those to {_names(wanted)} are wanted"
         )
-    sampled = [tuple(_rollout(row) for row in answer["rollouts"]) for answer in recorded["answers"]]
-    return sampled, [Grade(**grade) for answer in recorded["answers"] for grade in answer["grades"]]
+    answers = recorded["answers"]
+    return (
+        [tuple(rollout_of(row) for row in answer["rollouts"]) for answer in answers],
+        [tuple(Grade(**grade) for grade in answer["grades"]) for answer in answers],
+    )
 
 
-def _rollout(row: Mapping[str, Any]) -> Rollout:
-    return Rollout(**{**row, "token_ids": tuple(row["token_ids"]), "logprobs": tuple(row["logprobs"])})
+def rollout_of(row: Mapping[str, Any]) -> Rollout:
+    """From what ``dataclasses.asdict`` made of it, and JSON of that."""
+    spans = tuple((version, count) for version, count in row.get("spans", ()))
+    return Rollout(
+        **{
+            **row,
+            "token_ids": tuple(row["token_ids"]),
+            "logprobs": tuple(row["logprobs"]),
+            "spans": spans,
+        }
+    )
 
 
 def _sampling_json(sampling: Sampling | None) -> dict[str, Any] | None:

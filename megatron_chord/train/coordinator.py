@@ -13,8 +13,8 @@ from megatron_chord.data.packing import Layout, PackedBatch, plan_step
 from megatron_chord.losses.aggregate import with_scales, without_idle
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
-from megatron_chord.methods.draw import Draw, Engine, Sources
-from megatron_chord.records import TrainSample
+from megatron_chord.methods.draw import Draw, Engine, Sources, unfinished_to_json, with_unfinished
+from megatron_chord.records import Rollout, TrainSample
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import GradedRollouts
@@ -113,6 +113,7 @@ class Coordinator:
                 "prompts": sources.prompt_cursor.state(),
                 "experts": sources.expert_cursor.state() if sources.expert_cursor is not None else None,
             },
+            "unfinished": {"sampled_with": self._sampled_with(), "prompts": unfinished_to_json(sources)},
             "ahead": [
                 {"step": ahead, "version": answers.version, "calls": list(map(to_json, answers.calls))}
                 for ahead, answers in sorted(self._answers.items())
@@ -120,7 +121,11 @@ class Coordinator:
         }
 
     def restore(self, run_state: dict[str, Any]) -> None:
-        """Take the data up where a checkpoint left it. ValueError when the data are not the same."""
+        """Take the data up where a checkpoint left it.
+
+        Raises:
+            ValueError: the data are not the same, or unfinished answers were sampled with other settings.
+        """
         saved, sources = run_state["cursors"], self._data.sources
         if (sources.expert_cursor is None) != (saved["experts"] is None):
             raise ValueError("data.experts was added or removed since the checkpoint was written")
@@ -131,9 +136,28 @@ class Coordinator:
             if sources.expert_cursor is not None
             else None,
         )
+        unfinished = run_state.get("unfinished", {"sampled_with": None, "prompts": []})
+        keep = self._run.rollout.carries
+        then, now = unfinished["sampled_with"], self._sampled_with()
+        if keep and then != now and any(item["begun"] for item in unfinished["prompts"]):
+            raise ValueError(
+                f"the checkpoint holds unfinished answers that were sampled with {then}, and they are to be continued "
+                f"with {now}. Resume with the run's own settings, or with rollout.unfinished=drop, which samples these "
+                "prompts anew from their beginning"
+            )
+        sources = with_unfinished(sources, unfinished["prompts"], keep=keep)
         method = run_state["method"]
         memory = method["memory"] if method["name"] == self._method.name else None
         self._progress = {run_state["step"] - 1: _Progress(sources=sources, memory=memory)}
+
+    def _sampled_with(self) -> dict[str, Any]:
+        """The settings under which an unfinished answer can be continued."""
+        run = self._run
+        return {
+            "rollout.temperature": run.rollout.temperature,
+            "data.max_response_tokens": run.data.max_response_tokens,
+            "batch.rollouts": run.batch.rollouts,
+        }
 
     # ---- one step
 
@@ -188,21 +212,21 @@ class Coordinator:
                 plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
                 for samples in trained
             ]
-        versions = [rollout.weight_version for item in draw.graded for rollout in item.rollouts]
-        ages = [now.step - sampled for sampled in versions] if may_lag else []
+        rollouts = [rollout for item in draw.graded for rollout in item.rollouts]
         inputs = StepInputs(
             updates=tuple(Update(weights=collected.weights, counts=plan.counts) for plan in plans),
             mu=collected.mu,
             stats={
                 **collected.stats,
                 **_rollout_stats(draw.graded),
-                **_staleness(ages),
+                **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
+                **(_unfinished_stats(draw) if run.rollout.extra_prompts > 0 and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
             num_tokens=_num_tokens(trained),
             squared_tokens=sum(len(sample.token_ids) ** 2 for samples in trained for sample in samples),
-            weight_version=min(versions, default=now.step),
+            weight_version=min((rollout.weight_version for rollout in rollouts), default=now.step),
         )
         return inputs, [
             tuple(plan.micro_batches[rank] for plan in plans) for rank in range(self._layout.data)
@@ -248,9 +272,24 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
     }
 
 
-def _staleness(ages: Sequence[int]) -> dict[str, Any]:
-    """``ages``: of every rollout, in optimizer steps; nothing where there are none."""
-    return {"staleness_mean": statistics.fmean(ages), "staleness_max": max(ages)} if ages else {}
+def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:
+    """Of their tokens, in optimizer steps; nothing where there are none."""
+    spans = [(step - version, count) for rollout in rollouts for version, count in rollout.all_spans]
+    if not spans:
+        return {}
+    return {
+        "staleness_mean": sum(age * count for age, count in spans) / sum(count for _, count in spans),
+        "staleness_max": max(age for age, _ in spans),
+        "mixed_rollouts": statistics.fmean(bool(rollout.spans) for rollout in rollouts),
+    }
+
+
+def _unfinished_stats(draw: Draw) -> dict[str, Any]:
+    return {
+        "continued_prompts": draw.num_continued,
+        "unfinished_prompts": len(draw.stopped),
+        "unfinished_tokens": sum(len(rollout.token_ids) for item in draw.stopped for rollout in item.begun),
+    }
 
 
 def _sample_rows(graded: Sequence[GradedRollouts]) -> list[dict[str, Any]]:
@@ -267,6 +306,7 @@ def _sample_rows(graded: Sequence[GradedRollouts]) -> list[dict[str, Any]]:
             "num_tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
             "weight_version": rollout.weight_version,
+            "weight_spans": rollout.all_spans,
             "mean_logprob": math.fsum(rollout.logprobs) / max(len(rollout.logprobs), 1),
         }
         for item in graded

@@ -178,6 +178,8 @@ def plan_lines(
     )
     if run.rollout.lag > 0:
         say(f"lag         {_lag_text(run)}")
+    if run.rollout.extra_prompts > 0:
+        say(f"tails       {_tails_text(run)}")
     terms = method.terms(run)
     pools = {term.pool: term for term in terms.values()}
     for pool, term in pools.items():
@@ -218,18 +220,31 @@ def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
 
 
 def _lag_text(run: RunConfig) -> str:
-    rollout, correction = run.rollout, corrected(run).correction
+    rollout = run.rollout
     when = {
         "drain": "what is being sampled is finished before new weights are pushed",
         "keep": "what is being sampled goes on with new weights",
     }[rollout.in_flight]
+    return f"rollouts are sampled {_counted(rollout.lag, 'step')} ahead; {when}; {_correction_text(run)}"
+
+
+def _tails_text(run: RunConfig) -> str:
+    prompts, extra = run.batch.prompts, run.rollout.extra_of(run.batch.prompts)
+    what = (
+        f"carried over to the next step; {_correction_text(run)}"
+        if run.rollout.carries
+        else "dropped, so that prompts with long answers are trained on less often (rollout.unfinished: drop)"
+    )
+    return f"{prompts + extra} prompts are sampled until {prompts} are finished; what is unfinished is {what}"
+
+
+def _correction_text(run: RunConfig) -> str:
+    correction = corrected(run).correction
     if run.objective.ratio_from == "rollout":
-        how = "their older weights are the denominator of the ratio"
-    elif correction is None or correction.mode == "none":
-        how = "their older weights are NOT corrected for (objective.correction.mode: none)"
-    else:
-        how = f"their older weights are corrected for by each {correction.level}'s weight, {correction.mode}"
-    return f"rollouts are sampled {_counted(rollout.lag, 'step')} ahead; {when}; {how}"
+        return "older weights are the denominator of the ratio"
+    if correction is None or correction.mode == "none":
+        return "older weights are NOT corrected for (objective.correction.mode: none)"
+    return f"older weights are corrected for by each {correction.level}'s weight, {correction.mode}"
 
 
 def _denominator(term: Term) -> str:

@@ -69,6 +69,10 @@ class ScriptedDraw:
     def demonstration(self, of: Prompt) -> tuple[int, ...]:
         return self.demonstrations[of.id]
 
+    def groups(self, count: int, *, samples: int) -> list[tuple[Drawn, GradedRollouts]]:
+        drawn = self.prompts(count)
+        return list(zip(drawn, self.rollouts(drawn, samples=samples), strict=True))
+
     def rollouts(
         self,
         drawn: Sequence[Drawn],

@@ -538,7 +538,7 @@ class TestBase:
         ("rollout: {in_flight: keep}", "rollout.in_flight means nothing without rollout.lag"),
         (
             "objective: {ratio_from: current, correction: {mode: none}}",
-            "objective.correction.mode none turns off the correction that rollout.lag or an FP8 precision brings",
+            "objective.correction.mode none turns off the correction that rollout.lag, rollout.extra_prompts with",
         ),
         (
             "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
@@ -552,6 +552,32 @@ class TestBase:
 )
 def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in only_finding(tmp_path, f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("rollout: {extra_prompts: -0.5}", "rollout.extra_prompts must be >= 0, got -0.5"),
+        ("rollout: {extra_prompts: 25}", "must lie in [0, 4], got 25.0: it is a share of the step's prompts"),
+        ("rollout: {unfinished: drop}", "rollout.unfinished means nothing without rollout.extra_prompts"),
+        ("rollout: {extra_prompts: 0.2, unfinished: keep}", "unfinished"),
+        (
+            "rollout: {extra_prompts: 0.2, unfinished: drop}\n"
+            "objective: {ratio_from: current, correction: {mode: none}}",
+            "objective.correction.mode none turns off the correction",
+        ),
+    ],
+)
+def test_early_stop_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
+    assert finding in only_finding(tmp_path, f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "extra"),
+    [(0.0, 16, 0), (0.25, 16, 4), (0.25, 17, 5), (0.1, 30, 3), (0.3, 10, 3), (0.01, 3, 1), (1.0, 7, 7)],
+)
+def test_extra_prompts_are_a_share_rounded_up(share: float, count: int, extra: int) -> None:
+    assert config.RolloutConfig(extra_prompts=share).extra_of(count) == extra
 
 
 def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
@@ -575,7 +601,7 @@ def test_fp8_is_one_line(tmp_path: Path, precision: str) -> None:
         ("precision: fp8", "precision: 'fp8' is none of bf16, fp8_rollout, fp8_e2e, fp8_tensorwise"),
         (
             "precision: bf16\nobjective: {ratio_from: current, correction: {mode: none}}",
-            "without either leave",
+            "without any leave",
         ),
         ("precision: fp8_rollout\nrollout: {dtype: fp32}", "needs rollout.dtype to be bf16, got fp32"),
         ("rollout: {max_probability_error: 0.9}", "rollout.max_probability_error must be > 1, got 0.9"),

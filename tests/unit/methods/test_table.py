@@ -158,19 +158,48 @@ def test_what_does_not_go_with_a_lag(
     assert method_of(changed(run, rollout={"lag": 0}))
 
 
+@pytest.mark.parametrize(
+    ("method", "blocks", "reason", "may_drop"),
+    [
+        ("srft", {}, "srft pushes rollouts without a ratio", True),
+        ("remix", {}, "remix mixes rollouts of older weights itself", True),
+        ("chord", {"objective": {"mu": Constant(peak=1.0)}}, "this run samples nothing", False),
+    ],
+)
+def test_what_does_not_go_with_carried_answers(
+    tmp_path: Path, method: str, blocks: dict[str, Any], reason: str, may_drop: bool
+) -> None:
+    run = changed(tiny_run(tmp_path, method=method), rollout={"extra_prompts": 0.5}, **blocks)
+    if method in ("srft", "remix"):
+        run = changed(run, batch={"experts": 0}, data={"aligned": method == "srft"})
+    with pytest.raises(ValueError, match=reason):
+        method_of(run)
+    dropped = changed(run, rollout={"unfinished": "drop"})
+    if may_drop:
+        assert method_of(dropped)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            method_of(dropped)
+
+
 def test_rollouts_of_older_weights_are_corrected_for_unless_told_otherwise(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     default, off = CorrectionConfig(), CorrectionConfig(mode="none")
     own = CorrectionConfig(level="geometric", mode="mask", low=0.9, high=1.1)
-    for lag, ratio_from, given, used in (
-        (0, "current", None, None),
-        (1, "rollout", None, None),
-        (1, "current", None, default),
-        (1, "recomputed", None, default),
-        (1, "current", own, own),
-        (1, "current", off, off),
+    fresh, lagging, carrying = {"lag": 0}, {"lag": 1}, {"extra_prompts": 0.25}
+    for rollout, ratio_from, given, used in (
+        (fresh, "current", None, None),
+        ({"extra_prompts": 0.25, "unfinished": "drop"}, "current", None, None),
+        (lagging, "rollout", None, None),
+        (lagging, "current", None, default),
+        (lagging, "recomputed", None, default),
+        (lagging, "current", own, own),
+        (lagging, "current", off, off),
+        (carrying, "rollout", None, None),
+        (carrying, "current", None, default),
+        (carrying, "current", off, off),
     ):
-        asked = changed(run, rollout={"lag": lag}, objective={"ratio_from": ratio_from, "correction": given})
+        asked = changed(run, rollout=rollout, objective={"ratio_from": ratio_from, "correction": given})
         assert corrected(asked).correction == used
 
 

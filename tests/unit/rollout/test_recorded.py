@@ -21,21 +21,42 @@ ODD = (-0.1, -1e-17, -2.2250738585072014e-308, -12.345678901234567)
 
 def answers() -> list[GradedRollouts]:
     first, second = graded(ASKS[0].prompt, (1.0, None)), graded(ASKS[1].prompt, (0.1, 0.0), prefix=(8, 9))
-    odd = Rollout(token_ids=(3, 4, 5, 6), logprobs=ODD, finish_reason="length", weight_version=12)
+    odd = Rollout(
+        token_ids=(3, 4, 5, 6),
+        logprobs=ODD,
+        finish_reason="length",
+        weight_version=12,
+        spans=((13, 1), (12, 3)),
+    )
     return [replace(first, rollouts=(odd, first.rollouts[1])), second]
 
 
-def through_a_file(call: Call) -> Any:
+def through_a_file(given: list[GradedRollouts], sampling: Sampling | None) -> Any:
+    call = Call(
+        sampling=sampling,
+        asks=ASKS,
+        sampled=[item.rollouts for item in given],
+        grades=[item.grades for item in given],
+    )
     return json.loads(json.dumps(to_json(call)))
 
 
 @pytest.mark.parametrize("sampling", [SAMPLING, None])
 def test_the_same_answers_come_back(sampling: Sampling | None) -> None:
     given = answers()
-    sampled, grades = answers_to(ASKS, sampling, through_a_file(Call(sampling=sampling, graded=given)))
+    sampled, grades = answers_to(ASKS, sampling, through_a_file(given, sampling))
     assert sampled == [item.rollouts for item in given]
-    assert grades == [grade for item in given for grade in item.grades]
+    assert grades == [item.grades for item in given]
     assert sampled[0][0].logprobs == ODD
+
+
+def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:
+    recorded = through_a_file(answers(), SAMPLING)
+    for answer in recorded["answers"]:
+        for row in answer["rollouts"]:
+            del row["spans"]
+    sampled, _ = answers_to(ASKS, SAMPLING, recorded)
+    assert sampled[0][0].all_spans == ((12, 4),)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +76,4 @@ def test_the_same_answers_come_back(sampling: Sampling | None) -> None:
 )
 def test_other_questions_are_refused(asks: list[Ask], sampling: Sampling | None, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        answers_to(asks, sampling, through_a_file(Call(sampling=SAMPLING, graded=answers())))
+        answers_to(asks, sampling, through_a_file(answers(), SAMPLING))

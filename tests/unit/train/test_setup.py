@@ -68,3 +68,36 @@ def test_the_plan_says_what_a_precision_means(
     said: list[str] = []
     plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 4, said.append)
     assert [line for line in said if line.startswith("precision")] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "ratio_from", "expected"),
+    [
+        (
+            "carry",
+            "rollout",
+            "tails       4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "step; older weights are the denominator of the ratio",
+        ),
+        (
+            "carry",
+            "current",
+            "tails       4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "step; older weights are corrected for by each token's weight, truncate",
+        ),
+        (
+            "drop",
+            "rollout",
+            "tails       4 prompts are sampled until 3 are finished; what is unfinished is dropped, so that prompts "
+            "with long answers are trained on less often (rollout.unfinished: drop)",
+        ),
+    ],
+)
+def test_the_plan_says_what_becomes_of_unfinished_prompts(
+    tmp_path: Path, unfinished: Any, ratio_from: Any, expected: str
+) -> None:
+    run = tiny_run(tmp_path, ratio_from=ratio_from)
+    run = replace(run, rollout=replace(run.rollout, extra_prompts=0.25, unfinished=unfinished))
+    said: list[str] = []
+    plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 1, said.append)
+    assert [line for line in said if line.startswith("tails")] == [expected]

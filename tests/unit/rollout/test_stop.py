@@ -1,0 +1,143 @@
+"""Sampling that stops once enough prompts are answered, and goes on later where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from megatron_chord.records import Prompt, Rollout
+from megatron_chord.rollout.collect import Ask, Sampling, sample
+from megatron_chord.rollout.recorded import rollout_of
+from tests.support.decoding import END, DecodingClient
+
+SAMPLING = Sampling(num_samples=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))
+LENGTHS = {100: (3, 5), 101: (2, 9), 102: (4, 4), 103: (12, 30)}
+"""The last answer is longer than the limit."""
+
+
+def asks(numbers: Sequence[int] = tuple(LENGTHS)) -> list[Ask]:
+    return [
+        Ask(prompt=Prompt(id=str(number), messages=(), truth="", token_ids=(number,)), seed=7 * number)
+        for number in numbers
+    ]
+
+
+def sampled(client: Any, asked: Sequence[Ask], *, version: int = 0, **more: Any) -> list[tuple[Rollout, ...]]:
+    return sample([client], asked, SAMPLING, version=version, deadline_s=1, **more)
+
+
+def continued(asked: Sequence[Ask], groups: Sequence[tuple[Rollout, ...]]) -> list[Ask]:
+    return [replace(ask, begun=group) for ask, group in zip(asked, groups, strict=True)]
+
+
+def lengths(groups: Sequence[tuple[Rollout, ...]]) -> list[list[int]]:
+    return [[len(rollout.token_ids) for rollout in group] for group in groups]
+
+
+def reasons(groups: Sequence[tuple[Rollout, ...]]) -> list[list[str]]:
+    return [[rollout.finish_reason for rollout in group] for group in groups]
+
+
+def test_it_stops_when_enough_prompts_are_answered() -> None:
+    done: list[int] = []
+    groups = sampled(DecodingClient(LENGTHS), asks(), enough=2, on_done=done.append)
+    # 102 is answered at token 4 and 100 at token 5.
+    assert lengths(groups) == [[3, 5], [2, 5], [4, 4], [5, 5]]
+    assert reasons(groups) == [["stop", "stop"], ["stop", "abort"], ["stop", "stop"], ["abort", "abort"]]
+    assert done == [1, 2]
+
+
+def test_without_enough_everything_is_answered() -> None:
+    groups = sampled(DecodingClient(LENGTHS), asks())
+    assert lengths(groups) == [[3, 5], [2, 9], [4, 4], [12, 12]]
+    assert reasons(groups)[3] == ["stop", "length"]
+
+
+def test_only_unfinished_answers_are_continued_and_each_token_keeps_its_own_weights() -> None:
+    first = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    client = DecodingClient(LENGTHS)
+    again = continued(asks(), first)
+    second = sampled(client, again, version=3)
+    assert [(request.prompt_ids, request.num_samples, request.max_tokens) for request in client.asked] == [
+        ((101, 11, 50, 50, 50, 50), 1, 7),
+        ((103, 10, 50, 50, 50, 50), 1, 7),
+        ((103, 11, 50, 50, 50, 50), 1, 7),
+    ]
+    assert (second[0], second[2]) == (first[0], first[2])
+    assert second[1][0] == first[1][0]
+    assert lengths(second) == [[3, 5], [2, 9], [4, 4], [12, 12]], "as if it had never stopped"
+    assert reasons(second) == [["stop", "stop"], ["stop", "stop"], ["stop", "stop"], ["stop", "length"]]
+    rollout = second[1][1]
+    assert rollout.token_ids == (11, *[50] * 7, END)
+    assert rollout.logprobs == (0, -0.001, -0.002, -0.003, -0.004, -3.005, -3.006, -3.007, -3.008)
+    assert rollout.spans == ((0, 5), (3, 4))
+    assert rollout.weight_version == 0
+
+
+def test_an_answer_may_be_stopped_again_and_again() -> None:
+    long = asks([103, 100])
+    groups = [tuple[Rollout, ...](), ()]
+    for version in (4, 4, 6):  # the same weights twice are one stretch
+        groups = [
+            sampled(DecodingClient(LENGTHS), continued(long, [groups[0], ()]), version=version, enough=1)[0],
+            (),
+        ]
+    assert groups[0][0].spans == ((4, 10), (6, 2))
+    assert reasons(groups[:1]) == [["stop", "length"]]
+    assert lengths(groups[:1]) == [[12, 12]]
+
+
+def test_what_enough_were_answered_before_is_not_sampled() -> None:
+    client = DecodingClient(LENGTHS)
+    answered = continued(asks()[:2], sampled(client, asks()[:2]))
+    client.asked.clear()
+    groups = sampled(client, [*answered, *asks()[2:]], enough=2)
+    assert client.asked == []
+    assert groups == [answered[0].begun, answered[1].begun, (), ()]
+
+
+def test_a_continuation_has_a_seed_of_its_own() -> None:
+    """Where it would be the first one's, the random numbers would be those that have been used."""
+    first = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    seeds: list[int] = []
+    for _ in range(2):
+        client = DecodingClient(LENGTHS)
+        sampled(client, continued(asks(), first))
+        seeds.append(tuple(request.seed for request in client.asked))  # type: ignore[arg-type]
+    assert seeds[0] == seeds[1], "a function of the draw"
+    assert len({*seeds[0], *(ask.seed for ask in asks())}) == 3 + 4  # type: ignore[misc]
+
+
+def test_what_was_not_begun_is_asked_for_as_a_whole() -> None:
+    """A request that was stopped while it waited in the server's queue."""
+
+    class Busy(DecodingClient):
+        def generate(self, requests: Any, **settings: Any) -> Any:
+            (answered,) = super().generate(requests[:1], **settings)
+            waiting = Rollout(token_ids=(), logprobs=(), finish_reason="abort", weight_version=0)
+            return [answered, *[(waiting, waiting)] * (len(requests) - 1)]
+
+    groups = sampled(Busy(LENGTHS), asks(), enough=1)
+    assert groups[1:] == [(), (), ()]
+    client = DecodingClient(LENGTHS)
+    sampled(client, continued(asks()[1:], groups[1:]))
+    assert [(request.prompt_ids, request.num_samples, request.seed) for request in client.asked] == [
+        ((number,), 2, 7 * number) for number in (101, 102, 103)
+    ]
+
+
+def test_rollouts_of_several_versions_survive_a_file() -> None:
+    groups = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    groups += sampled(DecodingClient(LENGTHS), continued(asks(), groups), version=3)
+    for rollout in (rollout for group in groups for rollout in group):
+        assert rollout_of(json.loads(json.dumps(asdict(rollout)))) == rollout
+
+
+@pytest.mark.parametrize("spans", [((1, 1), (2, 2)), ((2, 1), (3, 1))])
+def test_spans_agree_with_the_rest_of_a_rollout(spans: Any) -> None:
+    with pytest.raises(AssertionError):
+        Rollout(token_ids=(5, 6), logprobs=(0, 0), finish_reason="stop", weight_version=1, spans=spans)
