@@ -439,6 +439,9 @@ class RolloutConfig:
     """With `extra_prompts`, what becomes of prompts that were stopped. carry: the next step goes on with them, what
     there is of their answers included; each token keeps the log-prob and version of the weights that sampled it. drop:
     they are passed over until their next epoch, which trains less on prompts with long answers."""
+    max_carries: int | None = None
+    """How often a prompt is carried over at most; then sampling does not stop before it is finished. It bounds how old
+    tokens get: so many samplings, beside `lag`. Left out: no bound but the answers' length."""
     restarts: int = 1
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
@@ -481,6 +484,13 @@ class RolloutConfig:
             self.extra_prompts > 0 or self.unfinished == "carry",
             "rollout.unfinished means nothing without rollout.extra_prompts: no sampling is stopped",
         )
+        if self.max_carries is not None:
+            _positive(**{"rollout.max_carries": self.max_carries})
+            _require(
+                self.carries,
+                "rollout.max_carries means nothing without rollout.extra_prompts and unfinished: carry: nothing is "
+                "carried over",
+            )
         _require(
             not self.sleep or self.lag == 0,
             "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",

@@ -52,6 +52,8 @@ class Drawn:
     position: int
     begun: tuple[Rollout, ...] = ()
     """What was sampled before its sampling was stopped: of each answer, finished or not; empty where nothing was."""
+    num_stops: int = 0
+    """How often its sampling was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,12 @@ class Engine:
 def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
     """The prompts that were stopped, for a checkpoint."""
     return [
-        {"prompt": item.prompt.id, "position": item.position, "begun": list(map(asdict, item.begun))}
+        {
+            "prompt": item.prompt.id,
+            "position": item.position,
+            "begun": list(map(asdict, item.begun)),
+            "num_stops": item.num_stops,
+        }
         for item in sources.unfinished
     ]
 
@@ -85,6 +92,7 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
                 prompt=sources.prompts[sources.prompt_cursor.index_at(item["position"])],
                 position=item["position"],
                 begun=tuple(map(rollout_of, item["begun"])) if keep else (),
+                num_stops=item["num_stops"] if keep else 0,
             )
             for item in saved
         ),
@@ -179,6 +187,7 @@ class Draw:
                 prompt=item.prompt,
                 seed=sample_seed(run.seed, "rollout", item.position),
                 begun=item.begun,
+                is_awaited=run.rollout.max_carries is not None and item.num_stops >= run.rollout.max_carries,
             )
             for item in asked
         ]
@@ -192,14 +201,14 @@ class Draw:
         )
         self._put_back(
             [
-                replace(asked[i], begun=begun)
+                replace(asked[i], begun=begun, num_stops=asked[i].num_stops + 1)
                 for i, begun in enumerate(self.calls[-1].sampled)
                 if i not in graded
             ]
         )
         self.graded += graded.values()
         self.num_continued += sum(bool(asked[i].begun) for i in graded)
-        return [(replace(asked[i], begun=()), answers) for i, answers in graded.items()]
+        return [(replace(asked[i], begun=(), num_stops=0), answers) for i, answers in graded.items()]
 
     def _put_back(self, left: Sequence[Drawn]) -> None:
         """What was stopped; the older ones are still the first."""

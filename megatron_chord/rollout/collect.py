@@ -40,6 +40,8 @@ class Ask:
     """The answer's beginning, given and not sampled; counts towards the answer's length limit."""
     begun: tuple[Rollout, ...] = ()
     """What was sampled of each answer before; those with the finish reason `abort` are to be continued."""
+    is_awaited: bool = False
+    """Sampling does not stop before it is answered."""
 
     @property
     def is_answered(self) -> bool:
@@ -85,15 +87,21 @@ def sample(
     """Rollouts of every ask, in order, of weight version ``version``; requests are dealt out to the servers in turn.
 
     What was begun before keeps the versions that sampled it. With ``may_advance`` weights may be pushed meanwhile, and
-    later versions are right, too. With ``enough``, sampling stops when so many asks are answered; of the others comes
-    back what there is, unfinished rollouts with the finish reason `abort`, or nothing where nothing was sampled.
+    later versions are right, too. With ``enough``, sampling stops when so many asks are answered, those that are
+    awaited among them; of the others comes back what there is, unfinished rollouts with the finish reason `abort`, or
+    nothing where nothing was sampled.
 
     ``on_done`` is called with the number of asks that are answered, each time another is.
 
     Raises RolloutError when any request fails for good: a step never goes on with half a batch.
     """
     answered = [ask.is_answered for ask in asks]
-    if enough is not None and sum(answered) >= enough:
+
+    def are_enough() -> bool:
+        awaited = (done for ask, done in zip(asks, answered, strict=True) if ask.is_awaited)
+        return enough is not None and sum(answered) >= enough and all(awaited)
+
+    if are_enough():
         return [ask.begun for ask in asks]
     pieces = [piece for index, ask in enumerate(asks) for piece in _pieces(index, ask, sampling)]
     missing = Counter(piece.ask for piece in pieces)
@@ -103,10 +111,10 @@ def sample(
         with lock:
             missing[piece.ask] -= 1
             answered[piece.ask] = missing[piece.ask] == 0
-            has_another, num_answered = answered[piece.ask], sum(answered)
+            has_another, num_answered, may_stop = answered[piece.ask], sum(answered), are_enough()
         if has_another and on_done is not None:
             on_done(num_answered)
-        if enough is not None and num_answered >= enough:
+        if may_stop:
             stop()
 
     def serve(server: int) -> list[tuple[Rollout, ...]]:

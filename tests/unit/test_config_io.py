@@ -561,6 +561,12 @@ def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) ->
         ("rollout: {extra_prompts: 25}", "must lie in [0, 4], got 25.0: it is a share of the step's prompts"),
         ("rollout: {unfinished: drop}", "rollout.unfinished means nothing without rollout.extra_prompts"),
         ("rollout: {extra_prompts: 0.2, unfinished: keep}", "unfinished"),
+        ("rollout: {extra_prompts: 0.2, max_carries: 0}", "rollout.max_carries must be > 0, got 0"),
+        ("rollout: {max_carries: 1}", "rollout.max_carries means nothing without rollout.extra_prompts"),
+        (
+            "rollout: {extra_prompts: 0.2, unfinished: drop, max_carries: 1}",
+            "rollout.max_carries means nothing without rollout.extra_prompts and unfinished: carry",
+        ),
         (
             "rollout: {extra_prompts: 0.2, unfinished: drop}\n"
             "objective: {ratio_from: current, correction: {mode: none}}",

@@ -100,6 +100,16 @@ def test_what_enough_were_answered_before_is_not_sampled() -> None:
     assert groups == [answered[0].begun, answered[1].begun, (), ()]
 
 
+def test_it_does_not_stop_before_what_is_awaited_is_answered() -> None:
+    awaited = asks()
+    awaited[1] = replace(awaited[1], is_awaited=True)
+    groups = sampled(DecodingClient(LENGTHS), awaited, enough=2)
+    assert lengths(groups) == [[3, 5], [2, 9], [4, 4], [9, 9]]
+    answered = continued(asks()[:1], groups[:1])
+    groups = sampled(DecodingClient(LENGTHS), [*answered, *awaited[1:3]], enough=1)
+    assert lengths(groups) == [[3, 5], [2, 9], [4, 4]], "enough are answered, but for it"
+
+
 def test_a_continuation_has_a_seed_of_its_own() -> None:
     """Where it would be the first one's, the random numbers would be those that have been used."""
     first = sampled(DecodingClient(LENGTHS), asks(), enough=2)

@@ -158,6 +158,20 @@ def test_carried_tokens_keep_their_weights_and_are_counted_by_token() -> None:
     assert mixed == round(sum(step.stats["mixed_rollouts"] * 8 for step in inputs))
 
 
+def test_a_bound_on_how_often_a_prompt_is_carried_over() -> None:
+    def oldest(run: RunConfig) -> int:
+        return max(step.stats["staleness_max"] for step in Steps(run).take(range(9)))
+
+    assert oldest(run_of()) > 2
+    assert [oldest(run_of(max_carries=most)) for most in (1, 2)] == [1, 2]
+    begun, straight = Steps(run_of(max_carries=2)), Steps(run_of(max_carries=2))
+    straight.take(range(6))
+    begun.take(range(3))
+    resumed = Steps(run_of(max_carries=2), begun.checkpoint(3))
+    resumed.take(range(3, 6))
+    assert {**begun.rows, **resumed.rows} == straight.rows
+
+
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_a_resumed_run_goes_on_with_the_same_prompts_and_tokens(at: int) -> None:
     straight, begun = Steps(run_of()), Steps(run_of())
