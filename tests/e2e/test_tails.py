@@ -29,7 +29,7 @@ STILL = {
     "data.max_prompt_tokens": "60",
     "data.max_response_tokens": "100",
     "optim.lr": "1e-30",
-    "checkpoint.every": "1",
+    "checkpoint.every": str(STOP),
     "checkpoint.keep": "9",
 }
 LAGGED = {"rollout.lag": "1"}
