@@ -1,26 +1,36 @@
 """A whole CHORD step beside the same step written with plain Transformers and AdamW: time and peak memory.
 
     python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --experts 16]
+    python benchmarks/step.py --grpo          # mu = 0, rollouts alone: also beside TRL's GRPOTrainer, if installed
 
 One optimizer update of L = 0.8 L_GRPO + 0.2 L_SFT-phi on one process, in fp32, from the same random Qwen2-shaped model
 and the same samples, with lengths as GSM8K's (or, with ``--tails``, long-tailed ones): all passes, clipping, AdamW.
-Ours packs all samples and projects trained tokens alone, in chunks. The plain step pads micro-batches of the same token
-budget and makes whole logits: once with the samples as drawn, once sorted by length, which is the best padding can do.
+Ours packs all samples and projects trained tokens alone, in chunks. The others pad micro-batches of the same token
+budget: once with the samples as drawn, once sorted by length, which is the best padding can do.
 
-Each runs in a process of its own; the first update warms up, the median of the next ones counts. Seconds are CPU time
-of all threads (elapsed on a GPU). Extra peak memory is what updates needed beyond model, gradients and optimizer. The
-losses of the three are printed: they are the same number.
+* **plain** makes whole logits: what one writes first.
+* **TRL** has no expert term, so it is compared at mu = 0. Its loss is ``GRPOTrainer.compute_loss`` of a prepared
+  batch (``loss_type="dapo"``: a mean over the update's tokens, as ours) with the rollouts' log-probs as the old ones;
+  optimizer and clipping are the plain step's. Its head is chunked. On a CPU it projects all tokens; **completions
+  alone** is what it does on a GPU, switched on here. Its trainer pads to the longest of all samples; here each
+  micro-batch is padded to its own.
+
+Each runs in a process of its own, in turn for ``--rounds`` rounds; the first update warms up, the median of the next
+ones counts, and the fastest round. Seconds are CPU time of all threads (elapsed on a GPU). Extra peak memory is what
+updates needed beyond model, gradients and optimizer. The losses of all are printed: they are the same number.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +45,13 @@ from megatron_chord.records import Part, TrainSample
 
 GB = 1e9
 MU, LR, CLIP = 0.2, 1e-5, 0.2
-KINDS = {"ours": "megatron_chord", "drawn": "plain, as drawn", "sorted": "plain, sorted by length"}
+KINDS = {
+    "ours": "megatron_chord",
+    "drawn": "plain, as drawn",
+    "sorted": "plain, sorted by length",
+    "trl": "TRL, sorted by length",
+    "trl-completions": "TRL, sorted, completions alone",
+}
 
 
 def main() -> int:
@@ -43,15 +59,21 @@ def main() -> int:
     if arguments.child:
         print(json.dumps(measure(arguments)))
         return 0
+    with_trl = arguments.grpo and importlib.util.find_spec("trl") is not None
+    kinds = [kind for kind in KINDS if with_trl or not kind.startswith("trl")]
     with tempfile.TemporaryDirectory() as name:
         save_qwen2(Path(name), hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
-        results = {kind: in_child(kind, name) for kind in KINDS}
-    report(arguments, results)
+        rounds = [{kind: in_child(kind, name) for kind in kinds} for _ in range(arguments.rounds)]
+    results = {kind: min((found[kind] for found in rounds), key=lambda row: row["seconds"]) for kind in kinds}
+    report(arguments, results, with_trl)
     losses = [result["loss"] for result in results.values()]
     agree = max(losses) - min(losses) < 1e-5 * max(1.0, abs(losses[0]))
     print(
-        f"{'PASS' if agree else 'FAIL'}: the three losses agree: {', '.join(f'{loss:.7f}' for loss in losses)}"
+        f"{'PASS' if agree else 'FAIL'}: the {len(losses)} losses agree: "
+        f"{', '.join(f'{loss:.7f}' for loss in losses)}"
     )
+    if arguments.grpo and not with_trl:
+        print("TRL is not installed, so its rows are missing: pip install trl==1.16.0")
     return 0 if agree else 1
 
 
@@ -62,14 +84,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--rollouts", type=int, default=48)
     parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--group", type=int, default=1, help="rollouts that share a prompt")
+    parser.add_argument("--grpo", action="store_true", help="mu = 0: rollouts alone")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
     parser.add_argument("--tails", action="store_true", help="long-tailed lengths: mean 500, cut at 2000")
     parser.add_argument("--updates", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)  # for growth.py's children
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.grpo:
+        arguments.experts = 0
+    return arguments
 
 
 def in_child(kind: str, folder: str) -> dict[str, Any]:
@@ -82,12 +111,15 @@ def in_child(kind: str, folder: str) -> dict[str, Any]:
 
 def make_samples(arguments: argparse.Namespace) -> list[TrainSample]:
     rng = np.random.default_rng(0)
-    samples = []
+    samples, prompt_ids = [], np.empty(0, np.int64)
     for index in range(arguments.rollouts + arguments.experts):
-        prompt = int(np.clip(rng.lognormal(np.log(90), 0.35), 30, 400))
+        is_expert = index >= arguments.rollouts
+        if is_expert or index % arguments.group == 0:
+            length = int(np.clip(rng.lognormal(np.log(90), 0.35), 30, 400))
+            prompt_ids = rng.integers(3, arguments.vocab, length)
+        prompt = len(prompt_ids)
         median, spread, most = (400, 0.75, 2000) if arguments.tails else (160, 0.5, 1000)
         response = int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
-        is_expert = index >= arguments.rollouts
         constants = {
             "advantage": float(rng.normal()),
             "rollout_logprob": rng.normal(-np.log(arguments.vocab), 0.1, response).astype(np.float32),
@@ -97,9 +129,8 @@ def make_samples(arguments: argparse.Namespace) -> list[TrainSample]:
             positions=np.arange(prompt, prompt + response),
             constants={} if is_expert else constants,
         )
-        samples.append(
-            TrainSample(token_ids=rng.integers(3, arguments.vocab, prompt + response), parts=(part,))
-        )
+        token_ids = np.concatenate([prompt_ids, rng.integers(3, arguments.vocab, response)])
+        samples.append(TrainSample(token_ids=token_ids, parts=(part,)))
     order = rng.permutation(len(samples))
     return [samples[i] for i in order]
 
@@ -109,9 +140,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = make_samples(arguments)
     has_cuda = torch.cuda.is_available()
     clock = time.perf_counter if has_cuda else time.process_time
-    build = ours if arguments.child == "ours" else plain
+    build = {"ours": ours, "drawn": plain, "sorted": plain}.get(arguments.child, trl)
     update, tokens = build(arguments, samples)
     seconds: list[float] = []
+    elapsed: list[float] = []
     loss, before = update(), resident("VmRSS")  # the first update also makes Adam's moments
     if has_cuda:
         before = torch.cuda.memory_allocated()
@@ -119,14 +151,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         reset_high_water_mark()
     for _ in range(arguments.updates):
-        start = clock()
+        start, begun = clock(), time.perf_counter()
         update()
         if has_cuda:
             torch.cuda.synchronize()
         seconds.append(clock() - start)
+        elapsed.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
     return {
         "seconds": statistics.median(seconds),
+        "elapsed": statistics.median(elapsed),
         "extra": peak - before,
         "peak": peak,
         "loss": loss,
@@ -160,7 +194,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         model=ModelConfig(path=arguments.model, dtype=arguments.dtype),
         data=DataConfig(prompts=Path("unused"), experts=Path("unused"), max_response_tokens=2000),
         batch=BatchConfig(prompts=8, rollouts=6, experts=16, max_tokens=arguments.max_tokens),
-        parallel=ParallelConfig(),
+        parallel=ParallelConfig(tensor=arguments.tensor),
         objective=ObjectiveConfig(clip_low=CLIP, clip_high=CLIP),
         optim=OptimConfig(lr=LR),
     )
@@ -172,20 +206,22 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     plan = plan_step(
         with_scales(samples, terms),
         max_tokens=arguments.max_tokens,
-        layout=layout_of(state.shape, run.parallel, 1),
+        layout=layout_of(state.shape, run.parallel, groups.data.size),
         pad_id=0,
     )
-    weights = {"policy": 1 - MU, "expert": MU}
+    mine = plan.micro_batches[groups.data.rank]
+    mu = 0.0 if arguments.grpo else MU
+    weights = {"policy": 1 - mu, "expert": mu}
 
     def update() -> float:
-        batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
+        batches = prepare_batches(state, mine, terms, temperature=1.0)
         measured = compute_gradients(
             state, batches, Update(weights=weights, counts=plan.counts), terms, temperature=1.0
         )
         apply_gradients(state)
         return measured.result.loss
 
-    return update, sum(len(batch.token_ids) for batch in plan.micro_batches[0])
+    return update, sum(len(batch.token_ids) for rank in plan.micro_batches for batch in rank)
 
 
 def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
@@ -204,6 +240,7 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
         name: sum(int((batch["term"] == code).sum()) for batch in micro_batches)
         for name, code in (("policy", 1), ("expert", 2))
     }
+    mu = 0.0 if arguments.grpo else MU
 
     def update() -> float:
         total = 0.0
@@ -215,8 +252,9 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
             policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
             p = logp.detach().exp()
             expert = -(p * (1 - p)) * logp
-            loss = (1 - MU) * (policy * (batch["term"] == 1)).sum() / counts["policy"]
-            loss = loss + MU * (expert * (batch["term"] == 2)).sum() / counts["expert"]
+            loss = (1 - mu) * (policy * (batch["term"] == 1)).sum() / counts["policy"]
+            if mu > 0:
+                loss = loss + mu * (expert * (batch["term"] == 2)).sum() / counts["expert"]
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -227,20 +265,137 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
     return update, sum(batch["ids"].numel() for batch in micro_batches)
 
 
-def padded(samples: list[TrainSample], budget: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """Samples in order, as many to a micro-batch as keep it, padding included, within the budget."""
+def trl(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
+    """TRL's GRPO loss of prepared batches, its gradients, clipping and torch's AdamW."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import utils
+
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if has_cuda else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    # Nothing is sampled or graded: tokenizer, reward and data only have to be there.
+    words = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1, "a": 2}, unk_token="a"))
+    trainer: Any = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype),
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        args=GRPOConfig(
+            output_dir=str(arguments.model / "trl"),
+            use_cpu=not has_cuda,
+            bf16=False,  # the weights themselves are, where asked for
+            gradient_checkpointing=False,
+            report_to=[],
+            per_device_train_batch_size=2,
+            num_generations=2,
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+            loss_type="dapo",
+            beta=0.0,
+            epsilon=CLIP,
+            temperature=1.0,
+            max_completion_length=2000,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "a"]}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
+        ),
+    )
+    model = trainer.model.to(device).train()
+    trainer.current_gradient_accumulation_steps = (
+        1  # Trainer.train sets it; num_items_in_batch is the whole update's
+    )
+    if arguments.child == "trl-completions":
+        utils._use_triton = lambda _: True  # of its head: which tokens, not how
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    micro_batches = trl_batches(samples, arguments.max_tokens, device)
+
+    def update() -> float:
+        total = 0.0
+        for batch in micro_batches:
+            loss = trainer.compute_loss(model, batch)
+            trainer.accelerator.backward(loss)
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return update, sum(
+        batch["prompt_ids"].numel() + batch["completion_ids"].numel() for batch in micro_batches
+    )
+
+
+def trl_batches(samples: list[TrainSample], budget: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Prompts padded on the left, responses on the right, as GRPOTrainer's own batches are."""
+
+    def width(group: list[TrainSample]) -> int:
+        return max(map(prompt_length, group)) + max(map(response_length, group))
+
+    count = sum(map(response_length, samples))
+    batches = []
+    for group in in_micro_batches(sorted(samples, key=lambda sample: len(sample.token_ids)), budget, width):
+        widest, longest = max(map(prompt_length, group)), max(map(response_length, group))
+        prompts, responses = (
+            np.zeros((len(group), widest), np.int64),
+            np.zeros((len(group), longest), np.int64),
+        )
+        prompt_mask, response_mask = np.zeros_like(prompts), np.zeros_like(responses)
+        old = np.zeros(responses.shape, np.float32)
+        for row, sample in enumerate(group):
+            constants, start, end = sample.parts[0].constants, prompt_length(sample), response_length(sample)
+            prompts[row, widest - start :], prompt_mask[row, widest - start :] = sample.token_ids[:start], 1
+            responses[row, :end], response_mask[row, :end] = sample.token_ids[start:], 1
+            old[row, :end] = constants["rollout_logprob"]
+        advantages = [sample.parts[0].constants["advantage"] for sample in group]
+        arrays = {
+            "prompt_ids": prompts,
+            "prompt_mask": prompt_mask,
+            "completion_ids": responses,
+            "completion_mask": response_mask,
+            "old_per_token_logps": old,
+            "advantages": np.array(advantages, np.float32),
+            "num_items_in_batch": np.array(count),
+        }
+        batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    return batches
+
+
+def prompt_length(sample: TrainSample) -> int:
+    return int(sample.parts[0].positions[0])
+
+
+def response_length(sample: TrainSample) -> int:
+    return len(sample.parts[0].positions)
+
+
+def in_micro_batches(
+    samples: list[TrainSample], budget: int, width: Callable[[list[TrainSample]], int]
+) -> list[list[TrainSample]]:
+    """Samples in order, as many to a micro-batch as keep it, padded to its width, within the budget."""
     groups: list[list[TrainSample]] = [[]]
     for sample in samples:
         group = [*groups[-1], sample]
-        if groups[-1] and len(group) * max(len(s.token_ids) for s in group) > budget:
+        if groups[-1] and len(group) * width(group) > budget:
             groups.append([sample])
         else:
             groups[-1] = group
+    return groups
+
+
+def padded(samples: list[TrainSample], budget: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Samples in order, padded on the right."""
+
+    def width(group: list[TrainSample]) -> int:
+        return max(len(sample.token_ids) for sample in group)
+
     batches = []
-    for group in groups:
-        width = max(len(sample.token_ids) for sample in group)
-        ids, mask = np.zeros((len(group), width), np.int64), np.zeros((len(group), width), np.int64)
-        term, old, advantage = (np.zeros((len(group), width - 1), np.float32) for _ in range(3))
+    for group in in_micro_batches(samples, budget, width):
+        shape = (len(group), width(group))
+        ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        term, old, advantage = (np.zeros((shape[0], shape[1] - 1), np.float32) for _ in range(3))
         for row, sample in enumerate(group):
             (part,) = sample.parts
             ids[row, : len(sample.token_ids)], mask[row, : len(sample.token_ids)] = sample.token_ids, 1
@@ -252,7 +407,7 @@ def padded(samples: list[TrainSample], budget: int, device: torch.device) -> lis
     return batches
 
 
-def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], with_trl: bool) -> None:
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {arguments.threads} thread(s)"
     )
@@ -275,7 +430,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
             f"{row['seconds'] / ours_row['seconds']:.2f}",
             f"{row['extra'] / ours_row['extra']:.1f}",
         )
-    Console(width=120).print(table, f"{device}; {circumstances('transformers')}")
+    Console(width=120).print(table, f"{device}; {circumstances('transformers', *['trl'] * with_trl)}")
 
 
 if __name__ == "__main__":
