@@ -5,14 +5,16 @@
 Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both with respect to
 hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
 keeps. A third row times the matrix products alone that a chunked head cannot do without (logits, logits again in the
-backward pass, two gradients): the bound. Each runs in a process of its own, so that none profits from what is left.
+backward pass, two gradients): the bound. Then come other people's chunked heads (``chunked_heads.py``): torch's own
+checkpointing, and TRL's and Liger's where installed. Each runs in a process of its own, so that none profits from what
+is left, in turn for ``--rounds`` rounds, of which the fastest counts.
 
 Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
 (VmHWM) less the resident set before the pass on a CPU, torch's allocation counters on a GPU. Seconds are CPU time on a
 CPU (of all threads together), which other processes disturb little, and elapsed time on a GPU. The naive head runs with
 ``--naive-tokens`` tokens (0: not at all) where the whole number would not fit; its numbers are then also shown scaled
 to all tokens (seconds, and memory but for the gradient of the weight, in proportion to the tokens), and marked so.
-Exits with 1 when the chunked head needs more than the limit.
+Exits with 1 when the chunked head needs more than the limit, or heads that took the same tokens disagree.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import time
 from typing import Any
 
+import chunked_heads
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -45,11 +48,16 @@ def main() -> int:
         print(json.dumps(measure(arguments, arguments.child)))
         return 0
     tokens, naive_tokens = arguments.tokens, min(arguments.naive_tokens, arguments.tokens)
-    ours = in_child("chunked", tokens)
-    ranks = in_children("chunked", tokens, arguments.tensor) if arguments.tensor > 1 else None
-    products = in_child("products", tokens)
-    naive = in_child("naive", naive_tokens) if naive_tokens else None
-    return report(arguments, ours, ranks, products, naive, naive_tokens)
+    runs = {"chunked": (tokens, 1), "products": (tokens, 1)}
+    runs |= {"ranks": (tokens, arguments.tensor)} if arguments.tensor > 1 else {}
+    runs |= {"naive": (naive_tokens, 1)} if naive_tokens else {}
+    runs |= dict.fromkeys(arguments.peers, (tokens, 1))
+    rounds = [
+        {head: in_children("chunked" if head == "ranks" else head, *run) for head, run in runs.items()}
+        for _ in range(arguments.rounds)
+    ]
+    found = {head: min((row[head] for row in rounds), key=lambda row: row["seconds"]) for head in runs}
+    return report(arguments, found, naive_tokens)
 
 
 def parse() -> argparse.Namespace:
@@ -68,12 +76,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="also with the vocabulary over so many ranks")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, for each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--child", choices=["chunked", "products", "naive"], help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(chunked_heads.HEADS),
+        default=chunked_heads.available(),
+        help="other people's chunked heads (default: those installed)",
+    )
+    parser.add_argument(
+        "--child", choices=["chunked", "products", "naive", *chunked_heads.HEADS], help=argparse.SUPPRESS
+    )
     return parser.parse_args()
-
-
-def in_child(head: str, tokens: int) -> dict[str, Any]:
-    return in_children(head, tokens, 1)
 
 
 def in_children(head: str, tokens: int, ranks: int) -> dict[str, Any]:
@@ -136,11 +150,13 @@ def run_head(
         return peak(device) - before, value, clock() - start
     if head == "naive":
         logprobs, entropy = naive(hidden, weight, targets)
+    elif head in chunked_heads.HEADS:
+        logprobs, entropy = chunked_heads.HEADS[head](hidden, weight, targets)
     else:
         logprobs, entropy, _ = token_logprobs(
             hidden, weight, targets, chunk=chunk, first_row=first_row, group=group
         )
-    (logprobs.sum() + entropy.sum()).backward()
+    (logprobs.sum() + (0 if entropy is None else entropy.sum())).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start
 
@@ -184,12 +200,11 @@ def peak(device: torch.device) -> int:
 
 def report(
     arguments: argparse.Namespace,
-    ours: dict[str, Any],
-    ranks: dict[str, Any] | None,
-    products: dict[str, Any],
-    other: dict[str, Any] | None,
+    found: dict[str, dict[str, Any]],
     naive_tokens: int,
 ) -> int:
+    ours, products = found["chunked"], found["products"]
+    ranks, other = found.get("ranks"), found.get("naive")
     console = Console(width=110)
     console.print(
         f"log-prob head, forward and backward: vocabulary {arguments.vocab}, hidden {arguments.hidden}, "
@@ -213,6 +228,10 @@ def report(
     bound = (arguments.tokens, products["seconds"], products["extra_bytes"])
     bound_ratios = (f"{bound[1] / row[1]:.2f}", f"{bound[2] / row[2]:.1f}")
     table.add_row("its matrix products alone", *numbers(*bound), *bound_ratios)
+    for peer in arguments.peers:
+        of_peer = (arguments.tokens, found[peer]["seconds"], found[peer]["extra_bytes"])
+        ratios = (f"{of_peer[1] / row[1]:.2f}", f"{of_peer[2] / row[2]:.1f}")
+        table.add_row(chunked_heads.LABELS[peer], *numbers(*of_peer), *ratios)
     if other is not None:
         measured = (naive_tokens, other["seconds"], other["extra_bytes"])
         factor = arguments.tokens / naive_tokens
@@ -225,13 +244,19 @@ def report(
             table.add_row(f"naive, scaled x {factor:g}", *numbers(*scaled), *ratios)
     console.print(table)
     console.print(f"Of the extra memory, {gradients / GB:.2f} GB are the gradients that both heads return.")
-    if other is not None and naive_tokens == arguments.tokens:
-        console.print(f"Mean log-prob: chunked {ours['value']:.6f}, naive {other['value']:.6f}.")
+    same = ["chunked", *arguments.peers] + ["naive"] * (
+        other is not None and naive_tokens == arguments.tokens
+    )
+    values = [found[head]["value"] for head in same]
+    agree = max(values) - min(values) < 1e-3
+    if len(same) > 1:
+        means = ", ".join(f"{head} {found[head]['value']:.6f}" for head in same)
+        console.print(f"{'PASS' if agree else 'FAIL'}: mean log-probs agree: {means}", highlight=False)
     passed = ours["extra_bytes"] < arguments.limit_gb * GB
     console.print(
         f"{'PASS' if passed else 'FAIL'}: extra peak below {arguments.limit_gb:g} GB", highlight=False
     )
-    return 0 if passed else 1
+    return 0 if passed and agree else 1
 
 
 def numbers(tokens: int, seconds: float, extra_bytes: float) -> tuple[str, str, str]:
