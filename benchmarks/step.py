@@ -8,6 +8,8 @@ and the same samples, with lengths as GSM8K's (or, with ``--tails``, long-tailed
 Ours packs all samples and projects trained tokens alone, in chunks. The others pad micro-batches of the same token
 budget: once with the samples as drawn, once sorted by length, which is the best padding can do.
 
+* **its matrix products alone** is the bound: the layers' and the head's products of as many tokens, forward and
+  backward, without attention, norms, softmax, clipping and AdamW.
 * **plain** makes whole logits: what one writes first.
 * **TRL** has no expert term, so it is compared at mu = 0. Its loss is ``GRPOTrainer.compute_loss`` of a prepared
   batch (``loss_type="dapo"``: a mean over the update's tokens, as ours) with the rollouts' log-probs as the old ones;
@@ -47,6 +49,7 @@ GB = 1e9
 MU, LR, CLIP = 0.2, 1e-5, 0.2
 KINDS = {
     "ours": "megatron_chord",
+    "products": "its matrix products alone",
     "drawn": "plain, as drawn",
     "sorted": "plain, sorted by length",
     "trl": "TRL, sorted by length",
@@ -66,7 +69,7 @@ def main() -> int:
         rounds = [{kind: in_child(kind, name) for kind in kinds} for _ in range(arguments.rounds)]
     results = {kind: min((found[kind] for found in rounds), key=lambda row: row["seconds"]) for kind in kinds}
     report(arguments, results, with_trl)
-    losses = [result["loss"] for result in results.values()]
+    losses = [result["loss"] for kind, result in results.items() if kind != "products"]
     agree = max(losses) - min(losses) < 1e-5 * max(1.0, abs(losses[0]))
     print(
         f"{'PASS' if agree else 'FAIL'}: the {len(losses)} losses agree: "
@@ -140,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = make_samples(arguments)
     has_cuda = torch.cuda.is_available()
     clock = time.perf_counter if has_cuda else time.process_time
-    build = {"ours": ours, "drawn": plain, "sorted": plain}.get(arguments.child, trl)
+    build = {"ours": ours, "products": products, "drawn": plain, "sorted": plain}.get(arguments.child, trl)
     update, tokens = build(arguments, samples)
     seconds: list[float] = []
     elapsed: list[float] = []
@@ -222,6 +225,44 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         return measured.result.loss
 
     return update, sum(len(batch.token_ids) for rank in plan.micro_batches for batch in rank)
+
+
+def products(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
+    """The products that packed micro-batches cannot do without; the head's in its own chunks."""
+    from transformers import AutoConfig
+
+    from megatron_chord.losses.logprobs import chunk_tokens
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    config: Any = AutoConfig.from_pretrained(arguments.model)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    trained = sum(map(response_length, samples))
+    count = -(-tokens // arguments.max_tokens)
+    layer = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    weights = [torch.randn(shape, device=device, dtype=dtype) for shape in layer * config.num_hidden_layers]
+    head = torch.randn((config.vocab_size, hidden), device=device, dtype=dtype)
+    gradients = [torch.zeros_like(weight) for weight in [*weights, head]]
+    inputs = {
+        width: torch.randn(tokens // count, width, device=device, dtype=dtype) for width in (hidden, inner)
+    }
+
+    def update() -> None:
+        for _ in range(count):
+            for weight, gradient in zip(weights, gradients, strict=False):
+                given = inputs[weight.shape[1]]
+                output = given @ weight.t()
+                _ = output @ weight
+                gradient.addmm_(output.t(), given)
+            for piece in inputs[hidden][: trained // count].split(chunk_tokens(config.vocab_size)):
+                _ = piece @ head.t()
+                logits = piece @ head.t()
+                _ = logits @ head
+                gradients[-1].addmm_(logits.t(), piece)
+
+    return update, tokens
 
 
 def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
@@ -426,9 +467,9 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], wi
             str(row["passed"]),
             f"{row['seconds']:.2f}",
             f"{row['tokens'] / row['seconds']:.0f}",
-            f"{row['extra'] / GB:.2f}",
+            "" if kind == "products" else f"{row['extra'] / GB:.2f}",
             f"{row['seconds'] / ours_row['seconds']:.2f}",
-            f"{row['extra'] / ours_row['extra']:.1f}",
+            "" if kind == "products" else f"{row['extra'] / ours_row['extra']:.1f}",
         )
     Console(width=120).print(table, f"{device}; {circumstances('transformers', *['trl'] * with_trl)}")
 
