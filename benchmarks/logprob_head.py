@@ -35,7 +35,7 @@ from rich.table import Table
 from shared import reset_high_water_mark, resident
 from torch import Tensor
 
-from megatron_chord.losses.logprobs import chunk_tokens, token_logprobs
+from megatron_chord.losses.logprobs import chunk_tokens, sweep_for, token_logprobs
 from megatron_chord.network import free_port
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -117,7 +117,9 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
         if arguments.device == "cuda":
             torch.cuda.set_device(int(os.environ["RANK"]))
         dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
-    chunk = chunk_tokens(arguments.vocab // ranks, arguments.chunk_mb * 2**20)
+    dtype = DTYPES[arguments.dtype]
+    logit = sweep_for(torch.empty(0, dtype=dtype, device=arguments.device)).bytes_per_logit(dtype)
+    chunk = chunk_tokens(arguments.vocab // ranks, arguments.chunk_mb * 2**20, bytes_per_logit=logit)
     run_head(arguments, head, tokens=32, vocab=1000, chunk=16)  # libraries load their kernels
     extra, value, seconds = run_head(arguments, head, arguments.tokens, arguments.vocab, chunk)
     return {"seconds": seconds, "extra_bytes": extra, "value": value, "chunk": chunk}

@@ -2,13 +2,17 @@
 
 The logits of a step ([tokens, vocabulary] in fp32) are the largest tensor a trainer could ever make: 8k tokens of a
 152k vocabulary take 5 GB. Here they exist only for a chunk of tokens at a time, are reduced at once, and are computed
-again in the backward pass. Works on a vocabulary shard: the tensor-parallel group is passed in.
+again in the backward pass. Works on a vocabulary shard: the tensor-parallel group is passed in. The matrix products
+are torch's; what happens between them is ``losses.sweep``.
 
 Legend of shape suffixes: T tokens, C tokens of a chunk, H hidden size, V vocabulary, W rows of this rank's shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_chord.losses import sweep_torch
+from megatron_chord.losses.sweep import Sweep
+
 CHUNK_BYTES = 256 * 2**20
-"""Default memory budget of one chunk's logits and their exponentials, both fp32."""
+"""Default memory budget of one chunk's logits, and of what a sweep makes of them."""
 
 
-def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens whose logits over ``vocab_rows`` columns fit the budget: two fp32 matrices live at a time."""
-    return max(16, budget_bytes // (2 * 4 * max(vocab_rows, 1)))
+def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES, *, bytes_per_logit: int) -> int:
+    """Tokens whose logits over ``vocab_rows`` columns fit the budget. A sweep says what one logit takes."""
+    return max(16, budget_bytes // (bytes_per_logit * max(vocab_rows, 1)))
 
 
 class HeadOutput(NamedTuple):
@@ -37,7 +44,16 @@ class HeadOutput(NamedTuple):
     there is no other, and it is -inf (p = 0)."""
 
 
-def token_logprobs(
+def sweep_for(logits: Tensor) -> Sweep:
+    """Triton's kernels for logits on a GPU where Triton is installed, as it is with torch's CUDA builds; else torch."""
+    if logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None:
+        from megatron_chord.losses import sweep_triton
+
+        return sweep_triton
+    return sweep_torch
+
+
+def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -47,6 +63,7 @@ def token_logprobs(
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
     rival: bool = False,
+    sweep: Sweep | None = None,
 ) -> HeadOutput:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of the same distributions.
 
@@ -61,6 +78,7 @@ def token_logprobs(
         chunk: tokens at a time; by default what ``CHUNK_BYTES`` allows.
         rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
             chunk's logits, no further product and no further matrix. Equal on all ranks of ``group``.
+        sweep: what reduces and differentiates a chunk's logits; by default ``sweep_for`` chooses.
 
     Returns:
         log-probs [T] and entropies [T], differentiable with respect to hidden and weight, and rivals [T] or none.
@@ -68,9 +86,21 @@ def token_logprobs(
     Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, with rivals [2, T]; [3, T] sum), none in the
     backward pass.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0])
-    rows = targets - first_row
-    return HeadOutput(*_TokenLogprobs.apply(hidden, weight, rows, 1.0 / temperature, group, chunk, rival))
+    sweep = sweep or sweep_for(hidden)
+    chunk = chunk or chunk_tokens(weight.shape[0], bytes_per_logit=sweep.bytes_per_logit(hidden.dtype))
+    how = _How(scale=1.0 / temperature, group=group, chunk=chunk, rival=rival, sweep=sweep)
+    return HeadOutput(*_TokenLogprobs.apply(hidden, weight, targets - first_row, how))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """What is not differentiated."""
+
+    scale: float
+    group: dist.ProcessGroup | None
+    chunk: int
+    rival: bool
+    sweep: Sweep
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -80,44 +110,30 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_WH: Tensor,
         rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) where another rank holds them
-        scale: float,
-        group: dist.ProcessGroup | None,
-        chunk: int,
-        rival: bool,
+        how: _How,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         num_tokens, num_rows = hidden_TH.shape[0], weight_WH.shape[0]
-        dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+        dtype = _accumulator(hidden_TH.dtype)
         # Of this shard: log sum exp z; the target's logit (0 where another rank holds it); mean logit under softmax.
         lse_T, target_T, mean_T = hidden_TH.new_zeros((3, num_tokens), dtype=dtype)
         # And the largest logit but the target's: -inf where the shard has no other row.
-        rival_T = lse_T.new_full((num_tokens,), -torch.inf) if rival else None
-        here_T = (rows_T >= 0) & (rows_T < num_rows)
-        rows_T = rows_T.clamp(0, max(num_rows - 1, 0))
+        rival_T = lse_T.new_full((num_tokens,), -torch.inf) if how.rival else None
         if num_rows == 0:
             lse_T.fill_(-torch.inf)
         else:
-            for piece in _slices(num_tokens, chunk):
-                z_CW = _logits(hidden_TH[piece], weight_WH, scale, dtype)
-                target_T[piece] = z_CW.gather(1, rows_T[piece, None]).squeeze(1)
-                top_C1 = z_CW.amax(1, keepdim=True)
-                e_CW = (z_CW - top_C1).exp_()
-                sum_C = e_CW.sum(1)
-                lse_T[piece] = top_C1.squeeze(1) + sum_C.log()
-                mean_T[piece] = torch.bmm(e_CW[:, None, :], z_CW[:, :, None]).flatten() / sum_C
-                if rival_T is not None:
-                    # z_CW has served; take out of it, in place, those targets that are here.
-                    others_C = target_T[piece].masked_fill(here_T[piece], -torch.inf)
-                    rival_T[piece] = z_CW.scatter_(1, rows_T[piece, None], others_C[:, None]).amax(1)
-                del z_CW, e_CW  # or they would live on beside the next chunk's
-            target_T *= here_T
-        if group is not None and group.size() > 1 and num_tokens > 0:
+            for piece, logits_CW in _logits(hidden_TH, weight_WH, how.chunk):
+                found = how.sweep.reduce(logits_CW, rows_T[piece], how.scale, rival=how.rival)
+                lse_T[piece], target_T[piece], mean_T[piece] = found.lse, found.target, found.mean
+                if rival_T is not None and found.rival is not None:
+                    rival_T[piece] = found.rival
+        if how.group is not None and how.group.size() > 1 and num_tokens > 0:
             top_T = lse_T.clone() if rival_T is None else torch.stack([lse_T, rival_T])
-            dist.all_reduce(top_T, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(top_T, dist.ReduceOp.MAX, group=how.group)
             if rival_T is not None:
                 top_T, rival_T = top_T
             share_T = (lse_T - top_T).exp()
             parts_3T = torch.stack([share_T, target_T, share_T * mean_T])
-            dist.all_reduce(parts_3T, group=group)
+            dist.all_reduce(parts_3T, group=how.group)
             share_T, target_T, weighted_T = parts_3T
             lse_T = top_T + share_T.log()
             mean_T = weighted_T / share_T
@@ -126,8 +142,8 @@ class _TokenLogprobs(torch.autograd.Function):
         if rival_T is not None:
             rival_T = rival_T - lse_T
             ctx.mark_non_differentiable(rival_T)
-        ctx.save_for_backward(hidden_TH, weight_WH, rows_T, here_T, lse_T, entropy_T)
-        ctx.scale, ctx.chunk, ctx.dtype = scale, chunk, dtype
+        ctx.save_for_backward(hidden_TH, weight_WH, rows_T, lse_T, entropy_T)
+        ctx.how = how
         ctx.set_materialize_grads(False)
         return logprobs_T, entropy_T, rival_T
 
@@ -136,37 +152,49 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_WH, rows_T, here_T, lse_T, entropy_T = ctx.saved_tensors
+        hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
+        how: _How = ctx.how
         grad_hidden_TH = torch.zeros_like(hidden_TH)
-        grad_weight_WH = torch.zeros_like(weight_WH, dtype=ctx.dtype)
+        grad_weight_WH = torch.zeros_like(weight_WH, dtype=_accumulator(hidden_TH.dtype))
         if weight_WH.shape[0] > 0:
-            for piece in _slices(hidden_TH.shape[0], ctx.chunk):
-                hidden_CH = hidden_TH[piece]
-                logp_CW = _logits(hidden_CH, weight_WH, ctx.scale, ctx.dtype).sub_(lse_T[piece, None])
-                p_CW = logp_CW.exp()
-                if grad_entropy_T is not None:  # dH/dz = -p (log p + H)
-                    grad_CW = (
-                        logp_CW.add_(entropy_T[piece, None]).mul_(p_CW).mul_(-grad_entropy_T[piece, None])
-                    )
-                else:
-                    grad_CW = logp_CW.zero_()
-                if grad_logprobs_T is not None:  # dl/dz = 1[target] - p
-                    grad_C1 = grad_logprobs_T[piece, None]
-                    grad_CW.addcmul_(p_CW, grad_C1, value=-1)
-                    grad_CW.scatter_add_(1, rows_T[piece, None], grad_C1 * here_T[piece, None])
-                grad_CW = grad_CW.mul_(ctx.scale).to(hidden_TH.dtype)
-                grad_hidden_TH[piece] = grad_CW @ weight_WH
-                if grad_CW.dtype == ctx.dtype:
-                    grad_weight_WH.addmm_(grad_CW.t(), hidden_CH)
-                else:
-                    grad_weight_WH += grad_CW.t() @ hidden_CH
-                del logp_CW, p_CW, grad_CW  # as in the forward pass
-        return grad_hidden_TH, grad_weight_WH.to(weight_WH.dtype), None, None, None, None, None
+            for piece, logits_CW in _logits(hidden_TH, weight_WH, how.chunk):
+                how.sweep.differentiate_(
+                    logits_CW,
+                    rows_T[piece],
+                    how.scale,
+                    lse_T[piece],
+                    entropy_T[piece],
+                    None if grad_logprobs_T is None else grad_logprobs_T[piece],
+                    None if grad_entropy_T is None else grad_entropy_T[piece],
+                )
+                grad_hidden_TH[piece] = logits_CW @ weight_WH
+                _add_product(grad_weight_WH, logits_CW.t(), hidden_TH[piece])
+        return grad_hidden_TH, grad_weight_WH.to(weight_WH.dtype), None, None
 
 
-def _slices(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+def _logits(hidden_TH: Tensor, weight_WH: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk's tokens, and its logits in one memory for all chunks: valid until the next is asked for.
+
+    Rows begin at multiples of 16 bytes, whatever W is: products on a GPU are slow, or slower, elsewhere.
+    """
+    num_tokens, num_rows = len(hidden_TH), len(weight_WH)
+    align = 16 // hidden_TH.element_size()
+    memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-num_rows // align) * align))
+    for start in range(0, num_tokens, chunk):
+        piece = slice(start, min(start + chunk, num_tokens))
+        logits_CW = memory[: piece.stop - start, :num_rows]
+        yield piece, torch.mm(hidden_TH[piece], weight_WH.t(), out=logits_CW)
 
 
-def _logits(hidden_CH: Tensor, weight_WH: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (hidden_CH @ weight_WH.t()).to(dtype).mul_(scale)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, added up in ``total``'s type: in bf16 a sum of many chunks would stop growing."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:  # no product in left's type, which would be written, read and rounded
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

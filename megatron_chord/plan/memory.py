@@ -232,13 +232,11 @@ def head_bytes(shape: ModelShape, training: Training) -> float:
     """Work space of ``losses.logprobs`` in its backward pass, where every token of the micro-batch is trained."""
     tensor, element = training.parallel.tensor, training.numerics.activation
     rows = padded_vocab_size(shape.vocab_size, tensor) / tensor
-    # The weight's gradient is summed in FP32, and each chunk's part is made in the weights' type.
+    # The weight's gradient is summed in FP32, and then rounded to the weights' type.
     weight = (4 + element) * rows * shape.hidden_size
     # The gathered hidden states, those that predict a trained token, and the gradients of both.
     hidden = 4 * element * training.local_tokens * shape.hidden_size
-    # Two FP32 matrices, and the product in the weights' type.
-    chunk = CHUNK_BYTES * (1 + element / 8)
-    return chunk + weight + hidden
+    return CHUNK_BYTES + weight + hidden
 
 
 def full_logits_bytes(vocab_rows: float, tokens: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_chord.losses import sweep_torch
 from megatron_chord.losses.logprobs import CHUNK_BYTES, HeadOutput, chunk_tokens, token_logprobs
 
 Head = Callable[[Tensor, Tensor, Tensor], HeadOutput]
@@ -257,7 +258,7 @@ class Matrices(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.untyped_storage().nbytes() >= self.bytes:
             self.made.append(weakref.ref(result))
-            self.products += func is torch.ops.aten.mm.default
+            self.products += func is torch.ops.aten.mm.out
         living = [value for made in self.made if (value := made()) is not None]
         self.most = max(self.most, len({value.untyped_storage().data_ptr() for value in living}))
         return result
@@ -279,8 +280,12 @@ def test_two_matrices_live_at_a_time(rival: bool, part: str) -> None:
 
 def test_the_default_chunk_keeps_to_its_budget() -> None:
     # Two fp32 matrices [chunk, 152064] in 256 MiB: 268435456 / (2 * 4 * 152064) = 220.66
-    assert chunk_tokens(152_064) == 220
-    assert chunk_tokens(10, budget_bytes=8_000) == 100
+    assert sweep_torch.bytes_per_logit(torch.float32) == 8
+    assert chunk_tokens(152_064, bytes_per_logit=8) == 220
+    assert chunk_tokens(10, 8_000, bytes_per_logit=8) == 100
+    # In bf16 the logits stay beside them: 268435456 / (10 * 152064) = 176.53
+    assert sweep_torch.bytes_per_logit(torch.bfloat16) == 10
+    assert chunk_tokens(152_064, bytes_per_logit=10) == 176
     # Never fewer than 16, or a small budget would make thousands of thin products; and a shard may have no rows.
-    assert chunk_tokens(10**9) == 16
-    assert chunk_tokens(0) == CHUNK_BYTES // 8
+    assert chunk_tokens(10**9, bytes_per_logit=8) == 16
+    assert chunk_tokens(0, bytes_per_logit=8) == CHUNK_BYTES // 8

@@ -200,10 +200,10 @@ def test_a_reference_costs_its_weights() -> None:
 
 
 def test_the_head_works_in_chunks() -> None:
-    """TP2: 76032 rows of 3584; FP32 sum and one BF16 part of the weight's gradient; four BF16 [tokens, h] matrices."""
+    """TP2: 76032 rows of 3584; FP32 sum and BF16 copy of the weight's gradient; four BF16 [tokens, h] matrices."""
     parallel = ParallelConfig(tensor=2, sequence_parallel=True)
     found = head_bytes(shape_of("qwen2.5-7b"), training(parallel, micro_tokens=8192))
-    assert found == 1.25 * CHUNK_BYTES + 6 * 76032 * 3584 + 4 * 2 * 8192 * 3584
+    assert found == CHUNK_BYTES + 6 * 76032 * 3584 + 4 * 2 * 8192 * 3584
     stages = [
         stage_memory(shape_of("qwen2.5-7b"), training(ParallelConfig(pipeline=2)), stage) for stage in (0, 1)
     ]

@@ -1,0 +1,64 @@
+"""The sweeps of ``losses.sweep`` in plain torch, one operation after another: the reference, and the path of CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_chord.losses.sweep import Reduced
+
+
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """z and one more matrix, in the precision of the arithmetic; z takes the logits' place where it can."""
+    wide = _wide(dtype)
+    return 2 * wide.itemsize + (0 if wide == dtype else dtype.itemsize)
+
+
+def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> Reduced:
+    z_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(scale)
+    here_C, index_C1 = _locate(rows_C, z_CW.shape[1])
+    target_C = z_CW.gather(1, index_C1).squeeze(1)
+    top_C1 = z_CW.amax(1, keepdim=True)
+    e_CW = (z_CW - top_C1).exp_()
+    sum_C = e_CW.sum(1)
+    lse_C = top_C1.squeeze(1) + sum_C.log()
+    # Not a product of e and z: in fp32 one of 152k terms, added up one after another, is wrong by some 1e-3.
+    mean_C = e_CW.mul_(z_CW).sum(1) / sum_C
+    rival_C = None
+    if rival:
+        # z_CW has served; take out of it, in place, those targets that are here.
+        others_C = target_C.masked_fill(here_C, -torch.inf)
+        rival_C = z_CW.scatter_(1, index_C1, others_C[:, None]).amax(1)
+    return Reduced(lse_C, target_C * here_C, mean_C, rival_C)
+
+
+def differentiate_(
+    logits_CW: Tensor,
+    rows_C: Tensor,
+    scale: float,
+    lse_C: Tensor,
+    entropy_C: Tensor,
+    grad_logprobs_C: Tensor | None,
+    grad_entropy_C: Tensor | None,
+) -> None:
+    logp_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(scale).sub_(lse_C[:, None])
+    p_CW = logp_CW.exp()
+    if grad_entropy_C is not None:  # dH/dz = -p (log p + H)
+        grad_CW = logp_CW.add_(entropy_C[:, None]).mul_(p_CW).mul_(-grad_entropy_C[:, None])
+    else:
+        grad_CW = logp_CW.zero_()
+    if grad_logprobs_C is not None:  # dl/dz = 1[target] - p
+        here_C, index_C1 = _locate(rows_C, p_CW.shape[1])
+        grad_CW.addcmul_(p_CW, grad_logprobs_C[:, None], value=-1)
+        grad_CW.scatter_add_(1, index_C1, (grad_logprobs_C * here_C)[:, None])
+    logits_CW.copy_(grad_CW.mul_(scale))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _locate(rows_C: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Whether each target is in this shard, and a column [C, 1] to read: its own, or another where it is not."""
+    here_C = (rows_C >= 0) & (rows_C < width)
+    return here_C, rows_C.clamp(0, width - 1)[:, None]
