@@ -69,20 +69,21 @@ $(VENV)/.installed: pyproject.toml requirements/cpu.txt | $(BIN)/python
 	@$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
-	@echo "[tests] requirements/test.txt"
+$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt $(VENV)/.installed
+	@echo "[tests] requirements/test.txt, and Triton"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/triton.txt --upgrade --target $(VENV)/triton
 	@touch $@
 
 # Resolved against PyPI alone, whatever mirror this machine uses: the hashes are those of PyPI's files.
 UV := $(VENV)/lock/bin/uv
 COMPILE := $(UV) pip compile --quiet --no-config --default-index https://pypi.org/simple --python-version 3.11 \
-  --universal --generate-hashes --only-binary :all: --excludes requirements/excluded.txt \
-  --custom-compile-command "make lock" $(UPGRADE)
+  --universal --generate-hashes --only-binary :all: --custom-compile-command "make lock" $(UPGRADE)
 
 lock: $(UV)
-	$(COMPILE) requirements/cpu.in --output-file requirements/cpu.txt >/dev/null
-	$(COMPILE) requirements/test.in --output-file requirements/test.txt >/dev/null
+	$(COMPILE) --excludes requirements/excluded.txt requirements/cpu.in --output-file requirements/cpu.txt >/dev/null
+	$(COMPILE) --excludes requirements/excluded.txt requirements/test.in --output-file requirements/test.txt >/dev/null
+	$(COMPILE) requirements/triton.in --output-file requirements/triton.txt >/dev/null
 
 $(UV): | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/lock

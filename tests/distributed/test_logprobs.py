@@ -1,7 +1,9 @@
-"""The log-prob head over a vocabulary that two ranks share, in equal parts, unequal ones, or with an empty one."""
+"""The log-prob head over a vocabulary that two ranks share, in equal parts, unequal ones, or with an empty one: with
+torch's sweeps over the logits, and with Triton's kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import token_logprobs
+from tests.support.interpreter import run_with_triton
 from tests.support.ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 19, 8, 21, 0.7
@@ -32,8 +35,9 @@ def factors() -> Tensor:
     return torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
     """Values, this rank's gradients, and the collectives made, of every case."""
+    sweeps = importlib.import_module(f"megatron_chord.losses.sweep_{sweep}")
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
@@ -62,6 +66,7 @@ def heads(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             group=dist.group.WORLD,
             chunk=case["chunk"],
             rival=case["rival"],
+            sweep=sweeps,
         )
         forward = list(calls)
         weighting = factors()[:, : case["tokens"]].to(logprobs.dtype)
@@ -104,14 +109,15 @@ def reference(case: dict[str, Any]) -> dict[str, Tensor]:
 PRECISIONS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def outcomes(request: pytest.FixtureRequest) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """(case, first rank's result, second rank's) of all cases, from one pair of processes."""
-    usual = {"cut": 10, "dtype": torch.float64, "chunk": 7, "tokens": TOKENS, "vocab": VOCAB, "scale": 2.0}
+    dtypes = [dtype for dtype in PRECISIONS if request.param == "torch" or dtype != torch.float64]
+    usual = {"cut": 10, "dtype": dtypes[0], "chunk": 7, "tokens": TOKENS, "vocab": VOCAB, "scale": 2.0}
     cases = [
         {**usual, "cut": cut, "dtype": dtype, "chunk": chunk, "rival": rival}
         for cut in SPLITS.values()
-        for dtype in PRECISIONS
+        for dtype in dtypes
         for chunk in (1, 7, 100)
         for rival in (False, True)
     ]
@@ -119,7 +125,10 @@ def outcomes() -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     cases += [{**usual, "cut": cut, "scale": 2000.0, "rival": True} for cut in SPLITS.values()]
     cases += [{**usual, "cut": cut, "vocab": 1, "rival": True} for cut in (0, 1)]
     cases += [{**usual, "dtype": torch.float32, "tokens": 0, "rival": True}]
-    first, second = run_ranks(heads, 2, cases)
+    if request.param == "torch":
+        first, second = run_ranks(heads, 2, cases, "torch")
+    else:
+        first, second = run_with_triton(heads, cases, "triton", ranks=2)
     return list(zip(cases, first, second, strict=True))
 
 
@@ -158,7 +167,8 @@ def test_rivals_change_nothing_else(outcomes: Any) -> None:
             assert before["rival"] is None
             for name in ("log-probs", "entropy", "hidden.grad", "weight.grad"):
                 assert torch.equal(before[name], after[name]), (asked, name)
-    assert compared == len(SPLITS) * len(PRECISIONS) * 3
+    dtypes = {case["dtype"] for case, *_ in outcomes}
+    assert compared == len(SPLITS) * len(dtypes) * 3
 
 
 def test_the_only_token_has_no_rival(outcomes: Any) -> None:

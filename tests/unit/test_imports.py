@@ -42,6 +42,8 @@ NO_TORCH = (
 )
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
+IN_TRITON = ("losses.sweep_triton",)
+"""Kernels, imported where there is a GPU."""
 
 
 def violations(root: Path) -> list[str]:
@@ -82,6 +84,7 @@ def _breach(module: str, target: str) -> str | None:
         "torch": part not in NO_TORCH,
         "megatron": part in MEGATRON,
         "vllm": module in IN_VLLM,
+        "triton": module in IN_TRITON,
     }
     return None if allowed.get(library, True) else f"{module or PACKAGE} must not import {library}"
 
@@ -122,6 +125,7 @@ BAD = [
     ("records.py", "def f():\n    from torch import Tensor", "records must not import torch"),
     ("losses/policy.py", "from megatron.core import mpu", "losses.policy must not import megatron"),
     ("data/packing.py", "import vllm", "data.packing must not import vllm"),
+    ("losses/logprobs.py", "import triton.language as tl", "losses.logprobs must not import triton"),
     ("weights/load.py", "import megatron.core.models", "weights.load must not import megatron"),
     ("rollout/client.py", "from vllm import LLM", "rollout.client must not import vllm"),
     ("rollout/sync.py", "from megatron.core import mpu", "rollout.sync must not import megatron"),

@@ -1,0 +1,151 @@
+"""The sweeps of ``losses.sweep`` as Triton kernels: each reads a chunk's logits once, and the second writes once.
+
+Of a logit in b bytes they move 3 b in a forward and a backward pass; ``sweep_torch`` moves about 130 bytes of one in
+bf16. The matrix products stay cuBLAS's. Kernels that make the logits inside the product never write them (Cut
+Cross-Entropy, arXiv 2411.09009; Liger, verl), which saves b bytes more each way, a few percent of a product's time at a
+hidden size of 4096, but they must then be as fast as cuBLAS at products, and docs/performance.md has figures of some
+that are not.
+
+The kernels compute in fp32, and nothing here waits for the device. Addresses are 64-bit: a chunk may have more than
+2^31 logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_chord.losses.sweep import Reduced
+
+REDUCE_BLOCK, REDUCE_WARPS = 4096, 8
+"""Columns that a program reads at a time, and its warps: 16 fp32 numbers a thread."""
+DIFFERENTIATE_BLOCK, DIFFERENTIATE_WARPS = 2048, 4
+
+
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """The logits alone."""
+    return dtype.itemsize
+
+
+def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> Reduced:
+    tokens, width = logits_CW.shape
+    found_4C = logits_CW.new_empty((4, tokens), dtype=torch.float32)
+    _launch(
+        _reduce,
+        tokens,
+        logits_CW,
+        rows_C,
+        found_4C,
+        logits_CW.stride(0),
+        width,
+        scale,
+        RIVAL=rival,
+        BLOCK=REDUCE_BLOCK,
+        num_warps=REDUCE_WARPS,
+    )
+    lse_C, target_C, mean_C, rival_C = found_4C
+    return Reduced(lse_C, target_C, mean_C, rival_C if rival else None)
+
+
+def differentiate_(
+    logits_CW: Tensor,
+    rows_C: Tensor,
+    scale: float,
+    lse_C: Tensor,
+    entropy_C: Tensor,
+    grad_logprobs_C: Tensor | None,
+    grad_entropy_C: Tensor | None,
+) -> None:
+    tokens, width = logits_CW.shape
+    none_C = torch.zeros_like(lse_C)
+    of_tokens_4C = torch.stack(
+        [
+            lse_C,
+            entropy_C,
+            none_C if grad_logprobs_C is None else grad_logprobs_C,
+            none_C if grad_entropy_C is None else grad_entropy_C,
+        ]
+    )
+    _launch(
+        _differentiate,
+        tokens * -(-width // DIFFERENTIATE_BLOCK),  # rounded up
+        logits_CW,
+        rows_C,
+        of_tokens_4C,
+        logits_CW.stride(0),
+        tokens,
+        width,
+        scale,
+        BLOCK=DIFFERENTIATE_BLOCK,
+        num_warps=DIFFERENTIATE_WARPS,
+    )
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    kernel[(programs,)](*arguments, **options)
+
+
+@triton.jit
+def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token, whose block of logits is [BLOCK / LANES, LANES]: a thread reads LANES adjacent ones at once.
+
+    Each thread has a maximum and sums of its own, scaled down when the maximum grows, so that threads wait for each
+    other only at the end, and a logit takes little more than one exponential.
+    """
+    LANES: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
+    token = tl.program_id(0).to(tl.int64)
+    line = logits + token * stride
+    target = tl.load(rows + token).to(tl.int32)
+    offsets = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Not -inf: where all logits of a thread lie beyond the width, -inf less -inf would be NaN.
+    top = tl.full([BLOCK // LANES], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK // LANES], tl.float32)
+    weighted = tl.zeros([BLOCK // LANES], tl.float32)
+    best = tl.full([BLOCK // LANES], -float("inf"), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + offsets
+        inside = columns < width
+        z = tl.load(line + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        higher = tl.maximum(top, tl.max(z, 1))
+        shrink = tl.exp(top - higher)
+        e = tl.exp(z - higher[:, None])
+        total = total * shrink + tl.sum(e, 1)
+        # Beyond the width z is -inf and e is 0, whose product would be NaN.
+        weighted = weighted * shrink + tl.sum(tl.where(inside, z * e, 0.0), 1)
+        if RIVAL:
+            best = tl.maximum(best, tl.max(tl.where(columns == target, -float("inf"), z), 1))
+        top = higher
+    highest = tl.max(top, 0)
+    share = tl.exp(top - highest)
+    sum_exp = tl.sum(total * share, 0)
+    here = (target >= 0) & (target < width)
+    at_target = tl.load(line + target, mask=here, other=0.0).to(tl.float32) * scale
+    tokens = tl.num_programs(0)
+    tl.store(found + token, highest + tl.log(sum_exp))
+    tl.store(found + tokens + token, at_target)
+    tl.store(found + 2 * tokens + token, tl.sum(weighted * share, 0) / sum_exp)
+    if RIVAL:
+        tl.store(found + 3 * tokens + token, tl.max(best, 0))
+
+
+@triton.jit
+def _differentiate(logits, rows, of_tokens, stride, tokens, width, scale, BLOCK: tl.constexpr):
+    """One program a block of a token's columns; neighbouring programs have neighbouring blocks."""
+    blocks = tl.cdiv(width, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    target = tl.load(rows + token).to(tl.int32)
+    lse = tl.load(of_tokens + token)
+    entropy = tl.load(of_tokens + tokens + token)
+    grad_logprobs = tl.load(of_tokens + 2 * tokens + token)
+    grad_entropy = tl.load(of_tokens + 3 * tokens + token)
+    place = logits + token * stride + columns
+    logp = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale - lse
+    grad = -tl.exp(logp) * (grad_logprobs + grad_entropy * (logp + entropy))
+    grad += tl.where(columns == target, grad_logprobs, 0.0)
+    tl.store(place, (grad * scale).to(logits.dtype.element_ty), mask=inside)

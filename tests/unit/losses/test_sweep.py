@@ -1,0 +1,214 @@
+"""Both sweeps reduce and differentiate a shard's logits as float64 and autograd do on the whole vocabulary.
+
+Triton's kernels run in its interpreter. That rounds to bf16 towards 0, where GPUs round to nearest: an error below
+one unit of bf16's last place (2^-7 of the number), not half of one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_chord.losses import sweep_torch
+from megatron_chord.losses.sweep import Reduced, Sweep
+from tests.support.interpreter import run_with_triton
+
+BLOCKS = (2048, 4096)
+"""Columns that a kernel's program takes at a time (``test_the_kernels_have_these_blocks``)."""
+
+CASE: dict[str, Any] = {
+    "tokens": 5,
+    "widths": (37,),  # of the shards, in order
+    "dtype": torch.float32,
+    "scale": 1.0,
+    "spread": 3.0,  # standard deviation of the logits
+    "rival": True,
+    "parts": (True, True),  # is there a gradient of the log-probs, of the entropies?
+    "apart": 0,  # columns between the end of a row and the beginning of the next
+}
+CASES: list[dict[str, Any]] = [
+    CASE,
+    *({**CASE, "widths": (width,)} for width in (1, 2, 8, 4095, 4096, 4097, 10_001)),
+    *({**CASE, "widths": widths} for widths in ((1, 36), (36, 1), (4096, 4097), (20, 30, 40))),
+    *({**CASE, "tokens": tokens, "widths": (100, 100)} for tokens in (1, 2, 33)),
+    # Qwen's vocabularies: one whole, the other padded and over eight ranks, the last rank's rows fewer.
+    {**CASE, "tokens": 2, "widths": (151_936,), "dtype": torch.bfloat16},
+    {**CASE, "tokens": 2, "widths": (19_008,) * 7 + (18_880,), "dtype": torch.bfloat16},
+    *({**CASE, "dtype": dtype, "widths": (3000, 2000)} for dtype in (torch.bfloat16, torch.float16)),
+    *({**CASE, "scale": 1 / temperature, "dtype": torch.bfloat16} for temperature in (0.6, 0.7, 2.5)),
+    *({**CASE, "parts": parts} for parts in ((True, False), (False, True))),
+    *({**CASE, "rival": False, "widths": widths} for widths in ((37,), (3000, 2000))),
+    *({**CASE, "apart": apart, "widths": (37, 63)} for apart in (1, 8, 5000)),
+    # Almost all of the probability on one token, most of it 0 in fp32, and all of it equal.
+    *({**CASE, "spread": spread, "widths": (2500, 2500)} for spread in (30.0, 1e4, 0.0)),
+    # A row lies beyond 2^31 numbers, though hardly any of its memory is ever used.
+    {**CASE, "tokens": 3, "widths": (5000,), "apart": 2**30 - 5000, "dtype": torch.bfloat16},
+]
+
+
+def make_inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits over the whole vocabulary, targets, and the gradients of log-probs and entropies [2, tokens]."""
+    tokens, vocab = case["tokens"], sum(case["widths"])
+    generator = torch.Generator().manual_seed(tokens + vocab)
+    logits = case["spread"] * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets[: min(2, tokens)] = torch.tensor([vocab - 1, 0])[:tokens]
+    return logits.to(case["dtype"]), targets, torch.randn(2, tokens, generator=generator)
+
+
+def sweep_shards(sweep: Sweep, case: dict[str, Any]) -> dict[str, Any]:
+    """What the sweep makes of each shard, and their gradients side by side."""
+    logits, targets, grads = make_inputs(case)
+    expected = reference(case)
+    first, reduced, gradients = 0, [], []
+    for width in case["widths"]:
+        stride = width + case["apart"]
+        memory = torch.empty((case["tokens"] - 1) * stride + width, dtype=case["dtype"])
+        shard = memory.as_strided((case["tokens"], width), (stride, 1))
+        rows = targets - first
+        shard.copy_(logits[:, first : first + width])
+        reduced.append(tuple(sweep.reduce(shard, rows, case["scale"], rival=case["rival"])))
+        shard.copy_(logits[:, first : first + width])
+        whole = (expected["lse"].float(), expected["entropy"].float())
+        parts = [grad if asked else None for grad, asked in zip(grads, case["parts"], strict=True)]
+        sweep.differentiate_(shard, rows, case["scale"], *whole, *parts)
+        gradients.append(shard.clone())
+        first += width
+    return {"reduced": reduced, "gradient": torch.cat(gradients, 1)}
+
+
+def in_triton(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from megatron_chord.losses import sweep_triton
+
+    assert (sweep_triton.DIFFERENTIATE_BLOCK, sweep_triton.REDUCE_BLOCK) == BLOCKS
+    return [sweep_shards(sweep_triton, case) for case in cases]
+
+
+def reference(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the whole vocabulary, in float64: lse, entropy, and the gradient with respect to the logits."""
+    logits, targets, grads = make_inputs(case)
+    logits = logits.double().requires_grad_()
+    full = torch.log_softmax(logits * case["scale"], -1)
+    entropy = -(full.exp() * full).sum(-1)
+    terms = (full.gather(1, targets[:, None])[:, 0], entropy)
+    torch.stack(
+        [grad @ term for grad, term, asked in zip(grads.double(), terms, case["parts"], strict=True) if asked]
+    ).sum().backward()
+    assert logits.grad is not None
+    lse = torch.logsumexp(logits.detach() * case["scale"], -1)
+    return {"lse": lse, "entropy": entropy.detach(), "gradient": logits.grad}
+
+
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def outcomes(request: pytest.FixtureRequest) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    if request.param == "torch":
+        return [(case, sweep_shards(sweep_torch, case)) for case in CASES]
+    return list(zip(CASES, run_with_triton(in_triton, CASES)[0], strict=True))
+
+
+def test_a_shard_is_reduced_as_float64_does(outcomes: Any) -> None:
+    for case, ours in outcomes:
+        logits, targets, _ = make_inputs(case)
+        z = logits.double() * case["scale"]
+        # fp32 keeps 24 bits: of z itself, and of sums of a few thousand terms some less.
+        tolerance = 2**-21 * max(1.0, z.abs().max().item())
+        first = 0
+        for width, found in zip(case["widths"], ours["reduced"], strict=True):
+            shard, rows = z[:, first : first + width], targets - first
+            first += width
+            here = (rows >= 0) & (rows < width)
+            index = rows.clamp(0, width - 1)[:, None]
+            others = shard.masked_fill(
+                torch.zeros_like(shard).scatter_(1, index, here[:, None].double()) > 0, -math.inf
+            )
+            expected = Reduced(
+                lse=torch.logsumexp(shard, 1),
+                target=torch.where(here, shard.gather(1, index)[:, 0], 0.0),
+                mean=(torch.softmax(shard, 1) * shard).sum(1),
+                rival=others.amax(1) if case["rival"] else None,
+            )
+            for name, value, exact in zip(Reduced._fields, found, expected, strict=True):
+                if exact is None:
+                    assert value is None
+                    continue
+                assert value.dtype == torch.float32
+                torch.testing.assert_close(
+                    value.double(),
+                    exact,
+                    rtol=0,
+                    atol=tolerance,
+                    msg=lambda m, n=name, c=case: f"{n} {c}: {m}",
+                )
+
+
+def test_gradients_of_shards_are_those_of_the_whole(outcomes: Any) -> None:
+    last_place = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+    for case, ours in outcomes:
+        expected = reference(case)["gradient"]
+        assert ours["gradient"].dtype == case["dtype"]
+        z = (make_inputs(case)[0].double() * case["scale"]).abs().max().item()
+        # log p has an absolute error of some 2^-24 |z|, and p the same relative one.
+        atol = 2**-21 * max(1.0, z) * expected.abs().max().item() + 1e-7
+        error = (ours["gradient"].double() - expected).abs()
+        assert (error <= atol + last_place[case["dtype"]] * expected.abs()).all(), (
+            f"{case}: {error.max():.1e}"
+        )
+
+
+def test_the_cases_reach_what_they_are_for() -> None:
+    assert any(case["tokens"] > 2**31 // (sum(case["widths"]) + case["apart"]) for case in CASES)
+    for block in BLOCKS:
+        for beside in (-1, 0, 1):
+            assert any(width % block == beside % block for case in CASES for width in case["widths"])
+
+
+def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
+    """The PTX of both kernels in bf16. Raises where Triton, or NVIDIA's assembler, refuses one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_for
+
+    from megatron_chord.losses import sweep_triton
+
+    types = {"logits": "*bf16", "rows": "*i64", "found": "*fp32", "of_tokens": "*fp32", "scale": "fp32"}
+    values = {"RIVAL": True}
+    kernels = (
+        (sweep_triton._reduce, sweep_triton.REDUCE_BLOCK, sweep_triton.REDUCE_WARPS),
+        (sweep_triton._differentiate, sweep_triton.DIFFERENTIATE_BLOCK, sweep_triton.DIFFERENTIATE_WARPS),
+    )
+    texts = {}
+    for capability in capabilities:
+        for kernel, block, warps in kernels:
+            names = kernel.arg_names
+            constants = {name: value for name, value in {**values, "BLOCK": block}.items() if name in names}
+            signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+            # What Triton finds out of pointers and of strides that are multiples of 16, as a chunk's are.
+            multiples = [name for name in names if types.get(name, "").startswith("*") or name == "stride"]
+            compiled = compile_for(
+                ASTSource(
+                    kernel,
+                    signature,
+                    constexprs={(names.index(name),): value for name, value in constants.items()},
+                    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in [*multiples, "width"]},
+                ),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": warps},
+            )
+            assert compiled.asm["cubin"]
+            texts[f"{kernel.__name__} {capability}"] = compiled.asm["ptx"]
+    return texts
+
+
+def test_the_kernels_compile_for_gpus(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For A100, H100 and B200. Logits are read, and written, 16 bytes a thread, or memory would not keep up."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (texts,) = run_with_triton(compile_kernels, (80, 90, 100), interpret=False)
+    assert len(texts) == 6
+    for name, text in texts.items():
+        assert re.search(r"ld\.global[.\w]*\.v4\.b32", text), name
+        assert re.search(r"st\.global[.\w]*\.v4\.b32", text) or name.startswith("_reduce"), name
