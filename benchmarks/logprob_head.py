@@ -5,9 +5,10 @@
 Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both with respect to
 hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
 keeps. A third row times the matrix products alone that a chunked head cannot do without (logits, logits again in the
-backward pass, two gradients): the bound. Then come other people's chunked heads (``chunked_heads.py``): torch's own
-checkpointing, and TRL's and Liger's where installed. Each runs in a process of its own, so that none profits from what
-is left, in turn for ``--rounds`` rounds, of which the fastest counts.
+backward pass, two gradients): the bound. On a GPU one more row is the chunked head with torch's operations in place of
+Triton's kernels. Then come other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and TRL's and
+Liger's where installed. Each runs in a process of its own, so that none profits from what is left, in turn for
+``--rounds`` rounds, of which the fastest counts.
 
 Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
 (VmHWM) less the resident set before the pass on a CPU, torch's allocation counters on a GPU. Seconds are CPU time on a
@@ -35,6 +36,7 @@ from rich.table import Table
 from shared import reset_high_water_mark, resident
 from torch import Tensor
 
+from megatron_chord.losses import sweep_torch
 from megatron_chord.losses.logprobs import chunk_tokens, sweep_for, token_logprobs
 from megatron_chord.network import free_port
 
@@ -51,6 +53,8 @@ def main() -> int:
     runs = {"chunked": (tokens, 1), "products": (tokens, 1)}
     runs |= {"ranks": (tokens, arguments.tensor)} if arguments.tensor > 1 else {}
     runs |= {"naive": (naive_tokens, 1)} if naive_tokens else {}
+    if arguments.device == "cuda":  # on a CPU they are what the chunked head itself has
+        runs["torch-sweeps"] = (tokens, 1)
     runs |= dict.fromkeys(arguments.peers, (tokens, 1))
     rounds = [
         {head: in_children("chunked" if head == "ranks" else head, *run) for head, run in runs.items()}
@@ -85,7 +89,9 @@ def parse() -> argparse.Namespace:
         help="other people's chunked heads (default: those installed)",
     )
     parser.add_argument(
-        "--child", choices=["chunked", "products", "naive", *chunked_heads.HEADS], help=argparse.SUPPRESS
+        "--child",
+        choices=["chunked", "torch-sweeps", "products", "naive", *chunked_heads.HEADS],
+        help=argparse.SUPPRESS,
     )
     return parser.parse_args()
 
@@ -118,10 +124,13 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
             torch.cuda.set_device(int(os.environ["RANK"]))
         dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     dtype = DTYPES[arguments.dtype]
-    logit = sweep_for(torch.empty(0, dtype=dtype, device=arguments.device)).bytes_per_logit(dtype)
+    like = torch.empty(0, dtype=dtype, device=arguments.device)
+    logit = (sweep_torch if head == "torch-sweeps" else sweep_for(like)).bytes_per_logit(dtype)
     chunk = chunk_tokens(arguments.vocab // ranks, arguments.chunk_mb * 2**20, bytes_per_logit=logit)
-    run_head(arguments, head, tokens=32, vocab=1000, chunk=16)  # libraries load their kernels
-    extra, value, seconds = run_head(arguments, head, arguments.tokens, arguments.vocab, chunk)
+    sizes = (arguments.tokens, arguments.vocab, chunk)
+    # Libraries load their kernels; on a GPU also those that are chosen, or compiled, by size.
+    run_head(arguments, head, *(sizes if like.is_cuda else (32, 1000, 16)))
+    extra, value, seconds = run_head(arguments, head, *sizes)
     return {"seconds": seconds, "extra_bytes": extra, "value": value, "chunk": chunk}
 
 
@@ -156,7 +165,13 @@ def run_head(
         logprobs, entropy = chunked_heads.HEADS[head](hidden, weight, targets)
     else:
         logprobs, entropy, _ = token_logprobs(
-            hidden, weight, targets, chunk=chunk, first_row=first_row, group=group
+            hidden,
+            weight,
+            targets,
+            chunk=chunk,
+            first_row=first_row,
+            group=group,
+            sweep=sweep_torch if head == "torch-sweeps" else None,
         )
     (logprobs.sum() + (0 if entropy is None else entropy.sum())).backward()
     extra = peak(device) - before
@@ -206,7 +221,7 @@ def report(
     naive_tokens: int,
 ) -> int:
     ours, products = found["chunked"], found["products"]
-    ranks, other = found.get("ranks"), found.get("naive")
+    ranks, other, swept = (found.get(name) for name in ("ranks", "naive", "torch-sweeps"))
     console = Console(width=110)
     console.print(
         f"log-prob head, forward and backward: vocabulary {arguments.vocab}, hidden {arguments.hidden}, "
@@ -227,6 +242,10 @@ def report(
         each = (arguments.tokens, ranks["seconds"], ranks["extra_bytes"])
         ratios = (f"{each[1] / row[1]:.2f}", f"{each[2] / row[2]:.1f}")
         table.add_row(f"each of {arguments.tensor} ranks ({ranks['chunk']} tokens)", *numbers(*each), *ratios)
+    if swept is not None:
+        of_torch = (arguments.tokens, swept["seconds"], swept["extra_bytes"])
+        ratios = (f"{of_torch[1] / row[1]:.2f}", f"{of_torch[2] / row[2]:.1f}")
+        table.add_row(f"torch's sweeps, no kernels ({swept['chunk']} tokens)", *numbers(*of_torch), *ratios)
     bound = (arguments.tokens, products["seconds"], products["extra_bytes"])
     bound_ratios = (f"{bound[1] / row[1]:.2f}", f"{bound[2] / row[2]:.1f}")
     table.add_row("its matrix products alone", *numbers(*bound), *bound_ratios)
@@ -262,7 +281,7 @@ def report(
 
 
 def numbers(tokens: int, seconds: float, extra_bytes: float) -> tuple[str, str, str]:
-    return str(tokens), f"{seconds:.1f}", f"{extra_bytes / GB:.2f}"
+    return str(tokens), f"{seconds:.3g}", f"{extra_bytes / GB:.2f}"
 
 
 def describe_device(arguments: argparse.Namespace) -> str:

@@ -1,10 +1,9 @@
 """The sweeps of ``losses.sweep`` as Triton kernels: each reads a chunk's logits once, and the second writes once.
 
-Of a logit in b bytes they move 3 b in a forward and a backward pass; ``sweep_torch`` moves about 130 bytes of one in
-bf16. The matrix products stay cuBLAS's. Kernels that make the logits inside the product never write them (Cut
-Cross-Entropy, arXiv 2411.09009; Liger, verl), which saves b bytes more each way, a few percent of a product's time at a
-hidden size of 4096, but they must then be as fast as cuBLAS at products, and docs/performance.md has figures of some
-that are not.
+Forward and backward they move 6 bytes of a bf16 logit, where ``sweep_torch`` moves 138. The matrix products stay
+cuBLAS's, which write the logits and read their gradient. Kernels that do it all inside the products (Cut Cross-Entropy,
+arXiv 2411.09009; verl; Liger) save those bytes too, and then have to be as fast at products as cuBLAS is:
+docs/performance.md weighs the two.
 
 The kernels compute in fp32, and nothing here waits for the device. Addresses are 64-bit: a chunk may have more than
 2^31 logits.
