@@ -18,6 +18,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class Machine:
     """This process's limit on open files."""
     slurm: tuple[str, ...] = ()
     """Which of sbatch and srun are on PATH."""
+    c_compiler: str = ""
+    """That Triton would take; empty where there is none, or Python's headers are missing."""
 
 
 def report(machine: Machine | None = None) -> list[Finding]:
@@ -202,6 +205,8 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
         first = FIRST_DRIVER.get(_numbers(build.removeprefix("CUDA"))[0], 0)
         yield _check("GPU", "driver", driver, _numbers(driver) >= (first,), f"{build} needs {first} or newer")
         yield from _as_torch_sees(len(machine.devices))
+        advice = "Triton compiles what starts the kernels: install gcc and Python's headers (python3-dev), or set CC"
+        yield _check("GPU", "C compiler", machine.c_compiler or "-", bool(machine.c_compiler), advice)
 
 
 def _as_torch_sees(num_devices: int) -> Iterator[Finding]:
@@ -453,7 +458,15 @@ def this_machine() -> Machine:
         shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         slurm=tuple(command for command in ("sbatch", "srun") if shutil.which(command)),
+        c_compiler=_c_compiler(),
     )
+
+
+def _c_compiler() -> str:
+    """As Triton 3.7.1 looks for it (runtime/build.py)."""
+    headers = Path(sysconfig.get_config_var("INCLUDEPY") or "") / "Python.h"
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return found if found and headers.is_file() else ""
 
 
 def _devices() -> tuple[Device, ...]:

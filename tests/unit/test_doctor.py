@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ NODE = Machine(
     shared_memory=512 * GIB,
     open_files=65536,
     slurm=("sbatch", "srun"),
+    c_compiler="/usr/bin/gcc",
 )
 COMMON = {
     "megatron-core": "0.16.1",
@@ -199,6 +201,24 @@ def test_a_gpu_node_with_everything(site: Site) -> None:
     assert named(findings, "capability").status == "ok"
     assert named(findings, "transformer-engine").found == "plain 2.11.0, core 2.11.0, torch 2.11.0"
     assert named(findings, "transformer-engine").status == "ok"
+
+
+def test_kernels_need_a_compiler(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.add_gpu_stack()
+    (site.folder / "torch" / "__init__.py").write_text(WORKING_TORCH)
+    assert failing(report(NODE)) == []
+    assert failing(report(replace(NODE, c_compiler=""))) == ["C compiler"]
+    # A compiler alone will not do, nor will headers alone.
+    (tmp_path / "gcc").touch(mode=0o755)
+    (tmp_path / "include").mkdir()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_config_var", {"INCLUDEPY": str(tmp_path / "include")}.get)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.this_machine().c_compiler == ""
+    (tmp_path / "include" / "Python.h").touch()
+    assert doctor.this_machine().c_compiler == str(tmp_path / "gcc")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert doctor.this_machine().c_compiler == ""
 
 
 def test_a_torch_that_cannot_be_imported(site: Site) -> None:
