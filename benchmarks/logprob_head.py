@@ -6,8 +6,8 @@ Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and 
 hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
 keeps. A third row times the matrix products alone that a chunked head cannot do without (logits, logits again in the
 backward pass, two gradients): the bound. On a GPU one more row is the chunked head with torch's operations in place of
-Triton's kernels. Then come other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and TRL's and
-Liger's where installed. Each runs in a process of its own, so that none profits from what is left, in turn for
+Triton's kernels. Then come other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and those of
+TRL and Liger where installed. Each runs in a process of its own, so that none profits from what is left, in turn for
 ``--rounds`` rounds, of which the fastest counts.
 
 Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
