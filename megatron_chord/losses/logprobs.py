@@ -175,11 +175,10 @@ class _TokenLogprobs(torch.autograd.Function):
 def _logits(hidden_TH: Tensor, weight_WH: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk's tokens, and its logits in one memory for all chunks: valid until the next is asked for.
 
-    Rows begin at multiples of 16 bytes, whatever W is: products on a GPU are slow, or slower, elsewhere.
+    Rows begin at multiples of 16 numbers, whatever W is: on a GPU, products and Triton's kernels are slower elsewhere.
     """
     num_tokens, num_rows = len(hidden_TH), len(weight_WH)
-    align = 16 // hidden_TH.element_size()
-    memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-num_rows // align) * align))
+    memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-num_rows // 16) * 16))
     for start in range(0, num_tokens, chunk):
         piece = slice(start, min(start + chunk, num_tokens))
         logits_CW = memory[: piece.stop - start, :num_rows]

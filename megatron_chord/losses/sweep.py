@@ -32,8 +32,9 @@ class Reduced(NamedTuple):
 class Sweep(Protocol):
     """What the modules ``sweep_torch`` and ``sweep_triton`` provide.
 
-    ``logits_CW`` is finite, with adjacent numbers in a row; the rows may lie apart. ``rows_C``, int64, has each target
-    as a column of it: outside of [0, W) where another shard holds the target.
+    ``logits_CW`` is finite, with adjacent numbers in a row. Rows may lie apart, by a stride of W or more, and behind
+    every row, the last included, there is memory up to the stride, which may be overwritten. ``rows_C``, int64, has
+    each target as a column of the logits: outside of [0, W) where another shard holds the target.
     """
 
     def bytes_per_logit(self, dtype: torch.dtype) -> int:

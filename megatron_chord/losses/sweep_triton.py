@@ -6,7 +6,8 @@ arXiv 2411.09009; verl; Liger) save those bytes too, and then have to be as fast
 docs/performance.md weighs the two.
 
 The kernels compute in fp32, and nothing here waits for the device. Addresses are 64-bit: a chunk may have more than
-2^31 logits.
+2^31 logits. Loads and stores end at the stride and not at the width: Triton makes them 16 bytes wide only up to a limit
+that it sees to be a multiple of 16 numbers, and a vocabulary need not be one.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOC
     for start in range(0, width, BLOCK):
         columns = start + offsets
         inside = columns < width
-        z = tl.load(line + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        z = tl.load(line + columns, mask=columns < stride, other=0.0).to(tl.float32) * scale
+        z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         shrink = tl.exp(top - higher)
         e = tl.exp(z - higher[:, None])
@@ -137,14 +139,14 @@ def _differentiate(logits, rows, of_tokens, stride, tokens, width, scale, BLOCK:
     blocks = tl.cdiv(width, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
+    exists = columns < stride
     target = tl.load(rows + token).to(tl.int32)
     lse = tl.load(of_tokens + token)
     entropy = tl.load(of_tokens + tokens + token)
     grad_logprobs = tl.load(of_tokens + 2 * tokens + token)
     grad_entropy = tl.load(of_tokens + 3 * tokens + token)
     place = logits + token * stride + columns
-    logp = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale - lse
+    logp = tl.load(place, mask=exists, other=0.0).to(tl.float32) * scale - lse
     grad = -tl.exp(logp) * (grad_logprobs + grad_entropy * (logp + entropy))
     grad += tl.where(columns == target, grad_logprobs, 0.0)
-    tl.store(place, (grad * scale).to(logits.dtype.element_ty), mask=inside)
+    tl.store(place, (grad * scale).to(logits.dtype.element_ty), mask=exists)

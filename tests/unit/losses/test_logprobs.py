@@ -236,7 +236,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_whole_logits_are_never_made() -> None:
-    tokens, vocab, chunk = 640, 500, 32
+    tokens, vocab, chunk = 640, 512, 32
     inputs = make_inputs(torch.float32, tokens, vocab)
     with LargestTensor() as largest:
         run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=True), *inputs, "both")
@@ -267,7 +267,7 @@ class Matrices(TorchDispatchMode):
 @pytest.mark.parametrize("rival", [False, True])
 @pytest.mark.parametrize("part", ["log-probs", "both"])
 def test_two_matrices_live_at_a_time(rival: bool, part: str) -> None:
-    tokens, vocab, chunk = 96, 500, 32
+    tokens, vocab, chunk = 96, 512, 32
     inputs = make_inputs(torch.float32, tokens, vocab)
     with Matrices(chunk * vocab) as matrices:
         run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=rival), *inputs, part)
