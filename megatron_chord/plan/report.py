@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,10 +24,13 @@ def tables(case: Case, found: Estimate) -> Iterator[Table]:
 
 
 def search_table(found: Found) -> Table:
+    shown = found.fitting[:_SHOWN]
     table = Table(title=f"{len(found.fitting)} layouts fit; the fastest by prediction")
+    if any(one.choice.parallel.stages for one in shown):
+        table.caption = "* stages of unequal length: with --json, parallel.stages"
     for name in ("layout", "recompute", "tokens", "step s", "train s", "peak GB"):
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=True)
-    for one in found.fitting[:_SHOWN]:
+    for one in shown:
         table.add_row(
             layout(one),
             one.choice.recompute,
@@ -54,28 +56,17 @@ def reasons(found: Found) -> Iterator[str]:
 
 
 def layout(found: Estimate) -> str:
-    """TP4 PP2 DP8 and the like; axes of 1 are left out, and so are the layers of equal stages."""
+    """TP4 PP2 DP8 and the like; axes of 1 are left out. PP2* has stages of unequal length."""
     parallel = found.choice.parallel
     axes = {
-        "TP": parallel.tensor,
-        "PP": parallel.pipeline,
-        "VPP": parallel.virtual_pipeline or 1,
-        "CP": parallel.context,
-        "EP": parallel.expert,
+        "TP": str(parallel.tensor),
+        "PP": f"{parallel.pipeline}{'*' if parallel.stages else ''}",
+        "VPP": str(parallel.virtual_pipeline or 1),
+        "CP": str(parallel.context),
+        "EP": str(parallel.expert),
     }
-    return " ".join(
-        [
-            *(f"{name}{size}" for name, size in axes.items() if size > 1),
-            f"DP{found.training.data}",
-            *([f"stages {_runs(parallel.stages)}"] if parallel.stages else []),
-        ]
-    )
-
-
-def _runs(lengths: Sequence[int]) -> str:
-    """15, 16, 16, 14 as 15+2x16+14."""
-    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
-    return "+".join(f"{count}x{length}" if count > 1 else str(length) for count, length in runs)
+    named = [f"{name}{size}" for name, size in axes.items() if size != "1"]
+    return " ".join([*named, f"DP{found.training.data}"])
 
 
 def as_plain(case: Case, found: Estimate) -> dict[str, Any]:

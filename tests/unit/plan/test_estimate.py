@@ -277,7 +277,7 @@ def test_the_fullest_stage_sets_the_pace() -> None:
     layer = 4 / 3 * (6 * 855_638_016 + 6 * 8192 * case_of(run, h100(8)).work.length)
     ratio = 30 * layer / (20 * layer + 8 * 128256 * 8192)
     assert slow.times.training / equal.times.training == pytest.approx(ratio)
-    assert layout(slow).endswith("stages 30+20+2x15")
+    assert layout(slow) == layout(equal).replace("PP4", "PP4*")
 
 
 def test_nothing_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
