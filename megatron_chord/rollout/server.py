@@ -45,7 +45,8 @@ _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention has kernels for. With any other the engine starts, and dies at the first request."""
 _LAUNCHER_VARIABLES = ("MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_")
 """Prefixes. A launcher's description of the trainer's processes would be taken for the server's own."""
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""The last is for Megatron's overlapped communication; vLLM runs kernels on several streams at once."""
 
 
 class ServerError(RuntimeError):
