@@ -93,8 +93,11 @@ class NodeServers:
             how = f"{who} ended with code {process.exit_code}"
             if not slot.announced:
                 raise ServerLost(f"{how} while starting", slot.server, process.log)
+            if self._job.trains and self._job.gpus and not self._is_given_up(slot):
+                # The ranks may be training on its GPU, and leave it too little memory. They will miss it.
+                return slot
             return self._replaced(slot, how)
-        if self._registry.given_up(slot.server) >= slot.life:
+        if self._is_given_up(slot):
             return self._replaced(slot, f"the trainer gave {who} up")
         if slot.announced:
             return slot
@@ -107,6 +110,9 @@ class NodeServers:
             text = f"{who} was not ready after {self._run.rollout.start_timeout_s:.0f} s"
             raise ServerLost(text, slot.server, process.log)
         return slot
+
+    def _is_given_up(self, slot: _Slot) -> bool:
+        return self._registry.given_up(slot.server) >= slot.life
 
     def _replaced(self, slot: _Slot, why: str) -> _Slot:
         slot.process.stop()

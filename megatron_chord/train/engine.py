@@ -58,7 +58,11 @@ class RolloutEngine:
         log_folder: Path,
         notify: Callable[[str], None],
     ) -> None:
-        """Start the server (if ``is_needed``, and neither the run nor a job has its own) and return while it loads."""
+        """Start the server (if ``is_needed``, and neither the run nor a job has its own) and return while it loads.
+
+        Servers on the ranks' own GPUs are waited for, and put to sleep where they are to be: afterwards those are free
+        for the model.
+        """
         self._is_needed = is_needed
         self._run = run
         self._fp8 = preset(run.precision).rollouts
@@ -69,18 +73,26 @@ class RolloutEngine:
         self._fleet: Fleet | None = None
         self._clients: Sequence[RolloutClient] = ()
         self._sync: WeightSync | None = None
+        self._connected = False
         self._version: int | None = None
         self.generation = 0
         """How many servers have been replaced."""
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
-        self._sleeps = self._share_gpus() if run.rollout.sleep is None else run.rollout.sleep
+        idle = self._on_trainers_gpus() and run.rollout.lag == 0
+        self._sleeps = idle if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
-        self._offloads = self._share_gpus() if run.rollout.offload is None else run.rollout.offload
+        """Some servers may be, though not those that were replaced meanwhile; to wake these does nothing."""
+        self._offloads = idle if run.rollout.offload is None else run.rollout.offload
         self._offload: Offload | None = None
         self._sync_seconds = 0.0
         groups.once(self._start)
+        if self._on_trainers_gpus():
+            # vLLM takes what this process allocates while it measures the GPU for its own, and starts with a smaller
+            # cache or not at all (v1/worker/gpu_worker.py, determine_available_memory).
+            self.attempt(self._await_servers)
+            self.rest()
 
     @property
     def clients(self) -> Sequence[RolloutClient]:
@@ -121,12 +133,11 @@ class RolloutEngine:
             self._offload = self._offload or Offload(state)
             # All ranks have made room before any server takes it.
             self._groups.together(self._offload.away)
+        self._await_servers()
         if self._sync is None:
-            self._groups.once(self._connect)
             self._sync = self._make_sync()
         if self._asleep:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what training has left of activations
+            _free_cached_memory()  # what training has left of activations
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
         if self._asleep:
@@ -142,7 +153,7 @@ class RolloutEngine:
     def rest(self) -> None:
         """Nothing is sampled before the next push: servers that are to sleep meanwhile drop weights and KV cache, and
         what training needs comes back to the GPU."""
-        if self._sleeps and self._sync is not None and not self._lost and not self._asleep:
+        if self._sleeps and self._connected and not self._lost and not self._asleep:
             self._asleep, self._version = True, None
             try:
                 self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
@@ -166,10 +177,15 @@ class RolloutEngine:
         seconds, self._sync_seconds = self._sync_seconds, 0.0
         return seconds
 
-    def _share_gpus(self) -> bool:
-        """Whether servers run on the ranks' GPUs, and are idle while these train."""
-        shared = not self._run.rollout.servers and (self._job is None or self._job.transport != "broadcast")
-        return torch.cuda.is_available() and shared and self._run.rollout.lag == 0
+    def _on_trainers_gpus(self) -> bool:
+        """Whether servers run on the ranks' GPUs."""
+        apart = self._run.rollout.servers or (self._job is not None and self._job.transport == "broadcast")
+        return torch.cuda.is_available() and self._is_needed and not apart
+
+    def _await_servers(self) -> None:
+        if not self._connected:
+            self._groups.once(self._connect)
+            self._connected = True
 
     def _each(self, action: Callable[[RolloutClient], None]) -> None:
         """``action`` on all servers at the same time; on the coordinator."""
@@ -251,10 +267,17 @@ class RolloutEngine:
                 self._sync.reconnect(self._clients)
 
         self._version = None
-        self._asleep = False
+        _free_cached_memory()  # vLLM starts only where its share of the GPU is free
         self._groups.once(restart)
+        self._connected = True
         self.generation += 1
         self._lost = False
+
+
+def _free_cached_memory() -> None:
+    """Give other processes on this rank's GPU the memory that torch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _address_towards(servers: Sequence[str]) -> str:

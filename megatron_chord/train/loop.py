@@ -102,7 +102,7 @@ def train(
             return found
 
         saved = groups.once(prepare)
-        # The server loads while the model is built.
+        # The server loads while the model is built, unless it is to share the ranks' GPUs.
         say = coordinator.log.say if coordinator is not None else lambda text: None
         with _refusing():
             engine = RolloutEngine(

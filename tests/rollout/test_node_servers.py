@@ -1,0 +1,66 @@
+"""A server that dies beside ranks on GPUs is started again only when the trainer misses it. On real servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_chord.cluster.job import Job, Node
+from megatron_chord.cluster.servers import NodeServers
+from megatron_chord.config import RolloutConfig
+from megatron_chord.rollout.registry import KEY_FILE, Registry
+from tests.rollout.helpers import START_S
+from tests.support.tiny import save_model, tiny_run
+
+
+def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> None:
+    folder = save_model("qwen3", tmp_path / "model")
+    run = tiny_run(folder)
+    run = replace(
+        run,
+        data=replace(run.data, max_prompt_tokens=64),
+        rollout=RolloutConfig(kv_cache_bytes=64 << 20, start_timeout_s=2 * START_S, restarts=1),
+    )
+    (tmp_path / KEY_FILE).touch(mode=0o600)
+    (tmp_path / KEY_FILE).write_text("k" * 40)
+    job = Job(
+        folder=tmp_path,
+        nodes=(Node(name="here", address="127.0.0.1"),),
+        index=0,
+        port=0,
+        num_rollout_nodes=0,
+        ranks_per_node=1,
+        gpus=("0",),  # where there is none, a server does without
+        servers_per_node=None,
+    )
+    registry, said = Registry(tmp_path), list[str]()
+    servers = NodeServers(job, run, say=said.append)
+
+    def watch(until: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not until() and time.monotonic() < end:
+            servers.watch()
+            time.sleep(0.1)
+        return until()
+
+    def life(number: int) -> bool:
+        announced = registry.announced(0)
+        return announced is not None and announced.life == number
+
+    try:
+        assert watch(lambda: life(0), 2 * START_S), said
+        os.killpg(servers._slots[0].process.pid, signal.SIGKILL)
+        assert not watch(lambda: len(said) > 1, 3.0), said
+        registry.give_up(0, 0)
+        assert watch(lambda: life(1), 2 * START_S), said
+    finally:
+        servers.stop()
+    assert [text.split(" on here ")[-1] for text in said] == [
+        "is ready",
+        "ended with code -9; starting another",
+        "is ready",
+    ]
