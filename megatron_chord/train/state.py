@@ -190,7 +190,20 @@ def _optimizer(
     )
     optimizer: Any = get_megatron_optimizer(config, list(chunks))
     optimizer.get_grad_norm = functools.partial(_checked_norm, optimizer.get_grad_norm)
+    _gather_once(optimizer)
     return optimizer
+
+
+def _gather_once(optimizer: Any) -> None:
+    """Gather the model's new weights after the last of the chained optimizers: that of experts follows that of the rest.
+
+    Megatron-Core 0.16.1 gathers all of them after each (distrib_optimizer.py:2618).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for part in optimizer.chained_optimizers[:-1]:
+        if isinstance(part, DistributedOptimizer):
+            part.step_with_ready_grads = super(DistributedOptimizer, part).step_with_ready_grads
 
 
 def _checked_norm(get_grad_norm: Callable[[], float]) -> float:
