@@ -195,7 +195,7 @@ def _optimizer(
 
 
 def _gather_once(optimizer: Any) -> None:
-    """Gather the model's new weights after the last of the chained optimizers: that of experts follows that of the rest.
+    """Gather new weights after the last of the chained optimizers: that of experts follows that of the rest.
 
     Megatron-Core 0.16.1 gathers all of them after each (distrib_optimizer.py:2618).
     """
