@@ -137,7 +137,9 @@ class RolloutEngine:
         if self._sync is None:
             self._sync = self._make_sync()
         if self._asleep:
-            self._groups.together(_free_cached_memory)  # what training has left of activations, on all ranks first
+            self._groups.together(
+                _free_cached_memory
+            )  # what training has left of activations, on all ranks first
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
         if self._asleep:
