@@ -14,6 +14,7 @@ that it is loaded with, and vLLM quantises it anew as soon as it has them all, i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -37,6 +39,10 @@ from megatron_chord.rollout.transports import (
     join_sender_group,
     read_bucket_file,
 )
+from megatron_chord.timing import Timer
+
+logger = init_logger("vllm.megatron_chord")  # what is not below "vllm" does not appear in the server's log
+LOG_LINE = "weights updated, seconds: "
 
 
 @dataclass
@@ -86,6 +92,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._received: set[str] = set()
         self._loaded: set[str] = set()
         self._failed: str | None = None
+        self._timer = Timer()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if init_info.transport not in ("file", "gloo", "broadcast", "ipc"):
@@ -117,9 +124,11 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError(f"an earlier weight update failed ({self._failed}); restart the server")
         self._failed = "it was never finished"
         self._received, self._loaded = set(), set()
-        if self.device.type == "cpu":
-            _forget_expert_kernels(self.model)
-        initialize_layerwise_reload(self.model)
+        self._timer = Timer()
+        with self._timer.phase("start"):
+            if self.device.type == "cpu":
+                _forget_expert_kernels(self.model)
+            initialize_layerwise_reload(self.model)
         # Now, not at the end: quantised layers also have scales then, which nobody sends.
         self._expected = [name for name, _ in self.model.named_parameters()]
 
@@ -135,8 +144,10 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         infos = [TensorInfo.from_json(tensor) for tensor in update_info.tensors]
-        tensors = self._receive(update_info, infos)
-        verify(infos, tensors)
+        with self._timer.phase("read"):
+            tensors = self._receive(update_info, infos)
+        with self._timer.phase("check"):
+            verify(infos, tensors)
         names = [info.name for info in infos]
         repeated = sorted(self._received.intersection(names)) or sorted(
             {name for name in names if names.count(name) > 1}
@@ -144,7 +155,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if repeated:
             raise ValueError(f"sent twice in one update: {', '.join(repeated[:8])}")
         model: Any = self.model  # torch's stubs know no load_weights
-        loaded = model.load_weights(zip(names, tensors, strict=True))
+        with self._timer.phase("load"):
+            loaded = model.load_weights(zip(names, tensors, strict=True))
         if loaded is None:
             raise RuntimeError(f"{type(self.model).__name__} does not say which weights it loaded")
         self._load_aliases(dict(zip(names, tensors, strict=True)))
@@ -159,8 +171,10 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"{len(missing)} parameters were not, or not wholly, among the {len(self._received)} "
                 f"tensors of this update: {', '.join(missing[:8])}"
             )
-        finalize_layerwise_reload(self.model, self.model_config)
+        with self._timer.phase("finish"):
+            finalize_layerwise_reload(self.model, self.model_config)
         self._failed = None
+        logger.info("%s%s", LOG_LINE, json.dumps(self._timer.seconds))
 
     def shutdown(self) -> None:
         self._groups = []

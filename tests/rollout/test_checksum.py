@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_chord.rollout import checksum as module
-from megatron_chord.rollout.checksum import checksum, checksums, fingerprint
+from megatron_chord.rollout.checksum import checksum, fingerprint, fingerprints
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 
 
-def plain_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+def plain_checksum(tensor: torch.Tensor) -> list[tuple[int, int]]:
     """Word by word with Python's integers."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    words = np.frombuffer(data + b"\0" * (-len(data) % 8), dtype=np.int64).tolist()
-    plain = weighted = 0
-    for position, word in enumerate(words, start=1):
-        mixed = signed(word * 0x9E3779B97F4A7C15)
-        mixed ^= mixed >> 32
-        plain += mixed
-        weighted += mixed * position
-    return signed(plain), signed(weighted)
+    data += b"\0" * (-len(data) % 8)
+    rows = [data[start : start + 8 * module._ROW] for start in range(0, len(data), 8 * module._ROW)]
+    return [(weighted(row), weighted(row[4:] + row[:4])) for row in rows]
+
+
+def weighted(row: bytes) -> int:
+    words = np.frombuffer(row, dtype=np.int64).tolist()
+    return signed(sum(word * factor for word, factor in zip(words, splitmix64(), strict=False)))
+
+
+def splitmix64() -> Iterator[int]:
+    """Of seed 0, as in the reference (https://prng.di.unimi.it/splitmix64.c); its last bit set."""
+    state = 0
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        yield (z ^ (z >> 31)) | 1
 
 
 def signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
+    value %= 2**64
+    return value - 2**64 if value >> 63 else value
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -42,11 +55,21 @@ def test_equals_the_plain_definition(dtype: torch.dtype, shape: tuple[int, ...])
     assert checksum(tensor) == plain_checksum(tensor)
 
 
-def test_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_plain_definition_over_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROW", 64)
+    module._multipliers.cache_clear()
     tensor = random_tensor(torch.float32, 1001, 7)
-    whole = checksum(tensor)
-    monkeypatch.setitem(module._WORDS_PER_CHUNK, "cpu", 13)
-    assert checksum(tensor) == whole
+    assert len(checksum(tensor)) == 55
+    assert checksum(tensor) == plain_checksum(tensor)
+    by_one = checksum(tensor)
+    monkeypatch.setitem(module._ROWS_AT_ONCE, "cpu", 13)
+    assert checksum(tensor) == by_one
+    module._multipliers.cache_clear()
+
+
+def test_multipliers_are_those_published() -> None:
+    """SplitMix64's first number for seed 0; it is odd as it is."""
+    assert module._multipliers(torch.device("cpu"))[0].item() == signed(0xE220A8397B1DCDAF)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,7 +77,9 @@ def test_is_of_the_content_not_of_the_storage(dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, 9, 11)
     for view in (tensor.t(), tensor[1:, 3], tensor[2:5], tensor.reshape(-1)[1:]):
         assert checksum(view) == checksum(view.clone(memory_format=torch.contiguous_format))
-    assert checksums([tensor, tensor[1:]]) == [checksum(tensor), checksum(tensor[1:])]
+    named = [("a", tensor), ("b", tensor[1:]), ("c", tensor[:0])]
+    assert fingerprints(named) == [fingerprint(*item) for item in named]
+    assert fingerprints([]) == []
 
 
 def test_every_flipped_bit_changes_it() -> None:
@@ -71,7 +96,7 @@ def test_every_flipped_bit_changes_it() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 17), (3, 64), (5, 127)])
 def test_two_flipped_signs_do_not_cancel(first: int, second: int) -> None:
-    """Nor two values of opposite sign that changed places: the case that a plain weighted sum misses."""
+    """Nor two values of opposite sign that changed places: the case that one weighted sum misses."""
     tensor = torch.ones(256)
     damaged = tensor.clone()
     damaged[[2 * first + 1, 2 * second + 1]] *= -1
@@ -80,6 +105,13 @@ def test_two_flipped_signs_do_not_cancel(first: int, second: int) -> None:
     damaged = tensor.clone()
     damaged[[2 * first + 1, 2 * second + 1]] = damaged[[2 * second + 1, 2 * first + 1]]
     assert checksum(damaged) != checksum(tensor)
+
+
+def test_all_signs_flipped_or_two_rows_exchanged() -> None:
+    tensor = random_tensor(torch.float32, 4, 2 * module._ROW)
+    assert len(checksum(tensor)) == 4
+    for damaged in (-tensor, tensor[[1, 0, 2, 3]], tensor[[0, 0, 2, 3]], tensor.roll(1)):
+        assert checksum(damaged) != checksum(tensor)
 
 
 def test_order_and_extent_matter() -> None:
@@ -92,7 +124,7 @@ def test_order_and_extent_matter() -> None:
         torch.cat([tensor[:-1], torch.zeros(1, 6)]),
         torch.cat([tensor[:-1], tensor[:1]]),
     ]
-    assert len({checksum(tensor), *map(checksum, damaged)}) == len(damaged) + 1
+    assert len({*map(tuple, map(checksum, [tensor, *damaged]))}) == len(damaged) + 1
 
 
 def test_fingerprint_holds_name_dtype_and_shape() -> None:
