@@ -317,6 +317,9 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
         "OMP_NUM_THREADS": str(settings.cpu_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)
+        # glibc keeps the memory that a push frees for the next one: fresh pages cost more than what is put into them.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     }
     if settings.tensor == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM silently refuses the uni executor

@@ -40,6 +40,7 @@ from megatron_chord.rollout.transports import (
     SenderStore,
     Transport,
 )
+from megatron_chord.timing import Timer
 
 TransportName = Literal["file", "gloo", "broadcast", "ipc"]
 COORDINATOR = 0
@@ -59,6 +60,9 @@ class SyncReport:
     num_bytes: int
     """Of all exporters together."""
     seconds: float
+    phases: dict[str, float]
+    """Of these seconds, on this rank: connect; start (pause the servers, and tell them); export, fingerprint and copy
+    of its buckets; wait (for the servers to have them, and for other ranks); finish (and check, and resume)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class SyncSettings:
     timeout_s: float
     """Of one push."""
     folder: Path = Path("/dev/shm")
-    """``file`` only: where rank 0 makes a private folder, to be seen by all exporters and servers."""
+    """``file`` only: where rank 0 makes a private folder. In memory that all exporters and servers share."""
     host: str = "127.0.0.1"
     """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
     bucket_bytes: int = 256 << 20
@@ -108,6 +112,7 @@ class WeightSync:
         self._transport: Transport | None = None
         self._connected = False
         self._deadline = 0.0
+        self._timer = Timer()
         self._pool: ThreadPoolExecutor | None = None
         if self._is_coordinator:
             if not clients:
@@ -147,18 +152,24 @@ class WeightSync:
         Raises:
             SyncError: on every rank. A rank that died is noticed at the deadline.
         """
-        begun = time.monotonic()
+        begun, timer = time.monotonic(), Timer()
+        self._timer = timer
         self._deadline = begun + self._settings.timeout_s
         try:
-            self._connect()
-            self._together(self._open_update, rank=COORDINATOR)
+            with timer.phase("connect"):
+                self._connect()
+            with timer.phase("start"):
+                self._together(self._open_update, rank=COORDINATOR)
             num_bytes = sum(self._together(lambda: self._stream(named_tensors)))
-            self._together(lambda: self._close_update(version), rank=COORDINATOR)
+            with timer.phase("finish"):
+                self._together(lambda: self._close_update(version), rank=COORDINATOR)
         except BaseException:
             self._connected = False
             self._transport = None
             raise
-        return SyncReport(version, num_bytes, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        timer.seconds["wait"] = seconds - sum(timer.seconds.values())
+        return SyncReport(version, num_bytes, seconds, timer.seconds)
 
     def _together(self, action: Callable[[], Any], *, rank: int | None = None) -> list[Any]:
         """Runs `action` on every rank, or on `rank`, and shares the outcomes: results, or SyncError everywhere."""
@@ -298,10 +309,12 @@ class WeightSync:
         parcels: list[Parcel] = []
         arrived: Callable[[], None] | None = None
         try:
-            for bucket in in_buckets(tensors, self._settings.bucket_bytes):
+            for bucket in self._timer.each("export", in_buckets(tensors, self._settings.bucket_bytes)):
                 # Gathered, fingerprinted and laid out while the servers take the bucket before.
-                infos = describe(bucket)
-                parcels.append(self._transport.publish(bucket, infos))
+                with self._timer.phase("fingerprint"):
+                    infos = describe(bucket)
+                with self._timer.phase("copy"):
+                    parcels.append(self._transport.publish(bucket, infos))
                 if arrived is not None:
                     before, arrived = arrived, None
                     before()

@@ -7,7 +7,7 @@ takes the one before.
     parcel.transmit(given_up)                   while the server is being told: sends what needs a sender
     parcel.release()                            when the server has it, or whatever happened: frees what it took
 
-``file`` is for a server without a GPU or behind a shared file system; ``broadcast`` for a server on other GPUs (NCCL)
+``file`` is for a server without a GPU on the same machine; ``broadcast`` for a server on other GPUs (NCCL)
 or processes (gloo); ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one; ``gloo`` for
 servers on the trainer's GPUs on several nodes, through main memory: slower than NCCL, but it works anywhere.
 """
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import base64
 import datetime
+import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +27,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
@@ -48,26 +48,51 @@ class Transport(Protocol):
 
 
 class FileTransport:
-    """A safetensors file in a private folder, usually in shared memory; gone when the server has read it."""
+    """Two buffers in turn in files of a private folder in shared memory, mapped here and by the server's workers.
+
+    Both sides map a buffer once and use it for all pushes: fresh pages cost several times as much as the copy into
+    them. Its name is gone when the server has the first bucket in it, so that nothing outlives the processes.
+    """
 
     def __init__(self, folder: Path, sender: int) -> None:
         self._folder, self._sender, self._count = folder, sender, 0
+        self._buffers: list[tuple[Path, Tensor] | None] = [None, None]
 
     def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _File:
-        # A name of its own each time: the server may still have an earlier file mapped.
-        self._count += 1
-        path = self._folder / f"weights-{self._sender}-{self._count}.safetensors"
-        save_file({name: _of_its_own(tensor) for name, tensor in bucket}, path)
-        return _File(path)
+        size = flat_size(infos)
+        turn, self._count = self._count % 2, self._count + 1
+        mapped = self._buffers[turn]
+        if mapped is None or mapped[1].numel() < size:
+            mapped = self._buffers[turn] = _make_mapped_file(self._folder, f"weights-{self._sender}-", size)
+        flatten((tensor for _, tensor in bucket), out=mapped[1])
+        return _File(mapped[0], 2 * self._sender + turn)
+
+
+def _make_mapped_file(folder: Path, prefix: str, num_bytes: int) -> tuple[Path, Tensor]:
+    """Its path, like none before, and uint8. OSError without space for it: a write would then kill the process."""
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError:
+        os.unlink(name)
+        raise
+    finally:
+        os.close(descriptor)
+    return Path(name), _map(Path(name), num_bytes)
+
+
+def _map(path: Path, num_bytes: int) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class _File:
     path: Path
+    buffer: int
 
     @property
     def fields(self) -> dict:
-        return {"path": str(self.path)}
+        return {"path": str(self.path), "buffer": self.buffer}
 
     def transmit(self, given_up: Callable[[], bool]) -> None:
         pass
@@ -76,14 +101,26 @@ class _File:
         self.path.unlink(missing_ok=True)
 
 
-def read_bucket_file(
-    path: Path, folder: Path, infos: Sequence[TensorInfo], device: torch.device
-) -> list[Tensor]:
-    """A worker's side of ``FileTransport``. ValueError where the file does not lie in the run's folder."""
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(f"{path} does not lie in the run's folder {folder}")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return [file.get_tensor(info.name).to(device) for info in infos]
+class BucketFiles:
+    """A worker's side of ``FileTransport``: the buffers of all senders, each mapped when it is first named."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mapped: dict[int, tuple[Path, Tensor]] = {}
+
+    def find(self, path: Path, buffer: int, num_bytes: int) -> Tensor:
+        """uint8 of ``num_bytes``, which the sender writes anew when the server has answered.
+
+        ValueError where the file does not lie in the run's folder, or is shorter.
+        """
+        mapped = self._mapped.get(buffer)
+        if mapped is None or mapped[0] != path:
+            if path.resolve().parent != self._folder.resolve():
+                raise ValueError(f"{path} does not lie in the run's folder {self._folder}")
+            mapped = self._mapped[buffer] = (path, _map(path, path.stat().st_size))
+        if mapped[1].numel() < num_bytes:
+            raise ValueError(f"{path} holds {mapped[1].numel()} bytes, {num_bytes} were announced")
+        return mapped[1][:num_bytes]
 
 
 class BroadcastTransport:
@@ -291,12 +328,6 @@ def _open_cuda_buffer(handle: dict) -> Tensor:
         handle["event_sync"],
     )
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _of_its_own(tensor: Tensor) -> Tensor:
-    """safetensors refuses tensors that share memory, as slices of a fused weight do."""
-    shared = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
-    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
 def _text(data: bytes) -> str:

@@ -3,9 +3,10 @@
 One instance lives in each vLLM worker. Every worker receives every full tensor under its Hugging Face name; vLLM's
 own loaders fuse and slice. Only vLLM imports this module (see ``vllm_plugin``).
 
-vLLM loads layer by layer: a tensor is kept until its layer has all of them, then copied. Hence no receive buffer is
-ever reused here, and an update that failed cannot be repeated in the same process: what it left in the half-filled
-layers would be mixed with the next one's. The engine then refuses to start until the server is restarted.
+vLLM loads layer by layer: a tensor is kept until its layer has all of them, then copied. Hence what it keeps of a
+buffer that the sender writes anew is copied first, and an update that failed cannot be repeated in the same process:
+what it left in the half-filled layers would be mixed with the next one's. The engine then refuses to start until the
+server is restarted.
 
 A server started with --quantization receives the same BF16 tensors: an update puts each layer back to the parameters
 that it is loaded with, and vLLM quantises it anew as soon as it has them all, into the memory it had before
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -34,10 +36,10 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, unflatten, verify
 from megatron_chord.rollout.transports import (
+    BucketFiles,
     CudaImports,
     SenderGroup,
     join_sender_group,
-    read_bucket_file,
 )
 from megatron_chord.timing import Timer
 
@@ -73,7 +75,9 @@ class UpdateInfo(WeightTransferUpdateInfo):
     slot: int = 0
     """ipc: which of the sender's buffers."""
     path: str | None = None
-    """file: the safetensors file."""
+    """file: the file of the buffer that the bucket lies in."""
+    buffer: int = 0
+    """file: number of that buffer among those of all senders."""
     handles: list[dict] | None = None
     """ipc: one export of the sender's buffer for each worker."""
 
@@ -87,6 +91,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._aliases = _aliases(model)
         self._init: InitInfo | None = None
         self._groups: list[SenderGroup] = []
+        self._files: BucketFiles | None = None
         self._imports = CudaImports()
         self._expected: list[str] = []
         self._received: set[str] = set()
@@ -105,6 +110,10 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         self.shutdown()
         self._init = init_info
+        if init_info.transport == "file":
+            if init_info.folder is None:
+                raise ValueError("the initialisation names no folder for files")
+            self._files = BucketFiles(Path(init_info.folder))
         self._groups = [
             join_sender_group(
                 host,
@@ -157,9 +166,11 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         model: Any = self.model  # torch's stubs know no load_weights
         with self._timer.phase("load"):
             loaded = model.load_weights(zip(names, tensors, strict=True))
-        if loaded is None:
-            raise RuntimeError(f"{type(self.model).__name__} does not say which weights it loaded")
-        self._load_aliases(dict(zip(names, tensors, strict=True)))
+            if loaded is None:
+                raise RuntimeError(f"{type(self.model).__name__} does not say which weights it loaded")
+            self._load_aliases(dict(zip(names, tensors, strict=True)))
+            if self._files is not None and self.device.type == "cpu":
+                _copy_what_is_kept(self.model, tensors[0])
         self._received.update(names)
         self._loaded |= loaded
 
@@ -177,8 +188,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         logger.info("%s%s", LOG_LINE, json.dumps(self._timer.seconds))
 
     def shutdown(self) -> None:
-        self._groups = []
-        self._imports = CudaImports()
+        self._groups, self._files, self._imports = [], None, CudaImports()
 
     @property
     def _worker(self) -> int:
@@ -196,10 +206,10 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _receive(self, update: UpdateInfo, infos: Sequence[TensorInfo]) -> list[Tensor]:
         assert self._init is not None
         if self._init.transport == "file":
-            if update.path is None or self._init.folder is None:
-                raise ValueError("the update names no file, or the initialisation no folder")
-            return read_bucket_file(Path(update.path), Path(self._init.folder), infos, self.device)
-        if self._init.transport == "ipc":
+            if update.path is None or self._files is None:
+                raise ValueError("the update names no file")
+            buffer = self._files.find(Path(update.path), update.buffer, flat_size(infos)).to(self.device)
+        elif self._init.transport == "ipc":
             if update.handles is None:
                 raise ValueError("the update brings no CUDA IPC handles")
             buffer = self._imports.copy(
@@ -266,6 +276,19 @@ def _aliases(model: torch.nn.Module) -> dict[str, str]:
         for parameter, name in names
         if first.setdefault(id(parameter), name) != name
     }
+
+
+def _copy_what_is_kept(model: torch.nn.Module, buffer: Tensor) -> None:
+    """Gives layers that are still incomplete tensors of their own, in place of those in the sender's buffer."""
+    begin = buffer.untyped_storage().data_ptr()
+
+    def own(value: Tensor) -> Tensor:
+        is_borrowed = not value.is_meta and value.untyped_storage().data_ptr() == begin
+        return value.clone() if is_borrowed else value
+
+    for layer in model.modules():
+        for _, call in get_layerwise_info(layer).loaded_weights:
+            call.arguments = tree_map_only(Tensor, own, call.arguments)
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,7 @@ from megatron_chord.rollout.buckets import (
     unflatten,
     verify,
 )
-from megatron_chord.rollout.transports import FileTransport, read_bucket_file
-
-CPU = torch.device("cpu")
+from megatron_chord.rollout.transports import BucketFiles, FileTransport, _make_mapped_file
 
 
 def make_bucket() -> list[tuple[str, torch.Tensor]]:
@@ -58,27 +58,63 @@ def test_flat_buffer_round_trip() -> None:
     verify(infos, received)
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
-    bucket = make_bucket()
-    infos = describe(bucket)
-    transport = FileTransport(tmp_path, sender=0)
-    parcel = transport.publish(bucket, infos)
-    path = Path(parcel.fields["path"])
-    received = read_bucket_file(path, tmp_path, infos, CPU)
-    verify(infos, received)
-    parcel.release()
-    assert list(tmp_path.iterdir()) == []
-    verify(infos, received)
+def test_file_round_trips(tmp_path: Path) -> None:
+    """Two buffers in turn, which stay mapped when their names are gone; a larger bucket gets a larger one."""
+    transport, files = FileTransport(tmp_path, sender=1), BucketFiles(tmp_path)
+    seen = set()
+    for size in (5, 5, 5, 3, 70, 70, 5):
+        bucket = [*make_bucket(), ("last", torch.randn(size, 100))]
+        infos = describe(bucket)
+        parcel = transport.publish(bucket, infos)
+        path = Path(parcel.fields["path"])
+        received = unflatten(infos, files.find(path, parcel.fields["buffer"], flat_size(infos)))
+        verify(infos, received)
+        assert all(torch.equal(sent, got) for (_, sent), got in zip(bucket, received, strict=True))
+        parcel.release()
+        assert list(tmp_path.iterdir()) == []
+        seen.add((path, parcel.fields["buffer"], received[0].data_ptr()))
+    assert len(seen) == 4, "two buffers, and two larger ones"
+    assert {buffer for _, buffer, _ in seen} == {2, 3}
 
 
-def test_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_the_bucket_before_keeps_its_buffer(tmp_path: Path) -> None:
+    transport, files = FileTransport(tmp_path, sender=0), BucketFiles(tmp_path)
+    under_way = []
+    for _ in range(4):
+        bucket = make_bucket()
+        infos = describe(bucket)
+        fields = transport.publish(bucket, infos).fields
+        under_way.append((infos, files.find(Path(fields["path"]), fields["buffer"], flat_size(infos))))
+        for told, buffer in under_way[-2:]:
+            verify(told, unflatten(told, buffer))
+    with pytest.raises(ValueError, match="arrived damaged"):
+        verify(under_way[0][0], unflatten(*under_way[0]))
+
+
+def test_a_file_elsewhere_or_too_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    outside = tmp_path / "weights-0.safetensors"
-    outside.touch()
+    outside = tmp_path / "weights-0"
+    outside.write_bytes(bytes(100))
     (tmp_path / "run" / "link").symlink_to(outside)
+    files = BucketFiles(tmp_path / "run")
     for path in (outside, tmp_path / "run" / ".." / outside.name, tmp_path / "run" / "link"):
         with pytest.raises(ValueError, match="does not lie in the run's folder"):
-            read_bucket_file(path, tmp_path / "run", [], CPU)
+            files.find(path, 0, 100)
+    inside = tmp_path / "run" / "weights-0"
+    inside.write_bytes(bytes(100))
+    assert files.find(inside, 0, 100).numel() == 100
+    with pytest.raises(ValueError, match="holds 100 bytes, 101 were announced"):
+        files.find(inside, 0, 101)
+    assert inside.stat().st_size == 100
+
+
+def test_no_space_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """Not a SIGBUS at the first write to a page that does not fit."""
+    huge = 2 * os.statvfs("/dev/shm").f_frsize * os.statvfs("/dev/shm").f_blocks
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with pytest.raises(OSError, match="No space left"):
+            _make_mapped_file(Path(folder), "weights-", huge)
+        assert os.listdir(folder) == []
 
 
 def test_damage_is_named() -> None:
