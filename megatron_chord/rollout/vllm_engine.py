@@ -41,10 +41,10 @@ from megatron_chord.rollout.transports import (
     SenderGroup,
     join_sender_group,
 )
+from megatron_chord.rollout.vllm_plugin import UPDATE_LINE
 from megatron_chord.timing import Timer
 
 logger = init_logger("vllm.megatron_chord")  # what is not below "vllm" does not appear in the server's log
-LOG_LINE = "weights updated, seconds: "
 
 
 @dataclass
@@ -185,7 +185,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         with self._timer.phase("finish"):
             finalize_layerwise_reload(self.model, self.model_config)
         self._failed = None
-        logger.info("%s%s", LOG_LINE, json.dumps(self._timer.seconds))
+        logger.info("%s%s", UPDATE_LINE, json.dumps(self._timer.seconds))
 
     def shutdown(self) -> None:
         self._groups, self._files, self._imports = [], None, CudaImports()

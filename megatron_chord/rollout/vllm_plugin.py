@@ -14,6 +14,8 @@ import signal
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
 """Environment variable: the parent's process id, the trainer's in the server itself. Each process hands on its own."""
+UPDATE_LINE = "weights updated, seconds: "
+"""What comes before JSON in a worker's log after every push: start, read, check, load (vLLM's own), finish."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -25,8 +25,8 @@ def hf_tensors(
 
     Only rank 0 of the groups yields; the others take part in the gathers and yield nothing, but must drain the
     iterator. One gather for every Hugging Face tensor that is cut, and one for every part of a local expert. At any
-    time one whole tensor, or one expert of every rank, is alive here beside the parameters. ``dtype`` converts; by
-    default tensors keep the parameter's.
+    time one whole tensor, or one expert of every rank, is alive here beside the parameters; where nothing is gathered,
+    tensors may be views of these. ``dtype`` converts; by default tensors keep the parameter's.
 
     Args:
         tensor_group: this rank's tensor-parallel group; None where another replica gives all but the experts away.
@@ -43,7 +43,7 @@ def hf_tensors(
             if entry.expert is not None:
                 wholes = _gather(part, group)
             else:
-                wholes = [part if axis is None else torch.cat(_gather(part, group), dim=axis)]
+                wholes = [part if axis is None else _join(_gather(part, group), axis)]
             if not is_root:
                 continue
             for rank, whole in enumerate(wholes):
@@ -57,6 +57,10 @@ def _held_by(entry: Entry, rank: int, experts_per_rank: int) -> Entry:
     if entry.expert is None:
         return entry
     return replace(entry, expert=entry.expert % experts_per_rank + rank * experts_per_rank)
+
+
+def _join(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
