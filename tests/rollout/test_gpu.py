@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.buckets import describe
+from megatron_chord.rollout.checksum import fingerprint
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import IpcTransport
@@ -73,6 +74,16 @@ def server(
     with start_server(model_folder, settings, log=log) as server:
         server.wait_until_ready(2 * START_S)
         yield server
+
+
+def test_a_fingerprint_is_the_same_on_a_gpu() -> None:
+    for tensor in (
+        torch.randn(700, 1001),
+        torch.randn(3, 5).bfloat16(),
+        torch.randn(0, 4),
+        torch.randn(7).half(),
+    ):
+        assert fingerprint("a", tensor.cuda()) == fingerprint("a", tensor)
 
 
 def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None:
