@@ -2,11 +2,11 @@
 
     python benchmarks/tails.py [--steps 12] [--repeats 2] [--prompts 8] [--rollouts 4] [--threads 1] [--output FILE]
 
-The quick start's policy and problems at a temperature at which its answers have a long tail, against one vLLM server
-to which every run pushes its own weights. ``rollout.extra_prompts`` 0, 0.25 and 0.5 with what is unfinished carried
-over, and 0.5 with it dropped, in turn and ``--repeats`` times, each in a process of its own. Every step trains the same
-number of rollouts. Medians over the steps of all repeats, the first ``WARMUP_STEPS`` of each run left out, in which the
-first long answers are carried over and none has come back yet.
+The quick start's problems and its policy, whose logits are divided by ``--flatten``: its answers then have a long
+tail. All against one vLLM server, to which every run pushes its own weights. ``rollout.extra_prompts`` 0, 0.25 and 0.5
+with what is unfinished carried over, and 0.5 with it dropped, in turn and ``--repeats`` times, each in a process of its
+own. Every step trains the same number of rollouts. Medians over the steps of all repeats, the first ``WARMUP_STEPS`` of
+each run left out, in which the first long answers are carried over and none has come back yet.
 
 The batch is small, so that a token takes about as long beside many others as beside few, which is what early stop lives
 on: a GPU's servers are so with hundreds of answers, a CPU's with tens. The learning rate moves nothing, so that all
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from shared import circumstances
 
 from megatron_chord.rollout.server import ServerSettings, start_server
@@ -59,8 +61,9 @@ def main() -> int:
     arguments = parse()
     found = {kind: Found(steps=[], lengths=[]) for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
+        policy = flattened(POLICY, Path(folder) / "policy", by=arguments.flatten)
         server = start_server(
-            POLICY,
+            policy,
             ServerSettings(
                 dtype="fp32",
                 max_model_len=PROMPT_TOKENS + arguments.limit,
@@ -77,7 +80,7 @@ def main() -> int:
                 for kind in KINDS:
                     print(f"{kind}, {repeat + 1} of {arguments.repeats}", file=sys.stderr, flush=True)
                     output = Path(folder) / f"{kind.replace(', ', '-')}-{repeat}"
-                    run(found[kind], KINDS[kind], output, server.url, arguments)
+                    run(found[kind], [*KINDS[kind], f"model.path={policy}"], output, server.url, arguments)
         finally:
             server.stop()
     report(found, arguments.output)
@@ -91,13 +94,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--limit", type=int, default=400, help="data.max_response_tokens")
-    parser.add_argument("--temperature", type=float, default=3.0)
+    parser.add_argument("--flatten", type=float, default=3.0, help="what the policy's logits are divided by")
     parser.add_argument("--threads", type=int, default=1, help="of trainer and server each")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if arguments.steps <= WARMUP_STEPS:
         parser.error(f"--steps must be more than the {WARMUP_STEPS} that are left out")
     return arguments
+
+
+def flattened(policy: Path, folder: Path, *, by: float) -> Path:
+    """A copy whose logits are divided; beyond a temperature of 2, which is vLLM's highest."""
+    shutil.copytree(policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] /= by
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def run(
@@ -118,7 +130,6 @@ def run(
         f"data.max_response_tokens={arguments.limit}",
         "optim.lr=1e-30",
         "optim.warmup_steps=0",
-        f"rollout.temperature={arguments.temperature}",
         f"rollout.servers=[{url}]",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

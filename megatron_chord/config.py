@@ -399,7 +399,7 @@ class BatchConfig:
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     temperature: float = 1.0
-    """Of sampling; the trainer divides its logits by the same number."""
+    """Of sampling, at most 2 (vLLM's limit); the trainer divides its logits by the same number."""
     top_p: float = 1.0
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""
@@ -462,6 +462,10 @@ class RolloutConfig:
                 "rollout.tensor": self.tensor,
                 "rollout.sync_timeout_s": self.sync_timeout_s,
             }
+        )
+        _require(
+            self.temperature <= 2,
+            f"rollout.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
         )
         _require(
             self.top_p == 1.0,

@@ -557,6 +557,7 @@ def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) ->
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
+        ("rollout: {temperature: 3}", "rollout.temperature must be <= 2, got 3.0: vLLM refuses"),
         ("rollout: {extra_prompts: -0.5}", "rollout.extra_prompts must be >= 0, got -0.5"),
         ("rollout: {extra_prompts: 25}", "must lie in [0, 4], got 25.0: it is a share of the step's prompts"),
         ("rollout: {unfinished: drop}", "rollout.unfinished means nothing without rollout.extra_prompts"),
