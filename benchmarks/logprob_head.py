@@ -2,12 +2,13 @@
 
     python benchmarks/logprob_head.py [--tokens 8192 --vocab 152064 --hidden 256 --dtype fp32 --device cpu]
 
-Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both with respect to
-hidden states and weight. The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it
-keeps. A third row times the matrix products alone that a chunked head cannot do without (logits, logits again in the
-backward pass, two gradients): the bound. On a GPU one more row is the chunked head with torch's operations in place of
-Triton's kernels. Then come other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and those of
-TRL and Liger where installed. Each runs in a process of its own, so that none profits from what is left, in turn for
+Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both (``--loss
+logprobs``: of the log-probs alone, as in training without an entropy bonus) with respect to hidden states and weight.
+The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it keeps. A third row times the
+matrix products alone that a chunked head cannot do without (logits, logits again in the backward pass, two gradients):
+the bound. On a GPU one more row is the chunked head with torch's operations in place of Triton's kernels. Then come
+other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and those of TRL and Liger where
+installed. Each runs in a process of its own, so that none profits from what is left, in turn for
 ``--rounds`` rounds, of which the fastest counts.
 
 Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
@@ -80,6 +81,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="also with the vocabulary over so many ranks")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, for each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--loss",
+        choices=["both", "logprobs"],
+        default="both",
+        help="what is differentiated: entropies too, or log-probs alone, as without an entropy bonus",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
     parser.add_argument(
         "--peers",
@@ -173,7 +180,8 @@ def run_head(
             group=group,
             sweep=sweep_torch if head == "torch-sweeps" else None,
         )
-    (logprobs.sum() + (0 if entropy is None else entropy.sum())).backward()
+    with_entropy = entropy is not None and arguments.loss == "both"
+    (logprobs.sum() + (entropy.sum() if with_entropy else 0)).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start
 

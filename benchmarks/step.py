@@ -44,6 +44,7 @@ from shared import circumstances, reset_high_water_mark, resident, save_qwen2
 from torch import Tensor
 
 from megatron_chord.records import Part, TrainSample
+from megatron_chord.runtime import parallel as runtime
 
 GB = 1e9
 MU, LR, CLIP = 0.2, 1e-5, 0.2
@@ -161,6 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seconds.append(clock() - start)
         elapsed.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
+    runtime.stop()  # or gloo's threads can abort the process as it ends
     return {
         "seconds": statistics.median(seconds),
         "elapsed": statistics.median(elapsed),
@@ -186,7 +188,6 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     from megatron_chord.families.table import read_shape
     from megatron_chord.losses.aggregate import with_scales
     from megatron_chord.methods.table import build
-    from megatron_chord.runtime import parallel as runtime
     from megatron_chord.train.setup import layout_of
     from megatron_chord.train.state import build_state
     from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
