@@ -180,8 +180,10 @@ def run_head(
             group=group,
             sweep=sweep_torch if head == "torch-sweeps" else None,
         )
-    with_entropy = entropy is not None and arguments.loss == "both"
-    (logprobs.sum() + (entropy.sum() if with_entropy else 0)).backward()
+    if entropy is None or arguments.loss == "logprobs":
+        logprobs.sum().backward()
+    else:
+        (logprobs.sum() + entropy.sum()).backward()
     extra = peak(device) - before
     return extra, logprobs.detach().mean().item(), clock() - start
 
