@@ -38,7 +38,7 @@ from shared import reset_high_water_mark, resident
 from torch import Tensor
 
 from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.logprobs import chunk_tokens, sweep_for, token_logprobs
+from megatron_chord.losses.logprobs import sweep_for, tile_for, token_logprobs
 from megatron_chord.network import free_port
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=152_064)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--chunk-mb", type=int, default=256, help="budget of one chunk in MiB")
+    parser.add_argument("--chunk-mb", type=int, help="budget of the logits that live at a time, in MiB")
     parser.add_argument(
         "--limit-gb", type=float, default=1.5, help="extra memory allowed to the chunked head"
     )
@@ -132,17 +132,18 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
         dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     dtype = DTYPES[arguments.dtype]
     like = torch.empty(0, dtype=dtype, device=arguments.device)
-    logit = (sweep_torch if head == "torch-sweeps" else sweep_for(like)).bytes_per_logit(dtype)
-    chunk = chunk_tokens(arguments.vocab // ranks, arguments.chunk_mb * 2**20, bytes_per_logit=logit)
-    sizes = (arguments.tokens, arguments.vocab, chunk)
+    sweep = sweep_torch if head == "torch-sweeps" else sweep_for(like)
+    budget = arguments.chunk_mb * 2**20 if arguments.chunk_mb else None
+    tile = tile_for(like, arguments.vocab // ranks, sweep, budget)
+    sizes = (arguments.tokens, arguments.vocab, tile)
     # Libraries load their kernels; on a GPU also those that are chosen, or compiled, by size.
-    run_head(arguments, head, *(sizes if like.is_cuda else (32, 1000, 16)))
+    run_head(arguments, head, *(sizes if like.is_cuda else (32, 1000, (16, 500))))
     extra, value, seconds = run_head(arguments, head, *sizes)
-    return {"seconds": seconds, "extra_bytes": extra, "value": value, "chunk": chunk}
+    return {"seconds": seconds, "extra_bytes": extra, "value": value, "tile": f"{tile[0]} x {tile[1]}"}
 
 
 def run_head(
-    arguments: argparse.Namespace, head: str, tokens: int, vocab: int, chunk: int
+    arguments: argparse.Namespace, head: str, tokens: int, vocab: int, tile: tuple[int, int]
 ) -> tuple[int, float, float]:
     """Extra peak bytes, the mean log-prob (to see that both heads agree) and seconds."""
     torch.manual_seed(0)
@@ -164,7 +165,7 @@ def run_head(
     start = clock()
     if head == "products":
         with torch.no_grad():
-            value = products(hidden, weight, chunk)
+            value = products(hidden, weight, tile)
         return peak(device) - before, value, clock() - start
     if head == "naive":
         logprobs, entropy = naive(hidden, weight, targets)
@@ -175,7 +176,7 @@ def run_head(
             hidden,
             weight,
             targets,
-            chunk=chunk,
+            chunk=tile[0],
             first_row=first_row,
             group=group,
             sweep=sweep_torch if head == "torch-sweeps" else None,
@@ -188,18 +189,18 @@ def run_head(
     return extra, logprobs.detach().mean().item(), clock() - start
 
 
-def products(hidden: Tensor, weight: Tensor, chunk: int) -> float:
+def products(hidden: Tensor, weight: Tensor, tile: tuple[int, int]) -> float:
     """The matrix products that no chunked head can do without, and nothing else."""
-    grad_weight = torch.zeros_like(weight)
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
     total = 0.0
-    for start in range(0, len(hidden), chunk):
-        logits = hidden[start : start + chunk] @ weight.t()
-        total += float(logits[0, 0])
-    for start in range(0, len(hidden), chunk):
-        piece = hidden[start : start + chunk]
-        logits = piece @ weight.t()
-        total += float((logits @ weight)[0, 0])
-        grad_weight.addmm_(logits.t(), piece)
+    for piece in hidden.split(tile[0]):
+        for rows in weight.split(tile[1]):
+            total += float((piece @ rows.t())[0, 0])
+    for piece, grad_piece in zip(hidden.split(tile[0]), grad_hidden.split(tile[0]), strict=True):
+        for rows, grad_rows in zip(weight.split(tile[1]), grad_weight.split(tile[1]), strict=True):
+            logits = piece @ rows.t()
+            grad_piece.addmm_(logits, rows)
+            grad_rows.addmm_(logits.t(), piece)
     return total
 
 
@@ -247,15 +248,15 @@ def report(
         "memory ratio",
     )
     row = (arguments.tokens, ours["seconds"], ours["extra_bytes"])
-    table.add_row(f"chunked ({ours['chunk']} tokens)", *numbers(*row), "1", "1")
+    table.add_row(f"chunked ({ours['tile']})", *numbers(*row), "1", "1")
     if ranks is not None:
         each = (arguments.tokens, ranks["seconds"], ranks["extra_bytes"])
         ratios = (f"{each[1] / row[1]:.2f}", f"{each[2] / row[2]:.1f}")
-        table.add_row(f"each of {arguments.tensor} ranks ({ranks['chunk']} tokens)", *numbers(*each), *ratios)
+        table.add_row(f"each of {arguments.tensor} ranks ({ranks['tile']})", *numbers(*each), *ratios)
     if swept is not None:
         of_torch = (arguments.tokens, swept["seconds"], swept["extra_bytes"])
         ratios = (f"{of_torch[1] / row[1]:.2f}", f"{of_torch[2] / row[2]:.1f}")
-        table.add_row(f"torch's sweeps, no kernels ({swept['chunk']} tokens)", *numbers(*of_torch), *ratios)
+        table.add_row(f"torch's sweeps, no kernels ({swept['tile']})", *numbers(*of_torch), *ratios)
     bound = (arguments.tokens, products["seconds"], products["extra_bytes"])
     bound_ratios = (f"{bound[1] / row[1]:.2f}", f"{bound[2] / row[2]:.1f}")
     table.add_row("its matrix products alone", *numbers(*bound), *bound_ratios)

@@ -26,6 +26,10 @@ from megatron_chord.losses.sweep import Sweep
 CHUNK_BYTES = 256 * 2**20
 """Default memory budget of one chunk's logits, and of what a sweep makes of them."""
 
+CACHED_BYTES, CACHED_ROWS = 8 * 2**20, 1024
+"""The same on a CPU, where sweeps pass over the logits several times: what a cache holds, in tiles of so many rows
+of the weight. That is 1024 tokens in fp32."""
+
 
 def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES, *, bytes_per_logit: int) -> int:
     """Tokens whose logits over ``vocab_rows`` columns fit the budget. A sweep says what one logit takes."""
@@ -42,6 +46,13 @@ class HeadOutput(NamedTuple):
     rival: Tensor | None
     """max over v != target of log p(v), without a gradient; none unless asked for. With a vocabulary of one token
     there is no other, and it is -inf (p = 0)."""
+
+
+def tile_for(hidden: Tensor, num_rows: int, sweep: Sweep, budget_bytes: int | None = None) -> tuple[int, int]:
+    """Tokens and rows of the weight whose logits live at a time: all rows on a GPU, what a cache holds on a CPU."""
+    rows = num_rows if hidden.is_cuda else min(num_rows, CACHED_ROWS)
+    budget = budget_bytes or (CHUNK_BYTES if hidden.is_cuda else CACHED_BYTES)
+    return chunk_tokens(rows, budget, bytes_per_logit=sweep.bytes_per_logit(hidden.dtype)), max(rows, 1)
 
 
 def sweep_for(logits: Tensor) -> Sweep:
@@ -87,8 +98,15 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     backward pass.
     """
     sweep = sweep or sweep_for(hidden)
-    chunk = chunk or chunk_tokens(weight.shape[0], bytes_per_logit=sweep.bytes_per_logit(hidden.dtype))
-    how = _How(scale=1.0 / temperature, group=group, chunk=chunk, rival=rival, sweep=sweep)
+    tokens, tile_rows = tile_for(hidden, len(weight), sweep)
+    how = _How(
+        scale=1.0 / temperature,
+        group=group,
+        chunk=chunk or tokens,
+        tile_rows=tile_rows,
+        rival=rival,
+        sweep=sweep,
+    )
     return HeadOutput(*_TokenLogprobs.apply(hidden, weight, targets - first_row, how))
 
 
@@ -99,6 +117,7 @@ class _How:
     scale: float
     group: dist.ProcessGroup | None
     chunk: int
+    tile_rows: int
     rival: bool
     sweep: Sweep
 
@@ -112,20 +131,22 @@ class _TokenLogprobs(torch.autograd.Function):
         rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) where another rank holds them
         how: _How,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        num_tokens, num_rows = hidden_TH.shape[0], weight_WH.shape[0]
+        num_tokens = hidden_TH.shape[0]
         dtype = _accumulator(hidden_TH.dtype)
         # Of this shard: log sum exp z; the target's logit (0 where another rank holds it); mean logit under softmax.
-        lse_T, target_T, mean_T = hidden_TH.new_zeros((3, num_tokens), dtype=dtype)
+        target_T, mean_T = hidden_TH.new_zeros((2, num_tokens), dtype=dtype)
+        lse_T = target_T.new_full((num_tokens,), -torch.inf)
         # And the largest logit but the target's: -inf where the shard has no other row.
-        rival_T = lse_T.new_full((num_tokens,), -torch.inf) if how.rival else None
-        if num_rows == 0:
-            lse_T.fill_(-torch.inf)
-        else:
-            for piece, logits_CW in _logits(hidden_TH, weight_WH, how.chunk):
-                found = how.sweep.reduce(logits_CW, rows_T[piece], how.scale, rival=how.rival)
-                lse_T[piece], target_T[piece], mean_T[piece] = found.lse, found.target, found.mean
-                if rival_T is not None and found.rival is not None:
-                    rival_T[piece] = found.rival
+        rival_T = lse_T.clone() if how.rival else None
+        for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
+            found = how.sweep.reduce(logits_CW, rows_T[piece] - tile.start, how.scale, rival=how.rival)
+            lse_C = torch.logaddexp(lse_T[piece], found.lse)
+            mean_T[piece] *= (lse_T[piece] - lse_C).exp()
+            mean_T[piece] += found.mean * (found.lse - lse_C).exp()
+            lse_T[piece] = lse_C
+            target_T[piece] += found.target
+            if rival_T is not None and found.rival is not None:
+                rival_T[piece] = torch.maximum(rival_T[piece], found.rival)
         if how.group is not None and how.group.size() > 1 and num_tokens > 0:
             top_T = lse_T.clone() if rival_T is None else torch.stack([lse_T, rival_T])
             dist.all_reduce(top_T, dist.ReduceOp.MAX, group=how.group)
@@ -154,35 +175,38 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
         how: _How = ctx.how
-        grad_hidden_TH = torch.zeros_like(hidden_TH)
+        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=_accumulator(hidden_TH.dtype))
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=_accumulator(hidden_TH.dtype))
-        if weight_WH.shape[0] > 0:
-            for piece, logits_CW in _logits(hidden_TH, weight_WH, how.chunk):
-                how.sweep.differentiate_(
-                    logits_CW,
-                    rows_T[piece],
-                    how.scale,
-                    lse_T[piece],
-                    entropy_T[piece],
-                    None if grad_logprobs_T is None else grad_logprobs_T[piece],
-                    None if grad_entropy_T is None else grad_entropy_T[piece],
-                )
-                grad_hidden_TH[piece] = logits_CW @ weight_WH
-                _add_product(grad_weight_WH, logits_CW.t(), hidden_TH[piece])
-        return grad_hidden_TH, grad_weight_WH.to(weight_WH.dtype), None, None
+        for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
+            how.sweep.differentiate_(
+                logits_CW,
+                rows_T[piece] - tile.start,
+                how.scale,
+                lse_T[piece],
+                entropy_T[piece],
+                None if grad_logprobs_T is None else grad_logprobs_T[piece],
+                None if grad_entropy_T is None else grad_entropy_T[piece],
+            )
+            _add_product(grad_hidden_TH[piece], logits_CW, weight_WH[tile])
+            _add_product(grad_weight_WH[tile], logits_CW.t(), hidden_TH[piece])
+        return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_WH.to(weight_WH.dtype), None, None
 
 
-def _logits(hidden_TH: Tensor, weight_WH: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk's tokens, and its logits in one memory for all chunks: valid until the next is asked for.
+def _logits(
+    hidden_TH: Tensor, weight_WH: Tensor, chunk: int, tile_rows: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Each tile's tokens, its rows of the weight, and its logits, in one memory for all: valid until the next.
 
     Rows begin at multiples of 16 numbers, whatever W is: on a GPU, products and Triton's kernels are slower elsewhere.
     """
     num_tokens, num_rows = len(hidden_TH), len(weight_WH)
-    memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-num_rows // 16) * 16))
+    memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-min(tile_rows, num_rows) // 16) * 16))
     for start in range(0, num_tokens, chunk):
         piece = slice(start, min(start + chunk, num_tokens))
-        logits_CW = memory[: piece.stop - start, :num_rows]
-        yield piece, torch.mm(hidden_TH[piece], weight_WH.t(), out=logits_CW)
+        for first in range(0, num_rows, tile_rows):
+            tile = slice(first, min(first + tile_rows, num_rows))
+            logits_CW = memory[: piece.stop - start, : tile.stop - first]
+            yield piece, tile, torch.mm(hidden_TH[piece], weight_WH[tile].t(), out=logits_CW)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

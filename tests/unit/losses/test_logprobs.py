@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.logprobs import CHUNK_BYTES, HeadOutput, chunk_tokens, token_logprobs
+from megatron_chord.losses.logprobs import (
+    CACHED_ROWS,
+    CHUNK_BYTES,
+    HeadOutput,
+    chunk_tokens,
+    token_logprobs,
+)
 
 Head = Callable[[Tensor, Tensor, Tensor], HeadOutput]
 TOKENS, HIDDEN, VOCAB = 23, 12, 37
@@ -79,6 +85,17 @@ def test_values_and_gradients(part: str, chunk: int | None, temperature: float) 
 
     inputs = make_inputs()
     assert_close(run(head, *inputs, part), run(reference, *inputs, part), relative=1e-13)
+
+
+@pytest.mark.parametrize("part", ["log-probs", "entropy", "both"])
+@pytest.mark.parametrize("vocab", [CACHED_ROWS, CACHED_ROWS + 1, 2 * CACHED_ROWS + 300])
+def test_tiles_of_the_vocabulary(part: str, vocab: int) -> None:
+    """Targets on both sides of every border, and a last tile of 1 and of 300 rows."""
+    hidden, weight, targets = make_inputs(vocab=vocab)
+    borders = torch.tensor([CACHED_ROWS - 1, CACHED_ROWS, 2 * CACHED_ROWS - 1, 2 * CACHED_ROWS])
+    targets[2:6] = borders.clamp(max=vocab - 1)
+    ours = run(lambda *inputs: token_logprobs(*inputs, chunk=9, rival=True), hidden, weight, targets, part)
+    assert_close(ours, run(naive, hidden, weight, targets, part), relative=1e-13)
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
