@@ -86,7 +86,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
         first_row: vocabulary id of ``weight[0]``.
         temperature: what the logits are divided by, as in sampling.
         group: ranks that hold the other rows; none means all rows are here.
-        chunk: tokens at a time; by default what ``CHUNK_BYTES`` allows.
+        chunk: tokens at a time; by default what ``tile_for`` says.
         rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
             chunk's logits, no further product and no further matrix. Equal on all ranks of ``group``.
         sweep: what reduces and differentiates a chunk's logits; by default ``sweep_for`` chooses.
