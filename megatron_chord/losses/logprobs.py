@@ -175,8 +175,10 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
         how: _How = ctx.how
-        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=_accumulator(hidden_TH.dtype))
-        grad_weight_WH = torch.zeros_like(weight_WH, dtype=_accumulator(hidden_TH.dtype))
+        wide = _accumulator(hidden_TH.dtype)
+        is_summed = how.tile_rows < len(weight_WH)  # over tiles; weights' gradients are summed over tokens
+        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=wide if is_summed else None)
+        grad_weight_WH = torch.zeros_like(weight_WH, dtype=wide)
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
             how.sweep.differentiate_(
                 logits_CW,
