@@ -31,7 +31,7 @@ quickstart: $(VENV)/.installed
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	$(BIN)/python -m pytest -q -n auto tests/unit
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 tests --ignore tests/unit
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
