@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -26,10 +24,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from shared import circumstances
 
+from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.server import ServerSettings, start_server
 from megatron_chord.train.loop import train
+from megatron_chord.train.setup import check_run
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "methods"
@@ -40,6 +41,11 @@ def main() -> int:
     names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - set(SHARED))
     arguments = parse(names)
     chosen = arguments.names or names
+    for name in chosen:  # all of them, before the first one trains
+        try:
+            check_run(run_of(name, 0, Path("unused"), "http://127.0.0.1:1", arguments.steps), world_size=1)
+        except ValueError as error:
+            raise SystemExit(f"{name}: {error}") from error
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         server = start_server(
@@ -78,9 +84,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[str, Any]:
-    """Train one file; the numbers of its row."""
-    run = load_config(
+def run_of(name: str, seed: int, output: Path, url: str, steps: int) -> RunConfig:
+    return load_config(
         EXAMPLES / f"{name}.yaml",
         [
             f"output={output}",
@@ -90,6 +95,11 @@ def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[st
             f"rollout.servers=[{url}]",
         ],
     )
+
+
+def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[str, Any]:
+    """Train one file; the numbers of its row."""
+    run = run_of(name, seed, output, url, steps)
     begun = time.monotonic()
     with (output.parent / f"{output.name}.log").open("w") as log, contextlib.redirect_stdout(log):
         train(run)
@@ -126,8 +136,7 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
         name = row["name"] if row["seed"] == 0 else f"{row['name']} (seed {row['seed']})"
         costs = (f"{row['length']:.1f}", str(row["rollouts"]), str(row["tokens"]), f"{row['step_s']:.2f}")
         table.add_row(name, before, half, after, *costs)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-    place = f"{time.strftime('%Y-%m-%d')}; {platform.machine()}, {cores()} cores; {versions}; {' '.join(sys.argv)}"
+    place = circumstances()
     Console().print(table, place)
     if output is not None:
         with output.open("w") as file:
