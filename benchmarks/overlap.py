@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from runs import POLICY, parsed, parser_of, rows, show, trainings
 from shared import circumstances
+from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
 KINDS: Mapping[str, Sequence[str]] = {
     "0": ["rollout.lag=0"],

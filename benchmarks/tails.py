@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from runs import POLICY, parsed, parser_of, rows, show, trainings
 from safetensors.torch import load_file, save_file
 from shared import circumstances
+from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
 KINDS: Mapping[str, Sequence[str]] = {
     "0": [],
