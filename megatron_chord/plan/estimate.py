@@ -322,8 +322,10 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         constants=case.constants,
     )
     saved = max(stage.saved for stage in stages) if case.offload else 0.0
-    times = _times(case, choice, how, sampling, saved)
-    mfu = how.efficiency / _with_recomputation(case, choice)
+    recomputing = 1 + (
+        recomputed_flops(case.shape, work.length, choice.recompute) / train_flops(case.shape, work.length)
+    )
+    times = _times(case, how, sampling, saved, recomputing)
     return Estimate(
         choice=choice,
         training=training,
@@ -335,7 +337,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         problems=tuple(_problems(case, stages, server, training_peak, sampling_peak)),
         times=times,
         speed=how,
-        mfu=mfu,
+        mfu=how.efficiency / recomputing,
         tokens_per_s=work.tokens / times.step,
     )
 
@@ -356,7 +358,8 @@ def _beside(case: Case, stage: StageMemory) -> float:
     return stage.beside_servers if case.offload else stage.static
 
 
-def _times(case: Case, choice: Choice, how: Speed, sampling: float | None, saved: float) -> Times:
+def _times(case: Case, how: Speed, sampling: float | None, saved: float, recomputing: float) -> Times:
+    """``recomputing``: FLOPs of training over those of the model alone."""
     work = case.work
     one = pass_seconds(
         case.shape,
@@ -369,18 +372,12 @@ def _times(case: Case, choice: Choice, how: Speed, sampling: float | None, saved
     return Times(
         sampling=case.sampling_seconds() if sampling is None else sampling,
         scoring=work.passes * one / 3,
-        training=work.epochs * _with_recomputation(case, choice) * one,
+        training=work.epochs * recomputing * one,
         sync=case.sync_seconds(),
         overlap=case.overlap,
         overhead=case.constants.step_overhead,
         offload=2 * saved / case.constants.host_copy,
     )
-
-
-def _with_recomputation(case: Case, choice: Choice) -> float:
-    """FLOPs of training over those of the model alone."""
-    length = case.work.length
-    return 1 + recomputed_flops(case.shape, length, choice.recompute) / train_flops(case.shape, length)
 
 
 def _stages_to_see(shape: ModelShape, parallel: ParallelConfig) -> Sequence[int]:
