@@ -20,7 +20,7 @@ from megatron_chord.model.fp8 import transformer_settings
 from megatron_chord.model.rope import scaled_frequencies
 from megatron_chord.model.specs import block_spec, has_transformer_engine
 from megatron_chord.precision import Fp8Training
-from megatron_chord.runtime.parallel import EXPERT_TENSOR
+from megatron_chord.runtime.parallel import axis_sizes
 from megatron_chord.weights.mapping import global_name, padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,12 +160,7 @@ def transformer_config(
         "ffn_hidden_size": shape.ffn_size,
         **shape.transformer,
         "activation_func": _ACTIVATIONS[shape.transformer["activation_func"]],
-        "tensor_model_parallel_size": parallel.tensor,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
-        "context_parallel_size": parallel.context,
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": EXPERT_TENSOR,
+        **axis_sizes(parallel),
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

@@ -199,7 +199,7 @@ def device_index(local_rank: int, count: int) -> int:
 
 
 def axis_sizes(parallel: ParallelConfig) -> dict[str, Any]:
-    """The axes by the names of Megatron's ``initialize_model_parallel``."""
+    """The axes by the names of Megatron's ``initialize_model_parallel`` and ``TransformerConfig``."""
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
