@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,11 +26,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from shared import circumstances, save_qwen2
+from shared import circumstances, in_ranks, save_qwen2
 from step import make_samples
 
 from megatron_chord.data.packing import make_layout, plan_step
-from megatron_chord.network import free_port
 from megatron_chord.records import Part, TrainSample
 
 HERE = Path(__file__).resolve().parent
@@ -257,17 +255,7 @@ def children(program: str, options: Mapping[str, Any], ranks: int) -> list[dict[
     """What a benchmark's child processes report, by rank."""
     command = [sys.executable, str(HERE / program)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    running = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise SystemExit(f"{' '.join(command)} failed")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    return in_ranks(command, ranks)
 
 
 def show(series: Series, rows: Sequence[Row], console: Console) -> None:

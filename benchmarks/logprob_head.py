@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from typing import Any
@@ -34,12 +33,11 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from shared import reset_high_water_mark, resident
+from shared import in_ranks, reset_high_water_mark, resident
 from torch import Tensor
 
 from megatron_chord.losses import sweep_torch
 from megatron_chord.losses.logprobs import sweep_for, tile_for, token_logprobs
-from megatron_chord.network import free_port
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GB = 1e9
@@ -109,17 +107,7 @@ def in_children(head: str, tokens: int, ranks: int) -> dict[str, Any]:
     The later of two values of one option counts, so the children's own follow ours.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--child", head, "--tokens", str(tokens)]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    children = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [child.communicate()[0] for child in children]
-    if any(child.returncode for child in children):
-        raise SystemExit(f"the {head} head with {tokens} tokens failed; out of memory?")
-    rows = [json.loads(output.splitlines()[-1]) for output in outputs]
+    rows = in_ranks(command, ranks)
     return rows[0] | {name: max(row[name] for row in rows) for name in ("seconds", "extra_bytes")}
 
 

@@ -1,14 +1,20 @@
-"""What several benchmarks need: a random model, how much memory a process takes, and what a result was got with."""
+"""What several benchmarks need: a random model, processes as ranks, how much memory one takes, and what a result was
+got with."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_chord.network import free_port
 
 
 def circumstances(*packages: str) -> str:
@@ -19,6 +25,21 @@ def circumstances(*packages: str) -> str:
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[1]
     machine = f"{platform.machine()}, {cores} cores, load {load:.1f}"
     return "; ".join([time.strftime("%Y-%m-%d"), machine, ", ".join(versions), " ".join(sys.argv)])
+
+
+def in_ranks(command: Sequence[str], ranks: int) -> list[dict[str, Any]]:
+    """The command in as many processes, told their rank as torchrun would; the JSON of each last line, by rank."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    running = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{' '.join(command)} failed; out of memory?")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def save_qwen2(folder: Path, *, hidden: int, layers: int, vocab: int) -> Any:
