@@ -191,21 +191,21 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_of_chord_is_the_references(name: str, tmp_path: Path) -> None:
-    folder = save_model(folder=tmp_path, **(DENSE | MOE)[name])
-    run = tiny_run(folder)
-    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
-    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
-    assert_split_invariant(folder, {"chord": objective}, layouts={2: STEPS[name]})
+    assert_same_step(save_model(folder=tmp_path, **(DENSE | MOE)[name]), STEPS[name])
 
 
 def test_experts_computed_again_give_the_same_step(tmp_path: Path) -> None:
     """A mixture with dense layers and shared experts."""
     folder = save_model(folder=tmp_path, **MOE["qwen2_moe_one_dense"])
+    assert_same_step(folder, {"tp2_sp_ep2": TP2_SP | {"expert": 2}}, recompute="mlp")
+
+
+def assert_same_step(folder: Path, layouts: dict[str, dict[str, Any]], **model: Any) -> None:
     run = tiny_run(folder)
-    run = replace(run, model=replace(run.model, recompute="mlp"))
+    run = replace(run, model=replace(run.model, **model))
     terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
     objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
-    assert_split_invariant(folder, {"chord": objective}, layouts={2: {"tp2_sp_ep2": TP2_SP | {"expert": 2}}})
+    assert_split_invariant(folder, {"chord": objective}, layouts={2: layouts})
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
