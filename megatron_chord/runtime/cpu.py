@@ -55,7 +55,7 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("runtime.cpu.install() called on a machine with CUDA")
-    _import_without_compiling()
+    import_without_compiling()
     _replace_torch_in_megatron()
     _patch_tensor_methods()
     _patch_random_state()
@@ -64,7 +64,7 @@ def install() -> None:
     _installed = True
 
 
-def _import_without_compiling() -> None:
+def import_without_compiling() -> None:
     """Import Megatron-Core with ``torch.compile`` switched off.
 
     Its ``jit_fuser`` decorator compiles at import (seconds for every process) and again at first use; on a CPU the

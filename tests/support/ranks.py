@@ -1,94 +1,127 @@
-"""Runs a function in several real processes joined by gloo, for tests of what happens across ranks."""
+"""Runs a function in several real processes joined by gloo, for tests of what happens across ranks.
+
+The processes are forked from a server that has imported torch, Transformers and Megatron-Core once. A fresh interpreter
+would spend two seconds of CPU time on these imports in every rank of every test.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORT_VARIABLES = ("PYTHONPATH", "TRITON_INTERPRET")
+"""What decides which modules a process imports. A test that changes one of them gets fresh interpreters."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
-    """``function(*args)`` in ``world_size`` fresh processes; their results in rank order.
+    """``function(*args)`` in ``world_size`` new processes; their results in rank order.
 
     The function must be a module-level one of an importable test module; arguments and results are pickled. When a
     rank fails, the others are stopped and the failure is raised with the rank's traceback.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+        folder = Path(name)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        call = Path(folder) / "call.pickle"
-        call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+        call = pickle.dumps((function.__module__, function.__qualname__, args))
         probe.close()
-        processes = []
-        for rank in range(world_size):
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.support.ranks", folder],
-                    env=env,
-                    stdout=(Path(folder) / f"out-{rank}").open("wb"),
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+        shared = os.environ | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        processes = [
+            _start(folder, call, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world_size)
+        ]
         try:
-            return [_result(Path(folder), rank, process, timeout_s) for rank, process in enumerate(processes)]
+            return [_result(folder, rank, process, timeout_s) for rank, process in enumerate(processes)]
         finally:
             for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                if process.is_alive():
+                    process.kill()
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid or 0, signal.SIGKILL)
+                process.join()
 
 
-def _result(folder: Path, rank: int, process: subprocess.Popen[bytes], timeout_s: float) -> Any:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout_s)
-    output = (folder / f"out-{rank}").read_text(errors="replace")[-6000:]
+def _start(folder: Path, call: bytes, environment: Mapping[str, str]) -> BaseProcess:
+    imports = tuple(environment.get(name) for name in IMPORT_VARIABLES)
+    # The server adapts Megatron-Core's imports to a machine without CUDA.
+    can_fork = environment.get("CUDA_VISIBLE_DEVICES") == "" and imports == _served_imports()
+    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    with mock.patch.dict(os.environ, environment, clear=True):
+        process = context.Process(target=_rank, args=(folder, call, dict(environment)))
+        process.start()
+    return process
+
+
+@functools.cache
+def _served_imports() -> tuple[str | None, ...]:
+    """Start the server with this process's present environment; returns what its imports depend on."""
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    with mock.patch.dict(os.environ, environment):
+        multiprocessing.set_forkserver_preload(["tests.support.ranks_imports"])
+        forkserver.ensure_running()
+        return tuple(os.environ.get(name) for name in IMPORT_VARIABLES)
+
+
+def _result(folder: Path, rank: int, process: BaseProcess, timeout_s: float) -> Any:
+    process.join(timeout_s)
+    output = _text(folder / f"out-{rank}", 6000)
     path = folder / f"result-{rank}.pickle"
     if not path.is_file():
-        others = "".join(
-            f"\n--- rank {p.name}\n{p.read_text(errors='replace')[-3000:]}"
-            for p in sorted(folder.glob("out-*"))
-        )
-        raise RuntimeError(f"rank {rank} left no result (exit {process.returncode}):\n{output}{others}")
+        others = "".join(f"\n--- rank {p.name}\n{_text(p, 3000)}" for p in sorted(folder.glob("out-*")))
+        raise RuntimeError(f"rank {rank} left no result (exit {process.exitcode}):\n{output}{others}")
     succeeded, value = pickle.loads(path.read_bytes())
     if not succeeded:
         raise RuntimeError(f"rank {rank} failed:\n{value}\n{output}")
     return value
 
 
-def _main(folder: Path) -> None:
-    module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
+def _text(path: Path, length: int) -> str:
+    return path.read_text(errors="replace")[-length:] if path.is_file() else ""
+
+
+def _rank(folder: Path, call: bytes, environment: dict[str, str]) -> None:
+    """One rank's process: the function's result, or its traceback, goes to a file."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    # multiprocessing gives a new interpreter its parent's sys.path, without what a test has put into PYTHONPATH.
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    rank = environment["RANK"]
+    with (folder / f"out-{rank}").open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
     try:
+        module, name, args = pickle.loads(call)
         result = True, getattr(importlib.import_module(module), name)(*args)
     except BaseException:
         result = False, traceback.format_exc()
-    temporary = folder / f"tmp-{os.environ['RANK']}"
+    temporary = folder / f"tmp-{rank}"
     temporary.write_bytes(pickle.dumps(result))
-    temporary.rename(folder / f"result-{os.environ['RANK']}.pickle")
+    temporary.rename(folder / f"result-{rank}.pickle")
     if not result[0]:
         os._exit(1)  # the other ranks may be waiting in a collective
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
