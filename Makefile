@@ -1,14 +1,16 @@
-# Everything here runs without a GPU, in a virtual environment of its own. For GPUs see README.md.
+# Everything here runs in a virtual environment of its own, and all but venv-gpu without a GPU.
 #
 #   make quickstart   install if needed, then train the arithmetic example on this machine's cores
 #   make test         install if needed, then lint, types and tests
 #   make venv         install only            make doctor   say what is installed and what does not fit
-#   make lint         ruff, pyright, shellcheck   make format   let ruff rewrite what it can
+#   make venv-gpu     install for GPUs instead, with Transformer Engine (FP8=0: without)
+#   make lint         ruff, pyright, shellcheck, hadolint   make format   let ruff rewrite what it can
 #   make lock         write requirements/*.txt anew from *.in (UPGRADE=--upgrade for newer versions)
 #   make clean        remove the environment and the caches
 
 PYTHON ?= python3
 VENV ?= .venv
+FP8 ?= 1
 CONFIG ?= examples/arithmetic/chord_phi.yaml
 PYTEST_ARGS ?=
 UPGRADE ?=
@@ -19,12 +21,15 @@ TORCH ?= torch==$(shell sed -n 's/^ *"torch==\(.*\)",$$/\1/p' pyproject.toml)+cp
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
+# venv-gpu marks its folder. In such a folder the other targets install nothing for CPUs.
+FOR_GPUS := $(VENV)/.for-gpus
+INSTALLED := $(if $(wildcard $(FOR_GPUS)),,$(VENV)/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-deps
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test venv doctor lint format lock clean
+.PHONY: quickstart test venv venv-gpu doctor lint format lock clean
 
-quickstart: $(VENV)/.installed
+quickstart: $(INSTALLED)
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
 
 # Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py).
@@ -38,7 +43,9 @@ endif
 
 venv: $(VENV)/.installed
 
-doctor: $(VENV)/.installed
+venv-gpu: $(VENV)/.installed-gpu
+
+doctor: $(INSTALLED)
 	@$(BIN)/python -m megatron_chord.doctor
 
 lint: $(VENV)/.installed-test
@@ -46,6 +53,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck -x slurm/*.sh slurm/lib/*.sh .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -59,6 +67,7 @@ $(BIN)/python:
 
 # cpu.txt is the complete list, so --no-deps leaves nothing out, and pip cannot replace torch on its own.
 $(VENV)/.installed: pyproject.toml requirements/cpu.txt | $(BIN)/python
+	@test ! -e $(FOR_GPUS) || { echo "$(VENV) has the packages for GPUs. First: make clean" >&2; exit 1; }
 	@echo "[1/3] $(TORCH)"
 	@$(PIP_INSTALL) "$(TORCH)" 2>/dev/null \
 	  || $(PIP_INSTALL) --retries 2 --index-url $(TORCH_INDEX) "$(TORCH)" \
@@ -69,7 +78,32 @@ $(VENV)/.installed: pyproject.toml requirements/cpu.txt | $(BIN)/python
 	@$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt $(VENV)/.installed
+# On GPUs: torch, vLLM and Megatron-Core first, because Transformer Engine's extension is compiled against that torch.
+$(VENV)/.gpu-packages: requirements/gpu.txt | $(BIN)/python
+	@test ! -e $(VENV)/.installed || { echo "$(VENV) has the packages for CPUs. First: make clean" >&2; exit 1; }
+ifneq ($(FP8),0)
+	@echo "[1/4] what the build of Transformer Engine will need"
+	@$(BIN)/python -m megatron_chord.te_build --first
+endif
+	@touch $(FOR_GPUS)
+	@echo "[2/4] requirements/gpu.txt: $$(grep -c '^[a-z]' requirements/gpu.txt) packages, 4 GB, 5 to 10 minutes"
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/gpu.txt
+	@touch $@
+
+# The extension's source is checked by its hash, as every wheel is, then compiled with what gpu.txt installed.
+$(VENV)/.gpu-fp8: requirements/fp8.txt $(VENV)/.gpu-packages
+	@echo "[3/4] requirements/fp8.txt: Transformer Engine, compiled in about 13 minutes on 2 cores, less on more"
+	@$(BIN)/python -m megatron_chord.te_build $(PIP_INSTALL) --no-build-isolation --require-hashes \
+	  --only-binary :all: --no-binary transformer-engine-torch -r requirements/fp8.txt
+	@touch $@
+
+$(VENV)/.installed-gpu: pyproject.toml $(VENV)/.gpu-packages $(if $(filter-out 0,$(FP8)),$(VENV)/.gpu-fp8)
+	@echo "[4/4] megatron_chord into $(VENV)"
+	@$(PIP_INSTALL) --no-build-isolation --editable .
+	@$(BIN)/python -m pip --disable-pip-version-check check
+	@touch $@
+
+$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt $(INSTALLED)
 	@echo "[tests] requirements/test.txt, and Triton"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/triton.txt --upgrade --target $(VENV)/triton
@@ -84,6 +118,9 @@ lock: $(UV)
 	$(COMPILE) --excludes requirements/excluded.txt requirements/cpu.in --output-file requirements/cpu.txt >/dev/null
 	$(COMPILE) --excludes requirements/excluded.txt requirements/test.in --output-file requirements/test.txt >/dev/null
 	$(COMPILE) requirements/triton.in --output-file requirements/triton.txt >/dev/null
+	$(COMPILE) requirements/gpu.in --output-file requirements/gpu.txt >/dev/null
+	$(COMPILE) --excludes requirements/excluded.txt --no-binary transformer-engine-torch requirements/fp8.in \
+	  --output-file requirements/fp8.txt >/dev/null
 
 $(UV): | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/lock

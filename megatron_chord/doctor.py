@@ -27,6 +27,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord import te_build
 from megatron_chord.precision import PRESETS, Precision, preset
 
 Status = Literal["ok", "missing", "wrong", "optional"]
@@ -47,7 +48,7 @@ CUDNN_FOLDERS = (
     "/usr/local/cuda/lib64",
 )
 """Where images keep it; from PyPI it is a distribution."""
-INSTALL_FP8 = "pip install --no-build-isolation -e '.[fp8]', after torch"
+INSTALL_FP8 = "make clean venv-gpu"
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,7 @@ def _core(needs: list[Requirement], kind: Kind, build: str) -> Iterator[Finding]
         elif need.name == "torch" and build:
             version = _version("torch") or ""
             fits = need.fits(version) and build.startswith("CUDA" if kind == "GPU" else "CPU")
-            first = "pip uninstall -y torch; " if kind == "GPU" else ""  # to pip, 2.13.0+cpu is a 2.13.0
-            advice = (
-                f"needs {need}, {'CUDA' if kind == 'GPU' else 'CPU'} build: {first}{_install(need, kind)}"
-            )
+            advice = f"needs {need}, {'CUDA' if kind == 'GPU' else 'CPU'} build: {_install(kind)}"
             yield _check("core", "torch", f"{version}, {build}", fits, advice)
         elif not need.extra:
             yield _installed("core", need, kind)
@@ -242,7 +240,10 @@ def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Fin
         yield _check(
             "FP8", "capability", found, lowest >= (9, 0), advice, required=False, otherwise="optional"
         )
-    yield _transformer_engine(next(need for need in needs if need.name == "transformer-engine"))
+    engine = _transformer_engine(next(need for need in needs if need.name == "transformer-engine"))
+    yield engine
+    if engine.status in ("missing", "wrong"):
+        yield from _transformer_engine_build()
     yield _cudnn()
     for precision, settings in PRESETS.items():
         if settings.rollouts is not None:
@@ -337,6 +338,15 @@ def _transformer_engine(need: Requirement) -> Finding:
     return Finding("FP8", need.name, found or "-", status, advice)
 
 
+def _transformer_engine_build() -> Iterator[Finding]:
+    """What its build would lack: said here, not after 13 minutes."""
+    lacks = [check for check in te_build.checks(te_build.this_host()) if not check.fits]
+    for check in lacks:
+        yield _check("FP8", f"its build: {check.name}", check.found, False, check.remedy, required=False)
+    if not lacks:
+        yield Finding("FP8", "its build", "possible", "ok")
+
+
 def _cluster(machine: Machine) -> Iterator[Finding]:
     def hint(name: str, found: str, fits: bool, advice: str) -> Finding:
         return _check("cluster", name, found, fits, advice, required=False, otherwise="optional")
@@ -355,14 +365,14 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
 
 def _installed(section: str, need: Requirement, kind: Kind) -> Finding:
     version = _version(need.name)
-    advice = f"needs {need}: {_install(need, kind)}"
+    advice = f"needs {need}: {_install(kind)}"
     if version is None:
         return Finding(section, need.name, "-", "missing", advice, required=True)
     return _check(section, need.name, version, need.fits(version), advice)
 
 
-def _install(need: Requirement, kind: Kind) -> str:
-    return "make clean venv" if kind == "CPU" else f"pip install '{need}'"
+def _install(kind: Kind) -> str:
+    return "make clean venv" if kind == "CPU" else "make clean venv-gpu"
 
 
 def _check(

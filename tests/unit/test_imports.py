@@ -17,7 +17,17 @@ import megatron_chord
 
 PACKAGE = "megatron_chord"
 LAYERS = (
-    ("config", "config_io", "config_nodes", "network", "precision", "records", "schedules", "timing"),
+    (
+        "config",
+        "config_io",
+        "config_nodes",
+        "network",
+        "precision",
+        "records",
+        "schedules",
+        "te_build",
+        "timing",
+    ),
     ("losses", "data", "rewards", "families", "weights", "costs"),
     ("runtime", "model", "rollout"),
     ("methods",),
@@ -37,6 +47,7 @@ NO_TORCH = (
     "schedules",
     "doctor",
     "settings",
+    "te_build",
     "costs",
     "plan",
 )
