@@ -86,13 +86,13 @@ ifneq ($(FP8),0)
 	@$(BIN)/python -m megatron_chord.te_build --first
 endif
 	@touch $(FOR_GPUS)
-	@echo "[2/4] requirements/gpu.txt: $$(grep -c '^[a-z]' requirements/gpu.txt) packages, 4 GB, 5 to 10 minutes"
+	@echo "[2/4] requirements/gpu.txt: $$(grep -c '^[a-z]' requirements/gpu.txt) packages, 5 GB, 5 to 15 minutes"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/gpu.txt
 	@touch $@
 
 # The extension's source is checked by its hash, as every wheel is, then compiled with what gpu.txt installed.
 $(VENV)/.gpu-fp8: requirements/fp8.txt $(VENV)/.gpu-packages
-	@echo "[3/4] requirements/fp8.txt: Transformer Engine, compiled in about 13 minutes on 2 cores, less on more"
+	@echo "[3/4] requirements/fp8.txt: Transformer Engine, compiled in 10 to 20 minutes on 2 cores, less on more"
 	@$(BIN)/python -m megatron_chord.te_build $(PIP_INSTALL) --no-build-isolation --require-hashes \
 	  --only-binary :all: --no-binary transformer-engine-torch -r requirements/fp8.txt
 	@touch $@

@@ -134,6 +134,8 @@ def test_disk(host: Host, tmp_path: Path) -> None:
     check = lacks(replace(host, free_temporary=GIB // 2))["disk for temporary files"]
     assert check.found == f"0.5 GiB free in {tmp_path}"
     assert check.remedy == "needs 1 GiB: free some, or set TMPDIR to a folder on another disk"
+    first = te_build.host_checks(replace(host, free_temporary=5 * GIB), te_build.DOWNLOAD_DISK)
+    assert [check.name for check in first if not check.fits] == ["disk for temporary files"]
 
 
 def test_the_wheels_are_shown_as_the_toolkit(host: Host, tmp_path: Path) -> None:
