@@ -31,4 +31,30 @@ def run_with_triton(
     if FOLDER.is_dir():
         found["PYTHONPATH"] = f"{FOLDER}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with mock.patch.dict(os.environ, found):
+        if interpret:
+            return run_ranks(_interpreted, ranks, function, *args)
         return run_ranks(function, ranks, *args)
+
+
+def _interpreted(function: Callable[..., Any], *args: Any) -> Any:
+    accept_numpy_2_4()
+    return function(*args)
+
+
+def accept_numpy_2_4() -> None:
+    """Let the interpreter of Triton before 3.7 take a kernel's argument as a bound of ``range`` under NumPy 2.4.
+
+    It keeps an argument as an array of one number and calls ``int`` on that array (``_patch_lang_tensor`` in
+    triton/runtime/interpreter.py). NumPy 2.4 refuses this for arrays with a dimension. Triton 3.7 squeezes the array.
+    """
+    from triton.runtime import interpreter
+
+    patch: Any = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None:
+        return
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)  # what the kernel's end undoes
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_chord.losses import sweep_torch
 from megatron_chord.losses.sweep import Reduced, Sweep
-from tests.support.interpreter import run_with_triton
+from tests.support.interpreter import accept_numpy_2_4, run_with_triton
 
 BLOCKS = (2048, 4096)
 """Columns that a kernel's program takes at a time (``test_the_kernels_have_these_blocks``)."""
@@ -93,6 +93,25 @@ def in_triton(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [sweep_shards(sweep_triton, case) for case in cases]
 
 
+def in_triton_3_6(case: dict[str, Any]) -> dict[str, Any]:
+    """With NumPy 2.4, which takes no array with a dimension for a whole number."""
+    from triton.runtime import interpreter
+
+    def as_3_6_does(tensor: Any, scope: Any) -> None:
+        def index(number: Any) -> int:
+            if number.handle.data.ndim:
+                raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+            return int(number.handle.data)
+
+        patch(tensor, scope)
+        tensor.__index__ = index
+
+    patch = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = as_3_6_does
+    accept_numpy_2_4()
+    return in_triton([case])[0]
+
+
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
     """Of the whole vocabulary, in float64: lse, entropy, and the gradient with respect to the logits."""
     logits, targets, grads = make_inputs(case)
@@ -168,6 +187,12 @@ def test_the_cases_reach_what_they_are_for() -> None:
     for block in BLOCKS:
         for beside in (-1, 0, 1):
             assert any(width % block == beside % block for case in CASES for width in case["widths"])
+
+
+def test_the_interpreter_of_triton_3_6_counts_under_numpy_2_4() -> None:
+    (ours,) = run_with_triton(in_triton_3_6, CASE)
+    assert_reduced(CASE, ours["reduced"])
+    assert_gradient(CASE, ours["gradient"])
 
 
 def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
