@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 TOGETHER = ("tests/e2e/", "tests/slurm/")
 """Folders whose files share what is dear to start: a vLLM server, a Slurm."""
@@ -19,12 +19,22 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-class _ByFileOrFolder(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        return next(
-            (folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid)
-        )
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A GPU machine may have pytest alone: then tests run without pytest-timeout's limit, one after another."""
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "Read by pytest-timeout, which is not installed.")
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    return _ByFileOrFolder(config, log) if config.getvalue("dist") == "loadfile" else None
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrFolder(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next(
+                (folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid)
+            )
+
+    return ByFileOrFolder(config, log)

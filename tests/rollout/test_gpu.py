@@ -4,6 +4,7 @@ through main memory, NCCL between two. And FP8 rollouts."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
+"""Of tests that start a server. The others run on a GPU without one."""
 TOLERANCE = 2e-2  # different kernels, and TF32 where vLLM uses it; other weights are off by whole units
 
 
@@ -86,6 +89,7 @@ def test_a_fingerprint_is_the_same_on_a_gpu() -> None:
         assert fingerprint("a", tensor.cuda()) == fingerprint("a", tensor)
 
 
+@needs_vllm
 def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None:
     device = torch.device("cuda", 0)
     client = client_of(server)
@@ -126,6 +130,7 @@ def test_a_staging_buffer_is_exported_once_to_each_worker() -> None:
     assert handles[4][0] != handles[0][0]
 
 
+@needs_vllm
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs capability 9.0"
 )

@@ -1,0 +1,37 @@
+"""With torch, Megatron-Core and pytest alone, tests for GPUs are skipped for what they lack and do not fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_gpu_tests_are_collected_and_skipped_without_vllm() -> None:
+    """Every module is imported; what starts a server is then run, and says why it does not."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.support.bare",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+    ]
+    done = subprocess.run(
+        [*command, "tests/gpu", "tests/rollout", "-k", "arrive"],
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("needs vLLM") == 2, done.stdout  # a line for each test
+    assert "6 skipped, " in done.stdout, done.stdout
