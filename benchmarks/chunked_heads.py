@@ -1,4 +1,4 @@
-"""Other people's log-prob heads that never hold the whole logits, each as a function of the same arguments.
+"""What our log-prob head is compared with, each as a function of the same arguments.
 
 ``hidden`` [T, H] and ``weight`` [V, H] with gradients, ``targets`` [T] -> log-probs [T], and entropies [T] or none.
 
@@ -9,7 +9,8 @@
 * **Liger**: what ``LigerFusedLinearGRPOLoss`` computes log-probs with: tiles of 2048 tokens and 4096 columns. It gives
   no entropy, so it does less.
 
-TRL and Liger are optional: ``available()`` names what is installed.
+TRL and Liger are optional: ``available()`` names what is installed. None of these (``HEADS``) holds the whole logits.
+``naive`` does; ``products`` are the matrix products alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ CHUNK_TOKENS = 1024
 TRL_COLUMNS = 32_768
 """trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of trl 1.16.0; importing that module would load all of TRL."""
 LIGER_COLUMNS = 4096
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole logits [T, V], and what autograd keeps of them."""
+    full = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
+    return full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
+
+
+def products(hidden: Tensor, weight: Tensor, tile: tuple[int, int]) -> float:
+    """The matrix products that no chunked head can do without; ``tile``: tokens, and rows of the weight."""
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    total = 0.0
+    for piece in hidden.split(tile[0]):
+        for rows in weight.split(tile[1]):
+            total += float((piece @ rows.t())[0, 0])
+    for piece, grad_piece in zip(hidden.split(tile[0]), grad_hidden.split(tile[0]), strict=True):
+        for rows, grad_rows in zip(weight.split(tile[1]), grad_weight.split(tile[1]), strict=True):
+            logits = piece @ rows.t()
+            grad_piece.addmm_(logits, rows)
+            grad_rows.addmm_(logits.t(), piece)
+    return total
 
 
 def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from samples import make_samples
 from shared import circumstances, in_ranks, save_qwen2
-from step import make_samples
 
 from megatron_chord.data.packing import make_layout, plan_step
 from megatron_chord.records import Part, TrainSample
@@ -133,9 +133,7 @@ def step_by_tokens(samples: int, model: Path) -> Row:
 def step_by_group(group: int, model: Path) -> Row:
     """2 prompts; the remark says what would be left if the rollouts of a prompt passed it once."""
     (found,) = step(model, rollouts=2 * group, experts=0, group=group)
-    drawn = make_samples(
-        argparse.Namespace(rollouts=2 * group, experts=0, group=group, vocab=MODEL["vocab"], tails=False)
-    )
+    drawn = make_samples(rollouts=2 * group, experts=0, group=group, vocab=MODEL["vocab"])
     prompts = {tuple(sample.token_ids[: sample.parts[0].positions[0]].tolist()) for sample in drawn}
     once = sum(len(sample.parts[0].positions) for sample in drawn) + sum(map(len, prompts))
     return Row(

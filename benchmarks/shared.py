@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,36 @@ def in_ranks(command: Sequence[str], ranks: int) -> list[dict[str, Any]]:
 
 def save_qwen2(folder: Path, *, hidden: int, layers: int, vocab: int) -> Any:
     """A random fp32 model of Qwen2's shape in Hugging Face format; also returned, as Transformers' module."""
+    return save_model(folder, qwen2_config(hidden=hidden, layers=layers, vocab=vocab))
+
+
+def qwen2_config(*, hidden: int, layers: int, vocab: int) -> dict[str, Any]:
+    """A config.json of Qwen2's family in which the hidden size decides the other widths."""
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 256),
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+
+
+def save_model(folder: Path, config: Mapping[str, Any], dtype: str = "fp32") -> Any:
+    """A random model of this config.json in Hugging Face format; also returned, as Transformers' module.
+
+    Args:
+        dtype: of the weights, fp32 or bf16: in memory while they are made, and on disk.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    model = AutoModelForCausalLM.from_config(config).float()
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=wanted)
     model.save_pretrained(folder)
     return model
 

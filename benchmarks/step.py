@@ -1,6 +1,7 @@
 """A whole CHORD step beside the same step written with plain Transformers and AdamW: time and peak memory.
 
     python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --experts 16]
+    python benchmarks/step.py --shape 7b --layers 4 --dtype bf16     # on a GPU
     python benchmarks/step.py --grpo          # mu = 0, rollouts alone: also beside TRL's GRPOTrainer, if installed
 
 One optimizer update of L = 0.8 L_GRPO + 0.2 L_SFT-phi on one process, in fp32, from the same random Qwen2-shaped model
@@ -19,7 +20,8 @@ budget: once with the samples as drawn, once sorted by length, which is the best
 
 Each runs in a process of its own, in turn for ``--rounds`` rounds; the first update warms up, the median of the next
 ones counts, and the fastest round. Seconds are CPU time of all threads (elapsed on a GPU). Extra peak memory is what
-updates needed beyond model, gradients and optimizer. The losses of all are printed: they are the same number.
+updates needed beyond model, gradients and optimizer. TFLOP/s, and on a known GPU MFU, count the model's own products
+(``costs/flops.py``) over elapsed time. The losses of all are printed: they are the same number.
 """
 
 from __future__ import annotations
@@ -40,14 +42,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from shared import circumstances, reset_high_water_mark, resident, save_qwen2
+from samples import make_samples
+from shapes import SHAPES, model_config
+from shared import circumstances, qwen2_config, reset_high_water_mark, resident, save_model
 from torch import Tensor
 
-from megatron_chord.records import Part, TrainSample
+from megatron_chord.families.table import read_shape
+from megatron_chord.records import TrainSample
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.train.throughput import own_gpu, throughput
 
 GB = 1e9
 MU, LR, CLIP = 0.2, 1e-5, 0.2
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+"""Of the losses, which are sums of rounded log-probs."""
 KINDS = {
     "ours": "megatron_chord",
     "products": "its matrix products alone",
@@ -66,12 +74,12 @@ def main() -> int:
     with_trl = arguments.grpo and importlib.util.find_spec("trl") is not None
     kinds = [kind for kind in KINDS if with_trl or not kind.startswith("trl")]
     with tempfile.TemporaryDirectory() as name:
-        save_qwen2(Path(name), hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
+        save_model(Path(name), config_of(arguments), arguments.dtype)
         rounds = [{kind: in_child(kind, name) for kind in kinds} for _ in range(arguments.rounds)]
     results = {kind: min((found[kind] for found in rounds), key=lambda row: row["seconds"]) for kind in kinds}
     report(arguments, results, with_trl)
     losses = [result["loss"] for kind, result in results.items() if kind != "products"]
-    agree = max(losses) - min(losses) < 1e-5 * max(1.0, abs(losses[0]))
+    agree = max(losses) - min(losses) < TOLERANCE[arguments.dtype] * max(1.0, abs(losses[0]))
     print(
         f"{'PASS' if agree else 'FAIL'}: the {len(losses)} losses agree: "
         f"{', '.join(f'{loss:.7f}' for loss in losses)}"
@@ -83,9 +91,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A CHORD step beside plain Transformers and AdamW.")
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="sizes of a real model, in place of --hidden and --vocab"
+    )
+    parser.add_argument("--hidden", type=int, help="hidden size (default: 256)")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=32_768)
+    parser.add_argument("--vocab", type=int, help="size of the vocabulary (default: 32768)")
     parser.add_argument("--rollouts", type=int, default=48)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--group", type=int, default=1, help="rollouts that share a prompt")
@@ -94,15 +105,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tails", action="store_true", help="long-tailed lengths: mean 500, cut at 2000")
     parser.add_argument("--updates", type=int, default=3, help="after one to warm up")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights, also on disk"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)  # for growth.py's children
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.shape and (arguments.hidden or arguments.vocab):
+        parser.error(f"--shape {arguments.shape} sets --hidden and --vocab: leave them out")
+    config = model_config(arguments.shape) if arguments.shape else {}
+    arguments.hidden = config.get("hidden_size", arguments.hidden or 256)
+    arguments.vocab = config.get("vocab_size", arguments.vocab or 32_768)
     if arguments.grpo:
         arguments.experts = 0
     return arguments
+
+
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the model's config.json says."""
+    if arguments.shape:
+        return model_config(arguments.shape, layers=arguments.layers)
+    return qwen2_config(hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
 
 
 def in_child(kind: str, folder: str) -> dict[str, Any]:
@@ -113,35 +138,15 @@ def in_child(kind: str, folder: str) -> dict[str, Any]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def make_samples(arguments: argparse.Namespace) -> list[TrainSample]:
-    rng = np.random.default_rng(0)
-    samples, prompt_ids = [], np.empty(0, np.int64)
-    for index in range(arguments.rollouts + arguments.experts):
-        is_expert = index >= arguments.rollouts
-        if is_expert or index % arguments.group == 0:
-            length = int(np.clip(rng.lognormal(np.log(90), 0.35), 30, 400))
-            prompt_ids = rng.integers(3, arguments.vocab, length)
-        prompt = len(prompt_ids)
-        median, spread, most = (400, 0.75, 2000) if arguments.tails else (160, 0.5, 1000)
-        response = int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
-        constants = {
-            "advantage": float(rng.normal()),
-            "rollout_logprob": rng.normal(-np.log(arguments.vocab), 0.1, response).astype(np.float32),
-        }
-        part = Part(
-            term="expert" if is_expert else "policy",
-            positions=np.arange(prompt, prompt + response),
-            constants={} if is_expert else constants,
-        )
-        token_ids = np.concatenate([prompt_ids, rng.integers(3, arguments.vocab, response)])
-        samples.append(TrainSample(token_ids=token_ids, parts=(part,)))
-    order = rng.permutation(len(samples))
-    return [samples[i] for i in order]
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    samples = make_samples(arguments)
+    samples = make_samples(
+        rollouts=arguments.rollouts,
+        experts=arguments.experts,
+        group=arguments.group,
+        vocab=arguments.vocab,
+        tails=arguments.tails,
+    )
     has_cuda = torch.cuda.is_available()
     clock = time.perf_counter if has_cuda else time.process_time
     build = {"ours": ours, "products": products, "drawn": plain, "sorted": plain}.get(arguments.child, trl)
@@ -163,14 +168,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         elapsed.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
     runtime.stop()  # or gloo's threads can abort the process as it ends
+    lengths = [len(sample.token_ids) for sample in samples]
+    rate = throughput(
+        read_shape(arguments.model),
+        tokens=sum(lengths),
+        squared_tokens=sum(length**2 for length in lengths),
+        passes=1.0,
+        seconds=statistics.median(elapsed),
+        ranks=1,
+        gpu=own_gpu(),
+    )
     return {
         "seconds": statistics.median(seconds),
         "elapsed": statistics.median(elapsed),
         "extra": peak - before,
         "peak": peak,
         "loss": loss,
-        "tokens": sum(len(sample.token_ids) for sample in samples),
+        "tokens": sum(lengths),
         "passed": tokens,
+        **rate,
     }
 
 
@@ -185,7 +201,6 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         RunConfig,
     )
     from megatron_chord.data.packing import plan_step
-    from megatron_chord.families.table import read_shape
     from megatron_chord.losses.aggregate import with_scales
     from megatron_chord.methods.table import build
     from megatron_chord.train.setup import layout_of
@@ -458,7 +473,16 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], wi
         f"{arguments.vocab}, {arguments.dtype}"
     )
     table.add_column("step")
-    for heading in ("tokens passed", "seconds", "tokens/s", "extra peak GB", "time ratio", "memory ratio"):
+    headings = (
+        "tokens passed",
+        "seconds",
+        "tokens/s",
+        "TFLOP/s",
+        "extra peak GB",
+        "time ratio",
+        "memory ratio",
+    )
+    for heading in (*headings, *["MFU"] * ("mfu" in ours_row)):
         table.add_column(heading, justify="right")
     for kind, row in results.items():
         table.add_row(
@@ -466,9 +490,11 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], wi
             str(row["passed"]),
             f"{row['seconds']:.2f}",
             f"{row['tokens'] / row['seconds']:.0f}",
+            f"{row['tflops_per_gpu']:.3g}",
             "" if kind == "products" else f"{row['extra'] / GB:.2f}",
             f"{row['seconds'] / ours_row['seconds']:.2f}",
             "" if kind == "products" else f"{row['extra'] / ours_row['extra']:.1f}",
+            *([f"{row['mfu']:.1%}"] if "mfu" in row else []),
         )
     Console(width=120).print(table, f"{device}; {circumstances('transformers', *['trl'] * with_trl)}")
 
