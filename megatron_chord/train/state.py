@@ -63,7 +63,7 @@ class TrainState:
         )
 
 
-def build_state(
+def build_state(  # noqa: PLR0913 (the last is for benchmarks)
     shape: ModelShape,
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -73,11 +73,13 @@ def build_state(
     steps: int,
     reference: Path | None = None,
     fp8: Fp8Training | None = None,
+    fill: Callable[[Mapping[str, Tensor]], object] | None = None,
 ) -> TrainState:
     """Build this rank's part of the model, fill it from ``model.path`` and put an optimizer on it.
 
     ``reference``: folder of a second policy of the same shape to keep beside it, for its log-probs alone.
     ``fp8``: of the matrix products of both.
+    ``fill``: sets the weights in place, by their names in Megatron, instead of ``model.path``, which is then not read.
 
     Collectives: those of Megatron's constructors; all ranks must call it.
     """
@@ -87,7 +89,7 @@ def build_state(
         finalize_model_grads,
     )
 
-    config, chunks = _filled(shape, model, parallel, groups, fp8)
+    config, chunks = _filled(shape, model, parallel, groups, fp8, fill)
     reference_chunks: tuple[Any, ...] = ()
     if reference is not None:
         _, read = _filled(shape, replace(model, path=reference), parallel, groups, fp8)
@@ -145,10 +147,14 @@ def _filled(
     parallel: ParallelConfig,
     groups: ParallelGroups,
     fp8: Fp8Training | None,
+    fill: Callable[[Mapping[str, Tensor]], object] | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Megatron's config, and this rank's chunks with the weights of ``model.path``."""
+    """Megatron's config, and this rank's chunks with the weights of ``model.path``, or what ``fill`` gives them."""
     config = transformer_config(shape, model, parallel, fp8)
     chunks = build_chunks(config, shape)
+    if fill is not None:
+        fill(global_weights(chunks))
+        return config, chunks
     read = functools.partial(
         load,
         global_weights(chunks),
