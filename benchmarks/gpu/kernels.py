@@ -1,0 +1,54 @@
+"""What a profile's time went into: names of kernels (and, on a CPU, of torch's operations) in groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+GROUPS: tuple[tuple[str, str], ...] = (
+    ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_scatter"),
+    ("attention", r"flash|fmha|fused_attn|scaled_dot_product|cudnn_generated.*sdpa|_sdpa_"),
+    ("head's sweeps", r"^_reduce$|^_differentiate$|logsumexp|log_softmax"),
+    ("products", r"gemm|nvjet|cutlass|xmma|cublas|aten::(mm|addmm|bmm|matmul|linear)$"),
+    ("optimizer", r"adam|multi_tensor|lerp|addcdiv|addcmul|foreach"),
+    ("quantisation", r"quantize|cast_transpose|fp8|amax"),
+    ("norms", r"norm"),
+    ("activations", r"silu|swiglu|gelu|sigmoid"),
+    ("copies", r"memcpy|memset|copy|aten::(zero_|fill_|cat)|fillfunctor|catarray"),
+    ("elementwise", r"elementwise|vectorized|aten::(add|mul|sub|div|exp|neg|where)"),
+)
+"""The first whose pattern is found in the name counts."""
+OTHER = "other"
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def grouped(events: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Seconds of each group that took any, the longest first, of names and their seconds."""
+    found: dict[str, float] = {}
+    for name, seconds in events:
+        group = group_of(name)
+        found[group] = found.get(group, 0.0) + seconds
+    return dict(sorted(((g, s) for g, s in found.items() if s > 0), key=lambda pair: -pair[1]))
+
+
+def own_times(profile: Any) -> list[tuple[str, float]]:
+    """Of a ``torch.profiler.profile``: kernels and their seconds on the device, on a CPU operations and their own.
+
+    Operations on the host carry their kernels' times a second time, so with CUDA only what ran on the device counts:
+    kernels, and not the ranges around them that someone named.
+    """
+    from torch.autograd import DeviceType
+
+    events = profile.key_averages()
+    on_device = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    if on_device:
+        return [(event.key, event.self_device_time_total / 1e6) for event in on_device]
+    return [(event.key, event.self_cpu_time_total / 1e6) for event in events]
