@@ -18,6 +18,7 @@ from megatron_chord.convert.layout import Layout, Stored, layout_of, without_pad
 from megatron_chord.convert.stream import METADATA, Checkpoint
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.weights.folder import check_copies, open_model
 from megatron_chord.weights.reader import HFReader
 from megatron_chord.weights.transforms import merged_shape
 
@@ -82,8 +83,9 @@ class HFSource:
 
     @classmethod
     def of(cls, folder: Path) -> HFSource:
-        shape, reader = read_shape(folder), HFReader.of(folder)
-        shape.weights.check_folder(reader.names, str(folder))
+        shape = read_shape(folder)
+        reader = open_model(folder, shape.weights)
+        check_copies(reader, shape.weights)
         dtypes, own = {name: reader.dtype(name) for name in shape.weights.hf_names()}, shape.weights.dtypes()
         dtype = _only_dtype({name: found for name, found in dtypes.items() if name not in own}, folder)
         findings = [

@@ -13,12 +13,13 @@ from megatron_chord.families.deepseek_v3 import first_layers
 from megatron_chord.families.dense import decoder
 from megatron_chord.families.latent import latent_attention
 from megatron_chord.families.moe import Scores, mixture
-from megatron_chord.families.settings import read_rope, refuse_biases
+from megatron_chord.families.settings import read_rope, refuse_biases, refuse_short_window
 from megatron_chord.families.shape import Experts, ModelShape, refuse, require
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_biases(config, "mlp_bias")
+    refuse_short_window(config, default=None)
     scoring, method = config.get("scoring_func", "softmax"), config.get("topk_method", "greedy")
     refuse(scoring != "softmax", config, f"scoring_func {scoring!r} is not 'softmax'")
     refuse(

@@ -12,16 +12,20 @@ from typing import Any
 from megatron_chord.families.dense import decoder
 from megatron_chord.families.latent import latent_attention
 from megatron_chord.families.moe import Scores, mixture
-from megatron_chord.families.settings import read_rope
+from megatron_chord.families.settings import read_rope, refuse_short_window
 from megatron_chord.families.shape import Experts, ModelShape, refuse, require
-from megatron_chord.weights.mapping import hf_layer
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
+    refuse_short_window(config, default=None)
     # Transformers does not read these. vLLM does, and with others routes otherwise.
-    stated = {"moe_layer_freq": 1, **config}
-    for name, expected in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
-        refuse(stated.get(name) != expected, config, f"{name} {stated.get(name)!r} must be {expected!r}")
+    for name, default, expected in (
+        ("scoring_func", None, "sigmoid"),
+        ("topk_method", None, "noaux_tc"),
+        ("moe_layer_freq", 1, 1),
+    ):
+        stated = config.get(name, default)
+        refuse(stated != expected, config, f"{name} {stated!r} must be {expected!r}")
     rope = read_rope(config, yarn=True)
     width, num_shared = require(config, "moe_intermediate_size"), require(config, "n_shared_experts")
     feed_forward = mixture(
@@ -46,8 +50,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         rope=rope,
         attention=latent_attention(config, rope=rope),
         feed_forward=feed_forward,
-        # Folders of some models hold RoPE's frequencies, which config.json determines.
-        unread=hf_layer("self_attn.rotary_emb.inv_freq"),
         num_unread_layers=config.get("num_nextn_predict_layers") or 0,
     )
 

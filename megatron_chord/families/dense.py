@@ -34,6 +34,13 @@ class FeedForward:
     experts: Experts | None = None
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FREQUENCIES = (
+    *hf_layer(*(f"self_attn.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))),
+    "model.rotary_emb.inv_freq",
+)
+"""RoPE's, which older folders hold and config.json determines. Transformers and vLLM pass over them."""
+
 PRE_MLP_NORM = Rule(
     # Transformer Engine's layer spec fuses it with a dense MLP, and leaves it alone before experts.
     megatron=both("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
@@ -70,7 +77,6 @@ def decoder(
     rope: Rope,
     attention: Attention | None = None,
     feed_forward: FeedForward | None = None,
-    unread: tuple[str, ...] = (),
     num_unread_layers: int = 0,
 ) -> ModelShape:
     """The model of this config.json.
@@ -78,7 +84,6 @@ def decoder(
     Args:
         attention: ``grouped_attention`` of config.json's sizes where left out.
         feed_forward: a dense gated MLP where left out.
-        unread: see ``WeightMap.unread``.
         num_unread_layers: see ``WeightMap.num_unread_layers``.
 
     Raises:
@@ -87,8 +92,8 @@ def decoder(
     attention = attention or grouped_attention(config)
     feed_forward = feed_forward or gated_mlp()
     activation = config.get("hidden_act", "silu")
-    refuse(activation != "silu", config, f"hidden_act {activation!r} is not silu")
-    refuse(config.get("quantization_config") is not None, config, "quantised weights cannot be trained")
+    # Two names of one function in Transformers; see ``serving_config`` in families/table.py.
+    refuse(activation not in ("silu", "swish"), config, f"hidden_act {activation!r} is not silu")
     tied = bool(config.get("tie_word_embeddings", False))
     num_layers = require(config, "num_hidden_layers")
     return ModelShape(
@@ -116,25 +121,25 @@ def decoder(
             rules=(*_embedding_rules(tied), *attention.rules, *feed_forward.rules),
             num_layers=num_layers,
             num_experts=feed_forward.experts.count if feed_forward.experts else 0,
-            unread=unread,
+            unread=_FREQUENCIES,
+            copies={HEAD: EMBEDDING} if tied else {},
             num_unread_layers=num_unread_layers,
         ),
     )
 
 
 def _embedding_rules(tied: bool) -> tuple[Rule, ...]:
-    embedding = "model.embed_tokens.weight"
     return (
         Rule(
             megatron=("embedding.word_embeddings.weight",),
-            hf=(embedding,),
+            hf=(EMBEDDING,),
             transform=Same(axis=0),
             vocab=True,
         ),
         Rule(megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), transform=Same()),
         Rule(
             megatron=("output_layer.weight",),
-            hf=(embedding if tied else "lm_head.weight",),
+            hf=(EMBEDDING if tied else HEAD,),
             transform=Same(axis=0),
             vocab=True,
             exported=not tied,

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_chord.families.dense import decoder, grouped_attention
-from megatron_chord.families.settings import read_rope, refuse_biases
+from megatron_chord.families.settings import read_rope, refuse_biases, refuse_short_window
 from megatron_chord.families.shape import ModelShape, require
-from megatron_chord.weights.mapping import hf_layer
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_biases(config, "attention_bias", "mlp_bias")
+    refuse_short_window(config, default=None)
     return decoder(
         config,
         rope=read_rope(config),
@@ -20,6 +20,4 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
             config,
             num_kv_heads=config.get("num_key_value_heads") or require(config, "num_attention_heads"),
         ),
-        # Llama 2's folders keep RoPE's frequencies, which config.json determines.
-        unread=hf_layer("self_attn.rotary_emb.inv_freq"),
     )

@@ -7,12 +7,23 @@ from typing import Any
 
 from megatron_chord.families.dense import decoder, grouped_attention
 from megatron_chord.families.moe import Names, mixture, qwen_dense_layers
-from megatron_chord.families.settings import read_rope, refuse_sliding_layers
-from megatron_chord.families.shape import Experts, ModelShape, require
+from megatron_chord.families.settings import read_rope, refuse_head_dim, refuse_sliding_layers
+from megatron_chord.families.shape import Experts, ModelShape, refuse, require
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_sliding_layers(config)
+    refuse(
+        config.get("qkv_bias") is False,
+        config,
+        "qkv_bias false is not supported: vLLM's layer has the biases",
+    )
+    refuse_head_dim(config)
+    refuse(
+        require(config, "shared_expert_intermediate_size") == 0,
+        config,
+        "a shared expert of width 0 is not supported",
+    )
     feed_forward = mixture(
         config,
         experts=Experts(
@@ -27,6 +38,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     return decoder(
         config,
         rope=read_rope(config),
-        attention=grouped_attention(config, qkv_bias=bool(config.get("qkv_bias", True))),
+        attention=grouped_attention(config, qkv_bias=True),
         feed_forward=feed_forward,
     )

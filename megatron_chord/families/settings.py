@@ -18,12 +18,12 @@ from megatron_chord.families.shape import (
 )
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of RoPE under Transformers 5's name for it, or 4's.
 
     Where both are there, what Transformers 5 takes (modeling_rope_utils.py, convert_rope_params_to_dict).
     """
-    return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0, yarn: bool = False) -> Rope:
@@ -81,19 +81,21 @@ def _yarn(config: Mapping[str, Any], stated: Mapping[str, Any]) -> YarnScaling:
         factor=_number(config, stated, "factor"),
         beta_fast=float(stated.get("beta_fast") or 32),
         beta_slow=float(stated.get("beta_slow") or 1),
-        truncate=bool(stated.get("truncate", True)),
         original_max_positions=_original_max_positions(config, stated),
     )
     mscale, over_all = stated.get("mscale"), stated.get("mscale_all_dim")
     stretch = stated.get("attention_factor")
-    keeps_size = stretch == 1 or (
-        stretch is None and (scaling.factor <= 1 or (mscale and mscale == over_all))
+    keeps_size = stretch is None and (scaling.factor <= 1 or (mscale and mscale == over_all))
+    refuse(
+        stated.get("truncate") is False,
+        config,
+        "YaRN with truncate false is not supported: Transformers would not round the ramp's ends, vLLM would",
     )
     refuse(
         not keeps_size,
         config,
         f"YaRN that stretches queries and keys is not supported: mscale {mscale} and mscale_all_dim {over_all} must "
-        f"be equal, attention_factor {stretch} absent or 1",
+        f"be equal and attention_factor {stretch} absent (vLLM and Transformers read it differently)",
     )
     return scaling
 
@@ -113,6 +115,10 @@ def _number(config: Mapping[str, Any], rope: Mapping[str, Any], name: str) -> fl
     return float(value)
 
 
+QWEN_WINDOW = 4096
+"""Where config.json does not mention the window (configuration_qwen2.py)."""
+
+
 def refuse_biases(config: Mapping[str, Any], *names: str) -> None:
     """Megatron has biases on all linear layers, on query, key and value alone, or on none."""
     for name in names:
@@ -121,15 +127,36 @@ def refuse_biases(config: Mapping[str, Any], *names: str) -> None:
         )
 
 
+def refuse_head_dim(config: Mapping[str, Any]) -> None:
+    """Transformers reads ``head_dim``; vLLM's layers of Qwen2 and Qwen2-MoE do not."""
+    stated, heads = config.get("head_dim"), require(config, "num_attention_heads")
+    computed = require(config, "hidden_size") // heads
+    refuse(
+        stated not in (None, computed),
+        config,
+        f"head_dim {stated} is not supported: vLLM takes hidden_size / num_attention_heads, {computed}",
+    )
+
+
 def refuse_sliding_layers(config: Mapping[str, Any]) -> None:
-    """Qwen's switch: ``use_sliding_window`` gives some layers a window; ``layer_types`` names them and overrules it."""
-    types = config.get("layer_types")
-    sliding = set(types) != {"full_attention"} if types else bool(config.get("use_sliding_window"))
-    refuse(sliding, config, "sliding-window attention is not supported")
+    """Qwen's switch: ``use_sliding_window`` gives some layers a window, or all.
+
+    ``layer_types`` names them in some of Transformers' models. vLLM, and Transformers' Qwen3-MoE, give all layers the
+    window whatever it says.
+    """
+    if not config.get("use_sliding_window"):
+        _refuse_layer_types(config)
+        return
+    refuse(not config.get("layer_types"), config, "sliding-window attention is not supported")
+    refuse_short_window(config, default=QWEN_WINDOW)
 
 
 def refuse_short_window(config: Mapping[str, Any], *, default: int | None) -> None:
-    """Mistral's switch: a window on all layers, which does nothing where it spans all positions of the model."""
+    """Mistral's switch: a window on all layers, which does nothing where it spans all positions of the model.
+
+    vLLM reads it for every family.
+    """
+    _refuse_layer_types(config)
     window = config.get("sliding_window", default)
     positions = require(config, "max_position_embeddings")
     refuse(
@@ -137,4 +164,13 @@ def refuse_short_window(config: Mapping[str, Any], *, default: int | None) -> No
         config,
         f"sliding-window attention is not supported: the window of {window} is shorter than the model's "
         f"{positions} positions",
+    )
+
+
+def _refuse_layer_types(config: Mapping[str, Any]) -> None:
+    others = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    refuse(
+        bool(others),
+        config,
+        f"sliding-window attention is not supported: layer_types names {', '.join(others)}",
     )

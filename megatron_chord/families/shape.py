@@ -34,8 +34,6 @@ class YarnScaling:
     factor: float
     beta_fast: float
     beta_slow: float
-    truncate: bool
-    """The ramp's ends are rounded to whole dimensions."""
     original_max_positions: int
 
 

@@ -18,6 +18,7 @@ from megatron_chord.families import (
     qwen3,
     qwen3_moe,
 )
+from megatron_chord.families.fields import check_fields, one_name
 from megatron_chord.families.shape import ModelShape
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
@@ -31,6 +32,19 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
     "qwen3": qwen3.shape,
     "qwen3_moe": qwen3_moe.shape,
 }
+
+CAUSAL_LM: dict[str, str] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""The class that is the family's model with its head: vLLM chooses by it, Transformers by the model type."""
 
 _EMBEDDING_SCALE = (
     "embeddings times sqrt(hidden_size) "
@@ -68,16 +82,46 @@ def read_shape(folder: Path) -> ModelShape:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: model.path must be a Hugging Face model folder")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold an object, not {type(config).__name__}")
     model_type = config.get("model_type")
-    if model_type in LACKING:
+    if isinstance(model_type, str) and model_type in LACKING:
         lacking = "\n  ".join(LACKING[model_type])
         raise ValueError(
             f"{path}: Megatron-Core 0.16.1 cannot compute model_type {model_type!r}. It lacks:\n  {lacking}"
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: unknown model_type {model_type!r}; known families: {known}")
-    return FAMILIES[model_type](config)
+    try:
+        return model_shape(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def serving_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json must say instead, so that vLLM runs the model that the family reads in it.
+
+    Transformers takes the model type for the architecture, and swish for another name of silu; vLLM does neither.
+    """
+    changes: dict[str, Any] = {}
+    architecture = CAUSAL_LM.get(config.get("model_type", ""))
+    if architecture is not None and config.get("architectures") != [architecture]:
+        changes["architectures"] = [architecture]
+    if config.get("hidden_act") == "swish":
+        changes["hidden_act"] = "silu"
+    return changes
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """The model of this config.json, whose model_type is a known one.
+
+    Raises:
+        ValueError: settings of a wrong type, or such as the family cannot compute exactly.
+    """
+    config = one_name(config)
+    check_fields(config)
+    return FAMILIES[config["model_type"]](config)

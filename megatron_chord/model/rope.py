@@ -45,9 +45,7 @@ def _yarn(head_dim: int, base: float, scaling: YarnScaling, device: torch.device
         wavelengths = scaling.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(wavelengths) / (2 * math.log(base))
 
-    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
+    low, high = math.floor(dimension(scaling.beta_fast)), math.ceil(dimension(scaling.beta_slow))
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001

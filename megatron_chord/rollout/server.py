@@ -27,10 +27,12 @@ from typing import Literal, Self
 import httpx
 import torch
 
+from megatron_chord.families.table import serving_config
 from megatron_chord.network import free_port
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
+from megatron_chord.weights.reader import HFReader
 
 MODEL_NAME = "policy"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -272,7 +274,19 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+        *_reading_arguments(model),
     ]
+
+
+def _reading_arguments(model: Path) -> list[str]:
+    """What vLLM must be told of a folder that it would read otherwise than Transformers does, or not at all."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    changes = serving_config(config)
+    arguments = ["--hf-overrides", json.dumps(changes)] if changes else []
+    if not any(name.startswith("model.") for name in HFReader.of(model).names):
+        # A folder without the head's model prefix: vLLM knows no such names. The first push brings all weights.
+        arguments += ["--load-format", "dummy"]
+    return arguments
 
 
 def _cpu_arguments(settings: ServerSettings) -> list[str]:

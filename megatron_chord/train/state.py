@@ -19,8 +19,8 @@ from megatron_chord.model.fp8 import optimizer_settings
 from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.weights.export import hf_tensors
+from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.load import load
-from megatron_chord.weights.reader import HFReader
 
 
 class NonFiniteGradient(RuntimeError):
@@ -159,7 +159,7 @@ def _filled(
         load,
         global_weights(chunks),
         shape.weights,
-        HFReader.of(model.path),
+        open_model(model.path, shape.weights),
         vocab_size=shape.vocab_size,
         tensor_rank=groups.tensor.rank,
         tensor_size=groups.tensor.size,

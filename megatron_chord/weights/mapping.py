@@ -7,8 +7,8 @@ A family (``megatron_chord.families``) lists its ``Rule``s; everything that read
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -65,6 +65,8 @@ class WeightMap:
     num_experts: int = 0
     unread: tuple[str, ...] = ()
     """Hugging Face names, with ``{layer}``, of tensors that a folder may hold besides, which carry no information."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors that a folder may hold besides, and of those that they must be equal to (a tied head)."""
     num_unread_layers: int = 0
     """Layers that a folder may hold after the model's own, which no forward pass of the model runs through."""
 
@@ -94,13 +96,25 @@ class WeightMap:
             name: rule.dtype for rule in self.rules if rule.dtype is not None for name in self._names(rule)
         }
 
+    def canonical(self, found: Sequence[str]) -> dict[str, str]:
+        """Name of this model's tensor -> the one that a folder holds it under, of those of ``found``.
+
+        A folder that was saved from the model without its head (Transformers' ``AutoModel``) has no ``model.``.
+        """
+        known = {*self.hf_names(), *self._passed_over(), *self.copies}
+        prefixed = {name: f"model.{name}" for name in found if f"model.{name}" in known}
+        return {name if name in known else prefixed.get(name, name): name for name in found}
+
     def check_folder(self, found: Sequence[str], where: str) -> None:
         """ValueError unless these are the names of this model's tensors, in a folder to be read."""
-        unread = {name for pattern in self.unread for name in self._each(pattern, range(self.num_layers))}
+        unread = {*self._passed_over(), *self.copies}
         after = range(self.num_layers, self.num_layers + self.num_unread_layers)
         starts = tuple(_numbered(start, number, None) for number in after for start in hf_layer(""))
         read = [name for name in found if name not in unread and not name.startswith(starts)]
         check_accounting(list(self.hf_names()), read, where)
+
+    def _passed_over(self) -> Iterator[str]:
+        return (name for pattern in self.unread for name in self._each(pattern, range(self.num_layers)))
 
     def _names(self, rule: Rule) -> Iterator[str]:
         layers = range(self.num_layers) if rule.layers is None else rule.layers

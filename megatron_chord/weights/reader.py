@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,8 @@ class HFReader:
     folder: Path
     file_of: dict[str, str]
     _open: dict[str, Any]
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    """Names that the files have for tensors, where they are others than ours."""
 
     @classmethod
     def of(cls, folder: Path) -> HFReader:
@@ -51,6 +54,19 @@ class HFReader:
             raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there")
         return cls(folder, file_of, opened)
 
+    def renamed(self, stored_as: Mapping[str, str]) -> Self:
+        """The same folder under other names: ours -> the files' own.
+
+        ValueError where two tensors of the folder would have one name.
+        """
+        if len(stored_as) != len(self.file_of):
+            lost = sorted(set(self.file_of) - set(stored_as.values()))
+            raise ValueError(
+                f"{self.folder} holds tensors twice, with and without 'model.': {', '.join(lost[:5])}"
+            )
+        file_of = {name: self.file_of[stored] for name, stored in stored_as.items()}
+        return replace(self, file_of=file_of, stored_as=stored_as)
+
     @property
     def names(self) -> list[str]:
         return list(self.file_of)
@@ -71,7 +87,7 @@ class HFReader:
         The file is opened for this tensor alone: its pages stay in memory only as long as the tensor does.
         """
         file = self.file_of[name]
-        part = _slice(_open_file(self.folder / file), name, self.folder / file)
+        part = _slice(_open_file(self.folder / file), self.stored_as.get(name, name), self.folder / file)
         if axis is None:
             return part[:]
         return part[start:stop] if axis == 0 else part[:, start:stop]
@@ -80,7 +96,7 @@ class HFReader:
         file = self.file_of[name]
         if file not in self._open:
             self._open[file] = _open_file(self.folder / file)
-        return _slice(self._open[file], name, self.folder / file)
+        return _slice(self._open[file], self.stored_as.get(name, name), self.folder / file)
 
 
 def _slice(opened: Any, name: str, path: Path) -> Any:

@@ -12,10 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_chord.families.table import serving_config
 from megatron_chord.weights.reader import INDEX, SAFETENSORS_DTYPES, SINGLE
 
 SHARD_BYTES = 4 * 2**30
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+_TEMPLATES = "additional_chat_templates"
+_NOT_SETTINGS = (
+    ".*",
+    # Weights of any format, and their indices.
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
+    "*.index.json",
+    # An adapter, and the state of the training that made the weights.
+    *("adapter_config.json", "adapter_model.*", "trainer_state.json", "optimizer.*", "scheduler.*"),
+)
 
 
 def write_shards(
@@ -103,10 +115,10 @@ def finish_folder(
     dtype: torch.dtype,
     chat_template: Path | None = None,
 ) -> None:
-    """Number the shards, list them in the index, and copy what else a checkpoint holds (configs, tokenizer, template).
+    """Number the shards, list them in the index, and copy what else a checkpoint holds (configs, tokenizer, templates).
 
-    config.json is made to state ``dtype``, the one the weights are written in; ``chat_template`` (a Jinja file)
-    replaces the source's own.
+    config.json is made to state ``dtype``, the one the weights are written in, and the architecture by which vLLM
+    chooses; ``chat_template`` (a Jinja file) replaces the source's own.
     """
     files = sorted({file for file, _ in placed.values()})
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
@@ -121,10 +133,13 @@ def finish_folder(
         _write_json(folder / INDEX, index)
     copy_settings(source, folder)
     config = json.loads((folder / "config.json").read_text())
+    changes = serving_config(config)
     stated = config.get("dtype", config.get("torch_dtype"))  # the latter before Transformers 5
     name = str(dtype).removeprefix("torch.")
     if stated != name:
-        change_config(folder, dtype=name)
+        changes["dtype"] = name
+    if changes:
+        change_config(folder, **changes)
     if chat_template is not None:
         shutil.copy2(chat_template, folder / "chat_template.jinja")
         path = folder / "tokenizer_config.json"
@@ -143,10 +158,16 @@ def change_config(folder: Path, **settings: Any) -> None:
 
 
 def copy_settings(source: Path, folder: Path) -> None:
-    """Copy what a Hugging Face folder holds beside its weights: configs, tokenizer, template."""
+    """Copy what a Hugging Face folder holds beside its weights: configs, tokenizer, templates, license.
+
+    Hidden files and other folders stay behind, and so does what describes weights that are not copied.
+    """
     for file in source.iterdir():
-        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != INDEX:
+        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_SETTINGS):
             shutil.copy2(file, folder / file.name)
+    templates = source / _TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, folder / _TEMPLATES, dirs_exist_ok=True)
 
 
 def _write_json(path: Path, value: object) -> None:

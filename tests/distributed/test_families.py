@@ -38,7 +38,7 @@ DENSE: dict[str, dict[str, Any]] = {
 MOE: dict[str, dict[str, Any]] = {
     "mixtral_untied": {"family": "mixtral"},
     "qwen2_moe_untied": {"family": "qwen2_moe"},
-    "qwen2_moe_tied": {"family": "qwen2_moe", "tied": True, "norm_topk_prob": True, "qkv_bias": False},
+    "qwen2_moe_tied": {"family": "qwen2_moe", "tied": True, "norm_topk_prob": True},
     "qwen3_moe_untied": {"family": "qwen3_moe"},
     "qwen3_moe_one": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 1},
     "qwen2_moe_one_dense": {"family": "qwen2_moe", "mlp_only_layers": [2]},

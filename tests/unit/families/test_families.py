@@ -15,7 +15,7 @@ import torch
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
 from megatron_chord.families.shape import Experts, LinearScaling, Llama3Scaling, ModelShape, Rope
-from megatron_chord.families.table import FAMILIES, LACKING, read_shape
+from megatron_chord.families.table import FAMILIES, LACKING, model_shape, read_shape
 from megatron_chord.model.build import check_shape
 from megatron_chord.model.rope import scaled_frequencies
 from megatron_chord.weights.reader import HFReader
@@ -49,7 +49,7 @@ ABSENT = object()
 
 
 def shape_of(family: str, **changes: Any) -> ModelShape:
-    return FAMILIES[family](config(family, **changes))
+    return model_shape(config(family, **changes))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -188,7 +188,7 @@ DEEPSEEK_V3_ROPE = {
         (YARN_ROPE, 16, 1e4),
         (DEEPSEEK_V3_ROPE, 64, 1e4),
         (DEEPSEEK_V3_ROPE | {"factor": 32.0, "beta_fast": 1.0}, 64, 5e4),  # Kimi K2's: no ramp
-        (DEEPSEEK_V3_ROPE | {"truncate": False, "beta_fast": 7, "beta_slow": 0.5}, 64, 1e4),
+        (DEEPSEEK_V3_ROPE | {"beta_fast": 7, "beta_slow": 0.5}, 64, 1e4),
         (DEEPSEEK_V3_ROPE | {"mscale": 0.707, "mscale_all_dim": 0.707}, 128, 1e4),
     ],
 )
@@ -227,6 +227,18 @@ def refusals() -> Iterator[Any]:
     for family in ALL:
         yield case(family, "hidden_act 'gelu' is not silu", hidden_act="gelu")
         yield case(family, "quantised weights", quantization_config={"quant_method": "fp8"})
+        yield case(family, "rms_norm_eps must be a positive number, not '1e-6'", rms_norm_eps="1e-6")
+        yield case(family, "hidden_size must be a positive integer, not 64.0", hidden_size=64.0)
+        yield case(family, "tie_word_embeddings must be true or false", tie_word_embeddings="false")
+        yield case(family, "rope_theta must be a positive number", rope_parameters={"rope_theta": "1e4"})
+        yield case(family, "is_causal False is not supported", is_causal=False)
+        yield case(
+            family, "would compute RoPE over several axes", rope_parameters={"mrope_section": [4, 2, 2]}
+        )
+        yield case(family, "pad_token_id 50 is beyond the vocabulary", pad_token_id=50)
+        yield case(family, "eos_token_id 51 is beyond the vocabulary", eos_token_id=[1, 51])
+        yield case(family, "differ from each other", per_layer_config={"0": {"head_dim": 8}})
+        yield case(family, "layer_types names sliding_attention", layer_types=["sliding_attention"] * LAYERS)
         stretched = "stretches queries" if family in LATENT else "type 'yarn'"
         yield case(family, stretched, rope_parameters={"rope_type": "yarn", "factor": 4.0})
         yield case(family, "partial_rotary_factor 0.5", partial_rotary_factor=0.5)
@@ -239,20 +251,38 @@ def refusals() -> Iterator[Any]:
     yield case("llama", "positive 'factor', got None", rope_parameters=without_factor)
     swapped = LLAMA3_ROPE | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}
     yield case("llama", "low_freq_factor 4.0 must lie", rope_parameters=swapped)
-    yield case("llama", "attention_bias is not supported", attention_bias=True)
-    yield case("llama", "mlp_bias is not supported", mlp_bias=True)
+    for family in ("llama", "mistral"):
+        yield case(family, "attention_bias is not supported", attention_bias=True)
+        yield case(family, "mlp_bias is not supported", mlp_bias=True)
+        yield case(family, "qkv_bias True is not supported: vLLM would give", qkv_bias=True)
+    for family in ("llama", "deepseek_v2", "deepseek_v3"):
+        yield case(family, "window of 8 is shorter", sliding_window=8)
+    for family in ("qwen2", "qwen2_moe"):
+        yield case(family, "head_dim 32 is not supported: vLLM takes", head_dim=32)
+    yield case("qwen2_moe", "qkv_bias false is not supported", qkv_bias=False)
+    yield case("qwen2", "in chunks, Transformers would not", dual_chunk_attention_config={"chunk_size": 4})
+    yield case("mixtral", "num_experts 8 and num_local_experts 4 mean the same and differ", num_experts=8)
     for family in ("qwen3", "qwen3_moe"):
         yield case(family, "attention_bias is not supported", attention_bias=True)
     for family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         yield case(family, "sliding-window", use_sliding_window=True, layer_types=ABSENT)
         yield case(family, "sliding-window", layer_types=["full_attention", "sliding_attention"])
+        # vLLM, and Transformers' Qwen3-MoE, give every layer the window, whatever layer_types says.
+        full = ["full_attention"] * LAYERS
+        yield case(
+            family,
+            "window of 8 is shorter",
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=full,
+        )
     for family in ("mistral", "mixtral"):
         yield case(family, "window of 511 is shorter than the model's 512 positions", sliding_window=511)
     yield case(
         "mistral", "the window of 4096 is shorter", sliding_window=ABSENT, max_position_embeddings=32_768
     )
     for family in ("qwen2_moe", "qwen3_moe"):
-        yield case(family, "decoder_sparse_step 0 is no positive number", decoder_sparse_step=0)
+        yield case(family, "decoder_sparse_step must be a positive integer, not 0", decoder_sparse_step=0)
         yield case(family, "num_experts_per_tok 5 of 4", num_experts_per_tok=5)
         yield case(family, "nothing would train the router", num_experts_per_tok=1, norm_topk_prob=True)
     yield case("mixtral", "nothing would train the router", num_experts_per_tok=1)
@@ -264,7 +294,8 @@ def deepseek_refusals(case: Callable[..., Any]) -> Iterator[Any]:
         yield case(family, "attention_bias is not supported", attention_bias=True)
         yield case(family, "latents' norms with 1e-06 all the same", rms_norm_eps=1e-5)
         yield case(family, "plain RoPE or YaRN", rope_parameters=LLAMA3_ROPE)
-        for unequal in ({"mscale": 0.7}, {"mscale_all_dim": 0.0}, {"attention_factor": 1.1}):
+        yield case(family, "YaRN with truncate false", rope_parameters=YARN_ROPE | {"truncate": False})
+        for unequal in ({"mscale": 0.7}, {"mscale_all_dim": 0.0}, {"attention_factor": 1.0}):
             yield case(family, "stretches queries and keys", rope_parameters=YARN_ROPE | unequal)
         yield case(family, "has no 'kv_lora_rank'", kv_lora_rank=ABSENT)
         yield case(family, "moe_layer_freq 2 must be 1", moe_layer_freq=2)
@@ -328,7 +359,7 @@ def test_what_transformers_fills_in() -> None:
     assert shape_of("qwen3", head_dim=ABSENT).transformer["kv_channels"] == 128
     assert shape_of("qwen3_moe", num_local_experts=ABSENT, num_experts=8).experts == Experts(count=8)
     assert shape_of("qwen2_moe").experts == Experts(count=4, shared_ffn_size=32)
-    assert shape_of("qwen2_moe", qkv_bias=False).transformer["add_qkv_bias"] is False
+    assert shape_of("llama", hidden_act="swish").transformer == shape_of("llama").transformer
 
 
 def test_which_layers_stay_dense() -> None:
@@ -369,14 +400,17 @@ def test_layers_for_multi_token_prediction_are_not_read() -> None:
         none.check_folder(found, "somewhere")
 
 
-def test_frequencies_that_llama_2_keeps_in_its_folder_are_not_read() -> None:
-    weights = shape_of("llama").weights
-    found = [*weights.hf_names(), "model.layers.1.self_attn.rotary_emb.inv_freq"]
+@pytest.mark.parametrize("family", ALL)
+def test_frequencies_that_older_folders_keep_are_not_read(family: str) -> None:
+    weights = shape_of(family).weights
+    found = [
+        *weights.hf_names(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+    ]
     weights.check_folder(found, "somewhere")
-    with pytest.raises(ValueError, match=r"unexpected model.layers.2.self_attn.rotary_emb.inv_freq"):
-        weights.check_folder([*found, "model.layers.2.self_attn.rotary_emb.inv_freq"], "somewhere")
-    with pytest.raises(ValueError, match="unexpected"):
-        shape_of("mistral").weights.check_folder(found, "somewhere")
+    with pytest.raises(ValueError, match=r"unexpected model.layers.9.self_attn.rotary_emb.inv_freq"):
+        weights.check_folder([*found, "model.layers.9.self_attn.rotary_emb.inv_freq"], "somewhere")
 
 
 @pytest.mark.parametrize(

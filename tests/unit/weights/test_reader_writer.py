@@ -121,9 +121,28 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
     source.mkdir()
     folder.mkdir()
     kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    kept += ["LICENSE", "README.md", "qwen.tiktoken", "vocab.bpe", "generation_config.json", "NOTICE"]
     for name in kept:
         (source / name).write_text(name)
     (source / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "bfloat16"}')
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    # What describes weights that are not here would be taken for the exported ones'.
+    stale = [
+        "pytorch_model.bin.index.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "trainer_state.json",
+    ]
+    stale += [
+        "pytorch_model-00001-of-00002.bin",
+        "consolidated.00.pth",
+        "training_args.bin",
+        ".gitattributes",
+    ]
+    for name in stale:
+        (source / name).write_text(name)
+    (source / "runs").mkdir()
     # Neither the source's weights nor its index, which names files that are not here.
     save_file({"old": numbered(1)}, source / "model-00001-of-00001.safetensors")
     write_index(source, old="model-00001-of-00001.safetensors")
@@ -131,10 +150,11 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
     finish_folder(folder, source, placed, dtype=torch.float32)
 
     names = {path.name for path in folder.iterdir()}
-    assert {name for name in names if not name.startswith("model")} == set(kept)
+    assert {name for name in names if not name.startswith("model")} == {*kept, "additional_chat_templates"}
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     assert all((folder / name).read_text() == name for name in kept if name != "config.json")
     config = json.loads((folder / "config.json").read_text())
-    assert config == {"model_type": "qwen2", "dtype": "float32"}
+    assert config == {"model_type": "qwen2", "dtype": "float32", "architectures": ["Qwen2ForCausalLM"]}
     if limit == 64:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == 40 + 24 + 16 + 400 + 4 + 4
