@@ -95,7 +95,7 @@ def _check(run: RunConfig) -> int:
     try:
         shape, method = check_run(run, _world_size(run))
         _check_machine(run)
-        data = load_data(run)
+        data = load_data(run, shape)
     except ValueError as error:
         return _refuse(str(error))
     plan_lines(run, shape, method, _world_size(run), print)

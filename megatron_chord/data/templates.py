@@ -40,6 +40,8 @@ class ChatTemplate:
     """Ids that end an answer; the rollout engine must be given the same."""
     control_tokens: dict[int, str]
     """Ids that are no text, and the strings that the tokenizer reads as these ids wherever they stand."""
+    vocab_size: int | None = None
+    """Of the model; ids from it on have no embedding. None: not checked."""
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """`messages` with the system prompt in front, unless they bring their own."""
@@ -106,7 +108,37 @@ class ChatTemplate:
         except TemplateError as error:
             raise RowError(f"the chat template ({self.source}) refuses the conversation: {error}") from error
         # The template writes the beginning-of-sequence token itself where the model wants one.
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        token_ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        self._refuse_unknown(token_ids)
+        return token_ids
+
+    def _refuse_unknown(self, token_ids: tuple[int, ...]) -> None:
+        if self.vocab_size is None or max(token_ids, default=0) < self.vocab_size:
+            return
+        place, token = next((i, token) for i, token in enumerate(token_ids) if token >= self.vocab_size)
+        raise RowError(f"token {place} is {self._token_text(token)}, id {token}, {self._beyond()}")
+
+    def _token_text(self, token: int) -> str:
+        return repr(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _beyond(self) -> str:
+        return (
+            f"beyond the model's vocabulary: config.json has vocab_size {self.vocab_size}, the tokenizer "
+            f"{len(self.tokenizer)} tokens. Resize the model's embedding, or use a tokenizer without the added tokens"
+        )
+
+    def check_stop_tokens(self) -> None:
+        """ValueError where a stop token, or the tokenizer's end or padding token, is beyond the model's vocabulary."""
+        roles = dict.fromkeys(
+            self.stop_token_ids, "a stop token (of the tokenizer or generation_config.json)"
+        )
+        for role in ("eos_token", "pad_token"):
+            token = getattr(self.tokenizer, f"{role}_id")
+            if token is not None:
+                roles[token] = f"the tokenizer's {role}"
+        for token, role in roles.items():
+            if self.vocab_size is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{role} is {self._token_text(token)}, id {token}, {self._beyond()}")
 
     def _refuse_control_texts(self, conversation: Sequence[Message]) -> None:
         for index, message in enumerate(conversation):
@@ -153,7 +185,11 @@ class ChatTemplate:
 
 
 def load_template(
-    tokenizer_folder: Path, *, chat_template: Path | None = None, system_prompt: str | None = None
+    tokenizer_folder: Path,
+    *,
+    chat_template: Path | None = None,
+    system_prompt: str | None = None,
+    vocab_size: int | None = None,
 ) -> ChatTemplate:
     """The chat template of a local Hugging Face folder, or the Jinja file `chat_template` with its tokenizer.
 
@@ -161,7 +197,8 @@ def load_template(
     and no code of the folder is run.
 
     Raises:
-        ValueError: no tokenizer, no template, a broken template, or no stop token.
+        ValueError: no tokenizer, no template, a broken template, no stop token, or tokens beyond ``vocab_size``, the
+            number of ids that the model knows (None: not checked, here and in rows).
     """
     tokenizer = _load_tokenizer(tokenizer_folder)
     source, jinja = _template_text(tokenizer, tokenizer_folder, chat_template)
@@ -172,8 +209,14 @@ def load_template(
         system_prompt=system_prompt,
         stop_token_ids=_stop_token_ids(tokenizer, tokenizer_folder),
         control_tokens=_control_tokens(tokenizer, tokenizer_folder),
+        vocab_size=vocab_size,
     )
-    if not template.prompt_ids([{"role": "user", "content": "1"}]):
+    template.check_stop_tokens()
+    try:
+        probe = template.prompt_ids([{"role": "user", "content": "1"}])
+    except RowError as error:
+        raise ValueError(f"the chat template ({source}), tried on one user message: {error}") from error
+    if not probe:
         raise ValueError(f"the chat template ({source}) turns a user message into nothing")
     return template
 

@@ -94,7 +94,7 @@ def train(
         @_refusing()
         def prepare() -> Path | None:
             nonlocal coordinator
-            data = load_data(run)
+            data = load_data(run, shape)
             stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
             layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
             coordinator, found = _make_coordinator(run, method, data, layout, resume, stack, stop_wanted)

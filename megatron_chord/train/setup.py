@@ -13,6 +13,7 @@ from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.experts import load_experts
 from megatron_chord.data.packing import Layout, make_layout
 from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.served import served_otherwise
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
@@ -24,7 +25,10 @@ from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.model.fp8 import check_fp8
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Expert, Prompt
-from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.folder import check_copies, open_model
+
+_TRIED = 50
+"""Prompts, and demonstrations, on which the exported folder's tokenizer is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     """
     method = method_of(run)
     shape = read_shape(run.model.path)
-    shape.weights.check_folder(HFReader.of(run.model.path).names, str(run.model.path))
+    check_copies(open_model(run.model.path, shape.weights), shape.weights)
     check_shape(shape, run.parallel)
     data = data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)
@@ -89,12 +93,16 @@ def _check_reference(folder: Path, shape: ModelShape) -> None:
             raise ValueError(
                 f"objective.kl.reference: {folder} has {field.name} {theirs!r}, the policy has {ours!r}"
             )
+    check_copies(open_model(folder, reference.weights), reference.weights)
 
 
-def load_data(run: RunConfig) -> RunData:
+def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do."""
     template = load_template(
-        run.model.path, chat_template=run.data.chat_template, system_prompt=run.data.system_prompt
+        run.model.path,
+        chat_template=run.data.chat_template,
+        system_prompt=run.data.system_prompt,
+        vocab_size=shape.vocab_size,
     )
     limits = {"max_prompt_tokens": run.data.max_prompt_tokens, "overlong": run.data.overlong}
     prompts, report = load_prompts(run.data.prompts, template, **limits)
@@ -114,6 +122,15 @@ def load_data(run: RunConfig) -> RunData:
         num_prompts = len(prompts)
         prompts, demonstrations = align(prompts, experts, unmatched=run.data.unmatched)
         reports.append(f"aligned     {len(prompts)} of {num_prompts} prompts have their own demonstration")
+    tried = [prompt.token_ids for prompt in prompts[:_TRIED]] + [
+        expert.token_ids for expert in experts[:_TRIED]
+    ]
+    difference = served_otherwise(run.model.path, template, tried)
+    if difference is not None:
+        reports.append(
+            f"tokenizer   WARNING: the exported policy will be served with another tokenizer: {difference}. Give the "
+            "folder a tokenizer_class (tokenizer_config.json) and a model type that go together"
+        )
     return RunData(
         template=template,
         sources=Sources(

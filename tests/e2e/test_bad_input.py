@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,37 @@ def test_broken_rows_are_named_with_their_lines(task: Path, tmp_path: Path) -> N
     rows[1] = '{"problem": "1 + 1 =", "solution": ""}'
     (tmp_path / "experts.jsonl").write_text("\n".join(rows))
     assert "experts.jsonl:2:" in refusal(task, f"data.experts={tmp_path / 'experts.jsonl'}")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_token_that_the_model_does_not_know(task: Path, tmp_path: Path, command: str) -> None:
+    """One rank ended in a traceback; three tensor ranks trained it, with an embedding of 0 and its logit masked."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "policy"
+    shutil.copytree(task.parent / "policy", folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    vocab_size = len(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    rows = (task.parent / "train.jsonl").read_text().splitlines()
+    rows[2] = json.dumps({"problem": "1 + 1 =", "solution": "<think>2"})
+    (tmp_path / "experts.jsonl").write_text("\n".join(rows))
+    error = refusal(
+        task, f"model.path={folder}", f"data.experts={tmp_path / 'experts.jsonl'}", command=command
+    )
+    assert "experts.jsonl:3: token" in error
+    assert f"is '<think>', id {vocab_size}, beyond the model's vocabulary" in error
+    assert f"config.json has vocab_size {vocab_size}, the tokenizer {vocab_size + 1} tokens" in error
+
+
+def test_a_folder_that_will_be_served_with_another_tokenizer(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(task.parent / "policy", folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    result = run_cli("check", str(task), f"model.path={folder}")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "WARNING: the exported policy will be served with another tokenizer: AutoTokenizer" in result.stdout
+    )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_chord.data.rows import RowError
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.rows import DataError, RowError
 from megatron_chord.data.templates import ChatTemplate, load_template
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}
@@ -232,3 +233,61 @@ def test_code_of_a_model_folder_is_not_run(chatml_folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_template(folder)
     assert not canary.exists()
+
+
+VOCAB = 400
+"""Ids that the model of ``chatml_folder`` knows."""
+
+
+@pytest.fixture
+def added(chatml_folder: Path, tmp_path: Path) -> Path:
+    """A folder whose tokenizer has one token more than the model: <think>, id 400."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(chatml_folder)
+    assert len(tokenizer) == VOCAB
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(tmp_path / "added")
+    return tmp_path / "added"
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_in_rows(added: Path, tmp_path: Path) -> None:
+    template = load_template(added, vocab_size=VOCAB)
+    sizes = "beyond the model's vocabulary: config.json has vocab_size 400, the tokenizer 401 tokens"
+    thinking = {"role": "user", "content": "<think>what is 2 plus 2?"}
+    with pytest.raises(RowError, match=r"token \d+ is '<think>', id 400, " + sizes):
+        template.prompt_ids([thinking])
+    with pytest.raises(RowError, match=sizes):
+        template.demonstration([USER, {"role": "assistant", "content": "<think>4"}])
+    assert max(template.prompt_ids([USER])) < VOCAB
+    assert max(load_template(added, vocab_size=VOCAB + 1).prompt_ids([thinking])) == VOCAB
+
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"problem": "1 + 1", "answer": 2}\n{"problem": "<think>", "answer": 2}\n')
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: token \d+ is '<think>', id 400, " + sizes):
+        load_prompts(rows, template, max_prompt_tokens=99, overlong="fail")
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_in_the_template(added: Path, tmp_path: Path) -> None:
+    jinja = tmp_path / "thinks.jinja"
+    jinja.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}<think>")
+    with pytest.raises(
+        ValueError, match=r"thinks.jinja\), tried on one user message: token 2 is '<think>', id 400"
+    ):
+        load_template(added, chat_template=jinja, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("role", ["eos_token", "pad_token"])
+def test_roles_of_tokens_that_the_model_does_not_know_are_refused(added: Path, role: str) -> None:
+    file = added / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {role: "<think>"}))
+    with pytest.raises(ValueError, match=f"the tokenizer's {role} is '<think>', id 400, beyond"):
+        load_template(added, vocab_size=VOCAB)
+
+
+def test_a_stop_token_that_the_model_does_not_know_is_refused(chatml_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 407]}))
+    with pytest.raises(ValueError, match=r"a stop token .*id 407, beyond the model's vocabulary"):
+        load_template(folder, vocab_size=VOCAB)
