@@ -1,4 +1,4 @@
-"""Make the quick start's content: problems, demonstrations, a SentencePiece tokenizer and a small base policy.
+"""Make the quick start's content: problems, demonstrations, a tokenizer and a small base policy.
 
     python examples/arithmetic/make.py
 
@@ -20,7 +20,6 @@ Everything follows from the seed; weights differ in their last bits between mach
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import time
@@ -28,7 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from rich.progress import (
@@ -39,7 +37,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers, trainers
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
 
@@ -183,72 +182,54 @@ def write_data(stories: list[Story], args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train SentencePiece and check that Transformers gives the same ids.
+def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> Qwen2Tokenizer:
+    """A small vocabulary in Qwen's own pipeline, so that AutoTokenizer, which goes by the model type, reads it right.
 
-    Digits stand alone (sums are learnt digit by digit); byte fallback encodes any text, GSM8K's included; without a
-    dummy prefix the ids of a text do not depend on what stands before it.
+    Digits stand alone (sums are learnt digit by digit); single bytes encode any text, GSM8K's included.
     """
     text = []
     for _ in range(5000):
         story = make_story(rng)
         text += [f"{story.text} {REQUEST}", "#### " + story.answer, *workings(story.sums).split("\n")]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,  # not model_prefix: SentencePiece writes that path into the model
-        model_type="bpe",
+    markers = [PAD, SYSTEM, USER, ASSISTANT, END]
+    trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        required_chars="".join(map(chr, range(ord("!"), ord("~") + 1))),
-        # No line feed: Transformers takes user-defined symbols for special tokens, which text must not contain. It
-        # becomes a byte piece.
-        user_defined_symbols=[SYSTEM, USER, ASSISTANT, END],
-        unk_id=0,
-        pad_id=1,
-        pad_piece=PAD,
-        bos_id=-1,
-        eos_id=-1,  # END is a user-defined symbol, so that SentencePiece itself encodes it
-        num_threads=1,
-        minloglevel=2,
+        special_tokens=markers,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-        "pad_token": PAD,
-        "eos_token": END,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    # Not AutoTokenizer: for model type qwen2 it takes Qwen2Tokenizer whatever tokenizer_config.json says, and that
-    # class reads a SentencePiece model as byte-level BPE: every space is lost.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    check_tokenizer(
-        tokenizer, sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), text
+    pipeline = Qwen2Tokenizer().backend_tokenizer
+    pipeline.train_from_iterator(text, trainer)
+    trained = json.loads(pipeline.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=markers[1:4],
     )
-    return tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(loaded, text)
+    return loaded
 
 
-def check_tokenizer(tokenizer, reference, text: list[str]) -> None:
+def check_tokenizer(tokenizer: Qwen2Tokenizer, text: list[str]) -> None:
     hard = [
         " a  b",
         "\n\n- x\t1",
         "Janet\u2019s 16 \u20ac",
-        "\u6f22\u5b57 e\u0301\u00a0\r\n\x00",
+        "\u6f22\u5b57 \u00e9\u00a0\r\n\x00",
         "\U0001f986",
         "#### 42",
     ]
-    assert set(tokenizer.all_special_tokens) == {"<unk>", PAD, SYSTEM, USER, ASSISTANT, END}
+    assert set(tokenizer.all_special_tokens) == {PAD, SYSTEM, USER, ASSISTANT, END}
     for sample in [*hard, *text[:200]]:
-        ids = tokenizer.encode(sample)
-        assert ids == reference.encode(sample), f"Transformers and SentencePiece disagree on {sample!r}"
-        assert tokenizer.decode(ids) == sample, f"decoding changes {sample!r}"
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample, f"decoding changes {sample!r}"
+    assert len(tokenizer.encode("1234567890")) == 10, "digits do not stand alone"
     question = [{"role": "user", "content": "1+1"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     answer = {"role": "assistant", "content": "1+1=2"}
@@ -260,7 +241,7 @@ def check_tokenizer(tokenizer, reference, text: list[str]) -> None:
 # -------------------------------------------------------------------------------------------------- policy
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -281,7 +262,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, reserved: set[str], args: argparse.Namespace
+    tokenizer: Qwen2Tokenizer, rng: random.Random, reserved: set[str], args: argparse.Namespace
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(token ids [B, T], labels [B, T]) without end; prompts and padding are labelled -100."""
     while True:
@@ -347,7 +328,7 @@ def pretrain(
 @torch.no_grad()
 def accuracy(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     stories: list[Story],
     sample: bool,
     suffix: str = "",
