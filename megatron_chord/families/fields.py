@@ -143,7 +143,7 @@ NEUTRAL: dict[str, Neutral] = {
     "is_encoder_decoder": Neutral("it is a model with an encoder", (False,)),
     "quantization_config": Neutral("quantised weights cannot be trained"),
     "compression_config": Neutral("quantised weights cannot be trained"),
-    "attention_chunk_size": Neutral("attention in chunks is not supported"),
+    "attention_chunk_size": Neutral("Transformers and vLLM would compute attention in chunks"),
     "dual_chunk_attention_config": Neutral(
         "vLLM would compute attention in chunks, Transformers would not; without the field both compute plain attention"
     ),
@@ -155,7 +155,7 @@ NEUTRAL: dict[str, Neutral] = {
     "position_encoding_type": Neutral("vLLM would take it for another kind of positions", ("rope", "rotary")),
     "rswa_window": Neutral(_OTHER_ATTENTION),
     "compress_ratios": Neutral(_OTHER_ATTENTION),
-    "num_kv_shared_layers": Neutral("layers that share keys and values are not supported", (0,)),
+    "num_kv_shared_layers": Neutral("layers would share keys and values", (0,)),
     "per_layer_config": Neutral(_OTHER_LAYERS),
     "block_configs": Neutral(_OTHER_LAYERS),
     "layers_block_type": Neutral(_OTHER_LAYERS),
