@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_chord.families.table import read_shape
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, WeightSync
+from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.reader import HFReader
 from tests.distributed import steps
 from tests.rollout.helpers import START_S, VOCAB, client_of, largest_gap, requests
@@ -100,6 +104,39 @@ def test_greedy_tokens_are_those_of_transformers(
     finally:
         sync.close()
         client.close()
+
+
+def test_a_folder_without_the_models_prefix_is_served_once_its_weights_are_pushed(tmp_path: Path) -> None:
+    """vLLM knows neither such names nor swish nor the class that config.json names."""
+    settings: dict[str, Any] = SIZES | {"tied": True}
+    model = transformers_model(save_model("qwen3", tmp_path / "whole", **settings))
+    folder = save_model("qwen3", tmp_path / "bare", **settings)
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen3Model"], "hidden_act": "swish"}
+    (folder / "config.json").write_text(json.dumps(config))
+    started = ServerSettings(dtype="fp32", max_model_len=512, kv_cache_bytes=64 << 20)
+    with start_server(folder, started, log=tmp_path / "vllm.log") as server:
+        server.wait_until_ready(START_S)
+        client = client_of(server)
+        sync = WeightSync(
+            [client],
+            SyncSettings(transport="file", timeout_s=DEADLINE_S),
+            exporters=[0],
+            group=None,
+            device=torch.device("cpu"),
+        )
+        try:
+            reader = open_model(folder, read_shape(folder).weights)
+            sync.push(((name, reader.read(name)) for name in reader.names), 1)
+            sampled = requests(2)
+            replies = client.generate(sampled, version=1, deadline_s=DEADLINE_S)
+            assert largest_gap(model, sampled, replies) < TOLERANCE
+        finally:
+            sync.close()
+            client.close()
 
 
 def served(server: RolloutServer, prompt: tuple[int, ...]) -> list[int]:
