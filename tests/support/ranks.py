@@ -27,6 +27,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_VARIABLES = ("PYTHONPATH", "TRITON_INTERPRET")
 """What decides which modules a process imports. A test that changes one of them gets fresh interpreters."""
+_AT_FIRST = {name: os.environ[name] for name in IMPORT_VARIABLES if name in os.environ}
+"""Before any test changed them."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
@@ -76,12 +78,15 @@ def _start(folder: Path, call: bytes, environment: Mapping[str, str]) -> BasePro
 
 @functools.cache
 def _served_imports() -> tuple[str | None, ...]:
-    """Start the server with this process's present environment; returns what its imports depend on."""
-    environment = {
+    """Start the server as no test has changed the environment; returns what its imports depend on."""
+    environment = _AT_FIRST | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{_AT_FIRST.get('PYTHONPATH', '')}",
     }
     with mock.patch.dict(os.environ, environment):
+        for name in IMPORT_VARIABLES:
+            if name not in environment:
+                os.environ.pop(name, None)
         multiprocessing.set_forkserver_preload(["tests.support.ranks_imports"])
         forkserver.ensure_running()
         return tuple(os.environ.get(name) for name in IMPORT_VARIABLES)
