@@ -38,7 +38,13 @@ _NOT_TO_OVERRIDE = {
     "variable_seq_lengths": "packed micro-batches differ in length",
     "perform_initialization": "weights are always read from a checkpoint",
     **dict.fromkeys(
-        ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
+        (
+            "cuda_graph_impl",
+            "cuda_graph_modules",
+            "cuda_graph_scope",
+            "enable_cuda_graph",
+            "external_cuda_graph",
+        ),
         "packed micro-batches differ in length, and rollout.offload changes addresses",
     ),
     "overlap_p2p_comm": "it follows from parallel.virtual_pipeline",
@@ -76,6 +82,31 @@ _NOT_TO_OVERRIDE = {
         "attention is computed in BF16 under every precision",
     ),
     **dict.fromkeys(("fp4", "fp4_param"), "there is no FP4 training here"),
+    **dict.fromkeys(
+        (
+            "use_mup",
+            "mup_attn_scale_power",
+            "mup_base_head_dim",
+            "mup_base_hidden_size",
+            "mup_embedding_mult",
+            "mup_output_mult",
+            "mup_width_mult",
+        ),
+        "it would scale the model that the checkpoint holds",
+    ),
+    **dict.fromkeys(
+        (
+            "expert_gtp_weight_remat_size",
+            "expert_tensor_parallel_num_weight_shards",
+            "gtp_weight_remat_size",
+            "tensor_parallel_num_weight_shards",
+        ),
+        "weights are cut over the tensor axis alone",
+    ),
+    **dict.fromkeys(
+        ("mla_down_proj_fusion", "moe_single_grouped_bias", "moe_single_grouped_weight"),
+        "conversion and weight sync read these weights one by one",
+    ),
 }
 
 
@@ -104,13 +135,14 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     if shape.experts is None and parallel.expert > 1:
         raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
     if shape.has_latent_attention and parallel.tensor > 1 and not parallel.sequence_parallel:
-        # megatron/core/transformer/multi_latent_attention.py:596: only there is that gradient reduced.
+        # megatron/core/transformer/multi_latent_attention.py (0.16.1: 596, 0.19.2: 752): only there is that gradient
+        # reduced.
         raise ValueError(
             f"parallel.tensor is {parallel.tensor}: Megatron sums the gradient of the keys that all heads share "
             f"({shape.family}'s latent attention) over a tensor axis only with parallel.sequence_parallel"
         )
     if shape.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
-        # megatron/core/transformer/moe/moe_layer.py:379
+        # megatron/core/transformer/moe/moe_layer.py (0.16.1: 379, 0.19.2: 629)
         raise ValueError(
             f"parallel.tensor is {parallel.tensor}: Megatron trains experts ({shape.family}) beside a tensor axis "
             "only with parallel.sequence_parallel"
@@ -295,6 +327,7 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
 
     It does the second only with an expert axis (layers.py:886, 1209), although experts that are not cut are replicated
     over the tensor axis, too: without the mark, their gradient would lack the other tensor-parallel ranks' tokens.
+    0.19.2 does the second as we do (layers.py:961, 1379), but not the first.
     """
     for name, parameter in global_parameters([chunk]).items():
         rule = shape.weights.entry(name).rule

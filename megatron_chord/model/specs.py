@@ -16,11 +16,14 @@ def block_spec(config: Any, vp_stage: int | None) -> Any:
     """TransformerBlockSubmodules of one pipeline stage (and virtual stage) for this TransformerConfig."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    if has_transformer_engine():
-        return get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
-        )
-    return _local_block_spec(config, vp_stage)
+    if not has_transformer_engine():
+        return _local_block_spec(config, vp_stage)
+    block: Any = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    for layer in block.layer_specs if config.multi_latent_attention else ():
+        _make_latent(layer.submodules.self_attention)
+    return block
 
 
 def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
@@ -64,6 +67,7 @@ def _local_layer_spec(config: Any, *, num_experts: int | None) -> Any:
     attention.submodules.core_attention = PackedAttention
     fused = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if num_experts is None else {}
     if config.multi_latent_attention:
+        _make_latent(attention)
         # Replicated, as with Transformer Engine. Megatron's choice here cuts them over the tensor axis and, once their
         # results are gathered, gives each part the gradient from one rank's heads alone.
         attention.submodules.linear_q_down_proj = Linear
@@ -81,3 +85,9 @@ def _local_layer_spec(config: Any, *, num_experts: int | None) -> Any:
             attention.submodules.k_layernorm = RMSNorm
     parts.sharded_state_dict_keys_map = fused
     return layer
+
+
+def _make_latent(attention: Any) -> None:
+    from megatron_chord.model.latent_attention import LatentAttention
+
+    attention.module = LatentAttention

@@ -26,10 +26,12 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
-        amsgrad: bool = False,
+        **others: bool,
     ) -> None:
-        if not bias_correction or amsgrad:
-            raise ValueError("FusedAdam has bias correction and no amsgrad")
+        """``others``: switches of other Adams, such as ``amsgrad`` and 0.19.2's ``capturable``; they must be off."""
+        on = [name for name, value in others.items() if value]
+        if not bias_correction or on:
+            raise ValueError(f"FusedAdam has bias correction and no switches of other Adams; on are {on}")
         self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
         defaults = {
             "lr": lr,

@@ -5,7 +5,7 @@ changes nothing. Inside ``megatron.core`` (and nowhere else) the global name ``t
 factory functions put "cuda" tensors on the CPU and whose ``torch.cuda`` answers for a machine with none. Outside, only
 a few methods that make no sense without CUDA (``Tensor.cuda`` and its like) are changed.
 
-Written for megatron-core 0.16.1; line numbers below are of that release.
+Line numbers below are of megatron-core 0.16.1. 0.19.2 needs the same, but for ``te_general_gemm``, which it defines.
 """
 
 from __future__ import annotations
@@ -280,11 +280,8 @@ def _patch_random_state() -> None:
 def _patch_missing_transformer_engine_names() -> None:
     """Names that Megatron-Core uses although their import from Transformer Engine failed (NameError otherwise)."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    if not isinstance(multi_latent_attention.TELinear, type):  # multi_latent_attention.py:185: it is a mock
-        multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):  # moe_utils.py:1192
         moe_utils.te_general_gemm = None
     if not hasattr(random, "FP8GlobalStateManager"):  # random.py:589

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
 from megatron_chord.network import free_port
-from megatron_chord.runtime import adam, cpu
+from megatron_chord.runtime import adam, cpu, megatron
 
 T = TypeVar("T")
 
@@ -172,6 +172,8 @@ def start(
     else:
         device, backend = torch.device("cpu"), "gloo"
         cpu.install()
+    megatron.complete_names()
+    megatron.leave_out_notices()
     adam.install_if_needed()
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

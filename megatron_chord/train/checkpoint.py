@@ -28,7 +28,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{6,})")
 
-# Megatron-Core 0.16.1's default sharding of optimizer state cannot be loaded ("flattened_range is not supported").
+# Megatron-Core's default sharding of optimizer state cannot be loaded ("flattened_range is not supported"), in 0.16.1
+# (the default's name is fully_sharded_model_space) and in 0.19.2 (dist_checkpointing/mapping.py:134).
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -167,9 +168,9 @@ def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 def _align_steps(optimizer: Any) -> None:
     """Give every parameter group Adam's step count.
 
-    Megatron-Core 0.16.1 saves rank 0's groups for all ranks, and those that are empty there without a count
-    (distrib_optimizer.py:655): experts that the first pipeline stage has none of would begin at step 0 again, with the
-    moments of later steps, and be moved much too far.
+    Megatron-Core saves rank 0's groups for all ranks, and those that are empty there without a count
+    (distrib_optimizer.py; 0.16.1: 655, 0.19.2: 851): experts that the first pipeline stage has none of would begin at
+    step 0 again, with the moments of later steps, and be moved much too far.
     """
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     groups: list[dict[str, Any]] = [group for one in chained for group in one.optimizer.param_groups]

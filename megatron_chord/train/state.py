@@ -17,6 +17,7 @@ from megatron_chord.model.build import build_chunks, global_parameters, global_w
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.model.fp8 import optimizer_settings
 from megatron_chord.precision import Fp8Training
+from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.folder import open_model
@@ -197,13 +198,14 @@ def _optimizer(
     optimizer: Any = get_megatron_optimizer(config, list(chunks))
     optimizer.get_grad_norm = functools.partial(_checked_norm, optimizer.get_grad_norm)
     _gather_once(optimizer)
+    megatron.keep_one_norm(optimizer)
     return optimizer
 
 
 def _gather_once(optimizer: Any) -> None:
     """Gather new weights after the last of the chained optimizers: that of experts follows that of the rest.
 
-    Megatron-Core 0.16.1 gathers all of them after each (distrib_optimizer.py:2618).
+    Megatron-Core gathers all of them after each (distrib_optimizer.py; 0.16.1: 2618, 0.19.2: 3185).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -213,8 +215,11 @@ def _gather_once(optimizer: Any) -> None:
 
 
 def _checked_norm(get_grad_norm: Callable[[], float]) -> float:
-    """Megatron's gradient norm, which its step asks for before it changes a weight; the same on every rank."""
-    norm = get_grad_norm()
+    """Megatron's gradient norm, which its step asks for before it changes a weight; the same on every rank.
+
+    Read from the device here and only here: with Transformer Engine, Megatron-Core 0.19.2 returns a tensor.
+    """
+    norm = float(get_grad_norm())
     if not math.isfinite(norm):
         raise NonFiniteGradient(f"the gradient's norm is {norm}; no weight has been changed by it")
     return norm

@@ -16,3 +16,20 @@ def test_cuda_graphs_are_refused(name: str, tmp_path: Path) -> None:
     """They keep the shapes and addresses of one pass; neither lasts here."""
     with pytest.raises(ValueError, match=f"{name} cannot be set: packed micro-batches differ in length"):
         check_overrides({name: "local"}, read_shape(save_qwen2(tmp_path, layers=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cuda_graph_modules", "packed micro-batches differ in length"),
+        ("use_mup", "scale the model"),
+        ("mup_output_mult", "scale the model"),
+        ("gtp_weight_remat_size", "cut over the tensor axis alone"),
+        ("mla_down_proj_fusion", "one by one"),
+    ],
+)
+def test_settings_of_newer_versions_are_refused_by_every_version(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} cannot be set: .*{reason}"):
+        check_overrides({name: 2}, read_shape(save_qwen2(tmp_path, layers=1)))

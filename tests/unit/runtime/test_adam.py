@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_chord.runtime.adam import l2_norm, scale
+from megatron_chord.runtime.adam import FusedAdam, l2_norm, scale
 
 
 def test_norm_of_several_tensors() -> None:
@@ -23,3 +23,10 @@ def test_scaling_is_in_place() -> None:
     gradients = [torch.tensor([2.0, -4.0]), torch.tensor([[1.0]])]
     scale(0, torch.zeros(1), [gradients, gradients], 0.25)
     assert [gradient.tolist() for gradient in gradients] == [[0.5, -1.0], [[0.25]]]
+
+
+def test_switches_of_other_adams_may_be_off_but_not_on() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    FusedAdam(parameters, amsgrad=False, capturable=False)
+    with pytest.raises(ValueError, match=r"on are \['capturable'\]"):
+        FusedAdam(parameters, amsgrad=False, capturable=True)
