@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Literal
 
 from megatron_chord import te_build
 from megatron_chord.precision import PRESETS, Precision, preset
+from megatron_chord.runtime.megatron import TESTED
 
 Status = Literal["ok", "missing", "wrong", "optional"]
 Kind = Literal["CPU", "GPU"]
@@ -39,6 +40,8 @@ FIRST_DRIVER = {12: 525, 13: 580}
 """Oldest NVIDIA driver branch that runs a CUDA major version."""
 MIN_SHARED_MEMORY = 1 << 30
 MIN_OPEN_FILES = 4096
+IMPORTS_TRITON = (0, 19)
+"""The first Megatron-Core that cannot be imported without it (transformer/moe/ops/paged_stash.py:4)."""
 MIN_CUDNN = (9, 3)
 """Of Transformer Engine 2.11 (its README)."""
 CUDNN_FOLDERS = (
@@ -139,9 +142,25 @@ def _core(needs: list[Requirement], kind: Kind, build: str) -> Iterator[Finding]
             fits = need.fits(version) and build.startswith("CUDA" if kind == "GPU" else "CPU")
             advice = f"needs {need}, {'CUDA' if kind == 'GPU' else 'CPU'} build: {_install(kind)}"
             yield _check("core", "torch", f"{version}, {build}", fits, advice)
+        elif need.name == "megatron-core":
+            yield _megatron(need, kind)
         elif not need.extra:
             yield _installed("core", need, kind)
     yield _apex()
+
+
+def _megatron(need: Requirement, kind: Kind) -> Finding:
+    finding = _installed("core", need, kind)
+    if finding.status != "ok":
+        return finding
+    engines = TESTED.get(finding.found)
+    if engines is None:
+        advice = f"not tested; tested are {' and '.join(TESTED)}"
+        return replace(finding, status="optional", advice=advice)
+    if _numbers(finding.found) >= IMPORTS_TRITON and _version("triton") is None:
+        advice = "it imports Triton, which CUDA builds of torch bring: pip install triton, or megatron-core==0.16.1"
+        return replace(finding, status="wrong", advice=advice)
+    return replace(finding, advice=f"tested; works with Transformer Engine {engines}")
 
 
 def _apex() -> Finding:
@@ -333,8 +352,11 @@ def _transformer_engine(need: Requirement) -> Finding:
         status, advice = "wrong", f"without its {absent} part: {INSTALL_FP8}"
     elif len(versions) > 1:
         status, advice = "wrong", f"the versions must be one: {INSTALL_FP8}"
-    elif not need.fits(versions.pop()):
-        status, advice = "optional", f"Megatron-Core was tried with {need.versions} only"
+    else:
+        megatron = _version("megatron-core") or ""
+        engines = Requirement(need.name, TESTED.get(megatron, need.versions))
+        if not engines.fits(versions.pop()):
+            status, advice = "optional", f"megatron-core {megatron} was tried with {engines.versions} only"
     return Finding("FP8", need.name, found or "-", status, advice)
 
 

