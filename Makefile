@@ -103,10 +103,12 @@ $(VENV)/.installed-gpu: pyproject.toml $(VENV)/.gpu-packages $(if $(filter-out 0
 	@$(BIN)/python -m pip --disable-pip-version-check check
 	@touch $@
 
-$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt $(INSTALLED)
-	@echo "[tests] requirements/test.txt, and Triton"
+$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt requirements/megatron.txt $(INSTALLED)
+	@echo "[tests] requirements/test.txt, Triton, and the newest Megatron-Core"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/triton.txt --upgrade --target $(VENV)/triton
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: --python-version 3.12 --ignore-requires-python \
+	  -r requirements/megatron.txt --upgrade --target $(VENV)/megatron
 	@touch $@
 
 # Resolved against PyPI alone, whatever mirror this machine uses: the hashes are those of PyPI's files.
@@ -121,6 +123,7 @@ lock: $(UV)
 	$(COMPILE) requirements/gpu.in --output-file requirements/gpu.txt >/dev/null
 	$(COMPILE) --excludes requirements/excluded.txt --no-binary transformer-engine-torch requirements/fp8.in \
 	  --output-file requirements/fp8.txt >/dev/null
+	$(subst 3.11,3.12,$(COMPILE)) --no-deps requirements/megatron.in --output-file requirements/megatron.txt >/dev/null
 
 $(UV): | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/lock

@@ -1,0 +1,29 @@
+"""The newest supported Megatron-Core, for tests.
+
+`make test` puts it beside the environment, as it does with Triton, without which it cannot be imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.runtime.megatron import TESTED
+from tests.support import interpreter
+
+VERSION = list(TESTED)[-1]
+FOLDER = Path(sys.prefix) / "megatron"
+
+
+def variables() -> dict[str, str]:
+    """What a process needs in its environment to find it before the one that is installed."""
+    if not (FOLDER / f"megatron_core-{VERSION}.dist-info").is_dir():
+        pytest.skip(f"there is no megatron-core {VERSION} in {FOLDER}, where `make test` puts it")
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            [str(FOLDER), str(interpreter.FOLDER), os.environ.get("PYTHONPATH", "")]
+        )
+    }
