@@ -16,9 +16,6 @@ from typing import NoReturn
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, dump_config, load_config
 
-RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
-"""Environment variable that a launcher of this package sets for its ranks."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
@@ -120,6 +117,7 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> int:
+    from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
     from megatron_chord.train.stop import Stopped, StopWish
@@ -133,9 +131,11 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
         _check_machine(run)
     except ValueError as error:
         return _refuse(str(error)) if speaks else 2
+    if "RANK" not in os.environ and not run.rollout.servers:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all of the run is on this machine
     if "RANK" not in os.environ and run.parallel.ranks > 1:
         _launch(run.parallel.ranks, args.argv)
-    _end_with_launcher()
+    end_with_launcher()
     _quieten_libraries()
     termination, wish = _Termination(), StopWish()
     signal.signal(signal.SIGTERM, termination.on_signal)
@@ -179,21 +179,10 @@ def _world_size(run: RunConfig) -> int:
 
 
 def _launch(ranks: int, argv: Sequence[str]) -> NoReturn:
-    """Become torchrun, with this very command line as its ranks."""
-    os.environ[RANK_OF_LAUNCHER] = "1"
+    """Become the launcher of ranks that run this very command line."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    os.execv(sys.executable, [*command, "-m", "megatron_chord.cli", *argv])
-
-
-def _end_with_launcher() -> None:
-    """A rank must not outlive the launcher that started it, even when that is killed."""
-    if RANK_OF_LAUNCHER not in os.environ:
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    command = ["-m", "megatron_chord.runtime.launcher", str(ranks), "-m", "megatron_chord.cli", *argv]
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 def _quieten_libraries() -> None:

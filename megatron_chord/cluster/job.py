@@ -6,13 +6,12 @@ Slurm commands. Nothing here is guessed from host names.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chord.network import address_towards
+from megatron_chord.network import address_towards, is_loopback
 from megatron_chord.rollout.sync import TransportName
 
 
@@ -119,10 +118,10 @@ class Job:
     def numeric_address(self) -> str:
         """This node's IPv4 address, for servers to listen on. OSError where a name cannot be resolved."""
         own = socket.gethostbyname(self.nodes[self.index].address)
-        if len(self.nodes) > 1 and _is_loopback(own):
+        if len(self.nodes) > 1 and is_loopback(own):
             # Debian's /etc/hosts gives a machine's own name a loopback address, which its peers cannot reach.
             peer = socket.gethostbyname(self.nodes[1 if self.is_head else 0].address)
-            if not _is_loopback(peer):
+            if not is_loopback(peer):
                 return address_towards(peer)
         return own
 
@@ -158,10 +157,6 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
         gpus=tuple(gpus[:num_gpus]),
         servers_per_node=_count(environment, "CHORD_SERVERS_PER_NODE"),
     )
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
 
 
 def _nodes(text: str) -> tuple[Node, ...]:

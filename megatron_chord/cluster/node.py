@@ -23,7 +23,6 @@ from types import FrameType
 
 import torch
 
-from megatron_chord.cli import RANK_OF_LAUNCHER
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
@@ -37,6 +36,7 @@ from megatron_chord.cluster.servers import NodeServers, ServerLost, count_server
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.registry import JobRollout
+from megatron_chord.runtime.launcher import RANK_OF_LAUNCHER
 from megatron_chord.train import stop
 from megatron_chord.train.setup import check_run
 

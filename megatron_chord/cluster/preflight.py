@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import described, record_failure, tail
 from megatron_chord.cluster.ranks import start_ranks
 from megatron_chord.cluster.report import Report, faults, look
+from megatron_chord.network import listener
 
 EXIT_CODE = 78
 """EX_CONFIG of sysexits.h: these nodes cannot run this job."""
@@ -72,7 +72,7 @@ def _meet(job: Job, report: Report) -> list[Report]:
         is_master=job.is_head,
         timeout=datetime.timedelta(seconds=_MEETING_S),
         wait_for_workers=False,
-        master_listen_fd=_listener(job) if job.is_head else None,
+        master_listen_fd=listener(job.numeric_address(), job.port + 1).detach() if job.is_head else None,
     )
     names = [node.name for node in job.nodes]
     marks = job.folder / "preflight"
@@ -94,11 +94,6 @@ def _meet(job: Job, report: Report) -> list[Report]:
     if job.is_head:
         store.wait([f"left/{name}" for name in names])
     return reports
-
-
-def _listener(job: Job) -> int:
-    """A socket on the first node's own address alone, where torch would listen on all."""
-    return socket.create_server((job.numeric_address(), job.port + 1), backlog=1024).detach()
 
 
 def _unseen(folder: Path, names: Sequence[str]) -> list[str]:

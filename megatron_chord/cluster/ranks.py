@@ -74,7 +74,8 @@ def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict
         "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(job.world_size),
         "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
-        "MASTER_ADDR": job.head.address,
+        # Rank 0 listens on this address: on its own node a name may stand for loopback.
+        "MASTER_ADDR": job.numeric_address() if job.is_head else job.head.address,
         "MASTER_PORT": str(job.port),
     }
     with log.open("ab") as output:

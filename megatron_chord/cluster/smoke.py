@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+
+from megatron_chord.runtime.rendezvous import meet
 
 _TIMEOUT_S = 120
 
@@ -18,9 +19,7 @@ def main() -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=_TIMEOUT_S)
-    )
+    meet("nccl" if device.type == "cuda" else "gloo", timeout_s=_TIMEOUT_S)
     total = torch.full((1 << 20,), float(rank), device=device)
     dist.all_reduce(total)
     expected = size * (size - 1) / 2

@@ -28,7 +28,7 @@ import httpx
 import torch
 
 from megatron_chord.families.table import serving_config
-from megatron_chord.network import free_port
+from megatron_chord.network import free_port, interface_of
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
@@ -197,6 +197,8 @@ class RolloutServer:
         self._shared_memory |= self._mapped_shared_memory()
         if self._process.poll() is None:
             self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGCONT)  # a stopped one could not end by itself
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_TERM_GRACE_S)
         if self._process.poll() is not None:
@@ -323,6 +325,8 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # /pause, /update_weights and their like; on one address, behind our key
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        # Its workers' own groups: a server has one machine. Weights come over groups of ours.
+        "GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo",
     }
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import datetime
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_chord.network import address_towards, listener
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
 
 Bucket = Sequence[tuple[str, Tensor]]
@@ -228,10 +228,8 @@ class SenderStore:
     """The meeting point of one sender and the workers, listening on one address only."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((host, 0))
-        listener.listen(1024)
-        self.host, self.port = host, listener.getsockname()[1]
+        own = listener(host, 0)
+        self.host, self.port = host, own.getsockname()[1]
         self._timeout_s = timeout_s
         self._store = dist.TCPStore(
             host,
@@ -239,12 +237,12 @@ class SenderStore:
             is_master=True,
             timeout=datetime.timedelta(seconds=timeout_s),
             wait_for_workers=False,
-            master_listen_fd=listener.detach(),
+            master_listen_fd=own.detach(),
         )
 
     def form_group(self, num_workers: int, device: torch.device) -> SenderGroup:
         """Blocks until every worker has joined."""
-        return _make_group(self._store, 0, 1 + num_workers, device, self._timeout_s)
+        return _make_group(self._store, self.host, 0, 1 + num_workers, device, self._timeout_s)
 
 
 def join_sender_group(
@@ -253,16 +251,19 @@ def join_sender_group(
     """A worker's side of ``SenderStore.form_group``."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return _make_group(store, rank, size, device, timeout_s)
+    return _make_group(store, address_towards(host, port), rank, size, device, timeout_s)
 
 
 def _make_group(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
+    store: dist.Store, own: str, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> SenderGroup:
+    """``own``: this process's address, on which gloo listens; NCCL chooses its interface itself."""
     timeout = datetime.timedelta(seconds=timeout_s)
     prefixed = dist.PrefixStore("megatron_chord.weights", store)
     if device.type != "cuda":
-        return SenderGroup(dist.ProcessGroupGloo(prefixed, rank, size, timeout), store)
+        gloo: Any = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (stubs lag behind)
+        gloo._devices, gloo._timeout = [dist.ProcessGroupGloo.create_device(hostname=own)], timeout
+        return SenderGroup(dist.ProcessGroupGloo(prefixed, rank, size, gloo), store)
     torch.cuda.set_device(device)
     options = dist.ProcessGroupNCCL.Options()
     # NCCL's watchdog ends the whole process at its timeout; our own, shorter deadline should come first.

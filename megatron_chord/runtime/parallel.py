@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
-from megatron_chord.network import free_port
 from megatron_chord.runtime import adam, cpu, megatron
+from megatron_chord.runtime.rendezvous import meet, world_size_of_environment
 
 T = TypeVar("T")
 
@@ -155,14 +155,14 @@ def start(
 
     ``coordinator_timeout_s`` is how long ranks wait for the coordinator's plans (sampling a step may take longer
     than any collective); by default ``parallel.timeout_s``. Rank, world size and rendezvous come from torchrun's
-    environment; alone, a process is a world of one.
+    environment; alone, a process is a world of one, which uses no store on the network.
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
     Raises:
-        ValueError: the axes do not divide the number of processes, or a node has fewer devices than ranks.
+        ValueError: the axes do not divide the number of processes, a node has fewer devices than ranks, or MASTER_ADDR
+            is not an address of rank 0's machine that the other ranks can reach.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), world_size_of_environment()
-    data_parallel_size(parallel, world_size)
+    data_parallel_size(parallel, world_size_of_environment())
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         index = device_index(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
@@ -176,14 +176,7 @@ def start(
     megatron.leave_out_notices()
     adam.install_if_needed()
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-        dist.init_process_group(
-            backend,
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=parallel.timeout_s),
-        )
+        meet(backend, timeout_s=parallel.timeout_s)
     return build_groups(
         parallel,
         device=device,
@@ -251,11 +244,6 @@ def build_groups(
         objects=objects,
         data_rank_of=tuple(ranks),
     )
-
-
-def world_size_of_environment() -> int:
-    """Processes of this run as torchrun states them; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def stop() -> None:

@@ -18,6 +18,7 @@ from megatron_chord.model.fp8 import set_environment
 from megatron_chord.precision import preset
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
@@ -82,7 +83,7 @@ def train(
         Refused: settings, data or a checkpoint that will not do, before any work.
     """
     with _refusing():
-        shape, method = check_run(run, runtime.world_size_of_environment())
+        shape, method = check_run(run, world_size_of_environment())
     set_environment(run.precision)
     groups = runtime.start(
         run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run, method)

@@ -1,0 +1,135 @@
+"""Starts the ranks of one machine, hands signals on to them, and ends them together.
+
+    python -m megatron_chord.runtime.launcher RANKS ARGUMENT ...     (arguments of this Python)
+
+It takes the place of torchrun: torchrun's store listens on all addresses, it turns every exit code into 1, and SIGUSR1
+ends it. Here the ranks meet on loopback, at a socket that rank 0 inherits. The exit code is that of the first rank that
+failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from megatron_chord.network import listener
+from megatron_chord.processes import state_of
+
+RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
+"""Environment variable that a launcher of this package sets for its ranks."""
+LISTENER_VARIABLE = "MEGATRON_CHORD_LISTENER"
+"""Environment variable of rank 0: the descriptor of a socket that listens on MASTER_ADDR and MASTER_PORT already."""
+_HOST = "127.0.0.1"
+_ENDED_WELL = (0, 75, 76)
+"""All steps done, or stopped as asked (``train.stop``)."""
+_POLL_S = 0.05
+_OWN_END_S = 3.0
+"""After a rank has failed: the others may end by themselves, with messages of their own, before they get SIGTERM."""
+_GRACE_S = 40.0
+"""Between SIGTERM and SIGKILL. Rank 0 may need 20 s to stop its server."""
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process, a rank, when the launcher that started it ends, however that happens."""
+    if RANK_OF_LAUNCHER in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Launcher:
+    def __init__(self, ranks: int, command: Sequence[str]) -> None:
+        """Start the ranks. Main thread only: it takes SIGINT, SIGTERM, SIGHUP and SIGUSR1, and hands them on."""
+        self._failure: tuple[int, int] | None = None
+        """The first rank that failed, and its ``Popen.returncode``."""
+        self._terminate_at: float | None = None
+        self._kill_at: float | None = None
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, self._hand_on)
+        with listener(_HOST, 0) as meeting_point:
+            for rank in range(ranks):
+                self._ranks.append(_start(command, rank, ranks, meeting_point))
+
+    def run(self) -> int:
+        """Wait for the end of all ranks; returns the exit code."""
+        try:
+            while any(rank.poll() is None for rank in self._ranks):
+                self._look_for_failure()
+                self._end_late_ones()
+                time.sleep(_POLL_S)
+            self._look_for_failure()
+        finally:
+            self._signal(signal.SIGKILL)
+        if self._failure is None:
+            return max(rank.returncode for rank in self._ranks)
+        code = self._failure[1]
+        return code if code >= 0 else 128 - code
+
+    def _look_for_failure(self) -> None:
+        if self._failure is not None:
+            return
+        for number, rank in enumerate(self._ranks):
+            code = rank.poll()
+            if code is not None and code not in _ENDED_WELL:
+                self._failure = number, code
+                self._terminate_at = self._terminate_at or time.monotonic() + _OWN_END_S
+                if code < 0 and self._kill_at is None:
+                    print(f"error: rank {number} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+                return
+
+    def _end_late_ones(self) -> None:
+        now = time.monotonic()
+        if self._kill_at is not None:
+            stopped = all(rank.poll() is not None or state_of(rank.pid) == "T" for rank in self._ranks)
+            if now > self._kill_at or stopped:
+                self._signal(signal.SIGKILL)
+        elif self._terminate_at is not None and now > self._terminate_at:
+            self._signal(signal.SIGTERM)
+            self._kill_at = now + _GRACE_S
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self._signal(number)
+        if number != signal.SIGUSR1:
+            self._kill_at = self._kill_at or time.monotonic() + _GRACE_S
+
+    def _signal(self, number: int) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, number) if number == signal.SIGKILL else os.kill(rank.pid, number)
+
+
+def _start(
+    command: Sequence[str], rank: int, ranks: int, meeting_point: socket.socket
+) -> subprocess.Popen[bytes]:
+    place = {
+        RANK_OF_LAUNCHER: "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(meeting_point.getsockname()[1]),
+    }
+    inherited: list[int] = []
+    if rank == 0:
+        inherited.append(meeting_point.fileno())
+        place[LISTENER_VARIABLE] = str(meeting_point.fileno())
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | place,
+        pass_fds=inherited,
+        start_new_session=True,  # Ctrl-C comes once, from here
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(Launcher(int(sys.argv[1]), sys.argv[2:]).run())
