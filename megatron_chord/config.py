@@ -647,6 +647,43 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a process counts as frozen: the run then names it, keeps the stacks and ends with exit code 79. Sampling,
+    grading and pushes of weights have deadlines of their own (`rollout`, `reward`)."""
+
+    beat_s: float = 5.0
+    """Between two signs of life of every rank; 0 turns the watchdog off, for a debugger."""
+    silence_s: float = 120.0
+    """A rank that shows none for so long is frozen: stopped, hung in the kernel, or its node is lost."""
+    loading_s: float = 3600.0
+    """From a rank's start to its first step: data, model, a checkpoint."""
+    computing_s: float | None = None
+    """A rank's computing without finishing a micro-batch. Left out: nine tenths of parallel.timeout_s; for a run of one
+    rank, which nobody waits for, no limit."""
+    saving_s: float = 3600.0
+    """A checkpoint, or the export of the policy."""
+    server_s: float = 300.0
+    """A rollout server that has requests, and neither finishes one nor computes a token for so long, is frozen: it is
+    replaced as one that died."""
+
+    def __post_init__(self) -> None:
+        _not_negative(**{"watchdog.beat_s": self.beat_s})
+        _positive(
+            **{
+                "watchdog.loading_s": self.loading_s,
+                "watchdog.saving_s": self.saving_s,
+                "watchdog.server_s": self.server_s,
+            }
+        )
+        if self.computing_s is not None:
+            _positive(**{"watchdog.computing_s": self.computing_s})
+        _require(
+            self.silence_s >= 2 * self.beat_s,
+            f"watchdog.silence_s must be at least two beats, 2 x beat_s = {2 * self.beat_s:g}, got {self.silence_s:g}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     output: Path = field(metadata={"from_cwd": True})
     """Folder of the run: resolved config, metrics.jsonl, samples, TensorBoard, checkpoints, the exported policy."""
@@ -667,6 +704,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     trace_steps: int = 0
     """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
     one file a rank. Tracing slows these steps down."""

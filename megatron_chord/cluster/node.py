@@ -36,11 +36,13 @@ from megatron_chord.cluster.servers import NodeServers, ServerLost, count_server
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.registry import JobRollout
+from megatron_chord.runtime import heartbeat
 from megatron_chord.runtime.launcher import RANK_OF_LAUNCHER
 from megatron_chord.train import stop
 from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
+_HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
 _RANK_GRACE_S = 12.0
@@ -101,7 +103,11 @@ class _Node:
         if job.samples and self._num_servers:
             self._servers = NodeServers(job, self._run, say=self._say)
         if job.trains:
-            environment = {RANK_OF_LAUNCHER: "1", stop.FILE_VARIABLE: str(job.folder / STOP_FILE)}
+            environment = {
+                RANK_OF_LAUNCHER: "1",
+                stop.FILE_VARIABLE: str(job.folder / STOP_FILE),
+                heartbeat.FOLDER_VARIABLE: str(job.folder / _HEARTBEATS),
+            }
             if self._num_servers:
                 environment |= JobRollout(
                     folder=job.folder,
@@ -128,6 +134,9 @@ class _Node:
             if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE):
                 message = f"rank {rank.number} on {self._job.name} {described(status)}"
                 rank.complete_log()
+                verdict = heartbeat.read_verdict(self._job.folder / _HEARTBEATS)
+                if status == heartbeat.EXIT_CODE and verdict is not None:
+                    message = verdict["text"]
                 record_failure(
                     self._job.folder, f"rank{rank.number}", exit_code_of(status), message, rank.log
                 )

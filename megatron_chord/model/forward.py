@@ -111,6 +111,7 @@ def run_micro_batches(
     undo = len(micro_batches) * groups.data.size
 
     def forward_step(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        groups.pulse.tick()
         batch: DeviceBatch = next(batches)
         output = model(batch.token_ids, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
 
@@ -131,7 +132,7 @@ def run_micro_batches(
 
     iterators = [iter(micro_batches) for _ in chunks]
     with torch.set_grad_enabled(backward):
-        return get_forward_backward_func()(
+        kept = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks),
@@ -140,6 +141,8 @@ def run_micro_batches(
             micro_batch_size=1,
             forward_only=not backward,
         )
+    groups.pulse.tick()
+    return kept
 
 
 def unwrapped(chunk: Any) -> Any:

@@ -21,10 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from megatron_chord.processes import state_of
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
@@ -42,6 +44,11 @@ class Grade:
     error: str | None = None
 
 
+def longest_grading_s(timeout_s: float) -> float:
+    """Of one grading with ``timeout_s``, its attempts and the starts of fresh workers included."""
+    return _ATTEMPTS * (_START_TIMEOUT_S + timeout_s + _KILL_TIMEOUT_S)
+
+
 class GraderPool:
     """Worker processes that grade with one grader of `rewards.table`. Use it as a context manager.
 
@@ -51,16 +58,24 @@ class GraderPool:
         workers: processes, and gradings at a time.
         timeout_s: of one grading.
         memory_mb: address space of one worker; some 100 are taken by its libraries.
+        on_grade: called after each grading, from another thread.
 
     Raises:
         RuntimeError: a worker does not start, with the reason it printed.
     """
 
     def __init__(
-        self, kind: str, *, workers: int, timeout_s: float, memory_mb: int, marker: str = "####"
+        self,
+        kind: str,
+        *,
+        workers: int,
+        timeout_s: float,
+        memory_mb: int,
+        marker: str = "####",
+        on_grade: Callable[[], None] = lambda: None,
     ) -> None:
         self._timeout_s = timeout_s
-        self._num_workers = workers
+        self._on_grade = on_grade
         self._arguments = ["--kind", kind, "--marker", marker, "--memory-mb", str(memory_mb)]
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._one_batch = threading.Lock()
@@ -122,12 +137,15 @@ class GraderPool:
             return [worker.process.pid for worker in self._running]
 
     def _wait(self, batch: _Batch) -> None:
-        longest = _ATTEMPTS * (_START_TIMEOUT_S + self._timeout_s + _KILL_TIMEOUT_S)
-        limit_s = longest * math.ceil(len(batch.grades) / self._num_workers)
-        deadline = time.monotonic() + limit_s
+        limit_s = longest_grading_s(self._timeout_s)
+        missing, deadline = batch.missing, time.monotonic() + limit_s
         while batch.missing and not self._closed:
+            if batch.missing < missing:
+                missing, deadline = batch.missing, time.monotonic() + limit_s
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{batch.missing} of {len(batch.grades)} gradings open after {limit_s} s")
+                raise TimeoutError(
+                    f"{missing} of {len(batch.grades)} gradings are open, and for {limit_s:g} s none was finished"
+                )
             batch.finished.wait(1.0)
         if batch.missing:
             raise RuntimeError("the grader pool is closed")
@@ -145,6 +163,7 @@ class GraderPool:
                 continue
             worker, grade = self._grade(worker, job)
             job.batch.put(job.index, grade)
+            self._on_grade()
         self._stop(worker)
 
     def _grade(self, worker: _Worker | None, job: _Job) -> tuple[_Worker | None, Grade]:
@@ -154,8 +173,11 @@ class GraderPool:
                 worker = worker or self._start()
                 return worker, worker.grade(job.text, job.truth, self._timeout_s)
             except TimeoutError:
+                stopped = worker is not None and state_of(worker.process.pid) == "T"
                 self._stop(worker)
-                return None, Grade(None, f"killed after {self._timeout_s:g} s")
+                worker, reason = None, f"killed after {self._timeout_s:g} s"
+                if not stopped:  # by somebody, not by its text
+                    break
             except (_WorkerLostError, OSError) as error:
                 self._stop(worker)
                 worker, reason = None, str(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,10 @@ _ABORT = "/inference/v1/abort_requests"
 _ENGINE_ID = "generate-tokens-{}"
 """What vLLM's engine makes of a request's id (entrypoints/scale_out/token_in_token_out/serving.py, serve_tokens)."""
 _ABORT_AGAIN_S = 0.25
+_METRICS = "/metrics"
+_TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? (\S+)", re.MULTILINE)
+_LOOK_S = 5.0
+"""Between two looks at how many tokens a server has computed."""
 _MODEL = "policy"
 _RETRY_PAUSE_S = 0.2
 _WORST_LOGPROB = -9999.0
@@ -88,8 +93,22 @@ class Stop:
 class RolloutClient:
     """One server. Methods raise RolloutError; times are in seconds. May be used from several threads."""
 
-    def __init__(self, url: str, api_key: str, *, retries: int = 2, connect_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        retries: int = 2,
+        connect_timeout_s: float = 10.0,
+        silence_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            silence_s: a server that has requests of ``generate``, and neither finishes one nor computes a token for so
+                long, is frozen: a RolloutError. It must be longer than any pause for a push of weights.
+        """
         self.url = url
+        self._silence_s = silence_s
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._retries = retries
         self._connect_timeout_s = connect_timeout_s
@@ -263,10 +282,15 @@ class RolloutClient:
                 asyncio.TaskGroup() as group,
             ):
                 tasks = [group.create_task(sample(http, index)) for index in range(len(requests))]
-                if stop is not None and tasks:
-                    aborting = group.create_task(self._abort(http, running, told))
+                beside: list[asyncio.Task[None]] = []
+                if stop is not None:
+                    beside.append(group.create_task(self._abort(http, running, told)))
+                if self._silence_s is not None:
+                    beside.append(group.create_task(self._watch(http, self._silence_s, lambda: num_done)))
+                if tasks:
                     await asyncio.wait(tasks)
-                    aborting.cancel()
+                for task in beside:
+                    task.cancel()
         except TimeoutError as error:
             raise RolloutError(
                 f"{self.url}: {num_done} of {len(requests)} requests finished within {deadline_s:.0f} s"
@@ -277,6 +301,31 @@ class RolloutClient:
         finally:
             self._sampling.discard((loop, task))
         return [task.result() for task in tasks]
+
+    async def _watch(self, http: httpx.AsyncClient, silence_s: float, num_done: Callable[[], int]) -> None:
+        """Until it is cancelled. RolloutError when the server has done nothing for ``silence_s``."""
+        loop = asyncio.get_running_loop()
+        pause_s = min(_LOOK_S, silence_s / 4)
+        last, moved = (num_done(), await self._num_tokens(http, pause_s)), loop.time()
+        while True:
+            await asyncio.sleep(pause_s)
+            num_tokens = await self._num_tokens(http, pause_s)
+            now = (num_done(), last[1] if num_tokens is None else num_tokens)
+            if now != last:
+                last, moved = now, loop.time()
+            elif loop.time() - moved > silence_s:
+                raise RolloutError(
+                    f"{self.url}: frozen: it has requests, and has finished none and computed no token for "
+                    f"{loop.time() - moved:.0f} s (watchdog.server_s)"
+                )
+
+    async def _num_tokens(self, http: httpx.AsyncClient, timeout_s: float) -> float | None:
+        """Tokens that the server has read and sampled since its start; None where it does not answer in time."""
+        try:
+            response = await http.get(_METRICS, timeout=timeout_s)
+        except httpx.TransportError:
+            return None
+        return sum(map(float, _TOKENS.findall(response.content))) if response.status_code == 200 else None
 
     async def _abort(self, http: httpx.AsyncClient, running: set[str], told: asyncio.Event) -> None:
         """Once ``told``, until it is cancelled: again and again, as a request may not have got to the engine yet."""

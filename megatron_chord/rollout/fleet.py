@@ -34,9 +34,11 @@ class Fleet(Protocol):
 class OwnServer:
     """One server, a child of this process."""
 
-    def __init__(self, start: Callable[[], RolloutServer], *, timeout_s: float) -> None:
+    def __init__(self, start: Callable[[], RolloutServer], *, timeout_s: float, silence_s: float) -> None:
+        """``silence_s``: as of ``RolloutClient``."""
         self._start = start
         self._timeout_s = timeout_s
+        self._silence_s = silence_s
         self._server: RolloutServer | None = None
         self._client: RolloutClient | None = None
 
@@ -46,7 +48,7 @@ class OwnServer:
     def connect(self) -> Sequence[RolloutClient]:
         assert self._server is not None
         self._server.wait_until_ready(self._timeout_s)
-        self._client = RolloutClient(self._server.url, self._server.api_key)
+        self._client = RolloutClient(self._server.url, self._server.api_key, silence_s=self._silence_s)
         return [self._client]
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
@@ -64,8 +66,8 @@ class OwnServer:
 class ListedServers:
     """Servers that the user started and looks after."""
 
-    def __init__(self, urls: Sequence[str], key: str) -> None:
-        self._clients = [RolloutClient(url, key) for url in urls]
+    def __init__(self, urls: Sequence[str], key: str, *, silence_s: float) -> None:
+        self._clients = [RolloutClient(url, key, silence_s=silence_s) for url in urls]
 
     def start(self) -> None:
         pass
@@ -84,11 +86,14 @@ class ListedServers:
 class JobServers:
     """Servers that the nodes of a Slurm job run and announce in its folder (``cluster.node``)."""
 
-    def __init__(self, registry: Registry, count: int, *, key: str, timeout_s: float) -> None:
+    def __init__(
+        self, registry: Registry, count: int, *, key: str, timeout_s: float, silence_s: float
+    ) -> None:
         self._registry = registry
         self._count = count
         self._key = key
         self._timeout_s = timeout_s
+        self._silence_s = silence_s
         self._known: list[Announcement] = []
         self._clients: list[RolloutClient] = []
 
@@ -98,7 +103,9 @@ class JobServers:
     def connect(self) -> Sequence[RolloutClient]:
         self.close()
         self._known = self._await_all()
-        self._clients = [RolloutClient(server.url, self._key) for server in self._known]
+        self._clients = [
+            RolloutClient(server.url, self._key, silence_s=self._silence_s) for server in self._known
+        ]
         return self._clients
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:

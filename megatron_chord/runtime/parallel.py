@@ -9,7 +9,7 @@ import datetime
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_chord.config import ParallelConfig, data_parallel_size
 from megatron_chord.runtime import adam, cpu, megatron
+from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.runtime.rendezvous import meet, world_size_of_environment
 
 T = TypeVar("T")
@@ -56,6 +57,8 @@ class ParallelGroups:
     """All ranks over gloo: for Python objects and the coordinator's plans."""
     data_rank_of: tuple[int, ...]
     """Data-parallel rank of every global rank."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """What this rank's main thread does, for whoever watches it (``runtime.heartbeat``)."""
 
     @property
     def is_coordinator(self) -> bool:

@@ -19,6 +19,7 @@ from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.collect import GradedRollouts
 from megatron_chord.rollout.recorded import Call, to_json
+from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.schedules import Memory, Moment
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, evaluate
@@ -74,6 +75,7 @@ class Coordinator:
         graders: GraderPool,
         log: RunLog,
         stop_wanted: Callable[[], bool] = lambda: False,
+        pulse: Pulse | None = None,
     ) -> None:
         self._run = run
         self._method = method
@@ -83,6 +85,7 @@ class Coordinator:
         self._graders = graders
         self.log = log
         self._stop_wanted = stop_wanted
+        self._pulse = pulse or Pulse()
         self._progress = {-1: _Progress(sources=data.sources, memory=None)}
         """What each step leaves: of the last that was trained on, and of those collected ahead."""
         self._answers: dict[int, _Answers] = {}
@@ -195,7 +198,7 @@ class Coordinator:
             now=now,
             memory=before.memory,
             timer=timer,
-            notify=(lambda text: None) if may_lag else self._doing,
+            notify=self._getting_on if may_lag else self._doing,
             recorded=recorded,
         )
         collected = self._collect_by(draw)
@@ -238,7 +241,11 @@ class Coordinator:
             raise ValueError("more answers were sampled than are wanted")
         return collected
 
+    def _getting_on(self, what: str) -> None:
+        self._pulse.helped("collecting")
+
     def _doing(self, what: str) -> None:
+        self._getting_on(what)
         self.log.doing(what)
         if self._stop_wanted():
             raise StopWanted

@@ -141,7 +141,8 @@ class RolloutEngine:
                 _free_cached_memory
             )  # what training has left of activations, on all ranks first
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
-        self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
+        with self._groups.pulse.phase("pushing"):
+            self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
         if self._asleep:
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["kv_cache"])))
             self._asleep = False
@@ -186,7 +187,8 @@ class RolloutEngine:
 
     def _await_servers(self) -> None:
         if not self._connected:
-            self._groups.once(self._connect)
+            with self._groups.pulse.phase("waiting for servers"):
+                self._groups.once(self._connect)
             self._connected = True
 
     def _each(self, action: Callable[[RolloutClient], None]) -> None:
@@ -238,17 +240,23 @@ class RolloutEngine:
 
     def _make_fleet(self) -> Fleet:
         run, timeout_s = self._run, self._run.rollout.start_timeout_s
+        # Requests wait for weights that are pushed under them.
+        silence_s = run.watchdog.server_s + (
+            run.rollout.sync_timeout_s if run.rollout.in_flight == "keep" else 0.0
+        )
         if run.rollout.servers:
             key = os.environ.get(KEY_VARIABLE)
             if not key:
                 raise ValueError(f"rollout.servers need their key in the environment variable {KEY_VARIABLE}")
-            return ListedServers(run.rollout.servers, key)
+            return ListedServers(run.rollout.servers, key, silence_s=silence_s)
         if self._job is not None:
             key = read_key(self._job.folder)
-            return JobServers(Registry(self._job.folder), self._job.count, key=key, timeout_s=timeout_s)
+            registry = Registry(self._job.folder)
+            return JobServers(registry, self._job.count, key=key, timeout_s=timeout_s, silence_s=silence_s)
         return OwnServer(
             lambda: start_server(run.model.path, server_settings(run), log=self._next_log()),
             timeout_s=timeout_s,
+            silence_s=silence_s,
         )
 
     def _next_log(self) -> Path:
@@ -270,7 +278,8 @@ class RolloutEngine:
 
         self._version = None
         _free_cached_memory()  # vLLM starts only where its share of the GPU is free
-        self._groups.once(restart)
+        with self._groups.pulse.phase("waiting for servers"):
+            self._groups.once(restart)
         self._connected = True
         self.generation += 1
         self._lost = False

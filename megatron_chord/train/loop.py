@@ -18,6 +18,7 @@ from megatron_chord.model.fp8 import set_environment
 from megatron_chord.precision import preset
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
@@ -45,6 +46,7 @@ from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWa
 from megatron_chord.train.throughput import own_gpu, throughput
 from megatron_chord.train.trace import Tracer
 from megatron_chord.train.updates import train_on
+from megatron_chord.train.watch import start_watch, sweep
 
 
 class Refused(ValueError):
@@ -90,6 +92,9 @@ def train(
     )
     with ExitStack() as stack:
         stack.callback(runtime.stop)
+        watch = start_watch(run, groups)
+        if watch is not None:
+            stack.callback(watch.close)
         coordinator: Coordinator | None = None
 
         @_refusing()
@@ -97,8 +102,11 @@ def train(
             nonlocal coordinator
             data = load_data(run, shape)
             stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
+            sweep(run, watch)
             layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
-            coordinator, found = _make_coordinator(run, method, data, layout, resume, stack, stop_wanted)
+            coordinator, found = _make_coordinator(
+                run, method, data, layout, resume, stack, stop_wanted, groups.pulse
+            )
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
             return found
 
@@ -141,10 +149,12 @@ def train(
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
             _evaluate(parts, 0)
+        groups.pulse.enter("computing")
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
         _run_steps(parts, done, memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
-        export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
+        with groups.pulse.phase("saving"):
+            export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
             table = summary(read_metrics(run.output))
@@ -190,7 +200,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     step, schedule = now.step, method.schedule(run)
     timer = Timer(mark=record_function)
     with timer.phase("total"):
-        with timer.phase("collect"):
+        with timer.phase("collect"), state.groups.pulse.phase("collecting"):
             inputs, micro_batches = parts.ahead.take(now)
             parts.engine.rest()
         if schedule is not None and schedule.resets_optimizer(step):
@@ -256,13 +266,14 @@ def _evaluate(parts: _Parts, version: int) -> None:
     if not has_problems:
         return
     _doing(coordinator, "evaluating")
-    parts.ahead.drain()
+    _drain(parts)
 
     def work(clients: Any, version: int) -> Any:
         assert coordinator is not None
         return coordinator.evaluate(clients, version), None
 
-    result, _ = parts.engine.use(work, parts.state, version=version)
+    with parts.state.groups.pulse.phase("evaluating"):
+        result, _ = parts.engine.use(work, parts.state, version=version)
     if coordinator is not None:
         coordinator.log.write({"step": version, "evaluation": asdict(result)})
         coordinator.log.say(
@@ -274,15 +285,21 @@ def _evaluate(parts: _Parts, version: int) -> None:
 def _save(parts: _Parts, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
-    parts.ahead.drain()
+    _drain(parts)
     if parts.engine.has_offloaded:  # for an evaluation, or a sampling that was given up
         parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
-    path = checkpoint.save(
-        parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
-    )
+    with parts.state.groups.pulse.phase("saving"):
+        path = checkpoint.save(
+            parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
+        )
     if coordinator is not None:
         coordinator.log.say(f"checkpoint {path}")
+
+
+def _drain(parts: _Parts) -> None:
+    with parts.state.groups.pulse.phase("collecting"):
+        parts.ahead.drain()
 
 
 def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
@@ -320,6 +337,7 @@ def _make_coordinator(
     resume: Resume,
     stack: ExitStack,
     stop_wanted: Callable[[], bool],
+    pulse: Pulse,
 ) -> tuple[Coordinator, Path | None]:
     found = checkpoint.find(run.output / CHECKPOINTS, print) if resume == "auto" else None
     first_step = checkpoint.step_of(found) if found is not None else 0
@@ -333,6 +351,7 @@ def _make_coordinator(
             timeout_s=run.reward.timeout_s,
             memory_mb=run.reward.memory_mb,
             marker=run.reward.answer_marker,
+            on_grade=lambda: pulse.helped("collecting", "evaluating"),
         )
     )
     for report in data.reports:
@@ -340,7 +359,7 @@ def _make_coordinator(
     if resume == "auto" and found is None:
         log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
     coordinator = Coordinator(
-        run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted
+        run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted, pulse=pulse
     )
     return coordinator, found
 

@@ -250,3 +250,19 @@ def test_math500_truths_grade_as_themselves(pool: GraderPool) -> None:
     )
     assert [grade for grade in others if grade.score is None] == []  # the sandbox is in nobody's way
     assert sum(grade.score for grade in others) <= 2
+
+
+def test_an_answer_is_graded_again_when_its_grader_was_stopped() -> None:
+    """From outside, which says nothing of the text."""
+    with GraderPool("exact", workers=1, timeout_s=2, memory_mb=300) as pool:
+        (stopped,) = pool.worker_pids()
+        os.kill(stopped, signal.SIGSTOP)
+        assert pool.grade_all([("#### 18", "18"), ("#### 17", "18")]) == [Grade(1.0), Grade(0.0)]
+        assert not is_alive(stopped)
+
+
+def test_each_grading_is_told_of() -> None:
+    told: list[int] = []
+    with GraderPool("exact", workers=1, timeout_s=9, memory_mb=300, on_grade=lambda: told.append(1)) as pool:
+        pool.grade_all([("#### 18", "18")] * 5)
+    assert len(told) == 5

@@ -1,0 +1,100 @@
+"""A run whose processes are stopped one after the other, as a hung disk or driver would: noticed, named, replaced or
+ended, and resumed. It also shows where a run listens.
+
+Two real Megatron-Core ranks, a real vLLM server, a grader. ``benchmarks/frozen.py`` goes through all phases.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import yaml
+
+from megatron_chord.runtime.heartbeat import EXIT_CODE
+from tests.e2e.test_run import (
+    EXAMPLE,
+    command_line,
+    descendants,
+    is_alive,
+    log_of,
+    running,
+    server_of,
+    steps_done,
+    wait_for,
+)
+from tests.support.listening import addresses
+from tests.support.task import metrics_of, run_cli
+
+SILENCE_S = 6.0
+
+
+def write_config(folder: Path) -> Path:
+    settings = {
+        "output": str(folder / "out"),
+        "steps": 4000,
+        "seed": 3,
+        "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
+        "data": {
+            "prompts": str(EXAMPLE / "problems_train.jsonl"),
+            "experts": str(EXAMPLE / "experts.jsonl"),
+            "max_prompt_tokens": 64,
+            "max_response_tokens": 32,
+        },
+        "parallel": {"ranks": 2},
+        "batch": {"prompts": 2, "rollouts": 2, "experts": 2, "max_tokens": 512},
+        "objective": {"mu": {"peak": 0.3}},
+        "rollout": {"kv_cache_bytes": 64 * 2**20, "sync_timeout_s": 15.0},
+        "reward": {"kind": "exact", "workers": 1, "timeout_s": 3.0, "max_error_rate": 0.0},
+        "optim": {"lr": 3e-4},
+        "checkpoint": {"every": 1},
+        "watchdog": {"beat_s": 0.5, "silence_s": SILENCE_S, "server_s": SILENCE_S},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_frozen_server_grader_and_rank(tmp_path: Path) -> None:
+    config, output = write_config(tmp_path), tmp_path / "out"
+    with running(config, output) as process:
+        wait_for(lambda: steps_done(output) >= 1, process)
+        family = descendants(process.pid)
+        ranks = [pid for pid in family if "megatron_chord.cli" in command_line(pid)]
+        (grader,) = (pid for pid in family if "rewards.worker" in command_line(pid))
+        assert len(ranks) == 2
+        assert addresses([process.pid, *family]) == {"127.0.0.1"}
+
+        # Not one grading may fail in this run: what was stopped was no text's fault, and is graded again.
+        os.kill(grader, signal.SIGSTOP)
+        done = steps_done(output)
+        wait_for(lambda: not is_alive(grader) and steps_done(output) > done + 1, process)
+        assert all(row["grader_errors"] == 0 for row in metrics_of(output))
+
+        server = server_of(process)
+        for pid in [server, *descendants(server)]:
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: "rollout server lost, starting another" in log_of(output), process)
+        done = steps_done(output)
+        wait_for(lambda: steps_done(output) > done, process)
+        assert not is_alive(server)
+
+        victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(victim, signal.SIGSTOP)
+        assert process.wait(120) == EXIT_CODE, log_of(output)
+        assert not [pid for pid in [*family, *descendants(process.pid)] if is_alive(pid)]
+    (line,) = (line for line in log_of(output).splitlines() if "frozen: rank" in line)
+    assert f"(process {victim}) has shown no sign of life" in line
+    assert "frozen: rank 1 on " in line
+    assert "it is stopped (SIGSTOP)" in line
+    stacks = Path(re.findall(r"Stacks: (\S+)", line)[0])
+    assert "Current thread" in (stacks / "rank-0.txt").read_text()
+
+    saved = int((output / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    result = run_cli("train", str(config), f"steps={saved + 1}", "--resume", "auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{saved} of {saved + 1} steps done" in result.stdout
+    assert [row["step"] for row in metrics_of(output) if "loss" in row] == list(range(saved + 1))
+    assert not (output / ".heartbeats").exists()

@@ -1,0 +1,176 @@
+"""The watch over ranks, on ranks that are small programs: who is named, how soon, and what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.processes import descendants
+from megatron_chord.runtime.heartbeat import EXIT_CODE, Pulse, read_verdict
+from tests.support.ranks import ROOT
+
+BEAT_S = 0.25
+SILENCE_S = 2.0
+PROGRAM = f"""
+import pathlib, subprocess, sys, time
+from megatron_chord.runtime.heartbeat import Limits, Pulse, Watch
+
+rank, ranks, folder, seconds = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), float(sys.argv[4])
+pulse = Pulse()
+limits = Limits(beat_s={BEAT_S}, silence_s={SILENCE_S}, phases={{"computing": {SILENCE_S}, "saving": 60.0}})
+beats = folder / "beats" / "x" if ranks > 1 else None
+watch = Watch(pulse, limits, rank=rank, world_size=ranks, folder=beats, logs=folder / "logs")
+child = subprocess.Popen(["sleep", "100"])
+
+def main_thread_stands_still():
+    time.sleep(100)
+
+end = time.monotonic() + seconds
+with pulse.phase("computing"):
+    while time.monotonic() < end:
+        pulse.tick()
+        time.sleep(0.05)
+        if (folder / f"still-{{rank}}").exists():
+            main_thread_stands_still()
+watch.close()
+child.kill()
+"""
+
+
+class Ranks:
+    def __init__(self, folder: Path, count: int, seconds: float = 60) -> None:
+        self.folder = folder
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(rank), str(count), str(folder), str(seconds)],
+                stderr=(folder / f"err-{rank}").open("w"),
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+            for rank in range(count)
+        ]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            for pid in [*descendants(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+    def await_beats(self) -> None:
+        """Until each rank has been in its loop."""
+        deadline = time.monotonic() + 60
+        while not all("computing" in self.beat(rank) for rank in range(len(self.processes))):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def beat(self, rank: int) -> str:
+        with contextlib.suppress(OSError):
+            return (self.folder / "beats" / "x" / f"rank-{rank}.json").read_text()
+        return ""
+
+    def errors(self) -> str:
+        return "".join((self.folder / f"err-{rank}").read_text() for rank in range(len(self.processes)))
+
+    def stacks(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in (self.folder / "logs").glob("frozen-*/*")}
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: int) -> None:
+    """Rank 0 looks at all; all look at rank 0."""
+    with Ranks(tmp_path, 3) as ranks:
+        ranks.await_beats()
+        stopped = ranks.processes[frozen]
+        stopped.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        running = [process for process in ranks.processes if process is not stopped]
+        assert {process.wait(60) for process in running} == {EXIT_CODE}
+        assert time.monotonic() - begun >= SILENCE_S
+        (line,) = ranks.errors().splitlines()
+        assert f"frozen: rank {frozen} on " in line
+        assert f"(process {stopped.pid})" in line
+        assert "it is stopped (SIGSTOP)" in line
+        assert "It was computing, at <string>:" in line
+        seconds = float(re.findall(r"no sign of life for (\d+) s", line)[0])
+        assert SILENCE_S <= seconds <= SILENCE_S + 2 * BEAT_S + 3, "the machine may be slow"
+        stacks = ranks.stacks()
+        others = {f"rank-{rank}.txt" for rank in range(3) if rank != frozen}
+        assert set(stacks) == others | {"all-ranks.txt"}
+        assert all("in <module>" in stacks[name] for name in others)
+        assert all(f"rank {rank} on" in stacks["all-ranks.txt"] for rank in range(3))
+        verdict = read_verdict(tmp_path / "beats" / "x")
+        assert verdict is not None
+        assert verdict["text"] in line
+        assert not any(descendants(process.pid) for process in running), "what they started has ended too"
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_main_thread_that_stands_still_is_named_though_its_process_beats(
+    tmp_path: Path, still: int
+) -> None:
+    with Ranks(tmp_path, 2) as ranks:
+        ranks.await_beats()
+        (tmp_path / f"still-{still}").touch()
+        assert [process.wait(60) for process in ranks.processes] == [EXIT_CODE] * 2
+        (line,) = ranks.errors().splitlines()
+        assert f"frozen: rank {still} on " in line
+        assert "has made no progress for 2 s (limit 2 s)" in line
+        assert "main_thread_stands_still" in line
+        assert "main_thread_stands_still" in ranks.stacks()[f"rank-{still}.txt"]
+
+
+def test_a_world_of_one_watches_itself(tmp_path: Path) -> None:
+    with Ranks(tmp_path, 1) as ranks:
+        (tmp_path / "still-0").touch()
+        assert ranks.processes[0].wait(60) == EXIT_CODE
+        assert "frozen: rank 0 on " in ranks.errors()
+        assert not (tmp_path / "beats").exists()
+
+
+def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
+    """As by Ctrl-Z, or a scheduler that suspends jobs."""
+    with Ranks(tmp_path, 2, seconds=8) as ranks:
+        ranks.await_beats()
+        for process in ranks.processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * SILENCE_S)
+        for process in ranks.processes:
+            process.send_signal(signal.SIGCONT)
+        assert [process.wait(60) for process in ranks.processes] == [0, 0]
+        assert ranks.errors() == ""
+
+
+def test_ranks_that_leave_are_not_missed_and_leave_nothing(tmp_path: Path) -> None:
+    with Ranks(tmp_path, 2, seconds=1) as ranks:
+        assert [process.wait(60) for process in ranks.processes] == [0, 0]
+        assert ranks.errors() == ""
+        assert not (tmp_path / "beats").exists()
+
+
+def test_only_what_the_main_thread_waits_for_counts_as_its_progress() -> None:
+    pulse = Pulse()
+    with pulse.phase("computing"):
+        before = pulse.read()
+        pulse.helped("collecting")
+        assert pulse.read() == before
+        with pulse.phase("collecting"):
+            entered = pulse.read()
+            assert entered.position == before.position + 1
+            time.sleep(0.01)
+            pulse.helped("collecting")
+            assert pulse.read().moved > entered.moved
+            assert pulse.read().position == entered.position, "ranks must count alike"
+        assert pulse.read().phase == "computing"
+    assert json.dumps(pulse.read().phase) == '"loading"'
