@@ -178,7 +178,7 @@ class Watch:
         note, now = self._pulse.read(), time.monotonic()
         return {
             "count": self._count,
-            "node": socket.gethostname(),
+            "node": _node(),
             "pid": os.getpid(),
             "phase": note.phase,
             "position": note.position,
@@ -308,8 +308,13 @@ def read_verdict(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _node() -> str:
+    """As Slurm calls it, in a job."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _what_is_wrong(beat: Mapping[str, Any]) -> str:
-    if beat["node"] != socket.gethostname():
+    if beat["node"] != _node():
         return "its process, its node or the shared file system there does not answer"
     state = state_of(beat["pid"])
     if state == "T":

@@ -71,7 +71,7 @@ def _listening(port: int, world_size: int) -> int:
         return int(inherited)
     name, address = os.environ["MASTER_ADDR"], _master()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if is_loopback(address) and local < world_size:
+    if is_loopback(address) and name != address and local < world_size:
         raise ValueError(
             f"MASTER_ADDR {name} is {address} on rank 0's machine, where {local} of the {world_size} ranks run: the "
             "others cannot reach it. Set MASTER_ADDR to an address that all machines reach"

@@ -163,7 +163,7 @@ def layout_of(
 
 def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     """How long ranks may have to wait for the coordinator: a server's start, the sampling and grading of all steps that
-    may be under way, and their repeats."""
+    may be under way, and their repeats. A last resort: a frozen coordinator is noticed by ``runtime.heartbeat``."""
     rollout = run.rollout
     grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
     sampling = method.samplings(run) * (rollout.request_timeout_s + grading)

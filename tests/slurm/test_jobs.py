@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.slurm.box import Box, address_of
 from tests.slurm.jobs import EXAMPLE, Submitted, rank_process, write_run
 from tests.support.ranks import ROOT
@@ -121,6 +122,24 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
     assert job.wait() == ("FAILED", 137), job.output[-6000:]
     assert f"failed first: rank 1 on {nodes_of(job, 0)[0]} was killed by SIGKILL" in job.output
     assert job.left_behind() == []
+
+
+def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
+    """Of two nodes. The other rank names it; the job ends with the code for that, and resumes when submitted again."""
+    settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 6.0}}
+    write_run(tmp_path, steps=4000, **settings)
+    job = Submitted(box, tmp_path, nodes=2)
+    job.wait_for((tmp_path / "out" / "checkpoints" / "latest").is_file)
+    frozen = rank_process(job, 1)
+    os.kill(frozen, signal.SIGSTOP)
+    assert job.wait() == ("FAILED", EXIT_CODE), job.output[-6000:]
+    assert f"failed first: frozen: rank 1 on {nodes_of(job, 0)[1]} (process {frozen})" in job.output
+    assert job.left_behind() == []
+    saved = int((tmp_path / "out" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    write_run(tmp_path, steps=saved + 1, **settings)
+    again = Submitted(box, tmp_path, nodes=2)
+    assert again.wait() == ("COMPLETED", 0), again.output[-6000:]
+    assert f"{saved} of {saved + 1} steps done" in again.output
 
 
 def test_settings_that_will_not_do(box: Box, tmp_path: Path) -> None:
