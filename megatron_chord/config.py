@@ -247,10 +247,10 @@ class CorrectionConfig:
 
     level: Literal["token", "sequence", "geometric"] = "token"
     """w of each token, the product over its sequence, or that product's geometric mean."""
-    mode: Literal["truncate", "clamp", "mask", "none"] = "truncate"
-    """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (a sequence-level mask
-    drops whole sequences, and then multiplies by 1). none: no weight, which turns off the default of `rollout.lag`, of
-    carried answers and of FP8."""
+    mode: Literal["truncate", "clamp", "mask", "reject", "none"] = "truncate"
+    """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (TRL's token_mask and
+    sequence_mask). reject: 1 within [low, high], 0 outside (verl's rollout_rs). none: no weight, which turns off the
+    default of `rollout.lag`, of carried answers and of FP8."""
     low: float = 0.0
     high: float = 2.0
 
@@ -445,13 +445,14 @@ class RolloutConfig:
     restarts: int = 1
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
-    """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it the run stops. Left out: 1e-3 in fp32,
-    5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them (`lag`, carried answers), which differ as the
-    policy has moved."""
+    """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it by more than three standard errors of the
+    mean the run stops. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them
+    (`lag`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean size comes
+    on top, which is what rounding them makes."""
     max_probability_error: float | None = None
-    """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ; beyond
-    it the run stops. Left out: 1.01 in fp32, 1.1 in bf16 and FP8, where up to 1.05 is healthy; no limit for rollouts of
-    older weights."""
+    """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ, each
+    token's at most 10; beyond it by more than three standard errors the run stops. Left out: 1.01 in fp32, 1.1 in bf16
+    and FP8, where up to 1.05 is healthy, and the logits' rounding as above; no limit for rollouts of older weights."""
 
     def __post_init__(self) -> None:
         _positive(

@@ -8,7 +8,7 @@ their sum and S the number of sequences with at least one trained token, a token
     sequence_sum    1 / S
     constant        1 / (S C)           Dr.GRPO, C a length in tokens
 
-verl and Trinity-RFT divide `constant` by C alone, so that the loss grows with the batch; ms-swift divides as here.
+Trinity-RFT divides `constant` by C alone, so that its loss grows with the batch; verl 0.9 and ms-swift divide as here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from megatron_chord.losses.terms import Term
 from megatron_chord.records import Part, TrainSample
 
 SCALE = "scale"
+ENOUGH_TOKENS = 512
+"""On so many tokens the mean difference of trainer and rollout engine is known well enough (``train.agreement``)."""
 
 
 def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
@@ -50,23 +52,33 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
     ]
 
 
-def without_idle(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
+def without_idle(
+    samples: Sequence[TrainSample], terms: Mapping[str, Term], *, enough: int = ENOUGH_TOKENS
+) -> list[TrainSample]:
     """The samples without the parts that cannot change anything (``Term.idle``); those without parts are left out.
 
-    Of a term that is idle throughout, the shortest part stays: log-probs are compared in every update. To be called
-    after ``with_scales``: what is left out counts in the denominators.
+    Where fewer than ``enough`` tokens of a term are left, idle parts stay until there are as many: trainer and rollout
+    engine are compared on these tokens in every step. Those stay that bring the most tokens for what they cost. To be
+    called after ``with_scales``: what is left out counts in the denominators.
     """
 
     def is_idle(part: Part) -> bool:
         column = terms[part.term].idle
         return column is not None and not np.any(part.constants[column])
 
-    parts = [part for sample in samples for part in sample.parts]
-    busy = {part.term for part in parts if not is_idle(part)}
-    shortest: dict[str, Part] = {}
-    for part in sorted(parts, key=lambda part: len(part.positions), reverse=True):
-        shortest[part.term] = part
-    stays = {id(part) for term, part in shortest.items() if term not in busy}
+    missing = dict.fromkeys(terms, enough)
+    idle: list[tuple[float, Part]] = []
+    for sample in samples:
+        for part in sample.parts:
+            if is_idle(part):
+                idle.append((min(len(part.positions), enough) / len(sample.token_ids), part))
+            else:
+                missing[part.term] -= len(part.positions)
+    stays: set[int] = set()
+    for _, part in sorted(idle, key=lambda pair: pair[0], reverse=True):
+        if missing[part.term] > 0:
+            stays.add(id(part))
+            missing[part.term] -= len(part.positions)
     kept = [
         replace(sample, parts=tuple(p for p in sample.parts if id(p) in stays or not is_idle(p)))
         for sample in samples

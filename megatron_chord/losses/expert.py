@@ -57,12 +57,12 @@ def expert_loss(
     """
     logprobs = stats.logprobs
     with torch.no_grad():
-        p = logprobs.exp()
+        p = logprobs.exp().clamp(max=1)
         weights = TOKEN_WEIGHTS[weight.kind](p, stats, tokens, weight)
     pushed = (
         logprobs if cutoff == 1.0 else torch.where(p > cutoff, torch.full_like(p, cutoff).log(), logprobs)
     )
-    loss = -weights * pushed
+    loss = torch.where(weights == 0, 0.0, -weights * pushed)  # a log-prob of -inf times 0 would be NaN
     means = {
         "expert_nll": -logprobs.detach(),
         "expert_p": p,
@@ -96,21 +96,27 @@ def expert_term(
 
 
 def most_uncertain(column: str, share: float) -> Prepare:
-    """``column``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0."""
+    """``column``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0.
+
+    All NaN where an entropy is: compared with NaN, every token would be one of the others.
+    """
 
     def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
         threshold = top_threshold(_all_entropies(batches, across), share)
-        return [{column: (batch["old_entropy"] >= threshold).float()} for batch in batches]
+        return [
+            {column: torch.where(threshold.isnan(), torch.nan, (batch["old_entropy"] >= threshold).float())}
+            for batch in batches
+        ]
 
     return prepare
 
 
 def top_threshold(values: Tensor, share: float) -> Tensor:
-    """The smallest of the ceil(share x n) largest of n values; infinite when there is none."""
+    """The smallest of the ceil(share x n) largest of n values; infinite when there is none, NaN where one is."""
     if len(values) == 0:
         return values.new_full((), torch.inf)
     count = max(1, math.ceil(round(share * len(values), 6)))
-    return values.topk(count).values[-1]
+    return torch.where(values.isnan().any(), torch.nan, values.topk(count).values[-1])
 
 
 def _over_mean_entropy(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:

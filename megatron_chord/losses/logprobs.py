@@ -46,6 +46,8 @@ class HeadOutput(NamedTuple):
     rival: Tensor | None
     """max over v != target of log p(v), without a gradient; none unless asked for. With a vocabulary of one token
     there is no other, and it is -inf (p = 0)."""
+    logit: Tensor | None = None
+    """The target's own logit / temperature, without a gradient."""
 
 
 def tile_for(hidden: Tensor, num_rows: int, sweep: Sweep, budget_bytes: int | None = None) -> tuple[int, int]:
@@ -92,7 +94,8 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
         sweep: what reduces and differentiates a chunk's logits; by default ``sweep_for`` chooses.
 
     Returns:
-        log-probs [T] and entropies [T], differentiable with respect to hidden and weight, and rivals [T] or none.
+        log-probs [T] and entropies [T], differentiable with respect to hidden and weight, rivals [T] or none, and the
+        targets' logits [T].
 
     Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, with rivals [2, T]; [3, T] sum), none in the
     backward pass.
@@ -130,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_WH: Tensor,
         rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) where another rank holds them
         how: _How,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         num_tokens = hidden_TH.shape[0]
         dtype = _accumulator(hidden_TH.dtype)
         # Of this shard: log sum exp z; the target's logit (0 where another rank holds it); mean logit under softmax.
@@ -158,20 +161,21 @@ class _TokenLogprobs(torch.autograd.Function):
             share_T, target_T, weighted_T = parts_3T
             lse_T = top_T + share_T.log()
             mean_T = weighted_T / share_T
-        logprobs_T = target_T - lse_T
-        entropy_T = lse_T - mean_T
+        # The target's logit and the sum are rounded apart, so a certain token may come out above p = 1 by a last place.
+        logprobs_T = (target_T - lse_T).clamp_(max=0)
+        entropy_T = (lse_T - mean_T).clamp_(min=0)
         if rival_T is not None:
-            rival_T = rival_T - lse_T
-            ctx.mark_non_differentiable(rival_T)
+            rival_T = (rival_T - lse_T).clamp_(max=0)
+        ctx.mark_non_differentiable(target_T, *(() if rival_T is None else (rival_T,)))
         ctx.save_for_backward(hidden_TH, weight_WH, rows_T, lse_T, entropy_T)
         ctx.how = how
         ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T, rival_T
+        return logprobs_T, entropy_T, rival_T, target_T
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, _: None
+        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
         how: _How = ctx.how

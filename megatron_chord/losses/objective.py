@@ -21,7 +21,8 @@ class Share(NamedTuple):
     loss: Tensor
     """Scalar, to be summed over micro-batches and ranks; connected to the graph even without a token."""
     sums: dict[str, dict[str, Tensor]]
-    """By term and name: detached scalars to be summed; `means` are still to be divided by the term's tokens."""
+    """By term and name: detached scalars to be summed; `means` are still to be divided by the term's tokens. In the
+    order of `losses`, `means` and `compared`."""
     maxima: dict[str, Tensor]
     """Detached scalars whose maximum is meant."""
 
@@ -41,7 +42,7 @@ def objective(
 
     Collectives: those of the terms' losses, over the context-parallel ranks.
     """
-    loss = stats.logprobs.sum() * 0.0
+    loss = stats.logprobs[:0].sum()  # not 0 times the sum, which is NaN where a log-prob is infinite
     sums: dict[str, dict[str, Tensor]] = {}
     maxima: dict[str, Tensor] = {}
     for name, here in tokens.items():
@@ -49,9 +50,13 @@ def objective(
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
         with torch.no_grad():
             # One sum for all names: each kernel of so little work costs a launch.
-            values = [*(here[SCALE] * values for values in output.losses.values()), *output.means.values()]
+            values = [
+                *(here[SCALE] * values for values in output.losses.values()),
+                *output.means.values(),
+                *output.compared.values(),
+            ]
             totals = torch.stack(values).sum(1).unbind()
-            sums[name] = dict(zip((*output.losses, *output.means), totals, strict=True))
+            sums[name] = dict(zip((*output.losses, *output.means, *output.compared), totals, strict=True))
             for key, candidates in output.maxima.items():
                 maxima[key] = torch.cat([candidates, candidates.new_zeros(1)]).max()
     return Share(loss, sums, maxima)

@@ -10,6 +10,7 @@ unclipped  -r A
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 so that one broken token cannot overflow the exponential."""
+MAX_FACTOR = 10.0
+"""In the check of trainer against rollout engine, two probabilities of a token differ by at most this factor."""
 
 
 def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float) -> list[tuple[float, ...]]:
@@ -55,6 +58,8 @@ class Surrogate(NamedTuple):
     """[K] bool: the ratio's clip is active"""
     dual_clipped: Tensor
     """[K] bool: the dual clip is active"""
+    ratio: Tensor
+    """[K], detached"""
 
 
 def surrogate(
@@ -75,16 +80,17 @@ def surrogate(
     within = ratio.clamp(low, high)
     nothing = torch.zeros_like(ratio, dtype=torch.bool)
     if objective.surrogate == "unclipped":
-        return Surrogate(-ratio * advantages, nothing, nothing)
+        return Surrogate(-ratio * advantages, nothing, nothing, ratio.detach())
     if objective.surrogate == "cispo":
-        return Surrogate(-within.detach() * advantages * logprobs, (within != ratio).detach(), nothing)
+        loss = -within.detach() * advantages * logprobs
+        return Surrogate(loss, (within != ratio).detach(), nothing, ratio.detach())
     loss = -torch.minimum(ratio * advantages, within * advantages)
     clipped = (within * advantages < ratio * advantages).detach()
     if objective.dual_clip is None:
-        return Surrogate(loss, clipped, nothing)
+        return Surrogate(loss, clipped, nothing, ratio.detach())
     bound = -advantages * objective.dual_clip
     dual = ((advantages < 0) & (loss > bound)).detach()
-    return Surrogate(torch.where(dual, bound, loss), clipped, dual)
+    return Surrogate(torch.where(dual, bound, loss), clipped, dual, ratio.detach())
 
 
 def disagreement(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
@@ -95,6 +101,31 @@ def disagreement(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor
     """
     gap = (logprobs - rollout_logprobs).abs().detach()
     return {"logprob_gap": gap, "probability_error": gap.clamp(max=MAX_LOG_RATIO).exp()}
+
+
+def comparison(
+    stats: TokenStats, rollout_logprobs: Tensor, *, counted: Tensor | float = 1.0
+) -> dict[str, Tensor]:
+    """What ``train.agreement`` judges trainer and rollout engine by: ``TermOutput.compared``, [K] each, detached.
+
+    With g = |difference of the log-probs| and f = min(exp(g), MAX_FACTOR) - 1, both with their squares, so that a mean
+    has its standard error. The limit on f keeps one wild token among many from being the whole mean. ``logit``: the
+    sizes of the tokens' logits, by which they are rounded; 0 where they are not known.
+
+    Args:
+        counted: [K], 1 for tokens that the rollout engine has scored, else 0.
+    """
+    gap = (stats.logprobs - rollout_logprobs).abs().detach()
+    factor = gap.clamp(max=math.log(MAX_FACTOR)).expm1()
+    values = {
+        "tokens": torch.ones_like(gap),
+        "gap": gap,
+        "gap_squared": gap.square(),
+        "factor": factor,
+        "factor_squared": factor.square(),
+        "logit": torch.zeros_like(gap) if stats.logit is None else stats.logit.abs(),
+    }
+    return {name: counted * value for name, value in values.items()}
 
 
 def correction_weights(
@@ -114,8 +145,9 @@ def correction_weights(
     outside = weight > correction.high
     if correction.mode != "truncate":
         outside = outside | (weight < correction.low)
-    if correction.mode == "mask":
-        kept = weight if correction.level == "token" else torch.ones_like(weight)
+    if correction.mode in ("mask", "reject"):
+        # A weight that is NaN lies within no bounds, and must not be taken for 1.
+        kept = weight if correction.mode == "mask" else torch.where(weight.isnan(), weight, 1.0)
         return torch.where(outside, 0.0, kept), outside
     low = 0.0 if correction.mode == "truncate" else correction.low
     return weight.clamp(low, correction.high), outside
@@ -159,7 +191,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
         "current": logprobs.detach,
         "recomputed": lambda: tokens["old_logprob"],
     }[objective.ratio_from]()
-    loss, clipped, dual_clipped = surrogate(logprobs, old, tokens, objective)
+    loss, clipped, dual_clipped, ratio = surrogate(logprobs, old, tokens, objective)
     apart = disagreement(logprobs, tokens["rollout_logprob"])
     means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), **apart}
     if objective.dual_clip is not None:
@@ -172,4 +204,14 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
     loss, kl = with_penalties(loss, stats, tokens, objective)
     if kl is not None:
         means["kl"] = kl
-    return TermOutput(loss, losses, means, {"logprob_gap_max": apart["logprob_gap"]})
+    return TermOutput(
+        loss,
+        losses,
+        means,
+        {
+            "logprob_gap_max": apart["logprob_gap"],
+            # Where A > 0 the clip bounds the loss; elsewhere one token's ratio can be the whole step.
+            "ratio_max": torch.where(tokens["advantage"] < 0, ratio, 0.0),
+        },
+        comparison(stats, tokens["rollout_logprob"]),
+    )

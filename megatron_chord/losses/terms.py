@@ -27,11 +27,14 @@ class TokenStats(NamedTuple):
     """[K], of the full vocabulary, differentiable"""
     rival: Tensor | None
     """[K], log-prob of the best other token, detached; only where a term asks for it"""
+    logit: Tensor | None = None
+    """[K], the tokens' own logits, divided by the temperature, detached; none where only log-probs are known"""
 
     def at(self, index: Tensor) -> TokenStats:
         """Of the tokens at ``index``."""
         rival = None if self.rival is None else self.rival[index]
-        return TokenStats(self.logprobs[index], self.entropy[index], rival)
+        logit = None if self.logit is None else self.logit[index]
+        return TokenStats(self.logprobs[index], self.entropy[index], rival, logit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,9 @@ class TermOutput(NamedTuple):
     """[K] each: reported as the mean over the term's tokens"""
     maxima: Mapping[str, Tensor]
     """[K] each, >= 0: reported as the largest"""
+    compared: Mapping[str, Tensor] = {}
+    """[K] each: summed over all tokens, for the check of trainer against rollout engine (``losses.policy.comparison``);
+    not reported"""
 
 
 TermLoss = Callable[[TokenStats, TermTokens], TermOutput]
@@ -148,7 +154,7 @@ def reported(term: Term) -> TermOutput:
         held=nothing.long(),
         columns=_Empty(nothing),
     )
-    return term.loss(TokenStats(nothing, nothing, nothing), tokens)
+    return term.loss(TokenStats(nothing, nothing, nothing, nothing), tokens)
 
 
 class _Empty(Mapping[str, Tensor]):

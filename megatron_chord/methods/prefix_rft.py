@@ -227,7 +227,7 @@ def prefix_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
     logprobs, kept = stats.logprobs, tokens["kept"]
     old = tokens["old_logprob"] if objective.ratio_from == "recomputed" else logprobs.detach()
     filtered = replace(tokens, columns={**tokens.columns, "advantage": tokens["advantage"] * kept})
-    loss, clipped, _ = surrogate(logprobs, old, filtered, objective)
+    loss, clipped, *_ = surrogate(logprobs, old, filtered, objective)
     means = {
         "prefix_nll": -logprobs.detach(),
         "prefix_entropy": stats.entropy.detach(),

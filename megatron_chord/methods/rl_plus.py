@@ -54,7 +54,7 @@ def mixture_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float, ratio_f
     p = stats.logprobs.exp()
     p_old = tokens["old_logprob"].exp() if ratio_from == "recomputed" else p.detach()
     ratio = 2 * p / (1.5 * p_old + 0.5)
-    focus = (1 - p.detach()) ** gamma
+    focus = (1 - p.detach()).clamp(min=0) ** gamma
     loss = -ratio * focus * tokens["advantage"]
     means = {
         "demonstration_p": p.detach(),

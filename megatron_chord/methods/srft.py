@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.policy import disagreement
+from megatron_chord.losses.policy import comparison, disagreement
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term
 from megatron_chord.methods.demonstration import (
@@ -131,7 +131,13 @@ def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) ->
         "right_fraction": is_right.float(),
         "right_weight": weight,
     }
-    return TermOutput(loss, {"policy_loss": loss.detach()}, means, {"logprob_gap_max": apart["logprob_gap"]})
+    return TermOutput(
+        loss,
+        {"policy_loss": loss.detach()},
+        means,
+        {"logprob_gap_max": apart["logprob_gap"]},
+        comparison(stats, tokens["rollout_logprob"]),
+    )
 
 
 def imitation_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) -> TermOutput:

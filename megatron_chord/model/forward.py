@@ -125,7 +125,7 @@ def run_micro_batches(
                 tensor=groups.tensor,
                 rival=rival,
             )
-            value, kept = loss(TokenStats(head.logprobs, head.entropy, head.rival), batch.terms)
+            value, kept = loss(TokenStats(*head), batch.terms)
             return value * undo, kept
 
         return output, loss_of

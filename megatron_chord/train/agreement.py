@@ -1,7 +1,14 @@
-"""Whether trainer and rollout engine give the same tokens the same probability, checked before training on them."""
+"""Whether trainer and rollout engine give the same tokens the same probability, checked before training on them.
+
+The check has no memory: a step whose tokens have no advantage keeps enough of them in its pass (``without_idle``). A
+mean over n tokens is known to its standard error s only, so the run stops when mean - SURE x s is beyond the limit.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_chord.config import RunConfig
@@ -13,10 +20,26 @@ _MAX_GAP: dict[Format, float] = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 0.1}
 _MAX_STALE_GAP = 0.5
 _MAX_PROBABILITY_ERROR: dict[Format, float] = {"fp32": 1.01, "bf16": 1.1, "fp8": 1.1}
 """NVIDIA asks FP8 runs for 1.03 to 1.05 and lets its tests pass up to 1.1."""
+SURE = 3.0
+"""Standard errors by which a mean must be beyond its limit."""
+_BF16_ROUNDING = 2.0**-7 / 3
+"""Of a logit's size: how far two engines are apart on average that both round it to bf16, whose numbers between 2^k and
+2^(k+1) are 2^(k-7) apart (0.125 from 16 to 32). Two errors, each equally likely within half of that on either side,
+differ by a third of it."""
 
 
 class LogprobMismatch(RuntimeError):
     """Trainer and rollout engine disagree on the probability of the same tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of means over tokens; see ``losses.policy.comparison``."""
+
+    gap: float
+    """Of |difference of the log-probs|."""
+    factor: float | None
+    """Of the probabilities' factor less 1; none: no limit."""
 
 
 def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int) -> None:
@@ -25,33 +48,68 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
     Rollouts that are ``age`` > 0 steps old differ because the policy has moved; too far, and no correction helps.
 
     Raises:
-        LogprobMismatch: the mean gap, or the mean factor between the probabilities, is beyond its limit.
+        LogprobMismatch: the mean gap, or the mean factor between the probabilities, is beyond its limit for sure.
     """
-    gap, error = result.means.get("logprob_gap"), result.means.get("probability_error")
-    max_gap, max_error = limits(run, age=age)
-    told = f"step {step}: trainer and rollout {{}} of the same tokens{f', {age} steps old,' if age else ''} differ "
-    if gap is not None and not gap <= max_gap:
+    sums, tokens = result.compared, round(result.compared.get("tokens", 0.0))
+    if tokens == 0:
+        return
+    logit = sums["logit"] / tokens
+    found = limits(run, age=age, logit=logit)
+    older = f", {age} steps old," if age else ""
+    told = (
+        f"step {step}: trainer and rollout {{}} of the same {tokens} tokens{older} differ {{}} on average "
+        f"(largest log-prob difference {result.maxima.get('logprob_gap_max', math.nan):.2e}, mean logit size "
+        f"{logit:.1f}). "
+        "The limit is {}. Nothing was trained on them"
+    )
+    mean, error = mean_and_error(sums, "gap", spread=found.gap)
+    if not mean - SURE * error <= found.gap:
         raise LogprobMismatch(
-            f"{told.format('log-probs')}by {gap:.2e} on average (at most {result.maxima['logprob_gap_max']:.2e}); "
-            f"rollout.max_logprob_gap is {max_gap:.0e}. Nothing was trained on them"
+            told.format(
+                "log-probs",
+                f"by {mean:.2e} +- {error:.1e}",
+                f"{found.gap:.2e}, plus {SURE:.0f} standard errors (rollout.max_logprob_gap)",
+            )
         )
-    if error is not None and max_error is not None and not error <= max_error:
+    if found.factor is None:
+        return
+    mean, error = mean_and_error(sums, "factor", spread=found.factor)
+    if not mean - SURE * error <= found.factor:
         raise LogprobMismatch(
-            f"{told.format('probabilities')}by a factor of {error:.4g} on average; rollout.max_probability_error is "
-            f"{max_error:.4g}. Nothing was trained on them"
+            told.format(
+                "probabilities",
+                f"by a factor of {1 + mean:.4g} +- {error:.1e}",
+                f"{1 + found.factor:.4g}, plus {SURE:.0f} standard errors (rollout.max_probability_error)",
+            )
         )
 
 
-def limits(run: RunConfig, *, age: int) -> tuple[float, float | None]:
-    """Of the mean gap and of the mean factor for rollouts ``age`` steps old; no limit of the latter is None."""
+def mean_and_error(sums: Mapping[str, float], name: str, *, spread: float) -> tuple[float, float]:
+    """The mean over ``sums["tokens"]`` > 0 tokens, and its standard error: sqrt((s^2 + spread^2) / tokens).
+
+    s^2 is the tokens' unbiased variance. ``spread`` stands for what a few tokens cannot show: two that happen to be
+    equal have none.
+    """
+    tokens = sums["tokens"]
+    mean = sums[name] / tokens
+    variance = max(0.0, (sums[f"{name}_squared"] - tokens * mean**2) / max(tokens - 1, 1))
+    return mean, math.sqrt((variance + spread**2) / tokens)
+
+
+def limits(run: RunConfig, *, age: int, logit: float) -> Limits:
+    """For rollouts ``age`` steps old.
+
+    In bf16 and FP8 the defaults leave room for the rounding of logits, whose mean size is ``logit``; limits that the
+    user has set are taken as they are.
+    """
     kind: Format = "fp32"
     if "bf16" in (run.model.dtype, run.rollout.dtype):
         kind = "bf16"
     if preset(run.precision).rollouts is not None:
         kind = "fp8"
+    rounding = 0.0 if kind == "fp32" else _BF16_ROUNDING * logit
     max_gap, max_error = run.rollout.max_logprob_gap, run.rollout.max_probability_error
-    if max_gap is None:
-        max_gap = _MAX_GAP[kind] if age == 0 else _MAX_STALE_GAP
-    if max_error is None and age == 0:
-        max_error = _MAX_PROBABILITY_ERROR[kind]
-    return max_gap, max_error
+    gap = max_gap if max_gap is not None else (_MAX_GAP[kind] if age == 0 else _MAX_STALE_GAP) + rounding
+    if max_error is not None:
+        return Limits(gap=gap, factor=max_error - 1)
+    return Limits(gap=gap, factor=_MAX_PROBABILITY_ERROR[kind] - 1 + rounding if age == 0 else None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout, PackedBatch, plan_step
-from megatron_chord.losses.aggregate import with_scales, without_idle
+from megatron_chord.losses.aggregate import ENOUGH_TOKENS, with_scales, without_idle
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
 from megatron_chord.methods.draw import Draw, Engine, Sources, unfinished_to_json, with_unfinished
@@ -210,7 +210,11 @@ class Coordinator:
         with timer.phase("pack"):
             count = run.batch.mini_batches
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
-            trained = [without_idle(samples, self._terms) for samples in scaled]
+            # The step's first update is the one whose tokens are compared; every update keeps one.
+            trained = [
+                without_idle(samples, self._terms, enough=1 if index > 0 else ENOUGH_TOKENS)
+                for index, samples in enumerate(scaled)
+            ]
             plans = [
                 plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
                 for samples in trained

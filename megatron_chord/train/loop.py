@@ -222,6 +222,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         "loss": done.result.loss,
         **done.result.means,
         **done.result.maxima,
+        **({"compared_tokens": round(tokens)} if (tokens := done.result.compared.get("tokens")) else {}),
         **{f"num_{term}_tokens": sum(u.counts.get(term, 0) for u in inputs.updates) for term in parts.terms},
         **inputs.stats,
         "grad_norm": done.grad_norm,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class UpdateResult:
     loss: float
     means: dict[str, float]
     maxima: dict[str, float]
+    compared: dict[str, float] = field(default_factory=dict[str, float])
+    """``TermOutput.compared``, summed over all tokens of all terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +159,20 @@ def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
         for name in dict.fromkeys(name for result in results for name in result.means)
     }
     peaks = dict.fromkeys(name for result in results for name in result.maxima)
-    maxima = {name: max(result.maxima.get(name, 0.0) for result in results) for name in peaks}
+    maxima = {name: largest(result.maxima.get(name, 0.0) for result in results) for name in peaks}
     return UpdateResult(
         loss=statistics.fmean(result.loss for result in results),
         means=means
         | {name: first.means[name] for name in ("logprob_gap", "probability_error") if name in first.means},
         maxima=maxima | {name: first.maxima[name] for name in ("logprob_gap_max",) if name in first.maxima},
+        compared=first.compared,
     )
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one is: Python's ``max`` would pass over it, or over all others."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _scores(
@@ -227,7 +237,11 @@ def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups
     Every replica writes its maxima to a row of its own, so that a sum brings them all.
     """
     outputs = {name: reported(term) for name, term in terms.items()}
-    names = [(term, key) for term, output in outputs.items() for key in (*output.losses, *output.means)]
+    names = [
+        (term, key)
+        for term, output in outputs.items()
+        for key in (*output.losses, *output.means, *output.compared)
+    ]
     peaks = [key for output in outputs.values() for key in output.maxima]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
     rows = torch.zeros(groups.replicas.size, len(peaks), dtype=torch.float64, device=groups.device)
@@ -245,12 +259,15 @@ def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups
     def finish(numbers: list[float]) -> UpdateResult:
         loss, *rest = numbers
         totals, found = rest[: len(names)], rest[len(names) :]
-        means = {
-            key: total / (update.counts[term] if key in outputs[term].means else 1)
-            for (term, key), total in zip(names, totals, strict=True)
-        }
-        maxima = {key: max(found[place :: len(peaks)]) for place, key in enumerate(peaks)}
-        return UpdateResult(loss=loss, means=means, maxima=maxima)
+        means: dict[str, float] = {}
+        compared: dict[str, float] = {}
+        for (term, key), total in zip(names, totals, strict=True):
+            if key in outputs[term].compared:
+                compared[key] = compared.get(key, 0.0) + total
+            else:
+                means[key] = total / (update.counts[term] if key in outputs[term].means else 1)
+        maxima = {key: largest(found[place :: len(peaks)]) for place, key in enumerate(peaks)}
+        return UpdateResult(loss=loss, means=means, maxima=maxima, compared=compared)
 
     return Measured(values=values, finish=finish)
 

@@ -57,7 +57,7 @@ def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
         cut = case["cut"]
         shard = (weight[:cut] if dist.get_rank() == 0 else weight[cut:]).clone().requires_grad_()
         calls.clear()
-        logprobs, entropy, rival = token_logprobs(
+        logprobs, entropy, rival, _ = token_logprobs(
             hidden,
             shard,
             targets,

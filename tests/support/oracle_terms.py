@@ -61,7 +61,7 @@ def _correction(token: Token, sequence: SequenceTokens, objective: ObjectiveConf
     outside = not c.low <= w <= c.high
     if c.mode == "clamp":
         return min(max(w, c.low), c.high), outside
-    return 0.0 if outside else (w if c.level == "token" else 1.0), outside
+    return 0.0 if outside else {"mask": w, "reject": 1.0}[c.mode], outside
 
 
 def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "policy") -> OracleTerm:

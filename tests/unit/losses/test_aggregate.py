@@ -121,7 +121,7 @@ def test_idle_parts_are_left_out_but_counted() -> None:
         sample(part("policy", 2, advantage=np.array([0.0, 0.5]))),
         sample(part("policy", 1, advantage=np.zeros(1)), part("expert", 4, advantage=0.0)),
     ]
-    kept = without_idle(with_scales(samples, terms), terms)
+    kept = without_idle(with_scales(samples, terms), terms, enough=4)
     assert [[(part.term, len(part.positions), part.constants[SCALE]) for part in s.parts] for s in kept] == [
         [("policy", 2, 1 / 8)],
         [("policy", 2, 1 / 8)],
@@ -129,14 +129,36 @@ def test_idle_parts_are_left_out_but_counted() -> None:
     ]
 
 
-def test_of_idle_parts_alone_the_shortest_stays() -> None:
+@pytest.mark.parametrize(
+    ("enough", "expected"),
+    [
+        (0, []),
+        (1, [1]),  # each would do, and the shortest sequence costs least
+        (4, [4]),
+        (5, [12]),  # 5 of 20 are more than 4 of 18, or 1 of 12: the most for what they cost
+        (13, [4, 12]),
+        (17, [4, 12, 1]),
+        (100, [4, 12, 1]),
+    ],
+)
+def test_of_idle_parts_alone_enough_tokens_stay(enough: int, expected: list[int]) -> None:
     terms = {"policy": replace(term("policy"), idle="advantage"), "expert": term("expert")}
-    samples = [sample(part("policy", tokens, advantage=0.0)) for tokens in (3, 2, 4)]
-    kept = without_idle(with_scales([*samples, sample(part("expert", 5))], terms), terms)
-    assert [[(part.term, len(part.positions)) for part in s.parts] for s in kept] == [
-        [("policy", 2)],
-        [("expert", 5)],
+    samples = [
+        TrainSample(token_ids=np.arange(length), parts=(part("policy", tokens, advantage=0.0),))
+        for tokens, length in ((4, 18), (12, 20), (1, 12))
     ]
+    kept = without_idle(with_scales([*samples, sample(part("expert", 5))], terms), terms, enough=enough)
+    assert [len(part.positions) for s in kept for part in s.parts if part.term == "policy"] == expected
+    assert [len(part.positions) for s in kept for part in s.parts if part.term == "expert"] == [5]
+
+
+def test_idle_parts_stay_beside_too_few_others() -> None:
+    terms = {"policy": replace(term("policy"), idle="advantage")}
+    samples = [sample(part("policy", tokens, advantage=a)) for tokens, a in ((3, 1.0), (5, 0.0), (4, 0.0))]
+    for enough, expected in ((3, [3]), (4, [3, 5]), (8, [3, 5]), (9, [3, 5, 4])):
+        kept = without_idle(with_scales(samples, terms), terms, enough=enough)
+        assert [len(s.parts[0].positions) for s in kept] == expected
+        assert {s.parts[0].constants[SCALE] for s in kept} == {1 / 12}
 
 
 def test_the_rest_of_a_sample_stays() -> None:

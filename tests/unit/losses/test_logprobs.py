@@ -45,7 +45,7 @@ def make_inputs(
 def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) -> dict[str, Tensor]:
     """Values, and gradients of a random weighting of the log-probs, of the entropies, or of both."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logprobs, entropy, rival = head(hidden, weight, targets)
+    logprobs, entropy, rival, _ = head(hidden, weight, targets)
     generator = torch.Generator().manual_seed(5)
     factors = torch.randn(2, len(targets), generator=generator, dtype=torch.float64).to(logprobs.dtype)
     terms = {"log-probs": [factors[0] @ logprobs], "entropy": [factors[1] @ entropy]}
@@ -85,6 +85,14 @@ def test_values_and_gradients(part: str, chunk: int | None, temperature: float) 
 
     inputs = make_inputs()
     assert_close(run(head, *inputs, part), run(reference, *inputs, part), relative=1e-13)
+
+
+def test_the_targets_logits() -> None:
+    hidden, weight, targets = make_inputs()
+    logit = token_logprobs(hidden.requires_grad_(), weight, targets, temperature=0.7, chunk=7).logit
+    assert logit is not None
+    assert not logit.requires_grad
+    torch.testing.assert_close(logit, (hidden @ weight.t())[torch.arange(TOKENS), targets].detach() / 0.7)
 
 
 @pytest.mark.parametrize("part", ["log-probs", "entropy", "both"])
@@ -151,7 +159,7 @@ def test_no_tokens() -> None:
     hidden, weight, targets = make_inputs(tokens=0)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logprobs, entropy, rival = token_logprobs(hidden, weight, targets, rival=True)
+    logprobs, entropy, rival, _ = token_logprobs(hidden, weight, targets, rival=True)
     assert rival is not None
     assert logprobs.shape == entropy.shape == rival.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
@@ -165,7 +173,7 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
     # Logits 3000, 2000 and 0: p is 1, 0, 0 and log p is 0, -1000, -3000, though exp(3000) has no fp32 number.
     hidden = torch.tensor([[1000.0]] * 3, requires_grad=True)
     weight = torch.tensor([[3.0], [2.0], [0.0]], requires_grad=True)
-    logprobs, entropy, rival = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), rival=True)
+    logprobs, entropy, rival, _ = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), rival=True)
     assert logprobs.tolist() == [0.0, -1000.0, -3000.0]
     assert rival is not None
     assert rival.tolist() == [-1000.0, 0.0, 0.0]
@@ -192,7 +200,7 @@ def test_rows_of_one_shard_alone() -> None:
 
     def reference(hidden: Tensor, shard: Tensor, targets: Tensor) -> HeadOutput:
         logits = hidden @ shard.t()
-        chosen, entropy, rival = naive(hidden, shard, (targets - 10).clamp(0, 19))
+        chosen, entropy, rival, _ = naive(hidden, shard, (targets - 10).clamp(0, 19))
         assert rival is not None
         best = logits.detach().log_softmax(-1).amax(-1)
         return HeadOutput(

@@ -23,7 +23,7 @@ from megatron_chord.config import (
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.expert import expert_term
 from megatron_chord.losses.objective import Share, objective
-from megatron_chord.losses.policy import policy_loss
+from megatron_chord.losses.policy import comparison, policy_loss
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
 
 LN2 = math.log(2)
@@ -117,10 +117,14 @@ def run(
     return Result(share, logprobs.grad, torch.zeros_like(entropy) if entropy.grad is None else entropy.grad)
 
 
+COMPARED = tuple(comparison(TokenStats(*torch.zeros(3, 1), None), torch.zeros(1)))
+
+
 def values_of(share: Share) -> dict[str, float]:
+    """Without what the check of trainer against rollout engine reads; that is a test of ``losses.policy``."""
     values = {"loss": share.loss.item()}
     for sums in share.sums.values():
-        values |= {name: value.item() for name, value in sums.items()}
+        values |= {name: value.item() for name, value in sums.items() if name not in COMPARED}
     return values | {name: value.item() for name, value in share.maxima.items()}
 
 
@@ -163,6 +167,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
             "logprob_gap": math.log(1.5),
             "probability_error": 1.0 + 1.5,
             "logprob_gap_max": math.log(1.5),
+            "ratio_max": 1.0,  # of the token with A < 0
         },
         rel=1e-13,
     )
@@ -311,9 +316,8 @@ def test_a_term_without_a_token_adds_exactly_0(missing: str) -> None:
     assert torch.equal(result.share.loss, alone.share.loss)
     assert torch.equal(result.logprobs, alone.logprobs)
     assert torch.equal(result.entropy, alone.entropy)
-    assert set(result.share.sums[missing]) == set(reported(terms[missing]).losses) | set(
-        reported(terms[missing]).means
-    )
+    output = reported(terms[missing])
+    assert set(result.share.sums[missing]) == {*output.losses, *output.means, *output.compared}
     assert {value.item() for value in result.share.sums[missing].values()} == {0.0}
     assert result.share.sums[other] == alone.share.sums[other]
 
@@ -346,7 +350,7 @@ def test_the_names_are_those_that_terms_report(settings: str, expert: str, token
     share = run(make_batch().select(torch.arange(tokens)), chord_weights(0.3), terms).share
     outputs = {name: reported(term) for name, term in terms.items()}
     assert {name: set(sums) for name, sums in share.sums.items()} == {
-        name: set(output.losses) | set(output.means) for name, output in outputs.items()
+        name: {*output.losses, *output.means, *output.compared} for name, output in outputs.items()
     }
     assert set(share.maxima) == {key for output in outputs.values() for key in output.maxima}
 

@@ -329,12 +329,15 @@ GEOMETRIC = math.sqrt(2)
         ("token", "truncate", [1.5, 0.5, 0.1, 1.25, 1.0, 1.2], "T....."),
         ("token", "clamp", [1.5, 0.6, 0.6, 1.25, 1.0, 1.2], "TTT..."),
         ("token", "mask", [0.0, 0.0, 0.0, 1.25, 1.0, 1.2], "TTT..."),
+        ("token", "reject", [0.0, 0.0, 0.0, 1.0, 1.0, 1.0], "TTT..."),
         ("sequence", "truncate", [1.5, 1.5, 0.125, 0.125, 0.125, 1.2], "TT...."),
         ("sequence", "clamp", [1.5, 1.5, 0.6, 0.6, 0.6, 1.2], "TTTTT."),
-        ("sequence", "mask", [0.0, 0.0, 0.0, 0.0, 0.0, 1.0], "TTTTT."),
+        ("sequence", "mask", [0.0, 0.0, 0.0, 0.0, 0.0, 1.2], "TTTTT."),
+        ("sequence", "reject", [0.0, 0.0, 0.0, 0.0, 0.0, 1.0], "TTTTT."),
         ("geometric", "truncate", [GEOMETRIC, GEOMETRIC, 0.5, 0.5, 0.5, 1.2], "......"),
         ("geometric", "clamp", [GEOMETRIC, GEOMETRIC, 0.6, 0.6, 0.6, 1.2], "..TTT."),
-        ("geometric", "mask", [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], "..TTT."),
+        ("geometric", "mask", [GEOMETRIC, GEOMETRIC, 0.0, 0.0, 0.0, 1.2], "..TTT."),
+        ("geometric", "reject", [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], "..TTT."),
     ],
 )
 def test_correction_weights(level: Any, mode: Any, weights: list[float], outside: str) -> None:
@@ -474,7 +477,8 @@ def test_policy_loss_with_everything() -> None:
         "kl": pytest.approx(kl),
     }
     assert {name: values.tolist() for name, values in out.maxima.items()} == {
-        "logprob_gap_max": pytest.approx(gaps)
+        "logprob_gap_max": pytest.approx(gaps),
+        "ratio_max": pytest.approx([0.0, 4.0, 1.0]),
     }
 
 
