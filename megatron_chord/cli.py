@@ -140,6 +140,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
     termination, wish = _Termination(), StopWish()
     signal.signal(signal.SIGTERM, termination.on_signal)
     wish.listen()
+    from megatron_chord.train.halt import Halted
     from megatron_chord.train.loop import Refused, train
 
     try:
@@ -154,6 +155,10 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
         if speaks:
             print(stopped, file=sys.stderr)
         return stopped.exit_code
+    except Halted as halted:
+        if speaks:
+            print(f"error: {halted}", file=sys.stderr)
+        return halted.exit_code
     except Refused as error:
         return _refuse(str(error)) if speaks else 2
     return 0

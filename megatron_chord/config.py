@@ -447,8 +447,8 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it by more than three standard errors of the
     mean the run stops. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them
-    (`lag`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean size comes
-    on top, which is what rounding them makes."""
+    (`lag`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean size is
+    added, which is what rounding them makes."""
     max_probability_error: float | None = None
     """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ, each
     token's at most 10; beyond it by more than three standard errors the run stops. Left out: 1.01 in fp32, 1.1 in bf16
@@ -603,6 +603,9 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    skip_nonfinite: int = 2
+    """An update whose loss or gradient is NaN or infinite is left out, its batch saved in `nonfinite/` of the run's
+    folder. So many in a row are; one more stops the run. 0: the first stops it."""
 
     def __post_init__(self) -> None:
         _positive(**{"optim.lr": self.lr, "optim.eps": self.eps})
@@ -614,6 +617,7 @@ class OptimConfig:
                 "optim.warmup_steps": self.warmup_steps,
                 "optim.weight_decay": self.weight_decay,
                 "optim.clip_grad": self.clip_grad,
+                "optim.skip_nonfinite": self.skip_nonfinite,
             }
         )
         _require(self.min_lr <= self.lr, f"optim.min_lr {self.min_lr} is above optim.lr {self.lr}")

@@ -22,6 +22,7 @@ import torch
 
 from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.state import TrainState
 
 RUN_STATE = "run.json"
@@ -47,9 +48,13 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
 
     Called on every rank. ``run_state`` (plain JSON: step, cursors, answers sampled ahead) is the coordinator's; other
     ranks' is ignored.
+
+    Raises:
+        NonFiniteWeights: nothing was written.
     """
     from megatron.core import dist_checkpointing
 
+    check_finite(state, "no checkpoint was written; --resume auto goes on from the one before")
     groups = state.groups
     name = groups.once(lambda: f"step-{run_state['step']:06d}")
     target, partial = folder / name, folder / f".{name}.partial"
@@ -69,7 +74,7 @@ def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: in
     digests = _digest_together(partial, groups)
 
     def finish() -> None:
-        _write(partial / RUN_STATE, json.dumps(run_state))
+        _write(partial / RUN_STATE, json.dumps(run_state | {MARK: True}))
         digests[RUN_STATE] = _digest(partial / RUN_STATE)
         _write(partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True))
         _sync_folder(partial)
@@ -101,7 +106,7 @@ def find(folder: Path, notify: Callable[[str], None]) -> Path | None:
     """
     candidates = _complete(folder)
     for candidate in reversed(candidates):
-        fault = _fault(candidate)
+        fault = _fault(candidate) or stored_fault(candidate, RUN_STATE)
         if fault is None:
             return candidate
         notify(f"checkpoint {candidate} is damaged and passed over: {fault}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.state import TrainState
 from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.writer import finish_folder, write_shards
@@ -18,7 +19,11 @@ def export_policy(
     ``chat_template``: the Jinja file the policy was trained with, where it is not the source's own.
 
     Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
+
+    Raises:
+        NonFiniteWeights: nothing was written.
     """
+    check_finite(state, f"{target} was not written", with_optimizer=False)
     groups = state.groups
     dtype = next(iter(state.parameters().values())).dtype
     partial = target.with_name(f".{target.name}.partial")

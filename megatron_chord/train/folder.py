@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
+from megatron_chord.train.health import FOLDER as NONFINITE
 from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD
 from megatron_chord.train.trace import TRACES
 
@@ -40,7 +41,7 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
                 f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
                 "or replace it with --overwrite"
             )
-        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, TRACES, POLICY):
+        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, TRACES, POLICY, NONFINITE):
             path = run.output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run.output / LOGS).mkdir(exist_ok=True)

@@ -34,6 +34,10 @@ class MuGradient:
     def __init__(self) -> None:
         self._difference: Gradients | None = None
 
+    def forget(self) -> None:
+        """After an update that was left out: the difference may not be finite."""
+        self._difference = None
+
     def compute(
         self,
         state: TrainState,

@@ -28,9 +28,12 @@ from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Resume, claim
+from megatron_chord.train.halt import halting
+from megatron_chord.train.health import Health, not_finite
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import RunLog, read_metrics
 from megatron_chord.train.report import step_line, summary
+from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.setup import (
     RunData,
     check_run,
@@ -65,6 +68,7 @@ class _Parts:
     """On rank 0 only."""
     mu_gradient: MuGradient | None
     """Where mu is learned."""
+    health: Health
 
 
 def train(
@@ -83,6 +87,7 @@ def train(
     Raises:
         Stopped: on every rank, because a stop was wanted; continue with ``resume="auto"``.
         Refused: settings, data or a checkpoint that will not do, before any work.
+        Halted: one of the stops in docs/running.md.
     """
     with _refusing():
         shape, method = check_run(run, world_size_of_environment())
@@ -90,7 +95,7 @@ def train(
     groups = runtime.start(
         run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run, method)
     )
-    with ExitStack() as stack:
+    with halting(), ExitStack() as stack:
         stack.callback(runtime.stop)
         watch = start_watch(run, groups)
         if watch is not None:
@@ -145,6 +150,7 @@ def train(
                 ahead=ahead,
                 coordinator=coordinator,
                 mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
+                health=Health(),
             )
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
         if done == 0:
@@ -215,6 +221,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
                 micro_batches,
                 step=step,
                 mu_gradient=parts.mu_gradient,
+                health=parts.health,
             )
     row = {
         "step": step,
@@ -225,11 +232,18 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         **({"compared_tokens": round(tokens)} if (tokens := done.result.compared.get("tokens")) else {}),
         **{f"num_{term}_tokens": sum(u.counts.get(term, 0) for u in inputs.updates) for term in parts.terms},
         **inputs.stats,
-        "grad_norm": done.grad_norm,
+        **({"grad_norm": done.grad_norm} if done.grad_norm is not None else {}),
+        **({"grad_norm_ratio": done.grad_norm_ratio} if done.grad_norm_ratio is not None else {}),
+        "zero_gradient": done.zero_gradient,
+        "skipped_updates": done.num_skipped,
         "learning_rate": done.learning_rate,
         "weight_version": inputs.weight_version,
         "micro_batches": sum(len(batches) for batches in micro_batches),
     }
+    broken = not_finite(done.result)
+    row = {name: value for name, value in row.items() if name not in broken}
+    if broken:
+        row["not_finite"] = broken
     if coordinator is not None:
         coordinator.commit(step)
         seconds = {**timer.seconds, **inputs.seconds}
@@ -240,8 +254,8 @@ def _step(parts: _Parts, now: Moment) -> Memory:
         }
         coordinator.log.finish_step(row, step_line(row, run.steps))
     mu = inputs.mu
-    if schedule is None or mu is None:
-        return now.memory
+    if schedule is None or mu is None or done.num_skipped:
+        return now.memory  # of an update that was left out, a schedule has nothing to remember
     # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
 
@@ -290,6 +304,7 @@ def _save(parts: _Parts, step: int, memory: Memory) -> None:
     if parts.engine.has_offloaded:  # for an evaluation, or a sampling that was given up
         parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
+    run_state |= {"health": parts.health.to_json()}
     with parts.state.groups.pulse.phase("saving"):
         path = checkpoint.save(
             parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
@@ -306,6 +321,8 @@ def _drain(parts: _Parts) -> None:
 def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
     """Weights, optimizer and cursors from a checkpoint; returns the steps done and what mu remembers."""
     run_state = checkpoint.load(parts.state, path)
+    check_finite(parts.state, f"{path} cannot be continued; move it away to go on from the one before")
+    parts.health.restore(run_state.get("health"))
 
     def restore() -> None:
         assert parts.coordinator is not None

@@ -33,11 +33,15 @@ def step_line(row: Mapping[str, Any], steps: int) -> str:
         parts.append(f"reward {row['reward_mean']:.3f}")
     if "policy_loss" in row:
         parts.append(f"policy loss {row['policy_loss']:+.4f}")
-    if "expert_loss" in row:
+    if "expert_loss" in row and "expert_p" in row:
         parts.append(f"expert loss {row['expert_loss']:.4f} (p {row['expert_p']:.2f})")
     if "entropy" in row:
         parts.append(f"entropy {row['entropy']:.2f}")
     if "response_length" in row:
         parts.append(f"length {row['response_length']:.0f}")
-    parts += [f"grad {row['grad_norm']:.2f}", f"{row['seconds']['total']:.1f} s"]
+    if row.get("skipped_updates"):
+        parts.append(f"{row['skipped_updates']} update(s) left out: not finite, see nonfinite/")
+    if "grad_norm" in row:
+        parts.append(f"grad {row['grad_norm']:.2f}")
+    parts.append(f"{row['seconds']['total']:.1f} s")
     return "  ".join(parts)

@@ -10,8 +10,9 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.train.agreement import check_agreement
 from megatron_chord.train.coordinator import StepInputs
+from megatron_chord.train.health import Health, not_finite, save_batch
 from megatron_chord.train.learned_mu import MuGradient
-from megatron_chord.train.state import TrainState
+from megatron_chord.train.state import NonFiniteGradient, TrainState
 from megatron_chord.train.step import (
     Terms,
     UpdateResult,
@@ -28,9 +29,15 @@ class Trained:
 
     result: UpdateResult
     """The updates' mean numbers."""
-    grad_norm: float
-    """Mean over the updates."""
+    grad_norm: float | None
+    """Mean over the updates; none where all were left out, and ``result`` is then the last one's."""
     learning_rate: float
+    num_skipped: int
+    """Updates that were left out because their loss or gradient was not finite."""
+    zero_gradient: float
+    """Share of the other updates whose gradient is exactly 0 although they have trained tokens."""
+    grad_norm_ratio: float | None
+    """``grad_norm`` over the median of the steps before; none where too few are known."""
 
 
 def train_on(
@@ -42,26 +49,58 @@ def train_on(
     *,
     step: int,
     mu_gradient: MuGradient | None,
+    health: Health | None = None,
 ) -> Trained:
     """All updates of a step.
 
+    Args:
+        health: what the steps before have left; changed.
+
     Raises:
         LogprobMismatch: before the first of them.
+        NonFiniteGradient: more updates in a row than ``optim.skip_nonfinite`` were not finite.
     """
+    health = health or Health()
     temperature = run.rollout.temperature
     prepared = [prepare_batches(state, batches, terms, temperature=temperature) for batches in micro_batches]
     results: list[UpdateResult] = []
     norms: list[float] = []
-    learning_rate = 0.0
+    zeros: list[bool] = []
+    learning_rate, number, last = 0.0, 0, None
     for _ in range(run.batch.epochs):
-        for update, batches in zip(inputs.updates, prepared, strict=True):
+        for update, batches, packed in zip(inputs.updates, prepared, micro_batches, strict=True):
             compute = compute_gradients if mu_gradient is None else mu_gradient.compute
-            measured = compute(state, batches, update, terms, temperature=temperature)
-            if not results:
-                check_agreement(run, measured.result, step=step, age=step - inputs.weight_version)
-            norm, learning_rate = apply_gradients(state, new_step=not results, skip=not update.counts)
-            results.append(measured.result)
-            norms.append(norm)
+            last = compute(state, batches, update, terms, temperature=temperature).result
+            broken = not_finite(last)
+            if not broken and not results:
+                check_agreement(run, last, step=step, age=step - inputs.weight_version)
+            try:
+                norm, learning_rate = apply_gradients(
+                    state, new_step=number == 0, skip=not update.counts or bool(broken)
+                )
+                if broken:
+                    raise NonFiniteGradient(f"not finite: {', '.join(broken)}")
+            except NonFiniteGradient as error:
+                state.optimizer.zero_grad()
+                where = save_batch(
+                    run.output, packed, update, state.groups, step=step, number=number, reason=str(error)
+                )
+                health.left_out(error, step=step, allowed=run.optim.skip_nonfinite, where=where)
+                if mu_gradient is not None:
+                    mu_gradient.forget()
+            else:
+                health.applied()
+                results.append(last)
+                norms.append(norm)
+                zeros.append(bool(update.counts) and norm == 0.0)
+            number += 1
+    assert last is not None
+    grad_norm = statistics.fmean(norms) if norms else None
     return Trained(
-        result=mean_result(results), grad_norm=statistics.fmean(norms), learning_rate=learning_rate
+        result=mean_result(results) if results else last,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        num_skipped=number - len(results),
+        zero_gradient=statistics.fmean(zeros) if zeros else 0.0,
+        grad_norm_ratio=health.norm_ratio(grad_norm) if grad_norm is not None else None,
     )
