@@ -277,6 +277,9 @@ class ObjectiveConfig:
     """Weight of an expert token, detached; phi where left out. For methods that mix by mu."""
     expert_cutoff: float = 1.0
     """Expert tokens more probable than this are not pushed further (Trinity-RFT's cutoff_prob); 1 turns it off."""
+    expert_temperature: float = 1.0
+    """What the logits of an SFT branch (methods chord and hpt) are divided by; `rollout.temperature` divides those of
+    rollouts."""
     expert_aggregation: Aggregation = "token_mean"
     surrogate: Literal["ppo", "gspo", "cispo", "unclipped"] = "ppo"
     """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
@@ -318,6 +321,7 @@ class ObjectiveConfig:
             0 < self.expert_cutoff <= 1,
             f"objective.expert_cutoff must lie in (0, 1], got {self.expert_cutoff}",
         )
+        _positive(**{"objective.expert_temperature": self.expert_temperature})
         if self.dual_clip is not None:
             _require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
             _require(
@@ -399,7 +403,8 @@ class BatchConfig:
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     temperature: float = 1.0
-    """Of sampling, at most 2 (vLLM's limit); the trainer divides its logits by the same number."""
+    """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
+    SFT branch by `objective.expert_temperature`."""
     top_p: float = 1.0
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""

@@ -73,9 +73,18 @@ def expert_loss(
 
 
 def expert_term(
-    *, pool: str = "expert", weight: TokenWeight, cutoff: float = 1.0, **aggregation: Any
+    *,
+    pool: str = "expert",
+    weight: TokenWeight,
+    cutoff: float = 1.0,
+    temperature: float = 1.0,
+    **aggregation: Any,
 ) -> Term:
-    """The expert branch as a term; ``aggregation`` and ``aggregation_length`` as in Term."""
+    """The expert branch as a term; ``aggregation`` and ``aggregation_length`` as in Term.
+
+    ``temperature`` is not that of sampling: at 0.6 another distribution would be fitted to the demonstrations than is
+    served at 1, and where the model fits them phi would be several times smaller.
+    """
 
     def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
         return expert_loss(stats, tokens, weight=weight, cutoff=cutoff)
@@ -88,6 +97,7 @@ def expert_term(
     return Term(
         loss=loss,
         pool=pool,
+        temperature=temperature,
         scored=frozenset({"old_entropy"}) if prepare is not None else frozenset(),
         prepare=prepare,
         rival=isinstance(weight, MarginWeight),

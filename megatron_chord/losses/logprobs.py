@@ -72,7 +72,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     targets: Tensor,
     *,
     first_row: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
     rival: bool = False,
@@ -86,7 +86,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
         weight: [W, H], this rank's rows of the output embedding, without padding rows; W may be 0.
         targets: [T] int64, token ids of the whole vocabulary.
         first_row: vocabulary id of ``weight[0]``.
-        temperature: what the logits are divided by, as in sampling.
+        temperature: what the logits are divided by, as in sampling: one number, or [T], each token's own.
         group: ranks that hold the other rows; none means all rows are here.
         chunk: tokens at a time; by default what ``tile_for`` says.
         rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
@@ -103,7 +103,11 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     sweep = sweep or sweep_for(hidden)
     tokens, tile_rows = tile_for(hidden, len(weight), sweep)
     how = _How(
-        scale=1.0 / temperature,
+        scale=(
+            temperature.to(_accumulator(hidden.dtype)).reciprocal()
+            if isinstance(temperature, Tensor)
+            else 1.0 / temperature
+        ),
         group=group,
         chunk=chunk or tokens,
         tile_rows=tile_rows,
@@ -117,12 +121,16 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
 class _How:
     """What is not differentiated."""
 
-    scale: float
+    scale: float | Tensor
+    """[T] where tokens have their own."""
     group: dist.ProcessGroup | None
     chunk: int
     tile_rows: int
     rival: bool
     sweep: Sweep
+
+    def scale_of(self, piece: slice) -> float | Tensor:
+        return self.scale[piece] if isinstance(self.scale, Tensor) else self.scale
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -142,7 +150,9 @@ class _TokenLogprobs(torch.autograd.Function):
         # And the largest logit but the target's: -inf where the shard has no other row.
         rival_T = lse_T.clone() if how.rival else None
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
-            found = how.sweep.reduce(logits_CW, rows_T[piece] - tile.start, how.scale, rival=how.rival)
+            found = how.sweep.reduce(
+                logits_CW, rows_T[piece] - tile.start, how.scale_of(piece), rival=how.rival
+            )
             lse_C = torch.logaddexp(lse_T[piece], found.lse)
             mean_T[piece] *= (lse_T[piece] - lse_C).exp()
             mean_T[piece] += found.mean * (found.lse - lse_C).exp()
@@ -187,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
             how.sweep.differentiate_(
                 logits_CW,
                 rows_T[piece] - tile.start,
-                how.scale,
+                how.scale_of(piece),
                 lse_T[piece],
                 entropy_T[piece],
                 None if grad_logprobs_T is None else grad_logprobs_T[piece],

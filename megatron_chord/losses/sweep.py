@@ -5,7 +5,8 @@ takes as long as the bytes it moves. ``sweep_torch``, the reference, runs anywhe
 times; ``sweep_triton`` passes once.
 
 z is a logit times ``scale``, which is 1 / temperature, in the precision of the arithmetic: fp64 for fp64 logits, else
-fp32. Legend of shape suffixes: C tokens of a chunk, W rows of this rank's shard of the vocabulary, at least one.
+fp32. A scale is one number for all tokens, or [C] in that precision, each token's own. Legend of shape suffixes: C
+tokens of a chunk, W rows of this rank's shard of the vocabulary, at least one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Sweep(Protocol):
         """Of all matrices [C, W] that live at a time, the logits' own included. ``dtype`` is theirs."""
         ...
 
-    def reduce(self, logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> Reduced:
+    def reduce(self, logits_CW: Tensor, rows_C: Tensor, scale: float | Tensor, *, rival: bool) -> Reduced:
         """What the logits hold afterwards is undefined."""
         ...
 
@@ -49,7 +50,7 @@ class Sweep(Protocol):
         self,
         logits_CW: Tensor,
         rows_C: Tensor,
-        scale: float,
+        scale: float | Tensor,
         lse_C: Tensor,
         entropy_C: Tensor,
         grad_logprobs_C: Tensor | None,

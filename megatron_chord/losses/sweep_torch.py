@@ -14,8 +14,8 @@ def bytes_per_logit(dtype: torch.dtype) -> int:
     return 2 * wide.itemsize + (0 if wide == dtype else dtype.itemsize)
 
 
-def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> Reduced:
-    z_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(scale)
+def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float | Tensor, *, rival: bool) -> Reduced:
+    z_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(_column(scale))
     here_C, index_C1 = _locate(rows_C, z_CW.shape[1])
     target_C = z_CW.gather(1, index_C1).squeeze(1)
     top_C1 = z_CW.amax(1, keepdim=True)
@@ -35,13 +35,13 @@ def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> R
 def differentiate_(
     logits_CW: Tensor,
     rows_C: Tensor,
-    scale: float,
+    scale: float | Tensor,
     lse_C: Tensor,
     entropy_C: Tensor,
     grad_logprobs_C: Tensor | None,
     grad_entropy_C: Tensor | None,
 ) -> None:
-    logp_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(scale).sub_(lse_C[:, None])
+    logp_CW = logits_CW.to(_wide(logits_CW.dtype)).mul_(_column(scale)).sub_(lse_C[:, None])
     p_CW = logp_CW.exp()
     if grad_entropy_C is not None:  # dH/dz = -p (log p + H)
         grad_CW = logp_CW.add_(entropy_C[:, None]).mul_(p_CW).mul_(-grad_entropy_C[:, None])
@@ -51,7 +51,11 @@ def differentiate_(
         here_C, index_C1 = _locate(rows_C, p_CW.shape[1])
         grad_CW.addcmul_(p_CW, grad_logprobs_C[:, None], value=-1)
         grad_CW.scatter_add_(1, index_C1, (grad_logprobs_C * here_C)[:, None])
-    logits_CW.copy_(grad_CW.mul_(scale))
+    logits_CW.copy_(grad_CW.mul_(_column(scale)))
+
+
+def _column(scale: float | Tensor) -> float | Tensor:
+    return scale[:, None] if isinstance(scale, Tensor) else scale
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

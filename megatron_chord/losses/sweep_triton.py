@@ -31,7 +31,7 @@ def bytes_per_logit(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> Reduced:
+def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float | Tensor, *, rival: bool) -> Reduced:
     tokens, width = logits_CW.shape
     found_4C = logits_CW.new_empty((4, tokens), dtype=torch.float32)
     _launch(
@@ -44,6 +44,7 @@ def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> R
         width,
         scale,
         RIVAL=rival,
+        PER_TOKEN=isinstance(scale, Tensor),
         BLOCK=REDUCE_BLOCK,
         num_warps=REDUCE_WARPS,
     )
@@ -54,7 +55,7 @@ def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float, *, rival: bool) -> R
 def differentiate_(
     logits_CW: Tensor,
     rows_C: Tensor,
-    scale: float,
+    scale: float | Tensor,
     lse_C: Tensor,
     entropy_C: Tensor,
     grad_logprobs_C: Tensor | None,
@@ -80,6 +81,7 @@ def differentiate_(
         tokens,
         width,
         scale,
+        PER_TOKEN=isinstance(scale, Tensor),
         BLOCK=DIFFERENTIATE_BLOCK,
         num_warps=DIFFERENTIATE_WARPS,
     )
@@ -90,7 +92,17 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None
 
 
 @triton.jit
-def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce(  # noqa: PLR0913, PLR0917 (a kernel)
+    logits,
+    rows,
+    found,
+    stride,
+    width,
+    scale,
+    RIVAL: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a token, whose block of logits is [BLOCK / LANES, LANES]: a thread reads LANES adjacent ones at once.
 
     Each thread has a maximum and sums of its own, scaled down when the maximum grows, so that threads wait for each
@@ -100,6 +112,7 @@ def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOC
     token = tl.program_id(0).to(tl.int64)
     line = logits + token * stride
     target = tl.load(rows + token).to(tl.int32)
+    factor = tl.load(scale + token) if PER_TOKEN else scale
     offsets = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     # Not -inf: where all logits of a thread lie beyond the width, -inf less -inf would be NaN.
     top = tl.full([BLOCK // LANES], -3.0e38, tl.float32)
@@ -109,7 +122,7 @@ def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOC
     for start in range(0, width, BLOCK):
         columns = start + offsets
         inside = columns < width
-        z = tl.load(line + columns, mask=columns < stride, other=0.0).to(tl.float32) * scale
+        z = tl.load(line + columns, mask=columns < stride, other=0.0).to(tl.float32) * factor
         z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         shrink = tl.exp(top - higher)
@@ -124,7 +137,7 @@ def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOC
     share = tl.exp(top - highest)
     sum_exp = tl.sum(total * share, 0)
     here = (target >= 0) & (target < width)
-    at_target = tl.load(line + target, mask=here, other=0.0).to(tl.float32) * scale
+    at_target = tl.load(line + target, mask=here, other=0.0).to(tl.float32) * factor
     tokens = tl.num_programs(0)
     tl.store(found + token, highest + tl.log(sum_exp))
     tl.store(found + tokens + token, at_target)
@@ -134,19 +147,30 @@ def _reduce(logits, rows, found, stride, width, scale, RIVAL: tl.constexpr, BLOC
 
 
 @triton.jit
-def _differentiate(logits, rows, of_tokens, stride, tokens, width, scale, BLOCK: tl.constexpr):
+def _differentiate(  # noqa: PLR0913, PLR0917 (a kernel)
+    logits,
+    rows,
+    of_tokens,
+    stride,
+    tokens,
+    width,
+    scale,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a block of a token's columns; neighbouring programs have neighbouring blocks."""
     blocks = tl.cdiv(width, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = columns < stride
     target = tl.load(rows + token).to(tl.int32)
+    factor = tl.load(scale + token) if PER_TOKEN else scale
     lse = tl.load(of_tokens + token)
     entropy = tl.load(of_tokens + tokens + token)
     grad_logprobs = tl.load(of_tokens + 2 * tokens + token)
     grad_entropy = tl.load(of_tokens + 3 * tokens + token)
     place = logits + token * stride + columns
-    logp = tl.load(place, mask=exists, other=0.0).to(tl.float32) * scale - lse
+    logp = tl.load(place, mask=exists, other=0.0).to(tl.float32) * factor - lse
     grad = -tl.exp(logp) * (grad_logprobs + grad_entropy * (logp + entropy))
     grad += tl.where(columns == target, grad_logprobs, 0.0)
-    tl.store(place, (grad * scale).to(logits.dtype.element_ty), mask=exists)
+    tl.store(place, (grad * factor).to(logits.dtype.element_ty), mask=exists)

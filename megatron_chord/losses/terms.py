@@ -132,6 +132,8 @@ class Term:
     prepare: Prepare | None = None
     """Further columns from the scored ones, with all of the update's tokens at hand: from each micro-batch's tokens
     to each micro-batch's new columns. Called on every rank that computes losses."""
+    temperature: float | None = None
+    """What its tokens' logits are divided by; none: as in sampling."""
     rival: bool = False
     """The loss uses ``TokenStats.rival``."""
     idle: str | None = None

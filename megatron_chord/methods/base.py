@@ -48,6 +48,8 @@ class Method:
     """Every prompt must have its own demonstration (``data.aligned``)."""
     uses_expert_settings: ClassVar[bool] = False
     """``objective.expert_weight``, ``expert_cutoff`` and ``expert_aggregation`` mean something to it."""
+    uses_expert_temperature: ClassVar[bool] = False
+    """So does ``objective.expert_temperature``: it has an SFT branch."""
     draws_experts: ClassVar[bool] = False
     """It trains on ``batch.experts`` demonstrations a step; others take those of their prompts, if any."""
 

@@ -30,6 +30,7 @@ EXPERT = "expert"
 class Chord(Method):
     name: ClassVar[str] = "chord"
     uses_expert_settings: ClassVar[bool] = True
+    uses_expert_temperature: ClassVar[bool] = True
     draws_experts: ClassVar[bool] = True
 
     def schedule(self, run: RunConfig) -> MuSchedule:
@@ -117,6 +118,7 @@ class Chord(Method):
             EXPERT: expert_term(
                 weight=expert_weight(run),
                 cutoff=objective.expert_cutoff,
+                temperature=objective.expert_temperature,
                 aggregation=objective.expert_aggregation,
                 aggregation_length=aggregation_length(run),
             ),

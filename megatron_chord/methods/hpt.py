@@ -42,6 +42,7 @@ from megatron_chord.rollout.collect import GradedRollouts
 class HPT(Method):
     name: ClassVar[str] = "hpt"
     needs_demonstrations: ClassVar[bool] = True
+    uses_expert_temperature: ClassVar[bool] = True
 
     gate: float = 0.0
     """Prompts whose rollouts score no more than this on average are trained by SFT."""
@@ -82,7 +83,8 @@ class HPT(Method):
         return {POLICY: 1 - share, EXPERT: self.sft_coefficient * share}
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        return {POLICY: policy_term(run), EXPERT: expert_term(weight=SimpleWeight(kind="one"))}
+        expert = expert_term(weight=SimpleWeight(kind="one"), temperature=run.objective.expert_temperature)
+        return {POLICY: policy_term(run), EXPERT: expert}
 
 
 def mean_score(graded: GradedRollouts) -> float:

@@ -82,9 +82,14 @@ def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, 
         method.schedule(run) is None and objective.mu is not None,
         f"objective.mu: method {method.name} does not mix by mu; leave it out",
     )
-    for name in ("expert_weight", "expert_cutoff", "expert_aggregation"):
+    for name, is_used in {
+        "expert_weight": method.uses_expert_settings,
+        "expert_cutoff": method.uses_expert_settings,
+        "expert_aggregation": method.uses_expert_settings,
+        "expert_temperature": method.uses_expert_temperature,
+    }.items():
         yield (
-            not method.uses_expert_settings and getattr(objective, name) != getattr(default, name),
+            not is_used and getattr(objective, name) != getattr(default, name),
             f"objective.{name}: method {method.name} does not use it; leave it out",
         )
     yield (

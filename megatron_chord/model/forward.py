@@ -87,7 +87,7 @@ def run_micro_batches(
     *,
     groups: ParallelGroups,
     vocab_size: int,
-    temperature: float,
+    temperatures: Mapping[str, float],
     rival: bool = False,
     backward: bool = True,
 ) -> list[dict[str, Tensor]]:
@@ -99,6 +99,7 @@ def run_micro_batches(
     Args:
         chunks: model chunks; for a backward pass wrapped in DistributedDataParallel.
         micro_batches: equally many on every rank.
+        temperatures: of each term that the micro-batches have.
         rival: compute ``TokenStats.rival``.
 
     Returns:
@@ -121,7 +122,7 @@ def run_micro_batches(
                 batch.loss_positions,
                 batch.targets,
                 vocab_size=vocab_size,
-                temperature=temperature,
+                temperature=temperature_of(batch, temperatures),
                 tensor=groups.tensor,
                 rival=rival,
             )
@@ -143,6 +144,17 @@ def run_micro_batches(
         )
     groups.pulse.tick()
     return kept
+
+
+def temperature_of(batch: DeviceBatch, temperatures: Mapping[str, float]) -> float | Tensor:
+    """One number where the batch's terms have the same, else [T] float32. The host waits for nothing."""
+    found = {temperatures[name] for name in batch.terms}
+    if len(found) <= 1:
+        return found.pop() if found else 1.0
+    values = torch.ones_like(batch.targets, dtype=torch.float32)
+    for name, tokens in batch.terms.items():
+        values.index_fill_(0, tokens.index, temperatures[name])
+    return values
 
 
 def unwrapped(chunk: Any) -> Any:

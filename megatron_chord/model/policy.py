@@ -31,7 +31,7 @@ class PolicyModel(GPTModel):
         targets: Tensor,
         *,
         vocab_size: int,
-        temperature: float,
+        temperature: float | Tensor,
         tensor: Axis,
         rival: bool = False,
     ) -> HeadOutput:
@@ -40,6 +40,7 @@ class PolicyModel(GPTModel):
         Args:
             hidden: what the last stage's forward returned.
             vocab_size: without padding rows; those take no part in the softmax.
+            temperature: one number, or [P].
             rival: also the log-prob of the best other token.
 
         Collectives on the tensor group: 2 all-reduces forward, 1 backward; with sequence parallelism also one

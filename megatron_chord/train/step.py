@@ -70,13 +70,14 @@ def prepare_batches(
     wanted = {column for term in present.values() for column in term.scored}
     if not wanted:
         return batches
+    temperatures = _temperatures(present, temperature)
     columns: list[dict[str, Tensor]] = [{} for _ in batches]
     if wanted & {"old_logprob", "old_entropy"}:
-        for scores, found in zip(_scores(state, state.chunks, batches, temperature), columns, strict=False):
+        for scores, found in zip(_scores(state, state.chunks, batches, temperatures), columns, strict=False):
             found |= {"old_logprob": scores["logprobs"], "old_entropy": scores["entropy"]}
     if "reference_logprob" in wanted:
         for scores, found in zip(
-            _scores(state, state.reference, batches, temperature), columns, strict=False
+            _scores(state, state.reference, batches, temperatures), columns, strict=False
         ):
             found["reference_logprob"] = scores["logprobs"]
     if not state.groups.is_last_stage:
@@ -124,7 +125,7 @@ def compute_gradients(
         loss,
         groups=state.groups,
         vocab_size=state.shape.vocab_size,
-        temperature=temperature,
+        temperatures=_temperatures(present, temperature),
         rival=any(term.rival for term in present.values()),
     )
     return _reduce(kept, update, present, state.groups)
@@ -169,6 +170,12 @@ def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
     )
 
 
+def _temperatures(terms: Terms, of_sampling: float) -> dict[str, float]:
+    return {
+        name: of_sampling if term.temperature is None else term.temperature for name, term in terms.items()
+    }
+
+
 def largest(values: Iterable[float]) -> float:
     """NaN where one is: Python's ``max`` would pass over it, or over all others."""
     values = list(values)
@@ -176,7 +183,10 @@ def largest(values: Iterable[float]) -> float:
 
 
 def _scores(
-    state: TrainState, chunks: Sequence[Any], batches: Sequence[DeviceBatch], temperature: float
+    state: TrainState,
+    chunks: Sequence[Any],
+    batches: Sequence[DeviceBatch],
+    temperatures: Mapping[str, float],
 ) -> list[dict[str, Tensor]]:
     """Log-probs and entropies [T] of every micro-batch's trained tokens; empty on all but the last stage."""
 
@@ -189,7 +199,7 @@ def _scores(
         keep,
         groups=state.groups,
         vocab_size=state.shape.vocab_size,
-        temperature=temperature,
+        temperatures=temperatures,
         backward=False,
     )
 

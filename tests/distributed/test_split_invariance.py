@@ -43,6 +43,7 @@ def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
             run.objective.expert_weight or SimpleWeight(kind="phi"),
             cutoff=run.objective.expert_cutoff,
             aggregation=run.objective.expert_aggregation,
+            temperature=run.objective.expert_temperature,
             length=CONSTANT_LENGTH,
         ),
     }

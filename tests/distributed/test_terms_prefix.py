@@ -108,6 +108,7 @@ def hpt(model: Path) -> Any:
     nll = OracleTerm(
         loss=lambda token, *_: -token.logp,
         pool="demonstrations",
+        temperature=1.0,
         means={"expert_nll": lambda token, *_: -token.logp.item()},
         losses={"expert_loss": lambda token, *_: -token.logp.item()},
     )

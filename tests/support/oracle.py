@@ -57,6 +57,7 @@ class OracleTerm:
     pool: str
     aggregation: str = "token_mean"
     length: int = 1
+    temperature: float | None = None
     means: Mapping[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]] = field(
         default_factory=dict[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]]
     )
@@ -89,10 +90,12 @@ def oracle_update(
     before = load(old) if old is not None else model
     found: dict[str, list[SequenceTokens]] = defaultdict(list)
     for sample in samples:
-        logps = _log_softmax(model, sample, temperature)
-        earlier = _log_softmax(before, sample, temperature).detach()
-        theirs = _log_softmax(other, sample, temperature).detach() if other is not None else None
         for part in sample.parts:
+            own = terms[part.term].temperature
+            divided = temperature if own is None else own
+            logps = _log_softmax(model, sample, divided)
+            earlier = _log_softmax(before, sample, divided).detach()
+            theirs = _log_softmax(other, sample, divided).detach() if other is not None else None
             tokens = []
             for k, position in enumerate(part.positions.tolist()):
                 row, target = logps[position - 1], int(sample.token_ids[position])

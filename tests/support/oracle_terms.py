@@ -120,6 +120,7 @@ def expert_term(
     pool: str = "expert",
     aggregation: str = "token_mean",
     length: int = 1,
+    temperature: float = 1.0,
 ) -> OracleTerm:
     """-w log p with ``weight`` a settings class of ``objective.expert_weight``."""
 
@@ -159,6 +160,7 @@ def expert_term(
         pool=pool,
         aggregation=aggregation,
         length=length,
+        temperature=temperature,
         means={
             "expert_nll": lambda token, *_: -token.logp.item(),
             "expert_p": lambda token, *_: token.p,

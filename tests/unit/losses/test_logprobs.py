@@ -87,6 +87,28 @@ def test_values_and_gradients(part: str, chunk: int | None, temperature: float) 
     assert_close(run(head, *inputs, part), run(reference, *inputs, part), relative=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_tokens_with_temperatures_of_their_own(dtype: torch.dtype, chunk: int | None) -> None:
+    """Each token's values are those of its own temperature; gradients are sums over tokens of both."""
+    inputs = make_inputs(dtype)
+    temperature = torch.tensor([1.0, 0.6] * TOKENS)[:TOKENS]
+
+    def head(*inputs: Tensor) -> HeadOutput:
+        return token_logprobs(*inputs, temperature=temperature, chunk=chunk, rival=True)
+
+    def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadOutput:
+        return naive(hidden / temperature.double()[:, None], weight, targets)
+
+    theirs = run(reference, *(part.double() if part.is_floating_point() else part for part in inputs), "both")
+    assert_close(run(head, *inputs, "both"), theirs, relative=1e-7 if dtype == torch.float64 else 1e-6)
+    # All equal, they are the one number's, to the bit.
+    same = torch.full((TOKENS,), 0.5)
+    ours = run(lambda *parts: token_logprobs(*parts, temperature=same, rival=True), *inputs, "both")
+    one = run(lambda *parts: token_logprobs(*parts, temperature=0.5, rival=True), *inputs, "both")
+    assert all(torch.equal(ours[name], one[name]) for name in one)
+
+
 def test_the_targets_logits() -> None:
     hidden, weight, targets = make_inputs()
     logit = token_logprobs(hidden.requires_grad_(), weight, targets, temperature=0.7, chunk=7).logit

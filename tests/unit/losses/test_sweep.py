@@ -43,6 +43,10 @@ CASES: list[dict[str, Any]] = [
     {**CASE, "tokens": 2, "widths": (19_008,) * 7 + (18_880,), "dtype": torch.bfloat16},
     *({**CASE, "dtype": dtype, "widths": (3000, 2000)} for dtype in (torch.bfloat16, torch.float16)),
     *({**CASE, "scale": 1 / temperature, "dtype": torch.bfloat16} for temperature in (0.6, 0.7, 2.5)),
+    *(
+        {**CASE, "scale": (1.0, 1 / 0.6, 0.4, 1.0, 1 / 0.6), "widths": (3000, 2000), "dtype": dtype}
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
     *({**CASE, "parts": parts} for parts in ((True, False), (False, True))),
     *({**CASE, "rival": False, "widths": widths} for widths in ((37,), (3000, 2000))),
     *({**CASE, "apart": apart, "widths": (37, 63)} for apart in (1, 8, 5000)),
@@ -63,10 +67,17 @@ def make_inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(case["dtype"]), targets, torch.randn(2, tokens, generator=generator)
 
 
+def column(case: dict[str, Any]) -> float | Tensor:
+    """The scale, to multiply logits [tokens, width] by."""
+    scale = case["scale"]
+    return scale if isinstance(scale, float) else torch.tensor(scale, dtype=torch.float64)[:, None]
+
+
 def sweep_shards(sweep: Sweep, case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """What the sweep makes of each shard, and their gradients side by side."""
     logits, targets, grads = (part.to(device) for part in make_inputs(case))
     expected = reference(case)
+    scale = case["scale"] if isinstance(case["scale"], float) else torch.tensor(case["scale"], device=device)
     first, reduced, gradients = 0, [], []
     for width in case["widths"]:
         stride = width + case["apart"]
@@ -76,11 +87,11 @@ def sweep_shards(sweep: Sweep, case: dict[str, Any], device: str = "cpu") -> dic
         shard = memory.as_strided((case["tokens"], width), (stride, 1))
         rows = targets - first
         shard.copy_(logits[:, first : first + width])
-        reduced.append(tuple(sweep.reduce(shard, rows, case["scale"], rival=case["rival"])))
+        reduced.append(tuple(sweep.reduce(shard, rows, scale, rival=case["rival"])))
         shard.copy_(logits[:, first : first + width])
         whole = [expected[name].float().to(device) for name in ("lse", "entropy")]
         parts = [grad if asked else None for grad, asked in zip(grads, case["parts"], strict=True)]
-        sweep.differentiate_(shard, rows, case["scale"], *whole, *parts)
+        sweep.differentiate_(shard, rows, scale, *whole, *parts)
         gradients.append(shard.clone())
         first += width
     return {"reduced": reduced, "gradient": torch.cat(gradients, 1)}
@@ -116,14 +127,14 @@ def reference(case: dict[str, Any]) -> dict[str, Tensor]:
     """Of the whole vocabulary, in float64: lse, entropy, and the gradient with respect to the logits."""
     logits, targets, grads = make_inputs(case)
     logits = logits.double().requires_grad_()
-    full = torch.log_softmax(logits * case["scale"], -1)
+    full = torch.log_softmax(logits * column(case), -1)
     entropy = -(full.exp() * full).sum(-1)
     terms = (full.gather(1, targets[:, None])[:, 0], entropy)
     torch.stack(
         [grad @ term for grad, term, asked in zip(grads.double(), terms, case["parts"], strict=True) if asked]
     ).sum().backward()
     assert logits.grad is not None
-    lse = torch.logsumexp(logits.detach() * case["scale"], -1)
+    lse = torch.logsumexp(logits.detach() * column(case), -1)
     return {"lse": lse, "entropy": entropy.detach(), "gradient": logits.grad}
 
 
@@ -141,7 +152,7 @@ def test_a_shard_is_reduced_as_float64_does(outcomes: Any) -> None:
 
 def assert_reduced(case: dict[str, Any], shards: list[tuple[Tensor | None, ...]]) -> None:
     logits, targets, _ = make_inputs(case)
-    z = logits.double() * case["scale"]
+    z = logits.double() * column(case)
     # fp32 keeps 24 bits: of z itself, and of sums of a few thousand terms some less.
     tolerance = 2**-21 * max(1.0, z.abs().max().item())
     first = 0
@@ -174,7 +185,7 @@ def test_gradients_of_shards_are_those_of_the_whole(outcomes: Any) -> None:
 def assert_gradient(case: dict[str, Any], gradient: Tensor) -> None:
     expected = reference(case)["gradient"]
     assert gradient.dtype == case["dtype"]
-    z = (make_inputs(case)[0].double() * case["scale"]).abs().max().item()
+    z = (make_inputs(case)[0].double() * column(case)).abs().max().item()
     # log p has an absolute error of some 2^-24 |z|, and p the same relative one.
     tolerance = 2**-21 * max(1.0, z) * expected.abs().max().item() + 1e-7
     tolerance = tolerance + LAST_PLACE[case["dtype"]] * expected.abs()
@@ -204,7 +215,7 @@ def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
     from megatron_chord.losses import sweep_triton
 
     types = {"logits": "*bf16", "rows": "*i64", "found": "*fp32", "of_tokens": "*fp32", "scale": "fp32"}
-    values = {"RIVAL": True}
+    values = {"RIVAL": True, "PER_TOKEN": False}
     kernels = (
         (sweep_triton._reduce, sweep_triton.REDUCE_BLOCK, sweep_triton.REDUCE_WARPS),
         (sweep_triton._differentiate, sweep_triton.DIFFERENTIATE_BLOCK, sweep_triton.DIFFERENTIATE_WARPS),
