@@ -14,7 +14,7 @@ parallel layout. A training checkpoint of megatron-chord is one, too: give --hf 
 `megatron-to-megatron` leaves the model of it: no optimizer state, one chunk of rows after the other.
 `to-fp8` writes 128 x 128 block-quantised weights with their scales, which vLLM loads as they are, from either kind.
 Exits with 0 when it did what was asked, 1 when `verify` found a difference, and 2 when something will not do; then
-nothing has been written.
+nothing has been written. Ctrl-C ends it at once with 130, SIGTERM with 143, SIGHUP with 129, and nothing is left.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
+
+from megatron_chord.convert.target import discard
 
 GB = 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    _end_on_signals(getattr(args, "target", None))
     # All of it happens in main memory. With a GPU in sight Megatron-Core would put the whole model on it, whatever
     # device it is told (tensor_parallel/layers.py:873).
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -48,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands.get(args.command, _convert)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # 1, Python's own code for it, would say that two models differ
+        traceback.print_exc()
+        print("error: a fault of this program, please report it", file=sys.stderr)
         return 2
     finally:
         runtime.stop()
@@ -114,10 +124,10 @@ def _convert(args: argparse.Namespace) -> int:
         )
     with _progress(args.command, size) as progress:
         if args.command.endswith("to-megatron"):
-            to_megatron(source, args.target, progress=progress, workers=args.workers)
+            to_megatron(source, args.target, progress=progress, notify=_warn, workers=args.workers)
         else:
             fp8 = args.command == "to-fp8"
-            to_hf(source, args.target, fp8=fp8, progress=progress, workers=args.workers)
+            to_hf(source, args.target, fp8=fp8, progress=progress, notify=_warn, workers=args.workers)
     print(f"{args.target}: {_folder_bytes(args.target) / GB:.3f} GB")
     return 0
 
@@ -196,6 +206,34 @@ def _tensors(folder: Path) -> list[tuple[str, tuple[int, ...], Any]]:
         return list(Checkpoint(folder).tensors())
     reader = HFReader.of(folder)
     return [(name, reader.shape(name), reader.dtype(name)) for name in reader.names]
+
+
+def _end_on_signals(target: Path | None) -> None:
+    """One line, nothing left of ``target``, and 128 + the signal's number as the exit code.
+
+    The handler ends the process itself. An exception would wait for the threads, be wrapped by torch, or be lost where
+    Python ignores it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    was_there = target is not None and target.exists()
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        line = f"ended by {signal.Signals(number).name}"
+        if target is not None and not was_there:
+            discard(target)
+            line += f": {target} is complete" if target.exists() else f": {target} has not been written"
+        show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""  # the progress bar hides it
+        os.write(2, f"{show_cursor}{line}\n".encode())
+        os._exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 @contextmanager

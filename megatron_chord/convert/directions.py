@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,8 +22,10 @@ from megatron_chord.convert.budget import Budget
 from megatron_chord.convert.layout import PIECE_BYTES, Piece, Stored, layout_of, without_padding
 from megatron_chord.convert.sources import HF, Source
 from megatron_chord.convert.stream import Box, write
+from megatron_chord.convert.target import appearing
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.weights.findings import listing
 from megatron_chord.weights.fp8 import BLOCK, SCALE_SUFFIX, is_quantised, quantise, quantization_config
 from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.writer import change_config, copy_settings, finish_folder, write_shards
@@ -37,6 +37,8 @@ MEMORY_BYTES = 2**30
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have just been written; from any thread."""
+Notify = Callable[[str], None]
+"""Called with a line for the user."""
 
 
 def default_workers() -> int:
@@ -44,15 +46,24 @@ def default_workers() -> int:
 
 
 def to_megatron(
-    source: Source, target: Path, *, progress: Progress = lambda size: None, workers: int | None = None
+    source: Source,
+    target: Path,
+    *,
+    progress: Progress = lambda size: None,
+    notify: Notify = lambda line: None,
+    workers: int | None = None,
 ) -> None:
     """Write a distributed checkpoint of the source's parameters in its dtype; padding rows of the vocabulary are 0.
 
     ``workers`` threads read a piece each and write it into a file each: two pieces a worker are in memory.
+    ``notify`` is told of weights that are not finite, and of what a killed process left behind.
     """
+    insane: set[str] = set()
 
     def data(stored: Stored, piece: Piece) -> Tensor:
         rows = source.rows(stored, piece.start, piece.stop)
+        if not is_finite(rows):
+            insane.update(stored.entry.hf)
         missing = piece.stop - piece.start - len(rows)
         if missing:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
@@ -64,7 +75,7 @@ def to_megatron(
         for stored in source.layout.parameters
         for piece in stored.pieces(PIECE_BYTES)
     }
-    with _appearing(target) as folder:
+    with appearing(target, notify=notify) as folder:
         write(folder, boxes, objects=dict(source.layout.objects), files=workers or default_workers())
         torch.save({}, folder / "common.pt")
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -72,6 +83,7 @@ def to_megatron(
         (folder / "metadata.json").write_text(json.dumps(backend | common))
         (folder / HF).mkdir()
         copy_settings(source.configuration, folder / HF)
+    _tell_of_insane(insane, target, notify)
 
 
 def to_hf(
@@ -80,6 +92,7 @@ def to_hf(
     *,
     fp8: bool = False,
     progress: Progress = lambda size: None,
+    notify: Notify = lambda line: None,
     workers: int | None = None,
 ) -> None:
     """Write a Hugging Face folder that Transformers and vLLM load as it is, in the source's dtype.
@@ -89,6 +102,7 @@ def to_hf(
 
     Args:
         fp8: the matrices of linear layers are block-quantised (``weights/fp8.py``), for engines that load such folders.
+        notify: told of weights that are not finite, and of what a killed process left behind.
 
     Raises:
         ValueError: a matrix that cannot be quantised as it is to be loaded.
@@ -102,11 +116,14 @@ def to_hf(
         _check_blocks(parameters)
     names = list(source.shape.weights.hf_names())
     budget = Budget(MEMORY_BYTES)
+    insane: set[str] = set()
 
     def tensors(shard: Sequence[Stored]) -> Iterator[tuple[str, Tensor]]:
         for stored in shard:
             with budget.hold(stored.size(source.dtype)):
                 for name, tensor in source.tensors(stored):
+                    if not is_finite(tensor):
+                        insane.add(name)
                     written = _quantised(stored, name, tensor) if fp8 else {name: tensor}
                     yield from written.items()
                     progress(tensor.nbytes)
@@ -114,7 +131,8 @@ def to_hf(
     def write_one(number: int, shard: Sequence[Stored], folder: Path) -> dict[str, tuple[str, int]]:
         return write_shards(tensors(shard), folder, prefix=f"part-{number:05d}", shard_bytes=SHARD_BYTES)
 
-    with _appearing(target) as folder, ThreadPoolExecutor(workers or default_workers()) as pool:
+    threads = workers or default_workers()
+    with appearing(target, notify=notify) as folder, ThreadPoolExecutor(threads) as pool:
         shards = list(_shards(parameters, source.dtype))
         try:
             parts = list(pool.map(write_one, range(len(shards)), shards, [folder] * len(shards)))
@@ -127,6 +145,7 @@ def to_hf(
         if fp8:
             kept = [name.removesuffix(".weight") for stored in parameters for name in _kept_matrices(stored)]
             change_config(folder, quantization_config=quantization_config(kept))
+    _tell_of_insane(insane, target, notify)
 
 
 def differences(left: Source, right: Source, *, progress: Progress = lambda size: None) -> Iterator[str]:
@@ -225,17 +244,11 @@ def _check_blocks(parameters: Sequence[Stored]) -> None:
         )
 
 
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes ``target`` when the block succeeds, and is gone when it does not."""
-    if target.exists():
-        raise ValueError(f"{target} is already there")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def is_finite(tensor: Tensor) -> bool:
+    """Without a copy: the extremes are NaN or infinite where any number is."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _tell_of_insane(names: Collection[str], folder: Path, notify: Notify) -> None:
+    if names:
+        notify(listing(f"{folder}: {len(names)} tensors hold NaN or infinite numbers:", sorted(names)))

@@ -1,0 +1,90 @@
+"""A folder that appears when it is complete: names, lock and what the dead leave."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.convert.target import appearing, discard
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_appears_at_the_end_alone(tmp_path: Path) -> None:
+    with appearing(tmp_path / "a") as folder:
+        (folder / "file").write_text("content")
+        assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "file").read_text() == "content"
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="full"), appearing(tmp_path / "a") as folder:  # noqa: PT012
+        (folder / "file").touch()
+        raise RuntimeError("full")
+    assert names(tmp_path) == []
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with appearing(tmp_path / "a") as folder:
+        with (
+            pytest.raises(ValueError, match=r"another process \(\S+ \d+\) is writing \S+/a: wait"),
+            appearing(tmp_path / "a"),
+        ):
+            pass
+        with appearing(tmp_path / "b"):
+            pass
+        assert folder.is_dir()
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+    assert names(tmp_path) == ["a"]
+    with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a"):
+        pass
+
+
+def test_what_the_dead_left_is_removed_and_said(tmp_path: Path) -> None:
+    dead = tmp_path / ".a.host-123-0123abcd.partial"
+    other = tmp_path / ".a.b.host-123-0123abcd.partial"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / "file").touch()
+    (tmp_path / ".a.lock").write_text("host 123\n")
+    told: list[str] = []
+    with appearing(tmp_path / "a", notify=told.append):
+        assert not dead.exists()
+    assert told == [f"removed {dead}: a process that was killed had left it"]
+    assert names(tmp_path) == [other.name, "a"]
+
+
+def test_where_files_cannot_be_locked_the_others_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
+    with appearing(tmp_path / "a") as one:
+        with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a") as other:  # noqa: PT012
+            assert one != other
+            (tmp_path / "a").mkdir()
+        (tmp_path / "a").rmdir()
+    assert names(tmp_path) == [".a.host-123-0123abcd.partial", "a"]
+
+
+def test_discarding_takes_this_process_s_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
+    with pytest.raises(FileNotFoundError), appearing(tmp_path / "b"), appearing(tmp_path / "a") as folder:  # noqa: PT012
+        (folder / "file").write_text("content")
+        (tmp_path / ".a.host-123-89abcdef.partial").mkdir()  # what another process would be writing
+        discard(tmp_path / "a")
+        assert not folder.exists()
+    assert names(tmp_path) == [".a.host-123-89abcdef.partial"]
