@@ -18,6 +18,7 @@ from megatron_chord.convert.layout import Layout, Stored, layout_of, without_pad
 from megatron_chord.convert.stream import METADATA, Checkpoint
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.weights.findings import listing
 from megatron_chord.weights.folder import check_copies, open_model
 from megatron_chord.weights.reader import HFReader
 from megatron_chord.weights.transforms import merged_shape
@@ -178,9 +179,7 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
         elif found != stored.shape:
             findings.append(f"{stored.entry.megatron} has shape {stored.shape}, but {sources} make {found}")
     if findings:
-        raise ValueError(
-            f"shapes in {reader.folder} disagree with its config.json:\n  " + "\n  ".join(findings)
-        )
+        raise ValueError(listing(f"shapes in {reader.folder} disagree with its config.json:", findings))
 
 
 def _check_checkpoint(checkpoint: Checkpoint, layout: Layout, shape: ModelShape) -> torch.dtype:
@@ -200,7 +199,7 @@ def _check_checkpoint(checkpoint: Checkpoint, layout: Layout, shape: ModelShape)
             findings.append(f"{key} has shape {found}, the config says {wanted[key]}")
     if findings:
         raise ValueError(
-            f"{checkpoint.folder} does not hold this model's tensors:\n  " + "\n  ".join(sorted(findings))
+            listing(f"{checkpoint.folder} does not hold this model's tensors:", sorted(findings))
         )
     own = {box.key for p in layout.parameters if p.entry.rule.dtype is not None for box in p.boxes}
     return _only_dtype({key: model[key][1] for key in wanted if key not in own}, checkpoint.folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_chord.weights.findings import listing
 from megatron_chord.weights.mapping import Entry, WeightMap
 from megatron_chord.weights.reader import HFReader
 from megatron_chord.weights.transforms import merged_shape
@@ -59,9 +60,7 @@ def load(
         if weights.entry(name).rule.vocab and reader.shape(cut.name)[0] != vocab_size
     ]
     if findings:
-        raise ValueError(
-            f"shapes in {reader.folder} disagree with its config.json:\n  " + "\n  ".join(findings)
-        )
+        raise ValueError(listing(f"shapes in {reader.folder} disagree with its config.json:", findings))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parts = [reader.read(c.name, c.axis, c.start, c.stop) for c in plan[name]]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_chord.weights.advice import of_names
+from megatron_chord.weights.findings import listing
 from megatron_chord.weights.transforms import Transform
 
 _LAYER, _EXPERT = "{layer}", "{expert}"
@@ -165,4 +167,6 @@ def check_accounting(expected: Sequence[str], found: Sequence[str], where: str) 
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     findings = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra]
     if findings:
-        raise ValueError(f"{where} does not hold this model's tensors:\n  " + "\n  ".join(findings))
+        hint = of_names(extra)
+        heading = f"{where} does not hold this model's tensors{f'; {hint}' if hint else ''}:"
+        raise ValueError(listing(heading, findings))

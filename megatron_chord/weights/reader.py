@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,10 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from megatron_chord.json_files import read_object
+from megatron_chord.weights.advice import of_file, of_folder
+from megatron_chord.weights.findings import MAX_SHOWN
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,20 +41,21 @@ class HFReader:
         """ValueError when the folder holds no complete safetensors checkpoint."""
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
-        opened: dict[str, Any] = {}
-        if (folder / INDEX).is_file():
-            try:
-                file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{folder / INDEX} is no safetensors index: {error!r}") from error
-            absent = sorted({name for name in file_of.values() if not (folder / name).is_file()})
-            if absent:
-                raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
-        elif (folder / SINGLE).is_file():
-            opened[SINGLE] = _open_file(folder / SINGLE)
-            file_of = dict.fromkeys(opened[SINGLE].keys(), SINGLE)
-        else:
-            raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there")
+        index, single = folder / INDEX, folder / SINGLE
+        if index.is_file():
+            file_of = _read_index(index)
+            if single.is_file() and set(file_of.values()) != {SINGLE}:
+                raise ValueError(
+                    f"{folder} holds both {SINGLE} and {INDEX}, which names other files. Transformers reads the first, "
+                    f"vLLM what the second names. Remove {SINGLE}, or remove {INDEX} and its files"
+                )
+            return cls(folder, file_of, {})
+        if not single.is_file():
+            advice = of_folder(folder)
+            hint = f"; {advice}" if advice else ""
+            raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}")
+        opened = {SINGLE: _open_file(single)}
+        file_of = dict.fromkeys(opened[SINGLE].keys(), SINGLE)
         return cls(folder, file_of, opened)
 
     def renamed(self, stored_as: Mapping[str, str]) -> Self:
@@ -99,6 +103,23 @@ class HFReader:
         return _slice(self._open[file], self.stored_as.get(name, name), self.folder / file)
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file in the index's own folder."""
+    file_of = read_object(path).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise ValueError(f"{path}: weight_map must be an object of tensors and their files")
+    for name, file in file_of.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{path}: weight_map gives {name} the file {file!r}; it must be a safetensors file of the same folder"
+            )
+    absent = sorted({file for file in file_of.values() if not (path.parent / file).is_file()})
+    if absent:
+        more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
+        raise ValueError(f"{path} names files that are not there: {', '.join(absent[:MAX_SHOWN])}{more}")
+    return file_of
+
+
 def _slice(opened: Any, name: str, path: Path) -> Any:
     try:
         return opened.get_slice(name)
@@ -110,4 +131,5 @@ def _open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        reason = of_file(path) or error
+        raise ValueError(f"{path} is not a readable safetensors file: {reason}") from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.families.table import serving_config
+from megatron_chord.json_files import read_object
 from megatron_chord.weights.reader import INDEX, SAFETENSORS_DTYPES, SINGLE
 
 SHARD_BYTES = 4 * 2**30
@@ -132,7 +133,7 @@ def finish_folder(
         }
         _write_json(folder / INDEX, index)
     copy_settings(source, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json")
     changes = serving_config(config)
     stated = config.get("dtype", config.get("torch_dtype"))  # the latter before Transformers 5
     name = str(dtype).removeprefix("torch.")
@@ -144,14 +145,14 @@ def finish_folder(
         shutil.copy2(chat_template, folder / "chat_template.jinja")
         path = folder / "tokenizer_config.json"
         if path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_object(path)
             settings.pop("chat_template", None)
             _write_json(path, settings)
 
 
 def change_config(folder: Path, **settings: Any) -> None:
     """Set these in the folder's config.json."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json")
     if "dtype" in settings:
         config.pop("torch_dtype", None)
     _write_json(folder / "config.json", config | settings)

@@ -60,6 +60,61 @@ def test_an_index_that_places_a_tensor_in_the_wrong_file(tmp_path: Path) -> None
         HFReader.of(tmp_path).shape("b")
 
 
+@pytest.mark.parametrize(
+    "file", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "x.bin", "..", 3, None, ["x"]]
+)
+def test_an_index_that_leaves_its_folder(tmp_path: Path, file: object) -> None:
+    save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "in").mkdir()
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map gives a the file .* of the same folder$"):
+        HFReader.of(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{", '{"weight_map": ["a"]}', '{"weight_map": 3}', "{}", "[" * 9999, "\xff"]
+)
+def test_an_index_of_another_form(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^\S+index\.json[: ].*$"):
+        HFReader.of(tmp_path)
+
+
+def test_a_single_file_beside_an_old_index_is_refused(tmp_path: Path) -> None:
+    """Transformers reads the single file (modeling_utils.py, _get_resolved_checkpoint_files), vLLM the index's."""
+    for name, value in (("model", 1), ("x", 2)):
+        save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    write_index(tmp_path, a="x.safetensors")
+    with pytest.raises(ValueError, match=r"holds both model\.safetensors and .* Remove"):
+        HFReader.of(tmp_path)
+    write_index(tmp_path, a="model.safetensors")
+    assert HFReader.of(tmp_path).read("a").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("pytorch_model.bin", "save it again with save_pretrained"),
+        ("pytorch_model.bin.index.json", "save it again"),
+        ("adapter_config.json", "merge_and_unload"),
+        ("model-q4.gguf", "GGUF"),
+        ("consolidated.00.pth", "publisher's own format"),
+    ],
+)
+def test_other_weights_get_advice(tmp_path: Path, file: str, advice: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=f"has no weights.*{advice}"):
+        HFReader.of(tmp_path)
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(ValueError, match="git lfs pull"):
+        HFReader.of(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 5, 40, -1])
 def test_a_truncated_file(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "model.safetensors"
