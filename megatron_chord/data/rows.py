@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,12 +23,22 @@ T = TypeVar("T")
 QUESTION_FIELDS = ("messages", "problem", "question", "prompt")
 TOOL_FIELDS = ("tools", "functions")
 TRUTH_FIELDS = ("answer", "truth", "ground_truth")
+MAX_TEXT = 4_000_000
+"""Characters of one text: longer ones are refused before a tokenizer sees them."""
+MAX_ROW_BYTES = 64 << 20
+"""Of one row, all its fields together: longer ones are not parsed."""
 MAX_SHOWN = 20
 PROGRESS_FROM_ROWS = 5000
+_BATCH_ROWS = 16
+"""Of a Parquet file, decoded at a time: a kilobyte of it may hold many copies of a string of many megabytes."""
 
 
 class RowError(ValueError):
     """What is wrong with one row; `parse_rows` adds where."""
+
+
+class FatalRowError(RowError):
+    """As `RowError`, and of a kind that the rows after it would meet, too: they are not looked at."""
 
 
 class DataError(ValueError):
@@ -90,6 +100,8 @@ def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
             parsed.append(parse(row))
         except RowError as error:
             faults.append(Fault(row.position, str(error)))
+            if isinstance(error, FatalRowError):
+                break
     if faults:
         raise DataError(_listing(path, faults))
     if not parsed:
@@ -192,6 +204,8 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _checked_text(value: str, name: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise RowError(f"{name} has {len(value)} characters, at most {MAX_TEXT} are read")
     if not value.strip():
         raise RowError(f"{name} is empty")
     try:
@@ -225,22 +239,34 @@ def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int)
 
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
-        return sum(1 for _ in file)
+        return sum(1 for _ in _bounded_lines(file))
 
 
 def _read_lines(path: Path) -> Iterator[Row | Fault]:
     # Lines are split as bytes: str.splitlines would also split at U+2028 inside a string.
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_bounded_lines(file), start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             position = f"{path}:{number}"
+            if len(line) > MAX_ROW_BYTES:
+                yield Fault(position, f"the line is longer than {MAX_ROW_BYTES} bytes")
+                continue
             try:
                 yield Row(position, number, _json_object(line.rstrip(b"\r\n")))
             except RowError as error:
                 yield Fault(position, str(error))
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The file's lines; of a longer one than ``MAX_ROW_BYTES`` the beginning, a byte longer than that."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        rest = line
+        while len(rest) == MAX_ROW_BYTES + 1 and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_ROW_BYTES + 1)
+        yield line
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -304,9 +330,14 @@ def _read_parquet(path: Path) -> Iterator[Row | Fault]:
         wanted = {*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "solution", "response"}
         columns = [name for name in file.schema_arrow.names if name in wanted]
         _refuse_nested_json(path, file, columns)
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for fields in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+            for row in range(batch.num_rows):
                 number += 1
+                part = batch.slice(row, 1)
+                if part.nbytes > MAX_ROW_BYTES:
+                    yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes")
+                    continue
+                (fields,) = part.to_pylist()
                 present = {name: item for name, item in fields.items() if item is not None}
                 yield Row(f"{path}:row {number}", number, present)
 

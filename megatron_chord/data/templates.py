@@ -7,24 +7,20 @@ this is checked for every row, and a row for which it does not hold is refused r
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
-from jinja2.exceptions import TemplateError
 
+from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import RowError
+from megatron_chord.json_files import read_object
 from megatron_chord.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Some templates print today's date. A run that is resumed tomorrow must see the prompts it saw today.
-_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +30,7 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     source: str
     """Where the template came from, for errors."""
-    jinja: str
+    renderer: Renderer
     system_prompt: str | None
     stop_token_ids: tuple[int, ...]
     """Ids that end an answer; the rollout engine must be given the same."""
@@ -77,7 +73,10 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             prompt = self._ids(conversation[:turn], add_generation_prompt=True)
-            answered = self._ids(conversation[: turn + 1], add_generation_prompt=False)
+            is_last = turn + 1 == len(conversation)
+            answered = (
+                token_ids if is_last else self._ids(conversation[: turn + 1], add_generation_prompt=False)
+            )
             self._require_prefix(prompt, answered, turn, "the answer")
             self._require_prefix(answered, token_ids, turn, "later messages")
             end = self._end_of_turn(answered, len(prompt), turn)
@@ -97,16 +96,7 @@ class ChatTemplate:
         return text
 
     def _ids(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                list(conversation),
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=_TEMPLATE_DATE.strftime,
-            )
-        except TemplateError as error:
-            raise RowError(f"the chat template ({self.source}) refuses the conversation: {error}") from error
+        text = self.renderer.render(conversation, add_generation_prompt=add_generation_prompt)
         # The template writes the beginning-of-sequence token itself where the model wants one.
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         self._refuse_unknown(token_ids)
@@ -205,7 +195,7 @@ def load_template(
     template = ChatTemplate(
         tokenizer=tokenizer,
         source=source,
-        jinja=jinja,
+        renderer=Renderer(jinja, tokenizer.special_tokens_map, source),
         system_prompt=system_prompt,
         stop_token_ids=_stop_token_ids(tokenizer, tokenizer_folder),
         control_tokens=_control_tokens(tokenizer, tokenizer_folder),
@@ -235,8 +225,13 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _check_sentencepiece(tokenizer, folder)
         return tokenizer
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
+    except Exception as error:  # whatever a loader raises for what stands in the folder's files
+        raise ValueError(f"{folder}: no tokenizer can be loaded from it: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return text[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text[0]}"
 
 
 def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -263,7 +258,10 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path 
         raise ValueError(
             f"{folder}: its tokenizer has no chat template; give a Jinja file with data.chat_template"
         )
-    return str(folder), tokenizer.get_chat_template()
+    try:
+        return str(folder), str(tokenizer.get_chat_template())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its chat template cannot be read: {_first_line(error)}") from error
 
 
 def _control_tokens(tokenizer: Any, folder: Path) -> dict[int, str]:
@@ -283,8 +281,11 @@ def _stop_token_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
     if file.is_file():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= {eos} if isinstance(eos, int) else set(eos or ())
+        eos = read_object(file).get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, it is {eos!r}")
+        stops |= set(ids)
     if not stops:
         raise ValueError(f"{folder}: neither its tokenizer nor generation_config.json names an eos token")
     return tuple(sorted(stops))

@@ -117,6 +117,7 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     if run.data.evaluation is not None:
         problems, report = load_prompts(run.data.evaluation, template, **limits)
         reports.append(f"evaluation  {report}")
+    template.renderer.rest()
     demonstrations: dict[str, Expert] = {}
     if run.data.aligned:
         num_prompts = len(prompts)

@@ -8,8 +8,10 @@ import pytest
 
 from megatron_chord.data.experts import load_experts
 from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate
+from tests.unit.data.conftest import CHATML
 
 USER = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -80,7 +82,7 @@ def test_row_without_a_trainable_token_is_named(tmp_path: Path, chatml: ChatTemp
 
 
 def test_template_without_stop_token_is_a_fault_of_every_row(tmp_path: Path, chatml: ChatTemplate) -> None:
-    template = replace(chatml, jinja=chatml.jinja.replace("<|im_end|>", ""))
+    template = replace(chatml, renderer=Renderer(CHATML.replace("<|im_end|>", ""), {}, "FILE"))
     path = write(tmp_path / "e.jsonl", *[{"problem": "2+2?", "solution": "4"}] * 3)
     with pytest.raises(DataError, match="3 rows cannot be used") as caught:
         load(path, template)

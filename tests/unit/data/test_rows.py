@@ -241,3 +241,37 @@ def test_bar_only_for_many_rows_on_a_terminal(tmp_path: Path, monkeypatch: pytes
 def test_report_reads_well() -> None:
     report = LoadReport(path=Path("a.jsonl"), num_rows=10, num_kept=7, num_overlong=3)
     assert str(report) == "a.jsonl: 7 of 10 rows, 3 left out as over-long"
+
+
+def test_a_text_of_20_mb_is_refused_with_its_row(tmp_path: Path) -> None:
+    texts = ["a", "a" * 20_000_000, "b"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(json.dumps({"problem": text}) for text in texts))
+    table = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": texts}), table, compression="zstd")
+    assert table.stat().st_size < 10_000
+    reason = "`problem` has 20000000 characters, at most 4000000 are read"
+    assert faults(lines, lambda row: text_field(row, "problem")) == [f"2: {reason}"]
+    assert faults(table, lambda row: text_field(row, "problem")) == [f"row 2: {reason}"]
+
+
+def test_rows_beyond_the_bound_are_not_parsed_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 40)
+    texts = [
+        "a",
+        "b" * 200,
+        "c",
+        "d" * 24,
+        "e" * 25,
+    ]  # {"problem": "..."} is 15 bytes and the text, and a newline
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
+    assert faults(lines) == [f"{number}: the line is longer than 40 bytes" for number in (2, 5)]
+    table = tmp_path / "a.parquet"
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b" * 200)]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": chats * 20}), table)
+    assert faults(table) == [
+        *(f"row {2 * number}: the row is longer than 40 bytes" for number in range(1, 21)),
+    ]

@@ -12,6 +12,7 @@ import sentencepiece
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import DataError, RowError
 from megatron_chord.data.templates import ChatTemplate, load_template
+from tests.unit.data.conftest import PLAIN
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}
 ANSWER = {"role": "assistant", "content": "The answer is 4."}
@@ -81,7 +82,7 @@ def test_user_defined_piece_with_a_role_is_no_text(
     folder = tmp_path / "model"
     shutil.copytree(sentencepiece_folder, folder)
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "<end>", "chat_template": plain.jinja.replace("</s>", "<end>")})
+        json.dumps({"eos_token": "<end>", "chat_template": PLAIN.replace("</s>", "<end>")})
     )
     template = load_template(folder)
     reference = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
@@ -291,3 +292,29 @@ def test_a_stop_token_that_the_model_does_not_know_is_refused(chatml_folder: Pat
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 407]}))
     with pytest.raises(ValueError, match=r"a stop token .*id 407, beyond the model's vocabulary"):
         load_template(folder, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("generation_config.json", "[1]"),
+        ("generation_config.json", '{"eos_token_id": "2"}'),
+        ("generation_config.json", '{"eos_token_id": {"a": 2}}'),
+        ("generation_config.json", '{"eos_token_id": [2, [3]]}'),
+        ("generation_config.json", "{"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer.json", "[1]"),
+        ("tokenizer.json", '{"model": 3}'),
+    ],
+)
+def test_files_of_a_wrong_form_end_in_one_line(
+    chatml_folder: Path, tmp_path: Path, file: str, text: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_folder, folder)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=str(folder)) as caught:
+        load_template(folder)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,76 @@
+"""One process that renders a chat template: `python -m megatron_chord.data.jinja_worker FD`, for `data.rendering`.
+
+A template is a program of whoever published the model. Jinja's sandbox keeps it from files and attributes; here it is
+kept from taking all time and memory. It reads a JSON line with ``template``, ``names`` and ``cpu_s``, then lines with
+``messages`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any
+
+MEMORY_BYTES = 2 << 30
+"""Of address space; Python with Transformers' renderer takes 0.25 GB of it."""
+MAX_TEXT = 8_000_000
+"""Characters of one rendered conversation."""
+
+# Some templates print today's date. A run that is resumed tomorrow must see the prompts it saw today.
+_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+
+
+def main() -> None:
+    # Ctrl-C is for the run. Its end closes the connection, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    from transformers.utils.chat_template_utils import (
+        render_jinja_template,
+    )  # as tokenizers render: without torch
+
+    setting: dict[str, Any] = {}
+    for line in connection.makefile("rb"):
+        request = json.loads(line)
+        if "template" in request:
+            setting = request
+            continue
+        signal.setitimer(
+            signal.ITIMER_PROF, setting["cpu_s"]
+        )  # the kernel ends it then, whatever it is doing
+        reply = _answer(render_jinja_template, setting, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.sendall(reply)
+        if reply.startswith(b'{"exhausted"'):
+            return
+
+
+def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> bytes:
+    try:
+        texts, _ = render(
+            conversations=[request["messages"]],
+            chat_template=setting["template"],
+            add_generation_prompt=request["add_generation_prompt"],
+            strftime_now=_TEMPLATE_DATE.strftime,
+            **setting["names"],
+        )
+        reply = {"text": texts[0]}
+        if len(texts[0]) > MAX_TEXT:
+            reply = {"refused": f"it has {len(texts[0])} characters, at most {MAX_TEXT} are tokenised"}
+        return json.dumps(reply).encode() + b"\n"
+    except MemoryError:
+        return b'{"exhausted": "needs more memory than %d GiB"}\n' % (MEMORY_BYTES >> 30)
+    except Exception as error:  # the template's own: whatever it raises is about this conversation
+        kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+        return json.dumps({"refused": f"{kind}{error}"[:500]}).encode() + b"\n"
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)

@@ -1,0 +1,123 @@
+"""Chat templates rendered by a process of their own, with limits on time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.data.rows import FatalRowError, RowError
+from megatron_chord.records import Message
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+CPU_S = 10.0
+"""That one conversation may take."""
+_WAIT_S = 300.0
+"""For an answer. The worker's own limit is CPU time, which a busy machine may stretch."""
+
+
+class Renderer:
+    """Messages -> text by a Jinja template, as Transformers renders it. Safe to call from several threads."""
+
+    def __init__(self, template: str, names: Mapping[str, Any], source: str, *, cpu_s: float = CPU_S) -> None:
+        """
+        Args:
+            names: what the template knows besides the messages (the tokenizer's special tokens).
+            source: where the template came from, for errors.
+            cpu_s: seconds of CPU time that one conversation may take.
+        """
+        self._setting = {"template": template, "names": dict(names), "cpu_s": cpu_s}
+        self._source = source
+        self._worker: _Worker | None = None
+        self._lock = threading.Lock()
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as text. The first call starts the process.
+
+        Raises:
+            RowError: the template refuses the conversation.
+            FatalRowError: it took too long or too much memory.
+        """
+        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        with self._lock:
+            if self._worker is None:
+                self._worker = _Worker(self._setting)
+                weakref.finalize(self, self._worker.end)
+            try:
+                reply = self._worker.ask(request)
+            except (OSError, ValueError):
+                reply = {"exhausted": self._worker.epitaph()}
+            if "exhausted" in reply:
+                self._worker.end()
+                self._worker = None
+        if "exhausted" in reply:
+            raise FatalRowError(
+                f"the chat template ({self._source}) {reply['exhausted']} on this conversation"
+            )
+        if "refused" in reply:
+            raise RowError(f"the chat template ({self._source}) refuses the conversation: {reply['refused']}")
+        return reply["text"]
+
+    def rest(self) -> None:
+        """End the process; another call starts a new one."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.end()
+                self._worker = None
+
+
+class _Worker:
+    """A process and our end of its socket."""
+
+    def __init__(self, setting: Mapping[str, Any]) -> None:
+        self._cpu_s: float = setting["cpu_s"]
+        self._connection, theirs = socket.socketpair()
+        self._connection.settimeout(_WAIT_S)
+        command = [sys.executable, "-P", "-m", "megatron_chord.data.jinja_worker", str(theirs.fileno())]
+        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._send(setting)
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """OSError when the process is gone or silent, ValueError when it does not speak as it should."""
+        self._send(request)
+        parts = [self._connection.recv(1 << 16)]
+        while parts[-1] and not parts[-1].endswith(b"\n"):
+            parts.append(self._connection.recv(1 << 16))
+        return json.loads(b"".join(parts))
+
+    def epitaph(self) -> str:
+        """Why there is no answer, as the end of a sentence about the template."""
+        try:
+            status = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return f"has not been rendered in {_WAIT_S:.0f} s"
+        if status == -signal.SIGPROF:
+            return f"takes longer than {self._cpu_s:g} s"
+        return f"ended the process that renders it (exit status {status})"
+
+    def end(self) -> None:
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._connection.close()
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
