@@ -5,12 +5,14 @@
     python tools/convert.py megatron-to-hf        MEGATRON_FOLDER HF_FOLDER [--hf FOLDER]
     python tools/convert.py megatron-to-megatron  MEGATRON_FOLDER MEGATRON_FOLDER [--hf FOLDER]
     python tools/convert.py to-fp8                FOLDER HF_FOLDER [--hf FOLDER]
-    python tools/convert.py verify                FOLDER FOLDER [--logits]
+    python tools/convert.py verify                FOLDER FOLDER [--hf FOLDER] [--dtype DTYPE] [--logits]
     python tools/convert.py inspect               FOLDER
     python tools/convert.py plan                  FOLDER          # from config.json alone
 
 A Megatron folder is a torch_dist checkpoint that Megatron-Core loads under any tensor, pipeline, expert or data
-parallel layout. A training checkpoint of megatron-chord is one, too: give --hf the model folder it was started from.
+parallel layout; a folder with `latest_checkpointed_iteration.txt` stands for the checkpoint that this file names. A
+training checkpoint of megatron-chord is one, too: the run's config.yaml names its model, elsewhere --hf does.
+--dtype rounds all tensors.
 `megatron-to-megatron` leaves the model of it: no optimizer state, one chunk of rows after the other.
 `to-fp8` writes 128 x 128 block-quantised weights with their scales, which vLLM loads as they are, from either kind.
 Exits with 0 when it did what was asked, 1 when `verify` found a difference, and 2 when something will not do; then
@@ -37,6 +39,11 @@ from typing import Any, NoReturn
 from megatron_chord.convert.target import discard
 
 GB = 1e9
+DTYPES = ("float32", "bfloat16", "float16")
+HF_HELP = (
+    "folder with config.json and tokenizer of a Megatron checkpoint (default: its own hf/, or the model that the run's "
+    "config.yaml names)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", type=Path)
         command.add_argument("target", type=Path)
         if name != "hf-to-megatron":
-            command.add_argument(
-                "--hf", type=Path, help="folder with config.json and tokenizer (default: SOURCE/hf)"
-            )
+            command.add_argument("--hf", type=Path, help=HF_HELP)
+        command.add_argument(
+            "--dtype", choices=DTYPES, help="round every tensor to it (default: all keep theirs)"
+        )
         command.add_argument(
             "--workers", type=_count, help="threads that read and write (default: one a core, at most 8)"
         )
@@ -90,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("left", type=Path)
     verify.add_argument("right", type=Path)
+    verify.add_argument("--hf", type=Path, help=HF_HELP)
+    verify.add_argument("--dtype", choices=DTYPES, help="compare what both hold when rounded to it")
     verify.add_argument(
         "--logits",
         action="store_true",
@@ -107,7 +117,7 @@ def _convert(args: argparse.Namespace) -> int:
     from megatron_chord.convert.directions import to_hf, to_megatron
     from megatron_chord.convert.sources import HFSource, open_source
 
-    source = open_source(args.source, getattr(args, "hf", None))
+    source = open_source(args.source, getattr(args, "hf", None), dtype=_dtype(args.dtype))
     is_megatron = not isinstance(source, HFSource)
     if args.command != "to-fp8" and is_megatron != args.command.startswith("megatron"):
         kind = "a distributed checkpoint" if is_megatron else "a Hugging Face folder"
@@ -134,13 +144,22 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_chord.convert.directions import differences
-    from megatron_chord.convert.sources import open_source
+    from megatron_chord.convert.sources import checkpoint_of, open_source
+    from megatron_chord.weights.findings import listing
 
-    left, right = open_source(args.left), open_source(args.right)
+    sides = [checkpoint_of(folder) for folder in (args.left, args.right)]
+    is_plain = [(side / "config.json").is_file() for side in sides]
+    if args.hf is not None and all(is_plain):
+        raise ValueError("--hf is for a Megatron checkpoint: both folders have a config.json of their own")
+    left, right = (
+        open_source(side, None if plain else args.hf, dtype=_dtype(args.dtype))
+        for side, plain in zip(sides, is_plain, strict=True)
+    )
     size = sum(stored.size(left.dtype) for stored in left.layout.parameters if stored.entry.rule.exported)
     with _progress("verify", size) as progress:
         found = list(differences(left, right, progress=progress))
-    print("\n".join(found) or "the same model, bit for bit")
+    same = "the same model, bit for bit" + (f", in {args.dtype}" if args.dtype else "")
+    print(listing(f"{len(found)} differences:", found) if found else same)
     if args.logits and not _same_logits(left, right):
         return 1
     return 1 if found else 0
@@ -198,10 +217,18 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
 def _tensors(folder: Path) -> list[tuple[str, tuple[int, ...], Any]]:
+    from megatron_chord.convert.sources import checkpoint_of
     from megatron_chord.convert.stream import METADATA, Checkpoint
     from megatron_chord.weights.reader import HFReader
 
+    folder = checkpoint_of(folder)
     if (folder / METADATA).is_file():
         return list(Checkpoint(folder).tensors())
     reader = HFReader.of(folder)

@@ -6,18 +6,21 @@ findings in one error. What follows can only fail for the disk's sake.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.convert.layout import Layout, Stored, layout_of, without_padding
 from megatron_chord.convert.stream import METADATA, Checkpoint
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.json_files import read_object
 from megatron_chord.weights.findings import listing
 from megatron_chord.weights.folder import check_copies, open_model
 from megatron_chord.weights.reader import HFReader
@@ -27,6 +30,9 @@ HF = "hf"
 _HELD_EXACTLY = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
 """What a dtype of a rule's own may be read from."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MEGATRON_LATEST, _LATEST = "latest_checkpointed_iteration.txt", "latest"
+_CHECKPOINT = re.compile(r"iter_\d{7,}|release|step-\d{6,}")
+_CONFIG_NAMES = {"base": "rope_theta", "layernorm_epsilon": "rms_norm_eps", "tied": "tie_word_embeddings"}
 _BESIDE_THE_MODEL = ("optimizer.", "rng", "rerun_state_machine_state")
 
 
@@ -59,19 +65,107 @@ class Source(Protocol):
         ...
 
 
-def open_source(folder: Path, configuration: Path | None = None) -> Source:
-    """Either kind. ``configuration`` replaces a Megatron folder's own ``hf/``, and is needed where it has none.
+def open_source(
+    folder: Path, configuration: Path | None = None, *, dtype: torch.dtype | None = None
+) -> Source:
+    """Either kind, also a folder that holds a Megatron checkpoint one level below (see ``checkpoint_of``).
+
+    Args:
+        configuration: for a Megatron checkpoint that has no configuration of its own: neither ``hf/`` nor, beside a
+            run's ``checkpoints/``, the config.yaml that names its model. It must not contradict the checkpoint's own.
+        dtype: what every tensor is rounded to as it is read; by default all must have one dtype, and keep it.
 
     Raises:
         ValueError: with all findings, one a line.
     """
+    folder = checkpoint_of(folder)
     if (folder / METADATA).is_file():
-        return MegatronSource.of(folder, configuration or folder / HF)
+        described = _configuration(folder, configuration)
+        _check_settings(described)
+        return MegatronSource.of(folder, described, dtype)
     if configuration is not None:
         raise ValueError(
             f"{folder} is no distributed checkpoint ({METADATA} is not there): it has its own config"
         )
-    return HFSource.of(folder)
+    _check_settings(folder)
+    return HFSource.of(folder, dtype)
+
+
+def _check_settings(folder: Path) -> None:
+    """ValueError for a file that is copied along and that Transformers could not read afterwards."""
+    for path in (folder / "generation_config.json", folder / "tokenizer_config.json"):
+        if path.is_file():
+            read_object(path)
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint that the folder is, or the newest one in it by Megatron-LM's or megatron-chord's own record.
+
+    ValueError where the record names none, or one of Megatron-LM's former format.
+    """
+    if (folder / METADATA).is_file() or not folder.is_dir():
+        return folder
+    for name, prefix in ((_MEGATRON_LATEST, "iter_"), (_LATEST, "")):
+        record = folder / name
+        if not record.is_file():
+            continue
+        named = record.read_text(errors="replace").strip()
+        if prefix and named.isdecimal():
+            named = f"{prefix}{int(named):07d}"
+        if not _CHECKPOINT.fullmatch(named) or not (folder / named).is_dir():
+            raise ValueError(f"{record} names the checkpoint {named[:80]!r}, which is not there")
+        folder = folder / named
+    if next(folder.glob("mp_rank_*"), None) is not None:
+        raise ValueError(
+            f"{folder} is in Megatron-LM's former format (mp_rank_*): convert it with Megatron-LM's "
+            "--ckpt-convert-format torch_dist"
+        )
+    return folder
+
+
+def _configuration(checkpoint: Path, given: Path | None) -> Path:
+    """The Hugging Face folder that describes the checkpoint: its own, or the given one if they agree."""
+    own = checkpoint / HF
+    if not own.is_dir():
+        own = _model_of_run(checkpoint)
+    if given is None:
+        if own is None:
+            raise ValueError(
+                f"{checkpoint} has no {HF}/ with a config.json: name its model's folder with --hf"
+            )
+        return own
+    if own is not None and (own / "config.json").is_file():
+        findings = [
+            f"{name}: {ours} in {own}, {theirs} in {given}"
+            for name, ours, theirs in _contradictions(read_shape(own), read_shape(given))
+        ]
+        if findings:
+            raise ValueError(listing(f"--hf {given} contradicts the checkpoint's own {own}:", findings))
+    return given
+
+
+def _model_of_run(checkpoint: Path) -> Path | None:
+    """The model that a run trained, where the checkpoint lies in the run's folder."""
+    config = checkpoint.parent.parent / "config.yaml"
+    if checkpoint.parent.name != "checkpoints" or not config.is_file():
+        return None
+    try:
+        return load_config(config).model.path
+    except ConfigError as error:
+        raise ValueError(f"{config} does not say which model this is: {error}") from error
+
+
+def _contradictions(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, value) of all that two models' shapes say differently, by config.json's names where they differ."""
+    if one == other or name == "weights":
+        return
+    if is_dataclass(one) and type(one) is type(other):
+        one, other = vars(one), vars(other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from _contradictions(one.get(key), other.get(key), key)
+        return
+    yield _CONFIG_NAMES.get(name, name), one, other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +177,12 @@ class HFSource:
     reader: HFReader
 
     @classmethod
-    def of(cls, folder: Path) -> HFSource:
+    def of(cls, folder: Path, dtype: torch.dtype | None = None) -> HFSource:
         shape = read_shape(folder)
         reader = open_model(folder, shape.weights)
         check_copies(reader, shape.weights)
         dtypes, own = {name: reader.dtype(name) for name in shape.weights.hf_names()}, shape.weights.dtypes()
-        dtype = _only_dtype({name: found for name, found in dtypes.items() if name not in own}, folder)
+        dtype = _one_dtype({name: found for name, found in dtypes.items() if name not in own}, folder, dtype)
         findings = [
             f"{name} is of type {dtypes[name]}, which {wanted} does not hold exactly"
             for name, wanted in own.items()
@@ -136,10 +230,10 @@ class MegatronSource:
     checkpoint: Checkpoint
 
     @classmethod
-    def of(cls, folder: Path, configuration: Path) -> MegatronSource:
+    def of(cls, folder: Path, configuration: Path, dtype: torch.dtype | None = None) -> MegatronSource:
         shape, checkpoint = read_shape(configuration), Checkpoint(folder)
         layout = layout_of(shape)
-        dtype = _check_checkpoint(checkpoint, layout, shape)
+        dtype = _check_checkpoint(checkpoint, layout, shape, dtype)
         return cls(
             folder=folder,
             configuration=configuration,
@@ -182,8 +276,10 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
         raise ValueError(listing(f"shapes in {reader.folder} disagree with its config.json:", findings))
 
 
-def _check_checkpoint(checkpoint: Checkpoint, layout: Layout, shape: ModelShape) -> torch.dtype:
-    """The checkpoint's dtype, when it holds the layout's tensors and no others of a model."""
+def _check_checkpoint(
+    checkpoint: Checkpoint, layout: Layout, shape: ModelShape, dtype: torch.dtype | None
+) -> torch.dtype:
+    """The checkpoint's dtype, or the one wanted, when it holds the layout's tensors and no others of a model."""
     stored = {key: (whole, dtype) for key, whole, dtype in checkpoint.tensors()}
     model = {key: value for key, value in stored.items() if not key.startswith(_BESIDE_THE_MODEL)}
     wanted: dict[str, tuple[int, ...]] = {
@@ -202,16 +298,20 @@ def _check_checkpoint(checkpoint: Checkpoint, layout: Layout, shape: ModelShape)
             listing(f"{checkpoint.folder} does not hold this model's tensors:", sorted(findings))
         )
     own = {box.key for p in layout.parameters if p.entry.rule.dtype is not None for box in p.boxes}
-    return _only_dtype({key: model[key][1] for key in wanted if key not in own}, checkpoint.folder)
+    return _one_dtype({key: model[key][1] for key in wanted if key not in own}, checkpoint.folder, dtype)
 
 
-def _only_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:
+def _one_dtype(dtypes: Mapping[str, torch.dtype], folder: Path, wanted: torch.dtype | None) -> torch.dtype:
+    """The one that all tensors have; ``wanted`` is given where they may differ."""
     kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     found = next(iter(dtypes.values()))
-    if len(kinds) > 1 or found not in _DTYPES:
+    if wanted is not None and all(dtype in (*_DTYPES, torch.float64) for dtype in dtypes.values()):
+        return wanted
+    if wanted is not None or len(kinds) > 1 or found not in _DTYPES:
         rare = [f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()]
-        raise ValueError(
-            f"{folder}: tensors must all be float32, all bfloat16 or all float16, they are {', '.join(kinds)}:\n  "
-            + "\n  ".join(sorted(rare)[:10])
+        heading = (
+            f"{folder}: tensors must all be float32, all bfloat16 or all float16, they are {', '.join(kinds)}; "
+            "--dtype rounds them to one:"
         )
+        raise ValueError("\n  ".join([heading, *sorted(rare)[:10]]))
     return found

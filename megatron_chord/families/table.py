@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megatron_chord.families import (
 )
 from megatron_chord.families.fields import check_fields, one_name
 from megatron_chord.families.shape import ModelShape
+from megatron_chord.json_files import read_object
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
     "deepseek_v2": deepseek_v2.shape,
@@ -81,14 +81,11 @@ def read_shape(folder: Path) -> ModelShape:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: model.path must be a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold an object, not {type(config).__name__}")
+    config = read_object(path)
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in LACKING:
+    if not isinstance(model_type, str):
+        raise ValueError(f"{path}: model_type must be a string, it is {model_type!r}")
+    if model_type in LACKING:
         lacking = "\n  ".join(LACKING[model_type])
         raise ValueError(
             f"{path}: Megatron-Core 0.16.1 cannot compute model_type {model_type!r}. It lacks:\n  {lacking}"

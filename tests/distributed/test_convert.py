@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chord.config import OptimConfig, ParallelConfig
+from megatron_chord.config_io import dump_config
 from megatron_chord.model.build import global_weights
 from tests.distributed import steps
 from tests.distributed.test_families import DENSE, MOE
 from tests.support.ranks import ROOT, run_ranks
-from tests.support.tiny import save_model, save_qwen2
+from tests.support.tiny import save_model, save_qwen2, tiny_run
 
 TOOL = ROOT / "tools" / "convert.py"
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -59,8 +60,10 @@ def test_there_and_back(model: Path, megatron: Path, tmp_path: Path) -> None:
     other = convert("verify", model, save_qwen2(tmp_path / "other", seed=5), "--logits")
     assert other.returncode == 1
     assert (
-        "mlp.linear_fc2.weight (model.layers.3.mlp.down_proj.weight) differs in rows 0 to 63" in other.stdout
+        "embedding.word_embeddings.weight (model.embed_tokens.weight) differs in rows 0 to 202"
+        in other.stdout
     )
+    assert "\n  ... and 15 more\n" in other.stdout
     assert "of 128 tokens in fp32 differ by at most" in other.stdout
 
 
@@ -219,20 +222,91 @@ def save_training(folder: Path, target: Path) -> None:
     checkpoint.save(state, {"step": 0}, target, keep=1)
 
 
+def changed(model: Path, folder: Path, **settings: Any) -> Path:
+    """The model with another config.json."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
 def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: Path) -> None:
-    run_ranks(save_training, 2, model, tmp_path / "checkpoints")
-    step = tmp_path / "checkpoints" / "step-000000"
+    run = tmp_path / "run"
+    run_ranks(save_training, 2, model, run / "checkpoints")
+    step = run / "checkpoints" / "step-000000"
+    result = convert("megatron-to-hf", step, tmp_path / "policy")
+    assert result.returncode == 2
+    assert "has no hf/ with a config.json: name its model's folder with --hf" in result.stderr
     result = convert("megatron-to-hf", step, tmp_path / "policy", "--hf", model)
     assert result.returncode == 0, result.stderr
     assert convert("verify", model, tmp_path / "policy").returncode == 0
-    result = convert("megatron-to-megatron", step, tmp_path / "alone", "--hf", model)
+    assert convert("verify", step, tmp_path / "policy", "--hf", model).returncode == 0
+    # The run's own config.yaml names the model.
+    (run / "config.yaml").write_text(dump_config(tiny_run(model)))
+    result = convert("megatron-to-megatron", run / "checkpoints", tmp_path / "alone")
     assert result.returncode == 0, result.stderr
-    assert convert("verify", model, tmp_path / "alone").returncode == 0
+    assert convert("verify", step, tmp_path / "alone").returncode == 0
+    other = changed(model, tmp_path / "other", rms_norm_eps=1e-5)
+    result = convert("verify", step, model, "--hf", other)
+    assert result.returncode == 2
+    assert f"rms_norm_eps: 1e-06 in {model}, 1e-05 in {other}" in result.stderr
     assert "optimizer." in convert("inspect", step).stdout
     assert "optimizer." not in convert("inspect", tmp_path / "alone").stdout
     expected = load_file(model / "model.safetensors")
     for (tensors,) in run_ranks(loaded_by_megatron, 2, model, tmp_path / "alone", [{"pipeline": 2}]):
         assert all(tensors[name].equal(expected[name]) for name in expected)
+
+
+def sources(folder: Path, model: Path, megatron: Path) -> None:
+    """Where a source is found, what may contradict it, and what it is rounded to."""
+    from megatron_chord.convert.directions import differences, to_hf, to_megatron
+    from megatron_chord.convert.sources import checkpoint_of, open_source
+
+    for named, record in (("iter_0000100", "100\n"), ("release", "release")):
+        above = folder / named
+        above.mkdir()
+        shutil.copytree(megatron, above / named)
+        (above / "latest_checkpointed_iteration.txt").write_text(record)
+        assert checkpoint_of(above) == above / named
+    for record in ("200", "../release", "/release", "release/../release", ""):
+        (above / "latest_checkpointed_iteration.txt").write_text(record)
+        with pytest.raises(ValueError, match=r"names the checkpoint .* which is not there"):
+            checkpoint_of(above)
+    (folder / "former" / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(ValueError, match="former format"):
+        open_source(folder / "former")
+
+    rope = json.loads((model / "config.json").read_text())["rope_parameters"] | {"rope_theta": 5000.0}
+    for name, value in (("rope_parameters", rope), ("rms_norm_eps", 1e-5), ("tie_word_embeddings", True)):
+        other = changed(model, folder / name, **{name: value})
+        with pytest.raises(ValueError, match="contradicts the checkpoint's own") as refused:
+            open_source(megatron, other)
+        (finding,) = str(refused.value).splitlines()[1:]
+        field = "rope_theta" if name == "rope_parameters" else name
+        assert finding.startswith(f"  {field}: "), finding
+
+    tensors = load_file(model / "model.safetensors")
+    mixed = {name: tensor.bfloat16() if "mlp" in name else tensor for name, tensor in tensors.items()}
+    shutil.copytree(model, folder / "mixed")
+    save_file(mixed, folder / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"they are bfloat16, float32; --dtype rounds"):
+        open_source(folder / "mixed")
+    rounded = open_source(folder / "mixed", dtype=torch.bfloat16)
+    to_megatron(rounded, folder / "mixed_megatron")
+    to_hf(open_source(megatron, dtype=torch.bfloat16), folder / "rounded")
+    back = load_folder(folder / "rounded")
+    assert all(back[name].equal(tensor.bfloat16()) for name, tensor in tensors.items())
+    assert list(differences(rounded, open_source(folder / "mixed_megatron"))) == []
+    assert list(differences(rounded, open_source(folder / "rounded"))) == []
+    assert list(differences(open_source(model, dtype=torch.bfloat16), open_source(folder / "rounded"))) == []
+    (finding,) = differences(open_source(model), open_source(folder / "rounded"))
+    assert finding.startswith("dtype: ")
+
+
+def test_where_a_source_is_found_and_what_it_is_rounded_to(
+    model: Path, megatron: Path, tmp_path: Path
+) -> None:
+    run_ranks(sources, 1, tmp_path, model, megatron)
 
 
 def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
