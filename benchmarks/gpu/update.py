@@ -51,8 +51,9 @@ from megatron_chord.train.throughput import own_gpu, throughput
 MU = 0.2
 FILL = 0.97
 """Share of the micro-batches' budget that the samples have."""
-ROOM = 0.9
-"""Share of the free memory that the planner's total may take, when layers are chosen."""
+ROOM, LOCAL_ROOM = 0.9, 0.75
+"""Share of the free memory that the planner's total may take, when layers are chosen. It counts the activations of
+Transformer Engine's fused layers; the local ones keep more, unless they are recomputed as a whole."""
 OPTIMIZER_BYTES = 30
 """Of a parameter, that AdamW reads and writes: gradient, weight and two moments in FP32 read, the latter three
 written, and the BF16 weight written."""
@@ -125,9 +126,11 @@ def choose_shape(arguments: argparse.Namespace) -> ModelShape:
     if arguments.layers is not None or not torch.cuda.is_available():
         return family(config | {"num_hidden_layers": arguments.layers or config["num_hidden_layers"]})
     free, _ = torch.cuda.mem_get_info()
+    keeps_more = arguments.recompute != "full" and not specs.has_transformer_engine()
+    room = LOCAL_ROOM if keeps_more else ROOM
     for layers in range(config["num_hidden_layers"], 0, -1):
         shape = family(config | {"num_hidden_layers": layers})
-        if planned_memory(arguments, shape, arguments.micro_batches) < ROOM * free:
+        if planned_memory(arguments, shape, arguments.micro_batches) < room * free:
             return shape
     raise SystemExit(f"one layer of {arguments.shape} does not fit into {free / 1e9:.1f} GB")
 

@@ -144,6 +144,7 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     if same_world:
         _restore_rng(loaded["rng"])
     run_state = json.loads((checkpoint / RUN_STATE).read_text())
+    run_state.pop(MARK, None)
     # The rate is a function of the step and of this run's settings, which a user may have changed on purpose.
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
