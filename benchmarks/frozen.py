@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.shared import circumstances
-from megatron_chord.processes import descendants, state_of
+from megatron_chord.process_table import descendants, state_of
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"

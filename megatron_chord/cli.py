@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,15 +199,24 @@ def _quieten_libraries() -> None:
 
 
 class _Termination:
-    """On a signal, leave through the finally blocks, which stop the rollout server."""
+    """On a signal, leave through the finally blocks, which stop the rollout server; on a second one, leave at once.
+
+    Its children then die with this process, and the next run removes the folders that it leaves.
+    """
+
+    SAME_S = 0.5
+    """A launcher hands a signal on to ranks that had it already: within this time it is the same one."""
 
     def __init__(self) -> None:
         self._code: int | None = None
+        self._first = 0.0
 
-    def on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the leaving
-        self._code = 128 + number
-        raise SystemExit(self._code)
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._code is None:
+            self._first, self._code = time.monotonic(), 128 + number
+            raise SystemExit(self._code)
+        if time.monotonic() - self._first > self.SAME_S:
+            os._exit(self._code)
 
     def check(self) -> None:
         """Leave now if a signal has come: one that arrives inside a ``__del__`` is printed and forgotten by Python."""

@@ -104,7 +104,7 @@ class _Node:
             self._servers = NodeServers(job, self._run, say=self._say)
         if job.trains:
             environment = {
-                RANK_OF_LAUNCHER: "1",
+                RANK_OF_LAUNCHER: str(os.getpid()),
                 stop.FILE_VARIABLE: str(job.folder / STOP_FILE),
                 heartbeat.FOLDER_VARIABLE: str(job.folder / _HEARTBEATS),
             }

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_chord.processes import state_of
+from megatron_chord.process_table import state_of
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0

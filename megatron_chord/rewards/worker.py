@@ -8,7 +8,6 @@ what it runs out of is noted on the side, so that neither can pass for a wrong a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -22,7 +21,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from megatron_chord.processes import die_with_parent
+
 _MAX_FILE_BYTES = 1 << 20  # its stderr, and nothing else
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "urllib.", "http.")
@@ -109,9 +109,7 @@ def _options() -> argparse.Namespace:
 
 
 def _confine(parent: int, memory_bytes: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit("the pool is gone")
+    die_with_parent(parent)
     # Signals meant for the run reach every process of a Slurm step; the pool decides when a worker ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ import torch
 from megatron_chord.families.table import serving_config
 from megatron_chord.network import free_port, interface_of
 from megatron_chord.precision import Fp8Rollouts
+from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
 from megatron_chord.weights.reader import HFReader
@@ -42,7 +44,8 @@ _TRACKER_GRACE_S = 2.0
 _LOG_LINES = 40
 _LOG_ERRORS = 5
 _ERROR_LINE = re.compile(r"\b\w+(Error|Exception): ")
-_SHARED_MEMORY = "/dev/shm/"
+_SOCKET_FOLDER_LENGTH = 66
+"""A socket's path has 107 characters at most, of which vLLM's own name takes 37 (``get_open_zmq_ipc_path``)."""
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention has kernels for. With any other the engine starts, and dies at the first request."""
 _LAUNCHER_VARIABLES = ("MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_")
@@ -113,28 +116,42 @@ def start_server(
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # refused beside --kv-cache-memory-bytes
     elif settings.visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return RolloutServer(process, url=f"http://{host}:{port}", api_key=key, log=log)
+    folder = _make_temporary_folder()
+    environment["TMPDIR"] = str(folder.path)
+    # Compiled kernels are not temporary, but torch keeps them there.
+    kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except BaseException:
+        folder.close()
+        raise
+    return RolloutServer(process, url=f"http://{host}:{port}", api_key=key, log=log, folder=folder)
 
 
 class RolloutServer:
     """A running (or starting, or dead) server. As a context manager it stops the server at the end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], *, url: str, api_key: str, log: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], *, url: str, api_key: str, log: Path, folder: PrivateFolder
+    ) -> None:
+        """``folder`` has what the server's libraries leave; it goes with the server."""
         self.url = url
         self.api_key = api_key
         self.log = log
         self._process = process
         self._owner = os.getpid()
+        self._folder = folder
         self._shared_memory: set[str] = set()
+        """Names in /dev/shm."""
         self._http = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"},
@@ -170,10 +187,8 @@ class RolloutServer:
 
     def ready(self) -> bool:
         """Whether the server answers by now. Takes 5 s at most."""
-        if self.exit_code is not None or not self._healthy(when_busy=False):
-            return False
-        self._shared_memory |= self._mapped_shared_memory()
-        return True
+        self._note_shared_memory()
+        return self.exit_code is None and self._healthy(when_busy=False)
 
     def alive(self) -> bool:
         """Whether the server runs and its engine is well. False while it starts. Takes 5 s at most."""
@@ -194,7 +209,7 @@ class RolloutServer:
         if os.getpid() != self._owner:  # a forked child inherits the exit handler, but not the server
             return
         self._http.close()
-        self._shared_memory |= self._mapped_shared_memory()
+        self._note_shared_memory()
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(ProcessLookupError):
@@ -208,9 +223,10 @@ class RolloutServer:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         # A killed engine leaves its message queues; a tensor-parallel one on a CPU does so even after a clean end.
-        for path in self._shared_memory:
-            Path(path).unlink(missing_ok=True)
+        for name in self._shared_memory:
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
         self._shared_memory.clear()
+        self._folder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -234,16 +250,28 @@ class RolloutServer:
     def _report(self, what: str) -> str:
         return f"the rollout server {what}. The end of its log, {self.log}:\n{self.log_tail()}"
 
-    def _mapped_shared_memory(self) -> set[str]:
-        """Files directly in /dev/shm that the server's processes have mapped."""
-        paths = set()
+    def _note_shared_memory(self) -> None:
+        """Remember the files directly in /dev/shm that the server's processes have mapped, also for whoever has to
+        clear up after this process."""
+        names = set()
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                    path = line.split(maxsplit=5)[-1]
-                    if path.startswith(_SHARED_MEMORY) and "/" not in path[len(_SHARED_MEMORY) :]:
-                        paths.add(path.removesuffix(" (deleted)"))
-        return paths
+                    path = Path(line.split(maxsplit=5)[-1].removesuffix(" (deleted)"))
+                    if path.parent == SHARED_MEMORY:
+                        names.add(path.name)
+        if names - self._shared_memory:
+            self._shared_memory |= names
+            self._folder.also_remove(self._shared_memory)
+
+
+def _make_temporary_folder() -> PrivateFolder:
+    place = Path(tempfile.gettempdir())
+    folder = PrivateFolder(place)
+    if len(str(folder.path)) <= _SOCKET_FOLDER_LENGTH or place == Path("/tmp"):
+        return folder
+    folder.close()
+    return PrivateFolder(Path("/tmp"))
 
 
 def _check_model(model: Path, on_cpu: bool) -> None:

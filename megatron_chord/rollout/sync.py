@@ -14,10 +14,7 @@ old nor the new ones, and the caller must restart them (``reconnect``).
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_chord.precision import Quantization
+from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.exchange import Exchange
@@ -79,7 +77,7 @@ class SyncSettings:
     transport: TransportName
     timeout_s: float
     """Of one push."""
-    folder: Path = Path("/dev/shm")
+    folder: Path = SHARED_MEMORY
     """``file`` only: where rank 0 makes a private folder. In memory that all exporters and servers share."""
     host: str = "127.0.0.1"
     """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
@@ -117,7 +115,8 @@ class WeightSync:
         self._device = device
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
         self._folder: Path | None = None
-        self._remove_folder: weakref.finalize | None = None  # also runs when the interpreter ends
+        self._private: PrivateFolder | None = None
+        """The same, on rank 0."""
         self._transport: Transport | None = None
         self._connected = False
         self._deadline = 0.0
@@ -145,8 +144,8 @@ class WeightSync:
         self._connected = False
         if self._pool is not None:
             self._pool.shutdown(wait=False)
-        if self._remove_folder is not None:
-            self._remove_folder()
+        if self._private is not None:
+            self._private.close()
         self._folder = None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -232,8 +231,8 @@ class WeightSync:
         if self._connected:
             return None
         if self._settings.transport == "file" and self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="megatron-chord-", dir=self._settings.folder))
-            self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._private = PrivateFolder(self._settings.folder)
+            self._folder = self._private.path
         workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
         return {"workers": workers, "folder": None if self._folder is None else str(self._folder)}
 

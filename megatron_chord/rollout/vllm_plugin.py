@@ -6,24 +6,23 @@ that a trainer that was itself killed leaves no server behind. A server that the
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
+
+from megatron_chord.processes import die_with_parent
 
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
 """Environment variable: the parent's process id, the trainer's in the server itself. Each process hands on its own."""
 UPDATE_LINE = "weights updated, seconds: "
 """What comes before JSON in a worker's log after every push: start, read, check, load (vLLM's own), finish."""
-_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
     """Called by vLLM, possibly more than once in a process."""
     parent = os.environ.get(DIE_WITH_PARENT)
     if parent and int(parent) != os.getpid():
-        _die_with_parent(int(parent))
+        _end_with(int(parent))
         os.environ[DIE_WITH_PARENT] = str(os.getpid())
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -34,11 +33,9 @@ def register() -> None:
         )
 
 
-def _die_with_parent(pid: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # Imports take seconds before a process gets here, and the signal is sent only for a death that is yet to come.
+def _end_with(pid: int) -> None:
+    # Imports take seconds before a process gets here: its parent may be gone.
     parent = multiprocessing.parent_process()
     expected = parent.pid if parent is not None else pid
-    if os.getppid() != expected and multiprocessing.get_start_method(allow_none=True) != "forkserver":
-        os.kill(os.getpid(), signal.SIGKILL)
+    has_other_parent = multiprocessing.get_start_method(allow_none=True) == "forkserver"
+    die_with_parent(None if has_other_parent else expected)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_chord.processes import kill_descendants, state_of
+from megatron_chord.process_table import kill_descendants, state_of
 
 EXIT_CODE = 79
 """Of a run that was ended because a rank did not move."""

@@ -10,7 +10,6 @@ failed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,10 +20,11 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megatron_chord.network import listener
-from megatron_chord.processes import state_of
+from megatron_chord.process_table import state_of
+from megatron_chord.processes import die_with_parent
 
 RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
-"""Environment variable that a launcher of this package sets for its ranks."""
+"""Environment variable that a launcher of this package sets for its ranks: its process id."""
 LISTENER_VARIABLE = "MEGATRON_CHORD_LISTENER"
 """Environment variable of rank 0: the descriptor of a socket that listens on MASTER_ADDR and MASTER_PORT already."""
 _HOST = "127.0.0.1"
@@ -35,13 +35,12 @@ _OWN_END_S = 3.0
 """After a rank has failed: the others may end by themselves, with messages of their own, before they get SIGTERM."""
 _GRACE_S = 40.0
 """Between SIGTERM and SIGKILL. Rank 0 may need 20 s to stop its server."""
-_PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher() -> None:
     """Have the kernel kill this process, a rank, when the launcher that started it ends, however that happens."""
     if RANK_OF_LAUNCHER in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(int(os.environ[RANK_OF_LAUNCHER]))
 
 
 class Launcher:
@@ -111,7 +110,7 @@ def _start(
     command: Sequence[str], rank: int, ranks: int, meeting_point: socket.socket
 ) -> subprocess.Popen[bytes]:
     place = {
-        RANK_OF_LAUNCHER: "1",
+        RANK_OF_LAUNCHER: str(os.getpid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

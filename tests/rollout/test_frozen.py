@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from megatron_chord.processes import descendants
+from megatron_chord.process_table import descendants
 from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights
 from tests.rollout.conftest import Servers
 from tests.support.listening import addresses

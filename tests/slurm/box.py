@@ -7,7 +7,6 @@ address, or reach another's, can be told from what listens everywhere.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import getpass
 import os
 import shutil
@@ -16,6 +15,8 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+
+from megatron_chord.processes import die_with_parent
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 GPUS_PER_NODE = 8
@@ -158,15 +159,10 @@ class Box:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=lambda: die_with_parent(None),
             )
         )
         output.close()
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def address_of(node: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.processes import descendants
+from megatron_chord.process_table import descendants
 from megatron_chord.runtime.heartbeat import EXIT_CODE, Pulse, read_verdict
 from tests.support.ranks import ROOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.processes import descendants, state_of
+from megatron_chord.process_table import descendants, state_of
 from megatron_chord.runtime.launcher import LISTENER_VARIABLE
 from tests.support.listening import addresses
 from tests.support.ranks import ROOT

@@ -1,0 +1,43 @@
+"""What Linux says of processes on this machine (proc_pid_stat(5))."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+
+def state_of(pid: int) -> str | None:
+    """R: running, S: asleep, D: in the kernel, T: stopped by a signal, Z: ended. None: there is no such process."""
+    fields = _stat(pid)
+    return fields[0] if fields else None
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids of ``root``'s children, of their children, and so on; those that have ended aside."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))) and fields[0] != "Z":
+            parents[int(entry.name)] = int(fields[1])
+    found: list[int] = []
+    new = [root]
+    while new:
+        new = [pid for pid, parent in parents.items() if parent in new]
+        found += new
+    return found
+
+
+def kill_descendants() -> None:
+    """SIGKILL to all that this process has started, and that these have."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields after the command, which may hold spaces and parentheses: state, parent, group, session, ..."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
