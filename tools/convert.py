@@ -225,8 +225,8 @@ def _dtype(name: str | None) -> Any:
 
 def _tensors(folder: Path) -> list[tuple[str, tuple[int, ...], Any]]:
     from megatron_chord.convert.sources import checkpoint_of
-    from megatron_chord.convert.stream import METADATA, Checkpoint
     from megatron_chord.weights.reader import HFReader
+    from megatron_chord.weights.torch_dist import METADATA, Checkpoint
 
     folder = checkpoint_of(folder)
     if (folder / METADATA).is_file():

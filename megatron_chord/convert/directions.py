@@ -8,7 +8,6 @@ anything is written; a folder is written under a hidden name and renamed when it
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,13 @@ from torch import Tensor
 from megatron_chord.convert.budget import Budget
 from megatron_chord.convert.layout import PIECE_BYTES, Piece, Stored, layout_of, without_padding
 from megatron_chord.convert.sources import HF, Source
-from megatron_chord.convert.stream import Box, write
 from megatron_chord.convert.target import appearing
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.weights.findings import listing
 from megatron_chord.weights.fp8 import BLOCK, SCALE_SUFFIX, is_quantised, quantise, quantization_config
 from megatron_chord.weights.mapping import check_accounting
+from megatron_chord.weights.torch_dist import Box, write, write_common
 from megatron_chord.weights.writer import change_config, copy_settings, finish_folder, write_shards
 
 SHARD_BYTES = 2**31
@@ -77,10 +76,7 @@ def to_megatron(
     }
     with appearing(target, notify=notify) as folder:
         write(folder, boxes, objects=dict(source.layout.objects), files=workers or default_workers())
-        torch.save({}, folder / "common.pt")
-        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        common = {"common_backend": "torch", "common_backend_version": 1}
-        (folder / "metadata.json").write_text(json.dumps(backend | common))
+        write_common(folder, {})
         (folder / HF).mkdir()
         copy_settings(source.configuration, folder / HF)
     _tell_of_insane(insane, target, notify)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from megatron_chord.config import ModelConfig, ParallelConfig
-from megatron_chord.convert.stream import Box
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, transformer_config
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.weights.mapping import Entry
+from megatron_chord.weights.torch_dist import Box
 
 PIECE_BYTES = 128 * 2**20
 """Of what is read and written at a time."""

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.convert.layout import Layout, Stored, layout_of, without_padding
-from megatron_chord.convert.stream import METADATA, Checkpoint
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.json_files import read_object
 from megatron_chord.weights.findings import listing
 from megatron_chord.weights.folder import check_copies, open_model
 from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.torch_dist import METADATA, Checkpoint
 from megatron_chord.weights.transforms import merged_shape
 
 HF = "hf"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 TESTED = {"0.16.1": ">=2.9,<2.12", "0.19.2": ">=2.11,<2.21"}
@@ -44,20 +43,6 @@ def keep_one_norm(optimizer: Any) -> None:
     """
     if hasattr(optimizer, "has_grad_norm_group"):
         optimizer.has_grad_norm_group = lambda group: False
-
-
-def add_common_file(checkpoint: Path) -> None:
-    """Write what a distributed checkpoint holds beside tensors into a file of its own, where Megatron-Core has not.
-
-    0.16.1 writes this file and cannot load a checkpoint without it. 0.19.2 keeps the same among the tensors' files, and
-    reads either (dist_checkpointing/serialization.py:206 and 439). To be called by one rank, after all have saved.
-    """
-    import torch
-    from megatron.core import dist_checkpointing
-
-    file = checkpoint / "common.pt"
-    if not file.is_file():
-        torch.save(dist_checkpointing.load_common_state_dict(str(checkpoint)), file)
 
 
 def leave_out_notices() -> None:

@@ -9,26 +9,48 @@ replaced last. The format reshards: another TP, PP or DP can load it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train import sharded
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.state import TrainState
+from megatron_chord.weights.torch_dist import (
+    COMMON,
+    Checkpoint,
+    load_plain,
+    write,
+    write_common,
+    write_durably,
+)
+
+T = TypeVar("T")
 
 RUN_STATE = "run.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d{6,})")
+_FILES = 2
+"""Of each rank, written at the same time."""
+_READERS = 4
+"""Files that a rank reads at the same time; hashing one is slower than most disks."""
+_READ_BYTES = 2**20
+_REPORT_S = 10.0
 
 # Megatron-Core's default sharding of optimizer state cannot be loaded ("flattened_range is not supported"), in 0.16.1
 # (the default's name is fully_sharded_model_space) and in 0.19.2 (dist_checkpointing/mapping.py:134).
@@ -43,52 +65,62 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete or damaged."""
 
 
-def save(state: TrainState, run_state: dict[str, Any], folder: Path, *, keep: int) -> Path:
+def save(
+    state: TrainState,
+    run_state: dict[str, Any],
+    folder: Path,
+    *,
+    keep: int,
+    notify: Callable[[str], None] = print,
+) -> Path:
     """Write ``folder``/step-N for ``run_state["step"]`` = N and drop all but the ``keep`` newest.
 
     Called on every rank. ``run_state`` (plain JSON: step, cursors, answers sampled ahead) is the coordinator's; other
-    ranks' is ignored.
+    ranks' is ignored. ``notify`` is told of old checkpoints that cannot be dropped.
 
     Raises:
         NonFiniteWeights: nothing was written.
+        OSError: on every rank, what the disk says on any. What had been written is gone.
     """
-    from megatron.core import dist_checkpointing
-
     check_finite(state, "no checkpoint was written; --resume auto goes on from the one before")
     groups = state.groups
     name = groups.once(lambda: f"step-{run_state['step']:06d}")
-    target, partial = folder / name, folder / f".{name}.partial"
+    target, partial = folder / name, folder / f".{name}{_PARTIAL}"
 
     def make_empty() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    groups.once(make_empty)
-    dist_checkpointing.save(
-        _sharded(state, is_loading=False),
-        str(partial),
-        content_metadata=_METADATA
-        | {"world_size": groups.world_size, "distributed_optimizer": _has_distributed_optimizer(state)},
-    )
-    groups.once(lambda: megatron.add_common_file(partial))
-    digests = _digest_together(partial, groups)
-
     def finish() -> None:
-        _write(partial / RUN_STATE, json.dumps(run_state | {MARK: True}))
+        write_durably(partial / RUN_STATE, json.dumps(run_state | {MARK: True}).encode())
         digests[RUN_STATE] = _digest(partial / RUN_STATE)
-        _write(partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True))
+        write_durably(partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True).encode())
         _sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _write(folder / f".{LATEST}.tmp", name + "\n")
+        write_durably(folder / f".{LATEST}.tmp", f"{name}\n".encode())
         (folder / f".{LATEST}.tmp").replace(folder / LATEST)
         _sync_folder(folder)
         for old in _complete(folder)[:-keep]:
             if old != target:  # newer ones may be there: damaged, and passed over by find
-                shutil.rmtree(old, ignore_errors=True)
+                _drop(old, notify)
 
-    groups.once(finish)
+    groups.once(make_empty)
+    try:
+        _write_state(state, partial)
+        digests = _digest_together(partial, groups.once(lambda: _files_below(partial)), groups, notify)
+        groups.once(finish)
+    except BaseException:
+        if groups.is_coordinator:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
+        raise
     return target
+
+
+def clear_partial(folder: Path, notify: Callable[[str], None]) -> None:
+    """Remove checkpoints that a killed run had not finished. Only while no other run writes to ``folder``."""
+    for path in folder.glob(f".step-*{_PARTIAL}"):
+        _drop(path, notify)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -98,18 +130,38 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def find(folder: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, or None when there is none at all. Coordinator only.
+@dataclass(frozen=True)
+class Alone:
+    """What ``find`` needs of ``ParallelGroups``, for one process."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def once(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        return [action()]
+
+
+def find(folder: Path, notify: Callable[[str], None], groups: ParallelGroups | Alone) -> Path | None:
+    """The newest checkpoint that is whole, or None when there is none at all. Called on every rank.
+
+    Ranks and their threads share the reading; an older checkpoint is read only when all newer ones are damaged.
+    ``notify`` is the coordinator's.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged: never a silent start from the beginning.
     """
-    candidates = _complete(folder)
+    candidates = groups.once(lambda: _complete(folder))
     for candidate in reversed(candidates):
-        fault = _fault(candidate) or stored_fault(candidate, RUN_STATE)
+        fault = _fault(candidate, notify, groups)
+        if fault is None:
+            fault = groups.once(functools.partial(stored_fault, candidate, RUN_STATE))
         if fault is None:
             return candidate
-        notify(f"checkpoint {candidate} is damaged and passed over: {fault}")
+        if groups.rank == 0:
+            notify(f"checkpoint {candidate} is damaged and passed over: {fault}")
     if candidates:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged; move them away to start from the beginning"
@@ -121,34 +173,83 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     """Fill weights, optimizer and RNG from a checkpoint and set the schedule; returns its run state. On every rank.
 
     RNG states are taken up when the number of ranks is the saved one; nothing in a dense model draws from them.
-    """
-    from megatron.core import dist_checkpointing
+    Nothing in the checkpoint is executed: every object is read as plain data.
 
+    Raises:
+        CheckpointError: on every rank, when a file cannot be read, holds more than plain data, or is another model's.
+    """
+    groups = state.groups
     with torch.no_grad():
-        saved_metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+        reader, common = _together(groups, lambda: _open(checkpoint))
+        saved_metadata = common.get("content_metadata") or {}
         saved_kind = saved_metadata.get("distributed_optimizer")
         if saved_kind != _has_distributed_optimizer(state):
             raise CheckpointError(
                 f"{checkpoint} was written with parallel.distributed_optimizer: {str(saved_kind).lower()}; "
                 "its optimizer state cannot be read with another setting"
             )
-        same_world = saved_metadata.get("world_size") == state.groups.world_size
+        same_world = saved_metadata.get("world_size") == groups.world_size
         wanted = _sharded(state, is_loading=True)
         if not same_world:
             del wanted["rng"]
-        loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
+        loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
+        run_state = _together(groups, lambda: _run_state(checkpoint))
         for index, chunk in enumerate(state.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
         _align_steps(state.optimizer)
     if same_world:
         _restore_rng(loaded["rng"])
-    run_state = json.loads((checkpoint / RUN_STATE).read_text())
     run_state.pop(MARK, None)
     # The rate is a function of the step and of this run's settings, which a user may have changed on purpose.
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
     return run_state
+
+
+def _write_state(state: TrainState, folder: Path) -> None:
+    """Weights, optimizer and RNG, as Megatron-Core's ``dist_checkpointing.save`` lays them out."""
+    groups = state.groups
+    metadata = _METADATA | {
+        "world_size": groups.world_size,
+        "distributed_optimizer": _has_distributed_optimizer(state),
+    }
+    boxes, objects, common = sharded.taken_apart(
+        _sharded(state, is_loading=False) | {"content_metadata": metadata}
+    )
+
+    groups.once(lambda: write_common(folder, common))
+    write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
+
+
+def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """What the checkpoint holds, and what is common to all ranks."""
+    common = load_plain(checkpoint / COMMON)
+    if not isinstance(common, dict) or not isinstance(common.get("content_metadata", {}), dict):
+        raise ValueError(f"{checkpoint / COMMON} is not what a training run writes")
+    return Checkpoint(checkpoint), common
+
+
+def _run_state(checkpoint: Path) -> dict[str, Any]:
+    run_state = json.loads((checkpoint / RUN_STATE).read_text())
+    if not isinstance(run_state, dict) or not isinstance(run_state.get("step"), int):
+        raise ValueError(f"{checkpoint / RUN_STATE} is not what a training run writes")
+    return run_state
+
+
+def _together(groups: ParallelGroups, action: Callable[[], T]) -> T:
+    """This rank's result, once all have theirs; where one cannot read, every rank raises a CheckpointError."""
+
+    results: list[T] = []
+
+    def plain() -> None:
+        try:
+            results.append(action())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
+
+    groups.together(plain)
+    return results[0]
 
 
 def _has_distributed_optimizer(state: TrainState) -> bool:
@@ -214,40 +315,98 @@ def _complete(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _fault(checkpoint: Path) -> str | None:
-    try:
-        manifest: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"no readable {MANIFEST}: {error}"
-    if RUN_STATE not in manifest:
-        return f"{MANIFEST} does not name {RUN_STATE}"
+def _files_below(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _fault(checkpoint: Path, notify: Callable[[str], None], groups: ParallelGroups | Alone) -> str | None:
+    """What is wrong with it, if anything; the same on every rank."""
+    manifest, fault = groups.once(lambda: _manifest(checkpoint))
+    if fault is not None:
+        return fault
+    digests = _digest_together(checkpoint, list(manifest), groups, notify)
     for name, digest in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
+        if digests[name] is None:
             return f"{name} is missing"
-        if _digest(path) != digest:
+        if digests[name] != digest:
             return f"{name} has changed since it was written"
     return None
 
 
-def _digest_together(folder: Path, groups: ParallelGroups) -> dict[str, str]:
-    """SHA-256 of every file below ``folder``; the ranks share the reading."""
-    names = groups.once(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    mine = names[groups.rank :: groups.world_size]
-    parts = groups.together(lambda: {name: _digest(folder / name) for name in mine})
-    return {name: digest for part in parts for name, digest in part.items()}
+def _manifest(checkpoint: Path) -> tuple[dict[str, str], str | None]:
+    """Digests by file, and what is wrong with them."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return {}, f"no readable {MANIFEST}: {error}"
+    if not isinstance(manifest, dict) or not all(isinstance(digest, str) for digest in manifest.values()):
+        return {}, f"no readable {MANIFEST}: it is no list of digests"
+    if RUN_STATE not in manifest:
+        return {}, f"{MANIFEST} does not name {RUN_STATE}"
+    return manifest, None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_together(
+    folder: Path,
+    names: list[str],
+    groups: ParallelGroups | Alone,
+    notify: Callable[[str], None],
+) -> dict[str, str | None]:
+    """SHA-256 of files below ``folder``, None of those that are not there. Ranks, and threads of each, share them."""
+
+    def size(name: str) -> int:
+        path = folder / name
+        return path.stat().st_size if path.is_file() else 0
+
+    # The largest first, so that no rank has one left when the others are done.
+    shares = groups.once(lambda: sorted(((size(name), name) for name in names), reverse=True))
+    mine = shares[groups.rank :: groups.world_size]
+    report = _Reading(
+        folder, sum(size for size, _ in mine), notify if groups.rank == 0 else lambda text: None
+    )
+
+    def read_mine() -> dict[str, str | None]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(lambda share: _digest(folder / share[1], report.add), mine)
+            return {name: digest for (_, name), digest in zip(mine, found, strict=True)}
+
+    return {name: digest for part in groups.together(read_mine) for name, digest in part.items()}
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+class _Reading:
+    """Tells of long reading; from several threads."""
+
+    def __init__(self, folder: Path, num_bytes: int, notify: Callable[[str], None]) -> None:
+        self._folder, self._num_bytes, self._notify = folder, num_bytes, notify
+        self._done, self._next = 0, time.monotonic() + _REPORT_S
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            if time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + _REPORT_S
+            done, whole = self._done / 2**30, self._num_bytes / 2**30
+            self._notify(f"checking {self._folder}: rank 0 has read {done:.1f} of its {whole:.1f} GiB")
+
+
+def _digest(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str | None:
+    if not path.is_file():
+        return None
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def _drop(checkpoint: Path, notify: Callable[[str], None]) -> None:
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        notify(f"{checkpoint} cannot be removed, and still takes its space: {error}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
 import time
-from typing import Any, Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Literal, Self
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
@@ -18,11 +21,45 @@ POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 CONFIG = "config.yaml"
+_OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES)
+"""What a start makes before it is certain that it will not be refused."""
 _FORMER_LIFE_S = 60.0
 
 
-def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
-    """Make the run folder ours, or say why not. The lock goes with the process, however it ends."""
+class Claim:
+    """A run folder that no other run writes to, for as long as this is open.
+
+    Until ``begin`` it is not this run's: what a refused start has made there is removed again, but for logs.
+    """
+
+    def __init__(self, run: RunConfig, lock: IO[str]) -> None:
+        self._run = run
+        self._lock = lock
+        self._begun = False
+        self._earlier = {path.name for path in run.output.iterdir()}
+
+    def begin(self) -> None:
+        """From now on the folder holds this run."""
+        self._begun = True
+        (self._run.output / CONFIG).write_text(dump_config(self._run), encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._begun:
+            _remove(self._run.output / name for name in _OWN if name not in self._earlier)
+            with contextlib.suppress(OSError):
+                (self._run.output / LOGS).rmdir()  # where it is empty
+        self._lock.close()
+
+
+def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
+    """Take the run folder, or say why not. The lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another run is writing there, or it holds a run that is neither continued nor replaced.
+    """
     run.output.mkdir(parents=True, exist_ok=True)
     lock = (run.output / ".lock").open("w")
     # A run that continues may find its former life still ending, on a node that was lost.
@@ -41,9 +78,12 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Any:
                 f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
                 "or replace it with --overwrite"
             )
-        for name in (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, LOGS, TRACES, POLICY, NONFINITE):
-            path = run.output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove(run.output / name for name in (CONFIG, CHECKPOINTS, LOGS, POLICY, NONFINITE, *_OWN))
+    claimed = Claim(run, lock)
     (run.output / LOGS).mkdir(exist_ok=True)
-    (run.output / CONFIG).write_text(dump_config(run), encoding="utf-8")
-    return lock
+    return claimed
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout
+from megatron_chord.families.shape import ModelShape
 from megatron_chord.losses.terms import Term, num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.model.fp8 import set_environment
@@ -19,6 +20,7 @@ from megatron_chord.precision import preset
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.runtime.heartbeat import Pulse
+from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, Moment, MuSchedule
 from megatron_chord.timing import Timer
@@ -27,7 +29,7 @@ from megatron_chord.train.ahead import Ahead
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
-from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Resume, claim
+from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Claim, Resume, claim
 from megatron_chord.train.halt import halting
 from megatron_chord.train.health import Health, not_finite
 from megatron_chord.train.learned_mu import MuGradient
@@ -101,58 +103,36 @@ def train(
         if watch is not None:
             stack.callback(watch.close)
         coordinator: Coordinator | None = None
+        claimed: Claim | None = None
+        data: RunData | None = None
 
-        @_refusing()
-        def prepare() -> Path | None:
-            nonlocal coordinator
+        def prepare() -> None:
+            nonlocal claimed, data
             data = load_data(run, shape)
-            stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
+            claimed = stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
             sweep(run, watch)
-            layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
-            coordinator, found = _make_coordinator(
-                run, method, data, layout, resume, stack, stop_wanted, groups.pulse
-            )
-            plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
-            return found
+            checkpoint.clear_partial(run.output / CHECKPOINTS, print)
 
-        saved = groups.once(prepare)
-        # The server loads while the model is built, unless it is to share the ranks' GPUs.
-        say = coordinator.log.say if coordinator is not None else lambda text: None
+        def make_coordinator() -> None:
+            nonlocal coordinator
+            assert data is not None
+            layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
+            coordinator = _make_coordinator(
+                run, method, data, layout, saved, stack, stop_wanted, groups.pulse
+            )
+            if resume == "auto" and saved is None:
+                coordinator.log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
+            plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
+
         with _refusing():
-            engine = RolloutEngine(
-                run,
-                groups,
-                is_needed=needs_servers(run, method),
-                log_folder=run.output / LOGS,
-                notify=say,
-            )
-            stack.callback(engine.close)
-            terms = method.terms(run)
-            state = build_state(
-                shape,
-                run.model,
-                run.parallel,
-                run.optim,
-                groups=groups,
-                steps=run.steps,
-                reference=reference_folder(run, terms),
-                fp8=preset(run.precision).training,
-            )
-            ahead = Ahead(run, method, state, engine, coordinator)
-            stack.callback(ahead.close)
-            schedule = method.schedule(run)
-            parts = _Parts(
-                run=run,
-                method=method,
-                terms=terms,
-                state=state,
-                engine=engine,
-                ahead=ahead,
-                coordinator=coordinator,
-                mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
-                health=Health(),
-            )
+            groups.once(prepare)
+            saved = checkpoint.find(run.output / CHECKPOINTS, print, groups) if resume == "auto" else None
+            groups.once(make_coordinator)
+        with _refusing():
+            parts = _build(run, shape, method, groups, coordinator, stack)
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
+            if claimed is not None:
+                claimed.begin()
         if done == 0:
             _evaluate(parts, 0)
         groups.pulse.enter("computing")
@@ -160,12 +140,59 @@ def train(
         stack.callback(tracer.close)
         _run_steps(parts, done, memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
         with groups.pulse.phase("saving"):
-            export_policy(state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template)
+            export_policy(
+                parts.state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template
+            )
         if coordinator is not None:
             coordinator.log.say(f"trained policy in {run.output / POLICY}")
             table = summary(read_metrics(run.output))
             if table is not None:
                 coordinator.log.console.print(table)
+
+
+def _build(
+    run: RunConfig,
+    shape: ModelShape,
+    method: Method,
+    groups: ParallelGroups,
+    coordinator: Coordinator | None,
+    stack: ExitStack,
+) -> _Parts:
+    """Servers, model and optimizer. ``stack`` closes them. On every rank."""
+    # The server loads while the model is built, unless it is to share the ranks' GPUs.
+    engine = RolloutEngine(
+        run,
+        groups,
+        is_needed=needs_servers(run, method),
+        log_folder=run.output / LOGS,
+        notify=coordinator.log.say if coordinator is not None else lambda text: None,
+    )
+    stack.callback(engine.close)
+    terms = method.terms(run)
+    state = build_state(
+        shape,
+        run.model,
+        run.parallel,
+        run.optim,
+        groups=groups,
+        steps=run.steps,
+        reference=reference_folder(run, terms),
+        fp8=preset(run.precision).training,
+    )
+    ahead = Ahead(run, method, state, engine, coordinator)
+    stack.callback(ahead.close)
+    schedule = method.schedule(run)
+    return _Parts(
+        run=run,
+        method=method,
+        terms=terms,
+        state=state,
+        engine=engine,
+        ahead=ahead,
+        coordinator=coordinator,
+        mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
+        health=Health(),
+    )
 
 
 def _run_steps(
@@ -307,7 +334,11 @@ def _save(parts: _Parts, step: int, memory: Memory) -> None:
     run_state |= {"health": parts.health.to_json()}
     with parts.state.groups.pulse.phase("saving"):
         path = checkpoint.save(
-            parts.state, run_state, parts.run.output / CHECKPOINTS, keep=parts.run.checkpoint.keep
+            parts.state,
+            run_state,
+            parts.run.output / CHECKPOINTS,
+            keep=parts.run.checkpoint.keep,
+            notify=coordinator.log.say if coordinator is not None else lambda text: None,
         )
     if coordinator is not None:
         coordinator.log.say(f"checkpoint {path}")
@@ -352,12 +383,11 @@ def _make_coordinator(
     method: Method,
     data: RunData,
     layout: Layout,
-    resume: Resume,
+    found: Path | None,
     stack: ExitStack,
     stop_wanted: Callable[[], bool],
     pulse: Pulse,
-) -> tuple[Coordinator, Path | None]:
-    found = checkpoint.find(run.output / CHECKPOINTS, print) if resume == "auto" else None
+) -> Coordinator:
     first_step = checkpoint.step_of(found) if found is not None else 0
     if first_step > run.steps:
         raise ValueError(f"{found} has taken {first_step} steps already, but steps is {run.steps}")
@@ -374,12 +404,9 @@ def _make_coordinator(
     )
     for report in data.reports:
         log.say(report)
-    if resume == "auto" and found is None:
-        log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
-    coordinator = Coordinator(
+    return Coordinator(
         run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted, pulse=pulse
     )
-    return coordinator, found
 
 
 @contextmanager

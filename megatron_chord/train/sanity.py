@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.convert.stream import Box, Checkpoint
 from megatron_chord.train.state import TrainState
+from megatron_chord.weights.torch_dist import Box, Checkpoint
 
 MARK = "finite"
 """In a checkpoint's run.json: true where this module has checked what was saved."""

@@ -5,7 +5,16 @@ And the optimizer step itself: clipping, AdamW, schedule and the parameters with
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +31,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.checkpoint import CheckpointError
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+from megatron_chord.weights.torch_dist import read_metadata
 from tests.distributed.steps import gather_hf, layout_of, start_groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_qwen2, tiny_run
@@ -209,7 +219,7 @@ def folder(runs: Any, checkpoints: Path, tmp_path: Path) -> Path:
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
     said: list[str] = []
-    return checkpoint.find(folder, said.append), said
+    return checkpoint.find(folder, said.append, checkpoint.Alone()), said
 
 
 def flip_a_byte(path: Path) -> None:
@@ -264,7 +274,7 @@ def test_all_damaged_is_an_error_and_no_start_from_the_beginning(folder: Path) -
         flip_a_byte(next((folder / name).glob("*.distcp")))
     said: list[str] = []
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
-        checkpoint.find(folder, said.append)
+        checkpoint.find(folder, said.append, checkpoint.Alone())
     assert [NEWER in said[0], OLDER in said[1]] == [True, True]
 
 
@@ -285,7 +295,7 @@ def save_again(folder: Path, out: Path) -> list[list[str]]:
     for step in (1, 2, 3, 12, 5, 5):
         saved = checkpoint.save(state, {"step": step}, out, keep=2)
         there.append(sorted(path.name for path in out.iterdir()))
-        assert checkpoint.find(out, print) is not None
+        assert checkpoint.find(out, print, state.groups) is not None
         assert not (saved / "half.distcp").exists()
     # Fewer than before, while a newer one (say, a damaged one that was passed over) is there.
     checkpoint.save(state, {"step": 6}, out, keep=1)
@@ -305,6 +315,197 @@ def test_the_newest_are_kept_and_never_is_the_one_just_written_dropped(model: Pa
         [6, 12],
     ]
     assert all("latest" in names for names in there)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hostile and failing disks
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def pickled(canary: Canary) -> bytes:
+    return pickle.dumps(canary)
+
+
+def saved(canary: Canary) -> bytes:
+    content = io.BytesIO()
+    torch.save([canary], content)
+    return content.getvalue()
+
+
+def plant(checkpoint_folder: Path, canary: Canary) -> dict[str, Path]:
+    """Copies of a checkpoint with the canary in one place each, and a manifest that agrees; by the file's name."""
+    copies = {}
+    description = read_metadata(checkpoint_folder)
+    objects = {"rng": None, "tensor": None}
+    for index, place in (description.storage_data or {}).items():
+        kind = "rng" if index.fqn.startswith("rng/") else "tensor"
+        objects[kind] = objects[kind] or place
+    for name, contents in {
+        ".metadata": pickled(canary),
+        "common.pt": saved(canary),
+        "common.pt of old": pickled(canary),
+        "rng": saved(canary),
+        "tensor": saved(canary),
+    }.items():
+        copy = shutil.copytree(
+            checkpoint_folder, checkpoint_folder.parents[1] / f"{name}-planted" / "step-000002"
+        )
+        file = copy / name.partition(" ")[0]
+        if name in objects:
+            place = objects[name]
+            assert place is not None
+            file = copy / place.relative_path
+            whole = file.read_bytes()
+            file.write_bytes(whole + contents)
+            place = dataclasses.replace(place, offset=len(whole), length=len(contents))
+            moved = {
+                i: place if p == objects[name] else p for i, p in (description.storage_data or {}).items()
+            }
+            (copy / ".metadata").write_bytes(
+                pickle.dumps(dataclasses.replace(description, storage_data=moved))
+            )
+        else:
+            file.write_bytes(contents)
+        digests = {
+            str(path.relative_to(copy)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in copy.rglob("*")
+            if path.is_file() and path.name != "manifest.json"
+        }
+        (copy / "manifest.json").write_text(json.dumps(digests))
+        copies[name] = file
+    return copies
+
+
+def refusals(folder: Path, out: Path) -> tuple[dict[str, tuple[str, str]], bool]:
+    """What loading says of each planted copy, and the file it should name; and whether anything was executed."""
+    canary = Canary(out.parent / "canary")
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    said = {}
+    for name, file in plant(checkpoint.save(state, {"step": 2}, out, keep=1), canary).items():
+        assert checkpoint.find(file.parents[1], print, state.groups) == file.parent
+        with pytest.raises(CheckpointError) as refusal:
+            checkpoint.load(state, file.parent)
+        said[name] = (str(refusal.value), str(file))
+    harmless = not canary.path.exists()
+    with contextlib.suppress(Exception):  # that it would have run
+        pickle.loads(pickled(canary))
+    return said, harmless and canary.path.exists()
+
+
+def test_nothing_in_a_checkpoint_executes(model: Path, tmp_path: Path) -> None:
+    ((said, harmless),) = run_ranks(refusals, 1, model, tmp_path / "out")
+    assert harmless
+    for name, (text, file) in said.items():
+        assert "\n" not in text, name
+        assert text.startswith(file), name
+        assert "mkdir" in text or name == "common.pt of old", name  # a bare pickle is not even opened
+    assert len(said) == 5
+
+
+def failing_saves(folder: Path, out: Path) -> dict[str, Any]:
+    """Saves where one rank's files may have only 20 kB, then one that may have all it wants."""
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    rank = state.groups.rank
+    outcome: dict[str, Any] = {"errors": []}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for poor in range(state.groups.world_size):
+        if rank == poor:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoint.save(state, {"step": 1}, out, keep=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        outcome["errors"].append(str(error.value))
+        state.groups.gather(None)
+        outcome["left"] = [path.name for path in out.iterdir()]
+        state.groups.gather(None)
+    checkpoint.save(state, {"step": 1}, out, keep=2)
+    outcome["children"] = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    outcome["found"] = checkpoint.find(out, print, state.groups)
+    return outcome
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_full_disk_is_an_error_on_every_rank_and_leaves_nothing(
+    model: Path, tmp_path: Path, world_size: int
+) -> None:
+    for outcome in run_ranks(failing_saves, world_size, model, tmp_path / "out"):
+        assert len(outcome["errors"]) == world_size
+        assert all("\n" not in error and str(tmp_path) in error for error in outcome["errors"])
+        assert outcome["left"] == []
+        assert outcome["children"] == "", "a save needs no other process, which could outlive this one"
+        assert outcome["found"] == tmp_path / "out" / "step-000001"
+
+
+def saves_beside_what_cannot_be_removed(folder: Path, out: Path) -> list[str]:
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    said: list[str] = []
+    out.mkdir()
+    (out / "step-000001").write_text("a file, which is not removed like a folder")
+    checkpoint.save(state, {"step": 2}, out, keep=1, notify=said.append)
+    return said
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_of(model: Path, tmp_path: Path) -> None:
+    ((line,),) = run_ranks(saves_beside_what_cannot_be_removed, 1, model, tmp_path / "out")
+    assert line.startswith(
+        f"{tmp_path / 'out' / 'step-000001'} cannot be removed, and still takes its space: "
+    )
+
+
+def test_partial_checkpoints_are_cleared_and_whole_ones_stay(folder: Path) -> None:
+    shutil.copytree(folder / NEWER, folder / ".step-000006.partial")
+    checkpoint.clear_partial(folder, print)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", OLDER, NEWER]
+
+
+def shared_finds(out: Path) -> dict[str, Any]:
+    """Files that this rank has read while all looked for a checkpoint, of two the newer one damaged."""
+    groups = start_groups(ParallelConfig())
+    read: list[str] = []
+    digest = checkpoint._digest
+
+    def note(path: Path, *rest: Any) -> str | None:
+        read.append(f"{path.parent.name}/{path.name}")
+        return digest(path, *rest)
+
+    checkpoint._digest = note
+    said: list[str] = []
+    found = checkpoint.find(out, said.append, groups)
+    first, read[:] = list(read), []
+    flip_a_byte(next((out / NEWER).glob("*.distcp"))) if groups.rank == 0 else None
+    groups.gather(None)
+    return {
+        "found": [found, checkpoint.find(out, said.append, groups)],
+        "first": first,
+        "then": read,
+        "said": said,
+    }
+
+
+def test_ranks_share_the_search_and_read_older_ones_only_in_need(folder: Path) -> None:
+    files = {
+        name: {f"{name}/{path.name}" for path in (folder / name).iterdir() if path.name != "manifest.json"}
+        for name in (OLDER, NEWER)
+    }
+    one, two = run_ranks(shared_finds, 2, folder)
+    assert one["found"] == two["found"] == [folder / NEWER, folder / OLDER]
+    assert sorted(one["first"] + two["first"]) == sorted(files[NEWER])
+    assert min(len(one["first"]), len(two["first"])) >= len(files[NEWER]) // 2
+    assert sorted(one["then"] + two["then"]) == sorted(files[NEWER] | files[OLDER])
+    assert len(one["said"]) == 1
+    assert two["said"] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def never_saved(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, A
     checkpoint.check_finite = check
     groups.once(lambda: unmark(output / "checkpoints" / "step-000003"))
     said: list[str] = []
-    found["found"] = groups.once(lambda: checkpoint.find(output / "checkpoints", said.append))
+    found["found"] = checkpoint.find(output / "checkpoints", said.append, groups)
     found["said"] = groups.once(lambda: said)
     weight.data.flatten()[0] = kept
     # A moment that is not finite breaks the next update.

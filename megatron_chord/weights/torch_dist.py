@@ -2,22 +2,30 @@
 
 ``torch.distributed.checkpoint`` plans a save before it asks for any data, and asks item by item; here the data come
 from a function that is called when the item's turn has come. Reading asks for boxes of tensors, however they were cut.
+
+Files are written by threads of this process. Nothing that is read can execute: the description and the objects beside
+the tensors are pickles, and only plain data is let through.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -30,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
     LoadPlan,
+    LoadPlanner,
     ReadItem,
     SavePlan,
     SavePlanner,
@@ -42,6 +51,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 METADATA = ".metadata"
+COMMON = "common.pt"
+_BACKEND = "metadata.json"
+_FORBIDDEN_GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")
+"""What torch.load says of a class or function that plain data does not have (torch/_weights_only_unpickler.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +76,42 @@ def write(
     *,
     objects: Mapping[str, bytes] | None = None,
     files: int = 1,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint whose boxes fill their tensors; each function is called once, when its box is written.
 
     Args:
         objects: what stands beside the tensors, serialised.
         files: how many are written at the same time, each by a thread of its own with one box in memory.
+        group: the ranks that write together, each its own boxes and objects; None where this process writes all.
+            4 collectives of Python objects.
 
     Raises:
-        OSError: the disk is full, or whatever else it says.
+        OSError: the disk is full, or whatever else it says. On every rank, when it happened on any; all threads have
+            ended.
     """
     items = {_index(box): (box, data) for box, data in boxes.items()}
-    writer = _Writer(folder, files)
+    writer, planner = _Writer(folder, files), _SavePlanner(items, objects or {})
     with _plain_errors(folder):
-        save({}, storage_writer=writer, planner=_SavePlanner(items, objects or {}), no_dist=True)
+        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+
+
+def write_common(folder: Path, common: Mapping[str, Any]) -> None:
+    """What a Megatron-Core checkpoint holds beside torch's: the common objects, and the formats' names."""
+    content = io.BytesIO()
+    torch.save(dict(common), content)
+    write_durably(folder / COMMON, content.getbuffer())
+    sharded = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    plain = {"common_backend": "torch", "common_backend_version": 1}
+    write_durably(folder / _BACKEND, json.dumps(sharded | plain).encode())
+
+
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """On the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Checkpoint:
@@ -99,34 +134,87 @@ class Checkpoint:
         Raises:
             OSError: a file that is shorter than the checkpoint says, or cannot be read.
         """
-        reader = _Reader(self.folder, self._metadata)
-        with _plain_errors(self.folder):
-            load(
-                {},
-                storage_reader=reader,
-                planner=_LoadPlanner(box, self._stored(box.key), into),
-                no_dist=True,
-            )
+        self.read_all([(box, into)])
 
-    def _stored(self, key: str) -> TensorStorageMetadata:
-        stored = self._metadata.state_dict_metadata[key]
-        assert isinstance(stored, TensorStorageMetadata)
-        return stored
+    def read_all(self, wanted: Iterable[tuple[Box, Tensor]]) -> None:
+        """``read`` of many boxes, file by file; a tensor may be larger than what is stored, and keeps its rest.
+
+        Raises:
+            ValueError: a tensor that the checkpoint does not have, or has with other dimensions.
+            OSError: a file that is shorter than the checkpoint says, or cannot be read.
+        """
+        targets: dict[MetadataIndex, list[Tensor]] = defaultdict(list)
+        items: list[ReadItem] = []
+        for box, into in wanted:
+            stored = self._metadata.state_dict_metadata.get(box.key)
+            if not isinstance(stored, TensorStorageMetadata) or len(stored.size) != len(box.shape):
+                found = "no such tensor" if stored is None else f"{getattr(stored, 'size', 'an object')}"
+                raise ValueError(
+                    f"{self.folder}: {box.key} should have {len(box.shape)} axes, but is {found}"
+                )
+            if not targets[_index(box)]:
+                chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
+                items += create_read_items_for_chunk_list(box.key, stored, [chunk])
+            targets[_index(box)].append(into)
+        _Reader(self.folder, self._metadata).read_data(LoadPlan(items), _LoadPlanner(targets))
+        for first, *others in targets.values():
+            for other in others:
+                other.copy_(first)
+
+    def object(self, key: str) -> Any:
+        """What was saved beside the tensors, of plain data and tensors alone.
+
+        Raises:
+            ValueError: it is not there, or is more than plain data.
+        """
+        place = (self._metadata.storage_data or {}).get(MetadataIndex(key))
+        if place is None:
+            raise ValueError(f"{self.folder} holds no {key}")
+        path = self.folder / place.relative_path
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            return load_plain(io.BytesIO(file.read(place.length)), f"{path}: {key}")
+
+
+def load_plain(source: Path | IO[bytes], name: str | None = None) -> Any:
+    """What ``torch.save`` wrote, if it is tensors, numbers, text and containers of them. Nothing in it is executed.
+
+    Raises:
+        ValueError: it asks for anything else, is damaged, or is not there. In one line, which begins with ``name``.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{name or source} cannot be read: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        earlier = error.__cause__ or error.__context__
+        assert earlier is not None
+        error = earlier
+    text = str(error)
+    forbidden = _FORBIDDEN_GLOBAL.search(text)
+    if forbidden is not None:
+        return f"it asks for {forbidden[1]}, which is no plain data"
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """torch wraps what a rank raised, with its traceback; here is one rank, and it says what was wrong first.
+    """torch wraps what ranks raised, with their tracebacks: the first one's error instead.
 
-    (After a write that failed, torch.save complains of its own position in the file.)
+    A signal's exception, which torch wraps too, is that of every rank.
     """
     try:
         yield
     except CheckpointException as error:
-        (cause, _) = next(iter(error.failures.values()))
-        while cause.__context__ is not None:
-            cause = cause.__context__
-        raise OSError(f"{folder}: {cause}") from error
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if not isinstance(cause, Exception):
+                raise cause from None
+        raise OSError(f"{folder} cannot be written: {reason(causes[0])}") from error
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -144,6 +232,9 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, Metadata):
         raise ValueError(f"{path} is no checkpoint's metadata, but a {type(found).__name__}")
+    for place in (found.storage_data or {}).values():
+        if Path(place.relative_path).name != str(place.relative_path):
+            raise ValueError(f"{path} names a file outside its folder: {place.relative_path}")
     return found
 
 
@@ -185,6 +276,8 @@ class _SavePlanner(DefaultSavePlanner):
     ) -> None:
         super().__init__()
         self._items, self._objects = items, objects
+        self.is_given_up = False
+        """The threads that still write are to stop."""
 
     def create_local_plan(self) -> SavePlan:
         tensors = [_write_item(index, box) for index, (box, _) in self._items.items()]
@@ -200,6 +293,8 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if self.is_given_up:
+            raise OSError("given up")
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._objects[write_item.index.fqn])
         box, data = self._items[write_item.index]
@@ -227,7 +322,16 @@ class _Writer(FileSystemWriter):
             return super(_Writer, self).write_data(part, planner).wait()
 
         with ThreadPoolExecutor(max(1, len(shares))) as pool:
-            written = list(pool.map(write_one, range(len(shares)), shares))
+            try:
+                written = list(pool.map(write_one, range(len(shares)), shares))
+            except BaseException as error:
+                assert isinstance(planner, _SavePlanner)
+                planner.is_given_up = True
+                if not isinstance(error, Exception):
+                    raise
+                # Without its context, which does not survive the way to other ranks: after a write that failed,
+                # torch.save complains of its own position in the file.
+                raise OSError(reason(error)) from None
         results: Future[list[WriteResult]] = Future()
         results.set_result([result for part in written for result in part])
         return results
@@ -240,16 +344,12 @@ def _size(item: WriteItem) -> int:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self, box: Box, stored: TensorStorageMetadata, into: Tensor) -> None:
+    def __init__(self, targets: Mapping[MetadataIndex, list[Tensor]]) -> None:
         super().__init__()
-        self._box, self._stored, self._into = box, stored, into
-
-    def create_local_plan(self) -> LoadPlan:
-        chunk = ChunkStorageMetadata(torch.Size(self._box.offset), torch.Size(self._box.shape))
-        return LoadPlan(create_read_items_for_chunk_list(self._box.key, self._stored, [chunk]))
+        self._targets = targets
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        into = self._into
+        into = self._targets[read_item.dest_index][0]
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             into = into.narrow(axis, start, length)
         return into
@@ -259,14 +359,25 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """Reads what has been checked already, not the pickle again."""
+    """Reads by what has been checked already, not the pickle again; its errors name the file."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
-        self._metadata = metadata
+        self._folder = folder
+        self.set_up_storage_reader(metadata, is_coordinator=True)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            files[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in files.items():
+            try:
+                super().read_data(LoadPlan(items), planner)
+            except Exception as error:
+                raise OSError(f"{self._folder / name} cannot be read: {reason(error)}") from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 def _index(box: Box) -> MetadataIndex:

@@ -1,0 +1,126 @@
+"""Megatron-Core's sharded state dictionaries as boxes of a checkpoint, and back.
+
+What ``megatron.core.dist_checkpointing`` saves and loads, in the same layout on disk. Its own saving forks processes
+that outlive a killed trainer and hold its open files; its own loading unpickles whatever a file asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_chord.weights.torch_dist import Box, Checkpoint
+
+Boxes = dict[Box, Callable[[], Tensor]]
+
+
+def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[str, Any]]:
+    """What this rank writes of a sharded state dictionary, which is changed: boxes, objects, and what is common.
+
+    Of several ranks that hold the same, one writes it. What is common is equal on all ranks. Collectives of Megatron's,
+    which checks that every part is written exactly once.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+    parts, common = save_preprocess(state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # other threads, on other streams, copy what this one's kernels are still writing
+    boxes: Boxes = {}
+    objects: dict[str, bytes] = {}
+    for part in _leaves(parts):
+        if not is_main_replica(part.replica_id):
+            continue
+        if isinstance(part, ShardedTensor):
+            boxes[_box(part)] = functools.partial(_on_host, part)
+        else:
+            content = io.BytesIO()
+            torch.save([part.data], content)  # in a list, as Megatron does
+            objects[part.unique_key] = content.getvalue()
+    return boxes, objects, common
+
+
+def fill(state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any]) -> dict[str, Any]:
+    """A sharded state dictionary of tensors, some with memory of their own, with what the checkpoint holds.
+
+    Of the calling rank alone; no collectives.
+
+    Raises:
+        ValueError: the checkpoint has no such tensor, or of another shape, or an object that is no plain data.
+        OSError: a file cannot be read.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import merge
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
+
+    factories: Any
+    state, plain, factories = load_preprocess(state)
+    parts, _ = extract_sharded_base(state)
+    wanted = [part for part in _leaves(parts) if isinstance(part, ShardedTensor)]
+    whole = {key: shape for key, shape, _ in checkpoint.tensors()}
+    for part in wanted:
+        if not part.allow_shape_mismatch and whole.get(part.key) != tuple(part.global_shape):
+            found = whole.get(part.key, "not there")
+            raise ValueError(
+                f"{checkpoint.folder}: {part.key} should be {tuple(part.global_shape)}, but is {found}"
+            )
+        if part.data is None:
+            part.data = torch.empty(part.local_shape, dtype=part.dtype)
+        if part.allow_shape_mismatch:
+            part.data.zero_()
+    checkpoint.read_all((_box(part), _with_axes(part)) for part in wanted)
+    loaded: Any = dict(common)
+    merge(loaded, plain)
+    merge(loaded, _each(parts, lambda part: _value(part, checkpoint)))
+    return apply_factory_merges(loaded, factories)
+
+
+def _value(part: Any, checkpoint: Checkpoint) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    if isinstance(part, ShardedTensor):
+        return part.data
+    value = checkpoint.object(part.unique_key)
+    if not isinstance(value, list) or len(value) != 1:
+        raise ValueError(f"{checkpoint.folder}: {part.unique_key} is not what a training run writes")
+    return value[0]
+
+
+def _box(part: Any) -> Box:
+    assert part.flattened_range is None, part.key
+    return Box(
+        key=part.key,
+        offset=tuple(part.global_offset),
+        shape=(1,) * part.prepend_axis_num + tuple(part.local_shape),
+        whole=tuple(part.global_shape),
+        dtype=part.dtype,
+    )
+
+
+def _with_axes(part: Any) -> Tensor:
+    """A view of the data with the axes that the whole tensor has before it."""
+    return part.data.detach()[(None,) * part.prepend_axis_num]
+
+
+def _on_host(part: Any) -> Tensor:
+    return part.data.detach().to("cpu")
+
+
+def _leaves(state: Any) -> Iterator[Any]:
+    if isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _leaves(value)
+    else:
+        yield state
+
+
+def _each(state: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(state, dict):
+        return {key: _each(value, change) for key, value in state.items()}
+    return [_each(value, change) for value in state] if isinstance(state, list) else change(state)

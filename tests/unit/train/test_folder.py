@@ -1,0 +1,58 @@
+"""The run folder: taken by one run, and given back by a start that was refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.config import RunConfig
+from megatron_chord.train.folder import claim
+from tests.support.tiny import tiny_run
+
+HOLDERS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    return dataclasses.replace(tiny_run(tmp_path / "model"), output=tmp_path / "out")
+
+
+def test_a_refused_start_leaves_the_folder_free(run: RunConfig) -> None:
+    run.output.mkdir()
+    (run.output / "notes.txt").write_text("the user's")
+    with claim(run, resume="never", overwrite=False):
+        (run.output / "tensorboard").mkdir()
+        (run.output / "metrics.jsonl").touch()
+    assert sorted(path.name for path in run.output.iterdir()) == [".lock", "notes.txt"]
+    with claim(run, resume="never", overwrite=False) as claimed:
+        claimed.begin()
+        (run.output / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim(run, resume="never", overwrite=False)
+    with claim(run, resume="auto", overwrite=False):  # refused, too
+        (run.output / "traces").mkdir()
+    names = sorted(path.name for path in run.output.iterdir())
+    assert names == [".lock", "config.yaml", "metrics.jsonl", "notes.txt"]
+
+
+def test_a_refused_start_keeps_the_log_that_says_why(run: RunConfig) -> None:
+    with claim(run, resume="never", overwrite=False):
+        (run.output / "logs" / "rollout-server-1.log").write_text("why")
+    assert (run.output / "logs" / "rollout-server-1.log").is_file()
+
+
+def test_a_child_does_not_hold_the_folder(run: RunConfig) -> None:
+    lock = str(run.output / ".lock")
+    with claim(run, resume="never", overwrite=False):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+        with pytest.raises(ValueError, match="another run is writing"):
+            claim(run, resume="never", overwrite=False)
+    try:
+        subprocess.run([sys.executable, "-c", HOLDERS, lock], check=True, timeout=60)
+    finally:
+        child.kill()
+        child.wait()
