@@ -1,0 +1,25 @@
+"""A run of two ranks that is killed three times is the undisturbed run. With a server: benchmarks/kills.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.e2e.test_run import without_times
+from tests.support.kills import Kill, run_through_kills
+from tests.support.task import make_task, metrics_of
+
+KILLS = (Kill("rank1", "saving", 0.01), Kill("launcher", "saving", 0.0), Kill("rank0", "saved", 0.1))
+SFT = ("parallel.ranks=2", "objective.mu.peak=1.0")
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_leaves_nothing(tmp_path: Path) -> None:
+    config = make_task(tmp_path, steps=8, checkpoint={"every": 1, "keep": 2})
+    straight, killed, temp = tmp_path / "straight", tmp_path / "killed", tmp_path / "temp"
+    run_through_kills(config, straight, [], *SFT, temp=temp)
+    report = run_through_kills(config, killed, KILLS, *SFT, temp=temp)
+    assert len(report.kills) == len(KILLS)
+    assert report.survivors == []
+    assert report.left == []
+    assert without_times(metrics_of(killed)) == without_times(metrics_of(straight))
+    policy = "policy/model.safetensors"
+    assert (killed / policy).read_bytes() == (straight / policy).read_bytes()

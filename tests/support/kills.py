@@ -1,0 +1,240 @@
+"""Runs that are killed again and again, and resumed: by whom, when, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.task import cli_environment
+
+MARK = "KILLED_RUN"
+"""Environment variable that every process of a run inherits, re-parented ones too."""
+MOMENTS = ("starting", "stepping", "saving", "saved")
+SHARED_MEMORY = Path("/dev/shm")
+_CACHES = "torchinductor_"
+"""Compiled kernels, which torch keeps in the temp folder for later runs on purpose."""
+_POLL_S = 0.002
+
+
+@dataclass(frozen=True)
+class Kill:
+    victim: str
+    """launcher, rank0, rank1 or server; the launcher is the trainer itself in a run of one rank."""
+    moment: str
+    """One of ``MOMENTS``: since the start, since a step was finished, since a save began, since one was finished."""
+    delay: float
+    """Seconds after it."""
+
+
+@dataclass
+class Report:
+    kills: list[str] = field(default_factory=list)
+    lives: int = 0
+    early: int = 0
+    """Lives that came to their end before they were to be killed."""
+    survivors: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """In the temp folder or shared memory after the last life."""
+
+
+def draw(seed: int, count: int, victims: Sequence[str]) -> list[Kill]:
+    """Victims and moments in turn, so that few kills meet all of both; delays at random."""
+    random_ = random.Random(seed)
+    most = {"starting": 12.0, "stepping": 1.0, "saving": 0.06, "saved": 0.3}
+    moments = [MOMENTS[(index + index // len(MOMENTS)) % len(MOMENTS)] for index in range(count)]
+    return [
+        Kill(victims[index % len(victims)], moment, random_.uniform(0.0, most[moment]))
+        for index, moment in enumerate(moments)
+    ]
+
+
+def run_through_kills(
+    config: Path,
+    output: Path,
+    kills: Sequence[Kill],
+    *overrides: str,
+    temp: Path,
+    say: Callable[[str], None] = print,
+    timeout_s: float = 400.0,
+) -> Report:
+    """Start the run, kill it, resume it, ..., and let its last life come to its end.
+
+    Raises:
+        AssertionError: a life that was not killed ended with another code than 0, or did not get on.
+    """
+    report = Report()
+    shared = set(os.listdir(SHARED_MEMORY))
+    temp.mkdir(parents=True, exist_ok=True)
+    for kill in [*kills, None]:
+        report.lives += 1
+        mark = uuid.uuid4().hex
+        log = output.parent / f"{output.name}-life{report.lives}.txt"
+        with _started(config, output, overrides, mark, temp, log) as process:
+            if kill is None:
+                code = process.wait(timeout_s)
+                assert code == 0, f"the last life ended with code {code}:\n{log.read_text()[-3000:]}"
+            else:
+                _strike(kill, process, output, log, report, timeout_s)
+            _await_end(process, mark, report, say)
+        say(f"life {report.lives}: {report.kills[-1] if kill else 'to the end'}")
+    report.left = [
+        *(str(path.relative_to(temp)) for path in temp.iterdir() if not path.name.startswith(_CACHES)),
+        *sorted(set(os.listdir(SHARED_MEMORY)) - shared),
+        *(str(path) for path in (output / "checkpoints").glob(".*.partial")),
+    ]
+    return report
+
+
+def _strike(
+    kill: Kill, process: subprocess.Popen[bytes], output: Path, log: Path, report: Report, timeout_s: float
+) -> None:
+    before = _finished_saves(output), _rows(output)
+    deadline = time.monotonic() + timeout_s
+    if kill.moment == "starting":
+        _sleep(kill.delay, process)
+    while process.poll() is None and not _is_due(kill.moment, output, *before):
+        assert time.monotonic() < deadline, f"no {kill} within {timeout_s} s:\n{log.read_text()[-3000:]}"
+        time.sleep(_POLL_S)
+    if kill.moment != "starting":
+        _sleep(kill.delay, process)
+    pid = _victim(kill.victim, process)
+    if pid is None or process.poll() is not None:
+        code = process.poll()
+        assert code in (None, 0), f"ended with code {code} by itself:\n{log.read_text()[-3000:]}"
+        report.early += 1
+        pid, name = process.pid, "(no such process: the whole run)"
+    else:
+        name = kill.victim
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    report.kills.append(f"{name} {kill.delay:.3f} s after {kill.moment}")
+    # A lost server is replaced; the run goes on, and is let go on until another step is done.
+    done = _rows(output)
+    while name == "server" and process.poll() is None and _rows(output) <= done:
+        assert time.monotonic() < deadline, f"no step after the server's end:\n{log.read_text()[-3000:]}"
+        time.sleep(0.05)
+    if name == "server":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def _is_due(moment: str, output: Path, saves: set[str], rows: int) -> bool:
+    if moment == "starting":
+        return True
+    if moment == "stepping":
+        return _rows(output) > rows
+    if moment == "saving":
+        return any((output / "checkpoints").glob(".step-*.partial/*.distcp"))
+    return bool(_finished_saves(output) - saves)
+
+
+def _await_end(
+    process: subprocess.Popen[bytes], mark: str, report: Report, say: Callable[[str], None]
+) -> None:
+    deadline = time.monotonic() + 40
+    while left := _marked(mark):
+        if time.monotonic() > deadline:
+            report.survivors += [f"{pid}: {name}" for pid, name in left.items()]
+            say(f"still there: {left}")
+            return
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _started(
+    config: Path, output: Path, overrides: Sequence[str], mark: str, temp: Path, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(config), f"output={output}"]
+    with log.open("wb") as console:
+        process = subprocess.Popen(
+            [*command, *overrides, "--resume", "auto"],
+            env=cli_environment(TMPDIR=str(temp), **{MARK: mark}),
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        for pid in _marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _sleep(seconds: float, process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _finished_saves(output: Path) -> set[str]:
+    return {path.name for path in (output / "checkpoints").glob("step-*")}
+
+
+def _rows(output: Path) -> int:
+    """The number of the last step that is done."""
+    path = output / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    steps = [row["step"] + 1 for line in path.read_text().splitlines() if "loss" in (row := _row(line))]
+    return max(steps, default=0)
+
+
+def _row(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError:  # being written
+        return {}
+
+
+def _victim(name: str, process: subprocess.Popen[bytes]) -> int | None:
+    if name == "launcher":
+        return process.pid
+    for pid in _descendants(process.pid):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if name == "server" and b"vllm.entrypoints" in command:
+                return pid
+            rank = f"\0RANK={name.removeprefix('rank')}\0".encode()
+            if name != "server" and b"megatron_chord.cli" in command and rank in environment:
+                return pid
+    return process.pid if name == "rank0" else None  # a run of one rank is its own launcher
+
+
+def _descendants(root: int) -> list[int]:
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family, new = [], [root]
+    while new:
+        new = [pid for pid, parent in parents.items() if parent in new]
+        family += new
+    return family
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """Live processes of a run, zombies aside: id and command."""
+    wanted, found = f"{MARK}={mark}".encode(), {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and wanted in (folder / "environ").read_bytes():
+                    found[int(folder.name)] = (
+                        (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+                    )
+    return found
