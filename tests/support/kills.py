@@ -64,10 +64,13 @@ def run_through_kills(
     kills: Sequence[Kill],
     *overrides: str,
     temp: Path,
+    looks_in_shared_memory: bool = True,
     say: Callable[[str], None] = print,
     timeout_s: float = 400.0,
 ) -> Report:
     """Start the run, kill it, resume it, ..., and let its last life come to its end.
+
+    Others' new files in shared memory would be taken for this run's (``looks_in_shared_memory``).
 
     Raises:
         AssertionError: a life that was not killed ended with another code than 0, or did not get on.
@@ -89,7 +92,7 @@ def run_through_kills(
         say(f"life {report.lives}: {report.kills[-1] if kill else 'to the end'}")
     report.left = [
         *(str(path.relative_to(temp)) for path in temp.iterdir() if not path.name.startswith(_CACHES)),
-        *sorted(set(os.listdir(SHARED_MEMORY)) - shared),
+        *(sorted(set(os.listdir(SHARED_MEMORY)) - shared) if looks_in_shared_memory else ()),
         *(str(path) for path in (output / "checkpoints").glob(".*.partial")),
     ]
     return report
