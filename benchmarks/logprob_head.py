@@ -168,7 +168,7 @@ def run_head(
     elif head in chunked_heads.HEADS:
         logprobs, entropy = chunked_heads.HEADS[head](hidden, weight, targets)
     else:
-        logprobs, entropy, _ = token_logprobs(
+        logprobs, entropy, *_ = token_logprobs(
             hidden,
             weight,
             targets,

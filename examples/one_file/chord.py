@@ -31,12 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TokenWeight = Literal["one", "phi"]
 TASK = Path(__file__).resolve().parents[1] / "arithmetic"
@@ -254,7 +249,7 @@ def train(settings: Settings, policy: Path = TASK / "policy") -> list[float]:
     """Train the quick start's policy; returns the held-out accuracies before and after."""
     torch.manual_seed(settings.seed)
     draw = random.Random(settings.seed)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
     model: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     problems, held_out, experts = (
         [json.loads(line) for line in (TASK / f"{name}.jsonl").read_text().splitlines()]

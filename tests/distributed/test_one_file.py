@@ -96,5 +96,4 @@ def test_advantages_and_mu_are_the_trainers(one_file: Any) -> None:
 
 def test_it_learns(one_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = one_file.train(one_file.METHODS["chord_phi"])
-    assert before < 0.25
-    assert after > 0.5, capsys.readouterr().out
+    assert after > before + 0.3, capsys.readouterr().out
