@@ -116,7 +116,7 @@ def test_a_child_dies_with_its_parent() -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("parent", [1, os.getpid() + 1])
+@pytest.mark.parametrize("parent", [1, os.getpid() + 1], ids=["init", "another"])
 def test_a_child_whose_parent_is_gone_already_ends(parent: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(parent)], capture_output=True, text=True, timeout=30, check=False
