@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, transformer_config
-from megatron_chord.runtime import adam, cpu
+from megatron_chord.runtime import adam, cpu, megatron
 from megatron_chord.runtime.parallel import axis_sizes
 
 
@@ -26,6 +26,7 @@ def rank_of(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu.install()
+    megatron.complete_names()
     adam.install_if_needed()
     assert not dist.is_initialized()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
