@@ -261,6 +261,18 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     )
 
 
+def pad_vocabulary(model: Qwen2ForCausalLM, size: int, like: int) -> None:
+    """Give embedding and head ``size`` rows; the new ones are copies of row ``like``, a token that is never sampled.
+
+    vLLM's CPU build repeats its log-probs bit for bit with 512 rows, and does not with the tokenizer's 397.
+    """
+    old = [model.model.embed_tokens.weight.data, model.lm_head.weight.data]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for weight, before in zip((model.model.embed_tokens.weight, model.lm_head.weight), old, strict=True):
+        weight.data[: len(before)] = before
+        weight.data[len(before) :] = before[like]
+
+
 def batches(
     tokenizer: Qwen2Tokenizer, rng: random.Random, reserved: set[str], args: argparse.Namespace
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -391,6 +403,7 @@ def main() -> None:
     model = make_model(tokenizer)
     source = batches(tokenizer, rng, {story.text for story in stories}, args)
     pretrain(model, source, args.steps, args.lr)
+    pad_vocabulary(model, args.vocabulary, tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

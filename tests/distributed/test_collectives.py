@@ -95,6 +95,7 @@ def symbols_of(state: TrainState) -> dict[str, int]:
         "routed": 0,
         "norms": (2 * LAYERS + 1) * HIDDEN,
         "n": sum(len(output.losses) + len(output.means) for output in outputs),
+        "s": sum(len(output.compared) for output in outputs),
         "m": sum(len(output.maxima) for output in outputs),
         "t": groups.tensor.size,
         "c": groups.context.size,

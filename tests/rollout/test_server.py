@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -97,16 +98,15 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         start_server(tmp_path / "nowhere", SETTINGS, log=tmp_path / "log")
 
 
-def test_a_server_that_exits_while_starting_shows_its_log(tmp_path: Path) -> None:
-    model = make_model(seed=0)
-    model.config.save_pretrained(tmp_path)  # a config without weights
+def test_a_server_that_exits_while_starting_shows_its_log(model_folder: Path, tmp_path: Path) -> None:
+    too_long = replace(SETTINGS, max_model_len=10**7)  # for the model's positions
     log = tmp_path / "vllm.log"
-    with start_server(tmp_path, SETTINGS, log=log) as server:
+    with start_server(model_folder, too_long, log=log) as server:
         assert not server.alive()
         with pytest.raises(ServerError, match="exited with code 1 while starting") as caught:
             server.wait_until_ready(START_S)
         assert str(log) in str(caught.value)
-        assert "Cannot find any model weights" in str(caught.value)
+        assert "max_model_len" in str(caught.value)
         assert not server.alive()
     assert _session_processes(server.pid) == []
 
