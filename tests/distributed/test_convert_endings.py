@@ -146,11 +146,12 @@ def test_whatever_ends_a_conversion_its_target_is_whole_or_not_there(tmp_path: P
         for code, lines in zip(case["codes"], case["lines"], strict=True):
             assert code in (0, 2, 128 + INTERRUPT, 128 + TERMINATE, -KILL), case
             told = [line for line in lines if "a process that was killed had left it" not in line]
-            assert len(told) == 1 or (code == -KILL and not told), (
-                case
-            )  # it may be killed right after its line
+            # A signal may come right after the line that says what was written.
+            endings = [line for line in told if not line.endswith(" GB")]
+            assert len(told) - len(endings) <= 1, case
+            assert len(endings) == (code not in (0, -KILL)), case
             if code == 2:
-                assert "another process" in told[0] or "is already there" in told[0], case
+                assert "another process" in endings[0] or "is already there" in endings[0], case
         if case["sent"] in (None, signal.SIGSTOP):
             assert sorted(case["codes"]) == [0, 2], case
         if -KILL not in case["codes"]:

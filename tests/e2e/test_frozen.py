@@ -29,6 +29,8 @@ from tests.support.listening import addresses
 from tests.support.task import metrics_of, run_cli
 
 SILENCE_S = 6.0
+SERVER_S = 40.0
+"""A new server compiles at its first request, and computes no token meanwhile."""
 
 
 def write_config(folder: Path) -> Path:
@@ -50,7 +52,7 @@ def write_config(folder: Path) -> Path:
         "reward": {"kind": "exact", "workers": 1, "timeout_s": 3.0, "max_error_rate": 0.0},
         "optim": {"lr": 3e-4},
         "checkpoint": {"every": 1},
-        "watchdog": {"beat_s": 0.5, "silence_s": SILENCE_S, "server_s": SILENCE_S},
+        "watchdog": {"beat_s": 0.5, "silence_s": SILENCE_S, "server_s": SERVER_S},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))

@@ -82,7 +82,10 @@ def client(script: Script) -> Iterator[RolloutClient]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # as many connections at a time as a test opens; 5 would reset some of them
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     client = RolloutClient(f"http://127.0.0.1:{server.server_port}", KEY)
