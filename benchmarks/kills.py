@@ -96,7 +96,7 @@ def write_config(folder: Path, *, steps: int) -> Path:
         },
         "batch": {"prompts": 2, "rollouts": 4, "experts": 4, "max_tokens": 512},
         "objective": {"mu": {"peak": 0.3}},
-        "rollout": {"kv_cache_bytes": 64 * 2**20},
+        "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4, "warmup_steps": 2},
         "checkpoint": {"every": 1, "keep": 2},

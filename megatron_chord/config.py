@@ -447,6 +447,10 @@ class RolloutConfig:
     max_carries: int | None = None
     """How often a prompt is carried over at most; then sampling does not stop before it is finished. It bounds how old
     tokens get: so many samplings, beside `lag`. Left out: no bound but the answers' length."""
+    repeatable: bool = False
+    """Log-probs of a rollout do not depend on which other requests the server processes at the same time, so that two
+    runs with the same seed are equal bit for bit. Sampling is slower: on a GPU vLLM's batch-invariant kernels are used
+    (VLLM_BATCH_INVARIANT), on a CPU one request is processed at a time."""
     restarts: int = 1
     """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
     max_logprob_gap: float | None = None
@@ -527,6 +531,21 @@ class RolloutConfig:
         )
         if self.kv_cache_bytes is not None:
             _positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
+        _require(
+            not (self.repeatable and self.servers),
+            "rollout.repeatable cannot change running servers (rollout.servers): start them with "
+            "VLLM_BATCH_INVARIANT=1 in their environment, and leave rollout.repeatable out",
+        )
+        _require(
+            not (self.repeatable and self.in_flight == "keep"),
+            "rollout.repeatable cannot hold with rollout.in_flight: keep: how far a request has got when new weights "
+            "arrive is chance; set in_flight to drain",
+        )
+        _require(
+            not (self.repeatable and self.extra_prompts > 0),
+            "rollout.repeatable cannot hold with rollout.extra_prompts: which prompts finish first is chance; set "
+            "extra_prompts to 0",
+        )
 
     @property
     def carries(self) -> bool:

@@ -78,6 +78,8 @@ class ServerSettings:
     """GPU only: CUDA_VISIBLE_DEVICES of the server; the trainer's own where left out."""
     cpu_threads: int = 1
     """OMP threads of each vLLM process on a CPU."""
+    repeatable: bool = False
+    """What a request gets does not depend on the other requests that are processed with it."""
 
 
 def start_server(
@@ -114,8 +116,11 @@ def start_server(
     if on_cpu:
         environment |= _cpu_environment(settings)
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # refused beside --kv-cache-memory-bytes
-    elif settings.visible_devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
+    else:
+        if settings.visible_devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
+        if settings.repeatable:
+            environment["VLLM_BATCH_INVARIANT"] = "1"
     folder = _make_temporary_folder()
     environment["TMPDIR"] = str(folder.path)
     # Compiled kernels are not temporary, but torch keeps them there.
@@ -328,6 +333,8 @@ def _cpu_arguments(settings: ServerSettings) -> list[str]:
         "--no-enable-chunked-prefill",
         *("--max-num-batched-tokens", str(max(8192, settings.max_model_len))),
         *(("--distributed-executor-backend", "uni") if settings.tensor == 1 else ()),
+        # How a matrix product is summed depends on its number of rows: on other requests and on cached prefixes.
+        *(("--max-num-active-seqs", "1", "--no-enable-prefix-caching") if settings.repeatable else ()),
     ]
 
 

@@ -44,6 +44,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         kv_cache_bytes=run.rollout.kv_cache_bytes,
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
         sleep_mode=run.rollout.sleep is not False and run.rollout.lag == 0,
+        repeatable=run.rollout.repeatable,
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
     )
 

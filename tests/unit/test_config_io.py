@@ -537,6 +537,12 @@ class TestBase:
         ("rollout: {lag: 2}", "rollout.lag 2 with rollout.in_flight: drain would only make rollouts older"),
         ("rollout: {in_flight: keep}", "rollout.in_flight means nothing without rollout.lag"),
         (
+            "rollout: {repeatable: true, servers: ['http://127.0.0.1:1']}",
+            "start them with VLLM_BATCH_INVARIANT=1",
+        ),
+        ("rollout: {repeatable: true, lag: 1, in_flight: keep}", "set in_flight to drain"),
+        ("rollout: {repeatable: true, extra_prompts: 0.5}", "which prompts finish first is chance"),
+        (
             "objective: {ratio_from: current, correction: {mode: none}}",
             "objective.correction.mode none turns off the correction that rollout.lag, rollout.extra_prompts with",
         ),

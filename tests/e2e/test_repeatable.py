@@ -1,0 +1,39 @@
+"""A rollout's log-probs do not depend on what else a repeatable server processes at the same time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from megatron_chord.rollout.server import RolloutServer
+
+NUM_REQUESTS = 8
+
+
+def sample(server: RolloutServer, index: int) -> list[Any]:
+    """(token ids, log-probs) of four answers to a prompt of its own."""
+    reply = httpx.post(
+        f"{server.url}/inference/v1/generate",
+        headers={"Authorization": f"Bearer {server.api_key}"},
+        trust_env=False,
+        timeout=120,
+        json={
+            "token_ids": [20 + (7 * i) % 90 for i in range(11 + 13 * index)],
+            "sampling_params": {"n": 4, "seed": index, "max_tokens": 24, "logprobs": 0, "ignore_eos": True},
+        },
+    )
+    assert reply.status_code == 200, reply.text
+    return [
+        (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]])
+        for choice in sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+    ]
+
+
+def test_a_request_alone_and_among_others_gets_the_same_bits(server: RolloutServer) -> None:
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        together = list(pool.map(lambda index: sample(server, index), range(NUM_REQUESTS)))
+    alone = [sample(server, index) for index in range(NUM_REQUESTS)]
+    assert together == alone
+    assert all(len(token_ids) == 24 for answers in together for token_ids, _ in answers)
