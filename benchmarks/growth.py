@@ -103,13 +103,13 @@ def head_by_vocabulary(vocab: int, _: Path) -> Row:
 
 
 def step(
-    model: Path, *, rollouts: int, experts: int, group: int = 1, tensor: int = 1, ranks: int = 1
+    model: Path, *, rollouts: int, demonstrations: int, group: int = 1, tensor: int = 1, ranks: int = 1
 ) -> list[dict[str, Any]]:
     options = {
         "child": "ours",
         "model": model,
         "rollouts": rollouts,
-        "experts": experts,
+        "demonstrations": demonstrations,
         "group": group,
         "tensor": tensor,
         "max-tokens": 1024,
@@ -120,7 +120,7 @@ def step(
 
 
 def step_by_tokens(samples: int, model: Path) -> Row:
-    (found,) = step(model, rollouts=samples - samples // 4, experts=samples // 4)
+    (found,) = step(model, rollouts=samples - samples // 4, demonstrations=samples // 4)
     tokens = found["tokens"]
     return Row(
         label=f"{tokens} in {samples} samples",
@@ -132,8 +132,8 @@ def step_by_tokens(samples: int, model: Path) -> Row:
 
 def step_by_group(group: int, model: Path) -> Row:
     """2 prompts; the remark says what would be left if the rollouts of a prompt passed it once."""
-    (found,) = step(model, rollouts=2 * group, experts=0, group=group)
-    drawn = make_samples(rollouts=2 * group, experts=0, group=group, vocab=MODEL["vocab"])
+    (found,) = step(model, rollouts=2 * group, demonstrations=0, group=group)
+    drawn = make_samples(rollouts=2 * group, demonstrations=0, group=group, vocab=MODEL["vocab"])
     prompts = {tuple(sample.token_ids[: sample.parts[0].positions[0]].tolist()) for sample in drawn}
     once = sum(len(sample.parts[0].positions) for sample in drawn) + sum(map(len, prompts))
     return Row(
@@ -150,7 +150,7 @@ RANKS: Mapping[str, tuple[int, int]] = {"1": (1, 1), "2, data": (2, 1), "2, tens
 
 def step_by_ranks(layout: str, model: Path) -> Row:
     ranks, tensor = RANKS[layout]
-    found = step(model, rollouts=12, experts=4, tensor=tensor, ranks=ranks)
+    found = step(model, rollouts=12, demonstrations=4, tensor=tensor, ranks=ranks)
     return Row(
         label=layout,
         amount=ranks,

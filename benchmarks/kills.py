@@ -90,11 +90,11 @@ def write_config(folder: Path, *, steps: int) -> Path:
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
             "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "experts": str(EXAMPLE / "experts.jsonl"),
+            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 2, "rollouts": 4, "experts": 4, "max_tokens": 512},
+        "batch": {"prompts": 2, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
         "objective": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},

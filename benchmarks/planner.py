@@ -125,10 +125,10 @@ def _grpo(
         work=Work(
             prompts=64,
             rollouts=32,
-            experts=0,
+            demonstrations=0,
             prompt_tokens=PROMPT_TOKENS,
             response_tokens=mean - PROMPT_TOKENS,
-            expert_tokens=0,
+            demonstration_tokens=0,
             response_limit=MOST_TOKENS - PROMPT_TOKENS,
             longest=MOST_TOKENS,
             passes=2,

@@ -11,7 +11,7 @@ SPREAD = 0.1
 
 
 def make_samples(
-    *, rollouts: int, experts: int, vocab: int, group: int = 1, tails: bool = False
+    *, rollouts: int, demonstrations: int, vocab: int, group: int = 1, tails: bool = False
 ) -> list[TrainSample]:
     """With lengths as GSM8K's, in a random order that is the same every time.
 
@@ -21,20 +21,20 @@ def make_samples(
     """
     rng = np.random.default_rng(0)
     samples, prompt_ids = [], np.empty(0, np.int64)
-    for index in range(rollouts + experts):
-        is_expert = index >= rollouts
-        if is_expert or index % group == 0:
+    for index in range(rollouts + demonstrations):
+        is_demonstration = index >= rollouts
+        if is_demonstration or index % group == 0:
             length = int(np.clip(rng.lognormal(np.log(90), 0.35), 30, 400))
             prompt_ids = rng.integers(3, vocab, length)
         median, spread, most = (400, 0.75, 2000) if tails else (160, 0.5, 1000)
         response = int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
-        samples.append(make_sample(rng, prompt_ids, response, vocab=vocab, is_expert=is_expert))
+        samples.append(make_sample(rng, prompt_ids, response, vocab=vocab, is_demonstration=is_demonstration))
     order = rng.permutation(len(samples))
     return [samples[i] for i in order]
 
 
 def fill_tokens(tokens: int, *, longest: int, mean: int, vocab: int) -> list[TrainSample]:
-    """As many samples as have ``tokens`` tokens together, or a few more; every eighth one is an expert's.
+    """As many samples as have ``tokens`` tokens together, or a few more; every eighth one is a demonstration's.
 
     Args:
         longest: tokens of the longest sample.
@@ -46,13 +46,13 @@ def fill_tokens(tokens: int, *, longest: int, mean: int, vocab: int) -> list[Tra
     while sum(len(sample.token_ids) for sample in samples) < tokens:
         response = int(np.clip(rng.exponential(mean), 8, longest - prompt))
         prompt_ids = rng.integers(3, vocab, prompt)
-        is_expert = len(samples) % 8 == 0
-        samples.append(make_sample(rng, prompt_ids, response, vocab=vocab, is_expert=is_expert))
+        is_demonstration = len(samples) % 8 == 0
+        samples.append(make_sample(rng, prompt_ids, response, vocab=vocab, is_demonstration=is_demonstration))
     return samples
 
 
 def make_sample(
-    rng: np.random.Generator, prompt_ids: np.ndarray, response: int, *, vocab: int, is_expert: bool
+    rng: np.random.Generator, prompt_ids: np.ndarray, response: int, *, vocab: int, is_demonstration: bool
 ) -> TrainSample:
     """The prompt with a random response of so many tokens."""
     prompt = len(prompt_ids)
@@ -61,9 +61,9 @@ def make_sample(
         "rollout_logprob": rng.normal(-np.log(vocab), SPREAD, response).astype(np.float32),
     }
     part = Part(
-        term="expert" if is_expert else "policy",
+        term="sft" if is_demonstration else "policy",
         positions=np.arange(prompt, prompt + response),
-        constants={} if is_expert else constants,
+        constants={} if is_demonstration else constants,
     )
     token_ids = np.concatenate([prompt_ids, rng.integers(3, vocab, response)])
     return TrainSample(token_ids=token_ids, parts=(part,))

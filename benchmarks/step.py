@@ -1,6 +1,6 @@
 """A whole CHORD step beside the same step written with plain Transformers and AdamW: time and peak memory.
 
-    python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --experts 16]
+    python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --demonstrations 16]
     python benchmarks/step.py --shape 7b --layers 4 --dtype bf16     # on a GPU
     python benchmarks/step.py --grpo          # mu = 0, rollouts alone: also beside TRL's GRPOTrainer, if installed
 
@@ -12,7 +12,7 @@ budget: once with the samples as drawn, once sorted by length, which is the best
 * **its matrix products alone** is the bound: the layers' and the head's products of as many tokens, forward and
   backward, without attention, norms, softmax, clipping and AdamW.
 * **plain** makes whole logits: what one writes first.
-* **TRL** has no expert term, so it is compared at mu = 0. Its loss is ``GRPOTrainer.compute_loss`` of a prepared
+* **TRL** has no SFT term, so it is compared at mu = 0. Its loss is ``GRPOTrainer.compute_loss`` of a prepared
   batch (``loss_type="dapo"``: a mean over the update's tokens, as ours) with the rollouts' log-probs as the old ones;
   optimizer and clipping are the plain step's. Its head is chunked. On a CPU it projects all tokens; **completions
   alone** is what it does on a GPU, switched on here. Its trainer pads to the longest of all samples; here each
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, help="size of the vocabulary (default: 32768)")
     parser.add_argument("--rollouts", type=int, default=48)
-    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--demonstrations", type=int, default=16)
     parser.add_argument("--group", type=int, default=1, help="rollouts that share a prompt")
     parser.add_argument("--grpo", action="store_true", help="mu = 0: rollouts alone")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
     arguments.hidden = config.get("hidden_size", arguments.hidden or 256)
     arguments.vocab = config.get("vocab_size", arguments.vocab or 32_768)
     if arguments.grpo:
-        arguments.experts = 0
+        arguments.demonstrations = 0
     return arguments
 
 
@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     samples = make_samples(
         rollouts=arguments.rollouts,
-        experts=arguments.experts,
+        demonstrations=arguments.demonstrations,
         group=arguments.group,
         vocab=arguments.vocab,
         tails=arguments.tails,
@@ -211,8 +211,8 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         output=Path("unused"),
         steps=100,
         model=ModelConfig(path=arguments.model, dtype=arguments.dtype),
-        data=DataConfig(prompts=Path("unused"), experts=Path("unused"), max_response_tokens=2000),
-        batch=BatchConfig(prompts=8, rollouts=6, experts=16, max_tokens=arguments.max_tokens),
+        data=DataConfig(prompts=Path("unused"), demonstrations=Path("unused"), max_response_tokens=2000),
+        batch=BatchConfig(prompts=8, rollouts=6, demonstrations=16, max_tokens=arguments.max_tokens),
         parallel=ParallelConfig(tensor=arguments.tensor),
         objective=ObjectiveConfig(clip_low=CLIP, clip_high=CLIP),
         optim=OptimConfig(lr=LR),
@@ -230,7 +230,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     )
     mine = plan.micro_batches[groups.data.rank]
     mu = 0.0 if arguments.grpo else MU
-    weights = {"policy": 1 - mu, "expert": mu}
+    weights = {"policy": 1 - mu, "sft": mu}
 
     def update() -> float:
         batches = prepare_batches(state, mine, terms, temperature=1.0)
@@ -293,7 +293,7 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
     micro_batches = padded(samples, arguments.max_tokens, device)
     counts = {
         name: sum(int((batch["term"] == code).sum()) for batch in micro_batches)
-        for name, code in (("policy", 1), ("expert", 2))
+        for name, code in (("policy", 1), ("sft", 2))
     }
     mu = 0.0 if arguments.grpo else MU
 
@@ -306,10 +306,10 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
             advantage = batch["advantage"]
             policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
             p = logp.detach().exp()
-            expert = -(p * (1 - p)) * logp
+            demonstration = -(p * (1 - p)) * logp
             loss = (1 - mu) * (policy * (batch["term"] == 1)).sum() / counts["policy"]
             if mu > 0:
-                loss = loss + mu * (expert * (batch["term"] == 2)).sum() / counts["expert"]
+                loss = loss + mu * (demonstration * (batch["term"] == 2)).sum() / counts["sft"]
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -468,7 +468,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], wi
     )
     ours_row = results["ours"]
     table = Table(
-        title=f"one update of {arguments.rollouts} rollouts and {arguments.experts} demonstrations, "
+        title=f"one update of {arguments.rollouts} rollouts and {arguments.demonstrations} demonstrations, "
         f"{ours_row['tokens']} tokens; hidden {arguments.hidden}, {arguments.layers} layers, vocabulary "
         f"{arguments.vocab}, {arguments.dtype}"
     )

@@ -54,9 +54,9 @@ def main() -> int:
     parser.add_argument("--flatten", type=float, default=3.0, help="what the policy's logits are divided by")
     arguments = parsed(parser, warmup=WARMUP_STEPS)
     common = [
-        "batch.experts=0",
+        "batch.demonstrations=0",
         "objective.mu={peak: 0}",
-        "data.experts=null",
+        "data.demonstrations=null",
         f"data.max_prompt_tokens={PROMPT_TOKENS}",
         f"data.max_response_tokens={arguments.limit}",
         "optim.lr=1e-30",

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
-    mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the expert branch")
+    mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
         "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
     )

@@ -102,10 +102,10 @@ class ParallelConfig:
 class DataConfig:
     prompts: Path
     """JSON lines or Parquet: problems with a ground truth, for rollouts."""
-    experts: Path | None = None
+    demonstrations: Path | None = None
     """JSON lines or Parquet: demonstrations. May be left out only when mu is 0 throughout."""
     aligned: bool = False
-    """Every prompt has its own demonstration among `experts`, found by the prompt itself. Some methods need it."""
+    """Every prompt has its own demonstration in `demonstrations`, found by the prompt itself. Some methods need it."""
     unmatched: Literal["fail", "drop"] = "fail"
     """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
     evaluation: Path | None = None
@@ -144,8 +144,8 @@ class PowerWeight:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _not_negative(**{"expert_weight.a": self.a, "expert_weight.b": self.b})
-        _positive(**{"expert_weight.scale": self.scale})
+        _not_negative(**{"token_weight.a": self.a, "token_weight.b": self.b})
+        _positive(**{"token_weight.scale": self.scale})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class ClippedISWeight:
     threshold: float = 0.4
 
     def __post_init__(self) -> None:
-        _require(0 < self.threshold <= 1, f"expert_weight.threshold must lie in (0, 1], got {self.threshold}")
+        _require(0 < self.threshold <= 1, f"token_weight.threshold must lie in (0, 1], got {self.threshold}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class FocalWeight:
     exponent: float = 2.0
 
     def __post_init__(self) -> None:
-        _not_negative(**{"expert_weight.exponent": self.exponent})
+        _not_negative(**{"token_weight.exponent": self.exponent})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class BernoulliEntropyWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTopWeight:
-    """1 for the `share` of an update's expert tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
+    """1 for the `share` of demonstration tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
 
     Costs a forward pass more: the threshold is that of the whole update.
     """
@@ -188,12 +188,12 @@ class EntropyTopWeight:
     share: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(0 < self.share <= 1, f"expert_weight.share must lie in (0, 1], got {self.share}")
+        _require(0 < self.share <= 1, f"token_weight.share must lie in (0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyNormWeight:
-    """Full-vocabulary entropy / its mean over the update's expert tokens. Costs a forward pass more."""
+    """Full-vocabulary entropy / its mean over the update's demonstration tokens. Costs a forward pass more."""
 
     kind: Literal["entropy_norm"] = "entropy_norm"
 
@@ -207,7 +207,7 @@ class MarginWeight:
 
     def __post_init__(self) -> None:
         if self.width is not None:
-            _positive(**{"expert_weight.width": self.width})
+            _positive(**{"token_weight.width": self.width})
 
 
 TokenWeight = (
@@ -272,15 +272,15 @@ class CorrectionConfig:
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     mu: MuSchedule | None = None
-    """Weight of the expert branch, by schedule; a constant 0.1 where left out. For methods that mix by mu."""
-    expert_weight: TokenWeight | None = None
-    """Weight of an expert token, detached; phi where left out. For methods that mix by mu."""
-    expert_cutoff: float = 1.0
-    """Expert tokens more probable than this are not pushed further (Trinity-RFT's cutoff_prob); 1 turns it off."""
-    expert_temperature: float = 1.0
+    """Weight of the SFT branch, by schedule; a constant 0.1 where left out. For methods that mix by mu."""
+    token_weight: TokenWeight | None = None
+    """Weight of a demonstration token, detached; phi where left out. For methods that mix by mu."""
+    sft_cutoff: float = 1.0
+    """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob); 1: all are."""
+    sft_temperature: float = 1.0
     """What the logits of an SFT branch (methods chord and hpt) are divided by; `rollout.temperature` divides those of
     rollouts."""
-    expert_aggregation: Aggregation = "token_mean"
+    sft_aggregation: Aggregation = "token_mean"
     surrogate: Literal["ppo", "gspo", "cispo", "unclipped"] = "ppo"
     """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
     A l. unclipped: -r A."""
@@ -318,10 +318,10 @@ class ObjectiveConfig:
         _positive(**{"objective.clip_high": self.clip_high, "objective.advantage_eps": self.advantage_eps})
         _not_negative(**{"objective.entropy_bonus": self.entropy_bonus})
         _require(
-            0 < self.expert_cutoff <= 1,
-            f"objective.expert_cutoff must lie in (0, 1], got {self.expert_cutoff}",
+            0 < self.sft_cutoff <= 1,
+            f"objective.sft_cutoff must lie in (0, 1], got {self.sft_cutoff}",
         )
-        _positive(**{"objective.expert_temperature": self.expert_temperature})
+        _positive(**{"objective.sft_temperature": self.sft_temperature})
         if self.dual_clip is not None:
             _require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
             _require(
@@ -341,7 +341,7 @@ class ObjectiveConfig:
         if self.aggregation_length is not None:
             _positive(**{"objective.aggregation_length": self.aggregation_length})
             _require(
-                "constant" in (self.aggregation, self.expert_aggregation),
+                "constant" in (self.aggregation, self.sft_aggregation),
                 "aggregation_length belongs to the aggregation `constant`",
             )
         _require(
@@ -368,7 +368,7 @@ class BatchConfig:
     """Prompts per optimizer step."""
     rollouts: int
     """Samples per prompt (the group of GRPO)."""
-    experts: int
+    demonstrations: int
     """Demonstrations per optimizer step."""
     mini_batches: int = 1
     """Optimizer updates that share a step's samples, each its own part of them."""
@@ -381,7 +381,7 @@ class BatchConfig:
     """Token budget of one packed micro-batch on one data-parallel rank; a longer sample gets a micro-batch alone."""
 
     def __post_init__(self) -> None:
-        _not_negative(**{"batch.prompts": self.prompts, "batch.experts": self.experts})
+        _not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})
         _positive(
             **{
                 "batch.max_tokens": self.max_tokens,
@@ -396,7 +396,8 @@ class BatchConfig:
             f"batch.rollouts must be >= 2, got {self.rollouts}: in a group of one {reason}",
         )
         _require(
-            self.prompts + self.experts > 0, "batch.prompts and batch.experts are both 0: nothing to train on"
+            self.prompts + self.demonstrations > 0,
+            "batch.prompts and batch.demonstrations are both 0: nothing to train on",
         )
 
 
@@ -404,7 +405,7 @@ class BatchConfig:
 class RolloutConfig:
     temperature: float = 1.0
     """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
-    SFT branch by `objective.expert_temperature`."""
+    SFT branch by `objective.sft_temperature`."""
     top_p: float = 1.0
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""

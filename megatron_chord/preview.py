@@ -46,7 +46,7 @@ class Facts:
     """Steps of mu = 1."""
     mean: Range
     """mu, over steps."""
-    experts: Range
+    demonstrations: Range
     """Demonstrations trained on."""
     rollouts: Range
     """Samples drawn."""
@@ -144,7 +144,7 @@ def facts(run: RunConfig, mu: MuSchedule) -> Facts:
         zero=zero,
         one=one,
         mean=Range((total + low * unknown) / run.steps, (total + high * unknown) / run.steps),
-        experts=_times(Range(run.steps - zero.most, run.steps - zero.least), run.batch.experts),
+        demonstrations=_times(Range(run.steps - zero.most, run.steps - zero.least), run.batch.demonstrations),
         rollouts=_times(sampled, run.batch.prompts * run.batch.rollouts),
     )
 
@@ -285,10 +285,10 @@ def _plot(run: RunConfig, mu: MuSchedule, glyphs: Glyphs) -> Iterator[str]:
 def _facts(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
     of = facts(run, mu)
     idle = "their rollouts are not trained on" if mu.needs_rewards else "no rollouts"
-    yield f"steps with mu = 0 (no expert pass): {_shown(of.zero)}"
+    yield f"steps with mu = 0 (no SFT pass): {_shown(of.zero)}"
     yield f"steps with mu = 1 ({idle}): {_shown(of.one)}"
     yield f"mean mu: {_shown(of.mean)}"
-    yield f"expert demonstrations over the run: {_shown(of.experts)}"
+    yield f"demonstrations over the run: {_shown(of.demonstrations)}"
     yield f"rollouts over the run: {_shown(of.rollouts)}"
 
 

@@ -24,8 +24,8 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
-    """A demonstration. ``trainable[i]`` says whether token i is one the expert wrote."""
+class Demonstration:
+    """A conversation to imitate. ``trainable[i]`` says whether token i belongs to an assistant's turn."""
 
     id: str
     token_ids: tuple[int, ...]

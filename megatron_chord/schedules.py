@@ -1,4 +1,4 @@
-"""mu, the weight of the expert branch: a plain function of the step and of what the run has measured so far.
+"""mu, the weight of the SFT branch: a plain function of the step and of what the run has measured so far.
 
 Every schedule is one frozen dataclass: its fields are the YAML block ``objective.mu``, ``value`` is mu. A step is
 counted from 0. What a schedule must remember between steps is a flat dictionary of numbers, kept equal on all ranks
@@ -180,28 +180,26 @@ class Binary(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic(Schedule):
-    """Alternating: ``expert_steps`` steps of SFT (mu 1), then ``policy_steps`` of RL (mu 0), and again."""
+    """Alternating: ``sft_steps`` steps of SFT (mu 1), then ``policy_steps`` of RL (mu 0), and again."""
 
     schedule: Literal["periodic"] = "periodic"
-    expert_steps: int = 1
+    sft_steps: int = 1
     policy_steps: int = 1
 
     def __post_init__(self) -> None:
-        _counts(expert_steps=self.expert_steps, policy_steps=self.policy_steps)
-        if 0 in (self.expert_steps, self.policy_steps):
-            raise ValueError(
-                "mu.expert_steps and mu.policy_steps must be > 0; for one alone use a constant mu"
-            )
+        _counts(sft_steps=self.sft_steps, policy_steps=self.policy_steps)
+        if 0 in (self.sft_steps, self.policy_steps):
+            raise ValueError("mu.sft_steps and mu.policy_steps must be > 0; for one alone use a constant mu")
 
     def value(self, now: Moment) -> float:
-        return 1.0 if now.step % (self.expert_steps + self.policy_steps) < self.expert_steps else 0.0
+        return 1.0 if now.step % (self.sft_steps + self.policy_steps) < self.sft_steps else 0.0
 
     def bounds(self) -> tuple[float, float]:
         return 0.0, 1.0
 
     def turns(self, steps: int) -> Sequence[int]:
-        starts = range(0, steps, self.expert_steps + self.policy_steps)
-        return [turn for start in starts for turn in (start, start + self.expert_steps)]
+        starts = range(0, steps, self.sft_steps + self.policy_steps)
+        return [turn for start in starts for turn in (start, start + self.sft_steps)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +259,7 @@ class GradientNorm(Schedule):
     def value(self, now: Moment) -> float:
         if now.step < self.warmup_steps:
             return 1.0
-        latest, warm = now.memory["expert_grad_norm"], now.memory["warm_grad_norm"]
+        latest, warm = now.memory["sft_grad_norm"], now.memory["warm_grad_norm"]
         odds = latest / max(latest + self.gamma * warm, 1e-30)
         return 1.0 if _draw(now.seed, now.step) < odds else 0.0
 
@@ -284,7 +282,7 @@ class GradientNorm(Schedule):
             return now.memory
         norm = measured["grad_norm"]
         warm = {"warm_grad_norm": norm} if now.step < self.warmup_steps else {}
-        return {**now.memory, "expert_grad_norm": norm, **warm}
+        return {**now.memory, "sft_grad_norm": norm, **warm}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +307,7 @@ class Learned(Schedule):
     entropy_target: float = 0.0
     """Nats per token; must be given with `entropy_rate`."""
     low: float = 0.05
-    """Above 0 where `rate` is: without an expert pass there is no gradient to climb."""
+    """Above 0 where `rate` is: without an SFT pass there is no gradient to climb."""
     high: float = 0.95
     """Below 1: a step of mu = 1 samples nothing, so mu would stay there for ever."""
 
@@ -328,7 +326,7 @@ class Learned(Schedule):
                 "mu.high must be < 1: without rollouts nothing is measured, and mu would stay at 1"
             )
         if self.rate and self.low == 0:
-            raise ValueError("mu.low must be > 0 with mu.rate: without an expert pass mu has no gradient")
+            raise ValueError("mu.low must be > 0 with mu.rate: without an SFT pass mu has no gradient")
         if not self.low <= self.initial <= self.high:
             raise ValueError(
                 f"mu.initial must lie in [mu.low, mu.high] = [{self.low}, {self.high}], got {self.initial}"

@@ -68,7 +68,9 @@ def _sub_block(field: dataclasses.Field[Any], kind: Any, indent: int) -> Iterato
 
 def _comment(text: str, indent: int) -> Iterator[str]:
     start = f"{' ' * indent}# "
-    yield from textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start)
+    yield from textwrap.wrap(
+        text, _WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False
+    )
 
 
 def _definition(kind: type) -> ast.ClassDef:

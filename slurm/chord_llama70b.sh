@@ -2,7 +2,7 @@
 # CHORD on Llama-3.1-70B on 8 nodes of 8 GPUs, vLLM on the same GPUs.
 #
 #   sbatch slurm/chord_llama70b.sh \
-#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.experts=/shared/sft.jsonl
+#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.demonstrations=/shared/sft.jsonl
 #
 #SBATCH --job-name=chord_llama70b
 #SBATCH --nodes=8

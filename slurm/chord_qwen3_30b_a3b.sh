@@ -2,7 +2,7 @@
 # CHORD on Qwen3-30B-A3B, a mixture of experts, on 4 nodes of 8 GPUs, vLLM on the same GPUs.
 #
 #   sbatch slurm/chord_qwen3_30b_a3b.sh \
-#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.experts=/shared/sft.jsonl
+#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.demonstrations=/shared/sft.jsonl
 #
 #SBATCH --job-name=chord_qwen3_30b_a3b
 #SBATCH --nodes=4

@@ -2,7 +2,7 @@
 # CHORD on Qwen2.5-7B on one node of 8 GPUs, vLLM on the same GPUs.
 #
 #   sbatch slurm/chord_qwen7b.sh \
-#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.experts=/shared/sft.jsonl
+#     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.demonstrations=/shared/sft.jsonl
 #
 #SBATCH --job-name=chord_qwen7b
 #SBATCH --nodes=1

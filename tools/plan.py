@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cluster,
             prompt_tokens=args.prompt_tokens,
             response_tokens=args.response_tokens,
-            expert_tokens=args.expert_tokens,
+            demonstration_tokens=args.demonstration_tokens,
             overlap=args.overlap,
         )
         if args.search:
@@ -75,7 +75,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--response-tokens", type=float, help="mean length (default: a quarter of the limit)")
     parser.add_argument(
-        "--expert-tokens", type=float, help="mean length of a demonstration (default: as responses)"
+        "--demonstration-tokens", type=float, help="mean length of a demonstration (default: as responses)"
     )
     parser.add_argument("--search", action="store_true", help="try all layouts of the training ranks")
     parser.add_argument("--json", action="store_true", help="plain numbers: bytes, seconds, tokens")
@@ -127,7 +127,7 @@ def _assumed(case: Case) -> str:
     )
     return (
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {split}; assumed mean lengths: prompt "
-        f"{work.prompt_tokens:g}, response {work.response_tokens:g}, demonstration {work.expert_tokens:g} tokens"
+        f"{work.prompt_tokens:g}, response {work.response_tokens:g}, demonstration {work.demonstration_tokens:g} tokens"
     )
 
 

@@ -142,8 +142,8 @@ def make_run(arguments: argparse.Namespace) -> RunConfig:
         output=nothing,
         steps=100,
         model=ModelConfig(path=nothing, dtype="bf16", recompute=arguments.recompute),
-        data=DataConfig(prompts=nothing, experts=nothing, max_response_tokens=arguments.max_tokens),
-        batch=BatchConfig(prompts=8, rollouts=7, experts=8, max_tokens=arguments.max_tokens),
+        data=DataConfig(prompts=nothing, demonstrations=nothing, max_response_tokens=arguments.max_tokens),
+        batch=BatchConfig(prompts=8, rollouts=7, demonstrations=8, max_tokens=arguments.max_tokens),
         objective=ObjectiveConfig(),
         optim=OptimConfig(lr=1e-6),
     )
@@ -162,7 +162,7 @@ def fill_at_random(weights: Mapping[str, Tensor]) -> None:
 def update(state: TrainState, plan: StepPlan, terms: Terms) -> tuple[float, float, float]:
     """Loss, gradient norm and seconds of the optimizer."""
     batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
-    weights = {"policy": 1 - MU, "expert": MU}
+    weights = {"policy": 1 - MU, "sft": MU}
     measured = compute_gradients(
         state, batches, Update(weights=weights, counts=plan.counts), terms, temperature=1.0
     )

@@ -11,7 +11,7 @@ here, from random weights, on three kinds of conversation:
 * a few of the same with sloppy workings, in which results are often wrong: it knows that one may work things out
   unasked, and does so in about one answer of eight, badly.
 
-The experts work every diary out, unasked and correctly. What the policy must learn from them is to use, where it
+The demonstrations work every diary out, unasked and correctly. What the policy must learn from them is to use, where it
 matters, what it is already able to do: some dozen steps' work, as a quick start needs it.
 
 Everything follows from the seed; weights differ in their last bits between machines.
@@ -117,12 +117,12 @@ def workings(sums: tuple[Sum, ...]) -> str:
     return "\n".join(f"{day} {left}{sign}{right}={result}" for day, (left, sign, right, result) in lines)
 
 
-def expert_solution(story: Story) -> str:
+def demonstration_text(story: Story) -> str:
     return f"{workings(story.sums)}\n#### {story.answer}"
 
 
 def sloppy_solution(rng: random.Random, story: Story, error_rate: float) -> str:
-    """The expert's form, but a result is off with probability `error_rate`, and the error is carried on."""
+    """A demonstration's form, but a result is off with probability `error_rate`, and the error is carried on."""
     sums, total = [], story.sums[0][0]
     for _, sign, right, _ in story.sums:
         result = total + right if sign == "+" else total - right
@@ -142,7 +142,7 @@ def pretraining_conversation(
     while story.text in reserved:
         story = make_story(rng)
     if rng.random() < args.asked:
-        return f"{story.text} {REQUEST}", expert_solution(story)
+        return f"{story.text} {REQUEST}", demonstration_text(story)
     if rng.random() < args.sloppy:
         return story.text, sloppy_solution(rng, story, args.error_rate)
     return story.text, f"#### {story.answer}"
@@ -162,18 +162,21 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 def write_data(stories: list[Story], args: argparse.Namespace) -> None:
     train, rest = stories[: args.train], stories[args.train :]
-    experts, heldout = rest[: args.experts], rest[args.experts :]
+    demonstrations, heldout = rest[: args.demonstrations], rest[args.demonstrations :]
     for name, rows in (("train", train), ("heldout", heldout)):
         write_jsonl(
             args.output / f"problems_{name}.jsonl",
             [{"id": f"{name}-{i}", "problem": s.text, "answer": s.answer} for i, s in enumerate(rows)],
         )
     # Of other problems than the policy trains on, and, for methods that ask for them, of the very same.
-    for name, file, solved in (("expert", "experts", experts), ("demonstration", "demonstrations", train)):
+    for name, file, solved in (
+        ("sft", "demonstrations", demonstrations),
+        ("demonstration", "demonstrations", train),
+    ):
         write_jsonl(
             args.output / f"{file}.jsonl",
             [
-                {"id": f"{name}-{i}", "problem": s.text, "solution": expert_solution(s)}
+                {"id": f"{name}-{i}", "problem": s.text, "solution": demonstration_text(s)}
                 for i, s in enumerate(solved)
             ],
         )
@@ -382,7 +385,7 @@ def parse() -> argparse.Namespace:
     add("--error-rate", 0.4, "of a result in sloppy workings")
     add("--vocabulary", 512, "pieces of the tokenizer, 256 of them bytes")
     add("--train", 2000, "training problems")
-    add("--experts", 1000, "demonstrations")
+    add("--demonstrations", 1000, "demonstrations")
     add("--heldout", 200, "held-out problems")
     return parser.parse_args()
 
@@ -396,7 +399,7 @@ def main() -> None:
     folder = args.output / "policy"
     folder.mkdir(parents=True, exist_ok=True)
 
-    stories = distinct_stories(rng, args.train + args.experts + args.heldout)
+    stories = distinct_stories(rng, args.train + args.demonstrations + args.heldout)
     write_data(stories, args)
     tokenizer = make_tokenizer(folder, rng, args.vocabulary)
 

@@ -42,7 +42,7 @@ TASK = Path(__file__).resolve().parents[1] / "arithmetic"
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """An expert's conversation. The SFT loss is over the expert's tokens, not over the prompt."""
+    """A demonstration. The SFT loss is over the tokens of its answer, not over the prompt."""
 
     tokens: Tensor
     """[n] int64: prompt and response"""
@@ -251,9 +251,9 @@ def train(settings: Settings, policy: Path = TASK / "policy") -> list[float]:
     draw = random.Random(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(policy)
     model: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
-    problems, held_out, experts = (
+    problems, held_out, demonstrations = (
         [json.loads(line) for line in (TASK / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("problems_train", "problems_heldout", "experts")
+        for name in ("problems_train", "problems_heldout", "demonstrations")
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
@@ -282,7 +282,7 @@ def train(settings: Settings, policy: Path = TASK / "policy") -> list[float]:
                     replace(rollout, advantage=a)
                     for (rollout, _), a in zip(answers[group], advantages, strict=True)
                 ]
-        chosen = draw.sample(experts, settings.demonstrations) if mu > 0 else []
+        chosen = draw.sample(demonstrations, settings.demonstrations) if mu > 0 else []
         demonstrations = [render(tokenizer, row["problem"], row["solution"]) for row in chosen]
         loss, metrics = chord_loss(model, rollouts, demonstrations, mu=mu, token_weight=settings.token_weight)
         loss.backward()

@@ -6,31 +6,31 @@ from collections.abc import Sequence
 from typing import Literal
 
 from megatron_chord.data.rows import DataError
-from megatron_chord.records import Expert, Prompt
+from megatron_chord.records import Demonstration, Prompt
 
 _SHOWN = 5
 
 
 def align(
-    prompts: Sequence[Prompt], experts: Sequence[Expert], *, unmatched: Literal["fail", "drop"]
-) -> tuple[list[Prompt], dict[str, Expert]]:
+    prompts: Sequence[Prompt], demonstrations: Sequence[Demonstration], *, unmatched: Literal["fail", "drop"]
+) -> tuple[list[Prompt], dict[str, Demonstration]]:
     """The prompts that have a demonstration of one answer, and for each its first, by prompt id.
 
     Raises:
         DataError: prompts without one under ``unmatched="fail"``, or no prompt with one.
     """
-    answers: dict[tuple[int, ...], Expert] = {}
-    for expert in experts:
-        start = expert.trainable.index(True)
-        stop = len(expert.trainable) - expert.trainable[::-1].index(True)
-        if all(expert.trainable[start:stop]):
-            answers.setdefault(expert.token_ids[:start], expert)
+    answers: dict[tuple[int, ...], Demonstration] = {}
+    for demonstration in demonstrations:
+        start = demonstration.trainable.index(True)
+        stop = len(demonstration.trainable) - demonstration.trainable[::-1].index(True)
+        if all(demonstration.trainable[start:stop]):
+            answers.setdefault(demonstration.token_ids[:start], demonstration)
     matched = [prompt for prompt in prompts if prompt.token_ids in answers]
     missing = [prompt.id for prompt in prompts if prompt.token_ids not in answers]
     if missing and (unmatched == "fail" or not matched):
         some = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise DataError(
             f"data.aligned: {len(missing)} of {len(prompts)} prompts have no demonstration of the same problem in "
-            f"data.experts ({some}); data.unmatched: drop leaves them out"
+            f"data.demonstrations ({some}); data.unmatched: drop leaves them out"
         )
     return matched, {prompt.id: answers[prompt.token_ids] for prompt in matched}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_chord.records import Expert, Prompt
+from megatron_chord.records import Demonstration, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Cursor:
     """A position in the endless order. Immutable: `take` gives the cursor that follows."""
 
     name: str
-    """Tells two cursors of one run apart (`prompts`, `experts`), so that their orders differ."""
+    """Tells two cursors of one run apart (`prompts`, `demonstrations`), so that their orders differ."""
     size: int
     """Items of the data set."""
     seed: int
@@ -88,7 +88,7 @@ class Cursor:
         return _epoch_order(self.name, self.seed, epoch, self.size)[offset]
 
 
-def fingerprint(records: Iterable[Prompt | Expert]) -> str:
+def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
     """Hash of what the records hold, in their order."""
     digest = hashlib.sha256()
     for record in records:

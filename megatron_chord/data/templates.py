@@ -56,7 +56,7 @@ class ChatTemplate:
         return self._ids(conversation, add_generation_prompt=True)
 
     def demonstration(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Ids of a whole conversation and, for each, whether the expert wrote it.
+        """Ids of a whole conversation and, for each, whether it belongs to an assistant's turn.
 
         Every assistant turn is trainable from its first token to its stop token, both included. What the
         template writes after a stop token is not; after the last one it is cut off.
@@ -162,7 +162,7 @@ class ChatTemplate:
         if end is None:
             raise RowError(
                 f"the chat template ({self.source}) ends message {turn} without a stop token ({stop_texts}), so "
-                "the expert would not teach when to stop. Let the template write one, or name the one it writes "
+                "the demonstration would not teach when to stop. Let the template write one, or name the one it writes "
                 "as eos_token_id in generation_config.json"
             )
         rest = self.decode(token_ids[end:])

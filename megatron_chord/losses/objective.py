@@ -1,6 +1,6 @@
 """The objective over one micro-batch: every term's tokens, each with its scale, each term with its weight.
 
-For CHORD (arXiv 2508.11408, eq. 3) the terms are policy and expert with weights 1 - mu and mu.
+For CHORD (arXiv 2508.11408, eq. 3) the terms are policy and demonstration with weights 1 - mu and mu.
 """
 
 from __future__ import annotations

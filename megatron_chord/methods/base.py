@@ -46,12 +46,12 @@ class Method:
     name: ClassVar[str]
     needs_demonstrations: ClassVar[bool] = False
     """Every prompt must have its own demonstration (``data.aligned``)."""
-    uses_expert_settings: ClassVar[bool] = False
-    """``objective.expert_weight``, ``expert_cutoff`` and ``expert_aggregation`` mean something to it."""
-    uses_expert_temperature: ClassVar[bool] = False
-    """So does ``objective.expert_temperature``: it has an SFT branch."""
-    draws_experts: ClassVar[bool] = False
-    """It trains on ``batch.experts`` demonstrations a step; others take those of their prompts, if any."""
+    uses_sft_settings: ClassVar[bool] = False
+    """``objective.token_weight``, ``sft_cutoff`` and ``sft_aggregation`` mean something to it."""
+    uses_sft_temperature: ClassVar[bool] = False
+    """So does ``objective.sft_temperature``: it has an SFT branch."""
+    draws_demonstrations: ClassVar[bool] = False
+    """It trains on ``batch.demonstrations`` demonstrations a step; others take those of their prompts, if any."""
 
     def schedule(self, run: RunConfig) -> MuSchedule | None:
         """The schedule of mu, for methods that mix by it."""

@@ -1,6 +1,6 @@
-"""CHORD (arXiv 2508.11408) and all that differs from it by mu and the experts' token weight.
+"""CHORD (arXiv 2508.11408) and the methods that differ from it only in mu and in the weight of a demonstration token.
 
-    L = (1 - mu) L_policy + mu L_expert
+    L = (1 - mu) L_policy + mu L_SFT
 
 SFT, GRPO, SFT-then-RL, alternating, constant mixing, CHORD-mu, CHORD-phi, IS-SFT (DFT), the reward-adaptive mixture
 and SASR are this method with other settings.
@@ -15,33 +15,33 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_chord.config import RunConfig, SimpleWeight, TokenWeight
-from megatron_chord.losses.expert import expert_term
+from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
-from megatron_chord.records import Expert, Part, TrainSample
+from megatron_chord.records import Demonstration, Part, TrainSample
 from megatron_chord.schedules import Constant, Moment, MuSchedule
 
-EXPERT = "expert"
+SFT = "sft"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chord(Method):
     name: ClassVar[str] = "chord"
-    uses_expert_settings: ClassVar[bool] = True
-    uses_expert_temperature: ClassVar[bool] = True
-    draws_experts: ClassVar[bool] = True
+    uses_sft_settings: ClassVar[bool] = True
+    uses_sft_temperature: ClassVar[bool] = True
+    draws_demonstrations: ClassVar[bool] = True
 
     def schedule(self, run: RunConfig) -> MuSchedule:
         return run.objective.mu or Constant()
 
     def check(self, run: RunConfig) -> None:
         low, high = self.schedule(run).bounds()
-        if high > 0 and run.data.experts is None:
-            raise ValueError("mu can be above 0 but data.experts is not given")
-        if high > 0 and run.batch.experts == 0:
-            raise ValueError("mu can be above 0 but batch.experts is 0")
+        if high > 0 and run.data.demonstrations is None:
+            raise ValueError("mu can be above 0 but data.demonstrations is not given")
+        if high > 0 and run.batch.demonstrations == 0:
+            raise ValueError("mu can be above 0 but batch.demonstrations is 0")
         if low < 1 and run.batch.prompts == 0:
             raise ValueError("mu can be below 1 but batch.prompts is 0")
         if low == 1 and run.objective.kl is not None:
@@ -63,21 +63,21 @@ class Chord(Method):
                     f"optim.warmup_steps {run.optim.warmup_steps} leaves no step at full rate after the optimizer's "
                     f"reset at step {step} of {run.steps}"
                 )
-        if run.data.aligned and run.batch.experts > run.batch.prompts:
+        if run.data.aligned and run.batch.demonstrations > run.batch.prompts:
             raise ValueError(
-                f"data.aligned: batch.experts {run.batch.experts} are the demonstrations of the step's "
+                f"data.aligned: batch.demonstrations {run.batch.demonstrations} are the demonstrations of the step's "
                 f"batch.prompts {run.batch.prompts}, so there cannot be more of them"
             )
 
     def describe(self, run: RunConfig) -> str:
-        return f"{super().describe(run)}, expert weight {expert_weight(run).kind}"
+        return f"{super().describe(run)}, token weight {token_weight(run).kind}"
 
     def samples(self, run: RunConfig) -> bool:
         schedule = self.schedule(run)
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
 
     def step_text(self, run: RunConfig) -> str:
-        demonstrations = f"{run.batch.experts} demonstrations"
+        demonstrations = f"{run.batch.demonstrations} demonstrations"
         low, high = self.schedule(run).bounds()
         if not self.samples(run):
             return f"{demonstrations}; nothing is sampled"
@@ -104,37 +104,37 @@ class Chord(Method):
         if mu == 1:
             samples = []
         if mu > 0 and run.data.aligned:
-            drawn = drawn or draw.prompts(run.batch.experts)
-            chosen = [item.prompt.id for item in drawn[: run.batch.experts]]
-            samples += expert_samples([draw.sources.demonstrations[name] for name in chosen])
+            drawn = drawn or draw.prompts(run.batch.demonstrations)
+            chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
+            samples += sft_samples([draw.sources.demonstration_of[name] for name in chosen])
         elif mu > 0:
-            samples += expert_samples(draw.experts(run.batch.experts))
-        return Collected(samples=samples, weights={POLICY: 1 - mu, EXPERT: mu}, mu=mu, stats=stats)
+            samples += sft_samples(draw.demonstrations(run.batch.demonstrations))
+        return Collected(samples=samples, weights={POLICY: 1 - mu, SFT: mu}, mu=mu, stats=stats)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         objective = run.objective
         return {
             POLICY: policy_term(run),
-            EXPERT: expert_term(
-                weight=expert_weight(run),
-                cutoff=objective.expert_cutoff,
-                temperature=objective.expert_temperature,
-                aggregation=objective.expert_aggregation,
+            SFT: sft_term(
+                weight=token_weight(run),
+                cutoff=objective.sft_cutoff,
+                temperature=objective.sft_temperature,
+                aggregation=objective.sft_aggregation,
                 aggregation_length=aggregation_length(run),
             ),
         }
 
 
-def expert_weight(run: RunConfig) -> TokenWeight:
-    return run.objective.expert_weight or SimpleWeight(kind="phi")
+def token_weight(run: RunConfig) -> TokenWeight:
+    return run.objective.token_weight or SimpleWeight(kind="phi")
 
 
-def expert_samples(experts: Sequence[Expert]) -> list[TrainSample]:
-    """Demonstrations under the term ``expert``."""
+def sft_samples(demonstrations: Sequence[Demonstration]) -> list[TrainSample]:
+    """Demonstrations under the term ``sft``."""
     return [
         TrainSample(
-            token_ids=np.array(expert.token_ids, np.int64),
-            parts=(Part(term=EXPERT, positions=np.flatnonzero(expert.trainable)),),
+            token_ids=np.array(demonstration.token_ids, np.int64),
+            parts=(Part(term=SFT, positions=np.flatnonzero(demonstration.trainable)),),
         )
-        for expert in experts
+        for demonstration in demonstrations
     ]

@@ -63,7 +63,7 @@ def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
         TooManyGraderErrors: too many gradings of rollouts failed.
     """
     sampled = sample_groups(draw, run)
-    demonstrations = draw.demonstrations(sampled.drawn)
+    demonstrations = draw.graded_demonstrations(sampled.drawn)
     guided = [answers.rewards[0] is not None for answers in demonstrations]
     members = with_advantages(list(map(_joined, sampled.groups, demonstrations)), run.objective)
     groups = [

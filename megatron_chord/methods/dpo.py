@@ -76,7 +76,7 @@ class MixedDPO(Method):
         sampled = sample_groups(draw, run)
         off = [is_offpolicy(item.position, self.offpolicy_share) for item in sampled.drawn]
         asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
-        graded = iter(draw.demonstrations(asked) if asked else [])
+        graded = iter(draw.graded_demonstrations(asked) if asked else [])
         pairs = [
             demonstration_pair(group, next(graded)) if wanted else rollout_pair(group)
             for group, wanted in zip(sampled.groups, off, strict=True)

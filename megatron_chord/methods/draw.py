@@ -9,7 +9,7 @@ from typing import Any
 from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Expert, Prompt, Rollout
+from megatron_chord.records import Demonstration, Prompt, Rollout
 from megatron_chord.rewards.answers import has_answer
 from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.overlong import overlong_penalty
@@ -35,11 +35,11 @@ class Sources:
     """The data of a run and where its cursors stand. Immutable: drawing gives the sources that follow."""
 
     prompts: Sequence[Prompt]
-    experts: Sequence[Expert]
-    demonstrations: Mapping[str, Expert]
+    demonstrations: Sequence[Demonstration]
+    demonstration_of: Mapping[str, Demonstration]
     """By prompt id; with ``data.aligned`` every prompt's."""
     prompt_cursor: Cursor
-    expert_cursor: Cursor | None
+    demonstration_cursor: Cursor | None
     unfinished: tuple[Drawn, ...] = ()
     """Prompts drawn before whose sampling was stopped; they come before any new one."""
 
@@ -155,18 +155,18 @@ class Draw:
             for offset, index in enumerate(indices)
         ]
 
-    def experts(self, count: int) -> list[Expert]:
-        """The next ``count`` demonstrations of ``data.experts``."""
-        cursor = self.sources.expert_cursor
+    def demonstrations(self, count: int) -> list[Demonstration]:
+        """The next ``count`` demonstrations of ``data.demonstrations``."""
+        cursor = self.sources.demonstration_cursor
         if cursor is None or count == 0:
             return []
         indices, after = cursor.take(count)
-        self.sources = replace(self.sources, expert_cursor=after)
-        return [self.sources.experts[index] for index in indices]
+        self.sources = replace(self.sources, demonstration_cursor=after)
+        return [self.sources.demonstrations[index] for index in indices]
 
     def demonstration(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's own demonstration: the answer's tokens, the stop token included. Needs ``data.aligned``."""
-        return response_ids(self.sources.demonstrations[prompt.id], prompt)
+        return response_ids(self.sources.demonstration_of[prompt.id], prompt)
 
     def groups(self, count: int, *, samples: int) -> list[tuple[Drawn, GradedRollouts]]:
         """The next ``count`` prompts, each with ``samples`` graded rollouts.
@@ -252,7 +252,7 @@ class Draw:
         self.graded += graded.values()
         return list(graded.values())
 
-    def demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
+    def graded_demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
         """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs).
 
         Any number of these gradings may fail: it is the method that knows what to do without one.
@@ -384,16 +384,18 @@ def reward_of(score: float, text: str, *, length: int, truncated: bool, run: Run
     )
 
 
-def response_ids(expert: Expert, prompt: Prompt) -> tuple[int, ...]:
+def response_ids(demonstration: Demonstration, prompt: Prompt) -> tuple[int, ...]:
     """The tokens that a demonstration answers ``prompt`` with.
 
     Raises:
         ValueError: the demonstration does not begin with the prompt, or not all of its answer is trainable.
     """
     start = len(prompt.token_ids)
-    stop = max((i + 1 for i, trainable in enumerate(expert.trainable) if trainable), default=0)
-    if expert.token_ids[:start] != prompt.token_ids or any(expert.trainable[:start]):
-        raise ValueError(f"demonstration {expert.id} does not answer prompt {prompt.id}")
-    if not all(expert.trainable[start:stop]):
-        raise ValueError(f"demonstration {expert.id} is a conversation of several turns, not one answer")
-    return expert.token_ids[start:stop]
+    stop = max((i + 1 for i, trainable in enumerate(demonstration.trainable) if trainable), default=0)
+    if demonstration.token_ids[:start] != prompt.token_ids or any(demonstration.trainable[:start]):
+        raise ValueError(f"demonstration {demonstration.id} does not answer prompt {prompt.id}")
+    if not all(demonstration.trainable[start:stop]):
+        raise ValueError(
+            f"demonstration {demonstration.id} is a conversation of several turns, not one answer"
+        )
+    return demonstration.token_ids[start:stop]

@@ -2,7 +2,7 @@
 
 A prompt whose rollouts are all wrong is sampled anew with the first ``stage_share`` of its reference solution appended
 to the last user message, then with twice as much, and so on up to ``stages`` times; the group sampled last is trained
-by ordinary GRPO. There is no expert loss: a hint is a part of the prompt, and prompts are not trained. Evaluation never
+by ordinary GRPO. There is no SFT loss: a hint is a part of the prompt, and prompts are not trained. Evaluation never
 sees one.
 
 As in the code, a hint is cut by characters, and right or wrong is the grader's verdict alone. The wording of ``cue`` is

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_chord.config import RunConfig, SimpleWeight
-from megatron_chord.losses.expert import expert_term
+from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
-from megatron_chord.methods.chord import EXPERT
+from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
@@ -42,7 +42,7 @@ from megatron_chord.rollout.collect import GradedRollouts
 class HPT(Method):
     name: ClassVar[str] = "hpt"
     needs_demonstrations: ClassVar[bool] = True
-    uses_expert_temperature: ClassVar[bool] = True
+    uses_sft_temperature: ClassVar[bool] = True
 
     gate: float = 0.0
     """Prompts whose rollouts score no more than this on average are trained by SFT."""
@@ -67,7 +67,7 @@ class HPT(Method):
         explored = [group for group, sft in zip(groups, imitates, strict=True) if not sft]
         imitated = [group.prompt for group, sft in zip(groups, imitates, strict=True) if sft]
         samples = policy_samples(explored, run.objective)
-        samples += [answer_sample(prompt, draw.demonstration(prompt), term=EXPERT) for prompt in imitated]
+        samples += [answer_sample(prompt, draw.demonstration(prompt), term=SFT) for prompt in imitated]
         return Collected(
             samples=samples,
             weights=self.weights(imitates),
@@ -80,11 +80,11 @@ class HPT(Method):
     def weights(self, imitates: Sequence[bool]) -> dict[str, float]:
         """Of the two terms; ``imitates``: of every prompt, whether it is trained by SFT."""
         share = statistics.fmean(imitates)
-        return {POLICY: 1 - share, EXPERT: self.sft_coefficient * share}
+        return {POLICY: 1 - share, SFT: self.sft_coefficient * share}
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        expert = expert_term(weight=SimpleWeight(kind="one"), temperature=run.objective.expert_temperature)
-        return {POLICY: policy_term(run), EXPERT: expert}
+        demonstration = sft_term(weight=SimpleWeight(kind="one"), temperature=run.objective.sft_temperature)
+        return {POLICY: policy_term(run), SFT: demonstration}
 
 
 def mean_score(graded: GradedRollouts) -> float:

@@ -7,7 +7,7 @@ continued by the policy; l ~ U(low, ``high``), and low falls from ``low_start`` 
     continuation          A = R_hybrid; a group of one, mean 0 and std 1
     prefix                A = (R_hybrid - mean R_unprefixed) / hybrids
 
-A prefix token is trained by the same surrogate, its ratio taken against the policy's own log-prob, never the expert's:
+A prefix token is trained by the same surrogate, its ratio taken against the policy's own log-prob, never the author's:
 exp(l - sg l), or against the log-prob before the step with ``ratio_from: recomputed``. Only the ``entropy_share`` of
 prefix tokens with the highest entropy keep their advantage, the others' is 0; they still count in the denominators.
 
@@ -29,8 +29,8 @@ from typing import ClassVar
 import numpy as np
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.expert import most_uncertain
 from megatron_chord.losses.policy import group_advantages, surrogate
+from megatron_chord.losses.sft import most_uncertain
 from megatron_chord.losses.terms import Prepare, Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.draw import Draw

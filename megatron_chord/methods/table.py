@@ -83,10 +83,10 @@ def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, 
         f"objective.mu: method {method.name} does not mix by mu; leave it out",
     )
     for name, is_used in {
-        "expert_weight": method.uses_expert_settings,
-        "expert_cutoff": method.uses_expert_settings,
-        "expert_aggregation": method.uses_expert_settings,
-        "expert_temperature": method.uses_expert_temperature,
+        "token_weight": method.uses_sft_settings,
+        "sft_cutoff": method.uses_sft_settings,
+        "sft_aggregation": method.uses_sft_settings,
+        "sft_temperature": method.uses_sft_temperature,
     }.items():
         yield (
             not is_used and getattr(objective, name) != getattr(default, name),
@@ -106,21 +106,21 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     batch, data = run.batch, run.data
     yield (
         method.needs_demonstrations and not data.aligned,
-        f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with data.experts that "
-        "answer the problems of data.prompts",
+        f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with "
+        "data.demonstrations that answer the problems of data.prompts",
     )
     yield (
-        data.aligned and not (method.needs_demonstrations or method.draws_experts),
+        data.aligned and not (method.needs_demonstrations or method.draws_demonstrations),
         f"data.aligned: method {method.name} uses no demonstrations; leave it out",
     )
-    yield data.aligned and data.experts is None, "data.aligned needs data.experts"
+    yield data.aligned and data.demonstrations is None, "data.aligned needs data.demonstrations"
     yield (
-        not method.draws_experts and batch.experts > 0,
-        f"batch.experts is {batch.experts}, but method {method.name} draws no demonstrations beside its prompts' own; "
-        "set it to 0",
+        not method.draws_demonstrations and batch.demonstrations > 0,
+        f"batch.demonstrations is {batch.demonstrations}, but method {method.name} draws no "
+        "demonstrations beside its prompts' own; set it to 0",
     )
     for name, count in {
-        "batch.experts": batch.experts,
+        "batch.demonstrations": batch.demonstrations,
         "batch.prompts x batch.rollouts": batch.prompts * batch.rollouts,
     }.items():
         yield (

@@ -212,7 +212,7 @@ def case_of(
     *,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
-    expert_tokens: float | None = None,
+    demonstration_tokens: float | None = None,
     overlap: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Case:
@@ -220,7 +220,7 @@ def case_of(
 
     Args:
         prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
-            ``expert_tokens``: as long as the responses where left out.
+            ``demonstration_tokens``: as long as the responses where left out.
 
     Raises:
         ValueError: settings or model that will not do, or lengths beyond the settings' limits.
@@ -237,10 +237,12 @@ def case_of(
         work=Work(
             prompts=run.batch.prompts if samples else 0,
             rollouts=run.batch.rollouts,
-            experts=_demonstrations(run, method),
+            demonstrations=_demonstrations(run, method),
             prompt_tokens=_mean("prompt", prompt_tokens, run.data.max_prompt_tokens),
             response_tokens=response,
-            expert_tokens=_mean("expert", expert_tokens or response, run.data.max_response_tokens),
+            demonstration_tokens=_mean(
+                "demonstration", demonstration_tokens or response, run.data.max_response_tokens
+            ),
             response_limit=run.data.max_response_tokens,
             longest=run.data.max_prompt_tokens + run.data.max_response_tokens,
             updates=run.batch.mini_batches,
@@ -429,8 +431,8 @@ def _beyond(needed: float, gpu: Gpu) -> str:
 
 def _demonstrations(run: RunConfig, method: Method) -> int:
     """Of a step: drawn for themselves, or one for each prompt."""
-    if method.draws_experts:
-        return run.batch.experts
+    if method.draws_demonstrations:
+        return run.batch.demonstrations
     return run.batch.prompts if method.needs_demonstrations else 0
 
 

@@ -12,10 +12,10 @@ class Work:
     prompts: int
     rollouts: int
     """Samples per prompt."""
-    experts: int
+    demonstrations: int
     prompt_tokens: float
     response_tokens: float
-    expert_tokens: float
+    demonstration_tokens: float
     """Of a demonstration's response."""
     response_limit: int
     longest: int
@@ -34,9 +34,9 @@ class Work:
     def tokens(self) -> float:
         """All that is trained on, prompts included."""
         sampled = self.sequences * (self.prompt_tokens + self.response_tokens)
-        return sampled + self.experts * (self.prompt_tokens + self.expert_tokens)
+        return sampled + self.demonstrations * (self.prompt_tokens + self.demonstration_tokens)
 
     @property
     def length(self) -> float:
         """Of a sample, on average."""
-        return self.tokens / max(1, self.sequences + self.experts)
+        return self.tokens / max(1, self.sequences + self.demonstrations)

@@ -114,7 +114,9 @@ class Coordinator:
             "mu": dict(mu_memory),
             "cursors": {
                 "prompts": sources.prompt_cursor.state(),
-                "experts": sources.expert_cursor.state() if sources.expert_cursor is not None else None,
+                "demonstrations": sources.demonstration_cursor.state()
+                if sources.demonstration_cursor is not None
+                else None,
             },
             "unfinished": {"sampled_with": self._sampled_with(), "prompts": unfinished_to_json(sources)},
             "ahead": [
@@ -130,13 +132,13 @@ class Coordinator:
             ValueError: the data are not the same, or unfinished answers were sampled with other settings.
         """
         saved, sources = run_state["cursors"], self._data.sources
-        if (sources.expert_cursor is None) != (saved["experts"] is None):
-            raise ValueError("data.experts was added or removed since the checkpoint was written")
+        if (sources.demonstration_cursor is None) != (saved["demonstrations"] is None):
+            raise ValueError("data.demonstrations was added or removed since the checkpoint was written")
         sources = replace(
             sources,
             prompt_cursor=sources.prompt_cursor.restored(saved["prompts"]),
-            expert_cursor=sources.expert_cursor.restored(saved["experts"])
-            if sources.expert_cursor is not None
+            demonstration_cursor=sources.demonstration_cursor.restored(saved["demonstrations"])
+            if sources.demonstration_cursor is not None
             else None,
         )
         unfinished = run_state.get("unfinished", {"sampled_with": None, "prompts": []})

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.methods.chord import EXPERT
+from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import POLICY
 from megatron_chord.model.forward import DeviceBatch
 from megatron_chord.train.state import TrainState
@@ -53,8 +53,8 @@ class MuGradient:
         """
         alone: dict[str, Measured] = {}
         parts: dict[str, Gradients] = {}
-        for branch in (POLICY, EXPERT):
-            only = replace(update, weights={POLICY: 0.0, EXPERT: 0.0, branch: 1.0})
+        for branch in (POLICY, SFT):
+            only = replace(update, weights={POLICY: 0.0, SFT: 0.0, branch: 1.0})
             alone[branch] = compute_gradients(state, batches, only, terms, temperature=temperature)
             parts[branch] = {name: grad.clone() for name, grad in _gradients(state).items()}
         for name, grad in _gradients(state).items():
@@ -65,19 +65,19 @@ class MuGradient:
         if self._difference is not None and POLICY in update.counts:
             products = dot_products(state, parts[POLICY], self._difference)
         self._difference = (
-            {name: parts[POLICY][name] - parts[EXPERT][name] for name in parts[POLICY]}
-            if {POLICY, EXPERT} <= update.counts.keys()
+            {name: parts[POLICY][name] - parts[SFT][name] for name in parts[POLICY]}
+            if {POLICY, SFT} <= update.counts.keys()
             else None
         )
-        policy, expert = alone[POLICY], alone[EXPERT]
+        policy, demonstration = alone[POLICY], alone[SFT]
 
         def finish(numbers: list[float]) -> UpdateResult:
-            first, second = len(policy.values), len(policy.values) + len(expert.values)
-            ours, theirs = policy.finish(numbers[:first]), expert.finish(numbers[first:second])
-            loss = update.weights[POLICY] * ours.loss + update.weights[EXPERT] * theirs.loss
+            first, second = len(policy.values), len(policy.values) + len(demonstration.values)
+            ours, theirs = policy.finish(numbers[:first]), demonstration.finish(numbers[first:second])
+            loss = update.weights[POLICY] * ours.loss + update.weights[SFT] * theirs.loss
             return replace(ours, loss=loss, means={**ours.means, "mu_gradient": -cosine(*numbers[second:])})
 
-        return Measured(values=torch.cat([policy.values, expert.values, products]), finish=finish)
+        return Measured(values=torch.cat([policy.values, demonstration.values, products]), finish=finish)
 
 
 def cosine(across: float, left: float, right: float) -> float:

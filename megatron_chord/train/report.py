@@ -33,8 +33,8 @@ def step_line(row: Mapping[str, Any], steps: int) -> str:
         parts.append(f"reward {row['reward_mean']:.3f}")
     if "policy_loss" in row:
         parts.append(f"policy loss {row['policy_loss']:+.4f}")
-    if "expert_loss" in row and "expert_p" in row:
-        parts.append(f"expert loss {row['expert_loss']:.4f} (p {row['expert_p']:.2f})")
+    if "sft_loss" in row and "sft_p" in row:
+        parts.append(f"SFT loss {row['sft_loss']:.4f} (p {row['sft_p']:.2f})")
     if "entropy" in row:
         parts.append(f"entropy {row['entropy']:.2f}")
     if "response_length" in row:

@@ -10,7 +10,7 @@ from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
 from megatron_chord.data.cursor import Cursor, fingerprint
-from megatron_chord.data.experts import load_experts
+from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.packing import Layout, make_layout
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.served import served_otherwise
@@ -24,7 +24,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.model.fp8 import check_fp8
 from megatron_chord.precision import Fp8Training, preset
-from megatron_chord.records import Expert, Prompt
+from megatron_chord.records import Demonstration, Prompt
 from megatron_chord.weights.folder import check_copies, open_model
 
 _TRIED = 50
@@ -63,7 +63,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
             "micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
-    for name in ("prompts", "experts", "evaluation", "chat_template"):
+    for name in ("prompts", "demonstrations", "evaluation", "chat_template"):
         path: Path | None = getattr(run.data, name)
         if path is not None and not path.is_file():
             raise ValueError(f"data.{name}: {path} does not exist")
@@ -107,24 +107,24 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     limits = {"max_prompt_tokens": run.data.max_prompt_tokens, "overlong": run.data.overlong}
     prompts, report = load_prompts(run.data.prompts, template, **limits)
     reports = [f"prompts     {report}"]
-    experts: list[Expert] = []
-    if run.data.experts is not None:
-        experts, report = load_experts(
-            run.data.experts, template, max_response_tokens=run.data.max_response_tokens, **limits
+    demonstrations: list[Demonstration] = []
+    if run.data.demonstrations is not None:
+        demonstrations, report = load_demonstrations(
+            run.data.demonstrations, template, max_response_tokens=run.data.max_response_tokens, **limits
         )
-        reports.append(f"experts     {report}")
+        reports.append(f"demonstrations {report}")
     problems: list[Prompt] = []
     if run.data.evaluation is not None:
         problems, report = load_prompts(run.data.evaluation, template, **limits)
         reports.append(f"evaluation  {report}")
     template.renderer.rest()
-    demonstrations: dict[str, Expert] = {}
+    demonstration_of: dict[str, Demonstration] = {}
     if run.data.aligned:
         num_prompts = len(prompts)
-        prompts, demonstrations = align(prompts, experts, unmatched=run.data.unmatched)
+        prompts, demonstration_of = align(prompts, demonstrations, unmatched=run.data.unmatched)
         reports.append(f"aligned     {len(prompts)} of {num_prompts} prompts have their own demonstration")
     tried = [prompt.token_ids for prompt in prompts[:_TRIED]] + [
-        expert.token_ids for expert in experts[:_TRIED]
+        demonstration.token_ids for demonstration in demonstrations[:_TRIED]
     ]
     difference = served_otherwise(run.model.path, template, tried)
     if difference is not None:
@@ -136,10 +136,10 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
         template=template,
         sources=Sources(
             prompts=tuple(prompts),
-            experts=tuple(experts),
-            demonstrations=demonstrations,
+            demonstrations=tuple(demonstrations),
+            demonstration_of=demonstration_of,
             prompt_cursor=_cursor("prompts", prompts, run.seed),
-            expert_cursor=_cursor("experts", experts, run.seed) if experts else None,
+            demonstration_cursor=_cursor("experts", demonstrations, run.seed) if demonstrations else None,
         ),
         problems=tuple(problems[: run.evaluation.problems]),
         reports=tuple(reports),
@@ -278,5 +278,5 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
-def _cursor(name: str, records: list[Prompt] | list[Expert], seed: int) -> Cursor:
+def _cursor(name: str, records: list[Prompt] | list[Demonstration], seed: int) -> Cursor:
     return Cursor(name=name, size=len(records), seed=seed, data=fingerprint(records))

@@ -71,10 +71,10 @@ class Pair:
         samples = [
             TrainSample(token_ids=row.numpy(), parts=(part,)) for row, part in zip(ids, found, strict=True)
         ]
-        experts = torch.randint(3, VOCAB, (2, 12), generator=self.generator).numpy()
+        demonstrations = torch.randint(3, VOCAB, (2, 12), generator=self.generator).numpy()
         return samples + [
-            TrainSample(token_ids=row, parts=(Part(term="expert", positions=np.arange(4, 12)),))
-            for row in experts
+            TrainSample(token_ids=row, parts=(Part(term="sft", positions=np.arange(4, 12)),))
+            for row in demonstrations
         ]
 
     def step(self, number: int) -> Trained:
@@ -87,7 +87,7 @@ class Pair:
             pad_id=0,
         )
         inputs = StepInputs(
-            updates=(Update(weights={"policy": 1 - MU, "expert": MU}, counts=plan.counts),),
+            updates=(Update(weights={"policy": 1 - MU, "sft": MU}, counts=plan.counts),),
             mu=MU,
             stats={},
             seconds={},

@@ -81,7 +81,7 @@ def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:
     samples = with_scales(make_samples(seed=step), terms)
     plan = plan_step(samples, max_tokens=60, layout=layout, pad_id=0)
     batches = prepare_batches(state, plan.micro_batches[state.groups.data.rank], terms, temperature=1.0)
-    update = Update(weights={"policy": 0.7, "expert": 0.3}, counts=plan.counts)
+    update = Update(weights={"policy": 0.7, "sft": 0.3}, counts=plan.counts)
     result = compute_gradients(state, batches, update, terms, temperature=1.0).result
     return {"loss": result.loss, **result.means, **result.maxima}
 

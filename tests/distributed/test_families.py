@@ -21,7 +21,7 @@ from megatron_chord.train.step import apply_gradients
 from tests.distributed import steps
 from tests.distributed.splits import assert_split_invariant
 from tests.distributed.test_checkpoint import SAVED, gradients, interrupted_and_not, resume
-from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import LLAMA3_ROPE, VOCAB, make_samples, save_model, tiny_run
 
@@ -203,7 +203,7 @@ def test_experts_computed_again_give_the_same_step(tmp_path: Path) -> None:
 def assert_same_step(folder: Path, layouts: dict[str, dict[str, Any]], **model: Any) -> None:
     run = tiny_run(folder)
     run = replace(run, model=replace(run.model, **model))
-    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+    terms = {"policy": policy_term(run.objective), "expert": sft_term(SimpleWeight(kind="phi"))}
     objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
     assert_split_invariant(folder, {"chord": objective}, layouts={2: layouts})
 

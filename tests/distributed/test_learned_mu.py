@@ -18,11 +18,11 @@ from megatron_chord.train.step import Update, prepare_batches
 from tests.distributed.splits import assert_same_update
 from tests.distributed.steps import build, gather_hf
 from tests.support.oracle import oracle_update
-from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
-WEIGHTS = {"policy": 0.7, "expert": 0.3}
+WEIGHTS = {"policy": 0.7, "sft": 0.3}
 LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {}, {"context": 2}]
 
 
@@ -56,19 +56,17 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
 def test_mixture_and_slope(tmp_path: Path, tied: bool) -> None:
     folder = save_qwen2(tmp_path, tied=tied)
     run = tiny_run(folder)
-    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+    terms = {"policy": policy_term(run.objective), "sft": sft_term(SimpleWeight(kind="phi"))}
 
     def reference(seed: int, **weights: float) -> Any:
-        return oracle_update(
-            folder, make_samples(seed=seed), terms, {"policy": 0.0, "expert": 0.0, **weights}
-        )
+        return oracle_update(folder, make_samples(seed=seed), terms, {"policy": 0.0, "sft": 0.0, **weights})
 
     def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
-    policy, expert = (flat(reference(0, **{branch: 1.0})[1]) for branch in WEIGHTS)
+    policy, demonstration = (flat(reference(0, **{branch: 1.0})[1]) for branch in WEIGHTS)
     next_policy = flat(reference(1, policy=1.0)[1])
-    slope = -torch.cosine_similarity(next_policy, policy - expert, dim=0).item()
+    slope = -torch.cosine_similarity(next_policy, policy - demonstration, dim=0).item()
     expected = reference(1, **WEIGHTS)
     for results in run_ranks(two_steps, 2, folder, LAYOUTS):
         for layout, (metrics, grads, slopes) in zip(LAYOUTS, results, strict=True):

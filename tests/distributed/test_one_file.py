@@ -58,11 +58,11 @@ def specified_update(one_file: Any, folder: Path, samples: Sequence[TrainSample]
     loss, metrics = one_file.chord_loss(model, rollouts, demonstrations, mu=mu, token_weight=weight)
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name.replace("sft_", "expert_"): value for name, value in metrics.items()}, grads
+    return metrics, grads
 
 
 def samples_of(method: str) -> list[TrainSample]:
-    return make_samples(seed=5, num_expert=0 if method == "grpo" else 5)
+    return make_samples(seed=5, num_sft=0 if method == "grpo" else 5)
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
@@ -72,9 +72,9 @@ def test_every_layout_computes_what_the_one_file_says(one_file: Any, tmp_path: P
     cases, names = [], []
     for layout, parallel in LAYOUTS[world_size].items():
         for method, (mu, weight) in METHODS.items():
-            run = tiny_run(model, expert_weight=SimpleWeight(kind=weight))  # type: ignore[arg-type]
+            run = tiny_run(model, token_weight=SimpleWeight(kind=weight))  # type: ignore[arg-type]
             run = with_layout(replace(run, batch=replace(run.batch, max_tokens=60)), parallel, 60)
-            cases.append(case(run, samples_of(method), {"policy": 1 - mu, "expert": mu}))
+            cases.append(case(run, samples_of(method), {"policy": 1 - mu, "sft": mu}))
             names.append((method, f"{method}/{layout}"))
     for results in run_ranks(steps.updates, world_size, model, cases):
         for (method, what), result in zip(names, results, strict=True):

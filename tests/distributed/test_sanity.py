@@ -61,7 +61,7 @@ class Training:
         layout = layout_of(state.shape, self.run.parallel, state.groups.data.size)
         plan = plan_step(samples, max_tokens=40, layout=layout, pad_id=0)
         inputs = StepInputs(
-            updates=(Update(weights={"policy": 0.7, "expert": 0.3}, counts=plan.counts),),
+            updates=(Update(weights={"policy": 0.7, "sft": 0.3}, counts=plan.counts),),
             mu=0.3,
             stats={},
             seconds={},
@@ -241,7 +241,7 @@ def test_a_run_of_broken_weights_ends_with_a_message(tmp_path: Path) -> None:
 
     data = {
         "prompts": "train.jsonl",
-        "experts": "train.jsonl",
+        "demonstrations": "train.jsonl",
         "max_prompt_tokens": 64,
         "max_response_tokens": 12,
     }

@@ -1,4 +1,4 @@
-"""CHORD's objective, with every option of its policy and expert branch, in every layout."""
+"""CHORD's objective, with every option of its policy and SFT branch, in every layout."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megatron_chord.records import TrainSample
 from tests.distributed import steps
 from tests.distributed.splits import LAYOUTS, assert_same_update, assert_split_invariant, case
 from tests.support.oracle import oracle_update
-from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
 MU = 0.3
-WEIGHTS = {"policy": 1 - MU, "expert": MU}
+WEIGHTS = {"policy": 1 - MU, "sft": MU}
 CONSTANT_LENGTH = 16
 
 
@@ -39,11 +39,11 @@ def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
     run = tiny_run(folder, **settings)
     terms = {
         "policy": policy_term(run.objective, length=CONSTANT_LENGTH),
-        "expert": expert_term(
-            run.objective.expert_weight or SimpleWeight(kind="phi"),
-            cutoff=run.objective.expert_cutoff,
-            aggregation=run.objective.expert_aggregation,
-            temperature=run.objective.expert_temperature,
+        "sft": sft_term(
+            run.objective.token_weight or SimpleWeight(kind="phi"),
+            cutoff=run.objective.sft_cutoff,
+            aggregation=run.objective.sft_aggregation,
+            temperature=run.objective.sft_temperature,
             length=CONSTANT_LENGTH,
         ),
     }
@@ -89,9 +89,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gspo, dual clip": {"surrogate": "gspo", "dual_clip": 1.5},
     "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.28},
     "unclipped": {"surrogate": "unclipped", "ratio_from": "current"},
-    "sequence_mean": {"aggregation": "sequence_mean", "expert_aggregation": "sequence_mean"},
-    "sequence_sum": {"aggregation": "sequence_sum", "expert_aggregation": "sequence_sum"},
-    "constant": {"aggregation": "constant", "expert_aggregation": "constant"},
+    "sequence_mean": {"aggregation": "sequence_mean", "sft_aggregation": "sequence_mean"},
+    "sequence_sum": {"aggregation": "sequence_sum", "sft_aggregation": "sequence_sum"},
+    "constant": {"aggregation": "constant", "sft_aggregation": "constant"},
     "recomputed": {"ratio_from": "recomputed", "entropy_bonus": 0.02},
     **{
         f"correction {level} {mode}": {
@@ -110,18 +110,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
             ("geometric", "clamp", "current"),
         )
     },
-    # expert branch
-    "one": {"expert_weight": SimpleWeight(kind="one")},
-    "p": {"expert_weight": SimpleWeight(kind="p")},
-    "power": {"expert_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
-    "clipped is": {"expert_weight": ClippedISWeight(threshold=0.01)},
-    "focal": {"expert_weight": FocalWeight()},
-    "bernoulli entropy": {"expert_weight": BernoulliEntropyWeight()},
-    "entropy top": {"expert_weight": EntropyTopWeight(share=0.3)},
-    "entropy norm": {"expert_weight": EntropyNormWeight()},
-    "margin": {"expert_weight": MarginWeight()},
-    "gaussian margin": {"expert_weight": MarginWeight(width=0.1)},
-    "cutoff": {"expert_cutoff": 0.01},
+    # SFT branch
+    "one": {"sft_weight": SimpleWeight(kind="one")},
+    "p": {"sft_weight": SimpleWeight(kind="p")},
+    "power": {"sft_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
+    "clipped is": {"sft_weight": ClippedISWeight(threshold=0.01)},
+    "focal": {"sft_weight": FocalWeight()},
+    "bernoulli entropy": {"sft_weight": BernoulliEntropyWeight()},
+    "entropy top": {"sft_weight": EntropyTopWeight(share=0.3)},
+    "entropy norm": {"sft_weight": EntropyNormWeight()},
+    "margin": {"sft_weight": MarginWeight()},
+    "gaussian margin": {"sft_weight": MarginWeight(width=0.1)},
+    "cutoff": {"sft_cutoff": 0.01},
 }
 SPREAD: dict[int, dict[str, dict[str, Any]]] = {
     2: {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "cp2": {"context": 2}},
@@ -142,7 +142,7 @@ def test_a_later_update_of_a_step(untied: Path, tmp_path: Path) -> None:
         "ppo": {"ratio_from": "recomputed", "dual_clip": 1.5},
         "gspo": {"ratio_from": "recomputed", "surrogate": "gspo", "clip_low": 0.02, "clip_high": 0.03},
         "corrected": {"ratio_from": "recomputed", "correction": CorrectionConfig(level="geometric", low=0.0)},
-        "rollout": {"expert_weight": EntropyTopWeight(share=0.3)},
+        "rollout": {"sft_weight": EntropyTopWeight(share=0.3)},
     }
     objectives = {name: chord(untied, make_samples(seed=4), **settings) for name, settings in later.items()}
     assert_split_invariant(untied, objectives, layouts={2: SPREAD[2]}, old=old)
@@ -163,17 +163,17 @@ def test_kl_to_a_reference(untied: Path, tmp_path: Path, estimator: Any) -> None
 @pytest.mark.parametrize(
     ("kinds", "world_size", "parallel"),
     [
-        ({"num_policy": 0, "num_expert": 3}, 2, {}),
-        ({"num_policy": 3, "num_expert": 0}, 2, {"pipeline": 2}),
-        ({"num_policy": 1, "num_expert": 0}, 2, {}),
-        ({"num_policy": 1, "num_expert": 1}, 4, {}),
+        ({"num_policy": 0, "num_sft": 3}, 2, {}),
+        ({"num_policy": 3, "num_sft": 0}, 2, {"pipeline": 2}),
+        ({"num_policy": 1, "num_sft": 0}, 2, {}),
+        ({"num_policy": 1, "num_sft": 1}, 4, {}),
     ],
-    ids=["experts only", "rollouts only", "a rank with nothing", "ranks with one kind or nothing"],
+    ids=["demonstrations only", "rollouts only", "a rank with nothing", "ranks with one kind or nothing"],
 )
 def test_micro_batches_without_a_kind(
     untied: Path, kinds: dict[str, int], world_size: int, parallel: dict[str, int]
 ) -> None:
-    objective = chord(untied, make_samples(**kinds), surrogate="gspo", expert_weight=EntropyNormWeight())
+    objective = chord(untied, make_samples(**kinds), surrogate="gspo", token_weight=EntropyNormWeight())
     assert_split_invariant(untied, {str(kinds): objective}, layouts={world_size: {"": parallel}})
 
 
@@ -181,9 +181,9 @@ def test_mu_0_is_grpo_and_mu_1_is_sft(untied: Path) -> None:
     """Tokens of the other kind share the pass and add nothing (that they add an exact 0 is a test of the losses)."""
     samples = make_samples()
     run = tiny_run(untied)
-    cases = [case(run, samples, {"policy": 1 - mu, "expert": mu}) for mu in (0.0, 1.0)]
+    cases = [case(run, samples, {"policy": 1 - mu, "sft": mu}) for mu in (0.0, 1.0)]
     (results,) = run_ranks(steps.updates, 1, untied, cases)
-    for kind, result in zip(("policy", "expert"), results, strict=True):
+    for kind, result in zip(("policy", "sft"), results, strict=True):
         pure = [sample for sample in samples if sample.parts[0].term == kind]
-        terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+        terms = {"policy": policy_term(run.objective), "sft": sft_term(SimpleWeight(kind="phi"))}
         assert_same_update(result, oracle_update(untied, pure, terms, {kind: 1.0}), kind)

@@ -44,7 +44,7 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
 
 def prefix_rft(model: Path, **objective: Any) -> Any:
     run = tiny_run(model, method="prefix_rft", settings={"entropy_share": SHARE}, **objective)
-    samples = make_samples(num_policy=4, num_expert=0) + hybrids()
+    samples = make_samples(num_policy=4, num_sft=0) + hybrids()
     terms = {"policy": policy_term(run.objective), "prefix": prefix_term(run.objective.aggregation)}
     return run, samples, {"policy": 1.0, "prefix": 1.0}, terms
 
@@ -103,15 +103,15 @@ def prefix_term(aggregation: str) -> OracleTerm:
 def hpt(model: Path) -> Any:
     """7 prompts, 2 of them by SFT: 5/7 of the mean over rollouts' tokens, 0.5 x 2/7 of that over demonstrations'."""
     run = tiny_run(model, method="hpt", settings={"sft_coefficient": 0.5}, temperature=0.8)
-    samples = make_samples(num_policy=10, num_expert=2, seed=4)
+    samples = make_samples(num_policy=10, num_sft=2, seed=4)
     weights = HPT(sft_coefficient=0.5).weights([False] * 5 + [True] * 2)
     nll = OracleTerm(
         loss=lambda token, *_: -token.logp,
         pool="demonstrations",
         temperature=1.0,
-        means={"expert_nll": lambda token, *_: -token.logp.item()},
-        losses={"expert_loss": lambda token, *_: -token.logp.item()},
+        means={"sft_nll": lambda token, *_: -token.logp.item()},
+        losses={"sft_loss": lambda token, *_: -token.logp.item()},
     )
-    assert weights == {"policy": 1 - 2 / 7, "expert": 0.5 * 2 / 7}
-    oracle = {"policy": replace(policy_term(run.objective), pool="rollouts"), "expert": nll}
+    assert weights == {"policy": 1 - 2 / 7, "sft": 0.5 * 2 / 7}
+    oracle = {"policy": replace(policy_term(run.objective), pool="rollouts"), "sft": nll}
     return run, samples, weights, oracle

@@ -49,7 +49,7 @@ def test_the_clip_of_stale_tokens_is_active_in_a_later_update(tmp_path: Path) ->
 def remix(model: Path, reference: Path) -> Any:
     kl = KLConfig(estimator="k2", coefficient=KL, reference=reference)
     run = tiny_run(model, method="remix", kl=kl, aggregation="sequence_mean")
-    fresh, stale = make_samples(num_policy=4, num_expert=0), make_samples(num_policy=5, num_expert=0, seed=1)
+    fresh, stale = make_samples(num_policy=4, num_sft=0), make_samples(num_policy=5, num_sft=0, seed=1)
     samples = fresh + [as_stale(sample, age=1.0 + i % 2) for i, sample in enumerate(stale)]
     terms = {"policy": policy_term(run.objective), "stale": stale_term()}
     return run, samples, {"policy": 1.0, "stale": 1.0}, terms

@@ -14,7 +14,7 @@ from tests.distributed.splits import assert_split_invariant
 from tests.distributed.test_checkpoint import SAVED, assert_same_run, interrupted_and_not, resume
 from tests.distributed.test_convert import load_folder, loaded_by_megatron
 from tests.distributed.test_families import assert_exact
-from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_model, tiny_run
 
@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_of_chord_is_the_references(models: dict[str, Path], name: str) -> None:
     run = tiny_run(models[name])
-    terms = {"policy": policy_term(run.objective), "expert": expert_term(SimpleWeight(kind="phi"))}
+    terms = {"policy": policy_term(run.objective), "expert": sft_term(SimpleWeight(kind="phi"))}
     objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
     layouts = LAYOUTS | (EXPERTS_TOO if name == "latent_experts" else {})
     assert_split_invariant(models[name], {"chord": objective}, layouts=layouts)

@@ -94,8 +94,10 @@ def test_broken_rows_are_named_with_their_lines(task: Path, tmp_path: Path) -> N
     assert "prompts.jsonl:5:" in error
     rows = (task.parent / "train.jsonl").read_text().splitlines()
     rows[1] = '{"problem": "1 + 1 =", "solution": ""}'
-    (tmp_path / "experts.jsonl").write_text("\n".join(rows))
-    assert "experts.jsonl:2:" in refusal(task, f"data.experts={tmp_path / 'experts.jsonl'}")
+    (tmp_path / "demonstrations.jsonl").write_text("\n".join(rows))
+    assert "demonstrations.jsonl:2:" in refusal(
+        task, f"data.demonstrations={tmp_path / 'demonstrations.jsonl'}"
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -111,11 +113,14 @@ def test_a_token_that_the_model_does_not_know(task: Path, tmp_path: Path, comman
     tokenizer.save_pretrained(folder)
     rows = (task.parent / "train.jsonl").read_text().splitlines()
     rows[2] = json.dumps({"problem": "1 + 1 =", "solution": "<think>2"})
-    (tmp_path / "experts.jsonl").write_text("\n".join(rows))
+    (tmp_path / "demonstrations.jsonl").write_text("\n".join(rows))
     error = refusal(
-        task, f"model.path={folder}", f"data.experts={tmp_path / 'experts.jsonl'}", command=command
+        task,
+        f"model.path={folder}",
+        f"data.demonstrations={tmp_path / 'demonstrations.jsonl'}",
+        command=command,
     )
-    assert "experts.jsonl:3: token" in error
+    assert "demonstrations.jsonl:3: token" in error
     assert f"is '<think>', id {vocab_size}, beyond the model's vocabulary" in error
     assert f"config.json has vocab_size {vocab_size}, the tokenizer {vocab_size + 1} tokens" in error
 

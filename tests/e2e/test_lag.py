@@ -106,11 +106,11 @@ METHODS: dict[str, tuple[Path, dict[str, str]]] = {
     "corrected_by_weights": (COMMON, {"objective.ratio_from": "recomputed", "batch.mini_batches": "2"}),
     "dynamic_sampling_and_demonstrations": (
         EXAMPLES / "luffy.yaml",
-        {"batch.experts": "0", "batch.sampling_attempts": "3"},
+        {"batch.demonstrations": "0", "batch.sampling_attempts": "3"},
     ),
-    "hints": (EXAMPLES / "ghpo.yaml", {"batch.experts": "0"}),
-    "prefixes": (EXAMPLES / "prefix_rft.yaml", {"batch.experts": "0"}),
-    "pairs": (EXAMPLES / "dpo_mixed_pairs.yaml", {"batch.experts": "0"}),
+    "hints": (EXAMPLES / "ghpo.yaml", {"batch.demonstrations": "0"}),
+    "prefixes": (EXAMPLES / "prefix_rft.yaml", {"batch.demonstrations": "0"}),
+    "pairs": (EXAMPLES / "dpo_mixed_pairs.yaml", {"batch.demonstrations": "0"}),
     "sft_then_rl": (COMMON, {"objective.mu": "{schedule: binary, switch_step: 2}"}),
     "reward_adaptive": (COMMON, {"objective.mu": "{schedule: reward_adaptive, tau: 0.9}"}),
 }

@@ -18,7 +18,7 @@ from tests.support.task import metrics_of
 EXAMPLES = ROOT / "examples" / "methods"
 STEPS = 3
 
-SFT = {"mu", "expert_loss", "expert_nll", "expert_p", "expert_phi", "expert_weight"}
+SFT = {"mu", "sft_loss", "sft_nll", "sft_p", "sft_phi", "token_weight"}
 GRPO = {"mu", "policy_loss", "entropy", "clip_fraction", "logprob_gap", "reward_mean", "equal_reward_groups"}
 GUIDED = {"policy_loss", "demonstration_p", "demonstration_reward", "demonstration_advantage", "logprob_gap"}
 OWN: dict[str, set[str]] = {
@@ -46,7 +46,7 @@ OWN: dict[str, set[str]] = {
     | {"demonstration_sft_loss", "demonstration_rl_loss", "demonstration_weight", "right_fraction"},
     "prefix_rft": {"policy_loss", "prefix_loss", "prefix_nll", "prefix_kept", "logprob_gap"},
     "ghpo": {"policy_loss", "hinted_groups", "hint_stage", "logprob_gap"},
-    "hpt": {"expert_loss", "sft_prompts"},
+    "hpt": {"sft_loss", "sft_prompts"},
     "remix": {"policy_loss", "stale_loss", "stale_ratio", "stale_age"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
@@ -79,8 +79,8 @@ def train_all(files: list[Path], url: str, out: Path, changes: dict[str, dict[st
     for file in files:
         settings = {**SMALL, **changes.get(file.stem, {}), "output": str(out / file.stem)}
         overrides = [*(f"{name}={value}" for name, value in settings.items()), f"rollout.servers=[{url}]"]
-        if load_config(file).batch.experts:
-            overrides.append("batch.experts=6")
+        if load_config(file).batch.demonstrations:
+            overrides.append("batch.demonstrations=6")
         train(load_config(file, overrides))
 
 

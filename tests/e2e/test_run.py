@@ -36,12 +36,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
             "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "experts": str(EXAMPLE / "experts.jsonl"),
+            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
             "evaluation": str(EXAMPLE / "problems_heldout.jsonl"),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 4, "rollouts": 6, "experts": 6, "max_tokens": 512},
+        "batch": {"prompts": 4, "rollouts": 6, "demonstrations": 6, "max_tokens": 512},
         "objective": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},
@@ -80,10 +80,10 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
         assert row["logprob_gap"] < 1e-4, "trainer and vLLM agree on the same tokens"
         assert row["clip_fraction"] == 0.0
         assert row["num_policy_tokens"] > 0
-        assert row["num_expert_tokens"] > 0
+        assert row["num_demonstration_tokens"] > 0
         # The loss is the mix of its branches, each a mean over its own tokens.
-        assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["expert_loss"], rel=1e-5)
-        assert 0 < row["expert_phi"] <= 0.25
+        assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["sft_loss"], rel=1e-5)
+        assert 0 < row["sft_phi"] <= 0.25
         assert {"sample", "grade", "train", "sync", "total"} <= row["seconds"].keys()
     assert steps[-1]["logprob_gap_max"] < 1e-3
     assert len(list((straight / "samples").glob("step-*.jsonl"))) == STEPS

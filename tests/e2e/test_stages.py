@@ -18,7 +18,7 @@ SMALL = {
     "steps": "4",
     "batch.prompts": "4",
     "batch.rollouts": "4",
-    "batch.experts": "6",
+    "batch.demonstrations": "6",
     "data.evaluation": "null",
     "optim.warmup_steps": "0",
     "reward.workers": "1",
@@ -62,7 +62,7 @@ def test_binary_mu_is_an_sft_run_and_then_a_grpo_run(server: RolloutServer, tmp_
     assert weights(one) == weights(two)
     sft, rl = metrics_of(one)[1], metrics_of(one)[2]
     assert "policy_loss" not in sft, "a step of mu 1 samples nothing"
-    assert "expert_loss" not in rl, "a step of mu 0 has no expert pass"
+    assert "sft_loss" not in rl, "a step of mu 0 has no SFT pass"
 
 
 def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
         {"objective.mu": "{schedule: reward_adaptive, tau: 0.9}"},
         {
             "method": "{name: remix, mix_steps: 4, stale_share: 0.6}",
-            "batch.experts": "0",
+            "batch.demonstrations": "0",
             "batch.epochs": "2",
         },
     ],

@@ -38,7 +38,10 @@ RUNS: dict[str, tuple[Path, dict[str, str]]] = {
     "drop": (COMMON, {"rollout.unfinished": "drop"}),
     "drain": (COMMON, {**LAGGED, **EVALUATED}),
     "keep": (COMMON, {**LAGGED, "rollout.in_flight": "keep"}),
-    "demonstrations": (EXAMPLES / "luffy.yaml", {"batch.experts": "0", "batch.sampling_attempts": "2"}),
+    "demonstrations": (
+        EXAMPLES / "luffy.yaml",
+        {"batch.demonstrations": "0", "batch.sampling_attempts": "2"},
+    ),
 }
 CARRYING = [name for name in RUNS if name != "drop"]
 

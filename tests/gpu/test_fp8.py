@@ -78,13 +78,13 @@ def train(state: TrainState, precision: Precision | None, steps: range) -> list[
     layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
     losses = []
     for _ in steps:
-        samples = with_scales(make_samples(num_policy=0, num_expert=8), terms)
+        samples = with_scales(make_samples(num_policy=0, num_sft=8), terms)
         plan = plan_step(samples, max_tokens=1024, layout=layout, pad_id=0)
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
-        update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
+        update = Update(weights={"policy": 0.0, "sft": 1.0}, counts=plan.counts)
         result = compute_gradients(state, batches, update, terms, temperature=1.0).result
         apply_gradients(state)
-        losses.append(result.means["expert_nll"])
+        losses.append(result.means["sft_nll"])
     return losses
 
 
@@ -138,11 +138,11 @@ def peak_memory(folder: Path, precision: Precision | None) -> int:
     terms = Chord().terms(tiny_run(Path("model")))
     length = 4096
     ids = np.random.default_rng(0).integers(3, 200, length)
-    part = Part(term="expert", positions=np.arange(length // 2, length), constants={})
+    part = Part(term="sft", positions=np.arange(length // 2, length), constants={})
     samples = with_scales([TrainSample(token_ids=ids, parts=(part,))] * 4, terms)
     layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
     plan = plan_step(samples, max_tokens=4 * length, layout=layout, pad_id=0)
-    update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
+    update = Update(weights={"policy": 0.0, "sft": 1.0}, counts=plan.counts)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)

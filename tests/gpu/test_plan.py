@@ -54,7 +54,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
     model = ModelConfig(path=folder, dtype="bf16", recompute=recompute)  # type: ignore[arg-type]
     state = build_state(shape, model, parallel, OptimConfig(), groups=groups, steps=10)
     terms = build_method(run.method).terms(run)
-    sample = make_samples(num_policy=0, num_expert=1)[0]
+    sample = make_samples(num_policy=0, num_sft=1)[0]
     ids = np.arange(TOKENS, dtype=np.int64) % 65536
     part = dataclasses.replace(sample.parts[0], positions=np.arange(1, TOKENS))
     long = dataclasses.replace(sample, token_ids=ids, parts=(part,))

@@ -13,7 +13,7 @@ from megatron_chord.losses.logprobs import token_logprobs
 from megatron_chord.model import build, specs
 from tests.distributed import steps
 from tests.distributed.splits import assert_split_invariant, case
-from tests.support.oracle_terms import expert_term, policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_model, save_qwen2, tiny_run
 
@@ -28,8 +28,8 @@ SEQUENCES = [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "chord": {"entropy_bonus": 0.01},
-    "gspo, margin": {"surrogate": "gspo", "expert_weight": MarginWeight()},
-    "cispo, entropy top": {"surrogate": "cispo", "expert_weight": EntropyTopWeight(share=0.3)},
+    "gspo, margin": {"surrogate": "gspo", "token_weight": MarginWeight()},
+    "cispo, entropy top": {"surrogate": "cispo", "token_weight": EntropyTopWeight(share=0.3)},
 }
 
 
@@ -37,9 +37,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def test_one_step_equals_float64_transformers(tmp_path: Path, name: str) -> None:
     folder = save_qwen2(tmp_path)
     run = tiny_run(folder, **OBJECTIVES[name])
-    expert_weight = run.objective.expert_weight or SimpleWeight(kind="phi")
-    terms = {"policy": policy_term(run.objective), "expert": expert_term(expert_weight)}
-    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    token_weight = run.objective.token_weight or SimpleWeight(kind="phi")
+    terms = {"policy": policy_term(run.objective), "sft": sft_term(token_weight)}
+    objective = (run, make_samples(), {"policy": 0.7, "sft": 0.3}, terms)
     assert_split_invariant(folder, {name: objective}, layouts={1: {"one": {}}}, relative=RELATIVE)
 
 
@@ -60,9 +60,7 @@ def updates_by_spec(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def test_transformer_engine_equals_the_local_spec(tmp_path: Path, family: str) -> None:
     folder = save_model(family, tmp_path)
     run = tiny_run(folder)
-    (results,) = run_ranks(
-        updates_by_spec, 1, folder, case(run, make_samples(), {"policy": 0.7, "expert": 0.3})
-    )
+    (results,) = run_ranks(updates_by_spec, 1, folder, case(run, make_samples(), {"policy": 0.7, "sft": 0.3}))
     engine, local = results["te"], results["local"]
     for ours, theirs in zip(engine["logits"], local["logits"], strict=True):
         assert relative_error(ours, theirs) < RELATIVE

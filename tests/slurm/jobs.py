@@ -29,11 +29,11 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
             "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "experts": str(EXAMPLE / "experts.jsonl"),
+            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 4, "rollouts": 4, "experts": 4, "max_tokens": 512},
+        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
         "objective": {"mu": {"peak": mu}},
         "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},

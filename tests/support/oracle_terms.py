@@ -1,4 +1,4 @@
-"""The policy and the expert term for ``tests.support.oracle``, written from the papers, one token at a time."""
+"""The policy and the SFT term for ``tests.support.oracle``, written from the papers, one token at a time."""
 
 from __future__ import annotations
 
@@ -113,16 +113,16 @@ def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "pol
     )
 
 
-def expert_term(
+def sft_term(
     weight: Any,
     *,
     cutoff: float = 1.0,
-    pool: str = "expert",
+    pool: str = "sft",
     aggregation: str = "token_mean",
     length: int = 1,
     temperature: float = 1.0,
 ) -> OracleTerm:
-    """-w log p with ``weight`` a settings class of ``objective.expert_weight``."""
+    """-w log p with ``weight`` a settings class of ``objective.token_weight``."""
 
     def entropy_rank(token: Token, everything: list[SequenceTokens]) -> int:
         return sum(t.old_entropy > token.old_entropy for s in everything for t in s.tokens)
@@ -162,10 +162,10 @@ def expert_term(
         length=length,
         temperature=temperature,
         means={
-            "expert_nll": lambda token, *_: -token.logp.item(),
-            "expert_p": lambda token, *_: token.p,
-            "expert_phi": lambda token, *_: token.p * (1 - token.p),
-            "expert_weight": w,
+            "sft_nll": lambda token, *_: -token.logp.item(),
+            "sft_p": lambda token, *_: token.p,
+            "sft_phi": lambda token, *_: token.p * (1 - token.p),
+            "sft_weight": w,
         },
-        losses={"expert_loss": lambda token, sequence, every: loss(token, sequence, every).item()},
+        losses={"sft_loss": lambda token, sequence, every: loss(token, sequence, every).item()},
     )

@@ -163,9 +163,11 @@ def tiny_run(
         output=folder / "out",
         steps=10,
         model=ModelConfig(path=folder, dtype="fp32"),
-        data=DataConfig(prompts=folder / "prompts", experts=folder / "experts", max_response_tokens=16),
+        data=DataConfig(
+            prompts=folder / "prompts", demonstrations=folder / "demonstrations", max_response_tokens=16
+        ),
         batch=BatchConfig(
-            prompts=3, rollouts=2, experts=5 if method == "chord" else 0, max_tokens=max_tokens
+            prompts=3, rollouts=2, demonstrations=5 if method == "chord" else 0, max_tokens=max_tokens
         ),
         method=MethodConfig(name=method, settings=settings or {}),
         parallel=ParallelConfig(**parallel or {}),
@@ -175,26 +177,26 @@ def tiny_run(
 
 
 def make_samples(
-    *, num_policy: int = 6, num_expert: int = 5, seed: int = 0, vocab: int = VOCAB
+    *, num_policy: int = 6, num_sft: int = 5, seed: int = 0, vocab: int = VOCAB
 ) -> list[TrainSample]:
     """Random samples of CHORD's two terms, of uneven lengths, whose ratios clip on either side."""
     rng = np.random.default_rng(seed)
     samples = []
-    for index in range(num_policy + num_expert):
-        is_expert = index >= num_policy
+    for index in range(num_policy + num_sft):
+        is_demonstration = index >= num_policy
         prompt, response = int(rng.integers(2, 9)), int(rng.integers(1, 14))
         positions = np.arange(prompt, prompt + response)
         token_ids = rng.integers(3, vocab, prompt + response)
-        if is_expert and response > 4:
+        if is_demonstration and response > 4:
             positions = np.delete(positions, 2)  # a hole, as in a conversation of several turns
         constants = {
             "advantage": float(rng.normal()),
             "rollout_logprob": rng.normal(-6, 2, response).astype(np.float32),
         }
         part = Part(
-            term="expert" if is_expert else "policy",
+            term="sft" if is_demonstration else "policy",
             positions=positions,
-            constants={} if is_expert else constants,
+            constants={} if is_demonstration else constants,
         )
         samples.append(TrainSample(token_ids=token_ids, parts=(part,)))
     return samples

@@ -19,8 +19,8 @@ model:
   path: policy
 data:
   prompts: train.jsonl
-  experts: experts.jsonl
-batch: {prompts: 4, rollouts: 8, experts: 16}
+  demonstrations: demonstrations.jsonl
+batch: {prompts: 4, rollouts: 8, demonstrations: 16}
 optim:
   lr: 1e-6
 """
@@ -54,12 +54,13 @@ def only_finding(tmp_path: Path, more: str, *overrides: str) -> str:
 def test_values_paths_and_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     run = load_config(
-        path, ["optim.beta2=0.95", "objective.mu.peak=0.3", "data.experts=other.jsonl", "model.dtype=fp32"]
+        path,
+        ["optim.beta2=0.95", "objective.mu.peak=0.3", "data.demonstrations=other.jsonl", "model.dtype=fp32"],
     )
     assert run.optim == config.OptimConfig(lr=1e-6, beta2=0.95)
     assert run.objective.mu == schedules.Constant(peak=0.3)
     assert run.model.path == tmp_path / "policy"
-    assert run.data.experts == Path("other.jsonl")
+    assert run.data.demonstrations == Path("other.jsonl")
     assert run.output == Path("runs/x")
 
 
@@ -115,7 +116,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 
 
 class TestBlocksOfSeveralKinds:
-    """``objective.mu`` and ``objective.expert_weight``."""
+    """``objective.mu`` and ``objective.token_weight``."""
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -129,11 +130,11 @@ class TestBlocksOfSeveralKinds:
             ("mu: {peak: 0.9, valley: 0, schedule: linear}", schedules.Linear(peak=0.9, valley=0.0)),
             ("mu: null", None),
             ("mu:", None),
-            ("expert_weight: phi", config.SimpleWeight(kind="phi")),
-            ("expert_weight: {kind: p}", config.SimpleWeight(kind="p")),
-            ("expert_weight: {kind: power, a: 2}", config.PowerWeight(a=2.0)),
-            ("expert_weight: power", config.PowerWeight()),
-            ("expert_weight: ~", None),
+            ("token_weight: phi", config.SimpleWeight(kind="phi")),
+            ("token_weight: {kind: p}", config.SimpleWeight(kind="p")),
+            ("token_weight: {kind: power, a: 2}", config.PowerWeight(a=2.0)),
+            ("token_weight: power", config.PowerWeight()),
+            ("token_weight: ~", None),
             ("kl: null", None),
             ("kl: {}", config.KLConfig()),
         ],
@@ -150,7 +151,7 @@ class TestBlocksOfSeveralKinds:
             if field.default is dataclasses.MISSING
         }
         value = kind(**settings, **({"rate": 0.1} if kind is schedules.Learned else {}))
-        name = "expert_weight" if hasattr(value, "kind") else "mu"
+        name = "token_weight" if hasattr(value, "kind") else "mu"
         block = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
         path = write(tmp_path, GOOD + yaml.safe_dump({"objective": {name: block}}))
         run = load_config(path, [f"output={tmp_path}"])
@@ -174,13 +175,13 @@ class TestBlocksOfSeveralKinds:
             ("mu: [linear]", "run.yaml:12: objective.mu: expected a block of settings, got a list"),
             ("mu: binary", "run.yaml:12: objective.mu.switch_step is missing"),
             (
-                "expert_weight: {a: 2}",
-                "run.yaml:12: objective.expert_weight.kind is missing; known: one, p, phi, power, clipped_is, focal, "
+                "token_weight: {a: 2}",
+                "run.yaml:12: objective.token_weight.kind is missing; known: one, p, phi, power, clipped_is, focal, "
                 "bernoulli_entropy, entropy_top, entropy_norm, margin",
             ),
             (
-                "expert_weight: {kind: phi, a: 2}",
-                "run.yaml:12: unknown setting 'objective.expert_weight.a'; known with `kind: phi`: kind",
+                "token_weight: {kind: phi, a: 2}",
+                "run.yaml:12: unknown setting 'objective.token_weight.a'; known with `kind: phi`: kind",
             ),
             (
                 "mu: {schedule: binary, switch_stp: 1, switch_step: 1}",
@@ -262,7 +263,7 @@ class TestDump:
     def test_reads_back_to_the_same(self, tmp_path: Path) -> None:
         objective = config.ObjectiveConfig(
             mu=schedules.WarmupCosine(peak=0.9, valley=0.05, decay_steps=200),
-            expert_weight=config.MarginWeight(width=0.3),
+            token_weight=config.MarginWeight(width=0.3),
             kl=config.KLConfig(reference=tmp_path / "reference"),
             correction=config.CorrectionConfig(high=math.inf),
             ratio_from="current",
@@ -298,7 +299,7 @@ class TestDump:
             steps=3,
             model=config.ModelConfig(path=tmp_path / "p", megatron_overrides={**numbers, "text": "1e-6"}),
             data=config.DataConfig(prompts=tmp_path / "x", system_prompt="null"),
-            batch=config.BatchConfig(prompts=1, rollouts=2, experts=0),
+            batch=config.BatchConfig(prompts=1, rollouts=2, demonstrations=0),
             method=config.MethodConfig(
                 name="1e-6", settings={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers}
             ),
@@ -322,7 +323,7 @@ class TestDump:
 
 
 class TestOverrides:
-    FILE = "objective:\n  mu: {schedule: linear, peak: 0.9, valley: 0.1, decay_steps: 5}\n  expert_weight: power\n"
+    FILE = "objective:\n  mu: {schedule: linear, peak: 0.9, valley: 0.1, decay_steps: 5}\n  token_weight: power\n"
 
     @pytest.mark.parametrize(
         ("method", "overrides", "expected"),
@@ -361,10 +362,10 @@ class TestOverrides:
         assert load(tmp_path, self.FILE, *overrides).objective.mu == mu
 
     def test_below_a_block_s_single_value(self, tmp_path: Path) -> None:
-        run = load(tmp_path, self.FILE, "objective.expert_weight.a=3")
-        assert run.objective.expert_weight == config.PowerWeight(a=3.0)
-        run = load(tmp_path, self.FILE, "objective.expert_weight=phi")
-        assert run.objective.expert_weight == config.SimpleWeight(kind="phi")
+        run = load(tmp_path, self.FILE, "objective.token_weight.a=3")
+        assert run.objective.token_weight == config.PowerWeight(a=3.0)
+        run = load(tmp_path, self.FILE, "objective.token_weight=phi")
+        assert run.objective.token_weight == config.SimpleWeight(kind="phi")
 
     def test_of_blocks_that_are_not_in_the_file(self, tmp_path: Path) -> None:
         run = load(tmp_path, "", "objective.kl.coefficient=0.1", "model.megatron_overrides.x=1e-3", "seed=3")
@@ -429,7 +430,7 @@ class TestBase:
             ("{schedule: constant, peak: 0.5}", "{schedule: constant}", schedules.Constant(peak=0.5)),
             ("{schedule: linear, peak: 1, valley: 0}", "periodic", schedules.Periodic()),
             ("{schedule: linear, peak: 1, valley: 0}", "null", None),
-            ("periodic", "{expert_steps: 3}", schedules.Periodic(expert_steps=3)),
+            ("periodic", "{sft_steps: 3}", schedules.Periodic(sft_steps=3)),
             ("null", "{peak: 0.3}", schedules.Constant(peak=0.3)),
         ],
     )
@@ -470,7 +471,7 @@ class TestBase:
         write(tmp_path, GOOD, "low/base.yaml")
         write(tmp_path, "base: low/base.yaml\ndata: {evaluation: heldout.jsonl}\n", "middle.yaml")
         run = load_config(
-            write(tmp_path, "base: ../middle.yaml\ndata: {experts: e.jsonl}\n", "high/run.yaml")
+            write(tmp_path, "base: ../middle.yaml\ndata: {demonstrations: e.jsonl}\n", "high/run.yaml")
         )
         resolved = {
             name: value.resolve() for name, value in vars(run.data).items() if isinstance(value, Path)
@@ -478,7 +479,7 @@ class TestBase:
         root = tmp_path.resolve()
         assert resolved == {
             "prompts": root / "low/train.jsonl",
-            "experts": root / "high/e.jsonl",
+            "demonstrations": root / "high/e.jsonl",
             "evaluation": root / "heldout.jsonl",
         }
         assert run.output == Path("runs/x")

@@ -55,7 +55,7 @@ EVERY = [
     WarmupCosine(peak=0.5, valley=0.02, warmup_steps=200, decay_steps=400, first_step=1),
     Linear(peak=0.3, valley=0.7, warmup_steps=30, decay_steps=300),
     Binary(switch_step=7, reset_optimizer=True),
-    Periodic(expert_steps=1, policy_steps=3),
+    Periodic(sft_steps=1, policy_steps=3),
     RewardAdaptive(tau=0.7),
     GradientNorm(warmup_steps=20),
     Learned(sft_steps=10, rate=0.1, entropy_rate=-0.01, entropy_target=0.3),
@@ -67,8 +67,8 @@ def a_run(mu: MuSchedule | None, steps: int = 1000, method: str = "chord", **bat
         output=Path("out"),
         steps=steps,
         model=ModelConfig(path=Path("policy")),
-        data=DataConfig(prompts=Path("prompts.jsonl"), experts=Path("experts.jsonl")),
-        batch=BatchConfig(**{"prompts": 2, "rollouts": 4, "experts": 3, **batch}),
+        data=DataConfig(prompts=Path("prompts.jsonl"), demonstrations=Path("demonstrations.jsonl")),
+        batch=BatchConfig(**{"prompts": 2, "rollouts": 4, "demonstrations": 3, **batch}),
         method=MethodConfig(name=method),
         objective=ObjectiveConfig(mu=mu),
     )
@@ -128,7 +128,7 @@ def test_unknown_steps_are_one_row() -> None:
 
 
 def test_a_long_period_is_cut_and_says_so() -> None:
-    run = a_run(Periodic(expert_steps=1, policy_steps=3))
+    run = a_run(Periodic(sft_steps=1, policy_steps=3))
     shown = rows(run)
     assert len(shown) == MOST_ROWS
     assert shown[:3] == [Row(0, 0, 1.0), Row(1, 3, 0.0), Row(4, 4, 1.0)]
@@ -171,21 +171,29 @@ def test_mu_over_the_mean_reward() -> None:
 def test_facts_of_a_known_course() -> None:
     linear = Linear(peak=1.0, valley=0.0, warmup_steps=2, decay_steps=2)  # 0, 0.5, 1, 0.5, 0, 0, ...
     assert facts(a_run(linear, 8), linear) == Facts(
-        zero=certain(5), one=certain(1), mean=certain(0.25), experts=certain(9), rollouts=certain(56)
+        zero=certain(5), one=certain(1), mean=certain(0.25), demonstrations=certain(9), rollouts=certain(56)
     )
 
 
 def test_facts_of_a_reward_adaptive_run_which_always_samples() -> None:
     mu = RewardAdaptive()
     assert facts(a_run(mu, 10), mu) == Facts(
-        zero=Range(0, 10), one=Range(0, 10), mean=Range(0, 1), experts=Range(0, 30), rollouts=certain(80)
+        zero=Range(0, 10),
+        one=Range(0, 10),
+        mean=Range(0, 1),
+        demonstrations=Range(0, 30),
+        rollouts=certain(80),
     )
 
 
 def test_facts_of_a_run_by_gradient_norm() -> None:
     mu = GradientNorm(warmup_steps=4)
     assert facts(a_run(mu, 10), mu) == Facts(
-        zero=Range(0, 6), one=Range(4, 10), mean=Range(0.4, 1), experts=Range(12, 30), rollouts=Range(0, 48)
+        zero=Range(0, 6),
+        one=Range(4, 10),
+        mean=Range(0.4, 1),
+        demonstrations=Range(12, 30),
+        rollouts=Range(0, 48),
     )
 
 
@@ -195,7 +203,7 @@ def test_facts_of_a_learned_run_which_has_both_branches_after_its_warmup() -> No
         zero=certain(0),
         one=certain(3),
         mean=Range(pytest.approx(0.41), pytest.approx(0.89)),  # type: ignore[arg-type]
-        experts=certain(30),
+        demonstrations=certain(30),
         rollouts=certain(56),
     )
 
@@ -206,10 +214,10 @@ def test_facts_and_notes_are_printed() -> None:
     for line in (
         "mu: binary, switch_step 600, reset_optimizer True",
         "1000 steps, the first is 0",
-        "steps with mu = 0 (no expert pass): 400",
+        "steps with mu = 0 (no SFT pass): 400",
         "steps with mu = 1 (no rollouts): 600",
         "mean mu: 0.6",
-        "expert demonstrations over the run: 1,800",
+        "demonstrations over the run: 1,800",
         "rollouts over the run: 3,200",
         "- the optimizer and its learning-rate schedule start anew before step 600",
         "- dynamic sampling may draw up to 3 times as many rollouts",
@@ -225,7 +233,7 @@ def test_facts_and_notes_are_printed() -> None:
         "- up to 2 more prompts a step are sampled and dropped unfinished (rollout.extra_prompts)"
     ) in " ".join(line.strip() for line in lines(dropping))
     unknown = "\n".join(lines(a_run(GradientNorm(warmup_steps=400, gamma=4.0))))
-    assert "expert demonstrations over the run: 1,200 to 3,000" in unknown
+    assert "demonstrations over the run: 1,200 to 3,000" in unknown
     assert "0.2" in unknown.rpartition("G0, that is")[2]
     assert "(their rollouts are not trained on)" in "\n".join(lines(a_run(RewardAdaptive())))
 
@@ -288,8 +296,8 @@ model:
   path: policy
 data:
   prompts: train.jsonl
-  experts: experts.jsonl
-batch: {prompts: 4, rollouts: 8, experts: 16}
+  demonstrations: demonstrations.jsonl
+batch: {prompts: 4, rollouts: 8, demonstrations: 16}
 objective:
   mu:
     schedule: warmup_cosine
@@ -310,7 +318,7 @@ def test_the_command_reads_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("mu: warmup_cosine, peak 0.9, valley 0.05, warmup_steps 0, decay_steps 5")
     assert " 5 - 11  0.05".strip() in [line.strip() for line in printed]
-    assert "expert demonstrations over the run: 192" in printed
+    assert "demonstrations over the run: 192" in printed
 
 
 def test_a_wrong_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

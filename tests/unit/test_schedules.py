@@ -149,7 +149,7 @@ def test_binary() -> None:
 
 def test_periodic() -> None:
     assert course(Periodic(), 5) == [1.0, 0.0, 1.0, 0.0, 1.0]
-    assert course(Periodic(expert_steps=2, policy_steps=3), 12) == [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+    assert course(Periodic(sft_steps=2, policy_steps=3), 12) == [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
 
 
 def test_the_optimizer_is_reset_once_and_only_on_request() -> None:
@@ -184,7 +184,7 @@ def test_reward_adaptive_needs_the_rewards() -> None:
 
 
 def norms(latest: float, warm: float) -> dict[str, float]:
-    return {"expert_grad_norm": latest, "warm_grad_norm": warm}
+    return {"sft_grad_norm": latest, "warm_grad_norm": warm}
 
 
 def share(mu: GradientNorm, memory: Mapping[str, float], seeds: int = 4000) -> float:
@@ -334,7 +334,7 @@ def everything() -> list[MuSchedule]:
         *(Constant(peak=peak) for peak in ends),
         *decays,
         *(Binary(switch_step=step) for step in (0, 1, 5)),
-        *(Periodic(expert_steps=a, policy_steps=b) for a in (1, 3) for b in (1, 4)),
+        *(Periodic(sft_steps=a, policy_steps=b) for a in (1, 3) for b in (1, 4)),
         *(RewardAdaptive(tau=tau) for tau in (-0.5, 0.0, 0.5, 1.5)),
         *(GradientNorm(warmup_steps=steps, gamma=gamma) for steps in (1, 4) for gamma in (0.5, 3.0)),
         *(
@@ -391,7 +391,7 @@ def test_turns() -> None:
     assert Constant().turns(9) == ()
     assert Binary(switch_step=3).turns(9) == [3]
     assert Linear(peak=1, valley=0, warmup_steps=2, decay_steps=4, first_step=1).turns(9) == [1, 5]
-    assert Periodic(expert_steps=1, policy_steps=2).turns(6) == [0, 1, 3, 4]
+    assert Periodic(sft_steps=1, policy_steps=2).turns(6) == [0, 1, 3, 4]
     assert GradientNorm(warmup_steps=4).turns(9) == [4]
     assert Learned(sft_steps=4, rate=1.0).turns(9) == [4, 5]
 
@@ -407,7 +407,7 @@ def test_turns() -> None:
         (Linear, {"peak": 0.1, "valley": 0.0, "decay_steps": -1}, "mu.decay_steps"),
         (WarmupCosine, {"peak": 0.1, "valley": 0.0, "first_step": 2}, "mu.first_step"),
         (Binary, {"switch_step": -1}, "mu.switch_step"),
-        (Periodic, {"expert_steps": 0}, "mu.expert_steps"),
+        (Periodic, {"sft_steps": 0}, "mu.sft_steps"),
         (Periodic, {"policy_steps": -1}, "mu.policy_steps"),
         (RewardAdaptive, {"tau": math.inf}, "mu.tau"),
         (GradientNorm, {"warmup_steps": 0}, "mu.warmup_steps"),

@@ -97,7 +97,7 @@ def test_optional_blocks_shorthands_and_free_settings_are_told() -> None:
         "  answer_marker: '####'  # text",
         "  distributed_optimizer: true  # bool",
         "  lr: 1.0e-06  # float",
-        "  experts: null  # path",
+        "  demonstrations: null  # path",
     ],
 )
 def test_defaults_are_written_as_in_yaml(line: str) -> None:

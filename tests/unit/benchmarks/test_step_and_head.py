@@ -58,7 +58,7 @@ def test_a_head_of_another_size_keeps_its_limit() -> None:
 def test_a_step_says_its_tflops(tmp_path: Path) -> None:
     """One layer of hidden size 64: 64 x 192 + 64 x 64 + 3 x 64 x 256 weights, and 500 x 64 of the head."""
     save_model(tmp_path, qwen2_config(hidden=64, layers=1, vocab=500))
-    sizes = ["--hidden", "64", "--layers", "1", "--vocab", "500", "--rollouts", "3", "--experts", "1"]
+    sizes = ["--hidden", "64", "--layers", "1", "--vocab", "500", "--rollouts", "3", "--demonstrations", "1"]
     command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--child", "ours", "--model", str(tmp_path)]
     done = subprocess.run(
         [*command, "--updates", "1", *sizes],
@@ -70,7 +70,7 @@ def test_a_step_says_its_tflops(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    lengths = [len(sample.token_ids) for sample in make_samples(rollouts=3, experts=1, vocab=500)]
+    lengths = [len(sample.token_ids) for sample in make_samples(rollouts=3, demonstrations=1, vocab=500)]
     weights = 64 * 192 + 64 * 64 + 3 * 64 * 256 + 500 * 64
     flops = 6 * weights * sum(lengths) + 6 * 64 * sum(length**2 for length in lengths)
     assert found["tflops_per_gpu"] * found["elapsed"] == pytest.approx(flops / 1e12)

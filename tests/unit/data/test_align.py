@@ -8,25 +8,29 @@ import pytest
 
 from megatron_chord.data.align import align
 from megatron_chord.data.rows import DataError
-from megatron_chord.records import Expert, Prompt
+from megatron_chord.records import Demonstration, Prompt
 
 
 def prompt(name: str, *token_ids: int) -> Prompt:
     return Prompt(id=name, messages=({"role": "user", "content": name},), truth="", token_ids=token_ids)
 
 
-def expert(name: str, token_ids: list[int], trainable: str) -> Expert:
-    """``trainable`` has an x for each token that the expert wrote."""
-    return Expert(id=name, token_ids=tuple(token_ids), trainable=tuple(letter == "x" for letter in trainable))
+def demonstration(name: str, token_ids: list[int], trainable: str) -> Demonstration:
+    """``trainable`` has an x for each token that the demonstration wrote."""
+    return Demonstration(
+        id=name, token_ids=tuple(token_ids), trainable=tuple(letter == "x" for letter in trainable)
+    )
 
 
 ONE, TWO = prompt("one", 1, 2), prompt("two", 1, 2, 3)
-OF_ONE, OF_TWO = expert("of one", [1, 2, 3, 4], "..xx"), expert("of two", [1, 2, 3, 4], "...x")
+OF_ONE, OF_TWO = demonstration("of one", [1, 2, 3, 4], "..xx"), demonstration("of two", [1, 2, 3, 4], "...x")
 
 
-def names(found: tuple[list[Prompt], dict[str, Expert]]) -> tuple[list[str], dict[str, str]]:
-    prompts, experts = found
-    return [prompt.id for prompt in prompts], {key: expert.id for key, expert in experts.items()}
+def names(found: tuple[list[Prompt], dict[str, Demonstration]]) -> tuple[list[str], dict[str, str]]:
+    prompts, demonstrations = found
+    return [prompt.id for prompt in prompts], {
+        key: demonstration.id for key, demonstration in demonstrations.items()
+    }
 
 
 @pytest.mark.parametrize("unmatched", ["fail", "drop"])
@@ -38,8 +42,13 @@ def test_a_prompt_ends_where_the_expert_begins(unmatched: str) -> None:
 
 
 def test_the_first_of_several_demonstrations() -> None:
-    experts = [OF_TWO, expert("first", [1, 2, 9], "..x"), OF_ONE, expert("last", [1, 2, 8], "..x")]
-    assert names(align([ONE], experts, unmatched="fail")) == (["one"], {"one": "first"})
+    demonstrations = [
+        OF_TWO,
+        demonstration("first", [1, 2, 9], "..x"),
+        OF_ONE,
+        demonstration("last", [1, 2, 8], "..x"),
+    ]
+    assert names(align([ONE], demonstrations, unmatched="fail")) == (["one"], {"one": "first"})
 
 
 def test_equal_prompts_share_a_demonstration() -> None:
@@ -51,14 +60,14 @@ def test_equal_prompts_share_a_demonstration() -> None:
 
 
 def test_demonstrations_of_several_turns_are_no_answers() -> None:
-    turns = expert("turns", [1, 2, 5, 3, 6], "..x.x")
+    turns = demonstration("turns", [1, 2, 5, 3, 6], "..x.x")
     with pytest.raises(DataError, match=r"1 of 1 prompts have no demonstration .* \(one\)"):
         align([ONE], [turns], unmatched="fail")
     assert names(align([ONE], [turns, OF_ONE], unmatched="fail")) == (["one"], {"one": "of one"})
 
 
 def test_tokens_after_the_answer_do_not_make_it_two() -> None:
-    assert names(align([ONE], [expert("tail", [1, 2, 5, 6, 0], "..xx.")], unmatched="fail"))[1] == {
+    assert names(align([ONE], [demonstration("tail", [1, 2, 5, 6, 0], "..xx.")], unmatched="fail"))[1] == {
         "one": "tail"
     }
 
@@ -66,21 +75,21 @@ def test_tokens_after_the_answer_do_not_make_it_two() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        expert("shorter", [1, 5], ".x"),
-        expert("other prompt", [2, 2, 5], "..x"),
-        expert("longer", [1, 2, 3, 5], "...x"),
-        expert("without a prompt", [1, 2, 5], "xxx"),
+        demonstration("shorter", [1, 5], ".x"),
+        demonstration("other prompt", [2, 2, 5], "..x"),
+        demonstration("longer", [1, 2, 3, 5], "...x"),
+        demonstration("without a prompt", [1, 2, 5], "xxx"),
     ],
     ids=lambda other: other.id,
 )
-def test_near_misses(other: Expert) -> None:
+def test_near_misses(other: Demonstration) -> None:
     with pytest.raises(DataError, match="1 of 1 prompts"):
         align([ONE], [other], unmatched="drop")
 
 
 def test_missing_demonstrations_are_named() -> None:
     prompts = [prompt(f"p{i}", i, i) for i in range(5)]
-    message = "data.aligned: 5 of 6 prompts have no demonstration of the same problem in data.experts "
+    message = "data.aligned: 5 of 6 prompts have no demonstration of the same problem in data.demonstrations "
     with pytest.raises(DataError, match=re.escape(message + "(p0, p1, p2, p3, p4);")):
         align([ONE, *prompts], [OF_ONE], unmatched="fail")
     with pytest.raises(DataError, match=re.escape("6 of 7") + r".*\(p0, p1, p2, p3, p4, \.\.\.\)"):
@@ -96,7 +105,7 @@ def test_missing_demonstrations_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("unmatched", ["fail", "drop"])
-@pytest.mark.parametrize("experts", [[], [OF_TWO]], ids=["none at all", "none that fits"])
-def test_no_prompt_is_left(unmatched: str, experts: list[Expert]) -> None:
+@pytest.mark.parametrize("demonstrations", [[], [OF_TWO]], ids=["none at all", "none that fits"])
+def test_no_prompt_is_left(unmatched: str, demonstrations: list[Demonstration]) -> None:
     with pytest.raises(DataError, match="drop leaves them out"):
-        align([ONE], experts, unmatched=unmatched)  # type: ignore[arg-type]
+        align([ONE], demonstrations, unmatched=unmatched)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_chord.data.cursor import Cursor, fingerprint
-from megatron_chord.records import Expert, Prompt
+from megatron_chord.records import Demonstration, Prompt
 
 
 def cursor(**changes) -> Cursor:
@@ -54,7 +54,8 @@ def test_take_leaves_the_cursor_where_it_was() -> None:
 
 def test_seed_and_name_change_the_order() -> None:
     orders = {
-        tuple(cursor(size=50, **change).take(50)[0]) for change in ({}, {"seed": 4}, {"name": "experts"})
+        tuple(cursor(size=50, **change).take(50)[0])
+        for change in ({}, {"seed": 4}, {"name": "demonstrations"})
     }
     assert len(orders) == 3
 
@@ -69,7 +70,7 @@ def test_one_item_comes_again_and_again() -> None:
         ({"size": 8}, r"another number of usable rows: size was 7 and is 8"),
         ({"seed": 4}, r"another seed: seed was 3 and is 4"),
         ({"data": "xyz"}, r"chat template or its token limits have changed: data was 'abc' and is 'xyz'"),
-        ({"name": "experts"}, r"another cursor's: name was 'prompts' and is 'experts'"),
+        ({"name": "demonstrations"}, r"another cursor's: name was 'prompts' and is 'demonstrations'"),
     ],
 )
 def test_state_of_something_else_is_refused(change: dict, reason: str) -> None:
@@ -97,7 +98,7 @@ def test_fingerprint_sees_every_field_and_the_order() -> None:
     message = {"role": "user", "content": "q"}
     first = Prompt(id="a", messages=(message,), truth="1", token_ids=(1, 2))
     second = Prompt(id="b", messages=(message,), truth="1", token_ids=(1, 2))
-    expert = Expert(id="a", token_ids=(1, 2), trainable=(False, True))
+    demonstration = Demonstration(id="a", token_ids=(1, 2), trainable=(False, True))
     seen = [
         [first, second],
         [second, first],
@@ -105,8 +106,8 @@ def test_fingerprint_sees_every_field_and_the_order() -> None:
         [replace(first, truth="2")],
         [replace(first, token_ids=(1, 3))],
         [replace(first, token_ids=(1, 2, 2))],
-        [expert],
-        [replace(expert, trainable=(True, True))],
+        [demonstration],
+        [replace(demonstration, trainable=(True, True))],
     ]
     assert len({fingerprint(records) for records in seen}) == len(seen)
     assert fingerprint([first, second]) == fingerprint([replace(first), replace(second)])

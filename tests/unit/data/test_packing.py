@@ -38,7 +38,7 @@ LAYOUTS = {
 CONTEXT = {"cp2": 2, "cp3_tp2_sp_pp4_vpp": 3}
 
 
-COLUMNS = {"expert": ("phase",), "policy": ("advantage", "rollout_logprob"), "unset": ()}
+COLUMNS = {"sft": ("phase",), "policy": ("advantage", "rollout_logprob"), "unset": ()}
 Row = tuple[int, str, int, tuple[tuple[str, float], ...]]
 
 
@@ -65,7 +65,7 @@ def random_samples(rng: np.random.Generator, count: int) -> list[TrainSample]:
 def constants_of(term: str, sample: int, ids: np.ndarray) -> dict[str, float | np.ndarray]:
     if term == "policy":
         return {"rollout_logprob": -ids.astype(np.float32), "advantage": sample + 0.5}
-    return {"phase": sample * 2} if term == "expert" else {}
+    return {"phase": sample * 2} if term == "sft" else {}
 
 
 def sequences_of(batch: PackedBatch) -> list[np.ndarray]:
@@ -260,7 +260,7 @@ def two_samples() -> list[TrainSample]:
         parts=(
             Part(term="policy", positions=np.array([2]), constants={"advantage": -0.5}),
             Part(
-                term="expert",
+                term="sft",
                 positions=np.array([1, 3, 4]),
                 constants={"weight": np.array([1, 2, 3], np.float32), "scale": 0.25},
             ),
@@ -297,7 +297,7 @@ def test_two_samples_by_hand() -> None:
     assert batch.loss_positions.tolist() == [0, 1, 2, 3, 8, 9]
     assert batch.targets.tolist() == [6, 7, 8, 9, 11, 12]
     assert columns_in(batch) == {
-        "expert": {
+        "sft": {
             "index": [0, 2, 3],
             "sequence": [0, 0, 0],
             "lengths": [3.0],
@@ -326,11 +326,11 @@ def test_context_shards_by_hand() -> None:
     assert (outer.loss_positions.tolist(), outer.targets.tolist()) == ([0, 1, 4], [6, 7, 11])
     assert (inner.loss_positions.tolist(), inner.targets.tolist()) == ([0, 1, 4], [8, 9, 12])
     assert columns_in(outer) == {
-        "expert": {"index": [0], "sequence": [0], "lengths": [3.0], "weight": [1.0], "scale": [0.25]},
+        "sft": {"index": [0], "sequence": [0], "lengths": [3.0], "weight": [1.0], "scale": [0.25]},
         "policy": {"index": [1, 2], "sequence": [0, 1], "lengths": [1.0, 2.0], "advantage": [-0.5, 0.75]},
     }
     assert columns_in(inner) == {
-        "expert": {
+        "sft": {
             "index": [0, 1],
             "sequence": [0, 0],
             "lengths": [3.0],
@@ -343,13 +343,13 @@ def test_context_shards_by_hand() -> None:
 
 def test_terms_and_counts_of_a_step() -> None:
     samples = two_samples()
-    assert columns_of(samples) == {"expert": ("weight", "scale"), "policy": ("advantage",)}
-    assert list(columns_of(samples)) == list(columns_of(samples[::-1])) == ["expert", "policy"]
-    assert token_counts(samples) == {"expert": 3, "policy": 3}
+    assert columns_of(samples) == {"sft": ("weight", "scale"), "policy": ("advantage",)}
+    assert list(columns_of(samples)) == list(columns_of(samples[::-1])) == ["policy", "sft"]
+    assert token_counts(samples) == {"sft": 3, "policy": 3}
     assert columns_of([]) == token_counts([]) == {}
-    # One micro-batch for each sample: that of the second has no expert token.
+    # One micro-batch for each sample: that of the second has no demonstration token.
     plan = plan_step(samples, max_tokens=5, layout=Layout(data=2), pad_id=PAD)
-    assert plan.counts == {"expert": 3, "policy": 3}
+    assert plan.counts == {"sft": 3, "policy": 3}
     (first,), (second,) = plan.micro_batches
     assert second.token_ids.tolist() == [10, 11, 12]
     assert columns_in(first)["policy"] == {
@@ -359,7 +359,7 @@ def test_terms_and_counts_of_a_step() -> None:
         "advantage": [-0.5],
     }
     assert columns_in(second) == {
-        "expert": {"index": [], "sequence": [], "lengths": [], "weight": [], "scale": []},
+        "sft": {"index": [], "sequence": [], "lengths": [], "weight": [], "scale": []},
         "policy": {"index": [0, 1], "sequence": [0, 0], "lengths": [2.0], "advantage": [0.75, 0.75]},
     }
 

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_chord.data.experts import load_experts
+from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate, load_template
@@ -97,7 +97,7 @@ def test_experts_see_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> No
     chat = [{"role": "user", "content": "Write to Bob"}, {"role": "assistant", "content": solution}]
     path = write(tmp_path / "e.jsonl", {**ROW, "solution": solution}, {"tools": [MAIL], "messages": chat})
     (prompt,) = load(write(tmp_path / "p.jsonl", ROW), chatml)
-    (first, second), _ = load_experts(
+    (first, second), _ = load_demonstrations(
         path, chatml, max_prompt_tokens=10_000, max_response_tokens=1000, overlong="fail"
     )
     start = len(prompt.token_ids)

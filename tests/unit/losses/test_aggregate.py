@@ -62,9 +62,9 @@ def test_the_weights_of_a_mean_add_up_to_1(aggregation: Aggregation) -> None:
 
 
 def test_terms_of_different_pools_do_not_meet() -> None:
-    samples = [sample(part("policy", 2)), sample(part("expert", 5)), sample(part("policy", 6))]
-    terms = {"policy": term("policy"), "expert": term("expert", "sequence_mean"), "unused": term("expert")}
-    assert scales(samples, terms) == [[("policy", 1 / 8)], [("expert", 1 / 5)], [("policy", 1 / 8)]]
+    samples = [sample(part("policy", 2)), sample(part("sft", 5)), sample(part("policy", 6))]
+    terms = {"policy": term("policy"), "sft": term("sft", "sequence_mean"), "unused": term("sft")}
+    assert scales(samples, terms) == [[("policy", 1 / 8)], [("sft", 1 / 5)], [("policy", 1 / 8)]]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_each_part_of_a_sample_is_a_sequence() -> None:
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
 def test_empty_parts_are_dropped_and_do_not_count(aggregation: Aggregation) -> None:
-    terms = {"policy": term("policy", aggregation, 7), "expert": term("policy", aggregation, 7)}
-    full = [sample(part("policy", 2)), sample(part("expert", 3))]
+    terms = {"policy": term("policy", aggregation, 7), "sft": term("policy", aggregation, 7)}
+    full = [sample(part("policy", 2)), sample(part("sft", 3))]
     with_empty = [
-        sample(part("expert", 0), part("policy", 2)),
+        sample(part("sft", 0), part("policy", 2)),
         sample(part("policy", 0)),
-        sample(part("expert", 3)),
+        sample(part("sft", 3)),
         sample(),
     ]
     first, second = scales(full, terms)
@@ -114,18 +114,18 @@ def test_nothing_at_all() -> None:
 
 
 def test_idle_parts_are_left_out_but_counted() -> None:
-    terms = {"policy": replace(term("policy"), idle="advantage"), "expert": term("expert")}
+    terms = {"policy": replace(term("policy"), idle="advantage"), "sft": term("sft")}
     samples = [
         sample(part("policy", 3, advantage=0.0)),
         sample(part("policy", 2, advantage=-1.0)),
         sample(part("policy", 2, advantage=np.array([0.0, 0.5]))),
-        sample(part("policy", 1, advantage=np.zeros(1)), part("expert", 4, advantage=0.0)),
+        sample(part("policy", 1, advantage=np.zeros(1)), part("sft", 4, advantage=0.0)),
     ]
     kept = without_idle(with_scales(samples, terms), terms, enough=4)
     assert [[(part.term, len(part.positions), part.constants[SCALE]) for part in s.parts] for s in kept] == [
         [("policy", 2, 1 / 8)],
         [("policy", 2, 1 / 8)],
-        [("expert", 4, 1 / 4)],
+        [("sft", 4, 1 / 4)],
     ]
 
 
@@ -142,14 +142,14 @@ def test_idle_parts_are_left_out_but_counted() -> None:
     ],
 )
 def test_of_idle_parts_alone_enough_tokens_stay(enough: int, expected: list[int]) -> None:
-    terms = {"policy": replace(term("policy"), idle="advantage"), "expert": term("expert")}
+    terms = {"policy": replace(term("policy"), idle="advantage"), "sft": term("sft")}
     samples = [
         TrainSample(token_ids=np.arange(length), parts=(part("policy", tokens, advantage=0.0),))
         for tokens, length in ((4, 18), (12, 20), (1, 12))
     ]
-    kept = without_idle(with_scales([*samples, sample(part("expert", 5))], terms), terms, enough=enough)
+    kept = without_idle(with_scales([*samples, sample(part("sft", 5))], terms), terms, enough=enough)
     assert [len(part.positions) for s in kept for part in s.parts if part.term == "policy"] == expected
-    assert [len(part.positions) for s in kept for part in s.parts if part.term == "expert"] == [5]
+    assert [len(part.positions) for s in kept for part in s.parts if part.term == "sft"] == [5]
 
 
 def test_idle_parts_stay_beside_too_few_others() -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig, SimpleWeight, TokenWeight
 from megatron_chord.losses.aggregate import SCALE
-from megatron_chord.losses.expert import expert_term, most_uncertain
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import policy_loss
+from megatron_chord.losses.sft import most_uncertain, sft_term
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 from megatron_chord.methods.luffy import shaped_loss
 from megatron_chord.methods.prefix_rft import prefix_loss
@@ -121,8 +121,8 @@ def assert_told(term: Term, advantages: Sequence[float] = (1.0, -1.0), *, finite
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 @pytest.mark.parametrize("cutoff", [1.0, 0.5])
-def test_expert_tokens(weight: TokenWeight, cutoff: float) -> None:
-    term = expert_term(weight=weight, cutoff=cutoff)
+def test_demonstration_tokens(weight: TokenWeight, cutoff: float) -> None:
+    term = sft_term(weight=weight, cutoff=cutoff)
     # At p = 0 these weights are 0; the others make the loss of an impossible token infinite.
     zero_at_0 = weight.kind in ("p", "phi", "power", "clipped_is", "bernoulli_entropy")
     assert_told(term, (1.0,), finite=("above 1", "-inf") if zero_at_0 else ("above 1",))

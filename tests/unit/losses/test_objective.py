@@ -21,9 +21,9 @@ from megatron_chord.config import (
     TokenWeight,
 )
 from megatron_chord.losses.aggregate import SCALE
-from megatron_chord.losses.expert import expert_term
 from megatron_chord.losses.objective import Share, objective
 from megatron_chord.losses.policy import comparison, policy_loss
+from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
 
 LN2 = math.log(2)
@@ -36,7 +36,7 @@ def chord_terms(
     settings = settings or ObjectiveConfig()
     return {
         "policy": Term(loss=lambda stats, tokens: policy_loss(stats, tokens, settings), pool="policy"),
-        "expert": expert_term(weight=weight, cutoff=cutoff),
+        "sft": sft_term(weight=weight, cutoff=cutoff),
     }
 
 
@@ -72,11 +72,11 @@ class Batch:
 
 
 def make_batch(tokens: int = 40, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
-    """About as many expert tokens as policy tokens, in random order; some ratios clip on either side."""
+    """About as many demonstration tokens as policy tokens, in random order; some ratios clip on either side."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(8, tokens, generator=generator, dtype=dtype)
     logprobs = -draws[0].abs() - 0.05
-    term = ["expert" if value < 0.5 else "policy" for value in torch.rand(tokens, generator=generator)]
+    term = ["sft" if value < 0.5 else "policy" for value in torch.rand(tokens, generator=generator)]
     return Batch(
         logprobs,
         draws[1].abs(),
@@ -129,13 +129,13 @@ def values_of(share: Share) -> dict[str, float]:
 
 
 def chord_weights(mu: float) -> dict[str, float]:
-    return {"policy": 1 - mu, "expert": mu}
+    return {"policy": 1 - mu, "sft": mu}
 
 
 def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
     # r = 0.6 / 0.4 = 1.5 clipped to 1.2, A = 2: loss -2.4, no gradient. r = 0.3 / 0.3 = 1, A = -1: loss 1, gradient 1.
-    # Expert, p = 1/2, phi = 1/4: loss ln 2 / 4, gradient -1/4. Entropies 0.5 and 0.25 at the policy tokens.
-    # Weights 0.75 and 0.25; scales 1/10 and 1/20 for the policy's, 1/5 for the expert's.
+    # Demonstration, p = 1/2, phi = 1/4: loss ln 2 / 4, gradient -1/4. Entropies 0.5 and 0.25 at the policy tokens.
+    # Weights 0.75 and 0.25; scales 1/10 and 1/20 for the policy's, 1/5 for the demonstration's.
     def column(*values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
@@ -143,7 +143,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
         column(0.6, 0.5, 0.3).log(),
         column(0.5, 9.0, 0.25),
         column(-1.0, -1.0, -1.0),
-        ["policy", "expert", "policy"],
+        ["policy", "sft", "policy"],
         {
             SCALE: column(0.1, 0.2, 0.05),
             "advantage": column(2.0, 0.0, -1.0),
@@ -156,12 +156,12 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
             "loss": 0.75 * (0.1 * (-2.4 - 0.05) + 0.05 * (1.0 - 0.025)) + 0.25 * 0.2 * LN2 / 4,
             # Summed with their scale, without the term's weight.
             "policy_loss": 0.1 * -2.4 + 0.05 * 1.0,
-            "expert_loss": 0.2 * LN2 / 4,
+            "sft_loss": 0.2 * LN2 / 4,
             # Sums, to be divided by the term's tokens.
-            "expert_nll": LN2,
-            "expert_p": 0.5,
-            "expert_phi": 0.25,
-            "expert_weight": 0.25,
+            "sft_nll": LN2,
+            "sft_p": 0.5,
+            "sft_phi": 0.25,
+            "sft_weight": 0.25,
             "entropy": 0.75,
             "clip_fraction": 1.0,
             "logprob_gap": math.log(1.5),
@@ -254,7 +254,7 @@ def test_mu_0_is_grpo_to_the_bit(dtype: torch.dtype, entropy_bonus: float) -> No
     assert entropy.grad is not None
     assert torch.equal(result.logprobs[policy.index], logprobs.grad)
     assert torch.equal(result.entropy[policy.index], entropy.grad)
-    assert not result.logprobs[batch.tokens_of("expert").index].any()
+    assert not result.logprobs[batch.tokens_of("sft").index].any()
     clipped = logprobs.grad == 0
     assert 0 < clipped.sum() < len(policy.index)
 
@@ -265,28 +265,28 @@ def test_mu_1_is_sft_to_the_bit(dtype: torch.dtype, kind: Any) -> None:
     batch = make_batch(dtype=dtype)
     terms = chord_terms(ObjectiveConfig(entropy_bonus=0.03), weight=SimpleWeight(kind=kind))
     result = run(batch, chord_weights(1.0), terms)
-    alone = run(batch, {"expert": 1.0}, terms, ["expert"])
+    alone = run(batch, {"sft": 1.0}, terms, ["sft"])
     assert torch.equal(result.share.loss, alone.share.loss)
     assert torch.equal(result.logprobs, alone.logprobs)
 
-    expert = batch.tokens_of("expert")
-    p = batch.logprobs[expert.index].exp()
+    demonstration = batch.tokens_of("sft")
+    p = batch.logprobs[demonstration.index].exp()
     weight = {"one": torch.ones_like(p), "p": p, "phi": p * (1 - p)}[kind]
-    assert torch.equal(result.logprobs[expert.index], -weight * (1 / len(expert.index)))
+    assert torch.equal(result.logprobs[demonstration.index], -weight * (1 / len(demonstration.index)))
     assert not result.logprobs[batch.tokens_of("policy").index].any()
     assert not result.entropy.any()
 
 
 def test_phi_is_detached_in_the_whole_objective() -> None:
-    """A rare expert token is pulled up; with phi's own gradient it would be pushed down (see test_expert)."""
+    """A rare demonstration token is pulled up; with phi's own gradient it would be pushed down (see test_sft)."""
     batch = Batch(
         torch.tensor([0.01, 0.1], dtype=torch.float64).log(),
         torch.zeros(2),
         torch.zeros(2),
-        ["expert", "expert"],
+        ["sft", "sft"],
         {SCALE: torch.ones(2, dtype=torch.float64)},
     )
-    result = run(batch, chord_weights(1.0), {"expert": chord_terms()["expert"]})
+    result = run(batch, chord_weights(1.0), {"sft": chord_terms()["sft"]})
     # -phi: 0.01 x 0.99 and 0.1 x 0.9.
     assert result.logprobs.tolist() == pytest.approx([-0.0099, -0.09], rel=1e-12)
 
@@ -306,9 +306,9 @@ def test_no_terms_give_0_still_connected_to_the_graph() -> None:
     assert not result.logprobs.any()
 
 
-@pytest.mark.parametrize("missing", ["policy", "expert"])
+@pytest.mark.parametrize("missing", ["policy", "sft"])
 def test_a_term_without_a_token_adds_exactly_0(missing: str) -> None:
-    whole, other = make_batch(), {"policy": "expert", "expert": "policy"}[missing]
+    whole, other = make_batch(), {"policy": "sft", "sft": "policy"}[missing]
     kept = whole.select(whole.tokens_of(other).index)
     terms = chord_terms(ObjectiveConfig(entropy_bonus=0.03))
     result = run(kept, chord_weights(0.3), terms)
@@ -335,7 +335,7 @@ SETTINGS = {
     "cispo": ObjectiveConfig(surrogate="cispo", kl=KLConfig(estimator="k1")),
     "unclipped": ObjectiveConfig(surrogate="unclipped", ratio_from="current"),
 }
-EXPERTS: dict[str, dict[str, Any]] = {
+SFT_SETTINGS: dict[str, dict[str, Any]] = {
     "phi": {},
     "margin": {"weight": MarginWeight()},
     "entropy_top": {"weight": EntropyTopWeight(), "cutoff": 0.5},
@@ -343,10 +343,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("sft", SFT_SETTINGS)
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-def test_the_names_are_those_that_terms_report(settings: str, expert: str, tokens: int) -> None:
-    terms = chord_terms(SETTINGS[settings], **EXPERTS[expert])
+def test_the_names_are_those_that_terms_report(settings: str, sft: str, tokens: int) -> None:
+    terms = chord_terms(SETTINGS[settings], **SFT_SETTINGS[sft])
     share = run(make_batch().select(torch.arange(tokens)), chord_weights(0.3), terms).share
     outputs = {name: reported(term) for name, term in terms.items()}
     assert {name: set(sums) for name, sums in share.sums.items()} == {
@@ -359,7 +359,7 @@ def test_the_names_are_those_that_terms_report(settings: str, expert: str, token
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_any_split_of_a_step_adds_up_to_the_whole(seed: int, settings: str) -> None:
     batch = make_batch(seed=seed)
-    terms = chord_terms(SETTINGS[settings], **list(EXPERTS.values())[seed % len(EXPERTS)])
+    terms = chord_terms(SETTINGS[settings], **list(SFT_SETTINGS.values())[seed % len(SFT_SETTINGS)])
     weights = chord_weights(0.3)
     whole = run(batch, weights, terms)
     generator = torch.Generator().manual_seed(seed)

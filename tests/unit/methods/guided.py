@@ -14,7 +14,7 @@ from megatron_chord.config import RewardConfig, RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.draw import Draw, Engine, Sources
-from megatron_chord.records import Expert, Prompt, Rollout, TrainSample
+from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.schedules import Moment
 from megatron_chord.timing import Timer
@@ -57,8 +57,8 @@ def scripted_draw(
         Prompt(id=str(i), messages=({"role": "user", "content": ""},), truth="", token_ids=(100 + i, 3))
         for i in range(len(answers))
     ]
-    experts = [
-        Expert(
+    demonstrations = [
+        Demonstration(
             id=prompt.id,
             token_ids=(*prompt.token_ids, 30, 31, last),
             trainable=(False, False, True, True, True),
@@ -73,10 +73,10 @@ def scripted_draw(
     )
     sources = Sources(
         prompts=prompts,
-        experts=experts,
-        demonstrations={expert.id: expert for expert in experts},
+        demonstrations=demonstrations,
+        demonstration_of={demonstration.id: demonstration for demonstration in demonstrations},
         prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
-        expert_cursor=None,
+        demonstration_cursor=None,
     )
     return Draw(
         run, engine, sources, now=Moment(step=0), memory=None, timer=Timer(), notify=lambda text: None

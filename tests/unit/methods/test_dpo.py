@@ -148,7 +148,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return [demonstration(groups[item.position - 4], 1.0) for item in drawn]
 
     run = dpo_run(tmp_path)
-    draw: Any = SimpleNamespace(now=Moment(step=0), demonstrations=demonstrations)
+    draw: Any = SimpleNamespace(now=Moment(step=0), graded_demonstrations=demonstrations)
     collected = method_of(run).collect(draw, run)
     # Odd positions are off-policy: 4 rollouts, 5 demonstration, 6 a tie, 7 demonstration.
     assert asked == [5, 7]
@@ -393,7 +393,7 @@ def dpo_run(folder: Path, *, settings: Any = None, batch: Any = None, **objectiv
         ({"advantage": "group"}, r"objective\.advantage: method dpo does not use it"),
         ({"kl": KLConfig()}, r"objective\.kl: method dpo does not use it"),
         ({"truncated": "mask"}, r"objective\.truncated: method dpo does not use it"),
-        ({"expert_cutoff": 0.5}, r"objective\.expert_cutoff: method dpo does not use it"),
+        ({"sft_cutoff": 0.5}, r"objective\.sft_cutoff: method dpo does not use it"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, settings: Any, message: str) -> None:

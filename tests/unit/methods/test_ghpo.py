@@ -25,7 +25,7 @@ NOBODY: Any = None
 def run_of(*, limit: int = 100, **changes: Any) -> RunConfig:
     run = tiny_run(Path("model"), method="ghpo", **changes)
     data = replace(run.data, aligned=True, max_prompt_tokens=limit)
-    return replace(run, data=data, batch=replace(run.batch, experts=0))
+    return replace(run, data=data, batch=replace(run.batch, demonstrations=0))
 
 
 def draw_of(scores: dict[tuple[str, str], Any], *, step: int = 0) -> Any:

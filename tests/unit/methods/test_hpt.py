@@ -22,7 +22,7 @@ SCORES: dict[tuple[str, str], Any] = {("", "a"): (0.0, 0.0), ("", "b"): (1.0, 0.
 
 def run_of(**changes: Any) -> RunConfig:
     run = tiny_run(Path("model"), method="hpt", **changes)
-    return replace(run, data=replace(run.data, aligned=True), batch=replace(run.batch, experts=0))
+    return replace(run, data=replace(run.data, aligned=True), batch=replace(run.batch, demonstrations=0))
 
 
 def draw_of(scores: dict[tuple[str, str], Any]) -> Any:
@@ -33,7 +33,7 @@ def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
     # Three prompts, one of them at or below the gate of 0: weights 2/3 and 1/3. The group (1, 0) has the unbiased
     # standard deviation sqrt(1/2), so its advantages are +- 0.5 sqrt(2); that of (1, 1) has none.
     collected = HPT().collect(draw_of(SCORES), run_of(advantage_eps=1e-9))
-    assert collected.weights == {"policy": pytest.approx(2 / 3), "expert": pytest.approx(1 / 3)}
+    assert collected.weights == {"policy": pytest.approx(2 / 3), "sft": pytest.approx(1 / 3)}
     found = [
         (s.token_ids.tolist(), s.parts[0].term, s.parts[0].constants.get("advantage"))
         for s in collected.samples
@@ -43,7 +43,7 @@ def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
         ([5, 6, 30, 31], "policy", pytest.approx(-(0.5**0.5))),
         ([5, 6, 20, 21], "policy", 0.0),
         ([5, 6, 30, 31], "policy", 0.0),
-        ([5, 6, 40, 41, 42], "expert", None),
+        ([5, 6, 40, 41, 42], "sft", None),
     ]
     assert collected.samples[-1].parts[0].positions.tolist() == [2, 3, 4]
     assert collected.stats["sft_prompts"] == pytest.approx(1 / 3)
@@ -53,15 +53,15 @@ def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
 
 def test_a_prompt_exactly_at_the_gate_is_trained_by_sft() -> None:
     collected = HPT(gate=0.5, sft_coefficient=0.3).collect(draw_of(SCORES), run_of())
-    assert [sample.parts[0].term for sample in collected.samples] == ["policy", "policy", "expert", "expert"]
-    assert collected.weights == {"policy": pytest.approx(1 / 3), "expert": pytest.approx(0.2)}
+    assert [sample.parts[0].term for sample in collected.samples] == ["policy", "policy", "sft", "sft"]
+    assert collected.weights == {"policy": pytest.approx(1 / 3), "sft": pytest.approx(0.2)}
 
 
 @pytest.mark.parametrize(
     ("score", "terms", "weights"),
     [
-        (0.0, {"expert"}, {"policy": 0.0, "expert": 1.0}),
-        (1.0, {"policy"}, {"policy": 1.0, "expert": 0.0}),
+        (0.0, {"sft"}, {"policy": 0.0, "sft": 1.0}),
+        (1.0, {"policy"}, {"policy": 1.0, "sft": 0.0}),
     ],
 )
 def test_a_step_of_one_kind(score: float, terms: set[str], weights: dict[str, float]) -> None:
@@ -73,7 +73,7 @@ def test_a_step_of_one_kind(score: float, terms: set[str], weights: dict[str, fl
 def test_prompts_whose_grading_failed_are_in_neither_branch() -> None:
     # b has no group of two left, so the step has two prompts: one of each kind.
     collected = HPT().collect(draw_of(SCORES | {("", "b"): (None, 1.0)}), run_of())
-    assert collected.weights == {"policy": 0.5, "expert": 0.5}
+    assert collected.weights == {"policy": 0.5, "sft": 0.5}
     assert collected.stats["dropped_groups"] == 1
     with pytest.raises(TooManyGraderErrors, match="step 0"):
         HPT().collect(draw_of(dict.fromkeys(SCORES, (None, 1.0))), run_of())
@@ -86,12 +86,12 @@ def test_the_gate_reads_scores_not_rewards() -> None:
 
 def test_terms() -> None:
     terms = HPT().terms(run_of(aggregation="sequence_mean"))
-    assert (terms["policy"].aggregation, terms["expert"].aggregation) == ("sequence_mean", "token_mean")
-    assert terms["policy"].pool != terms["expert"].pool
+    assert (terms["policy"].aggregation, terms["sft"].aggregation) == ("sequence_mean", "token_mean")
+    assert terms["policy"].pool != terms["sft"].pool
     outputs = [reported(term) for term in terms.values()]
     names = [name for output in outputs for name in (*output.losses, *output.means, *output.maxima)]
     assert len(set(names)) == len(names)
-    assert {"logprob_gap", "logprob_gap_max", "entropy", "expert_nll"} <= set(names)
+    assert {"logprob_gap", "logprob_gap_max", "entropy", "sft_nll"} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_terms() -> None:
         (
             {},
             {},
-            {"expert_weight": SimpleWeight(kind="phi")},
-            "objective.expert_weight: method hpt does not use it",
+            {"token_weight": SimpleWeight(kind="phi")},
+            "objective.token_weight: method hpt does not use it",
         ),
         (
             {},
             {},
-            {"expert_aggregation": "sequence_sum"},
-            "objective.expert_aggregation: method hpt does not use it",
+            {"sft_aggregation": "sequence_sum"},
+            "objective.sft_aggregation: method hpt does not use it",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from megatron_chord.config import SimpleWeight
 from megatron_chord.losses.aggregate import SCALE, with_scales
-from megatron_chord.losses.expert import expert_loss
+from megatron_chord.losses.sft import sft_loss
 from megatron_chord.losses.terms import reported
 from megatron_chord.methods.luffy import Luffy, shaped_loss
 from megatron_chord.methods.table import method_of
@@ -155,7 +155,7 @@ def test_shaping_pushes_most_at_one_twelfth() -> None:
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_without_shaping_and_with_advantage_1_the_gradient_is_that_of_dft(p: float) -> None:
     shaped = push_on_target(p, lambda stats: shaped_loss(stats, tokens_of(advantage=1.0), gamma=None))
-    dft = push_on_target(p, lambda stats: expert_loss(stats, tokens_of(), weight=SimpleWeight(kind="p")))
+    dft = push_on_target(p, lambda stats: sft_loss(stats, tokens_of(), weight=SimpleWeight(kind="p")))
     assert shaped == pytest.approx(dft, rel=1e-12) == pytest.approx(p * (1 - p), rel=1e-9)
 
 
@@ -205,7 +205,7 @@ def test_names_of_metrics_are_unique_and_the_log_prob_check_finds_its_own(name: 
     ("block", "change", "message"),
     [
         ("data", {"aligned": False}, "set data.aligned: true"),
-        ("batch", {"experts": 5}, "draws no demonstrations beside its prompts' own"),
+        ("batch", {"demonstrations": 5}, "draws no demonstrations beside its prompts' own"),
     ],
 )
 def test_a_run_without_demonstrations_or_with_others_is_refused(

@@ -35,7 +35,7 @@ def run_of(*, rollouts: int = 3, prompts: int = 3, **changes: Any) -> RunConfig:
     return replace(
         run,
         data=replace(run.data, aligned=True),
-        batch=replace(run.batch, rollouts=rollouts, prompts=prompts, experts=0),
+        batch=replace(run.batch, rollouts=rollouts, prompts=prompts, demonstrations=0),
     )
 
 
@@ -230,7 +230,7 @@ def test_only_the_most_uncertain_of_the_whole_update_are_kept() -> None:
 @pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo", "unclipped"])
 @pytest.mark.parametrize("ratio_from", ["rollout", "current"])
 def test_a_prefix_is_on_policy_in_its_ratio(surrogate: Any, ratio_from: Any) -> None:
-    """d L / d l = -A whatever l is: nothing of the expert's probabilities enters, and the filtered token has none."""
+    """d L / d l = -A whatever l is: the demonstration's probabilities do not enter; the filtered token has none."""
     logprobs = torch.tensor([-0.1, -7.0, -2.0], requires_grad=True)
     tokens = tokens_of(advantage=[0.5, -0.25, 0.5], kept=[1.0, 1.0, 0.0])
     objective = ObjectiveConfig(surrogate=surrogate, ratio_from=ratio_from)

@@ -50,15 +50,31 @@ def test_a_whole_number_is_a_float_setting() -> None:
     ("method", "blocks", "reason"),
     [
         ("luffy", {}, "luffy needs every prompt's own demonstration: set data.aligned: true"),
-        ("chord", {"data": {"experts": None}}, "mu can be above 0 but data.experts is not given"),
-        ("chord", {"batch": {"experts": 0}}, "mu can be above 0 but batch.experts is 0"),
+        (
+            "chord",
+            {"data": {"demonstrations": None}},
+            "mu can be above 0 but data.demonstrations is not given",
+        ),
+        ("chord", {"batch": {"demonstrations": 0}}, "mu can be above 0 but batch.demonstrations is 0"),
         ("chord", {"batch": {"prompts": 0}}, "mu can be below 1 but batch.prompts is 0"),
         ("chord", {"data": {"aligned": True}}, "there cannot be more of them"),
-        ("chord", {"batch": {"mini_batches": 6}}, r"batch\.experts is 5, fewer than batch\.mini_batches 6"),
-        ("ghpo", {"data": {"aligned": True}, "batch": {"experts": 3}}, "draws no demonstrations beside"),
+        (
+            "chord",
+            {"batch": {"mini_batches": 6}},
+            r"batch\.demonstrations is 5, fewer than batch\.mini_batches 6",
+        ),
+        (
+            "ghpo",
+            {"data": {"aligned": True}, "batch": {"demonstrations": 3}},
+            "draws no demonstrations beside",
+        ),
         ("ghpo", {"data": {"aligned": True}, "objective": {"mu": Constant()}}, "ghpo does not mix by mu"),
-        ("hpt", {"data": {"aligned": True}, "objective": {"expert_cutoff": 0.5}}, "hpt does not use it"),
-        ("chord", {"data": {"aligned": True, "experts": None}}, "data.aligned needs data.experts"),
+        ("hpt", {"data": {"aligned": True}, "objective": {"sft_cutoff": 0.5}}, "hpt does not use it"),
+        (
+            "chord",
+            {"data": {"aligned": True, "demonstrations": None}},
+            "data.aligned needs data.demonstrations",
+        ),
         ("remix", {"data": {"aligned": True}}, "method remix uses no demonstrations"),
         (
             "chord",
@@ -116,7 +132,7 @@ def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_files_of_the_examples(file: Path) -> None:
     if file.stem == "aligned":
-        with pytest.raises(ValueError, match=r"batch\.experts is 0"):  # it names no method of its own
+        with pytest.raises(ValueError, match=r"batch\.demonstrations is 0"):  # it names no method of its own
             method_of(load_config(file))
     else:
         method_of(load_config(file))
@@ -127,10 +143,10 @@ def test_published_settings(file: Path) -> None:
     run = load_config(file)
     method_of(run)
     math = "math" in file.stem
-    assert (run.batch.prompts, run.batch.rollouts, run.batch.experts) == (
+    assert (run.batch.prompts, run.batch.rollouts, run.batch.demonstrations) == (
         (32, 8, 64) if math else (96, 8, 96)
     )
-    assert run.objective == ObjectiveConfig(mu=run.objective.mu, expert_weight=run.objective.expert_weight)
+    assert run.objective == ObjectiveConfig(mu=run.objective.mu, token_weight=run.objective.token_weight)
     assert run.steps == (1500 if math else 100)
     assert run.data.max_response_tokens == 16384
 
@@ -152,7 +168,7 @@ def test_what_does_not_go_with_a_lag(
     if method == "srft":
         run = changed(run, data={"aligned": True})
     if method in ("srft", "remix"):
-        run = changed(run, batch={"experts": 0})
+        run = changed(run, batch={"demonstrations": 0})
     with pytest.raises(ValueError, match=reason):
         method_of(run)
     assert method_of(changed(run, rollout={"lag": 0}))
@@ -171,7 +187,7 @@ def test_what_does_not_go_with_carried_answers(
 ) -> None:
     run = changed(tiny_run(tmp_path, method=method), rollout={"extra_prompts": 0.5}, **blocks)
     if method in ("srft", "remix"):
-        run = changed(run, batch={"experts": 0}, data={"aligned": method == "srft"})
+        run = changed(run, batch={"demonstrations": 0}, data={"aligned": method == "srft"})
     with pytest.raises(ValueError, match=reason):
         method_of(run)
     dropped = changed(run, rollout={"unfinished": "drop"})

@@ -103,21 +103,21 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
     # Rewards 1 0 0 and 0 0 0: the demonstrations' are not among them.
     policy = constants(collected.samples, "policy", "advantage")
     assert policy == {0: pytest.approx([2 / 3, -1 / 3, -1 / 3]), 1: [0.0] * 3}
-    experts = [sample for sample in collected.samples if sample.parts[0].term == "expert"]
+    demonstrations = [sample for sample in collected.samples if sample.parts[0].term == "sft"]
     # The order of draws is the cursor's.
-    assert sorted(sample.token_ids.tolist() for sample in experts) == [
+    assert sorted(sample.token_ids.tolist() for sample in demonstrations) == [
         [100, 3, 30, 31, RIGHT],
         [101, 3, 30, 31, RIGHT],
     ]
-    assert [sample.parts[0].positions.tolist() for sample in experts] == [[2, 3, 4]] * 2
-    assert collected.weights == {"policy": 1.0, "expert": 0.5}
+    assert [sample.parts[0].positions.tolist() for sample in demonstrations] == [[2, 3, 4]] * 2
+    assert collected.weights == {"policy": 1.0, "sft": 0.5}
     assert collected.mu is None
     assert collected.stats["reward_mean"] == pytest.approx(1 / 6)
 
     # Six rollouts of 2 tokens, two demonstrations of 3: each branch is a mean over its own tokens.
     scaled = with_scales(collected.samples, method.terms(run))
     assert constants(scaled, "policy", "scale") == {0: [1 / 12] * 3, 1: [1 / 12] * 3}
-    assert constants(scaled, "expert", "scale") == {0: [1 / 6], 1: [1 / 6]}
+    assert constants(scaled, "sft", "scale") == {0: [1 / 6], 1: [1 / 6]}
 
 
 def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
@@ -126,7 +126,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
     terms = method.terms(run)
     collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
     scaled = with_scales(collected.samples, terms)
-    tokens = {"policy": tokens_of_term(scaled, "policy", 0), "expert": tokens_of_term(scaled, "expert", 12)}
+    tokens = {"policy": tokens_of_term(scaled, "policy", 0), "sft": tokens_of_term(scaled, "sft", 12)}
     advantages = tokens["policy"]["advantage"].tolist()
 
     # The engine's log-probs are -1.5. Tokens with A > 0 have become 1.1 times as likely, the others stay.
@@ -140,7 +140,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
     assert stats.logprobs.grad is not None
     of_policy = [-ratio * advantage / 12 for ratio, advantage in zip(ratios, advantages, strict=True)]
     assert stats.logprobs.grad.tolist() == pytest.approx([*of_policy, *[-0.5 / 6] * 6], rel=1e-6, abs=1e-12)
-    assert share.sums["expert"]["expert_loss"].item() == pytest.approx(math.log(2))
+    assert share.sums["sft"]["sft_loss"].item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.usefixtures("example")

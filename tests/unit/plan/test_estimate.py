@@ -71,7 +71,7 @@ def test_a_step_is_its_phases() -> None:
 
 def test_work_follows_the_settings() -> None:
     run = run_of("chord_qwen7b")
-    case = case_of(run, h100(), prompt_tokens=200, response_tokens=3000, expert_tokens=5000)
+    case = case_of(run, h100(), prompt_tokens=200, response_tokens=3000, demonstration_tokens=5000)
     # 32 x 8 rollouts of 3200 tokens and 64 demonstrations of 5200.
     assert case.work.tokens == 256 * 3200 + 64 * 5200
     assert case.work.passes == 0
@@ -80,7 +80,9 @@ def test_work_follows_the_settings() -> None:
     both = run_of("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
     assert case_of(both, h100()).work.passes == 2
     # LUFFY trains on each of 16 prompts' own demonstration.
-    assert case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.experts == 16
+    assert (
+        case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.demonstrations == 16
+    )
     sft = case_of(run_of("chord_qwen7b", "objective.mu.peak=1"), h100())
     assert (sft.work.sequences, sft.sampling_seconds(), sft.sync_seconds()) == (0, 0, 0)
 
@@ -194,7 +196,7 @@ BAD = [
         lambda: case_of(run_of("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
         "beyond the model's 32768 positions",
     ),
-    (lambda: case_of(run_of("chord_qwen7b", "batch.experts=0"), h100()), "batch.experts is 0"),
+    (lambda: case_of(run_of("chord_qwen7b", "batch.demonstrations=0"), h100()), "batch.demonstrations is 0"),
 ]
 
 

@@ -21,10 +21,10 @@ def work(**changes: float) -> Work:
     values = {
         "prompts": 1,
         "rollouts": 2,
-        "experts": 0,
+        "demonstrations": 0,
         "prompt_tokens": 100,
         "response_tokens": 1000,
-        "expert_tokens": 0,
+        "demonstration_tokens": 0,
         "response_limit": 1000,
         "longest": 1100,
     }

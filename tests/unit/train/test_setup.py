@@ -30,7 +30,7 @@ def test_a_long_sequence_weighs_more_than_its_tokens() -> None:
     """Two ranks: one sequence of 32768 tokens is more work than 18 of 2048, so it gets none of them beside it."""
 
     def sample(length: int) -> TrainSample:
-        part = Part(term="expert", positions=np.arange(1, length), constants={})
+        part = Part(term="sft", positions=np.arange(1, length), constants={})
         return TrainSample(token_ids=np.zeros(length, np.int64), parts=(part,))
 
     layout = layout_of(shape_of("qwen2.5-7b"), ParallelConfig(), 2)

@@ -39,7 +39,7 @@ def run_of(*, unfinished: Any = "carry", extra: float = 0.5, **rollout: Any) -> 
     return replace(
         run,
         data=replace(run.data, max_response_tokens=LIMIT),
-        batch=replace(run.batch, prompts=4, rollouts=2, experts=0),
+        batch=replace(run.batch, prompts=4, rollouts=2, demonstrations=0),
         rollout=replace(run.rollout, extra_prompts=extra, unfinished=unfinished, **rollout),
     )
 
@@ -58,10 +58,10 @@ class Steps:
             template=template,
             sources=Sources(
                 prompts=PROMPTS,
-                experts=(),
-                demonstrations={},
+                demonstrations=(),
+                demonstration_of={},
                 prompt_cursor=Cursor(name="prompts", size=COUNT, seed=0, data=fingerprint(PROMPTS)),
-                expert_cursor=None,
+                demonstration_cursor=None,
             ),
         )
         graders: Any = SimpleNamespace(

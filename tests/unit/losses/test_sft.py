@@ -21,7 +21,7 @@ from megatron_chord.config import (
     SimpleWeight,
     TokenWeight,
 )
-from megatron_chord.losses.expert import TOKEN_WEIGHTS, expert_loss, expert_term, top_threshold
+from megatron_chord.losses.sft import TOKEN_WEIGHTS, sft_loss, sft_term, top_threshold
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
 from tests.unit.methods.guided import push_on_target, tokens_of
 
@@ -103,19 +103,19 @@ def grad_of(leaf: Tensor) -> list[float]:
 )
 def test_two_tokens_by_hand(weight: TokenWeight, expected: list[float]) -> None:
     stats = stats_of([0.25, 0.5], rivals=[0.5, 0.25])
-    out = expert_loss(stats, tokens_of((2,), entropy_weight=[0.0, 1.0]), weight=weight)
+    out = sft_loss(stats, tokens_of((2,), entropy_weight=[0.0, 1.0]), weight=weight)
     out.loss.sum().backward()
     losses = [expected[0] * 2 * LN2, expected[1] * LN2]
     assert out.loss.tolist() == pytest.approx(losses, rel=1e-13)
     assert grad_of(stats.logprobs) == pytest.approx([-w for w in expected], rel=1e-13)
     assert {name: values.tolist() for name, values in out.losses.items()} == {
-        "expert_loss": pytest.approx(losses, rel=1e-13)
+        "sft_loss": pytest.approx(losses, rel=1e-13)
     }
     assert {name: values.tolist() for name, values in out.means.items()} == {
-        "expert_nll": pytest.approx([2 * LN2, LN2]),
-        "expert_p": pytest.approx([0.25, 0.5]),
-        "expert_phi": pytest.approx([3 / 16, 1 / 4]),
-        "expert_weight": pytest.approx(expected, rel=1e-13),
+        "sft_nll": pytest.approx([2 * LN2, LN2]),
+        "sft_p": pytest.approx([0.25, 0.5]),
+        "sft_phi": pytest.approx([3 / 16, 1 / 4]),
+        "sft_weight": pytest.approx(expected, rel=1e-13),
     }
     assert out.maxima == {}
     assert not any(value.requires_grad for value in [*out.losses.values(), *out.means.values()])
@@ -148,7 +148,7 @@ def test_certain_and_impossible_tokens_are_finite(
     # p = 1 with a rival of probability 0; and p = 0 in fp32, -log p = 10000, with a rival that is certain.
     logprobs = torch.tensor([0.0, -1e4], requires_grad=True)
     stats = TokenStats(logprobs, torch.zeros(2), torch.tensor([-torch.inf, 0.0]))
-    out = expert_loss(stats, tokens_of((2,), entropy_weight=1.0), weight=weight, cutoff=cutoff)
+    out = sft_loss(stats, tokens_of((2,), entropy_weight=1.0), weight=weight, cutoff=cutoff)
     out.loss.sum().backward()
     held = -certain * math.log(cutoff)
     assert out.loss.tolist() == pytest.approx([held, 1e4 * impossible], rel=1e-6)
@@ -162,7 +162,7 @@ def of_weight(weight: TokenWeight, p: float) -> Callable[[TokenStats], TermOutpu
 
     def loss(stats: TokenStats) -> TermOutput:
         rival = torch.tensor([(1 - p) / 2], dtype=torch.float64).log()
-        return expert_loss(stats._replace(rival=rival), tokens_of(entropy_weight=0.7), weight=weight)
+        return sft_loss(stats._replace(rival=rival), tokens_of(entropy_weight=0.7), weight=weight)
 
     return loss
 
@@ -217,7 +217,7 @@ def test_power_with_ones_is_phi_to_the_bit(dtype: torch.dtype) -> None:
     for weight in (PHI, PowerWeight(a=1.0, b=1.0, scale=1.0)):
         logprobs = torch.cat([p, torch.tensor([0.0, 1.0], dtype=dtype)]).clamp_min(1e-30).log()
         stats = TokenStats(logprobs.requires_grad_(), logprobs, None)
-        out = expert_loss(stats, tokens_of((1002,)), weight=weight)
+        out = sft_loss(stats, tokens_of((1002,)), weight=weight)
         out.loss.sum().backward()
         results.append((out.loss.detach(), logprobs.grad))
     assert torch.equal(results[0][0], results[1][0])
@@ -229,7 +229,7 @@ def test_no_push_above_the_cutoff(weight: SimpleWeight) -> None:
     cutoff = 0.6
     probabilities = [0.1, 0.59, 0.61, 0.9, 0.999]
     stats = stats_of(probabilities)
-    out = expert_loss(stats, tokens_of((5,)), weight=weight, cutoff=cutoff)
+    out = sft_loss(stats, tokens_of((5,)), weight=weight, cutoff=cutoff)
     out.loss.sum().backward()
     weights = [{"one": 1.0, "p": p, "phi": p * (1 - p)}[weight.kind] for p in probabilities]
     # The loss keeps its weight, from the token's own p, at the cutoff's log-probability.
@@ -240,14 +240,14 @@ def test_no_push_above_the_cutoff(weight: SimpleWeight) -> None:
     assert grad[:2] == pytest.approx([-w for w in weights[:2]], rel=1e-13)
     assert grad[2:] == [0.0] * 3
     # What is reported is the token's own.
-    assert out.means["expert_nll"].tolist() == pytest.approx([-math.log(p) for p in probabilities])
-    assert out.means["expert_weight"].tolist() == pytest.approx(weights)
+    assert out.means["sft_nll"].tolist() == pytest.approx([-math.log(p) for p in probabilities])
+    assert out.means["sft_weight"].tolist() == pytest.approx(weights)
 
 
 def test_a_token_at_the_cutoff_is_still_pushed() -> None:
     logprobs = torch.tensor([math.log(0.5)], dtype=torch.float64, requires_grad=True)
     cutoff = logprobs.exp().item()
-    expert_loss(TokenStats(logprobs, logprobs, None), tokens_of(), weight=ONE, cutoff=cutoff).loss.backward()
+    sft_loss(TokenStats(logprobs, logprobs, None), tokens_of(), weight=ONE, cutoff=cutoff).loss.backward()
     assert grad_of(logprobs) == [-1.0]
 
 
@@ -271,7 +271,7 @@ def scored(*batches: Sequence[float]) -> list[TermTokens]:
 def prepared(
     weight: TokenWeight, batches: Sequence[TermTokens], theirs: Sequence[float] = ()
 ) -> list[list[float]]:
-    prepare = expert_term(weight=weight).prepare
+    prepare = sft_term(weight=weight).prepare
     assert prepare is not None
     columns = prepare(batches, Ranks(theirs))
     assert all(set(names) == {"entropy_weight"} for names in columns)
@@ -343,7 +343,7 @@ def test_tokens_that_tie_with_the_threshold_are_all_chosen() -> None:
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=name_of)
 def test_what_a_term_asks_for_and_reports(weight: TokenWeight) -> None:
-    term: Term = expert_term(
+    term: Term = sft_term(
         weight=weight, cutoff=0.9, pool="shared", aggregation="constant", aggregation_length=7
     )
     by_entropy = weight.kind in ("entropy_top", "entropy_norm")
@@ -352,8 +352,8 @@ def test_what_a_term_asks_for_and_reports(weight: TokenWeight) -> None:
     assert (term.prepare is not None) == by_entropy
     assert term.rival == (weight.kind == "margin")
     names = reported(term)
-    assert set(names.losses) == {"expert_loss"}
-    assert set(names.means) == {"expert_nll", "expert_p", "expert_phi", "expert_weight"}
+    assert set(names.losses) == {"sft_loss"}
+    assert set(names.means) == {"sft_nll", "sft_p", "sft_phi", "sft_weight"}
     assert set(names.maxima) == set()
 
 

@@ -1,6 +1,6 @@
-"""The expert branch: negative log-likelihood of demonstrations, each token with a detached weight.
+"""The SFT branch: negative log-likelihood of demonstrations, each token with a detached weight.
 
-Without the stop-gradient on phi a rare expert token (p < 0.2356) would be pushed down, not up: the logit gradient
+Without the stop-gradient on phi a rare token (p < 0.2356) would be pushed down, not up: the logit gradient
 p(1-p)[(1-2p) ln p + 1-p] changes its sign there. No weight is renormalised.
 """
 
@@ -45,10 +45,10 @@ TOKEN_WEIGHTS: dict[str, WeightFunction] = {
     "entropy_norm": lambda p, stats, tokens, weight: tokens["entropy_weight"],
     "margin": _margin,
 }
-"""By the kind in ``objective.expert_weight``; their settings and meaning stand in ``config``."""
+"""By the kind in ``objective.token_weight``; their settings and meaning stand in ``config``."""
 
 
-def expert_loss(
+def sft_loss(
     stats: TokenStats, tokens: TermTokens, *, weight: TokenWeight, cutoff: float = 1.0
 ) -> TermOutput:
     """-w log p per token, w detached (CHORD eq. 1, 4 and 6); tokens with p > cutoff get no gradient.
@@ -64,30 +64,30 @@ def expert_loss(
     )
     loss = torch.where(weights == 0, 0.0, -weights * pushed)  # a log-prob of -inf times 0 would be NaN
     means = {
-        "expert_nll": -logprobs.detach(),
-        "expert_p": p,
-        "expert_phi": p * (1 - p),
-        "expert_weight": weights,
+        "sft_nll": -logprobs.detach(),
+        "sft_p": p,
+        "sft_phi": p * (1 - p),
+        "sft_weight": weights,
     }
-    return TermOutput(loss, {"expert_loss": loss.detach()}, means, {})
+    return TermOutput(loss, {"sft_loss": loss.detach()}, means, {})
 
 
-def expert_term(
+def sft_term(
     *,
-    pool: str = "expert",
+    pool: str = "sft",
     weight: TokenWeight,
     cutoff: float = 1.0,
     temperature: float = 1.0,
     **aggregation: Any,
 ) -> Term:
-    """The expert branch as a term; ``aggregation`` and ``aggregation_length`` as in Term.
+    """The SFT branch as a term; ``aggregation`` and ``aggregation_length`` as in Term.
 
     ``temperature`` is not that of sampling: at 0.6 another distribution would be fitted to the demonstrations than is
     served at 1, and where the model fits them phi would be several times smaller.
     """
 
     def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-        return expert_loss(stats, tokens, weight=weight, cutoff=cutoff)
+        return sft_loss(stats, tokens, weight=weight, cutoff=cutoff)
 
     prepare: Prepare | None = None
     if isinstance(weight, EntropyTopWeight):

@@ -1,4 +1,4 @@
-"""Demonstrations: rows -> Expert, with the expert's own tokens marked."""
+"""Reads demonstrations: one Demonstration a row, in which the answer's tokens are marked as trainable."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_chord.data.rows import (
 )
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.data.tools import conversation
-from megatron_chord.records import Expert, Message
+from megatron_chord.records import Demonstration, Message
 
 
-def load_experts(
+def load_demonstrations(
     path: Path,
     template: ChatTemplate,
     *,
     max_prompt_tokens: int,
     max_response_tokens: int,
     overlong: Literal["fail", "drop"],
-) -> tuple[list[Expert], LoadReport]:
+) -> tuple[list[Demonstration], LoadReport]:
     """The demonstrations of a .jsonl or .parquet file, in its order.
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
@@ -41,7 +41,7 @@ def load_experts(
     """
     seen: dict[str, str] = {}
 
-    def parse(row: Row) -> Expert | None:
+    def parse(row: Row) -> Demonstration | None:
         messages = _demonstrated_messages(row, template)
         identity = row_id(row, path, seen)
         token_ids, trainable = template.demonstration(messages)
@@ -56,19 +56,22 @@ def load_experts(
                     f"{max_prompt_tokens} and max_response_tokens {max_response_tokens}"
                 )
             return None
-        return Expert(id=identity, token_ids=token_ids, trainable=trainable)
+        return Demonstration(id=identity, token_ids=token_ids, trainable=trainable)
 
     rows = parse_rows(path, parse)
-    experts = [expert for expert in rows if expert is not None]
-    if not experts:
+    demonstrations = [demonstration for demonstration in rows if demonstration is not None]
+    if not demonstrations:
         raise DataError(
             f"{path}: all {len(rows)} demonstrations have more than {max_prompt_tokens} prompt or "
             f"{max_response_tokens} response tokens"
         )
     report = LoadReport(
-        path=path, num_rows=len(rows), num_kept=len(experts), num_overlong=len(rows) - len(experts)
+        path=path,
+        num_rows=len(rows),
+        num_kept=len(demonstrations),
+        num_overlong=len(rows) - len(demonstrations),
     )
-    return experts, report
+    return demonstrations, report
 
 
 def _demonstrated_messages(row: Row, template: ChatTemplate) -> tuple[Message, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.data.experts import load_experts
+from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import DataError
@@ -25,7 +25,7 @@ def write(path: Path, *rows: object) -> Path:
 def load(
     path: Path, template: ChatTemplate, *, prompt: int = 4000, response: int = 4000, overlong: str = "drop"
 ):
-    return load_experts(
+    return load_demonstrations(
         path, template, max_prompt_tokens=prompt, max_response_tokens=response, overlong=overlong
     )
 
@@ -37,11 +37,11 @@ def test_both_forms_of_a_demonstration_are_the_same_expert(tmp_path: Path, chatm
         {"prompt": "2+2?", "response": "4"},
         {"messages": [USER, ANSWER], "id": 9},
     )
-    experts, report = load(path, chatml)
-    assert {(expert.token_ids, expert.trainable) for expert in experts} == {
+    demonstrations, report = load(path, chatml)
+    assert {(demonstration.token_ids, demonstration.trainable) for demonstration in demonstrations} == {
         chatml.demonstration([USER, ANSWER])
     }
-    assert [expert.id for expert in experts] == ["e.jsonl:1", "e.jsonl:2", "9"]
+    assert [demonstration.id for demonstration in demonstrations] == ["e.jsonl:1", "e.jsonl:2", "9"]
     assert report.num_kept == 3
 
 
@@ -99,7 +99,7 @@ def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
     num_prompt = len(chatml.prompt_ids([USER]))
     num_response = 2  # "4" and the stop token
     kept, report = load(path, chatml, prompt=num_prompt, response=num_response)
-    assert [expert.id for expert in kept] == ["e.jsonl:1"]
+    assert [demonstration.id for demonstration in kept] == ["e.jsonl:1"]
     assert (report.num_rows, report.num_overlong) == (3, 2)
     with pytest.raises(DataError, match="2 rows cannot be used") as caught:
         load(path, chatml, prompt=num_prompt, response=num_response, overlong="fail")
@@ -110,13 +110,13 @@ def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
 
 def test_gsm8k_serves_as_prompts_and_as_experts(math_data: Path, chatml: ChatTemplate) -> None:
     file = math_data / "gsm8k_test.jsonl"
-    experts, _ = load(file, chatml)
+    demonstrations, _ = load(file, chatml)
     prompts, _ = load_prompts(file, chatml, max_prompt_tokens=4000, overlong="drop")
-    assert len(experts) == len(prompts) == 660
+    assert len(demonstrations) == len(prompts) == 660
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row, prompt, expert in zip(rows, prompts, experts, strict=True):
+    for row, prompt, demonstration in zip(rows, prompts, demonstrations, strict=True):
         start = len(prompt.token_ids)
-        assert expert.token_ids[:start] == prompt.token_ids
-        assert expert.trainable == (False,) * start + (True,) * (len(expert.token_ids) - start)
-        assert chatml.decode(expert.token_ids[start:]) == row["solution"]
-        assert expert.token_ids[-1] in chatml.stop_token_ids
+        assert demonstration.token_ids[:start] == prompt.token_ids
+        assert demonstration.trainable == (False,) * start + (True,) * (len(demonstration.token_ids) - start)
+        assert chatml.decode(demonstration.token_ids[start:]) == row["solution"]
+        assert demonstration.token_ids[-1] in chatml.stop_token_ids
