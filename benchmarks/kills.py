@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--seed 1] [--rl 12 --rl-two-ranks 8 --sft-two-ranks 10]
 
 SIGKILL of the trainer (or its launcher), of each of two ranks, and of the server; while the run starts, within a step,
-within a save and after it. Everything runs on one core, where vLLM's CPU build repeats itself to the bit. At the end
+within a save and after it. Everything runs on one core, with rollout.repeatable. At the end
 nothing may be left in the process table, the temp folder, ``/dev/shm`` and the checkpoints' folder, and metrics and
 exported policy must be those of the undisturbed run, bit for bit. Exits with 0 when all of it holds.
 """

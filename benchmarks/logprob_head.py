@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from shared import in_ranks, reset_high_water_mark, resident
 
-from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.logprobs import sweep_for, tile_for, token_logprobs
+from megatron_chord.losses import logit_kernels_torch
+from megatron_chord.losses.logprobs import kernels_for, tile_for, token_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GB = 1e9
@@ -122,9 +122,9 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
         dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     dtype = DTYPES[arguments.dtype]
     like = torch.empty(0, dtype=dtype, device=arguments.device)
-    sweep = sweep_torch if head == "torch-sweeps" else sweep_for(like)
+    kernels = logit_kernels_torch if head == "torch-sweeps" else kernels_for(like)
     budget = arguments.chunk_mb * 2**20 if arguments.chunk_mb else None
-    tile = tile_for(like, arguments.vocab // ranks, sweep, budget)
+    tile = tile_for(like, arguments.vocab // ranks, kernels, budget)
     sizes = (arguments.tokens, arguments.vocab, tile)
     # Libraries load their kernels; on a GPU also those that are chosen, or compiled, by size.
     run_head(arguments, head, *(sizes if like.is_cuda else (32, 1000, (16, 500))))
@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
         "extra_bytes": extra,
         "value": value,
         "tile": f"{tile[0]} x {tile[1]}",
-        "tile_bytes": tile[0] * tile[1] * sweep.bytes_per_logit(dtype),
+        "tile_bytes": tile[0] * tile[1] * kernels.bytes_per_logit(dtype),
     }
 
 
@@ -175,7 +175,7 @@ def run_head(
             chunk=tile[0],
             first_row=first_row,
             group=group,
-            sweep=sweep_torch if head == "torch-sweeps" else None,
+            kernels=logit_kernels_torch if head == "torch-sweeps" else None,
         )
     if entropy is None or arguments.loss == "logprobs":
         logprobs.sum().backward()

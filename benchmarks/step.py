@@ -203,9 +203,9 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     from megatron_chord.data.packing import plan_step
     from megatron_chord.losses.aggregate import with_scales
     from megatron_chord.methods.table import build
-    from megatron_chord.train.setup import layout_of
+    from megatron_chord.train.setup import packing_layout
     from megatron_chord.train.state import build_state
-    from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+    from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 
     run = RunConfig(
         output=Path("unused"),
@@ -225,7 +225,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     plan = plan_step(
         with_scales(samples, terms),
         max_tokens=arguments.max_tokens,
-        layout=layout_of(state.shape, run.parallel, groups.data.size),
+        layout=packing_layout(state.shape, run.parallel, groups.data.size),
         pad_id=0,
     )
     mine = plan.micro_batches[groups.data.rank]

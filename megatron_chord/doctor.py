@@ -199,7 +199,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
             where = (
                 "runs use this machine's cores"
                 if kind == "CPU"
-                else "a login node? Ask where the GPUs are, by srun"
+                else "a login node? RolloutRequest where the GPUs are, by srun"
             )
             yield Finding("GPU", "CUDA devices", found, "optional", where)
         return

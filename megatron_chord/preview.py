@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chord.config import RunConfig
-from megatron_chord.schedules import Constant, GradientNorm, Learned, Moment, MuSchedule, RewardAdaptive
+from megatron_chord.schedules import (
+    Constant,
+    GradientNorm,
+    Learned,
+    MuSchedule,
+    RewardAdaptive,
+    ScheduleInput,
+)
 
 MOST_ROWS = 20
 _WIDTH = 80
@@ -97,7 +104,10 @@ def schedule_of(run: RunConfig) -> MuSchedule | None:
 def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
     """mu of each step; None where it depends on what the run will measure."""
     known = steps if mu.known_steps is None else min(mu.known_steps, steps)
-    return [*(mu.value(Moment(step=step, seed=seed)) for step in range(known)), *[None] * (steps - known)]
+    return [
+        *(mu.value(ScheduleInput(step=step, seed=seed)) for step in range(known)),
+        *[None] * (steps - known),
+    ]
 
 
 def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
@@ -123,7 +133,7 @@ def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
 def reward_rows(mu: RewardAdaptive) -> list[tuple[float, float]]:
     """(mean reward, mu): quarters from -1 to 1, and where mu meets its bounds."""
     rewards = {quarter / 4 for quarter in range(-4, 5)} | {mu.tau - 1, mu.tau}
-    return [(reward, mu.value(Moment(step=0, reward_mean=reward))) for reward in sorted(rewards)]
+    return [(reward, mu.value(ScheduleInput(step=0, reward_mean=reward))) for reward in sorted(rewards)]
 
 
 def facts(run: RunConfig, mu: MuSchedule) -> Facts:
@@ -268,7 +278,7 @@ def _plot(run: RunConfig, mu: MuSchedule, glyphs: Glyphs) -> Iterator[str]:
     if isinstance(mu, RewardAdaptive):
         low, high = min(-1.0, mu.tau - 1), max(1.0, mu.tau)
         rewards = [low + (high - low) * index / 71 for index in range(72)]
-        values = [mu.value(Moment(step=0, reward_mean=reward)) for reward in rewards]
+        values = [mu.value(ScheduleInput(step=0, reward_mean=reward)) for reward in rewards]
         yield "mu over the mean reward"
         yield from text_plot(values, ends=(f"{low:.4g}", f"{high:.4g}"), glyphs=glyphs).splitlines()
         return

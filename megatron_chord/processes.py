@@ -44,7 +44,7 @@ class PrivateFolder:
 
     def __init__(self, place: Path) -> None:
         """Make a folder in ``place`` and remove what killed processes left there. OSError without room or right."""
-        sweep(place)
+        remove_stale(place)
         self.path, lock = _make_locked(place)
         self._remove = weakref.finalize(self, _remove, self.path, lock)  # also runs when the interpreter ends
 
@@ -59,7 +59,7 @@ class PrivateFolder:
         self._remove()
 
 
-def sweep(place: Path) -> None:
+def remove_stale(place: Path) -> None:
     """Remove the private folders in ``place`` whose processes are gone."""
     for path in place.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile

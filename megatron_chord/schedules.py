@@ -17,7 +17,7 @@ Memory = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class ScheduleInput:
     """All that mu may depend on."""
 
     step: int
@@ -34,7 +34,7 @@ class Moment:
 class Schedule:
     """Base of the schedules: one without memory that needs no rewards."""
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         """mu in [0, 1]."""
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ class Schedule:
         """The steps of a run of ``steps`` at which mu begins to follow another rule, in order; may hold others."""
         return ()
 
-    def remember(self, now: Moment, mu: float, measured: Mapping[str, float]) -> Memory:
+    def remember(self, now: ScheduleInput, mu: float, measured: Mapping[str, float]) -> Memory:
         """The memory after a step that used ``mu`` and ``measured`` these numbers (its metrics row)."""
         return now.memory
 
@@ -85,7 +85,7 @@ class Constant(Schedule):
     def __post_init__(self) -> None:
         _in_unit_interval(peak=self.peak)
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         return self.peak
 
     def bounds(self) -> tuple[float, float]:
@@ -110,7 +110,7 @@ class _Decay(Schedule):
         if self.first_step not in (0, 1):
             raise ValueError(f"mu.first_step must be 0 or 1, got {self.first_step}")
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         step = now.step + self.first_step
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
@@ -123,7 +123,7 @@ class _Decay(Schedule):
     def bounds(self) -> tuple[float, float]:
         # Monotone between these: the first step, the last of the warm-up, the first and the last of the fall.
         ends = (0, self.warmup_steps - 1, self.warmup_steps, self.warmup_steps + self.decay_steps)
-        values = [self.value(Moment(step=max(end - self.first_step, 0))) for end in ends]
+        values = [self.value(ScheduleInput(step=max(end - self.first_step, 0))) for end in ends]
         return min(values), max(values)
 
     def turns(self, steps: int) -> Sequence[int]:
@@ -165,7 +165,7 @@ class Binary(Schedule):
     def __post_init__(self) -> None:
         _counts(switch_step=self.switch_step)
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         return 1.0 if now.step < self.switch_step else 0.0
 
     def bounds(self) -> tuple[float, float]:
@@ -191,7 +191,7 @@ class Periodic(Schedule):
         if 0 in (self.sft_steps, self.policy_steps):
             raise ValueError("mu.sft_steps and mu.policy_steps must be > 0; for one alone use a constant mu")
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         return 1.0 if now.step % (self.sft_steps + self.policy_steps) < self.sft_steps else 0.0
 
     def bounds(self) -> tuple[float, float]:
@@ -216,7 +216,7 @@ class RewardAdaptive(Schedule):
     def __post_init__(self) -> None:
         _finite(tau=self.tau)
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         if now.reward_mean is None:
             raise ValueError("a reward-adaptive mu needs the step's rewards")
         return min(max(self.tau - now.reward_mean, 0.0), 1.0)
@@ -256,7 +256,7 @@ class GradientNorm(Schedule):
         if self.gamma < 0:
             raise ValueError(f"mu.gamma must be >= 0, got {self.gamma}")
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         if now.step < self.warmup_steps:
             return 1.0
         latest, warm = now.memory["sft_grad_norm"], now.memory["warm_grad_norm"]
@@ -277,7 +277,7 @@ class GradientNorm(Schedule):
     def turns(self, steps: int) -> Sequence[int]:
         return [self.warmup_steps]
 
-    def remember(self, now: Moment, mu: float, measured: Mapping[str, float]) -> Memory:
+    def remember(self, now: ScheduleInput, mu: float, measured: Mapping[str, float]) -> Memory:
         if mu != 1.0:
             return now.memory
         norm = measured["grad_norm"]
@@ -332,7 +332,7 @@ class Learned(Schedule):
                 f"mu.initial must lie in [mu.low, mu.high] = [{self.low}, {self.high}], got {self.initial}"
             )
 
-    def value(self, now: Moment) -> float:
+    def value(self, now: ScheduleInput) -> float:
         return 1.0 if now.step < self.sft_steps else now.memory.get("mu", self.initial)
 
     def bounds(self) -> tuple[float, float]:
@@ -353,7 +353,7 @@ class Learned(Schedule):
     def turns(self, steps: int) -> Sequence[int]:
         return [self.sft_steps, self.sft_steps + 1]
 
-    def remember(self, now: Moment, mu: float, measured: Mapping[str, float]) -> Memory:
+    def remember(self, now: ScheduleInput, mu: float, measured: Mapping[str, float]) -> Memory:
         if now.step < self.sft_steps or "entropy" not in measured:
             return now.memory
         climb = self.rate * measured["mu_gradient"] if self.needs_mu_gradient else 0.0

@@ -166,13 +166,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _same_logits(left: Any, right: Any) -> bool:
-    from megatron_chord.convert.logits import TOLERANCE, disagreement, logits_of, sample_tokens
+    from megatron_chord.convert.logits import TOLERANCE, logit_differences, logits_of, sample_tokens
 
     if left.shape.vocab_size != right.shape.vocab_size:
         return False
     tokens = sample_tokens(left.shape.vocab_size)
     one, other = logits_of(left, tokens), logits_of(right, tokens)
-    largest, agreeing = disagreement(one, other)
+    largest, agreeing = logit_differences(one, other)
     magnitude = one.abs().max().item()
     print(
         f"logits of {len(tokens)} tokens in fp32 differ by at most {largest:.1e} (they reach {magnitude:.1f}); "

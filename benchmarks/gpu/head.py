@@ -16,9 +16,9 @@ from benchmarks.gpu.clock import device, seconds_of
 from benchmarks.gpu.rows import Rows, parser_of
 from benchmarks.head_memory import head_limit
 from benchmarks.shapes import model_config
-from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.logprobs import CHUNK_BYTES, sweep_for, tile_for, token_logprobs
-from megatron_chord.losses.sweep import Sweep
+from megatron_chord.losses import logit_kernels_torch
+from megatron_chord.losses.logit_kernels import LogitKernels
+from megatron_chord.losses.logprobs import CHUNK_BYTES, kernels_for, tile_for, token_logprobs
 
 BUDGETS = (CHUNK_BYTES, 2 * CHUNK_BYTES, 4 * CHUNK_BYTES, 8 * CHUNK_BYTES)
 ENTROPY = 0.01
@@ -79,19 +79,19 @@ def make_inputs(tokens: int, hidden_size: int, vocab: int) -> Inputs:
 def heads(inputs: Inputs) -> dict[str, chunked_heads.Head]:
     """By label; the first is what a run uses."""
     found = {f"ours, {budget >> 20} MiB": ours(inputs, budget) for budget in BUDGETS}
-    found["ours, torch's sweeps"] = ours(inputs, CHUNK_BYTES, sweep_torch)
+    found["ours, torch's sweeps"] = ours(inputs, CHUNK_BYTES, logit_kernels_torch)
     found["naive"] = chunked_heads.naive
     found |= {chunked_heads.LABELS[name]: chunked_heads.HEADS[name] for name in chunked_heads.available()}
     return found
 
 
-def ours(inputs: Inputs, budget: int, sweep: Sweep | None = None) -> chunked_heads.Head:
+def ours(inputs: Inputs, budget: int, kernels: LogitKernels | None = None) -> chunked_heads.Head:
     hidden, weight, _ = inputs
-    tokens, _ = tile_for(hidden, len(weight), sweep or sweep_for(hidden), budget)
+    tokens, _ = tile_for(hidden, len(weight), kernels or kernels_for(hidden), budget)
     chunk = min(tokens, len(hidden))
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        found = token_logprobs(hidden, weight, targets, chunk=chunk, sweep=sweep)
+        found = token_logprobs(hidden, weight, targets, chunk=chunk, kernels=kernels)
         return found.logprobs, found.entropy
 
     return head

@@ -43,10 +43,10 @@ from megatron_chord.plan.training import pass_seconds, speed
 from megatron_chord.precision import PRESETS, preset
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.offload import Offload, storages
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import Terms, Update, apply_gradients, compute_gradients, prepare_batches
 from megatron_chord.train.throughput import own_gpu, throughput
+from megatron_chord.train.update import Terms, Update, apply_gradients, compute_gradients, prepare_batches
 
 MU = 0.2
 FILL = 0.97
@@ -87,7 +87,7 @@ def main() -> None:
         mean=arguments.mean,
         vocab=shape.vocab_size,
     )
-    layout = layout_of(shape, run.parallel, 1, preset(arguments.precision).training)
+    layout = packing_layout(shape, run.parallel, 1, preset(arguments.precision).training)
     plan = plan_step(with_scales(samples, terms), max_tokens=arguments.max_tokens, layout=layout, pad_id=0)
     lengths = [len(sample.token_ids) for sample in samples]
     seconds = measure_update(rows, arguments, state, plan, terms, lengths)

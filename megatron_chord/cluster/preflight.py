@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_chord.cluster.job import Job, job_of
+from megatron_chord.cluster.node_report import Report, faults, look
 from megatron_chord.cluster.outcome import described, record_failure, tail
 from megatron_chord.cluster.ranks import start_ranks
-from megatron_chord.cluster.report import Report, faults, look
 from megatron_chord.network import listener
 
 EXIT_CODE = 78

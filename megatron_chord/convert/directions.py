@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.convert.budget import Budget
-from megatron_chord.convert.layout import PIECE_BYTES, Piece, Stored, layout_of, without_padding
+from megatron_chord.convert.layout import PIECE_BYTES, Piece, Stored, checkpoint_layout, without_padding
 from megatron_chord.convert.sources import HF, Source
 from megatron_chord.convert.target import appearing
 from megatron_chord.families.shape import ModelShape
@@ -184,7 +184,7 @@ def differences(left: Source, right: Source, *, progress: Progress = lambda size
 def plan_of(folder: Path) -> list[Stored]:
     """Every parameter that a folder's config.json asks for, without vocabulary padding; no weight is looked at."""
     shape = read_shape(folder)
-    return [without_padding(stored, shape.vocab_size) for stored in layout_of(shape).parameters]
+    return [without_padding(stored, shape.vocab_size) for stored in checkpoint_layout(shape).parameters]
 
 
 def _bits(tensor: Tensor) -> Tensor:

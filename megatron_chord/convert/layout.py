@@ -83,7 +83,7 @@ class Layout:
     """What Megatron saves beside tensors, by key, and asks for when it loads."""
 
 
-def layout_of(shape: ModelShape) -> Layout:
+def checkpoint_layout(shape: ModelShape) -> Layout:
     """The checkpoint's layout for a model of this shape, in fp32; starts a process group of one if there is none."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 

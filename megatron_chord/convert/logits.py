@@ -25,7 +25,7 @@ def logits_of(source: Source, tokens: Tensor) -> Tensor:
     return _transformers(source, tokens) if isinstance(source, HFSource) else _megatron(source, tokens)
 
 
-def disagreement(left: Tensor, right: Tensor) -> tuple[float, float]:
+def logit_differences(left: Tensor, right: Tensor) -> tuple[float, float]:
     """(largest difference, share of positions at which both have the same most likely token)."""
     return (left - right).abs().max().item(), (left.argmax(-1) == right.argmax(-1)).float().mean().item()
 

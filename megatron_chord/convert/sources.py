@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config_io import ConfigError, load_config
-from megatron_chord.convert.layout import Layout, Stored, layout_of, without_padding
+from megatron_chord.convert.layout import Layout, Stored, checkpoint_layout, without_padding
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.json_files import read_object
@@ -190,7 +190,7 @@ class HFSource:
         ]
         if findings:
             raise ValueError(f"{folder}:\n  " + "\n  ".join(findings))
-        layout = layout_of(shape)
+        layout = checkpoint_layout(shape)
         _check_shapes(layout, shape, reader)
         return cls(folder=folder, shape=shape, layout=layout, dtype=dtype, reader=reader)
 
@@ -232,7 +232,7 @@ class MegatronSource:
     @classmethod
     def of(cls, folder: Path, configuration: Path, dtype: torch.dtype | None = None) -> MegatronSource:
         shape, checkpoint = read_shape(configuration), Checkpoint(folder)
-        layout = layout_of(shape)
+        layout = checkpoint_layout(shape)
         dtype = _check_checkpoint(checkpoint, layout, shape, dtype)
         return cls(
             folder=folder,

@@ -3,7 +3,7 @@
 The logits of a step ([tokens, vocabulary] in fp32) are the largest tensor a trainer could ever make: 8k tokens of a
 152k vocabulary take 5 GB. Here they exist only for a chunk of tokens at a time, are reduced at once, and are computed
 again in the backward pass. Works on a vocabulary shard: the tensor-parallel group is passed in. The matrix products
-are torch's; what happens between them is ``losses.sweep``.
+are torch's; what happens between them is ``losses.logit_kernels``.
 
 Legend of shape suffixes: T tokens, C tokens of a chunk, H hidden size, V vocabulary, W rows of this rank's shard.
 """
@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.sweep import Sweep
+from megatron_chord.losses import logit_kernels_torch
+from megatron_chord.losses.logit_kernels import LogitKernels
 
 CHUNK_BYTES = 256 * 2**20
-"""Default memory budget of one chunk's logits, and of what a sweep makes of them."""
+"""Default memory budget of one chunk's logits, and of what a kernel makes of them."""
 
 CACHED_BYTES, CACHED_ROWS = 8 * 2**20, 1024
-"""The same on a CPU, where sweeps pass over the logits several times: what a cache holds, in tiles of so many rows
+"""The same on a CPU, where kernels read the logits several times: what a cache holds, in tiles of so many rows
 of the weight. That is 1024 tokens in fp32."""
 
 
 def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES, *, bytes_per_logit: int) -> int:
-    """Tokens whose logits over ``vocab_rows`` columns fit the budget. A sweep says what one logit takes."""
+    """Tokens whose logits over ``vocab_rows`` columns fit the budget. A kernel says what one logit takes."""
     return max(16, budget_bytes // (bytes_per_logit * max(vocab_rows, 1)))
 
 
@@ -50,20 +50,22 @@ class HeadOutput(NamedTuple):
     """The target's own logit / temperature, without a gradient."""
 
 
-def tile_for(hidden: Tensor, num_rows: int, sweep: Sweep, budget_bytes: int | None = None) -> tuple[int, int]:
+def tile_for(
+    hidden: Tensor, num_rows: int, kernels: LogitKernels, budget_bytes: int | None = None
+) -> tuple[int, int]:
     """Tokens and rows of the weight whose logits live at a time: all rows on a GPU, what a cache holds on a CPU."""
     rows = num_rows if hidden.is_cuda else min(num_rows, CACHED_ROWS)
     budget = budget_bytes or (CHUNK_BYTES if hidden.is_cuda else CACHED_BYTES)
-    return chunk_tokens(rows, budget, bytes_per_logit=sweep.bytes_per_logit(hidden.dtype)), max(rows, 1)
+    return chunk_tokens(rows, budget, bytes_per_logit=kernels.bytes_per_logit(hidden.dtype)), max(rows, 1)
 
 
-def sweep_for(logits: Tensor) -> Sweep:
+def kernels_for(logits: Tensor) -> LogitKernels:
     """Triton's kernels for logits on a GPU where Triton is installed, as it is with torch's CUDA builds; else torch."""
     if logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None:
-        from megatron_chord.losses import sweep_triton
+        from megatron_chord.losses import logit_kernels_triton
 
-        return sweep_triton
-    return sweep_torch
+        return logit_kernels_triton
+    return logit_kernels_torch
 
 
 def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
@@ -76,7 +78,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
     rival: bool = False,
-    sweep: Sweep | None = None,
+    kernels: LogitKernels | None = None,
 ) -> HeadOutput:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of the same distributions.
 
@@ -91,7 +93,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
         chunk: tokens at a time; by default what ``tile_for`` says.
         rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
             chunk's logits, no further product and no further matrix. Equal on all ranks of ``group``.
-        sweep: what reduces and differentiates a chunk's logits; by default ``sweep_for`` chooses.
+        kernels: what reduces and differentiates a chunk's logits; by default ``kernels_for`` chooses.
 
     Returns:
         log-probs [T] and entropies [T], differentiable with respect to hidden and weight, rivals [T] or none, and the
@@ -100,8 +102,8 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, with rivals [2, T]; [3, T] sum), none in the
     backward pass.
     """
-    sweep = sweep or sweep_for(hidden)
-    tokens, tile_rows = tile_for(hidden, len(weight), sweep)
+    kernels = kernels or kernels_for(hidden)
+    tokens, tile_rows = tile_for(hidden, len(weight), kernels)
     how = _How(
         scale=(
             temperature.to(_accumulator(hidden.dtype)).reciprocal()
@@ -112,7 +114,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
         chunk=chunk or tokens,
         tile_rows=tile_rows,
         rival=rival,
-        sweep=sweep,
+        kernels=kernels,
     )
     return HeadOutput(*_TokenLogprobs.apply(hidden, weight, targets - first_row, how))
 
@@ -127,7 +129,7 @@ class _How:
     chunk: int
     tile_rows: int
     rival: bool
-    sweep: Sweep
+    kernels: LogitKernels
 
     def scale_of(self, piece: slice) -> float | Tensor:
         return self.scale[piece] if isinstance(self.scale, Tensor) else self.scale
@@ -150,7 +152,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # And the largest logit but the target's: -inf where the shard has no other row.
         rival_T = lse_T.clone() if how.rival else None
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
-            found = how.sweep.reduce(
+            found = how.kernels.reduce(
                 logits_CW, rows_T[piece] - tile.start, how.scale_of(piece), rival=how.rival
             )
             lse_C = torch.logaddexp(lse_T[piece], found.lse)
@@ -194,7 +196,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=wide if is_summed else None)
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=wide)
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
-            how.sweep.differentiate_(
+            how.kernels.differentiate_(
                 logits_CW,
                 rows_T[piece] - tile.start,
                 how.scale_of(piece),

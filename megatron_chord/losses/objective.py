@@ -15,7 +15,7 @@ from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
 
-class Share(NamedTuple):
+class ObjectiveOutput(NamedTuple):
     """A micro-batch's part in the update's numbers."""
 
     loss: Tensor
@@ -32,7 +32,7 @@ def objective(
     tokens: Mapping[str, TermTokens],
     terms: Mapping[str, Term],
     weights: Mapping[str, float],
-) -> Share:
+) -> ObjectiveOutput:
     """This micro-batch's share of the update's loss and metrics.
 
     Args:
@@ -59,4 +59,4 @@ def objective(
             sums[name] = dict(zip((*output.losses, *output.means, *output.compared), totals, strict=True))
             for key, candidates in output.maxima.items():
                 maxima[key] = torch.cat([candidates, candidates.new_zeros(1)]).max()
-    return Share(loss, sums, maxima)
+    return ObjectiveOutput(loss, sums, maxima)

@@ -93,7 +93,7 @@ def surrogate(
     return Surrogate(torch.where(dual, bound, loss), clipped, dual, ratio.detach())
 
 
-def disagreement(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
+def logprob_gap_stats(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
     """How far trainer and rollout engine are apart on the same tokens, [K] each, detached.
 
     logprob_gap is |difference|, probability_error its exp: the factor by which the larger probability exceeds the
@@ -192,7 +192,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
         "recomputed": lambda: tokens["old_logprob"],
     }[objective.ratio_from]()
     loss, clipped, dual_clipped, ratio = surrogate(logprobs, old, tokens, objective)
-    apart = disagreement(logprobs, tokens["rollout_logprob"])
+    apart = logprob_gap_stats(logprobs, tokens["rollout_logprob"])
     means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), **apart}
     if objective.dual_clip is not None:
         means["dual_clip_fraction"] = dual_clipped.float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from megatron_chord.losses.policy import comparison, disagreement
+from megatron_chord.losses.policy import comparison, logprob_gap_stats
 from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats, segment_sums
 
 
@@ -101,7 +101,7 @@ def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
     """
     logprobs = stats.logprobs
     loss = tokens["loss_share"] + tokens["slope"] * (logprobs - logprobs.detach())
-    apart = disagreement(logprobs, tokens["rollout_logprob"])
+    apart = logprob_gap_stats(logprobs, tokens["rollout_logprob"])
     return TermOutput(
         loss,
         {

@@ -2,8 +2,8 @@
 
 A method is a frozen dataclass whose fields are its YAML settings. The loop calls it in this order, every step:
 
-    samples_at   on every rank: will this step ask the rollout engine for anything?
-    collect      on the coordinator: draw, sample, grade -> samples, each with its parts, and the terms' weights
+    needs_rollouts_at   on every rank: will this step ask the rollout engine for anything?
+    collect      on the coordinator: context, sample, grade -> samples, each with its parts, and the terms' weights
     terms        the losses; they run on every rank of the last pipeline stage
 
 ``methods.table`` lists them; docs/methods.md shows how to add one.
@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
-from megatron_chord.methods.draw import Draw
 from megatron_chord.precision import preset
 from megatron_chord.records import TrainSample
-from megatron_chord.schedules import Moment, MuSchedule
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.schedules import MuSchedule, ScheduleInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Collected:
     stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The method's part of the step's metrics row."""
     memory: Any = None
-    """Plain JSON that the next step's ``Draw.memory`` will be; saved in checkpoints."""
+    """Plain JSON that the next step's ``StepContext.memory`` will be; saved in checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Method:
     def check(self, run: RunConfig) -> None:
         """ValueError, with the rule that is broken, for settings that do not go together."""
 
-    def samples(self, run: RunConfig) -> bool:
+    def uses_rollouts(self, run: RunConfig) -> bool:
         """Whether any step of the run asks the rollout engine for anything."""
         return True
 
@@ -71,7 +71,7 @@ class Method:
         more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
         return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
 
-    def samples_at(self, run: RunConfig, now: Moment) -> bool:
+    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
         """Whether a step asks the rollout engine for anything; the same on every rank."""
         return True
 
@@ -88,11 +88,11 @@ class Method:
             parts.append(f"mu {schedule.schedule} ({', '.join(settings)})")
         return ", ".join([self.name, *parts])
 
-    def samplings(self, run: RunConfig) -> int:
+    def max_sampling_rounds(self, run: RunConfig) -> int:
         """How often a step may ask the rollout engine in turn; for its deadline."""
         return run.batch.sampling_attempts
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
         """The samples of one step. May be repeated after a server's death: it must draw the same."""
         raise NotImplementedError
 

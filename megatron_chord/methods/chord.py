@@ -18,10 +18,10 @@ from megatron_chord.config import RunConfig, SimpleWeight, TokenWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
 from megatron_chord.records import Demonstration, Part, TrainSample
-from megatron_chord.schedules import Constant, Moment, MuSchedule
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.schedules import Constant, MuSchedule, ScheduleInput
 
 SFT = "sft"
 
@@ -72,31 +72,31 @@ class Chord(Method):
     def describe(self, run: RunConfig) -> str:
         return f"{super().describe(run)}, token weight {token_weight(run).kind}"
 
-    def samples(self, run: RunConfig) -> bool:
+    def uses_rollouts(self, run: RunConfig) -> bool:
         schedule = self.schedule(run)
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
 
     def step_text(self, run: RunConfig) -> str:
         demonstrations = f"{run.batch.demonstrations} demonstrations"
         low, high = self.schedule(run).bounds()
-        if not self.samples(run):
+        if not self.uses_rollouts(run):
             return f"{demonstrations}; nothing is sampled"
         if high == 0:
             return f"{super().step_text(run)}; no demonstration is drawn"
         only = " (where mu > 0)" if low == 0 else ""
         return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
 
-    def samples_at(self, run: RunConfig, now: Moment) -> bool:
+    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
         schedule = self.schedule(run)
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
         schedule = self.schedule(run)
         stats: dict[str, Any] = {}
         samples: list[TrainSample] = []
-        now, drawn = draw.now, []
-        if self.samples_at(run, now):
-            sampled = sample_groups(draw, run)
+        now, drawn = context.now, []
+        if self.needs_rollouts_at(run, now):
+            sampled = sample_groups(context, run)
             drawn, stats = sampled.drawn, dict(sampled.stats)
             now = replace(now, reward_mean=sampled.reward_mean)
             samples = policy_samples(sampled.groups, run.objective)
@@ -104,11 +104,11 @@ class Chord(Method):
         if mu == 1:
             samples = []
         if mu > 0 and run.data.aligned:
-            drawn = drawn or draw.prompts(run.batch.demonstrations)
+            drawn = drawn or context.prompts(run.batch.demonstrations)
             chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
-            samples += sft_samples([draw.sources.demonstration_of[name] for name in chosen])
+            samples += sft_samples([context.sources.demonstration_of[name] for name in chosen])
         elif mu > 0:
-            samples += sft_samples(draw.demonstrations(run.batch.demonstrations))
+            samples += sft_samples(context.demonstrations(run.batch.demonstrations))
         return Collected(samples=samples, weights={POLICY: 1 - mu, SFT: mu}, mu=mu, stats=stats)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.methods.base import Collected
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
     answer_sample,
@@ -19,7 +18,8 @@ from megatron_chord.methods.groups import (
     with_advantages,
 )
 from megatron_chord.records import RolloutGroup, TrainSample
-from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import GradedRollouts
 
 DEMONSTRATION = "demonstration"
 
@@ -54,7 +54,7 @@ class GuidedGroups:
     stats: dict[str, Any]
 
 
-def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
+def sample_guided(context: StepContext, run: RunConfig) -> GuidedGroups:
     """``batch.prompts`` groups of ``batch.rollouts`` rollouts and one demonstration, which the verifier grades too.
 
     Dynamic sampling judges the rollouts: a group of equal rewards is replaced although its demonstration's may differ.
@@ -62,8 +62,8 @@ def sample_guided(draw: Draw, run: RunConfig) -> GuidedGroups:
     Raises:
         TooManyGraderErrors: too many gradings of rollouts failed.
     """
-    sampled = sample_groups(draw, run)
-    demonstrations = draw.graded_demonstrations(sampled.drawn)
+    sampled = sample_groups(context, run)
+    demonstrations = context.graded_demonstrations(sampled.drawn)
     guided = [answers.rewards[0] is not None for answers in demonstrations]
     members = with_advantages(list(map(_joined, sampled.groups, demonstrations)), run.objective)
     groups = [
@@ -99,12 +99,12 @@ def demonstration_samples(groups: Sequence[GuidedGroup]) -> list[TrainSample]:
     ]
 
 
-def collect_mixed(draw: Draw, run: RunConfig) -> Collected:
+def collect_mixed(context: StepContext, run: RunConfig) -> Collected:
     """A step of rollouts under ``policy`` and demonstrations under ``demonstration``, both at weight 1.
 
     Both have the constant ``advantage``.
     """
-    guided = sample_guided(draw, run)
+    guided = sample_guided(context, run)
     trained = trained_groups(guided.groups, run.objective)
     # Which groups count is settled: rollouts of equal rewards have an advantage where their demonstration's differs.
     own = policy_samples([group.own for group in trained], replace(run.objective, equal_groups="keep"))

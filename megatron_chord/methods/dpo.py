@@ -20,10 +20,10 @@ from megatron_chord.config import RunConfig
 from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import answer_sample, rollout_sample, sample_groups
 from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
-from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import GradedRollouts
 
 DPO = "dpo"
 
@@ -72,11 +72,11 @@ class MixedDPO(Method):
                     "without ratio, advantage or other penalty); leave it out"
                 )
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        sampled = sample_groups(draw, run)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        sampled = sample_groups(context, run)
         off = [is_offpolicy(item.position, self.offpolicy_share) for item in sampled.drawn]
         asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
-        graded = iter(draw.graded_demonstrations(asked) if asked else [])
+        graded = iter(context.graded_demonstrations(asked) if asked else [])
         pairs = [
             demonstration_pair(group, next(graded)) if wanted else rollout_pair(group)
             for group, wanted in zip(sampled.groups, off, strict=True)

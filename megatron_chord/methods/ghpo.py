@@ -20,7 +20,6 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
-from megatron_chord.methods.draw import Draw, Drawn
 from megatron_chord.methods.groups import (
     POLICY,
     make_group,
@@ -30,14 +29,15 @@ from megatron_chord.methods.groups import (
     with_advantages,
 )
 from megatron_chord.records import Prompt
-from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.sampling.context import DrawnPrompt, StepContext
+from megatron_chord.sampling.rounds import GradedRollouts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """A prompt with the group that was sampled for it last."""
 
-    drawn: Drawn
+    drawn: DrawnPrompt
     """Without a hint."""
     graded: GradedRollouts
     stage: int = 0
@@ -62,7 +62,7 @@ class GHPO(Method):
     cue: str = "A correct solution begins as follows. Use it to solve the problem:"
     """Stands between the problem and the hint, on a line of its own."""
 
-    def samplings(self, run: RunConfig) -> int:
+    def max_sampling_rounds(self, run: RunConfig) -> int:
         return 1 + self.stages
 
     def check(self, run: RunConfig) -> None:
@@ -83,13 +83,13 @@ class GHPO(Method):
                 "hints to; leave it at 1"
             )
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        sampled = draw.groups(run.batch.prompts, samples=run.batch.rollouts)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        sampled = context.groups(run.batch.prompts, samples=run.batch.rollouts)
         trials = [Trial(drawn=item, graded=answers) for item, answers in sampled]
         first = [group for _, answers in sampled if (group := make_group(answers)) is not None]
-        for stage in range(1, self.stages + 1 if draw.now.step >= self.start_step else 1):
-            trials = self._next_stage(trials, stage, draw, run)
-        pairs = whole_groups([trial.graded for trial in trials], step=draw.now.step)
+        for stage in range(1, self.stages + 1 if context.now.step >= self.start_step else 1):
+            trials = self._next_stage(trials, stage, context, run)
+        pairs = whole_groups([trial.graded for trial in trials], step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
         return Collected(
             samples=policy_samples(groups, run.objective),
@@ -100,21 +100,25 @@ class GHPO(Method):
     def terms(self, run: RunConfig) -> dict[str, Term]:
         return {POLICY: policy_term(run)}
 
-    def _next_stage(self, trials: Sequence[Trial], stage: int, draw: Draw, run: RunConfig) -> list[Trial]:
+    def _next_stage(
+        self, trials: Sequence[Trial], stage: int, context: StepContext, run: RunConfig
+    ) -> list[Trial]:
         """The trials after those that are still all wrong were sampled again with this stage's hint."""
         share, limit = stage * self.stage_share, run.data.max_prompt_tokens
-        asked: dict[int, Drawn] = {}
+        asked: dict[int, DrawnPrompt] = {}
         after = list(trials)
         for index in hopeless(trials, wrong_at_most=self.wrong_at_most):
             prompt = trials[index].drawn.prompt
-            hint = beginning(draw.template.decode(draw.demonstration(prompt)), share)
-            harder = hinted(prompt, hint, cue=self.cue, template=draw.template)
+            hint = beginning(context.template.decode(context.demonstration(prompt)), share)
+            harder = hinted(prompt, hint, cue=self.cue, template=context.template)
             if len(harder.token_ids) > limit:
                 after[index] = replace(trials[index], refused=True)
             else:
                 asked[index] = replace(trials[index].drawn, prompt=harder)
         if asked:
-            answers = draw.rollouts(list(asked.values()), samples=run.batch.rollouts, attempt=f"hint{stage}")
+            answers = context.rollouts(
+                list(asked.values()), samples=run.batch.rollouts, attempt=f"hint{stage}"
+            )
             for index, graded in zip(asked, answers, strict=True):
                 after[index] = replace(trials[index], graded=graded, stage=stage)
         return after

@@ -11,9 +11,9 @@ import numpy as np
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.losses.policy import group_advantages
-from megatron_chord.methods.draw import Draw, Drawn
 from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
-from megatron_chord.rollout.collect import GradedRollouts, TooManyGraderErrors
+from megatron_chord.sampling.context import DrawnPrompt, StepContext
+from megatron_chord.sampling.rounds import GradedRollouts, TooManyGraderErrors
 
 POLICY = "policy"
 
@@ -22,7 +22,7 @@ POLICY = "policy"
 class SampledGroups:
     """A step's groups and what the sampling has to report."""
 
-    drawn: Sequence[Drawn]
+    drawn: Sequence[DrawnPrompt]
     """The prompts of ``groups``, in the same order."""
     groups: Sequence[RolloutGroup]
     stats: Mapping[str, Any]
@@ -32,7 +32,7 @@ class SampledGroups:
         return self.stats["reward_mean"]
 
 
-def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
+def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
     """``batch.prompts`` groups of ``batch.rollouts``, by dynamic sampling where ``batch.sampling_attempts`` is above 1.
 
     Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards are replaced by those of further prompts.
@@ -41,11 +41,11 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
         TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.
     """
     wanted, attempts = run.batch.prompts, run.batch.sampling_attempts
-    useful: list[tuple[Drawn, RolloutGroup]] = []
-    equal: list[tuple[Drawn, RolloutGroup]] = []
+    useful: list[tuple[DrawnPrompt, RolloutGroup]] = []
+    equal: list[tuple[DrawnPrompt, RolloutGroup]] = []
     num_graded = rounds = 0
     while rounds < attempts and len(useful) < wanted:
-        sampled = draw.groups(wanted - len(useful), samples=run.batch.rollouts)
+        sampled = context.groups(wanted - len(useful), samples=run.batch.rollouts)
         num_graded += len(sampled)
         for item, answers in sampled:
             group = make_group(answers)
@@ -56,7 +56,9 @@ def sample_groups(draw: Draw, run: RunConfig) -> SampledGroups:
         rounds += 1
     everything = useful + equal
     if not everything:
-        raise TooManyGraderErrors(f"step {draw.now.step}: no prompt has two rollouts whose grading succeeded")
+        raise TooManyGraderErrors(
+            f"step {context.now.step}: no prompt has two rollouts whose grading succeeded"
+        )
     kept = sorted(useful + equal[: wanted - len(useful)], key=lambda pair: pair[0].position)
     stats = reward_stats([group for _, group in everything], num_sampled=num_graded)
     if attempts > 1:

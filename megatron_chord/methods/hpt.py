@@ -26,7 +26,6 @@ from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.chord import SFT
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
     answer_sample,
@@ -35,7 +34,8 @@ from megatron_chord.methods.groups import (
     whole_groups,
     with_advantages,
 )
-from megatron_chord.rollout.collect import GradedRollouts
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import GradedRollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,15 @@ class HPT(Method):
                 "by SFT; leave it at 1"
             )
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        graded = [answers for _, answers in draw.groups(run.batch.prompts, samples=run.batch.rollouts)]
-        pairs = whole_groups(graded, step=draw.now.step)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
+        pairs = whole_groups(graded, step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
         imitates = [mean_score(item) <= self.gate for item, _ in pairs]
         explored = [group for group, sft in zip(groups, imitates, strict=True) if not sft]
         imitated = [group.prompt for group, sft in zip(groups, imitates, strict=True) if sft]
         samples = policy_samples(explored, run.objective)
-        samples += [answer_sample(prompt, draw.demonstration(prompt), term=SFT) for prompt in imitated]
+        samples += [answer_sample(prompt, context.demonstration(prompt), term=SFT) for prompt in imitated]
         return Collected(
             samples=samples,
             weights=self.weights(imitates),

@@ -17,8 +17,8 @@ from megatron_chord.config import RunConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.demonstration import DEMONSTRATION, collect_mixed
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY
+from megatron_chord.sampling.context import StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Luffy(Method):
         if not self.gamma > 0:
             raise ValueError(f"method.gamma must be > 0, got {self.gamma}")
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        return collect_mixed(draw, run)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        return collect_mixed(context, run)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

@@ -33,11 +33,11 @@ from megatron_chord.losses.policy import group_advantages, surrogate
 from megatron_chord.losses.sft import most_uncertain
 from megatron_chord.losses.terms import Prepare, Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY, policy_samples, rollout_is_trained, sample_groups
 from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
-from megatron_chord.rollout.collect import GradedRollouts, sample_seed
-from megatron_chord.schedules import Moment, WarmupCosine
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import GradedRollouts, sample_seed
+from megatron_chord.schedules import ScheduleInput, WarmupCosine
 
 PREFIX = "prefix"
 
@@ -59,8 +59,8 @@ class PrefixRFT(Method):
     entropy_share: float = 0.2
     """Of an update's prefix tokens, those that are trained."""
 
-    def samplings(self, run: RunConfig) -> int:
-        return super().samplings(run) + 1
+    def max_sampling_rounds(self, run: RunConfig) -> int:
+        return super().max_sampling_rounds(run) + 1
 
     def check(self, run: RunConfig) -> None:
         if not 0 <= self.low_end <= self.low_start <= self.high < 1:
@@ -80,20 +80,20 @@ class PrefixRFT(Method):
                 f"{run.batch.rollouts - self.hybrids} unprefixed rollouts; it needs 2"
             )
 
-    def lowest_share(self, now: Moment, run: RunConfig) -> float:
+    def lowest_share(self, now: ScheduleInput, run: RunConfig) -> float:
         """The least share of its demonstration that a prompt's hybrids may begin with at this step."""
         decay = WarmupCosine(
             peak=self.low_start, valley=self.low_end, decay_steps=self.decay_steps or run.steps
         )
         return decay.value(now)
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        lowest = self.lowest_share(draw.now, run)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        lowest = self.lowest_share(context.now, run)
         unprefixed = replace(run, batch=replace(run.batch, rollouts=run.batch.rollouts - self.hybrids))
-        sampled = sample_groups(draw, unprefixed)
-        demonstrations = [draw.demonstration(item.prompt) for item in sampled.drawn]
+        sampled = sample_groups(context, unprefixed)
+        demonstrations = [context.demonstration(item.prompt) for item in sampled.drawn]
         shares = [prefix_share(run.seed, item.position, low=lowest, high=self.high) for item in sampled.drawn]
-        hybrids = draw.rollouts(
+        hybrids = context.rollouts(
             sampled.drawn,
             samples=self.hybrids,
             attempt="hybrid",

@@ -28,7 +28,6 @@ from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.losses.policy import MAX_LOG_RATIO, with_penalties
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, policy_term
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import (
     POLICY,
     group_is_trained,
@@ -37,7 +36,8 @@ from megatron_chord.methods.groups import (
     sample_groups,
 )
 from megatron_chord.records import Part, RolloutGroup, TrainSample
-from megatron_chord.rollout.collect import sample_seed
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import sample_seed
 
 STALE = "stale"
 _SEEDS = 2**62
@@ -85,16 +85,16 @@ class ReMix(Method):
                 "ppo without objective.dual_clip"
             )
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        step, count = draw.now.step, run.batch.prompts
-        memory: Sequence[Remembered] = draw.memory or []
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        step, count = context.now.step, run.batch.prompts
+        memory: Sequence[Remembered] = context.memory or []
         wanted = num_stale(run.seed, step, count, self.stale_share) if step < self.mix_steps else 0
         stale = choose_stale(memory, run.seed, step, wanted)
         groups: Sequence[RolloutGroup] = []
         stats: dict[str, Any] = {}
         if len(stale) < count:
             fresh = replace(run, batch=replace(run.batch, prompts=count - len(stale)))
-            sampled = sample_groups(draw, fresh)
+            sampled = sample_groups(context, fresh)
             groups, stats = sampled.groups, dict(sampled.stats)
         will_mix = step + 1 < self.mix_steps
         return Collected(

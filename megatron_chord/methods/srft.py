@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.losses.policy import comparison, disagreement
+from megatron_chord.losses.policy import comparison, logprob_gap_stats
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term
 from megatron_chord.methods.demonstration import (
@@ -31,9 +31,9 @@ from megatron_chord.methods.demonstration import (
     sample_guided,
     trained_groups,
 )
-from megatron_chord.methods.draw import Draw
 from megatron_chord.methods.groups import POLICY, rollout_is_trained, rollout_sample
 from megatron_chord.records import TrainSample
+from megatron_chord.sampling.context import StepContext
 
 UNUSED = (
     "surrogate",
@@ -81,8 +81,8 @@ class SRFT(Method):
                     "penalty or a bonus; leave it out"
                 )
 
-    def collect(self, draw: Draw, run: RunConfig) -> Collected:
-        guided = sample_guided(draw, run)
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        guided = sample_guided(context, run)
         trained = trained_groups(guided.groups, run.objective)
         own = signed_samples(trained, run.objective, positive_reward=self.positive_reward)
         return Collected(
@@ -124,7 +124,7 @@ def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) ->
     logprobs, is_right = stats.logprobs, tokens["sign"] > 0
     weight = coefficient * tokens.sequence_means(stats.entropy).exp()
     loss = torch.where(is_right, -weight, 1.0) * logprobs
-    apart = disagreement(logprobs, tokens["rollout_logprob"])
+    apart = logprob_gap_stats(logprobs, tokens["rollout_logprob"])
     means = {
         "entropy": stats.entropy.detach(),
         **apart,

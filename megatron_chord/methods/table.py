@@ -142,12 +142,12 @@ def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, st
         "a step's rollouts have been sampled already; leave it at 0, or choose another schedule",
     )
     yield (
-        lag > 0 and not method.samples(run),
+        lag > 0 and not method.uses_rollouts(run),
         f"rollout.lag {lag}: this run samples nothing; leave it at 0",
     )
     extra = run.rollout.extra_prompts
     yield (
-        extra > 0 and not method.samples(run),
+        extra > 0 and not method.uses_rollouts(run),
         f"rollout.extra_prompts {extra}: this run samples nothing; leave it at 0",
     )
 

@@ -31,7 +31,7 @@ from megatron_chord.plan.memory import (
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.precision import Precision, preset
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 
 _ELEMENT = {"bf16": 2, "fp32": 4}
 
@@ -230,7 +230,7 @@ def case_of(
     fp8 = preset(run.precision)
     response = _mean("response", response_tokens, run.data.max_response_tokens)
     terms = method.terms(run).values()
-    samples = method.samples(run)
+    samples = method.uses_rollouts(run)
     return Case(
         shape=shape,
         cluster=cluster,
@@ -285,7 +285,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     check_shape(case.shape, parallel)
     check_fp8(case.shape, parallel, case.precision)
     data = data_parallel_size(parallel, cluster.train_gpus)
-    packing = layout_of(case.shape, parallel, data, preset(case.precision).training)
+    packing = packing_layout(case.shape, parallel, data, preset(case.precision).training)
     count = micro_batches(
         work.tokens / work.updates,
         data=data,

@@ -54,7 +54,7 @@ class _Transient(RolloutError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
+class GenerateRequest:
     """One prompt to be sampled `num_samples` times. Nothing but `stop_token_ids` and `max_tokens` ends a sample."""
 
     prompt_ids: tuple[int, ...]
@@ -129,7 +129,7 @@ class RolloutClient:
 
     def generate(
         self,
-        requests: Sequence[SampleRequest],
+        requests: Sequence[GenerateRequest],
         *,
         version: int,
         deadline_s: float,
@@ -246,7 +246,7 @@ class RolloutClient:
 
     async def _generate(
         self,
-        requests: Sequence[SampleRequest],
+        requests: Sequence[GenerateRequest],
         version: _Least,
         deadline_s: float,
         on_done: Callable[[int], None] | None,
@@ -345,7 +345,7 @@ class RolloutClient:
     async def _sample(
         self,
         http: httpx.AsyncClient,
-        request: SampleRequest,
+        request: GenerateRequest,
         version: _Least,
         running: set[str],
         told: asyncio.Event,
@@ -366,7 +366,7 @@ class RolloutClient:
     async def _sample_once(
         self,
         http: httpx.AsyncClient,
-        request: SampleRequest,
+        request: GenerateRequest,
         version: _Least,
         name: str,
         told: asyncio.Event,
@@ -388,7 +388,7 @@ def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> N
         loop.call_soon_threadsafe(action)
 
 
-def _body(request: SampleRequest) -> dict[str, Any]:
+def _body(request: GenerateRequest) -> dict[str, Any]:
     return {
         "model": _MODEL,
         "token_ids": list(request.prompt_ids),
@@ -408,13 +408,13 @@ def _body(request: SampleRequest) -> dict[str, Any]:
     }
 
 
-def _num_to_sample(request: SampleRequest) -> int:
+def _num_to_sample(request: GenerateRequest) -> int:
     """vLLM refuses n > 1 at temperature 0, where all samples are the same one."""
     return 1 if request.temperature == 0 else request.num_samples
 
 
 def _parse(
-    reply: Any, request: SampleRequest, version: _Least, *, may_be_aborted: bool
+    reply: Any, request: GenerateRequest, version: _Least, *, may_be_aborted: bool
 ) -> tuple[Rollout, ...]:
     """ValueError, KeyError, TypeError: not the reply to `request`. StaleWeights, _Transient: see there."""
     if reply["prompt_token_ids"] != list(request.prompt_ids):
@@ -429,7 +429,7 @@ def _parse(
     return rollouts * (request.num_samples // num_expected)
 
 
-def _parse_choice(choice: Any, request: SampleRequest, version: _Least) -> Rollout:
+def _parse_choice(choice: Any, request: GenerateRequest, version: _Least) -> Rollout:
     token_ids, reason = choice["token_ids"], choice["finish_reason"]
     if reason not in ("stop", "length", "abort"):
         raise ValueError(f"a sample finished for the reason {reason!r}")

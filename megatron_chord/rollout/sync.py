@@ -29,7 +29,7 @@ from megatron_chord.precision import Quantization
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
-from megatron_chord.rollout.exchange import Exchange
+from megatron_chord.rollout.rank_messenger import RankMessenger
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
     FileTransport,
@@ -111,7 +111,7 @@ class WeightSync:
         self._clients = tuple(clients)
         self._settings = settings
         self._exporters = tuple(exporters)
-        self._exchange = Exchange(group)
+        self._exchange = RankMessenger(group)
         self._device = device
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
         self._folder: Path | None = None

@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_chord.config import RunConfig
 from megatron_chord.precision import preset
-from megatron_chord.train.step import UpdateResult
+from megatron_chord.train.update import UpdateResult
 
 Format = Literal["fp32", "bf16", "fp8"]
 _MAX_GAP: dict[Format, float] = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 0.1}

@@ -13,20 +13,20 @@ from megatron_chord.data.packing import Layout, PackedBatch, plan_step
 from megatron_chord.losses.aggregate import ENOUGH_TOKENS, with_scales, without_idle
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
-from megatron_chord.methods.draw import Draw, Engine, Sources, unfinished_to_json, with_unfinished
 from megatron_chord.records import Rollout, TrainSample
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.collect import GradedRollouts
-from megatron_chord.rollout.recorded import Call, to_json
 from megatron_chord.runtime.heartbeat import Pulse
-from megatron_chord.schedules import Memory, Moment
+from megatron_chord.sampling.context import Engine, Sources, StepContext, unfinished_to_json, with_unfinished
+from megatron_chord.sampling.recorded import SamplingRound, to_json
+from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, evaluate
 from megatron_chord.train.metrics import RunLog
 from megatron_chord.train.setup import RunData
-from megatron_chord.train.step import Update
 from megatron_chord.train.stop import StopWanted
+from megatron_chord.train.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class _Answers:
     """What a step was collected from."""
 
     version: int
-    calls: Sequence[Call]
+    calls: Sequence[SamplingRound]
 
 
 class Coordinator:
@@ -144,7 +144,7 @@ class Coordinator:
         unfinished = run_state.get("unfinished", {"sampled_with": None, "prompts": []})
         keep = self._run.rollout.carries
         then, now = unfinished["sampled_with"], self._sampled_with()
-        if keep and then != now and any(item["begun"] for item in unfinished["prompts"]):
+        if keep and then != now and any(item["partial_rollouts"] for item in unfinished["prompts"]):
             raise ValueError(
                 f"the checkpoint holds unfinished answers that were sampled with {then}, and they are to be continued "
                 f"with {now}. Resume with the run's own settings, or with rollout.unfinished=drop, which samples these "
@@ -168,7 +168,7 @@ class Coordinator:
 
     def collect(
         self,
-        now: Moment,
+        now: ScheduleInput,
         clients: Sequence[RolloutClient],
         version: int,
         *,
@@ -193,7 +193,7 @@ class Coordinator:
             graders=self._graders,
             may_advance=run.rollout.in_flight == "keep",
         )
-        draw = Draw(
+        context = StepContext(
             run,
             engine,
             before.sources,
@@ -203,12 +203,12 @@ class Coordinator:
             notify=self._getting_on if may_lag else self._doing,
             recorded=recorded,
         )
-        collected = self._collect_by(draw)
-        self._progress[now.step] = _Progress(sources=draw.sources, memory=collected.memory)
+        collected = self._collect_by(context)
+        self._progress[now.step] = _Progress(sources=context.sources, memory=collected.memory)
         if may_lag:
-            self._answers[now.step] = _Answers(version=version, calls=draw.calls)
-        if draw.graded:
-            self.log.write_samples(now.step, _sample_rows(draw.graded))
+            self._answers[now.step] = _Answers(version=version, calls=context.calls)
+        if context.graded:
+            self.log.write_samples(now.step, _sample_rows(context.graded))
         with timer.phase("pack"):
             count = run.batch.mini_batches
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
@@ -221,15 +221,15 @@ class Coordinator:
                 plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
                 for samples in trained
             ]
-        rollouts = [rollout for item in draw.graded for rollout in item.rollouts]
+        rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         inputs = StepInputs(
             updates=tuple(Update(weights=collected.weights, counts=plan.counts) for plan in plans),
             mu=collected.mu,
             stats={
                 **collected.stats,
-                **_rollout_stats(draw.graded),
+                **_rollout_stats(context.graded),
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
-                **(_unfinished_stats(draw) if run.rollout.extra_prompts > 0 and rollouts else {}),
+                **(_unfinished_stats(context) if run.rollout.extra_prompts > 0 and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
@@ -241,9 +241,9 @@ class Coordinator:
             tuple(plan.micro_batches[rank] for plan in plans) for rank in range(self._layout.data)
         ]
 
-    def _collect_by(self, draw: Draw) -> Collected:
-        collected = self._method.collect(draw, self._run)
-        if draw.has_more_recorded():
+    def _collect_by(self, context: StepContext) -> Collected:
+        collected = self._method.collect(context, self._run)
+        if context.has_more_recorded():
             raise ValueError("more answers were sampled than are wanted")
         return collected
 
@@ -297,11 +297,13 @@ def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:
     }
 
 
-def _unfinished_stats(draw: Draw) -> dict[str, Any]:
+def _unfinished_stats(context: StepContext) -> dict[str, Any]:
     return {
-        "continued_prompts": draw.num_continued,
-        "unfinished_prompts": len(draw.stopped),
-        "unfinished_tokens": sum(len(rollout.token_ids) for item in draw.stopped for rollout in item.begun),
+        "continued_prompts": context.num_continued,
+        "unfinished_prompts": len(context.stopped),
+        "unfinished_tokens": sum(
+            len(rollout.token_ids) for item in context.stopped for rollout in item.partial_rollouts
+        ),
     }
 
 

@@ -10,9 +10,9 @@ from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.collect import (
-    Ask,
+from megatron_chord.sampling.rounds import (
     GradedRollouts,
+    RolloutRequest,
     Sampling,
     TooManyGraderErrors,
     grade,
@@ -48,7 +48,7 @@ def evaluate(
     )
     # The same draws at every evaluation: what differs between two is the weights.
     asks = [
-        Ask(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
+        RolloutRequest(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
         for index, problem in enumerate(problems)
     ]
     sampled = sample(

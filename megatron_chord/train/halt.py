@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_chord.rollout.client import RolloutError, StaleWeights
-from megatron_chord.rollout.collect import TooManyGraderErrors
 from megatron_chord.rollout.server import ServerError
 from megatron_chord.rollout.sync import SyncError
+from megatron_chord.sampling.rounds import TooManyGraderErrors
 from megatron_chord.train.agreement import LogprobMismatch
 from megatron_chord.train.sanity import NonFiniteWeights
 from megatron_chord.train.state import NonFiniteGradient

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import NonFiniteGradient
-from megatron_chord.train.step import Update, UpdateResult
+from megatron_chord.train.update import Update, UpdateResult
 
 FOLDER = "nonfinite"
 """Of the run's folder: batches whose update was left out."""

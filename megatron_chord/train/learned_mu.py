@@ -19,7 +19,7 @@ from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import POLICY
 from megatron_chord.model.forward import DeviceBatch
 from megatron_chord.train.state import TrainState
-from megatron_chord.train.step import Measured, Terms, Update, UpdateResult, compute_gradients
+from megatron_chord.train.update import Measured, Terms, Update, UpdateResult, compute_gradients
 
 Gradients = Mapping[str, Tensor]
 

@@ -22,10 +22,10 @@ from megatron_chord.runtime import parallel as runtime
 from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.runtime.rendezvous import world_size_of_environment
-from megatron_chord.schedules import Memory, Moment, MuSchedule
+from megatron_chord.schedules import Memory, MuSchedule, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
-from megatron_chord.train.ahead import Ahead
+from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
@@ -34,24 +34,24 @@ from megatron_chord.train.halt import halting
 from megatron_chord.train.health import Health, not_finite
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import RunLog, read_metrics
-from megatron_chord.train.report import step_line, summary
 from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.setup import (
     RunData,
     check_run,
     coordinator_timeout_s,
-    layout_of,
     load_data,
     needs_servers,
+    packing_layout,
     plan_lines,
     reference_folder,
 )
 from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
+from megatron_chord.train.step import train_step
+from megatron_chord.train.step_queue import StepQueue
 from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWanted
 from megatron_chord.train.throughput import own_gpu, throughput
 from megatron_chord.train.trace import Tracer
-from megatron_chord.train.updates import train_on
-from megatron_chord.train.watch import start_watch, sweep
+from megatron_chord.train.watch import clear_leftovers, start_watch
 
 
 class Refused(ValueError):
@@ -59,13 +59,13 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
+class RunContext:
     run: RunConfig
     method: Method
     terms: Mapping[str, Term]
     state: TrainState
     engine: RolloutEngine
-    ahead: Ahead
+    ahead: StepQueue
     coordinator: Coordinator | None
     """On rank 0 only."""
     mu_gradient: MuGradient | None
@@ -110,13 +110,13 @@ def train(
             nonlocal claimed, data
             data = load_data(run, shape)
             claimed = stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
-            sweep(run, watch)
+            clear_leftovers(run, watch)
             checkpoint.clear_partial(run.output / CHECKPOINTS, print)
 
         def make_coordinator() -> None:
             nonlocal coordinator
             assert data is not None
-            layout = layout_of(shape, run.parallel, groups.data.size, preset(run.precision).training)
+            layout = packing_layout(shape, run.parallel, groups.data.size, preset(run.precision).training)
             coordinator = _make_coordinator(
                 run, method, data, layout, saved, stack, stop_wanted, groups.pulse
             )
@@ -157,7 +157,7 @@ def _build(
     groups: ParallelGroups,
     coordinator: Coordinator | None,
     stack: ExitStack,
-) -> _Parts:
+) -> RunContext:
     """Servers, model and optimizer. ``stack`` closes them. On every rank."""
     # The server loads while the model is built, unless it is to share the ranks' GPUs.
     engine = RolloutEngine(
@@ -179,10 +179,10 @@ def _build(
         reference=reference_folder(run, terms),
         fp8=preset(run.precision).training,
     )
-    ahead = Ahead(run, method, state, engine, coordinator)
+    ahead = StepQueue(run, method, state, engine, coordinator)
     stack.callback(ahead.close)
     schedule = method.schedule(run)
-    return _Parts(
+    return RunContext(
         run=run,
         method=method,
         terms=terms,
@@ -196,7 +196,7 @@ def _build(
 
 
 def _run_steps(
-    parts: _Parts,
+    parts: RunContext,
     done: int,
     memory: Memory,
     tracer: Tracer,
@@ -212,7 +212,7 @@ def _run_steps(
             if any(groups.gather(stop_wanted())):
                 raise StopWanted
             with tracer.step(step):
-                memory = _step(parts, Moment(step=step, seed=run.seed, memory=memory))
+                memory = _step(parts, ScheduleInput(step=step, seed=run.seed, memory=memory))
         except StopWanted:
             if saved_step < step:
                 _save(parts, step, memory)
@@ -227,7 +227,7 @@ def _run_steps(
             saved_step = step + 1
 
 
-def _step(parts: _Parts, now: Moment) -> Memory:
+def _step(parts: RunContext, now: ScheduleInput) -> Memory:
     """One step; on the coordinator also its metrics. Returns what mu is to remember."""
     run, method, state, coordinator = parts.run, parts.method, parts.state, parts.coordinator
     step, schedule = now.step, method.schedule(run)
@@ -240,7 +240,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
             reset_optimizer(state)
         _doing(coordinator, "training")
         with timer.phase("train"):
-            done = train_on(
+            done = train_step(
                 run,
                 state,
                 parts.terms,
@@ -287,7 +287,7 @@ def _step(parts: _Parts, now: Moment) -> Memory:
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
 
 
-def _throughput(parts: _Parts, inputs: StepInputs, seconds: float) -> dict[str, float]:
+def _throughput(parts: RunContext, inputs: StepInputs, seconds: float) -> dict[str, float]:
     trained = {name for update in inputs.updates for name in update.counts}
     forward = num_forward_passes(parts.terms[name] for name in trained)
     return throughput(
@@ -301,7 +301,7 @@ def _throughput(parts: _Parts, inputs: StepInputs, seconds: float) -> dict[str, 
     )
 
 
-def _evaluate(parts: _Parts, version: int) -> None:
+def _evaluate(parts: RunContext, version: int) -> None:
     """Held-out accuracy of the weights after ``version`` optimizer steps."""
     coordinator = parts.coordinator
     has_problems = parts.run.data.evaluation is not None
@@ -324,7 +324,7 @@ def _evaluate(parts: _Parts, version: int) -> None:
         )
 
 
-def _save(parts: _Parts, step: int, memory: Memory) -> None:
+def _save(parts: RunContext, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
     _drain(parts)
@@ -344,12 +344,12 @@ def _save(parts: _Parts, step: int, memory: Memory) -> None:
         coordinator.log.say(f"checkpoint {path}")
 
 
-def _drain(parts: _Parts) -> None:
+def _drain(parts: RunContext) -> None:
     with parts.state.groups.pulse.phase("collecting"):
         parts.ahead.drain()
 
 
-def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
+def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
     """Weights, optimizer and cursors from a checkpoint; returns the steps done and what mu remembers."""
     run_state = checkpoint.load(parts.state, path)
     check_finite(parts.state, f"{path} cannot be continued; move it away to go on from the one before")
@@ -364,12 +364,12 @@ def _resume(parts: _Parts, path: Path) -> tuple[int, Memory]:
     parts.ahead.restore(run_state)
     schedule, step = parts.method.schedule(parts.run), run_state["step"]
     if schedule is not None:
-        _check_memory(schedule, Moment(step=step, memory=run_state["mu"]), path)
+        _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
         restart_schedule(parts.state, max(filter(schedule.resets_optimizer, range(step)), default=0))
     return run_state["step"], run_state["mu"]
 
 
-def _check_memory(schedule: MuSchedule, now: Moment, path: Path) -> None:
+def _check_memory(schedule: MuSchedule, now: ScheduleInput, path: Path) -> None:
     try:
         schedule.value(replace(now, reward_mean=0.0))
     except KeyError as error:

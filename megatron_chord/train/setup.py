@@ -19,12 +19,12 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method, corrected
-from megatron_chord.methods.draw import Sources
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_overrides, check_shape
 from megatron_chord.model.fp8 import check_fp8
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Demonstration, Prompt
+from megatron_chord.sampling.context import Sources
 from megatron_chord.weights.folder import check_copies, open_model
 
 _TRIED = 50
@@ -56,7 +56,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     data = data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)
     check_fp8(shape, run.parallel, run.precision)
-    multiple = layout_of(shape, run.parallel, data, preset(run.precision).training).batch_multiple
+    multiple = packing_layout(shape, run.parallel, data, preset(run.precision).training).batch_multiple
     if run.batch.max_tokens < multiple:
         raise ValueError(
             f"batch.max_tokens {run.batch.max_tokens} is below {multiple}, of which the length of every packed "
@@ -74,7 +74,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
 
 def needs_servers(run: RunConfig, method: Method) -> bool:
     """Whether anything is ever sampled: by the method, or by evaluation."""
-    return method.samples(run) or run.data.evaluation is not None
+    return method.uses_rollouts(run) or run.data.evaluation is not None
 
 
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
@@ -146,7 +146,7 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     )
 
 
-def layout_of(
+def packing_layout(
     shape: ModelShape, parallel: ParallelConfig, data_parallel: int, fp8: Fp8Training | None = None
 ) -> Layout:
     """What packing must know of the parallel axes, of the trainer's FP8, and of what long sequences cost the model."""
@@ -167,7 +167,7 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     may be under way, and their repeats. A last resort: a frozen coordinator is noticed by ``runtime.heartbeat``."""
     rollout = run.rollout
     grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
-    sampling = method.samplings(run) * (rollout.request_timeout_s + grading)
+    sampling = method.max_sampling_rounds(run) * (rollout.request_timeout_s + grading)
     once = rollout.start_timeout_s + sampling * max(1, rollout.lag) + rollout.sync_timeout_s
     return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
 
@@ -220,7 +220,7 @@ def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
     training, rollouts = preset(run.precision).training, preset(run.precision).rollouts
     parts = ["training in BF16"]
     if training is not None:
-        multiple = layout_of(shape, run.parallel, data, training).batch_multiple
+        multiple = packing_layout(shape, run.parallel, data, training).batch_multiple
         parts = [
             f"the trainer's matrix products in {training.number_format} {training.recipe}"
             + (", first and last layer in BF16" if training.first_last_bf16 else ""),

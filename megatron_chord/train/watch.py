@@ -59,7 +59,7 @@ def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
     return Limits(beat_s=watchdog.beat_s, silence_s=watchdog.silence_s, phases=phases)
 
 
-def sweep(run: RunConfig, watch: Watch | None) -> None:
+def clear_leftovers(run: RunConfig, watch: Watch | None) -> None:
     """Remove what killed runs have left of their watches. Only once this run has claimed its folder."""
     for left in (run.output / _FOLDER).glob("*"):
         if watch is None or left != watch.folder:

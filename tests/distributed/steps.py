@@ -16,9 +16,9 @@ from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.export import export_policy
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import Update, compute_gradients, prepare_batches
+from megatron_chord.train.update import Update, compute_gradients, prepare_batches
 from megatron_chord.weights.load import load
 from megatron_chord.weights.reader import HFReader
 
@@ -99,7 +99,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         plan = plan_step(
             with_scales(case["samples"], terms),
             max_tokens=run.batch.max_tokens,
-            layout=layout_of(state.shape, parallel, state.groups.data.size),
+            layout=packing_layout(state.shape, parallel, state.groups.data.size),
             pad_id=0,
         )
         temperature = run.rollout.temperature
@@ -154,7 +154,7 @@ def logits_of(state: TrainState, sequences: list[list[int]]) -> Any:
         sequence_parallel=config.sequence_parallel,
     )
     batch = pack(
-        samples, columns={}, layout=layout_of(state.shape, parallel, state.groups.data.size), pad_id=0
+        samples, columns={}, layout=packing_layout(state.shape, parallel, state.groups.data.size), pad_id=0
     )
     return _logits_of(state, batch, [len(ids) for ids in sequences], to_device)
 

@@ -23,10 +23,10 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
 from megatron_chord.train.agreement import LogprobMismatch
 from megatron_chord.train.coordinator import StepInputs
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import Update
-from megatron_chord.train.updates import Trained, train_on
+from megatron_chord.train.step import Trained, train_step
+from megatron_chord.train.update import Update
 from tests.distributed.steps import gather_hf, start_groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, save_qwen2, tiny_run
@@ -83,7 +83,7 @@ class Pair:
         plan = plan_step(
             kept,
             max_tokens=400,
-            layout=layout_of(self.state.shape, self.run.parallel, self.state.groups.data.size),
+            layout=packing_layout(self.state.shape, self.run.parallel, self.state.groups.data.size),
             pad_id=0,
         )
         inputs = StepInputs(
@@ -96,7 +96,7 @@ class Pair:
             weight_version=number,
         )
         mine = plan.micro_batches[self.state.groups.data.rank]
-        return train_on(self.run, self.state, terms, inputs, [mine], step=number, mu_gradient=None)
+        return train_step(self.run, self.state, terms, inputs, [mine], step=number, mu_gradient=None)
 
 
 def make_pair(folder: Path, dtype: Any, axes: dict[str, Any], lr: float = 3e-4) -> Pair:

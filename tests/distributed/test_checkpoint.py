@@ -30,9 +30,9 @@ from megatron_chord.methods.chord import Chord
 from megatron_chord.train import checkpoint
 from megatron_chord.train.checkpoint import CheckpointError
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from megatron_chord.weights.torch_dist import read_metadata
-from tests.distributed.steps import gather_hf, layout_of, start_groups
+from tests.distributed.steps import gather_hf, packing_layout, start_groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_qwen2, tiny_run
 
@@ -72,7 +72,7 @@ def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM
         groups=start_groups(parallel),
         steps=STEPS,
     )
-    return state, layout_of(state.shape, parallel, state.groups.data.size)
+    return state, packing_layout(state.shape, parallel, state.groups.data.size)
 
 
 def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:

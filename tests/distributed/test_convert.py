@@ -213,7 +213,7 @@ def test_a_bias_in_fp32_stays_so_in_a_bf16_model(tmp_path: Path) -> None:
 
 def save_training(folder: Path, target: Path) -> None:
     from megatron_chord.train import checkpoint
-    from megatron_chord.train.step import apply_gradients
+    from megatron_chord.train.update import apply_gradients
 
     state = steps.build(folder, ParallelConfig(tensor=2), OptimConfig())
     for chunk in state.chunks:

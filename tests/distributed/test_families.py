@@ -15,9 +15,9 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, Simp
 from megatron_chord.families.table import read_shape
 from megatron_chord.train.checkpoint import step_of
 from megatron_chord.train.export import export_policy
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import build_state
-from megatron_chord.train.step import apply_gradients
+from megatron_chord.train.update import apply_gradients
 from tests.distributed import steps
 from tests.distributed.splits import assert_split_invariant
 from tests.distributed.test_checkpoint import SAVED, gradients, interrupted_and_not, resume
@@ -241,7 +241,7 @@ def train_and_export_in_bf16(folder: Path, target: Path) -> None:
     model = ModelConfig(path=folder, dtype="bf16", recompute="full")
     groups = steps.start_groups(parallel)
     state = build_state(read_shape(folder), model, parallel, OptimConfig(lr=1e-2), groups=groups, steps=10)
-    gradients(state, layout_of(state.shape, parallel, groups.data.size), 0)
+    gradients(state, packing_layout(state.shape, parallel, groups.data.size), 0)
     apply_gradients(state)
     export_policy(state, folder, target)
 

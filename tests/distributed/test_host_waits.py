@@ -22,7 +22,7 @@ from tests.support.watch import Watch, stand_in_for_a_gpu
 
 WAITS = {
     "megatron/core/optimizer/clip_grads.py": 1,  # the gradient norm, which decides on clipping
-    "megatron_chord/train/step.py": 1,  # the update's numbers
+    "megatron_chord/train/update.py": 1,  # the update's numbers
 }
 UPLOADS = {"megatron_chord/data/transfer.py": MICRO_BATCHES}
 

@@ -13,8 +13,8 @@ from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.methods.chord import Chord
 from megatron_chord.train.learned_mu import MuGradient
-from megatron_chord.train.setup import layout_of
-from megatron_chord.train.step import Update, prepare_batches
+from megatron_chord.train.setup import packing_layout
+from megatron_chord.train.update import Update, prepare_batches
 from tests.distributed.splits import assert_same_update
 from tests.distributed.steps import build, gather_hf
 from tests.support.oracle import oracle_update
@@ -38,7 +38,7 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
             plan = plan_step(
                 with_scales(make_samples(seed=seed), terms),
                 max_tokens=run.batch.max_tokens,
-                layout=layout_of(state.shape, run.parallel, state.groups.data.size),
+                layout=packing_layout(state.shape, run.parallel, state.groups.data.size),
                 pad_id=0,
             )
             mine = plan.micro_batches[state.groups.data.rank]

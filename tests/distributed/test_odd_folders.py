@@ -165,7 +165,7 @@ def read(folder: Path) -> tuple[dict[str, float], dict[str, tuple[int, str]]]:
         shutil.copytree(model, here)
         change(here)
         source = open_source(here)
-        largest, _ = logits.disagreement(
+        largest, _ = logits.logit_differences(
             logits._transformers(source, tokens), logits._megatron(source, tokens)
         )
         differences[name] = largest

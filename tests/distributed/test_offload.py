@@ -13,7 +13,7 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.train import offload
 from megatron_chord.train.offload import Offload
 from megatron_chord.train.state import NonFiniteGradient, TrainState, build_state
-from megatron_chord.train.step import apply_gradients
+from megatron_chord.train.update import apply_gradients
 from tests.distributed.steps import gather_hf, start_groups
 from tests.distributed.watched import PRESETS, preset, watched_step
 from tests.support.ranks import run_ranks

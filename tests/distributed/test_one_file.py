@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_chord.config import SimpleWeight
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.records import TrainSample
-from megatron_chord.schedules import Moment, WarmupCosine
+from megatron_chord.schedules import ScheduleInput, WarmupCosine
 from tests.distributed import steps
 from tests.distributed.splits import LAYOUTS, assert_same_update, case, total, with_layout
 from tests.support.ranks import ROOT, run_ranks
@@ -91,7 +91,7 @@ def test_advantages_and_mu_are_the_trainers(one_file: Any) -> None:
     schedule = WarmupCosine(peak=0.9, valley=0.05, warmup_steps=0, decay_steps=40)
     for step in (0, 1, 13, 39, 40, 60):
         expected = one_file.cosine_mu(step, peak=0.9, valley=0.05, decay_steps=40)
-        assert schedule.value(Moment(step=step)) == pytest.approx(expected, rel=1e-12)
+        assert schedule.value(ScheduleInput(step=step)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_it_learns(one_file: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,10 @@ from megatron_chord.train.export import export_policy
 from megatron_chord.train.halt import Halted, halting
 from megatron_chord.train.health import Health
 from megatron_chord.train.sanity import MARK
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState
-from megatron_chord.train.step import Update
-from megatron_chord.train.updates import Trained, train_on
+from megatron_chord.train.step import Trained, train_step
+from megatron_chord.train.update import Update
 from tests.distributed.steps import build
 from tests.support.ranks import run_ranks
 from tests.support.task import make_task, metrics_of, run_cli
@@ -58,7 +58,7 @@ class Training:
     def step(self, advantage: float) -> Trained:
         terms, state = method_of(self.run).terms(self.run), self.state
         samples = with_scales(with_advantage(make_samples(), advantage), terms)
-        layout = layout_of(state.shape, self.run.parallel, state.groups.data.size)
+        layout = packing_layout(state.shape, self.run.parallel, state.groups.data.size)
         plan = plan_step(samples, max_tokens=40, layout=layout, pad_id=0)
         inputs = StepInputs(
             updates=(Update(weights={"policy": 0.7, "sft": 0.3}, counts=plan.counts),),
@@ -70,7 +70,7 @@ class Training:
             weight_version=self.steps,
         )
         self.steps += 1
-        return train_on(
+        return train_step(
             self.run,
             state,
             terms,

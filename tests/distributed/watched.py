@@ -16,10 +16,10 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
 from megatron_chord.train.coordinator import StepInputs
 from megatron_chord.train.learned_mu import MuGradient
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState
-from megatron_chord.train.step import Update
-from megatron_chord.train.updates import train_on
+from megatron_chord.train.step import train_step
+from megatron_chord.train.update import Update
 from tests.support.ranks import ROOT
 from tests.support.watch import Watch
 
@@ -68,14 +68,14 @@ def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
 
 
 def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) -> Watch:
-    """One step of ``run``'s method, by ``train_on``."""
+    """One step of ``run``'s method, by ``train_step``."""
     method = method_of(run)
     terms = method.terms(run)
     samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size)
     plan = plan_step(
         with_scales(samples, terms),
         max_tokens=2 * LENGTH,
-        layout=layout_of(state.shape, parallel, state.groups.data.size),
+        layout=packing_layout(state.shape, parallel, state.groups.data.size),
         pad_id=0,
     )
     mine = plan.micro_batches[state.groups.data.rank]
@@ -92,5 +92,5 @@ def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) ->
     schedule = method.schedule(run)
     mu_gradient = MuGradient() if schedule is not None and schedule.needs_mu_gradient else None
     with Watch() as watch:
-        train_on(run, state, terms, inputs, [mine], step=0, mu_gradient=mu_gradient)
+        train_step(run, state, terms, inputs, [mine], step=0, mu_gradient=mu_gradient)
     return watch

@@ -110,13 +110,17 @@ def test_no_prompt_is_lost_or_seen_twice(folders: Path, name: str) -> None:
 
 
 def test_a_checkpoint_holds_the_tokens_of_what_was_stopped(folders: Path) -> None:
-    begun = [item for item in state_of(folders / "carry", STOP)["unfinished"]["prompts"] if item["begun"]]
+    begun = [
+        item
+        for item in state_of(folders / "carry", STOP)["unfinished"]["prompts"]
+        if item["partial_rollouts"]
+    ]
     assert begun
     rows = [row for step in range(STOP, STEPS) for row in samples(folders / "carry", step)]
     for item in begun:
         later = [row for row in rows if row["prompt_id"] == item["prompt"]]
-        assert len(item["begun"]) == 4
-        for rollout, row in zip(item["begun"], later, strict=False):
+        assert len(item["partial_rollouts"]) == 4
+        for rollout, row in zip(item["partial_rollouts"], later, strict=False):
             tokens = len(rollout["token_ids"])
             assert tokens == len(rollout["logprobs"])
             assert row["num_tokens"] >= tokens

@@ -23,9 +23,9 @@ from megatron_chord.model import fp8
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.precision import Precision, preset
 from megatron_chord.train import checkpoint
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState, build_state
-from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
+from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from tests.distributed.steps import start_groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_model, tiny_run
@@ -75,7 +75,7 @@ def fresh_state(folder: Path, precision: Precision | None) -> TrainState:
 def train(state: TrainState, precision: Precision | None, steps: range) -> list[float]:
     """Plain SFT on the same eight demonstrations again and again; the loss of each step."""
     terms = Chord().terms(tiny_run(Path("model")))
-    layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
+    layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
     losses = []
     for _ in steps:
         samples = with_scales(make_samples(num_policy=0, num_sft=8), terms)
@@ -140,7 +140,7 @@ def peak_memory(folder: Path, precision: Precision | None) -> int:
     ids = np.random.default_rng(0).integers(3, 200, length)
     part = Part(term="sft", positions=np.arange(length // 2, length), constants={})
     samples = with_scales([TrainSample(token_ids=ids, parts=(part,))] * 4, terms)
-    layout = layout_of(state.shape, ParallelConfig(), 1, preset(precision).training)
+    layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
     plan = plan_step(samples, max_tokens=4 * length, layout=layout, pad_id=0)
     update = Update(weights={"policy": 0.0, "sft": 1.0}, counts=plan.counts)
     for _ in range(2):

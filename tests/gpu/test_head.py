@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.logprobs import sweep_for, token_logprobs
-from megatron_chord.losses.sweep import Sweep
-from tests.unit.losses.test_sweep import CASES, assert_gradient, assert_reduced, sweep_shards
+from megatron_chord.losses import logit_kernels_torch
+from megatron_chord.losses.logit_kernels import LogitKernels
+from megatron_chord.losses.logprobs import kernels_for, token_logprobs
+from tests.unit.losses.test_logit_kernels import CASES, assert_gradient, assert_reduced, sweep_shards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,17 +21,17 @@ pytestmark = [
 VOCAB = 151_936
 
 
-def kernels() -> Sweep:
-    from megatron_chord.losses import sweep_triton
+def kernels() -> LogitKernels:
+    from megatron_chord.losses import logit_kernels_triton
 
-    return sweep_triton
+    return logit_kernels_triton
 
 
 def test_kernels_are_what_runs_on_a_gpu() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert sweep_for(torch.empty(0, device="cuda", dtype=dtype)) is kernels()
-    assert sweep_for(torch.empty(0, device="cuda", dtype=torch.float64)) is sweep_torch
-    assert sweep_for(torch.empty(0)) is sweep_torch
+        assert kernels_for(torch.empty(0, device="cuda", dtype=dtype)) is kernels()
+    assert kernels_for(torch.empty(0, device="cuda", dtype=torch.float64)) is logit_kernels_torch
+    assert kernels_for(torch.empty(0)) is logit_kernels_torch
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,9 +48,9 @@ def make_inputs(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, T
     return states, weight, torch.randint(VOCAB, (tokens,), device="cuda")
 
 
-def run(inputs: tuple[Tensor, Tensor, Tensor], sweep: Sweep | None, chunk: int) -> dict[str, Tensor]:
+def run(inputs: tuple[Tensor, Tensor, Tensor], kernels: LogitKernels | None, chunk: int) -> dict[str, Tensor]:
     hidden, weight, targets = inputs
-    found = token_logprobs(hidden, weight, targets, temperature=0.7, chunk=chunk, rival=True, sweep=sweep)
+    found = token_logprobs(hidden, weight, targets, temperature=0.7, chunk=chunk, rival=True, kernels=kernels)
     loss = found.logprobs.sum() + 0.1 * found.entropy.sum()
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert found.rival is not None
@@ -62,7 +62,7 @@ def run(inputs: tuple[Tensor, Tensor, Tensor], sweep: Sweep | None, chunk: int) 
 def test_the_head_with_kernels_equals_that_with_torch(chunk: int) -> None:
     """In bf16, of the same rounded logits: values to fp32's last places, gradients to a last place of bf16."""
     inputs = make_inputs(tokens=600, hidden=512, dtype=torch.bfloat16)
-    ours, theirs = run(inputs, None, chunk), run(inputs, sweep_torch, chunk)
+    ours, theirs = run(inputs, None, chunk), run(inputs, logit_kernels_torch, chunk)
     for name in ("log-probs", "entropy", "rival"):
         assert (ours[name] - theirs[name]).abs().max() < 1e-4, name
     for name in ("hidden.grad", "weight.grad"):

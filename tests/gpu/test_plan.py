@@ -18,10 +18,10 @@ from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.memory import Training, stage_memory
-from megatron_chord.train.setup import layout_of
+from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import build_state
-from megatron_chord.train.step import Update, apply_gradients, compute_gradients, prepare_batches
 from megatron_chord.train.throughput import own_gpu
+from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from tests.distributed.steps import start_groups
 from tests.support.tiny import make_samples, save_model, tiny_run
 
@@ -62,7 +62,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
         plan = plan_step(
             with_scales([long, long], terms),
             max_tokens=TOKENS,
-            layout=layout_of(shape, parallel, 1),
+            layout=packing_layout(shape, parallel, 1),
             pad_id=0,
         )
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)

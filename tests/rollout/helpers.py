@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import RolloutClient, SampleRequest
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient
 from megatron_chord.rollout.server import RolloutServer
 
 START_S = 180.0
@@ -41,10 +41,10 @@ def weights_of(model: Qwen2ForCausalLM) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
-def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -> list[SampleRequest]:
+def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -> list[GenerateRequest]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        SampleRequest(
+        GenerateRequest(
             prompt_ids=tuple(torch.randint(3, VOCAB, (5 + 40 * i,), generator=generator).tolist()),
             num_samples=4,
             seed=seed + i,
@@ -57,7 +57,7 @@ def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -
 
 
 @torch.no_grad()
-def expected_logprobs(model: Qwen2ForCausalLM, request: SampleRequest, rollout: Rollout) -> torch.Tensor:
+def expected_logprobs(model: Qwen2ForCausalLM, request: GenerateRequest, rollout: Rollout) -> torch.Tensor:
     """Of the rollout's tokens, by Transformers."""
     ids = torch.tensor([request.prompt_ids + rollout.token_ids])
     logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
@@ -66,21 +66,21 @@ def expected_logprobs(model: Qwen2ForCausalLM, request: SampleRequest, rollout: 
 
 
 def largest_gap(
-    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+    model: Qwen2ForCausalLM, asked: list[GenerateRequest], replies: list[tuple[Rollout, ...]]
 ) -> float:
     """Largest |vLLM - Transformers| log-prob over all sampled tokens."""
     return float(_gaps(model, asked, replies).max())
 
 
 def mean_gap(
-    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+    model: Qwen2ForCausalLM, asked: list[GenerateRequest], replies: list[tuple[Rollout, ...]]
 ) -> float:
     """Mean |vLLM - Transformers| log-prob over all sampled tokens."""
     return float(_gaps(model, asked, replies).mean())
 
 
 def _gaps(
-    model: Qwen2ForCausalLM, asked: list[SampleRequest], replies: list[tuple[Rollout, ...]]
+    model: Qwen2ForCausalLM, asked: list[GenerateRequest], replies: list[tuple[Rollout, ...]]
 ) -> torch.Tensor:
     return torch.cat(
         [

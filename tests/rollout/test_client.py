@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights, Stop
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError, StaleWeights, Stop
 
 KEY = "the key"
-REQUEST = SampleRequest(
+REQUEST = GenerateRequest(
     prompt_ids=(5, 6), num_samples=2, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
 )
 

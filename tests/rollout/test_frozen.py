@@ -15,15 +15,15 @@ import httpx
 import pytest
 
 from megatron_chord.process_table import descendants
-from megatron_chord.rollout.client import RolloutClient, RolloutError, SampleRequest, StaleWeights
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError, StaleWeights
 from tests.rollout.conftest import Servers
 from tests.support.listening import addresses
 
 SILENCE_S = 4.0
 
 
-def request(max_tokens: int) -> SampleRequest:
-    return SampleRequest(
+def request(max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(
         prompt_ids=(5, 6), num_samples=2, seed=3, temperature=1.0, max_tokens=max_tokens, stop_token_ids=()
     )
 

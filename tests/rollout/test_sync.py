@@ -18,10 +18,10 @@ import torch
 
 from megatron_chord.records import Prompt, Rollout
 from megatron_chord.rollout.client import PauseMode, RolloutClient, RolloutError, StaleWeights
-from megatron_chord.rollout.collect import Ask, Sampling, sample
 from megatron_chord.rollout.server import RolloutServer
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import FileTransport
+from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
 from tests.rollout import rank_program
 from tests.rollout.conftest import Servers
 from tests.rollout.helpers import (
@@ -213,10 +213,10 @@ def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient,
     sampling = Sampling(num_samples=4, temperature=1.0, max_tokens=400, stop_token_ids=())
     generator = torch.Generator().manual_seed(5)
 
-    def ask(index: int, given: int) -> Ask:
+    def ask(index: int, given: int) -> RolloutRequest:
         ids = torch.randint(3, VOCAB, (12 + given,), generator=generator).tolist()
         prompt = Prompt(id=str(index), messages=(), truth="", token_ids=tuple(ids[:12]))
-        return Ask(prompt=prompt, seed=index, prefix=tuple(ids[12:]))
+        return RolloutRequest(prompt=prompt, seed=index, prefix=tuple(ids[12:]))
 
     # Without stop tokens an answer is as long as the limit lets it be. Either client has asked for a long one before
     # its short one, so that both long ones have begun when both short ones are there.
@@ -247,7 +247,7 @@ def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient,
     old, new = make_model(0), make_model(1)
     sync.push(weights_of(new), pushed + 1)
     sync.close()
-    again = [replace(ask, begun=group) for ask, group in zip(asks, first, strict=True)]
+    again = [replace(ask, partial_rollouts=group) for ask, group in zip(asks, first, strict=True)]
     second = sample([client, client], again, sampling, version=pushed + 1, deadline_s=DEADLINE_S)
     assert second[2:] == first[2:], "what was finished is not sampled again"
     for index in (0, 1):

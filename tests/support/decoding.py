@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import SampleRequest, Stop
+from megatron_chord.rollout.client import GenerateRequest, Stop
 
 END = 2
 """The stop token."""
@@ -20,11 +20,11 @@ class DecodingClient:
 
     def __init__(self, lengths: Mapping[int, Sequence[int]]) -> None:
         self._lengths = lengths
-        self.asked: list[SampleRequest] = []
+        self.asked: list[GenerateRequest] = []
 
     def generate(
         self,
-        requests: Sequence[SampleRequest],
+        requests: Sequence[GenerateRequest],
         *,
         version: int,
         deadline_s: float,
@@ -53,7 +53,7 @@ class DecodingClient:
 
 
 class _Answer:
-    def __init__(self, lengths: Mapping[int, Sequence[int]], request: SampleRequest, sample: int) -> None:
+    def __init__(self, lengths: Mapping[int, Sequence[int]], request: GenerateRequest, sample: int) -> None:
         prompt, *before = request.prompt_ids
         assert not before or request.num_samples == 1
         self._sample = before[0] - 10 if before else sample

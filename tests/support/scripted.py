@@ -1,4 +1,4 @@
-"""A ``Draw`` whose answers a test writes down, and what stands in them."""
+"""A ``StepContext`` whose answers a test writes down, and what stands in them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_chord.methods.draw import Drawn
 from megatron_chord.records import Prompt, Rollout
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.rollout.collect import GradedRollouts
-from megatron_chord.schedules import Moment
+from megatron_chord.sampling.context import DrawnPrompt
+from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.schedules import ScheduleInput
 
 Score = float | None
 
@@ -45,7 +45,7 @@ def graded(
 
 
 @dataclass(kw_only=True)
-class ScriptedDraw:
+class ScriptedContext:
     """What a method may ask for in a step."""
 
     scores: Mapping[tuple[str, str], Sequence[Score]]
@@ -53,29 +53,29 @@ class ScriptedDraw:
     demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     step: int = 0
     template: Any = None
-    asked: list[tuple[str, Sequence[Drawn], int]] = field(
-        default_factory=list[tuple[str, Sequence[Drawn], int]]
+    asked: list[tuple[str, Sequence[DrawnPrompt], int]] = field(
+        default_factory=list[tuple[str, Sequence[DrawnPrompt], int]]
     )
     """Attempt, prompts and number of samples of every call of ``rollouts``."""
 
     @property
-    def now(self) -> Moment:
-        return Moment(step=self.step)
+    def now(self) -> ScheduleInput:
+        return ScheduleInput(step=self.step)
 
-    def prompts(self, count: int) -> list[Drawn]:
+    def prompts(self, count: int) -> list[DrawnPrompt]:
         names = list(dict.fromkeys(name for _, name in self.scores))
-        return [Drawn(prompt=prompt(names[i]), position=100 + i) for i in range(count)]
+        return [DrawnPrompt(prompt=prompt(names[i]), position=100 + i) for i in range(count)]
 
     def demonstration(self, of: Prompt) -> tuple[int, ...]:
         return self.demonstrations[of.id]
 
-    def groups(self, count: int, *, samples: int) -> list[tuple[Drawn, GradedRollouts]]:
+    def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
         drawn = self.prompts(count)
         return list(zip(drawn, self.rollouts(drawn, samples=samples), strict=True))
 
     def rollouts(
         self,
-        drawn: Sequence[Drawn],
+        drawn: Sequence[DrawnPrompt],
         *,
         samples: int,
         attempt: str = "",

@@ -32,7 +32,7 @@ LAYERS = (
         "timing",
     ),
     ("losses", "data", "rewards", "families", "weights", "costs"),
-    ("runtime", "model", "rollout"),
+    ("runtime", "model", "rollout", "sampling"),
     ("methods",),
     ("convert", "train", "plan"),
     ("cli", "cluster", "doctor", "preview", "settings", "__main__"),
@@ -59,7 +59,7 @@ NO_TORCH = (
 )
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
 """What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
-IN_TRITON = ("losses.sweep_triton",)
+IN_TRITON = ("losses.logit_kernels_triton",)
 """Kernels, imported where there is a GPU."""
 
 

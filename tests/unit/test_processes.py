@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.processes import SHARED_MEMORY, PrivateFolder, sweep
+from megatron_chord.processes import SHARED_MEMORY, PrivateFolder, remove_stale
 
 OWNER = """
 import subprocess, sys
@@ -68,7 +68,7 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path: Path) -
 def test_the_folder_of_a_live_process_stays(tmp_path: Path) -> None:
     (tmp_path / "somebody-else's").mkdir()
     with owner(tmp_path) as (process, path):
-        sweep(tmp_path)
+        remove_stale(tmp_path)
         assert (path / "something").is_file()
         process.communicate("")  # a clean end
         assert not path.exists()
@@ -83,7 +83,7 @@ def test_names_beside_shared_memory_are_not_followed(tmp_path: Path) -> None:
     with owner(place, f"../../{kept}") as (process, path):
         process.kill()
         process.wait()
-        sweep(place)
+        remove_stale(place)
         assert not path.exists()
     assert kept.exists()
 

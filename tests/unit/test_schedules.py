@@ -17,11 +17,11 @@ from megatron_chord.schedules import (
     GradientNorm,
     Learned,
     Linear,
-    Moment,
     MuSchedule,
     Periodic,
     RewardAdaptive,
     Schedule,
+    ScheduleInput,
     WarmupCosine,
 )
 
@@ -29,7 +29,7 @@ PLAIN = (Constant, WarmupCosine, Linear, Binary, Periodic)
 
 
 def at(mu: Schedule, step: int, **now: Any) -> float:
-    return mu.value(Moment(step=step, **now))
+    return mu.value(ScheduleInput(step=step, **now))
 
 
 def course(mu: Schedule, steps: int, **now: Any) -> list[float]:
@@ -236,7 +236,7 @@ def test_the_draw_is_a_function_of_seed_and_step() -> None:
     assert forwards != course(mu, 64, seed=4, memory=memory)
     code = (
         "from megatron_chord.schedules import *\nmu = GradientNorm(warmup_steps=1)\n"
-        f"print([mu.value(Moment(step=step, seed=3, memory={memory})) for step in range(64)])"
+        f"print([mu.value(ScheduleInput(step=step, seed=3, memory={memory})) for step in range(64)])"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
@@ -257,7 +257,7 @@ def test_norms_are_remembered_at_sft_steps_only() -> None:
     memory: Mapping[str, float] = {}
     seen = []
     for step, value, norm in [(0, 1.0, 4.0), (1, 1.0, 3.0), (2, 0.0, 99.0), (3, 1.0, 2.0), (4, 0.0, 98.0)]:
-        memory = mu.remember(Moment(step=step, memory=memory), value, {"grad_norm": norm, "loss": 1.0})
+        memory = mu.remember(ScheduleInput(step=step, memory=memory), value, {"grad_norm": norm, "loss": 1.0})
         seen.append(memory)
     assert seen == [norms(4.0, 4.0), norms(3.0, 3.0), norms(3.0, 3.0), norms(2.0, 3.0), norms(2.0, 3.0)]
 
@@ -266,7 +266,7 @@ def test_norms_are_remembered_at_sft_steps_only() -> None:
 
 
 def learn(mu: Learned, step: int, before: float, **measured: float) -> Mapping[str, float]:
-    return mu.remember(Moment(step=step, memory={"mu": before}), before, measured)
+    return mu.remember(ScheduleInput(step=step, memory={"mu": before}), before, measured)
 
 
 def test_learned_starts_with_sft_and_then_its_initial_value() -> None:
@@ -274,7 +274,7 @@ def test_learned_starts_with_sft_and_then_its_initial_value() -> None:
     memory: Mapping[str, float] = {}
     values = []
     for step in range(4):
-        now = Moment(step=step, memory=memory)
+        now = ScheduleInput(step=step, memory=memory)
         values.append(mu.value(now))
         measured = {"grad_norm": 1.0} if step < 2 else {"entropy": 1.0, "mu_gradient": 0.1}
         memory = mu.remember(now, values[-1], measured)
@@ -305,7 +305,7 @@ def test_learned_stays_where_nothing_was_measured() -> None:
     mu = Learned(sft_steps=2, rate=0.1)
     assert learn(mu, 5, 0.3) == {"mu": 0.3}
     assert learn(mu, 5, 0.3, mu_gradient=1.0) == {"mu": 0.3}
-    assert mu.remember(Moment(step=1), 1.0, {"entropy": 1.0, "mu_gradient": 1.0}) == {}
+    assert mu.remember(ScheduleInput(step=1), 1.0, {"entropy": 1.0, "mu_gradient": 1.0}) == {}
 
 
 def test_learned_asks_for_the_gradient_only_with_a_rate() -> None:
@@ -350,7 +350,9 @@ def run(mu: Schedule, seed: int, steps: int = 30) -> Iterator[float]:
     memory: Mapping[str, float] = {}
     for step in range(steps):
         wave = math.sin(1.7 * step + seed)
-        now = Moment(step=step, seed=seed, memory=memory, reward_mean=2 * wave if mu.needs_rewards else None)
+        now = ScheduleInput(
+            step=step, seed=seed, memory=memory, reward_mean=2 * wave if mu.needs_rewards else None
+        )
         value = mu.value(now)
         yield value
         measured = {"grad_norm": abs(wave), "entropy": 1 + wave, "mu_gradient": -3 * wave}
@@ -373,7 +375,7 @@ def test_bounds_hold_and_are_reached() -> None:
 
 def test_plain_schedules_remember_nothing_and_ask_for_nothing() -> None:
     for mu in (m for m in everything() if isinstance(m, PLAIN)):
-        now = Moment(step=2, memory={"kept": 1.0})
+        now = ScheduleInput(step=2, memory={"kept": 1.0})
         assert mu.remember(now, 0.5, {"grad_norm": 1.0, "entropy": 1.0}) == {"kept": 1.0}
         assert mu.known_steps is None
         assert not mu.needs_rewards

@@ -26,7 +26,7 @@ from megatron_chord.methods.prefix_rft import prefix_loss
 from megatron_chord.methods.remix import stale_loss
 from megatron_chord.methods.rl_plus import mixture_loss
 from megatron_chord.methods.srft import imitation_loss, signed_loss
-from megatron_chord.train.step import largest
+from megatron_chord.train.update import largest
 
 ABOVE_1 = math.log1p(torch.finfo(torch.float32).eps)
 BROKEN = {"above 1": ABOVE_1, "-inf": -math.inf, "NaN": math.nan}

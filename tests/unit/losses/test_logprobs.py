@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_chord.losses import sweep_torch
+from megatron_chord.losses import logit_kernels_torch
 from megatron_chord.losses.logprobs import (
     CACHED_ROWS,
     CHUNK_BYTES,
@@ -327,11 +327,11 @@ def test_two_matrices_live_at_a_time(rival: bool, part: str) -> None:
 
 def test_the_default_chunk_keeps_to_its_budget() -> None:
     # Two fp32 matrices [chunk, 152064] in 256 MiB: 268435456 / (2 * 4 * 152064) = 220.66
-    assert sweep_torch.bytes_per_logit(torch.float32) == 8
+    assert logit_kernels_torch.bytes_per_logit(torch.float32) == 8
     assert chunk_tokens(152_064, bytes_per_logit=8) == 220
     assert chunk_tokens(10, 8_000, bytes_per_logit=8) == 100
     # In bf16 the logits stay beside them: 268435456 / (10 * 152064) = 176.53
-    assert sweep_torch.bytes_per_logit(torch.bfloat16) == 10
+    assert logit_kernels_torch.bytes_per_logit(torch.bfloat16) == 10
     assert chunk_tokens(152_064, bytes_per_logit=10) == 176
     # Never fewer than 16, or a small budget would make thousands of thin products; and a shard may have no rows.
     assert chunk_tokens(10**9, bytes_per_logit=8) == 16

@@ -21,7 +21,7 @@ from megatron_chord.config import (
     TokenWeight,
 )
 from megatron_chord.losses.aggregate import SCALE
-from megatron_chord.losses.objective import Share, objective
+from megatron_chord.losses.objective import ObjectiveOutput, objective
 from megatron_chord.losses.policy import comparison, policy_loss
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
@@ -95,7 +95,7 @@ def make_batch(tokens: int = 40, seed: int = 0, dtype: torch.dtype = torch.float
 
 @dataclass(frozen=True)
 class Result:
-    share: Share
+    share: ObjectiveOutput
     logprobs: Tensor
     """Gradient."""
     entropy: Tensor
@@ -120,7 +120,7 @@ def run(
 COMPARED = tuple(comparison(TokenStats(*torch.zeros(3, 1), None), torch.zeros(1)))
 
 
-def values_of(share: Share) -> dict[str, float]:
+def values_of(share: ObjectiveOutput) -> dict[str, float]:
     """Without what the check of trainer against rollout engine reads; that is a test of ``losses.policy``."""
     values = {"loss": share.loss.item()}
     for sums in share.sums.values():

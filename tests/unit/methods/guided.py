@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_chord.config import RewardConfig, RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.draw import Draw, Engine, Sources
 from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.schedules import Moment
+from megatron_chord.sampling.context import Engine, Sources, StepContext
+from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
 from tests.support.tiny import tiny_run
 
@@ -51,7 +51,7 @@ def answer(last: int, *, length: int = 2, finish: Literal["stop", "length"] = "s
 
 def scripted_draw(
     run: RunConfig, answers: Sequence[Sequence[Rollout]], demonstrations: Sequence[int]
-) -> Draw:
+) -> StepContext:
     """A draw from as many prompts as there are ``answers``; a demonstration is 30, 31 and its last token."""
     prompts = [
         Prompt(id=str(i), messages=({"role": "user", "content": ""},), truth="", token_ids=(100 + i, 3))
@@ -78,8 +78,8 @@ def scripted_draw(
         prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
         demonstration_cursor=None,
     )
-    return Draw(
-        run, engine, sources, now=Moment(step=0), memory=None, timer=Timer(), notify=lambda text: None
+    return StepContext(
+        run, engine, sources, now=ScheduleInput(step=0), memory=None, timer=Timer(), notify=lambda text: None
     )
 
 

@@ -20,12 +20,12 @@ from megatron_chord.losses.preference import dpo_loss, dpo_term, pair_columns, p
 from megatron_chord.losses.terms import TermTokens, TokenStats, reported
 from megatron_chord.methods import dpo
 from megatron_chord.methods.dpo import demonstration_pair, is_offpolicy, pair_samples, rollout_pair
-from megatron_chord.methods.draw import Drawn
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.rollout.collect import GradedRollouts
-from megatron_chord.schedules import Moment
+from megatron_chord.sampling.context import DrawnPrompt
+from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.schedules import ScheduleInput
 from tests.support.tiny import tiny_run
 
 
@@ -135,21 +135,23 @@ def test_samples_of_the_pairs() -> None:
 def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rewards = {4: (1.0, 0.0), 5: (0.0, 0.0), 6: (1.0, 1.0), 7: (1.0, 0.0)}
     groups = [group(*found, name=str(position)) for position, found in rewards.items()]
-    drawn = [Drawn(prompt=g.prompt, position=position) for g, position in zip(groups, rewards, strict=True)]
+    drawn = [
+        DrawnPrompt(prompt=g.prompt, position=position) for g, position in zip(groups, rewards, strict=True)
+    ]
     monkeypatch.setattr(
         dpo,
         "sample_groups",
-        lambda draw, run: SimpleNamespace(groups=groups, drawn=drawn, stats={"reward_mean": 0.5}),
+        lambda context, run: SimpleNamespace(groups=groups, drawn=drawn, stats={"reward_mean": 0.5}),
     )
     asked: list[int] = []
 
-    def demonstrations(drawn: Sequence[Drawn]) -> list[GradedRollouts]:
+    def demonstrations(drawn: Sequence[DrawnPrompt]) -> list[GradedRollouts]:
         asked.extend(item.position for item in drawn)
         return [demonstration(groups[item.position - 4], 1.0) for item in drawn]
 
     run = dpo_run(tmp_path)
-    draw: Any = SimpleNamespace(now=Moment(step=0), graded_demonstrations=demonstrations)
-    collected = method_of(run).collect(draw, run)
+    context: Any = SimpleNamespace(now=ScheduleInput(step=0), graded_demonstrations=demonstrations)
+    collected = method_of(run).collect(context, run)
     # Odd positions are off-policy: 4 rollouts, 5 demonstration, 6 a tie, 7 demonstration.
     assert asked == [5, 7]
     assert [int(sample.parts[0].constants["is_rollout"]) for sample in collected.samples] == [

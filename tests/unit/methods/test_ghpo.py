@@ -11,8 +11,8 @@ import pytest
 from megatron_chord.config import RunConfig
 from megatron_chord.methods.ghpo import GHPO, Trial, beginning, hinted, hopeless, is_all_wrong
 from megatron_chord.methods.table import method_of
-from megatron_chord.rollout.collect import TooManyGraderErrors
-from tests.support.scripted import ScriptedDraw, WordTemplate, graded, prompt
+from megatron_chord.sampling.rounds import TooManyGraderErrors
+from tests.support.scripted import ScriptedContext, WordTemplate, graded, prompt
 from tests.support.tiny import tiny_run
 
 SOLUTION = "abcdefgh"
@@ -30,7 +30,7 @@ def run_of(*, limit: int = 100, **changes: Any) -> RunConfig:
 
 def draw_of(scores: dict[tuple[str, str], Any], *, step: int = 0) -> Any:
     answer = (*(ord(letter) for letter in SOLUTION), 0)
-    return ScriptedDraw(
+    return ScriptedContext(
         scores=scores, demonstrations=dict.fromkeys("abc", answer), step=step, template=WordTemplate()
     )
 
@@ -105,11 +105,11 @@ SCORES: dict[tuple[str, str], Any] = {
 
 
 def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
-    draw = draw_of(SCORES)
-    collected = GHPO(cue=CUE).collect(draw, run_of(advantage="group"))
+    context = draw_of(SCORES)
+    collected = GHPO(cue=CUE).collect(context, run_of(advantage="group"))
     asked = [
         (attempt, [(item.prompt.id, item.position) for item in drawn], samples)
-        for attempt, drawn, samples in draw.asked
+        for attempt, drawn, samples in context.asked
     ]
     assert asked == [
         ("", [("a", 100), ("b", 101), ("c", 102)], 2),
@@ -142,9 +142,9 @@ def test_a_prompt_that_stays_wrong_is_trained_with_its_last_hint() -> None:
 
 
 def test_no_hints_before_the_start() -> None:
-    draw = draw_of(SCORES, step=4)
-    collected = GHPO(start_step=5).collect(draw, run_of())
-    assert [attempt for attempt, *_ in draw.asked] == [""]
+    context = draw_of(SCORES, step=4)
+    collected = GHPO(start_step=5).collect(context, run_of())
+    assert [attempt for attempt, *_ in context.asked] == [""]
     assert collected.stats["hinted_groups"] == collected.stats["hint_stage"] == 0.0
     assert "hinted_reward_mean" not in collected.stats
     later = draw_of(SCORES, step=5)
@@ -154,9 +154,9 @@ def test_no_hints_before_the_start() -> None:
 
 def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
     # "s?\ncue\nab" has 9 tokens, with "abcd" 11.
-    draw = draw_of(SCORES)
-    collected = GHPO(cue=CUE).collect(draw, run_of(limit=10))
-    assert [attempt for attempt, *_ in draw.asked] == ["", "hint1"]
+    context = draw_of(SCORES)
+    collected = GHPO(cue=CUE).collect(context, run_of(limit=10))
+    assert [attempt for attempt, *_ in context.asked] == ["", "hint1"]
     assert text(collected.samples[0].token_ids[:-2]) == "s?\ncue\nab"
     assert collected.stats["hints_too_long"] == 1
     assert collected.stats["hint_stage"] == 1.0
@@ -167,9 +167,9 @@ def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
 
 def test_groups_whose_grading_failed_are_left_out() -> None:
     scores: dict[tuple[str, str], Any] = {**SCORES, ("hint1", "c"): (None, 1.0), ("", "b"): (None, 0.0)}
-    draw = draw_of({**scores, ("hint1", "b"): MIXED})
-    collected = GHPO(cue=CUE).collect(draw, run_of())
-    assert [item.prompt.id for item in draw.asked[1][1]] == ["a", "b", "c"]
+    context = draw_of({**scores, ("hint1", "b"): MIXED})
+    collected = GHPO(cue=CUE).collect(context, run_of())
+    assert [item.prompt.id for item in context.asked[1][1]] == ["a", "b", "c"]
     assert len(collected.samples) == 4
     assert collected.stats["dropped_groups"] == 1
     with pytest.raises(TooManyGraderErrors):

@@ -12,8 +12,8 @@ from megatron_chord.config import RunConfig, SimpleWeight
 from megatron_chord.losses.terms import reported
 from megatron_chord.methods.hpt import HPT, mean_score
 from megatron_chord.methods.table import method_of
-from megatron_chord.rollout.collect import TooManyGraderErrors
-from tests.support.scripted import ScriptedDraw, graded, prompt
+from megatron_chord.sampling.rounds import TooManyGraderErrors
+from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
 
 DEMONSTRATIONS = {"a": (40, 41, 42), "b": (50, 51), "c": (60,)}
@@ -26,7 +26,7 @@ def run_of(**changes: Any) -> RunConfig:
 
 
 def draw_of(scores: dict[tuple[str, str], Any]) -> Any:
-    return ScriptedDraw(scores=scores, demonstrations=DEMONSTRATIONS)
+    return ScriptedContext(scores=scores, demonstrations=DEMONSTRATIONS)
 
 
 def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:

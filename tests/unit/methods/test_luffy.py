@@ -35,8 +35,8 @@ ALL_RIGHT = [answer(RIGHT)] * 3
 
 def test_advantages_are_over_rollouts_and_demonstration_together() -> None:
     run = guided_run("luffy", prompts=2, advantage="group")
-    draw = scripted_draw(run, [MIXED, ALL_WRONG], [RIGHT, RIGHT])
-    collected = Luffy().collect(draw, run)
+    context = scripted_draw(run, [MIXED, ALL_WRONG], [RIGHT, RIGHT])
+    collected = Luffy().collect(context, run)
     # Rewards 1 0 0 | 1: mean 1/2. Rewards 0 0 0 | 1: mean 1/4.
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5, -0.5], 1: [-0.25] * 3}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5], 1: [0.75]}

@@ -23,8 +23,8 @@ from megatron_chord.methods.prefix_rft import (
     prefix_share,
 )
 from megatron_chord.methods.table import method_of
-from megatron_chord.schedules import Moment
-from tests.support.scripted import ScriptedDraw, graded, prompt
+from megatron_chord.schedules import ScheduleInput
+from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
 
 DEMONSTRATION = tuple(range(100, 110))
@@ -79,12 +79,12 @@ def test_shares_are_uniform_and_a_function_of_seed_and_position() -> None:
 )
 def test_the_shortest_prefix_decays_along_half_a_cosine(step: int, expected: float) -> None:
     method = PrefixRFT(decay_steps=4)
-    assert method.lowest_share(Moment(step=step), run_of()) == pytest.approx(expected, abs=1e-6)
+    assert method.lowest_share(ScheduleInput(step=step), run_of()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_decay_takes_the_whole_run_unless_told() -> None:
-    assert PrefixRFT().lowest_share(Moment(step=5), run_of()) == pytest.approx(0.5)
-    assert PrefixRFT().lowest_share(Moment(step=10), run_of()) == pytest.approx(0.05)
+    assert PrefixRFT().lowest_share(ScheduleInput(step=5), run_of()) == pytest.approx(0.5)
+    assert PrefixRFT().lowest_share(ScheduleInput(step=10), run_of()) == pytest.approx(0.05)
 
 
 # ---- advantages
@@ -153,9 +153,9 @@ def test_a_step() -> None:
     # Step 0 of the published schedule: every prefix has exactly 95 % of its demonstration, 9 of 10 tokens.
     scores: dict[tuple[str, str], Any] = {("", name): (1.0, 0.0) for name in "abc"}
     scores |= {("hybrid", "a"): (1.0,), ("hybrid", "b"): (0.0,), ("hybrid", "c"): (None,)}
-    draw: Any = ScriptedDraw(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
-    collected = PrefixRFT().collect(draw, run_of(advantage="group"))
-    assert [(attempt, samples) for attempt, _, samples in draw.asked] == [("", 2), ("hybrid", 1)]
+    context: Any = ScriptedContext(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
+    collected = PrefixRFT().collect(context, run_of(advantage="group"))
+    assert [(attempt, samples) for attempt, _, samples in context.asked] == [("", 2), ("hybrid", 1)]
     assert collected.weights == {"policy": 1.0, "prefix": 1.0}
     assert [len(sample.parts) for sample in collected.samples] == [1] * 6 + [2] * 2
     assert collected.samples[6].token_ids.tolist() == [5, 6, *DEMONSTRATION[:9], 20, 21]
@@ -178,9 +178,9 @@ def test_hybrids_follow_the_groups_that_are_left() -> None:
         ("hybrid", "c"): (1.0,),
     }
     demonstrations = {name: tuple(range(start, start + 10)) for name, start in (("a", 100), ("c", 300))}
-    draw: Any = ScriptedDraw(scores=scores, demonstrations=demonstrations)
-    collected = PrefixRFT().collect(draw, run_of())
-    assert [item.prompt.id for item in draw.asked[1][1]] == ["a", "c"]
+    context: Any = ScriptedContext(scores=scores, demonstrations=demonstrations)
+    collected = PrefixRFT().collect(context, run_of())
+    assert [item.prompt.id for item in context.asked[1][1]] == ["a", "c"]
     assert [sample.token_ids.tolist()[2] for sample in collected.samples[-2:]] == [100, 300]
     assert [sample.parts[0].constants["advantage"] for sample in collected.samples[-2:]] == [0.5, 0.0]
 
@@ -190,8 +190,10 @@ def test_a_step_is_the_same_when_it_is_collected_again() -> None:
     scores |= {("hybrid", name): (1.0,) for name in "abc"}
 
     def collect() -> list[list[int]]:
-        draw: Any = ScriptedDraw(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION), step=5)
-        return [sample.token_ids.tolist() for sample in PrefixRFT().collect(draw, run_of()).samples]
+        context: Any = ScriptedContext(
+            scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION), step=5
+        )
+        return [sample.token_ids.tolist() for sample in PrefixRFT().collect(context, run_of()).samples]
 
     assert collect() == collect()
     assert len({len(ids) for ids in collect()[6:]}) > 1

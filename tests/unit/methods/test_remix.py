@@ -19,7 +19,7 @@ from megatron_chord.methods import remix
 from megatron_chord.methods.remix import ReMix, choose_stale, num_stale, remember, stale_loss, stale_samples
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Prompt, Rollout, RolloutGroup
-from megatron_chord.schedules import Moment
+from megatron_chord.schedules import ScheduleInput
 from tests.support.tiny import tiny_run
 
 OBJECTIVE = ObjectiveConfig()
@@ -142,10 +142,10 @@ class FakeSampling:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def __call__(self, draw: Any, run: Any) -> Any:
+    def __call__(self, context: Any, run: Any) -> Any:
         self.asked.append(run.batch.prompts)
         groups = [
-            group(f"{draw.now.step}.{i}", rollout((20 + draw.now.step,)), rollout((9,)))
+            group(f"{context.now.step}.{i}", rollout((20 + context.now.step,)), rollout((9,)))
             for i in range(run.batch.prompts)
         ]
         return SimpleNamespace(groups=groups, stats={"reward_mean": 0.5})
@@ -159,8 +159,8 @@ def test_a_run_mixes_in_its_first_stage_alone_and_a_repeated_step_draws_the_same
     run = tiny_run(tmp_path, method="remix", settings={"mix_steps": 8, "stale_share": 0.5})
     method, memory, seen = method_of(run), None, 0
     for step in range(10):
-        draw: Any = SimpleNamespace(now=Moment(step=step), memory=json.loads(json.dumps(memory)))
-        collected, again = method.collect(draw, run), method.collect(draw, run)
+        context: Any = SimpleNamespace(now=ScheduleInput(step=step), memory=json.loads(json.dumps(memory)))
+        collected, again = method.collect(context, run), method.collect(context, run)
         assert [s.token_ids.tolist() for s in collected.samples] == [
             s.token_ids.tolist() for s in again.samples
         ]
@@ -189,8 +189,8 @@ def test_a_step_of_stale_groups_alone_samples_nothing(
     monkeypatch.setattr(remix, "sample_groups", sampling)
     run = tiny_run(tmp_path, method="remix", settings={"stale_share": 1.0})
     memory = remember([], [group("a"), group("b"), group("c")], 0, 2, OBJECTIVE)
-    draw: Any = SimpleNamespace(now=Moment(step=1), memory=memory)
-    collected = method_of(run).collect(draw, run)
+    context: Any = SimpleNamespace(now=ScheduleInput(step=1), memory=memory)
+    collected = method_of(run).collect(context, run)
     assert sampling.asked == []
     assert collected.stats == {"stale_groups": 3}
     assert {sample.parts[0].term for sample in collected.samples} == {"stale"}

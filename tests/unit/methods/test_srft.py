@@ -42,8 +42,8 @@ def test_rollouts_have_signs_and_demonstrations_joint_advantages() -> None:
 
 def test_the_threshold_of_right_rollouts() -> None:
     run = guided_run("srft", prompts=1)
-    draw = scripted_draw(run, [MIXED], [RIGHT])
-    collected = SRFT(positive_reward=1.0).collect(draw, run)
+    context = scripted_draw(run, [MIXED], [RIGHT])
+    collected = SRFT(positive_reward=1.0).collect(context, run)
     assert constants(collected.samples, "policy", "sign") == {0: [-1, -1, -1]}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rollout.collect import Ask, Sampling, sample
-from megatron_chord.rollout.recorded import rollout_of
+from megatron_chord.sampling.recorded import rollout_of
+from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
 from tests.support.decoding import END, DecodingClient
 
 SAMPLING = Sampling(num_samples=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))
@@ -19,19 +19,23 @@ LENGTHS = {100: (3, 5), 101: (2, 9), 102: (4, 4), 103: (12, 30)}
 """The last answer is longer than the limit."""
 
 
-def asks(numbers: Sequence[int] = tuple(LENGTHS)) -> list[Ask]:
+def asks(numbers: Sequence[int] = tuple(LENGTHS)) -> list[RolloutRequest]:
     return [
-        Ask(prompt=Prompt(id=str(number), messages=(), truth="", token_ids=(number,)), seed=7 * number)
+        RolloutRequest(
+            prompt=Prompt(id=str(number), messages=(), truth="", token_ids=(number,)), seed=7 * number
+        )
         for number in numbers
     ]
 
 
-def sampled(client: Any, asked: Sequence[Ask], *, version: int = 0, **more: Any) -> list[tuple[Rollout, ...]]:
+def sampled(
+    client: Any, asked: Sequence[RolloutRequest], *, version: int = 0, **more: Any
+) -> list[tuple[Rollout, ...]]:
     return sample([client], asked, SAMPLING, version=version, deadline_s=1, **more)
 
 
-def continued(asked: Sequence[Ask], groups: Sequence[tuple[Rollout, ...]]) -> list[Ask]:
-    return [replace(ask, begun=group) for ask, group in zip(asked, groups, strict=True)]
+def continued(asked: Sequence[RolloutRequest], groups: Sequence[tuple[Rollout, ...]]) -> list[RolloutRequest]:
+    return [replace(ask, partial_rollouts=group) for ask, group in zip(asked, groups, strict=True)]
 
 
 def lengths(groups: Sequence[tuple[Rollout, ...]]) -> list[list[int]]:
@@ -97,7 +101,7 @@ def test_what_enough_were_answered_before_is_not_sampled() -> None:
     client.asked.clear()
     groups = sampled(client, [*answered, *asks()[2:]], enough=2)
     assert client.asked == []
-    assert groups == [answered[0].begun, answered[1].begun, (), ()]
+    assert groups == [answered[0].partial_rollouts, answered[1].partial_rollouts, (), ()]
 
 
 def test_it_does_not_stop_before_what_is_awaited_is_answered() -> None:

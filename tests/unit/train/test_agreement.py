@@ -16,7 +16,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.losses.policy import comparison
 from megatron_chord.losses.terms import TokenStats
 from megatron_chord.train.agreement import Limits, LogprobMismatch, check_agreement, limits, mean_and_error
-from megatron_chord.train.step import UpdateResult
+from megatron_chord.train.update import UpdateResult
 from tests.support.tiny import tiny_run
 
 

@@ -15,11 +15,11 @@ import pytest
 from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.packing import make_layout
-from megatron_chord.methods.draw import Sources
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.schedules import Constant, Moment
+from megatron_chord.sampling.context import Sources
+from megatron_chord.schedules import Constant, ScheduleInput
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from tests.support.decoding import END, DecodingClient
 from tests.support.tiny import tiny_run
@@ -90,7 +90,7 @@ class Steps:
     def collect(self, step: int, *, version: int | None = None, recorded: Any = None) -> StepInputs:
         clients: Any = [] if recorded is not None else [self.client]
         version = step if version is None else version
-        return self.coordinator.collect(Moment(step=step), clients, version, recorded=recorded)[0]
+        return self.coordinator.collect(ScheduleInput(step=step), clients, version, recorded=recorded)[0]
 
     def take(self, steps: Sequence[int]) -> list[StepInputs]:
         taken = []
@@ -246,7 +246,7 @@ def test_a_checkpoint_resumed_without_carrying_samples_its_prompts_anew(other: A
     begun = Steps(run_of())
     begun.take(range(3))
     saved = begun.checkpoint(3)
-    assert any(item["begun"] for item in json.loads(saved)["unfinished"]["prompts"])
+    assert any(item["partial_rollouts"] for item in json.loads(saved)["unfinished"]["prompts"])
     resumed = Steps(run_of(**other), saved)
     resumed.take(range(3, 5))
     asked = {request.prompt_ids[0]: len(request.prompt_ids) for request in resumed.client.asked}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Exchange:
+class RankMessenger:
     """Messages over a gloo group, or none in a run of one process. RuntimeError when a peer is gone or late."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:

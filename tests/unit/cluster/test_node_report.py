@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_chord.cluster.report import Report, faults
+from megatron_chord.cluster.node_report import Report, faults
 
 GOOD = Report(
     node="a1", gpus=("H100",) * 8, versions={"torch": "2.13.0", "source": "1234"}, problems=(), clock=1000.0

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.collect import Ask, GradedRollouts, Sampling
-from megatron_chord.rollout.recorded import Call, answers_to, to_json
+from megatron_chord.sampling.recorded import SamplingRound, answers_to, to_json
+from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampling
 from tests.support.scripted import graded, prompt
 
 SAMPLING = Sampling(num_samples=2, temperature=0.1, max_tokens=7, stop_token_ids=(1, 2))
-ASKS = [Ask(prompt=prompt("a"), seed=1), Ask(prompt=prompt("b"), seed=2, prefix=(8, 9))]
+ASKS = [RolloutRequest(prompt=prompt("a"), seed=1), RolloutRequest(prompt=prompt("b"), seed=2, prefix=(8, 9))]
 ODD = (-0.1, -1e-17, -2.2250738585072014e-308, -12.345678901234567)
 """Log-probs that a careless format would round."""
 
@@ -32,7 +32,7 @@ def answers() -> list[GradedRollouts]:
 
 
 def through_a_file(given: list[GradedRollouts], sampling: Sampling | None) -> Any:
-    call = Call(
+    call = SamplingRound(
         sampling=sampling,
         asks=ASKS,
         sampled=[item.rollouts for item in given],
@@ -74,6 +74,8 @@ def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:
         ),
     ],
 )
-def test_other_questions_are_refused(asks: list[Ask], sampling: Sampling | None, reason: str) -> None:
+def test_other_questions_are_refused(
+    asks: list[RolloutRequest], sampling: Sampling | None, reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         answers_to(asks, sampling, through_a_file(answers(), SAMPLING))

@@ -12,22 +12,22 @@ from typing import Any
 
 from megatron_chord.records import Rollout
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.rollout.collect import Ask, Sampling
+from megatron_chord.sampling.rounds import RolloutRequest, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class SamplingRound:
     """One call for answers."""
 
     sampling: Sampling | None
     """None: the answers were given, and only graded."""
-    asks: Sequence[Ask]
+    asks: Sequence[RolloutRequest]
     sampled: Sequence[tuple[Rollout, ...]]
     grades: Sequence[tuple[Grade, ...]]
     """Of each ask's rollouts; none where its sampling was stopped."""
 
 
-def to_json(call: Call) -> dict[str, Any]:
+def to_json(call: SamplingRound) -> dict[str, Any]:
     return {
         "sampling": _sampling_json(call.sampling),
         "answers": [
@@ -43,7 +43,7 @@ def to_json(call: Call) -> dict[str, Any]:
 
 
 def answers_to(
-    asks: Sequence[Ask], sampling: Sampling | None, recorded: Mapping[str, Any]
+    asks: Sequence[RolloutRequest], sampling: Sampling | None, recorded: Mapping[str, Any]
 ) -> tuple[list[tuple[Rollout, ...]], list[tuple[Grade, ...]]]:
     """The rollouts of every ask, and their grades, from what ``to_json`` wrote.
 

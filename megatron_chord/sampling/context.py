@@ -15,9 +15,10 @@ from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.overlong import overlong_penalty
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.collect import (
-    Ask,
+from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_of
+from megatron_chord.sampling.rounds import (
     GradedRollouts,
+    RolloutRequest,
     Sampling,
     Shaping,
     grade,
@@ -25,8 +26,7 @@ from megatron_chord.rollout.collect import (
     sample,
     sample_seed,
 )
-from megatron_chord.rollout.recorded import Call, answers_to, rollout_of
-from megatron_chord.schedules import Moment
+from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
 
 
@@ -40,17 +40,17 @@ class Sources:
     """By prompt id; with ``data.aligned`` every prompt's."""
     prompt_cursor: Cursor
     demonstration_cursor: Cursor | None
-    unfinished: tuple[Drawn, ...] = ()
+    unfinished: tuple[DrawnPrompt, ...] = ()
     """Prompts drawn before whose sampling was stopped; they come before any new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DrawnPrompt:
     """A prompt with its place in the endless order of prompts, from which its sampling seed follows."""
 
     prompt: Prompt
     position: int
-    begun: tuple[Rollout, ...] = ()
+    partial_rollouts: tuple[Rollout, ...] = ()
     """What was sampled before its sampling was stopped: of each answer, finished or not; empty where nothing was."""
     num_stops: int = 0
     """How often its sampling was stopped."""
@@ -76,7 +76,7 @@ def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
         {
             "prompt": item.prompt.id,
             "position": item.position,
-            "begun": list(map(asdict, item.begun)),
+            "partial_rollouts": list(map(asdict, item.partial_rollouts)),
             "num_stops": item.num_stops,
         }
         for item in sources.unfinished
@@ -88,10 +88,10 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
     return replace(
         sources,
         unfinished=tuple(
-            Drawn(
+            DrawnPrompt(
                 prompt=sources.prompts[sources.prompt_cursor.index_at(item["position"])],
                 position=item["position"],
-                begun=tuple(map(rollout_of, item["begun"])) if keep else (),
+                partial_rollouts=tuple(map(rollout_of, item["partial_rollouts"])) if keep else (),
                 num_stops=item["num_stops"] if keep else 0,
             )
             for item in saved
@@ -99,7 +99,7 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
     )
 
 
-class Draw:
+class StepContext:
     """One step's draws. Holds where the cursors have got to, and all that was sampled, for the log."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Draw:
         engine: Engine,
         sources: Sources,
         *,
-        now: Moment,
+        now: ScheduleInput,
         memory: Any,
         timer: Timer,
         notify: Callable[[str], None],
@@ -121,11 +121,11 @@ class Draw:
         self.sources = sources
         self.graded: list[GradedRollouts] = []
         """Every finished rollout of the step, used or not."""
-        self.stopped: list[Drawn] = []
+        self.stopped: list[DrawnPrompt] = []
         """Prompts whose sampling was stopped in this step and which it did not go on with."""
         self.num_continued = 0
         """Prompts of ``graded`` that were begun before."""
-        self.calls: list[Call] = []
+        self.calls: list[SamplingRound] = []
         """All that was asked, in order: what ``recorded`` is made of."""
         self._recorded = None if recorded is None else list(recorded)
         self._run = run
@@ -145,13 +145,13 @@ class Draw:
         """Whether recorded answers have not been asked for."""
         return bool(self._recorded)
 
-    def prompts(self, count: int) -> list[Drawn]:
+    def prompts(self, count: int) -> list[DrawnPrompt]:
         """The next ``count`` prompts."""
         cursor = self.sources.prompt_cursor
         indices, after = cursor.take(count)
         self.sources = replace(self.sources, prompt_cursor=after)
         return [
-            Drawn(prompt=self.sources.prompts[index], position=cursor.position + offset)
+            DrawnPrompt(prompt=self.sources.prompts[index], position=cursor.position + offset)
             for offset, index in enumerate(indices)
         ]
 
@@ -168,7 +168,7 @@ class Draw:
         """The prompt's own demonstration: the answer's tokens, the stop token included. Needs ``data.aligned``."""
         return response_ids(self.sources.demonstration_of[prompt.id], prompt)
 
-    def groups(self, count: int, *, samples: int) -> list[tuple[Drawn, GradedRollouts]]:
+    def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
         """The next ``count`` prompts, each with ``samples`` graded rollouts.
 
         With ``rollout.extra_prompts`` more are asked, and these are the oldest of those that were first answered. What
@@ -178,15 +178,15 @@ class Draw:
         total = count + run.rollout.extra_of(count)
         asked = [*waiting[:total], *self.prompts(max(0, total - len(waiting)))]
         self.sources = replace(self.sources, unfinished=waiting[total:])
-        if other := {len(item.begun) for item in asked} - {0, samples}:
+        if other := {len(item.partial_rollouts) for item in asked} - {0, samples}:
             raise ValueError(
                 f"unfinished prompts were begun with {other.pop()} rollouts each, and {samples} are wanted"
             )
         asks = [
-            Ask(
+            RolloutRequest(
                 prompt=item.prompt,
                 seed=sample_seed(run.seed, "rollout", item.position),
-                begun=item.begun,
+                partial_rollouts=item.partial_rollouts,
                 is_awaited=run.rollout.max_carries is not None and item.num_stops >= run.rollout.max_carries,
             )
             for item in asked
@@ -201,16 +201,18 @@ class Draw:
         )
         self._put_back(
             [
-                replace(asked[i], begun=begun, num_stops=asked[i].num_stops + 1)
+                replace(asked[i], partial_rollouts=begun, num_stops=asked[i].num_stops + 1)
                 for i, begun in enumerate(self.calls[-1].sampled)
                 if i not in graded
             ]
         )
         self.graded += graded.values()
-        self.num_continued += sum(bool(asked[i].begun) for i in graded)
-        return [(replace(asked[i], begun=(), num_stops=0), answers) for i, answers in graded.items()]
+        self.num_continued += sum(bool(asked[i].partial_rollouts) for i in graded)
+        return [
+            (replace(asked[i], partial_rollouts=(), num_stops=0), answers) for i, answers in graded.items()
+        ]
 
-    def _put_back(self, left: Sequence[Drawn]) -> None:
+    def _put_back(self, left: Sequence[DrawnPrompt]) -> None:
         """What was stopped; the older ones are still the first."""
         if self._run.rollout.unfinished == "drop":
             self.stopped += left
@@ -220,7 +222,7 @@ class Draw:
 
     def rollouts(
         self,
-        drawn: Sequence[Drawn],
+        drawn: Sequence[DrawnPrompt],
         *,
         samples: int,
         attempt: str = "",
@@ -235,7 +237,7 @@ class Draw:
         run = self._run
         name = f"rollout/{attempt}" if attempt else "rollout"
         asks = [
-            Ask(
+            RolloutRequest(
                 prompt=item.prompt,
                 seed=sample_seed(run.seed, name, item.position),
                 prefix=prefixes[index] if prefixes is not None else (),
@@ -252,12 +254,12 @@ class Draw:
         self.graded += graded.values()
         return list(graded.values())
 
-    def graded_demonstrations(self, drawn: Sequence[Drawn]) -> list[GradedRollouts]:
+    def graded_demonstrations(self, drawn: Sequence[DrawnPrompt]) -> list[GradedRollouts]:
         """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs).
 
         Any number of these gradings may fail: it is the method that knows what to do without one.
         """
-        asks = [Ask(prompt=item.prompt, seed=0) for item in drawn]
+        asks = [RolloutRequest(prompt=item.prompt, seed=0) for item in drawn]
         answers = [
             (
                 Rollout(
@@ -273,7 +275,7 @@ class Draw:
 
     def _answered(
         self,
-        asks: Sequence[Ask],
+        asks: Sequence[RolloutRequest],
         sampling: Sampling | None,
         answers: Callable[[], Sequence[tuple[Rollout, ...]]],
         *,
@@ -299,7 +301,7 @@ class Draw:
         taken = [
             index
             for index, ask in enumerate(asks)
-            if count is None or replace(ask, begun=sampled[index]).is_answered
+            if count is None or replace(ask, partial_rollouts=sampled[index]).is_answered
         ][:count]
         if recorded is None:
             graded = self._grade(
@@ -318,7 +320,7 @@ class Draw:
             )
         found = dict(zip(taken, graded, strict=True))
         grades = [found[i].grades if i in found else () for i in range(len(asks))]
-        self.calls.append(Call(sampling=sampling, asks=asks, sampled=sampled, grades=grades))
+        self.calls.append(SamplingRound(sampling=sampling, asks=asks, sampled=sampled, grades=grades))
         return found
 
     def _sampling(self, samples: int) -> Sampling:
@@ -331,7 +333,7 @@ class Draw:
         )
 
     def _sample(
-        self, asks: Sequence[Ask], sampling: Sampling, *, enough: int | None = None
+        self, asks: Sequence[RolloutRequest], sampling: Sampling, *, enough: int | None = None
     ) -> list[tuple[Rollout, ...]]:
         with self._timer.phase("sample"):
             return sample(
@@ -347,7 +349,7 @@ class Draw:
 
     def _grade(
         self,
-        asks: Sequence[Ask],
+        asks: Sequence[RolloutRequest],
         sampled: Sequence[tuple[Rollout, ...]],
         shaping: Shaping,
         *,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_chord.losses import sweep_torch
-from megatron_chord.losses.sweep import Reduced, Sweep
+from megatron_chord.losses import logit_kernels_torch
+from megatron_chord.losses.logit_kernels import LogitKernels, Reduced
 from tests.support.interpreter import accept_numpy_2_4, run_with_triton
 
 BLOCKS = (2048, 4096)
@@ -73,7 +73,7 @@ def column(case: dict[str, Any]) -> float | Tensor:
     return scale if isinstance(scale, float) else torch.tensor(scale, dtype=torch.float64)[:, None]
 
 
-def sweep_shards(sweep: Sweep, case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+def sweep_shards(kernels: LogitKernels, case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """What the sweep makes of each shard, and their gradients side by side."""
     logits, targets, grads = (part.to(device) for part in make_inputs(case))
     expected = reference(case)
@@ -87,21 +87,21 @@ def sweep_shards(sweep: Sweep, case: dict[str, Any], device: str = "cpu") -> dic
         shard = memory.as_strided((case["tokens"], width), (stride, 1))
         rows = targets - first
         shard.copy_(logits[:, first : first + width])
-        reduced.append(tuple(sweep.reduce(shard, rows, scale, rival=case["rival"])))
+        reduced.append(tuple(kernels.reduce(shard, rows, scale, rival=case["rival"])))
         shard.copy_(logits[:, first : first + width])
         whole = [expected[name].float().to(device) for name in ("lse", "entropy")]
         parts = [grad if asked else None for grad, asked in zip(grads, case["parts"], strict=True)]
-        sweep.differentiate_(shard, rows, scale, *whole, *parts)
+        kernels.differentiate_(shard, rows, scale, *whole, *parts)
         gradients.append(shard.clone())
         first += width
     return {"reduced": reduced, "gradient": torch.cat(gradients, 1)}
 
 
 def in_triton(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from megatron_chord.losses import sweep_triton
+    from megatron_chord.losses import logit_kernels_triton
 
-    assert (sweep_triton.DIFFERENTIATE_BLOCK, sweep_triton.REDUCE_BLOCK) == BLOCKS
-    return [sweep_shards(sweep_triton, case) for case in cases]
+    assert (logit_kernels_triton.DIFFERENTIATE_BLOCK, logit_kernels_triton.REDUCE_BLOCK) == BLOCKS
+    return [sweep_shards(logit_kernels_triton, case) for case in cases]
 
 
 def in_triton_3_6(case: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def reference(case: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def outcomes(request: pytest.FixtureRequest) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     if request.param == "torch":
-        return [(case, sweep_shards(sweep_torch, case)) for case in CASES]
+        return [(case, sweep_shards(logit_kernels_torch, case)) for case in CASES]
     return list(zip(CASES, run_with_triton(in_triton, CASES)[0], strict=True))
 
 
@@ -212,13 +212,17 @@ def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
 
-    from megatron_chord.losses import sweep_triton
+    from megatron_chord.losses import logit_kernels_triton
 
     types = {"logits": "*bf16", "rows": "*i64", "found": "*fp32", "of_tokens": "*fp32", "scale": "fp32"}
     values = {"RIVAL": True, "PER_TOKEN": False}
     kernels = (
-        (sweep_triton._reduce, sweep_triton.REDUCE_BLOCK, sweep_triton.REDUCE_WARPS),
-        (sweep_triton._differentiate, sweep_triton.DIFFERENTIATE_BLOCK, sweep_triton.DIFFERENTIATE_WARPS),
+        (logit_kernels_triton._reduce, logit_kernels_triton.REDUCE_BLOCK, logit_kernels_triton.REDUCE_WARPS),
+        (
+            logit_kernels_triton._differentiate,
+            logit_kernels_triton.DIFFERENTIATE_BLOCK,
+            logit_kernels_triton.DIFFERENTIATE_WARPS,
+        ),
     )
     texts = {}
     for capability in capabilities:

@@ -1,11 +1,11 @@
-"""The sweeps of ``losses.sweep`` in plain torch, one operation after another: the reference, and the path of CPUs."""
+"""Logit kernels in plain torch, one operation after another: the reference, and what CPUs use."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megatron_chord.losses.sweep import Reduced
+from megatron_chord.losses.logit_kernels import Reduced
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:

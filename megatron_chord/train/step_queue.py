@@ -22,7 +22,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.methods.base import Method
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.schedules import Moment
+from megatron_chord.schedules import ScheduleInput
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.state import TrainState
@@ -32,7 +32,7 @@ Taken = tuple[StepInputs, tuple[Sequence[PackedBatch], ...]]
 _Collected = tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]
 
 
-class Ahead:
+class StepQueue:
     """Every method but ``close`` is called on every rank, and what fails on the coordinator is raised on all."""
 
     def __init__(
@@ -55,11 +55,11 @@ class Ahead:
         if coordinator is not None and run.rollout.lag > 0:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling-ahead")
 
-    def take(self, now: Moment) -> Taken:
+    def take(self, now: ScheduleInput) -> Taken:
         """The inputs of step ``now``; later ones are on their way when this returns."""
         if self._run.rollout.lag > 0:
             return self._engine.attempt(lambda: self._take(now))
-        if self._method.samples_at(self._run, now):
+        if self._method.needs_rollouts_at(self._run, now):
             return self._engine.use(
                 lambda clients, version: self._collect(now, clients, version), self._state, version=now.step
             )
@@ -83,7 +83,7 @@ class Ahead:
         if self._run.rollout.lag == 0:
             return
         for record in run_state.get("ahead", ()):
-            now = Moment(step=record["step"], seed=self._run.seed, memory=run_state["mu"])
+            now = ScheduleInput(step=record["step"], seed=self._run.seed, memory=run_state["mu"])
             if now.step >= self._run.steps:
                 break
             self._steps[now.step] = None
@@ -94,7 +94,7 @@ class Ahead:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, now: Moment) -> Taken:
+    def _take(self, now: ScheduleInput) -> Taken:
         step, lag = now.step, self._run.rollout.lag
         self._steps = {other: future for other, future in self._steps.items() if other >= step}
         self._drop_lost()
@@ -107,11 +107,11 @@ class Ahead:
             taken = self._wait(step)
         return taken
 
-    def _begin(self, now: Moment, *, through: int) -> None:
+    def _begin(self, now: ScheduleInput, *, through: int) -> None:
         """Have the steps up to ``through`` collected that are not yet, by the present weights, those of ``now``."""
         last = min(through, self._run.steps - 1)
         moments = [replace(now, step=step) for step in range(now.step, last + 1) if step not in self._steps]
-        samples = [self._method.samples_at(self._run, moment) for moment in moments]
+        samples = [self._method.needs_rollouts_at(self._run, moment) for moment in moments]
         if any(samples):
             self._engine.push(self._state, now.step)
         for moment, does_sample in zip(moments, samples, strict=True):
@@ -147,11 +147,11 @@ class Ahead:
         self._steps = {step: self._steps[step] for step in kept}
         self._generation = self._engine.generation
 
-    def _collect(self, now: Moment, clients: Sequence[RolloutClient], version: int) -> _Collected:
+    def _collect(self, now: ScheduleInput, clients: Sequence[RolloutClient], version: int) -> _Collected:
         assert self._coordinator is not None
         return self._coordinator.collect(now, clients, version)
 
-    def _recollect(self, now: Moment, record: Mapping[str, Any]) -> None:
+    def _recollect(self, now: ScheduleInput, record: Mapping[str, Any]) -> None:
         assert self._coordinator is not None
         future: Future[_Collected] = Future()
         try:

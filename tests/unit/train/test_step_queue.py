@@ -13,8 +13,8 @@ import pytest
 
 from megatron_chord.config import RunConfig
 from megatron_chord.rollout.client import RolloutError
-from megatron_chord.schedules import Binary, Moment
-from megatron_chord.train.ahead import Ahead
+from megatron_chord.schedules import Binary, ScheduleInput
+from megatron_chord.train.step_queue import StepQueue
 from tests.support.tiny import tiny_run
 
 STEPS = 4
@@ -64,7 +64,7 @@ class Script:
         common, per_rank = work(self.clients, version)
         return common, per_rank[0]
 
-    def collect(self, now: Moment, clients: Any, version: int, *, recorded: Any = None) -> Any:
+    def collect(self, now: ScheduleInput, clients: Any, version: int, *, recorded: Any = None) -> Any:
         how = "recorded" if recorded is not None else "sampled" if clients else "drawn"
         self.events.append(f"{now.step} {how} by {version}")
         if now.step in self.gates:
@@ -90,17 +90,17 @@ def script() -> Script:
     return Script()
 
 
-def ahead_of(run: RunConfig, script: Any) -> Ahead:
+def ahead_of(run: RunConfig, script: Any) -> StepQueue:
     from megatron_chord.methods.table import build
 
     state: Any = SimpleNamespace(groups=OneRank())
-    return Ahead(run, build(run.method), state, script, script)
+    return StepQueue(run, build(run.method), state, script, script)
 
 
 @pytest.fixture
 def trained(script: Script) -> Iterator[Callable[..., list[Any]]]:
     """Runs the steps; a training lasts until all that was begun has ended."""
-    opened: list[Ahead] = []
+    opened: list[StepQueue] = []
 
     def train(run: RunConfig, first: int = 0, *, record: Any = None) -> list[Any]:
         ahead = ahead_of(run, script)
@@ -109,7 +109,7 @@ def trained(script: Script) -> Iterator[Callable[..., list[Any]]]:
             ahead.restore(record)
         taken = []
         for step in range(first, run.steps):
-            taken.append(ahead.take(Moment(step=step)))
+            taken.append(ahead.take(ScheduleInput(step=step)))
             script.events.append(f"train {step}")
             ahead.drain()
         return taken
@@ -146,20 +146,20 @@ def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Scri
 def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
     script.gates[1] = threading.Event()
     ahead = ahead_of(run_of(lag=1), script)
-    assert ahead.take(Moment(step=0))[0] == "0 by 0"
+    assert ahead.take(ScheduleInput(step=0))[0] == "0 by 0"
     assert script.events[:2] == ["push 0", "0 sampled by 0"]
     script.gates[1].set()
-    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    assert ahead.take(ScheduleInput(step=1))[0] == "1 by 0"
     ahead.close()
 
 
 def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Script) -> None:
     script.gates[1] = threading.Event()
     ahead = ahead_of(run_of(lag=1, in_flight="keep"), script)
-    ahead.take(Moment(step=0))
+    ahead.take(ScheduleInput(step=0))
     assert script.waiting.wait(10)
     threading.Timer(0.3, script.gates[1].set).start()
-    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    assert ahead.take(ScheduleInput(step=1))[0] == "1 by 0"
     ahead.drain()
     assert script.events == ["push 0", "0 sampled by 0", "1 sampled by 0", "push 1", "2 sampled by 1"]
     ahead.close()
@@ -186,10 +186,10 @@ def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) ->
 def test_a_failure_is_raised_when_its_step_comes(script: Script) -> None:
     script.failures[1] = [ValueError("no")]
     ahead = ahead_of(run_of(lag=1), script)
-    ahead.take(Moment(step=0))
+    ahead.take(ScheduleInput(step=0))
     ahead.drain()
     with pytest.raises(ValueError, match="no"):
-        ahead.take(Moment(step=1))
+        ahead.take(ScheduleInput(step=1))
     ahead.close()
 
 
@@ -205,10 +205,10 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
     """The evaluation has found it gone and replaced it."""
     ahead = ahead_of(run_of(lag=1), script)
-    ahead.take(Moment(step=0))
+    ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.generation += 1
-    assert ahead.take(Moment(step=1))[0] == "1 by 0"
+    assert ahead.take(ScheduleInput(step=1))[0] == "1 by 0"
     ahead.close()
 
 

@@ -1,6 +1,6 @@
-"""The sweeps of ``losses.sweep`` as Triton kernels: each reads a chunk's logits once, and the second writes once.
+"""Logit kernels in Triton: the forward kernel reads a chunk's logits once; the backward one reads and writes them once.
 
-Forward and backward they move 6 bytes of a bf16 logit, where ``sweep_torch`` moves 138. The matrix products stay
+Forward and backward they move 6 bytes of a bf16 logit; ``logit_kernels_torch`` moves 138. The matrix products stay
 cuBLAS's, which write the logits and read their gradient. Kernels that do it all inside the products (Cut Cross-Entropy,
 arXiv 2411.09009; verl; Liger) save those bytes too, and then have to be as fast at products as cuBLAS is:
 docs/performance.md weighs the two.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_chord.losses.sweep import Reduced
+from megatron_chord.losses.logit_kernels import Reduced
 
 REDUCE_BLOCK, REDUCE_WARPS = 4096, 8
 """Columns that a program reads at a time, and its warps: 16 fp32 numbers a thread."""

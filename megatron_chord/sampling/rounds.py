@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt, Rollout, Span
 from megatron_chord.rewards.pool import Grade, GraderPool
-from megatron_chord.rollout.client import RolloutClient, SampleRequest, Stop
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient, Stop
 
 
 class TooManyGraderErrors(RuntimeError):
@@ -31,21 +31,23 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class RolloutRequest:
     """One prompt to be answered."""
 
     prompt: Prompt
     seed: int
     prefix: tuple[int, ...] = ()
     """The answer's beginning, given and not sampled; counts towards the answer's length limit."""
-    begun: tuple[Rollout, ...] = ()
+    partial_rollouts: tuple[Rollout, ...] = ()
     """What was sampled of each answer before; those with the finish reason `abort` are to be continued."""
     is_awaited: bool = False
     """Sampling does not stop before it is answered."""
 
     @property
     def is_answered(self) -> bool:
-        return bool(self.begun) and all(rollout.finish_reason != "abort" for rollout in self.begun)
+        return bool(self.partial_rollouts) and all(
+            rollout.finish_reason != "abort" for rollout in self.partial_rollouts
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def sample_seed(run_seed: int, name: str, position: int) -> int:
 
 def sample(
     clients: Sequence[RolloutClient],
-    asks: Sequence[Ask],
+    asks: Sequence[RolloutRequest],
     sampling: Sampling,
     *,
     version: int,
@@ -102,12 +104,12 @@ def sample(
         return enough is not None and sum(answered) >= enough and all(awaited)
 
     if are_enough():
-        return [ask.begun for ask in asks]
+        return [ask.partial_rollouts for ask in asks]
     pieces = [piece for index, ask in enumerate(asks) for piece in _pieces(index, ask, sampling)]
     missing = Counter(piece.ask for piece in pieces)
     lock, stop = threading.Lock(), Stop()
 
-    def count(piece: _Piece) -> None:
+    def count(piece: _RequestPart) -> None:
         with lock:
             missing[piece.ask] -= 1
             answered[piece.ask] = missing[piece.ask] == 0
@@ -134,71 +136,75 @@ def sample(
     finally:
         # Not waiting: on a signal the server is stopped next, which ends the requests.
         pool.shutdown(wait=False, cancel_futures=True)
-    found = [list(ask.begun) for ask in asks]
+    found = [list(ask.partial_rollouts) for ask in asks]
     for index, piece in enumerate(pieces):
         rollouts = shares[index % len(clients)][index // len(clients)]
         if piece.sample is None:
             found[piece.ask] = list(rollouts)
         else:
-            found[piece.ask][piece.sample] = _joined(asks[piece.ask].begun[piece.sample], rollouts[0])
+            found[piece.ask][piece.sample] = _joined(
+                asks[piece.ask].partial_rollouts[piece.sample], rollouts[0]
+            )
     return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class _RequestPart:
     """One request of an ask."""
 
     ask: int
     sample: int | None
     """Which of its samples is continued; all of them are sampled from their beginning where None."""
-    request: SampleRequest
+    request: GenerateRequest
 
 
-def _pieces(index: int, ask: Ask, sampling: Sampling) -> list[_Piece]:
-    def request(begun: tuple[int, ...], num_samples: int, seed: int) -> SampleRequest:
-        return SampleRequest(
-            prompt_ids=ask.prompt.token_ids + ask.prefix + begun,
+def _pieces(index: int, ask: RolloutRequest, sampling: Sampling) -> list[_RequestPart]:
+    def request(partial_rollouts: tuple[int, ...], num_samples: int, seed: int) -> GenerateRequest:
+        return GenerateRequest(
+            prompt_ids=ask.prompt.token_ids + ask.prefix + partial_rollouts,
             num_samples=num_samples,
             seed=seed,
             temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens - len(ask.prefix) - len(begun),
+            max_tokens=sampling.max_tokens - len(ask.prefix) - len(partial_rollouts),
             stop_token_ids=sampling.stop_token_ids,
         )
 
-    if not ask.begun:
-        return [_Piece(ask=index, sample=None, request=request((), sampling.num_samples, ask.seed))]
+    if not ask.partial_rollouts:
+        return [_RequestPart(ask=index, sample=None, request=request((), sampling.num_samples, ask.seed))]
     return [
-        _Piece(
+        _RequestPart(
             ask=index,
             sample=sample,
             request=request(
                 rollout.token_ids, 1, sample_seed(ask.seed, f"from {len(rollout.token_ids)}", sample)
             ),
         )
-        for sample, rollout in enumerate(ask.begun)
+        for sample, rollout in enumerate(ask.partial_rollouts)
         if rollout.finish_reason == "abort"
     ]
 
 
-def _joined(begun: Rollout, rest: Rollout) -> Rollout:
+def _joined(partial_rollouts: Rollout, rest: Rollout) -> Rollout:
     """One rollout of what was sampled of it at two times."""
-    if not begun.token_ids or not rest.token_ids:
-        kept = begun if begun.token_ids else rest
+    if not partial_rollouts.token_ids or not rest.token_ids:
+        kept = partial_rollouts if partial_rollouts.token_ids else rest
         return replace(kept, finish_reason=rest.finish_reason)
     spans: list[Span] = []
-    for version, group in itertools.groupby(begun.all_spans + rest.all_spans, key=lambda span: span[0]):
+    for version, group in itertools.groupby(
+        partial_rollouts.all_spans + rest.all_spans, key=lambda span: span[0]
+    ):
         spans.append((version, sum(count for _, count in group)))
     return Rollout(
-        token_ids=begun.token_ids + rest.token_ids,
-        logprobs=begun.logprobs + rest.logprobs,
+        token_ids=partial_rollouts.token_ids + rest.token_ids,
+        logprobs=partial_rollouts.logprobs + rest.logprobs,
         finish_reason=rest.finish_reason,
-        weight_version=min(begun.weight_version, rest.weight_version),
+        weight_version=min(partial_rollouts.weight_version, rest.weight_version),
         spans=tuple(spans) if len(spans) > 1 else (),
     )
 
 
 def grade(
-    asks: Sequence[Ask],
+    asks: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     *,
     template: ChatTemplate,
@@ -224,7 +230,7 @@ def grade(
 
 
 def graded_before(
-    asks: Sequence[Ask],
+    asks: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     grades: Sequence[Grade],
     *,
@@ -236,7 +242,7 @@ def graded_before(
 
 
 def _texts(
-    asks: Sequence[Ask], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
+    asks: Sequence[RolloutRequest], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
 ) -> list[tuple[str, ...]]:
     return [
         tuple(template.decode(ask.prefix + rollout.token_ids) for rollout in rollouts)
@@ -245,7 +251,7 @@ def _texts(
 
 
 def _assembled(
-    asks: Sequence[Ask],
+    asks: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     texts: Sequence[tuple[str, ...]],
     grades: Sequence[Grade],

@@ -1,8 +1,8 @@
-"""What the log-prob head does with a chunk's logits between its matrix products: two sweeps over memory.
+"""What the log-prob head computes from a chunk of logits: one kernel for the forward pass, one for the backward pass.
 
 Forward, the logits are reduced to a few numbers a token; backward, they become their own gradient, in place. Such work
-takes as long as the bytes it moves. ``sweep_torch``, the reference, runs anywhere and passes over the logits many
-times; ``sweep_triton`` passes once.
+takes as long as the bytes it moves. ``logit_kernels_torch``, the reference, runs anywhere and reads the logits many
+times; ``logit_kernels_triton`` reads them once.
 
 z is a logit times ``scale``, which is 1 / temperature, in the precision of the arithmetic: fp64 for fp64 logits, else
 fp32. A scale is one number for all tokens, or [C] in that precision, each token's own. Legend of shape suffixes: C
@@ -30,8 +30,8 @@ class Reduced(NamedTuple):
     """The largest z but the target's, -inf where there is no other row; none unless asked for."""
 
 
-class Sweep(Protocol):
-    """What the modules ``sweep_torch`` and ``sweep_triton`` provide.
+class LogitKernels(Protocol):
+    """What the modules ``logit_kernels_torch`` and ``logit_kernels_triton`` provide.
 
     ``logits_CW`` is finite, with adjacent numbers in a row. Rows may lie apart, by a stride of W or more, and behind
     every row, the last included, there is memory up to the stride, which may be overwritten. ``rows_C``, int64, has

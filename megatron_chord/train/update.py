@@ -1,0 +1,287 @@
+"""One optimizer update: gradients of the whole update's objective, clipped, applied; and its numbers over all ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_chord.data.packing import PackedBatch
+from megatron_chord.losses.objective import objective
+from megatron_chord.losses.terms import Term, TermTokens, TokenStats, reported
+from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
+from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.state import TrainState
+
+Terms = Mapping[str, Term]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What every rank is told of one optimizer update, beside its own micro-batches."""
+
+    weights: Mapping[str, float]
+    """Of each term."""
+    counts: Mapping[str, int]
+    """Trained tokens of each term that has any, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """An update's numbers, equal on every rank. Terms without a token report nothing."""
+
+    loss: float
+    means: dict[str, float]
+    maxima: dict[str, float]
+    compared: dict[str, float] = field(default_factory=dict[str, float])
+    """``TermOutput.compared``, summed over all tokens of all terms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An update's numbers, still on the device."""
+
+    values: Tensor
+    finish: Callable[[list[float]], UpdateResult]
+
+    @functools.cached_property
+    def result(self) -> UpdateResult:
+        """Read once, by a copy to the host that waits for the device."""
+        return self.finish(self.values.tolist())
+
+
+def prepare_batches(
+    state: TrainState, micro_batches: Sequence[PackedBatch], terms: Terms, *, temperature: float
+) -> list[DeviceBatch]:
+    """This data-parallel rank's micro-batches on the device, with the columns that must be computed beforehand.
+
+    No pass at all unless a term asks for one (``Term.scored``): then one forward pass with the present weights, and
+    one with the reference's where that is asked for.
+    """
+    batches = [to_device(batch, state.groups) for batch in micro_batches]
+    present = {name: terms[name] for name in batches[0].terms}
+    wanted = {column for term in present.values() for column in term.scored}
+    if not wanted:
+        return batches
+    temperatures = _temperatures(present, temperature)
+    columns: list[dict[str, Tensor]] = [{} for _ in batches]
+    if wanted & {"old_logprob", "old_entropy"}:
+        for scores, found in zip(_scores(state, state.chunks, batches, temperatures), columns, strict=False):
+            found |= {"old_logprob": scores["logprobs"], "old_entropy": scores["entropy"]}
+    if "reference_logprob" in wanted:
+        for scores, found in zip(
+            _scores(state, state.reference, batches, temperatures), columns, strict=False
+        ):
+            found["reference_logprob"] = scores["logprobs"]
+    if not state.groups.is_last_stage:
+        return batches
+    batches = [_with_columns(batch, present, found) for batch, found in zip(batches, columns, strict=True)]
+    across = _Across(state.groups)
+    for name, term in present.items():
+        if term.prepare is None:
+            continue
+        added = term.prepare([batch.terms[name] for batch in batches], across)
+        batches = [
+            replace(batch, terms={**batch.terms, name: _extended(batch.terms[name], new)})
+            for batch, new in zip(batches, added, strict=True)
+        ]
+    return batches
+
+
+def compute_gradients(
+    state: TrainState,
+    batches: Sequence[DeviceBatch],
+    update: Update,
+    terms: Terms,
+    *,
+    temperature: float,
+) -> Measured:
+    """Loss and gradients of the update in the parameters' ``main_grad``; changes no weight.
+
+    Args:
+        batches: this data-parallel rank's, equally many on every rank.
+        update: the same on every rank.
+
+    Collectives: those of Megatron's schedule and gradient reduction, and 1 all-reduce over all ranks.
+    """
+    present = {name: terms[name] for name in batches[0].terms}
+
+    def loss(stats: TokenStats, tokens: Mapping[str, TermTokens]) -> tuple[Tensor, dict[str, Any]]:
+        share = objective(stats, tokens, present, update.weights)
+        return share.loss, {"loss": share.loss.detach().clone(), "sums": share.sums, "maxima": share.maxima}
+
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    kept = run_micro_batches(
+        state.chunks,
+        batches,
+        loss,
+        groups=state.groups,
+        vocab_size=state.shape.vocab_size,
+        temperatures=_temperatures(present, temperature),
+        rival=any(term.rival for term in present.values()),
+    )
+    return _reduce(kept, update, present, state.groups)
+
+
+def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = False) -> tuple[float, float]:
+    """Clip, update the weights. Returns the gradient norm before clipping, and the rate used.
+
+    With ``new_step`` the learning-rate schedule advances, and it does so first, so that the first step of a warm-up
+    is not wasted on a rate of 0. ``skip`` leaves the weights alone: of an update without a trained token, momentum and
+    weight decay would be all that moves them.
+    """
+    if new_step:
+        state.scheduler.step(1)
+    learning_rate = max(group["lr"] for group in state.optimizer.param_groups)
+    if skip:
+        return 0.0, float(learning_rate)
+    succeeded, grad_norm, _ = state.optimizer.step()
+    assert succeeded, "only fp16 loss scaling skips steps"
+    state.optimizer.zero_grad()
+    return float(grad_norm or 0.0), float(learning_rate)
+
+
+def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
+    """Of a step's updates: each number's mean over the updates that report it, the largest of the maxima.
+
+    What compares with the sampling policy is the first update's: later ones differ from it because they should.
+    """
+    first = results[0]
+    means = {
+        name: statistics.fmean([result.means[name] for result in results if name in result.means])
+        for name in dict.fromkeys(name for result in results for name in result.means)
+    }
+    peaks = dict.fromkeys(name for result in results for name in result.maxima)
+    maxima = {name: largest(result.maxima.get(name, 0.0) for result in results) for name in peaks}
+    return UpdateResult(
+        loss=statistics.fmean(result.loss for result in results),
+        means=means
+        | {name: first.means[name] for name in ("logprob_gap", "probability_error") if name in first.means},
+        maxima=maxima | {name: first.maxima[name] for name in ("logprob_gap_max",) if name in first.maxima},
+        compared=first.compared,
+    )
+
+
+def _temperatures(terms: Terms, of_sampling: float) -> dict[str, float]:
+    return {
+        name: of_sampling if term.temperature is None else term.temperature for name, term in terms.items()
+    }
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one is: Python's ``max`` would pass over it, or over all others."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _scores(
+    state: TrainState,
+    chunks: Sequence[Any],
+    batches: Sequence[DeviceBatch],
+    temperatures: Mapping[str, float],
+) -> list[dict[str, Tensor]]:
+    """Log-probs and entropies [T] of every micro-batch's trained tokens; empty on all but the last stage."""
+
+    def keep(stats: TokenStats, tokens: Mapping[str, TermTokens]) -> tuple[Tensor, dict[str, Tensor]]:
+        return stats.logprobs.sum(), {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+    return run_micro_batches(
+        chunks,
+        batches,
+        keep,
+        groups=state.groups,
+        vocab_size=state.shape.vocab_size,
+        temperatures=temperatures,
+        backward=False,
+    )
+
+
+def _with_columns(batch: DeviceBatch, terms: Terms, found: Mapping[str, Tensor]) -> DeviceBatch:
+    """``found`` is [T]; each term gets its tokens' part of the columns it asked for."""
+    return replace(
+        batch,
+        terms={
+            name: _extended(tokens, {key: found[key][tokens.index] for key in terms[name].scored})
+            for name, tokens in batch.terms.items()
+        },
+    )
+
+
+def _extended(tokens: TermTokens, columns: Mapping[str, Tensor]) -> TermTokens:
+    return replace(tokens, columns={**tokens.columns, **columns})
+
+
+class _Across:
+    """``AcrossRanks`` over the ranks that hold the update's other tokens."""
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._replicas = groups.replicas
+        self._host = groups.replicas_host
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=self._replicas.group)
+        return total
+
+    def collect(self, values: Tensor) -> Tensor:
+        # How many there are is the hosts' to know: no device is waited for.
+        lengths: list[Any] = [None] * self._replicas.size
+        dist.all_gather_object(lengths, len(values), group=self._host)
+        padded = torch.cat([values, values.new_zeros(max(lengths) - len(values))])
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self._replicas.group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups: ParallelGroups) -> Measured:
+    """Add up what the last pipeline stage's ranks kept, each token counted once. One all-reduce over all ranks.
+
+    Every replica writes its maxima to a row of its own, so that a sum brings them all.
+    """
+    outputs = {name: reported(term) for name, term in terms.items()}
+    names = [
+        (term, key)
+        for term, output in outputs.items()
+        for key in (*output.losses, *output.means, *output.compared)
+    ]
+    peaks = [key for output in outputs.values() for key in output.maxima]
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
+    rows = torch.zeros(groups.replicas.size, len(peaks), dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage and groups.tensor.rank == 0:
+        sums = _stacked(
+            [[row["loss"], *(row["sums"][term][key] for term, key in names)] for row in kept]
+        ).sum(0)
+        if peaks:
+            rows[groups.replicas.rank] = _stacked(
+                [[row["maxima"][key] for key in peaks] for row in kept]
+            ).amax(0)
+    values = torch.cat([sums, rows.flatten()])
+    dist.all_reduce(values)
+
+    def finish(numbers: list[float]) -> UpdateResult:
+        loss, *rest = numbers
+        totals, found = rest[: len(names)], rest[len(names) :]
+        means: dict[str, float] = {}
+        compared: dict[str, float] = {}
+        for (term, key), total in zip(names, totals, strict=True):
+            if key in outputs[term].compared:
+                compared[key] = compared.get(key, 0.0) + total
+            else:
+                means[key] = total / (update.counts[term] if key in outputs[term].means else 1)
+        maxima = {key: largest(found[place :: len(peaks)]) for place, key in enumerate(peaks)}
+        return UpdateResult(loss=loss, means=means, maxima=maxima, compared=compared)
+
+    return Measured(values=values, finish=finish)
+
+
+def _stacked(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """[rows, columns] float64 from scalars, in two kernels however many there are."""
+    return torch.stack([value for row in rows for value in row]).double().view(len(rows), -1)
