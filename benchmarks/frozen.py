@@ -49,7 +49,7 @@ def write_run(folder: Path) -> Path:
         },
         "parallel": {"ranks": 2},
         "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
-        "objective": {"mu": {"peak": 0.3}},
+        "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "sync_timeout_s": 20.0, "restarts": 20},
         "reward": {"kind": "exact", "workers": 1, "timeout_s": 4.0},
         "optim": {"lr": 1e-4},

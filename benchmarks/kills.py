@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rl_two_ranks": {"victims": ("rank1", "launcher", "rank0", "server"), "overrides": ("parallel.ranks=2",)},
     "sft_two_ranks": {
         "victims": ("rank0", "rank1", "launcher"),
-        "overrides": ("parallel.ranks=2", "objective.mu.peak=1.0"),
+        "overrides": ("parallel.ranks=2", "method.mu.peak=1.0"),
     },
 }
 
@@ -95,7 +95,7 @@ def write_config(folder: Path, *, steps: int) -> Path:
             "max_response_tokens": 64,
         },
         "batch": {"prompts": 2, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
-        "objective": {"mu": {"peak": 0.3}},
+        "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4, "warmup_steps": 2},

@@ -55,7 +55,7 @@ def main() -> int:
     arguments = parsed(parser, warmup=WARMUP_STEPS)
     common = [
         "batch.demonstrations=0",
-        "objective.mu={peak: 0}",
+        "method.mu={peak: 0}",
         "data.demonstrations=null",
         f"data.max_prompt_tokens={PROMPT_TOKENS}",
         f"data.max_response_tokens={arguments.limit}",

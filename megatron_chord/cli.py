@@ -9,13 +9,13 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import ConfigError, dump_config, load_config
+from megatron_chord.config_io import ConfigError, dump_config, load_config, located
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,11 @@ def _main(argv: Sequence[str] | None) -> int:
         return _refuse(str(error))
     if args.command == "mu":
         return _preview_mu(run, args.plot)
-    return _check(run) if args.command == "check" else _train(run, args)
+
+    def refuse(error: ValueError) -> int:
+        return _refuse(located(str(error), args.config, args.overrides))
+
+    return _check(run, refuse) if args.command == "check" else _train(run, args, refuse)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(run: RunConfig) -> int:
+def _check(run: RunConfig, refuse: Callable[[ValueError], int]) -> int:
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:
@@ -95,7 +99,7 @@ def _check(run: RunConfig) -> int:
         _check_machine(run)
         data = load_data(run, shape)
     except ValueError as error:
-        return _refuse(str(error))
+        return refuse(error)
     plan_lines(run, shape, method, _world_size(run), print)
     print("\n".join(data.reports))
     print(dump_config(run))
@@ -117,7 +121,7 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
     return 0
 
 
-def _train(run: RunConfig, args: argparse.Namespace) -> int:
+def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
@@ -131,7 +135,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
         check_run(run, _world_size(run))
         _check_machine(run)
     except ValueError as error:
-        return _refuse(str(error)) if speaks else 2
+        return refuse(error) if speaks else 2
     if "RANK" not in os.environ and not run.rollout.servers:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all of the run is on this machine
     if "RANK" not in os.environ and run.parallel.ranks > 1:
@@ -161,7 +165,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> int:
             print(f"error: {halted}", file=sys.stderr)
         return halted.exit_code
     except Refused as error:
-        return _refuse(str(error)) if speaks else 2
+        return refuse(error) if speaks else 2
     return 0
 
 

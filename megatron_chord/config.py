@@ -1,8 +1,9 @@
 """What a run is: every setting, its unit, its default and the rules it must keep.
 
-One frozen dataclass per YAML block. Checks that need nothing but the values stand in ``__post_init__``; checks that
-need the model or the number of processes are functions at the end. Nothing derived is stored, and no torch is
-imported: a wrong file is refused in milliseconds. ``config_io`` turns YAML into these and names file and line.
+One frozen dataclass per YAML block. Those of the block ``method`` are in ``config_methods``. Checks that need only the
+values of one block are in its ``__post_init__``, checks that need several blocks in ``RunConfig``'s. Checks that need
+the model or the number of processes are functions at the end. No torch is imported: a wrong file is refused in
+milliseconds. ``config_io`` reads these dataclasses from YAML and names file and line of what is wrong.
 """
 
 from __future__ import annotations
@@ -12,23 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.config_methods import Aggregation, ChordConfig, MethodConfig
 from megatron_chord.precision import Precision, preset
-from megatron_chord.schedules import MuSchedule
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        _require(value > 0, f"{name} must be > 0, got {value}")
-
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        _require(value >= 0, f"{name} must be >= 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +55,7 @@ class ParallelConfig:
     """Deadline of one collective."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             ranks=self.ranks,
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -76,10 +63,10 @@ class ParallelConfig:
             expert=self.expert,
             timeout_s=self.timeout_s,
         )
-        _require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor > 1")
+        require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor > 1")
         if self.virtual_pipeline is not None:
-            _require(self.virtual_pipeline > 1, "virtual_pipeline must be > 1, or left out")
-            _require(self.pipeline > 1, "virtual_pipeline needs pipeline > 1")
+            require(self.virtual_pipeline > 1, "virtual_pipeline must be > 1, or left out")
+            require(self.pipeline > 1, "virtual_pipeline needs pipeline > 1")
         if self.stages is not None:
             self._check_stages(self.stages)
 
@@ -89,13 +76,13 @@ class ParallelConfig:
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def _check_stages(self, stages: tuple[int, ...]) -> None:
-        _require(self.pipeline > 1, "stages needs pipeline > 1")
-        _require(
+        require(self.pipeline > 1, "stages needs pipeline > 1")
+        require(
             len(stages) == self.num_chunks,
             f"stages lists {len(stages)} numbers of layers, expected {self.num_chunks} (pipeline {self.pipeline} x "
             f"virtual_pipeline {self.virtual_pipeline or 1})",
         )
-        _require(min(stages) > 0, f"stages must each have at least one layer, got {list(stages)}")
+        require(min(stages) > 0, f"stages must each have at least one layer, got {list(stages)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,107 +108,8 @@ class DataConfig:
     """Rows beyond a limit: stop before work, or leave out and count."""
 
     def __post_init__(self) -> None:
-        _positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
-        _require(
-            self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimpleWeight:
-    """one: plain SFT. p: importance-weighted SFT with pi_sample = 1, also known as DFT. phi: p(1-p), CHORD's."""
-
-    kind: Literal["one", "p", "phi"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerWeight:
-    """scale p^a (1-p)^b, with its peak at a / (a + b); phi is a = b = scale = 1."""
-
-    kind: Literal["power"] = "power"
-    a: float = 1.0
-    b: float = 1.0
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _not_negative(**{"token_weight.a": self.a, "token_weight.b": self.b})
-        _positive(**{"token_weight.scale": self.scale})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClippedISWeight:
-    """p where p <= threshold, else 0 (CHORD, App. B.2)."""
-
-    kind: Literal["clipped_is"] = "clipped_is"
-    threshold: float = 0.4
-
-    def __post_init__(self) -> None:
-        _require(0 < self.threshold <= 1, f"token_weight.threshold must lie in (0, 1], got {self.threshold}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FocalWeight:
-    """(1-p)^exponent."""
-
-    kind: Literal["focal"] = "focal"
-    exponent: float = 2.0
-
-    def __post_init__(self) -> None:
-        _not_negative(**{"token_weight.exponent": self.exponent})
-
-
-@dataclass(frozen=True, kw_only=True)
-class BernoulliEntropyWeight:
-    """-p ln p - (1-p) ln(1-p)."""
-
-    kind: Literal["bernoulli_entropy"] = "bernoulli_entropy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EntropyTopWeight:
-    """1 for the `share` of demonstration tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
-
-    Costs a forward pass more: the threshold is that of the whole update.
-    """
-
-    kind: Literal["entropy_top"] = "entropy_top"
-    share: float = 0.05
-
-    def __post_init__(self) -> None:
-        _require(0 < self.share <= 1, f"token_weight.share must lie in (0, 1], got {self.share}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EntropyNormWeight:
-    """Full-vocabulary entropy / its mean over the update's demonstration tokens. Costs a forward pass more."""
-
-    kind: Literal["entropy_norm"] = "entropy_norm"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarginWeight:
-    """Of m = p - the probability of the best other token: 1 - |m|, or exp(-m^2 / (2 width^2)) where width is given."""
-
-    kind: Literal["margin"] = "margin"
-    width: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.width is not None:
-            _positive(**{"token_weight.width": self.width})
-
-
-TokenWeight = (
-    SimpleWeight
-    | PowerWeight
-    | ClippedISWeight
-    | FocalWeight
-    | BernoulliEntropyWeight
-    | EntropyTopWeight
-    | EntropyNormWeight
-    | MarginWeight
-)
-
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+        positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
+        require(self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +123,7 @@ class KLConfig:
     """Hugging Face folder of the reference; the run's own starting point where left out."""
 
     def __post_init__(self) -> None:
-        _positive(**{"objective.kl.coefficient": self.coefficient})
+        positive(**{"objective.kl.coefficient": self.coefficient})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,15 +143,15 @@ class CorrectionConfig:
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.mode != "none" or (self.level, self.low, self.high) == ("token", 0.0, 2.0),
             "objective.correction.mode none has no weight: leave level, low and high out",
         )
-        _require(
+        require(
             self.mode != "truncate" or self.low == 0,
             "objective.correction.low means nothing to the mode `truncate`; leave it out, or clamp",
         )
-        _require(
+        require(
             0 <= self.low < self.high,
             f"objective.correction needs 0 <= low < high, got {self.low} and {self.high}",
         )
@@ -271,16 +159,6 @@ class CorrectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    mu: MuSchedule | None = None
-    """Weight of the SFT branch, by schedule; a constant 0.1 where left out. For methods that mix by mu."""
-    token_weight: TokenWeight | None = None
-    """Weight of a demonstration token, detached; phi where left out. For methods that mix by mu."""
-    sft_cutoff: float = 1.0
-    """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob); 1: all are."""
-    sft_temperature: float = 1.0
-    """What the logits of an SFT branch (methods chord and hpt) are divided by; `rollout.temperature` divides those of
-    rollouts."""
-    sft_aggregation: Aggregation = "token_mean"
     surrogate: Literal["ppo", "gspo", "cispo", "unclipped"] = "ppo"
     """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
     A l. unclipped: -r A."""
@@ -314,52 +192,32 @@ class ObjectiveConfig:
     rollout` the ratio itself corrects."""
 
     def __post_init__(self) -> None:
-        _require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
-        _positive(**{"objective.clip_high": self.clip_high, "objective.advantage_eps": self.advantage_eps})
-        _not_negative(**{"objective.entropy_bonus": self.entropy_bonus})
-        _require(
-            0 < self.sft_cutoff <= 1,
-            f"objective.sft_cutoff must lie in (0, 1], got {self.sft_cutoff}",
-        )
-        _positive(**{"objective.sft_temperature": self.sft_temperature})
+        require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
+        positive(**{"objective.clip_high": self.clip_high, "objective.advantage_eps": self.advantage_eps})
+        not_negative(**{"objective.entropy_bonus": self.entropy_bonus})
         if self.dual_clip is not None:
-            _require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
-            _require(
+            require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
+            require(
                 self.surrogate in ("ppo", "gspo"),
                 f"objective.dual_clip belongs to ppo and gspo, not {self.surrogate}",
             )
         if self.surrogate == "unclipped":
-            _require(
+            require(
                 (self.clip_low, self.clip_high) == (0.2, 0.2),
                 "objective.clip_low and clip_high mean nothing to the surrogate `unclipped`; leave them out",
             )
         if self.advantage in ("group", "leave_one_out"):
-            _require(
+            require(
                 self.advantage_eps == 1e-6,
                 f"objective.advantage_eps means nothing to the advantage `{self.advantage}`; leave it out",
             )
         if self.aggregation_length is not None:
-            _positive(**{"objective.aggregation_length": self.aggregation_length})
-            _require(
-                "constant" in (self.aggregation, self.sft_aggregation),
-                "aggregation_length belongs to the aggregation `constant`",
-            )
-        _require(
+            positive(**{"objective.aggregation_length": self.aggregation_length})
+        require(
             self.correction is None or self.ratio_from != "rollout",
             "objective.correction and ratio_from: rollout would correct the same mismatch twice; set ratio_from to "
             "current or recomputed",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """How data are mixed; docs/methods.md lists the methods with their settings."""
-
-    name: str = "chord"
-    settings: dict[str, int | float | bool | str] = field(
-        default_factory=dict[str, int | float | bool | str], metadata={"rest": True}
-    )
-    """The method's own settings, written beside `name`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,8 +239,8 @@ class BatchConfig:
     """Token budget of one packed micro-batch on one data-parallel rank; a longer sample gets a micro-batch alone."""
 
     def __post_init__(self) -> None:
-        _not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})
-        _positive(
+        not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})
+        positive(
             **{
                 "batch.max_tokens": self.max_tokens,
                 "batch.mini_batches": self.mini_batches,
@@ -391,11 +249,11 @@ class BatchConfig:
             }
         )
         reason = "all rewards are equal" if self.sampling_attempts > 1 else "no answer has an advantage"
-        _require(
+        require(
             self.rollouts >= 2 or self.prompts == 0,
             f"batch.rollouts must be >= 2, got {self.rollouts}: in a group of one {reason}",
         )
-        _require(
+        require(
             self.prompts + self.demonstrations > 0,
             "batch.prompts and batch.demonstrations are both 0: nothing to train on",
         )
@@ -405,7 +263,7 @@ class BatchConfig:
 class RolloutConfig:
     temperature: float = 1.0
     """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
-    SFT branch by `objective.sft_temperature`."""
+    SFT branch by `method.sft_temperature`."""
     top_p: float = 1.0
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""
@@ -465,7 +323,7 @@ class RolloutConfig:
     and FP8, where up to 1.05 is healthy, and the logits' rounding as above; no limit for rollouts of older weights."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             **{
                 "rollout.temperature": self.temperature,
                 "rollout.start_timeout_s": self.start_timeout_s,
@@ -474,75 +332,75 @@ class RolloutConfig:
                 "rollout.sync_timeout_s": self.sync_timeout_s,
             }
         )
-        _require(
+        require(
             self.temperature <= 2,
             f"rollout.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
         )
-        _require(
+        require(
             self.top_p == 1.0,
             f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
-        _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
-        _not_negative(
+        require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
+        not_negative(
             **{
                 "rollout.restarts": self.restarts,
                 "rollout.lag": self.lag,
                 "rollout.extra_prompts": self.extra_prompts,
             }
         )
-        _require(
+        require(
             self.extra_prompts <= 4,
             f"rollout.extra_prompts must lie in [0, 4], got {self.extra_prompts}: it is a share of the step's prompts, "
             "0.25 for a quarter more",
         )
-        _require(
+        require(
             self.extra_prompts > 0 or self.unfinished == "carry",
             "rollout.unfinished means nothing without rollout.extra_prompts: no sampling is stopped",
         )
         if self.max_carries is not None:
-            _positive(**{"rollout.max_carries": self.max_carries})
-            _require(
+            positive(**{"rollout.max_carries": self.max_carries})
+            require(
                 self.carries,
                 "rollout.max_carries means nothing without rollout.extra_prompts and unfinished: carry: nothing is "
                 "carried over",
             )
-        _require(
+        require(
             not self.sleep or self.lag == 0,
             "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",
         )
-        _require(
+        require(
             not self.offload or self.lag == 0,
             "rollout.offload: with rollout.lag the ranks train while servers sample, and need their optimizer state",
         )
-        _require(
+        require(
             self.lag > 0 or self.in_flight == "drain",
             "rollout.in_flight means nothing without rollout.lag: no request is unfinished when weights are pushed",
         )
-        _require(
+        require(
             self.lag <= 1 or self.in_flight == "keep",
             f"rollout.lag {self.lag} with rollout.in_flight: drain would only make rollouts older: all sampling is "
             "finished before every push, so nothing more overlaps than with 1; set lag to 1, or in_flight to keep",
         )
         if self.max_logprob_gap is not None:
-            _positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
-        _require(
+            positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
+        require(
             self.max_probability_error is None or self.max_probability_error > 1,
             f"rollout.max_probability_error must be > 1, got {self.max_probability_error}: equal probabilities have an "
             "error of 1",
         )
         if self.kv_cache_bytes is not None:
-            _positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
-        _require(
+            positive(**{"rollout.kv_cache_bytes": self.kv_cache_bytes})
+        require(
             not (self.repeatable and self.servers),
             "rollout.repeatable cannot change running servers (rollout.servers): start them with "
             "VLLM_BATCH_INVARIANT=1 in their environment, and leave rollout.repeatable out",
         )
-        _require(
+        require(
             not (self.repeatable and self.in_flight == "keep"),
             "rollout.repeatable cannot hold with rollout.in_flight: keep: how far a request has got when new weights "
             "arrive is chance; set in_flight to drain",
         )
-        _require(
+        require(
             not (self.repeatable and self.extra_prompts > 0),
             "rollout.repeatable cannot hold with rollout.extra_prompts: which prompts finish first is chance; set "
             "extra_prompts to 0",
@@ -587,27 +445,27 @@ class RewardConfig:
     """Share of gradings that may fail in a step before the run stops."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             **{
                 "reward.workers": self.workers,
                 "reward.timeout_s": self.timeout_s,
                 "reward.memory_mb": self.memory_mb,
             }
         )
-        _require(
+        require(
             0 <= self.max_error_rate < 1,
             f"reward.max_error_rate must lie in [0, 1), got {self.max_error_rate}",
         )
-        _require(self.answer_marker != "", "reward.answer_marker is empty")
-        _require(
+        require(self.answer_marker != "", "reward.answer_marker is empty")
+        require(
             self.kind != "tool_calls" or self.format == "none",
             "reward.format: the tool-call reward demands the <think> tags itself; leave it at none",
         )
-        _require(
+        require(
             self.overlong_cache > 0 or self.overlong_penalty == 1.0,
             "reward.overlong_penalty means nothing without reward.overlong_cache",
         )
-        _not_negative(
+        not_negative(
             **{
                 "reward.overlong_cache": self.overlong_cache,
                 "reward.overlong_penalty": self.overlong_penalty,
@@ -633,10 +491,10 @@ class OptimConfig:
     folder. So many in a row are; one more stops the run. 0: the first stops it."""
 
     def __post_init__(self) -> None:
-        _positive(**{"optim.lr": self.lr, "optim.eps": self.eps})
+        positive(**{"optim.lr": self.lr, "optim.eps": self.eps})
         for name, beta in {"optim.beta1": self.beta1, "optim.beta2": self.beta2}.items():
-            _require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}")
-        _not_negative(
+            require(0 <= beta < 1, f"{name} must lie in [0, 1), got {beta}")
+        not_negative(
             **{
                 "optim.min_lr": self.min_lr,
                 "optim.warmup_steps": self.warmup_steps,
@@ -645,7 +503,7 @@ class OptimConfig:
                 "optim.skip_nonfinite": self.skip_nonfinite,
             }
         )
-        _require(self.min_lr <= self.lr, f"optim.min_lr {self.min_lr} is above optim.lr {self.lr}")
+        require(self.min_lr <= self.lr, f"optim.min_lr {self.min_lr} is above optim.lr {self.lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -659,9 +517,9 @@ class EvaluationConfig:
     """Answers per problem; accuracy is their mean."""
 
     def __post_init__(self) -> None:
-        _not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
-        _positive(**{"evaluation.samples": self.samples})
-        _require(self.problems is None or self.problems > 0, "evaluation.problems must be > 0, or left out")
+        not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
+        positive(**{"evaluation.samples": self.samples})
+        require(self.problems is None or self.problems > 0, "evaluation.problems must be > 0, or left out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -672,8 +530,8 @@ class CheckpointConfig:
     """How many of the newest to keep."""
 
     def __post_init__(self) -> None:
-        _not_negative(**{"checkpoint.every": self.every})
-        _positive(**{"checkpoint.keep": self.keep})
+        not_negative(**{"checkpoint.every": self.every})
+        positive(**{"checkpoint.keep": self.keep})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -697,8 +555,8 @@ class WatchdogConfig:
     replaced as one that died."""
 
     def __post_init__(self) -> None:
-        _not_negative(**{"watchdog.beat_s": self.beat_s})
-        _positive(
+        not_negative(**{"watchdog.beat_s": self.beat_s})
+        positive(
             **{
                 "watchdog.loading_s": self.loading_s,
                 "watchdog.saving_s": self.saving_s,
@@ -706,8 +564,8 @@ class WatchdogConfig:
             }
         )
         if self.computing_s is not None:
-            _positive(**{"watchdog.computing_s": self.computing_s})
-        _require(
+            positive(**{"watchdog.computing_s": self.computing_s})
+        require(
             self.silence_s >= 2 * self.beat_s,
             f"watchdog.silence_s must be at least two beats, 2 x beat_s = {2 * self.beat_s:g}, got {self.silence_s:g}",
         )
@@ -726,7 +584,8 @@ class RunConfig:
     """Number formats, with a `model.dtype` of bf16 (docs/fp8.md). Left out, or bf16: no FP8. fp8_rollout: training in
     BF16; vLLM quantises in blocks of 128 x 128. fp8_e2e: the trainer's matrix products in such blocks, too.
     fp8_tensorwise: both with one scale for each tensor, the first and last layer in BF16."""
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: MethodConfig = field(default_factory=ChordConfig)
+    """How a step mixes rollouts and demonstrations; docs/methods.md explains each method."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -741,19 +600,26 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(steps=self.steps)
-        _not_negative(trace_steps=self.trace_steps)
-        _require(
+        positive(steps=self.steps)
+        not_negative(trace_steps=self.trace_steps)
+        require(
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
         )
-        _require(
+        require(
             self.reward.overlong_cache <= self.data.max_response_tokens,
             f"reward.overlong_cache {self.reward.overlong_cache} is above data.max_response_tokens "
             f"{self.data.max_response_tokens}",
         )
+        aggregations = [self.objective.aggregation]
+        if isinstance(self.method, ChordConfig):
+            aggregations.append(self.method.aggregation)
+        require(
+            self.objective.aggregation_length is None or "constant" in aggregations,
+            "objective.aggregation_length belongs to the aggregation `constant`; leave it out",
+        )
         correction = self.objective.correction
-        _require(
+        require(
             self.rollout.has_older_tokens
             or preset(self.precision).rollouts is not None
             or correction is None
@@ -766,7 +632,7 @@ class RunConfig:
 
     def _check_precision(self) -> None:
         for name, dtype in {"model.dtype": self.model.dtype, "rollout.dtype": self.rollout.dtype}.items():
-            _require(
+            require(
                 dtype in ("bf16", None), f"precision {self.precision} needs {name} to be bf16, got {dtype}"
             )
 
@@ -774,7 +640,7 @@ class RunConfig:
 def check_lengths(data: DataConfig, max_positions: int) -> None:
     """ValueError when a sample could be longer than the model's positions."""
     longest = data.max_prompt_tokens + data.max_response_tokens
-    _require(
+    require(
         longest <= max_positions,
         f"data.max_prompt_tokens {data.max_prompt_tokens} + data.max_response_tokens {data.max_response_tokens} = "
         f"{longest} is beyond the model's {max_positions} positions",
@@ -784,13 +650,13 @@ def check_lengths(data: DataConfig, max_positions: int) -> None:
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel ranks of `world_size` processes; ValueError when the axes do not divide it."""
     product = parallel.tensor * parallel.pipeline * parallel.context
-    _require(
+    require(
         world_size % product == 0,
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {product} "
         f"does not divide the {world_size} processes of this run",
     )
     stage = world_size // parallel.pipeline
-    _require(
+    require(
         stage % parallel.expert == 0,
         f"expert {parallel.expert} does not divide the {stage} processes of a pipeline stage",
     )

@@ -1,16 +1,18 @@
 """YAML and `a.b=value` overrides -> RunConfig, strictly; and back, for the run folder.
 
 Unknown keys, wrong types, missing fields and broken rules are collected and reported together, each with file and
-line. Values are read by the type of their field.
+line. Values are read by the type of their field. Rules that are checked later, with the model or the method at hand,
+name their settings in full in the message; ``located`` finds where these are given.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,13 +25,26 @@ from megatron_chord.config_nodes import (
     as_block,
     child,
     choice,
+    default_choice,
     folder,
+    given_places,
     is_null,
     members,
     override,
     place,
     read_files,
+    setting_names,
 )
+
+MOVED = {
+    "objective.mu": "method.mu",
+    "objective.token_weight": "method.token_weight",
+    "objective.sft_cutoff": "method.cutoff",
+    "objective.sft_aggregation": "method.aggregation",
+    "objective.sft_temperature": "method.sft_temperature",
+}
+"""Settings that had another name before."""
+_NAME = re.compile(r"[a-z]\w*(?:\.\w+)+")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -41,12 +56,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every finding as "file:line: reason".
     """
     root = read_files(path, RunConfig)
-    reader = _Reader()
-    for text in overrides:
-        try:
-            root = override(root, text, RunConfig)
-        except ConfigError as error:
-            reader.findings.append(str(error))
+    root, wrong = _overridden(root, overrides)
+    reader = _Reader(given_places(root), wrong)
     config = reader.read(root, RunConfig, "")
     if reader.findings:
         raise ConfigError("\n".join(reader.findings))
@@ -58,13 +69,64 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
+    """``message`` with the place in the run's file or overrides where a setting is given that it names in full.
+
+    The first such setting that is given counts, else the first block that is given of a named setting, else the file.
+    A message that names no setting stays as it is.
+    """
+    if not _settings_in(message):
+        return message
+    root, _ = _overridden(read_files(path, RunConfig), overrides)
+    return f"{_place_of(message, given_places(root)) or path}: {message}"
+
+
+def one_line(block: Any) -> str:
+    """All settings of a block in one line, defaults included: ``mu warmup_cosine (peak 0.9, ...), cutoff 1.0``."""
+    return ", ".join(f"{name} {_told(value)}" for name, value in _plain(block).items())
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = {str(key): _told(inner) for key, inner in value.items()}
+        chosen = parts.pop("schedule", None) or parts.pop("kind", "")
+        inner = ", ".join(f"{name} {text}" for name, text in parts.items())
+        return f"{chosen} ({inner})".lstrip() if inner else chosen
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
+
+
+def _overridden(root: yaml.MappingNode, overrides: Sequence[str]) -> tuple[yaml.MappingNode, list[str]]:
+    """The tree with the overrides applied, and what is wrong with the others."""
+    wrong: list[str] = []
+    for text in overrides:
+        try:
+            root = override(root, text, RunConfig)
+        except ConfigError as error:
+            wrong.append(str(error))
+    return root, wrong
+
+
+def _settings_in(message: str) -> list[str]:
+    known = setting_names(RunConfig)
+    return [name for name in _NAME.findall(message) if name in known]
+
+
+def _place_of(message: str, places: Mapping[str, str]) -> str | None:
+    names = _settings_in(message)
+    parents = [name.rpartition(".")[0] for name in names]
+    return next((places[name] for name in (*names, *parents) if name in places), None)
+
+
 class _Invalid(Exception):
     """A value that has been reported already."""
 
 
 class _Reader:
-    def __init__(self) -> None:
-        self.findings: list[str] = []
+    def __init__(self, places: Mapping[str, str], findings: list[str]) -> None:
+        self._places = places
+        self.findings = findings
 
     def read(self, node: yaml.Node, kind: Any, where: str, field: Any = None) -> Any:
         try:
@@ -102,46 +164,44 @@ class _Reader:
         key = choice(kind)
         assert key
         values = {value: member for member in members(kind) for value in get_args(_hints(member)[key])}
-        chosen, first = child(node, key), members(kind)[0]
-        if chosen is None:
-            default = _field(first, key).default
-            if default is dataclasses.MISSING:
-                raise self._fail(node, f"{where}.{key} is missing; known: {', '.join(values)}")
-            name = str(default)
+        chosen, default = child(node, key), default_choice(kind)
+        if chosen is not None:
+            field = _field(members(kind)[0], key)
+            name = self._read(chosen, Literal[tuple(values)], f"{where}.{key}", field)
+        elif default is not None:
+            name = default
         else:
-            name = self._read(chosen, Literal[tuple(values)], f"{where}.{key}", None)
+            raise self._fail(node, f"{where}.{key} is missing; known: {', '.join(values)}")
         return self._dataclass(node, values[name], where, f"{key}: {name}")
 
     def _dataclass(self, node: yaml.MappingNode, kind: type, where: str, variant: str) -> Any:
         """``variant``: the choice that led to this dataclass, where there was one."""
         hints = _hints(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        rest = next((name for name, field in fields.items() if field.metadata.get("rest")), None)
-        names = [name for name in fields if name != rest]
         values: dict[str, Any] = {}
-        others: dict[str, Any] = {}
         before = len(self.findings)
         for key_node, value_node in node.value:
             key, full = key_node.value, _join(where, key_node.value)
             if not isinstance(key_node, yaml.ScalarNode):
                 self._fail(key_node, f"{where or 'settings'}: expected a name, got {_shown(key_node)}")
-            elif key in values or key in others:
+            elif key in values:
                 self._fail(key_node, f"{full} is set twice")
-            elif key in names:
+            elif key in fields:
                 values[key] = self.read(value_node, hints[key], full, fields[key])
-            elif rest:
-                others[key] = self._natural(value_node, full)
+            elif full in MOVED:
+                self._fail(key_node, f"{full} is now {MOVED[full]}")
             else:
-                self._fail(key_node, f"unknown setting {full!r}{_hint(key, names, where, variant)}")
-        for name in names:
+                self._fail(key_node, f"unknown setting {full!r}{_hint(key, list(fields), where, variant)}")
+        for name in fields:
             if _required(fields[name]) and name not in values:
                 self._fail(node, f"{_join(where, name)} is missing")
         if len(self.findings) > before:
             raise _Invalid
         try:
-            return kind(**values, **({rest: others} if rest else {}))
+            return kind(**values)
         except ValueError as error:
-            raise self._fail(node, str(error)) from error
+            self.findings.append(f"{_place_of(str(error), self._places) or place(node)}: {error}")
+            raise _Invalid from error
 
     def _free_mapping(self, node: yaml.Node, where: str) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
@@ -173,6 +233,9 @@ class _Reader:
         if get_origin(kind) is Literal:
             options = get_args(kind)
             if text not in options:
+                hint = field.metadata.get("hints", {}).get(text.lower().replace("-", "_")) if field else None
+                if hint is not None:
+                    raise self._fail(node, f"{where}: {hint}")
                 known = f"{', '.join(options)}{_nearest(text, options)}"
                 raise self._fail(node, f"{where}: {text!r} is none of {known}")
             return text
@@ -229,11 +292,7 @@ def _shown(node: yaml.Node) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(value):
-            inner = _plain(getattr(value, field.name))
-            values |= inner if field.metadata.get("rest") else {field.name: inner}
-        return values
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, tuple | list):

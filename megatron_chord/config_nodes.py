@@ -58,15 +58,22 @@ def members(kind: Any) -> tuple[type, ...]:
 
 
 def choice(kind: Any) -> str | None:
-    """The key of a block that a single value in its place stands for; among several dataclasses it tells which."""
+    """The key that tells which of several dataclasses a block is. A single value in place of the block is this key's.
+
+    None where a block can be only one dataclass.
+    """
     blocks = [typing.get_type_hints(member) for member in members(kind)]
-    if not blocks:
+    if len(blocks) < 2:
         return None
-    if len(blocks) > 1:
-        (name,) = (key for key in blocks[0] if all(get_origin(hints.get(key)) is Literal for hints in blocks))
-        return name
-    first = dataclasses.fields(members(kind)[0])[0].name
-    return first if blocks[0][first] is str else None
+    (name,) = (key for key in blocks[0] if all(get_origin(hints.get(key)) is Literal for hints in blocks))
+    return name
+
+
+def default_choice(kind: Any) -> str | None:
+    """What a block without its ``choice`` is: the default of that key in the first dataclass. None: it is needed."""
+    key = choice(kind)
+    default = members(kind)[0].__dataclass_fields__[key].default if key else dataclasses.MISSING
+    return None if default is dataclasses.MISSING else default
 
 
 def place(node: yaml.Node) -> str:
@@ -164,7 +171,7 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
     if kind is None or not (isinstance(below, yaml.MappingNode) and isinstance(own, yaml.MappingNode)):
         return own
     key = choice(kind)
-    if key is not None and _differs(child(own, key), child(below, key)):
+    if key is not None and _differs(child(own, key), child(below, key), default_choice(kind)):
         return own
     pairs = [pair for pair in below.value if child(own, pair[0].value) is None]
     for name, value in own.value:
@@ -173,9 +180,9 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
     return _mapping(pairs, own)
 
 
-def _differs(chosen: yaml.Node | None, below: yaml.Node | None) -> bool:
+def _differs(chosen: yaml.Node | None, below: yaml.Node | None, default: str | None) -> bool:
     """A variant is named, and it is not the one below."""
-    return chosen is not None and (below is None or chosen.value != below.value)
+    return chosen is not None and chosen.value != (default if below is None else below.value)
 
 
 def _set(node: yaml.Node | None, keys: Sequence[str], value: yaml.Node, kind: Any) -> yaml.MappingNode:
@@ -190,6 +197,28 @@ def _set(node: yaml.Node | None, keys: Sequence[str], value: yaml.Node, kind: An
         value = _set(old, rest, value, _inner(kind, key))
     pairs[at : at + 1] = [(key_node if key_node and rest else _key(key, value), value)]
     return _mapping(pairs, block)
+
+
+def setting_names(kind: Any, where: str = "") -> set[str]:
+    """The full name of every setting that a block of this type can have, such as ``optim.lr``; blocks included."""
+    names: set[str] = set()
+    for member in members(kind):
+        for key, inner in typing.get_type_hints(member).items():
+            name = f"{where}.{key}" if where else key
+            names |= {name, *setting_names(inner, name)}
+    return names
+
+
+def given_places(root: yaml.MappingNode, where: str = "") -> dict[str, str]:
+    """Where each setting of a tree is given, by its full name, such as ``optim.lr``; blocks are settings, too."""
+    places: dict[str, str] = {}
+    for key, value in root.value:
+        if isinstance(key, yaml.ScalarNode):
+            name = f"{where}.{key.value}" if where else key.value
+            places[name] = place(key)
+            if isinstance(value, yaml.MappingNode):
+                places |= given_places(value, name)
+    return places
 
 
 def _inner(kind: Any, key: Any) -> Any:

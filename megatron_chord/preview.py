@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chord.config import RunConfig
-from megatron_chord.schedules import (
-    Constant,
-    GradientNorm,
-    Learned,
-    MuSchedule,
-    RewardAdaptive,
-    ScheduleInput,
-)
+from megatron_chord.config_methods import ChordConfig
+from megatron_chord.schedules import GradientNorm, Learned, MuSchedule, RewardAdaptive, ScheduleInput
 
 MOST_ROWS = 20
 _WIDTH = 80
@@ -79,7 +73,7 @@ def lines(run: RunConfig, *, plain: bool = False) -> Iterator[str]:
     """The whole preview; ``plain`` writes nothing but ASCII."""
     mu = schedule_of(run)
     if mu is None:
-        yield f"method {run.method.name} does not use mu (objective.mu)"
+        yield f"method {run.method.name} does not use mu; only method chord does (method.mu)"
         return
     yield from textwrap.wrap(f"mu: {_settings(mu)}", _WIDTH, subsequent_indent="    ")
     yield f"{run.steps} steps, the first is 0"
@@ -95,10 +89,8 @@ def lines(run: RunConfig, *, plain: bool = False) -> Iterator[str]:
 
 
 def schedule_of(run: RunConfig) -> MuSchedule | None:
-    """The run's schedule, the default one where none is given; None for a method that does not mix by mu."""
-    if run.objective.mu is None and run.method.name != "chord":
-        return None
-    return run.objective.mu or Constant()
+    """The run's schedule; None for a method that does not mix by mu."""
+    return run.method.mu if isinstance(run.method, ChordConfig) else None
 
 
 def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:

@@ -1,6 +1,6 @@
 """mu, the weight of the SFT branch: a plain function of the step and of what the run has measured so far.
 
-Every schedule is one frozen dataclass: its fields are the YAML block ``objective.mu``, ``value`` is mu. A step is
+Every schedule is one frozen dataclass: its fields are the YAML block ``method.mu``, ``value`` is mu. A step is
 counted from 0. What a schedule must remember between steps is a flat dictionary of numbers, kept equal on all ranks
 and saved in checkpoints; random choices are functions of (seed, step), so there is no random state to keep.
 """
@@ -108,7 +108,7 @@ class _Decay(Schedule):
         _in_unit_interval(peak=self.peak, valley=self.valley)
         _counts(warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
         if self.first_step not in (0, 1):
-            raise ValueError(f"mu.first_step must be 0 or 1, got {self.first_step}")
+            raise ValueError(f"method.mu.first_step must be 0 or 1, got {self.first_step}")
 
     def value(self, now: ScheduleInput) -> float:
         step = now.step + self.first_step
@@ -189,7 +189,9 @@ class Periodic(Schedule):
     def __post_init__(self) -> None:
         _counts(sft_steps=self.sft_steps, policy_steps=self.policy_steps)
         if 0 in (self.sft_steps, self.policy_steps):
-            raise ValueError("mu.sft_steps and mu.policy_steps must be > 0; for one alone use a constant mu")
+            raise ValueError(
+                "method.mu.sft_steps and method.mu.policy_steps must be > 0; for one alone use a constant mu"
+            )
 
     def value(self, now: ScheduleInput) -> float:
         return 1.0 if now.step % (self.sft_steps + self.policy_steps) < self.sft_steps else 0.0
@@ -250,11 +252,11 @@ class GradientNorm(Schedule):
         _counts(warmup_steps=self.warmup_steps)
         if self.warmup_steps == 0:
             raise ValueError(
-                "mu.warmup_steps must be > 0: the draw compares with the warm-up's gradient norm"
+                "method.mu.warmup_steps must be > 0: the draw compares with the warm-up's gradient norm"
             )
         _finite(gamma=self.gamma)
         if self.gamma < 0:
-            raise ValueError(f"mu.gamma must be >= 0, got {self.gamma}")
+            raise ValueError(f"method.mu.gamma must be >= 0, got {self.gamma}")
 
     def value(self, now: ScheduleInput) -> float:
         if now.step < self.warmup_steps:
@@ -316,20 +318,26 @@ class Learned(Schedule):
         _in_unit_interval(initial=self.initial, low=self.low, high=self.high)
         _finite(rate=self.rate, entropy_rate=self.entropy_rate, entropy_target=self.entropy_target)
         if self.rate < 0:
-            raise ValueError(f"mu.rate must be >= 0, got {self.rate}")
+            raise ValueError(f"method.mu.rate must be >= 0, got {self.rate}")
         if self.rate == self.entropy_rate == 0:
-            raise ValueError("mu.rate and mu.entropy_rate are both 0: nothing is learned; use a constant mu")
+            raise ValueError(
+                "method.mu.rate and method.mu.entropy_rate are both 0: nothing is learned; use a constant mu"
+            )
         if self.entropy_rate and self.entropy_target <= 0:
-            raise ValueError(f"mu.entropy_target must be > 0 with mu.entropy_rate, got {self.entropy_target}")
+            raise ValueError(
+                f"method.mu.entropy_target must be > 0 with method.mu.entropy_rate, got {self.entropy_target}"
+            )
         if self.high == 1:
             raise ValueError(
-                "mu.high must be < 1: without rollouts nothing is measured, and mu would stay at 1"
+                "method.mu.high must be < 1: without rollouts nothing is measured, and mu would stay at 1"
             )
         if self.rate and self.low == 0:
-            raise ValueError("mu.low must be > 0 with mu.rate: without an SFT pass mu has no gradient")
+            raise ValueError(
+                "method.mu.low must be > 0 with method.mu.rate: without an SFT pass mu has no gradient"
+            )
         if not self.low <= self.initial <= self.high:
             raise ValueError(
-                f"mu.initial must lie in [mu.low, mu.high] = [{self.low}, {self.high}], got {self.initial}"
+                f"method.mu.initial must lie in [low, high] = [{self.low}, {self.high}], got {self.initial}"
             )
 
     def value(self, now: ScheduleInput) -> float:
@@ -373,16 +381,16 @@ def _draw(seed: int, step: int) -> float:
 def _in_unit_interval(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"mu.{name} must lie in [0, 1], got {value}")
+            raise ValueError(f"method.mu.{name} must lie in [0, 1], got {value}")
 
 
 def _counts(**values: int) -> None:
     for name, value in values.items():
         if value < 0:
-            raise ValueError(f"mu.{name} must be >= 0, got {value}")
+            raise ValueError(f"method.mu.{name} must be >= 0, got {value}")
 
 
 def _finite(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise ValueError(f"mu.{name} must be a finite number, got {value}")
+            raise ValueError(f"method.mu.{name} must be a finite number, got {value}")

@@ -33,14 +33,10 @@ def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[st
     fields = dataclasses.fields(kind)
     for field in sorted(fields, key=lambda field: field.name != chosen_by):
         inner = hints[field.name]
-        if not field.metadata.get("rest"):
-            yield from _comment(docs.get(field.name, ""), indent)
-            yield from _comment(_doc(members(inner)[0]) if len(members(inner)) == 1 else "", indent)
+        yield from _comment(docs.get(field.name, ""), indent)
+        yield from _comment(_doc(members(inner)[0]) if len(members(inner)) == 1 else "", indent)
         if field.name == chosen_by:
             yield f"{margin}{field.name}: {_type_name(inner)}"
-        elif field.metadata.get("rest"):
-            yield from _comment(f"{field.name}: {docs.get(field.name, '')}", indent)
-            yield f"{margin}...: {_type_name(typing.get_args(inner)[1])}"
         elif members(inner):
             yield from _sub_block(field, inner, indent)
         else:
@@ -55,6 +51,7 @@ def _sub_block(field: dataclasses.Field[Any], kind: Any, indent: int) -> Iterato
         notes.append("or one of these blocks" if len(blocks) > 1 else "or this block")
     elif len(blocks) > 1:
         notes.append("one of these blocks")
+        notes.append(f"default: {getattr(field.default_factory(), str(key))}")  # type: ignore[misc]
     if key:
         notes.append(f"a value in place of the block is its {key}")
     note = f"  # {'; '.join(notes)}" if notes else ""

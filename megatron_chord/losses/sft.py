@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chord.config import (
-    EntropyNormWeight,
-    EntropyTopWeight,
-    MarginWeight,
-    TokenWeight,
-)
+from megatron_chord.config_methods import EntropyNormWeight, EntropyTopWeight, MarginWeight, TokenWeight
 from megatron_chord.losses.terms import AcrossRanks, Prepare, Term, TermOutput, TermTokens, TokenStats
 
 WeightFunction = Callable[[Tensor, TokenStats, TermTokens, Any], Tensor]
@@ -45,7 +40,7 @@ TOKEN_WEIGHTS: dict[str, WeightFunction] = {
     "entropy_norm": lambda p, stats, tokens, weight: tokens["entropy_weight"],
     "margin": _margin,
 }
-"""By the kind in ``objective.token_weight``; their settings and meaning stand in ``config``."""
+"""By the kind in ``method.token_weight``; ``config_methods`` has their settings and meaning."""
 
 
 def sft_loss(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.config import Aggregation
+from megatron_chord.config_methods import Aggregation
 
 
 class TokenStats(NamedTuple):

@@ -1,10 +1,10 @@
 """What a method is: how it mixes data, and the terms of its objective.
 
-A method is a frozen dataclass whose fields are its YAML settings. The loop calls it in this order, every step:
+A method is a frozen dataclass that holds its settings (``config_methods``). Every step, the loop calls in this order:
 
     needs_rollouts_at   on every rank: will this step ask the rollout engine for anything?
-    collect      on the coordinator: context, sample, grade -> samples, each with its parts, and the terms' weights
-    terms        the losses; they run on every rank of the last pipeline stage
+    collect             on the coordinator: draw, sample, grade -> samples with their parts, and the terms' weights
+    terms               the losses; they run on every rank of the last pipeline stage
 
 ``methods.table`` lists them; docs/methods.md shows how to add one.
 """
@@ -12,7 +12,7 @@ A method is a frozen dataclass whose fields are its YAML settings. The loop call
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
@@ -43,15 +43,17 @@ class Collected:
 class Method:
     """Base of the methods."""
 
-    name: ClassVar[str]
+    settings: Any
+    """The block ``method`` of the run; each method narrows the type."""
+
     needs_demonstrations: ClassVar[bool] = False
     """Every prompt must have its own demonstration (``data.aligned``)."""
-    uses_sft_settings: ClassVar[bool] = False
-    """``objective.token_weight``, ``sft_cutoff`` and ``sft_aggregation`` mean something to it."""
-    uses_sft_temperature: ClassVar[bool] = False
-    """So does ``objective.sft_temperature``: it has an SFT branch."""
     draws_demonstrations: ClassVar[bool] = False
     """It trains on ``batch.demonstrations`` demonstrations a step; others take those of their prompts, if any."""
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
 
     def schedule(self, run: RunConfig) -> MuSchedule | None:
         """The schedule of mu, for methods that mix by it."""
@@ -74,19 +76,6 @@ class Method:
     def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
         """Whether a step asks the rollout engine for anything; the same on every rank."""
         return True
-
-    def describe(self, run: RunConfig) -> str:
-        """The method and its settings in one line."""
-        schedule = self.schedule(run)
-        parts = [f"{field.name} {getattr(self, field.name)}" for field in fields(self)]
-        if schedule is not None:
-            settings = [
-                f"{field.name} {getattr(schedule, field.name)}"
-                for field in fields(schedule)
-                if field.name != "schedule" and getattr(schedule, field.name) != field.default
-            ]
-            parts.append(f"mu {schedule.schedule} ({', '.join(settings)})")
-        return ", ".join([self.name, *parts])
 
     def max_sampling_rounds(self, run: RunConfig) -> int:
         """How often a step may ask the rollout engine in turn; for its deadline."""

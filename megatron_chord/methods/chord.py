@@ -9,41 +9,41 @@ and SASR are this method with other settings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import RunConfig, SimpleWeight, TokenWeight
+from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import ChordConfig
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
 from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
 from megatron_chord.records import Demonstration, Part, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.schedules import Constant, MuSchedule, ScheduleInput
+from megatron_chord.schedules import MuSchedule, ScheduleInput
 
 SFT = "sft"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chord(Method):
-    name: ClassVar[str] = "chord"
-    uses_sft_settings: ClassVar[bool] = True
-    uses_sft_temperature: ClassVar[bool] = True
+    settings: ChordConfig = field(default_factory=ChordConfig)
+
     draws_demonstrations: ClassVar[bool] = True
 
     def schedule(self, run: RunConfig) -> MuSchedule:
-        return run.objective.mu or Constant()
+        return self.settings.mu
 
     def check(self, run: RunConfig) -> None:
         low, high = self.schedule(run).bounds()
         if high > 0 and run.data.demonstrations is None:
-            raise ValueError("mu can be above 0 but data.demonstrations is not given")
+            raise ValueError("method.mu can be above 0 but data.demonstrations is not given")
         if high > 0 and run.batch.demonstrations == 0:
-            raise ValueError("mu can be above 0 but batch.demonstrations is 0")
+            raise ValueError("method.mu can be above 0 but batch.demonstrations is 0")
         if low < 1 and run.batch.prompts == 0:
-            raise ValueError("mu can be below 1 but batch.prompts is 0")
+            raise ValueError("method.mu can be below 1 but batch.prompts is 0")
         if low == 1 and run.objective.kl is not None:
             raise ValueError(
                 "objective.kl belongs to the policy branch, but mu is 1 throughout; leave it out"
@@ -51,11 +51,11 @@ class Chord(Method):
         if self.schedule(run).needs_mu_gradient:
             if run.parallel.distributed_optimizer:
                 raise ValueError(
-                    "mu.rate needs whole gradients on every rank: set parallel.distributed_optimizer: false"
+                    "method.mu.rate needs whole gradients on every rank: set parallel.distributed_optimizer: false"
                 )
             if run.batch.mini_batches * run.batch.epochs > 1:
                 raise ValueError(
-                    "mu.rate measures one update a step: batch.mini_batches and batch.epochs must be 1"
+                    "method.mu.rate measures one update a step: batch.mini_batches and batch.epochs must be 1"
                 )
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= run.steps - step:
@@ -68,9 +68,6 @@ class Chord(Method):
                 f"data.aligned: batch.demonstrations {run.batch.demonstrations} are the demonstrations of the step's "
                 f"batch.prompts {run.batch.prompts}, so there cannot be more of them"
             )
-
-    def describe(self, run: RunConfig) -> str:
-        return f"{super().describe(run)}, token weight {token_weight(run).kind}"
 
     def uses_rollouts(self, run: RunConfig) -> bool:
         schedule = self.schedule(run)
@@ -112,21 +109,16 @@ class Chord(Method):
         return Collected(samples=samples, weights={POLICY: 1 - mu, SFT: mu}, mu=mu, stats=stats)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        objective = run.objective
         return {
             POLICY: policy_term(run),
             SFT: sft_term(
-                weight=token_weight(run),
-                cutoff=objective.sft_cutoff,
-                temperature=objective.sft_temperature,
-                aggregation=objective.sft_aggregation,
+                weight=self.settings.token_weight,
+                cutoff=self.settings.cutoff,
+                temperature=self.settings.sft_temperature,
+                aggregation=self.settings.aggregation,
                 aggregation_length=aggregation_length(run),
             ),
         }
-
-
-def token_weight(run: RunConfig) -> TokenWeight:
-    return run.objective.token_weight or SimpleWeight(kind="phi")
 
 
 def sft_samples(demonstrations: Sequence[Demonstration]) -> list[TrainSample]:

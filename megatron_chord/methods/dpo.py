@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import DPOConfig
 from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
@@ -41,40 +42,32 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedDPO(Method):
-    name: ClassVar[str] = "dpo"
+    settings: DPOConfig = field(default_factory=DPOConfig)
+
     needs_demonstrations: ClassVar[bool] = True
 
-    beta: float = 0.1
-    """Strength of the pull towards the reference."""
-    offpolicy_share: float = 0.5
-    """Of prompts whose pair is off-policy."""
-
     def check(self, run: RunConfig) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"method.beta must be > 0, got {self.beta}")
-        if not 0 <= self.offpolicy_share <= 1:
-            raise ValueError(f"method.offpolicy_share must lie in [0, 1], got {self.offpolicy_share}")
         if run.batch.mini_batches > 1 or run.batch.epochs > 1:
             raise ValueError(
                 "method dpo takes one update per step: a pair's gradient is worked out with the weights before it, and "
                 f"batch.mini_batches {run.batch.mini_batches} x batch.epochs {run.batch.epochs} would move them"
             )
-        if run.batch.sampling_attempts > 1 and self.offpolicy_share > 0:
+        if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(
                 "batch.sampling_attempts above 1 replaces groups of equal rewards, which off-policy pairs are made of; "
                 "leave it out, or set method.offpolicy_share: 0"
             )
         default = type(run.objective)()
-        for field in fields(default):
-            if getattr(run.objective, field.name) != getattr(default, field.name):
+        for name in (setting.name for setting in fields(default)):
+            if getattr(run.objective, name) != getattr(default, name):
                 raise ValueError(
-                    f"objective.{field.name}: method dpo does not use it (its loss is -log sigma of a pair's margin, "
+                    f"objective.{name}: method dpo does not use it (its loss is -log sigma of a pair's margin, "
                     "without ratio, advantage or other penalty); leave it out"
                 )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         sampled = sample_groups(context, run)
-        off = [is_offpolicy(item.position, self.offpolicy_share) for item in sampled.drawn]
+        off = [is_offpolicy(item.position, self.settings.offpolicy_share) for item in sampled.drawn]
         asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
         graded = iter(context.graded_demonstrations(asked) if asked else [])
         pairs = [
@@ -94,7 +87,7 @@ class MixedDPO(Method):
         )
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        return {DPO: dpo_term(beta=self.beta, max_pairs=run.batch.prompts)}
+        return {DPO: dpo_term(beta=self.settings.beta, max_pairs=run.batch.prompts)}
 
 
 def is_offpolicy(position: int, share: float) -> bool:

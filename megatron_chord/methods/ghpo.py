@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import GHPOConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
@@ -48,34 +49,17 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class GHPO(Method):
-    name: ClassVar[str] = "ghpo"
+    settings: GHPOConfig = field(default_factory=GHPOConfig)
+
     needs_demonstrations: ClassVar[bool] = True
 
-    stages: int = 3
-    """How often an all-wrong prompt is sampled anew, each time with a longer hint."""
-    stage_share: float = 0.25
-    """By how much of the solution the hint grows with each stage."""
-    start_step: int = 0
-    """No hints before this step (the paper's cold start: 20)."""
-    wrong_at_most: float = 0.0
-    """A rollout is wrong whose score is no higher."""
-    cue: str = "A correct solution begins as follows. Use it to solve the problem:"
-    """Stands between the problem and the hint, on a line of its own."""
-
     def max_sampling_rounds(self, run: RunConfig) -> int:
-        return 1 + self.stages
+        return 1 + self.settings.stages
 
     def check(self, run: RunConfig) -> None:
-        if self.stages < 1:
-            raise ValueError(f"method.stages must be >= 1 (without hints it is GRPO), got {self.stages}")
-        if not 0 < self.stage_share * self.stages < 1:
+        if self.settings.start_step >= run.steps:
             raise ValueError(
-                f"method.stages {self.stages} x method.stage_share {self.stage_share} must lie in (0, 1): the last "
-                "hint must leave something to solve"
-            )
-        if not 0 <= self.start_step < run.steps:
-            raise ValueError(
-                f"method.start_step {self.start_step} must lie in [0, {run.steps}), the run's steps"
+                f"method.start_step {self.settings.start_step} must be below the run's steps, {run.steps}"
             )
         if run.batch.sampling_attempts > 1:
             raise ValueError(
@@ -87,7 +71,9 @@ class GHPO(Method):
         sampled = context.groups(run.batch.prompts, samples=run.batch.rollouts)
         trials = [Trial(drawn=item, graded=answers) for item, answers in sampled]
         first = [group for _, answers in sampled if (group := make_group(answers)) is not None]
-        for stage in range(1, self.stages + 1 if context.now.step >= self.start_step else 1):
+        for stage in range(
+            1, self.settings.stages + 1 if context.now.step >= self.settings.start_step else 1
+        ):
             trials = self._next_stage(trials, stage, context, run)
         pairs = whole_groups([trial.graded for trial in trials], step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
@@ -104,13 +90,13 @@ class GHPO(Method):
         self, trials: Sequence[Trial], stage: int, context: StepContext, run: RunConfig
     ) -> list[Trial]:
         """The trials after those that are still all wrong were sampled again with this stage's hint."""
-        share, limit = stage * self.stage_share, run.data.max_prompt_tokens
+        share, limit = stage * self.settings.stage_share, run.data.max_prompt_tokens
         asked: dict[int, DrawnPrompt] = {}
         after = list(trials)
-        for index in hopeless(trials, wrong_at_most=self.wrong_at_most):
+        for index in hopeless(trials, wrong_at_most=self.settings.wrong_at_most):
             prompt = trials[index].drawn.prompt
             hint = beginning(context.template.decode(context.demonstration(prompt)), share)
-            harder = hinted(prompt, hint, cue=self.cue, template=context.template)
+            harder = hinted(prompt, hint, cue=self.settings.cue, template=context.template)
             if len(harder.token_ids) > limit:
                 after[index] = replace(trials[index], refused=True)
             else:

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import RunConfig, SimpleWeight
+from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import HPTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, policy_term
@@ -40,19 +41,11 @@ from megatron_chord.sampling.rounds import GradedRollouts
 
 @dataclass(frozen=True, kw_only=True)
 class HPT(Method):
-    name: ClassVar[str] = "hpt"
-    needs_demonstrations: ClassVar[bool] = True
-    uses_sft_temperature: ClassVar[bool] = True
+    settings: HPTConfig = field(default_factory=HPTConfig)
 
-    gate: float = 0.0
-    """Prompts whose rollouts score no more than this on average are trained by SFT."""
-    sft_coefficient: float = 1.0
+    needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if not 0 <= self.gate < 1:
-            raise ValueError(f"method.gate must lie in [0, 1), got {self.gate}")
-        if self.sft_coefficient <= 0:
-            raise ValueError(f"method.sft_coefficient must be > 0, got {self.sft_coefficient}")
         if run.batch.sampling_attempts > 1:
             raise ValueError(
                 "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method hpt trains "
@@ -63,7 +56,7 @@ class HPT(Method):
         graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
         pairs = whole_groups(graded, step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
-        imitates = [mean_score(item) <= self.gate for item, _ in pairs]
+        imitates = [mean_score(item) <= self.settings.gate for item, _ in pairs]
         explored = [group for group, sft in zip(groups, imitates, strict=True) if not sft]
         imitated = [group.prompt for group, sft in zip(groups, imitates, strict=True) if sft]
         samples = policy_samples(explored, run.objective)
@@ -80,10 +73,10 @@ class HPT(Method):
     def weights(self, imitates: Sequence[bool]) -> dict[str, float]:
         """Of the two terms; ``imitates``: of every prompt, whether it is trained by SFT."""
         share = statistics.fmean(imitates)
-        return {POLICY: 1 - share, SFT: self.sft_coefficient * share}
+        return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        demonstration = sft_term(weight=SimpleWeight(kind="one"), temperature=run.objective.sft_temperature)
+        demonstration = sft_term(weight=SimpleWeight(kind="one"), temperature=self.settings.sft_temperature)
         return {POLICY: policy_term(run), SFT: demonstration}
 
 

@@ -10,10 +10,11 @@ Z is one denominator for both, by ``objective.aggregation``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import LuffyConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.demonstration import DEMONSTRATION, collect_mixed
@@ -23,24 +24,16 @@ from megatron_chord.sampling.context import StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class Luffy(Method):
-    name: ClassVar[str] = "luffy"
+    settings: LuffyConfig = field(default_factory=LuffyConfig)
+
     needs_demonstrations: ClassVar[bool] = True
-
-    gamma: float = 0.1
-    """Of the shaping: the smaller, the more rare tokens count."""
-    shaping: bool = True
-    """False: f(x) = x."""
-
-    def check(self, run: RunConfig) -> None:
-        if not self.gamma > 0:
-            raise ValueError(f"method.gamma must be > 0, got {self.gamma}")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         return collect_mixed(context, run)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-            return shaped_loss(stats, tokens, gamma=self.gamma if self.shaping else None)
+            return shaped_loss(stats, tokens, gamma=self.settings.gamma if self.settings.shaping else None)
 
         return {POLICY: policy_term(run), DEMONSTRATION: averaged_term(run, loss, pool=POLICY)}
 

@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config_methods import PrefixRFTConfig
 from megatron_chord.losses.policy import group_advantages, surrogate
 from megatron_chord.losses.sft import most_uncertain
 from megatron_chord.losses.terms import Prepare, Term, TermOutput, TermTokens, TokenStats
@@ -44,64 +45,49 @@ PREFIX = "prefix"
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixRFT(Method):
-    name: ClassVar[str] = "prefix_rft"
-    needs_demonstrations: ClassVar[bool] = True
+    settings: PrefixRFTConfig = field(default_factory=PrefixRFTConfig)
 
-    hybrids: int = 1
-    """Of each prompt's batch.rollouts answers, so many begin with the demonstration."""
-    high: float = 0.95
-    """Longest prefix, as a share of the demonstration."""
-    low_start: float = 0.95
-    low_end: float = 0.05
-    """Shortest prefix, at the first step and from step `decay_steps` on."""
-    decay_steps: int = 0
-    """0: the run's steps."""
-    entropy_share: float = 0.2
-    """Of an update's prefix tokens, those that are trained."""
+    needs_demonstrations: ClassVar[bool] = True
 
     def max_sampling_rounds(self, run: RunConfig) -> int:
         return super().max_sampling_rounds(run) + 1
 
     def check(self, run: RunConfig) -> None:
-        if not 0 <= self.low_end <= self.low_start <= self.high < 1:
+        if run.batch.rollouts - self.settings.hybrids < 2:
             raise ValueError(
-                "method prefix_rft needs 0 <= low_end <= low_start <= high < 1 (a whole demonstration leaves nothing "
-                f"to sample), got low_end {self.low_end}, low_start {self.low_start} and high {self.high}"
-            )
-        if not 0 < self.entropy_share <= 1:
-            raise ValueError(f"method.entropy_share must lie in (0, 1], got {self.entropy_share}")
-        if self.decay_steps < 0:
-            raise ValueError(f"method.decay_steps must be >= 0, got {self.decay_steps}")
-        if self.hybrids < 1:
-            raise ValueError(f"method.hybrids must be >= 1 (without hybrids it is GRPO), got {self.hybrids}")
-        if run.batch.rollouts - self.hybrids < 2:
-            raise ValueError(
-                f"batch.rollouts {run.batch.rollouts} less method.hybrids {self.hybrids} leaves a group of "
-                f"{run.batch.rollouts - self.hybrids} unprefixed rollouts; it needs 2"
+                f"batch.rollouts {run.batch.rollouts} less method.hybrids {self.settings.hybrids} leaves a group of "
+                f"{run.batch.rollouts - self.settings.hybrids} unprefixed rollouts; it needs 2"
             )
 
     def lowest_share(self, now: ScheduleInput, run: RunConfig) -> float:
         """The least share of its demonstration that a prompt's hybrids may begin with at this step."""
         decay = WarmupCosine(
-            peak=self.low_start, valley=self.low_end, decay_steps=self.decay_steps or run.steps
+            peak=self.settings.low_start,
+            valley=self.settings.low_end,
+            decay_steps=self.settings.decay_steps or run.steps,
         )
         return decay.value(now)
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         lowest = self.lowest_share(context.now, run)
-        unprefixed = replace(run, batch=replace(run.batch, rollouts=run.batch.rollouts - self.hybrids))
+        unprefixed = replace(
+            run, batch=replace(run.batch, rollouts=run.batch.rollouts - self.settings.hybrids)
+        )
         sampled = sample_groups(context, unprefixed)
         demonstrations = [context.demonstration(item.prompt) for item in sampled.drawn]
-        shares = [prefix_share(run.seed, item.position, low=lowest, high=self.high) for item in sampled.drawn]
+        shares = [
+            prefix_share(run.seed, item.position, low=lowest, high=self.settings.high)
+            for item in sampled.drawn
+        ]
         hybrids = context.rollouts(
             sampled.drawn,
-            samples=self.hybrids,
+            samples=self.settings.hybrids,
             attempt="hybrid",
             prefixes=[prefix_of(*pair) for pair in zip(demonstrations, shares, strict=True)],
         )
         samples = policy_samples(sampled.groups, run.objective)
         samples += hybrid_samples(
-            hybrids, sampled.groups, hybrids_per_prompt=self.hybrids, objective=run.objective
+            hybrids, sampled.groups, hybrids_per_prompt=self.settings.hybrids, objective=run.objective
         )
         stats = {"prefix_low": lowest, **hybrid_stats(hybrids, [len(answer) for answer in demonstrations])}
         return Collected(
@@ -118,7 +104,7 @@ class PrefixRFT(Method):
                 lambda stats, tokens: prefix_loss(stats, tokens, objective),
                 pool=POLICY,
                 scored=scored,
-                prepare=keep_most_uncertain(self.entropy_share),
+                prepare=keep_most_uncertain(self.settings.entropy_share),
             ),
         }
 

@@ -18,13 +18,14 @@ that change during the run. ``objective.kl`` is the KL to the initial policy, on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config_methods import ReMixConfig
 from megatron_chord.losses.policy import MAX_LOG_RATIO, with_penalties
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, policy_term
@@ -51,23 +52,10 @@ Remembered = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ReMix(Method):
-    name: ClassVar[str] = "remix"
-
-    stale_share: float = 0.4
-    """Probability of each group of a batch to be a stale one; the paper's p."""
-    lag: int = 2
-    """How many steps back a policy may lie; the paper's N. So many steps' rollouts are remembered."""
-    mix_steps: int = 50
-    """Steps of the first stage; the paper's T."""
+    settings: ReMixConfig = field(default_factory=ReMixConfig)
 
     def check(self, run: RunConfig) -> None:
         objective = run.objective
-        if not 0 <= self.stale_share <= 1:
-            raise ValueError(f"method.stale_share must lie in [0, 1], got {self.stale_share}")
-        if self.lag < 1:
-            raise ValueError(f"method.lag must be >= 1, got {self.lag}")
-        if self.mix_steps < 0:
-            raise ValueError(f"method.mix_steps must be >= 0, got {self.mix_steps}")
         if run.rollout.lag > 0:
             raise ValueError(
                 f"rollout.lag {run.rollout.lag}: method remix mixes rollouts of older weights itself, with fresh ones "
@@ -88,7 +76,11 @@ class ReMix(Method):
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         step, count = context.now.step, run.batch.prompts
         memory: Sequence[Remembered] = context.memory or []
-        wanted = num_stale(run.seed, step, count, self.stale_share) if step < self.mix_steps else 0
+        wanted = (
+            num_stale(run.seed, step, count, self.settings.stale_share)
+            if step < self.settings.mix_steps
+            else 0
+        )
         stale = choose_stale(memory, run.seed, step, wanted)
         groups: Sequence[RolloutGroup] = []
         stats: dict[str, Any] = {}
@@ -96,12 +88,12 @@ class ReMix(Method):
             fresh = replace(run, batch=replace(run.batch, prompts=count - len(stale)))
             sampled = sample_groups(context, fresh)
             groups, stats = sampled.groups, dict(sampled.stats)
-        will_mix = step + 1 < self.mix_steps
+        will_mix = step + 1 < self.settings.mix_steps
         return Collected(
             samples=policy_samples(groups, run.objective) + stale_samples(stale, step),
             weights={POLICY: 1.0, STALE: 1.0},
             stats={**stats, "stale_groups": len(stale)},
-            memory=remember(memory, groups, step, self.lag, run.objective) if will_mix else None,
+            memory=remember(memory, groups, step, self.settings.lag, run.objective) if will_mix else None,
         )
 
     def terms(self, run: RunConfig) -> dict[str, Term]:

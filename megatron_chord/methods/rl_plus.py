@@ -11,10 +11,11 @@ A is over rollouts and demonstration together. Z is one denominator for both, by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import RLPlusConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.demonstration import DEMONSTRATION, collect_mixed
@@ -24,22 +25,16 @@ from megatron_chord.sampling.context import StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class RLPlus(Method):
-    name: ClassVar[str] = "rl_plus"
+    settings: RLPlusConfig = field(default_factory=RLPlusConfig)
+
     needs_demonstrations: ClassVar[bool] = True
-
-    gamma: float = 0.5
-    """Of A_c: the larger, the less is made of tokens that the policy knows already."""
-
-    def check(self, run: RunConfig) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"method.gamma must be >= 0, got {self.gamma}")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         return collect_mixed(context, run)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-            return mixture_loss(stats, tokens, gamma=self.gamma, ratio_from=run.objective.ratio_from)
+            return mixture_loss(stats, tokens, gamma=self.settings.gamma, ratio_from=run.objective.ratio_from)
 
         scored = {"old_logprob"} if run.objective.ratio_from == "recomputed" else set[str]()
         demonstration = averaged_term(run, loss, pool=POLICY, scored=scored)

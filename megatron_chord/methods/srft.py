@@ -15,12 +15,13 @@ LUFFY's shaping, which is not in the publication; neither is here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config_methods import SRFTConfig
 from megatron_chord.losses.policy import comparison, logprob_gap_stats
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term
@@ -49,19 +50,11 @@ UNUSED = (
 
 @dataclass(frozen=True, kw_only=True)
 class SRFT(Method):
-    name: ClassVar[str] = "srft"
+    settings: SRFTConfig = field(default_factory=SRFTConfig)
+
     needs_demonstrations: ClassVar[bool] = True
 
-    sft_coefficient: float = 0.5
-    rl_coefficient: float = 0.1
-    """Of right rollouts."""
-    positive_reward: float = 0.5
-    """Rollouts whose reward is above this are right."""
-
     def check(self, run: RunConfig) -> None:
-        for name in ("sft_coefficient", "rl_coefficient"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"method.{name} must be >= 0, got {getattr(self, name)}")
         if run.rollout.lag > 0:
             raise ValueError(
                 f"rollout.lag {run.rollout.lag}: method srft pushes rollouts without a ratio, so nothing corrects for "
@@ -84,7 +77,7 @@ class SRFT(Method):
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         guided = sample_guided(context, run)
         trained = trained_groups(guided.groups, run.objective)
-        own = signed_samples(trained, run.objective, positive_reward=self.positive_reward)
+        own = signed_samples(trained, run.objective, positive_reward=self.settings.positive_reward)
         return Collected(
             samples=own + demonstration_samples(trained),
             weights={POLICY: 1.0, DEMONSTRATION: 1.0},
@@ -93,10 +86,10 @@ class SRFT(Method):
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         def of_rollouts(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-            return signed_loss(stats, tokens, coefficient=self.rl_coefficient)
+            return signed_loss(stats, tokens, coefficient=self.settings.rl_coefficient)
 
         def of_demonstrations(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-            return imitation_loss(stats, tokens, coefficient=self.sft_coefficient)
+            return imitation_loss(stats, tokens, coefficient=self.settings.sft_coefficient)
 
         return {
             POLICY: averaged_term(run, of_rollouts, pool=POLICY),

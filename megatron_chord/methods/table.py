@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Iterator
-from typing import Any, get_type_hints
 
-from megatron_chord.config import MethodConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import MethodConfig
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.chord import Chord
 from megatron_chord.methods.dpo import MixedDPO
@@ -20,7 +18,15 @@ from megatron_chord.methods.rl_plus import RLPlus
 from megatron_chord.methods.srft import SRFT
 
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (Chord, Luffy, RLPlus, SRFT, MixedDPO, ReMix, PrefixRFT, GHPO, HPT)
+    "chord": Chord,
+    "luffy": Luffy,
+    "rl_plus": RLPlus,
+    "srft": SRFT,
+    "dpo": MixedDPO,
+    "remix": ReMix,
+    "prefix_rft": PrefixRFT,
+    "ghpo": GHPO,
+    "hpt": HPT,
 }
 
 
@@ -28,42 +34,16 @@ def method_of(run: RunConfig) -> Method:
     """The run's method with its settings, checked against the rest of the run.
 
     Raises:
-        ValueError: an unknown method or setting, or settings that do not go together.
+        ValueError: settings that do not go together.
     """
     method = build(run.method)
     _check(method, run)
     return method
 
 
-def build(config: MethodConfig) -> Method:
-    """The method with its own settings, unchecked against the rest of a run. ValueError as for ``method_of``."""
-    kind = METHODS.get(config.name)
-    if kind is None:
-        raise ValueError(
-            f"method: {config.name!r} is none of {', '.join(METHODS)}{_near(config.name, METHODS)}"
-        )
-    fields = {field.name: get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
-    for name in config.settings:
-        if name not in fields:
-            known = f"its settings are {', '.join(fields)}" if fields else "it has no settings"
-            raise ValueError(f"method.{name}: unknown to {config.name}; {known}{_near(name, fields)}")
-    values = {name: _typed(value, fields[name], name) for name, value in config.settings.items()}
-    missing = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.name not in values
-    ]
-    if missing:
-        raise ValueError(f"method {config.name} needs {', '.join(f'method.{name}' for name in missing)}")
-    return kind(**values)
-
-
-def _typed(value: Any, kind: type, name: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"method.{name}: expected {kind.__name__}, got {value!r}")
-    return value
+def build(settings: MethodConfig) -> Method:
+    """The method with its own settings, unchecked against the rest of a run."""
+    return METHODS[settings.name](settings=settings)
 
 
 def _check(method: Method, run: RunConfig) -> None:
@@ -77,21 +57,7 @@ def _check(method: Method, run: RunConfig) -> None:
 
 def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
     """(broken, reason)"""
-    objective, batch, default = run.objective, run.batch, ObjectiveConfig()
-    yield (
-        method.schedule(run) is None and objective.mu is not None,
-        f"objective.mu: method {method.name} does not mix by mu; leave it out",
-    )
-    for name, is_used in {
-        "token_weight": method.uses_sft_settings,
-        "sft_cutoff": method.uses_sft_settings,
-        "sft_aggregation": method.uses_sft_settings,
-        "sft_temperature": method.uses_sft_temperature,
-    }.items():
-        yield (
-            not is_used and getattr(objective, name) != getattr(default, name),
-            f"objective.{name}: method {method.name} does not use it; leave it out",
-        )
+    objective, batch = run.objective, run.batch
     yield (
         objective.ratio_from == "current"
         and objective.surrogate != "unclipped"
@@ -138,7 +104,7 @@ def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, st
     lag, schedule = run.rollout.lag, method.schedule(run)
     yield (
         lag > 0 and schedule is not None and schedule.needs_last_step,
-        f"rollout.lag {lag}: objective.mu {schedule and schedule.schedule!r} is known only after the step before, when "
+        f"rollout.lag {lag}: method.mu {schedule and schedule.schedule!r} is known only after the step before, when "
         "a step's rollouts have been sampled already; leave it at 0, or choose another schedule",
     )
     yield (
@@ -150,8 +116,3 @@ def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, st
         extra > 0 and not method.uses_rollouts(run),
         f"rollout.extra_prompts {extra}: this run samples nothing; leave it at 0",
     )
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

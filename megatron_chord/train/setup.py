@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
 from megatron_chord.data.cursor import Cursor, fingerprint
@@ -189,7 +190,13 @@ def plan_lines(
     )
     if run.precision is not None:
         say(f"precision   {run.precision}: {_precision_text(run, shape, data)}")
-    say(f"method      {method.describe(run)}")
+    say(f"method      {one_line(run.method)}")
+    say(f"objective   {one_line(run.objective)}")
+    say(f"optimizer   {one_line(run.optim)}")
+    if method.uses_rollouts(run):
+        say(f"reward      {one_line(run.reward)}")
+        limit = run.data.max_response_tokens
+        say(f"sampling    temperature {run.rollout.temperature}, answers of at most {limit} tokens")
     say(
         f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
         f"micro-batches of at most {batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, SimpleWeight
+from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.families.table import read_shape
 from megatron_chord.train.checkpoint import step_of
 from megatron_chord.train.export import export_policy

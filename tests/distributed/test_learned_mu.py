@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chord.config import SimpleWeight
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.methods.chord import Chord

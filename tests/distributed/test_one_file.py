@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_chord.config import SimpleWeight
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.records import TrainSample
 from megatron_chord.schedules import ScheduleInput, WarmupCosine

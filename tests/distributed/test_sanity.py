@@ -245,7 +245,7 @@ def test_a_run_of_broken_weights_ends_with_a_message(tmp_path: Path) -> None:
         "max_prompt_tokens": 64,
         "max_response_tokens": 12,
     }
-    config = make_task(tmp_path, data=data, objective={"mu": {"peak": 1.0}}, steps=2)
+    config = make_task(tmp_path, data=data, method={"mu": {"peak": 1.0}}, steps=2)
     path = tmp_path / "policy" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan

@@ -8,16 +8,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megatron_chord.config import (
+from megatron_chord.config import CorrectionConfig, KLConfig, ModelConfig
+from megatron_chord.config_methods import (
     BernoulliEntropyWeight,
     ClippedISWeight,
-    CorrectionConfig,
     EntropyNormWeight,
     EntropyTopWeight,
     FocalWeight,
-    KLConfig,
     MarginWeight,
-    ModelConfig,
     PowerWeight,
     SimpleWeight,
 )
@@ -40,10 +38,10 @@ def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
     terms = {
         "policy": policy_term(run.objective, length=CONSTANT_LENGTH),
         "sft": sft_term(
-            run.objective.token_weight or SimpleWeight(kind="phi"),
-            cutoff=run.objective.sft_cutoff,
-            aggregation=run.objective.sft_aggregation,
-            temperature=run.objective.sft_temperature,
+            run.method.token_weight,
+            cutoff=run.method.cutoff,
+            aggregation=run.method.aggregation,
+            temperature=run.method.sft_temperature,
             length=CONSTANT_LENGTH,
         ),
     }
@@ -89,9 +87,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gspo, dual clip": {"surrogate": "gspo", "dual_clip": 1.5},
     "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.28},
     "unclipped": {"surrogate": "unclipped", "ratio_from": "current"},
-    "sequence_mean": {"aggregation": "sequence_mean", "sft_aggregation": "sequence_mean"},
-    "sequence_sum": {"aggregation": "sequence_sum", "sft_aggregation": "sequence_sum"},
-    "constant": {"aggregation": "constant", "sft_aggregation": "constant"},
+    "sequence_mean": {"aggregation": "sequence_mean", "settings": {"aggregation": "sequence_mean"}},
+    "sequence_sum": {"aggregation": "sequence_sum", "settings": {"aggregation": "sequence_sum"}},
+    "constant": {"aggregation": "constant", "settings": {"aggregation": "constant"}},
     "recomputed": {"ratio_from": "recomputed", "entropy_bonus": 0.02},
     **{
         f"correction {level} {mode}": {
@@ -121,7 +119,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "entropy norm": {"sft_weight": EntropyNormWeight()},
     "margin": {"sft_weight": MarginWeight()},
     "gaussian margin": {"sft_weight": MarginWeight(width=0.1)},
-    "cutoff": {"sft_cutoff": 0.01},
+    "cutoff": {"cutoff": 0.01},
 }
 SPREAD: dict[int, dict[str, dict[str, Any]]] = {
     2: {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "cp2": {"context": 2}},

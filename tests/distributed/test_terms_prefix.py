@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from megatron_chord.config_methods import HPTConfig
 from megatron_chord.methods.hpt import HPT
 from megatron_chord.methods.prefix_rft import hybrid_sample
 from megatron_chord.records import Prompt, Rollout, TrainSample
@@ -104,7 +105,7 @@ def hpt(model: Path) -> Any:
     """7 prompts, 2 of them by SFT: 5/7 of the mean over rollouts' tokens, 0.5 x 2/7 of that over demonstrations'."""
     run = tiny_run(model, method="hpt", settings={"sft_coefficient": 0.5}, temperature=0.8)
     samples = make_samples(num_policy=10, num_sft=2, seed=4)
-    weights = HPT(sft_coefficient=0.5).weights([False] * 5 + [True] * 2)
+    weights = HPT(settings=HPTConfig(sft_coefficient=0.5)).weights([False] * 5 + [True] * 2)
     nll = OracleTerm(
         loss=lambda token, *_: -token.logp,
         pool="demonstrations",

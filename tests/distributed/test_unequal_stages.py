@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import SimpleWeight
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.convert.directions import to_hf, to_megatron
 from megatron_chord.convert.sources import open_source
 from tests.distributed.splits import assert_split_invariant

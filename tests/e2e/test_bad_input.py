@@ -37,7 +37,7 @@ def test_a_good_file_passes(task: Path) -> None:
         ("batch.rollout=4", "unknown setting 'batch.rollout'; did you mean batch.rollouts?"),
         ("parallel.tensor=3", "2 attention heads / tensor 3"),
         ("method=lufy", "did you mean 'luffy'?"),
-        ("objective.mu=linea", "did you mean linear?"),
+        ("method.mu=linea", "did you mean linear?"),
         ("parallel.pipeline=4", "2 layers / (pipeline 4 x virtual_pipeline 1)"),
         ("data.max_response_tokens=500", "is beyond the model's 256 positions"),
         ("data.prompts=nowhere.jsonl", "data.prompts: nowhere.jsonl does not exist"),

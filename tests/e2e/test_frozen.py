@@ -47,7 +47,7 @@ def write_config(folder: Path) -> Path:
         },
         "parallel": {"ranks": 2},
         "batch": {"prompts": 2, "rollouts": 2, "demonstrations": 2, "max_tokens": 512},
-        "objective": {"mu": {"peak": 0.3}},
+        "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "sync_timeout_s": 15.0},
         "reward": {"kind": "exact", "workers": 1, "timeout_s": 3.0, "max_error_rate": 0.0},
         "optim": {"lr": 3e-4},

@@ -11,7 +11,7 @@ from tests.support.kills import Kill, run_through_kills
 from tests.support.task import make_task, metrics_of
 
 KILLS = (Kill("rank1", "saving", 0.01), Kill("launcher", "saved", 0.1))
-SFT = ("parallel.ranks=2", "objective.mu.peak=1.0")
+SFT = ("parallel.ranks=2", "method.mu.peak=1.0")
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_a_step_is_sampled_by_the_weights_of_the_step_before(server: RolloutServ
 
 
 METHODS: dict[str, tuple[Path, dict[str, str]]] = {
-    "chord_and_evaluation": (COMMON, {**EVALUATED, "objective.mu": "{peak: 0.3}"}),
+    "chord_and_evaluation": (COMMON, {**EVALUATED, "method.mu": "{peak: 0.3}"}),
     "corrected_by_weights": (COMMON, {"objective.ratio_from": "recomputed", "batch.mini_batches": "2"}),
     "dynamic_sampling_and_demonstrations": (
         EXAMPLES / "luffy.yaml",
@@ -111,8 +111,8 @@ METHODS: dict[str, tuple[Path, dict[str, str]]] = {
     "hints": (EXAMPLES / "ghpo.yaml", {"batch.demonstrations": "0"}),
     "prefixes": (EXAMPLES / "prefix_rft.yaml", {"batch.demonstrations": "0"}),
     "pairs": (EXAMPLES / "dpo_mixed_pairs.yaml", {"batch.demonstrations": "0"}),
-    "sft_then_rl": (COMMON, {"objective.mu": "{schedule: binary, switch_step: 2}"}),
-    "reward_adaptive": (COMMON, {"objective.mu": "{schedule: reward_adaptive, tau: 0.9}"}),
+    "sft_then_rl": (COMMON, {"method.mu": "{schedule: binary, switch_step: 2}"}),
+    "reward_adaptive": (COMMON, {"method.mu": "{schedule: reward_adaptive, tau: 0.9}"}),
 }
 
 

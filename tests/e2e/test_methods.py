@@ -62,11 +62,11 @@ SMALL = {
     "steps": str(STEPS),
 }
 SHORTER = {
-    "sft_then_rl": {"objective.mu.switch_step": "1"},
-    "alternating": {"objective.mu.policy_steps": "1"},
-    "amft": {"objective.mu.sft_steps": "1"},
-    "sasr": {"objective.mu.warmup_steps": "1"},
-    "chord_mu": {"objective.mu.decay_steps": "2"},
+    "sft_then_rl": {"method.mu.switch_step": "1"},
+    "alternating": {"method.mu.policy_steps": "1"},
+    "amft": {"method.mu.sft_steps": "1"},
+    "sasr": {"method.mu.warmup_steps": "1"},
+    "chord_mu": {"method.mu.decay_steps": "2"},
     "remix": {"method.mix_steps": "3", "method.stale_share": "0.6"},
 }
 """So that three steps see every stage."""

@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_response_tokens": 64,
         },
         "batch": {"prompts": 4, "rollouts": 6, "demonstrations": 6, "max_tokens": 512},
-        "objective": {"mu": {"peak": 0.3}},
+        "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4, "warmup_steps": 2, "weight_decay": 0.1},

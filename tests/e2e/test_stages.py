@@ -25,8 +25,8 @@ SMALL = {
     "checkpoint.every": "2",
     "checkpoint.keep": "5",
 }
-SFT, GRPO = {"objective.mu": "{peak: 1}"}, {"objective.mu": "{peak: 0}"}
-BINARY = {"objective.mu": "{schedule: binary, switch_step: 2}"}
+SFT, GRPO = {"method.mu": "{peak: 1}"}, {"method.mu": "{peak: 0}"}
+BINARY = {"method.mu": "{schedule: binary, switch_step: 2}"}
 pytestmark = pytest.mark.usefixtures("server_key")
 
 
@@ -69,7 +69,7 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
     """The schedule of the first stage's rate depends on the run's length: it is resumed, not run again."""
     one, resumed, exported, second = (tmp_path / name for name in ("one", "resumed", "exported", "second"))
     rates = {"optim.schedule": "cosine", "optim.warmup_steps": "1", "optim.weight_decay": "0.1"}
-    binary = {**rates, "objective.mu": "{schedule: binary, switch_step: 2, reset_optimizer: true}"}
+    binary = {**rates, "method.mu": "{schedule: binary, switch_step: 2, reset_optimizer: true}"}
     run_ranks(train_in_turn, 1, server.url, [(one, binary, "never")])
     for folder in (resumed, exported):
         shutil.copytree(one, folder)
@@ -90,8 +90,8 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
 @pytest.mark.parametrize(
     "settings",
     [
-        {"objective.mu": "{schedule: gradient_norm, warmup_steps: 1}", "seed": "5"},
-        {"objective.mu": "{schedule: reward_adaptive, tau: 0.9}"},
+        {"method.mu": "{schedule: gradient_norm, warmup_steps: 1}", "seed": "5"},
+        {"method.mu": "{schedule: reward_adaptive, tau: 0.9}"},
         {
             "method": "{name: remix, mix_steps: 4, stale_share: 0.6}",
             "batch.demonstrations": "0",

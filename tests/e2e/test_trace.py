@@ -16,7 +16,7 @@ from tests.support.task import make_task
 def train_on_cpu(config: Path, output: Path, trace_steps: int) -> None:
     from megatron_chord.train.loop import train
 
-    overrides = [f"output={output}", f"trace_steps={trace_steps}", "steps=5", "objective.mu.peak=1"]
+    overrides = [f"output={output}", f"trace_steps={trace_steps}", "steps=5", "method.mu.peak=1"]
     train(load_config(config, [*overrides, "data.evaluation=null"]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chord.config import EntropyTopWeight, MarginWeight, SimpleWeight
+from megatron_chord.config_methods import EntropyTopWeight, MarginWeight
 from megatron_chord.losses.logprobs import token_logprobs
 from megatron_chord.model import build, specs
 from tests.distributed import steps
@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def test_one_step_equals_float64_transformers(tmp_path: Path, name: str) -> None:
     folder = save_qwen2(tmp_path)
     run = tiny_run(folder, **OBJECTIVES[name])
-    token_weight = run.objective.token_weight or SimpleWeight(kind="phi")
+    token_weight = run.method.token_weight
     terms = {"policy": policy_term(run.objective), "sft": sft_term(token_weight)}
     objective = (run, make_samples(), {"policy": 0.7, "sft": 0.3}, terms)
     assert_split_invariant(folder, {name: objective}, layouts={1: {"one": {}}}, relative=RELATIVE)

@@ -34,7 +34,7 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
             "max_response_tokens": 64,
         },
         "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
-        "objective": {"mu": {"peak": mu}},
+        "method": {"mu": {"peak": mu}},
         "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4},

@@ -122,7 +122,7 @@ def sft_term(
     length: int = 1,
     temperature: float = 1.0,
 ) -> OracleTerm:
-    """-w log p with ``weight`` a settings class of ``objective.token_weight``."""
+    """-w log p with ``weight`` a settings class of ``method.token_weight``."""
 
     def entropy_rank(token: Token, everything: list[SequenceTokens]) -> int:
         return sum(t.old_entropy > token.old_entropy for s in everything for t in s.tokens)

@@ -45,7 +45,7 @@ def make_task(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
             "max_response_tokens": 12,
         },
         "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 6, "max_tokens": 256},
-        "objective": {"mu": {"peak": 0.3}},
+        "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 1e-3},

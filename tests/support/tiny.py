@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from megatron_chord import config
 from megatron_chord.config import (
     BatchConfig,
     DataConfig,
-    MethodConfig,
     ModelConfig,
     ObjectiveConfig,
     ParallelConfig,
@@ -158,7 +159,13 @@ def tiny_run(
     temperature: float = 1.0,
     **objective: Any,
 ) -> RunConfig:
-    """Settings of a run whose objective is what a test is about; nothing in it is ever read from disk but the model."""
+    """Settings of a run whose objective is what a test is about; nothing in it is ever read from disk but the model.
+
+    ``objective`` may hold settings of the method, too, where ``ObjectiveConfig`` has none of the same name.
+    """
+    kind = {kind.name: kind for kind in get_args(config.MethodConfig)}[method]
+    names = {field.name for field in fields(kind)} - {field.name for field in fields(ObjectiveConfig)}
+    own = {name: objective.pop(name) for name in names & set(objective)}
     return RunConfig(
         output=folder / "out",
         steps=10,
@@ -169,7 +176,7 @@ def tiny_run(
         batch=BatchConfig(
             prompts=3, rollouts=2, demonstrations=5 if method == "chord" else 0, max_tokens=max_tokens
         ),
-        method=MethodConfig(name=method, settings=settings or {}),
+        method=kind(**own, **settings or {}),
         parallel=ParallelConfig(**parallel or {}),
         objective=ObjectiveConfig(**objective),
         rollout=RolloutConfig(temperature=temperature),

@@ -8,9 +8,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from megatron_chord import config, schedules
+from megatron_chord import config, config_methods, schedules
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import ConfigError, dump_config, load_config
+from megatron_chord.config_io import ConfigError, dump_config, load_config, located, one_line
+from megatron_chord.config_nodes import setting_names
+from tests.support.ranks import ROOT
 
 GOOD = """\
 output: runs/x
@@ -55,10 +57,10 @@ def test_values_paths_and_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     run = load_config(
         path,
-        ["optim.beta2=0.95", "objective.mu.peak=0.3", "data.demonstrations=other.jsonl", "model.dtype=fp32"],
+        ["optim.beta2=0.95", "method.mu.peak=0.3", "data.demonstrations=other.jsonl", "model.dtype=fp32"],
     )
     assert run.optim == config.OptimConfig(lr=1e-6, beta2=0.95)
-    assert run.objective.mu == schedules.Constant(peak=0.3)
+    assert run.method.mu == schedules.Constant(peak=0.3)
     assert run.model.path == tmp_path / "policy"
     assert run.data.demonstrations == Path("other.jsonl")
     assert run.output == Path("runs/x")
@@ -105,8 +107,8 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 20", "steps: many").replace("  lr: 1e-6", "  lrr: 1e-6")
     found = findings(write(tmp_path, text), "objective.my.peak=1", "nonsense")
     assert len(found) == 4
-    assert (
-        "override 'objective.my.peak=1': unknown setting 'objective.my'; did you mean objective.mu?" in found
+    assert any(
+        line.startswith("override 'objective.my.peak=1': unknown setting 'objective.my'") for line in found
     )
 
 
@@ -116,7 +118,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 
 
 class TestBlocksOfSeveralKinds:
-    """``objective.mu`` and ``objective.token_weight``."""
+    """``method.mu`` and ``method.token_weight``."""
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -128,22 +130,21 @@ class TestBlocksOfSeveralKinds:
             ("mu: 'constant'", schedules.Constant()),
             ("mu: periodic", schedules.Periodic()),
             ("mu: {peak: 0.9, valley: 0, schedule: linear}", schedules.Linear(peak=0.9, valley=0.0)),
-            ("mu: null", None),
-            ("mu:", None),
-            ("token_weight: phi", config.SimpleWeight(kind="phi")),
-            ("token_weight: {kind: p}", config.SimpleWeight(kind="p")),
-            ("token_weight: {kind: power, a: 2}", config.PowerWeight(a=2.0)),
-            ("token_weight: power", config.PowerWeight()),
-            ("token_weight: ~", None),
-            ("kl: null", None),
-            ("kl: {}", config.KLConfig()),
+            ("token_weight: phi", config_methods.SimpleWeight(kind="phi")),
+            ("token_weight: {kind: p}", config_methods.SimpleWeight(kind="p")),
+            ("token_weight: {kind: power, a: 2}", config_methods.PowerWeight(a=2.0)),
+            ("token_weight: power", config_methods.PowerWeight()),
         ],
     )
     def test_the_naming_key_chooses(self, tmp_path: Path, text: str, expected: Any) -> None:
-        objective = load(tmp_path, f"objective:\n  {text}\n").objective
-        assert getattr(objective, text.partition(":")[0]) == expected
+        method = load(tmp_path, f"method:\n  {text}\n").method
+        assert getattr(method, text.partition(":")[0]) == expected
 
-    @pytest.mark.parametrize("kind", [*get_args(schedules.MuSchedule), *get_args(config.TokenWeight)])
+    def test_an_optional_block(self, tmp_path: Path) -> None:
+        assert load(tmp_path, "objective: {kl: null}\n").objective.kl is None
+        assert load(tmp_path, "objective: {kl: {}}\n").objective.kl == config.KLConfig()
+
+    @pytest.mark.parametrize("kind", [*get_args(schedules.MuSchedule), *get_args(config_methods.TokenWeight)])
     def test_every_kind_is_reached_and_dumped(self, tmp_path: Path, kind: type) -> None:
         settings: dict[str, Any] = {
             field.name: {"kind": "one"}.get(field.name, 1)
@@ -153,9 +154,9 @@ class TestBlocksOfSeveralKinds:
         value = kind(**settings, **({"rate": 0.1} if kind is schedules.Learned else {}))
         name = "token_weight" if hasattr(value, "kind") else "mu"
         block = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
-        path = write(tmp_path, GOOD + yaml.safe_dump({"objective": {name: block}}))
+        path = write(tmp_path, GOOD + yaml.safe_dump({"method": {name: block}}))
         run = load_config(path, [f"output={tmp_path}"])
-        assert getattr(run.objective, name) == value
+        assert getattr(run.method, name) == value
         assert load_config(write(tmp_path, dump_config(run))) == run
 
     @pytest.mark.parametrize(
@@ -163,45 +164,45 @@ class TestBlocksOfSeveralKinds:
         [
             (
                 "mu: {schedule: warmup_cosin}",
-                f"run.yaml:12: objective.mu.schedule: 'warmup_cosin' is none of {', '.join(SCHEDULES)}; did you mean "
+                f"run.yaml:12: method.mu.schedule: 'warmup_cosin' is none of {', '.join(SCHEDULES)}; did you mean "
                 "warmup_cosine?",
             ),
-            ("mu: binry", "run.yaml:12: objective.mu.schedule: 'binry' is none of constant"),
-            ("mu: {schedule: null}", "run.yaml:12: objective.mu.schedule: '"),
+            ("mu: binry", "run.yaml:12: method.mu.schedule: 'binry' is none of constant"),
+            ("mu: {schedule: null}", "run.yaml:12: method.mu.schedule: '"),
             (
                 "mu: {schedule: [linear]}",
-                "run.yaml:12: objective.mu.schedule: expected a single value, got a list",
+                "run.yaml:12: method.mu.schedule: expected a single value, got a list",
             ),
-            ("mu: [linear]", "run.yaml:12: objective.mu: expected a block of settings, got a list"),
-            ("mu: binary", "run.yaml:12: objective.mu.switch_step is missing"),
+            ("mu: [linear]", "run.yaml:12: method.mu: expected a block of settings, got a list"),
+            ("mu: binary", "run.yaml:12: method.mu.switch_step is missing"),
             (
                 "token_weight: {a: 2}",
-                "run.yaml:12: objective.token_weight.kind is missing; known: one, p, phi, power, clipped_is, focal, "
+                "run.yaml:12: method.token_weight.kind is missing; known: one, p, phi, power, clipped_is, focal, "
                 "bernoulli_entropy, entropy_top, entropy_norm, margin",
             ),
             (
                 "token_weight: {kind: phi, a: 2}",
-                "run.yaml:12: unknown setting 'objective.token_weight.a'; known with `kind: phi`: kind",
+                "run.yaml:12: unknown setting 'method.token_weight.a'; known with `kind: phi`: kind",
             ),
             (
                 "mu: {schedule: binary, switch_stp: 1, switch_step: 1}",
-                "run.yaml:12: unknown setting 'objective.mu.switch_stp'; known with `schedule: binary`: schedule, "
-                "switch_step, reset_optimizer; did you mean objective.mu.switch_step?",
+                "run.yaml:12: unknown setting 'method.mu.switch_stp'; known with `schedule: binary`: schedule, "
+                "switch_step, reset_optimizer; did you mean method.mu.switch_step?",
             ),
             (
                 "mu: {decay_steps: 3}",
-                "unknown setting 'objective.mu.decay_steps'; known with `schedule: constant`: schedule, peak",
+                "unknown setting 'method.mu.decay_steps'; known with `schedule: constant`: schedule, peak",
             ),
             (
                 "mu: {schedule: linear, schedule: linear, peak: 1, valley: 0}",
-                "objective.mu.schedule is set twice",
+                "method.mu.schedule is set twice",
             ),
-            ("mu:\n    peak: 2", "run.yaml:13: mu.peak must lie in [0, 1], got 2.0"),
-            ("kl: k3", "run.yaml:12: objective.kl: expected a block of settings, got 'k3'"),
+            ("mu:\n    peak: 2", "run.yaml:13: method.mu.peak must lie in [0, 1], got 2.0"),
+            ("mu: null", "run.yaml:12: method.mu: expected a block of settings, got 'null'"),
         ],
     )
     def test_what_is_wrong(self, tmp_path: Path, text: str, finding: str) -> None:
-        assert finding in only_finding(tmp_path, f"objective:\n  {text}\n")
+        assert finding in only_finding(tmp_path, f"method:\n  {text}\n")
 
     def test_kind_and_schedule_of_other_blocks_choose_nothing(self, tmp_path: Path) -> None:
         run = load(tmp_path, "  schedule: cosine\nreward: {kind: exact, workers: 3}\n")
@@ -211,59 +212,149 @@ class TestBlocksOfSeveralKinds:
 
 
 class TestMethod:
+    """The block ``method`` is one dataclass of several, chosen by its name."""
+
     @pytest.mark.parametrize(
-        ("text", "name", "settings"),
+        ("text", "expected"),
         [
-            ("", "chord", {}),
-            ("method: luffy", "luffy", {}),
-            ("method: {name: luffy}", "luffy", {}),
-            ("method: {gamma: 0.1}", "chord", {"gamma": 0.1}),
-            (
-                "method: {a: 1, name: luffy, b: 1e-6, c: true, d: word, e: '1e-6', f: '5', g: 1.0e6, h: ''}",
-                "luffy",
-                {"a": 1, "b": 1e-6, "c": True, "d": "word", "e": "1e-6", "f": "5", "g": 1e6, "h": ""},
-            ),
+            ("", config_methods.ChordConfig()),
+            ("method: luffy", config_methods.LuffyConfig()),
+            ("method: {name: luffy, gamma: 1}", config_methods.LuffyConfig(gamma=1.0)),
+            ("method: {cutoff: 0.5}", config_methods.ChordConfig(cutoff=0.5)),
+            ("method: {mu: {peak: 0}}", config_methods.ChordConfig(mu=schedules.Constant(peak=0.0))),
+            ("method: {name: ghpo, cue: '1e-6'}", config_methods.GHPOConfig(cue="1e-6")),
         ],
     )
-    def test_all_keys_but_name_are_the_method_s_own(
-        self, tmp_path: Path, text: str, name: str, settings: dict[str, Any]
-    ) -> None:
-        method = load(tmp_path, text).method
-        assert method == config.MethodConfig(name=name, settings=settings)
-        assert [type(value) for value in method.settings.values()] == [
-            type(value) for value in settings.values()
-        ]
+    def test_the_name_chooses(self, tmp_path: Path, text: str, expected: Any) -> None:
+        assert load(tmp_path, text).method == expected
+
+    @pytest.mark.parametrize("kind", get_args(config_methods.MethodConfig), ids=lambda kind: kind.name)
+    def test_every_method_is_reached_and_dumped(self, tmp_path: Path, kind: type) -> None:
+        run = load(tmp_path, f"method: {kind.name}\n", f"output={tmp_path}")
+        assert run.method == kind()
+        assert load_config(write(tmp_path, dump_config(run))) == run
 
     @pytest.mark.parametrize(
         ("text", "finding"),
         [
+            ("{name: lufy}", "method.name: 'lufy' is none of chord, luffy, rl_plus, "),
+            ("{name: lufy}", "; did you mean luffy?"),
             (
-                "{name: luffy, gamma: [1]}",
-                "method.gamma: expected a single number, text, true or false, got a list",
+                "{name: luffy, gama: 1}",
+                "unknown setting 'method.gama'; known with `name: luffy`: name, gamma, shaping; did you mean "
+                "method.gamma?",
             ),
-            ("{name: luffy, settings: {gamma: 1}}", "method.settings: expected a single number"),
-            ("{gamma: null}", "method.gamma: expected a single number"),
-            ("{gamma: 2020-01-01}", "method.gamma: expected a single number"),
-            ("{gamma: 2020-13-41}", "method.gamma: expected a single number"),
-            ("{gamma: !odd 1}", "method.gamma: expected a single number"),
-            ("{gamma: 1, gamma: 2}", "method.gamma is set twice"),
+            ("{name: luffy, mu: 1}", "unknown setting 'method.mu'; known with `name: luffy`"),
+            (
+                "{tokn_weight: p}",
+                "unknown setting 'method.tokn_weight'; known with `name: chord`: name, mu, ",
+            ),
+            ("{tokn_weight: p}", "; did you mean method.token_weight?"),
+            ("{name: luffy, gamma: big}", "method.gamma: expected float, got 'big'"),
+            ("{name: luffy, gamma: [1]}", "method.gamma: expected a single value, got a list"),
+            ("{name: luffy, shaping: 1}", "method.shaping: expected true or false, got '1'"),
+            ("{name: luffy, gamma: 0}", "method.gamma must be > 0, got 0.0"),
+            ("{name: luffy, gamma: 1, gamma: 2}", "method.gamma is set twice"),
+            ("{name: hpt, gate: 1}", "method.gate must lie in [0, 1), got 1.0"),
+            ("{name: ghpo, stages: 4}", "method.stages 4 x method.stage_share 0.25 must lie in (0, 1)"),
             ("{name: [a]}", "method.name: expected a single value, got a list"),
+            ("{cutoff: 0}", "method.cutoff must lie in (0, 1], got 0.0"),
             ("null", "method: expected a block of settings"),
         ],
     )
     def test_what_is_wrong(self, tmp_path: Path, text: str, finding: str) -> None:
-        assert f"run.yaml:11: {finding}" in only_finding(tmp_path, f"method: {text}\n")
+        found = only_finding(tmp_path, f"method: {text}\n")
+        assert found.startswith("run.yaml:11: ")
+        assert finding in found
 
-    def test_the_dump_is_flat(self, tmp_path: Path) -> None:
-        dumped = yaml.safe_load(dump_config(load(tmp_path, "method: {name: luffy, gamma: 0.1}\n")))
-        assert dumped["method"] == {"name": "luffy", "gamma": 0.1}
+    @pytest.mark.parametrize("name", config_methods.PRESETS)
+    def test_the_name_of_a_preset_leads_to_its_file(self, tmp_path: Path, name: str) -> None:
+        found = only_finding(tmp_path, "", f"method={name}")
+        method = config_methods.PRESETS[name]
+        assert found == (
+            f"override 'method={name}': method.name: {name!r} is a preset of method {method}: write "
+            f"base: examples/methods/{name}.yaml"
+        )
+        preset = load_config(ROOT / "examples" / "methods" / f"{name}.yaml")
+        assert preset.method.name == method
+
+    def test_every_preset_of_another_name_is_listed(self) -> None:
+        methods = {kind.name for kind in get_args(config_methods.MethodConfig)}
+        files = {path.stem for path in (ROOT / "examples" / "methods").glob("*.yaml")}
+        assert set(config_methods.PRESETS) == files - methods - {"common", "aligned"}
+
+    def test_capitals_lead_there_too(self, tmp_path: Path) -> None:
+        assert "examples/methods/grpo.yaml" in only_finding(tmp_path, "method: GRPO\n")
+        assert "examples/methods/dr_grpo.yaml" in only_finding(tmp_path, "method: {name: Dr-GRPO}\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("objective.mu", "method.mu"),
+        ("objective.token_weight", "method.token_weight"),
+        ("objective.sft_cutoff", "method.cutoff"),
+        ("objective.sft_aggregation", "method.aggregation"),
+        ("objective.sft_temperature", "method.sft_temperature"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    block, _, name = old.rpartition(".")
+    assert only_finding(tmp_path, f"{block}:\n  {name}: 1\n") == f"run.yaml:12: {old} is now {new}"
+    assert only_finding(tmp_path, "", f"{old}=1") == f"override '{old}=1': {old} is now {new}"
+    assert new in setting_names(RunConfig)
+
+
+class TestPlaces:
+    """Rules that are checked after reading name their settings; these are looked up in file and overrides."""
+
+    @pytest.mark.parametrize(
+        ("message", "place"),
+        [
+            ("optim.lr and steps do not go together", "run.yaml:10: "),
+            ("method.mu can be above 0 but batch.demonstrations is 0", "run.yaml:8: "),
+            ("data.aligned needs data.demonstrations", "run.yaml:7: "),
+            ("method luffy needs every prompt's own demonstration: set data.aligned: true", "run.yaml:5: "),
+            ("rollout.sleep cannot be", "run.yaml: "),
+            ("train.jsonl:3: no field 'answer'", ""),
+            ("optim.nonsense", ""),
+        ],
+    )
+    def test_of_a_message(self, tmp_path: Path, message: str, place: str) -> None:
+        path = write(tmp_path, GOOD)
+        assert located(message, path).replace(f"{tmp_path}/", "") == place + message
+
+    def test_of_an_override(self, tmp_path: Path) -> None:
+        found = located("optim.lr is odd", write(tmp_path, GOOD), ["seed=1", "optim.lr=3"])
+        assert found == "override 'optim.lr=3': optim.lr is odd"
+
+    def test_rules_of_several_blocks_name_the_line(self, tmp_path: Path) -> None:
+        found = only_finding(tmp_path, "  warmup_steps: 20\nseed: 1\n")
+        assert found == ("run.yaml:11: optim.warmup_steps 20 leaves no step of the run's 20 at full rate")
+
+
+def test_a_block_in_one_line_has_every_number() -> None:
+    assert one_line(config_methods.ChordConfig()) == (
+        "name chord, mu constant (peak 0.1), token_weight phi, cutoff 1.0, aggregation token_mean, sft_temperature 1.0"
+    )
+    method = config_methods.ChordConfig(
+        mu=schedules.Binary(switch_step=3), token_weight=config_methods.FocalWeight()
+    )
+    assert one_line(method).startswith(
+        "name chord, mu binary (switch_step 3, reset_optimizer off), token_weight focal (exponent 2.0), cutoff 1.0"
+    )
+    objective = one_line(config.ObjectiveConfig(kl=config.KLConfig()))
+    assert "clip_low 0.2, clip_high 0.2, dual_clip none" in objective
+    assert "kl (estimator k3, coefficient 0.001, reference none), correction none" in objective
 
 
 class TestDump:
     def test_reads_back_to_the_same(self, tmp_path: Path) -> None:
-        objective = config.ObjectiveConfig(
+        method = config_methods.ChordConfig(
             mu=schedules.WarmupCosine(peak=0.9, valley=0.05, decay_steps=200),
-            token_weight=config.MarginWeight(width=0.3),
+            token_weight=config_methods.MarginWeight(width=0.3),
+        )
+        objective = config.ObjectiveConfig(
             kl=config.KLConfig(reference=tmp_path / "reference"),
             correction=config.CorrectionConfig(high=math.inf),
             ratio_from="current",
@@ -297,75 +388,79 @@ class TestDump:
         run = RunConfig(
             output=tmp_path / "out",
             steps=3,
-            model=config.ModelConfig(path=tmp_path / "p", megatron_overrides={**numbers, "text": "1e-6"}),
+            model=config.ModelConfig(
+                path=tmp_path / "p",
+                megatron_overrides={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers},
+            ),
             data=config.DataConfig(prompts=tmp_path / "x", system_prompt="null"),
             batch=config.BatchConfig(prompts=1, rollouts=2, demonstrations=0),
-            method=config.MethodConfig(
-                name="1e-6", settings={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers}
-            ),
+            method=method,
             objective=objective,
             reward=config.RewardConfig(answer_marker=" "),
             rollout=config.RolloutConfig(servers=("http://a:1", "1e5")),
         )
         again = load_config(write(tmp_path / "other", dump_config(run)))
         assert again == run
-        assert [type(value) for value in again.method.settings.values()] == [
-            type(value) for value in run.method.settings.values()
+        assert [type(value) for value in again.model.megatron_overrides.values()] == [
+            type(value) for value in run.model.megatron_overrides.values()
         ]
 
     def test_of_a_run_with_defaults_only(self, tmp_path: Path) -> None:
         run = load(tmp_path, "", f"output={tmp_path / 'out'}")
         dumped = yaml.safe_load(dump_config(run))
-        assert dumped["objective"]["mu"] is None
         assert dumped["objective"]["kl"] is None
-        assert dumped["method"] == {"name": "chord"}
+        assert dumped["method"] == {
+            "name": "chord",
+            "mu": {"schedule": "constant", "peak": 0.1},
+            "token_weight": {"kind": "phi"},
+            "cutoff": 1.0,
+            "aggregation": "token_mean",
+            "sft_temperature": 1.0,
+        }
         assert load_config(write(tmp_path, dump_config(run))) == run
 
 
 class TestOverrides:
-    FILE = "objective:\n  mu: {schedule: linear, peak: 0.9, valley: 0.1, decay_steps: 5}\n  token_weight: power\n"
+    FILE = (
+        "method:\n  mu: {schedule: linear, peak: 0.9, valley: 0.1, decay_steps: 5}\n  token_weight: power\n"
+    )
 
     @pytest.mark.parametrize(
         ("method", "overrides", "expected"),
         [
-            ("luffy", ["method.gamma=0.2"], ("luffy", {"gamma": 0.2})),
-            ("luffy", ["method.gamma=0.2", "method.on=true"], ("luffy", {"gamma": 0.2, "on": True})),
-            ("{name: luffy, gamma: 0.1}", ["method.gamma=1e-6"], ("luffy", {"gamma": 1e-6})),
-            ("{name: luffy, gamma: 0.1}", ["method.name=grpo"], ("grpo", {"gamma": 0.1})),
-            ("{name: luffy, gamma: 0.1}", ["method=grpo"], ("grpo", {})),
-            ("{name: luffy, gamma: 0.1}", ["method={name: grpo, beta: 1}"], ("grpo", {"beta": 1})),
-            ("chord", ["method=luffy", "method.gamma=0.2"], ("luffy", {"gamma": 0.2})),
+            ("luffy", ["method.gamma=0.2"], config_methods.LuffyConfig(gamma=0.2)),
+            ("{name: luffy, gamma: 0.3}", ["method.gamma=1e-6"], config_methods.LuffyConfig(gamma=1e-6)),
+            ("{name: luffy, gamma: 0.3}", ["method.name=rl_plus"], config_methods.RLPlusConfig(gamma=0.3)),
+            ("{name: luffy, gamma: 0.3}", ["method=rl_plus"], config_methods.RLPlusConfig()),
+            ("luffy", ["method={name: hpt, gate: 0.5}"], config_methods.HPTConfig(gate=0.5)),
+            ("chord", ["method=luffy", "method.gamma=0.2"], config_methods.LuffyConfig(gamma=0.2)),
         ],
     )
-    def test_of_the_method(
-        self, tmp_path: Path, method: str, overrides: list[str], expected: tuple[str, dict[str, Any]]
-    ) -> None:
-        run = load(tmp_path, f"method: {method}\n", *overrides)
-        assert (run.method.name, run.method.settings) == expected
+    def test_of_the_method(self, tmp_path: Path, method: str, overrides: list[str], expected: Any) -> None:
+        assert load(tmp_path, f"method: {method}\n", *overrides).method == expected
 
     @pytest.mark.parametrize(
         ("overrides", "mu"),
         [
-            (["objective.mu.peak=0"], schedules.Linear(peak=0.0, valley=0.1, decay_steps=5)),
+            (["method.mu.peak=0"], schedules.Linear(peak=0.0, valley=0.1, decay_steps=5)),
             (
-                ["objective.mu.schedule=warmup_cosine"],
+                ["method.mu.schedule=warmup_cosine"],
                 schedules.WarmupCosine(peak=0.9, valley=0.1, decay_steps=5),
             ),
-            (["objective.mu=constant"], schedules.Constant()),
-            (["objective.mu=constant", "objective.mu.peak=0"], schedules.Constant(peak=0.0)),
-            (["objective.mu={schedule: binary, switch_step: 3}"], schedules.Binary(switch_step=3)),
-            (["objective.mu="], None),
-            (["objective.mu=null", "objective.mu.peak=0.2"], schedules.Constant(peak=0.2)),
+            (["method.mu=constant"], schedules.Constant()),
+            (["method.mu=constant", "method.mu.peak=0"], schedules.Constant(peak=0.0)),
+            (["method.mu={schedule: binary, switch_step: 3}"], schedules.Binary(switch_step=3)),
+            (["method.mu=null", "method.mu.peak=0.2"], schedules.Constant(peak=0.2)),
         ],
     )
     def test_of_mu(self, tmp_path: Path, overrides: list[str], mu: Any) -> None:
-        assert load(tmp_path, self.FILE, *overrides).objective.mu == mu
+        assert load(tmp_path, self.FILE, *overrides).method.mu == mu
 
     def test_below_a_block_s_single_value(self, tmp_path: Path) -> None:
-        run = load(tmp_path, self.FILE, "objective.token_weight.a=3")
-        assert run.objective.token_weight == config.PowerWeight(a=3.0)
-        run = load(tmp_path, self.FILE, "objective.token_weight=phi")
-        assert run.objective.token_weight == config.SimpleWeight(kind="phi")
+        run = load(tmp_path, self.FILE, "method.token_weight.a=3")
+        assert run.method.token_weight == config_methods.PowerWeight(a=3.0)
+        run = load(tmp_path, self.FILE, "method.token_weight=phi")
+        assert run.method.token_weight == config_methods.SimpleWeight(kind="phi")
 
     def test_of_blocks_that_are_not_in_the_file(self, tmp_path: Path) -> None:
         run = load(tmp_path, "", "objective.kl.coefficient=0.1", "model.megatron_overrides.x=1e-3", "seed=3")
@@ -376,15 +471,15 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("override", "finding"),
         [
-            ("objective.mu.schedule=constant", "run.yaml:12: unknown setting 'objective.mu.valley'"),
+            ("method.mu.schedule=constant", "run.yaml:12: unknown setting 'method.mu.valley'"),
             (
-                "objective.mu.schedule=no",
-                "override 'objective.mu.schedule=no': objective.mu.schedule: 'no' is none of",
+                "method.mu.schedule=no",
+                "override 'method.mu.schedule=no': method.mu.schedule: 'no' is none of",
             ),
-            ("objective.mu=no", "override 'objective.mu=no': objective.mu.schedule: 'no' is none of"),
+            ("method.mu=no", "override 'method.mu=no': method.mu.schedule: 'no' is none of"),
             (
-                "objective.mu.peak=[1]",
-                "override 'objective.mu.peak=[1]': objective.mu.peak: expected a single value",
+                "method.mu.peak=[1]",
+                "override 'method.mu.peak=[1]': method.mu.peak: expected a single value",
             ),
             (
                 "objective.kl.coefficient=0",
@@ -429,34 +524,37 @@ class TestBase:
             ("{schedule: linear, peak: 1, valley: 0}", "{valley: 1}", schedules.Linear(peak=1.0, valley=1.0)),
             ("{schedule: constant, peak: 0.5}", "{schedule: constant}", schedules.Constant(peak=0.5)),
             ("{schedule: linear, peak: 1, valley: 0}", "periodic", schedules.Periodic()),
-            ("{schedule: linear, peak: 1, valley: 0}", "null", None),
             ("periodic", "{sft_steps: 3}", schedules.Periodic(sft_steps=3)),
+            ("{peak: 0.5}", "{schedule: constant}", schedules.Constant(peak=0.5)),
             ("null", "{peak: 0.3}", schedules.Constant(peak=0.3)),
         ],
     )
     def test_another_choice_replaces_the_whole_block(
         self, tmp_path: Path, below: str, own: str, expected: Any
     ) -> None:
-        write(tmp_path, GOOD + f"objective: {{clip_high: 0.3, mu: {below}}}\n", "base.yaml")
-        run = load_config(write(tmp_path, f"base: base.yaml\nobjective: {{mu: {own}}}\n"))
-        assert run.objective == config.ObjectiveConfig(clip_high=0.3, mu=expected)
+        write(tmp_path, GOOD + f"method: {{cutoff: 0.3, mu: {below}}}\n", "base.yaml")
+        run = load_config(write(tmp_path, f"base: base.yaml\nmethod: {{mu: {own}}}\n"))
+        assert run.method == config_methods.ChordConfig(cutoff=0.3, mu=expected)
 
     @pytest.mark.parametrize(
         ("below", "own", "expected"),
         [
-            ("{name: luffy, gamma: 1}", "{name: luffy, beta: 2}", ("luffy", {"gamma": 1, "beta": 2})),
-            ("{name: luffy, gamma: 1}", "{name: grpo, beta: 2}", ("grpo", {"beta": 2})),
-            ("{name: luffy, gamma: 1}", "{beta: 2}", ("luffy", {"gamma": 1, "beta": 2})),
-            ("{name: luffy, gamma: 1}", "grpo", ("grpo", {})),
-            ("luffy", "{beta: 2}", ("luffy", {"beta": 2})),
+            ("{name: luffy, gamma: 1}", "{name: luffy, shaping: no}", {"gamma": 1.0, "shaping": False}),
+            ("{name: luffy, gamma: 1}", "{shaping: no}", {"gamma": 1.0, "shaping": False}),
+            ("luffy", "{gamma: 2}", {"gamma": 2.0}),
+            ("{cutoff: 0.5}", "{name: luffy, gamma: 2}", {"gamma": 2.0}),
+            ("rl_plus", "luffy", {}),
         ],
     )
-    def test_of_the_method(
-        self, tmp_path: Path, below: str, own: str, expected: tuple[str, dict[str, Any]]
-    ) -> None:
+    def test_of_the_method(self, tmp_path: Path, below: str, own: str, expected: dict[str, Any]) -> None:
         write(tmp_path, GOOD + f"method: {below}\n", "base.yaml")
         run = load_config(write(tmp_path, f"base: base.yaml\nmethod: {own}\n"))
-        assert (run.method.name, run.method.settings) == expected
+        assert run.method == config_methods.LuffyConfig(**expected)
+
+    def test_the_default_method_is_not_another_choice(self, tmp_path: Path) -> None:
+        write(tmp_path, GOOD + "method: {cutoff: 0.5}\n", "base.yaml")
+        run = load_config(write(tmp_path, "base: base.yaml\nmethod: {name: chord, mu: {peak: 0}}\n"))
+        assert run.method == config_methods.ChordConfig(cutoff=0.5, mu=schedules.Constant(peak=0.0))
 
     def test_free_mappings_merge_and_overrides_come_last(self, tmp_path: Path) -> None:
         write(tmp_path, GOOD, "base.yaml")

@@ -19,7 +19,9 @@ PACKAGE = "megatron_chord"
 LAYERS = (
     (
         "config",
+        "config_checks",
         "config_io",
+        "config_methods",
         "config_nodes",
         "json_files",
         "network",
@@ -42,7 +44,9 @@ MEGATRON = ("runtime", "model", "convert", "train")
 """The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
 NO_TORCH = (
     "config",
+    "config_checks",
     "config_io",
+    "config_methods",
     "config_nodes",
     "json_files",
     "network",

@@ -15,12 +15,11 @@ from megatron_chord.cli import main
 from megatron_chord.config import (
     BatchConfig,
     DataConfig,
-    MethodConfig,
     ModelConfig,
-    ObjectiveConfig,
     RolloutConfig,
     RunConfig,
 )
+from megatron_chord.config_methods import ChordConfig, LuffyConfig
 from megatron_chord.preview import (
     ASCII,
     BLOCKS,
@@ -69,8 +68,7 @@ def a_run(mu: MuSchedule | None, steps: int = 1000, method: str = "chord", **bat
         model=ModelConfig(path=Path("policy")),
         data=DataConfig(prompts=Path("prompts.jsonl"), demonstrations=Path("demonstrations.jsonl")),
         batch=BatchConfig(**{"prompts": 2, "rollouts": 4, "demonstrations": 3, **batch}),
-        method=MethodConfig(name=method),
-        objective=ObjectiveConfig(mu=mu),
+        method=ChordConfig(mu=mu or Constant()) if method == "chord" else LuffyConfig(),
     )
 
 
@@ -82,7 +80,9 @@ def test_what_is_not_given() -> None:
     assert schedule_of(a_run(None)) == Constant(peak=0.1)
     assert schedule_of(a_run(None, method="luffy")) is None
     assert schedule_of(a_run(Binary(switch_step=2))) == Binary(switch_step=2)
-    assert list(lines(a_run(None, method="luffy"))) == ["method luffy does not use mu (objective.mu)"]
+    assert list(lines(a_run(None, method="luffy"))) == [
+        "method luffy does not use mu; only method chord does (method.mu)"
+    ]
     assert rows(a_run(None, method="luffy")) == []
 
 
@@ -298,7 +298,7 @@ data:
   prompts: train.jsonl
   demonstrations: demonstrations.jsonl
 batch: {prompts: 4, rollouts: 8, demonstrations: 16}
-objective:
+method:
   mu:
     schedule: warmup_cosine
     peak: 0.9
@@ -314,7 +314,7 @@ def write(folder: Path, text: str = YAML) -> str:
 
 
 def test_the_command_reads_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mu", "preview", write(tmp_path), "objective.mu.decay_steps=5", "steps=12"]) == 0
+    assert main(["mu", "preview", write(tmp_path), "method.mu.decay_steps=5", "steps=12"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("mu: warmup_cosine, peak 0.9, valley 0.05, warmup_steps 0, decay_steps 5")
     assert " 5 - 11  0.05".strip() in [line.strip() for line in printed]
@@ -323,7 +323,7 @@ def test_the_command_reads_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_wrong_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mu", "preview", write(tmp_path, YAML.replace("0.9", "1.9"))]) == 2
-    assert "mu.peak must lie in [0, 1], got 1.9" in capsys.readouterr().err
+    assert "run.yaml:12: method.mu.peak must lie in [0, 1], got 1.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("encoding", "mark"), [("ascii", "|"), ("utf-8", "┤")])

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_chord import settings
 from megatron_chord.config import RunConfig
-from megatron_chord.config_nodes import members
+from megatron_chord.config_methods import MethodConfig
+from megatron_chord.config_nodes import choice, members
 from megatron_chord.schedules import MuSchedule
 
 LISTING = list(settings.lines())
@@ -25,10 +26,10 @@ def keys(kind: type, naming: str = "") -> Iterator[str]:
     """What the listing of a block must hold, in order; ``naming`` is the key that comes first."""
     hints = typing.get_type_hints(kind)
     for field in sorted(dataclasses.fields(kind), key=lambda field: field.name != naming):
-        yield "..." if field.metadata.get("rest") else field.name
+        yield field.name
         inner = members(hints[field.name])
         for member in inner:
-            yield from keys(member, "" if len(inner) == 1 else "schedule" if field.name == "mu" else "kind")
+            yield from keys(member, choice(hints[field.name]) or "")
 
 
 def under(start: str, indent: int) -> list[str]:
@@ -54,7 +55,10 @@ def test_every_doc_of_a_block_is_listed(kind: type) -> None:
 
 def test_the_alternatives_of_a_union_stand_in_a_row_each_with_its_own_settings() -> None:
     start = next(line for line in LISTING if line.startswith("  mu:"))
-    assert start == "  mu: null  # or one of these blocks; a value in place of the block is its schedule"
+    assert (
+        start
+        == "  mu:  # one of these blocks; default: constant; a value in place of the block is its schedule"
+    )
     text = "\n".join(line for line in under(start, 4) if not line.startswith("#"))
     listed = [block.splitlines() for block in text.split("\n\n")]
     for member, lines in zip(typing.get_args(MuSchedule), listed, strict=True):
@@ -78,10 +82,14 @@ def test_optional_blocks_shorthands_and_free_settings_are_told() -> None:
     assert "  kl: null  # or this block" in LISTING
     assert "    coefficient: 0.001  # float" in LISTING
     assert "    kind: one | p | phi" in LISTING
-    assert under("method:  # a value in place of the block is its name", 2) == [
-        "name: chord  # text",
-        "# settings: The method's own settings, written beside `name`.",
-        "...: int | float | bool | text",
+    start = "method:  # one of these blocks; default: chord; a value in place of the block is its name"
+    lines = under(start, 2)
+    assert {f"name: {kind.name}" for kind in typing.get_args(MethodConfig)} <= set(lines)
+    at = lines.index("name: luffy")
+    assert [line for line in lines[at:] if not line.startswith("#")][:3] == [
+        "name: luffy",
+        "gamma: 0.1  # float",
+        "shaping: true  # bool",
     ]
 
 

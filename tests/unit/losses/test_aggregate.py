@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.config import Aggregation
+from megatron_chord.config_methods import Aggregation
 from megatron_chord.losses.aggregate import SCALE, with_scales, without_idle
 from megatron_chord.losses.terms import Term, TermOutput
 from megatron_chord.records import Part, TrainSample

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig, SimpleWeight, TokenWeight
+from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig
+from megatron_chord.config_methods import SimpleWeight, TokenWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import policy_loss

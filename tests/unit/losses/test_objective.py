@@ -11,15 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_chord.config import (
-    CorrectionConfig,
-    EntropyTopWeight,
-    KLConfig,
-    MarginWeight,
-    ObjectiveConfig,
-    SimpleWeight,
-    TokenWeight,
-)
+from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig
+from megatron_chord.config_methods import EntropyTopWeight, MarginWeight, SimpleWeight, TokenWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.objective import ObjectiveOutput, objective
 from megatron_chord.losses.policy import comparison, policy_loss

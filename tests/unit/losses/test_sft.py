@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_chord.config import (
+from megatron_chord.config_methods import (
     BernoulliEntropyWeight,
     ClippedISWeight,
     EntropyNormWeight,

@@ -395,7 +395,7 @@ def dpo_run(folder: Path, *, settings: Any = None, batch: Any = None, **objectiv
         ({"advantage": "group"}, r"objective\.advantage: method dpo does not use it"),
         ({"kl": KLConfig()}, r"objective\.kl: method dpo does not use it"),
         ({"truncated": "mask"}, r"objective\.truncated: method dpo does not use it"),
-        ({"sft_cutoff": 0.5}, r"objective\.sft_cutoff: method dpo does not use it"),
+        ({"clip_high": 0.5}, r"objective\.clip_high: method dpo does not use it"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, settings: Any, message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import GHPOConfig
 from megatron_chord.methods.ghpo import GHPO, Trial, beginning, hinted, hopeless, is_all_wrong
 from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
@@ -106,7 +107,7 @@ SCORES: dict[tuple[str, str], Any] = {
 
 def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
     context = draw_of(SCORES)
-    collected = GHPO(cue=CUE).collect(context, run_of(advantage="group"))
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(advantage="group"))
     asked = [
         (attempt, [(item.prompt.id, item.position) for item in drawn], samples)
         for attempt, drawn, samples in context.asked
@@ -134,33 +135,33 @@ def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
 
 def test_a_prompt_that_stays_wrong_is_trained_with_its_last_hint() -> None:
     scores = {**SCORES, ("hint3", "a"): WRONG}
-    collected = GHPO(cue=CUE).collect(draw_of(scores), run_of())
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores), run_of())
     assert text(collected.samples[0].token_ids[:-2]) == "s?\ncue\nabcdef"
     assert collected.samples[0].parts[0].constants["advantage"] == 0.0
-    dropped = GHPO(cue=CUE).collect(draw_of(scores), run_of(equal_groups="drop"))
+    dropped = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores), run_of(equal_groups="drop"))
     assert len(dropped.samples) == 4
 
 
 def test_no_hints_before_the_start() -> None:
     context = draw_of(SCORES, step=4)
-    collected = GHPO(start_step=5).collect(context, run_of())
+    collected = GHPO(settings=GHPOConfig(start_step=5)).collect(context, run_of())
     assert [attempt for attempt, *_ in context.asked] == [""]
     assert collected.stats["hinted_groups"] == collected.stats["hint_stage"] == 0.0
     assert "hinted_reward_mean" not in collected.stats
     later = draw_of(SCORES, step=5)
-    GHPO(start_step=5).collect(later, run_of())
+    GHPO(settings=GHPOConfig(start_step=5)).collect(later, run_of())
     assert len(later.asked) == 4
 
 
 def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
     # "s?\ncue\nab" has 9 tokens, with "abcd" 11.
     context = draw_of(SCORES)
-    collected = GHPO(cue=CUE).collect(context, run_of(limit=10))
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(limit=10))
     assert [attempt for attempt, *_ in context.asked] == ["", "hint1"]
     assert text(collected.samples[0].token_ids[:-2]) == "s?\ncue\nab"
     assert collected.stats["hints_too_long"] == 1
     assert collected.stats["hint_stage"] == 1.0
-    none = GHPO(cue=CUE).collect(draw_of(SCORES), run_of(limit=8))
+    none = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(SCORES), run_of(limit=8))
     assert none.stats["hints_too_long"] == 2
     assert none.stats["hinted_groups"] == 0.0
 
@@ -168,7 +169,7 @@ def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
 def test_groups_whose_grading_failed_are_left_out() -> None:
     scores: dict[tuple[str, str], Any] = {**SCORES, ("hint1", "c"): (None, 1.0), ("", "b"): (None, 0.0)}
     context = draw_of({**scores, ("hint1", "b"): MIXED})
-    collected = GHPO(cue=CUE).collect(context, run_of())
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of())
     assert [item.prompt.id for item in context.asked[1][1]] == ["a", "b", "c"]
     assert len(collected.samples) == 4
     assert collected.stats["dropped_groups"] == 1
@@ -182,15 +183,18 @@ def test_groups_whose_grading_failed_are_left_out() -> None:
         ({"stages": 0}, {}, "method.stages must be >= 1"),
         ({"stages": 4}, {}, r"method.stages 4 x method.stage_share 0.25 must lie in \(0, 1\)"),
         ({"stage_share": 0.0}, {}, r"must lie in \(0, 1\)"),
-        ({"start_step": 10}, {}, r"method.start_step 10 must lie in \[0, 10\)"),
-        ({"start_step": -1}, {}, "method.start_step -1"),
+        ({"start_step": 10}, {}, r"method.start_step 10 must be below the run's steps, 10"),
+        ({"start_step": -1}, {}, "method.start_step must be >= 0"),
         ({}, {"sampling_attempts": 2}, "batch.sampling_attempts: dynamic sampling would replace"),
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    run = run_of(settings=settings)
-    with pytest.raises(ValueError, match=reason):
+    def make() -> None:
+        run = run_of(settings=settings)
         method_of(replace(run, batch=replace(run.batch, **batch)))
+
+    with pytest.raises(ValueError, match=reason):
+        make()
 
 
 def test_it_needs_demonstrations() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chord.config import SimpleWeight
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.losses.aggregate import SCALE, with_scales
 from megatron_chord.losses.sft import sft_loss
 from megatron_chord.losses.terms import reported

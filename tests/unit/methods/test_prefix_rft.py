@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config_methods import PrefixRFTConfig
 from megatron_chord.losses.terms import TermTokens, TokenStats, reported
 from megatron_chord.methods.groups import make_group
 from megatron_chord.methods.prefix_rft import (
@@ -78,7 +79,7 @@ def test_shares_are_uniform_and_a_function_of_seed_and_position() -> None:
     [(0, 0.95), (1, 0.8181981), (2, 0.5), (3, 0.1818019), (4, 0.05), (9, 0.05)],
 )
 def test_the_shortest_prefix_decays_along_half_a_cosine(step: int, expected: float) -> None:
-    method = PrefixRFT(decay_steps=4)
+    method = PrefixRFT(settings=PrefixRFTConfig(decay_steps=4))
     assert method.lowest_share(ScheduleInput(step=step), run_of()) == pytest.approx(expected, abs=1e-6)
 
 
@@ -280,16 +281,19 @@ def test_terms(ratio_from: Any) -> None:
         ({"high": 0.5}, {}, "low_start 0.95 and high 0.5"),
         ({"low_end": -0.1}, {}, "0 <= low_end"),
         ({"low_start": 0.3, "low_end": 0.4}, {}, "low_end <= low_start"),
-        ({"entropy_share": 0}, {}, r"method.entropy_share must lie in \(0, 1\], got 0.0"),
+        ({"entropy_share": 0}, {}, r"method.entropy_share must lie in \(0, 1\], got 0"),
         ({"decay_steps": -1}, {}, "method.decay_steps must be >= 0"),
         ({"hybrids": 0}, {}, "method.hybrids must be >= 1"),
         ({"hybrids": 2}, {}, "batch.rollouts 3 less method.hybrids 2 leaves a group of 1"),
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    run = run_of(settings=settings)
-    with pytest.raises(ValueError, match=reason):
+    def make() -> None:
+        run = run_of(settings=settings)
         method_of(replace(run, batch=replace(run.batch, **batch)))
+
+    with pytest.raises(ValueError, match=reason):
+        make()
 
 
 def test_it_needs_demonstrations() -> None:

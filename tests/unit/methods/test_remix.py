@@ -318,7 +318,6 @@ def test_no_metric_is_reported_twice_and_the_gap_is_that_of_fresh_tokens(tmp_pat
         ({"stale_share": 1.5}, {}, r"method\.stale_share must lie in \[0, 1\]"),
         ({"lag": 0}, {}, r"method\.lag must be >= 1"),
         ({"mix_steps": -1}, {}, r"method\.mix_steps must be >= 0"),
-        ({"lags": 1}, {}, r"method\.lags: unknown to remix.*did you mean 'lag'"),
         ({}, {"surrogate": "cispo"}, "ppo without"),
         ({}, {"dual_clip": 3.0}, "ppo without"),
     ],

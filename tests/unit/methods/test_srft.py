@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.config import CorrectionConfig, KLConfig
+from megatron_chord.config_methods import SRFTConfig
 from megatron_chord.losses.aggregate import SCALE, with_scales
 from megatron_chord.methods.srft import SRFT, UNUSED, imitation_loss, signed_loss
 from megatron_chord.methods.table import method_of
@@ -43,7 +44,7 @@ def test_rollouts_have_signs_and_demonstrations_joint_advantages() -> None:
 def test_the_threshold_of_right_rollouts() -> None:
     run = guided_run("srft", prompts=1)
     context = scripted_draw(run, [MIXED], [RIGHT])
-    collected = SRFT(positive_reward=1.0).collect(context, run)
+    collected = SRFT(settings=SRFTConfig(positive_reward=1.0)).collect(context, run)
     assert constants(collected.samples, "policy", "sign") == {0: [-1, -1, -1]}
 
 

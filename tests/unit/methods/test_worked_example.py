@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_chord import config
-from megatron_chord.config_io import load_config
+from megatron_chord import config, config_methods
+from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.terms import TermTokens, reported
@@ -72,13 +72,18 @@ def words() -> set[str]:
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
-    """The documented class, registered as the text says."""
-    (source,) = blocks("python")
+    """The documented class with its settings, registered as the text says."""
+    settings_source, source = blocks("python")
+    namespace = dict(vars(config_methods))
+    exec(compile(settings_source, "docs/methods.md", "exec"), namespace)
+    settings: Any = namespace["RLWithSFTConfig"]
+    monkeypatch.setattr(config_methods, "RLWithSFTConfig", settings, raising=False)
+    monkeypatch.setattr(config, "MethodConfig", config.MethodConfig | settings)
     module = ModuleType("megatron_chord.methods.rl_with_sft")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "docs/methods.md", "exec"), module.__dict__)
     kind: type[Method] = module.__dict__["RLWithSFT"]
-    monkeypatch.setitem(table.METHODS, kind.name, kind)
+    monkeypatch.setitem(table.METHODS, settings.name, kind)
     return kind
 
 
@@ -154,14 +159,18 @@ def test_it_reports_names_of_its_own_and_what_the_log_prob_check_reads() -> None
 
 
 @pytest.mark.usefixtures("example")
-def test_wrong_settings_of_it_are_refused() -> None:
+def test_wrong_settings_of_it_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
     for settings, message in (
-        ({"coefficient": 0}, r"method\.coefficient must be > 0, got 0"),
-        ({"coefficient": "much"}, "expected float, got 'much'"),
-        ({"coeficient": 1.0}, "did you mean 'coefficient'"),
+        ("coefficient: 0", r"run.yaml:2: method\.coefficient must be > 0, got 0"),
+        ("coefficient: much", "run.yaml:2: method.coefficient: expected float, got 'much'"),
+        ("coeficient: 1.0", "run.yaml:2: .*did you mean method.coefficient"),
     ):
-        with pytest.raises(ValueError, match=message):
-            table.method_of(guided_run("rl_with_sft", settings=settings))
+        file.write_text(
+            f"base: {ROOT}/examples/methods/aligned.yaml\nmethod: {{name: rl_with_sft, {settings}}}\n"
+        )
+        with pytest.raises(ConfigError, match=message):
+            load_config(file)
     run = guided_run("rl_with_sft")
     with pytest.raises(ValueError, match=r"set data\.aligned: true"):
         table.method_of(dataclasses.replace(run, data=dataclasses.replace(run.data, aligned=False)))
@@ -203,7 +212,7 @@ def test_the_table_says_what_the_presets_say() -> None:
         (name,) = re.findall(r"methods/(\w+)\.yaml", row[0])
         said, preset = settings_of(row), yaml.safe_load(PRESETS[name].read_text())
         assert said["objective"] == preset.get("objective", {}), name
-        assert said["method"].get("name") == preset.get("method", {}).get("name"), name
+        assert said["method"].get("name", "chord") == preset.get("method", {}).get("name"), name
         for block, settings in said.items():
             assert settings.items() <= preset.get(block, {}).items(), f"{name}: {block}"
         assert set(preset) - SHARED <= set(said), name
@@ -220,7 +229,11 @@ def test_every_note_that_the_table_cites_is_there_and_every_note_is_cited() -> N
 def test_every_name_of_the_objective_is_explained() -> None:
     """Schedules, token weights and their settings, values that can be chosen, and the methods' own settings."""
     kinds: list[Any] = [config.ObjectiveConfig, config.KLConfig, config.CorrectionConfig]
-    kinds += [*get_args(MuSchedule), *get_args(config.TokenWeight), *table.METHODS.values()]
+    kinds += [
+        *get_args(MuSchedule),
+        *get_args(config_methods.TokenWeight),
+        *get_args(config_methods.MethodConfig),
+    ]
     expected = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     hints = [hint for kind in kinds for hint in get_type_hints(kind).values()]
     hints += [get_type_hints(config.RewardConfig)["format"]]

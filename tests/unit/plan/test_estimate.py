@@ -83,7 +83,7 @@ def test_work_follows_the_settings() -> None:
     assert (
         case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.demonstrations == 16
     )
-    sft = case_of(run_of("chord_qwen7b", "objective.mu.peak=1"), h100())
+    sft = case_of(run_of("chord_qwen7b", "method.mu.peak=1"), h100())
     assert (sft.work.sequences, sft.sampling_seconds(), sft.sync_seconds()) == (0, 0, 0)
 
 

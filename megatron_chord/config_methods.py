@@ -1,0 +1,342 @@
+"""The methods and their settings: one dataclass each. The block ``method`` is one of them, chosen by its ``name``.
+
+What a method does with its settings is in ``methods``. Only rules about a method's own settings are here. Rules that
+need other blocks are in the method's ``check``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.schedules import Constant, MuSchedule
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+PRESETS = {
+    "alternating": "chord",
+    "amft": "chord",
+    "chord_both": "chord",
+    "chord_mu": "chord",
+    "chord_phi": "chord",
+    "cispo": "chord",
+    "constant_mu": "chord",
+    "dapo": "chord",
+    "dft": "chord",
+    "dpo_mixed_pairs": "dpo",
+    "dr_grpo": "chord",
+    "grpo": "chord",
+    "gspo": "chord",
+    "is_sft": "chord",
+    "reward_adaptive": "chord",
+    "rloo": "chord",
+    "sasr": "chord",
+    "sft": "chord",
+    "sft_then_rl": "chord",
+}
+"""Files of examples/methods whose name is not that of a method, and the method that each of them sets."""
+
+
+def _named(name: str) -> Any:
+    """The field ``name`` of the method of that name. Its metadata answer names that are presets."""
+    hints = {
+        preset: f"{preset!r} is a preset of method {method}: write base: examples/methods/{preset}.yaml"
+        for preset, method in PRESETS.items()
+    }
+    return field(default=name, metadata={"hints": hints})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimpleWeight:
+    """one: plain SFT. p: importance-weighted SFT with pi_sample = 1, also known as DFT. phi: p(1-p), CHORD's."""
+
+    kind: Literal["one", "p", "phi"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerWeight:
+    """scale p^a (1-p)^b, with its peak at a / (a + b); phi is a = b = scale = 1."""
+
+    kind: Literal["power"] = "power"
+    a: float = 1.0
+    b: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        not_negative(**{"method.token_weight.a": self.a, "method.token_weight.b": self.b})
+        positive(**{"method.token_weight.scale": self.scale})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedISWeight:
+    """p where p <= threshold, else 0 (CHORD, App. B.2)."""
+
+    kind: Literal["clipped_is"] = "clipped_is"
+    threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.threshold <= 1, f"method.token_weight.threshold must lie in (0, 1], got {self.threshold}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalWeight:
+    """(1-p)^exponent."""
+
+    kind: Literal["focal"] = "focal"
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        not_negative(**{"method.token_weight.exponent": self.exponent})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BernoulliEntropyWeight:
+    """-p ln p - (1-p) ln(1-p)."""
+
+    kind: Literal["bernoulli_entropy"] = "bernoulli_entropy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyTopWeight:
+    """1 for the `share` of demonstration tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
+
+    Costs a forward pass more: the threshold is that of the whole update.
+    """
+
+    kind: Literal["entropy_top"] = "entropy_top"
+    share: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, f"method.token_weight.share must lie in (0, 1], got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyNormWeight:
+    """Full-vocabulary entropy / its mean over the update's demonstration tokens. Costs a forward pass more."""
+
+    kind: Literal["entropy_norm"] = "entropy_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginWeight:
+    """Of m = p - the probability of the best other token: 1 - |m|, or exp(-m^2 / (2 width^2)) where width is given."""
+
+    kind: Literal["margin"] = "margin"
+    width: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None:
+            positive(**{"method.token_weight.width": self.width})
+
+
+TokenWeight = (
+    SimpleWeight
+    | PowerWeight
+    | ClippedISWeight
+    | FocalWeight
+    | BernoulliEntropyWeight
+    | EntropyTopWeight
+    | EntropyNormWeight
+    | MarginWeight
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChordConfig:
+    """CHORD (arXiv 2508.11408): (1 - mu) x policy loss + mu x SFT loss. SFT, GRPO and DAPO are settings of it."""
+
+    name: Literal["chord"] = _named("chord")
+    mu: MuSchedule = field(default_factory=Constant)
+    """Weight of the SFT loss, by schedule. The default is CHORD-phi's, a constant 0.1."""
+    token_weight: TokenWeight = field(default_factory=lambda: SimpleWeight(kind="phi"))
+    """Weight of each demonstration token in the SFT loss. No gradient flows through it. The default is phi."""
+    cutoff: float = 1.0
+    """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob). 1: all are."""
+    aggregation: Aggregation = "token_mean"
+    """How the SFT loss is averaged over demonstration tokens, by the names of objective.aggregation."""
+    sft_temperature: float = 1.0
+    """Divides the logits of demonstrations. `rollout.temperature` divides the logits of rollouts."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.cutoff <= 1, f"method.cutoff must lie in (0, 1], got {self.cutoff}")
+        positive(**{"method.sft_temperature": self.sft_temperature})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LuffyConfig:
+    """LUFFY (arXiv 2504.14945): each prompt's demonstration is a member of its group, with a shaped ratio."""
+
+    name: Literal["luffy"] = _named("luffy")
+    gamma: float = 0.1
+    """Of the shaping f(p) = p / (p + gamma). The smaller it is, the more rare tokens count."""
+    shaping: bool = True
+    """false: f(p) = p."""
+
+    def __post_init__(self) -> None:
+        positive(**{"method.gamma": self.gamma})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLPlusConfig:
+    """RL-PLUS (arXiv 2508.00222): each prompt's demonstration is a member of its group, with a mixture ratio."""
+
+    name: Literal["rl_plus"] = _named("rl_plus")
+    gamma: float = 0.5
+    """Exponent of (1 - p)^gamma, which multiplies the advantage. The larger it is, the less known tokens count."""
+
+    def __post_init__(self) -> None:
+        not_negative(**{"method.gamma": self.gamma})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SRFTConfig:
+    """SRFT (arXiv 2506.19767): SFT and RL on demonstrations and rollouts, weighted by the policy's entropy."""
+
+    name: Literal["srft"] = _named("srft")
+    sft_coefficient: float = 0.5
+    """Weight of the SFT loss on demonstrations."""
+    rl_coefficient: float = 0.1
+    """Weight of the loss on right rollouts."""
+    positive_reward: float = 0.5
+    """Rollouts with a reward above this are right."""
+
+    def __post_init__(self) -> None:
+        not_negative(
+            **{
+                "method.sft_coefficient": self.sft_coefficient,
+                "method.rl_coefficient": self.rl_coefficient,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRFTConfig:
+    """Prefix-RFT (arXiv 2507.01679): some answers begin with a part of the demonstration; the policy continues them."""
+
+    name: Literal["prefix_rft"] = _named("prefix_rft")
+    hybrids: int = 1
+    """How many of each prompt's batch.rollouts answers begin with a part of the demonstration."""
+    high: float = 0.95
+    """Longest prefix, as a share of the demonstration."""
+    low_start: float = 0.95
+    """Shortest prefix at the first step, as a share of the demonstration."""
+    low_end: float = 0.05
+    """Shortest prefix from step `decay_steps` on, as a share of the demonstration."""
+    decay_steps: int = 0
+    """Steps in which the shortest prefix falls from `low_start` to `low_end`. 0: all steps of the run."""
+    entropy_share: float = 0.2
+    """Share of an update's prefix tokens that are trained: those with the highest entropy."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.low_end <= self.low_start <= self.high < 1,
+            "method prefix_rft needs 0 <= low_end <= low_start <= high < 1 (a whole demonstration leaves nothing to "
+            f"sample), got low_end {self.low_end}, low_start {self.low_start} and high {self.high}",
+        )
+        require(
+            0 < self.entropy_share <= 1, f"method.entropy_share must lie in (0, 1], got {self.entropy_share}"
+        )
+        not_negative(**{"method.decay_steps": self.decay_steps})
+        require(
+            self.hybrids >= 1, f"method.hybrids must be >= 1 (without hybrids it is GRPO), got {self.hybrids}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GHPOConfig:
+    """GHPO (arXiv 2507.10628): prompts whose rollouts are all wrong are sampled again with a hint from the solution."""
+
+    name: Literal["ghpo"] = _named("ghpo")
+    stages: int = 3
+    """How often an all-wrong prompt is sampled again, each time with a longer hint."""
+    stage_share: float = 0.25
+    """Share of the solution by which the hint grows with each stage."""
+    start_step: int = 0
+    """No hints before this step (the paper's cold start: 20)."""
+    wrong_at_most: float = 0.0
+    """A rollout is wrong if its score is no higher than this."""
+    cue: str = "A correct solution begins as follows. Use it to solve the problem:"
+    """Line between the problem and the hint."""
+
+    def __post_init__(self) -> None:
+        require(self.stages >= 1, f"method.stages must be >= 1 (without hints it is GRPO), got {self.stages}")
+        require(
+            0 < self.stage_share * self.stages < 1,
+            f"method.stages {self.stages} x method.stage_share {self.stage_share} must lie in (0, 1): the last hint "
+            "must leave something to solve",
+        )
+        not_negative(**{"method.start_step": self.start_step})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPTConfig:
+    """HPT (arXiv 2509.04419): each prompt is trained by RL or, where its rollouts fail, by SFT."""
+
+    name: Literal["hpt"] = _named("hpt")
+    gate: float = 0.0
+    """Prompts whose rollouts have a mean score of no more than this are trained by SFT."""
+    sft_coefficient: float = 1.0
+    """Weight of the SFT loss."""
+    sft_temperature: float = 1.0
+    """Divides the logits of demonstrations. `rollout.temperature` divides the logits of rollouts."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gate < 1, f"method.gate must lie in [0, 1), got {self.gate}")
+        positive(
+            **{
+                "method.sft_coefficient": self.sft_coefficient,
+                "method.sft_temperature": self.sft_temperature,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMixConfig:
+    """ReMix (arXiv 2507.06892): in the first steps, part of every batch is rollouts of earlier steps."""
+
+    name: Literal["remix"] = _named("remix")
+    stale_share: float = 0.4
+    """Probability that a group of the batch is one of an earlier step; the paper's p."""
+    lag: int = 2
+    """How many steps back such a group may lie; the paper's N. The rollouts of so many steps are kept."""
+    mix_steps: int = 50
+    """Steps of the first stage; the paper's T. Later steps are on-policy."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.stale_share <= 1, f"method.stale_share must lie in [0, 1], got {self.stale_share}")
+        require(self.lag >= 1, f"method.lag must be >= 1, got {self.lag}")
+        not_negative(**{"method.mix_steps": self.mix_steps})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """DPO on on-policy and off-policy pairs (arXiv 2305.18290, 2505.02363); the reference is `model.path`."""
+
+    name: Literal["dpo"] = _named("dpo")
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    offpolicy_share: float = 0.5
+    """Share of prompts whose pair is off-policy: the demonstration against the worst rollout."""
+
+    def __post_init__(self) -> None:
+        positive(**{"method.beta": self.beta})
+        require(
+            0 <= self.offpolicy_share <= 1,
+            f"method.offpolicy_share must lie in [0, 1], got {self.offpolicy_share}",
+        )
+
+
+MethodConfig = (
+    ChordConfig
+    | LuffyConfig
+    | RLPlusConfig
+    | SRFTConfig
+    | PrefixRFTConfig
+    | GHPOConfig
+    | HPTConfig
+    | ReMixConfig
+    | DPOConfig
+)
