@@ -283,8 +283,8 @@ def train(settings: Settings, policy: Path = TASK / "policy") -> list[float]:
                     for (rollout, _), a in zip(answers[group], advantages, strict=True)
                 ]
         chosen = draw.sample(demonstrations, settings.demonstrations) if mu > 0 else []
-        demonstrations = [render(tokenizer, row["problem"], row["solution"]) for row in chosen]
-        loss, metrics = chord_loss(model, rollouts, demonstrations, mu=mu, token_weight=settings.token_weight)
+        imitated = [render(tokenizer, row["problem"], row["solution"]) for row in chosen]
+        loss, metrics = chord_loss(model, rollouts, imitated, mu=mu, token_weight=settings.token_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
