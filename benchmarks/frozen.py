@@ -48,7 +48,7 @@ def write_run(folder: Path) -> Path:
             "max_response_tokens": 64,
         },
         "parallel": {"ranks": 2},
-        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
+        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "sync_timeout_s": 20.0, "restarts": 20},
         "reward": {"kind": "exact", "workers": 1, "timeout_s": 4.0},

@@ -94,7 +94,7 @@ def write_config(folder: Path, *, steps: int) -> Path:
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 2, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
+        "batch": {"prompts": 2, "rollouts": 4, "demonstrations": 4, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},

@@ -170,14 +170,15 @@ class ObjectiveConfig:
     ratio_from: Literal["rollout", "current", "recomputed"] = "rollout"
     """Denominator of the ratio: the rollout engine's log-probs (the paper's pi_sample), the trainer's own of this very
     pass (ratio 1 in value), or the trainer's own before the step's first update (a forward pass more)."""
-    aggregation: Aggregation = "token_mean"
-    """Of policy tokens over the whole step. token_mean: sum / tokens. sequence_mean: mean over sequences of token
-    means. sequence_sum: mean over sequences of token sums. constant: sum / (sequences x aggregation_length)."""
+    aggregation: Aggregation = "token-mean"
+    """Of policy tokens over the whole step. verl's names. token-mean: sum / tokens. seq-mean-token-mean: mean over
+    sequences of token means. seq-mean-token-sum: mean over sequences of token sums. seq-mean-token-sum-norm: sum /
+    (sequences x aggregation_length)."""
     aggregation_length: int | None = None
-    """For `constant` (Dr.GRPO); data.max_response_tokens where left out."""
-    advantage: Literal["group_std", "group", "batch_std", "leave_one_out"] = "group_std"
-    """group_std: (R - group mean) / group std. group: R - group mean (Dr.GRPO). batch_std: divided by the std of the
-    step's rewards. leave_one_out: R - mean of the others (RLOO). Standard deviations are unbiased."""
+    """For `seq-mean-token-sum-norm` (Dr.GRPO); data.max_response_tokens where left out."""
+    advantage: Literal["group_std", "group_mean", "batch_std", "leave_one_out"] = "group_std"
+    """group_std: (R - group mean) / group std. group_mean: R - group mean (Dr.GRPO). batch_std: divided by the std of
+    the step's rewards. leave_one_out: R - mean of the others (RLOO). Standard deviations are unbiased."""
     advantage_eps: float = 1e-6
     equal_groups: Literal["keep", "drop"] = "keep"
     """Groups of equal rewards have no advantage; keep: they count in the denominators. drop: they do not."""
@@ -206,7 +207,7 @@ class ObjectiveConfig:
                 (self.clip_low, self.clip_high) == (0.2, 0.2),
                 "objective.clip_low and clip_high mean nothing to the surrogate `unclipped`; leave them out",
             )
-        if self.advantage in ("group", "leave_one_out"):
+        if self.advantage in ("group_mean", "leave_one_out"):
             require(
                 self.advantage_eps == 1e-6,
                 f"objective.advantage_eps means nothing to the advantage `{self.advantage}`; leave it out",
@@ -228,22 +229,22 @@ class BatchConfig:
     """Samples per prompt (the group of GRPO)."""
     demonstrations: int
     """Demonstrations per optimizer step."""
-    mini_batches: int = 1
+    updates_per_step: int = 1
     """Optimizer updates that share a step's samples, each its own part of them."""
     epochs: int = 1
     """How often a step's samples are used."""
     sampling_attempts: int = 1
     """Above 1: dynamic sampling. Groups of equal rewards are replaced by those of further prompts, in at most so many
     rounds; what is missing then is filled with groups of equal rewards."""
-    max_tokens: int = 8192
+    max_tokens_per_gpu: int = 8192
     """Token budget of one packed micro-batch on one data-parallel rank; a longer sample gets a micro-batch alone."""
 
     def __post_init__(self) -> None:
         not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})
         positive(
             **{
-                "batch.max_tokens": self.max_tokens,
-                "batch.mini_batches": self.mini_batches,
+                "batch.max_tokens_per_gpu": self.max_tokens_per_gpu,
+                "batch.updates_per_step": self.updates_per_step,
                 "batch.epochs": self.epochs,
                 "batch.sampling_attempts": self.sampling_attempts,
             }
@@ -264,7 +265,6 @@ class RolloutConfig:
     temperature: float = 1.0
     """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
     SFT branch by `method.sft_temperature`."""
-    top_p: float = 1.0
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the rollout server; the model's own where left out."""
     servers: tuple[str, ...] = ()
@@ -335,10 +335,6 @@ class RolloutConfig:
         require(
             self.temperature <= 2,
             f"rollout.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
-        )
-        require(
-            self.top_p == 1.0,
-            f"rollout.top_p must be 1, got {self.top_p}: a cut distribution is not the policy that the loss describes",
         )
         require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
         not_negative(
@@ -615,8 +611,8 @@ class RunConfig:
         if isinstance(self.method, ChordConfig):
             aggregations.append(self.method.aggregation)
         require(
-            self.objective.aggregation_length is None or "constant" in aggregations,
-            "objective.aggregation_length belongs to the aggregation `constant`; leave it out",
+            self.objective.aggregation_length is None or "seq-mean-token-sum-norm" in aggregations,
+            "objective.aggregation_length belongs to the aggregation seq-mean-token-sum-norm; leave it out",
         )
         correction = self.objective.correction
         require(

@@ -37,6 +37,8 @@ from megatron_chord.config_nodes import (
 )
 
 MOVED = {
+    "batch.max_tokens": "batch.max_tokens_per_gpu",
+    "batch.mini_batches": "batch.updates_per_step",
     "objective.mu": "method.mu",
     "objective.token_weight": "method.token_weight",
     "objective.sft_cutoff": "method.cutoff",
@@ -44,6 +46,18 @@ MOVED = {
     "objective.sft_temperature": "method.sft_temperature",
 }
 """Settings that had another name before."""
+_AGGREGATIONS = {
+    "token_mean": "token-mean",
+    "sequence_mean": "seq-mean-token-mean",
+    "sequence_sum": "seq-mean-token-sum",
+    "constant": "seq-mean-token-sum-norm",
+}
+RENAMED = {
+    "objective.aggregation": _AGGREGATIONS,
+    "method.aggregation": _AGGREGATIONS,
+    "objective.advantage": {"group": "group_mean"},
+}
+"""Values that had another name before, by setting."""
 _NAME = re.compile(r"[a-z]\w*(?:\.\w+)+")
 
 
@@ -236,6 +250,8 @@ class _Reader:
                 hint = field.metadata.get("hints", {}).get(text.lower().replace("-", "_")) if field else None
                 if hint is not None:
                     raise self._fail(node, f"{where}: {hint}")
+                if text in RENAMED.get(where, {}):
+                    raise self._fail(node, f"{where}: {text} is now {RENAMED[where][text]}")
                 known = f"{', '.join(options)}{_nearest(text, options)}"
                 raise self._fail(node, f"{where}: {text!r} is none of {known}")
             return text

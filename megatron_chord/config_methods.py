@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.schedules import Constant, MuSchedule
 
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 PRESETS = {
     "alternating": "chord",
@@ -155,7 +155,7 @@ class ChordConfig:
     """Weight of each demonstration token in the SFT loss. No gradient flows through it. The default is phi."""
     cutoff: float = 1.0
     """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob). 1: all are."""
-    aggregation: Aggregation = "token_mean"
+    aggregation: Aggregation = "token-mean"
     """How the SFT loss is averaged over demonstration tokens, by the names of objective.aggregation."""
     sft_temperature: float = 1.0
     """Divides the logits of demonstrations. `rollout.temperature` divides the logits of rollouts."""

@@ -3,12 +3,13 @@
 A pool is one or more terms that are averaged together. With n_i trained tokens in sequence i (one sample's part), N
 their sum and S the number of sequences with at least one trained token, a token's scale is
 
-    token_mean      1 / N               GRPO as in CHORD's eq. 2, DAPO
-    sequence_mean   1 / (S n_i)         the original GRPO
-    sequence_sum    1 / S
-    constant        1 / (S C)           Dr.GRPO, C a length in tokens
+    token-mean                 1 / N          GRPO as in CHORD's eq. 2, DAPO
+    seq-mean-token-mean        1 / (S n_i)    the original GRPO
+    seq-mean-token-sum         1 / S
+    seq-mean-token-sum-norm    1 / (S C)      Dr.GRPO, C a length in tokens
 
-Trinity-RFT divides `constant` by C alone, so that its loss grows with the batch; verl 0.9 and ms-swift divide as here.
+The names are verl's. Trinity-RFT, and verl before 0.9, divide the last one by C alone, so that their loss grows with
+the batch. verl 0.9 and ms-swift divide as here.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
         term = terms[part.term]
         tokens, sequences = num_tokens[term.pool], num_sequences[term.pool]
         denominators = {
-            "token_mean": tokens,
-            "sequence_mean": sequences * len(part.positions),
-            "sequence_sum": sequences,
-            "constant": sequences * term.aggregation_length,
+            "token-mean": tokens,
+            "seq-mean-token-mean": sequences * len(part.positions),
+            "seq-mean-token-sum": sequences,
+            "seq-mean-token-sum-norm": sequences * term.aggregation_length,
         }
         return replace(part, constants={**part.constants, SCALE: 1.0 / denominators[term.aggregation]})
 

@@ -31,7 +31,7 @@ def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float
     """Advantages of each group's rewards, by ``objective.advantage``; exactly 0 in a group of equal rewards.
 
     With the group's mean m and unbiased standard deviation s, and b that of all rewards of the step:
-    group_std (R - m) / (s + eps); group R - m; batch_std (R - m) / (b + eps); leave_one_out R - mean of the others.
+    group_std (R - m) / (s + eps); group_mean R - m; batch_std (R - m) / (b + eps); leave_one_out R - the others' mean.
     """
     everything = [reward for rewards in groups for reward in rewards]
     batch_std = statistics.stdev(everything) if kind == "batch_std" and len(everything) > 1 else 0.0
@@ -42,7 +42,7 @@ def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float
         mean, n = statistics.fmean(rewards), len(rewards)
         scale = {
             "group_std": lambda: 1 / (statistics.stdev(rewards) + eps),
-            "group": lambda: 1.0,
+            "group_mean": lambda: 1.0,
             "batch_std": lambda: 1 / (batch_std + eps),
             "leave_one_out": lambda: n / (n - 1),
         }[kind]()

@@ -36,7 +36,7 @@ def dpo_term(*, beta: float, max_pairs: int, pool: str = "dpo") -> Term:
     return Term(
         loss=dpo_loss,
         pool=pool,
-        aggregation="sequence_sum",
+        aggregation="seq-mean-token-sum",
         scored=frozenset({"old_logprob", "reference_logprob"}),
         prepare=prepare,
     )
@@ -47,7 +47,7 @@ def pair_columns(
 ) -> list[Mapping[str, Tensor]]:
     """Each token's slope and its share of its pair's numbers; one all-reduce of [3, max_pairs].
 
-    The pool counts sequences, two to a pair, so the mean over pairs is 2 times its ``sequence_sum``.
+    The pool counts sequences, two to a pair, so the mean over pairs is 2 times its ``seq-mean-token-sum``.
     """
 
     def joined(name: str) -> Tensor:

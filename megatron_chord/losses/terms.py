@@ -123,9 +123,9 @@ class Term:
     loss: TermLoss
     pool: str
     """Terms of one pool are averaged together (``losses.aggregate``)."""
-    aggregation: Aggregation = "token_mean"
+    aggregation: Aggregation = "token-mean"
     aggregation_length: int = 1
-    """For `constant`."""
+    """For `seq-mean-token-sum-norm`."""
     scored: frozenset[str] = field(default=frozenset())
     """Columns that a forward pass before the step's first update fills: old_logprob, old_entropy (of the policy),
     reference_logprob (of the reference)."""

@@ -53,9 +53,9 @@ class Chord(Method):
                 raise ValueError(
                     "method.mu.rate needs whole gradients on every rank: set parallel.distributed_optimizer: false"
                 )
-            if run.batch.mini_batches * run.batch.epochs > 1:
+            if run.batch.updates_per_step * run.batch.epochs > 1:
                 raise ValueError(
-                    "method.mu.rate measures one update a step: batch.mini_batches and batch.epochs must be 1"
+                    "method.mu.rate measures one update a step: batch.updates_per_step and batch.epochs must be 1"
                 )
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= run.steps - step:

@@ -47,10 +47,10 @@ class MixedDPO(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.batch.mini_batches > 1 or run.batch.epochs > 1:
+        if run.batch.updates_per_step > 1 or run.batch.epochs > 1:
             raise ValueError(
                 "method dpo takes one update per step: a pair's gradient is worked out with the weights before it, and "
-                f"batch.mini_batches {run.batch.mini_batches} x batch.epochs {run.batch.epochs} would move them"
+                f"batch.updates_per_step {run.batch.updates_per_step} x batch.epochs {run.batch.epochs} would move them"
             )
         if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(

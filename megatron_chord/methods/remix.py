@@ -6,7 +6,7 @@ pi_{k-i}, i <= ``lag``, sampled in an earlier step; its tokens train under the t
     L_stale = -min(r A, clip(r, c - clip_low, c + clip_high) A),    r = pi_theta / pi_{k-i},  c = pi_k / pi_{k-i}
 
 pi_k is the policy before the step's first update; c and A are constants. In that update pi_theta = pi_k, so r = c:
-the clip acts only with ``batch.epochs`` or ``batch.mini_batches`` above 1 (the paper: two updates per batch).
+the clip acts only with ``batch.epochs`` or ``batch.updates_per_step`` above 1 (the paper: two updates per batch).
 
 ``objective.ratio_from`` and ``correction`` rule the fresh tokens, which are those of ``chord``'s policy branch.
 

@@ -61,9 +61,9 @@ def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, 
     yield (
         objective.ratio_from == "current"
         and objective.surrogate != "unclipped"
-        and batch.mini_batches * batch.epochs > 1,
-        "objective.ratio_from: current makes every ratio 1, also in a step's later updates; with batch.mini_batches or "
-        "batch.epochs above 1 set it to rollout or recomputed",
+        and batch.updates_per_step * batch.epochs > 1,
+        "objective.ratio_from: current makes every ratio 1, also in a step's later updates; with "
+        "batch.updates_per_step or batch.epochs above 1 set it to rollout or recomputed",
     )
 
 
@@ -90,8 +90,9 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
         "batch.prompts x batch.rollouts": batch.prompts * batch.rollouts,
     }.items():
         yield (
-            0 < count < batch.mini_batches,
-            f"{name} is {count}, fewer than batch.mini_batches {batch.mini_batches}: some updates would have none",
+            0 < count < batch.updates_per_step,
+            f"{name} is {count}, fewer than batch.updates_per_step {batch.updates_per_step}: some updates would have "
+            "none",
         )
     yield (
         batch.sampling_attempts > 1 and batch.prompts == 0,

@@ -245,7 +245,7 @@ def case_of(
             ),
             response_limit=run.data.max_response_tokens,
             longest=run.data.max_prompt_tokens + run.data.max_response_tokens,
-            updates=run.batch.mini_batches,
+            updates=run.batch.updates_per_step,
             epochs=run.batch.epochs,
             passes=num_forward_passes(terms),
         ),
@@ -269,7 +269,9 @@ def _offloads(run: RunConfig, cluster: Cluster) -> bool:
 
 
 def choice_of(run: RunConfig) -> Choice:
-    return Choice(parallel=run.parallel, max_tokens=run.batch.max_tokens, recompute=run.model.recompute)
+    return Choice(
+        parallel=run.parallel, max_tokens=run.batch.max_tokens_per_gpu, recompute=run.model.recompute
+    )
 
 
 def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Estimate:

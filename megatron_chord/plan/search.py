@@ -66,7 +66,7 @@ def best_block(found: Estimate) -> str:
             f"  expert: {parallel.expert}",
             f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
             "batch:",
-            f"  max_tokens: {found.choice.max_tokens}",
+            f"  max_tokens_per_gpu: {found.choice.max_tokens}",
             "model:",
             f"  recompute: {found.choice.recompute}",
         ]

@@ -34,7 +34,7 @@ class StepInputs:
     """What every rank is told of a step, beside its own micro-batches."""
 
     updates: tuple[Update, ...]
-    """The step's optimizer updates, one for each of ``batch.mini_batches``."""
+    """The step's optimizer updates, one for each of ``batch.updates_per_step``."""
     mu: float | None
     stats: Mapping[str, Any]
     """The sampling's part of the step's metrics row."""
@@ -210,7 +210,7 @@ class Coordinator:
         if context.graded:
             self.log.write_samples(now.step, _sample_rows(context.graded))
         with timer.phase("pack"):
-            count = run.batch.mini_batches
+            count = run.batch.updates_per_step
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
             # The step's first update is the one whose tokens are compared; every update keeps one.
             trained = [
@@ -218,7 +218,7 @@ class Coordinator:
                 for index, samples in enumerate(scaled)
             ]
             plans = [
-                plan_step(samples, max_tokens=run.batch.max_tokens, layout=self._layout, pad_id=0)
+                plan_step(samples, max_tokens=run.batch.max_tokens_per_gpu, layout=self._layout, pad_id=0)
                 for samples in trained
             ]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]

@@ -58,10 +58,10 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     check_overrides(run.model.megatron_overrides, shape)
     check_fp8(shape, run.parallel, run.precision)
     multiple = packing_layout(shape, run.parallel, data, preset(run.precision).training).batch_multiple
-    if run.batch.max_tokens < multiple:
+    if run.batch.max_tokens_per_gpu < multiple:
         raise ValueError(
-            f"batch.max_tokens {run.batch.max_tokens} is below {multiple}, of which the length of every packed "
-            "micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
+            f"batch.max_tokens_per_gpu {run.batch.max_tokens_per_gpu} is below {multiple}, of which the length of "
+            "every packed micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
     for name in ("prompts", "demonstrations", "evaluation", "chat_template"):
@@ -198,8 +198,8 @@ def plan_lines(
         limit = run.data.max_response_tokens
         say(f"sampling    temperature {run.rollout.temperature}, answers of at most {limit} tokens")
     say(
-        f"one step    {method.step_text(run)}; {_counted(batch.mini_batches * batch.epochs, 'optimizer update')}; "
-        f"micro-batches of at most {batch.max_tokens} tokens on each of {_counted(data, 'data-parallel rank')}"
+        f"one step    {method.step_text(run)}; {_counted(batch.updates_per_step * batch.epochs, 'optimizer update')}; "
+        f"micro-batches of at most {batch.max_tokens_per_gpu} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
     if run.rollout.lag > 0:
         say(f"lag         {_lag_text(run)}")
@@ -274,10 +274,10 @@ def _correction_text(run: RunConfig) -> str:
 
 def _denominator(term: Term) -> str:
     return {
-        "token_mean": "their number",
-        "sequence_mean": "(sequences x tokens of the own sequence)",
-        "sequence_sum": "sequences",
-        "constant": f"(sequences x {term.aggregation_length})",
+        "token-mean": "their number",
+        "seq-mean-token-mean": "(sequences x tokens of the own sequence)",
+        "seq-mean-token-sum": "sequences",
+        "seq-mean-token-sum-norm": f"(sequences x {term.aggregation_length})",
     }[term.aggregation]
 
 

@@ -50,7 +50,9 @@ def case(
 
 
 def with_layout(run: RunConfig, parallel: Mapping[str, Any], max_tokens: int) -> RunConfig:
-    return replace(run, parallel=ParallelConfig(**parallel), batch=replace(run.batch, max_tokens=max_tokens))
+    return replace(
+        run, parallel=ParallelConfig(**parallel), batch=replace(run.batch, max_tokens_per_gpu=max_tokens)
+    )
 
 
 def assert_same_update(result: Any, expected: Any, what: str, *, relative: float = RELATIVE) -> None:

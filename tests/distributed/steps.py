@@ -98,7 +98,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         fill(state, case.get("old") or folder)
         plan = plan_step(
             with_scales(case["samples"], terms),
-            max_tokens=run.batch.max_tokens,
+            max_tokens=run.batch.max_tokens_per_gpu,
             layout=packing_layout(state.shape, parallel, state.groups.data.size),
             pad_id=0,
         )

@@ -37,7 +37,7 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
         for seed in (0, 1):
             plan = plan_step(
                 with_scales(make_samples(seed=seed), terms),
-                max_tokens=run.batch.max_tokens,
+                max_tokens=run.batch.max_tokens_per_gpu,
                 layout=packing_layout(state.shape, run.parallel, state.groups.data.size),
                 pad_id=0,
             )

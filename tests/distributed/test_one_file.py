@@ -73,7 +73,7 @@ def test_every_layout_computes_what_the_one_file_says(one_file: Any, tmp_path: P
     for layout, parallel in LAYOUTS[world_size].items():
         for method, (mu, weight) in METHODS.items():
             run = tiny_run(model, token_weight=SimpleWeight(kind=weight))  # type: ignore[arg-type]
-            run = with_layout(replace(run, batch=replace(run.batch, max_tokens=60)), parallel, 60)
+            run = with_layout(replace(run, batch=replace(run.batch, max_tokens_per_gpu=60)), parallel, 60)
             cases.append(case(run, samples_of(method), {"policy": 1 - mu, "sft": mu}))
             names.append((method, f"{method}/{layout}"))
     for results in run_ranks(steps.updates, world_size, model, cases):

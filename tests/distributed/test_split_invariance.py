@@ -83,13 +83,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # policy branch
     "asymmetric clip": {"clip_low": 0.1, "clip_high": 0.28, "temperature": 0.7},
     "dual clip": {"dual_clip": 3.0},
-    "gspo": {"surrogate": "gspo", "aggregation": "sequence_mean", "clip_low": 0.02, "clip_high": 0.03},
+    "gspo": {"surrogate": "gspo", "aggregation": "seq-mean-token-mean", "clip_low": 0.02, "clip_high": 0.03},
     "gspo, dual clip": {"surrogate": "gspo", "dual_clip": 1.5},
     "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.28},
     "unclipped": {"surrogate": "unclipped", "ratio_from": "current"},
-    "sequence_mean": {"aggregation": "sequence_mean", "settings": {"aggregation": "sequence_mean"}},
-    "sequence_sum": {"aggregation": "sequence_sum", "settings": {"aggregation": "sequence_sum"}},
-    "constant": {"aggregation": "constant", "settings": {"aggregation": "constant"}},
+    "seq-mean-token-mean": {
+        "aggregation": "seq-mean-token-mean",
+        "settings": {"aggregation": "seq-mean-token-mean"},
+    },
+    "seq-mean-token-sum": {
+        "aggregation": "seq-mean-token-sum",
+        "settings": {"aggregation": "seq-mean-token-sum"},
+    },
+    "constant": {
+        "aggregation": "seq-mean-token-sum-norm",
+        "settings": {"aggregation": "seq-mean-token-sum-norm"},
+    },
     "recomputed": {"ratio_from": "recomputed", "entropy_bonus": 0.02},
     **{
         f"correction {level} {mode}": {

@@ -147,11 +147,13 @@ def test_terms_with_demonstrations(tmp_path: Path) -> None:
     model = save_qwen2(tmp_path)
     objectives = {
         "luffy": luffy(model, {}, surrogate="unclipped"),
-        "luffy: unshaped, a constant denominator": luffy(model, {"shaping": False}, aggregation="constant"),
-        "luffy: means of sequences": luffy(model, {"gamma": 0.01}, aggregation="sequence_mean"),
+        "luffy: unshaped, a constant denominator": luffy(
+            model, {"shaping": False}, aggregation="seq-mean-token-sum-norm"
+        ),
+        "luffy: means of sequences": luffy(model, {"gamma": 0.01}, aggregation="seq-mean-token-mean"),
         "rl_plus": rl_plus(model, surrogate="unclipped"),
         "rl_plus: recomputed": rl_plus(model, ratio_from="recomputed"),
         "srft": srft(model),
-        "srft: means of sequences": srft(model, aggregation="sequence_mean"),
+        "srft: means of sequences": srft(model, aggregation="seq-mean-token-mean"),
     }
     assert_split_invariant(model, objectives, layouts=LAYOUTS)

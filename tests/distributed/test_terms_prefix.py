@@ -32,7 +32,9 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
         model,
         {
             "prefix_rft": prefix_rft(model),
-            "prefix_rft, recomputed": prefix_rft(model, ratio_from="recomputed", aggregation="sequence_mean"),
+            "prefix_rft, recomputed": prefix_rft(
+                model, ratio_from="recomputed", aggregation="seq-mean-token-mean"
+            ),
             "prefix_rft, gspo": prefix_rft(model, surrogate="gspo", dual_clip=3.0, entropy_bonus=0.01),
             "hpt": hpt(model),
         },

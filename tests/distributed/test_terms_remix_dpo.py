@@ -48,7 +48,7 @@ def test_the_clip_of_stale_tokens_is_active_in_a_later_update(tmp_path: Path) ->
 
 def remix(model: Path, reference: Path) -> Any:
     kl = KLConfig(estimator="k2", coefficient=KL, reference=reference)
-    run = tiny_run(model, method="remix", kl=kl, aggregation="sequence_mean")
+    run = tiny_run(model, method="remix", kl=kl, aggregation="seq-mean-token-mean")
     fresh, stale = make_samples(num_policy=4, num_sft=0), make_samples(num_policy=5, num_sft=0, seed=1)
     samples = fresh + [as_stale(sample, age=1.0 + i % 2) for i, sample in enumerate(stale)]
     terms = {"policy": policy_term(run.objective), "stale": stale_term()}
@@ -83,7 +83,7 @@ def stale_term() -> OracleTerm:
     return OracleTerm(
         loss=lambda token, *_: surrogate(token) + KL * kl(token),
         pool="policy",
-        aggregation="sequence_mean",
+        aggregation="seq-mean-token-mean",
         means={
             "stale_ratio": lambda token, *_: ratio(token).item(),
             "stale_age": lambda token, *_: token.constants["age"],
@@ -166,7 +166,7 @@ def dpo_term() -> OracleTerm:
     return OracleTerm(
         loss=loss,
         pool="dpo",
-        aggregation="sequence_sum",
+        aggregation="seq-mean-token-sum",
         means={
             "entropy": lambda token, *_: token.entropy.item(),
             "logprob_gap": lambda token, _, everything: of_sampled(lambda gap: gap, token, everything),

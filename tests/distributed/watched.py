@@ -41,7 +41,7 @@ def preset(path: Path) -> RunConfig:
     run = load_config(path)
     return replace(
         run,
-        batch=replace(run.batch, mini_batches=1, epochs=1),
+        batch=replace(run.batch, updates_per_step=1, epochs=1),
         rollout=replace(run.rollout, max_logprob_gap=1e9, max_probability_error=1e9),
     )
 

@@ -46,7 +46,7 @@ def write_config(folder: Path) -> Path:
             "max_response_tokens": 32,
         },
         "parallel": {"ranks": 2},
-        "batch": {"prompts": 2, "rollouts": 2, "demonstrations": 2, "max_tokens": 512},
+        "batch": {"prompts": 2, "rollouts": 2, "demonstrations": 2, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "sync_timeout_s": 15.0},
         "reward": {"kind": "exact", "workers": 1, "timeout_s": 3.0, "max_error_rate": 0.0},

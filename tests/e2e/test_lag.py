@@ -103,7 +103,7 @@ def test_a_step_is_sampled_by_the_weights_of_the_step_before(server: RolloutServ
 
 METHODS: dict[str, tuple[Path, dict[str, str]]] = {
     "chord_and_evaluation": (COMMON, {**EVALUATED, "method.mu": "{peak: 0.3}"}),
-    "corrected_by_weights": (COMMON, {"objective.ratio_from": "recomputed", "batch.mini_batches": "2"}),
+    "corrected_by_weights": (COMMON, {"objective.ratio_from": "recomputed", "batch.updates_per_step": "2"}),
     "dynamic_sampling_and_demonstrations": (
         EXAMPLES / "luffy.yaml",
         {"batch.demonstrations": "0", "batch.sampling_attempts": "3"},

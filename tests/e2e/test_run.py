@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 4, "rollouts": 6, "demonstrations": 6, "max_tokens": 512},
+        "batch": {"prompts": 4, "rollouts": 6, "demonstrations": 6, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
         "reward": {"kind": "exact", "workers": 1},

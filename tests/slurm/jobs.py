@@ -33,7 +33,7 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },
-        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens": 512},
+        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": mu}},
         "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},

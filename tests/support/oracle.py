@@ -55,7 +55,7 @@ class OracleTerm:
 
     loss: Callable[[Token, SequenceTokens, list[SequenceTokens]], Tensor]
     pool: str
-    aggregation: str = "token_mean"
+    aggregation: str = "token-mean"
     length: int = 1
     temperature: float | None = None
     means: Mapping[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]] = field(
@@ -131,10 +131,10 @@ def oracle_update(
         count = sum(len(sequence.tokens) for sequence in sequences)
         for sequence in sequences:
             scale = {
-                "token_mean": 1 / num_tokens[term.pool],
-                "sequence_mean": 1 / num_sequences[term.pool] / len(sequence.tokens),
-                "sequence_sum": 1 / num_sequences[term.pool],
-                "constant": 1 / num_sequences[term.pool] / term.length,
+                "token-mean": 1 / num_tokens[term.pool],
+                "seq-mean-token-mean": 1 / num_sequences[term.pool] / len(sequence.tokens),
+                "seq-mean-token-sum": 1 / num_sequences[term.pool],
+                "seq-mean-token-sum-norm": 1 / num_sequences[term.pool] / term.length,
             }[term.aggregation]
             for token in sequence.tokens:
                 loss = loss + weights[name] * scale * term.loss(token, sequence, sequences)

@@ -118,7 +118,7 @@ def sft_term(
     *,
     cutoff: float = 1.0,
     pool: str = "sft",
-    aggregation: str = "token_mean",
+    aggregation: str = "token-mean",
     length: int = 1,
     temperature: float = 1.0,
 ) -> OracleTerm:

@@ -44,7 +44,7 @@ def make_task(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
             "max_prompt_tokens": 64,
             "max_response_tokens": 12,
         },
-        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 6, "max_tokens": 256},
+        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 6, "max_tokens_per_gpu": 256},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},

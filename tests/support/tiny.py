@@ -174,7 +174,7 @@ def tiny_run(
             prompts=folder / "prompts", demonstrations=folder / "demonstrations", max_response_tokens=16
         ),
         batch=BatchConfig(
-            prompts=3, rollouts=2, demonstrations=5 if method == "chord" else 0, max_tokens=max_tokens
+            prompts=3, rollouts=2, demonstrations=5 if method == "chord" else 0, max_tokens_per_gpu=max_tokens
         ),
         method=kind(**own, **settings or {}),
         parallel=ParallelConfig(**parallel or {}),

@@ -291,6 +291,8 @@ class TestMethod:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("batch.max_tokens", "batch.max_tokens_per_gpu"),
+        ("batch.mini_batches", "batch.updates_per_step"),
         ("objective.mu", "method.mu"),
         ("objective.token_weight", "method.token_weight"),
         ("objective.sft_cutoff", "method.cutoff"),
@@ -300,9 +302,29 @@ class TestMethod:
 )
 def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
     block, _, name = old.rpartition(".")
-    assert only_finding(tmp_path, f"{block}:\n  {name}: 1\n") == f"run.yaml:12: {old} is now {new}"
+    text = (
+        GOOD.replace("batch: {", f"batch: {{{name}: 1, ")
+        if block == "batch"
+        else f"{GOOD}{block}: {{{name}: 1}}\n"
+    )
+    line = 8 if block == "batch" else 11
+    assert findings(write(tmp_path, text)) == [f"run.yaml:{line}: {old} is now {new}"]
     assert only_finding(tmp_path, "", f"{old}=1") == f"override '{old}=1': {old} is now {new}"
     assert new in setting_names(RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("setting", "old", "new"),
+    [
+        ("objective.advantage", "group", "group_mean"),
+        ("objective.aggregation", "constant", "seq-mean-token-sum-norm"),
+        ("method.aggregation", "sequence_mean", "seq-mean-token-mean"),
+    ],
+)
+def test_an_old_value_is_answered_with_the_new_one(tmp_path: Path, setting: str, old: str, new: str) -> None:
+    found = only_finding(tmp_path, "", f"{setting}={old}")
+    assert found == f"override '{setting}={old}': {setting}: {old} is now {new}"
+    load(tmp_path, "", f"{setting}={new}")
 
 
 class TestPlaces:
@@ -335,7 +357,7 @@ class TestPlaces:
 
 def test_a_block_in_one_line_has_every_number() -> None:
     assert one_line(config_methods.ChordConfig()) == (
-        "name chord, mu constant (peak 0.1), token_weight phi, cutoff 1.0, aggregation token_mean, sft_temperature 1.0"
+        "name chord, mu constant (peak 0.1), token_weight phi, cutoff 1.0, aggregation token-mean, sft_temperature 1.0"
     )
     method = config_methods.ChordConfig(
         mu=schedules.Binary(switch_step=3), token_weight=config_methods.FocalWeight()
@@ -414,7 +436,7 @@ class TestDump:
             "mu": {"schedule": "constant", "peak": 0.1},
             "token_weight": {"kind": "phi"},
             "cutoff": 1.0,
-            "aggregation": "token_mean",
+            "aggregation": "token-mean",
             "sft_temperature": 1.0,
         }
         assert load_config(write(tmp_path, dump_config(run))) == run

@@ -430,5 +430,5 @@ def test_turns() -> None:
     ],
 )
 def test_what_is_refused_is_named(kind: type[Schedule], settings: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name.replace('.', '[.]')}\b"):
+    with pytest.raises(ValueError, match=rf"^method.{name.replace('.', '[.]')}\b"):
         kind(**settings)

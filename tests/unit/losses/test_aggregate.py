@@ -22,7 +22,7 @@ def sample(*parts: Part) -> TrainSample:
     return TrainSample(token_ids=np.arange(20), parts=parts)
 
 
-def term(pool: str, aggregation: Aggregation = "token_mean", length: int = 1) -> Term:
+def term(pool: str, aggregation: Aggregation = "token-mean", length: int = 1) -> Term:
     def loss(*_: Any) -> TermOutput:
         raise NotImplementedError
 
@@ -40,10 +40,10 @@ def scales(samples: list[TrainSample], terms: dict[str, Term]) -> list[list[tupl
     ("aggregation", "expected"),
     [
         # Three sequences of 1, 3 and 4 tokens; the constant length is 5.
-        ("token_mean", [1 / 8, 1 / 8, 1 / 8]),
-        ("sequence_mean", [1 / 3, 1 / 9, 1 / 12]),
-        ("sequence_sum", [1 / 3, 1 / 3, 1 / 3]),
-        ("constant", [1 / 15, 1 / 15, 1 / 15]),
+        ("token-mean", [1 / 8, 1 / 8, 1 / 8]),
+        ("seq-mean-token-mean", [1 / 3, 1 / 9, 1 / 12]),
+        ("seq-mean-token-sum", [1 / 3, 1 / 3, 1 / 3]),
+        ("seq-mean-token-sum-norm", [1 / 15, 1 / 15, 1 / 15]),
     ],
 )
 def test_four_aggregations(aggregation: Aggregation, expected: list[float]) -> None:
@@ -52,7 +52,7 @@ def test_four_aggregations(aggregation: Aggregation, expected: list[float]) -> N
     assert found == [[("policy", pytest.approx(scale, rel=1e-15))] for scale in expected]
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_the_weights_of_a_mean_add_up_to_1(aggregation: Aggregation) -> None:
     rng = np.random.default_rng(0)
     samples = [sample(part("policy", int(rng.integers(0, 9)))) for _ in range(50)]
@@ -63,7 +63,7 @@ def test_the_weights_of_a_mean_add_up_to_1(aggregation: Aggregation) -> None:
 
 def test_terms_of_different_pools_do_not_meet() -> None:
     samples = [sample(part("policy", 2)), sample(part("sft", 5)), sample(part("policy", 6))]
-    terms = {"policy": term("policy"), "sft": term("sft", "sequence_mean"), "unused": term("sft")}
+    terms = {"policy": term("policy"), "sft": term("sft", "seq-mean-token-mean"), "unused": term("sft")}
     assert scales(samples, terms) == [[("policy", 1 / 8)], [("sft", 1 / 5)], [("policy", 1 / 8)]]
 
 
@@ -71,10 +71,10 @@ def test_terms_of_different_pools_do_not_meet() -> None:
     ("aggregation", "expected"),
     [
         # One pool of sequences of 2, 6 and 4 tokens.
-        ("token_mean", [1 / 12, 1 / 12, 1 / 12]),
-        ("sequence_mean", [1 / 6, 1 / 18, 1 / 12]),
-        ("sequence_sum", [1 / 3, 1 / 3, 1 / 3]),
-        ("constant", [1 / 30, 1 / 30, 1 / 30]),
+        ("token-mean", [1 / 12, 1 / 12, 1 / 12]),
+        ("seq-mean-token-mean", [1 / 6, 1 / 18, 1 / 12]),
+        ("seq-mean-token-sum", [1 / 3, 1 / 3, 1 / 3]),
+        ("seq-mean-token-sum-norm", [1 / 30, 1 / 30, 1 / 30]),
     ],
 )
 def test_two_terms_of_one_pool(aggregation: Aggregation, expected: list[float]) -> None:
@@ -88,13 +88,15 @@ def test_two_terms_of_one_pool(aggregation: Aggregation, expected: list[float]) 
 
 def test_each_part_of_a_sample_is_a_sequence() -> None:
     samples = [sample(part("prefix", 2), part("policy", 3, start=5)), sample(part("policy", 4))]
-    apart = {"prefix": term("prefix", "sequence_mean"), "policy": term("policy", "sequence_mean")}
+    apart = {"prefix": term("prefix", "seq-mean-token-mean"), "policy": term("policy", "seq-mean-token-mean")}
     assert scales(samples, apart) == [[("prefix", 1 / 2), ("policy", 1 / 6)], [("policy", 1 / 8)]]
-    together = {name: term("shared", "sequence_mean") for name in apart}
+    together = {name: term("shared", "seq-mean-token-mean") for name in apart}
     assert scales(samples, together) == [[("prefix", 1 / 6), ("policy", 1 / 9)], [("policy", 1 / 12)]]
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+)
 def test_empty_parts_are_dropped_and_do_not_count(aggregation: Aggregation) -> None:
     terms = {"policy": term("policy", aggregation, 7), "sft": term("policy", aggregation, 7)}
     full = [sample(part("policy", 2)), sample(part("sft", 3))]
@@ -110,7 +112,7 @@ def test_empty_parts_are_dropped_and_do_not_count(aggregation: Aggregation) -> N
 
 def test_nothing_at_all() -> None:
     assert with_scales([], {"policy": term("policy")}) == []
-    assert scales([sample(part("policy", 0))], {"policy": term("policy", "sequence_mean")}) == [[]]
+    assert scales([sample(part("policy", 0))], {"policy": term("policy", "seq-mean-token-mean")}) == [[]]
 
 
 def test_idle_parts_are_left_out_but_counted() -> None:

@@ -61,7 +61,7 @@ def test_advantages_with_the_unbiased_standard_deviation() -> None:
 
 def test_advantages_without_standard_deviation() -> None:
     # Mean 0.5. eps plays no part.
-    assert group_advantages([[2.0, 0.0, 0.0, 0.0]], kind="group", eps=7.0) == [(1.5, -0.5, -0.5, -0.5)]
+    assert group_advantages([[2.0, 0.0, 0.0, 0.0]], kind="group_mean", eps=7.0) == [(1.5, -0.5, -0.5, -0.5)]
 
 
 def test_advantages_with_the_standard_deviation_of_the_step() -> None:
@@ -83,14 +83,14 @@ def test_advantages_that_leave_one_out() -> None:
     assert group_advantages([[1.0, 0.0]], kind="leave_one_out", eps=7.0) == [(1.0, -1.0)]
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group", "leave_one_out"])
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "leave_one_out"])
 def test_other_groups_play_no_part(kind: str) -> None:
     groups = [[1.0, 0.0, 0.0], [5.0, -5.0], [2.0, 2.0]]
     alone = [group_advantages([rewards], kind=kind, eps=1e-6)[0] for rewards in groups]
     assert group_advantages(groups, kind=kind, eps=1e-6) == alone
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group", "batch_std", "leave_one_out"])
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std", "leave_one_out"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.3, 1e30])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
 def test_equal_rewards_give_exactly_0(kind: str, reward: float, size: int) -> None:

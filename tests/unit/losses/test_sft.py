@@ -344,10 +344,10 @@ def test_tokens_that_tie_with_the_threshold_are_all_chosen() -> None:
 @pytest.mark.parametrize("weight", WEIGHTS, ids=name_of)
 def test_what_a_term_asks_for_and_reports(weight: TokenWeight) -> None:
     term: Term = sft_term(
-        weight=weight, cutoff=0.9, pool="shared", aggregation="constant", aggregation_length=7
+        weight=weight, cutoff=0.9, pool="shared", aggregation="seq-mean-token-sum-norm", aggregation_length=7
     )
     by_entropy = weight.kind in ("entropy_top", "entropy_norm")
-    assert (term.pool, term.aggregation, term.aggregation_length) == ("shared", "constant", 7)
+    assert (term.pool, term.aggregation, term.aggregation_length) == ("shared", "seq-mean-token-sum-norm", 7)
     assert term.scored == ({"old_entropy"} if by_entropy else set())
     assert (term.prepare is not None) == by_entropy
     assert term.rival == (weight.kind == "margin")

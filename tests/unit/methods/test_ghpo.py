@@ -107,7 +107,7 @@ SCORES: dict[tuple[str, str], Any] = {
 
 def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
     context = draw_of(SCORES)
-    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(advantage="group"))
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(advantage="group_mean"))
     asked = [
         (attempt, [(item.prompt.id, item.position) for item in drawn], samples)
         for attempt, drawn, samples in context.asked

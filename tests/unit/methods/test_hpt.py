@@ -86,8 +86,8 @@ def test_the_gate_reads_scores_not_rewards() -> None:
 
 
 def test_terms() -> None:
-    terms = HPT().terms(run_of(aggregation="sequence_mean"))
-    assert (terms["policy"].aggregation, terms["sft"].aggregation) == ("sequence_mean", "token_mean")
+    terms = HPT().terms(run_of(aggregation="seq-mean-token-mean"))
+    assert (terms["policy"].aggregation, terms["sft"].aggregation) == ("seq-mean-token-mean", "token-mean")
     assert terms["policy"].pool != terms["sft"].pool
     outputs = [reported(term) for term in terms.values()]
     names = [name for output in outputs for name in (*output.losses, *output.means, *output.maxima)]

@@ -34,7 +34,7 @@ ALL_RIGHT = [answer(RIGHT)] * 3
 
 
 def test_advantages_are_over_rollouts_and_demonstration_together() -> None:
-    run = guided_run("luffy", prompts=2, advantage="group")
+    run = guided_run("luffy", prompts=2, advantage="group_mean")
     context = scripted_draw(run, [MIXED, ALL_WRONG], [RIGHT, RIGHT])
     collected = Luffy().collect(context, run)
     # Rewards 1 0 0 | 1: mean 1/2. Rewards 0 0 0 | 1: mean 1/4.
@@ -73,14 +73,14 @@ def test_one_denominator_for_rollouts_and_demonstrations() -> None:
 
 
 def test_groups_of_equal_rewards_are_judged_with_their_demonstration() -> None:
-    run = guided_run("luffy", prompts=2, advantage="group", equal_groups="drop")
+    run = guided_run("luffy", prompts=2, advantage="group_mean", equal_groups="drop")
     collected = Luffy().collect(scripted_draw(run, [ALL_WRONG, ALL_RIGHT], [RIGHT, RIGHT]), run)
     assert constants(collected.samples, "policy", "advantage") == {0: [-0.25] * 3}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.75]}
 
 
 def test_rollouts_that_were_cut_off_are_left_out_but_count_in_the_group() -> None:
-    run = guided_run("luffy", advantage="group", truncated="mask")
+    run = guided_run("luffy", advantage="group_mean", truncated="mask")
     answers = [answer(RIGHT), answer(WRONG), answer(WRONG, finish="length")]
     collected = Luffy().collect(scripted_draw(run, [answers], [RIGHT]), run)
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5]}
@@ -88,7 +88,7 @@ def test_rollouts_that_were_cut_off_are_left_out_but_count_in_the_group() -> Non
 
 
 def test_a_group_trains_without_a_demonstration_that_could_not_be_graded() -> None:
-    run = guided_run("luffy", prompts=2, advantage="group")
+    run = guided_run("luffy", prompts=2, advantage="group_mean")
     collected = Luffy().collect(scripted_draw(run, [MIXED, MIXED], [BROKEN, RIGHT]), run)
     policy = constants(collected.samples, "policy", "advantage")
     assert policy[0] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
@@ -106,7 +106,7 @@ def test_without_a_graded_demonstration_the_rollouts_train_alone() -> None:
 
 
 def test_dynamic_sampling_judges_the_rollouts_alone() -> None:
-    run = guided_run("luffy", advantage="group")
+    run = guided_run("luffy", advantage="group_mean")
     run = replace(run, batch=replace(run.batch, sampling_attempts=2))
     order = scripted_draw(run, [MIXED] * 2, [RIGHT] * 2).sources.prompt_cursor.take(2)[0]
     answers = [ALL_WRONG if index == order[0] else MIXED for index in range(2)]

@@ -118,7 +118,7 @@ def test_several_hybrids_of_a_prefix_are_a_group_and_share_its_gain() -> None:
     group = make_group(graded(prompt("a"), (0.5, 0.0)))
     assert group is not None
     hybrids = graded(prompt("a"), (1.0, None, 0.0, 0.0), prefix=(90,))
-    objective = ObjectiveConfig(advantage="group")
+    objective = ObjectiveConfig(advantage="group_mean")
     samples = hybrid_samples([hybrids], [group], hybrids_per_prompt=4, objective=objective)
     assert [sample.parts[0].constants["advantage"] for sample in samples] == [0.1875, -0.0625, -0.0625]
     found = [sample.parts[1].constants["advantage"] for sample in samples]
@@ -126,7 +126,7 @@ def test_several_hybrids_of_a_prefix_are_a_group_and_share_its_gain() -> None:
     assert [sample.token_ids.tolist()[-2:] for sample in samples] == [[20, 21], [40, 41], [50, 51]]
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group", "batch_std", "leave_one_out"])
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std", "leave_one_out"])
 def test_groups_of_none_and_one_and_many(kind: Any) -> None:
     found = continuation_advantages([(), (0.7,), (1.0, 1.0)], ObjectiveConfig(advantage=kind))
     assert found == [(), (0.7,), (0.0, 0.0)]
@@ -155,7 +155,7 @@ def test_a_step() -> None:
     scores: dict[tuple[str, str], Any] = {("", name): (1.0, 0.0) for name in "abc"}
     scores |= {("hybrid", "a"): (1.0,), ("hybrid", "b"): (0.0,), ("hybrid", "c"): (None,)}
     context: Any = ScriptedContext(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
-    collected = PrefixRFT().collect(context, run_of(advantage="group"))
+    collected = PrefixRFT().collect(context, run_of(advantage="group_mean"))
     assert [(attempt, samples) for attempt, _, samples in context.asked] == [("", 2), ("hybrid", 1)]
     assert collected.weights == {"policy": 1.0, "prefix": 1.0}
     assert [len(sample.parts) for sample in collected.samples] == [1] * 6 + [2] * 2
@@ -263,9 +263,11 @@ def test_with_recomputed_ratios_the_prefix_is_clipped_as_the_objective_says() ->
 
 @pytest.mark.parametrize("ratio_from", ["rollout", "recomputed"])
 def test_terms(ratio_from: Any) -> None:
-    terms = PrefixRFT().terms(run_of(ratio_from=ratio_from, aggregation="constant", dual_clip=3.0))
+    terms = PrefixRFT().terms(
+        run_of(ratio_from=ratio_from, aggregation="seq-mean-token-sum-norm", dual_clip=3.0)
+    )
     assert terms["prefix"].pool == terms["policy"].pool
-    assert terms["prefix"].aggregation == terms["policy"].aggregation == "constant"
+    assert terms["prefix"].aggregation == terms["policy"].aggregation == "seq-mean-token-sum-norm"
     assert terms["prefix"].aggregation_length == terms["policy"].aggregation_length == 16
     assert ("old_logprob" in terms["prefix"].scored) == (ratio_from == "recomputed")
     outputs = [reported(term) for term in terms.values()]

@@ -26,7 +26,7 @@ from tests.unit.methods.guided import (
 
 
 def test_its_groups_are_those_of_luffy() -> None:
-    run = guided_run("rl_plus", advantage="group")
+    run = guided_run("rl_plus", advantage="group_mean")
     answers = [answer(RIGHT), answer(WRONG), answer(WRONG)]
     collected = RLPlus().collect(scripted_draw(run, [answers], [RIGHT]), run)
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5, -0.5]}

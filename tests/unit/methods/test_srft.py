@@ -32,7 +32,7 @@ LN2 = math.log(2)
 
 
 def test_rollouts_have_signs_and_demonstrations_joint_advantages() -> None:
-    run = guided_run("srft", prompts=2, advantage="group")
+    run = guided_run("srft", prompts=2, advantage="group_mean")
     collected = SRFT().collect(scripted_draw(run, [MIXED, [answer(RIGHT)] * 3], [RIGHT, WRONG]), run)
     assert constants(collected.samples, "policy", "sign") == {0: [1, -1, -1], 1: [1, 1, 1]}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5], 1: [-0.75]}

@@ -56,8 +56,8 @@ def test_every_method_of_the_settings_has_its_class() -> None:
         ("chord", {"data": {"aligned": True}}, "there cannot be more of them"),
         (
             "chord",
-            {"batch": {"mini_batches": 6}},
-            r"batch\.demonstrations is 5, fewer than batch\.mini_batches 6",
+            {"batch": {"updates_per_step": 6}},
+            r"batch\.demonstrations is 5, fewer than batch\.updates_per_step 6",
         ),
         (
             "ghpo",

@@ -64,7 +64,7 @@ def rows() -> list[list[str]]:
 def words() -> set[str]:
     """Names within code, inline or fenced."""
     code = re.findall(r"```.*?```|`[^`\n]+`", DOC, re.DOTALL)
-    return {word for text in code for word in re.findall(r"\w+", text)}
+    return {word for text in code for word in re.findall(r"\w+", text) + re.findall(r"\w+(?:-\w+)+", text)}
 
 
 # ---- the worked example
@@ -100,7 +100,7 @@ def tokens_of_term(samples: Sequence[TrainSample], term: str, start: int) -> Ter
 
 
 def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -> None:
-    run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group")
+    run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group_mean")
     method = table.method_of(run)
     assert type(method) is example
     collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
@@ -126,7 +126,7 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
 
 
 def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
-    run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group")
+    run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group_mean")
     method = table.method_of(run)
     terms = method.terms(run)
     collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
@@ -238,7 +238,7 @@ def test_every_name_of_the_objective_is_explained() -> None:
     hints = [hint for kind in kinds for hint in get_type_hints(kind).values()]
     hints += [get_type_hints(config.RewardConfig)["format"]]
     expected |= {value for hint in hints if get_origin(hint) is Literal for value in get_args(hint)}
-    assert {"warmup_cosine", "phi", "entropy_top", "token_mean", "leave_one_out", "k3", "trinity"} <= expected
+    assert {"warmup_cosine", "phi", "entropy_top", "token-mean", "leave_one_out", "k3", "trinity"} <= expected
     assert expected - words() == set()
 
 

@@ -49,7 +49,7 @@ def test_every_cluster_example_fits(name: str) -> None:
     assert found.problems == ()
     assert max(found.training_peak, found.sampling_peak) <= 80e9
     assert run.parallel.ranks == nodes * 8
-    assert run.batch.max_tokens >= run.data.max_prompt_tokens + run.data.max_response_tokens
+    assert run.batch.max_tokens_per_gpu >= run.data.max_prompt_tokens + run.data.max_response_tokens
 
 
 def test_there_are_no_other_cluster_examples() -> None:
@@ -101,7 +101,7 @@ def test_scoring_is_a_third_and_recomputation_a_third_more() -> None:
 
 
 def test_two_updates_of_half_a_step_have_larger_bubbles() -> None:
-    one, two = (run_of("chord_llama70b", f"batch.mini_batches={count}") for count in (1, 2))
+    one, two = (run_of("chord_llama70b", f"batch.updates_per_step={count}") for count in (1, 2))
     first, second = (estimate(case_of(run, h100(8)), choice_of(run)) for run in (one, two))
     assert second.training.micro_batches == pytest.approx(first.training.micro_batches / 2, abs=1)
     assert second.speed.bubble > first.speed.bubble

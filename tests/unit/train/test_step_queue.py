@@ -76,12 +76,11 @@ class Script:
 
 
 def run_of(*, lag: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
-    run = tiny_run(Path("model"))
+    run = tiny_run(Path("model"), **objective)
     return replace(
         run,
         steps=STEPS,
         rollout=replace(run.rollout, lag=lag, in_flight=in_flight),
-        objective=replace(run.objective, **objective),
     )
 
 
