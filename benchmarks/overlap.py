@@ -3,10 +3,11 @@
     python benchmarks/overlap.py [--steps 12] [--repeats 2] [--prompts 16] [--rollouts 8] [--threads 1] [--output FILE]
 
 The quick start's policy and problems, against one vLLM server to which every run pushes its own weights:
-``rollout.lag`` 0, 1, and 1 with ``in_flight: keep``, in turn and ``--repeats`` times, each in a process of its own with
-``--threads`` threads for the trainer and as many for the server. Medians over the steps of all repeats, the first two
-of each run left out. ``best`` is what perfect overlap would give: the longer of sampling and training as lag 0 has
-them, and the push of weights, which neither can overlap with. It cannot be had where both want the same cores.
+without ``rollout.asynchronous``, with it, and with its ``in_flight: keep``, in turn and ``--repeats`` times, each in a
+process of its own with ``--threads`` threads for the trainer and as many for the server. Medians over the steps of all
+repeats, the first two of each run left out. ``best`` is what perfect overlap would give: the longer of sampling and
+training without it, and the push of weights, which neither can overlap with. It cannot be had where both want the same
+cores.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from shared import circumstances
 from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
 KINDS: Mapping[str, Sequence[str]] = {
-    "0": ["rollout.lag=0"],
-    "1, drain": ["rollout.lag=1"],
-    "1, keep": ["rollout.lag=1", "rollout.in_flight=keep"],
+    "0": ["rollout.asynchronous=null"],
+    "1, drain": ["rollout.asynchronous.max_off_policy_steps=1"],
+    "1, keep": ["rollout.asynchronous.max_off_policy_steps=1", "rollout.asynchronous.in_flight=keep"],
 }
 WARMUP_STEPS = 2
 PHASES = (("total",), ("sample", "grade", "pack"), ("train",), ("sync",))

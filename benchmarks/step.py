@@ -212,7 +212,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         steps=100,
         model=ModelConfig(path=arguments.model, dtype=arguments.dtype),
         data=DataConfig(prompts=Path("unused"), demonstrations=Path("unused"), max_response_tokens=2000),
-        batch=BatchConfig(prompts=8, rollouts=6, demonstrations=16, max_tokens=arguments.max_tokens),
+        batch=BatchConfig(prompts=8, rollouts=6, demonstrations=16, max_tokens_per_gpu=arguments.max_tokens),
         parallel=ParallelConfig(tensor=arguments.tensor),
         objective=ObjectiveConfig(clip_low=CLIP, clip_high=CLIP),
         optim=OptimConfig(lr=LR),

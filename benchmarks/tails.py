@@ -3,10 +3,11 @@
     python benchmarks/tails.py [--steps 12] [--repeats 2] [--prompts 8] [--rollouts 4] [--threads 1] [--output FILE]
 
 The quick start's problems and its policy, whose logits are divided by ``--flatten``: its answers then have a long
-tail. All against one vLLM server, to which every run pushes its own weights. ``rollout.extra_prompts`` 0, 0.25 and 0.5
-with what is unfinished carried over, and 0.5 with it dropped, in turn and ``--repeats`` times, each in a process of its
-own. Every step trains the same number of rollouts. Medians over the steps of all repeats, the first ``WARMUP_STEPS`` of
-each run left out, in which the first long answers are carried over and none has come back yet.
+tail. All against one vLLM server, to which every run pushes its own weights. No ``rollout.partial``, and its
+``extra_prompts`` 0.25 and 0.5 with what is unfinished carried over, and 0.5 with it dropped, in turn and ``--repeats``
+times, each in a process of its own. Every step trains the same number of rollouts. Medians over the steps of all
+repeats, the first ``WARMUP_STEPS`` of each run left out, in which the first long answers are carried over and none has
+come back yet.
 
 The batch is small, so that a token takes about as long beside many others as beside few, which is what early stop lives
 on: a GPU's servers are so with hundreds of answers, a CPU's with tens. The learning rate moves nothing, so that all
@@ -31,9 +32,9 @@ from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
 KINDS: Mapping[str, Sequence[str]] = {
     "0": [],
-    "0.25, carry": ["rollout.extra_prompts=0.25"],
-    "0.5, carry": ["rollout.extra_prompts=0.5"],
-    "0.5, drop": ["rollout.extra_prompts=0.5", "rollout.unfinished=drop"],
+    "0.25, carry": ["rollout.partial.extra_prompts=0.25"],
+    "0.5, carry": ["rollout.partial.extra_prompts=0.5"],
+    "0.5, drop": ["rollout.partial.extra_prompts=0.5", "rollout.partial.unfinished=drop"],
 }
 WARMUP_STEPS = 4
 PROMPT_TOKENS = 64

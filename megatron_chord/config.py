@@ -51,8 +51,6 @@ class ParallelConfig:
     """Shard optimizer state over the data-parallel axis."""
     overlap_grad_reduce: bool = True
     """Reduce gradients over the data-parallel axis while the last micro-batch's backward pass runs."""
-    timeout_s: float = 600.0
-    """Deadline of one collective."""
 
     def __post_init__(self) -> None:
         positive(
@@ -61,7 +59,6 @@ class ParallelConfig:
             pipeline=self.pipeline,
             context=self.context,
             expert=self.expert,
-            timeout_s=self.timeout_s,
         )
         require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor > 1")
         if self.virtual_pipeline is not None:
@@ -130,15 +127,15 @@ class KLConfig:
 class CorrectionConfig:
     """Importance weight of a rollout's token, w = exp(l_old - l_rollout), constant, times the loss.
 
-    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.lag` or carried
-    answers (`rollout.unfinished`), for the older weights that sampled."""
+    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.asynchronous`
+    or carried answers (`rollout.partial`), for the older weights that sampled."""
 
     level: Literal["token", "sequence", "geometric"] = "token"
     """w of each token, the product over its sequence, or that product's geometric mean."""
     mode: Literal["truncate", "clamp", "mask", "reject", "none"] = "truncate"
     """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (TRL's token_mask and
     sequence_mask). reject: 1 within [low, high], 0 outside (verl's rollout_rs). none: no weight, which turns off the
-    default of `rollout.lag`, of carried answers and of FP8."""
+    default of `rollout.asynchronous`, of carried answers and of FP8."""
     low: float = 0.0
     high: float = 2.0
 
@@ -188,8 +185,8 @@ class ObjectiveConfig:
     """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
     kl: KLConfig | None = None
     correction: CorrectionConfig | None = None
-    """Left out: none, but where `rollout.lag` is above 0, unfinished answers are carried over or `precision` is one of
-    FP8, and `ratio_from` is not `rollout`, the block's own defaults, min(w, 2) of each token. With `ratio_from:
+    """Left out: none, but with `rollout.asynchronous`, where unfinished answers are carried over or `precision` is one
+    of FP8, and `ratio_from` is not `rollout`, the block's own defaults, min(w, 2) of each token. With `ratio_from:
     rollout` the ratio itself corrects."""
 
     def __post_init__(self) -> None:
@@ -261,6 +258,57 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AsynchronousConfig:
+    """Sampling ahead: rollouts of later steps are sampled while a step trains (docs/running.md)."""
+
+    max_off_policy_steps: int = 1
+    """How many steps ahead are sampled. A step's rollouts come from weights that are up to so many steps older than
+    those that the step trains."""
+    in_flight: Literal["drain", "keep"] = "drain"
+    """What becomes of unfinished requests when new weights are there. drain: they are finished first. keep: they go on
+    with the new weights; how far they had got is chance, so two runs are no longer equal."""
+
+    def __post_init__(self) -> None:
+        positive(**{"rollout.asynchronous.max_off_policy_steps": self.max_off_policy_steps})
+        require(
+            self.max_off_policy_steps == 1 or self.in_flight == "keep",
+            f"rollout.asynchronous.max_off_policy_steps {self.max_off_policy_steps} with in_flight: drain would only "
+            "make rollouts older: all sampling is finished before every push, so nothing more overlaps than with 1; "
+            "set max_off_policy_steps to 1, or in_flight to keep",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialConfig:
+    """Early stop: more prompts are sampled than a step trains, and sampling stops when enough of them are finished, so
+    that a step does not wait for the longest answers (docs/running.md)."""
+
+    extra_prompts: float = 0.25
+    """Share of the step's prompts that are sampled in addition: 0.25 is a quarter more, rounded up."""
+    unfinished: Literal["carry", "drop"] = "carry"
+    """What becomes of prompts that were stopped. carry: the next step goes on with them and with what there is of their
+    answers; each token keeps the log-prob and version of the weights that sampled it. drop: they are passed over until
+    their next epoch, which trains less on prompts with long answers."""
+    max_carries: int | None = None
+    """How often a prompt is carried over at most; then sampling does not stop before it is finished. Left out: no bound
+    but the answers' length."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.extra_prompts <= 4,
+            f"rollout.partial.extra_prompts must lie in (0, 4], got {self.extra_prompts}: it is a share of the step's "
+            "prompts, 0.25 for a quarter more; without early stop leave rollout.partial out",
+        )
+        if self.max_carries is not None:
+            positive(**{"rollout.partial.max_carries": self.max_carries})
+            require(
+                self.unfinished == "carry",
+                "rollout.partial.max_carries means nothing with unfinished: drop, which carries nothing over; leave it "
+                "out",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     temperature: float = 1.0
     """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
@@ -279,33 +327,18 @@ class RolloutConfig:
     """How weights reach the server: shared-memory files, main memory and gloo, a process group (NCCL with GPUs),
     CUDA IPC. Auto takes files without a GPU; with one, CUDA IPC to the trainer's own server and NCCL to those in
     `servers`; in a Slurm job what fits where its servers run (docs/cluster.md)."""
-    start_timeout_s: float = 600.0
-    request_timeout_s: float = 1800.0
-    """Deadline of one step's sampling."""
-    sync_timeout_s: float = 600.0
     sleep: bool | None = None
     """Servers free their GPU memory while the ranks train, and get it back with the next weights. Left out: with GPUs,
-    where the servers share the ranks' and `lag` is 0. Servers in `servers` must be started with --enable-sleep-mode."""
+    where the servers share the ranks' and sampling is not `asynchronous`. Servers in `servers` must be started with
+    --enable-sleep-mode."""
     offload: bool | None = None
     """Optimizer state, gradients and a reference policy free their GPU memory while servers sample: they wait in the
     host's memory, which must have room for them (docs/cluster.md). Left out: with GPUs, where the servers share the
-    ranks' and `lag` is 0."""
-    lag: int = 0
-    """How many steps ahead are sampled while a step trains: a step's rollouts are up to so many steps older than the
-    weights they train. 0: every step samples first, with its own weights, and then trains."""
-    in_flight: Literal["drain", "keep"] = "drain"
-    """With `lag`, what becomes of unfinished requests when new weights are there. drain: they are finished first. keep:
-    they go on with the new weights; how far they had got is chance, so two runs are no longer equal."""
-    extra_prompts: float = 0.0
-    """Share of prompts that are sampled beyond those a step trains; once the step's groups are complete, the rest is
-    stopped, so that the step does not wait for the longest answers. 0: no more are sampled, and none is stopped."""
-    unfinished: Literal["carry", "drop"] = "carry"
-    """With `extra_prompts`, what becomes of prompts that were stopped. carry: the next step goes on with them, what
-    there is of their answers included; each token keeps the log-prob and version of the weights that sampled it. drop:
-    they are passed over until their next epoch, which trains less on prompts with long answers."""
-    max_carries: int | None = None
-    """How often a prompt is carried over at most; then sampling does not stop before it is finished. It bounds how old
-    tokens get: so many samplings, beside `lag`. Left out: no bound but the answers' length."""
+    ranks' and sampling is not `asynchronous`."""
+    asynchronous: AsynchronousConfig | None = None
+    """Left out: every step samples first, with its own weights, and then trains."""
+    partial: PartialConfig | None = None
+    """Left out: every step waits for all of its answers."""
     repeatable: bool = False
     """Log-probs of a rollout do not depend on which other requests the server processes at the same time, so that two
     runs with the same seed are equal bit for bit. Sampling is slower: on a GPU vLLM's batch-invariant kernels are used
@@ -315,8 +348,8 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it by more than three standard errors of the
     mean the run stops. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them
-    (`lag`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean size is
-    added, which is what rounding them makes."""
+    (`asynchronous`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean
+    size is added, which is what rounding them makes."""
     max_probability_error: float | None = None
     """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ, each
     token's at most 10; beyond it by more than three standard errors the run stops. Left out: 1.01 in fp32, 1.1 in bf16
@@ -326,10 +359,7 @@ class RolloutConfig:
         positive(
             **{
                 "rollout.temperature": self.temperature,
-                "rollout.start_timeout_s": self.start_timeout_s,
-                "rollout.request_timeout_s": self.request_timeout_s,
                 "rollout.tensor": self.tensor,
-                "rollout.sync_timeout_s": self.sync_timeout_s,
             }
         )
         require(
@@ -337,45 +367,15 @@ class RolloutConfig:
             f"rollout.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
         )
         require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
-        not_negative(
-            **{
-                "rollout.restarts": self.restarts,
-                "rollout.lag": self.lag,
-                "rollout.extra_prompts": self.extra_prompts,
-            }
+        not_negative(**{"rollout.restarts": self.restarts})
+        require(
+            not self.sleep or self.asynchronous is None,
+            "rollout.sleep: with rollout.asynchronous servers sample while the ranks train, and cannot sleep",
         )
         require(
-            self.extra_prompts <= 4,
-            f"rollout.extra_prompts must lie in [0, 4], got {self.extra_prompts}: it is a share of the step's prompts, "
-            "0.25 for a quarter more",
-        )
-        require(
-            self.extra_prompts > 0 or self.unfinished == "carry",
-            "rollout.unfinished means nothing without rollout.extra_prompts: no sampling is stopped",
-        )
-        if self.max_carries is not None:
-            positive(**{"rollout.max_carries": self.max_carries})
-            require(
-                self.carries,
-                "rollout.max_carries means nothing without rollout.extra_prompts and unfinished: carry: nothing is "
-                "carried over",
-            )
-        require(
-            not self.sleep or self.lag == 0,
-            "rollout.sleep: with rollout.lag servers sample while the ranks train, and cannot sleep",
-        )
-        require(
-            not self.offload or self.lag == 0,
-            "rollout.offload: with rollout.lag the ranks train while servers sample, and need their optimizer state",
-        )
-        require(
-            self.lag > 0 or self.in_flight == "drain",
-            "rollout.in_flight means nothing without rollout.lag: no request is unfinished when weights are pushed",
-        )
-        require(
-            self.lag <= 1 or self.in_flight == "keep",
-            f"rollout.lag {self.lag} with rollout.in_flight: drain would only make rollouts older: all sampling is "
-            "finished before every push, so nothing more overlaps than with 1; set lag to 1, or in_flight to keep",
+            not self.offload or self.asynchronous is None,
+            "rollout.offload: with rollout.asynchronous the ranks train while servers sample, and need their optimizer "
+            "state",
         )
         if self.max_logprob_gap is not None:
             positive(**{"rollout.max_logprob_gap": self.max_logprob_gap})
@@ -393,28 +393,58 @@ class RolloutConfig:
         )
         require(
             not (self.repeatable and self.in_flight == "keep"),
-            "rollout.repeatable cannot hold with rollout.in_flight: keep: how far a request has got when new weights "
-            "arrive is chance; set in_flight to drain",
+            "rollout.repeatable cannot hold with rollout.asynchronous.in_flight: keep: how far a request has got when "
+            "new weights arrive is chance; set in_flight to drain",
         )
         require(
-            not (self.repeatable and self.extra_prompts > 0),
-            "rollout.repeatable cannot hold with rollout.extra_prompts: which prompts finish first is chance; set "
-            "extra_prompts to 0",
+            not (self.repeatable and self.partial is not None),
+            "rollout.repeatable cannot hold with rollout.partial: which prompts finish first is chance; leave one of "
+            "them out",
         )
+
+    @property
+    def max_off_policy_steps(self) -> int:
+        """How many steps ahead are sampled; 0 without ``asynchronous``."""
+        return 0 if self.asynchronous is None else self.asynchronous.max_off_policy_steps
+
+    @property
+    def in_flight(self) -> Literal["drain", "keep"]:
+        """As ``asynchronous.in_flight``; without it no request is unfinished when weights are pushed."""
+        return "drain" if self.asynchronous is None else self.asynchronous.in_flight
 
     @property
     def carries(self) -> bool:
         """Whether unfinished answers are continued by later weights."""
-        return self.extra_prompts > 0 and self.unfinished == "carry"
+        return self.partial is not None and self.partial.unfinished == "carry"
+
+    @property
+    def max_carries(self) -> int | None:
+        """As ``partial.max_carries``."""
+        return None if self.partial is None else self.partial.max_carries
 
     @property
     def has_older_tokens(self) -> bool:
         """Whether tokens that a step trains may have been sampled by older weights than its own."""
-        return self.lag > 0 or self.carries
+        return self.asynchronous is not None or self.carries
 
     def extra_of(self, count: int) -> int:
-        """How many prompts are sampled beyond ``count``."""
-        return math.ceil(round(self.extra_prompts * count, 6))
+        """How many prompts are sampled beyond ``count``; 0 without ``partial``."""
+        return 0 if self.partial is None else math.ceil(round(self.partial.extra_prompts * count, 6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlongConfig:
+    """Soft overlong punishment (DAPO): the reward falls linearly over the last tokens before
+    data.max_response_tokens."""
+
+    cache: int
+    """Over how many tokens the reward falls."""
+    penalty: float = 1.0
+    """What is taken from the reward at the limit."""
+
+    def __post_init__(self) -> None:
+        positive(**{"reward.overlong.cache": self.cache})
+        not_negative(**{"reward.overlong.penalty": self.penalty})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,11 +462,8 @@ class RewardConfig:
     """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
     memory_mb: int = 2048
     """Address space of one worker."""
-    overlong_cache: int = 0
-    """Soft overlong punishment (DAPO): the reward falls linearly over the last so many tokens before
-    data.max_response_tokens; 0 turns it off."""
-    overlong_penalty: float = 1.0
-    """What is taken from the reward at the limit."""
+    overlong: OverlongConfig | None = None
+    """Left out: long answers are not punished."""
     max_error_rate: float = 0.1
     """Share of gradings that may fail in a step before the run stops."""
 
@@ -456,16 +483,6 @@ class RewardConfig:
         require(
             self.kind != "tool_calls" or self.format == "none",
             "reward.format: the tool-call reward demands the <think> tags itself; leave it at none",
-        )
-        require(
-            self.overlong_cache > 0 or self.overlong_penalty == 1.0,
-            "reward.overlong_penalty means nothing without reward.overlong_cache",
-        )
-        not_negative(
-            **{
-                "reward.overlong_cache": self.overlong_cache,
-                "reward.overlong_penalty": self.overlong_penalty,
-            }
         )
 
 
@@ -533,7 +550,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
     """When a process counts as frozen: the run then names it, keeps the stacks and ends with exit code 79. Sampling,
-    grading and pushes of weights have deadlines of their own (`rollout`, `reward`)."""
+    grading and pushes of weights have deadlines of their own (`timeouts`, `reward`)."""
 
     beat_s: float = 5.0
     """Between two signs of life of every rank; 0 turns the watchdog off, for a debugger."""
@@ -542,8 +559,8 @@ class WatchdogConfig:
     loading_s: float = 3600.0
     """From a rank's start to its first step: data, model, a checkpoint."""
     computing_s: float | None = None
-    """A rank's computing without finishing a micro-batch. Left out: nine tenths of parallel.timeout_s; for a run of one
-    rank, which nobody waits for, no limit."""
+    """A rank's computing without finishing a micro-batch. Left out: nine tenths of timeouts.collective_s; for a run of
+    one rank, which nobody waits for, no limit."""
     saving_s: float = 3600.0
     """A checkpoint, or the export of the policy."""
     server_s: float = 300.0
@@ -564,6 +581,30 @@ class WatchdogConfig:
         require(
             self.silence_s >= 2 * self.beat_s,
             f"watchdog.silence_s must be at least two beats, 2 x beat_s = {2 * self.beat_s:g}, got {self.silence_s:g}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutsConfig:
+    """How long a run waits for others before it counts them as lost. `watchdog` finds processes that are frozen."""
+
+    collective_s: float = 600.0
+    """For one collective operation of the ranks."""
+    server_start_s: float = 600.0
+    """From a rollout server's start until it answers."""
+    sampling_s: float = 1800.0
+    """For the answers to one request for rollouts: all that a step, or an evaluation, samples at once."""
+    weight_push_s: float = 600.0
+    """For one push of weights to the servers."""
+
+    def __post_init__(self) -> None:
+        positive(
+            **{
+                "timeouts.collective_s": self.collective_s,
+                "timeouts.server_start_s": self.server_start_s,
+                "timeouts.sampling_s": self.sampling_s,
+                "timeouts.weight_push_s": self.weight_push_s,
+            }
         )
 
 
@@ -589,6 +630,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     trace_steps: int = 0
     """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
@@ -602,11 +644,12 @@ class RunConfig:
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
         )
-        require(
-            self.reward.overlong_cache <= self.data.max_response_tokens,
-            f"reward.overlong_cache {self.reward.overlong_cache} is above data.max_response_tokens "
-            f"{self.data.max_response_tokens}",
-        )
+        if self.reward.overlong is not None:
+            require(
+                self.reward.overlong.cache <= self.data.max_response_tokens,
+                f"reward.overlong.cache {self.reward.overlong.cache} is above data.max_response_tokens "
+                f"{self.data.max_response_tokens}",
+            )
         aggregations = [self.objective.aggregation]
         if isinstance(self.method, ChordConfig):
             aggregations.append(self.method.aggregation)
@@ -620,7 +663,7 @@ class RunConfig:
             or preset(self.precision).rollouts is not None
             or correction is None
             or correction.mode != "none",
-            "objective.correction.mode none turns off the correction that rollout.lag, rollout.extra_prompts with "
+            "objective.correction.mode none turns off the correction that rollout.asynchronous, rollout.partial with "
             "unfinished: carry, or an FP8 precision brings; without any leave objective.correction out",
         )
         if self.precision is not None:

@@ -172,10 +172,10 @@ def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
         yield f"dynamic sampling may draw up to {run.batch.sampling_attempts} times as many rollouts"
     if extra := run.rollout.extra_of(run.batch.prompts):
         yield (
-            f"up to {extra} of a step's prompts are stopped unfinished (rollout.extra_prompts) and finished in a later "
+            f"up to {extra} of a step's prompts are stopped unfinished (rollout.partial) and finished in a later "
             "step"
             if run.rollout.carries
-            else f"up to {extra} more prompts a step are sampled and dropped unfinished (rollout.extra_prompts)"
+            else f"up to {extra} more prompts a step are sampled and dropped unfinished (rollout.partial)"
         )
 
 

@@ -45,11 +45,12 @@ class Rollout:
     logprobs: tuple[float, ...]
     """Of each the log-prob by the weights that sampled it, at the sampling temperature."""
     finish_reason: Literal["stop", "length", "abort"]
-    """abort: stopped before its end, to be continued (``rollout.unfinished``); never trained on."""
+    """abort: stopped before its end, to be continued (``rollout.partial``); never trained on."""
     weight_version: int
     """Optimizer steps in the oldest weights that sampled any of these tokens."""
     spans: tuple[Span, ...] = ()
-    """Which weights sampled which tokens, where several did: with ``rollout.in_flight: keep``, or in several steps."""
+    """Which weights sampled which tokens, where several did: with ``rollout.asynchronous.in_flight: keep``, or in
+    several steps."""
 
     def __post_init__(self) -> None:
         assert not self.spans or self.weight_version == min(version for version, _ in self.spans)

@@ -143,7 +143,7 @@ def make_run(arguments: argparse.Namespace) -> RunConfig:
         steps=100,
         model=ModelConfig(path=nothing, dtype="bf16", recompute=arguments.recompute),
         data=DataConfig(prompts=nothing, demonstrations=nothing, max_response_tokens=arguments.max_tokens),
-        batch=BatchConfig(prompts=8, rollouts=7, demonstrations=8, max_tokens=arguments.max_tokens),
+        batch=BatchConfig(prompts=8, rollouts=7, demonstrations=8, max_tokens_per_gpu=arguments.max_tokens),
         objective=ObjectiveConfig(),
         optim=OptimConfig(lr=1e-6),
     )

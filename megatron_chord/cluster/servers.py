@@ -107,7 +107,7 @@ class NodeServers:
             slot.announced = True
             self._say(f"{who} is ready")
         elif time.monotonic() > slot.deadline:
-            text = f"{who} was not ready after {self._run.rollout.start_timeout_s:.0f} s"
+            text = f"{who} was not ready after {self._run.timeouts.server_start_s:.0f} s"
             raise ServerLost(text, slot.server, process.log)
         return slot
 
@@ -131,5 +131,5 @@ class NodeServers:
             process = start_server(run.model.path, settings, log=log, host=self._address, key=self._key)
         except ValueError as error:
             raise ServerLost(str(error), server, log) from error
-        deadline = time.monotonic() + run.rollout.start_timeout_s
+        deadline = time.monotonic() + run.timeouts.server_start_s
         return _Slot(server=server, local=local, life=life, process=process, deadline=deadline)

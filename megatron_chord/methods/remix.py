@@ -56,16 +56,16 @@ class ReMix(Method):
 
     def check(self, run: RunConfig) -> None:
         objective = run.objective
-        if run.rollout.lag > 0:
+        if run.rollout.asynchronous is not None:
             raise ValueError(
-                f"rollout.lag {run.rollout.lag}: method remix mixes rollouts of older weights itself, with fresh ones "
-                "of the present policy; leave it at 0"
+                "rollout.asynchronous: method remix mixes rollouts of older weights itself, with fresh ones of the "
+                "present policy; leave it out"
             )
         if run.rollout.carries:
             raise ValueError(
-                f"rollout.extra_prompts {run.rollout.extra_prompts} with unfinished: carry: method remix mixes "
+                "rollout.partial with unfinished: carry: method remix mixes "
                 "rollouts of older weights itself, with fresh ones of the present policy, and a carried one is "
-                "neither; leave extra_prompts at 0, or set unfinished: drop"
+                "neither; leave rollout.partial out, or set unfinished: drop"
             )
         if objective.surrogate != "ppo" or objective.dual_clip is not None:
             raise ValueError(

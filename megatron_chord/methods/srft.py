@@ -55,16 +55,16 @@ class SRFT(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.rollout.lag > 0:
+        if run.rollout.asynchronous is not None:
             raise ValueError(
-                f"rollout.lag {run.rollout.lag}: method srft pushes rollouts without a ratio, so nothing corrects for "
-                "the older weights that sampled them; leave it at 0"
+                "rollout.asynchronous: method srft pushes rollouts without a ratio, so nothing corrects for the older "
+                "weights that sampled them; leave it out"
             )
         if run.rollout.carries:
             raise ValueError(
-                f"rollout.extra_prompts {run.rollout.extra_prompts} with unfinished: carry: method srft pushes "
+                "rollout.partial with unfinished: carry: method srft pushes "
                 "rollouts without a ratio, so nothing corrects for the older weights that sampled the carried part; "
-                "leave extra_prompts at 0, or set unfinished: drop"
+                "leave rollout.partial out, or set unfinished: drop"
             )
         default = ObjectiveConfig()
         for name in UNUSED:

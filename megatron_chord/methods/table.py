@@ -102,18 +102,18 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
 
 def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
     """(broken, reason)"""
-    lag, schedule = run.rollout.lag, method.schedule(run)
+    schedule = method.schedule(run)
+    if run.rollout.asynchronous is not None:
+        yield (
+            schedule is not None and schedule.needs_last_step,
+            f"rollout.asynchronous: method.mu {schedule and schedule.schedule!r} is known only after the step before, "
+            "when a step's rollouts have been sampled already; leave it out, or choose another schedule",
+        )
+        yield (
+            not method.uses_rollouts(run),
+            "rollout.asynchronous: this run samples nothing; leave it out",
+        )
     yield (
-        lag > 0 and schedule is not None and schedule.needs_last_step,
-        f"rollout.lag {lag}: method.mu {schedule and schedule.schedule!r} is known only after the step before, when "
-        "a step's rollouts have been sampled already; leave it at 0, or choose another schedule",
-    )
-    yield (
-        lag > 0 and not method.uses_rollouts(run),
-        f"rollout.lag {lag}: this run samples nothing; leave it at 0",
-    )
-    extra = run.rollout.extra_prompts
-    yield (
-        extra > 0 and not method.uses_rollouts(run),
-        f"rollout.extra_prompts {extra}: this run samples nothing; leave it at 0",
+        run.rollout.partial is not None and not method.uses_rollouts(run),
+        "rollout.partial: this run samples nothing; leave it out",
     )

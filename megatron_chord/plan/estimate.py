@@ -265,7 +265,7 @@ def case_of(
 def _offloads(run: RunConfig, cluster: Cluster) -> bool:
     """As ``train/engine.py`` decides it where the setting is left out."""
     stated = run.rollout.offload
-    return cluster.colocated and run.rollout.lag == 0 if stated is None else stated
+    return cluster.colocated and run.rollout.asynchronous is None if stated is None else stated
 
 
 def choice_of(run: RunConfig) -> Choice:

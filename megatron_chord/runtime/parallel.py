@@ -152,12 +152,16 @@ def _sendable(error: Exception) -> Exception:
 
 
 def start(
-    parallel: ParallelConfig, *, seed: int, coordinator_timeout_s: float | None = None
+    parallel: ParallelConfig,
+    *,
+    seed: int,
+    collective_timeout_s: float = 600.0,
+    coordinator_timeout_s: float | None = None,
 ) -> ParallelGroups:
     """Join torch.distributed (NCCL with CUDA, else gloo) and build Megatron's groups.
 
     ``coordinator_timeout_s`` is how long ranks wait for the coordinator's plans (sampling a step may take longer
-    than any collective); by default ``parallel.timeout_s``. Rank, world size and rendezvous come from torchrun's
+    than any collective); by default ``collective_timeout_s``. Rank, world size and rendezvous come from torchrun's
     environment; alone, a process is a world of one, which uses no store on the network.
     Without CUDA, Megatron-Core is adapted first (``runtime.cpu``).
 
@@ -179,12 +183,13 @@ def start(
     megatron.leave_out_notices()
     adam.install_if_needed()
     if not dist.is_initialized():
-        meet(backend, timeout_s=parallel.timeout_s)
+        meet(backend, timeout_s=collective_timeout_s)
     return build_groups(
         parallel,
         device=device,
         seed=seed,
-        coordinator_timeout_s=coordinator_timeout_s or parallel.timeout_s,
+        collective_timeout_s=collective_timeout_s,
+        coordinator_timeout_s=coordinator_timeout_s or collective_timeout_s,
     )
 
 
@@ -209,7 +214,12 @@ def axis_sizes(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def build_groups(
-    parallel: ParallelConfig, *, device: torch.device, seed: int, coordinator_timeout_s: float = 600.0
+    parallel: ParallelConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    collective_timeout_s: float = 600.0,
+    coordinator_timeout_s: float = 600.0,
 ) -> ParallelGroups:
     """Megatron's groups over an initialised torch.distributed, replacing those of an earlier call."""
     from megatron.core import parallel_state
@@ -218,7 +228,7 @@ def build_groups(
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        **axis_sizes(parallel), distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60))
+        **axis_sizes(parallel), distributed_timeout_minutes=max(1, round(collective_timeout_s / 60))
     )
     # There is no dropout, so every rank may draw the same numbers; the tracker must exist all the same.
     torch.manual_seed(seed)

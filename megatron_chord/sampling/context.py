@@ -171,7 +171,7 @@ class StepContext:
     def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
         """The next ``count`` prompts, each with ``samples`` graded rollouts.
 
-        With ``rollout.extra_prompts`` more are asked, and these are the oldest of those that were first answered. What
+        With ``rollout.partial`` more are asked, and these are the oldest of those that were first answered. What
         was stopped earlier comes first, and is continued.
         """
         run, waiting = self._run, self.sources.unfinished
@@ -214,11 +214,11 @@ class StepContext:
 
     def _put_back(self, left: Sequence[DrawnPrompt]) -> None:
         """What was stopped; the older ones are still the first."""
-        if self._run.rollout.unfinished == "drop":
-            self.stopped += left
-        else:
+        if self._run.rollout.carries:
             self.sources = replace(self.sources, unfinished=(*left, *self.sources.unfinished))
             self.stopped = list(self.sources.unfinished)
+        else:
+            self.stopped += left
 
     def rollouts(
         self,
@@ -341,7 +341,7 @@ class StepContext:
                 asks,
                 sampling,
                 version=self.version,
-                deadline_s=self._run.rollout.request_timeout_s,
+                deadline_s=self._run.timeouts.sampling_s,
                 may_advance=self._engine.may_advance,
                 on_done=lambda done: self._notify(f"sampling {done}/{enough or len(asks)} prompts"),
                 enough=enough,
@@ -378,11 +378,13 @@ def reward_of(score: float, text: str, *, length: int, truncated: bool, run: Run
             answered=has_answer(text, kind=rule.kind, marker=rule.answer_marker),
             rule=rule.format,
         )
+    if rule.overlong is None:
+        return reward
     return reward + overlong_penalty(
         length,
         limit=run.data.max_response_tokens,
-        cache=rule.overlong_cache,
-        factor=rule.overlong_penalty,
+        cache=rule.overlong.cache,
+        factor=rule.overlong.penalty,
     )
 
 

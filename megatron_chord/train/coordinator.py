@@ -89,7 +89,7 @@ class Coordinator:
         self._progress = {-1: _Progress(sources=data.sources, memory=None)}
         """What each step leaves: of the last that was trained on, and of those collected ahead."""
         self._answers: dict[int, _Answers] = {}
-        """Of the steps collected ahead, with ``rollout.lag``."""
+        """Of the steps collected ahead, with ``rollout.asynchronous``."""
 
     # ---- progress: a step's draws count only once the step is done
 
@@ -147,8 +147,8 @@ class Coordinator:
         if keep and then != now and any(item["partial_rollouts"] for item in unfinished["prompts"]):
             raise ValueError(
                 f"the checkpoint holds unfinished answers that were sampled with {then}, and they are to be continued "
-                f"with {now}. Resume with the run's own settings, or with rollout.unfinished=drop, which samples these "
-                "prompts anew from their beginning"
+                f"with {now}. Resume with the run's own settings, or with rollout.partial.unfinished=drop, which "
+                "samples these prompts anew from their beginning"
             )
         sources = with_unfinished(sources, unfinished["prompts"], keep=keep)
         method = run_state["method"]
@@ -180,12 +180,12 @@ class Coordinator:
         nothing is sampled.
 
         Raises:
-            StopWanted: a stop is wanted while it samples; not with ``rollout.lag``, where a step that is sampled anew
-                would be sampled by other weights.
+            StopWanted: a stop is wanted while it samples; not with ``rollout.asynchronous``, where a step that is
+                sampled anew would be sampled by other weights.
             ValueError: what is recorded does not answer what is asked.
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
-        may_lag = run.rollout.lag > 0
+        may_lag = run.rollout.max_off_policy_steps > 0
         engine = Engine(
             clients=clients,
             version=version,
@@ -229,7 +229,7 @@ class Coordinator:
                 **collected.stats,
                 **_rollout_stats(context.graded),
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
-                **(_unfinished_stats(context) if run.rollout.extra_prompts > 0 and rollouts else {}),
+                **(_unfinished_stats(context) if run.rollout.partial is not None and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,

@@ -43,7 +43,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         fp8=preset(run.precision).rollouts,
         kv_cache_bytes=run.rollout.kv_cache_bytes,
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
-        sleep_mode=run.rollout.sleep is not False and run.rollout.lag == 0,
+        sleep_mode=run.rollout.sleep is not False and run.rollout.asynchronous is None,
         repeatable=run.rollout.repeatable,
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
     )
@@ -81,7 +81,7 @@ class RolloutEngine:
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
-        idle = self._on_trainers_gpus() and run.rollout.lag == 0
+        idle = self._on_trainers_gpus() and run.rollout.asynchronous is None
         self._sleeps = idle if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
         """Some servers may be, though not those that were replaced meanwhile; to wake these does nothing."""
@@ -213,7 +213,7 @@ class RolloutEngine:
             self._clients,
             SyncSettings(
                 transport=self._transport(),
-                timeout_s=rollout.sync_timeout_s,
+                timeout_s=self._run.timeouts.weight_push_s,
                 pause_mode="keep" if rollout.in_flight == "keep" else "wait",
                 host=self._job.address if self._job is not None else _address_towards(rollout.servers),
                 quantization=self._fp8.quantization if self._fp8 is not None else None,
@@ -240,10 +240,10 @@ class RolloutEngine:
             self._fleet.start()
 
     def _make_fleet(self) -> Fleet:
-        run, timeout_s = self._run, self._run.rollout.start_timeout_s
+        run, timeout_s = self._run, self._run.timeouts.server_start_s
         # Requests wait for weights that are pushed under them.
         silence_s = run.watchdog.server_s + (
-            run.rollout.sync_timeout_s if run.rollout.in_flight == "keep" else 0.0
+            run.timeouts.weight_push_s if run.rollout.in_flight == "keep" else 0.0
         )
         if run.rollout.servers:
             key = os.environ.get(KEY_VARIABLE)

@@ -56,7 +56,7 @@ def evaluate(
         asks,
         sampling,
         version=version,
-        deadline_s=run.rollout.request_timeout_s,
+        deadline_s=run.timeouts.sampling_s,
     )
     graded = grade(
         asks, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate

@@ -95,7 +95,10 @@ def train(
         shape, method = check_run(run, world_size_of_environment())
     set_environment(run.precision)
     groups = runtime.start(
-        run.parallel, seed=run.seed, coordinator_timeout_s=coordinator_timeout_s(run, method)
+        run.parallel,
+        seed=run.seed,
+        collective_timeout_s=run.timeouts.collective_s,
+        coordinator_timeout_s=coordinator_timeout_s(run, method),
     )
     with halting(), ExitStack() as stack:
         stack.callback(runtime.stop)

@@ -166,11 +166,11 @@ def packing_layout(
 def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     """How long ranks may have to wait for the coordinator: a server's start, the sampling and grading of all steps that
     may be under way, and their repeats. A last resort: a frozen coordinator is noticed by ``runtime.heartbeat``."""
-    rollout = run.rollout
+    rollout, timeouts = run.rollout, run.timeouts
     grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
-    sampling = method.max_sampling_rounds(run) * (rollout.request_timeout_s + grading)
-    once = rollout.start_timeout_s + sampling * max(1, rollout.lag) + rollout.sync_timeout_s
-    return max(run.parallel.timeout_s, once * (1 + rollout.restarts))
+    sampling = method.max_sampling_rounds(run) * (timeouts.sampling_s + grading)
+    once = timeouts.server_start_s + sampling * max(1, rollout.max_off_policy_steps) + timeouts.weight_push_s
+    return max(run.timeouts.collective_s, once * (1 + rollout.restarts))
 
 
 def plan_lines(
@@ -201,10 +201,10 @@ def plan_lines(
         f"one step    {method.step_text(run)}; {_counted(batch.updates_per_step * batch.epochs, 'optimizer update')}; "
         f"micro-batches of at most {batch.max_tokens_per_gpu} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
-    if run.rollout.lag > 0:
-        say(f"lag         {_lag_text(run)}")
-    if run.rollout.extra_prompts > 0:
-        say(f"tails       {_tails_text(run)}")
+    if run.rollout.asynchronous is not None:
+        say(f"ahead       {_ahead_text(run)}")
+    if run.rollout.partial is not None:
+        say(f"early stop  {_early_stop_text(run)}")
     terms = method.terms(run)
     pools = {term.pool: term for term in terms.values()}
     for pool, term in pools.items():
@@ -244,21 +244,22 @@ def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
     return "; ".join(parts)
 
 
-def _lag_text(run: RunConfig) -> str:
+def _ahead_text(run: RunConfig) -> str:
     rollout = run.rollout
     when = {
         "drain": "what is being sampled is finished before new weights are pushed",
         "keep": "what is being sampled goes on with new weights",
     }[rollout.in_flight]
-    return f"rollouts are sampled {_counted(rollout.lag, 'step')} ahead; {when}; {_correction_text(run)}"
+    steps = _counted(rollout.max_off_policy_steps, "step")
+    return f"rollouts are sampled {steps} ahead; {when}; {_correction_text(run)}"
 
 
-def _tails_text(run: RunConfig) -> str:
+def _early_stop_text(run: RunConfig) -> str:
     prompts, extra = run.batch.prompts, run.rollout.extra_of(run.batch.prompts)
     what = (
         f"carried over to the next step; {_correction_text(run)}"
         if run.rollout.carries
-        else "dropped, so that prompts with long answers are trained on less often (rollout.unfinished: drop)"
+        else "dropped, so that prompts with long answers are trained on less often (rollout.partial.unfinished: drop)"
     )
     return f"{prompts + extra} prompts are sampled until {prompts} are finished; what is unfinished is {what}"
 

@@ -1,4 +1,4 @@
-"""Each step's inputs; with ``rollout.lag`` those of later steps are sampled while a step trains.
+"""Each step's inputs; with ``rollout.asynchronous`` those of later steps are sampled while a step trains.
 
 One thread of rank 0 collects steps one after another, in their order, since each draws where the one before has
 stopped. The ranks agree on what it has been told to do: which steps are under way depends on nothing but the settings.
@@ -52,12 +52,12 @@ class StepQueue:
         """Told to be collected and not trained yet; the futures are the coordinator's."""
         self._generation = engine.generation
         self._thread: ThreadPoolExecutor | None = None
-        if coordinator is not None and run.rollout.lag > 0:
+        if coordinator is not None and run.rollout.max_off_policy_steps > 0:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling-ahead")
 
     def take(self, now: ScheduleInput) -> Taken:
         """The inputs of step ``now``; later ones are on their way when this returns."""
-        if self._run.rollout.lag > 0:
+        if self._run.rollout.max_off_policy_steps > 0:
             return self._engine.attempt(lambda: self._take(now))
         if self._method.needs_rollouts_at(self._run, now):
             return self._engine.use(
@@ -80,7 +80,7 @@ class StepQueue:
         Raises:
             ValueError: they were sampled under other settings.
         """
-        if self._run.rollout.lag == 0:
+        if self._run.rollout.max_off_policy_steps == 0:
             return
         for record in run_state.get("ahead", ()):
             now = ScheduleInput(step=record["step"], seed=self._run.seed, memory=run_state["mu"])
@@ -95,7 +95,7 @@ class StepQueue:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, now: ScheduleInput) -> Taken:
-        step, lag = now.step, self._run.rollout.lag
+        step, lag = now.step, self._run.rollout.max_off_policy_steps
         self._steps = {other: future for other, future in self._steps.items() if other >= step}
         self._drop_lost()
         if self._run.rollout.in_flight == "drain":
@@ -159,6 +159,6 @@ class StepQueue:
         except ValueError as error:
             raise ValueError(
                 f"the checkpoint holds rollouts of step {now.step}, sampled ahead under other settings: {error}. "
-                "Resume with the run's own settings, or with rollout.lag=0, which samples the step anew"
+                "Resume with the run's own settings, or with rollout.asynchronous=null, which samples the step anew"
             ) from error
         self._steps[now.step] = future

@@ -15,7 +15,7 @@ WARMUP_STEPS = 2
 
 
 class Tracer:
-    """Of one rank. What other threads do (with ``rollout.lag`` the sampling) is not in its trace."""
+    """Of one rank. What other threads do (with ``rollout.asynchronous`` the sampling) is not in its trace."""
 
     def __init__(self, folder: Path, *, rank: int, first_step: int, count: int) -> None:
         """Trace ``count`` steps of a run that begins at ``first_step``, after its warm-up; none with 0."""

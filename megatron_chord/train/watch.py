@@ -39,23 +39,23 @@ def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
 
 def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
     """The limits of a rank's main thread. Where ranks only wait for rank 0, they have none: rank 0 has."""
-    watchdog, rollout = run.watchdog, run.rollout
-    sampling = max(rollout.request_timeout_s, longest_grading_s(run.reward.timeout_s), _SLEEP_S) + _MARGIN_S
+    watchdog, timeouts = run.watchdog, run.timeouts
+    sampling = max(timeouts.sampling_s, longest_grading_s(run.reward.timeout_s), _SLEEP_S) + _MARGIN_S
     phases: dict[Phase, float] = {
         "loading": watchdog.loading_s,
-        "pushing": rollout.start_timeout_s + rollout.sync_timeout_s + 2 * _SLEEP_S + _MARGIN_S,
+        "pushing": timeouts.server_start_s + timeouts.weight_push_s + 2 * _SLEEP_S + _MARGIN_S,
         "saving": watchdog.saving_s,
     }
     if rank == 0:
         phases |= {
             "collecting": sampling,
             "evaluating": sampling,
-            "waiting for servers": rollout.start_timeout_s + _MARGIN_S,
+            "waiting for servers": timeouts.server_start_s + _MARGIN_S,
         }
     if watchdog.computing_s is not None:
         phases["computing"] = watchdog.computing_s
     elif world_size > 1:
-        phases["computing"] = _SHARE * run.parallel.timeout_s
+        phases["computing"] = _SHARE * run.timeouts.collective_s
     return Limits(beat_s=watchdog.beat_s, silence_s=watchdog.silence_s, phases=phases)
 
 

@@ -17,7 +17,7 @@ from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
 EXAMPLES = ROOT / "examples" / "methods"
-LAGGED = SMALL | {"rollout.lag": "1"}
+LAGGED = SMALL | {"rollout.asynchronous.max_off_policy_steps": "1"}
 EVALUATED = {
     "data.evaluation": str(ROOT / "examples" / "arithmetic" / "problems_heldout.jsonl"),
     "evaluation.problems": "8",
@@ -77,7 +77,7 @@ def test_a_step_is_sampled_by_the_weights_of_the_step_before(server: RolloutServ
     runs = [
         (COMMON, lagging, EVALUATED, "never"),
         # A rate this small moves no fp32 weight: what the policy would have sampled, had it stayed as it was.
-        (COMMON, still, {"rollout.lag": "0", "optim.lr": "1e-30"}, "never"),
+        (COMMON, still, {"rollout.asynchronous": "null", "optim.lr": "1e-30"}, "never"),
     ]
     run_ranks(train_in_turn, 1, server.url, runs)
     steps = [row for row in metrics_of(lagging) if "loss" in row]
@@ -194,7 +194,12 @@ def test_two_ranks(folders: Path, server: RolloutServer, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("lag", [1, 2])
 def test_with_keep_requests_go_on_with_new_weights(server: RolloutServer, tmp_path: Path, lag: int) -> None:
-    settings = {"rollout.lag": str(lag), "rollout.in_flight": "keep", "steps": "6", **EVALUATED}
+    settings = {
+        "rollout.asynchronous.max_off_policy_steps": str(lag),
+        "rollout.asynchronous.in_flight": "keep",
+        "steps": "6",
+        **EVALUATED,
+    }
     run_ranks(train_in_turn, 1, server.url, [(COMMON, tmp_path / "kept", settings, "never")])
     steps = [row for row in metrics_of(tmp_path / "kept") if "loss" in row]
     assert len(steps) == 6

@@ -172,7 +172,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
 def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> None:
     """What it had not finished is sampled anew, by the weights there are then; every step is trained."""
     output = config.parent / "recovered_ahead"
-    with running(config, output, "rollout.lag=1") as process:
+    with running(config, output, "rollout.asynchronous.max_off_policy_steps=1") as process:
         wait_for(lambda: steps_done(output) >= 1, process)
         os.kill(server_of(process), signal.SIGKILL)
         assert process.wait(180) == 0, log_of(output)
@@ -198,7 +198,8 @@ def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> Non
 def test_nothing_survives_a_kill(
     config: Path, tmp_path: Path, ranks: int, lag: int, phase: str, number: int
 ) -> None:
-    with running(config, tmp_path, f"parallel.ranks={ranks}", f"rollout.lag={lag}", "steps=1000") as process:
+    ahead = ["rollout.asynchronous.max_off_policy_steps=1"] if lag else []
+    with running(config, tmp_path, f"parallel.ranks={ranks}", *ahead, "steps=1000") as process:
         started = "the server starts"
         wait_for(lambda: has_server(process) if phase == started else steps_done(tmp_path) >= 1, process)
         family = descendants(process.pid)

@@ -23,8 +23,8 @@ from tests.support.task import metrics_of
 STEPS, STOP = 5, 3
 STILL = {
     "steps": str(STEPS),
-    "rollout.lag": "0",
-    "rollout.extra_prompts": "0.5",
+    "rollout.asynchronous": "null",
+    "rollout.partial.extra_prompts": "0.5",
     "rollout.temperature": "1.5",  # so that answers are of many lengths
     "data.max_prompt_tokens": "60",
     "data.max_response_tokens": "100",
@@ -32,12 +32,12 @@ STILL = {
     "checkpoint.every": str(STOP),
     "checkpoint.keep": "9",
 }
-LAGGED = {"rollout.lag": "1"}
+LAGGED = {"rollout.asynchronous.max_off_policy_steps": "1"}
 RUNS: dict[str, tuple[Path, dict[str, str]]] = {
     "carry": (COMMON, {}),
-    "drop": (COMMON, {"rollout.unfinished": "drop"}),
+    "drop": (COMMON, {"rollout.partial.unfinished": "drop"}),
     "drain": (COMMON, {**LAGGED, **EVALUATED}),
-    "keep": (COMMON, {**LAGGED, "rollout.in_flight": "keep"}),
+    "keep": (COMMON, {**LAGGED, "rollout.asynchronous.in_flight": "keep"}),
     "demonstrations": (
         EXAMPLES / "luffy.yaml",
         {"batch.demonstrations": "0", "batch.sampling_attempts": "2"},

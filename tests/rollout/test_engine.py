@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from megatron_chord.config import ParallelConfig, RolloutConfig
+from megatron_chord.config import ParallelConfig, RolloutConfig, TimeoutsConfig
 from megatron_chord.rollout.fleet import OwnServer
 from megatron_chord.train.engine import RolloutEngine
 from tests.distributed.steps import build, start_groups
@@ -44,7 +44,8 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
     run = replace(
         run,
         data=replace(run.data, max_prompt_tokens=64),
-        rollout=RolloutConfig(kv_cache_bytes=64 << 20, start_timeout_s=2 * START_S, sync_timeout_s=60),
+        rollout=RolloutConfig(kv_cache_bytes=64 << 20),
+        timeouts=TimeoutsConfig(server_start_s=2 * START_S, weight_push_s=60),
     )
     groups = start_groups(ParallelConfig())
     seen = []

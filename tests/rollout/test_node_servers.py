@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_chord.cluster.job import Job, Node
 from megatron_chord.cluster.servers import NodeServers
-from megatron_chord.config import RolloutConfig
+from megatron_chord.config import RolloutConfig, TimeoutsConfig
 from megatron_chord.rollout.registry import KEY_FILE, Registry
 from tests.rollout.helpers import START_S
 from tests.support.tiny import save_model, tiny_run
@@ -23,7 +23,8 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
     run = replace(
         run,
         data=replace(run.data, max_prompt_tokens=64),
-        rollout=RolloutConfig(kv_cache_bytes=64 << 20, start_timeout_s=2 * START_S, restarts=1),
+        rollout=RolloutConfig(kv_cache_bytes=64 << 20, restarts=1),
+        timeouts=TimeoutsConfig(server_start_s=2 * START_S),
     )
     (tmp_path / KEY_FILE).touch(mode=0o600)
     (tmp_path / KEY_FILE).write_text("k" * 40)

@@ -293,6 +293,17 @@ class TestMethod:
     [
         ("batch.max_tokens", "batch.max_tokens_per_gpu"),
         ("batch.mini_batches", "batch.updates_per_step"),
+        ("parallel.timeout_s", "timeouts.collective_s"),
+        ("reward.overlong_cache", "reward.overlong.cache"),
+        ("reward.overlong_penalty", "reward.overlong.penalty"),
+        ("rollout.lag", "rollout.asynchronous.max_off_policy_steps"),
+        ("rollout.in_flight", "rollout.asynchronous.in_flight"),
+        ("rollout.extra_prompts", "rollout.partial.extra_prompts"),
+        ("rollout.unfinished", "rollout.partial.unfinished"),
+        ("rollout.max_carries", "rollout.partial.max_carries"),
+        ("rollout.start_timeout_s", "timeouts.server_start_s"),
+        ("rollout.request_timeout_s", "timeouts.sampling_s"),
+        ("rollout.sync_timeout_s", "timeouts.weight_push_s"),
         ("objective.mu", "method.mu"),
         ("objective.token_weight", "method.token_weight"),
         ("objective.sft_cutoff", "method.cutoff"),
@@ -654,54 +665,95 @@ class TestBase:
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
-        ("rollout: {lag: -1}", "rollout.lag must be >= 0, got -1"),
-        ("rollout: {lag: 2}", "rollout.lag 2 with rollout.in_flight: drain would only make rollouts older"),
-        ("rollout: {in_flight: keep}", "rollout.in_flight means nothing without rollout.lag"),
+        (
+            "rollout: {asynchronous: {max_off_policy_steps: 0}}",
+            "rollout.asynchronous.max_off_policy_steps must be > 0, got 0",
+        ),
+        (
+            "rollout: {asynchronous: {max_off_policy_steps: 2}}",
+            "rollout.asynchronous.max_off_policy_steps 2 with in_flight: drain would only make rollouts older",
+        ),
+        ("rollout: {asynchronous: {in_flight: drop}}", "rollout.asynchronous.in_flight: 'drop' is none of"),
+        (
+            "rollout: {asynchronous: {}, sleep: true}",
+            "rollout.sleep: with rollout.asynchronous servers sample",
+        ),
+        (
+            "rollout: {asynchronous: {}, offload: true}",
+            "rollout.offload: with rollout.asynchronous the ranks",
+        ),
         (
             "rollout: {repeatable: true, servers: ['http://127.0.0.1:1']}",
             "start them with VLLM_BATCH_INVARIANT=1",
         ),
-        ("rollout: {repeatable: true, lag: 1, in_flight: keep}", "set in_flight to drain"),
-        ("rollout: {repeatable: true, extra_prompts: 0.5}", "which prompts finish first is chance"),
+        ("rollout: {repeatable: true, asynchronous: {in_flight: keep}}", "set in_flight to drain"),
+        ("rollout: {repeatable: true, partial: {}}", "which prompts finish first is chance"),
         (
             "objective: {ratio_from: current, correction: {mode: none}}",
-            "objective.correction.mode none turns off the correction that rollout.lag, rollout.extra_prompts with",
+            "objective.correction.mode none turns off the correction that rollout.asynchronous, rollout.partial with",
         ),
         (
-            "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
+            "rollout: {asynchronous: {}}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
             "objective.correction.mode none has no weight",
         ),
         (
-            "rollout: {lag: 1}\nobjective: {correction: {mode: none}}",
+            "rollout: {asynchronous: {}}\nobjective: {correction: {mode: none}}",
             "objective.correction and ratio_from: rollout would correct the same mismatch twice",
         ),
     ],
 )
-def test_a_lag_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
+def test_sampling_ahead_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in only_finding(tmp_path, f"{text}\n")
 
 
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
-        ("rollout: {extra_prompts: -0.5}", "rollout.extra_prompts must be >= 0, got -0.5"),
-        ("rollout: {extra_prompts: 25}", "must lie in [0, 4], got 25.0: it is a share of the step's prompts"),
-        ("rollout: {unfinished: drop}", "rollout.unfinished means nothing without rollout.extra_prompts"),
-        ("rollout: {extra_prompts: 0.2, unfinished: keep}", "unfinished"),
-        ("rollout: {extra_prompts: 0.2, max_carries: 0}", "rollout.max_carries must be > 0, got 0"),
-        ("rollout: {max_carries: 1}", "rollout.max_carries means nothing without rollout.extra_prompts"),
+        ("{extra_prompts: -0.5}", "rollout.partial.extra_prompts must lie in (0, 4], got -0.5"),
+        ("{extra_prompts: 0}", "without early stop leave rollout.partial out"),
+        ("{extra_prompts: 25}", "must lie in (0, 4], got 25.0: it is a share of the step's prompts"),
+        ("{unfinished: keep}", "rollout.partial.unfinished: 'keep' is none of carry, drop"),
+        ("{max_carries: 0}", "rollout.partial.max_carries must be > 0, got 0"),
         (
-            "rollout: {extra_prompts: 0.2, unfinished: drop, max_carries: 1}",
-            "rollout.max_carries means nothing without rollout.extra_prompts and unfinished: carry",
+            "{unfinished: drop, max_carries: 1}",
+            "rollout.partial.max_carries means nothing with unfinished: drop",
         ),
         (
-            "rollout: {extra_prompts: 0.2, unfinished: drop}\n"
-            "objective: {ratio_from: current, correction: {mode: none}}",
+            "{unfinished: drop}}\nobjective: {ratio_from: current, correction: {mode: none}",
             "objective.correction.mode none turns off the correction",
         ),
     ],
 )
 def test_early_stop_and_what_goes_with_it(tmp_path: Path, text: str, finding: str) -> None:
+    assert finding in only_finding(tmp_path, f"rollout: {{partial: {text}}}\n")
+
+
+def test_what_only_means_something_together_is_off_without_its_block(tmp_path: Path) -> None:
+    rollout = load(tmp_path).rollout
+    assert (rollout.max_off_policy_steps, rollout.in_flight, rollout.carries) == (0, "drain", False)
+    assert rollout.extra_of(16) == 0
+    assert not rollout.has_older_tokens
+    ahead = load(tmp_path, "", "rollout.asynchronous={}").rollout
+    assert (ahead.max_off_policy_steps, ahead.in_flight, ahead.has_older_tokens) == (1, "drain", True)
+    partial = load(tmp_path, "", "rollout.partial={}").rollout
+    assert (partial.extra_of(16), partial.carries, partial.has_older_tokens) == (4, True, True)
+    assert load(tmp_path, "rollout: {partial: {}}\n", "rollout.partial=null").rollout.partial is None
+    assert load(tmp_path, "", "reward.overlong.cache=8").reward.overlong == config.OverlongConfig(cache=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("reward: {overlong: {}}", "run.yaml:11: reward.overlong.cache is missing"),
+        ("reward: {overlong: {cache: 0}}", "run.yaml:11: reward.overlong.cache must be > 0, got 0"),
+        (
+            "reward: {overlong: {cache: 2000}}",
+            "run.yaml:11: reward.overlong.cache 2000 is above data.max_resp",
+        ),
+        ("timeouts: {sampling_s: 0}", "run.yaml:11: timeouts.sampling_s must be > 0, got 0.0"),
+    ],
+)
+def test_overlong_and_timeouts(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in only_finding(tmp_path, f"{text}\n")
 
 
@@ -713,14 +765,16 @@ def test_a_temperature_that_vllm_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "count", "extra"),
-    [(0.0, 16, 0), (0.25, 16, 4), (0.25, 17, 5), (0.1, 30, 3), (0.3, 10, 3), (0.01, 3, 1), (1.0, 7, 7)],
+    [(0.25, 16, 4), (0.25, 17, 5), (0.1, 30, 3), (0.3, 10, 3), (0.01, 3, 1), (1.0, 7, 7)],
 )
 def test_extra_prompts_are_a_share_rounded_up(share: float, count: int, extra: int) -> None:
-    assert config.RolloutConfig(extra_prompts=share).extra_of(count) == extra
+    assert config.RolloutConfig(partial=config.PartialConfig(extra_prompts=share)).extra_of(count) == extra
 
 
 def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
-    run = load(tmp_path, "rollout: {lag: 1}\nobjective: {ratio_from: current, correction: {mode: none}}\n")
+    run = load(
+        tmp_path, "rollout: {asynchronous: {}}\nobjective: {ratio_from: current, correction: {mode: none}}\n"
+    )
     assert run.objective.correction == config.CorrectionConfig(mode="none")
 
 

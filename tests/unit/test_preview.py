@@ -16,6 +16,7 @@ from megatron_chord.config import (
     BatchConfig,
     DataConfig,
     ModelConfig,
+    PartialConfig,
     RolloutConfig,
     RunConfig,
 )
@@ -223,15 +224,17 @@ def test_facts_and_notes_are_printed() -> None:
         "- dynamic sampling may draw up to 3 times as many rollouts",
     ):
         assert line in text.splitlines()
-    assert "extra_prompts" not in text
-    stopping = replace(run, rollout=RolloutConfig(extra_prompts=1.0))
+    assert "rollout.partial" not in text
+    stopping = replace(run, rollout=RolloutConfig(partial=PartialConfig(extra_prompts=1.0)))
     assert (
-        "- up to 2 of a step's prompts are stopped unfinished (rollout.extra_prompts) and finished in a later step"
+        "- up to 2 of a step's prompts are stopped unfinished (rollout.partial) and finished in a later step"
     ) in " ".join(line.strip() for line in lines(stopping))
-    dropping = replace(run, rollout=RolloutConfig(extra_prompts=1.0, unfinished="drop"))
-    assert (
-        "- up to 2 more prompts a step are sampled and dropped unfinished (rollout.extra_prompts)"
-    ) in " ".join(line.strip() for line in lines(dropping))
+    dropping = replace(
+        run, rollout=RolloutConfig(partial=PartialConfig(extra_prompts=1.0, unfinished="drop"))
+    )
+    assert ("- up to 2 more prompts a step are sampled and dropped unfinished (rollout.partial)") in " ".join(
+        line.strip() for line in lines(dropping)
+    )
     unknown = "\n".join(lines(a_run(GradientNorm(warmup_steps=400, gamma=4.0))))
     assert "demonstrations over the run: 1,200 to 3,000" in unknown
     assert "0.2" in unknown.rpartition("G0, that is")[2]

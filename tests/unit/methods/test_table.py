@@ -10,9 +10,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from megatron_chord.config import (
+    AsynchronousConfig,
     CorrectionConfig,
     KLConfig,
     ObjectiveConfig,
+    PartialConfig,
     RunConfig,
 )
 from megatron_chord.config_io import ConfigError, load_config
@@ -161,14 +163,14 @@ def test_published_settings(file: Path) -> None:
 def test_what_does_not_go_with_a_lag(
     tmp_path: Path, method: str, blocks: dict[str, Any], reason: str
 ) -> None:
-    run = changed(tiny_run(tmp_path, method=method), rollout={"lag": 1}, **blocks)
+    run = changed(tiny_run(tmp_path, method=method), rollout={"asynchronous": AsynchronousConfig()}, **blocks)
     if method == "srft":
         run = changed(run, data={"aligned": True})
     if method in ("srft", "remix"):
         run = changed(run, batch={"demonstrations": 0})
     with pytest.raises(ValueError, match=reason):
         method_of(run)
-    assert method_of(changed(run, rollout={"lag": 0}))
+    assert method_of(changed(run, rollout={"asynchronous": None}))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +184,12 @@ def test_what_does_not_go_with_a_lag(
 def test_what_does_not_go_with_carried_answers(
     tmp_path: Path, method: str, blocks: dict[str, Any], reason: str, may_drop: bool
 ) -> None:
-    run = changed(tiny_run(tmp_path, method=method), rollout={"extra_prompts": 0.5}, **blocks)
+    run = changed(tiny_run(tmp_path, method=method), rollout={"partial": PartialConfig()}, **blocks)
     if method in ("srft", "remix"):
         run = changed(run, batch={"demonstrations": 0}, data={"aligned": method == "srft"})
     with pytest.raises(ValueError, match=reason):
         method_of(run)
-    dropped = changed(run, rollout={"unfinished": "drop"})
+    dropped = changed(run, rollout={"partial": PartialConfig(unfinished="drop")})
     if may_drop:
         assert method_of(dropped)
     else:
@@ -199,10 +201,11 @@ def test_rollouts_of_older_weights_are_corrected_for_unless_told_otherwise(tmp_p
     run = tiny_run(tmp_path)
     default, off = CorrectionConfig(), CorrectionConfig(mode="none")
     own = CorrectionConfig(level="geometric", mode="mask", low=0.9, high=1.1)
-    fresh, lagging, carrying = {"lag": 0}, {"lag": 1}, {"extra_prompts": 0.25}
+    fresh: dict[str, Any] = {}
+    lagging, carrying = {"asynchronous": AsynchronousConfig()}, {"partial": PartialConfig()}
     for rollout, ratio_from, given, used in (
         (fresh, "current", None, None),
-        ({"extra_prompts": 0.25, "unfinished": "drop"}, "current", None, None),
+        ({"partial": PartialConfig(unfinished="drop")}, "current", None, None),
         (lagging, "rollout", None, None),
         (lagging, "current", None, default),
         (lagging, "recomputed", None, default),

@@ -23,9 +23,5 @@ def test_numbers_of_the_paper(length: int, penalty: float) -> None:
     assert overlong_penalty(length, limit=20480, cache=4096, factor=0.5) == penalty / 2
 
 
-def test_without_a_cache_nothing_within_the_limit_is_punished() -> None:
-    assert [overlong_penalty(n, limit=10, cache=0) for n in (0, 9, 10, 11)] == [0.0, 0.0, 0.0, -1.0]
-
-
 def test_cache_of_the_whole_limit() -> None:
     assert [overlong_penalty(n, limit=4, cache=4) for n in range(5)] == [0.0, -0.25, -0.5, -0.75, -1.0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.config import ParallelConfig
+from megatron_chord.config import ParallelConfig, PartialConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
@@ -76,20 +76,20 @@ def test_the_plan_says_what_a_precision_means(
         (
             "carry",
             "rollout",
-            "tails       4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
             "step; older weights are the denominator of the ratio",
         ),
         (
             "carry",
             "current",
-            "tails       4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
             "step; older weights are corrected for by each token's weight, truncate",
         ),
         (
             "drop",
             "rollout",
-            "tails       4 prompts are sampled until 3 are finished; what is unfinished is dropped, so that prompts "
-            "with long answers are trained on less often (rollout.unfinished: drop)",
+            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is dropped, so that prompts "
+            "with long answers are trained on less often (rollout.partial.unfinished: drop)",
         ),
     ],
 )
@@ -97,7 +97,7 @@ def test_the_plan_says_what_becomes_of_unfinished_prompts(
     tmp_path: Path, unfinished: Any, ratio_from: Any, expected: str
 ) -> None:
     run = tiny_run(tmp_path, ratio_from=ratio_from)
-    run = replace(run, rollout=replace(run.rollout, extra_prompts=0.25, unfinished=unfinished))
+    run = replace(run, rollout=replace(run.rollout, partial=PartialConfig(unfinished=unfinished)))
     said: list[str] = []
     plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 1, said.append)
-    assert [line for line in said if line.startswith("tails")] == [expected]
+    assert [line for line in said if line.startswith("early stop")] == [expected]

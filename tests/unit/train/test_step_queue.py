@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import AsynchronousConfig, RunConfig
 from megatron_chord.rollout.client import RolloutError
 from megatron_chord.schedules import Binary, ScheduleInput
 from megatron_chord.train.step_queue import StepQueue
@@ -80,7 +80,10 @@ def run_of(*, lag: int, in_flight: Any = "drain", **objective: Any) -> RunConfig
     return replace(
         run,
         steps=STEPS,
-        rollout=replace(run.rollout, lag=lag, in_flight=in_flight),
+        rollout=replace(
+            run.rollout,
+            asynchronous=AsynchronousConfig(max_off_policy_steps=lag, in_flight=in_flight) if lag else None,
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import AsynchronousConfig, PartialConfig, RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.packing import make_layout
 from megatron_chord.methods.table import method_of
@@ -34,13 +34,18 @@ LENGTHS = {100 + i: (3 + i % 5, 4 + i % 3 if i % 7 else 38) for i in range(COUNT
 LONG = {PROMPTS[i].id for i in range(0, COUNT, 7)}
 
 
-def run_of(*, unfinished: Any = "carry", extra: float = 0.5, **rollout: Any) -> RunConfig:
+def run_of(
+    *, unfinished: Any = "carry", extra: float = 0.5, max_carries: int | None = None, ahead: bool = False
+) -> RunConfig:
+    partial = (
+        PartialConfig(extra_prompts=extra, unfinished=unfinished, max_carries=max_carries) if extra else None
+    )
     run = tiny_run(Path("model"), mu=Constant(peak=0.0))
     return replace(
         run,
         data=replace(run.data, max_response_tokens=LIMIT),
         batch=replace(run.batch, prompts=4, rollouts=2, demonstrations=0),
-        rollout=replace(run.rollout, extra_prompts=extra, unfinished=unfinished, **rollout),
+        rollout=replace(run.rollout, partial=partial, asynchronous=AsynchronousConfig() if ahead else None),
     )
 
 
@@ -196,7 +201,7 @@ def test_a_step_that_is_repeated_draws_the_same() -> None:
 
 def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     """With a lag: two steps by the weights of the first, then one each."""
-    straight = Steps(run_of(lag=1))
+    straight = Steps(run_of(ahead=True))
     straight.collect(0)
     for step in range(1, 6):
         straight.collect(step, version=step - 1)
@@ -204,7 +209,7 @@ def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     saved = straight.checkpoint(5)
     (record,) = json.loads(saved)["ahead"]
     assert (record["step"], record["version"]) == (5, 4)
-    resumed = Steps(run_of(lag=1), saved)
+    resumed = Steps(run_of(ahead=True), saved)
     before = straight.collect(6, version=5)
     again = resumed.collect(5, recorded=record["calls"])
     assert resumed.rows[5] == straight.rows[5]
@@ -267,7 +272,7 @@ def test_a_checkpoint_resumed_without_carrying_samples_its_prompts_anew(other: A
             lambda run: replace(run, data=replace(run.data, max_response_tokens=9)),
             "'data.max_response_tokens': 9",
         ),
-        (lambda run: replace(run, batch=replace(run.batch, rollouts=3)), "rollout.unfinished=drop"),
+        (lambda run: replace(run, batch=replace(run.batch, rollouts=3)), "rollout.partial.unfinished=drop"),
     ],
 )
 def test_unfinished_answers_are_not_continued_with_other_settings(change: Any, reason: str) -> None:

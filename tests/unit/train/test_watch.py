@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.config import WatchdogConfig
+from megatron_chord.config import TimeoutsConfig, WatchdogConfig
 from megatron_chord.train.watch import limits_of
 from tests.support.tiny import tiny_run
 
@@ -16,8 +16,9 @@ def test_a_limit_is_longer_than_the_deadlines_within_it(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     run = replace(
         run,
-        rollout=replace(run.rollout, request_timeout_s=1000.0, start_timeout_s=200.0, sync_timeout_s=50.0),
-        parallel=replace(run.parallel, timeout_s=100.0),
+        timeouts=TimeoutsConfig(
+            collective_s=100.0, sampling_s=1000.0, server_start_s=200.0, weight_push_s=50.0
+        ),
     )
     limits = limits_of(run, rank=0, world_size=2)
     assert (limits.beat_s, limits.silence_s) == (5.0, 120.0)
