@@ -45,9 +45,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return doctor.main()
     if args.command == "settings":
-        from megatron_chord.settings import lines
+        from megatron_chord.settings import lines, markdown
 
-        print("\n".join(lines()))
+        print(markdown() if args.markdown else "\n".join(lines()), end="" if args.markdown else "\n")
         return 0
     try:
         run = load_config(args.config, args.overrides)
@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
         )
-    commands.add_parser("settings", help="list every setting with its default and its meaning")
+    settings = commands.add_parser("settings", help="list every setting with its default and its meaning")
+    settings.add_argument("--markdown", action="store_true", help="write docs/settings.md instead")
     commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
     return parser
 

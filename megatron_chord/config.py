@@ -37,14 +37,18 @@ class ParallelConfig:
     ranks: int = 1
     """Processes that `megatron-chord train` starts on this machine; under torchrun or srun their number rules."""
     tensor: int = 1
+    """Ranks that share each layer's matrices (Megatron's tensor-model-parallel-size)."""
     pipeline: int = 1
+    """Pipeline stages (pipeline-model-parallel-size)."""
     virtual_pipeline: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); none means one."""
     stages: tuple[int, ...] | None = None
     """Layers of each pipeline stage, such as [15, 16, 16, 14]; with virtual_pipeline of each chunk, in the order in
     which a token passes them (chunk n belongs to stage n modulo pipeline). Left out: equally many."""
     context: int = 1
+    """Ranks that share each sequence (context-parallel-size)."""
     expert: int = 1
+    """Ranks that share the experts of a mixture (expert-model-parallel-size)."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -99,6 +103,7 @@ class DataConfig:
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
     max_prompt_tokens: int = 1024
+    """Limit of a prompt, its chat template included."""
     max_response_tokens: int = 1024
     """Limit of a rollout, and of a demonstration's trainable part."""
     overlong: Literal["fail", "drop"] = "drop"
@@ -116,6 +121,7 @@ class KLConfig:
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """With d = l_ref - l per token: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
     coefficient: float = 0.001
+    """Weight of the penalty."""
     reference: Path | None = None
     """Hugging Face folder of the reference; the run's own starting point where left out."""
 
@@ -137,7 +143,9 @@ class CorrectionConfig:
     sequence_mask). reject: 1 within [low, high], 0 outside (verl's rollout_rs). none: no weight, which turns off the
     default of `rollout.asynchronous`, of carried answers and of FP8."""
     low: float = 0.0
+    """Lower bound of w, for clamp, mask and reject."""
     high: float = 2.0
+    """Upper bound of w."""
 
     def __post_init__(self) -> None:
         require(
@@ -160,6 +168,7 @@ class ObjectiveConfig:
     """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
     A l. unclipped: -r A."""
     clip_low: float = 0.2
+    """The ratio is not clipped below 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = None
@@ -177,6 +186,7 @@ class ObjectiveConfig:
     """group_std: (R - group mean) / group std. group_mean: R - group mean (Dr.GRPO). batch_std: divided by the std of
     the step's rewards. leave_one_out: R - mean of the others (RLOO). Standard deviations are unbiased."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation that an advantage is divided by."""
     equal_groups: Literal["keep", "drop"] = "keep"
     """Groups of equal rewards have no advantage; keep: they count in the denominators. drop: they do not."""
     truncated: Literal["keep", "mask"] = "keep"
@@ -321,6 +331,7 @@ class RolloutConfig:
     tensor: int = 1
     """Tensor parallelism of a server that the trainer or the job starts."""
     gpu_memory_utilization: float = 0.6
+    """Share of a GPU's memory that a server takes, in (0, 1]."""
     kv_cache_bytes: int | None = None
     """Size of the server's KV cache; on a CPU 256 MiB where left out, on a GPU what is free."""
     transport: Literal["auto", "file", "gloo", "broadcast", "ipc"] = "auto"
@@ -458,6 +469,7 @@ class RewardConfig:
     answer_marker: str = "####"
     """For `exact`: the answer is what follows this, up to the line's end."""
     workers: int = 2
+    """Processes that grade answers."""
     timeout_s: float = 10.0
     """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
     memory_mb: int = 2048
@@ -489,14 +501,21 @@ class RewardConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 1e-6
+    """Highest learning rate."""
     min_lr: float = 0.0
+    """Learning rate at the end of linear and cosine."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to `min_lr` at the run's last step."""
     warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
     """Applied to matrices only, never to norms and biases."""
     beta1: float = 0.9
+    """Of Adam."""
     beta2: float = 0.999
+    """Of Adam."""
     eps: float = 1e-8
+    """Of Adam."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     skip_nonfinite: int = 2
@@ -526,6 +545,7 @@ class EvaluationConfig:
     problems: int | None = None
     """The first so many held-out problems; all where left out."""
     temperature: float = 0.0
+    """Of sampling; 0 takes the most likely token."""
     samples: int = 1
     """Answers per problem; accuracy is their mean."""
 
@@ -636,6 +656,7 @@ class RunConfig:
     """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
     one file a rank. Tracing slows these steps down."""
     seed: int = 0
+    """Of the order of data, of sampling and of all random choices."""
 
     def __post_init__(self) -> None:
         positive(steps=self.steps)

@@ -60,8 +60,11 @@ class PowerWeight:
 
     kind: Literal["power"] = "power"
     a: float = 1.0
+    """Exponent of p."""
     b: float = 1.0
+    """Exponent of 1 - p."""
     scale: float = 1.0
+    """Factor."""
 
     def __post_init__(self) -> None:
         not_negative(**{"method.token_weight.a": self.a, "method.token_weight.b": self.b})
@@ -74,6 +77,7 @@ class ClippedISWeight:
 
     kind: Literal["clipped_is"] = "clipped_is"
     threshold: float = 0.4
+    """Highest p that is trained, in (0, 1]."""
 
     def __post_init__(self) -> None:
         require(
@@ -87,6 +91,7 @@ class FocalWeight:
 
     kind: Literal["focal"] = "focal"
     exponent: float = 2.0
+    """Of 1 - p."""
 
     def __post_init__(self) -> None:
         not_negative(**{"method.token_weight.exponent": self.exponent})
@@ -108,6 +113,7 @@ class EntropyTopWeight:
 
     kind: Literal["entropy_top"] = "entropy_top"
     share: float = 0.05
+    """Of an update's demonstration tokens, in (0, 1]."""
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, f"method.token_weight.share must lie in (0, 1], got {self.share}")
@@ -126,6 +132,7 @@ class MarginWeight:
 
     kind: Literal["margin"] = "margin"
     width: float | None = None
+    """Of the bell curve around m = 0. Left out: 1 - |m|."""
 
     def __post_init__(self) -> None:
         if self.width is not None:

@@ -81,6 +81,7 @@ class Constant(Schedule):
 
     schedule: Literal["constant"] = "constant"
     peak: float = 0.1
+    """mu, in [0, 1]."""
 
     def __post_init__(self) -> None:
         _in_unit_interval(peak=self.peak)
@@ -97,9 +98,13 @@ class _Decay(Schedule):
     """A linear rise from 0 to ``peak``, a fall to ``valley``, then ``valley``."""
 
     peak: float
+    """Highest mu, after the warm-up."""
     valley: float
+    """mu after the fall."""
     warmup_steps: int = 0
+    """Steps of the rise."""
     decay_steps: int = 0
+    """Steps of the fall."""
     first_step: int = 0
     """What the schedule calls the run's first step: 0 (ms-swift: without warm-up it uses ``peak`` itself) or 1
     (Trinity-RFT)."""
@@ -159,6 +164,7 @@ class Binary(Schedule):
 
     schedule: Literal["binary"] = "binary"
     switch_step: int
+    """First step of RL."""
     reset_optimizer: bool = False
     """Start the second stage with fresh Adam moments and its own learning-rate warm-up, as two separate runs do."""
 
@@ -184,7 +190,9 @@ class Periodic(Schedule):
 
     schedule: Literal["periodic"] = "periodic"
     sft_steps: int = 1
+    """Steps of SFT in a row."""
     policy_steps: int = 1
+    """Steps of RL in a row."""
 
     def __post_init__(self) -> None:
         _counts(sft_steps=self.sft_steps, policy_steps=self.policy_steps)
@@ -214,6 +222,7 @@ class RewardAdaptive(Schedule):
 
     schedule: Literal["reward_adaptive"] = "reward_adaptive"
     tau: float = 0.5
+    """Mean reward from which on mu is 0."""
 
     def __post_init__(self) -> None:
         _finite(tau=self.tau)
@@ -246,7 +255,9 @@ class GradientNorm(Schedule):
 
     schedule: Literal["gradient_norm"] = "gradient_norm"
     warmup_steps: int
+    """Steps of SFT at the beginning."""
     gamma: float = 1.0
+    """The larger it is, the fewer steps are SFT."""
 
     def __post_init__(self) -> None:
         _counts(warmup_steps=self.warmup_steps)
@@ -303,9 +314,13 @@ class Learned(Schedule):
 
     schedule: Literal["learned"] = "learned"
     sft_steps: int = 0
+    """Steps of SFT at the beginning."""
     initial: float = 0.5
+    """First mu after them."""
     rate: float = 0.0
+    """Step size along the utility's gradient; 0: off."""
     entropy_rate: float = 0.0
+    """Step size of the entropy's part; 0: off."""
     entropy_target: float = 0.0
     """Nats per token; must be given with `entropy_rate`."""
     low: float = 0.05

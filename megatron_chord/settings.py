@@ -7,16 +7,34 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import yaml
 
-from megatron_chord import config
+from megatron_chord import config, peers
 from megatron_chord.config_nodes import Dumper, choice, members
 
 _WIDTH = 110
 _BASE = "A file whose settings hold wherever this one has none; its name is relative to this file's folder."
+
+_HEAD = """\
+# Settings
+
+Every setting of a run's YAML file, with its default, its unit and its meaning. This page is written by
+`megatron-chord settings --markdown` from the dataclasses that read the file; do not edit it by hand.
+
+A block that is left out has its defaults. Where a block can be one of several, a single value in its place names which:
+`method: luffy`, `token_weight: phi`. On the command line a setting is written in full: `optim.lr=1e-6`. A file may
+begin with `base:`, the name of another file whose settings hold wherever this one has none. [methods.md](methods.md)
+explains the methods and the objective, [running.md](running.md) sampling ahead and early stop.
+""".rstrip()
+_PEERS_HEAD = """\
+## Names in other trainers
+
+For people who come from verl, TRL, ms-swift or Trinity-RFT. Only settings that we have read there are listed. ms-swift
+also takes TRL's names.
+""".rstrip()
 
 
 def lines() -> Iterator[str]:
@@ -24,6 +42,80 @@ def lines() -> Iterator[str]:
     yield from _comment(_BASE, 0)
     yield "base:  # path, may be left out"
     yield from _block(config.RunConfig, 0)
+
+
+def markdown() -> str:
+    """docs/settings.md: a table for each block, and the names of our settings in other trainers."""
+    text = [_HEAD, *_tables(config.RunConfig, ""), _PEERS_HEAD]
+    rows = [
+        (f"`{name}`", *(_code(one) for one in names[:4]), names.note) for name, names in peers.NAMES.items()
+    ]
+    text.append(_table(("here", "verl", "TRL", "ms-swift", "Trinity-RFT", "difference"), rows))
+    return "\n\n".join(text) + "\n"
+
+
+def _tables(kind: type, where: str, chosen_by: str | None = None) -> Iterator[str]:
+    """The table of one dataclass, then those of the blocks in it. ``chosen_by``: the key that chose it, if any did."""
+    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+    title = f"`{where}`" if where else "The run"
+    if chosen_by:
+        title += f" with `{chosen_by}: {_type_name(hints[chosen_by])}`"
+    yield f"## {title}"
+    if where and _doc(kind):
+        yield "\n".join(textwrap.wrap(_doc(kind), 120, break_on_hyphens=False))
+    rows: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(kind):
+        inner, name = hints[field.name], f"{where}.{field.name}" if where else field.name
+        if field.name == chosen_by:
+            continue
+        blocks = members(inner)
+        value = "a block, see below" if blocks else _type_name(inner).replace(" | ", ", ")
+        rows.append(
+            (f"`{name}`", _shown_default(field, inner), value + _unit(field.name), docs.get(field.name, ""))
+        )
+    if rows:
+        yield _table(("setting", "default", "value", "meaning"), rows)
+    for field in dataclasses.fields(kind):
+        blocks = members(hints[field.name])
+        for block in blocks:
+            name = f"{where}.{field.name}" if where else field.name
+            yield from _tables(block, name, choice(hints[field.name]))
+
+
+def _shown_default(field: dataclasses.Field[Any], kind: Any) -> str:
+    if _is_required(field):
+        return "**required**"
+    if members(kind):
+        value = None if field.default is None else field.default_factory()  # type: ignore[misc]
+        key = choice(kind)
+        return "none" if value is None else f"`{getattr(value, key)}`" if key else ""
+    return f"`{_default(field)}`"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _unit(name: str) -> str:
+    """By the end of a setting's name: ``timeout_s`` is in seconds."""
+    endings = {
+        "_s": "seconds",
+        "_mb": "MiB",
+        "_bytes": "bytes",
+        "_tokens": "tokens",
+        "_tokens_per_gpu": "tokens",
+        "_steps": "steps",
+    }
+    return next((f", {unit}" for ending, unit in endings.items() if name.endswith(ending)), "")
+
+
+def _code(names: str) -> str:
+    return ", ".join(f"`{name.strip()}`" for name in names.split(",") if name.strip())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[str]:

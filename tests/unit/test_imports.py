@@ -25,6 +25,7 @@ LAYERS = (
         "config_nodes",
         "json_files",
         "network",
+        "peers",
         "precision",
         "process_table",
         "processes",

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_chord import settings
-from megatron_chord.config import RunConfig
+from megatron_chord import peers, settings
+from megatron_chord.config import OptimConfig, RewardConfig, RunConfig
 from megatron_chord.config_methods import MethodConfig
-from megatron_chord.config_nodes import choice, members
+from megatron_chord.config_nodes import choice, members, setting_names
 from megatron_chord.schedules import MuSchedule
+from tests.support.ranks import ROOT
 
 LISTING = list(settings.lines())
 
@@ -114,3 +115,27 @@ def test_defaults_are_written_as_in_yaml(line: str) -> None:
 
 def test_lines_fit() -> None:
     assert max(map(len, LISTING)) <= 110
+
+
+def test_the_page_is_what_the_dataclasses_say() -> None:
+    """After a change: megatron-chord settings --markdown > docs/settings.md."""
+    assert (ROOT / "docs" / "settings.md").read_text() == settings.markdown()
+
+
+def test_the_page_has_a_row_for_every_setting() -> None:
+    rows = {line.split("`")[1] for line in settings.markdown().splitlines() if line.startswith("| `")}
+    named = {name for name in setting_names(RunConfig) if name.rpartition(".")[2] not in ("schedule", "kind")}
+    assert named - rows <= {"method.name"}
+    assert {"optim.schedule", "reward.kind"} <= rows
+
+
+def test_names_elsewhere_are_of_settings_that_exist() -> None:
+    assert set(peers.NAMES) <= setting_names(RunConfig)
+
+
+@pytest.mark.parametrize("kind", list(blocks(RunConfig)), ids=lambda kind: kind.__name__)
+def test_every_setting_has_a_meaning(kind: type) -> None:
+    hints, docs = typing.get_type_hints(kind), settings._field_docs(kind)
+    named = {"name", "schedule", "kind"} if kind is not OptimConfig and kind is not RewardConfig else set()
+    plain = {field.name for field in dataclasses.fields(kind) if not members(hints[field.name])}
+    assert plain - named - set(docs) == set()
