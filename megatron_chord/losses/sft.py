@@ -62,7 +62,7 @@ def sft_loss(
         "sft_nll": -logprobs.detach(),
         "sft_p": p,
         "sft_phi": p * (1 - p),
-        "sft_weight": weights,
+        "token_weight": weights,
     }
     return TermOutput(loss, {"sft_loss": loss.detach()}, means, {})
 

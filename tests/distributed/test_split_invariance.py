@@ -118,16 +118,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         )
     },
     # SFT branch
-    "one": {"sft_weight": SimpleWeight(kind="one")},
-    "p": {"sft_weight": SimpleWeight(kind="p")},
-    "power": {"sft_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
-    "clipped is": {"sft_weight": ClippedISWeight(threshold=0.01)},
-    "focal": {"sft_weight": FocalWeight()},
-    "bernoulli entropy": {"sft_weight": BernoulliEntropyWeight()},
-    "entropy top": {"sft_weight": EntropyTopWeight(share=0.3)},
-    "entropy norm": {"sft_weight": EntropyNormWeight()},
-    "margin": {"sft_weight": MarginWeight()},
-    "gaussian margin": {"sft_weight": MarginWeight(width=0.1)},
+    "one": {"token_weight": SimpleWeight(kind="one")},
+    "p": {"token_weight": SimpleWeight(kind="p")},
+    "power": {"token_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
+    "clipped is": {"token_weight": ClippedISWeight(threshold=0.01)},
+    "focal": {"token_weight": FocalWeight()},
+    "bernoulli entropy": {"token_weight": BernoulliEntropyWeight()},
+    "entropy top": {"token_weight": EntropyTopWeight(share=0.3)},
+    "entropy norm": {"token_weight": EntropyNormWeight()},
+    "margin": {"token_weight": MarginWeight()},
+    "gaussian margin": {"token_weight": MarginWeight(width=0.1)},
     "cutoff": {"cutoff": 0.01},
 }
 SPREAD: dict[int, dict[str, dict[str, Any]]] = {
@@ -149,7 +149,7 @@ def test_a_later_update_of_a_step(untied: Path, tmp_path: Path) -> None:
         "ppo": {"ratio_from": "recomputed", "dual_clip": 1.5},
         "gspo": {"ratio_from": "recomputed", "surrogate": "gspo", "clip_low": 0.02, "clip_high": 0.03},
         "corrected": {"ratio_from": "recomputed", "correction": CorrectionConfig(level="geometric", low=0.0)},
-        "rollout": {"sft_weight": EntropyTopWeight(share=0.3)},
+        "rollout": {"token_weight": EntropyTopWeight(share=0.3)},
     }
     objectives = {name: chord(untied, make_samples(seed=4), **settings) for name, settings in later.items()}
     assert_split_invariant(untied, objectives, layouts={2: SPREAD[2]}, old=old)

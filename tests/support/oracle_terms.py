@@ -165,7 +165,7 @@ def sft_term(
             "sft_nll": lambda token, *_: -token.logp.item(),
             "sft_p": lambda token, *_: token.p,
             "sft_phi": lambda token, *_: token.p * (1 - token.p),
-            "sft_weight": w,
+            "token_weight": w,
         },
         losses={"sft_loss": lambda token, sequence, every: loss(token, sequence, every).item()},
     )

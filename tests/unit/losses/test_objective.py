@@ -154,7 +154,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
             "sft_nll": LN2,
             "sft_p": 0.5,
             "sft_phi": 0.25,
-            "sft_weight": 0.25,
+            "token_weight": 0.25,
             "entropy": 0.75,
             "clip_fraction": 1.0,
             "logprob_gap": math.log(1.5),

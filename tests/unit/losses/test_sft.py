@@ -115,7 +115,7 @@ def test_two_tokens_by_hand(weight: TokenWeight, expected: list[float]) -> None:
         "sft_nll": pytest.approx([2 * LN2, LN2]),
         "sft_p": pytest.approx([0.25, 0.5]),
         "sft_phi": pytest.approx([3 / 16, 1 / 4]),
-        "sft_weight": pytest.approx(expected, rel=1e-13),
+        "token_weight": pytest.approx(expected, rel=1e-13),
     }
     assert out.maxima == {}
     assert not any(value.requires_grad for value in [*out.losses.values(), *out.means.values()])
@@ -241,7 +241,7 @@ def test_no_push_above_the_cutoff(weight: SimpleWeight) -> None:
     assert grad[2:] == [0.0] * 3
     # What is reported is the token's own.
     assert out.means["sft_nll"].tolist() == pytest.approx([-math.log(p) for p in probabilities])
-    assert out.means["sft_weight"].tolist() == pytest.approx(weights)
+    assert out.means["token_weight"].tolist() == pytest.approx(weights)
 
 
 def test_a_token_at_the_cutoff_is_still_pushed() -> None:
@@ -353,7 +353,7 @@ def test_what_a_term_asks_for_and_reports(weight: TokenWeight) -> None:
     assert term.rival == (weight.kind == "margin")
     names = reported(term)
     assert set(names.losses) == {"sft_loss"}
-    assert set(names.means) == {"sft_nll", "sft_p", "sft_phi", "sft_weight"}
+    assert set(names.means) == {"sft_nll", "sft_p", "sft_phi", "token_weight"}
     assert set(names.maxima) == set()
 
 
