@@ -204,8 +204,8 @@ def test_experts_computed_again_give_the_same_step(tmp_path: Path) -> None:
 def assert_same_step(folder: Path, layouts: dict[str, dict[str, Any]], **model: Any) -> None:
     run = tiny_run(folder)
     run = replace(run, model=replace(run.model, **model))
-    terms = {"policy": policy_term(run.objective), "expert": sft_term(SimpleWeight(kind="phi"))}
-    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    terms = {"policy": policy_term(run.objective), "sft": sft_term(SimpleWeight(kind="phi"))}
+    objective = (run, make_samples(), {"policy": 0.7, "sft": 0.3}, terms)
     assert_split_invariant(folder, {"chord": objective}, layouts={2: layouts})
 
 

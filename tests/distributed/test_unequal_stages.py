@@ -47,8 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_of_chord_is_the_references(models: dict[str, Path], name: str) -> None:
     run = tiny_run(models[name])
-    terms = {"policy": policy_term(run.objective), "expert": sft_term(SimpleWeight(kind="phi"))}
-    objective = (run, make_samples(), {"policy": 0.7, "expert": 0.3}, terms)
+    terms = {"policy": policy_term(run.objective), "sft": sft_term(SimpleWeight(kind="phi"))}
+    objective = (run, make_samples(), {"policy": 0.7, "sft": 0.3}, terms)
     layouts = LAYOUTS | (EXPERTS_TOO if name == "latent_experts" else {})
     assert_split_invariant(models[name], {"chord": objective}, layouts=layouts)
 
