@@ -2,6 +2,7 @@
 #
 #   make quickstart   install if needed, then train the arithmetic example on this machine's cores
 #   make test         install if needed, then lint, types and tests
+#   make test-fast    lint, types, unit tests and one layout of each kind; prints what it leaves out
 #   make venv         install only            make doctor   say what is installed and what does not fit
 #   make venv-gpu     install for GPUs instead, with Transformer Engine (FP8=0: without)
 #   make lint         ruff, pyright, shellcheck, hadolint   make format   let ruff rewrite what it can
@@ -27,7 +28,7 @@ INSTALLED := $(if $(wildcard $(FOR_GPUS)),,$(VENV)/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-deps
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test venv venv-gpu doctor lint format lock clean
+.PHONY: quickstart test test-fast venv venv-gpu doctor lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
@@ -40,6 +41,10 @@ ifeq ($(PYTEST_ARGS),)
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+# tests/fast.py has the list.
+test-fast: lint
+	$(BIN)/python -m tests.fast
 
 venv: $(VENV)/.installed
 

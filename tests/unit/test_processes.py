@@ -31,22 +31,17 @@ sys.stdin.read()
 @contextlib.contextmanager
 def owner(place: Path, shared: str = "nothing") -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process that has a private folder in ``place`` and a child that outlives it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(place), shared],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    child = None
-    try:
-        assert process.stdout is not None
-        path, child = process.stdout.readline().split()
-        yield process, Path(path)
-    finally:
-        process.kill()
-        if child is not None:
-            os.kill(int(child), signal.SIGKILL)
-        process.communicate()
+    command, pipe = [sys.executable, "-c", OWNER, str(place), shared], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        child = None
+        try:
+            assert process.stdout is not None
+            path, child = process.stdout.readline().split()
+            yield process, Path(path)
+        finally:
+            process.kill()
+            if child is not None:
+                os.kill(int(child), signal.SIGKILL)
 
 
 def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path: Path) -> None:
@@ -70,7 +65,9 @@ def test_the_folder_of_a_live_process_stays(tmp_path: Path) -> None:
     with owner(tmp_path) as (process, path):
         remove_stale(tmp_path)
         assert (path / "something").is_file()
-        process.communicate("")  # a clean end
+        assert process.stdin is not None
+        process.stdin.close()  # a clean end; its child holds stdout open, so nothing may read that to its end
+        process.wait(30)
         assert not path.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["somebody-else's"]
 

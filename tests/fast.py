@@ -1,0 +1,68 @@
+"""The tests of `make test-fast`: every unit test, and one layout of each kind of parallelism.
+
+python -m tests.fast              run them
+python -m tests.fast --list       only print which tests run and which files are left out
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+UNIT = "tests/unit"
+LAYOUTS: dict[str, str] = {
+    "tensor, sequence, pipeline, virtual pipeline, context and data parallel, each over 2 ranks": (
+        "tests/distributed/test_split_invariance.py::test_every_layout_computes_the_reference_step[untied-2]"
+    ),
+    "expert parallel over 2 ranks": (
+        "tests/distributed/test_families.py::test_a_step_of_chord_is_the_references[mixtral_untied]"
+    ),
+    "logits and gradients of one rank are those of examples/one_file/chord.py": (
+        "tests/distributed/test_one_file.py::test_every_layout_computes_what_the_one_file_says[1]"
+    ),
+}
+"""By what they show: tests outside tests/unit that run, too."""
+
+
+def left_out() -> dict[str, list[str]]:
+    """Folder -> the test files in it that do not run, or of which only the tests in ``LAYOUTS`` run."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").glob("*/**/test_*.py")):
+        folder = path.parent.relative_to(ROOT).as_posix()
+        if not f"{folder}/".startswith(f"{UNIT}/"):
+            found.setdefault(folder, []).append(path.name)
+    return found
+
+
+def describe() -> str:
+    partly = {test.partition("::")[0] for test in LAYOUTS.values()}
+    lines = [f"runs: all of {UNIT}"]
+    lines += [f"runs: {what}" for what in LAYOUTS]
+    for folder, names in left_out().items():
+        marked = [f"{name} (in part)" if f"{folder}/{name}" in partly else name for name in names]
+        lines.append(f"left out: {folder}: {', '.join(marked)}")
+    return "\n".join([*lines, "`make test` runs everything."])
+
+
+def run(*arguments: str) -> int:
+    """The exit code of pytest."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, check=False
+    ).returncode
+
+
+def main() -> int:
+    if "--list" in sys.argv[1:]:
+        print(describe())
+        return 0
+    workers = str(min(os.cpu_count() or 1, 8))
+    codes = [run("-n", workers, UNIT), run(*LAYOUTS.values())]
+    print(describe())
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
