@@ -35,7 +35,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """``function(*args)`` in ``world_size`` new processes; their results in rank order.
 
     The function must be a module-level one of an importable test module; arguments and results are pickled. When a
-    rank fails, the others are stopped and the failure is raised with the rank's traceback.
+    rank fails, the others are stopped and the tracebacks are raised, that of the first to fail first.
     """
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         folder = Path(name)
@@ -101,8 +101,15 @@ def _result(folder: Path, rank: int, process: BaseProcess, timeout_s: float) -> 
         raise RuntimeError(f"rank {rank} left no result (exit {process.exitcode}):\n{output}{others}")
     succeeded, value = pickle.loads(path.read_bytes())
     if not succeeded:
-        raise RuntimeError(f"rank {rank} failed:\n{value}\n{output}")
+        raise RuntimeError("\n".join([*_failures(folder), output]))
     return value
+
+
+def _failures(folder: Path) -> list[str]:
+    """Tracebacks of the ranks that have failed, the first to fail first: the others often fail because it is gone."""
+    paths = sorted(folder.glob("result-*.pickle"), key=lambda path: path.stat().st_mtime_ns)
+    outcomes = {path.stem.removeprefix("result-"): pickle.loads(path.read_bytes()) for path in paths}
+    return [f"rank {rank} failed:\n{value}" for rank, (succeeded, value) in outcomes.items() if not succeeded]
 
 
 def _text(path: Path, length: int) -> str:
