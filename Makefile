@@ -6,6 +6,7 @@
 #   make venv         install only            make doctor   say what is installed and what does not fit
 #   make venv-gpu     install for GPUs instead, with Transformer Engine (FP8=0: without)
 #   make lint         ruff, pyright, shellcheck, hadolint   make format   let ruff rewrite what it can
+#   make docs         build the site of docs/ into build/site, and stop at a dead link
 #   make lock         write requirements/*.txt anew from *.in (UPGRADE=--upgrade for newer versions)
 #   make clean        remove the environment and the caches
 
@@ -28,7 +29,7 @@ INSTALLED := $(if $(wildcard $(FOR_GPUS)),,$(VENV)/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-deps
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-fast venv venv-gpu doctor lint format lock clean
+.PHONY: quickstart test test-fast venv venv-gpu doctor lint format docs lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
@@ -63,6 +64,17 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# An environment of its own, so that the site needs neither torch nor what the tests need.
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict --site-dir build/site
+	@echo "built build/site/index.html"
+
+$(VENV)/docs/.installed: requirements/docs.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/docs
+	@$(VENV)/docs/bin/python -m pip --disable-pip-version-check --no-input install -qq --no-deps --require-hashes \
+	  --only-binary :all: -r requirements/docs.txt
+	@touch $@
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Say: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
@@ -124,6 +136,7 @@ COMPILE := $(UV) pip compile --quiet --no-config --default-index https://pypi.or
 lock: $(UV)
 	$(COMPILE) --excludes requirements/excluded.txt requirements/cpu.in --output-file requirements/cpu.txt >/dev/null
 	$(COMPILE) --excludes requirements/excluded.txt requirements/test.in --output-file requirements/test.txt >/dev/null
+	$(COMPILE) requirements/docs.in --output-file requirements/docs.txt >/dev/null
 	$(COMPILE) requirements/triton.in --output-file requirements/triton.txt >/dev/null
 	$(COMPILE) requirements/gpu.in --output-file requirements/gpu.txt >/dev/null
 	$(COMPILE) --excludes requirements/excluded.txt --no-binary transformer-engine-torch requirements/fp8.in \

@@ -16,7 +16,7 @@ from megatron_chord import te_build
 from megatron_chord.doctor import Requirement, requirements
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("cpu", "test", "triton", "gpu", "fp8")
+LOCKS = ("cpu", "test", "docs", "triton", "gpu", "fp8")
 OF_EXTRA = {"": ("cpu", "gpu"), "cpu": ("cpu",), "gpu": ("gpu",), "fp8": ("fp8",), "test": ("test",)}
 """Which locks hold the packages of an extra; the empty name is for what every run needs."""
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
