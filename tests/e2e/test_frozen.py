@@ -13,12 +13,10 @@ from pathlib import Path
 
 import yaml
 
+from megatron_chord.process_table import descendants
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.e2e.test_run import (
     EXAMPLE,
-    command_line,
-    descendants,
-    is_alive,
     log_of,
     running,
     server_of,
@@ -26,6 +24,7 @@ from tests.e2e.test_run import (
     wait_for,
 )
 from tests.support.listening import addresses
+from tests.support.processes import command_line, is_alive
 from tests.support.task import metrics_of, run_cli
 
 SILENCE_S = 6.0

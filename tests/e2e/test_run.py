@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_chord.process_table import descendants
+from tests.support.processes import command_line, is_alive
 from tests.support.ranks import ROOT
 from tests.support.task import cli_environment, metrics_of, run_cli
 
@@ -252,31 +254,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], ti
         assert process.poll() is None, "the run ended before its time"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.05)
-
-
-def command_line(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return ""
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def descendants(root: int) -> list[int]:
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    family, new = [], [root]
-    while new:
-        new = [pid for pid, parent in parents.items() if parent in new]
-        family += new
-    return family
 
 
 def server_of(process: subprocess.Popen[bytes]) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_chord.process_table import descendants
 from tests.support.task import cli_environment
 
 MARK = "KILLED_RUN"
@@ -204,7 +205,7 @@ def _row(line: str) -> dict:
 def _victim(name: str, process: subprocess.Popen[bytes]) -> int | None:
     if name == "launcher":
         return process.pid
-    for pid in _descendants(process.pid):
+    for pid in descendants(process.pid):
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             environment = Path(f"/proc/{pid}/environ").read_bytes()
@@ -214,19 +215,6 @@ def _victim(name: str, process: subprocess.Popen[bytes]) -> int | None:
             if name != "server" and b"megatron_chord.cli" in command and rank in environment:
                 return pid
     return process.pid if name == "rank0" else None  # a run of one rank is its own launcher
-
-
-def _descendants(root: int) -> list[int]:
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    family, new = [], [root]
-    while new:
-        new = [pid for pid, parent in parents.items() if parent in new]
-        family += new
-    return family
 
 
 def _marked(mark: str) -> dict[int, str]:

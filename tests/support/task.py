@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import yaml
 
+from tests.support.files import write_rows
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -30,8 +32,8 @@ def make_task(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
         }
         for i in range(24)
     ]
-    _write_rows(folder / "train.jsonl", rows[:16])
-    _write_rows(folder / "heldout.jsonl", rows[16:])
+    write_rows(folder / "train.jsonl", *rows[:16])
+    write_rows(folder / "heldout.jsonl", *rows[16:])
     config = {
         "output": str(folder / "out"),
         "steps": 3,
@@ -106,7 +108,3 @@ def cli_environment(**env: str) -> dict[str, str]:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder, remove_stale
+from tests.support.processes import is_alive
 
 OWNER = """
 import subprocess, sys
@@ -120,9 +121,3 @@ def test_a_child_whose_parent_is_gone_already_ends(parent: int) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == ""
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False

@@ -11,15 +11,11 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate
+from tests.support.files import write_rows
 from tests.unit.data.conftest import CHATML
 
 USER = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
 
 
 def load(
@@ -31,7 +27,7 @@ def load(
 
 
 def test_both_forms_of_a_demonstration_are_the_same_expert(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "e.jsonl",
         {"problem": "2+2?", "solution": "4", "answer": "4"},
         {"prompt": "2+2?", "response": "4"},
@@ -46,7 +42,7 @@ def test_both_forms_of_a_demonstration_are_the_same_expert(tmp_path: Path, chatm
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "e.jsonl",
         {"problem": "2+2?", "solution": "4"},
         {"problem": "2+2?"},
@@ -76,21 +72,21 @@ def test_row_without_a_trainable_token_is_named(tmp_path: Path, chatml: ChatTemp
             return token_ids, tuple(False for _ in trainable)
 
     template = Untrained(**{name: getattr(chatml, name) for name in chatml.__dataclass_fields__})
-    path = write(tmp_path / "e.jsonl", {"problem": "2+2?", "solution": "4"})
+    path = write_rows(tmp_path / "e.jsonl", {"problem": "2+2?", "solution": "4"})
     with pytest.raises(DataError, match=r"e\.jsonl:1: no token of the demonstration is trainable"):
         load(path, template)
 
 
 def test_template_without_stop_token_is_a_fault_of_every_row(tmp_path: Path, chatml: ChatTemplate) -> None:
     template = replace(chatml, renderer=Renderer(CHATML.replace("<|im_end|>", ""), {}, "FILE"))
-    path = write(tmp_path / "e.jsonl", *[{"problem": "2+2?", "solution": "4"}] * 3)
+    path = write_rows(tmp_path / "e.jsonl", *[{"problem": "2+2?", "solution": "4"}] * 3)
     with pytest.raises(DataError, match="3 rows cannot be used") as caught:
         load(path, template)
     assert str(caught.value).count("without a stop token") == 3
 
 
 def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "e.jsonl",
         {"problem": "2+2?", "solution": "4"},
         {"problem": "2+2?", "solution": "4 " * 50},

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,7 @@ import pytest
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate, load_template
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+from tests.support.files import write_rows
 
 
 def load(path: Path, template: ChatTemplate, limit: int = 1000, overlong: str = "drop"):
@@ -21,7 +16,7 @@ def load(path: Path, template: ChatTemplate, limit: int = 1000, overlong: str = 
 
 def test_both_forms_of_a_question_are_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
     chat = [{"role": "user", "content": "2+2?"}]
-    path = write(
+    path = write_rows(
         tmp_path / "p.jsonl", {"question": "2+2?", "answer": 4}, {"messages": chat, "truth": "4", "id": "x"}
     )
     (first, second), report = load(path, chatml)
@@ -33,13 +28,13 @@ def test_both_forms_of_a_question_are_the_same_prompt(tmp_path: Path, chatml: Ch
 
 def test_system_prompt_is_among_the_messages(tmp_path: Path, chatml_folder: Path) -> None:
     template = load_template(chatml_folder, system_prompt="Be brief.")
-    (prompt,), _ = load(write(tmp_path / "p.jsonl", {"problem": "1?", "answer": 1}), template)
+    (prompt,), _ = load(write_rows(tmp_path / "p.jsonl", {"problem": "1?", "answer": 1}), template)
     assert [message["role"] for message in prompt.messages] == ["system", "user"]
     assert prompt.token_ids == template.prompt_ids(prompt.messages)
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "p.jsonl",
         {"problem": "fine", "answer": "1"},
         {"problem": "no answer"},
@@ -52,7 +47,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
         {"problem": "x", "answer": "1", "id": "p.jsonl:1"},
     )
     with path.open("a") as file:
-        file.write("\n{")
+        file.write("{")
     with pytest.raises(DataError) as caught:
         load(path, chatml)
     first, *lines = str(caught.value).splitlines()
@@ -68,7 +63,9 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
 
 
 def test_overlong_prompts(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(tmp_path / "p.jsonl", {"problem": "1", "answer": 1}, {"problem": "1 " * 99, "answer": 1})
+    path = write_rows(
+        tmp_path / "p.jsonl", {"problem": "1", "answer": 1}, {"problem": "1 " * 99, "answer": 1}
+    )
     short = len(chatml.prompt_ids([{"role": "user", "content": "1"}]))
     long = len(chatml.prompt_ids([{"role": "user", "content": "1 " * 99}]))
     kept, report = load(path, chatml, limit=short)

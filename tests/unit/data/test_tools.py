@@ -15,6 +15,7 @@ from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.tool_calls import grade, read_truth
+from tests.support.files import write_rows
 
 MAIL = {
     "name": "mail",
@@ -30,24 +31,19 @@ LINE = (
 ROW = {"problem": "Write to Bob", "tools": [MAIL], "truth": [CALL]}
 
 
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
 def load(path: Path, template: ChatTemplate) -> list[Prompt]:
     return load_prompts(path, template, max_prompt_tokens=100_000, overlong="fail")[0]
 
 
 def fault(tmp_path: Path, template: ChatTemplate, row: dict[str, Any]) -> str:
     with pytest.raises(DataError) as caught:
-        load(write(tmp_path / "p.jsonl", row), template)
+        load(write_rows(tmp_path / "p.jsonl", row), template)
     _, line = str(caught.value).splitlines()
     return line.removeprefix(f"{tmp_path}/p.jsonl:1: ")
 
 
 def test_tools_are_in_the_system_message(tmp_path: Path, chatml: ChatTemplate) -> None:
-    (prompt,) = load(write(tmp_path / "p.jsonl", ROW | {"tools": [MAIL, PAY]}), chatml)
+    (prompt,) = load(write_rows(tmp_path / "p.jsonl", ROW | {"tools": [MAIL, PAY]}), chatml)
     system, user = prompt.messages
     assert (system["role"], user) == ("system", {"role": "user", "content": "Write to Bob"})
     pay = '{"type": "function", "function": {"name": "bank.pay"}}'
@@ -60,7 +56,7 @@ def test_tools_are_in_the_system_message(tmp_path: Path, chatml: ChatTemplate) -
 
 def test_rows_own_system_message_comes_before_the_general_one(tmp_path: Path, chatml_folder: Path) -> None:
     own = [{"role": "system", "content": "Be polite.\n"}, {"role": "user", "content": "Write to Bob"}]
-    path = write(tmp_path / "p.jsonl", ROW, {**ROW, "problem": None, "messages": own})
+    path = write_rows(tmp_path / "p.jsonl", ROW, {**ROW, "problem": None, "messages": own})
     general, specific = load(path, load_template(chatml_folder, system_prompt="Be brief."))
     assert general.messages[0]["content"].startswith("Be brief.\n\n# Tools\n")
     assert specific.messages[0]["content"].startswith("Be polite.\n\n# Tools\n")
@@ -79,14 +75,14 @@ def test_rows_own_system_message_comes_before_the_general_one(tmp_path: Path, ch
     ],
 )
 def test_forms_of_a_row_are_the_same_prompt(tmp_path: Path, chatml: ChatTemplate, fields: dict) -> None:
-    first, second = load(write(tmp_path / "p.jsonl", ROW, ROW | fields), chatml)
+    first, second = load(write_rows(tmp_path / "p.jsonl", ROW, ROW | fields), chatml)
     assert (first.messages, first.token_ids, first.truth) == (second.messages, second.token_ids, second.truth)
     assert first.truth == '[{"arguments": {"to": "Bob"}, "name": "mail"}]'
 
 
 def test_rows_without_tools_are_as_they_were(tmp_path: Path, chatml: ChatTemplate) -> None:
     (prompt,) = load(
-        write(tmp_path / "p.jsonl", {"problem": "2+2?", "answer": 4, "ground_truth": [1]}), chatml
+        write_rows(tmp_path / "p.jsonl", {"problem": "2+2?", "answer": 4, "ground_truth": [1]}), chatml
     )
     assert prompt.messages == ({"role": "user", "content": "2+2?"},)
     assert prompt.truth == "4"
@@ -95,8 +91,10 @@ def test_rows_without_tools_are_as_they_were(tmp_path: Path, chatml: ChatTemplat
 def test_experts_see_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
     solution = "<think>Bob it is</think><tool_call>[]</tool_call>"
     chat = [{"role": "user", "content": "Write to Bob"}, {"role": "assistant", "content": solution}]
-    path = write(tmp_path / "e.jsonl", {**ROW, "solution": solution}, {"tools": [MAIL], "messages": chat})
-    (prompt,) = load(write(tmp_path / "p.jsonl", ROW), chatml)
+    path = write_rows(
+        tmp_path / "e.jsonl", {**ROW, "solution": solution}, {"tools": [MAIL], "messages": chat}
+    )
+    (prompt,) = load(write_rows(tmp_path / "p.jsonl", ROW), chatml)
     (first, second), _ = load_demonstrations(
         path, chatml, max_prompt_tokens=10_000, max_response_tokens=1000, overlong="fail"
     )
@@ -152,7 +150,7 @@ def test_parquet_holds_them_as_text(tmp_path: Path, chatml: ChatTemplate) -> Non
         return tmp_path / "p.parquet"
 
     text = {**ROW, "tools": json.dumps([MAIL]), "truth": json.dumps([CALL])}
-    (expected,) = load(write(tmp_path / "p.jsonl", ROW), chatml)
+    (expected,) = load(write_rows(tmp_path / "p.jsonl", ROW), chatml)
     (prompt,) = load(written(text), chatml)
     assert (prompt.token_ids, prompt.truth) == (expected.token_ids, expected.truth)
     for name in ("tools", "truth"):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.rewards.pool import Grade, GraderPool
+from tests.support.processes import is_alive
 
 LOOPS = r"\boxed{9^{9^{9^9}}}"
 EATS_MEMORY = r"\boxed{(1+x)^{1000000}}"
@@ -31,14 +32,6 @@ def pool() -> Iterator[GraderPool]:
 def hasty() -> Iterator[GraderPool]:
     with GraderPool("math", workers=2, timeout_s=2, memory_mb=2000) as pool:
         yield pool
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def wait_until_dead(pids: list[int], timeout_s: float = 15) -> None:
