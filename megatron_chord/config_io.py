@@ -107,8 +107,12 @@ def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def one_line(block: Any) -> str:
-    """All settings of a block in one line, defaults included: ``mu warmup_cosine (peak 0.9, ...), cutoff 1.0``."""
-    return ", ".join(f"{name} {_told(value)}" for name, value in _plain(block).items())
+    """All settings of a block in one line, defaults included: ``chord: mu constant (peak 0.1), cutoff 1.0``."""
+    settings = _plain(block)
+    name = settings.pop("name", None)
+    return (f"{name}: " if name else "") + ", ".join(
+        f"{key} {_told(value)}" for key, value in settings.items()
+    )
 
 
 def _told(value: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.losses.aggregate import SCALE
+from megatron_chord.losses.policy import ROLLOUT_LOGPROB, comparison
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
 
@@ -22,7 +23,7 @@ class ObjectiveOutput(NamedTuple):
     """Scalar, to be summed over micro-batches and ranks; connected to the graph even without a token."""
     sums: dict[str, dict[str, Tensor]]
     """By term and name: detached scalars to be summed; `means` are still to be divided by the term's tokens. In the
-    order of `losses`, `means` and `compared`."""
+    order of `losses`, `means` and, for a term whose tokens have rollout log-probs, ``losses.policy.COMPARED``."""
     maxima: dict[str, Tensor]
     """Detached scalars whose maximum is meant."""
 
@@ -46,17 +47,30 @@ def objective(
     sums: dict[str, dict[str, Tensor]] = {}
     maxima: dict[str, Tensor] = {}
     for name, here in tokens.items():
-        output = terms[name].loss(stats.at(here.index), here)
+        own = stats.at(here.index)
+        output = terms[name].loss(own, here)
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
         with torch.no_grad():
+            compared = _compared(own, here)
             # One sum for all names: each kernel of so little work costs a launch.
             values = [
                 *(here[SCALE] * values for values in output.losses.values()),
                 *output.means.values(),
-                *output.compared.values(),
+                *compared.values(),
             ]
-            totals = torch.stack(values).sum(1).unbind()
-            sums[name] = dict(zip((*output.losses, *output.means, *output.compared), totals, strict=True))
+            totals = torch.stack(values).sum(1).unbind() if values else ()
+            sums[name] = dict(zip((*output.losses, *output.means, *compared), totals, strict=True))
             for key, candidates in output.maxima.items():
                 maxima[key] = torch.cat([candidates, candidates.new_zeros(1)]).max()
     return ObjectiveOutput(loss, sums, maxima)
+
+
+def _compared(stats: TokenStats, tokens: TermTokens) -> dict[str, Tensor]:
+    """Trainer against rollout engine, for every term that has the engine's log-probs; [K] each.
+
+    A column ``is_rollout`` says which of the term's tokens the engine sampled, where not all are.
+    """
+    if ROLLOUT_LOGPROB not in tokens.columns:
+        return {}
+    counted = tokens.columns.get("is_rollout", 1.0)
+    return comparison(stats, tokens[ROLLOUT_LOGPROB], counted=counted)

@@ -23,6 +23,11 @@ from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 so that one broken token cannot overflow the exponential."""
+ROLLOUT_LOGPROB = "rollout_logprob"
+"""The column of a term whose tokens the rollout engine sampled: their log-probs there. The step compares them with the
+trainer's for every term that has this column, whatever its loss reports (``losses.objective``)."""
+COMPARED = ("tokens", "gap", "gap_squared", "factor", "factor_squared", "logit")
+"""The names of what ``comparison`` returns."""
 MAX_FACTOR = 10.0
 """In the check of trainer against rollout engine, two probabilities of a token differ by at most this factor."""
 
@@ -106,7 +111,7 @@ def logprob_gap_stats(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, T
 def comparison(
     stats: TokenStats, rollout_logprobs: Tensor, *, counted: Tensor | float = 1.0
 ) -> dict[str, Tensor]:
-    """What ``train.agreement`` judges trainer and rollout engine by: ``TermOutput.compared``, [K] each, detached.
+    """What ``train.agreement`` judges trainer and rollout engine by: the names in COMPARED, [K] each, detached.
 
     With g = |difference of the log-probs| and f = min(exp(g), MAX_FACTOR) - 1, both with their squares, so that a mean
     has its standard error. The limit on f keeps one wild token among many from being the whole mean. ``logit``: the
@@ -213,5 +218,4 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
             # Where A > 0 the clip bounds the loss; elsewhere one token's ratio can be the whole step.
             "ratio_max": torch.where(tokens["advantage"] < 0, ratio, 0.0),
         },
-        comparison(stats, tokens["rollout_logprob"]),
     )

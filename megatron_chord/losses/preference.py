@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from megatron_chord.losses.policy import comparison, logprob_gap_stats
+from megatron_chord.losses.policy import logprob_gap_stats
 from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats, segment_sums
 
 
@@ -114,5 +114,4 @@ def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             **{name: values * tokens["gap_weight"] for name, values in apart.items()},
         },
         {"logprob_gap_max": apart["logprob_gap"] * tokens["is_rollout"]},
-        comparison(stats, tokens["rollout_logprob"], counted=tokens["is_rollout"]),
     )

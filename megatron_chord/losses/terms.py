@@ -93,9 +93,6 @@ class TermOutput(NamedTuple):
     """[K] each: reported as the mean over the term's tokens"""
     maxima: Mapping[str, Tensor]
     """[K] each, >= 0: reported as the largest"""
-    compared: Mapping[str, Tensor] = {}
-    """[K] each: summed over all tokens, for the check of trainer against rollout engine (``losses.policy.comparison``);
-    not reported"""
 
 
 TermLoss = Callable[[TokenStats, TermTokens], TermOutput]

@@ -152,7 +152,7 @@ def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[An
 
 
 def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> list[TrainSample]:
-    """Remembered groups under the term ``stale``; ``rollout_logprob`` is log pi_{k-i}, ``age`` is i."""
+    """Remembered groups under the term ``stale``; ``stale_logprob`` is log pi_{k-i}, ``age`` is i."""
     return [
         TrainSample(
             token_ids=np.array([*answer["prompt"], *answer["tokens"]], np.int64),
@@ -161,7 +161,7 @@ def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> 
                     term=STALE,
                     positions=len(answer["prompt"]) + np.arange(len(answer["tokens"])),
                     constants={
-                        "rollout_logprob": np.array(answer["logprobs"], np.float32),
+                        "stale_logprob": np.array(answer["logprobs"], np.float32),
                         "advantage": answer["advantage"],
                         "age": float(step - sampled_at),
                     },
@@ -176,9 +176,9 @@ def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> 
 def stale_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
     """-min(r A, clip(r, c - low, c + high) A) + KL penalty - entropy bonus, per stale token.
 
-    Columns: advantage, rollout_logprob (log pi_{k-i}), old_logprob (log pi_k), age; reference_logprob with ``kl``.
+    Columns: advantage, stale_logprob (log pi_{k-i}), old_logprob (log pi_k), age; reference_logprob with ``kl``.
     """
-    advantages, sampled = tokens["advantage"], tokens["rollout_logprob"]
+    advantages, sampled = tokens["advantage"], tokens["stale_logprob"]
     ratio = (stats.logprobs - sampled).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     centre = (tokens["old_logprob"] - sampled).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     within = ratio.clamp(centre - objective.clip_low, centre + objective.clip_high)

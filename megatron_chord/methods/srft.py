@@ -22,7 +22,7 @@ import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import SRFTConfig
-from megatron_chord.losses.policy import comparison, logprob_gap_stats
+from megatron_chord.losses.policy import logprob_gap_stats
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term
 from megatron_chord.methods.demonstration import (
@@ -129,7 +129,6 @@ def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) ->
         {"policy_loss": loss.detach()},
         means,
         {"logprob_gap_max": apart["logprob_gap"]},
-        comparison(stats, tokens["rollout_logprob"]),
     )
 
 

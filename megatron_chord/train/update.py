@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.objective import objective
+from megatron_chord.losses.policy import COMPARED, ROLLOUT_LOGPROB
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats, reported
 from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
 from megatron_chord.runtime.parallel import ParallelGroups
@@ -41,7 +42,7 @@ class UpdateResult:
     means: dict[str, float]
     maxima: dict[str, float]
     compared: dict[str, float] = field(default_factory=dict[str, float])
-    """``TermOutput.compared``, summed over all tokens of all terms."""
+    """``losses.policy.comparison``, summed over all tokens that have rollout log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,8 @@ def compute_gradients(
         temperatures=_temperatures(present, temperature),
         rival=any(term.rival for term in present.values()),
     )
-    return _reduce(kept, update, present, state.groups)
+    compared = {name for name, tokens in batches[0].terms.items() if ROLLOUT_LOGPROB in tokens.columns}
+    return _reduce(kept, update, present, compared, state.groups)
 
 
 def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = False) -> tuple[float, float]:
@@ -241,8 +243,16 @@ class _Across:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups: ParallelGroups) -> Measured:
+def _reduce(
+    kept: Sequence[dict[str, Any]],
+    update: Update,
+    terms: Terms,
+    compared_terms: Set[str],
+    groups: ParallelGroups,
+) -> Measured:
     """Add up what the last pipeline stage's ranks kept, each token counted once. One all-reduce over all ranks.
+
+    ``compared_terms`` are those whose tokens have rollout log-probs, the same on every rank.
 
     Every replica writes its maxima to a row of its own, so that a sum brings them all.
     """
@@ -250,7 +260,7 @@ def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups
     names = [
         (term, key)
         for term, output in outputs.items()
-        for key in (*output.losses, *output.means, *output.compared)
+        for key in (*output.losses, *output.means, *(COMPARED if term in compared_terms else ()))
     ]
     peaks = [key for output in outputs.values() for key in output.maxima]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
@@ -272,7 +282,7 @@ def _reduce(kept: Sequence[dict[str, Any]], update: Update, terms: Terms, groups
         means: dict[str, float] = {}
         compared: dict[str, float] = {}
         for (term, key), total in zip(names, totals, strict=True):
-            if key in outputs[term].compared:
+            if key in COMPARED:
                 compared[key] = compared.get(key, 0.0) + total
             else:
                 means[key] = total / (update.counts[term] if key in outputs[term].means else 1)

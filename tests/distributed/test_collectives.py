@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chord.config import OptimConfig, ParallelConfig
+from megatron_chord.losses.policy import COMPARED
 from megatron_chord.losses.terms import reported
 from megatron_chord.methods.table import method_of
 from megatron_chord.train.state import TrainState
@@ -95,7 +96,7 @@ def symbols_of(state: TrainState) -> dict[str, int]:
         "routed": 0,
         "norms": (2 * LAYERS + 1) * HIDDEN,
         "n": sum(len(output.losses) + len(output.means) for output in outputs),
-        "s": sum(len(output.compared) for output in outputs),
+        "s": len(COMPARED),
         "m": sum(len(output.maxima) for output in outputs),
         "t": groups.tensor.size,
         "c": groups.context.size,

@@ -57,23 +57,28 @@ def remix(model: Path, reference: Path) -> Any:
 
 def as_stale(sample: TrainSample, *, age: float) -> TrainSample:
     (part,) = sample.parts
-    return replace(sample, parts=(replace(part, term="stale", constants={**part.constants, "age": age}),))
+    constants = {
+        "advantage": part.constants["advantage"],
+        "stale_logprob": part.constants["rollout_logprob"],
+        "age": age,
+    }
+    return replace(sample, parts=(replace(part, term="stale", constants=constants),))
 
 
 def stale_term() -> OracleTerm:
     """The clip's centre is pi_k / pi_{k-i}; in a step's first update that is the ratio itself, and nothing is cut."""
 
     def ratio(token: Token) -> Tensor:
-        return torch.exp(token.logp - token.constants["rollout_logprob"])
+        return torch.exp(token.logp - token.constants["stale_logprob"])
 
     def is_clipped(token: Token) -> bool:
         a, r = token.constants["advantage"], ratio(token).item()
-        centre = math.exp(token.old_logp - token.constants["rollout_logprob"])
+        centre = math.exp(token.old_logp - token.constants["stale_logprob"])
         return r > centre + CLIP if a > 0 else r < centre - CLIP
 
     def surrogate(token: Token) -> Tensor:
         a = token.constants["advantage"]
-        centre = math.exp(token.old_logp - token.constants["rollout_logprob"])
+        centre = math.exp(token.old_logp - token.constants["stale_logprob"])
         edge = centre + CLIP if a > 0 else centre - CLIP
         return -(torch.tensor(edge, dtype=torch.float64) if is_clipped(token) else ratio(token)) * a
 

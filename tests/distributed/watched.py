@@ -47,20 +47,28 @@ def preset(path: Path) -> RunConfig:
 
 
 def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
-    """Random samples, each with a part of every term, and every constant that any term reads."""
+    """Random samples, each with a part of every term, and every constant that any term reads.
+
+    Rollout log-probs are those of rollouts alone: a term that has them is compared with the engine.
+    """
     rng = np.random.default_rng(0)
     samples = []
     for index in range(num_samples):
         constants = {
             "advantage": 1.0,
-            "rollout_logprob": np.full(TRAINED, -2.0, np.float32),
+            "stale_logprob": np.full(TRAINED, -2.0, np.float32),
             "sign": 1.0 if index % 2 == 0 else -1.0,
             "is_rollout": 1.0,
             "pair": float(index // 2),
             "age": 1.0,
         }
+        sampled = {"rollout_logprob": np.full(TRAINED, -2.0, np.float32)}
         parts = tuple(
-            Part(term=name, positions=np.arange(start, start + TRAINED), constants=constants)
+            Part(
+                term=name,
+                positions=np.arange(start, start + TRAINED),
+                constants=constants | (sampled if name in ("policy", "dpo") else {}),
+            )
             for name, start in zip(names, range(4, LENGTH, TRAINED), strict=False)
         )
         samples.append(TrainSample(token_ids=rng.integers(3, 200, LENGTH), parts=parts))

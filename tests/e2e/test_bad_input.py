@@ -37,8 +37,14 @@ def test_a_good_file_passes(task: Path) -> None:
         ("batch.rollout=4", "unknown setting 'batch.rollout'; did you mean batch.rollouts?"),
         ("parallel.tensor=3", "2 attention heads / tensor 3"),
         ("method=lufy", "did you mean luffy?"),
-        ("method=dapo", "method.name: 'dapo' is a preset of method chord: write base: examples/methods/dapo.yaml"),
-        ("method=luffy", "run.yaml:7: method luffy needs every prompt's own demonstration: set data.aligned: true"),
+        (
+            "method=dapo",
+            "method.name: 'dapo' is a preset of method chord: write base: examples/methods/dapo.yaml",
+        ),
+        (
+            "method=luffy",
+            "run.yaml:7: method luffy needs every prompt's own demonstration: set data.aligned: true",
+        ),
         ("method.mu=linea", "did you mean linear?"),
         ("parallel.pipeline=4", "2 layers / (pipeline 4 x virtual_pipeline 1)"),
         ("data.max_response_tokens=500", "is beyond the model's 256 positions"),

@@ -368,13 +368,13 @@ class TestPlaces:
 
 def test_a_block_in_one_line_has_every_number() -> None:
     assert one_line(config_methods.ChordConfig()) == (
-        "name chord, mu constant (peak 0.1), token_weight phi, cutoff 1.0, aggregation token-mean, sft_temperature 1.0"
+        "chord: mu constant (peak 0.1), token_weight phi, cutoff 1.0, aggregation token-mean, sft_temperature 1.0"
     )
     method = config_methods.ChordConfig(
         mu=schedules.Binary(switch_step=3), token_weight=config_methods.FocalWeight()
     )
     assert one_line(method).startswith(
-        "name chord, mu binary (switch_step 3, reset_optimizer off), token_weight focal (exponent 2.0), cutoff 1.0"
+        "chord: mu binary (switch_step 3, reset_optimizer off), token_weight focal (exponent 2.0), cutoff 1.0"
     )
     objective = one_line(config.ObjectiveConfig(kl=config.KLConfig()))
     assert "clip_low 0.2, clip_high 0.2, dual_clip none" in objective

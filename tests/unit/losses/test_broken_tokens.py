@@ -81,6 +81,7 @@ def tokens_of(advantage: float, **columns: Tensor) -> TermTokens:
         SCALE: 0.25,
         "advantage": advantage,
         "rollout_logprob": -0.7,
+        "stale_logprob": -0.7,
         "old_logprob": -0.6,
         "reference_logprob": -0.5,
         "entropy_weight": 0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig
 from megatron_chord.config_methods import EntropyTopWeight, MarginWeight, SimpleWeight, TokenWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.objective import ObjectiveOutput, objective
-from megatron_chord.losses.policy import comparison, policy_loss
+from megatron_chord.losses.policy import COMPARED, policy_loss
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
 
@@ -110,15 +110,17 @@ def run(
     return Result(share, logprobs.grad, torch.zeros_like(entropy) if entropy.grad is None else entropy.grad)
 
 
-COMPARED = tuple(comparison(TokenStats(*torch.zeros(3, 1), None), torch.zeros(1)))
-
-
 def values_of(share: ObjectiveOutput) -> dict[str, float]:
     """Without what the check of trainer against rollout engine reads; that is a test of ``losses.policy``."""
     values = {"loss": share.loss.item()}
     for sums in share.sums.values():
         values |= {name: value.item() for name, value in sums.items() if name not in COMPARED}
     return values | {name: value.item() for name, value in share.maxima.items()}
+
+
+def compared_of(term: str) -> tuple[str, ...]:
+    """What is summed of a term beside its own numbers: the batches here have rollout log-probs for both terms."""
+    return COMPARED
 
 
 def chord_weights(mu: float) -> dict[str, float]:
@@ -310,7 +312,7 @@ def test_a_term_without_a_token_adds_exactly_0(missing: str) -> None:
     assert torch.equal(result.logprobs, alone.logprobs)
     assert torch.equal(result.entropy, alone.entropy)
     output = reported(terms[missing])
-    assert set(result.share.sums[missing]) == {*output.losses, *output.means, *output.compared}
+    assert set(result.share.sums[missing]) == {*output.losses, *output.means, *compared_of(missing)}
     assert {value.item() for value in result.share.sums[missing].values()} == {0.0}
     assert result.share.sums[other] == alone.share.sums[other]
 
@@ -343,7 +345,7 @@ def test_the_names_are_those_that_terms_report(settings: str, sft: str, tokens: 
     share = run(make_batch().select(torch.arange(tokens)), chord_weights(0.3), terms).share
     outputs = {name: reported(term) for name, term in terms.items()}
     assert {name: set(sums) for name, sums in share.sums.items()} == {
-        name: {*output.losses, *output.means, *output.compared} for name, output in outputs.items()
+        name: {*output.losses, *output.means, *compared_of(name)} for name, output in outputs.items()
     }
     assert set(share.maxima) == {key for output in outputs.values() for key in output.maxima}
 
@@ -398,3 +400,43 @@ def test_sequences_of_several_tokens_split_between_them() -> None:
     assert whole_grad.any()
     for name, value in whole.items():
         assert sum(values[name].item() for _, values in parts) == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_every_term_with_rollout_logprobs_is_compared_whatever_it_reports() -> None:
+    """The loss knows nothing of the check. Log-probs -1 and -2, the engine's -1.5 and -2, and a token of no rollout."""
+
+    def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
+        return TermOutput(-stats.logprobs, {}, {}, {})
+
+    def column(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    logprobs = column(-1.0, -2.0, -0.7)
+    tokens = TermTokens(
+        index=torch.arange(3),
+        sequence=torch.zeros(3, dtype=torch.int64),
+        lengths=column(3.0),
+        held=torch.tensor([3]),
+        columns={
+            SCALE: column(1.0, 1.0, 1.0),
+            "rollout_logprob": column(-1.5, -2.0, 0.0),
+            "is_rollout": column(1.0, 1.0, 0.0),
+        },
+    )
+    stats = TokenStats(logprobs.requires_grad_(), column(0.0, 0.0, 0.0), None)
+    terms = {"new": Term(loss=loss, pool="new")}
+    sums = objective(stats, {"new": tokens}, terms, {"new": 1.0}).sums["new"]
+    factor = math.exp(0.5) - 1
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(
+        {
+            "tokens": 2,
+            "gap": 0.5,
+            "gap_squared": 0.25,
+            "factor": factor,
+            "factor_squared": factor**2,
+            "logit": 0,
+        }
+    )
+    columns = {name: values for name, values in tokens.columns.items() if name != "rollout_logprob"}
+    without = objective(stats, {"new": replace(tokens, columns=columns)}, terms, {"new": 1.0})
+    assert without.sums == {"new": {}}

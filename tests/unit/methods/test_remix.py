@@ -125,7 +125,7 @@ def test_a_stale_sample_knows_its_age_and_the_log_probs_it_was_sampled_with() ->
     assert first.token_ids.tolist() == [5, 6, 7, 8, 9]
     (part,) = first.parts
     assert (part.term, part.positions.tolist()) == ("stale", [3, 4])
-    logprobs = part.constants["rollout_logprob"]
+    logprobs = part.constants["stale_logprob"]
     assert isinstance(logprobs, np.ndarray)
     assert logprobs.dtype == np.float32
     assert logprobs.tolist() == np.array([-1 / 11, -1 / 12], np.float32).tolist()
@@ -226,7 +226,7 @@ def one_token(
     columns = {
         "advantage": advantage,
         "age": 1.0,
-        "rollout_logprob": math.log(sampled),
+        "stale_logprob": math.log(sampled),
         "old_logprob": math.log(old),
         "reference_logprob": math.log(reference),
     }
