@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.data.layouts import Reading
 from megatron_chord.data.rows import (
     DataError,
     LoadReport,
@@ -32,16 +33,19 @@ def load_demonstrations(
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
     (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
-    (`data.tools`). Other fields are ignored. Trainable tokens count as response, the others as prompt. A
-    demonstration is never truncated: a cut one would not teach how to end.
+    (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
+    Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
+    teach how to end.
 
     Raises:
         DataError: faulty rows, all listed, among them those without a trainable token; over-long rows under
             ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
+    reading = Reading("demonstrations")
 
     def parse(row: Row) -> Demonstration | None:
+        row = reading.own_row(row)
         messages = _demonstrated_messages(row, template)
         identity = row_id(row, path, seen)
         token_ids, trainable = template.demonstration(messages)
@@ -70,6 +74,7 @@ def load_demonstrations(
         num_rows=len(rows),
         num_kept=len(demonstrations),
         num_overlong=len(rows) - len(demonstrations),
+        reading=str(reading),
     )
     return demonstrations, report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from megatron_chord.data.layouts import Reading
 from megatron_chord.data.rows import (
     DataError,
     LoadReport,
@@ -25,14 +26,17 @@ def load_prompts(
 
     A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
     `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
-    whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Other fields are ignored.
+    whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
+    The report names the layouts, and the fields that were not used.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
+    reading = Reading("prompts")
 
     def parse(row: Row) -> Prompt | None:
+        row = reading.own_row(row)
         messages = conversation(row, template)
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
@@ -50,6 +54,10 @@ def load_prompts(
     if not prompts:
         raise DataError(f"{path}: all {len(rows)} prompts have more than {max_prompt_tokens} tokens")
     report = LoadReport(
-        path=path, num_rows=len(rows), num_kept=len(prompts), num_overlong=len(rows) - len(prompts)
+        path=path,
+        num_rows=len(rows),
+        num_kept=len(prompts),
+        num_overlong=len(rows) - len(prompts),
+        reading=str(reading),
     )
     return prompts, report

@@ -41,6 +41,17 @@ class FatalRowError(RowError):
     """As `RowError`, and of a kind that the rows after it would meet, too: they are not looked at."""
 
 
+class WrittenNumber(float):
+    """A number of a JSON file with a point or an exponent, which also knows how it is written."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 class DataError(ValueError):
     """A data file that cannot be used, with up to `MAX_SHOWN` of its faults."""
 
@@ -68,10 +79,13 @@ class LoadReport:
     num_rows: int
     num_kept: int
     num_overlong: int
+    reading: str = ""
+    """How the rows were read, and which of their fields were not."""
 
     def __str__(self) -> str:
         left_out = f", {self.num_overlong} left out as over-long" if self.num_overlong else ""
-        return f"{self.path}: {self.num_kept} of {self.num_rows} rows{left_out}"
+        reading = f"; {self.reading}" if self.reading else ""
+        return f"{self.path}: {self.num_kept} of {self.num_rows} rows{left_out}{reading}"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -147,7 +161,7 @@ def truth_field(row: Row) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise RowError(f"`{name}` is {value}")
-        return str(value)
+        return value.text if isinstance(value, WrittenNumber) else str(value)
     if not isinstance(value, str):
         raise RowError(f"`{name}` must be a string or a number, got {_kind(value)}")
     return _checked_text(value, f"`{name}`")
@@ -281,7 +295,12 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 def _strict_json(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        return json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=WrittenNumber,
+        )
     except json.JSONDecodeError as error:
         raise RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -327,8 +346,7 @@ def _count_parquet(path: Path) -> int:
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
     number = 0
     with _parquet_file(path) as file:
-        wanted = {*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "solution", "response"}
-        columns = [name for name in file.schema_arrow.names if name in wanted]
+        columns = _text_columns(file)
         _refuse_nested_json(path, file, columns)
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
             for row in range(batch.num_rows):
@@ -340,6 +358,14 @@ def _read_parquet(path: Path) -> Iterator[Row | Fault]:
                 (fields,) = part.to_pylist()
                 present = {name: item for name, item in fields.items() if item is not None}
                 yield Row(f"{path}:row {number}", number, present)
+
+
+def _text_columns(file: Any) -> list[str]:
+    """All columns but those of raw bytes, such as images, which nothing here reads."""
+    import pyarrow.types
+
+    is_bytes = (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_fixed_size_binary)
+    return [column.name for column in file.schema_arrow if not any(test(column.type) for test in is_bytes)]
 
 
 def _refuse_nested_json(path: Path, file: Any, columns: list[str]) -> None:
@@ -362,5 +388,6 @@ def _refuse_nested_json(path: Path, file: Any, columns: list[str]) -> None:
 
 _READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row | Fault]]]] = {
     ".jsonl": (_count_lines, _read_lines),
+    ".ndjson": (_count_lines, _read_lines),
     ".parquet": (_count_parquet, _read_parquet),
 }

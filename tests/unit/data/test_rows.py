@@ -90,7 +90,7 @@ def test_no_more_than_twenty_faults_are_shown_and_the_rest_counted(tmp_path: Pat
 @pytest.mark.parametrize(("name", "content"), [("a.json", "{}"), ("a.jsonl.gz", "x"), ("a", "x")])
 def test_unknown_suffix(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=r"expected a file ending in \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"expected a file ending in \.jsonl or \.ndjson or \.parquet"):
         read_rows(tmp_path / name)
 
 

@@ -1,0 +1,323 @@
+"""Public data layouts: a row as others publish it becomes a row with this project's own fields.
+
+A layout is recognised by its columns alone. The first layout of ``LAYOUTS`` whose columns the row has is taken, so a
+layout stands before those that have fewer columns. A row of no known layout stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from megatron_chord.data.rows import QUESTION_FIELDS, TOOL_FIELDS, TRUTH_FIELDS, Row, RowError
+from megatron_chord.rewards.answers import last_boxed
+
+Role = Literal["prompts", "demonstrations"]
+"""What a file is read for. Evaluation sets are prompts."""
+Fields = Mapping[str, Any]
+
+OWN_FIELDS = frozenset({*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "solution", "response"})
+_CHAT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    name: str
+    has: frozenset[str]
+    """Columns that each of its rows has."""
+    fits: Callable[[Fields], bool] = lambda fields: True
+    """What tells it from other layouts with the same columns."""
+    as_prompt: Callable[[Fields], Fields] | None = None
+    """The row's question and truth under this project's names; None: such rows have no truth."""
+    as_demonstration: Callable[[Fields], Fields] | None = None
+    """The row's question and answer under this project's names; None: such rows have no answer to imitate."""
+    uses: frozenset[str] = frozenset()
+    """Columns that are read beside those of ``has``."""
+
+
+@dataclass
+class Reading:
+    """How the rows of one file were read, for the line at the start of a run."""
+
+    role: Role
+    layouts: dict[str, int] = field(default_factory=dict[str, int])
+    """Rows by layout, for those that are not in the project's own."""
+    unused: set[str] = field(default_factory=set[str])
+    """Fields that no row's reading looked at."""
+
+    def own_row(self, row: Row) -> Row:
+        """``row`` with this project's fields.
+
+        Raises:
+            RowError: its layout has nothing for this role, or a value in it is of the wrong kind.
+        """
+        layout = recognised(row.fields)
+        convert = None
+        if layout is not None:
+            convert = layout.as_prompt if self.role == "prompts" else layout.as_demonstration
+        if layout is None or convert is None:
+            self.unused |= set(row.fields) - OWN_FIELDS
+            return row
+        self.layouts[layout.name] = self.layouts.get(layout.name, 0) + 1
+        self.unused |= set(row.fields) - layout.has - layout.uses - {"id"} - set(TOOL_FIELDS)
+        kept = {name: row.fields[name] for name in ("id", *TOOL_FIELDS) if name in row.fields}
+        return replace(row, fields={**kept, **convert(row.fields)})
+
+    def __str__(self) -> str:
+        parts = [f"read as {name} rows" for name in self.layouts]
+        if self.unused:
+            parts.append(f"not used: {', '.join(sorted(self.unused))}")
+        return "; ".join(parts)
+
+
+def recognised(fields: Fields) -> Layout | None:
+    """The row's layout; None for one that is in the project's own, or in none that is known."""
+    return next(
+        (layout for layout in LAYOUTS if layout.has <= fields.keys() and layout.fits(fields)),
+        None,
+    )
+
+
+def _question(value: Any, name: str) -> dict[str, Any]:
+    """A question that may be a chat or a text."""
+    if isinstance(value, list):
+        return {"messages": value}
+    if isinstance(value, str):
+        return {"problem": value}
+    raise RowError(f"`{name}` must be a text or a list of messages, got {type(value).__name__}")
+
+
+def _answered(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, Any]:
+    """A demonstration of a question and its answer, each a chat or a text."""
+    asked = _question(question, names[0])
+    if isinstance(answer, str):
+        if "problem" in asked:
+            return {**asked, "solution": answer}
+        return {"messages": [*asked["messages"], {"role": "assistant", "content": answer}]}
+    if not isinstance(answer, list):
+        raise RowError(f"`{names[1]}` must be a text or a list of messages, got {type(answer).__name__}")
+    messages = asked.get("messages") or [{"role": "user", "content": asked["problem"]}]
+    return {"messages": [*messages, *answer]}
+
+
+def _inside(fields: Fields, column: str, key: str) -> Any:
+    """``fields[column][key]``, where the column may also be JSON text."""
+    value = fields.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"`{column}` is a text that is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get(key) is None:
+        raise RowError(f"`{column}` must be an object with `{key}`, got {type(value).__name__}")
+    return value[key]
+
+
+def _has_inside(column: str, *keys: str) -> Callable[[Fields], bool]:
+    def fits(fields: Fields) -> bool:
+        try:
+            return all(_inside(fields, column, key) is not None for key in keys)
+        except RowError:
+            return False
+
+    return fits
+
+
+def _ground_truth(fields: Fields) -> Any:
+    """verl's truth; one that is a list (also of a NumPy array) must have one entry."""
+    value = _inside(fields, "reward_model", "ground_truth")
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise RowError(f"`reward_model.ground_truth` lists {len(value)} truths, expected one")
+        return value[0]
+    return value
+
+
+def _after_hashes(fields: Fields) -> str:
+    """GSM8K's final number, without the commas between its thousands."""
+    return str(fields["answer"]).rsplit("####", 1)[1].strip().replace(",", "")
+
+
+def _boxed(fields: Fields) -> str:
+    text = fields["solution"]
+    found = last_boxed(text) if isinstance(text, str) else None
+    if found is None:
+        raise RowError("`solution` has no \\boxed{} to take the truth from")
+    return found
+
+
+def _boxed_or_all(fields: Fields) -> Any:
+    """A truth that TRL and ms-swift give as `solution`: its box where it has one, else all of it."""
+    text = fields["solution"]
+    return (last_boxed(text) if isinstance(text, str) else None) or text
+
+
+def _sharegpt(fields: Fields) -> dict[str, Any]:
+    messages = []
+    for index, turn in enumerate(fields["conversations"]):
+        role = _CHAT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            raise RowError(
+                f"conversations[{index}] must have `from` ({', '.join(_CHAT_ROLES)}) and `value`, a text"
+            )
+        messages.append({"role": role, "content": turn["value"]})
+    system = fields.get("system")
+    if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages}
+
+
+def _correct_generation(fields: Fields) -> dict[str, Any]:
+    """The first answer that math-verify found right, or else the judge of `correctness_llama`."""
+    for column in ("correctness_math_verify", "correctness_llama"):
+        marks = fields.get(column) or []
+        for generation, is_right in zip(fields["generations"], marks, strict=False):
+            if is_right:
+                return {"problem": fields["problem"], "solution": generation}
+    raise RowError("none of its `generations` is marked as correct")
+
+
+def _alpaca(fields: Fields) -> dict[str, Any]:
+    more = fields.get("input")
+    problem = fields["instruction"]
+    if isinstance(more, str) and more.strip():
+        problem = f"{problem}\n\n{more}"
+    return {"problem": problem, "solution": fields["output"]}
+
+
+def _layout(name: str, *columns: str, **settings: Any) -> Layout:
+    uses = frozenset(settings.pop("uses", ()))
+    return Layout(name=name, has=frozenset(columns), uses=uses, **settings)
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    _layout(
+        "LUFFY (prompt, target, reward_model.ground_truth)",
+        "prompt",
+        "target",
+        "reward_model",
+        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _ground_truth(row)},
+        as_demonstration=lambda row: _answered(row["prompt"], row["target"], ("prompt", "target")),
+    ),
+    _layout(
+        "verl RL (prompt, reward_model.ground_truth)",
+        "prompt",
+        "reward_model",
+        uses=("extra_info",),
+        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _ground_truth(row)},
+        as_demonstration=lambda row: {
+            "problem": _inside(row, "extra_info", "question"),
+            "solution": _inside(row, "extra_info", "answer"),
+        },
+    ),
+    _layout(
+        "verl SFT (extra_info.question, extra_info.answer)",
+        "extra_info",
+        fits=_has_inside("extra_info", "question", "answer"),
+        as_demonstration=lambda row: {
+            "problem": _inside(row, "extra_info", "question"),
+            "solution": _inside(row, "extra_info", "answer"),
+        },
+    ),
+    _layout(
+        "TRL (prompt, completion)",
+        "prompt",
+        "completion",
+        as_demonstration=lambda row: _answered(row["prompt"], row["completion"], ("prompt", "completion")),
+    ),
+    _layout(
+        "OpenR1-Math (problem, answer, generations)",
+        "problem",
+        "generations",
+        uses=("answer", "messages", "correctness_math_verify", "correctness_llama", "solution"),
+        as_prompt=lambda row: {"problem": row["problem"], "answer": row.get("answer")},
+        as_demonstration=_correct_generation,
+    ),
+    _layout(
+        "ShareGPT (conversations of from and value)",
+        "conversations",
+        uses=("system", "answer"),
+        fits=lambda row: isinstance(row["conversations"], list),
+        as_prompt=lambda row: {
+            **_sharegpt(row),
+            **({"answer": row["answer"]} if "answer" in row else {}),
+        },
+        as_demonstration=_sharegpt,
+    ),
+    _layout(
+        "GSM8K (question, answer with ####)",
+        "question",
+        "answer",
+        fits=lambda row: isinstance(row["answer"], str) and "####" in row["answer"],
+        as_prompt=lambda row: {"question": row["question"], "answer": _after_hashes(row)},
+        as_demonstration=lambda row: {"question": row["question"], "solution": row["answer"]},
+    ),
+    _layout(
+        "Alpaca (instruction, input, output)",
+        "instruction",
+        "output",
+        uses=("input",),
+        as_demonstration=_alpaca,
+    ),
+    _layout(
+        "NeMo-RL (problem, expected_answer)",
+        "problem",
+        "expected_answer",
+        uses=("solution",),
+        as_prompt=lambda row: {"problem": row["problem"], "answer": row["expected_answer"]},
+    ),
+    _layout(
+        "slime (prompt, label)",
+        "prompt",
+        "label",
+        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": row["label"]},
+    ),
+    _layout(
+        "NuminaMath (problem, solution, messages)",
+        "problem",
+        "solution",
+        "messages",
+        as_prompt=lambda row: {"problem": row["problem"], "answer": _boxed(row)},
+        as_demonstration=lambda row: {"problem": row["problem"], "solution": row["solution"]},
+    ),
+    _layout(
+        "MATH (problem, solution with \\boxed)",
+        "problem",
+        "solution",
+        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
+        as_prompt=lambda row: {"problem": row["problem"], "answer": _boxed(row)},
+    ),
+    _layout(
+        "TRL GRPO (prompt, solution)",
+        "prompt",
+        "solution",
+        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
+        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _boxed_or_all(row)},
+        as_demonstration=lambda row: _answered(row["prompt"], row["solution"], ("prompt", "solution")),
+    ),
+    _layout(
+        "ms-swift GRPO (messages, solution)",
+        "messages",
+        "solution",
+        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
+        as_prompt=lambda row: {"messages": row["messages"], "answer": _boxed_or_all(row)},
+    ),
+    _layout(
+        "chat prompts (prompt as a list of messages)",
+        "prompt",
+        uses=TRUTH_FIELDS,
+        fits=lambda row: isinstance(row["prompt"], list),
+        as_prompt=lambda row: {
+            "messages": row["prompt"],
+            **{name: row[name] for name in TRUTH_FIELDS if name in row},
+        },
+    ),
+)

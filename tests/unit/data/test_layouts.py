@@ -1,0 +1,199 @@
+"""Every public layout in the roles that make sense for it: the right question, truth and answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from megatron_chord.data.demonstrations import load_demonstrations
+from megatron_chord.data.layouts import LAYOUTS, Role
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.rows import DataError
+from megatron_chord.data.templates import ChatTemplate
+from tests.support.files import write_rows
+
+SYSTEM = {"role": "system", "content": "Reason step by step."}
+ASKED = {"role": "user", "content": "6*7?"}
+ANSWER = "6*7=42, so \\boxed{42}."
+ANSWERED = {"role": "assistant", "content": ANSWER}
+
+CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], str | None, str | None]] = {
+    "LUFFY": (
+        {
+            "prompt": [SYSTEM, ASKED],
+            "target": [ANSWERED],
+            "reward_model": {"ground_truth": "42", "style": "rule"},
+        },
+        (SYSTEM, ASKED),
+        "42",
+        ANSWER,
+    ),
+    "verl RL": (
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [SYSTEM, ASKED],
+            "reward_model": {"ground_truth": "42", "style": "rule"},
+            "extra_info": {"index": 0},
+        },
+        (SYSTEM, ASKED),
+        "42",
+        None,
+    ),
+    "verl RL from NumPy": (
+        {"prompt": [ASKED], "reward_model": {"ground_truth": ["42"], "style": "rule"}},
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "verl RL as JSON text": (
+        {"prompt": [ASKED], "reward_model": '{"ground_truth": "42", "style": "rule"}'},
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "verl SFT": ({"extra_info": {"question": "6*7?", "answer": ANSWER}}, (ASKED,), None, ANSWER),
+    "verl SFT messages": ({"messages": [SYSTEM, ASKED, ANSWERED]}, (SYSTEM, ASKED), None, ANSWER),
+    "TRL chat": ({"prompt": [ASKED], "completion": [ANSWERED]}, (ASKED,), None, ANSWER),
+    "TRL text": ({"prompt": "6*7?", "completion": ANSWER}, (ASKED,), None, ANSWER),
+    "TRL GRPO": ({"prompt": [SYSTEM, ASKED], "solution": "42"}, (SYSTEM, ASKED), "42", "42"),
+    "ms-swift GRPO": ({"messages": [ASKED], "solution": ANSWER}, (ASKED,), "42", None),
+    "ShareGPT": (
+        {
+            "system": SYSTEM["content"],
+            "conversations": [{"from": "human", "value": "6*7?"}, {"from": "gpt", "value": ANSWER}],
+        },
+        (SYSTEM, ASKED),
+        None,
+        ANSWER,
+    ),
+    "OpenR1-Math": (
+        {
+            "problem": "6*7?",
+            "answer": "42",
+            "solution": "a person's",
+            "generations": ["6*7=41", ANSWER],
+            "correctness_math_verify": [False, True],
+            "messages": [ASKED, ANSWERED],
+        },
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "GSM8K": (
+        {"question": "6*7?", "answer": "6*7=<<6*7=42>>42\n#### 1,042"},
+        (ASKED,),
+        "1042",
+        "6*7=<<6*7=42>>42\n#### 1,042",
+    ),
+    "MATH": ({"problem": "6*7?", "solution": ANSWER, "level": "Level 1"}, (ASKED,), "42", ANSWER),
+    "NuminaMath": (
+        {"problem": "6*7?", "solution": ANSWER, "messages": [ASKED, ANSWERED]},
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "Alpaca": (
+        {"instruction": "Multiply.", "input": "6*7?", "output": ANSWER},
+        ({"role": "user", "content": "Multiply.\n\n6*7?"},),
+        None,
+        ANSWER,
+    ),
+    "NeMo-RL": ({"problem": "6*7?", "expected_answer": "42"}, (ASKED,), "42", None),
+    "slime": ({"prompt": [ASKED], "label": "42"}, (ASKED,), "42", None),
+    "chat prompts": ({"prompt": [SYSTEM, ASKED], "answer": 42}, (SYSTEM, ASKED), "42", None),
+    "own": ({"problem": "6*7?", "answer": "42", "solution": ANSWER}, (ASKED,), "42", ANSWER),
+}
+"""By layout: a row, its question, its truth (None: unfit as a prompt), its answer (None: unfit as a demonstration)."""
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    if path.suffix == ".jsonl":
+        return write_rows(path, *rows)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def load(role: Role, path: Path, template: ChatTemplate) -> tuple[Any, str]:
+    if role == "prompts":
+        (row,), report = load_prompts(path, template, max_prompt_tokens=500, overlong="fail")
+    else:
+        (row,), report = load_demonstrations(
+            path, template, max_prompt_tokens=500, max_response_tokens=500, overlong="fail"
+        )
+    return row, str(report)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", CASES)
+def test_question_truth_and_answer(name: str, suffix: str, tmp_path: Path, chatml: ChatTemplate) -> None:
+    row, question, truth, answer = CASES[name]
+    path = write(tmp_path / f"rows{suffix}", row)
+    if truth is None:
+        with pytest.raises(DataError):
+            load("prompts", path, chatml)
+    else:
+        prompt, _ = load("prompts", path, chatml)
+        assert prompt.messages == question
+        assert prompt.truth == truth
+    if answer is None:
+        with pytest.raises(DataError):
+            load("demonstrations", path, chatml)
+    else:
+        demonstration, _ = load("demonstrations", path, chatml)
+        expected = chatml.demonstration([*question, {"role": "assistant", "content": answer}])
+        assert (demonstration.token_ids, demonstration.trainable) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_layout_has_a_case_that_names_it(layout: Any, tmp_path: Path, chatml: ChatTemplate) -> None:
+    reports = []
+    for row, _, truth, answer in CASES.values():
+        path = write(tmp_path / "rows.jsonl", row)
+        reports += [load("prompts", path, chatml)[1]] if truth is not None else []
+        reports += [load("demonstrations", path, chatml)[1]] if answer is not None else []
+    assert any(f"read as {layout.name} rows" in report for report in reports)
+
+
+def test_fields_that_change_the_problem_are_named_when_not_used(tmp_path: Path, chatml: ChatTemplate) -> None:
+    for suffix in (".jsonl", ".parquet"):
+        path = write(
+            tmp_path / f"rows{suffix}", {"problem": "6*7?", "answer": "42", "context": "c", "input": "i"}
+        )
+        assert load("prompts", path, chatml)[1].endswith("; not used: context, input")
+
+
+@pytest.mark.parametrize("written", ["1e22", "0.0000001", "142.0", "3", "-7.50"])
+def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"problem": "6*7?", "answer": {written}}}\n')
+    assert load("prompts", path, chatml)[0].truth == written
+
+
+@pytest.mark.parametrize(
+    ("role", "row", "reason"),
+    [
+        ("prompts", {"problem": "6*7?", "solution": "42"}, r"no \\boxed"),
+        ("prompts", {"prompt": [ASKED], "reward_model": {"ground_truth": ["1", "2"]}}, "lists 2 truths"),
+        ("prompts", {"prompt": [ASKED], "reward_model": "rule"}, "a text that is not JSON"),
+        (
+            "demonstrations",
+            {"problem": "6*7?", "generations": ["41"], "correctness_math_verify": [False]},
+            "none of its `generations` is marked as correct",
+        ),
+        (
+            "demonstrations",
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            r"conversations\[0\] must have",
+        ),
+        ("demonstrations", {"prompt": 3, "completion": "x"}, "`prompt` must be a text or a list"),
+    ],
+)
+def test_a_row_that_its_layout_cannot_read_says_why(
+    role: Role, row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        load(role, write(tmp_path / "rows.jsonl", row), chatml)
