@@ -6,16 +6,21 @@ is guessed: a row that could mean two things is a fault. JSON lines and Parquet 
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_chord.data.files import files_of, kind_of, opened
 from megatron_chord.records import Message
 
 T = TypeVar("T")
@@ -29,6 +34,8 @@ MAX_ROW_BYTES = 64 << 20
 """Of one row, all its fields together: longer ones are not parsed."""
 MAX_SHOWN = 20
 PROGRESS_FROM_ROWS = 5000
+MAX_ARRAY_BYTES = 2 << 30
+"""Of a JSON array, which is parsed as a whole."""
 _BATCH_ROWS = 16
 """Of a Parquet file, decoded at a time: a kilobyte of it may hold many copies of a string of many megabytes."""
 
@@ -63,6 +70,8 @@ class Row:
     number: int
     fields: dict[str, Any]
     """Without the fields that are null: null and absent are the same."""
+    file: str = ""
+    """Name of the row's file, where a data set has several."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class LoadReport:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl or .parquet file; DataError lists what is wrong with them."""
+    """All rows of a data set; DataError lists what is wrong with them."""
     return parse_rows(path, lambda row: row)
 
 
@@ -99,14 +108,15 @@ def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
     Raises:
         DataError: naming ``position: reason`` of each faulty row, or why the file cannot be read at all.
     """
-    if path.suffix not in _READERS:
-        raise DataError(f"{path}: expected a file ending in {' or '.join(_READERS)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    count, read = _READERS[path.suffix]
+    try:
+        files = files_of(path, tuple(_READERS))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    count, read = _READERS[kind_of(files[0])]
     parsed: list[T] = []
     faults: list[Fault] = []
-    for row in _with_progress(read(path), description=f"reading {path.name}", total=count(path)):
+    rows = itertools.chain.from_iterable(_of_file(read(file), file) for file in files)
+    for row in _with_progress(rows, description=f"reading {path.name}", total=sum(map(count, files))):
         if isinstance(row, Fault):
             faults.append(row)
             continue
@@ -194,7 +204,7 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
 
 def row_id(row: Row, path: Path, seen: dict[str, str]) -> str:
     """The row's own `id` or ``file:number``; `seen` maps the ids so far to their rows and is added to."""
-    value = row.fields.get("id", f"{path.name}:{row.number}")
+    value = row.fields.get("id", f"{row.file or path.name}:{row.number}")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RowError(f"`id` must be a string or a whole number, got {_kind(value)}")
     if str(value) in seen:
@@ -251,14 +261,25 @@ def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int)
         yield from progress.track(rows, total=total, description=description)
 
 
+def _of_file(rows: Iterator[Row | Fault], file: Path) -> Iterator[Row | Fault]:
+    try:
+        for row in rows:
+            yield replace(row, file=file.name) if isinstance(row, Row) else row
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read or unpacked: {error}") from error
+
+
 def _count_lines(path: Path) -> int:
+    """0 for a compressed file, which would have to be unpacked for it."""
+    if path.suffix in (".gz", ".zst"):
+        return 0
     with path.open("rb") as file:
         return sum(1 for _ in _bounded_lines(file))
 
 
 def _read_lines(path: Path) -> Iterator[Row | Fault]:
     # Lines are split as bytes: str.splitlines would also split at U+2028 inside a string.
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(_bounded_lines(file), start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -272,6 +293,52 @@ def _read_lines(path: Path) -> Iterator[Row | Fault]:
                 yield Row(position, number, _json_object(line.rstrip(b"\r\n")))
             except RowError as error:
                 yield Fault(position, str(error))
+
+
+def _read_json(path: Path) -> Iterator[Row | Fault]:
+    """A JSON array of objects, or lines of JSON under the same suffix."""
+    with opened(path) as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
+        yield from _read_lines(path)
+        return
+    with opened(path) as file:
+        data = file.read(MAX_ARRAY_BYTES + 1)
+    if len(data) > MAX_ARRAY_BYTES:
+        raise DataError(f"{path}: a JSON array of more than {MAX_ARRAY_BYTES} bytes; write it as JSON lines")
+    try:
+        items = _strict_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
+    except RowError as error:
+        raise DataError(f"{path}: {error}") from None
+    for number, item in enumerate(items, start=1):
+        position = f"{path}:item {number}"
+        if isinstance(item, dict):
+            yield Row(position, number, {name: value for name, value in item.items() if value is not None})
+        else:
+            yield Fault(position, f"expected a JSON object, got {_kind(item)}")
+
+
+def _read_csv(path: Path) -> Iterator[Row | Fault]:
+    """Every value is text, as it is written; an empty one counts as absent. The first line names the columns."""
+    csv.field_size_limit(MAX_TEXT)
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        number = 0
+        try:
+            if len(set(names := reader.fieldnames or ())) < len(names):
+                raise DataError(f"{path}: a column is given twice: {', '.join(names)}")
+            for number, fields in enumerate(reader, start=1):
+                position = f"{path}:{reader.line_num}"
+                if None in fields or None in fields.values():
+                    yield Fault(position, f"has another number of values than the {len(names)} columns")
+                else:
+                    yield Row(position, number, {name: value for name, value in fields.items() if value})
+        except csv.Error as error:
+            yield Fault(f"{path}:{reader.line_num}", f"broken CSV: {error}")
+        except UnicodeDecodeError as error:
+            yield Fault(f"{path}:row {number + 1}", f"not UTF-8: {error.reason}")
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -344,37 +411,54 @@ def _count_parquet(path: Path) -> int:
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
-    number = 0
     with _parquet_file(path) as file:
-        columns = _text_columns(file)
-        _refuse_nested_json(path, file, columns)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-            for row in range(batch.num_rows):
-                number += 1
-                part = batch.slice(row, 1)
-                if part.nbytes > MAX_ROW_BYTES:
-                    yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes")
-                    continue
-                (fields,) = part.to_pylist()
-                present = {name: item for name, item in fields.items() if item is not None}
-                yield Row(f"{path}:row {number}", number, present)
+        columns = _text_columns(file.schema_arrow)
+        _refuse_nested_json(path, file.schema_arrow, columns)
+        yield from _arrow_rows(path, file.iter_batches(batch_size=_BATCH_ROWS, columns=columns))
 
 
-def _text_columns(file: Any) -> list[str]:
+def _read_arrow(path: Path) -> Iterator[Row | Fault]:
+    """A file of a folder that ``datasets.Dataset.save_to_disk`` wrote: a stream of Arrow record batches."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+            columns = _text_columns(stream.schema)
+            _refuse_nested_json(path, stream.schema, columns)
+            yield from _arrow_rows(path, (batch.select(columns) for batch in stream))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not an Arrow stream: {error}") from error
+
+
+def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row | Fault]:
+    number = 0
+    for batch in batches:
+        for row in range(batch.num_rows):
+            number += 1
+            part = batch.slice(row, 1)
+            if part.nbytes > MAX_ROW_BYTES:
+                yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes")
+                continue
+            (fields,) = part.to_pylist()
+            present = {name: item for name, item in fields.items() if item is not None}
+            yield Row(f"{path}:row {number}", number, present)
+
+
+def _text_columns(schema: Any) -> list[str]:
     """All columns but those of raw bytes, such as images, which nothing here reads."""
     import pyarrow.types
 
     is_bytes = (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_fixed_size_binary)
-    return [column.name for column in file.schema_arrow if not any(test(column.type) for test in is_bytes)]
+    return [column.name for column in schema if not any(test(column.type) for test in is_bytes)]
 
 
-def _refuse_nested_json(path: Path, file: Any, columns: list[str]) -> None:
+def _refuse_nested_json(path: Path, schema: Any, columns: list[str]) -> None:
     """Arrow gives each object of a column the fields of all others, so calls and functions would not come back."""
     import pyarrow.types
 
     if not set(columns) & set(TOOL_FIELDS):
         return
-    types = {name: file.schema_arrow.field(name).type for name in columns}
+    types = {name: schema.field(name).type for name in columns}
     nested = [
         name
         for name in (*TOOL_FIELDS, *TRUTH_FIELDS)
@@ -389,5 +473,8 @@ def _refuse_nested_json(path: Path, file: Any, columns: list[str]) -> None:
 _READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row | Fault]]]] = {
     ".jsonl": (_count_lines, _read_lines),
     ".ndjson": (_count_lines, _read_lines),
+    ".json": (lambda path: 0, _read_json),
+    ".csv": (lambda path: 0, _read_csv),
     ".parquet": (_count_parquet, _read_parquet),
+    ".arrow": (lambda path: 0, _read_arrow),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,7 +67,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     check_lengths(run.data, shape.max_positions)
     for name in ("prompts", "demonstrations", "evaluation", "chat_template"):
         path: Path | None = getattr(run.data, name)
-        if path is not None and not path.is_file():
+        if path is not None and not (path.exists() or glob.glob(str(path))):
             raise ValueError(f"data.{name}: {path} does not exist")
     if run.objective.kl is not None and run.objective.kl.reference is not None:
         _check_reference(run.objective.kl.reference, shape)

@@ -87,10 +87,10 @@ def test_no_more_than_twenty_faults_are_shown_and_the_rest_counted(tmp_path: Pat
     assert found[-1] == "... and 30 more"
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.json", "{}"), ("a.jsonl.gz", "x"), ("a", "x")])
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "{}"), ("a.txt.gz", "x"), ("a", "x")])
 def test_unknown_suffix(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=r"expected a file ending in \.jsonl or \.ndjson or \.parquet"):
+    with pytest.raises(DataError, match=r"expected a file ending in"):
         read_rows(tmp_path / name)
 
 
@@ -125,8 +125,8 @@ def test_parquet_rows_are_the_same_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path)
     first, second = read_rows(path)
-    assert first == Row(f"{path}:row 1", 1, {"messages": messages, "id": 7})
-    assert second == Row(f"{path}:row 2", 2, {"problem": "p", "answer": 1.5})
+    assert first == Row(f"{path}:row 1", 1, {"messages": messages, "id": 7}, "a.parquet")
+    assert second == Row(f"{path}:row 2", 2, {"problem": "p", "answer": 1.5}, "a.parquet")
     assert question_messages(first) == tuple(messages)
 
     def refuse_second(row: Row) -> None:

@@ -1,0 +1,86 @@
+"""Which files a path in ``data`` means, and how each of them is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_PACKED = (".gz", ".zst")
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says what is in the file, without the one that says how it is compressed."""
+    return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
+
+
+def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
+    """The files of ``path``: itself, those of a folder, or those that match a pattern such as ``train-*.parquet``.
+
+    The files of a folder or of a pattern come in the order of their names, and are of one kind.
+
+    Raises:
+        ValueError: there are none, none of ``kinds``, or several kinds.
+    """
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(
+            file for file in path.iterdir() if kind_of(file) in kinds and not _is_description(file)
+        )
+        if not found:
+            raise ValueError(f"{path}: the folder holds no file ending in {' or '.join(kinds)}")
+    else:
+        found = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else []
+        if not found:
+            raise ValueError(f"{path}: no such file")
+    present = sorted({kind_of(file) for file in found})
+    if len(present) > 1:
+        raise ValueError(
+            f"{path}: holds files of several kinds, {' and '.join(present)}: name one, as in *{present[0]}"
+        )
+    if present[0] not in kinds:
+        raise ValueError(
+            f"{path}: expected a file ending in {' or '.join(kinds)}, perhaps with .gz or .zst behind"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed where its name ends in .gz or .zst."""
+    if file.suffix == ".gz":
+        with gzip.open(file, "rb") as stream:
+            yield stream  # type: ignore[misc]
+    elif file.suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(file), compression="zstd") as stream:
+            yield io.BufferedReader(_Unpacked(stream))
+    else:
+        with file.open("rb") as stream:
+            yield stream
+
+
+class _Unpacked(io.RawIOBase):
+    """An Arrow stream, which knows no lines, as Python's buffered reader wants it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _is_description(file: Path) -> bool:
+    """What ``datasets`` and the hub put beside the data."""
+    return file.name in ("dataset_info.json", "state.json", "dataset_infos.json", "dataset_dict.json")
