@@ -37,7 +37,7 @@ def factors() -> Tensor:
 
 def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
     """Values, this rank's gradients, and the collectives made, of every case."""
-    sweeps = importlib.import_module(f"megatron_chord.losses.sweep_{sweep}")
+    sweeps = importlib.import_module(f"megatron_chord.losses.logit_kernels_{sweep}")
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
