@@ -39,6 +39,8 @@ STACK_SIGNAL = signal.SIGUSR2
 """Has a rank print the stacks of all its threads to its standard error."""
 _VERDICT = "verdict.json"
 _FRAMES = 4
+_READS = 20
+"""Of a file that is just being written, until it is whole."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _STACKS_S = 10.0
 """At most, for other ranks to write their stacks before the one that found the fault ends."""
@@ -279,9 +281,21 @@ class Watch:
             rank = int(path.stem.removeprefix("rank-"))
             if rank != self._rank:
                 with contextlib.suppress(FileNotFoundError):
-                    beat = self._read(rank)
+                    beat = self._read_whole(rank)
                     beats |= {rank: beat} if beat is not None else {}
         return beats
+
+    def _read_whole(self, rank: int) -> dict[str, Any] | None:
+        """As ``_read``, again where the file is just being written; then the last one that was seen.
+
+        A process that is stopped while it writes leaves half a file.
+        """
+        for _ in range(_READS):
+            beat = self._read(rank)
+            if beat is not None:
+                return beat
+            time.sleep(0.01)
+        return self._seen.get(rank, (None, 0.0))[0]
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         """None where it is just being written. FileNotFoundError."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.process_table import descendants
-from megatron_chord.runtime.heartbeat import EXIT_CODE, Pulse, read_verdict
+from megatron_chord.runtime.heartbeat import EXIT_CODE, Limits, Pulse, Watch, read_verdict
 from tests.support.ranks import ROOT
 
 BEAT_S = 0.25
@@ -174,3 +174,26 @@ def test_only_what_the_main_thread_waits_for_counts_as_its_progress() -> None:
             assert pulse.read().position == entered.position, "ranks must count alike"
         assert pulse.read().phase == "computing"
     assert json.dumps(pulse.read().phase) == '"loading"'
+
+
+def test_a_rank_that_was_stopped_while_it_wrote_is_still_reported(tmp_path: Path) -> None:
+    """A sign of life is written in place: stopped at the wrong moment, a process leaves half of it."""
+    limits = Limits(beat_s=60, silence_s=120, phases={})
+    watch = Watch(Pulse(), limits, rank=0, world_size=2, folder=tmp_path / "x", logs=tmp_path)
+    try:
+        beat = {
+            "count": 1,
+            "node": "n",
+            "pid": 1,
+            "phase": "computing",
+            "position": 3,
+            "still_s": 0.0,
+            "at": "f",
+        }
+        file = tmp_path / "x" / "rank-1.json"
+        file.write_text(json.dumps(beat))
+        assert watch._silence(time.monotonic()) is None
+        file.write_text(json.dumps(beat)[:20])
+        assert watch._beats()[1] == beat
+    finally:
+        watch.close()
