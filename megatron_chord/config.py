@@ -89,15 +89,22 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     prompts: Path
-    """JSON lines or Parquet: problems with a ground truth, for rollouts."""
+    """Problems with a ground truth, for rollouts: a file, a folder of shards or a pattern (docs/data.md)."""
+    prompt_fields: dict[str, str] = field(default_factory=dict[str, str])
+    """Where a row of `prompts` has what is read, such as {messages: prompt, answer: reward_model.ground_truth}. Left
+    out: public layouts are recognised by their columns."""
     demonstrations: Path | None = None
-    """JSON lines or Parquet: demonstrations. May be left out only when mu is 0 throughout."""
+    """Demonstrations: a file, a folder of shards or a pattern. May be left out only when mu is 0 throughout."""
+    demonstration_fields: dict[str, str] = field(default_factory=dict[str, str])
+    """As `prompt_fields`, for `demonstrations`: {problem: extra_info.question, solution: target}."""
     aligned: bool = False
     """Every prompt has its own demonstration in `demonstrations`, found by the prompt itself. Some methods need it."""
     unmatched: Literal["fail", "drop"] = "fail"
     """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
     evaluation: Path | None = None
-    """JSON lines or Parquet: held-out problems."""
+    """Held-out problems: a file, a folder of shards or a pattern."""
+    evaluation_fields: dict[str, str] = field(default_factory=dict[str, str])
+    """As `prompt_fields`, for `evaluation`."""
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
     system_prompt: str | None = None
@@ -112,6 +119,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
         require(self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned")
+        for name, mapping, path in (
+            ("prompt_fields", self.prompt_fields, self.prompts),
+            ("demonstration_fields", self.demonstration_fields, self.demonstrations),
+            ("evaluation_fields", self.evaluation_fields, self.evaluation),
+        ):
+            for own, place in mapping.items():
+                require(
+                    place == str(place),
+                    f"data.{name}.{own} must be a text such as answer.text, got {place!r}",
+                )
+            require(not mapping or path is not None, f"data.{name} means nothing without its file")
 
 
 @dataclass(frozen=True, kw_only=True)

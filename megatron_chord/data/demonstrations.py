@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +29,14 @@ def load_demonstrations(
     max_prompt_tokens: int,
     max_response_tokens: int,
     overlong: Literal["fail", "drop"],
+    fields: Mapping[str, str] | None = None,
 ) -> tuple[list[Demonstration], LoadReport]:
-    """The demonstrations of a .jsonl or .parquet file, in its order.
+    """The demonstrations of a file, or of a folder or pattern of files, in their order.
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
     (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
     (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
+    ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``).
     Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
     teach how to end.
 
@@ -42,7 +45,7 @@ def load_demonstrations(
             ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
-    reading = Reading("demonstrations")
+    reading = Reading("demonstrations", fields or {})
 
     def parse(row: Row) -> Demonstration | None:
         row = reading.own_row(row)

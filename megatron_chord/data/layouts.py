@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron_chord.data.rows import QUESTION_FIELDS, TOOL_FIELDS, TRUTH_FIELDS, Row, RowError
+from megatron_chord.data.rows import QUESTION_FIELDS, TOOL_FIELDS, TRUTH_FIELDS, DataError, Row, RowError
 from megatron_chord.rewards.answers import last_boxed
 
 Role = Literal["prompts", "demonstrations"]
@@ -48,10 +48,17 @@ class Reading:
     """How the rows of one file were read, for the line at the start of a run."""
 
     role: Role
+    mapping: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Own field -> where the row has it, as a dotted path; in place of a recognised layout."""
     layouts: dict[str, int] = field(default_factory=dict[str, int])
     """Rows by layout, for those that are not in the project's own."""
     unused: set[str] = field(default_factory=set[str])
     """Fields that no row's reading looked at."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
+            known = ", ".join(sorted(OWN_FIELDS))
+            raise DataError(f"the mapping of {self.role} names {', '.join(unknown)}; known fields: {known}")
 
     def own_row(self, row: Row) -> Row:
         """``row`` with this project's fields.
@@ -59,6 +66,12 @@ class Reading:
         Raises:
             RowError: its layout has nothing for this role, or a value in it is of the wrong kind.
         """
+        if self.mapping:
+            used = {path.partition(".")[0] for path in self.mapping.values()}
+            self.unused |= set(row.fields) - used
+            return replace(
+                row, fields={name: at_path(row.fields, path) for name, path in self.mapping.items()}
+            )
         layout = recognised(row.fields)
         convert = None
         if layout is not None:
@@ -76,6 +89,31 @@ class Reading:
         if self.unused:
             parts.append(f"not used: {', '.join(sorted(self.unused))}")
         return "; ".join(parts)
+
+
+def at_path(fields: Fields, path: str) -> Any:
+    """The value at a dotted path: names of objects, places of lists (from 0), and JSON text on the way is read.
+
+    Raises:
+        RowError: naming how far the path leads.
+    """
+    value: Any = fields
+    done: list[str] = []
+    for key in path.split("."):
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise RowError(f"`{path}`: `{'.'.join(done)}` is a text that is not JSON") from None
+        if isinstance(value, Mapping) and value.get(key) is not None:
+            value = value[key]
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            where = f"`{'.'.join(done)}`" if done else "the row"
+            raise RowError(f"`{path}`: {where} has no `{key}`")
+        done.append(key)
+    return value
 
 
 def recognised(fields: Fields) -> Layout | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,20 +21,26 @@ from megatron_chord.records import Prompt
 
 
 def load_prompts(
-    path: Path, template: ChatTemplate, *, max_prompt_tokens: int, overlong: Literal["fail", "drop"]
+    path: Path,
+    template: ChatTemplate,
+    *,
+    max_prompt_tokens: int,
+    overlong: Literal["fail", "drop"],
+    fields: Mapping[str, str] | None = None,
 ) -> tuple[list[Prompt], LoadReport]:
-    """The prompts of a .jsonl or .parquet file, in its order.
+    """The prompts of a file, or of a folder or pattern of files, in their order.
 
     A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
     `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
-    The report names the layouts, and the fields that were not used.
+    The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
+    (``data.layouts.Reading.mapping``).
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
-    reading = Reading("prompts")
+    reading = Reading("prompts", fields or {})
 
     def parse(row: Row) -> Prompt | None:
         row = reading.own_row(row)

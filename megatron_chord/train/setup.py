@@ -107,17 +107,23 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
         vocab_size=shape.vocab_size,
     )
     limits = {"max_prompt_tokens": run.data.max_prompt_tokens, "overlong": run.data.overlong}
-    prompts, report = load_prompts(run.data.prompts, template, **limits)
+    prompts, report = load_prompts(run.data.prompts, template, fields=run.data.prompt_fields, **limits)
     reports = [f"prompts     {report}"]
     demonstrations: list[Demonstration] = []
     if run.data.demonstrations is not None:
         demonstrations, report = load_demonstrations(
-            run.data.demonstrations, template, max_response_tokens=run.data.max_response_tokens, **limits
+            run.data.demonstrations,
+            template,
+            max_response_tokens=run.data.max_response_tokens,
+            fields=run.data.demonstration_fields,
+            **limits,
         )
         reports.append(f"demonstrations {report}")
     problems: list[Prompt] = []
     if run.data.evaluation is not None:
-        problems, report = load_prompts(run.data.evaluation, template, **limits)
+        problems, report = load_prompts(
+            run.data.evaluation, template, fields=run.data.evaluation_fields, **limits
+        )
         reports.append(f"evaluation  {report}")
     template.renderer.rest()
     demonstration_of: dict[str, Demonstration] = {}

@@ -808,3 +808,21 @@ def test_what_goes_with_a_precision(tmp_path: Path, text: str, finding: str) -> 
 def test_a_precision_needs_bf16_weights(tmp_path: Path, precision: str) -> None:
     found = only_finding(tmp_path, f"precision: {precision}\n", "model.dtype=fp32")
     assert f"precision {precision} needs model.dtype to be bf16, got fp32" in found
+
+
+def test_a_mapping_of_fields_must_name_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """output: out
+steps: 1
+model: {path: m}
+batch: {prompts: 1, rollouts: 2, demonstrations: 1, max_tokens_per_gpu: 64}
+data:
+  prompts: p.jsonl
+  demonstrations: d.jsonl
+  prompt_fields: {answer: 3}
+"""
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert ": data.prompt_fields.answer must be a text such as answer.text, got 3" in str(caught.value)

@@ -197,3 +197,43 @@ def test_a_row_that_its_layout_cannot_read_says_why(
 ) -> None:
     with pytest.raises(DataError, match=reason):
         load(role, write(tmp_path / "rows.jsonl", row), chatml)
+
+
+def test_a_mapping_says_where_a_row_has_what_is_read(tmp_path: Path, chatml: ChatTemplate) -> None:
+    row = {"turns": [{"value": "6*7?"}, {"value": ANSWER}], "meta": '{"gold": {"text": "42"}}', "note": "n"}
+    path = write(tmp_path / "rows.jsonl", row)
+    (prompt,), report = load_prompts(
+        path,
+        chatml,
+        max_prompt_tokens=500,
+        overlong="fail",
+        fields={"problem": "turns.0.value", "answer": "meta.gold.text"},
+    )
+    assert (prompt.messages, prompt.truth) == ((ASKED,), "42")
+    assert str(report).endswith("; not used: note")
+    (demonstration,), _ = load_demonstrations(
+        path,
+        chatml,
+        max_prompt_tokens=500,
+        max_response_tokens=500,
+        overlong="fail",
+        fields={"problem": "turns.0.value", "solution": "turns.1.value"},
+    )
+    assert (demonstration.token_ids, demonstration.trainable) == chatml.demonstration([ASKED, ANSWERED])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"problem": "turns.2.value"}, "`turns.2.value`: `turns` has no `2`"),
+        ({"problem": "turn"}, "`turn`: the row has no `turn`"),
+        ({"problem": "note.x"}, "`note.x`: `note` is a text that is not JSON"),
+        ({"truht": "note"}, "the mapping of prompts names truht; known fields: answer, "),
+    ],
+)
+def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(
+    fields: dict[str, str], reason: str, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    path = write(tmp_path / "rows.jsonl", {"turns": [], "note": "n"})
+    with pytest.raises(DataError, match=reason):
+        load_prompts(path, chatml, max_prompt_tokens=500, overlong="fail", fields=fields)
