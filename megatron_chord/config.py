@@ -115,9 +115,13 @@ class DataConfig:
     """Limit of a rollout, and of a demonstration's trainable part."""
     overlong: Literal["fail", "drop"] = "drop"
     """Rows beyond a limit: stop before work, or leave out and count."""
+    max_dropped: float = 0.0
+    """Share of a file's rows that may be faulty, such as 0.01: they are left out and counted. Left out: one faulty row
+    stops the run before any work."""
 
     def __post_init__(self) -> None:
         positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
+        require(0 <= self.max_dropped < 1, f"data.max_dropped must lie in [0, 1), got {self.max_dropped}")
         require(self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned")
         for name, mapping, path in (
             ("prompt_fields", self.prompt_fields, self.prompts),

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_chord.data.layouts import Reading
 from megatron_chord.data.rows import (
     DataError,
+    Fault,
     LoadReport,
     Row,
     RowError,
@@ -30,6 +31,7 @@ def load_demonstrations(
     max_response_tokens: int,
     overlong: Literal["fail", "drop"],
     fields: Mapping[str, str] | None = None,
+    max_dropped: float = 0.0,
 ) -> tuple[list[Demonstration], LoadReport]:
     """The demonstrations of a file, or of a folder or pattern of files, in their order.
 
@@ -65,7 +67,8 @@ def load_demonstrations(
             return None
         return Demonstration(id=identity, token_ids=token_ids, trainable=trainable)
 
-    rows = parse_rows(path, parse)
+    dropped: list[Fault] = []
+    rows = parse_rows(path, parse, max_dropped=max_dropped, dropped=dropped)
     demonstrations = [demonstration for demonstration in rows if demonstration is not None]
     if not demonstrations:
         raise DataError(
@@ -74,10 +77,11 @@ def load_demonstrations(
         )
     report = LoadReport(
         path=path,
-        num_rows=len(rows),
+        num_rows=len(rows) + len(dropped),
         num_kept=len(demonstrations),
         num_overlong=len(rows) - len(demonstrations),
         reading=str(reading),
+        dropped=tuple(dropped),
     )
     return demonstrations, report
 

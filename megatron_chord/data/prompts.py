@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_chord.data.layouts import Reading
 from megatron_chord.data.rows import (
     DataError,
+    Fault,
     LoadReport,
     Row,
     RowError,
@@ -27,6 +28,7 @@ def load_prompts(
     max_prompt_tokens: int,
     overlong: Literal["fail", "drop"],
     fields: Mapping[str, str] | None = None,
+    max_dropped: float = 0.0,
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, or of a folder or pattern of files, in their order.
 
@@ -56,15 +58,17 @@ def load_prompts(
             return None
         return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids)
 
-    rows = parse_rows(path, parse)
+    dropped: list[Fault] = []
+    rows = parse_rows(path, parse, max_dropped=max_dropped, dropped=dropped)
     prompts = [prompt for prompt in rows if prompt is not None]
     if not prompts:
         raise DataError(f"{path}: all {len(rows)} prompts have more than {max_prompt_tokens} tokens")
     report = LoadReport(
         path=path,
-        num_rows=len(rows),
+        num_rows=len(rows) + len(dropped),
         num_kept=len(prompts),
         num_overlong=len(rows) - len(prompts),
         reading=str(reading),
+        dropped=tuple(dropped),
     )
     return prompts, report

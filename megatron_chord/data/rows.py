@@ -90,9 +90,16 @@ class LoadReport:
     num_overlong: int
     reading: str = ""
     """How the rows were read, and which of their fields were not."""
+    dropped: tuple[Fault, ...] = ()
+    """Rows that cannot be used and were left out (``data.max_dropped``)."""
 
     def __str__(self) -> str:
         left_out = f", {self.num_overlong} left out as over-long" if self.num_overlong else ""
+        if self.dropped:
+            first = self.dropped[0]
+            left_out += (
+                f", {len(self.dropped)} left out as faulty (the first: {first.position}: {first.reason})"
+            )
         reading = f"; {self.reading}" if self.reading else ""
         return f"{self.path}: {self.num_kept} of {self.num_rows} rows{left_out}{reading}"
 
@@ -102,11 +109,17 @@ def read_rows(path: Path) -> list[Row]:
     return parse_rows(path, lambda row: row)
 
 
-def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
+def parse_rows(
+    path: Path, parse: Callable[[Row], T], *, max_dropped: float = 0.0, dropped: list[Fault] | None = None
+) -> list[T]:
     """`parse` of every row, in order. Rows that cannot be read or for which it raises RowError are gathered.
 
+    Args:
+        max_dropped: share of all rows that may be faulty. They are left out, and added to ``dropped``.
+
     Raises:
-        DataError: naming ``position: reason`` of each faulty row, or why the file cannot be read at all.
+        DataError: naming ``position: reason`` of each faulty row, where they are more; or why the file cannot be read
+            at all.
     """
     try:
         files = files_of(path, tuple(_READERS))
@@ -125,9 +138,12 @@ def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
         except RowError as error:
             faults.append(Fault(row.position, str(error)))
             if isinstance(error, FatalRowError):
-                break
-    if faults:
-        raise DataError(_listing(path, faults))
+                raise DataError(_listing(path, faults)) from None
+    if len(faults) > max_dropped * (len(parsed) + len(faults)):
+        allowed = f"; data.max_dropped allows {max_dropped:g} of all rows" if max_dropped else ""
+        raise DataError(_listing(path, faults) + allowed)
+    if dropped is not None:
+        dropped += faults
     if not parsed:
         raise DataError(f"{path}: holds no rows")
     return parsed
@@ -190,7 +206,11 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
     value = row.fields["messages"]
     if not isinstance(value, list) or not value:
         raise RowError(f"`messages` must be a list of messages, got {_kind(value)}")
+    if _is_empty_system(value[0]):
+        value = value[1:]
     messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    if not messages:
+        raise RowError("`messages` has nothing but an empty system message")
     has_system = messages[0]["role"] == "system"
     for index, message in enumerate(messages[has_system:]):
         expected = "user" if index % 2 == 0 else "assistant"
@@ -211,6 +231,13 @@ def row_id(row: Row, path: Path, seen: dict[str, str]) -> str:
         raise RowError(f"`id` {value!r} is taken by {seen[str(value)]}")
     seen[str(value)] = row.position
     return _checked_text(str(value), "`id`")
+
+
+def _is_empty_system(message: Any) -> bool:
+    """A system message without text is none."""
+    return (
+        isinstance(message, dict) and message.get("role") == "system" and message.get("content") in ("", None)
+    )
 
 
 def _message(value: Any, name: str) -> Message:

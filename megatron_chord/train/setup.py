@@ -6,6 +6,7 @@ import glob
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
 from megatron_chord.config_io import one_line
@@ -106,7 +107,11 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
         system_prompt=run.data.system_prompt,
         vocab_size=shape.vocab_size,
     )
-    limits = {"max_prompt_tokens": run.data.max_prompt_tokens, "overlong": run.data.overlong}
+    limits: dict[str, Any] = {
+        "max_prompt_tokens": run.data.max_prompt_tokens,
+        "overlong": run.data.overlong,
+        "max_dropped": run.data.max_dropped,
+    }
     prompts, report = load_prompts(run.data.prompts, template, fields=run.data.prompt_fields, **limits)
     reports = [f"prompts     {report}"]
     demonstrations: list[Demonstration] = []

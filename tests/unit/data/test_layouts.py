@@ -237,3 +237,22 @@ def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(
     path = write(tmp_path / "rows.jsonl", {"turns": [], "note": "n"})
     with pytest.raises(DataError, match=reason):
         load_prompts(path, chatml, max_prompt_tokens=500, overlong="fail", fields=fields)
+
+
+def test_a_few_faulty_rows_may_be_left_out(tmp_path: Path, chatml: ChatTemplate) -> None:
+    good = {"problem": "6*7?", "answer": "42"}
+    path = write(tmp_path / "rows.jsonl", *[good] * 9, {"problem": "6*7?"})
+    limits: dict[str, Any] = {"max_prompt_tokens": 500, "overlong": "fail"}
+    prompts, report = load_prompts(path, chatml, max_dropped=0.1, **limits)
+    assert (len(prompts), report.num_rows, report.num_kept) == (9, 10, 9)
+    assert f"1 left out as faulty (the first: {path}:10: has none of" in str(report)
+    with pytest.raises(
+        DataError, match=r"1 row cannot be used.*\n.*:10: .*; data.max_dropped allows 0.09 of all rows"
+    ):
+        load_prompts(path, chatml, max_dropped=0.09, **limits)
+
+
+def test_an_empty_system_message_is_none(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]})
+    demonstration, _ = load("demonstrations", path, chatml)
+    assert (demonstration.token_ids, demonstration.trainable) == chatml.demonstration([ASKED, ANSWERED])
