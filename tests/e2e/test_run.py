@@ -82,7 +82,7 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
         assert row["logprob_gap"] < 1e-4, "trainer and vLLM agree on the same tokens"
         assert row["clip_fraction"] == 0.0
         assert row["num_policy_tokens"] > 0
-        assert row["num_demonstration_tokens"] > 0
+        assert row["num_sft_tokens"] > 0
         # The loss is the mix of its branches, each a mean over its own tokens.
         assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["sft_loss"], rel=1e-5)
         assert 0 < row["sft_phi"] <= 0.25
