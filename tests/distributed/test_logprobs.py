@@ -66,7 +66,7 @@ def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
             group=dist.group.WORLD,
             chunk=case["chunk"],
             rival=case["rival"],
-            sweep=sweeps,
+            kernels=sweeps,
         )
         forward = list(calls)
         weighting = factors()[:, : case["tokens"]].to(logprobs.dtype)
