@@ -14,9 +14,7 @@ from tests.support.ranks import ROOT
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutServer]:
     started = start_server(
         ROOT / "examples" / "arithmetic" / "policy",
-        ServerSettings(
-            dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, repeatable=True, cpu_threads=2
-        ),
+        ServerSettings(dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20),
         log=tmp_path_factory.mktemp("server") / "vllm.log",
     )
     try:

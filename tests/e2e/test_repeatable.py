@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from megatron_chord.rollout.server import RolloutServer
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from tests.support.ranks import ROOT
 
 NUM_REQUESTS = 8
 
@@ -31,9 +33,16 @@ def sample(server: RolloutServer, index: int) -> list[Any]:
     ]
 
 
-def test_a_request_alone_and_among_others_gets_the_same_bits(server: RolloutServer) -> None:
-    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        together = list(pool.map(lambda index: sample(server, index), range(NUM_REQUESTS)))
-    alone = [sample(server, index) for index in range(NUM_REQUESTS)]
+def test_a_request_alone_and_among_others_gets_the_same_bits(tmp_path: Path) -> None:
+    """With one thread a server on a CPU gives the same bits either way, with two only where it is repeatable."""
+    settings = ServerSettings(
+        dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, repeatable=True, cpu_threads=2
+    )
+    policy = ROOT / "examples" / "arithmetic" / "policy"
+    with start_server(policy, settings, log=tmp_path / "vllm.log") as server:
+        server.wait_until_ready(300)
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            together = list(pool.map(lambda index: sample(server, index), range(NUM_REQUESTS)))
+        alone = [sample(server, index) for index in range(NUM_REQUESTS)]
     assert together == alone
     assert all(len(token_ids) == 24 for answers in together for token_ids, _ in answers)
