@@ -50,8 +50,8 @@ class Reading:
     role: Role
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
     """Own field -> where the row has it, as a dotted path; in place of a recognised layout."""
-    layouts: dict[str, int] = field(default_factory=dict[str, int])
-    """Rows by layout, for those that are not in the project's own."""
+    layouts: list[str] = field(default_factory=list[str])
+    """Names of the rows' layouts, other than the project's own, in the order in which they were met."""
     unused: set[str] = field(default_factory=set[str])
     """Fields that no row's reading looked at."""
 
@@ -79,7 +79,8 @@ class Reading:
         if layout is None or convert is None:
             self.unused |= set(row.fields) - OWN_FIELDS
             return row
-        self.layouts[layout.name] = self.layouts.get(layout.name, 0) + 1
+        if layout.name not in self.layouts:
+            self.layouts.append(layout.name)
         self.unused |= set(row.fields) - layout.has - layout.uses - {"id"} - set(TOOL_FIELDS)
         kept = {name: row.fields[name] for name in ("id", *TOOL_FIELDS) if name in row.fields}
         return replace(row, fields={**kept, **convert(row.fields)})
@@ -184,12 +185,27 @@ def _after_hashes(fields: Fields) -> str:
     return str(fields["answer"]).rsplit("####", 1)[1].strip().replace(",", "")
 
 
-def _boxed(fields: Fields) -> str:
+def _boxed_problem(fields: Fields) -> dict[str, Any]:
     text = fields["solution"]
     found = last_boxed(text) if isinstance(text, str) else None
     if found is None:
         raise RowError("`solution` has no \\boxed{} to take the truth from")
-    return found
+    return {"problem": fields["problem"], "answer": found}
+
+
+def _verl_prompt(fields: Fields) -> dict[str, Any]:
+    return {**_question(fields["prompt"], "prompt"), "answer": _ground_truth(fields)}
+
+
+def _verl_demonstration(fields: Fields) -> dict[str, Any]:
+    return {
+        "problem": _inside(fields, "extra_info", "question"),
+        "solution": _inside(fields, "extra_info", "answer"),
+    }
+
+
+def _has_no_truth(fields: Fields) -> bool:
+    return not any(name in fields for name in TRUTH_FIELDS)
 
 
 def _boxed_or_all(fields: Fields) -> Any:
@@ -242,7 +258,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "prompt",
         "target",
         "reward_model",
-        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _ground_truth(row)},
+        as_prompt=_verl_prompt,
         as_demonstration=lambda row: _answered(row["prompt"], row["target"], ("prompt", "target")),
     ),
     _layout(
@@ -250,20 +266,14 @@ LAYOUTS: tuple[Layout, ...] = (
         "prompt",
         "reward_model",
         uses=("extra_info",),
-        as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _ground_truth(row)},
-        as_demonstration=lambda row: {
-            "problem": _inside(row, "extra_info", "question"),
-            "solution": _inside(row, "extra_info", "answer"),
-        },
+        as_prompt=_verl_prompt,
+        as_demonstration=_verl_demonstration,
     ),
     _layout(
         "verl SFT (extra_info.question, extra_info.answer)",
         "extra_info",
         fits=_has_inside("extra_info", "question", "answer"),
-        as_demonstration=lambda row: {
-            "problem": _inside(row, "extra_info", "question"),
-            "solution": _inside(row, "extra_info", "answer"),
-        },
+        as_demonstration=_verl_demonstration,
     ),
     _layout(
         "TRL (prompt, completion)",
@@ -323,21 +333,21 @@ LAYOUTS: tuple[Layout, ...] = (
         "problem",
         "solution",
         "messages",
-        as_prompt=lambda row: {"problem": row["problem"], "answer": _boxed(row)},
+        as_prompt=_boxed_problem,
         as_demonstration=lambda row: {"problem": row["problem"], "solution": row["solution"]},
     ),
     _layout(
         "MATH (problem, solution with \\boxed)",
         "problem",
         "solution",
-        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
-        as_prompt=lambda row: {"problem": row["problem"], "answer": _boxed(row)},
+        fits=_has_no_truth,
+        as_prompt=_boxed_problem,
     ),
     _layout(
         "TRL GRPO (prompt, solution)",
         "prompt",
         "solution",
-        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
+        fits=_has_no_truth,
         as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _boxed_or_all(row)},
         as_demonstration=lambda row: _answered(row["prompt"], row["solution"], ("prompt", "solution")),
     ),
@@ -345,7 +355,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "ms-swift GRPO (messages, solution)",
         "messages",
         "solution",
-        fits=lambda row: not any(name in row for name in TRUTH_FIELDS),
+        fits=_has_no_truth,
         as_prompt=lambda row: {"messages": row["messages"], "answer": _boxed_or_all(row)},
     ),
     _layout(
