@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from megatron_chord.data.layouts import Reading
+from megatron_chord.data.layouts import Reading, load_rows
 from megatron_chord.data.rows import (
-    DataError,
-    Fault,
     LoadReport,
     Row,
     RowError,
     only_one_of,
-    parse_rows,
     row_id,
     text_field,
 )
@@ -47,10 +44,8 @@ def load_demonstrations(
             ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
-    reading = Reading("demonstrations", fields or {})
 
     def parse(row: Row) -> Demonstration | None:
-        row = reading.own_row(row)
         messages = _demonstrated_messages(row, template)
         identity = row_id(row, path, seen)
         token_ids, trainable = template.demonstration(messages)
@@ -67,23 +62,13 @@ def load_demonstrations(
             return None
         return Demonstration(id=identity, token_ids=token_ids, trainable=trainable)
 
-    dropped: list[Fault] = []
-    rows = parse_rows(path, parse, max_dropped=max_dropped, dropped=dropped)
-    demonstrations = [demonstration for demonstration in rows if demonstration is not None]
-    if not demonstrations:
-        raise DataError(
-            f"{path}: all {len(rows)} demonstrations have more than {max_prompt_tokens} prompt or "
-            f"{max_response_tokens} response tokens"
-        )
-    report = LoadReport(
-        path=path,
-        num_rows=len(rows) + len(dropped),
-        num_kept=len(demonstrations),
-        num_overlong=len(rows) - len(demonstrations),
-        reading=str(reading),
-        dropped=tuple(dropped),
+    return load_rows(
+        path,
+        Reading("demonstrations", fields or {}),
+        parse,
+        limits=f"{max_prompt_tokens} prompt or {max_response_tokens} response tokens",
+        max_dropped=max_dropped,
     )
-    return demonstrations, report
 
 
 def _demonstrated_messages(row: Row, template: ChatTemplate) -> tuple[Message, ...]:

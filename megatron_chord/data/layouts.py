@@ -9,11 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from megatron_chord.data.rows import QUESTION_FIELDS, TOOL_FIELDS, TRUTH_FIELDS, DataError, Row, RowError
+from megatron_chord.data.rows import (
+    QUESTION_FIELDS,
+    TOOL_FIELDS,
+    TRUTH_FIELDS,
+    DataError,
+    Fault,
+    LoadReport,
+    Row,
+    RowError,
+    parse_rows,
+)
 from megatron_chord.rewards.answers import last_boxed
 
+T = TypeVar("T")
 Role = Literal["prompts", "demonstrations"]
 """What a file is read for. Evaluation sets are prompts."""
 Fields = Mapping[str, Any]
@@ -90,6 +102,35 @@ class Reading:
         if self.unused:
             parts.append(f"not used: {', '.join(sorted(self.unused))}")
         return "; ".join(parts)
+
+
+def load_rows(
+    path: Path,
+    reading: Reading,
+    parse: Callable[[Row], T | None],
+    *,
+    limits: str,
+    max_dropped: float,
+) -> tuple[list[T], LoadReport]:
+    """``parse`` of every row in this project's fields, without those for which it is None: they are over-long.
+
+    Raises:
+        DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
+    """
+    dropped: list[Fault] = []
+    rows = parse_rows(path, lambda row: parse(reading.own_row(row)), max_dropped=max_dropped, dropped=dropped)
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise DataError(f"{path}: all {len(rows)} {reading.role} have more than {limits}")
+    report = LoadReport(
+        path=path,
+        num_rows=len(rows) + len(dropped),
+        num_kept=len(kept),
+        num_overlong=len(rows) - len(kept),
+        reading=str(reading),
+        dropped=tuple(dropped),
+    )
+    return kept, report
 
 
 def at_path(fields: Fields, path: str) -> Any:

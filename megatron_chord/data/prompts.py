@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from megatron_chord.data.layouts import Reading
+from megatron_chord.data.layouts import Reading, load_rows
 from megatron_chord.data.rows import (
-    DataError,
-    Fault,
     LoadReport,
     Row,
     RowError,
-    parse_rows,
     row_id,
 )
 from megatron_chord.data.templates import ChatTemplate
@@ -42,10 +39,8 @@ def load_prompts(
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
-    reading = Reading("prompts", fields or {})
 
     def parse(row: Row) -> Prompt | None:
-        row = reading.own_row(row)
         messages = conversation(row, template)
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
@@ -58,17 +53,10 @@ def load_prompts(
             return None
         return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids)
 
-    dropped: list[Fault] = []
-    rows = parse_rows(path, parse, max_dropped=max_dropped, dropped=dropped)
-    prompts = [prompt for prompt in rows if prompt is not None]
-    if not prompts:
-        raise DataError(f"{path}: all {len(rows)} prompts have more than {max_prompt_tokens} tokens")
-    report = LoadReport(
-        path=path,
-        num_rows=len(rows) + len(dropped),
-        num_kept=len(prompts),
-        num_overlong=len(rows) - len(prompts),
-        reading=str(reading),
-        dropped=tuple(dropped),
+    return load_rows(
+        path,
+        Reading("prompts", fields or {}),
+        parse,
+        limits=f"{max_prompt_tokens} tokens",
+        max_dropped=max_dropped,
     )
-    return prompts, report
