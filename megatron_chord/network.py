@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
+import random
 import socket
 import struct
+from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
 _BACKLOG = 1024
+_FIRST_PORT = 10_000
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_DEFAULT_EPHEMERAL_PORT = 32_768
+_TRIES = 1000
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of ``host`` that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port of ``host`` that no socket uses now, for a process that listens on it later.
+
+    The port is below those that the kernel gives to outgoing connections (ip(7), ``ip_local_port_range``). Otherwise a
+    connection of any process can take the port before the server listens on it. RuntimeError when no port is free.
+    """
+    draw = random.SystemRandom()  # forked processes share the state of a seeded generator
+    for _ in range(_TRIES):
+        port = draw.randrange(_FIRST_PORT, _first_ephemeral_port())
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+            else:
+                return port
+    raise RuntimeError(f"no free port on {host} between {_FIRST_PORT} and {_first_ephemeral_port() - 1}")
+
+
+def _first_ephemeral_port() -> int:
+    """The first port that the kernel gives to outgoing connections. 32768, Linux's default, where that is unknown."""
+    try:
+        first = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return _DEFAULT_EPHEMERAL_PORT
+    return first if first > 2 * _FIRST_PORT else _DEFAULT_EPHEMERAL_PORT
 
 
 def address_towards(peer: str, port: int = 9) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
+
+import httpx
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -11,6 +15,7 @@ from megatron_chord.rollout.server import RolloutServer
 
 START_S = 180.0
 VOCAB = 300
+_SAMPLED = re.compile(r"^vllm:generation_tokens_total(?:{[^}]*})? (\S+)", re.MULTILINE)
 
 
 def make_model(seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
@@ -54,6 +59,20 @@ def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -
         )
         for i in range(num_prompts)
     ]
+
+
+def num_sampled(server: RolloutServer) -> float:
+    """Tokens that the server has sampled since it began, by its own count."""
+    reply = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {server.api_key}"})
+    return sum(map(float, _SAMPLED.findall(reply.raise_for_status().text)))
+
+
+def await_sampling(server: RolloutServer, *, since: float, timeout_s: float = 60) -> None:
+    """Until the server has sampled more than ``since`` tokens."""
+    deadline = time.monotonic() + timeout_s
+    while num_sampled(server) <= since:
+        assert time.monotonic() < deadline, f"nothing was sampled within {timeout_s} s"
+        time.sleep(0.01)
 
 
 @torch.no_grad()

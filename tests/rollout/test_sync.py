@@ -26,10 +26,12 @@ from tests.rollout import rank_program
 from tests.rollout.conftest import Servers
 from tests.rollout.helpers import (
     VOCAB,
+    await_sampling,
     client_of,
     expected_logprobs,
     largest_gap,
     make_model,
+    num_sampled,
     requests,
     weights_of,
 )
@@ -162,22 +164,27 @@ def test_stale_weights_are_noticed(client: RolloutClient, pushed: int) -> None:
         client.generate(requests(), version=pushed + 1, deadline_s=DEADLINE_S)
 
 
-def test_an_aborted_sample_is_sampled_again(client: RolloutClient, pushed: int) -> None:
+def test_an_aborted_sample_is_sampled_again(
+    server: RolloutServer, client: RolloutClient, pushed: int
+) -> None:
     asked = [replace(request, max_tokens=200) for request in requests()]
     undisturbed = client.generate(asked, version=pushed, deadline_s=DEADLINE_S)
     disturbed: list[list[tuple[Rollout, ...]]] = []
     thread = threading.Thread(
         target=lambda: disturbed.append(client.generate(asked, version=pushed, deadline_s=DEADLINE_S))
     )
+    sampled = num_sampled(server)
     thread.start()
-    time.sleep(0.2)
+    await_sampling(server, since=sampled)
     client.pause(mode="abort")
     client.resume()
     thread.join()
     assert tokens(disturbed[0]) == tokens(undisturbed)
 
 
-def test_requests_that_are_kept_go_on_with_the_new_weights(client: RolloutClient, pushed: int) -> None:
+def test_requests_that_are_kept_go_on_with_the_new_weights(
+    server: RolloutServer, client: RolloutClient, pushed: int
+) -> None:
     """Each token has the log-prob of the weights that sampled it: first the old ones', then the new ones'."""
     asked = [replace(request, max_tokens=400, stop_token_ids=()) for request in requests(2)]
     sampled: list[list[tuple[Rollout, ...]]] = []
@@ -186,10 +193,11 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(client: RolloutClient
             client.generate(asked, version=pushed, deadline_s=DEADLINE_S, may_advance=True)
         )
     )
-    begun.start()
-    time.sleep(0.5)
     sync = make_sync(client, "file", pause_mode="keep")
     old, new = make_model(0), make_model(1)
+    num_before = num_sampled(server)
+    begun.start()
+    await_sampling(server, since=num_before)
     sync.push(weights_of(new), pushed + 1)
     begun.join()
     sync.close()
@@ -298,7 +306,7 @@ def test_several_exporters_and_one_that_fails(servers: Servers) -> None:
     assert all(gap < TOLERANCE for gap in results[0].gaps.values())
     for result in results:
         assert result.failure == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"
-        assert result.failure_s < 15
+        assert result.failure_s < 30
 
 
 def test_a_killed_server_is_noticed_at_once(servers: Servers) -> None:
@@ -307,9 +315,9 @@ def test_a_killed_server_is_noticed_at_once(servers: Servers) -> None:
     os.kill(server.pid, signal.SIGKILL)
     with pytest.raises(RolloutError):
         client_of(server).generate(requests(), version=0, deadline_s=DEADLINE_S)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < DEADLINE_S / 3
     assert not server.alive()
-    while server.processes() and time.monotonic() - begun < 5:
+    while server.processes() and time.monotonic() - begun < DEADLINE_S / 3:
         time.sleep(0.05)
     assert server.processes() == []
 
@@ -373,7 +381,7 @@ def test_a_killed_engine_is_noticed_at_once(servers: Servers) -> None:
     os.kill(engine, signal.SIGKILL)
     with pytest.raises(RolloutError):
         client.generate(requests(), version=0, deadline_s=DEADLINE_S)
-    assert time.monotonic() - begun < 5
-    while server.alive() and time.monotonic() - begun < 10:
+    assert time.monotonic() - begun < DEADLINE_S / 3
+    while server.alive() and time.monotonic() - begun < DEADLINE_S / 3:
         time.sleep(0.05)
     assert not server.alive()

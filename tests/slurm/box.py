@@ -16,6 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from megatron_chord.network import free_port
 from megatron_chord.processes import die_with_parent
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -175,8 +176,7 @@ def missing_programs() -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    ports = set[int]()
+    while len(ports) < count:
+        ports.add(free_port(""))
+    return sorted(ports)

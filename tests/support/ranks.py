@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -23,6 +22,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from megatron_chord.network import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_VARIABLES = ("PYTHONPATH", "TRITON_INTERPRET")
@@ -37,16 +38,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     The function must be a module-level one of an importable test module; arguments and results are pickled. When a
     rank fails, the others are stopped and the tracebacks are raised, that of the first to fail first.
     """
-    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
         call = pickle.dumps((function.__module__, function.__qualname__, args))
-        probe.close()
         shared = os.environ | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.network import address_towards, interface_of, is_loopback, listener
+from megatron_chord.network import address_towards, free_port, interface_of, is_loopback, listener
 from tests.support.listening import addresses
 
 
@@ -30,3 +30,12 @@ def test_a_listener_is_reached_at_its_address_alone() -> None:
     with listener("127.0.0.5", 0) as meeting_point, socket.socket() as stranger:
         assert addresses([os.getpid()]) == before | {"127.0.0.5"}
         assert stranger.connect_ex(("127.0.0.1", meeting_point.getsockname()[1])) != 0
+
+
+def test_no_outgoing_connection_can_take_a_free_port() -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [free_port() for _ in range(200)]
+    assert not [port for port in ports if first <= port <= last]
+    assert len(set(ports)) > 150, "each call draws anew"
+    with listener("127.0.0.1", free_port()) as taken, socket.socket() as other:
+        assert other.connect_ex(taken.getsockname()) == 0
