@@ -186,7 +186,7 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(
     server: RolloutServer, client: RolloutClient, pushed: int
 ) -> None:
     """Each token has the log-prob of the weights that sampled it: first the old ones', then the new ones'."""
-    asked = [replace(request, max_tokens=400, stop_token_ids=()) for request in requests(2)]
+    asked = [replace(request, num_samples=32, max_tokens=400, stop_token_ids=()) for request in requests(2)]
     sampled: list[list[tuple[Rollout, ...]]] = []
     begun = threading.Thread(
         target=lambda: sampled.append(
@@ -195,6 +195,7 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(
     )
     sync = make_sync(client, "file", pause_mode="keep")
     old, new = make_model(0), make_model(1)
+    sync.push(weights_of(old), pushed)  # the next push then pauses the server at once
     num_before = num_sampled(server)
     begun.start()
     await_sampling(server, since=num_before)
