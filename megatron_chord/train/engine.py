@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -30,8 +30,6 @@ from megatron_chord.train.offload import Offload
 from megatron_chord.train.state import TrainState
 
 T = TypeVar("T")
-Work = Callable[[Sequence[RolloutClient], int], tuple[Any, Sequence[Any] | None]]
-"""(clients, weight version) -> what every rank gets, and an entry for each data-parallel rank (or None)."""
 
 
 def server_settings(run: RunConfig) -> ServerSettings:
@@ -97,17 +95,8 @@ class RolloutEngine:
 
     @property
     def clients(self) -> Sequence[RolloutClient]:
-        """Of the servers that ``push`` has reached; the coordinator's."""
+        """Of the servers that ``push_weights`` has reached; the coordinator's."""
         return tuple(self._clients)
-
-    def use(self, work: Work, state: TrainState, *, version: int) -> tuple[Any, Any]:
-        """Run ``work`` on the coordinator with servers that hold the weights of ``version``, those of ``state``."""
-
-        def action() -> tuple[Any, Any]:
-            self.push(state, version)
-            return self._groups.from_coordinator(lambda: work(self._clients, version))
-
-        return self.attempt(action)
 
     def attempt(self, action: Callable[[], T]) -> T:
         """Run ``action``, which pushes what it needs.
@@ -125,7 +114,7 @@ class RolloutEngine:
             except (RolloutError, SyncError, ServerError) as error:
                 self._give_up(error)
 
-    def push(self, state: TrainState, version: int) -> None:
+    def push_weights(self, state: TrainState, version: int) -> None:
         """Give the servers the weights of ``state``, unless they hold this version already. Within ``attempt``."""
         if self._version == version:
             return

@@ -1,4 +1,13 @@
-"""The run: collect, step, measure, evaluate, save; and at the end the trained policy as a folder."""
+"""The run: push weights, collect, train, evaluate, save; and at the end the trained policy as a folder.
+
+With ``rollout.asynchronous`` later steps are collected while a step trains. For step t, ``collect`` does this:
+
+    lag 1, drain   wait for step t | push weights t | start to collect step t+1, which samples while step t trains
+    lag n, keep    push weights t, under unfinished requests too | start to collect step t+n | wait for step t
+
+So with ``drain`` the weights of step t-1 sample step t whatever the timing is, and a run can be repeated and resumed
+bit for bit. What a lost server has not finished is sampled again, by the weights there are then.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +56,7 @@ from megatron_chord.train.setup import (
 )
 from megatron_chord.train.state import TrainState, build_state, reset_optimizer, restart_schedule
 from megatron_chord.train.step import train_step
-from megatron_chord.train.step_queue import StepQueue
+from megatron_chord.train.step_queue import CollectedStep, StepQueue
 from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWanted
 from megatron_chord.train.throughput import own_gpu, throughput
 from megatron_chord.train.trace import Tracer
@@ -65,7 +74,7 @@ class RunContext:
     terms: Mapping[str, Term]
     state: TrainState
     engine: RolloutEngine
-    ahead: StepQueue
+    queue: StepQueue
     coordinator: Coordinator | None
     """On rank 0 only."""
     mu_gradient: MuGradient | None
@@ -182,8 +191,8 @@ def _build(
         reference=reference_folder(run, terms),
         fp8=preset(run.precision).training,
     )
-    ahead = StepQueue(run, method, state, engine, coordinator)
-    stack.callback(ahead.close)
+    queue = StepQueue(run, groups, coordinator)
+    stack.callback(queue.close)
     schedule = method.schedule(run)
     return RunContext(
         run=run,
@@ -191,7 +200,7 @@ def _build(
         terms=terms,
         state=state,
         engine=engine,
-        ahead=ahead,
+        queue=queue,
         coordinator=coordinator,
         mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
         health=Health(),
@@ -237,7 +246,8 @@ def _step(parts: RunContext, now: ScheduleInput) -> Memory:
     timer = Timer(mark=record_function)
     with timer.phase("total"):
         with timer.phase("collect"), state.groups.pulse.phase("collecting"):
-            inputs, micro_batches = parts.ahead.take(now)
+            inputs, micro_batches = parts.engine.attempt(lambda: collect(parts, now))
+            parts.queue.remove(step)
             parts.engine.rest()
         if schedule is not None and schedule.resets_optimizer(step):
             reset_optimizer(state)
@@ -290,6 +300,30 @@ def _step(parts: RunContext, now: ScheduleInput) -> Memory:
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
 
 
+def collect(parts: RunContext, now: ScheduleInput) -> CollectedStep:
+    """Push weights and collect the step ``now``. Later steps may go on being collected when this returns.
+
+    It is called again, from its beginning, when a rollout server is lost.
+    """
+    rollout = parts.run.rollout
+    lag = rollout.max_off_policy_steps
+    parts.queue.forget_lost(parts.engine.generation)
+    _push_and_start(parts, now, through=now.step + lag if rollout.in_flight == "keep" else now.step)
+    collected = parts.queue.wait(now.step)
+    _push_and_start(parts, now, through=now.step + lag)
+    return collected
+
+
+def _push_and_start(parts: RunContext, now: ScheduleInput, *, through: int) -> None:
+    """Start to collect the steps up to ``through`` that are not in the queue, with the weights of ``now``."""
+    steps = parts.queue.not_started(now, through=through)
+    samples = [parts.method.needs_rollouts_at(parts.run, step) for step in steps]
+    if any(samples):
+        parts.engine.push_weights(parts.state, now.step)
+    for step, does_sample in zip(steps, samples, strict=True):
+        parts.queue.start(step, parts.engine.clients if does_sample else (), version=now.step)
+
+
 def _throughput(parts: RunContext, inputs: StepInputs, seconds: float) -> dict[str, float]:
     trained = {name for update in inputs.updates for name in update.counts}
     forward = num_forward_passes(parts.terms[name] for name in trained)
@@ -313,12 +347,16 @@ def _evaluate(parts: RunContext, version: int) -> None:
     _doing(coordinator, "evaluating")
     _drain(parts)
 
-    def work(clients: Any, version: int) -> Any:
+    def measure() -> Any:
         assert coordinator is not None
-        return coordinator.evaluate(clients, version), None
+        return coordinator.evaluate(parts.engine.clients, version)
+
+    def push_and_measure() -> Any:
+        parts.engine.push_weights(parts.state, version)
+        return parts.state.groups.once(measure)
 
     with parts.state.groups.pulse.phase("evaluating"):
-        result, _ = parts.engine.use(work, parts.state, version=version)
+        result = parts.engine.attempt(push_and_measure)
     if coordinator is not None:
         coordinator.log.write({"step": version, "evaluation": asdict(result)})
         coordinator.log.say(
@@ -349,7 +387,7 @@ def _save(parts: RunContext, step: int, memory: Memory) -> None:
 
 def _drain(parts: RunContext) -> None:
     with parts.state.groups.pulse.phase("collecting"):
-        parts.ahead.drain()
+        parts.queue.drain()
 
 
 def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
@@ -364,7 +402,7 @@ def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
         parts.coordinator.log.say(f"resumed from {path}: {run_state['step']} of {parts.run.steps} steps done")
 
     parts.state.groups.once(restore)
-    parts.ahead.restore(run_state)
+    parts.queue.restore(run_state)
     schedule, step = parts.method.schedule(parts.run), run_state["step"]
     if schedule is not None:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)

@@ -53,12 +53,12 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
     try:
         seen.append(engine.observed())
         state = build(folder, ParallelConfig(), groups=groups)
-        engine.push(state, 0)
+        engine.push_weights(state, 0)
         seen.append(engine.observed())
         engine.rest()
         seen.append(engine.observed())
         engine.kill_server()
-        engine.attempt(lambda: engine.push(state, 1))
+        engine.attempt(lambda: engine.push_weights(state, 1))
         seen.append(engine.observed() | {"replaced": engine.generation})
     finally:
         engine.close()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")
 ANSWERS = {
     "Where is phi?": r'"phi": lambda p',
-    "Where are weights pushed to vLLM?": r"_sync\.push\(",
+    "Where are weights pushed to vLLM?": r"(?s)loop\.py.*push_weights\(.*_sync\.push\(",
     "Where does a reward come from?": r"GRADERS: dict",
 }
 """Question in CONTRIBUTING.md -> what must be among the lines that its command finds."""

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from megatron_chord.config import AsynchronousConfig, RunConfig
+from megatron_chord.methods.table import build
 from megatron_chord.rollout.client import RolloutError
 from megatron_chord.schedules import Binary, ScheduleInput
+from megatron_chord.train.health import Health
+from megatron_chord.train.loop import RunContext, collect
 from megatron_chord.train.step_queue import StepQueue
 from tests.support.tiny import tiny_run
 
@@ -45,7 +48,7 @@ class Script:
         """One does."""
         self._version: int | None = None
 
-    def push(self, state: Any, version: int) -> None:
+    def push_weights(self, state: Any, version: int) -> None:
         if self._version != version:
             self.events.append(f"push {version}")
         self._version = version
@@ -58,11 +61,6 @@ class Script:
                 self.generation += 1
                 self._version = None
                 self.events.append("another server")
-
-    def use(self, work: Callable[[Any, int], Any], state: Any, *, version: int) -> Any:
-        self.push(state, version)
-        common, per_rank = work(self.clients, version)
-        return common, per_rank[0]
 
     def collect(self, now: ScheduleInput, clients: Any, version: int, *, recorded: Any = None) -> Any:
         how = "recorded" if recorded is not None else "sampled" if clients else "drawn"
@@ -92,20 +90,40 @@ def script() -> Script:
     return Script()
 
 
-def ahead_of(run: RunConfig, script: Any) -> StepQueue:
-    from megatron_chord.methods.table import build
+class Collecting:
+    """The part of a run that collects steps."""
 
-    state: Any = SimpleNamespace(groups=OneRank())
-    return StepQueue(run, build(run.method), state, script, script)
+    def __init__(self, run: RunConfig, script: Any) -> None:
+        groups: Any = OneRank()
+        state: Any = SimpleNamespace(groups=groups)
+        self._parts = RunContext(
+            run=run,
+            method=build(run.method),
+            terms={},
+            state=state,
+            engine=script,
+            queue=StepQueue(run, groups, script),
+            coordinator=script,
+            mu_gradient=None,
+            health=Health(),
+        )
+        queue = self._parts.queue
+        self.drain, self.restore, self.close = queue.drain, queue.restore, queue.close
+
+    def take(self, now: ScheduleInput) -> Any:
+        """As the loop does it in each step."""
+        collected = self._parts.engine.attempt(lambda: collect(self._parts, now))
+        self._parts.queue.remove(now.step)
+        return collected
 
 
 @pytest.fixture
 def trained(script: Script) -> Iterator[Callable[..., list[Any]]]:
     """Runs the steps; a training lasts until all that was begun has ended."""
-    opened: list[StepQueue] = []
+    opened: list[Collecting] = []
 
     def train(run: RunConfig, first: int = 0, *, record: Any = None) -> list[Any]:
-        ahead = ahead_of(run, script)
+        ahead = Collecting(run, script)
         opened.append(ahead)
         if record is not None:
             ahead.restore(record)
@@ -147,7 +165,7 @@ def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Scri
 
 def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = ahead_of(run_of(lag=1), script)
+    ahead = Collecting(run_of(lag=1), script)
     assert ahead.take(ScheduleInput(step=0))[0] == "0 by 0"
     assert script.events[:2] == ["push 0", "0 sampled by 0"]
     script.gates[1].set()
@@ -157,7 +175,7 @@ def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
 
 def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = ahead_of(run_of(lag=1, in_flight="keep"), script)
+    ahead = Collecting(run_of(lag=1, in_flight="keep"), script)
     ahead.take(ScheduleInput(step=0))
     assert script.waiting.wait(10)
     threading.Timer(0.3, script.gates[1].set).start()
@@ -187,7 +205,7 @@ def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) ->
 
 def test_a_failure_is_raised_when_its_step_comes(script: Script) -> None:
     script.failures[1] = [ValueError("no")]
-    ahead = ahead_of(run_of(lag=1), script)
+    ahead = Collecting(run_of(lag=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     with pytest.raises(ValueError, match="no"):
@@ -206,7 +224,7 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
 
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
     """The evaluation has found it gone and replaced it."""
-    ahead = ahead_of(run_of(lag=1), script)
+    ahead = Collecting(run_of(lag=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.generation += 1
