@@ -18,7 +18,7 @@ from megatron_chord.rewards.pool import Grade, GraderPool
 from tests.support.processes import is_alive
 
 LOOPS = r"\boxed{9^{9^{9^9}}}"
-EATS_MEMORY = r"\boxed{(1+x)^{1000000}}"
+EATS_MEMORY = (r"\boxed{(1+x)^{1000000}=x}", "x^2+2y=3")
 ROOT = Path(__file__).parents[3]
 
 
@@ -77,7 +77,7 @@ def test_an_answer_is_graded_again_when_its_grader_was_stopped(hasty: GraderPool
 
 
 def test_memory_that_math_verify_swallows_is_an_error_not_a_zero(pool: GraderPool) -> None:
-    assert pool.grade_all([(EATS_MEMORY, "18"), ("18", "18")]) == [
+    assert pool.grade_all([EATS_MEMORY, ("18", "18")]) == [
         Grade(None, "the grader ran out of memory"),
         Grade(1.0),
     ]
@@ -103,7 +103,7 @@ def test_grading_whose_workers_keep_dying_is_an_error(pool: GraderPool) -> None:
     thread = threading.Thread(target=assassin)
     thread.start()
     try:
-        (grade,) = pool.grade_all([(EATS_MEMORY, "18")])
+        (grade,) = pool.grade_all([EATS_MEMORY])
     finally:
         stop.set()
         thread.join()
