@@ -1,4 +1,4 @@
-"""The command line: train, check, mu preview, settings, doctor."""
+"""The command line: train, check, report, mu preview, settings, doctor."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
         print(markdown() if args.markdown else "\n".join(lines()), end="" if args.markdown else "\n")
         return 0
+    if args.command == "report":
+        return _report(args.runs, args.output)
     try:
         run = load_config(args.config, args.overrides)
     except ConfigError as error:
@@ -86,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
         )
+    report = commands.add_parser(
+        "report", help="write an HTML page with the curves, answers and settings of one or several runs"
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output folder of a run")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help="default: report.html, in the run's folder, or with several runs in the current folder",
+    )
     settings = commands.add_parser("settings", help="list every setting with its default and its meaning")
     settings.add_argument("--markdown", action="store_true", help="write docs/settings.md instead")
     commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
@@ -104,6 +116,17 @@ def _check(run: RunConfig, refuse: Callable[[ValueError], int]) -> int:
     plan_lines(run, shape, method, _world_size(run), print)
     print("\n".join(data.reports))
     print(dump_config(run))
+    return 0
+
+
+def _report(runs: Sequence[Path], output: Path | None) -> int:
+    from megatron_chord.report.page import REPORT, write_report
+
+    to = output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
+    try:
+        print(f"report in {write_report(runs, to)}")
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
     return 0
 
 

@@ -88,6 +88,10 @@ class ChatTemplate:
         text_ids = [token for token in token_ids if token not in self.control_tokens]
         return self._decode(text_ids)
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Text with control tokens."""
+        return self._decode(token_ids)
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False

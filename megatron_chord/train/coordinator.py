@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, evaluate
 from megatron_chord.train.metrics import RunLog
+from megatron_chord.train.sample_rows import sample_rows
 from megatron_chord.train.setup import RunData
 from megatron_chord.train.stop import StopWanted
 from megatron_chord.train.update import Update
@@ -208,7 +208,7 @@ class Coordinator:
         if may_lag:
             self._answers[now.step] = _Answers(version=version, calls=context.calls)
         if context.graded:
-            self.log.write_samples(now.step, _sample_rows(context.graded))
+            self.log.write_samples(now.step, sample_rows(context.graded, self._data.template))
         with timer.phase("pack"):
             count = run.batch.updates_per_step
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
@@ -265,7 +265,7 @@ class Coordinator:
             graders=self._graders,
             version=version,
         )
-        self.log.write_samples(version, _sample_rows(graded), kind="evaluation")
+        self.log.write_samples(version, sample_rows(graded, self._data.template), kind="evaluation")
         return result
 
 
@@ -305,27 +305,3 @@ def _unfinished_stats(context: StepContext) -> dict[str, Any]:
             len(rollout.token_ids) for item in context.stopped for rollout in item.partial_rollouts
         ),
     }
-
-
-def _sample_rows(graded: Sequence[GradedRollouts]) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt_id": item.prompt.id,
-            "prompt": item.prompt.messages[-1]["content"],
-            "truth": item.prompt.truth,
-            "response": text,
-            "score": grade.score,
-            "reward": reward,
-            "grader_error": grade.error,
-            "num_prefix_tokens": len(item.prefix),
-            "num_tokens": len(rollout.token_ids),
-            "finish_reason": rollout.finish_reason,
-            "weight_version": rollout.weight_version,
-            "weight_spans": rollout.all_spans,
-            "mean_logprob": math.fsum(rollout.logprobs) / max(len(rollout.logprobs), 1),
-        }
-        for item in graded
-        for rollout, text, grade, reward in zip(
-            item.rollouts, item.texts, item.grades, item.rewards, strict=True
-        )
-    ]

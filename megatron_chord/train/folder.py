@@ -12,6 +12,8 @@ from typing import IO, Literal, Self
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
+from megatron_chord.report.folder import CONFIG
+from megatron_chord.report.page import REPORT
 from megatron_chord.train.health import FOLDER as NONFINITE
 from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD
 from megatron_chord.train.trace import TRACES
@@ -20,7 +22,6 @@ Resume = Literal["never", "auto"]
 POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-CONFIG = "config.yaml"
 _OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES)
 """What a start makes before it is certain that it will not be refused."""
 _FORMER_LIFE_S = 60.0
@@ -33,21 +34,22 @@ class Claim:
     """
 
     def __init__(self, run: RunConfig, lock: IO[str]) -> None:
+        self.folder = run.output
         self._run = run
         self._lock = lock
-        self._begun = False
+        self.has_begun = False
         self._earlier = {path.name for path in run.output.iterdir()}
 
     def begin(self) -> None:
         """From now on the folder holds this run."""
-        self._begun = True
+        self.has_begun = True
         (self._run.output / CONFIG).write_text(dump_config(self._run), encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._begun:
+        if not self.has_begun:
             _remove(self._run.output / name for name in _OWN if name not in self._earlier)
             with contextlib.suppress(OSError):
                 (self._run.output / LOGS).rmdir()  # where it is empty
@@ -78,7 +80,7 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
                 f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
                 "or replace it with --overwrite"
             )
-        _remove(run.output / name for name in (CONFIG, CHECKPOINTS, LOGS, POLICY, NONFINITE, *_OWN))
+        _remove(run.output / name for name in (CONFIG, CHECKPOINTS, LOGS, POLICY, NONFINITE, REPORT, *_OWN))
     claimed = Claim(run, lock)
     (run.output / LOGS).mkdir(exist_ok=True)
     return claimed

@@ -26,6 +26,7 @@ from megatron_chord.losses.terms import Term, num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.model.fp8 import set_environment
 from megatron_chord.precision import preset
+from megatron_chord.report.page import REPORT, write_report
 from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.runtime.heartbeat import Pulse
@@ -58,7 +59,7 @@ from megatron_chord.train.state import TrainState, build_state, reset_optimizer,
 from megatron_chord.train.step import train_step
 from megatron_chord.train.step_queue import CollectedStep, StepQueue
 from megatron_chord.train.stop import EXIT_CODE, EXIT_CODE_IDLE, Stopped, StopWanted
-from megatron_chord.train.throughput import own_gpu, throughput
+from megatron_chord.train.throughput import held_gpus, own_gpu, throughput
 from megatron_chord.train.trace import Tracer
 from megatron_chord.train.watch import clear_leftovers, start_watch
 
@@ -121,7 +122,9 @@ def train(
         def prepare() -> None:
             nonlocal claimed, data
             data = load_data(run, shape)
-            claimed = stack.enter_context(claim(run, resume=resume, overwrite=overwrite))
+            claimed = claim(run, resume=resume, overwrite=overwrite)
+            stack.callback(_report, claimed)  # when servers and logs are closed, however the run ends
+            stack.enter_context(claimed)
             clear_leftovers(run, watch)
             checkpoint.clear_partial(run.output / CHECKPOINTS, print)
 
@@ -156,10 +159,7 @@ def train(
                 parts.state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template
             )
         if coordinator is not None:
-            coordinator.log.say(f"trained policy in {run.output / POLICY}")
-            table = summary(read_metrics(run.output))
-            if table is not None:
-                coordinator.log.console.print(table)
+            _tell_outcome(coordinator.log, run.output)
 
 
 def _build(
@@ -290,6 +290,7 @@ def _step(parts: RunContext, now: ScheduleInput) -> Memory:
         row |= {
             "tokens_per_s": inputs.num_tokens / seconds["total"],
             **_throughput(parts, inputs, seconds["train"]),
+            **held_gpus(parts.state.groups.world_size),
             "seconds": seconds | {"sync": parts.engine.take_sync_seconds()},
         }
         coordinator.log.finish_step(row, step_line(row, run.steps))
@@ -448,6 +449,23 @@ def _make_coordinator(
     return Coordinator(
         run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted, pulse=pulse
     )
+
+
+def _tell_outcome(log: RunLog, folder: Path) -> None:
+    log.say(f"trained policy in {folder / POLICY}")
+    table = summary(read_metrics(folder))
+    if table is not None:
+        log.console.print(table)
+
+
+def _report(claimed: Claim) -> None:
+    """The page about a run, or one line that says why there is none: a picture never fails a run."""
+    if not claimed.has_begun:
+        return
+    try:
+        print(f"report in {write_report([claimed.folder], claimed.folder / REPORT)}", flush=True)
+    except Exception as error:
+        print(f"no report was written: {type(error).__name__}: {error}", flush=True)
 
 
 @contextmanager

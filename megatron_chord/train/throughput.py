@@ -37,3 +37,8 @@ def throughput(
 def own_gpu() -> Gpu | None:
     """This process's kind of GPU; None without CUDA, or where the kind is not known."""
     return gpu_by_driver_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def held_gpus(ranks: int) -> dict[str, int]:
+    """``gpus``: one a rank. Nothing without CUDA."""
+    return {"gpus": ranks} if torch.cuda.is_available() else {}

@@ -37,7 +37,7 @@ LAYERS = (
     ("losses", "data", "rewards", "families", "weights", "costs"),
     ("runtime", "model", "rollout", "sampling"),
     ("methods",),
-    ("convert", "train", "plan"),
+    ("convert", "train", "plan", "report"),
     ("cli", "cluster", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -55,6 +55,7 @@ NO_TORCH = (
     "process_table",
     "processes",
     "records",
+    "report",
     "schedules",
     "doctor",
     "settings",

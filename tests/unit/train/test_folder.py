@@ -11,6 +11,7 @@ import pytest
 
 from megatron_chord.config import RunConfig
 from megatron_chord.train.folder import claim
+from megatron_chord.train.loop import _report
 from tests.support.tiny import tiny_run
 
 HOLDERS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -56,3 +57,21 @@ def test_a_child_does_not_hold_the_folder(run: RunConfig) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_run_ends_with_a_report_or_with_a_line_that_says_why_not(
+    run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claim(run, resume="never", overwrite=False) as claimed:
+        _report(claimed)  # of a start that was refused there is none
+        claimed.begin()
+        (run.output / "metrics.jsonl").write_text('{"step": 0, "reward_mean": 0.5}\n')
+    _report(claimed)
+    (run.output / "metrics.jsonl").write_text('{"step": 0\n{"step": 1}\n')
+    _report(claimed)
+    written, failed = capsys.readouterr().out.splitlines()
+    assert written == f"report in {run.output / 'report.html'}"
+    assert failed.startswith("no report was written: ValueError: ")
+    assert (run.output / "report.html").is_file()
+    with claim(run, resume="never", overwrite=True):
+        assert not (run.output / "report.html").exists()

@@ -56,9 +56,11 @@ class Steps:
         self.run = run
         self.client = DecodingClient(LENGTHS)
         self.rows: dict[int, list[dict[str, Any]]] = {}
-        template: Any = SimpleNamespace(
-            stop_token_ids=(END,), decode=lambda ids: " ".join(str(token) for token in ids)
-        )
+
+        def decode(ids: Sequence[int]) -> str:
+            return " ".join(str(token) for token in ids)
+
+        template: Any = SimpleNamespace(stop_token_ids=(END,), decode=decode, decode_all=decode)
         data: Any = SimpleNamespace(
             template=template,
             sources=Sources(

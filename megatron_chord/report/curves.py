@@ -1,0 +1,278 @@
+"""Which curves a report shows, and their points: at most ``MOST_POINTS`` of each, whatever the run's length."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_chord.report.folder import Row, RunRecord, interval, setting
+
+MOST_POINTS = 1000
+_OWN_PLACE = ("step", "seconds", "not_finite", "weight_version", "gpus")
+"""Of a row: what no curve of its own shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    group: str
+    title: str
+    metrics: tuple[str, ...]
+    """Names in a row of metrics.jsonl."""
+    help: str
+    unit: Literal["", "%", "tokens", "s"] = ""
+    log: bool = False
+
+
+CHARTS = (
+    Chart(
+        group="Learning",
+        title="Reward",
+        metrics=("reward_mean",),
+        help="Mean over the step's graded answers.",
+    ),
+    Chart(
+        group="Learning",
+        title="Answer length",
+        metrics=("response_length",),
+        unit="tokens",
+        help="Mean tokens of an answer.",
+    ),
+    Chart(
+        group="Learning",
+        title="Truncated answers",
+        metrics=("truncated_fraction",),
+        unit="%",
+        help="Share of answers that reached data.max_response_tokens.",
+    ),
+    Chart(
+        group="Learning",
+        title="Groups with equal rewards",
+        metrics=("equal_reward_groups",),
+        unit="%",
+        help="Share of prompts whose answers all have the same reward. They give no policy gradient.",
+    ),
+    Chart(
+        group="Learning",
+        title="Entropy",
+        metrics=("entropy",),
+        help="Of the policy at sampled tokens, in nats a token.",
+    ),
+    Chart(
+        group="Demonstrations",
+        title="mu",
+        metrics=("mu",),
+        help="Weight of the SFT loss. The policy loss has the weight 1 - mu.",
+    ),
+    Chart(
+        group="Demonstrations",
+        title="SFT loss",
+        metrics=("sft_loss",),
+        help="Mean over demonstration tokens, each with its token weight.",
+    ),
+    Chart(
+        group="Demonstrations",
+        title="Policy loss",
+        metrics=("policy_loss",),
+        help="Mean over answer tokens. It does not measure progress: read the reward and the accuracy.",
+    ),
+    Chart(
+        group="Demonstrations",
+        title="p and phi of demonstration tokens",
+        metrics=("sft_p", "sft_phi"),
+        help="p: probability that the policy gives the token. phi = p (1 - p): large where the policy is undecided.",
+    ),
+    Chart(
+        group="Demonstrations",
+        title="Demonstration negative log-likelihood",
+        metrics=("sft_nll",),
+        help="Mean -log p of demonstration tokens, in nats.",
+    ),
+    Chart(
+        group="Stability",
+        title="Gradient norm",
+        metrics=("grad_norm",),
+        log=True,
+        help="Of the whole model, before clipping.",
+    ),
+    Chart(
+        group="Stability",
+        title="Log-prob gap",
+        metrics=("logprob_gap",),
+        log=True,
+        help="Mean difference between trainer and vLLM for the same tokens, in nats. It should not grow.",
+    ),
+    Chart(
+        group="Stability",
+        title="Clipped tokens",
+        metrics=("clip_fraction", "dual_clip_fraction"),
+        unit="%",
+        help="Share of answer tokens whose ratio is clipped: they give no gradient.",
+    ),
+    Chart(
+        group="Stability",
+        title="Importance correction",
+        metrics=("correction_weight", "correction_outside"),
+        help="Mean weight of answer tokens from other weights, and the share of them outside the bounds.",
+    ),
+    Chart(group="Stability", title="KL to the reference", metrics=("kl",), help="In nats a token."),
+    Chart(
+        group="Stability",
+        title="Staleness",
+        metrics=("staleness_mean", "staleness_max"),
+        help="Optimizer steps between the weights that sampled a token and the weights that are trained.",
+    ),
+    Chart(
+        group="Speed",
+        title="Tokens per second",
+        metrics=("tokens_per_s",),
+        help="Prompts included, over the whole step.",
+    ),
+    Chart(
+        group="Speed",
+        title="Model FLOPs utilization (MFU)",
+        metrics=("mfu",),
+        unit="%",
+        help="Of the training part of a step, as a share of the GPU's BF16 peak.",
+    ),
+    Chart(
+        group="Speed",
+        title="TFLOP/s of a rank",
+        metrics=("tflops_per_gpu",),
+        help="Of the training part of a step.",
+    ),
+)
+PHASES = ("waiting", "weight push", "sampling", "grading", "packing", "training", "other")
+
+
+def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """Those of ``CHARTS`` that any run has numbers for, then one for each number that none of them shows."""
+    present = {name for run in runs for row in run.steps for name, value in row.items() if _is_number(value)}
+    known = [chart for chart in CHARTS if present & set(chart.metrics)]
+    shown = {name for chart in CHARTS for name in chart.metrics} | set(_OWN_PLACE)
+    more = [
+        Chart(group="More", title=name, metrics=(name,), help="See docs/running.md and docs/methods.md.")
+        for name in sorted(present - shown)
+    ]
+    return known + more
+
+
+def curves(run: RunRecord, charts: Sequence[Chart], *, most_points: int = MOST_POINTS) -> dict[str, Any]:
+    """The points of a run: ``x`` (step, tokens, hours), ``series`` by metric, ``phases`` and ``evaluations``.
+
+    With more steps than ``most_points``, a point stands for several steps in a row: ``mean``, with ``low`` and ``high``
+    beside it, so that a single wild step stays visible. Where nothing was measured, a point is None. Tokens and hours
+    count from the start of the run.
+    """
+    size = max(1, math.ceil(len(run.steps) / most_points))
+    parts = [run.steps[start : start + size] for start in range(0, len(run.steps), size)]
+    totals = _totals(run.steps)
+    last = [totals[min(start + size, len(totals)) - 1] for start in range(0, len(totals), size)]
+    names = dict.fromkeys(name for chart in charts for name in chart.metrics)
+    return {
+        "x": {
+            "step": [part[-1]["step"] + 1 for part in parts],
+            "tokens": [_rounded(tokens) for tokens, _ in last],
+            "hours": [_rounded(hours) for _, hours in last],
+        },
+        "series": {
+            name: found
+            for name in names
+            if (found := _series([[row.get(name) for row in part] for part in parts]))
+        },
+        "phases": _phases(run, parts),
+        "evaluations": _evaluations(run, totals),
+    }
+
+
+def totals(run: RunRecord) -> tuple[float, float]:
+    """Tokens that passed through the model and hours of training steps, of the whole run."""
+    return _totals(run.steps)[-1] if run.steps else (0.0, 0.0)
+
+
+def _totals(steps: Sequence[Row]) -> list[tuple[float, float]]:
+    """After each step."""
+    seconds = [float(row.get("seconds", {}).get("total", 0.0)) for row in steps]
+    tokens = [float(row.get("tokens_per_s", 0.0)) * took for row, took in zip(steps, seconds, strict=True)]
+    return [
+        (sum_of_tokens, sum_of_seconds / 3600)
+        for sum_of_tokens, sum_of_seconds in zip(
+            itertools.accumulate(tokens), itertools.accumulate(seconds), strict=True
+        )
+    ]
+
+
+def _series(parts: Sequence[Sequence[Any]]) -> dict[str, list[float | None]] | None:
+    numbers = [[float(value) for value in part if _is_number(value)] for part in parts]
+    if not any(numbers):
+        return None
+    found = {"mean": [_rounded(sum(part) / len(part)) if part else None for part in numbers]}
+    if any(len(part) > 1 for part in numbers):
+        found["low"] = [_rounded(min(part)) if part else None for part in numbers]
+        found["high"] = [_rounded(max(part)) if part else None for part in numbers]
+    return found
+
+
+def _phases(run: RunRecord, parts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
+    """Seconds of a step by phase; together they are the step's total."""
+    ahead = setting(run.settings, "rollout.asynchronous") is not None
+    rows = [[_phases_of(row.get("seconds", {}), ahead=ahead) for row in part] for part in parts]
+    found = {
+        phase: [_rounded(sum(row[phase] for row in part) / len(part)) for part in rows] for phase in PHASES
+    }
+    return {phase: values for phase, values in found.items() if any(values)}
+
+
+def _phases_of(seconds: Mapping[str, float], *, ahead: bool) -> dict[str, float]:
+    """``ahead``: rollouts were sampled while the step before trained, so the step only waited for them."""
+    collect, train, total = (float(seconds.get(name, 0.0)) for name in ("collect", "train", "total"))
+    found = dict.fromkeys(PHASES, 0.0) | {"training": train, "other": max(0.0, total - collect - train)}
+    if ahead:
+        return found | {"waiting": collect}
+    rest = collect
+    # The first push of a run belongs to the evaluation before it, so a part never exceeds what is left.
+    for phase, name in (
+        ("sampling", "sample"),
+        ("grading", "grade"),
+        ("packing", "pack"),
+        ("weight push", "sync"),
+    ):
+        found[phase] = min(float(seconds.get(name, 0.0)), rest)
+        rest -= found[phase]
+    return found | {"other": found["other"] + rest}
+
+
+def _evaluations(run: RunRecord, totals: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    done = {row["step"] + 1: total for row, total in zip(run.steps, totals, strict=True)}
+    samples = int(setting(run.settings, "evaluation.samples", 1))
+    found: list[dict[str, Any]] = []
+    for row in run.evaluations:
+        step, evaluation = row["step"], row["evaluation"]
+        if not _is_number(evaluation.get("accuracy")):
+            continue
+        tokens, hours = done.get(step, (0.0, 0.0))
+        low, high = interval(evaluation, samples=samples)
+        found.append(
+            {
+                "step": step,
+                "tokens": _rounded(tokens),
+                "hours": _rounded(hours),
+                "accuracy": _rounded(evaluation["accuracy"]),
+                "low": _rounded(low),
+                "high": _rounded(high),
+                "problems": evaluation.get("num_problems"),
+                "length": _rounded(float(evaluation.get("response_length", 0.0))),
+            }
+        )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rounded(value: float) -> float:
+    """To five digits, which is more than a screen shows."""
+    return float(f"{value:.5g}")

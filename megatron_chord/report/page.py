@@ -1,0 +1,148 @@
+"""One HTML page about one or several runs. It holds everything it shows and asks no network for anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+from megatron_chord.config_io import dump_config
+from megatron_chord.report.curves import all_charts, curves, totals
+from megatron_chord.report.folder import RunRecord, flat, read_runs, setting
+from megatron_chord.report.samples import MOST_CHARACTERS, samples
+
+REPORT = "report.html"
+_HERE = Path(__file__).parent
+_EVERY_RUN_HAS_ITS_OWN = ("output",)
+_WITHOUT_DEFAULT = (
+    "output",
+    "steps",
+    "model.path",
+    "data.prompts",
+    "batch.prompts",
+    "batch.rollouts",
+    "batch.demonstrations",
+)
+
+
+def write_report(folders: Sequence[Path], to: Path) -> Path:
+    """Write the page about the runs in ``folders`` to the file ``to``; it appears when it is complete.
+
+    Raises:
+        ValueError: a folder holds no run, or a file of it cannot be read.
+        OSError: the page cannot be written.
+    """
+    text = page(read_runs(folders))
+    temporary = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(to)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return to
+
+
+def page(runs: Sequence[RunRecord]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("page.html").render(
+        title=" · ".join(run.name for run in runs),
+        data=_in_script(_data(runs)),
+        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        library=(_HERE / "vendor" / "echarts.common.min.js").read_text(encoding="utf-8"),
+        script=(_HERE / "page.js").read_text(encoding="utf-8"),
+    )
+
+
+def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    charts = all_charts(runs)
+    return {
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "charts": [asdict(chart) for chart in charts],
+        "settings": _settings(runs),
+        "runs": [
+            {
+                "name": run.name,
+                "folder": str(run.folder.resolve()),
+                "headline": headline(run),
+                "curves": curves(run, charts),
+                "samples": samples(run.folder, most_characters=MOST_CHARACTERS // len(runs)),
+            }
+            for run in runs
+        ],
+    }
+
+
+def headline(run: RunRecord) -> dict[str, Any]:
+    """The numbers that a person asks for first."""
+    tokens, hours = totals(run)
+    gpus = [row["gpus"] for row in run.steps if row.get("gpus")]
+    servers = len(setting(run.settings, "rollout.servers", ())) * setting(run.settings, "rollout.tensor", 1)
+    processors = gpus[-1] + servers if gpus else setting(run.settings, "parallel.ranks", 1)
+    return {
+        "method": setting(run.settings, "method.name", ""),
+        "steps": run.steps[-1]["step"] + 1 if run.steps else 0,
+        "planned": setting(run.settings, "steps"),
+        "tokens": tokens,
+        "hours": hours,
+        "processor_hours": hours * processors,
+        "has_gpus": bool(gpus),
+    }
+
+
+def _settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Of several runs side by side; of one run beside the defaults."""
+    columns = {run.name: run.settings for run in runs}
+    if len(runs) == 1:
+        columns = {"this run": runs[0].settings, "default": _defaults()}
+    return {"columns": list(columns), "rows": differences(list(columns.values()))}
+
+
+def _defaults() -> dict[str, Any]:
+    """Of all settings that have one."""
+    nothing = Path()
+    run = RunConfig(
+        output=nothing,
+        steps=1,
+        model=ModelConfig(path=nothing),
+        data=DataConfig(prompts=nothing),
+        batch=BatchConfig(prompts=1, rollouts=2, demonstrations=0),
+    )
+    return {
+        name: value
+        for name, value in flat(yaml.safe_load(dump_config(run))).items()
+        if name not in _WITHOUT_DEFAULT
+    }
+
+
+def differences(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every setting of any run with its value in each; ``differs`` where they are not all the same."""
+    flattened = [flat(one) for one in settings]
+    names = dict.fromkeys(name for one in flattened for name in one)
+    found: list[dict[str, Any]] = []
+    for name in names:
+        values = [_shown(one[name]) if name in one else None for one in flattened]
+        differs = len(set(values)) > 1 and name not in _EVERY_RUN_HAS_ITS_OWN
+        found.append({"name": name, "values": values, "differs": differs})
+    return found
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _in_script(data: Any) -> str:
+    """JSON that stands safely between script tags, whatever a model has written: it holds no ``<``."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
