@@ -91,7 +91,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved settings as YAML that ``load_config`` reads back."""
-    return yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain_settings(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def plain_settings(config: RunConfig) -> dict[str, Any]:
+    """The resolved settings as nested dicts of plain values; paths are absolute."""
+    return _plain(config)
 
 
 def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:

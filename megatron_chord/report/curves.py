@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_chord.report.folder import Row, RunRecord, interval, setting
+from megatron_chord.report.folder import Row, RunRecord, interval
+from megatron_chord.settings_tree import setting
 
 MOST_POINTS = 1000
 _OWN_PLACE = ("step", "seconds", "not_finite", "weight_version", "gpus")

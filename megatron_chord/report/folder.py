@@ -59,27 +59,6 @@ def interval(evaluation: Row, *, samples: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1e-6}}`` -> ``{"optim.lr": 1e-6}``; lists stay as they are."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value
-    return found
-
-
-def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
-    """One of them by its full name, such as ``optim.lr``."""
-    value: Any = settings
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return otherwise
-        value = value[part]
-    return value
-
-
 def _read(folder: Path, name: str) -> RunRecord:
     if not (folder / METRICS).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no run: it has neither {METRICS} nor {CONFIG}")

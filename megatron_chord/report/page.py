@@ -16,9 +16,11 @@ import yaml
 
 from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig
 from megatron_chord.config_io import dump_config
+from megatron_chord.judgement import judge
 from megatron_chord.report.curves import all_charts, curves, totals
-from megatron_chord.report.folder import RunRecord, flat, read_runs, setting
+from megatron_chord.report.folder import RunRecord, read_runs
 from megatron_chord.report.samples import MOST_CHARACTERS, samples
+from megatron_chord.settings_tree import flat, setting
 
 REPORT = "report.html"
 _HERE = Path(__file__).parent
@@ -76,6 +78,7 @@ def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
                 "name": run.name,
                 "folder": str(run.folder.resolve()),
                 "headline": headline(run),
+                "warnings": [asdict(finding) for finding in judge(run.steps, run.settings)],
                 "curves": curves(run, charts),
                 "samples": samples(run.folder, most_characters=MOST_CHARACTERS // len(runs)),
             }

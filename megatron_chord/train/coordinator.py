@@ -228,6 +228,7 @@ class Coordinator:
             stats={
                 **collected.stats,
                 **_rollout_stats(context.graded),
+                **_demonstration_stats(context.sources),
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
                 **(_unfinished_stats(context) if run.rollout.partial is not None and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
@@ -283,6 +284,11 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "grader_errors": sum(grade.error is not None for item in graded for grade in item.grades),
     }
+
+
+def _demonstration_stats(sources: Sources) -> dict[str, Any]:
+    cursor = sources.demonstration_cursor
+    return {"demonstration_epochs": cursor.position / cursor.size} if cursor is not None else {}
 
 
 def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:

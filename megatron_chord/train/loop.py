@@ -20,6 +20,7 @@ from typing import Any
 from torch.profiler import record_function
 
 from megatron_chord.config import RunConfig
+from megatron_chord.config_io import plain_settings
 from megatron_chord.data.packing import Layout
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.losses.terms import Term, num_forward_passes
@@ -433,7 +434,9 @@ def _make_coordinator(
     first_step = checkpoint.step_of(found) if found is not None else 0
     if first_step > run.steps:
         raise ValueError(f"{found} has taken {first_step} steps already, but steps is {run.steps}")
-    log = stack.enter_context(RunLog(run.output, steps=run.steps, first_step=first_step))
+    log = stack.enter_context(
+        RunLog(run.output, steps=run.steps, first_step=first_step, settings=plain_settings(run))
+    )
     graders = stack.enter_context(
         GraderPool(
             run.reward.kind,

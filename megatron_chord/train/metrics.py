@@ -12,20 +12,29 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_chord.judgement import Judge
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """One JSON line a step, the same numbers as TensorBoard scalars, one readable line on the console."""
+    """One JSON line a step, the same numbers as TensorBoard scalars, one readable line on the console, and warnings."""
 
-    def __init__(self, folder: Path, *, steps: int, first_step: int) -> None:
-        """Append to the folder's log; lines of steps from ``first_step`` on (an earlier run went further) go."""
+    def __init__(self, folder: Path, *, steps: int, first_step: int, settings: Mapping[str, Any]) -> None:
+        """Append to the folder's log; lines of steps from ``first_step`` on (an earlier run went further) go.
+
+        ``settings``: the run's, as config.yaml has them.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / METRICS
         _keep_steps_before(self._path, first_step)
+        self._judge = Judge(settings=settings)
+        for row in read_metrics(folder):
+            if "evaluation" not in row:
+                self._judge.add(row)  # what it finds has been said
         self._samples = folder / SAMPLES
         self._samples.mkdir(exist_ok=True)
         for path in self._samples.glob("*-*.jsonl"):
@@ -75,6 +84,8 @@ class RunLog:
     def finish_step(self, row: Mapping[str, Any], line: str) -> None:
         self.write(row)
         self.say(line)
+        for finding in self._judge.add(row):
+            self.say(str(finding))
         self._progress.update(self._task, completed=row["step"] + 1)
 
     def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:

@@ -1,0 +1,27 @@
+"""Settings as plain nested mappings, as config.yaml has them: one by its full name, or all in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
+    """One of them by its full name, such as ``optim.lr``; ``otherwise`` where there is none of that name."""
+    value: Any = settings
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return otherwise
+        value = value[part]
+    return value
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1e-6}}`` -> ``{"optim.lr": 1e-6}``; lists and empty mappings stay as they are."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found

@@ -1,0 +1,29 @@
+"""The log of a run: warnings are said once, also when the run goes on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.train.metrics import RunLog, read_metrics
+
+
+def steps(log: RunLog, first: int, last: int) -> list[str]:
+    said: list[str] = []
+    log.say = said.append  # type: ignore[method-assign]
+    for step in range(first, last):
+        row: dict[str, Any] = {"step": step, "truncated_fraction": 1.0}
+        log.finish_step(row, f"step {step}")
+    return said
+
+
+def test_a_warning_is_said_once_also_over_a_resume(tmp_path: Path) -> None:
+    settings = {"data": {"max_response_tokens": 48}}
+    with RunLog(tmp_path, steps=9, first_step=0, settings=settings) as log:
+        first, warning, second = steps(log, 0, 2)
+    assert (first, second) == ("step 0", "step 1")
+    assert warning.startswith("warning: all answers of the step were cut off at 48 tokens. ")
+    assert "data.max_response_tokens" in warning
+    with RunLog(tmp_path, steps=9, first_step=2, settings=settings) as log:
+        assert steps(log, 2, 4) == ["step 2", "step 3"]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
