@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,10 +14,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, dump_config, load_config, located
+
+if TYPE_CHECKING:
+    from megatron_chord.train.stop import StopWish
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -166,8 +173,10 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         _launch(run.parallel.ranks, args.argv)
     end_with_launcher()
     _quieten_libraries()
-    termination, wish = _Termination(), StopWish()
+    wish = StopWish()
+    termination = _Termination(wish, speaks=speaks)
     signal.signal(signal.SIGTERM, termination.on_signal)
+    signal.signal(signal.SIGINT, termination.on_interrupt)
     wish.listen()
     from megatron_chord.train.halt import Halted
     from megatron_chord.train.loop import Refused, train
@@ -182,7 +191,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         )
     except Stopped as stopped:
         if speaks:
-            print(stopped, file=sys.stderr)
+            print(f"{stopped}. Continue with: {_resuming(args.argv)}", file=sys.stderr)
         return stopped.exit_code
     except Halted as halted:
         if speaks:
@@ -226,30 +235,65 @@ def _quieten_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
-class _Termination:
-    """On a signal, leave through the finally blocks, which stop the rollout server; on a second one, leave at once.
+def _resuming(argv: Sequence[str]) -> str:
+    """The command line that continues the run that ``argv`` started."""
+    kept = [text for text in argv if text != "--overwrite"]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    kept = [text for text in kept if not text.startswith("--resume=")]
+    return shlex.join(["megatron-chord", *kept, "--resume", "auto"])
 
-    Its children then die with this process, and the next run removes the folders that it leaves.
+
+class _Termination:
+    """What signals do to a run.
+
+    SIGTERM leaves through the finally blocks, which stop the rollout server. A second one leaves at once: the children
+    die with this process, and the next run removes the folders that it leaves. The first Ctrl-C of a run that trains
+    only wishes for a stop, with a checkpoint. The next ones, and any before the first step, are as SIGTERM.
     """
 
     SAME_S = 0.5
     """A launcher hands a signal on to ranks that had it already: within this time it is the same one."""
 
-    def __init__(self) -> None:
+    def __init__(self, wish: StopWish, *, speaks: bool) -> None:
+        self._wish = wish
+        self._speaks = speaks
+        self._is_training = False
         self._code: int | None = None
-        self._first = 0.0
+        self._last = -math.inf
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._code is None:
-            self._first, self._code = time.monotonic(), 128 + number
-            raise SystemExit(self._code)
-        if time.monotonic() - self._first > self.SAME_S:
+        if not self._is_another():
+            return
+        if self._code is not None:
             os._exit(self._code)
+        self._code = 128 + number
+        raise SystemExit(self._code)
+
+    def on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_training or self._wish.there():
+            return self.on_signal(number, frame)
+        self._is_another()
+        self._wish.want()
+        if self._speaks:  # print is not allowed here: it may interrupt itself
+            os.write(
+                2, b"\nCtrl-C: a checkpoint comes at the next safe point. Again: leave now, without one.\n"
+            )
 
     def check(self) -> None:
-        """Leave now if a signal has come: one that arrives inside a ``__del__`` is printed and forgotten by Python."""
+        """Called before every step. Leave now if a signal has come.
+
+        Python prints and forgets one that arrives inside a ``__del__``.
+        """
+        self._is_training = True
         if self._code is not None:
             raise SystemExit(self._code)
+
+    def _is_another(self) -> bool:
+        """Whether this signal is not just a copy of the one before."""
+        before, self._last = self._last, time.monotonic()
+        return self._last - before > self.SAME_S
 
 
 def _refuse(message: str) -> int:

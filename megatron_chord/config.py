@@ -580,12 +580,14 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none but those of `every_minutes` and the last."""
+    every_minutes: float = 30.0
+    """A checkpoint is also written before the next step when the last one is so many minutes old; 0: never."""
     keep: int = 2
     """How many of the newest to keep."""
 
     def __post_init__(self) -> None:
-        not_negative(**{"checkpoint.every": self.every})
+        not_negative(**{"checkpoint.every": self.every, "checkpoint.every_minutes": self.every_minutes})
         positive(**{"checkpoint.keep": self.keep})
 
 

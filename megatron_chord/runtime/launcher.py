@@ -50,6 +50,7 @@ class Launcher:
         """The first rank that failed, and its ``Popen.returncode``."""
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
+        self._is_interrupted = False
         self._ranks: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._hand_on)
@@ -96,7 +97,10 @@ class Launcher:
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._signal(number)
-        if number != signal.SIGUSR1:
+        # The first Ctrl-C may only ask for a stop with a checkpoint, which takes its time.
+        may_go_on = number == signal.SIGUSR1 or (number == signal.SIGINT and not self._is_interrupted)
+        self._is_interrupted |= number == signal.SIGINT
+        if not may_go_on:
             self._kill_at = self._kill_at or time.monotonic() + _GRACE_S
 
     def _signal(self, number: int) -> None:

@@ -11,6 +11,7 @@ bit for bit. What a lost server has not finished is sampled again, by the weight
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -219,11 +220,17 @@ def _run_steps(
 ) -> None:
     """The steps after ``done``, each with the evaluation and the checkpoint that are due after it."""
     run, groups, saved_step = parts.run, parts.state.groups, done
+    saved_at, allowed_s = time.monotonic(), 60 * run.checkpoint.every_minutes
     for step in range(done, run.steps):
         check_stop()
         try:
-            if any(groups.gather(stop_wanted())):
+            is_late = 0 < allowed_s <= time.monotonic() - saved_at
+            wishes = groups.gather((stop_wanted(), is_late))
+            if any(wants_stop for wants_stop, _ in wishes):
                 raise StopWanted
+            if wishes[0][1] and saved_step < step:  # rank 0's clock is the run's
+                _save(parts, step, memory)
+                saved_step, saved_at = step, time.monotonic()
             with tracer.step(step):
                 memory = _step(parts, ScheduleInput(step=step, seed=run.seed, memory=memory))
         except StopWanted:
@@ -237,7 +244,7 @@ def _run_steps(
             _evaluate(parts, step + 1)
         if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
             _save(parts, step + 1, memory)
-            saved_step = step + 1
+            saved_step, saved_at = step + 1, time.monotonic()
 
 
 def _step(parts: RunContext, now: ScheduleInput) -> Memory:

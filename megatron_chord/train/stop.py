@@ -1,7 +1,8 @@
 """A wish that a run end soon: at the next safe point, with a checkpoint, to be continued later.
 
-It comes as SIGUSR1 or as a file (``FILE_VARIABLE``), which reaches all nodes of a job whatever lies between its batch
-script and its ranks. It is not SIGTERM, which ends a run at once and without a checkpoint.
+It comes as SIGUSR1, as a first Ctrl-C (``cli``) or as a file (``FILE_VARIABLE``). A file reaches all nodes of a job,
+whatever lies between its batch script and its ranks. SIGTERM is no such wish: it ends a run at once and without a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -47,5 +48,9 @@ class StopWish:
         """Whether the wish has come, to this process; it does not go away."""
         return self._signalled or (self._file is not None and self._file.exists())
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def want(self) -> None:
+        """The wish has come, by another way."""
         self._signalled = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.want()

@@ -6,11 +6,16 @@ Real Megatron-Core ranks over gloo and a real vLLM server, on the quick start's 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,20 +119,25 @@ def test_resume_is_the_uninterrupted_run(config: Path, straight: Path) -> None:
     ).read_bytes()
 
 
-def test_a_stop_that_was_asked_for_loses_nothing(config: Path, straight: Path) -> None:
-    """The step that was being sampled is given up, and taken again the same."""
+def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> None:
+    """The step that was being sampled is given up, and taken again the same. Then checkpoints come by the clock."""
     output = config.parent / "stopped"
-    with running(config, output, "checkpoint.every=0") as process:
+    with in_terminal(config, output, "checkpoint.every=0", "checkpoint.keep=9") as (process, keys):
         wait_for(lambda: steps_done(output) >= 1, process)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 75, log_of(output)
-    done = steps_done(output)
+        os.write(keys, b"\x03")
+        assert process.wait(120) == 75, log_of(output)
+    done, said = steps_done(output), log_of(output)
     assert 1 <= done < STEPS
-    assert f"stopped as asked: {done} of {STEPS} steps done" in log_of(output)
-    assert [path.name for path in (output / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
-    result = run_cli("train", str(config), f"output={output}", "--resume", "auto")
+    assert "Ctrl-C: a checkpoint comes at the next safe point." in said
+    assert f"stopped as asked: {done} of {STEPS} steps done. Continue with: megatron-chord train " in said
+    assert "Traceback" not in said
+    assert checkpoints_of(output) == [done]
+    command = shlex.split(said.partition("Continue with: megatron-chord ")[2].splitlines()[0])
+    result = run_cli(*command, "checkpoint.every_minutes=1e-6")
     assert result.returncode == 0, result.stdout + result.stderr
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
+    assert checkpoints_of(output) == list(range(done, STEPS + 1))
+    assert (output / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,48 @@ def running(config: Path, output: Path, *overrides: str) -> Iterator[subprocess.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+@contextlib.contextmanager
+def in_terminal(config: Path, output: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A run in a terminal of its own, and the file to type into."""
+    keys, screen = pty.openpty()
+    output.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_chord.cli", "train", str(config), f"output={output}", *overrides],
+        env=cli_environment(),
+        stdin=screen,
+        stdout=screen,
+        stderr=screen,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(screen)
+
+    def copy() -> None:
+        with (
+            (output / "console").open("wb") as console,
+            contextlib.suppress(OSError),
+        ):  # when all have closed it
+            while text := os.read(keys, 65536):
+                console.write(text)
+                console.flush()
+
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    try:
+        yield process, keys
+        reader.join(30)
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        os.close(keys)
+
+
+def checkpoints_of(output: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
 
 
 def log_of(output: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.process_table import descendants, state_of
-from megatron_chord.runtime.launcher import LISTENER_VARIABLE
+from megatron_chord.runtime.launcher import LISTENER_VARIABLE, Launcher
 from tests.support.listening import addresses
 from tests.support.ranks import ROOT
 
@@ -120,3 +120,17 @@ def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
         while any(state_of(pid) not in (None, "Z") for pid in ranks):
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_the_first_ctrl_c_leaves_the_ranks_time_for_a_checkpoint() -> None:
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in handled}
+    try:
+        launcher = Launcher(0, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert launcher._kill_at is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert launcher._kill_at is not None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

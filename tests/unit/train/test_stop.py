@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron_chord.cli import _resuming
 from megatron_chord.train.stop import FILE_VARIABLE, StopWish
 
 
@@ -37,7 +39,8 @@ def test_a_signal_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
 TERMINATED = """
 import signal, sys, time
 from megatron_chord.cli import _Termination
-termination = _Termination()
+from megatron_chord.train.stop import StopWish
+termination = _Termination(StopWish(), speaks=True)
 signal.signal(signal.SIGTERM, termination.on_signal)
 try:
     print("ready", flush=True)
@@ -65,3 +68,77 @@ def test_a_second_sigterm_ends_the_process_now() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+INTERRUPTED = """
+import signal, sys, time
+from megatron_chord.cli import _Termination
+from megatron_chord.train.stop import StopWish
+wish = StopWish()
+termination = _Termination(wish, speaks=True)
+signal.signal(signal.SIGINT, termination.on_interrupt)
+try:
+    if sys.argv[1] == "training":
+        termination.check()
+    print("ready", flush=True)
+    while not wish.there():
+        time.sleep(0.01)
+    print("wanted", flush=True)
+    time.sleep(60)  # a step that takes its time
+finally:
+    print("leaving", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+def interrupted(when: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, when],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_first_ctrl_c_wishes_for_a_stop_the_second_leaves_the_third_ends_at_once() -> None:
+    process = interrupted("training")
+    try:
+        assert process.stdout is not None
+        for expected in ("ready", "wanted", "leaving"):
+            assert process.stdout.readline() == f"{expected}\n"
+            time.sleep(0.6)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 128 + signal.SIGINT
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert said.count("a checkpoint comes at the next safe point") == 1
+        assert "Traceback" not in said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_before_the_first_step_leaves_at_once() -> None:
+    process = interrupted("loading")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "leaving\n"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["train", "a b.yaml", "steps=3"],
+        ["train", "--overwrite", "a b.yaml", "steps=3"],
+        ["train", "a b.yaml", "--resume", "step-40", "steps=3"],
+        ["train", "--resume=auto", "a b.yaml", "steps=3"],
+    ],
+)
+def test_the_command_that_continues_a_run(given: list[str]) -> None:
+    assert _resuming(given) == "megatron-chord train 'a b.yaml' steps=3 --resume auto"
