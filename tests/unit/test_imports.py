@@ -39,7 +39,7 @@ LAYERS = (
     ("losses", "data", "rewards", "families", "weights", "costs"),
     ("runtime", "model", "rollout", "sampling"),
     ("methods",),
-    ("convert", "train", "plan", "report"),
+    ("convert", "evaluation", "train", "plan", "report"),
     ("cli", "cluster", "doctor", "preview", "settings", "__main__"),
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
