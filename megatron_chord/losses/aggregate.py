@@ -1,15 +1,15 @@
-"""What a term's loss is averaged over: the weight of each token, from the whole update's samples.
+"""How a term's loss is averaged: the scale of each token, computed from all samples of the optimizer update.
 
-A pool is one or more terms that are averaged together. With n_i trained tokens in sequence i (one sample's part), N
-their sum and S the number of sequences with at least one trained token, a token's scale is
+A pool is a set of terms (often one) that are averaged together. Sequence i (one sample's part) has n_i trained tokens.
+N is the sum of all n_i. S is the number of sequences with at least one trained token. The scale of a token is
 
     token-mean                 1 / N          GRPO as in CHORD's eq. 2, DAPO
     seq-mean-token-mean        1 / (S n_i)    the original GRPO
     seq-mean-token-sum         1 / S
     seq-mean-token-sum-norm    1 / (S C)      Dr.GRPO, C a length in tokens
 
-The names are verl's. Trinity-RFT, and verl before 0.9, divide the last one by C alone, so that their loss grows with
-the batch. verl 0.9 and ms-swift divide as here.
+The names are verl's. Trinity-RFT and verl before 0.9 divide by C alone in the last one, so their loss grows with the
+batch. verl 0.9 and ms-swift divide by S C, as this module does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from megatron_chord.records import Part, TrainSample
 
 SCALE = "scale"
 ENOUGH_TOKENS = 512
-"""On so many tokens the mean difference of trainer and rollout engine is known well enough (``train.agreement``)."""
+"""Number of tokens that is enough to estimate the mean log-prob difference between trainer and rollout engine
+(``train.agreement``)."""
 
 
 def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
-    """The samples of one optimizer update with the constant ``scale`` at every token."""
+    """Add the constant ``scale`` to every token of the samples of one optimizer update."""
     num_tokens: Counter[str] = Counter()
     num_sequences: Counter[str] = Counter()
     for part in (part for sample in samples for part in sample.parts if len(part.positions)):
@@ -56,11 +57,12 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
 def without_idle(
     samples: Sequence[TrainSample], terms: Mapping[str, Term], *, enough: int = ENOUGH_TOKENS
 ) -> list[TrainSample]:
-    """The samples without the parts that cannot change anything (``Term.idle``); those without parts are left out.
+    """Remove the parts whose loss and gradient are 0 (``Term.idle``), then the samples that have no part left.
 
-    Where fewer than ``enough`` tokens of a term are left, idle parts stay until there are as many: trainer and rollout
-    engine are compared on these tokens in every step. Those stay that bring the most tokens for what they cost. To be
-    called after ``with_scales``: what is left out counts in the denominators.
+    Trainer and rollout engine are compared on the tokens of every step. So if fewer than ``enough`` tokens of a term
+    would remain, some of the removed parts are kept until the term has ``enough`` tokens. The parts kept are those with
+    the most tokens relative to the length of their sample. Call this after ``with_scales``: removed parts still count
+    in the denominators of the averages.
     """
 
     def is_idle(part: Part) -> bool:

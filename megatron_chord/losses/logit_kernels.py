@@ -1,12 +1,12 @@
-"""What the log-prob head computes from a chunk of logits: one kernel for the forward pass, one for the backward pass.
+"""Interface of the kernels that the log-prob head runs on a chunk of logits: one forward and one backward.
 
-Forward, the logits are reduced to a few numbers a token; backward, they become their own gradient, in place. Such work
-takes as long as the bytes it moves. ``logit_kernels_torch``, the reference, runs anywhere and reads the logits many
-times; ``logit_kernels_triton`` reads them once.
+The forward kernel reduces the logits of a token to a few numbers. The backward kernel overwrites the logits with their
+gradient. Both are limited by memory bandwidth. ``logit_kernels_torch`` is the reference: it runs on every device and
+reads the logits many times. ``logit_kernels_triton`` reads them once.
 
-z is a logit times ``scale``, which is 1 / temperature, in the precision of the arithmetic: fp64 for fp64 logits, else
-fp32. A scale is one number for all tokens, or [C] in that precision, each token's own. Legend of shape suffixes: C
-tokens of a chunk, W rows of this rank's shard of the vocabulary, at least one.
+z is a logit times ``scale``, and ``scale`` is 1 / temperature. Kernels compute in fp64 for fp64 logits and in fp32 for
+all others. A scale is one number for all tokens, or a tensor [C] of that dtype with one number for each token.
+Shape suffixes: C tokens of a chunk, W rows of this rank's shard of the vocabulary (at least one).
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from torch import Tensor
 
 
 class Reduced(NamedTuple):
-    """Of each token, over this shard's rows: [C] each, in the precision of the arithmetic."""
+    """One number for each token, reduced over this shard's rows: [C] each, in fp64 for fp64 logits, else fp32."""
 
     lse: Tensor
     """log sum exp z."""
     target: Tensor
-    """The target's z; 0 where another shard holds it."""
+    """z of the target; 0 if another shard holds the target."""
     mean: Tensor
-    """The mean z under softmax(z)."""
+    """Mean of z under softmax(z)."""
     rival: Tensor | None
-    """The largest z but the target's, -inf where there is no other row; none unless asked for."""
+    """The largest z of all rows except the target's; -inf if there is no other row. None unless requested."""
 
 
 class LogitKernels(Protocol):
-    """What the modules ``logit_kernels_torch`` and ``logit_kernels_triton`` provide.
+    """The functions that the modules ``logit_kernels_torch`` and ``logit_kernels_triton`` provide.
 
-    ``logits_CW`` is finite, with adjacent numbers in a row. Rows may lie apart, by a stride of W or more, and behind
-    every row, the last included, there is memory up to the stride, which may be overwritten. ``rows_C``, int64, has
-    each target as a column of the logits: outside of [0, W) where another shard holds the target.
+    ``logits_CW`` is finite. The numbers of a row are contiguous. The row stride may be larger than W. The memory of
+    every row, also of the last one, reaches up to the stride, and a kernel may overwrite what lies beyond W.
+    ``rows_C`` (int64) is the column of each target in the logits. It lies outside of [0, W) if another shard holds the
+    target.
     """
 
     def bytes_per_logit(self, dtype: torch.dtype) -> int:
-        """Of all matrices [C, W] that live at a time, the logits' own included. ``dtype`` is theirs."""
+        """Peak memory for each logit: all [C, W] matrices that exist at the same time, including the logits.
+
+        ``dtype`` is that of the logits.
+        """
         ...
 
     def reduce(self, logits_CW: Tensor, rows_C: Tensor, scale: float | Tensor, *, rival: bool) -> Reduced:
-        """What the logits hold afterwards is undefined."""
+        """Reduce the logits of each token. The content of ``logits_CW`` is undefined afterwards."""
         ...
 
     def differentiate_(
@@ -56,9 +60,10 @@ class LogitKernels(Protocol):
         grad_logprobs_C: Tensor | None,
         grad_entropy_C: Tensor | None,
     ) -> None:
-        """Puts the loss's gradient with respect to the logits in their place, rounded to their type.
+        """Overwrite the logits with the gradient of the loss with respect to them, rounded to their dtype.
 
-        With p = exp(z - lse), that is scale x (grad_logprobs (1[target] - p) - grad_entropy p (log p + entropy)).
-        lse and entropy are those of the whole vocabulary; a gradient that is none counts as 0.
+        With p = exp(z - lse), the gradient is
+        scale x (grad_logprobs (1[target] - p) - grad_entropy p (log p + entropy)).
+        lse and entropy are those of the whole vocabulary. A gradient that is None counts as 0.
         """
         ...

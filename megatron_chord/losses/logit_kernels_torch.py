@@ -1,4 +1,4 @@
-"""Logit kernels in plain torch, one operation after another: the reference, and what CPUs use."""
+"""Logit kernels in plain torch operations: the reference implementation, and the one that CPUs use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_chord.losses.logit_kernels import Reduced
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """z and one more matrix, in the precision of the arithmetic; z takes the logits' place where it can."""
+    """z and one more matrix, in fp64 for fp64 logits, else fp32. z reuses the logits' memory if the dtype is equal."""
     wide = _wide(dtype)
     return 2 * wide.itemsize + (0 if wide == dtype else dtype.itemsize)
 
@@ -22,11 +22,11 @@ def reduce(logits_CW: Tensor, rows_C: Tensor, scale: float | Tensor, *, rival: b
     e_CW = (z_CW - top_C1).exp_()
     sum_C = e_CW.sum(1)
     lse_C = top_C1.squeeze(1) + sum_C.log()
-    # Not a product of e and z: in fp32 one of 152k terms, added up one after another, is wrong by some 1e-3.
+    # Not a dot product of e and z: with fp32 and sequential addition of 152k terms its error is about 1e-3.
     mean_C = e_CW.mul_(z_CW).sum(1) / sum_C
     rival_C = None
     if rival:
-        # z_CW has served; take out of it, in place, those targets that are here.
+        # z_CW is not needed any more: overwrite it at the targets that this shard holds.
         others_C = target_C.masked_fill(here_C, -torch.inf)
         rival_C = z_CW.scatter_(1, index_C1, others_C[:, None]).amax(1)
     return Reduced(lse_C, target_C * here_C, mean_C, rival_C)
@@ -63,6 +63,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _locate(rows_C: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each target is in this shard, and a column [C, 1] to read: its own, or another where it is not."""
+    """Return whether this shard holds each target [C], and a valid column [C, 1] to read for it.
+
+    If another shard holds the target, the column is an arbitrary valid one.
+    """
     here_C = (rows_C >= 0) & (rows_C < width)
     return here_C, rows_C.clamp(0, width - 1)[:, None]

@@ -1,13 +1,14 @@
 """Logit kernels in Triton: the forward kernel reads a chunk's logits once; the backward one reads and writes them once.
 
-Forward and backward they move 6 bytes of a bf16 logit; ``logit_kernels_torch`` moves 138. The matrix products stay
-cuBLAS's, which write the logits and read their gradient. Kernels that do it all inside the products (Cut Cross-Entropy,
-arXiv 2411.09009; verl; Liger) save those bytes too, and then have to be as fast at products as cuBLAS is:
-docs/performance.md weighs the two.
+Both kernels together move 6 bytes for each bf16 logit; ``logit_kernels_torch`` moves 138. cuBLAS computes the matrix
+products: it writes the logits and reads their gradient. Kernels that fuse everything into the products (Cut
+Cross-Entropy, arXiv 2411.09009; verl; Liger) also avoid this traffic, but their products must then be as fast as
+cuBLAS's. docs/performance.md compares the two approaches.
 
-The kernels compute in fp32, and nothing here waits for the device. Addresses are 64-bit: a chunk may have more than
-2^31 logits. Loads and stores end at the stride and not at the width: Triton makes them 16 bytes wide only up to a limit
-that it sees to be a multiple of 16 numbers, and a vocabulary need not be one.
+The kernels compute in fp32 and do not synchronise with the host. Addresses are 64-bit, because a chunk may have more
+than 2^31 logits. Loads and stores are masked by the stride and not by the width: Triton vectorises them to 16 bytes
+only if it can prove that the limit is a multiple of 16 numbers, and the size of a vocabulary need not be a multiple of
+16.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch import Tensor
 from megatron_chord.losses.logit_kernels import Reduced
 
 REDUCE_BLOCK, REDUCE_WARPS = 4096, 8
-"""Columns that a program reads at a time, and its warps: 16 fp32 numbers a thread."""
+"""Columns that a program reads at a time, and its number of warps: 16 fp32 numbers for each thread."""
 DIFFERENTIATE_BLOCK, DIFFERENTIATE_WARPS = 2048, 4
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """The logits alone."""
+    """The logits only; the kernels allocate no other matrix."""
     return dtype.itemsize
 
 
@@ -103,10 +104,11 @@ def _reduce(  # noqa: PLR0913, PLR0917 (a kernel)
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token, whose block of logits is [BLOCK / LANES, LANES]: a thread reads LANES adjacent ones at once.
+    """Reduce the logits of one token in each program.
 
-    Each thread has a maximum and sums of its own, scaled down when the maximum grows, so that threads wait for each
-    other only at the end, and a logit takes little more than one exponential.
+    A block of logits has the shape [BLOCK / LANES, LANES]: a thread reads LANES adjacent logits in one load. Each
+    thread keeps its own maximum and its own sums, and rescales the sums when the maximum grows (online softmax). So
+    threads synchronise only at the end, and each logit costs little more than one exponential.
     """
     LANES: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
     token = tl.program_id(0).to(tl.int64)
@@ -114,7 +116,7 @@ def _reduce(  # noqa: PLR0913, PLR0917 (a kernel)
     target = tl.load(rows + token).to(tl.int32)
     factor = tl.load(scale + token) if PER_TOKEN else scale
     offsets = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # Not -inf: where all logits of a thread lie beyond the width, -inf less -inf would be NaN.
+    # Not -inf: if all logits of a thread lie beyond the width, -inf minus -inf would be NaN.
     top = tl.full([BLOCK // LANES], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK // LANES], tl.float32)
     weighted = tl.zeros([BLOCK // LANES], tl.float32)
@@ -128,7 +130,7 @@ def _reduce(  # noqa: PLR0913, PLR0917 (a kernel)
         shrink = tl.exp(top - higher)
         e = tl.exp(z - higher[:, None])
         total = total * shrink + tl.sum(e, 1)
-        # Beyond the width z is -inf and e is 0, whose product would be NaN.
+        # Beyond the width z is -inf and e is 0, and their product would be NaN.
         weighted = weighted * shrink + tl.sum(tl.where(inside, z * e, 0.0), 1)
         if RIVAL:
             best = tl.maximum(best, tl.max(tl.where(columns == target, -float("inf"), z), 1))
@@ -158,7 +160,7 @@ def _differentiate(  # noqa: PLR0913, PLR0917 (a kernel)
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a block of a token's columns; neighbouring programs have neighbouring blocks."""
+    """Each program computes one block of columns of one token. Adjacent programs compute adjacent blocks."""
     blocks = tl.cdiv(width, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

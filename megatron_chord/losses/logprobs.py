@@ -1,11 +1,11 @@
-"""Log-probs and entropies of chosen tokens, and their best rivals, straight from hidden states.
+"""Log-probs and entropies of target tokens, and log-probs of the best other token, computed from hidden states.
 
-The logits of a step ([tokens, vocabulary] in fp32) are the largest tensor a trainer could ever make: 8k tokens of a
-152k vocabulary take 5 GB. Here they exist only for a chunk of tokens at a time, are reduced at once, and are computed
-again in the backward pass. Works on a vocabulary shard: the tensor-parallel group is passed in. The matrix products
-are torch's; what happens between them is ``losses.logit_kernels``.
+The logits of a step ([tokens, vocabulary] in fp32) would be the largest tensor of a trainer: 8k tokens with a
+vocabulary of 152k take 5 GB. Here logits exist only for one chunk of tokens at a time. They are reduced immediately and
+computed again in the backward pass. The functions work on a vocabulary shard; the caller passes the tensor-parallel
+group. torch computes the matrix products, and ``losses.logit_kernels`` computes what lies between them.
 
-Legend of shape suffixes: T tokens, C tokens of a chunk, H hidden size, V vocabulary, W rows of this rank's shard.
+Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V vocabulary, W rows of this rank's shard.
 """
 
 from __future__ import annotations
@@ -24,43 +24,53 @@ from megatron_chord.losses import logit_kernels_torch
 from megatron_chord.losses.logit_kernels import LogitKernels
 
 CHUNK_BYTES = 256 * 2**20
-"""Default memory budget of one chunk's logits, and of what a kernel makes of them."""
+"""Default memory budget of one chunk: its logits and the intermediate matrices of the kernel."""
 
 CACHED_BYTES, CACHED_ROWS = 8 * 2**20, 1024
-"""The same on a CPU, where kernels read the logits several times: what a cache holds, in tiles of so many rows
-of the weight. That is 1024 tokens in fp32."""
+"""Budget on a CPU, and rows of the weight in a tile. Kernels on a CPU read the logits several times, so a tile should
+fit the cache. In fp32 a tile has 1024 tokens."""
 
 
 def chunk_tokens(vocab_rows: int, budget_bytes: int = CHUNK_BYTES, *, bytes_per_logit: int) -> int:
-    """Tokens whose logits over ``vocab_rows`` columns fit the budget. A kernel says what one logit takes."""
+    """Number of tokens whose logits over ``vocab_rows`` columns fit the budget.
+
+    ``bytes_per_logit`` is what the kernel needs for one logit (``LogitKernels.bytes_per_logit``).
+    """
     return max(16, budget_bytes // (bytes_per_logit * max(vocab_rows, 1)))
 
 
 class HeadOutput(NamedTuple):
-    """What the head says of each target: [T] each, fp32 (fp64 for fp64 input), equal on every rank of the group."""
+    """The head's results for each target: [T] each, fp32 (fp64 for fp64 input), equal on every rank of the group."""
 
     logprobs: Tensor
     """log p(target)."""
     entropy: Tensor
-    """Of the whole distribution, in nats."""
+    """Entropy of the distribution over the whole vocabulary, in nats."""
     rival: Tensor | None
-    """max over v != target of log p(v), without a gradient; none unless asked for. With a vocabulary of one token
-    there is no other, and it is -inf (p = 0)."""
+    """max over v != target of log p(v), without a gradient. None unless requested. -inf (p = 0) if the vocabulary has
+    only one token."""
     logit: Tensor | None = None
-    """The target's own logit / temperature, without a gradient."""
+    """The target's logit / temperature, without a gradient."""
 
 
 def tile_for(
     hidden: Tensor, num_rows: int, kernels: LogitKernels, budget_bytes: int | None = None
 ) -> tuple[int, int]:
-    """Tokens and rows of the weight whose logits live at a time: all rows on a GPU, what a cache holds on a CPU."""
+    """Number of tokens and of weight rows in a tile. A tile's logits exist at the same time.
+
+    On a GPU a tile has all rows of the weight; on a CPU it has as many as fit a cache.
+    """
     rows = num_rows if hidden.is_cuda else min(num_rows, CACHED_ROWS)
     budget = budget_bytes or (CHUNK_BYTES if hidden.is_cuda else CACHED_BYTES)
     return chunk_tokens(rows, budget, bytes_per_logit=kernels.bytes_per_logit(hidden.dtype)), max(rows, 1)
 
 
 def kernels_for(logits: Tensor) -> LogitKernels:
-    """Triton's kernels for logits on a GPU where Triton is installed, as it is with torch's CUDA builds; else torch."""
+    """The Triton kernels if the logits are on a GPU and Triton is installed (CUDA builds of torch bring it), else
+    torch.
+
+    fp64 logits always use the torch kernels.
+    """
     if logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None:
         from megatron_chord.losses import logit_kernels_triton
 
@@ -83,21 +93,21 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of the same distributions.
 
     Args:
-        hidden: [T, H], equal on every rank of ``group``. Its gradient is this shard's part of a sum over the group;
-            the caller adds them up (Megatron's ``copy_to_tensor_model_parallel_region`` does).
+        hidden: [T, H], equal on every rank of ``group``. Its gradient is only this shard's summand; the caller sums
+            it over the group (Megatron's ``copy_to_tensor_model_parallel_region`` does so).
         weight: [W, H], this rank's rows of the output embedding, without padding rows; W may be 0.
         targets: [T] int64, token ids of the whole vocabulary.
         first_row: vocabulary id of ``weight[0]``.
-        temperature: what the logits are divided by, as in sampling: one number, or [T], each token's own.
-        group: ranks that hold the other rows; none means all rows are here.
-        chunk: tokens at a time; by default what ``tile_for`` says.
-        rival: also give the log-prob of the best token other than the target. It costs one more maximum over each
+        temperature: the logits are divided by it, as in sampling. One number, or [T] with one number for each token.
+        group: ranks that hold the other rows; None means that this rank holds all rows.
+        chunk: number of tokens at a time; the default is that of ``tile_for``.
+        rival: also return the log-prob of the best token other than the target. This costs one more maximum over each
             chunk's logits, no further product and no further matrix. Equal on all ranks of ``group``.
-        kernels: what reduces and differentiates a chunk's logits; by default ``kernels_for`` chooses.
+        kernels: the kernels that reduce and differentiate a chunk's logits; the default is that of ``kernels_for``.
 
     Returns:
-        log-probs [T] and entropies [T], differentiable with respect to hidden and weight, rivals [T] or none, and the
-        targets' logits [T].
+        log-probs [T] and entropies [T], differentiable with respect to hidden and weight; log-probs of the best other
+        tokens [T] or None; the targets' logits [T].
 
     Collectives on ``group``: 2 all-reduces in the forward pass ([T] max, with rivals [2, T]; [3, T] sum), none in the
     backward pass.
@@ -121,10 +131,10 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
 
 @dataclass(frozen=True, kw_only=True)
 class _How:
-    """What is not differentiated."""
+    """The inputs of the head that have no gradient."""
 
     scale: float | Tensor
-    """[T] where tokens have their own."""
+    """1 / temperature; [T] if each token has its own."""
     group: dist.ProcessGroup | None
     chunk: int
     tile_rows: int
@@ -141,15 +151,15 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         weight_WH: Tensor,
-        rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) where another rank holds them
+        rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) if another rank holds them
         how: _How,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         num_tokens = hidden_TH.shape[0]
         dtype = _accumulator(hidden_TH.dtype)
-        # Of this shard: log sum exp z; the target's logit (0 where another rank holds it); mean logit under softmax.
+        # For this shard: log sum exp z; the target's logit (0 if another rank holds it); mean logit under softmax.
         target_T, mean_T = hidden_TH.new_zeros((2, num_tokens), dtype=dtype)
         lse_T = target_T.new_full((num_tokens,), -torch.inf)
-        # And the largest logit but the target's: -inf where the shard has no other row.
+        # The largest logit except the target's: -inf if the shard has no other row.
         rival_T = lse_T.clone() if how.rival else None
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
             found = how.kernels.reduce(
@@ -173,7 +183,7 @@ class _TokenLogprobs(torch.autograd.Function):
             share_T, target_T, weighted_T = parts_3T
             lse_T = top_T + share_T.log()
             mean_T = weighted_T / share_T
-        # The target's logit and the sum are rounded apart, so a certain token may come out above p = 1 by a last place.
+        # The target's logit and the sum are rounded separately, so p of a certain token could exceed 1 by rounding.
         logprobs_T = (target_T - lse_T).clamp_(max=0)
         entropy_T = (lse_T - mean_T).clamp_(min=0)
         if rival_T is not None:
@@ -192,7 +202,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
         how: _How = ctx.how
         wide = _accumulator(hidden_TH.dtype)
-        is_summed = how.tile_rows < len(weight_WH)  # over tiles; weights' gradients are summed over tokens
+        # hidden's gradient is a sum over tiles if there are several; weight's gradient is always a sum over chunks.
+        is_summed = how.tile_rows < len(weight_WH)
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=wide if is_summed else None)
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=wide)
         for piece, tile, logits_CW in _logits(hidden_TH, weight_WH, how.chunk, how.tile_rows):
@@ -213,9 +224,10 @@ class _TokenLogprobs(torch.autograd.Function):
 def _logits(
     hidden_TH: Tensor, weight_WH: Tensor, chunk: int, tile_rows: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each tile's tokens, its rows of the weight, and its logits, in one memory for all: valid until the next.
+    """Yield the token range, the weight's row range and the logits of each tile.
 
-    Rows begin at multiples of 16 numbers, whatever W is: on a GPU, products and Triton's kernels are slower elsewhere.
+    All tiles share one buffer, so logits are valid only until the next tile. Every row starts at a multiple of 16
+    numbers, for any W: on a GPU, products and Triton's kernels are slower on rows that are not aligned.
     """
     num_tokens, num_rows = len(hidden_TH), len(weight_WH)
     memory = hidden_TH.new_empty((min(chunk, num_tokens), -(-min(tile_rows, num_rows) // 16) * 16))
@@ -228,10 +240,10 @@ def _logits(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in ``total``'s type: in bf16 a sum of many chunks would stop growing."""
+    """total += left @ right, accumulated in the dtype of ``total``: in bf16 a sum of many chunks would stop growing."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:  # no product in left's type, which would be written, read and rounded
+    elif total.is_cuda:  # the product is not written in left's dtype first, which would round it
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right

@@ -1,6 +1,6 @@
-"""The objective over one micro-batch: every term's tokens, each with its scale, each term with its weight.
+"""The objective over one micro-batch: the sum over terms of weight x sum over tokens of scale x loss.
 
-For CHORD (arXiv 2508.11408, eq. 3) the terms are policy and demonstration with weights 1 - mu and mu.
+CHORD (arXiv 2508.11408, eq. 3) has two terms: the policy term with weight 1 - mu and the SFT term with weight mu.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
 
 class ObjectiveOutput(NamedTuple):
-    """A micro-batch's part in the update's numbers."""
+    """The contribution of one micro-batch to the loss and metrics of the update."""
 
     loss: Tensor
-    """Scalar, to be summed over micro-batches and ranks; connected to the graph even without a token."""
+    """Scalar. The caller sums it over micro-batches and ranks. It is part of the autograd graph even if the micro-batch
+    has no trained token."""
     sums: dict[str, dict[str, Tensor]]
-    """By term and name: detached scalars to be summed; `means` are still to be divided by the term's tokens. In the
-    order of `losses`, `means` and, for a term whose tokens have rollout log-probs, ``losses.policy.COMPARED``."""
+    """By term, then by metric: detached scalars. The caller sums them over micro-batches and ranks and then divides
+    `means` by the number of the term's tokens. Order: `losses`, `means`, then ``losses.policy.COMPARED`` if the term's
+    tokens have rollout log-probs."""
     maxima: dict[str, Tensor]
-    """Detached scalars whose maximum is meant."""
+    """By metric: detached scalars. The caller takes their maximum over micro-batches and ranks."""
 
 
 def objective(
@@ -34,16 +36,18 @@ def objective(
     terms: Mapping[str, Term],
     weights: Mapping[str, float],
 ) -> ObjectiveOutput:
-    """This micro-batch's share of the update's loss and metrics.
+    """The contribution of one micro-batch to the loss and metrics of the update.
 
     Args:
-        stats: of the micro-batch's T trained tokens.
-        tokens: of each term; every term of the update, also those without a token here.
-        weights: of each term in this step.
+        stats: log-probs, entropies and so on of the micro-batch's T trained tokens.
+        tokens: by term, the term's tokens in this micro-batch. It has every term of the update, also terms that have no
+            token in this micro-batch.
+        terms: by name, the terms of the method's objective.
+        weights: by term, its weight in this step.
 
-    Collectives: those of the terms' losses, over the context-parallel ranks.
+    Collectives: only those of the terms' losses, over the context-parallel ranks.
     """
-    loss = stats.logprobs[:0].sum()  # not 0 times the sum, which is NaN where a log-prob is infinite
+    loss = stats.logprobs[:0].sum()  # not 0 times the sum: that is NaN if a log-prob is infinite
     sums: dict[str, dict[str, Tensor]] = {}
     maxima: dict[str, Tensor] = {}
     for name, here in tokens.items():
@@ -52,7 +56,7 @@ def objective(
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
         with torch.no_grad():
             compared = _compared(own, here)
-            # One sum for all names: each kernel of so little work costs a launch.
+            # One sum for all metrics instead of one for each: small kernels cost mainly their launch.
             values = [
                 *(here[SCALE] * values for values in output.losses.values()),
                 *output.means.values(),
@@ -66,9 +70,10 @@ def objective(
 
 
 def _compared(stats: TokenStats, tokens: TermTokens) -> dict[str, Tensor]:
-    """Trainer against rollout engine, for every term that has the engine's log-probs; [K] each.
+    """Compare the log-probs of trainer and rollout engine: [K] for each name, or nothing without the engine's
+    log-probs.
 
-    A column ``is_rollout`` says which of the term's tokens the engine sampled, where not all are.
+    If the engine sampled only some of the term's tokens, the column ``is_rollout`` is 1 for these and 0 for the others.
     """
     if ROLLOUT_LOGPROB not in tokens.columns:
         return {}

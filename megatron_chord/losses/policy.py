@@ -1,9 +1,9 @@
 """The on-policy branch: advantages, surrogates (PPO, GSPO, CISPO, unclipped), importance correction, KL penalty.
 
-r = exp(l - l_old)        l the policy's log-prob, l_old by ``objective.ratio_from``
+r = exp(l - l_old)        l is the policy's log-prob; ``objective.ratio_from`` chooses l_old
 ppo        -min(r A, clip(r, 1 - low, 1 + high) A)                      GRPO, DAPO (arXiv 2503.14476)
 dual clip  min(that, -c A) where A < 0                                  arXiv 1912.09729
-gspo       ppo with s in place of r: s = sg(exp(mean over the sequence of l - l_old)) p / sg(p)    arXiv 2507.18071
+gspo       ppo with s instead of r: s = sg(exp(mean over the sequence of l - l_old)) p / sg(p)     arXiv 2507.18071
 cispo      -sg(clip(r)) A l                                             arXiv 2506.13585
 unclipped  -r A
 """
@@ -24,19 +24,23 @@ from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 so that one broken token cannot overflow the exponential."""
 ROLLOUT_LOGPROB = "rollout_logprob"
-"""The column of a term whose tokens the rollout engine sampled: their log-probs there. The step compares them with the
-trainer's for every term that has this column, whatever its loss reports (``losses.objective``)."""
+"""Name of the column with the rollout engine's log-probs of the tokens that it sampled. For every term with this column
+the step compares them with the trainer's log-probs, independent of the metrics of the term (``losses.objective``)."""
 COMPARED = ("tokens", "gap", "gap_squared", "factor", "factor_squared", "logit")
-"""The names of what ``comparison`` returns."""
+"""The names of the values that ``comparison`` returns."""
 MAX_FACTOR = 10.0
-"""In the check of trainer against rollout engine, two probabilities of a token differ by at most this factor."""
+"""The comparison of trainer and rollout engine limits the ratio of a token's two probabilities to this factor."""
 
 
 def group_advantages(groups: Sequence[Sequence[float]], *, kind: str, eps: float) -> list[tuple[float, ...]]:
-    """Advantages of each group's rewards, by ``objective.advantage``; exactly 0 in a group of equal rewards.
+    """The advantage of each reward, grouped as the rewards are. Exactly 0 in a group whose rewards are all equal.
 
-    With the group's mean m and unbiased standard deviation s, and b that of all rewards of the step:
-    group_std (R - m) / (s + eps); group_mean R - m; batch_std (R - m) / (b + eps); leave_one_out R - the others' mean.
+    m is the group's mean, s the group's unbiased standard deviation, b that of all rewards of the step. ``kind`` is
+    ``objective.advantage``:
+        group_std      (R - m) / (s + eps)
+        group_mean     R - m
+        batch_std      (R - m) / (b + eps)
+        leave_one_out  R - mean of the group's other rewards
     """
     everything = [reward for rewards in groups for reward in rewards]
     batch_std = statistics.stdev(everything) if kind == "batch_std" and len(everything) > 1 else 0.0
@@ -60,9 +64,9 @@ class Surrogate(NamedTuple):
     loss: Tensor
     """[K]"""
     clipped: Tensor
-    """[K] bool: the ratio's clip is active"""
+    """[K] bool: true where the ratio is clipped"""
     dual_clipped: Tensor
-    """[K] bool: the dual clip is active"""
+    """[K] bool: true where the dual clip limits the loss"""
     ratio: Tensor
     """[K], detached"""
 
@@ -70,9 +74,10 @@ class Surrogate(NamedTuple):
 def surrogate(
     logprobs: Tensor, old_logprobs: Tensor, tokens: TermTokens, objective: ObjectiveConfig
 ) -> Surrogate:
-    """The loss of ``objective.surrogate`` per token. ``old_logprobs`` [K] and ``tokens["advantage"]`` are constants.
+    """The loss per token that ``objective.surrogate`` chooses. ``old_logprobs`` [K] and ``tokens["advantage"]`` are
+    constants.
 
-    A clipped token's gradient is 0, but for cispo, whose gradient is never cut.
+    The gradient of a clipped token is 0, except with cispo: there a clipped token keeps a gradient.
     """
     advantages = tokens["advantage"]
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
@@ -99,10 +104,10 @@ def surrogate(
 
 
 def logprob_gap_stats(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Tensor]:
-    """How far trainer and rollout engine are apart on the same tokens, [K] each, detached.
+    """Differences between the log-probs of trainer and rollout engine for the same tokens: [K] each, detached.
 
-    logprob_gap is |difference|, probability_error its exp: the factor by which the larger probability exceeds the
-    other, 1 where they agree (NVIDIA NeMo-RL's token_mult_prob_error). A gap above MAX_LOG_RATIO counts as that.
+    logprob_gap is the absolute difference, limited to MAX_LOG_RATIO. probability_error is exp(logprob_gap), the ratio
+    of the larger to the smaller probability; it is 1 if they are equal (NVIDIA NeMo-RL's token_mult_prob_error).
     """
     gap = (logprobs - rollout_logprobs).abs().detach()
     return {"logprob_gap": gap, "probability_error": gap.clamp(max=MAX_LOG_RATIO).exp()}
@@ -111,14 +116,15 @@ def logprob_gap_stats(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, T
 def comparison(
     stats: TokenStats, rollout_logprobs: Tensor, *, counted: Tensor | float = 1.0
 ) -> dict[str, Tensor]:
-    """What ``train.agreement`` judges trainer and rollout engine by: the names in COMPARED, [K] each, detached.
+    """The values from which ``train.agreement`` checks that trainer and rollout engine agree: [K] each, detached.
 
-    With g = |difference of the log-probs| and f = min(exp(g), MAX_FACTOR) - 1, both with their squares, so that a mean
-    has its standard error. The limit on f keeps one wild token among many from being the whole mean. ``logit``: the
-    sizes of the tokens' logits, by which they are rounded; 0 where they are not known.
+    The names are those in COMPARED. gap is g = |difference of the log-probs|; factor is f = min(exp(g), MAX_FACTOR) -
+    1. The squares of both are needed for the standard error of their means. The limit on f prevents that one outlier
+    dominates the mean. ``logit`` is the absolute value of the token's logit, because the rounding error of a logit
+    depends on it; it is 0 if the logit is not known.
 
     Args:
-        counted: [K], 1 for tokens that the rollout engine has scored, else 0.
+        counted: [K], 1 for tokens that have a log-prob of the rollout engine, else 0.
     """
     gap = (stats.logprobs - rollout_logprobs).abs().detach()
     factor = gap.clamp(max=math.log(MAX_FACTOR)).expm1()
@@ -139,7 +145,7 @@ def correction_weights(
     """Importance weights between the trainer's and the rollout engine's log-probs of the same tokens.
 
     Returns:
-        the constant that multiplies each token's loss [K], and [K] bool: the weight was cut, or masked.
+        a constant factor for each token's loss [K], and [K] bool: true where the weight was truncated or masked.
     """
     gap = (old_logprobs.detach() - tokens["rollout_logprob"]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if correction.level == "sequence":
@@ -151,7 +157,7 @@ def correction_weights(
     if correction.mode != "truncate":
         outside = outside | (weight < correction.low)
     if correction.mode in ("mask", "reject"):
-        # A weight that is NaN lies within no bounds, and must not be taken for 1.
+        # A weight that is NaN counts as outside of the bounds, but it must stay NaN and not become 1.
         kept = weight if correction.mode == "mask" else torch.where(weight.isnan(), weight, 1.0)
         return torch.where(outside, 0.0, kept), outside
     low = 0.0 if correction.mode == "truncate" else correction.low
@@ -172,9 +178,12 @@ def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> 
 def with_penalties(
     loss: Tensor, stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """``loss`` [K] + ``objective``'s KL penalty - its entropy bonus; and the KL [K], detached, where it is asked for.
+    """Add the KL penalty and subtract the entropy bonus of ``objective`` from ``loss`` [K].
 
-    Column: reference_logprob with ``kl``.
+    Column: reference_logprob, if ``kl`` is set.
+
+    Returns:
+        the loss [K], and the KL [K], detached; None if ``kl`` is not set.
     """
     kl = None
     if objective.kl is not None:
@@ -188,7 +197,8 @@ def with_penalties(
 def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
     """Surrogate x importance correction + KL penalty - entropy bonus, per token of a rollout.
 
-    Columns: advantage, rollout_logprob; old_logprob with ``ratio_from: recomputed``; reference_logprob with ``kl``.
+    Columns: advantage; rollout_logprob; old_logprob if ``ratio_from`` is `recomputed`; reference_logprob if ``kl`` is
+    set.
     """
     logprobs = stats.logprobs
     old = {
@@ -215,7 +225,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
         means,
         {
             "logprob_gap_max": apart["logprob_gap"],
-            # Where A > 0 the clip bounds the loss; elsewhere one token's ratio can be the whole step.
+            # If A > 0 the clip bounds the loss. If A < 0 the loss is not bounded, and one token can dominate the step.
             "ratio_max": torch.where(tokens["advantage"] < 0, ratio, 0.0),
         },
     )

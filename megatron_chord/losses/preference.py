@@ -1,14 +1,15 @@
-"""Direct preference optimisation (DPO, arXiv 2305.18290) as a loss per token, over pairs that lie anywhere.
+"""Direct preference optimisation (DPO, arXiv 2305.18290) as a loss per token.
 
-    margin  m = beta [(S_c - S_c^ref) - (S_r - S_r^ref)],  S a response's sum of log-probs;  L = -log sigma(m)
+    margin  m = beta [(S_c - S_c^ref) - (S_r - S_r^ref)],  S = sum of a response's log-probs;  L = -log sigma(m)
 
-The loss of a pair is a function of two whole sequences, which may lie in two micro-batches on two ranks. Before the
-update every pair's margin is summed over all ranks; then a token's loss is a constant, its share of L, plus
+The loss of a pair is a function of two whole sequences. These may lie in different micro-batches and on different
+ranks. So every pair's margin is summed over all ranks before the update. The loss of a token is then its share of L,
+a constant, plus
 
     -beta sigma(-m) s (l - sg(l)),   s = +1 in the chosen response, -1 in the rejected one
 
-whose gradient is exactly DPO's at the weights that scored it. So the weights must not move in between: one update
-per step.
+The gradient of this sum is exactly DPO's gradient at the weights with which the margins were computed. So the weights
+must not change between the two, and a step can have one update only.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermToken
 
 
 def dpo_term(*, beta: float, max_pairs: int, pool: str = "dpo") -> Term:
-    """The mean over pairs of DPO's loss. Every pair has two sequences, and both are in the same update.
+    """The mean of DPO's loss over pairs. Every pair has two sequences, and both are in the same update.
 
     Columns: pair (an index below ``max_pairs``), sign (+1 chosen, -1 rejected), is_rollout (1 for tokens that the
-    present policy sampled, else 0), rollout_logprob (0 where is_rollout is 0).
+    current policy sampled, else 0), rollout_logprob (0 if is_rollout is 0).
     """
 
     def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
@@ -45,9 +46,10 @@ def dpo_term(*, beta: float, max_pairs: int, pool: str = "dpo") -> Term:
 def pair_columns(
     batches: Sequence[TermTokens], across: AcrossRanks, *, beta: float, max_pairs: int
 ) -> list[Mapping[str, Tensor]]:
-    """Each token's slope and its share of its pair's numbers; one all-reduce of [3, max_pairs].
+    """For each token the slope of its loss, and its share of the loss and metrics of its pair.
 
-    The pool counts sequences, two to a pair, so the mean over pairs is 2 times its ``seq-mean-token-sum``.
+    The pool counts sequences, and a pair has two. So the mean over pairs is 2 times the pool's ``seq-mean-token-sum``.
+    Collectives: one all-reduce of [3, max_pairs].
     """
 
     def joined(name: str) -> Tensor:
@@ -77,27 +79,30 @@ def pair_columns(
 
 
 def pair_sums(values: Tensor, pair: Tensor, held: Tensor, max_pairs: int) -> Tensor:
-    """[n, max_pairs]: sums of ``values`` [K, n] over each pair's tokens that are here.
+    """[n, max_pairs]: sums of ``values`` [K, n] over the tokens of each pair that this rank holds.
 
-    First over each sequence, in order; then the one or two sequences of a pair, whose sum is the same in either order.
-    So the atomics with which CUDA adds at an index cannot change a bit, and all tensor-parallel ranks get the same.
+    The values are first summed over each sequence, in order. Then the one or two sequence sums of a pair are added; the
+    result does not depend on their order. CUDA adds at an index with atomics in any order, which therefore cannot
+    change a bit of the result, and all tensor-parallel ranks get the same bits.
 
     Args:
-        pair: [K], of each token.
-        held: [S], the tokens of each sequence, which lie together in the sequences' order.
+        pair: [K], the pair of each token.
+        held: [S], the number of tokens of each sequence. A sequence's tokens are contiguous, in the order of the
+            sequences.
     """
     sums = values.new_zeros(max_pairs, values.shape[1])
     if len(values) > 0:
-        # A sequence without a token here adds 0, to whichever pair.
+        # A sequence without a token on this rank adds 0 to an arbitrary pair.
         first = (held.cumsum(0) - held).clamp(max=len(values) - 1)
         sums.index_add_(0, pair[first], segment_sums(values, held))
     return sums.t()
 
 
 def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-    """Sums to the pairs' mean loss, with its gradient; columns as ``pair_columns`` gives them.
+    """DPO's loss per token: its sum is the mean loss over pairs and has the gradient of that mean.
 
-    The gap to the rollout engine's log-probs is the mean over the tokens that the present policy sampled.
+    The columns are those of ``pair_columns``. The gap to the rollout engine's log-probs is a mean over the tokens that
+    the current policy sampled.
     """
     logprobs = stats.logprobs
     loss = tokens["loss_share"] + tokens["slope"] * (logprobs - logprobs.detach())

@@ -1,7 +1,8 @@
 """The SFT branch: negative log-likelihood of demonstrations, each token with a detached weight.
 
-Without the stop-gradient on phi a rare token (p < 0.2356) would be pushed down, not up: the logit gradient
-p(1-p)[(1-2p) ln p + 1-p] changes its sign there. No weight is renormalised.
+The weight phi must be detached. Otherwise training would lower, not raise, the probability of a rare token
+(p < 0.2356), because the gradient p(1-p)[(1-2p) ln p + 1-p] with respect to the logit changes its sign there. No weight
+is renormalised.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_chord.config_methods import EntropyNormWeight, EntropyTopWeight, M
 from megatron_chord.losses.terms import AcrossRanks, Prepare, Term, TermOutput, TermTokens, TokenStats
 
 WeightFunction = Callable[[Tensor, TokenStats, TermTokens, Any], Tensor]
-"""(p [K], the tokens' stats, what is known of them, the weight's settings) -> weights [K]; called without gradient."""
+"""(p [K], the tokens' stats, the tokens' columns, the weight's settings) -> weights [K]; called without gradient."""
 
 
 def _margin(p: Tensor, stats: TokenStats, tokens: TermTokens, weight: MarginWeight) -> Tensor:
@@ -40,7 +41,7 @@ TOKEN_WEIGHTS: dict[str, WeightFunction] = {
     "entropy_norm": lambda p, stats, tokens, weight: tokens["entropy_weight"],
     "margin": _margin,
 }
-"""By the kind in ``method.token_weight``; ``config_methods`` has their settings and meaning."""
+"""The weight functions by ``method.token_weight.kind``. ``config_methods`` defines their settings and meaning."""
 
 
 def sft_loss(
@@ -48,7 +49,8 @@ def sft_loss(
 ) -> TermOutput:
     """-w log p per token, w detached (CHORD eq. 1, 4 and 6); tokens with p > cutoff get no gradient.
 
-    As in Trinity-RFT's ``sft_phi`` a token above the cutoff keeps -w log(cutoff) in the loss, w from its own p.
+    A token above the cutoff contributes -w log(cutoff) to the loss, where w is computed from its p, as in Trinity-RFT's
+    ``sft_phi``.
     """
     logprobs = stats.logprobs
     with torch.no_grad():
@@ -75,10 +77,11 @@ def sft_term(
     temperature: float = 1.0,
     **aggregation: Any,
 ) -> Term:
-    """The SFT branch as a term; ``aggregation`` and ``aggregation_length`` as in Term.
+    """The SFT branch as a term. ``aggregation`` and ``aggregation_length`` are those of ``Term``.
 
-    ``temperature`` is not that of sampling: at 0.6 another distribution would be fitted to the demonstrations than is
-    served at 1, and where the model fits them phi would be several times smaller.
+    ``temperature`` is independent of the sampling temperature. If the demonstrations were trained at a sampling
+    temperature of 0.6, the distribution at temperature 1 would not be the one fitted to them. Also phi would be several
+    times smaller on tokens that the model already predicts well.
     """
 
     def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
@@ -101,9 +104,10 @@ def sft_term(
 
 
 def most_uncertain(column: str, share: float) -> Prepare:
-    """``column``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0.
+    """Make ``column``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0.
 
-    All NaN where an entropy is: compared with NaN, every token would be one of the others.
+    If any entropy is NaN, the whole column is NaN. A comparison with NaN is false, so the column would otherwise be 0
+    everywhere and hide the fault.
     """
 
     def prepare(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
@@ -117,7 +121,7 @@ def most_uncertain(column: str, share: float) -> Prepare:
 
 
 def top_threshold(values: Tensor, share: float) -> Tensor:
-    """The smallest of the ceil(share x n) largest of n values; infinite when there is none, NaN where one is."""
+    """The smallest of the ceil(share x n) largest of n values. Infinite if n is 0; NaN if any value is NaN."""
     if len(values) == 0:
         return values.new_full((), torch.inf)
     count = max(1, math.ceil(round(share * len(values), 6)))
@@ -125,7 +129,7 @@ def top_threshold(values: Tensor, share: float) -> Tensor:
 
 
 def _over_mean_entropy(batches: Sequence[TermTokens], across: AcrossRanks) -> list[Mapping[str, Tensor]]:
-    """The column ``entropy_weight``: old_entropy / its mean over the update's tokens."""
+    """Make the column ``entropy_weight``: old_entropy divided by its mean over the update's tokens."""
     mean = _all_entropies(batches, across).double().mean().float().clamp(min=torch.finfo(torch.float32).tiny)
     return [{"entropy_weight": batch["old_entropy"] / mean} for batch in batches]
 

@@ -1,8 +1,9 @@
-"""Terms of the objective: what a loss over trained tokens is given, and what it gives back.
+"""Terms of the objective: the inputs and outputs of a loss over trained tokens.
 
-The objective of every method is a sum over terms; a term is a loss per token, times the token's ``scale`` (one over
-what its pool is averaged over, ``losses.aggregate``), summed, times the term's weight in the step. All of a term's
-constants are known before the pass, so the sum over any split of the step is the same number, and so is its gradient.
+The objective of every method is a sum over terms. A term is its weight in the step, times the sum over tokens of the
+token's ``scale`` times its loss. The scale is 1 / the denominator of the average over the token's pool
+(``losses.aggregate``). All constants of a term are known before the forward pass. So the loss and its gradient do not
+depend on how the update is split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from megatron_chord.config_methods import Aggregation
 
 
 class TokenStats(NamedTuple):
-    """What the pass computed of K tokens."""
+    """The results of the forward pass for K tokens."""
 
     logprobs: Tensor
     """[K], differentiable"""
     entropy: Tensor
-    """[K], of the full vocabulary, differentiable"""
+    """[K], of the distribution over the full vocabulary, differentiable"""
     rival: Tensor | None
-    """[K], log-prob of the best other token, detached; only where a term asks for it"""
+    """[K], log-prob of the best token other than the target, detached; None unless a term needs it (``Term.rival``)"""
     logit: Tensor | None = None
-    """[K], the tokens' own logits, divided by the temperature, detached; none where only log-probs are known"""
+    """[K], the targets' logits divided by the temperature, detached; None if only log-probs are known"""
 
     def at(self, index: Tensor) -> TokenStats:
-        """Of the tokens at ``index``."""
+        """The results for the tokens at ``index``."""
         rival = None if self.rival is None else self.rival[index]
         logit = None if self.logit is None else self.logit[index]
         return TokenStats(self.logprobs[index], self.entropy[index], rival, logit)
@@ -39,28 +40,33 @@ class TokenStats(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TermTokens:
-    """What is known beforehand of the K tokens of one term in one micro-batch (on one context-parallel rank)."""
+    """The constants of the K tokens of one term in one micro-batch on one context-parallel rank.
+
+    They are known before the forward pass.
+    """
 
     index: Tensor
-    """[K] int64: which of the micro-batch's trained tokens"""
+    """[K] int64: index of each token among the micro-batch's trained tokens"""
     sequence: Tensor
-    """[K] int64: the sequence of each"""
+    """[K] int64: index of the sequence to which each token belongs"""
     lengths: Tensor
-    """[S] float32: tokens of each sequence on all context-parallel ranks together"""
+    """[S] float32: number of tokens of each sequence, over all context-parallel ranks"""
     held: Tensor
-    """[S] int64: tokens of each sequence that are here; they lie together, in the sequences' order"""
+    """[S] int64: number of tokens of each sequence on this rank. A sequence's tokens are contiguous, in the order of
+    the sequences."""
     columns: Mapping[str, Tensor]
-    """[K] float32 each"""
+    """By name, one constant for each token: [K] float32 each"""
     context: dist.ProcessGroup | None = None
-    """The ranks that hold the sequences' other tokens, if any."""
+    """The context-parallel ranks, which hold the other tokens of the sequences; None without context parallelism."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
 
     def sequence_sums(self, values: Tensor) -> Tensor:
-        """Each token's sequence's sum of ``values`` [K], a constant [K]. One all-reduce over the context ranks.
+        """For each token the sum of ``values`` [K] over its sequence: [K], without a gradient.
 
-        Segments are added up in order, not by atomics, so every tensor-parallel rank gets the same bits.
+        The sums are computed in order and not by atomics, so every tensor-parallel rank gets the same bits.
+        Collectives: one all-reduce over the context-parallel ranks.
         """
         if len(self.lengths) == 0:
             return values.detach()
@@ -75,38 +81,38 @@ class TermTokens:
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """[S, ...]: sums of the S segments of ``lengths`` [S] that ``values`` [K, ...] consists of; S > 0.
+    """The sums of S contiguous segments of ``values`` [K, ...]: [S, ...]. ``lengths`` [S] is their lengths; S > 0.
 
-    Each is added up in order, and without a look at the lengths: torch's own checks of them would wait for the device.
+    Each segment is summed in order. torch's check of the lengths is switched off, because it would wait for the device.
     """
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
 
 
 class TermOutput(NamedTuple):
-    """Of K tokens. Metrics are detached; their names are unique over the terms of a method."""
+    """Loss and metrics of K tokens. Metrics are detached. A metric's name is unique over the terms of a method."""
 
     loss: Tensor
-    """[K], what is minimised, before scale and weight"""
+    """[K], the loss of each token, before its scale and the term's weight are applied"""
     losses: Mapping[str, Tensor]
-    """[K] each: reported summed with the tokens' scale, as the loss is"""
+    """Metrics, [K] each: reported as the sum of scale x value, like the loss"""
     means: Mapping[str, Tensor]
-    """[K] each: reported as the mean over the term's tokens"""
+    """Metrics, [K] each: reported as the mean over the term's tokens"""
     maxima: Mapping[str, Tensor]
-    """[K] each, >= 0: reported as the largest"""
+    """Metrics, [K] each, >= 0: reported as the maximum over the term's tokens"""
 
 
 TermLoss = Callable[[TokenStats, TermTokens], TermOutput]
 
 
 class AcrossRanks(Protocol):
-    """Reductions over the ranks that hold the update's other tokens."""
+    """Reductions over all ranks that hold tokens of the update."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over all ranks; every rank has the same shape."""
+        """The elementwise sum over all ranks. ``values`` has the same shape on every rank."""
         ...
 
     def collect(self, values: Tensor) -> Tensor:
-        """All ranks' [n] values end to end; n may differ."""
+        """The concatenation of all ranks' ``values`` [n]. n may differ between ranks."""
         ...
 
 
@@ -119,32 +125,36 @@ class Term:
 
     loss: TermLoss
     pool: str
-    """Terms of one pool are averaged together (``losses.aggregate``)."""
+    """Name of the term's pool. All terms of one pool are averaged together (``losses.aggregate``)."""
     aggregation: Aggregation = "token-mean"
     aggregation_length: int = 1
-    """For `seq-mean-token-sum-norm`."""
+    """The length C of `seq-mean-token-sum-norm`, in tokens."""
     scored: frozenset[str] = field(default=frozenset())
-    """Columns that a forward pass before the step's first update fills: old_logprob, old_entropy (of the policy),
-    reference_logprob (of the reference)."""
+    """Columns that need a forward pass before the step's first update: old_logprob and old_entropy (a pass of the
+    policy), reference_logprob (a pass of the reference model)."""
     prepare: Prepare | None = None
-    """Further columns from the scored ones, with all of the update's tokens at hand: from each micro-batch's tokens
-    to each micro-batch's new columns. Called on every rank that computes losses."""
+    """Computes further columns from the scored ones, before the update. It is called on every rank that computes
+    losses, with the tokens of each of the rank's micro-batches, and returns the new columns of each micro-batch."""
     temperature: float | None = None
-    """What its tokens' logits are divided by; none: as in sampling."""
+    """The logits of the term's tokens are divided by it; None means the sampling temperature."""
     rival: bool = False
-    """The loss uses ``TokenStats.rival``."""
+    """Whether the loss uses ``TokenStats.rival``."""
     idle: str | None = None
-    """A column: sequences in which it is 0 throughout have neither loss nor gradient, so they need no pass."""
+    """Name of a column, or None. A sequence in which this column is 0 everywhere has loss 0 and gradient 0, so it needs
+    no forward pass."""
 
 
 def num_forward_passes(terms: Iterable[Term]) -> int:
-    """Before a step's first update: one of the policy, one of the reference, each where a term asks for its columns."""
+    """Number of forward passes before a step's first update: 0 to 2.
+
+    The policy and the reference model each need one pass if a term has columns that come from it (``Term.scored``).
+    """
     scored = {column for term in terms for column in term.scored}
     return bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored)
 
 
 def reported(term: Term) -> TermOutput:
-    """The term's output for no tokens: its keys are the names of all it reports. No collective."""
+    """The term's output for zero tokens. Its keys are the names of the term's metrics. No collective."""
     nothing = torch.zeros(0)
     tokens = TermTokens(
         index=nothing.long(),
@@ -157,7 +167,7 @@ def reported(term: Term) -> TermOutput:
 
 
 class _Empty(Mapping[str, Tensor]):
-    """Every column there could be, without a token in it."""
+    """A mapping that returns an empty column for every name."""
 
     def __init__(self, nothing: Tensor) -> None:
         self._nothing = nothing
