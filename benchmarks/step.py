@@ -199,6 +199,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         OptimConfig,
         ParallelConfig,
         RunConfig,
+        sources_of,
     )
     from megatron_chord.data.packing import plan_step
     from megatron_chord.losses.aggregate import with_scales
@@ -211,7 +212,11 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
         output=Path("unused"),
         steps=100,
         model=ModelConfig(path=arguments.model, dtype=arguments.dtype),
-        data=DataConfig(prompts=Path("unused"), demonstrations=Path("unused"), max_response_tokens=2000),
+        data=DataConfig(
+            prompts=sources_of(Path("unused")),
+            demonstrations=sources_of(Path("unused")),
+            max_response_tokens=2000,
+        ),
         batch=BatchConfig(prompts=8, rollouts=6, demonstrations=16, max_tokens_per_gpu=arguments.max_tokens),
         parallel=ParallelConfig(tensor=arguments.tensor),
         objective=ObjectiveConfig(clip_low=CLIP, clip_high=CLIP),

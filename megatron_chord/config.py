@@ -9,6 +9,7 @@ milliseconds. ``config_io`` reads these dataclasses from YAML and names file and
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -87,24 +88,68 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Rows that are read in one way, drawn with one weight and reported under one name."""
+
+    SHORTHAND = "path"
+
+    path: tuple[Path, ...]
+    """A file, a folder of shards or a pattern such as train-*.parquet; or a list of them, which are one data set
+    (docs/data.md)."""
+    weight: float = 1.0
+    """Of what is drawn, this source has the share weight / (sum of all sources' weights), whatever its number of rows.
+    Means nothing to `evaluation`."""
+    name: str = ""
+    """Of its metrics, such as reward/NAME; the name of its file or folder where left out."""
+    fields: dict[str, str] = field(default_factory=dict[str, str])
+    """Where a row has what is read, such as {messages: prompt, answer: reward_model.ground_truth}. Left out: public
+    layouts are recognised by their columns."""
+    system_prompt: str | None = None
+    """In place of `data.system_prompt` for the rows of this source."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "a source needs a path")
+        require(
+            math.isfinite(self.weight) and self.weight > 0,
+            f"{self.path[0]}: weight must be > 0, got {self.weight}; leave the source out instead of weight 0",
+        )
+        require(
+            re.fullmatch(r"[\w.+-]*", self.name) is not None,
+            f"{self.path[0]}: name must consist of letters, digits and . _ + -, got {self.name!r}",
+        )
+        for own, place in self.fields.items():
+            require(
+                place == str(place),
+                f"{self.path[0]}: fields.{own} must be a text such as answer.text, got {place!r}",
+            )
+
+    @property
+    def label(self) -> str:
+        """``name``, or what the first path is called: train for train.parquet, gsm8k for gsm8k/*.jsonl."""
+        if self.name:
+            return self.name
+        path = self.path[0]
+        called = path.parent.name if "*" in path.name else path.name.partition(".")[0]
+        return re.sub(r"[^\w.+-]", "_", called) or "rows"
+
+
+def sources_of(*paths: Path) -> tuple[SourceConfig, ...]:
+    """One source of these files, as a path or a list of paths in YAML."""
+    return (SourceConfig(path=paths),)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    prompts: Path
-    """Problems with a ground truth, for rollouts: a file, a folder of shards or a pattern (docs/data.md)."""
-    prompt_fields: dict[str, str] = field(default_factory=dict[str, str])
-    """Where a row of `prompts` has what is read, such as {messages: prompt, answer: reward_model.ground_truth}. Left
-    out: public layouts are recognised by their columns."""
-    demonstrations: Path | None = None
-    """Demonstrations: a file, a folder of shards or a pattern. May be left out only when mu is 0 throughout."""
-    demonstration_fields: dict[str, str] = field(default_factory=dict[str, str])
-    """As `prompt_fields`, for `demonstrations`: {problem: extra_info.question, solution: target}."""
+    prompts: tuple[SourceConfig, ...]
+    """Problems with a ground truth, for rollouts."""
+    demonstrations: tuple[SourceConfig, ...] | None = None
+    """Questions with an answer to imitate. May be left out only when mu is 0 throughout."""
     aligned: bool = False
     """Every prompt has its own demonstration in `demonstrations`, found by the prompt itself. Some methods need it."""
     unmatched: Literal["fail", "drop"] = "fail"
     """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
-    evaluation: Path | None = None
-    """Held-out problems: a file, a folder of shards or a pattern."""
-    evaluation_fields: dict[str, str] = field(default_factory=dict[str, str])
-    """As `prompt_fields`, for `evaluation`."""
+    evaluation: tuple[SourceConfig, ...] | None = None
+    """Held-out problems. Accuracy is over all of them, and with several sources also of each."""
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
     system_prompt: str | None = None
@@ -123,17 +168,20 @@ class DataConfig:
         positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
         require(0 <= self.max_dropped < 1, f"data.max_dropped must lie in [0, 1), got {self.max_dropped}")
         require(self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned")
-        for name, mapping, path in (
-            ("prompt_fields", self.prompt_fields, self.prompts),
-            ("demonstration_fields", self.demonstration_fields, self.demonstrations),
-            ("evaluation_fields", self.evaluation_fields, self.evaluation),
-        ):
-            for own, place in mapping.items():
-                require(
-                    place == str(place),
-                    f"data.{name}.{own} must be a text such as answer.text, got {place!r}",
-                )
-            require(not mapping or path is not None, f"data.{name} means nothing without its file")
+        for role in ("prompts", "demonstrations", "evaluation"):
+            sources: tuple[SourceConfig, ...] | None = getattr(self, role)
+            require(sources != (), f"data.{role} lists no source")
+            labels = [source.label for source in sources or ()]
+            twice = sorted({label for label in labels if labels.count(label) > 1})
+            require(
+                not twice,
+                f"data.{role} has several sources named {', '.join(twice)}: give each its own `name`",
+            )
+        weighted = [source.label for source in self.evaluation or () if source.weight != 1]
+        require(
+            not weighted,
+            f"data.evaluation: every problem is evaluated, so weight means nothing to {', '.join(weighted)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +613,7 @@ class EvaluationConfig:
     every: int = 0
     """Steps between evaluations; before the first and after the last step there is one as well. 0: only those two."""
     problems: int | None = None
-    """The first so many held-out problems; all where left out."""
+    """The first so many held-out problems of each source; all where left out."""
     temperature: float = 0.0
     """Of sampling; 0 takes the most likely token."""
     samples: int = 1

@@ -23,11 +23,13 @@ from megatron_chord.config_nodes import (
     ConfigError,
     Dumper,
     as_block,
+    as_list,
     child,
     choice,
     default_choice,
     folder,
     given_places,
+    is_list,
     is_null,
     members,
     override,
@@ -37,6 +39,9 @@ from megatron_chord.config_nodes import (
 )
 
 MOVED = {
+    "data.prompt_fields": "data.prompts.fields",
+    "data.demonstration_fields": "data.demonstrations.fields",
+    "data.evaluation_fields": "data.evaluation.fields",
     "batch.max_tokens": "batch.max_tokens_per_gpu",
     "batch.mini_batches": "batch.updates_per_step",
     "parallel.timeout_s": "timeouts.collective_s",
@@ -179,16 +184,32 @@ class _Reader:
                 return None
             kind = kind if members(kind) else parts[0]
         if members(kind):
-            return self._block(as_block(node, kind), kind, where)
+            return (
+                self._blocks(node, kind, where)
+                if is_list(kind)
+                else self._block(as_block(node, kind), kind, where)
+            )
         if get_origin(kind) is tuple:
-            if not isinstance(node, yaml.SequenceNode):
-                raise self._fail(node, f"{where}: expected a list, got {_shown(node)}")
-            return tuple(self.read(item, get_args(kind)[0], where) for item in node.value)
+            return self._list(node, get_args(kind)[0], where, field)
         if get_origin(kind) is dict:
             return self._free_mapping(node, where)
         if not isinstance(node, yaml.ScalarNode):
             raise self._fail(node, f"{where}: expected a single value, got {_shown(node)}")
         return self._scalar(node, kind, where, field)
+
+    def _list(self, node: yaml.Node, item: Any, where: str, field: Any) -> tuple[Any, ...]:
+        """A list of single values; one path may stand for a list of one."""
+        if item is Path and isinstance(node, yaml.ScalarNode):
+            return (self._scalar(node, item, where, field),)
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._fail(node, f"{where}: expected a list, got {_shown(node)}")
+        return tuple(self.read(part, item, where) for part in node.value)
+
+    def _blocks(self, node: yaml.Node, kind: Any, where: str) -> tuple[Any, ...]:
+        items = as_list(node, kind)
+        if items is None:
+            raise self._fail(node, f"{where}: is empty; expected a path, a list of paths or a list of blocks")
+        return tuple(self._block(item, members(kind)[0], where) for item in items)
 
     def _block(self, node: yaml.Node, kind: Any, where: str) -> Any:
         if not isinstance(node, yaml.MappingNode):

@@ -51,8 +51,12 @@ for _class in (_Loader, Dumper):
 
 
 def members(kind: Any) -> tuple[type, ...]:
-    """The dataclasses that a block of settings of type ``kind`` can be; none where it is no block."""
+    """The dataclasses that a block of settings of type ``kind`` can be; none where it is no block.
+
+    Of a list of blocks those of one block.
+    """
     parts = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    parts = tuple(get_args(part)[0] if get_origin(part) is tuple else part for part in parts)
     parts = tuple(part for part in parts if part is not types.NoneType)
     return parts if all(dataclasses.is_dataclass(part) for part in parts) else ()
 
@@ -95,9 +99,31 @@ def child(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
     return next((value for name, value in mapping.value if name.value == key), None)
 
 
+def is_list(kind: Any) -> bool:
+    """Whether a setting of type ``kind`` is a list, or a list or null."""
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    return any(get_origin(part) is tuple for part in parts)
+
+
+def as_list(node: yaml.Node, kind: Any) -> list[yaml.Node] | None:
+    """The blocks of a list of blocks. One block may stand for a list of one; a list of single values is one block,
+    whose ``SHORTHAND`` setting is that list. None where it is no list."""
+    if not isinstance(node, yaml.SequenceNode):
+        return None if is_null(node) else [as_block(node, kind)]
+    if node.value and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return [_mapping([(_key(str(_shorthand(kind)), node), node)], node)]
+    return list(node.value)
+
+
+def _shorthand(kind: Any) -> str | None:
+    """The setting that a single value in place of a block is."""
+    parts = members(kind)
+    return choice(kind) or (getattr(parts[0], "SHORTHAND", None) if parts else None)
+
+
 def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
     """``phi`` -> ``{kind: phi}`` where a single value may stand for a block."""
-    key = choice(kind)
+    key = _shorthand(kind)
     if key is None or not isinstance(node, yaml.ScalarNode) or is_null(node):
         return node
     return _mapping([(_key(key, node), node)], node)

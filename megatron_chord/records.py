@@ -21,6 +21,8 @@ class Prompt:
     truth: str
     token_ids: tuple[int, ...]
     """After the chat template, with the generation prompt."""
+    source: str = ""
+    """Name of the data source that it comes from (``data.prompts``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Demonstration:
     id: str
     token_ids: tuple[int, ...]
     trainable: tuple[bool, ...]
+    source: str = ""
+    """Name of the data source that it comes from (``data.demonstrations``)."""
 
 
 Span = tuple[int, int]

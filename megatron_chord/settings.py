@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_chord import config, peers
-from megatron_chord.config_nodes import Dumper, choice, members
+from megatron_chord.config_nodes import Dumper, choice, is_list, members
 
 _WIDTH = 110
 _BASE = "A file whose settings hold wherever this one has none; its name is relative to this file's folder."
@@ -54,12 +54,21 @@ def markdown() -> str:
     return "\n\n".join(text) + "\n"
 
 
-def _tables(kind: type, where: str, chosen_by: str | None = None) -> Iterator[str]:
-    """The table of one dataclass, then those of the blocks in it. ``chosen_by``: the key that chose it, if any did."""
+def _tables(
+    kind: type, where: str, chosen_by: str | None = None, others: Sequence[str] = ()
+) -> Iterator[str]:
+    """The table of one dataclass, then those of the blocks in it.
+
+    Args:
+        chosen_by: the key that chose it, if any did.
+        others: further settings that are such blocks.
+    """
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     title = f"`{where}`" if where else "The run"
     if chosen_by:
         title += f" with `{chosen_by}: {_type_name(hints[chosen_by])}`"
+    if others:
+        title += f", and the same in {' and '.join(f'`{name}`' for name in others)}"
     yield f"## {title}"
     if where and _doc(kind):
         yield "\n".join(textwrap.wrap(_doc(kind), 120, break_on_hyphens=False))
@@ -69,17 +78,31 @@ def _tables(kind: type, where: str, chosen_by: str | None = None) -> Iterator[st
         if field.name == chosen_by:
             continue
         blocks = members(inner)
-        value = "a block, see below" if blocks else _type_name(inner).replace(" | ", ", ")
+        value = _block_name(inner, "see below") if blocks else _type_name(inner).replace(" | ", ", ")
         rows.append(
             (f"`{name}`", _shown_default(field, inner), value + _unit(field.name), docs.get(field.name, ""))
         )
     if rows:
         yield _table(("setting", "default", "value", "meaning"), rows)
+    lists: dict[type, list[str]] = {}
     for field in dataclasses.fields(kind):
-        blocks = members(hints[field.name])
-        for block in blocks:
-            name = f"{where}.{field.name}" if where else field.name
-            yield from _tables(block, name, choice(hints[field.name]))
+        inner, name = hints[field.name], f"{where}.{field.name}" if where else field.name
+        for block in members(inner):
+            if is_list(inner):
+                lists.setdefault(block, []).append(name)
+            else:
+                yield from _tables(block, name, choice(inner))
+    for block, names in lists.items():
+        yield from _tables(block, names[0], others=names[1:])
+
+
+def _block_name(kind: Any, where: str) -> str:
+    """What stands in place of a value whose settings are listed ``where``."""
+    return (
+        f"a path, a list of paths, a block or a list of blocks, {where}"
+        if is_list(kind)
+        else f"a block, {where}"
+    )
 
 
 def _shown_default(field: dataclasses.Field[Any], kind: Any) -> str:
@@ -123,12 +146,20 @@ def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[st
     margin = " " * indent
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     fields = dataclasses.fields(kind)
+    told: dict[type, str] = {}
     for field in sorted(fields, key=lambda field: field.name != chosen_by):
         inner = hints[field.name]
         yield from _comment(docs.get(field.name, ""), indent)
         yield from _comment(_doc(members(inner)[0]) if len(members(inner)) == 1 else "", indent)
         if field.name == chosen_by:
             yield f"{margin}{field.name}: {_type_name(inner)}"
+        elif is_list(inner) and members(inner):
+            (block,) = members(inner)
+            value = " null" if field.default is None else ""
+            yield f"{margin}{field.name}:{value}  # {_block_name(inner, told.get(block, 'each with'))}"
+            if block not in told:
+                yield from _block(block, indent + 2)
+            told.setdefault(block, f"as {field.name}")
         elif members(inner):
             yield from _sub_block(field, inner, indent)
         else:

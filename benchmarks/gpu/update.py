@@ -29,6 +29,7 @@ from megatron_chord.config import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    sources_of,
 )
 from megatron_chord.costs.flops import head_flops, recomputed_flops, train_flops
 from megatron_chord.data.packing import StepPlan, plan_step
@@ -142,7 +143,11 @@ def make_run(arguments: argparse.Namespace) -> RunConfig:
         output=nothing,
         steps=100,
         model=ModelConfig(path=nothing, dtype="bf16", recompute=arguments.recompute),
-        data=DataConfig(prompts=nothing, demonstrations=nothing, max_response_tokens=arguments.max_tokens),
+        data=DataConfig(
+            prompts=sources_of(nothing),
+            demonstrations=sources_of(nothing),
+            max_response_tokens=arguments.max_tokens,
+        ),
         batch=BatchConfig(prompts=8, rollouts=7, demonstrations=8, max_tokens_per_gpu=arguments.max_tokens),
         objective=ObjectiveConfig(),
         optim=OptimConfig(lr=1e-6),

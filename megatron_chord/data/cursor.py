@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from megatron_chord.records import Demonstration, Prompt
 
@@ -56,13 +57,17 @@ class Cursor:
             "position": self.position,
         }
 
-    def restored(self, state: dict[str, int | str]) -> Cursor:
+    def restored(self, state: dict[str, Any]) -> Cursor:
         """This cursor at the position of `state`.
 
         Raises:
             ValueError: `state` belongs to other data, another seed or another cursor.
         """
         expected = self.state()
+        if "sources" in state:
+            raise ValueError(
+                f"{self.name}: the checkpoint was written with {len(state['sources'])} sources, and there is one now"
+            )
         if set(state) != set(expected):
             raise ValueError(f"{self.name}: expected a cursor's state, got the fields {sorted(state)}")
         reasons = {
@@ -99,7 +104,7 @@ def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=8)  # the current epochs of a run's few cursors
+@lru_cache(maxsize=64)  # the current epochs of a run's cursors, two of each source
 def _epoch_order(name: str, seed: int, epoch: int, size: int) -> array[int]:
     prefix = hashlib.blake2b(f"{name}/{seed}/{epoch}/".encode())
 

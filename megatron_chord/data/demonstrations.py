@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from megatron_chord.records import Demonstration, Message
 
 
 def load_demonstrations(
-    path: Path,
+    data: Path | Sequence[Path],
     template: ChatTemplate,
     *,
     max_prompt_tokens: int,
@@ -29,13 +29,15 @@ def load_demonstrations(
     overlong: Literal["fail", "drop"],
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
+    source: str = "",
 ) -> tuple[list[Demonstration], LoadReport]:
-    """The demonstrations of a file, or of a folder or pattern of files, in their order.
+    """The demonstrations of a file, of a folder or pattern of files, or of a list of these, in their order.
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
     (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
     (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
-    ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``).
+    ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name that the
+    demonstrations carry.
     Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
     teach how to end.
 
@@ -47,7 +49,7 @@ def load_demonstrations(
 
     def parse(row: Row) -> Demonstration | None:
         messages = _demonstrated_messages(row, template)
-        identity = row_id(row, path, seen)
+        identity = row_id(row, seen)
         token_ids, trainable = template.demonstration(messages)
         num_response = sum(trainable)
         num_prompt = len(token_ids) - num_response
@@ -60,10 +62,10 @@ def load_demonstrations(
                     f"{max_prompt_tokens} and max_response_tokens {max_response_tokens}"
                 )
             return None
-        return Demonstration(id=identity, token_ids=token_ids, trainable=trainable)
+        return Demonstration(id=identity, token_ids=token_ids, trainable=trainable, source=source)
 
     return load_rows(
-        path,
+        data,
         Reading("demonstrations", fields or {}),
         parse,
         limits=f"{max_prompt_tokens} prompt or {max_response_tokens} response tokens",

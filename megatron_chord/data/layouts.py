@@ -7,7 +7,7 @@ layout stands before those that have fewer columns. A row of no known layout sta
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,7 @@ from megatron_chord.data.rows import (
     LoadReport,
     Row,
     RowError,
+    called,
     parse_rows,
 )
 from megatron_chord.rewards.answers import last_boxed
@@ -70,7 +71,7 @@ class Reading:
     def __post_init__(self) -> None:
         if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
             known = ", ".join(sorted(OWN_FIELDS))
-            raise DataError(f"the mapping of {self.role} names {', '.join(unknown)}; known fields: {known}")
+            raise DataError(f"the fields of {self.role} name {', '.join(unknown)}; known fields: {known}")
 
     def own_row(self, row: Row) -> Row:
         """``row`` with this project's fields.
@@ -105,7 +106,7 @@ class Reading:
 
 
 def load_rows(
-    path: Path,
+    data: Path | Sequence[Path],
     reading: Reading,
     parse: Callable[[Row], T | None],
     *,
@@ -118,12 +119,12 @@ def load_rows(
         DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
     """
     dropped: list[Fault] = []
-    rows = parse_rows(path, lambda row: parse(reading.own_row(row)), max_dropped=max_dropped, dropped=dropped)
+    rows = parse_rows(data, lambda row: parse(reading.own_row(row)), max_dropped=max_dropped, dropped=dropped)
     kept = [row for row in rows if row is not None]
     if not kept:
-        raise DataError(f"{path}: all {len(rows)} {reading.role} have more than {limits}")
+        raise DataError(f"{called(data)}: all {len(rows)} {reading.role} have more than {limits}")
     report = LoadReport(
-        path=path,
+        data=called(data),
         num_rows=len(rows) + len(dropped),
         num_kept=len(kept),
         num_overlong=len(rows) - len(kept),

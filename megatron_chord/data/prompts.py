@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,21 +19,22 @@ from megatron_chord.records import Prompt
 
 
 def load_prompts(
-    path: Path,
+    data: Path | Sequence[Path],
     template: ChatTemplate,
     *,
     max_prompt_tokens: int,
     overlong: Literal["fail", "drop"],
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
+    source: str = "",
 ) -> tuple[list[Prompt], LoadReport]:
-    """The prompts of a file, or of a folder or pattern of files, in their order.
+    """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
     A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
     `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
     The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
-    (``data.layouts.Reading.mapping``).
+    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
@@ -45,16 +46,16 @@ def load_prompts(
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
         truth = true_answer(row)
-        identity = row_id(row, path, seen)
+        identity = row_id(row, seen)
         token_ids = template.prompt_ids(messages)
         if len(token_ids) > max_prompt_tokens:
             if overlong == "fail":
                 raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
             return None
-        return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids)
+        return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids, source=source)
 
     return load_rows(
-        path,
+        data,
         Reading("prompts", fields or {}),
         parse,
         limits=f"{max_prompt_tokens} tokens",

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -71,7 +71,7 @@ class Row:
     fields: dict[str, Any]
     """Without the fields that are null: null and absent are the same."""
     file: str = ""
-    """Name of the row's file, where a data set has several."""
+    """Name of the row's file; its path, where several files have this name."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Fault:
 class LoadReport:
     """What became of a file's rows; ``str()`` is the line for the log."""
 
-    path: Path
+    data: str
+    """The path that was read, or the first of several."""
     num_rows: int
     num_kept: int
     num_overlong: int
@@ -101,7 +102,7 @@ class LoadReport:
                 f", {len(self.dropped)} left out as faulty (the first: {first.position}: {first.reason})"
             )
         reading = f"; {self.reading}" if self.reading else ""
-        return f"{self.path}: {self.num_kept} of {self.num_rows} rows{left_out}{reading}"
+        return f"{self.data}: {self.num_kept} of {self.num_rows} rows{left_out}{reading}"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -110,26 +111,36 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def parse_rows(
-    path: Path, parse: Callable[[Row], T], *, max_dropped: float = 0.0, dropped: list[Fault] | None = None
+    data: Path | Sequence[Path],
+    parse: Callable[[Row], T],
+    *,
+    max_dropped: float = 0.0,
+    dropped: list[Fault] | None = None,
 ) -> list[T]:
     """`parse` of every row, in order. Rows that cannot be read or for which it raises RowError are gathered.
 
     Args:
+        data: a path, or several that are one data set.
         max_dropped: share of all rows that may be faulty. They are left out, and added to ``dropped``.
 
     Raises:
         DataError: naming ``position: reason`` of each faulty row, where they are more; or why the file cannot be read
             at all.
     """
+    name = called(data)
     try:
-        files = files_of(path, tuple(_READERS))
+        files = [file for path in _paths(data) for file in files_of(path, tuple(_READERS))]
     except ValueError as error:
         raise DataError(str(error)) from None
-    count, read = _READERS[kind_of(files[0])]
+    has_twins = len({file.name for file in files}) < len(files)
+    readers = [(file, *_READERS[kind_of(file)]) for file in files]
     parsed: list[T] = []
     faults: list[Fault] = []
-    rows = itertools.chain.from_iterable(_of_file(read(file), file) for file in files)
-    for row in _with_progress(rows, description=f"reading {path.name}", total=sum(map(count, files))):
+    rows = itertools.chain.from_iterable(
+        _of_file(read(file), file, str(file) if has_twins else file.name) for file, _, read in readers
+    )
+    total = sum(count(file) for file, count, _ in readers)
+    for row in _with_progress(rows, description=f"reading {Path(name).name}", total=total):
         if isinstance(row, Fault):
             faults.append(row)
             continue
@@ -138,15 +149,25 @@ def parse_rows(
         except RowError as error:
             faults.append(Fault(row.position, str(error)))
             if isinstance(error, FatalRowError):
-                raise DataError(_listing(path, faults)) from None
+                raise DataError(_listing(name, faults)) from None
     if len(faults) > max_dropped * (len(parsed) + len(faults)):
         allowed = f"; data.max_dropped allows {max_dropped:g} of all rows" if max_dropped else ""
-        raise DataError(_listing(path, faults) + allowed)
+        raise DataError(_listing(name, faults) + allowed)
     if dropped is not None:
         dropped += faults
     if not parsed:
-        raise DataError(f"{path}: holds no rows")
+        raise DataError(f"{name}: holds no rows")
     return parsed
+
+
+def called(data: Path | Sequence[Path]) -> str:
+    """A data set's path, or the first of its paths, for messages."""
+    first, *others = _paths(data)
+    return f"{first} and {len(others)} more" if others else str(first)
+
+
+def _paths(data: Path | Sequence[Path]) -> Sequence[Path]:
+    return (data,) if isinstance(data, Path) else data
 
 
 def only_one_of(row: Row, names: Iterable[str]) -> str:
@@ -222,9 +243,9 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
     return messages
 
 
-def row_id(row: Row, path: Path, seen: dict[str, str]) -> str:
+def row_id(row: Row, seen: dict[str, str]) -> str:
     """The row's own `id` or ``file:number``; `seen` maps the ids so far to their rows and is added to."""
-    value = row.fields.get("id", f"{row.file or path.name}:{row.number}")
+    value = row.fields.get("id", f"{row.file}:{row.number}")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RowError(f"`id` must be a string or a whole number, got {_kind(value)}")
     if str(value) in seen:
@@ -271,12 +292,12 @@ def _kind(value: Any) -> str:
     return "nothing" if value in ([], "") else names.get(type(value), type(value).__name__)
 
 
-def _listing(path: Path, faults: list[Fault]) -> str:
+def _listing(data: str, faults: list[Fault]) -> str:
     lines = [f"{fault.position}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
     if len(faults) > MAX_SHOWN:
         lines.append(f"... and {len(faults) - MAX_SHOWN} more")
     rows = "row" if len(faults) == 1 else "rows"
-    return "\n".join([f"{path}: {len(faults)} {rows} cannot be used", *lines])
+    return "\n".join([f"{data}: {len(faults)} {rows} cannot be used", *lines])
 
 
 def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int) -> Iterator[Row | Fault]:
@@ -288,10 +309,10 @@ def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int)
         yield from progress.track(rows, total=total, description=description)
 
 
-def _of_file(rows: Iterator[Row | Fault], file: Path) -> Iterator[Row | Fault]:
+def _of_file(rows: Iterator[Row | Fault], file: Path, name: str) -> Iterator[Row | Fault]:
     try:
         for row in rows:
-            yield replace(row, file=file.name) if isinstance(row, Row) else row
+            yield replace(row, file=name) if isinstance(row, Row) else row
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read or unpacked: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor
+from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Demonstration, Prompt, Rollout
 from megatron_chord.rewards.answers import has_answer
@@ -38,8 +39,8 @@ class Sources:
     demonstrations: Sequence[Demonstration]
     demonstration_of: Mapping[str, Demonstration]
     """By prompt id; with ``data.aligned`` every prompt's."""
-    prompt_cursor: Cursor
-    demonstration_cursor: Cursor | None
+    prompt_cursor: Cursor | MixedCursor
+    demonstration_cursor: Cursor | MixedCursor | None
     unfinished: tuple[DrawnPrompt, ...] = ()
     """Prompts drawn before whose sampling was stopped; they come before any new one."""
 

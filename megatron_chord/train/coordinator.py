@@ -229,6 +229,7 @@ class Coordinator:
                 **collected.stats,
                 **_rollout_stats(context.graded),
                 **_demonstration_stats(context.sources),
+                **(_by_source(context.graded) if len(run.data.prompts) > 1 else {}),
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
                 **(_unfinished_stats(context) if run.rollout.partial is not None and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
@@ -289,6 +290,26 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
 def _demonstration_stats(sources: Sources) -> dict[str, Any]:
     cursor = sources.demonstration_cursor
     return {"demonstration_epochs": cursor.position / cursor.size} if cursor is not None else {}
+
+
+def _by_source(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
+    """Of each source that had prompts in this step: their number, the mean reward and the mean score."""
+    of: dict[str, list[GradedRollouts]] = {}
+    for item in graded:
+        of.setdefault(item.prompt.source, []).append(item)
+    stats: dict[str, dict[str, float]] = {"prompts": {}, "reward": {}, "accuracy": {}}
+    for source, items in of.items():
+        pairs = [
+            (grade.score, reward)
+            for item in items
+            for grade, reward in zip(item.grades, item.rewards, strict=True)
+            if grade.score is not None and reward is not None
+        ]
+        stats["prompts"][source] = len(items)
+        if pairs:
+            stats["accuracy"][source] = statistics.fmean(score for score, _ in pairs)
+            stats["reward"][source] = statistics.fmean(reward for _, reward in pairs)
+    return stats if graded else {}
 
 
 def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
@@ -29,6 +29,8 @@ class Evaluation:
     num_errors: int
     response_length: float
     """Mean, in tokens."""
+    accuracy_by_source: dict[str, float] = field(default_factory=dict[str, float])
+    """Of each source of ``data.evaluation``, where there are several."""
 
 
 def evaluate(
@@ -70,5 +72,16 @@ def evaluate(
         num_problems=len(problems),
         num_errors=len(lengths) - len(scores),
         response_length=sum(lengths) / len(lengths),
+        accuracy_by_source=_by_source(graded),
     )
     return result, graded
+
+
+def _by_source(graded: Sequence[GradedRollouts]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for item in graded:
+        own = scores.setdefault(item.prompt.source, [])
+        own += [grade.score for grade in item.grades if grade.score is not None]
+    if len(scores) < 2:
+        return {}
+    return {source: sum(own) / len(own) for source, own in scores.items() if own}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.config import ParallelConfig, RunConfig, SourceConfig, check_lengths, data_parallel_size
 from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
-from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.demonstrations import load_demonstrations
+from megatron_chord.data.mixed_cursor import cursor_over
 from megatron_chord.data.packing import Layout, make_layout
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.served import served_otherwise
+from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
@@ -66,10 +68,13 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
             "every packed micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
-    for name in ("prompts", "demonstrations", "evaluation", "chat_template"):
-        path: Path | None = getattr(run.data, name)
-        if path is not None and not (path.exists() or glob.glob(str(path))):
-            raise ValueError(f"data.{name}: {path} does not exist")
+    for name in ("prompts", "demonstrations", "evaluation"):
+        sources: tuple[SourceConfig, ...] | None = getattr(run.data, name)
+        for path in (path for source in sources or () for path in source.path):
+            if not (path.exists() or glob.glob(str(path))):
+                raise ValueError(f"data.{name}: {path} does not exist")
+    if run.data.chat_template is not None and not run.data.chat_template.exists():
+        raise ValueError(f"data.chat_template: {run.data.chat_template} does not exist")
     if run.objective.kl is not None and run.objective.kl.reference is not None:
         _check_reference(run.objective.kl.reference, shape)
     return shape, method
@@ -112,24 +117,19 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
         "overlong": run.data.overlong,
         "max_dropped": run.data.max_dropped,
     }
-    prompts, report = load_prompts(run.data.prompts, template, fields=run.data.prompt_fields, **limits)
-    reports = [f"prompts     {report}"]
-    demonstrations: list[Demonstration] = []
-    if run.data.demonstrations is not None:
-        demonstrations, report = load_demonstrations(
-            run.data.demonstrations,
-            template,
-            max_response_tokens=run.data.max_response_tokens,
-            fields=run.data.demonstration_fields,
-            **limits,
-        )
-        reports.append(f"demonstrations {report}")
-    problems: list[Prompt] = []
-    if run.data.evaluation is not None:
-        problems, report = load_prompts(
-            run.data.evaluation, template, fields=run.data.evaluation_fields, **limits
-        )
-        reports.append(f"evaluation  {report}")
+    asked = load_sources(run.data.prompts, template, partial(load_prompts, **limits))
+    shown = load_sources(
+        run.data.demonstrations,
+        template,
+        partial(load_demonstrations, max_response_tokens=run.data.max_response_tokens, **limits),
+    )
+    held_out = load_sources(run.data.evaluation, template, partial(load_prompts, **limits))
+    reports = [
+        *asked.lines("prompts    "),
+        *shown.lines("demonstrations"),
+        *held_out.lines("evaluation "),
+    ]
+    prompts, demonstrations = asked.records, shown.records
     template.renderer.rest()
     demonstration_of: dict[str, Demonstration] = {}
     if run.data.aligned:
@@ -151,10 +151,18 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
             prompts=tuple(prompts),
             demonstrations=tuple(demonstrations),
             demonstration_of=demonstration_of,
-            prompt_cursor=_cursor("prompts", prompts, run.seed),
-            demonstration_cursor=_cursor("experts", demonstrations, run.seed) if demonstrations else None,
+            prompt_cursor=cursor_over("prompts", prompts, _weights(run.data.prompts), seed=run.seed),
+            demonstration_cursor=cursor_over(
+                "demonstrations",
+                demonstrations,
+                _weights(run.data.demonstrations),
+                seed=run.seed,
+                tag="experts",
+            )
+            if run.data.demonstrations is not None
+            else None,
         ),
-        problems=tuple(problems[: run.evaluation.problems]),
+        problems=_first_of_each(held_out.records, run.evaluation.problems),
         reports=tuple(reports),
     )
 
@@ -298,5 +306,15 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
-def _cursor(name: str, records: list[Prompt] | list[Demonstration], seed: int) -> Cursor:
-    return Cursor(name=name, size=len(records), seed=seed, data=fingerprint(records))
+def _weights(sources: Sequence[SourceConfig]) -> dict[str, float]:
+    return {source.label: source.weight for source in sources}
+
+
+def _first_of_each(problems: Sequence[Prompt], count: int | None) -> tuple[Prompt, ...]:
+    """The first ``count`` problems of each source; all where it is None."""
+    sources = dict.fromkeys(problem.source for problem in problems)
+    return tuple(
+        problem
+        for source in sources
+        for problem in [problem for problem in problems if problem.source == source][:count]
+    )

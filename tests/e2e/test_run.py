@@ -42,8 +42,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seed": 3,
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
-            "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
+            "prompts": [
+                {"path": str(EXAMPLE / "problems_train.jsonl"), "weight": 3, "name": "train"},
+                {"path": str(EXAMPLE / "problems_heldout.jsonl"), "name": "more"},
+            ],
+            "demonstrations": [
+                {"path": str(EXAMPLE / "demonstrations.jsonl"), "weight": 2},
+                {"path": str(EXAMPLE / "demonstrations_aligned.jsonl")},
+            ],
             "evaluation": str(EXAMPLE / "problems_heldout.jsonl"),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
@@ -88,6 +94,11 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
         assert row["clip_fraction"] == 0.0
         assert row["num_policy_tokens"] > 0
         assert row["num_sft_tokens"] > 0
+        assert row["prompts"] == {"train": 3, "more": 1}
+        assert row["reward_mean"] == pytest.approx(
+            0.75 * row["reward"]["train"] + 0.25 * row["reward"]["more"]
+        )
+        assert row["accuracy"] == row["reward"]
         # The loss is the mix of its branches, each a mean over its own tokens.
         assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["sft_loss"], rel=1e-5)
         assert 0 < row["sft_phi"] <= 0.25

@@ -18,6 +18,7 @@ from megatron_chord.config import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    sources_of,
 )
 from megatron_chord.records import Part, TrainSample
 
@@ -171,7 +172,9 @@ def tiny_run(
         steps=10,
         model=ModelConfig(path=folder, dtype="fp32"),
         data=DataConfig(
-            prompts=folder / "prompts", demonstrations=folder / "demonstrations", max_response_tokens=16
+            prompts=sources_of(folder / "prompts"),
+            demonstrations=sources_of(folder / "demonstrations"),
+            max_response_tokens=16,
         ),
         batch=BatchConfig(
             prompts=3, rollouts=2, demonstrations=5 if method == "chord" else 0, max_tokens_per_gpu=max_tokens

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,7 +63,7 @@ def test_values_paths_and_overrides(tmp_path: Path) -> None:
     assert run.optim == config.OptimConfig(lr=1e-6, beta2=0.95)
     assert run.method.mu == schedules.Constant(peak=0.3)
     assert run.model.path == tmp_path / "policy"
-    assert run.data.demonstrations == Path("other.jsonl")
+    assert run.data.demonstrations == config.sources_of(Path("other.jsonl"))
     assert run.output == Path("runs/x")
 
 
@@ -425,7 +426,7 @@ class TestDump:
                 path=tmp_path / "p",
                 megatron_overrides={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers},
             ),
-            data=config.DataConfig(prompts=tmp_path / "x", system_prompt="null"),
+            data=config.DataConfig(prompts=config.sources_of(tmp_path / "x"), system_prompt="null"),
             batch=config.BatchConfig(prompts=1, rollouts=2, demonstrations=0),
             method=method,
             objective=objective,
@@ -605,7 +606,9 @@ class TestBase:
             write(tmp_path, "base: ../middle.yaml\ndata: {demonstrations: e.jsonl}\n", "high/run.yaml")
         )
         resolved = {
-            name: value.resolve() for name, value in vars(run.data).items() if isinstance(value, Path)
+            name: sources[0].path[0].resolve()
+            for name, sources in vars(run.data).items()
+            if isinstance(sources, tuple)
         }
         root = tmp_path.resolve()
         assert resolved == {
@@ -810,19 +813,72 @@ def test_a_precision_needs_bf16_weights(tmp_path: Path, precision: str) -> None:
     assert f"precision {precision} needs model.dtype to be bf16, got fp32" in found
 
 
-def test_a_mapping_of_fields_must_name_text(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        """output: out
+SOURCES_RUN = """output: out
 steps: 1
 model: {path: m}
 batch: {prompts: 1, rollouts: 2, demonstrations: 1, max_tokens_per_gpu: 64}
 data:
-  prompts: p.jsonl
   demonstrations: d.jsonl
-  prompt_fields: {answer: 3}
 """
+
+
+def load_prompts_of(tmp_path: Path, text: str, *overrides: str) -> tuple[config.SourceConfig, ...]:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{SOURCES_RUN}  prompts: {text}\n")
+    run = load_config(path, overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(run))
+    assert load_config(again).data == run.data
+    return run.data.prompts
+
+
+def test_prompts_are_one_path_several_or_blocks(tmp_path: Path) -> None:
+    a, b, source = tmp_path / "a.jsonl", tmp_path / "b.jsonl", config.SourceConfig
+    assert load_prompts_of(tmp_path, "a.jsonl") == (source(path=(a,)),)
+    assert load_prompts_of(tmp_path, "[a.jsonl, b.jsonl]") == (source(path=(a, b)),)
+    assert load_prompts_of(tmp_path, "{path: [a.jsonl, b.jsonl], name: both}") == (
+        source(path=(a, b), name="both"),
     )
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert ": data.prompt_fields.answer must be a text such as answer.text, got 3" in str(caught.value)
+    found = load_prompts_of(
+        tmp_path, "[{path: a.jsonl, weight: 3}, {path: b.jsonl, fields: {answer: x}, system_prompt: s}]"
+    )
+    assert found == (
+        source(path=(a,), weight=3.0),
+        source(path=(b,), fields={"answer": "x"}, system_prompt="s"),
+    )
+    assert [one.label for one in found] == ["a", "b"]
+
+
+def test_overrides_of_a_source(tmp_path: Path) -> None:
+    assert load_prompts_of(tmp_path, "a.jsonl", "data.prompts=/b.jsonl")[0].path == (Path("/b.jsonl"),)
+    (source,) = load_prompts_of(tmp_path, "a.jsonl", "data.prompts.fields={answer: gold}")
+    assert (source.path, source.fields) == ((tmp_path / "a.jsonl",), {"answer": "gold"})
+    sources = load_prompts_of(
+        tmp_path, "a.jsonl", "data.prompts=[{path: /x.jsonl}, {path: /y.jsonl, weight: 2}]"
+    )
+    assert [one.weight for one in sources] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{path: a.jsonl, fields: {answer: 3}}", "fields.answer must be a text such as answer.text, got 3"),
+        ("[{path: a.jsonl, weight: 0}]", "weight must be > 0, got 0.0; leave the source out"),
+        ("[{path: a.jsonl, weight: .inf}]", "weight must be > 0, got inf"),
+        ("[{path: a.jsonl, name: a/b}]", "name must consist of letters, digits and . _ + -, got 'a/b'"),
+        (
+            "[{path: x/a.jsonl}, {path: y/a.jsonl}]",
+            "data.prompts has several sources named a: give each its own",
+        ),
+        ("[{path: a.jsonl}, b.jsonl]", "data.prompts: expected a block of settings, got 'b.jsonl'"),
+        ("[{weight: 1}]", "data.prompts.path is missing"),
+        ("[{path: a.jsonl, wieght: 1}]", "unknown setting 'data.prompts.wieght'"),
+        ("[]", "data.prompts lists no source"),
+        ("null", "data.prompts: is empty"),
+        ("a.jsonl\n  prompt_fields: {answer: x}", "data.prompt_fields is now data.prompts.fields"),
+        ("a.jsonl\n  evaluation: [{path: e.jsonl, weight: 2}]", "so weight means nothing to e"),
+    ],
+)
+def test_sources_that_will_not_do(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml:\d+: .*" + re.escape(reason)):
+        load_prompts_of(tmp_path, text)

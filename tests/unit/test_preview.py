@@ -19,6 +19,7 @@ from megatron_chord.config import (
     PartialConfig,
     RolloutConfig,
     RunConfig,
+    sources_of,
 )
 from megatron_chord.config_methods import ChordConfig, LuffyConfig
 from megatron_chord.preview import (
@@ -67,7 +68,9 @@ def a_run(mu: MuSchedule | None, steps: int = 1000, method: str = "chord", **bat
         output=Path("out"),
         steps=steps,
         model=ModelConfig(path=Path("policy")),
-        data=DataConfig(prompts=Path("prompts.jsonl"), demonstrations=Path("demonstrations.jsonl")),
+        data=DataConfig(
+            prompts=sources_of(Path("prompts.jsonl")), demonstrations=sources_of(Path("demonstrations.jsonl"))
+        ),
         batch=BatchConfig(**{"prompts": 2, "rollouts": 4, "demonstrations": 3, **batch}),
         method=ChordConfig(mu=mu or Constant()) if method == "chord" else LuffyConfig(),
     )

@@ -9,7 +9,7 @@ import pytest
 from megatron_chord import peers, settings
 from megatron_chord.config import OptimConfig, RewardConfig, RunConfig
 from megatron_chord.config_methods import MethodConfig
-from megatron_chord.config_nodes import choice, members, setting_names
+from megatron_chord.config_nodes import choice, is_list, members, setting_names
 from megatron_chord.schedules import MuSchedule
 from tests.support.ranks import ROOT
 
@@ -24,11 +24,17 @@ def blocks(kind: type) -> Iterator[type]:
 
 
 def keys(kind: type, naming: str = "") -> Iterator[str]:
-    """What the listing of a block must hold, in order; ``naming`` is the key that comes first."""
-    hints = typing.get_type_hints(kind)
+    """What the listing of a block must hold, in order; ``naming`` is the key that comes first.
+
+    Of lists of the same blocks, the first alone tells their settings.
+    """
+    hints, told = typing.get_type_hints(kind), set()
     for field in sorted(dataclasses.fields(kind), key=lambda field: field.name != naming):
         yield field.name
         inner = members(hints[field.name])
+        if is_list(hints[field.name]):
+            inner = [member for member in inner if member not in told]
+            told |= set(inner)
         for member in inner:
             yield from keys(member, choice(hints[field.name]) or "")
 
@@ -106,7 +112,10 @@ def test_optional_blocks_shorthands_and_free_settings_are_told() -> None:
         "  answer_marker: '####'  # text",
         "  distributed_optimizer: true  # bool",
         "  lr: 1.0e-06  # float",
-        "  demonstrations: null  # path",
+        "  chat_template: null  # path",
+        "  prompts:  # a path, a list of paths, a block or a list of blocks, each with",
+        "    path:  # list of path",
+        "  demonstrations: null  # a path, a list of paths, a block or a list of blocks, as prompts",
     ],
 )
 def test_defaults_are_written_as_in_yaml(line: str) -> None:
@@ -125,7 +134,12 @@ def test_the_page_is_what_the_dataclasses_say() -> None:
 def test_the_page_has_a_row_for_every_setting() -> None:
     rows = {line.split("`")[1] for line in settings.markdown().splitlines() if line.startswith("| `")}
     named = {name for name in setting_names(RunConfig) if name.rpartition(".")[2] not in ("schedule", "kind")}
-    assert named - rows <= {"method.name"}
+    as_prompts = ("data.demonstrations.", "data.evaluation.")
+    assert {name for name in named - rows if not name.startswith(as_prompts)} <= {"method.name"}
+    assert (
+        "## `data.prompts`, and the same in `data.demonstrations` and `data.evaluation`"
+        in settings.markdown()
+    )
     assert {"optim.schedule", "reward.kind"} <= rows
 
 

@@ -228,7 +228,7 @@ def test_a_mapping_says_where_a_row_has_what_is_read(tmp_path: Path, chatml: Cha
         ({"problem": "turns.2.value"}, "`turns.2.value`: `turns` has no `2`"),
         ({"problem": "turn"}, "`turn`: the row has no `turn`"),
         ({"problem": "note.x"}, "`note.x`: `note` is a text that is not JSON"),
-        ({"truht": "note"}, "the mapping of prompts names truht; known fields: answer, "),
+        ({"truht": "note"}, "the fields of prompts name truht; known fields: answer, "),
     ],
 )
 def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(

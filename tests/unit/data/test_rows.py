@@ -36,7 +36,7 @@ def faults(path: Path, parse=lambda row: row) -> list[str]:
 
 
 def row_of(**fields: object) -> Row:
-    return Row("file.jsonl:1", 1, fields)
+    return Row("dir/file.jsonl:1", 1, fields, file="file.jsonl")
 
 
 def test_bom_crlf_blank_lines_and_line_separators_are_no_faults(tmp_path: Path) -> None:
@@ -215,15 +215,15 @@ def test_truths_that_cannot_be_used(fields: dict, reason: str) -> None:
 
 
 def test_ids_are_given_or_made_and_never_shared() -> None:
-    path, seen = Path("dir/file.jsonl"), {}
-    assert row_id(row_of(id="a"), path, seen) == "a"
-    assert row_id(row_of(id=5), path, seen) == "5"
-    assert row_id(row_of(), path, seen) == "file.jsonl:1"
-    with pytest.raises(RowError, match=r"^`id` '5' is taken by file\.jsonl:1$"):
-        row_id(row_of(id="5"), path, seen)
+    seen: dict[str, str] = {}
+    assert row_id(row_of(id="a"), seen) == "a"
+    assert row_id(row_of(id=5), seen) == "5"
+    assert row_id(row_of(), seen) == "file.jsonl:1"
+    with pytest.raises(RowError, match=r"^`id` '5' is taken by dir/file\.jsonl:1$"):
+        row_id(row_of(id="5"), seen)
     for bad in (True, 1.5, "", [1]):
         with pytest.raises(RowError, match="must be a string or a whole number"):
-            row_id(row_of(id=bad), path, seen)
+            row_id(row_of(id=bad), seen)
 
 
 def test_bar_only_for_many_rows_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_bar_only_for_many_rows_on_a_terminal(tmp_path: Path, monkeypatch: pytes
 
 
 def test_report_reads_well() -> None:
-    report = LoadReport(path=Path("a.jsonl"), num_rows=10, num_kept=7, num_overlong=3)
+    report = LoadReport(data="a.jsonl", num_rows=10, num_kept=7, num_overlong=3)
     assert str(report) == "a.jsonl: 7 of 10 rows, 3 left out as over-long"
 
 

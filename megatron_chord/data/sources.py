@@ -1,0 +1,61 @@
+"""Reads the sources of ``data.prompts``, ``data.demonstrations`` or ``data.evaluation``, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from megatron_chord.config import SourceConfig
+from megatron_chord.data.rows import LoadReport
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.records import Demonstration, Prompt
+
+R = TypeVar("R", Prompt, Demonstration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSources(Generic[R]):
+    records: list[R]
+    """Source after source. Each carries its source's label; of several sources, also its id does."""
+    reports: list[LoadReport]
+    """Of each source."""
+    shares: list[float]
+    """Of each source, how much of what is drawn comes from it; they add up to 1."""
+
+    def lines(self, title: str) -> list[str]:
+        """What became of each source's rows, for the start of a run."""
+        if len(self.reports) == 1:
+            return [f"{title} {self.reports[0]}"]
+        return [
+            f"{title} {100 * share:.1f} % {report}"
+            for share, report in zip(self.shares, self.reports, strict=True)
+        ]
+
+
+def load_sources(
+    sources: Sequence[SourceConfig] | None,
+    template: ChatTemplate,
+    load: Callable[..., tuple[list[R], LoadReport]],
+) -> LoadedSources[R]:
+    """Every source with its own mapping and system prompt; nothing where ``sources`` is None.
+
+    Args:
+        load: ``load_prompts`` or ``load_demonstrations`` with the limits that hold for all.
+    """
+    records: list[R] = []
+    reports: list[LoadReport] = []
+    sources = sources or ()
+    for source in sources:
+        own = template
+        if source.system_prompt is not None:
+            own = replace(template, system_prompt=source.system_prompt)
+        loaded, report = load(source.path, own, fields=source.fields, source=source.label)
+        if len(sources) > 1:
+            loaded = [replace(record, id=f"{source.label}/{record.id}") for record in loaded]
+        records += loaded
+        reports.append(report)
+    total = sum(source.weight for source in sources)
+    return LoadedSources(
+        records=records, reports=reports, shares=[source.weight / total for source in sources]
+    )

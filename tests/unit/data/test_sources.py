@@ -1,0 +1,77 @@
+"""Several sources of rows: each with its own mapping and system prompt, and told apart afterwards."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megatron_chord.config import SourceConfig, sources_of
+from megatron_chord.data.demonstrations import load_demonstrations
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.sources import load_sources
+from megatron_chord.data.templates import ChatTemplate
+from tests.support.files import write_rows
+
+PROMPTS = partial(load_prompts, max_prompt_tokens=500, overlong="fail")
+
+
+def test_each_source_has_its_own_mapping_and_system_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
+    plain = write_rows(tmp_path / "plain.jsonl", {"id": "1", "problem": "6*7?", "answer": "42"})
+    other = write_rows(
+        tmp_path / "other.jsonl",
+        {"q": "2+2?", "gold": {"text": "4"}},
+        {"q": "x", "gold": {"text": "y"}},
+    )
+    loaded = load_sources(
+        (
+            SourceConfig(path=(plain,), weight=3, name="maths"),
+            SourceConfig(
+                path=(other,),
+                fields={"id": "q", "problem": "q", "answer": "gold.text"},
+                system_prompt="Be brief.",
+            ),
+        ),
+        chatml,
+        PROMPTS,
+    )
+    found = [
+        (prompt.source, prompt.id, prompt.truth, prompt.messages[0]["role"]) for prompt in loaded.records
+    ]
+    assert found == [
+        ("maths", "maths/1", "42", "user"),
+        ("other", "other/2+2?", "4", "system"),
+        ("other", "other/x", "y", "system"),
+    ]
+    assert loaded.records[1].messages[0]["content"] == "Be brief."
+    assert loaded.lines("prompts") == [
+        f"prompts 75.0 % {plain}: 1 of 1 rows",
+        f"prompts 25.0 % {other}: 2 of 2 rows",
+    ]
+
+
+def test_a_list_of_files_is_one_source(tmp_path: Path, chatml: ChatTemplate) -> None:
+    files = [tmp_path / name / "rows.jsonl" for name in "ab"]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        write_rows(file, {"problem": f"{number}?", "solution": "s"})
+    table = tmp_path / "more.csv"
+    table.write_text("problem,solution\n2?,s\n")
+    loaded = load_sources(
+        sources_of(*files, table),
+        chatml,
+        partial(load_demonstrations, max_prompt_tokens=500, max_response_tokens=500, overlong="fail"),
+    )
+    assert [row.id for row in loaded.records] == [f"{files[0]}:1", f"{files[1]}:1", f"{table}:1"]
+    assert {row.source for row in loaded.records} == {"rows"}
+    assert loaded.lines("demonstrations") == [f"demonstrations {files[0]} and 2 more: 3 of 3 rows"]
+
+
+def test_names_of_sources() -> None:
+    named = {
+        "train.parquet": "train",
+        "gsm8k/train-*.parquet": "gsm8k",
+        "sets/amc 23": "amc_23",
+        "a.jsonl.gz": "a",
+    }
+    for path, label in named.items():
+        assert SourceConfig(path=(Path(path),)).label == label
