@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.config_methods import Aggregation, ChordConfig, MethodConfig
@@ -152,6 +152,9 @@ class DataConfig:
     """Held-out problems. Accuracy is over all of them, and with several sources also of each."""
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
+    template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Variables that the chat template reads, such as {enable_thinking: false}, in RL, SFT and evaluation alike. The
+    exported policy's template has them as its defaults. Names that the template does not read are refused."""
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
     max_prompt_tokens: int = 1024

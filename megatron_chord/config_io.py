@@ -8,6 +8,7 @@ name their settings in full in the message; ``located`` finds where these are gi
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import re
 import types
@@ -192,7 +193,7 @@ class _Reader:
         if get_origin(kind) is tuple:
             return self._list(node, get_args(kind)[0], where, field)
         if get_origin(kind) is dict:
-            return self._free_mapping(node, where)
+            return self._free_mapping(node, where, nested=get_args(kind)[1] is Any)
         if not isinstance(node, yaml.ScalarNode):
             raise self._fail(node, f"{where}: expected a single value, got {_shown(node)}")
         return self._scalar(node, kind, where, field)
@@ -258,7 +259,8 @@ class _Reader:
             self.findings.append(f"{_place_of(str(error), self._places) or place(node)}: {error}")
             raise _Invalid from error
 
-    def _free_mapping(self, node: yaml.Node, where: str) -> dict[str, Any]:
+    def _free_mapping(self, node: yaml.Node, where: str, *, nested: bool) -> dict[str, Any]:
+        """``nested``: values may be lists and mappings of values, too."""
         if not isinstance(node, yaml.MappingNode):
             raise self._fail(node, f"{where}: expected a mapping, got {_shown(node)}")
         values: dict[str, Any] = {}
@@ -268,11 +270,15 @@ class _Reader:
             elif key_node.value in values:
                 self._fail(key_node, f"{where}.{key_node.value} is set twice")
             else:
-                values[key_node.value] = self._natural(value_node, f"{where}.{key_node.value}")
+                values[key_node.value] = self._natural(value_node, f"{where}.{key_node.value}", nested)
         return values
 
-    def _natural(self, node: yaml.Node, where: str) -> Any:
+    def _natural(self, node: yaml.Node, where: str, nested: bool) -> Any:
         """A value that no field has a type for, by YAML's own types; reported, and None, where it is no single one."""
+        if nested and isinstance(node, yaml.SequenceNode):
+            return [self._natural(item, where, nested) for item in node.value]
+        if nested and isinstance(node, yaml.MappingNode):
+            return self._free_mapping(node, where, nested=True)
         value = None
         if isinstance(node, yaml.ScalarNode):
             try:
@@ -280,7 +286,11 @@ class _Reader:
             except (ValueError, yaml.YAMLError):
                 value = None
         if not isinstance(value, str | int | float | bool):
-            self._fail(node, f"{where}: expected a single number, text, true or false, got {_shown(node)}")
+            date = "; a date is a text in quotes" if isinstance(value, datetime.date) else ""
+            expected = (
+                f"a single number, text, true or false{', or a list or mapping of these' if nested else ''}"
+            )
+            self._fail(node, f"{where}: expected {expected}, got {_shown(node)}{date}")
         return value
 
     def _scalar(self, node: yaml.ScalarNode, kind: Any, where: str, field: Any) -> Any:

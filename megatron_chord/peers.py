@@ -54,6 +54,7 @@ NAMES: dict[str, Names] = {
         "data.val_files", "eval_dataset", "val_dataset", "buffer.explorer_input.eval_tasksets"
     ),
     "data.chat_template": Names("actor_rollout_ref.model.custom_chat_template"),
+    "data.template_arguments": Names("data.apply_chat_template_kwargs", "chat_template_kwargs"),
     "data.system_prompt": Names("", "", "system"),
     "data.max_prompt_tokens": Names("data.max_prompt_length"),
     "data.max_response_tokens": Names(

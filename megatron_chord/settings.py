@@ -241,4 +241,4 @@ def _type_name(kind: Any) -> str:
     if args:
         return " | ".join(_type_name(part) for part in args if part is not type(None))
     name: str = kind.__name__
-    return {"Path": "path", "str": "text"}.get(name, name)
+    return {"Path": "path", "str": "text", "Any": "any value"}.get(name, name)

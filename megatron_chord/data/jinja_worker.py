@@ -2,7 +2,8 @@
 
 A template is a program of whoever published the model. Jinja's sandbox keeps it from files and attributes; here it is
 kept from taking all time and memory. It reads a JSON line with ``template``, ``names`` and ``cpu_s``, then lines with
-``messages`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``.
+``messages`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``. A line
+without ``messages`` asks what the template reads, and the answer is ``{"variables"}``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def main() -> None:
 
 def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> bytes:
     try:
+        if "messages" not in request:
+            return json.dumps({"variables": _variables(setting["template"])}).encode() + b"\n"
         texts, _ = render(
             conversations=[request["messages"]],
             chat_template=setting["template"],
@@ -69,6 +72,16 @@ def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> by
     except Exception as error:  # the template's own: whatever it raises is about this conversation
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         return json.dumps({"refused": f"{kind}{error}"[:500]}).encode() + b"\n"
+
+
+def _variables(template: str) -> list[str]:
+    """The names that the template may look up, those that it sets itself in some branch included."""
+    from jinja2 import meta
+    from transformers.utils import chat_template_utils
+
+    # Its environment knows the tags that only Transformers has.
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    return sorted(meta.find_undeclared_variables(environment.parse(template)))
 
 
 if __name__ == "__main__":

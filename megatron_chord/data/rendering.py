@@ -48,6 +48,18 @@ class Renderer:
             FatalRowError: it took too long or too much memory.
         """
         request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        return self._answer(request)["text"]
+
+    def variables(self) -> frozenset[str]:
+        """The names that the template may look up when it is rendered, ``messages`` among them.
+
+        Raises:
+            RowError: the template is no Jinja.
+            FatalRowError: reading it took too long or too much memory.
+        """
+        return frozenset(self._answer({})["variables"])
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
             if self._worker is None:
                 self._worker = _Worker(self._setting)
@@ -65,7 +77,7 @@ class Renderer:
             )
         if "refused" in reply:
             raise RowError(f"the chat template ({self._source}) refuses the conversation: {reply['refused']}")
-        return reply["text"]
+        return reply
 
     def rest(self) -> None:
         """End the process; another call starts a new one."""

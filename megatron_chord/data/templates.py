@@ -7,7 +7,9 @@ this is checked for every row, and a row for which it does not hold is refused r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ class ChatTemplate:
     """Ids that are no text, and the strings that the tokenizer reads as these ids wherever they stand."""
     vocab_size: int | None = None
     """Of the model; ids from it on have no embedding. None: not checked."""
+    exported: str | None = None
+    """Jinja that belongs beside the trained policy, so that others render as the training did. None: what the
+    tokenizer's folder has does so already."""
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """`messages` with the system prompt in front, unless they bring their own."""
@@ -182,6 +187,7 @@ def load_template(
     tokenizer_folder: Path,
     *,
     chat_template: Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
     vocab_size: int | None = None,
 ) -> ChatTemplate:
@@ -190,29 +196,81 @@ def load_template(
     A folder with nothing but a SentencePiece ``tokenizer.model`` (and config.json) serves as well. No hub is asked
     and no code of the folder is run.
 
+    Args:
+        arguments: variables that the template reads, such as ``enable_thinking``, for every conversation.
+        vocab_size: number of ids that the model knows (None: not checked, here and in rows).
+
     Raises:
-        ValueError: no tokenizer, no template, a broken template, no stop token, or tokens beyond ``vocab_size``, the
-            number of ids that the model knows (None: not checked, here and in rows).
+        ValueError: no tokenizer, no template, a broken template, arguments that it does not read, no stop token, or
+            tokens beyond ``vocab_size``.
     """
+    arguments = dict(arguments or {})
     tokenizer = _load_tokenizer(tokenizer_folder)
     source, jinja = _template_text(tokenizer, tokenizer_folder, chat_template)
     template = ChatTemplate(
         tokenizer=tokenizer,
         source=source,
-        renderer=Renderer(jinja, tokenizer.special_tokens_map, source),
+        renderer=Renderer(jinja, {**tokenizer.special_tokens_map, **arguments}, source),
         system_prompt=system_prompt,
         stop_token_ids=_stop_token_ids(tokenizer, tokenizer_folder),
         control_tokens=_control_tokens(tokenizer, tokenizer_folder),
         vocab_size=vocab_size,
+        exported=with_defaults(jinja, arguments) if arguments or chat_template is not None else None,
     )
     template.check_stop_tokens()
     try:
+        _check_arguments(arguments, template.renderer, tokenizer.special_tokens_map, source)
         probe = template.prompt_ids([{"role": "user", "content": "1"}])
     except RowError as error:
         raise ValueError(f"the chat template ({source}), tried on one user message: {error}") from error
     if not probe:
         raise ValueError(f"the chat template ({source}) turns a user message into nothing")
     return template
+
+
+def with_defaults(jinja: str, arguments: Mapping[str, Any]) -> str:
+    """The template with its variables set where whoever renders it does not set them; the text is the same else."""
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}\n"
+        for name, value in arguments.items()
+    ]
+    return "".join(lines) + jinja
+
+
+_NOT_ARGUMENTS = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *(
+            "conversations",
+            "chat_template",
+            "return_assistant_tokens_mask",
+            "strftime_now",
+            "raise_exception",
+        ),
+    }
+)
+"""Names that the renderer itself gives a value."""
+
+
+def _check_arguments(
+    arguments: Mapping[str, Any], renderer: Renderer, special_tokens: Mapping[str, Any], source: str
+) -> None:
+    taken = _NOT_ARGUMENTS | special_tokens.keys()
+    for name in arguments:
+        if name in taken:
+            raise ValueError(
+                f"data.template_arguments: `{name}` is not free to choose; rows and tokenizer give it its value"
+            )
+    if not arguments:
+        return
+    known = sorted(renderer.variables() - taken)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"it reads {', '.join(known) or 'none'}"
+            raise ValueError(
+                f"data.template_arguments: the chat template ({source}) does not read `{name}`; {hint}"
+            )
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

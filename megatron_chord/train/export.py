@@ -11,12 +11,11 @@ from megatron_chord.weights.mapping import check_accounting
 from megatron_chord.weights.writer import finish_folder, write_shards
 
 
-def export_policy(
-    state: TrainState, source: Path, target: Path, *, chat_template: Path | None = None
-) -> None:
+def export_policy(state: TrainState, source: Path, target: Path, *, chat_template: str | None = None) -> None:
     """Write the policy to ``target``, replacing it; config, tokenizer and template are those of ``source``.
 
-    ``chat_template``: the Jinja file the policy was trained with, where it is not the source's own.
+    ``chat_template``: the template that the policy was trained with, where it is not the source's own. Only the
+    coordinator's counts.
 
     Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
 

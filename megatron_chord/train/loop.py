@@ -158,7 +158,10 @@ def train(
         _run_steps(parts, done, memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
         with groups.pulse.phase("saving"):
             export_policy(
-                parts.state, run.model.path, run.output / POLICY, chat_template=run.data.chat_template
+                parts.state,
+                run.model.path,
+                run.output / POLICY,
+                chat_template=data.template.exported if data is not None else None,
             )
         if coordinator is not None:
             _tell_outcome(coordinator.log, run.output)

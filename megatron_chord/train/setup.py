@@ -109,6 +109,7 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     template = load_template(
         run.model.path,
         chat_template=run.data.chat_template,
+        arguments=run.data.template_arguments,
         system_prompt=run.data.system_prompt,
         vocab_size=shape.vocab_size,
     )

@@ -114,12 +114,12 @@ def finish_folder(
     placed: Mapping[str, tuple[str, int]],
     *,
     dtype: torch.dtype,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Number the shards, list them in the index, and copy what else a checkpoint holds (configs, tokenizer, templates).
 
     config.json is made to state ``dtype``, the one the weights are written in, and the architecture by which vLLM
-    chooses; ``chat_template`` (a Jinja file) replaces the source's own.
+    chooses; ``chat_template`` (Jinja) replaces the source's own.
     """
     files = sorted({file for file, _ in placed.values()})
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
@@ -142,7 +142,7 @@ def finish_folder(
     if changes:
         change_config(folder, **changes)
     if chat_template is not None:
-        shutil.copy2(chat_template, folder / "chat_template.jinja")
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         path = folder / "tokenizer_config.json"
         if path.is_file():
             settings = read_object(path)

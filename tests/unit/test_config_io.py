@@ -97,6 +97,19 @@ def test_values_paths_and_overrides(tmp_path: Path) -> None:
             ("  path: policy", "  path: policy\n  megatron_overrides:\n    a: [1]"),
             "run.yaml:6: model.megatron_overrides.a: expected a single number, text, true or false, got a list",
         ),
+        (
+            (
+                "  prompts: train.jsonl",
+                "  prompts: train.jsonl\n  template_arguments: {date_string: 2024-07-26}",
+            ),
+            "run.yaml:7: data.template_arguments.date_string: expected a single number, text, true or false, or a "
+            "list or mapping of these, got '2024-07-26'; a date is a text in quotes",
+        ),
+        (
+            ("  prompts: train.jsonl", "  prompts: train.jsonl\n  template_arguments: {a: [{b: null}]}"),
+            "run.yaml:7: data.template_arguments.a.b: expected a single number, text, true or false, or a list or "
+            "mapping of these, got 'null'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], finding: str) -> None:
@@ -426,7 +439,15 @@ class TestDump:
                 path=tmp_path / "p",
                 megatron_overrides={**{f"t{index}": text for index, text in enumerate(texts)}, **numbers},
             ),
-            data=config.DataConfig(prompts=config.sources_of(tmp_path / "x"), system_prompt="null"),
+            data=config.DataConfig(
+                prompts=config.sources_of(tmp_path / "x"),
+                system_prompt="null",
+                template_arguments={
+                    "off": False,
+                    "date": "2024-07-26",
+                    "words": ["a", 1, {"b": "no", "c": 0.5}],
+                },
+            ),
             batch=config.BatchConfig(prompts=1, rollouts=2, demonstrations=0),
             method=method,
             objective=objective,
@@ -497,7 +518,16 @@ class TestOverrides:
         assert run.method.token_weight == config_methods.SimpleWeight(kind="phi")
 
     def test_of_blocks_that_are_not_in_the_file(self, tmp_path: Path) -> None:
-        run = load(tmp_path, "", "objective.kl.coefficient=0.1", "model.megatron_overrides.x=1e-3", "seed=3")
+        thinking = "data.template_arguments.enable_thinking=false"
+        run = load(
+            tmp_path,
+            "",
+            "objective.kl.coefficient=0.1",
+            "model.megatron_overrides.x=1e-3",
+            "seed=3",
+            thinking,
+        )
+        assert run.data.template_arguments == {"enable_thinking": False}
         assert run.objective.kl == config.KLConfig(coefficient=0.1)
         assert run.model.megatron_overrides == {"x": 1e-3}
         assert run.seed == 3

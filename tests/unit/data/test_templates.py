@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -318,3 +319,62 @@ def test_files_of_a_wrong_form_end_in_one_line(
     with pytest.raises(ValueError, match=str(folder)) as caught:
         load_template(folder)
     assert "\n" not in str(caught.value)
+
+
+ASKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}quick: {% endif %}"
+    "{% if style %}{{ style.tone }}{{ words[1] }}{% endif %}{% endif %}"
+)
+CHOSEN: dict[str, Any] = {"enable_thinking": False, "style": {"tone": 'plain "ü🦆"\n%}'}, "words": [1, 2.5]}
+
+
+def test_arguments_reach_prompts_and_demonstrations_alike(chatml_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "asking.jinja"
+    file.write_text("{{ style.tone }}: " + ASKING)
+    template = load_template(chatml_folder, chat_template=file, arguments=CHOSEN)
+    start = 'plain "ü🦆"\n%}: <|im_start|>user\nwhat is 2 plus 2?<|im_end|>\n'
+    prompt = template.renderer.render([USER], add_generation_prompt=True)
+    assert prompt == f"{start}<|im_start|>assistant\nquick: {CHOSEN['style']['tone']}2.5"
+    answered = template.renderer.render([USER, ANSWER], add_generation_prompt=False)
+    assert answered == f"{start}<|im_start|>assistant\nThe answer is 4.<|im_end|>\n"
+
+
+def test_the_exported_template_has_the_arguments_as_defaults(chatml_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(chatml_folder, folder)
+    (folder / "chat_template.jinja").write_text(ASKING)
+    template = load_template(folder, arguments=CHOSEN)
+    assert template.exported is not None
+    (folder / "chat_template.jinja").write_text(template.exported)
+    auto: Any = AutoTokenizer.from_pretrained(folder)
+    ids = auto.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert tuple(ids) == template.prompt_ids([USER])
+    asked = auto.apply_chat_template([USER], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert "quick" not in asked
+    assert load_template(folder).exported is None
+    assert with_jinja(folder, tmp_path, ASKING).exported == ASKING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            {"enable_thinkin": False},
+            r"given.jinja\) does not read `enable_thinkin`; did you mean `enable_thinking`",
+        ),
+        ({"xyz": 1}, "does not read `xyz`; it reads enable_thinking, style, words"),
+        ({"messages": []}, "`messages` is not free to choose"),
+        ({"eos_token": "x"}, "`eos_token` is not free to choose"),
+    ],
+)
+def test_arguments_that_the_template_does_not_read(
+    arguments: dict, reason: str, chatml_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "given.jinja"
+    file.write_text(ASKING)
+    with pytest.raises(ValueError, match=r"data\.template_arguments: .*" + reason):
+        load_template(chatml_folder, chat_template=file, arguments=arguments)

@@ -222,13 +222,12 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
 
 
 def test_the_template_of_the_training_goes_with_the_policy(tmp_path: Path) -> None:
-    source, folder, template = tmp_path / "source", tmp_path / "target", tmp_path / "own.jinja"
+    source, folder = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     folder.mkdir()
     (source / "config.json").write_text("{}")
     (source / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "</s>"}')
-    template.write_text("new")
     placed = write_shards(TENSORS.items(), folder, prefix="model")
-    finish_folder(folder, source, placed, dtype=torch.float32, chat_template=template)
+    finish_folder(folder, source, placed, dtype=torch.float32, chat_template="new")
     assert (folder / "chat_template.jinja").read_text() == "new"
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
