@@ -120,12 +120,14 @@ $(VENV)/.installed-gpu: pyproject.toml $(VENV)/.gpu-packages $(if $(filter-out 0
 	@$(BIN)/python -m pip --disable-pip-version-check check
 	@touch $@
 
-$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt requirements/megatron.txt $(INSTALLED)
-	@echo "[tests] requirements/test.txt, Triton, and the newest Megatron-Core"
+$(VENV)/.installed-test: requirements/test.txt requirements/triton.txt requirements/megatron.txt requirements/templates.txt \
+  $(INSTALLED)
+	@echo "[tests] requirements/test.txt, Triton, the newest Megatron-Core, and chat templates"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/triton.txt --upgrade --target $(VENV)/triton
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: --python-version 3.12 --ignore-requires-python \
 	  -r requirements/megatron.txt --upgrade --target $(VENV)/megatron
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/templates.txt --upgrade --target $(VENV)/templates
 	@touch $@
 
 # Resolved against PyPI alone, whatever mirror this machine uses: the hashes are those of PyPI's files.
@@ -142,6 +144,7 @@ lock: $(UV)
 	$(COMPILE) --excludes requirements/excluded.txt --no-binary transformer-engine-torch requirements/fp8.in \
 	  --output-file requirements/fp8.txt >/dev/null
 	$(subst 3.11,3.12,$(COMPILE)) --no-deps requirements/megatron.in --output-file requirements/megatron.txt >/dev/null
+	$(COMPILE) --no-deps requirements/templates.in --output-file requirements/templates.txt >/dev/null
 
 $(UV): | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/lock

@@ -155,6 +155,9 @@ class DataConfig:
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}, in RL, SFT and evaluation alike. The
     exported policy's template has them as its defaults. Names that the template does not read are refused."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Which assistant turns of a demonstration are trained. last_turn: the last one alone, after the others as a prompt
+    shows them; for templates that rewrite earlier turns (Qwen3 cuts their thinking out)."""
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
     max_prompt_tokens: int = 1024

@@ -15,7 +15,7 @@ from megatron_chord.data.rows import (
     row_id,
     text_field,
 )
-from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.data.templates import ChatTemplate, TrainOn
 from megatron_chord.data.tools import conversation
 from megatron_chord.records import Demonstration, Message
 
@@ -27,6 +27,7 @@ def load_demonstrations(
     max_prompt_tokens: int,
     max_response_tokens: int,
     overlong: Literal["fail", "drop"],
+    train_on: TrainOn = "all_turns",
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
     source: str = "",
@@ -38,6 +39,7 @@ def load_demonstrations(
     (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
     ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name that the
     demonstrations carry.
+    ``train_on`` says which assistant turns are trained (``ChatTemplate.demonstration``).
     Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
     teach how to end.
 
@@ -50,7 +52,7 @@ def load_demonstrations(
     def parse(row: Row) -> Demonstration | None:
         messages = _demonstrated_messages(row, template)
         identity = row_id(row, seen)
-        token_ids, trainable = template.demonstration(messages)
+        token_ids, trainable = template.demonstration(messages, train_on=train_on)
         num_response = sum(trainable)
         num_prompt = len(token_ids) - num_response
         if num_response == 0:

@@ -38,6 +38,7 @@ class Renderer:
         self._setting = {"template": template, "names": dict(names), "cpu_s": cpu_s}
         self._source = source
         self._worker: _Worker | None = None
+        self._variables: frozenset[str] | None = None
         self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -57,7 +58,9 @@ class Renderer:
             RowError: the template is no Jinja.
             FatalRowError: reading it took too long or too much memory.
         """
-        return frozenset(self._answer({})["variables"])
+        if self._variables is None:
+            self._variables = frozenset(self._answer({})["variables"])
+        return self._variables
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:

@@ -10,19 +10,35 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import sentencepiece
 
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import RowError
+from megatron_chord.data.thinking import CLOSE, is_skipped, lost_part, opening, thinks
 from megatron_chord.json_files import read_object
 from megatron_chord.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TrainOn = Literal["all_turns", "last_turn"]
+"""Which of a demonstration's assistant turns are trained."""
+_LATER = (
+    "The template rewrites earlier turns. Train the last turn alone with data.train_on: last_turn, or give another "
+    "template with data.chat_template"
+)
+_PROBE: Message = {"role": "user", "content": "What is 1 + 1?"}
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +56,8 @@ class ChatTemplate:
     """Ids that are no text, and the strings that the tokenizer reads as these ids wherever they stand."""
     vocab_size: int | None = None
     """Of the model; ids from it on have no embedding. None: not checked."""
+    opening: str = ""
+    """Thinking block that prompts open and the policy goes on with, such as ``<think>\\n``."""
     exported: str | None = None
     """Jinja that belongs beside the trained policy, so that others render as the training did. None: what the
     tokenizer's folder has does so already."""
@@ -58,35 +76,47 @@ class ChatTemplate:
         """
         conversation = self.conversation(messages)
         self._refuse_control_texts(conversation)
-        return self._ids(conversation, add_generation_prompt=True)
+        return self._rendered(conversation, add_generation_prompt=True).token_ids
 
-    def demonstration(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Ids of a whole conversation and, for each, whether it belongs to an assistant's turn.
+    def demonstration(
+        self, messages: Sequence[Message], *, train_on: TrainOn = "all_turns"
+    ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids of a whole conversation and, for each, whether it belongs to an assistant's turn that is trained.
 
-        Every assistant turn is trainable from its first token to its stop token, both included. What the
-        template writes after a stop token is not; after the last one it is cut off.
+        A trained turn is trainable from its first token to its stop token, both included. What the template writes
+        after a stop token is not; after the last one it is cut off. With ``train_on="last_turn"`` the template may
+        write earlier turns otherwise than they were answered: they are context, as they are in a prompt.
 
         Raises:
-            RowError: as `prompt_ids`; an answer changes the ids before it; a turn has no stop token.
+            RowError: as `prompt_ids`; an answer or a later message changes the ids of a trained turn or of what is
+                before it; the template adds an empty thinking block to a trained turn or leaves a part of it out; a
+                trained turn has no stop token.
         """
         conversation = self.conversation(messages)
         self._refuse_control_texts(conversation)
-        token_ids = self._ids(conversation, add_generation_prompt=False)
-        trainable = [False] * len(token_ids)
+        whole = self._rendered(conversation, add_generation_prompt=False)
+        trainable = [False] * len(whole.token_ids)
         end = 0
-        for turn, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._ids(conversation[:turn], add_generation_prompt=True)
+        turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant"]
+        for turn in turns if train_on == "all_turns" else turns[-1:]:
+            prompt = self._rendered(conversation[:turn], add_generation_prompt=True)
             is_last = turn + 1 == len(conversation)
             answered = (
-                token_ids if is_last else self._ids(conversation[: turn + 1], add_generation_prompt=False)
+                whole if is_last else self._rendered(conversation[: turn + 1], add_generation_prompt=False)
             )
-            self._require_prefix(prompt, answered, turn, "the answer")
-            self._require_prefix(answered, token_ids, turn, "later messages")
-            end = self._end_of_turn(answered, len(prompt), turn)
-            trainable[len(prompt) : end] = [True] * (end - len(prompt))
-        return token_ids[:end], tuple(trainable[:end])
+            start = len(prompt.token_ids)
+            self._require_prefix(
+                prompt.token_ids,
+                answered.token_ids,
+                turn,
+                "the answer",
+                self._why(prompt, conversation[turn]),
+            )
+            self._require_whole(prompt, answered, conversation[turn], turn)
+            end = self._end_of_turn(answered.token_ids, start, turn)
+            self._require_prefix(answered.token_ids[:end], whole.token_ids, turn, "later messages", _LATER)
+            trainable[start:end] = [True] * (end - start)
+        return whole.token_ids[:end], tuple(trainable[:end])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without control tokens."""
@@ -104,12 +134,12 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _ids(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
+    def _rendered(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> _Rendered:
         text = self.renderer.render(conversation, add_generation_prompt=add_generation_prompt)
         # The template writes the beginning-of-sequence token itself where the model wants one.
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         self._refuse_unknown(token_ids)
-        return token_ids
+        return _Rendered(text, token_ids)
 
     def _refuse_unknown(self, token_ids: tuple[int, ...]) -> None:
         if self.vocab_size is None or max(token_ids, default=0) < self.vocab_size:
@@ -148,16 +178,60 @@ class ChatTemplate:
                         "which the tokenizer would read as a control token"
                     )
 
-    def _require_prefix(self, before: tuple[int, ...], after: tuple[int, ...], turn: int, what: str) -> None:
+    def _require_prefix(
+        self, before: tuple[int, ...], after: tuple[int, ...], turn: int, what: str, why: str
+    ) -> None:
         same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
         if same >= len(before):
             return
         raise RowError(
             f"the chat template ({self.source}) is not prefix-stable: with {what}, the {len(before)} tokens up "
             f"to message {turn} change from token {same} on ({self._excerpt(before, same)!r} becomes "
-            f"{self._excerpt(after, same)!r}), so RL and SFT would see different prompts. Usual reasons: the "
-            "template rewrites earlier turns, or its generation prompt ends in text that the tokenizer joins to "
-            "the answer. Give another template with data.chat_template"
+            f"{self._excerpt(after, same)!r}), so RL and SFT would see different prompts. {why}"
+        )
+
+    def _why(self, prompt: _Rendered, message: Message) -> str:
+        """What makes an answer change its prompt, and what to do about it."""
+        if self.opening and prompt.text.endswith(self.opening):
+            return (
+                "The prompt opens <think>, and the template does not write it into an assistant's turn, or cuts the "
+                "thinking out. Give a template that keeps it with data.chat_template"
+            )
+        if thinks(message) and prompt.text.rstrip().endswith(CLOSE):
+            return (
+                "The prompt closes an empty thinking block, and this answer thinks. Let the prompts think "
+                "(data.template_arguments), or give answers without thinking"
+            )
+        return (
+            "Usual reasons: the template rewrites earlier turns, writes the system message into the last user turn "
+            "only, or its generation prompt ends in text that the tokenizer joins to the answer. Give another template "
+            "with data.chat_template"
+        )
+
+    def _require_whole(self, prompt: _Rendered, answered: _Rendered, message: Message, turn: int) -> None:
+        """RowError where the policy would learn another answer than the row has."""
+        text = answered.text.removeprefix(prompt.text)
+        if prompt.text.endswith(self.opening):
+            text = self.opening + text
+        if is_skipped(text, message):
+            raise RowError(
+                f"the chat template ({self.source}) begins message {turn} with an empty <think></think>, but the "
+                f"prompt leaves thinking open: the demonstration would teach to skip it. {self._thinking_remedies()}"
+            )
+        lost = lost_part(text, message)
+        if lost is not None:
+            raise RowError(
+                f"the chat template ({self.source}) leaves the {lost} of message {turn} out, so the policy would not "
+                "learn it. Give another template with data.chat_template"
+            )
+
+    def _thinking_remedies(self) -> str:
+        off = "give another template with data.chat_template"
+        if "enable_thinking" in self.renderer.variables():
+            off = "set data.template_arguments: {enable_thinking: false}, which RL and evaluation follow, too"
+        return (
+            f"To train without thinking, {off}. To train with it, give demonstrations that think (<think>...</think> "
+            "at the start of the answer)"
         )
 
     def _excerpt(self, token_ids: tuple[int, ...], start: int) -> str:
@@ -221,11 +295,12 @@ def load_template(
     try:
         _check_arguments(arguments, template.renderer, tokenizer.special_tokens_map, source)
         probe = template.prompt_ids([{"role": "user", "content": "1"}])
+        text = template.renderer.render([_PROBE], add_generation_prompt=True)
     except RowError as error:
         raise ValueError(f"the chat template ({source}), tried on one user message: {error}") from error
     if not probe:
         raise ValueError(f"the chat template ({source}) turns a user message into nothing")
-    return template
+    return replace(template, opening=opening(text.rpartition(_PROBE["content"])[2]))
 
 
 def with_defaults(jinja: str, arguments: Mapping[str, Any]) -> str:

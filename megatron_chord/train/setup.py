@@ -122,7 +122,12 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
     shown = load_sources(
         run.data.demonstrations,
         template,
-        partial(load_demonstrations, max_response_tokens=run.data.max_response_tokens, **limits),
+        partial(
+            load_demonstrations,
+            max_response_tokens=run.data.max_response_tokens,
+            train_on=run.data.train_on,
+            **limits,
+        ),
     )
     held_out = load_sources(run.data.evaluation, template, partial(load_prompts, **limits))
     reports = [

@@ -67,8 +67,8 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
 
 def test_row_without_a_trainable_token_is_named(tmp_path: Path, chatml: ChatTemplate) -> None:
     class Untrained(ChatTemplate):
-        def demonstration(self, messages):
-            token_ids, trainable = super().demonstration(messages)
+        def demonstration(self, messages, **how):
+            token_ids, trainable = super().demonstration(messages, **how)
             return token_ids, tuple(False for _ in trainable)
 
     template = Untrained(**{name: getattr(chatml, name) for name in chatml.__dataclass_fields__})

@@ -1,0 +1,41 @@
+"""Thinking blocks of a turn, ``<think>...</think>``: what a prompt opens, and what a template makes of an answer's."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_chord.records import Message
+
+OPEN, CLOSE = "<think>", "</think>"
+_EMPTY_BLOCK = re.compile(rf"\s*{OPEN}\s*{CLOSE}")
+
+
+def opening(generation_prompt: str) -> str:
+    """The block that a generation prompt opens and leaves open, such as ``<think>\\n``; empty where it opens none."""
+    _, mark, rest = generation_prompt.rpartition(OPEN)
+    return mark + rest if mark and CLOSE not in rest else ""
+
+
+def thinks(message: Message) -> bool:
+    """Whether an assistant's message holds a thinking block that is not empty."""
+    content = message["content"]
+    return CLOSE in content and not _EMPTY_BLOCK.match(content)
+
+
+def is_skipped(turn: str, message: Message) -> bool:
+    """Whether the rendered ``turn`` begins with an empty thinking block that ``message`` itself does not have."""
+    return bool(_EMPTY_BLOCK.match(turn)) and not _EMPTY_BLOCK.match(message["content"])
+
+
+def lost_part(turn: str, message: Message) -> str | None:
+    """What of an assistant's message the rendered ``turn`` does not have, blanks aside; None where it has all."""
+    rendered = _without_blanks(turn)
+    content = _EMPTY_BLOCK.sub("", message["content"], count=1)
+    if _without_blanks(content) in rendered:
+        return None
+    answer = content.rpartition(CLOSE)[2]
+    return "thinking" if thinks(message) and _without_blanks(answer) in rendered else "text"
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
