@@ -20,7 +20,7 @@ from megatron_chord.data.tools import conversation
 from megatron_chord.records import Demonstration, Message
 
 
-def load_demonstrations(
+def load_demonstrations(  # noqa: PLR0913
     data: Path | Sequence[Path],
     template: ChatTemplate,
     *,

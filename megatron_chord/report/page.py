@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig, sources_of
 from megatron_chord.config_io import dump_config
 from megatron_chord.judgement import judge
 from megatron_chord.report.curves import all_charts, curves, totals
@@ -119,7 +119,7 @@ def _defaults() -> dict[str, Any]:
         output=nothing,
         steps=1,
         model=ModelConfig(path=nothing),
-        data=DataConfig(prompts=nothing),
+        data=DataConfig(prompts=sources_of(nothing)),
         batch=BatchConfig(prompts=1, rollouts=2, demonstrations=0),
     )
     return {
