@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_chord.data.layouts import Reading, load_rows
+from megatron_chord.data.observed import Observe, Observed
 from megatron_chord.data.rows import (
     LoadReport,
     Row,
@@ -31,6 +32,7 @@ def load_demonstrations(  # noqa: PLR0913
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
     source: str = "",
+    observe: Observe | None = None,
 ) -> tuple[list[Demonstration], LoadReport]:
     """The demonstrations of a file, of a folder or pattern of files, or of a list of these, in their order.
 
@@ -38,7 +40,7 @@ def load_demonstrations(  # noqa: PLR0913
     (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
     (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
     ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name that the
-    demonstrations carry.
+    demonstrations carry. ``observe`` is called for each row.
     ``train_on`` says which assistant turns are trained (``ChatTemplate.demonstration``).
     Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
     teach how to end.
@@ -57,7 +59,20 @@ def load_demonstrations(  # noqa: PLR0913
         num_prompt = len(token_ids) - num_response
         if num_response == 0:
             raise RowError("no token of the demonstration is trainable")
-        if num_prompt > max_prompt_tokens or num_response > max_response_tokens:
+        is_overlong = num_prompt > max_prompt_tokens or num_response > max_response_tokens
+        if observe is not None:
+            observe(
+                Observed(
+                    source=source,
+                    file=row.file,
+                    number=row.number,
+                    messages=messages,
+                    token_ids=token_ids,
+                    trainable=trainable,
+                    is_overlong=is_overlong,
+                )
+            )
+        if is_overlong:
             if overlong == "fail":
                 raise RowError(
                     f"{num_prompt} prompt and {num_response} response tokens, max_prompt_tokens is "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_chord.data.layouts import Reading, load_rows
+from megatron_chord.data.observed import Observe, Observed
 from megatron_chord.data.rows import (
     LoadReport,
     Row,
@@ -27,6 +28,7 @@ def load_prompts(
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
     source: str = "",
+    observe: Observe | None = None,
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
@@ -35,6 +37,7 @@ def load_prompts(
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
     The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
     (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry.
+    ``observe`` is called for each row.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
@@ -48,7 +51,20 @@ def load_prompts(
         truth = true_answer(row)
         identity = row_id(row, seen)
         token_ids = template.prompt_ids(messages)
-        if len(token_ids) > max_prompt_tokens:
+        is_overlong = len(token_ids) > max_prompt_tokens
+        if observe is not None:
+            observe(
+                Observed(
+                    source=source,
+                    file=row.file,
+                    number=row.number,
+                    messages=messages,
+                    token_ids=token_ids,
+                    truth=truth,
+                    is_overlong=is_overlong,
+                )
+            )
+        if is_overlong:
             if overlong == "fail":
                 raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
             return None

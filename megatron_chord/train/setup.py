@@ -15,6 +15,7 @@ from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
 from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.mixed_cursor import cursor_over
+from megatron_chord.data.observed import Observe
 from megatron_chord.data.packing import Layout, make_layout
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.served import served_otherwise
@@ -25,8 +26,6 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
-from megatron_chord.model.build import check_overrides, check_shape
-from megatron_chord.model.fp8 import check_fp8
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Demonstration, Prompt
 from megatron_chord.sampling.context import Sources
@@ -54,6 +53,10 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     Raises:
         ValueError: with the rule that is broken.
     """
+    # Here, because they need Megatron-Core, and reading data does not.
+    from megatron_chord.model.build import check_overrides, check_shape
+    from megatron_chord.model.fp8 import check_fp8
+
     method = method_of(run)
     shape = read_shape(run.model.path)
     check_copies(open_model(run.model.path, shape.weights), shape.weights)
@@ -104,8 +107,12 @@ def _check_reference(folder: Path, shape: ModelShape) -> None:
     check_copies(open_model(folder, reference.weights), reference.weights)
 
 
-def load_data(run: RunConfig, shape: ModelShape) -> RunData:
-    """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do."""
+def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observe] | None = None) -> RunData:
+    """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do.
+
+    ``observe`` has what is called for each row of "prompts", "demonstrations" and "evaluation".
+    """
+    observe = observe or {}
     template = load_template(
         run.model.path,
         chat_template=run.data.chat_template,
@@ -118,7 +125,9 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
         "overlong": run.data.overlong,
         "max_dropped": run.data.max_dropped,
     }
-    asked = load_sources(run.data.prompts, template, partial(load_prompts, **limits))
+    asked = load_sources(
+        run.data.prompts, template, partial(load_prompts, observe=observe.get("prompts"), **limits)
+    )
     shown = load_sources(
         run.data.demonstrations,
         template,
@@ -126,10 +135,13 @@ def load_data(run: RunConfig, shape: ModelShape) -> RunData:
             load_demonstrations,
             max_response_tokens=run.data.max_response_tokens,
             train_on=run.data.train_on,
+            observe=observe.get("demonstrations"),
             **limits,
         ),
     )
-    held_out = load_sources(run.data.evaluation, template, partial(load_prompts, **limits))
+    held_out = load_sources(
+        run.data.evaluation, template, partial(load_prompts, observe=observe.get("evaluation"), **limits)
+    )
     reports = [
         *asked.lines("prompts    "),
         *shown.lines("demonstrations"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.data.demonstrations import load_demonstrations
+from megatron_chord.data.observed import Observed
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import DataError
@@ -116,3 +117,34 @@ def test_gsm8k_serves_as_prompts_and_as_experts(math_data: Path, chatml: ChatTem
         assert demonstration.trainable == (False,) * start + (True,) * (len(demonstration.token_ids) - start)
         assert chatml.decode(demonstration.token_ids[start:]) == row["solution"]
         assert demonstration.token_ids[-1] in chatml.stop_token_ids
+
+
+def test_every_row_is_observed_and_so_is_one_that_is_too_long(tmp_path: Path, chatml: ChatTemplate) -> None:
+    long = {"role": "assistant", "content": "4 " * 90}
+    path = write_rows(tmp_path / "d.jsonl", {"messages": [USER, ANSWER]}, {"messages": [USER, long]})
+    seen: list[Observed] = []
+    kept, _ = load_demonstrations(
+        path,
+        chatml,
+        max_prompt_tokens=50,
+        max_response_tokens=50,
+        overlong="drop",
+        observe=seen.append,
+    )
+    assert [(row.place, row.is_overlong) for row in seen] == [("d.jsonl:1", False), ("d.jsonl:2", True)]
+    assert seen[1].messages == (USER, long)
+    (demonstration,) = kept
+    assert (seen[0].token_ids, seen[0].trainable) == (demonstration.token_ids, demonstration.trainable)
+
+
+def test_every_prompt_is_observed_with_its_truth(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write_rows(
+        tmp_path / "p.jsonl", {"problem": "2+2?", "answer": 4}, {"problem": "2" * 90, "answer": 4}
+    )
+    seen: list[Observed] = []
+    (prompt,), _ = load_prompts(path, chatml, max_prompt_tokens=50, overlong="drop", observe=seen.append)
+    assert [(row.truth, row.is_overlong, row.trainable) for row in seen] == [
+        ("4", False, ()),
+        ("4", True, ()),
+    ]
+    assert seen[0].token_ids == prompt.token_ids

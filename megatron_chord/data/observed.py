@@ -1,0 +1,36 @@
+"""One row as a loader read it, for those who look at a data set without training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_chord.records import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    source: str = ""
+    """The name that the row's source has in the run."""
+    file: str
+    """Name of the row's file."""
+    number: int
+    """Of the row in its file, from 1."""
+    messages: tuple[Message, ...]
+    """As the chat template gets them, the system prompt included."""
+    token_ids: tuple[int, ...]
+    trainable: tuple[bool, ...] = ()
+    """Of a demonstration, one for each token; empty for a prompt."""
+    truth: str | None = None
+    """Of a prompt."""
+    is_overlong: bool
+    """Beyond a limit: it is left out."""
+
+    @property
+    def place(self) -> str:
+        """Unlike that of every other row of the data set."""
+        return f"{self.source}/{self.file}:{self.number}" if self.source else f"{self.file}:{self.number}"
+
+
+Observe = Callable[[Observed], None]
+"""Called for every row that can be used or is only too long."""
