@@ -1,4 +1,4 @@
-"""The command line: train, check, report, mu preview, settings, doctor."""
+"""The command line: train, check, data, report, mu preview, settings, doctor."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ def _main(argv: Sequence[str] | None) -> int:
     def refuse(error: ValueError) -> int:
         return _refuse(located(str(error), args.config, args.overrides))
 
+    if args.command == "data":
+        return _show_data(run, args, refuse)
     return _check(run, refuse) if args.command == "check" else _train(run, args, refuse)
 
 
@@ -85,12 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
+    data = commands.add_parser(
+        "data", help="show what a YAML file's data will train: counts, lengths, tokens, masks"
+    )
+    data.add_argument(
+        "--examples",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="rows of each data set that are shown in full (3)",
+    )
     mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
         "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
     )
     preview.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it with matplotlib, too")
-    for command in (train, check, preview):
+    for command in (train, check, data, preview):
         command.add_argument("config", type=Path, metavar="RUN.yaml")
         command.add_argument(
             "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
@@ -135,6 +147,32 @@ def _report(runs: Sequence[Path], output: Path | None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     return 0
+
+
+def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
+    from rich.console import Console
+
+    from megatron_chord.data.inspect import Inspector
+    from megatron_chord.data.screen import show
+    from megatron_chord.families.table import read_shape
+    from megatron_chord.train.setup import load_data
+
+    inspector = Inspector(run.data.max_prompt_tokens, run.data.max_response_tokens, args.examples)
+    try:
+        data = load_data(run, read_shape(run.model.path), observe=inspector.observe)
+    except ValueError as error:
+        return refuse(error)
+    inspection = inspector.inspection(
+        data.template, data.reports, reward_kind=run.reward.kind, marker=run.reward.answer_marker
+    )
+    show(inspection, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number is expected, got {text!r}")
+    return int(text)
 
 
 def _preview_mu(run: RunConfig, plot: Path | None) -> int:

@@ -29,7 +29,8 @@ class Observed:
     @property
     def place(self) -> str:
         """Unlike that of every other row of the data set."""
-        return f"{self.source}/{self.file}:{self.number}" if self.source else f"{self.file}:{self.number}"
+        named = self.source and self.source != self.file.partition(".")[0]
+        return f"{self.source}/{self.file}:{self.number}" if named else f"{self.file}:{self.number}"
 
 
 Observe = Callable[[Observed], None]

@@ -1,0 +1,267 @@
+"""What stands in a run's data: counts, lengths, truths, duplicates, overlaps and a few rendered rows.
+
+``Inspector`` watches the rows while they are read, one ``Watcher`` for each data set. Little is kept of a row; only the
+examples are kept whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_chord.data.observed import Observed
+from megatron_chord.data.problems import Pair, Problem, overlap, problem_of, repeated
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.data.token_texts import Pieces, pieces_of
+from megatron_chord.rewards.reading import TruthReading, readings
+
+MAX_TRUTHS = 2000
+"""Different truths whose reading is looked at, of each data set."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one part of each row, over-long rows included."""
+
+    part: str
+    values: tuple[int, ...]
+    limit: int
+    setting: str
+    """Which sets the limit."""
+
+    @property
+    def num_over(self) -> int:
+        return sum(value > self.limit for value in self.values)
+
+    def quantile(self, share: float) -> int:
+        """The smallest value that at least ``share`` of all values do not exceed."""
+        ordered = sorted(self.values)
+        return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+    def bins(self, count: int) -> list[tuple[int, int, int]]:
+        """(first, last, rows): at most ``count`` equal ranges of lengths, from the smallest to the greatest."""
+        least = min(self.values)
+        width = -(-(max(self.values) - least + 1) // count)
+        rows = Counter((value - least) // width for value in self.values)
+        return [(least + i * width, least + (i + 1) * width - 1, rows[i]) for i in range(max(rows) + 1)]
+
+
+@dataclass(frozen=True)
+class TruthKind:
+    """Truths that the grader reads in the same way."""
+
+    kind: str
+    """A key of ``rewards.reading.MEANING``."""
+    count: int
+    examples: tuple[tuple[str, str, str], ...]
+    """(place, truth, what is read)"""
+
+
+@dataclass(frozen=True)
+class Example:
+    title: str
+    seen: Observed
+    rendered: Pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetReport:
+    """One of the run's data sets."""
+
+    name: str
+    files: tuple[tuple[str, int, int], ...]
+    """(file, rows, rows that are left out as over-long)"""
+    lengths: tuple[Lengths, ...]
+    repeated: tuple[tuple[str, ...], ...]
+    """Places of rows with the same problem."""
+    identical: tuple[tuple[str, ...], ...]
+    """Places of demonstrations that are the same from the first token to the last."""
+    contradicting: tuple[tuple[str, str, str, str], ...]
+    """(place, truth, other place, other truth): the same problem with two truths."""
+    truths: tuple[TruthKind, ...]
+    num_truths_read: int
+    """Different truths, at most ``MAX_TRUTHS``."""
+    num_truths: int
+    examples: tuple[Example, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for _, rows, _ in self.files)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(rows - overlong for _, rows, overlong in self.files)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Problems of ``other`` that are in ``one``, too."""
+
+    one: str
+    other: str
+    pairs: tuple[Pair, ...]
+    num_other: int
+
+    @property
+    def is_contamination(self) -> bool:
+        return self.other == "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    reports: tuple[str, ...]
+    """One line for each file, as at the start of a run."""
+    sets: tuple[SetReport, ...]
+    overlaps: tuple[Overlap, ...]
+
+
+@dataclass
+class Watcher:
+    """Gathers what is to be known of one data set. Call it with every row."""
+
+    name: str
+    max_prompt_tokens: int
+    max_response_tokens: int
+    num_examples: int
+    problems: list[Problem] = field(default_factory=list)
+    _files: dict[str, list[int]] = field(default_factory=dict)
+    _lengths: list[tuple[int, int]] = field(default_factory=list)
+    _truths: list[tuple[str, str]] = field(default_factory=list)
+    _answers: list[Problem] = field(default_factory=list)
+    _examples: dict[str, Observed] = field(default_factory=dict)
+
+    def __call__(self, seen: Observed) -> None:
+        counts = self._files.setdefault(seen.place.rpartition(":")[0], [0, 0])
+        counts[0] += 1
+        counts[1] += seen.is_overlong
+        trained = sum(seen.trainable)
+        self._lengths.append((len(seen.token_ids) - trained, trained))
+        if seen.is_overlong:
+            return
+        self.problems.append(problem_of(seen))
+        if seen.truth is not None:
+            self._truths.append((seen.place, seen.truth))
+        if seen.trainable:
+            ids = hashlib.blake2b(array("q", seen.token_ids).tobytes(), digest_size=16).digest()
+            self._answers.append(Problem(seen.place, ids, frozenset()))
+        self._keep(seen)
+
+    def report(self, template: ChatTemplate, reward_kind: str, marker: str) -> SetReport:
+        """Of all rows that were watched."""
+        truths, num_read = _truth_kinds(self._truths, reward_kind, marker)
+        return SetReport(
+            name=self.name,
+            files=tuple((file, rows, overlong) for file, (rows, overlong) in self._files.items()),
+            lengths=self._all_lengths(),
+            repeated=tuple(map(tuple, repeated(self.problems))),
+            identical=tuple(map(tuple, repeated(self._answers))),
+            contradicting=tuple(self._contradicting()),
+            truths=truths,
+            num_truths_read=num_read,
+            num_truths=len({truth for _, truth in self._truths}),
+            examples=tuple(Example(title, seen, pieces_of(template, seen)) for title, seen in self._chosen()),
+        )
+
+    def _keep(self, seen: Observed) -> None:
+        """The first rows, and those with the fewest and the most tokens of the part that matters."""
+        for index in range(self.num_examples):
+            if f"row {index}" not in self._examples:
+                self._examples[f"row {index}"] = seen
+                break
+        for title, is_better in (
+            ("shortest", lambda new, old: new < old),
+            ("longest", lambda new, old: new > old),
+        ):
+            kept = self._examples.get(title)
+            if kept is None or is_better(_size(seen), _size(kept)):
+                self._examples[title] = seen
+
+    def _chosen(self) -> list[tuple[str, Observed]]:
+        """At most ``num_examples``, none twice."""
+        first = self._examples.get("row 0")
+        order = ["row 0", "longest", "shortest", *(f"row {index}" for index in range(1, self.num_examples))]
+        chosen: dict[str, tuple[str, Observed]] = {}
+        for title in order:
+            seen = self._examples.get(title)
+            if seen is not None and len(chosen) < self.num_examples:
+                name = "first" if seen is first else title if title in ("longest", "shortest") else "another"
+                chosen.setdefault(seen.place, (name, seen))
+        return list(chosen.values())
+
+    def _all_lengths(self) -> tuple[Lengths, ...]:
+        prompts, responses = zip(*self._lengths, strict=True)
+        asked = Lengths(
+            "prompt" if not any(responses) else "not trained (the prompt)",
+            prompts,
+            self.max_prompt_tokens,
+            "data.max_prompt_tokens",
+        )
+        if not any(responses):
+            return (asked,)
+        answered = Lengths("trained", responses, self.max_response_tokens, "data.max_response_tokens")
+        return asked, answered
+
+    def _contradicting(self) -> Iterable[tuple[str, str, str, str]]:
+        first: dict[bytes, tuple[str, str]] = {}
+        for problem, (place, truth) in zip(self.problems, self._truths, strict=False):
+            known = first.setdefault(problem.key, (place, truth))
+            if known[1] != truth:
+                yield (*known, place, truth)
+
+
+@dataclass
+class Inspector:
+    """Watches all data sets of a run; ``observe`` is what ``train.setup.load_data`` is given."""
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    num_examples: int = 3
+    observe: dict[str, Watcher] = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = (self.max_prompt_tokens, self.max_response_tokens, self.num_examples)
+        self.observe = {name: Watcher(name, *limits) for name in ("prompts", "demonstrations", "evaluation")}
+
+    def inspection(
+        self, template: ChatTemplate, reports: Iterable[str], *, reward_kind: str, marker: str
+    ) -> Inspection:
+        """Of what was watched. ``reward_kind`` and ``marker``: the run's grader, which reads the truths."""
+        watched = [watcher for watcher in self.observe.values() if watcher.problems]
+        return Inspection(
+            reports=tuple(reports),
+            sets=tuple(watcher.report(template, reward_kind, marker) for watcher in watched),
+            overlaps=tuple(
+                Overlap(
+                    one.name, other.name, tuple(overlap(one.problems, other.problems)), len(other.problems)
+                )
+                for index, one in enumerate(watched)
+                for other in watched[index + 1 :]
+            ),
+        )
+
+
+def _size(seen: Observed) -> int:
+    return sum(seen.trainable) or len(seen.token_ids)
+
+
+def _truth_kinds(
+    truths: Sequence[tuple[str, str]], reward_kind: str, marker: str
+) -> tuple[tuple[TruthKind, ...], int]:
+    """The kinds, most frequent first, and how many different truths were read for them."""
+    distinct = list(dict.fromkeys(truth for _, truth in truths))[:MAX_TRUTHS]
+    read: dict[str, TruthReading] = dict(zip(distinct, readings(distinct, reward_kind, marker), strict=True))
+    counts: Counter[str] = Counter()
+    examples: dict[str, dict[str, tuple[str, str, str]]] = {}
+    for place, truth in truths:
+        if truth in read:
+            reading = read[truth]
+            counts[reading.kind] += 1
+            examples.setdefault(reading.kind, {}).setdefault(truth, (place, truth, reading.text))
+    kinds = tuple(
+        TruthKind(kind, count, tuple(list(examples[kind].values())[:5]))
+        for kind, count in counts.most_common()
+    )
+    return kinds, len(distinct)

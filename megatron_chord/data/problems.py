@@ -1,0 +1,110 @@
+"""Problems that are in several data sets: the same text, or nearly the same.
+
+Two problems are equal when their text is, but for letter case, white space and Unicode's compatibility forms. They are
+nearly the same when at least ``NEAR`` of the shorter one's runs of ``RUN`` words and signs are in the longer one: an
+instruction was added, or a sentence changed. Runs that many problems have, such as those of an instruction, do not
+count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_chord.data.observed import Observed
+
+RUN = 8
+NEAR = 0.8
+COMMON = 0.01
+"""Share of all problems; runs that more of them have do not count."""
+FEWEST_RUNS = 4
+"""A problem with fewer runs is compared as a whole only."""
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Problem:
+    place: str
+    key: bytes
+    runs: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A problem of one set and the one of another that is the same, or nearly."""
+
+    place: str
+    other: str
+    shared: float
+    """Share of the shorter one's runs of words that are in the other; 1 where the texts are equal."""
+
+
+def problem_of(seen: Observed) -> Problem:
+    """What is asked: all messages but the system's, up to the last turn of the assistant."""
+    messages = seen.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    text = "\n".join(message["content"] for message in messages if message["role"] != "system")
+    return Problem(seen.place, text_key(text), _runs(text))
+
+
+def text_key(text: str) -> bytes:
+    """Equal for texts that differ in letter case, white space or compatibility forms alone."""
+    plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
+
+
+def overlap(ones: Sequence[Problem], others: Sequence[Problem]) -> list[Pair]:
+    """Those of ``others`` that are equal or nearly the same to one of ``ones``, in their order, with the best one."""
+    place_of: dict[bytes, str] = {}
+    for one in ones:
+        place_of.setdefault(one.key, one.place)
+    near = _near(ones, [other for other in others if other.key not in place_of])
+    pairs = []
+    for other in others:
+        if other.key in place_of:
+            pairs.append(Pair(place_of[other.key], other.place, 1.0))
+        elif other.place in near:
+            place, shared = near[other.place]
+            pairs.append(Pair(place, other.place, shared))
+    return pairs
+
+
+def repeated(problems: Iterable[Problem]) -> list[list[str]]:
+    """Places of equal problems, groups of two or more, in the order of their first."""
+    groups: dict[bytes, list[str]] = defaultdict(list)
+    for problem in problems:
+        groups[problem.key].append(problem.place)
+    return [places for places in groups.values() if len(places) > 1]
+
+
+def _near(ones: Sequence[Problem], others: Sequence[Problem]) -> dict[str, tuple[str, float]]:
+    frequency = Counter(run for problem in (*ones, *others) for run in problem.runs)
+    often = max(10, (len(ones) + len(others)) * COMMON)
+    common = {run for run, count in frequency.items() if count > often}
+    own_runs = [other.runs - common for other in others]
+    holders: dict[int, list[int]] = defaultdict(list)
+    for index, runs in enumerate(own_runs):
+        if len(runs) >= FEWEST_RUNS:
+            for run in runs:
+                holders[run].append(index)
+    best: dict[str, tuple[str, float]] = {}
+    for one in ones:
+        runs = one.runs - common
+        if len(runs) < FEWEST_RUNS:
+            continue
+        for index, count in Counter(index for run in runs for index in holders.get(run, ())).items():
+            shared = count / min(len(runs), len(own_runs[index]))
+            place = others[index].place
+            if shared >= NEAR and shared > best.get(place, ("", 0.0))[1]:
+                best[place] = (one.place, shared)
+    return best
+
+
+def _runs(text: str) -> frozenset[int]:
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return frozenset(hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1))

@@ -1,0 +1,168 @@
+"""What a grader takes a truth for, so that a person sees it before a run.
+
+math-verify reads any text as mathematics: "Paris" as the product of its letters, "C) 15" not at all. It can loop, so it
+reads here in a process of its own with a limit on time: ``python -m megatron_chord.rewards.reading MARKER``, which gets
+a JSON string a line and answers with a JSON pair of kind and text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.rewards.tool_calls import read_truth
+
+NUMBER, EXPRESSION, LETTERS, TEXT, CALLS, FAULT = (
+    "number",
+    "expression",
+    "letters",
+    "text",
+    "calls",
+    "unreadable",
+)
+MEANING = {
+    NUMBER: "a number",
+    EXPRESSION: "a mathematical expression",
+    LETTERS: "words taken for a product of letters: only an answer with the same letters is right",
+    TEXT: "a text: only an answer that is written in the same way is right",
+    CALLS: "calls of functions",
+    FAULT: "not readable: every answer is an error",
+}
+DOUBTFUL = frozenset({LETTERS, TEXT, FAULT})
+TIMEOUT_S = 5.0
+"""For one truth."""
+_START_S = 120.0
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class TruthReading:
+    kind: str
+    """A key of ``MEANING``."""
+    text: str
+    """What was read, in the grader's own notation."""
+
+
+def readings(truths: Iterable[str], kind: str, marker: str) -> Iterator[TruthReading]:
+    """What the grader ``kind`` (``reward.kind``) reads of each truth, in order."""
+    if kind == "math":
+        yield from _math_readings(truths, marker)
+        return
+    read = _read_calls if kind == "tool_calls" else _read_exact
+    for truth in truths:
+        yield read(truth, marker)
+
+
+def _read_calls(truth: str, marker: str) -> TruthReading:
+    try:
+        calls = read_truth(truth)
+    except ValueError as error:
+        return TruthReading(FAULT, str(error))
+    return TruthReading(CALLS, ", ".join(call.name for call in calls) or "no call")
+
+
+def _read_exact(truth: str, marker: str) -> TruthReading:
+    from megatron_chord.rewards.exact import _NUMBER, _normalised
+
+    text = _normalised(truth.rpartition(marker)[2])
+    return TruthReading(NUMBER if _NUMBER.fullmatch(text) else TEXT, text)
+
+
+def _math_readings(truths: Iterable[str], marker: str) -> Iterator[TruthReading]:
+    child: _Child | None = None
+    try:
+        for truth in truths:
+            child = child or _Child(marker)
+            try:
+                yield TruthReading(*child.ask(truth))
+            except (OSError, ValueError) as error:
+                child.end()
+                child = None
+                yield TruthReading(FAULT, str(error) or type(error).__name__)
+    finally:
+        if child is not None:
+            child.end()
+
+
+class _Child:
+    def __init__(self, marker: str) -> None:
+        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        self._process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-P", "-m", "megatron_chord.rewards.reading", marker],
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._line(_START_S)
+
+    def ask(self, truth: str) -> list[str]:
+        """OSError when the child is late or gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(truth).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._line(TIMEOUT_S)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _line(self, timeout_s: float) -> Any:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                raise TimeoutError(f"not read within {timeout_s:g} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise OSError("the process that reads truths ended")
+        return json.loads(line)
+
+
+def main() -> None:
+    (marker,) = sys.argv[1:]
+    from megatron_chord.rewards import math
+
+    _answer(_read_math(math, "1", marker))
+    for line in sys.stdin:
+        _answer(_read_math(math, json.loads(line), marker))
+
+
+def _answer(reading: TruthReading) -> None:
+    print(json.dumps([reading.kind, reading.text[:200]]), flush=True)
+
+
+def _read_math(math: Any, truth: str, marker: str) -> TruthReading:
+    import sympy
+
+    marked = math.marked_answer(truth, marker)
+    text = math._trimmed(truth if marked is None else marked)
+    try:
+        number = math._plain_number(text)
+        if number is not None:
+            return TruthReading(NUMBER, str(number))
+        parsed = math._parsed(text)
+    except Exception as error:  # whatever the library raises for this text
+        return TruthReading(FAULT, f"{type(error).__name__}: {error}")
+    if not parsed:
+        return TruthReading(FAULT, "nothing is read from it")
+    first = parsed[0]
+    if isinstance(first, str):
+        return TruthReading(TEXT, first)
+    if isinstance(first, sympy.Basic) and first.is_number and not first.has(sympy.E):
+        return TruthReading(NUMBER, str(first))
+    letters = isinstance(first, sympy.Mul) and _WORD.search(text)
+    return TruthReading(LETTERS if letters else EXPRESSION, str(first))
+
+
+if __name__ == "__main__":
+    main()

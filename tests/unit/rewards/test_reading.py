@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_chord.rewards import reading
+from megatron_chord.rewards.reading import readings
+
+
+def test_math_truths_are_told_apart_by_what_the_grader_makes_of_them() -> None:
+    truths = ["15", "1,000", "\\boxed{3}", "\\frac{1}{2}", "12 apples", "x+1", "(1,2)", "Paris", "C) 15"]
+    found = list(readings(truths, "math", "####"))
+    assert [read.kind for read in found] == [*["number"] * 5, *["expression"] * 2, "letters", "text"]
+    assert [read.text for read in found[:5]] == ["15", "1000", "3", "1/2", "12"]
+    assert sorted(found[7].text) == sorted("a*i*p*r*s")
+    assert found[8].text == "C) 15"
+
+
+def test_a_truth_that_takes_too_long_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = readings(["1", "\\frac{1}{2}", "2"], "math", "####")
+    assert next(found).text == "1"
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "TIMEOUT_S", 0.0)
+        late = next(found)
+    assert (late.kind, late.text) == ("unreadable", "not read within 0 s")
+    assert next(found).text == "2"
+
+
+def test_exact_truths() -> None:
+    found = list(readings(["$1,000.", "#### 7", "Paris"], "exact", "####"))
+    assert [(read.kind, read.text) for read in found] == [
+        ("number", "1000"),
+        ("number", "7"),
+        ("text", "Paris"),
+    ]
+
+
+def test_tool_truths() -> None:
+    calls = '[{"name": "f", "arguments": {"a": 1}}]'
+    found = list(readings([calls, "[]", "f(a=1)"], "tool_calls", "####"))
+    assert [read.kind for read in found] == ["calls", "calls", "unreadable"]
+    assert [read.text for read in found[:2]] == ["f", "no call"]
