@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows of each data set that are shown in full (3)",
     )
+    data.add_argument("--html", type=Path, metavar="PAGE", help="also write it as one HTML page")
     mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
         "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
@@ -153,10 +154,13 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     from rich.console import Console
 
     from megatron_chord.data.inspect import Inspector
+    from megatron_chord.data.page import page, write_page
     from megatron_chord.data.screen import show
     from megatron_chord.families.table import read_shape
     from megatron_chord.train.setup import load_data
 
+    if args.html is not None and not args.html.parent.is_dir():
+        return _refuse(f"--html: {args.html.parent} is no folder")
     inspector = Inspector(run.data.max_prompt_tokens, run.data.max_response_tokens, args.examples)
     try:
         data = load_data(run, read_shape(run.model.path), observe=inspector.observe)
@@ -166,6 +170,12 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
         data.template, data.reports, reward_kind=run.reward.kind, marker=run.reward.answer_marker
     )
     show(inspection, Console(highlight=False, soft_wrap=True))
+    if args.html is not None:
+        try:
+            write_page(args.html, page(inspection, title=str(args.config)))
+        except OSError as error:
+            return _refuse(f"--html: {error}")
+        print(f"page: {args.html}")
     return 0
 
 

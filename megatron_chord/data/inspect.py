@@ -16,7 +16,7 @@ from megatron_chord.data.observed import Observed
 from megatron_chord.data.problems import Pair, Problem, overlap, problem_of, repeated
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.data.token_texts import Pieces, pieces_of
-from megatron_chord.rewards.reading import TruthReading, readings
+from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
 MAX_TRUTHS = 2000
 """Different truths whose reading is looked at, of each data set."""
@@ -116,6 +116,43 @@ class Inspection:
     """One line for each file, as at the start of a run."""
     sets: tuple[SetReport, ...]
     overlaps: tuple[Overlap, ...]
+
+
+def findings(inspection: Inspection) -> list[str]:
+    """What a person should look at before the run, one sentence each."""
+    found = []
+    for one in inspection.sets:
+        if one.num_kept < one.num_rows:
+            left_out = one.num_rows - one.num_kept
+            found.append(
+                f"{one.name}: {left_out:,} of {one.num_rows:,} rows are over a limit and are left out "
+                f"({left_out / one.num_rows:.1%})"
+            )
+        for kind in one.truths:
+            if kind.kind in DOUBTFUL:
+                place, truth, _ = kind.examples[0]
+                found.append(
+                    f"{one.name}: {kind.count:,} of the truths read as {MEANING[kind.kind]}; the first is "
+                    f"{truth[:60]!r} ({place})"
+                )
+        if one.contradicting:
+            found.append(
+                f"{one.name}: the same problem with two different truths, {len(one.contradicting):,} times"
+            )
+        if one.identical:
+            found.append(f"{one.name}: the same row twice, the answer included, {len(one.identical):,} times")
+        rewritten = [example.seen.place for example in one.examples if example.rendered.rewritten]
+        if rewritten:
+            found.append(
+                f"{one.name}: the chat template or the tokenizer changes or drops a message ({', '.join(rewritten)})"
+            )
+    for overlapping in inspection.overlaps:
+        if overlapping.is_contamination and overlapping.pairs:
+            found.append(
+                f"{len(overlapping.pairs):,} of {overlapping.num_other:,} problems of {overlapping.other} are in "
+                f"{overlapping.one}, too: what is measured is partly what was trained"
+            )
+    return found
 
 
 @dataclass

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console, RenderableType
-from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
-from megatron_chord.data.inspect import Example, Inspection, Lengths, Overlap, SetReport
+from megatron_chord.data.inspect import Example, Inspection, Lengths, Overlap, SetReport, findings
 from megatron_chord.data.token_texts import Piece
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING
 
@@ -42,9 +41,16 @@ def show(inspection: Inspection, console: Console) -> None:
         for part in _set(one, plain=console.color_system is None or console.no_color):
             console.print(part)
     if inspection.overlaps:
+        console.print("")
         console.print(Rule(Text("the same problems in two sets", "bold"), align="left", style="dim"))
         for found in inspection.overlaps:
-            console.print(Padding(_overlap(found), (0, 2)))
+            console.print(_overlap(found))
+    worth = findings(inspection)
+    if worth:
+        console.print("")
+        console.print(Rule(Text("worth a look", "bold yellow"), align="left", style="dim"))
+        for text in worth:
+            console.print(Text(f"  {text}"))
 
 
 def _set(report: SetReport, *, plain: bool) -> Iterator[RenderableType]:

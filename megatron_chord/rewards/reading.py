@@ -34,7 +34,7 @@ MEANING = {
     LETTERS: "words taken for a product of letters: only an answer with the same letters is right",
     TEXT: "a text: only an answer that is written in the same way is right",
     CALLS: "calls of functions",
-    FAULT: "not readable: every answer is an error",
+    FAULT: "unreadable: every answer is an error",
 }
 DOUBTFUL = frozenset({LETTERS, TEXT, FAULT})
 TIMEOUT_S = 5.0

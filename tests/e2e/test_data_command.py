@@ -48,6 +48,17 @@ def test_the_data_is_shown_without_megatron_and_without_colours(task: Path) -> N
     assert not (task.parent / "out").exists()
 
 
+def test_the_page_is_written_whole_and_refused_before_the_data_is_read(task: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.html"
+    result = data(str(task), "--html", str(file))
+    assert result.returncode == 0, result.stderr
+    assert file.read_text().startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == [file]
+    refused = data(str(task), "--html", str(tmp_path / "none" / "data.html"))
+    assert refused.returncode == 2
+    assert "none is no folder" in refused.stderr
+
+
 def test_bad_data_is_refused_as_it_is_at_a_run_s_start(task: Path, tmp_path: Path) -> None:
     rows = tmp_path / "bad.jsonl"
     rows.write_text(json.dumps({"problem": "1+1?"}) + "\n")
