@@ -20,6 +20,9 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, dump_config, load_config, located
 
 if TYPE_CHECKING:
+    from megatron_chord.data.lens import Lens
+    from megatron_chord.data.observed import Observed
+    from megatron_chord.data.templates import ChatTemplate
     from megatron_chord.train.stop import StopWish
 
 
@@ -98,6 +101,19 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of each data set that are shown in full (3)",
     )
     data.add_argument("--html", type=Path, metavar="PAGE", help="also write it as one HTML page")
+    data.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FOLDER",
+        help="also show what this model makes of demonstration tokens: p, phi",
+    )
+    data.add_argument(
+        "--policy-rows",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="demonstrations that --policy looks at (16)",
+    )
     mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
         "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
@@ -154,6 +170,8 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     from rich.console import Console
 
     from megatron_chord.data.inspect import Inspector
+    from megatron_chord.data.lens_page import lens_section
+    from megatron_chord.data.lens_screen import show_lens
     from megatron_chord.data.page import page, write_page
     from megatron_chord.data.screen import show
     from megatron_chord.families.table import read_shape
@@ -161,22 +179,59 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
 
     if args.html is not None and not args.html.parent.is_dir():
         return _refuse(f"--html: {args.html.parent} is no folder")
-    inspector = Inspector(run.data.max_prompt_tokens, run.data.max_response_tokens, args.examples)
+    sampled = args.policy_rows if args.policy is not None else 0
+    inspector = Inspector(run.data.max_prompt_tokens, run.data.max_response_tokens, args.examples, sampled)
     try:
         data = load_data(run, read_shape(run.model.path), observe=inspector.observe)
+        lens = _lens(run, args, data.template, inspector.observe["demonstrations"].sampled)
     except ValueError as error:
         return refuse(error)
     inspection = inspector.inspection(
         data.template, data.reports, reward_kind=run.reward.kind, marker=run.reward.answer_marker
     )
-    show(inspection, Console(highlight=False, soft_wrap=True))
+    console = Console(highlight=False, soft_wrap=True)
+    show(inspection, console)
+    if lens is not None:
+        show_lens(lens, console, shown=args.examples)
     if args.html is not None:
+        more = [] if lens is None else [lens_section(lens, shown=args.examples)]
         try:
-            write_page(args.html, page(inspection, title=str(args.config)))
+            write_page(args.html, page(inspection, title=str(args.config), more=more))
         except OSError as error:
             return _refuse(f"--html: {error}")
         print(f"page: {args.html}")
     return 0
+
+
+def _lens(
+    run: RunConfig, args: argparse.Namespace, template: ChatTemplate, rows: Sequence[Observed]
+) -> Lens | None:
+    """The lens of ``--policy``. ValueError where there is nothing to look at, or no model to look with."""
+    from megatron_chord.config_io import one_line
+    from megatron_chord.config_methods import ChordConfig, SimpleWeight
+    from megatron_chord.data.lens import load_policy, look
+    from megatron_chord.losses.sft import sft_term
+    from megatron_chord.methods.chord import SFT
+    from megatron_chord.methods.table import method_of
+
+    if args.policy is None:
+        return None
+    if not rows:
+        raise ValueError(
+            "--policy looks at demonstrations: the run has no data.demonstrations, or --policy-rows is 0"
+        )
+    if isinstance(run.method, ChordConfig):
+        term = method_of(run).terms(run)[SFT]
+        weighting = f"method.token_weight {one_line(run.method.token_weight).removeprefix('kind ')}"
+        if run.method.cutoff < 1:
+            weighting += f", no gradient above p = {run.method.cutoff:g}"
+    else:
+        term = sft_term(weight=SimpleWeight(kind="one"))
+        weighting = (
+            f"1 for each token, plain SFT (method {run.method.name} weighs by what the run will measure)"
+        )
+    print(f"reading {args.policy} and {len(rows)} demonstrations on the CPU ...", file=sys.stderr)
+    return look(load_policy(args.policy), template, rows, term, policy=str(args.policy), weighting=weighting)
 
 
 def _count(text: str) -> int:

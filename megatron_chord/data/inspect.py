@@ -7,6 +7,7 @@ examples are kept whole.
 from __future__ import annotations
 
 import hashlib
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -163,12 +164,16 @@ class Watcher:
     max_prompt_tokens: int
     max_response_tokens: int
     num_examples: int
+    num_sampled: int = 0
     problems: list[Problem] = field(default_factory=list)
     _files: dict[str, list[int]] = field(default_factory=dict)
     _lengths: list[tuple[int, int]] = field(default_factory=list)
     _truths: list[tuple[str, str]] = field(default_factory=list)
     _answers: list[Problem] = field(default_factory=list)
     _examples: dict[str, Observed] = field(default_factory=dict)
+    sampled: list[Observed] = field(default_factory=list)
+    """``num_sampled`` rows of all that are kept, each as likely as any other; the same ones every time."""
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __call__(self, seen: Observed) -> None:
         counts = self._files.setdefault(seen.place.rpartition(":")[0], [0, 0])
@@ -185,6 +190,10 @@ class Watcher:
             ids = hashlib.blake2b(array("q", seen.token_ids).tobytes(), digest_size=16).digest()
             self._answers.append(Problem(seen.place, ids, frozenset()))
         self._keep(seen)
+        if len(self.sampled) < self.num_sampled:
+            self.sampled.append(seen)
+        elif self.num_sampled and (place := self._random.randrange(len(self.problems))) < self.num_sampled:
+            self.sampled[place] = seen
 
     def report(self, template: ChatTemplate, reward_kind: str, marker: str) -> SetReport:
         """Of all rows that were watched."""
@@ -256,10 +265,12 @@ class Inspector:
     max_prompt_tokens: int
     max_response_tokens: int
     num_examples: int = 3
+    num_sampled: int = 0
+    """Demonstrations that ``sampled`` of their watcher has."""
     observe: dict[str, Watcher] = field(init=False)
 
     def __post_init__(self) -> None:
-        limits = (self.max_prompt_tokens, self.max_response_tokens, self.num_examples)
+        limits = (self.max_prompt_tokens, self.max_response_tokens, self.num_examples, self.num_sampled)
         self.observe = {name: Watcher(name, *limits) for name in ("prompts", "demonstrations", "evaluation")}
 
     def inspection(

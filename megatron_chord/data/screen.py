@@ -188,13 +188,13 @@ def _append(text: Text, pieces: Sequence[Piece], *, plain: bool) -> None:
     for kind, run in groupby(pieces, key=lambda piece: (piece.is_trained, piece.is_template)):
         _, opening, closing = _NAMES[kind]
         if plain:
-            text.append(f"{opening}{''.join(_visible(piece.text) for piece in run)}{closing}")
+            text.append(f"{opening}{''.join(visible(piece.text) for piece in run)}{closing}")
             continue
         for index, piece in enumerate(run):
-            text.append(_visible(piece.text), _STYLES[kind][index % 2])
+            text.append(visible(piece.text), _STYLES[kind][index % 2])
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Without what a terminal would obey; line feeds are kept."""
     return "".join(
         char if char == "\n" or char.isprintable() else "    " if char == "\t" else f"\\x{ord(char):02x}"

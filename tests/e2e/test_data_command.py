@@ -59,6 +59,15 @@ def test_the_page_is_written_whole_and_refused_before_the_data_is_read(task: Pat
     assert "none is no folder" in refused.stderr
 
 
+def test_the_lens_looks_at_demonstrations_with_the_run_s_weight(task: Path, tmp_path: Path) -> None:
+    policy, file = str(task.parent / "policy"), tmp_path / "data.html"
+    result = data(str(task), "--policy", policy, "--policy-rows", "2", "--html", str(file), "--examples", "1")
+    assert result.returncode == 0, result.stderr
+    assert "2 demonstrations, " in result.stdout
+    assert "weight: method.token_weight phi" in result.stdout
+    assert 'id="lens"' in file.read_text()
+
+
 def test_bad_data_is_refused_as_it_is_at_a_run_s_start(task: Path, tmp_path: Path) -> None:
     rows = tmp_path / "bad.jsonl"
     rows.write_text(json.dumps({"problem": "1+1?"}) + "\n")
