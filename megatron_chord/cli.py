@@ -71,9 +71,8 @@ def _main(argv: Sequence[str] | None) -> int:
     def refuse(error: ValueError) -> int:
         return _refuse(located(str(error), args.config, args.overrides))
 
-    if args.command == "data":
-        return _show_data(run, args, refuse)
-    return _check(run, refuse) if args.command == "check" else _train(run, args, refuse)
+    runs = {"check": _check, "data": _show_data, "train": _train}
+    return runs[args.command](run, args, refuse)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(run: RunConfig, refuse: Callable[[ValueError], int]) -> int:
+def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:

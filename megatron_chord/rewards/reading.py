@@ -1,8 +1,8 @@
 """What a grader takes a truth for, so that a person sees it before a run.
 
-math-verify reads any text as mathematics: "Paris" as the product of its letters, "C) 15" not at all. It can loop, so it
-reads here in a process of its own with a limit on time: ``python -m megatron_chord.rewards.reading MARKER``, which gets
-a JSON string a line and answers with a JSON pair of kind and text.
+Most texts can be read as mathematics: "seven of them" may become a product of letters. Math-verify can loop, so the
+grader's own functions read here in a process of their own with a limit on time: ``python -m
+megatron_chord.rewards.reading MARKER``, which gets a JSON string a line and answers with a JSON pair of kind and text.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ import re
 import selectors
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_chord.rewards.tool_calls import read_truth
 
-NUMBER, EXPRESSION, LETTERS, TEXT, CALLS, FAULT = (
-    "number",
-    "expression",
-    "letters",
-    "text",
-    "calls",
-    "unreadable",
-)
+NUMBER, EXPRESSION, SEVERAL, INTERVALS, OPTION = "number", "expression", "several", "intervals", "option"
+WORDS, LETTERS, TEXT, CALLS, FAULT = "words", "letters", "text", "calls", "unreadable"
 MEANING = {
     NUMBER: "a number",
     EXPRESSION: "a mathematical expression",
+    SEVERAL: "several answers, or one of several parts",
+    INTERVALS: "intervals",
+    OPTION: "an option: its letter is right, and so is what stands behind the letter",
+    WORDS: "words: only the same words are right",
     LETTERS: "words taken for a product of letters: only an answer with the same letters is right",
     TEXT: "a text: only an answer that is written in the same way is right",
     CALLS: "calls of functions",
-    FAULT: "unreadable: every answer is an error",
+    FAULT: "unreadable: every answer is an error, but for one that is written in the same way",
 }
-DOUBTFUL = frozenset({LETTERS, TEXT, FAULT})
+DOUBTFUL = frozenset({WORDS, LETTERS, TEXT, FAULT})
 TIMEOUT_S = 5.0
 """For one truth."""
 _START_S = 120.0
@@ -142,22 +140,46 @@ def _answer(reading: TruthReading) -> None:
 
 
 def _read_math(math: Any, truth: str, marker: str) -> TruthReading:
-    import sympy
+    """In the order in which ``rewards.math`` tries the forms of a truth."""
+    from megatron_chord.rewards import math_forms as forms
 
-    marked = math.marked_answer(truth, marker)
-    text = math._trimmed(truth if marked is None else marked)
+    readers: tuple[tuple[str, Callable[[str], Any], Callable[[Any], str]], ...] = (
+        (NUMBER, math._plain_number, str),
+        (NUMBER, forms.read_based, lambda found: f"{found.digits} in base {found.base}"),
+        (OPTION, forms.read_option, lambda found: " ".join(filter(None, found))),
+        (EXPRESSION, lambda text: forms.is_empty_set(text) or None, lambda found: "the empty set"),
+        (WORDS, forms.read_words, str),
+        (EXPRESSION, forms.read_matrix, lambda found: f"a matrix of {len(found)} rows"),
+        (
+            INTERVALS,
+            forms.read_intervals,
+            lambda found: " and ".join(f"{one.low} to {one.high}" for one in found),
+        ),
+        (SEVERAL, forms.read_collection, lambda found: " | ".join(found.items)),
+    )
+    marked = math.marked_answer(truth, marker) if math._is_marked(truth, marker) else None
     try:
-        number = math._plain_number(text)
-        if number is not None:
-            return TruthReading(NUMBER, str(number))
-        parsed = math._parsed(text)
+        text = forms.cleaned((truth if marked is None else marked).strip())
+        for kind, read, written in readers:
+            if (found := read(text)) is not None:
+                return TruthReading(kind, written(found))
+        quantity = forms.read_quantity(forms.split_label(text)[1])
+        value = _read_value(math, quantity.text)
     except Exception as error:  # whatever the library raises for this text
         return TruthReading(FAULT, f"{type(error).__name__}: {error}")
+    unit = "%" if quantity.is_percent else quantity.unit
+    return TruthReading(value.kind, f"{value.text} {unit}" if unit else value.text)
+
+
+def _read_value(math: Any, text: str) -> TruthReading:
+    import sympy
+
+    if (number := math._plain_number(text)) is not None:
+        return TruthReading(NUMBER, str(number))
+    parsed = math._parsed(text)
     if not parsed:
         return TruthReading(FAULT, "nothing is read from it")
     first = parsed[0]
-    if isinstance(first, str):
-        return TruthReading(TEXT, first)
     if isinstance(first, sympy.Basic) and first.is_number and not first.has(sympy.E):
         return TruthReading(NUMBER, str(first))
     letters = isinstance(first, sympy.Mul) and _WORD.search(text)

@@ -110,10 +110,10 @@ def test_problems_of_evaluation_are_found_in_the_training_sets(inspection: Inspe
 
 
 def test_truths_are_shown_as_the_grader_reads_them(inspection: Inspection) -> None:
-    number, text = inspection.sets[0].truths
+    number, option = inspection.sets[0].truths
     assert (number.kind, number.count) == ("number", 2)
-    assert (text.kind, text.count) == ("text", 1)
-    assert text.examples == (("b.jsonl:2", "C) 17", "C) 17"),)
+    assert (option.kind, option.count) == ("option", 1)
+    assert option.examples == (("b.jsonl:2", "C) 17", "C 17"),)
 
 
 def test_examples_are_the_first_and_the_longest(inspection: Inspection) -> None:

@@ -54,30 +54,31 @@ def test_a_conversation_falls_into_the_template_s_text_and_the_messages(chatml: 
 def test_text_that_the_template_adds_to_an_answer_is_shown_as_trained(
     chatml_folder: Path, tmp_path: Path
 ) -> None:
-    jinja = tmp_path / "thinks.jinja"
+    jinja = tmp_path / "adds.jinja"
     jinja.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}Solution:\n"
         "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     found = rendered(load_template(chatml_folder, chat_template=jinja), USER, ANSWER)
     assert runs(found)[-3:] == [
-        ("t-", "<think>\n\n</think>\n\n"),
+        ("t-", "Solution:\n"),
         ("tm", ANSWER["content"]),
         ("t-", "<|im_end|>"),
     ]
 
 
 def test_a_message_that_the_template_changes_is_named(chatml_folder: Path, tmp_path: Path) -> None:
-    jinja = tmp_path / "strips.jinja"
+    jinja = tmp_path / "drops.jinja"
     jinja.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('please ', '') }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     template = load_template(chatml_folder, chat_template=jinja)
-    found = rendered(template, USER, {"role": "assistant", "content": "<think>two twos</think>4"})
-    assert found.rewritten == (1,)
-    assert runs(found)[-1] == ("t-", "4<|im_end|>")
+    found = rendered(template, {"role": "user", "content": "please add 2 and 2"}, ANSWER)
+    assert found.rewritten == (0,)
+    assert runs(found)[0] == ("--", "<|im_start|>user\nadd 2 and 2<|im_end|>\n<|im_start|>assistant\n")
+    assert runs(found)[-2:] == [("tm", ANSWER["content"]), ("t-", "<|im_end|>")]
 
 
 def test_a_prompt_has_no_trained_token(chatml: ChatTemplate) -> None:

@@ -5,14 +5,26 @@ import pytest
 from megatron_chord.rewards import reading
 from megatron_chord.rewards.reading import readings
 
+MATH = [
+    ("15", "number", "15"),
+    ("1,000", "number", "1000"),
+    ("so it is \\boxed{3}", "number", "3"),
+    ("\\frac{1}{2}", "number", "1/2"),
+    ("50\\%", "number", "50 %"),
+    ("x = 3", "number", "3"),
+    ("x+1", "expression", "x + 1"),
+    ("1, 2, 3", "several", "1 | 2 | 3"),
+    ("x>3", "intervals", "3 to \\infty"),
+    ("C) 15", "option", "C 15"),
+    ("Paris", "words", "paris"),
+    ("\\emptyset", "expression", "the empty set"),
+    ("seven of them!?", "unreadable", "nothing is read from it"),
+]
+
 
 def test_math_truths_are_told_apart_by_what_the_grader_makes_of_them() -> None:
-    truths = ["15", "1,000", "\\boxed{3}", "\\frac{1}{2}", "12 apples", "x+1", "(1,2)", "Paris", "C) 15"]
-    found = list(readings(truths, "math", "####"))
-    assert [read.kind for read in found] == [*["number"] * 5, *["expression"] * 2, "letters", "text"]
-    assert [read.text for read in found[:5]] == ["15", "1000", "3", "1/2", "12"]
-    assert sorted(found[7].text) == sorted("a*i*p*r*s")
-    assert found[8].text == "C) 15"
+    found = list(readings([truth for truth, _, _ in MATH], "math", "####"))
+    assert [(truth, read.kind, read.text) for (truth, _, _), read in zip(MATH, found, strict=True)] == MATH
 
 
 def test_a_truth_that_takes_too_long_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
