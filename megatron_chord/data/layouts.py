@@ -1,7 +1,8 @@
 """Public data layouts: a row as others publish it becomes a row with this project's own fields.
 
-A layout is recognised by its columns alone. The first layout of ``LAYOUTS`` whose columns the row has is taken, so a
-layout stands before those that have fewer columns. A row of no known layout stays as it is.
+A layout is recognised by its columns. Of several, the one that looks at more columns is taken. Where none looks at all
+columns of the others, and they read different rows, the row is refused with the mappings to choose from. A row of no
+known layout stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_chord.data.rows import (
     TOOL_FIELDS,
     TRUTH_FIELDS,
     DataError,
+    FatalRowError,
     Fault,
     LoadReport,
     Row,
@@ -54,6 +56,8 @@ class Layout:
     """The row's question and answer under this project's names; None: such rows have no answer to imitate."""
     uses: frozenset[str] = frozenset()
     """Columns that are read beside those of ``has``."""
+    mapping: Mapping[Role, Mapping[str, str]] = field(default_factory=dict["Role", "Mapping[str, str]"])
+    """The ``fields`` in YAML that read it so; ``?`` is messages or problem. None where no mapping can."""
 
 
 @dataclass
@@ -82,21 +86,38 @@ class Reading:
         if self.mapping:
             used = {path.partition(".")[0] for path in self.mapping.values()}
             self.unused |= set(row.fields) - used
-            return replace(
-                row, fields={name: at_path(row.fields, path) for name, path in self.mapping.items()}
-            )
-        layout = recognised(row.fields)
-        convert = None
-        if layout is not None:
-            convert = layout.as_prompt if self.role == "prompts" else layout.as_demonstration
-        if layout is None or convert is None:
+            return replace(row, fields=_mapped(row.fields, self.mapping))
+        way = self._way(row.fields)
+        if way is None or way.convert is None:
             self.unused |= set(row.fields) - OWN_FIELDS
             return row
-        if layout.name not in self.layouts:
-            self.layouts.append(layout.name)
-        self.unused |= set(row.fields) - layout.has - layout.uses - {"id"} - set(TOOL_FIELDS)
+        if way.name not in self.layouts:
+            self.layouts.append(way.name)
+        self.unused |= set(row.fields) - way.looks_at - {"id"} - set(TOOL_FIELDS)
         kept = {name: row.fields[name] for name in ("id", *TOOL_FIELDS) if name in row.fields}
-        return replace(row, fields={**kept, **convert(row.fields)})
+        return replace(row, fields={**kept, **way.convert(row.fields)})
+
+    def _way(self, fields: Fields) -> _Way | None:
+        """How the row is read; None where nothing is recognised.
+
+        Raises:
+            FatalRowError: it can be read in several ways, which give different rows.
+        """
+        ways = ways_of(fields, self.role)
+        if len(ways) < 2:
+            return ways[0] if ways else None
+        read = [(way, result) for way in ways if (result := way.attempt(fields)) is not None]
+        if not read:
+            return ways[0]
+        first, result = read[0]
+        for other, another in read[1:]:
+            if result != another:
+                raise FatalRowError(
+                    f"could be read as {first.name} rows or as {other.name} rows, with different results. Choose in "
+                    f"data.{self.role}: {first.choice(self.role, fields, other)} or "
+                    f"{other.choice(self.role, fields, first)}"
+                )
+        return first
 
     def __str__(self) -> str:
         parts = [f"read as {name} rows" for name in self.layouts]
@@ -119,7 +140,15 @@ def load_rows(
         DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
     """
     dropped: list[Fault] = []
-    rows = parse_rows(data, lambda row: parse(reading.own_row(row)), max_dropped=max_dropped, dropped=dropped)
+    overlong: list[Fault] = []
+
+    def parse_own(row: Row) -> T | None:
+        parsed = parse(reading.own_row(row))
+        if parsed is None:
+            overlong.append(Fault(row.position, f"has more than {limits}", row.number))
+        return parsed
+
+    rows = parse_rows(data, parse_own, max_dropped=max_dropped, dropped=dropped)
     kept = [row for row in rows if row is not None]
     if not kept:
         raise DataError(f"{called(data)}: all {len(rows)} {reading.role} have more than {limits}")
@@ -130,8 +159,18 @@ def load_rows(
         num_overlong=len(rows) - len(kept),
         reading=str(reading),
         dropped=tuple(dropped),
+        overlong=tuple(overlong),
     )
     return kept, report
+
+
+def _mapped(fields: Fields, mapping: Mapping[str, str]) -> dict[str, Any]:
+    """The values that ``mapping`` leads to. Turns of ``from`` and ``value`` become messages."""
+    own = {name: at_path(fields, path) for name, path in mapping.items()}
+    messages = own.get("messages")
+    if isinstance(messages, list) and all(isinstance(turn, dict) and "from" in turn for turn in messages):
+        own |= _sharegpt({"conversations": messages})
+    return own
 
 
 def at_path(fields: Fields, path: str) -> Any:
@@ -159,12 +198,93 @@ def at_path(fields: Fields, path: str) -> Any:
     return value
 
 
-def recognised(fields: Fields) -> Layout | None:
-    """The row's layout; None for one that is in the project's own, or in none that is known."""
-    return next(
-        (layout for layout in LAYOUTS if layout.has <= fields.keys() and layout.fits(fields)),
-        None,
-    )
+@dataclass(frozen=True)
+class _Way:
+    """One way to read a row for one role."""
+
+    name: str
+    has: frozenset[str]
+    looks_at: frozenset[str]
+    """``has``, and what is read beside it."""
+    convert: Callable[[Fields], Fields] | None
+    """None: the row has this project's own fields already."""
+    mapping: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def attempt(self, fields: Fields) -> Any:
+        """What is asked and the truth or answer, to compare readings; None where the row cannot be read so."""
+        try:
+            own = dict(fields) if self.convert is None else dict(self.convert(fields))
+        except (RowError, TypeError, ValueError, KeyError, IndexError):
+            return None
+        asked = own.get("messages") or [
+            {"role": "user", "content": own[name]} for name in QUESTION_FIELDS if name in own
+        ]
+        if self.convert is None:
+            own = {name: own[name] for name in self.has}
+        given = [own[name] for name in (*TRUTH_FIELDS, "solution", "response") if name in own]
+        return asked, [str(item).strip() for item in given]
+
+    def choice(self, role: Role, fields: Fields, other: _Way) -> str:
+        """What to write to have the row read in this way and not in the ``other``."""
+        mapping = {
+            ("messages" if isinstance(fields.get(path), list) else "problem") if own == "?" else own: path
+            for own, path in self.mapping.items()
+        }
+        if mapping:
+            return f"`fields: {{{', '.join(f'{own}: {path}' for own, path in mapping.items())}}}`"
+        return (
+            f"a file without the column {', '.join(sorted(other.has - self.looks_at))} for {self.name} rows"
+        )
+
+
+def ways_of(fields: Fields, role: Role) -> list[_Way]:
+    """The ways in which a row can be read for ``role``, without those that another one makes more of.
+
+    A way makes more of a row than another when it looks at all columns of the other, and the other does not look at all
+    of its own; of two that look at the same columns, the layout that is first in ``LAYOUTS``; own fields come last.
+    """
+    ways = [way for layout in LAYOUTS if (way := _way_of(layout, fields, role)) is not None]
+    own = _own_way(fields, role)
+    if own is not None:
+        ways.append(own)
+    return [
+        way
+        for place, way in enumerate(ways)
+        if not any(
+            way.has <= other.looks_at and (not other.has <= way.looks_at or at < place)
+            for at, other in enumerate(ways)
+            if other is not way
+        )
+    ]
+
+
+def _way_of(layout: Layout, fields: Fields, role: Role) -> _Way | None:
+    convert = layout.as_prompt if role == "prompts" else layout.as_demonstration
+    if convert is None or not layout.has <= fields.keys() or not layout.fits(fields):
+        return None
+    return _Way(layout.name, layout.has, layout.has | layout.uses, convert, layout.mapping.get(role, {}))
+
+
+def _own_way(fields: Fields, role: Role) -> _Way | None:
+    """The row has this project's own fields for ``role``."""
+    questions = [name for name in QUESTION_FIELDS if name in fields]
+    if len(questions) != 1 or not isinstance(
+        fields[questions[0]], list if questions == ["messages"] else str
+    ):
+        return None
+    answers = TRUTH_FIELDS if role == "prompts" else ("solution", "response")
+    given = [name for name in answers if name in fields]
+    if role == "demonstrations" and questions == ["messages"]:
+        given = ["messages"] if _ends_with_assistant(fields["messages"]) else []
+    if len(given) != 1:
+        return None
+    mapping = {name: name for name in dict.fromkeys((*questions, *given))}
+    return _Way(f"own ({', '.join(mapping)})", frozenset(mapping), frozenset(mapping), None, mapping)
+
+
+def _ends_with_assistant(messages: Any) -> bool:
+    last = messages[-1] if messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 def _question(value: Any, name: str) -> dict[str, Any]:
@@ -300,6 +420,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "prompt",
         "target",
         "reward_model",
+        mapping={"prompts": {"?": "prompt", "answer": "reward_model.ground_truth"}},
         as_prompt=_verl_prompt,
         as_demonstration=lambda row: _answered(row["prompt"], row["target"], ("prompt", "target")),
     ),
@@ -307,6 +428,10 @@ LAYOUTS: tuple[Layout, ...] = (
         "verl RL (prompt, reward_model.ground_truth)",
         "prompt",
         "reward_model",
+        mapping={
+            "prompts": {"?": "prompt", "answer": "reward_model.ground_truth"},
+            "demonstrations": {"problem": "extra_info.question", "solution": "extra_info.answer"},
+        },
         uses=("extra_info",),
         as_prompt=_verl_prompt,
         as_demonstration=_verl_demonstration,
@@ -314,6 +439,7 @@ LAYOUTS: tuple[Layout, ...] = (
     _layout(
         "verl SFT (extra_info.question, extra_info.answer)",
         "extra_info",
+        mapping={"demonstrations": {"problem": "extra_info.question", "solution": "extra_info.answer"}},
         fits=_has_inside("extra_info", "question", "answer"),
         as_demonstration=_verl_demonstration,
     ),
@@ -321,12 +447,17 @@ LAYOUTS: tuple[Layout, ...] = (
         "TRL (prompt, completion)",
         "prompt",
         "completion",
+        mapping={"demonstrations": {"problem": "prompt", "solution": "completion"}},
         as_demonstration=lambda row: _answered(row["prompt"], row["completion"], ("prompt", "completion")),
     ),
     _layout(
         "OpenR1-Math (problem, answer, generations)",
         "problem",
         "generations",
+        mapping={
+            "prompts": {"problem": "problem", "answer": "answer"},
+            "demonstrations": {"problem": "problem", "solution": "generations.0"},
+        },
         uses=("answer", "messages", "correctness_math_verify", "correctness_llama", "solution"),
         as_prompt=lambda row: {"problem": row["problem"], "answer": row.get("answer")},
         as_demonstration=_correct_generation,
@@ -334,6 +465,7 @@ LAYOUTS: tuple[Layout, ...] = (
     _layout(
         "ShareGPT (conversations of from and value)",
         "conversations",
+        mapping={"demonstrations": {"messages": "conversations"}},
         uses=("system", "answer"),
         fits=lambda row: isinstance(row["conversations"], list),
         as_prompt=lambda row: {
@@ -346,6 +478,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "GSM8K (question, answer with ####)",
         "question",
         "answer",
+        mapping={"demonstrations": {"problem": "question", "solution": "answer"}},
         fits=lambda row: isinstance(row["answer"], str) and "####" in row["answer"],
         as_prompt=lambda row: {"question": row["question"], "answer": _after_hashes(row)},
         as_demonstration=lambda row: {"question": row["question"], "solution": row["answer"]},
@@ -354,6 +487,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "Alpaca (instruction, input, output)",
         "instruction",
         "output",
+        mapping={"demonstrations": {"problem": "instruction", "solution": "output"}},
         uses=("input",),
         as_demonstration=_alpaca,
     ),
@@ -361,6 +495,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "NeMo-RL (problem, expected_answer)",
         "problem",
         "expected_answer",
+        mapping={"prompts": {"problem": "problem", "answer": "expected_answer"}},
         uses=("solution",),
         as_prompt=lambda row: {"problem": row["problem"], "answer": row["expected_answer"]},
     ),
@@ -368,6 +503,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "slime (prompt, label)",
         "prompt",
         "label",
+        mapping={"prompts": {"?": "prompt", "answer": "label"}},
         as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": row["label"]},
     ),
     _layout(
@@ -389,6 +525,10 @@ LAYOUTS: tuple[Layout, ...] = (
         "TRL GRPO (prompt, solution)",
         "prompt",
         "solution",
+        mapping={
+            "prompts": {"?": "prompt", "answer": "solution"},
+            "demonstrations": {"problem": "prompt", "solution": "solution"},
+        },
         fits=_has_no_truth,
         as_prompt=lambda row: {**_question(row["prompt"], "prompt"), "answer": _boxed_or_all(row)},
         as_demonstration=lambda row: _answered(row["prompt"], row["solution"], ("prompt", "solution")),
@@ -397,6 +537,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "ms-swift GRPO (messages, solution)",
         "messages",
         "solution",
+        mapping={"prompts": {"messages": "messages", "answer": "solution"}},
         fits=_has_no_truth,
         as_prompt=lambda row: {"messages": row["messages"], "answer": _boxed_or_all(row)},
     ),

@@ -78,6 +78,8 @@ class Row:
 class Fault:
     position: str
     reason: str
+    number: int = 0
+    """Of its row in its file, from 1; 0 where the row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,8 @@ class LoadReport:
     """How the rows were read, and which of their fields were not."""
     dropped: tuple[Fault, ...] = ()
     """Rows that cannot be used and were left out (``data.max_dropped``)."""
+    overlong: tuple[Fault, ...] = ()
+    """Rows that are beyond a limit and were left out."""
 
     def __str__(self) -> str:
         left_out = f", {self.num_overlong} left out as over-long" if self.num_overlong else ""
@@ -147,7 +151,7 @@ def parse_rows(
         try:
             parsed.append(parse(row))
         except RowError as error:
-            faults.append(Fault(row.position, str(error)))
+            faults.append(Fault(row.position, str(error), row.number))
             if isinstance(error, FatalRowError):
                 raise DataError(_listing(name, faults)) from None
     if len(faults) > max_dropped * (len(parsed) + len(faults)):
@@ -335,12 +339,12 @@ def _read_lines(path: Path) -> Iterator[Row | Fault]:
                 continue
             position = f"{path}:{number}"
             if len(line) > MAX_ROW_BYTES:
-                yield Fault(position, f"the line is longer than {MAX_ROW_BYTES} bytes")
+                yield Fault(position, f"the line is longer than {MAX_ROW_BYTES} bytes", number)
                 continue
             try:
                 yield Row(position, number, _json_object(line.rstrip(b"\r\n")))
             except RowError as error:
-                yield Fault(position, str(error))
+                yield Fault(position, str(error), number)
 
 
 def _read_json(path: Path) -> Iterator[Row | Fault]:
@@ -365,7 +369,7 @@ def _read_json(path: Path) -> Iterator[Row | Fault]:
         if isinstance(item, dict):
             yield Row(position, number, {name: value for name, value in item.items() if value is not None})
         else:
-            yield Fault(position, f"expected a JSON object, got {_kind(item)}")
+            yield Fault(position, f"expected a JSON object, got {_kind(item)}", number)
 
 
 def _read_csv(path: Path) -> Iterator[Row | Fault]:
@@ -380,7 +384,9 @@ def _read_csv(path: Path) -> Iterator[Row | Fault]:
             for number, fields in enumerate(reader, start=1):
                 position = f"{path}:{reader.line_num}"
                 if None in fields or None in fields.values():
-                    yield Fault(position, f"has another number of values than the {len(names)} columns")
+                    yield Fault(
+                        position, f"has another number of values than the {len(names)} columns", number
+                    )
                 else:
                     yield Row(position, number, {name: value for name, value in fields.items() if value})
         except csv.Error as error:
@@ -485,7 +491,7 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row | Fault]:
             number += 1
             part = batch.slice(row, 1)
             if part.nbytes > MAX_ROW_BYTES:
-                yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes")
+                yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes", number)
                 continue
             (fields,) = part.to_pylist()
             present = {name: item for name, item in fields.items() if item is not None}

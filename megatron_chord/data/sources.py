@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megatron_chord.config import SourceConfig
 from megatron_chord.data.rows import LoadReport
@@ -18,10 +18,27 @@ R = TypeVar("R", Prompt, Demonstration)
 class LoadedSources(Generic[R]):
     records: list[R]
     """Source after source. Each carries its source's label; of several sources, also its id does."""
+    labels: list[str]
+    """Of each source."""
     reports: list[LoadReport]
     """Of each source."""
     shares: list[float]
     """Of each source, how much of what is drawn comes from it; they add up to 1."""
+
+    def left_out(self, data: str) -> list[dict[str, Any]]:
+        """Every row that was left out, and why; plain JSON. ``data``: prompts, demonstrations or evaluation."""
+        return [
+            {
+                "data": data,
+                "source": source,
+                "file": fault.position.rpartition(":")[0],
+                "row": fault.number,
+                "position": fault.position,
+                "reason": fault.reason,
+            }
+            for source, report in zip(self.labels, self.reports, strict=True)
+            for fault in (*report.dropped, *report.overlong)
+        ]
 
     def lines(self, title: str) -> list[str]:
         """What became of each source's rows, for the start of a run."""
@@ -57,5 +74,8 @@ def load_sources(
         reports.append(report)
     total = sum(source.weight for source in sources)
     return LoadedSources(
-        records=records, reports=reports, shares=[source.weight / total for source in sources]
+        records=records,
+        labels=[source.label for source in sources],
+        reports=reports,
+        shares=[source.weight / total for source in sources],
     )

@@ -15,14 +15,14 @@ from megatron_chord.config_io import dump_config
 from megatron_chord.report.folder import CONFIG
 from megatron_chord.report.page import REPORT
 from megatron_chord.train.health import FOLDER as NONFINITE
-from megatron_chord.train.metrics import METRICS, SAMPLES, TENSORBOARD
+from megatron_chord.train.metrics import DROPPED, METRICS, SAMPLES, TENSORBOARD
 from megatron_chord.train.trace import TRACES
 
 Resume = Literal["never", "auto"]
 POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-_OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES)
+_OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES, DROPPED)
 """What a start makes before it is certain that it will not be refused."""
 _FORMER_LIFE_S = 60.0
 

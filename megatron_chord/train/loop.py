@@ -45,7 +45,7 @@ from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Claim, Resume
 from megatron_chord.train.halt import halting
 from megatron_chord.train.health import Health, not_finite
 from megatron_chord.train.learned_mu import MuGradient
-from megatron_chord.train.metrics import RunLog, read_metrics
+from megatron_chord.train.metrics import DROPPED, RunLog, read_metrics, write_left_out
 from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.setup import (
     RunData,
@@ -459,6 +459,9 @@ def _make_coordinator(
     )
     for report in data.reports:
         log.say(report)
+    write_left_out(run.output, data.left_out)
+    if data.left_out:
+        log.say(f"left out    {len(data.left_out)} rows, each with its reason in {run.output / DROPPED}")
     return Coordinator(
         run, method, data, layout=layout, graders=graders, log=log, stop_wanted=stop_wanted, pulse=pulse
     )

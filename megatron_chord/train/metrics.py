@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from megatron_chord.judgement import Judge
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
+DROPPED = "dropped.jsonl"
 TENSORBOARD = "tensorboard"
 
 
@@ -97,6 +98,16 @@ class RunLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     return list(_rows(path)) if path.is_file() else []
+
+
+def write_left_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of data that a run does not use, with their reasons; no file where it uses all."""
+    path = folder / DROPPED
+    if rows:
+        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _keep_steps_before(path: Path, first_step: int) -> None:

@@ -21,6 +21,7 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.served import served_otherwise
 from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.data.truths import doubts
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import Term
@@ -28,6 +29,7 @@ from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Demonstration, Prompt
+from megatron_chord.rewards.prose import reads_as_text
 from megatron_chord.sampling.context import Sources
 from megatron_chord.weights.folder import check_copies, open_model
 
@@ -45,6 +47,8 @@ class RunData:
     """Held out."""
     reports: tuple[str, ...]
     """What became of each file's rows."""
+    left_out: tuple[Mapping[str, Any], ...]
+    """Every row that is not used, and why; for dropped.jsonl."""
 
 
 def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
@@ -147,12 +151,27 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         *shown.lines("demonstrations"),
         *held_out.lines("evaluation "),
     ]
+    is_text = partial(reads_as_text, marker=run.reward.answer_marker) if run.reward.kind == "math" else None
+    for what, loaded in (("prompts", asked), ("evaluation", held_out)):
+        reports += [f"truths      {what}: {doubt}" for doubt in doubts(loaded.records, is_text)]
+    left_out = [
+        *asked.left_out("prompts"),
+        *shown.left_out("demonstrations"),
+        *held_out.left_out("evaluation"),
+    ]
     prompts, demonstrations = asked.records, shown.records
     template.renderer.rest()
     demonstration_of: dict[str, Demonstration] = {}
     if run.data.aligned:
         num_prompts = len(prompts)
+        everything = prompts
         prompts, demonstration_of = align(prompts, demonstrations, unmatched=run.data.unmatched)
+        reason = "no demonstration answers it"
+        left_out += [
+            {"data": "prompts", "source": prompt.source, "id": prompt.id, "reason": reason}
+            for prompt in everything
+            if prompt.id not in demonstration_of
+        ]
         reports.append(f"aligned     {len(prompts)} of {num_prompts} prompts have their own demonstration")
     tried = [prompt.token_ids for prompt in prompts[:_TRIED]] + [
         demonstration.token_ids for demonstration in demonstrations[:_TRIED]
@@ -182,6 +201,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         ),
         problems=_first_of_each(held_out.records, run.evaluation.problems),
         reports=tuple(reports),
+        left_out=tuple(left_out),
     )
 
 

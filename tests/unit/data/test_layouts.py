@@ -252,6 +252,70 @@ def test_a_few_faulty_rows_may_be_left_out(tmp_path: Path, chatml: ChatTemplate)
         load_prompts(path, chatml, max_dropped=0.09, **limits)
 
 
+@pytest.mark.parametrize(
+    ("role", "row", "reason"),
+    [
+        (
+            "prompts",
+            {"prompt": [ASKED], "label": "42", "solution": "43"},
+            r"read as slime \(prompt, label\) rows or as TRL GRPO \(prompt, solution\) rows, with different results. "
+            r"Choose in data.prompts: `fields: \{messages: prompt, answer: label\}` or "
+            r"`fields: \{messages: prompt, answer: solution\}`",
+        ),
+        (
+            "prompts",
+            {"problem": "6*7?", "answer": "42", "expected_answer": "43"},
+            r"`fields: \{problem: problem, answer: expected_answer\}` or "
+            r"`fields: \{problem: problem, answer: answer\}`",
+        ),
+        (
+            "demonstrations",
+            {"prompt": "6*7?", "completion": "42", "extra_info": {"question": "6*7?", "answer": "43"}},
+            r"`fields: \{problem: extra_info.question, solution: extra_info.answer\}` or "
+            r"`fields: \{problem: prompt, solution: completion\}`",
+        ),
+        (
+            "prompts",
+            {"question": "6*7?", "answer": "So\n#### 42", "problem": "6*7?", "expected_answer": "43"},
+            r"a file without the column expected_answer, problem for GSM8K .* rows or `fields: ",
+        ),
+    ],
+)
+def test_two_readings_of_a_row_are_refused_with_the_line_that_chooses(
+    role: Role, row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        load(role, write(tmp_path / "rows.jsonl", row, row), chatml)
+    assert "1 row cannot be used" in str(caught.value), "the first row is enough"
+
+
+def test_two_readings_that_agree_are_one(tmp_path: Path, chatml: ChatTemplate) -> None:
+    row = {"prompt": [ASKED], "label": "42", "solution": "42"}
+    prompt, report = load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+    assert prompt.truth == "42"
+    assert "read as slime" in report
+
+
+def test_the_chosen_mapping_reads_turns_of_from_and_value(tmp_path: Path, chatml: ChatTemplate) -> None:
+    turns = [{"from": "human", "value": "6*7?"}, {"from": "gpt", "value": ANSWER}]
+    path = write(
+        tmp_path / "rows.jsonl", {"conversations": turns, "messages": [ASKED, {**ANSWERED, "content": "43"}]}
+    )
+    with pytest.raises(
+        DataError, match=r"`fields: \{messages: conversations\}` or `fields: \{messages: messages\}`"
+    ):
+        load("demonstrations", path, chatml)
+    (row,), _ = load_demonstrations(
+        path,
+        chatml,
+        max_prompt_tokens=500,
+        max_response_tokens=500,
+        overlong="fail",
+        fields={"messages": "conversations"},
+    )
+    assert (row.token_ids, row.trainable) == chatml.demonstration([ASKED, ANSWERED])
+
+
 def test_an_empty_system_message_is_none(tmp_path: Path, chatml: ChatTemplate) -> None:
     path = write(tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]})
     demonstration, _ = load("demonstrations", path, chatml)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.train.metrics import DROPPED, write_left_out
 from tests.support.files import write_rows
 
 PROMPTS = partial(load_prompts, max_prompt_tokens=500, overlong="fail")
@@ -75,3 +77,27 @@ def test_names_of_sources() -> None:
     }
     for path, label in named.items():
         assert SourceConfig(path=(Path(path),)).label == label
+
+
+def test_every_row_that_is_left_out_is_listed_with_its_reason(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        {"problem": "6*7?", "answer": "42"},
+        {"problem": "6*7?"},
+        {"problem": "long " * 300, "answer": "1"},
+        {"problem": "2+2?", "answer": "4"},
+    )
+    load = partial(load_prompts, max_prompt_tokens=200, overlong="drop", max_dropped=0.5)
+    loaded = load_sources(sources_of(path), chatml, load)
+    left_out = loaded.left_out("prompts")
+    assert [(row["row"], row["file"], row["source"], row["data"]) for row in left_out] == [
+        (2, str(path), "rows", "prompts"),
+        (3, str(path), "rows", "prompts"),
+    ]
+    assert left_out[0]["reason"] == "has none of `answer`, `truth`"
+    assert left_out[1]["reason"] == "has more than 200 tokens"
+    file = tmp_path / DROPPED
+    write_left_out(tmp_path, left_out)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == left_out
+    write_left_out(tmp_path, [])
+    assert not file.exists()

@@ -1,0 +1,57 @@
+"""What is doubtful about the truths of a data set: several for one problem, and some that are only text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from megatron_chord.records import Prompt
+
+_SHOWN = 60
+"""Characters of a truth."""
+
+
+def doubts(prompts: Sequence[Prompt], is_text: Callable[[str], bool] | None = None) -> list[str]:
+    """A line for each kind of doubt, with its number and the first example; nothing where there is none.
+
+    Args:
+        is_text: whether the grader can compare a truth only as text; None for graders that compare no mathematics.
+    """
+    lines = []
+    pairs = conflicting(prompts)
+    if pairs:
+        first, other = pairs[0]
+        problems = "1 problem has" if len(pairs) == 1 else f"{len(pairs)} problems have"
+        lines.append(f"{problems} several truths, e.g. {_told(first)} and {_told(other)}")
+    texts = [prompt for prompt in prompts if is_text is not None and is_text(prompt.truth)]
+    if texts:
+        truths = "1 of 1 truth reads" if len(prompts) == 1 else f"{len(texts)} of {len(prompts)} truths read"
+        lines.append(f"{truths} as text, e.g. {_told(texts[0])}: a right answer in other words gets 0")
+    return lines
+
+
+def conflicting(prompts: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
+    """Of every problem with several truths the first prompt, and the first that has another truth.
+
+    Problems are the same when their prompts have the same tokens. 15, 15.0 and 1,000 are compared as numbers.
+    """
+    first: dict[tuple[int, ...], Prompt] = {}
+    other: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        known = first.setdefault(prompt.token_ids, prompt)
+        if _value(known.truth) != _value(prompt.truth):
+            other.setdefault(prompt.token_ids, prompt)
+    return [(first[ids], prompt) for ids, prompt in other.items()]
+
+
+def _value(truth: str) -> str | Fraction:
+    text = truth.strip()
+    try:
+        return Fraction(text.replace(",", "")) if len(text) < 100 else text
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
+def _told(prompt: Prompt) -> str:
+    truth = prompt.truth if len(prompt.truth) <= _SHOWN else f"{prompt.truth[:_SHOWN]}..."
+    return f"{prompt.id} {truth!r}"

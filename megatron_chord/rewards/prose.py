@@ -1,0 +1,53 @@
+"""Truths that the mathematics grader can only compare as text, so that a right answer in other words gets 0."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_chord.rewards.answers import marked_answer
+
+_NUMBER = re.compile(r"[-+$\s]*[0-9][0-9,. ]*[$\s]*")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox|operatorname)\s*\{[^{}]*\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{3,}(?![A-Za-z0-9])")
+_FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "exp",
+        "sqrt",
+        "mod",
+        "gcd",
+        "lcm",
+        "max",
+        "min",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+    ]
+)
+_OPTION = re.compile(r"\(?[A-Z][).:]\s*\S")
+_FOREIGN = re.compile(r"[?!;]\s|[^\W\d_a-zA-Zα-ωΑ-Ω]{2,}")
+
+
+def reads_as_text(truth: str, *, marker: str = "####") -> bool:
+    """Whether a truth is a sentence, a choice with its text such as ``C) 15``, or a number with several words.
+
+    A single word (``Yes``, ``Friday``) is no such text: an answer of the same word is right. Decided by the letters
+    alone; nothing is parsed.
+    """
+    marked = marked_answer(truth, marker)
+    text = (truth if marked is None else marked).strip()
+    if _NUMBER.fullmatch(text):
+        return False
+    if _OPTION.match(text) or _FOREIGN.search(text):
+        return True
+    words = set(_WORD.findall(_COMMAND.sub(" ", _TEXT.sub(" ", text)))) - _FUNCTIONS
+    return len(words) >= 2
