@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from megatron_chord.data.functions import calls_of, functions_of, with_object_schemas, with_schema_types
 from megatron_chord.data.rows import (
     QUESTION_FIELDS,
     TOOL_FIELDS,
@@ -33,13 +34,20 @@ Role = Literal["prompts", "demonstrations"]
 """What a file is read for. Evaluation sets are prompts."""
 Fields = Mapping[str, Any]
 
-OWN_FIELDS = frozenset({*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "solution", "response"})
+OWN_FIELDS = frozenset(
+    {*QUESTION_FIELDS, *TOOL_FIELDS, *TRUTH_FIELDS, "id", "system", "solution", "response"}
+)
 _CHAT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
 }
 
 
@@ -71,6 +79,8 @@ class Reading:
     """Names of the rows' layouts, other than the project's own, in the order in which they were met."""
     unused: set[str] = field(default_factory=set[str])
     """Fields that no row's reading looked at."""
+    has_nulls: bool = False
+    """Null keys were left out of nested columns."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
@@ -87,15 +97,21 @@ class Reading:
             used = {path.partition(".")[0] for path in self.mapping.values()}
             self.unused |= set(row.fields) - used
             return replace(row, fields=_mapped(row.fields, self.mapping))
-        way = self._way(row.fields)
+        if row.has_nulls:
+            self.has_nulls = True
+        fields = _with_functions(row.fields)
+        way = self._way(fields)
         if way is None or way.convert is None:
-            self.unused |= set(row.fields) - OWN_FIELDS
-            return row
+            self.unused |= set(fields) - OWN_FIELDS
+            return replace(row, fields=_with_system(fields, self.role))
         if way.name not in self.layouts:
             self.layouts.append(way.name)
-        self.unused |= set(row.fields) - way.looks_at - {"id"} - set(TOOL_FIELDS)
-        kept = {name: row.fields[name] for name in ("id", *TOOL_FIELDS) if name in row.fields}
-        return replace(row, fields={**kept, **way.convert(row.fields)})
+        self.unused |= set(fields) - way.looks_at - {"id", "system"} - set(TOOL_FIELDS)
+        kept = {name: fields[name] for name in ("id", *TOOL_FIELDS) if name in fields}
+        own = {**kept, **way.convert(fields)}
+        if "system" in fields and "system" not in way.looks_at:
+            own = _with_system({**own, "system": fields["system"]}, self.role)
+        return replace(row, fields={name: value for name, value in own.items() if value is not None})
 
     def _way(self, fields: Fields) -> _Way | None:
         """How the row is read; None where nothing is recognised.
@@ -103,6 +119,9 @@ class Reading:
         Raises:
             FatalRowError: it can be read in several ways, which give different rows.
         """
+        for refused in REFUSED:
+            if refused.has <= fields.keys():
+                raise FatalRowError(f"is a row of {refused.name}: {refused.reason}")
         ways = ways_of(fields, self.role)
         if len(ways) < 2:
             return ways[0] if ways else None
@@ -123,6 +142,8 @@ class Reading:
         parts = [f"read as {name} rows" for name in self.layouts]
         if self.unused:
             parts.append(f"not used: {', '.join(sorted(self.unused))}")
+        if self.has_nulls:
+            parts.append("keys that are null inside nested columns were left out")
         return "; ".join(parts)
 
 
@@ -162,6 +183,45 @@ def load_rows(
         overlong=tuple(overlong),
     )
     return kept, report
+
+
+def _with_functions(fields: Fields) -> dict[str, Any]:
+    """``fields`` with the functions as a list of schemas; without them where the list is empty."""
+    own = dict(fields)
+    if "tool_defs" in own and "tools" not in own:
+        own["tools"] = own.pop("tool_defs")
+    for name in TOOL_FIELDS:
+        if name in own and (functions := functions_of(own.pop(name))) is not None:
+            own[name] = functions
+    return own
+
+
+def _with_system(fields: Fields, role: Role) -> Fields:
+    """The row with its column `system` as the system message."""
+    system = fields.get("system")
+    own = {name: value for name, value in fields.items() if name != "system"}
+    if system is None:
+        return fields
+    if not isinstance(system, str):
+        raise RowError(f"`system` must be a text, got {type(system).__name__}")
+    if not system.strip():
+        return own
+    message = {"role": "system", "content": system}
+    messages = own.get("messages")
+    if isinstance(messages, list):
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role") != "system":
+            return {**own, "messages": [message, *messages]}
+        if first.get("content") != system:
+            raise RowError("has a `system` column and another system message in `messages`")
+        return own
+    questions = [name for name in QUESTION_FIELDS if name in own]
+    if len(questions) != 1:
+        return own
+    asked = {"role": "user", "content": own.pop(questions[0])}
+    answers = [name for name in ("solution", "response") if name in own] if role == "demonstrations" else []
+    answered = [{"role": "assistant", "content": own.pop(answers[0])}] if len(answers) == 1 else []
+    return {**own, "messages": [message, asked, *answered]}
 
 
 def _mapped(fields: Fields, mapping: Mapping[str, str]) -> dict[str, Any]:
@@ -334,10 +394,19 @@ def _has_inside(column: str, *keys: str) -> Callable[[Fields], bool]:
 
 def _ground_truth(fields: Fields) -> Any:
     """verl's truth; one that is a list (also of a NumPy array) must have one entry."""
-    value = _inside(fields, "reward_model", "ground_truth")
+    return _one_truth(_inside(fields, "reward_model", "ground_truth"), "reward_model.ground_truth")
+
+
+def _one_truth(value: Any, name: str) -> Any:
+    """A truth that may be a list of one, or the JSON text of such a list (Skywork-OR1)."""
+    if isinstance(value, str) and value.startswith('["'):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
     if isinstance(value, list):
         if len(value) != 1:
-            raise RowError(f"`reward_model.ground_truth` lists {len(value)} truths, expected one")
+            raise RowError(f"`{name}` lists {len(value)} truths, expected one")
         return value[0]
     return value
 
@@ -388,7 +457,76 @@ def _sharegpt(fields: Fields) -> dict[str, Any]:
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages}
+    # Hermes' system message shows the functions already.
+    shown = bool(messages) and messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]
+    return {"messages": messages, **({"tools": None} if shown else {})}
+
+
+def _toolace(fields: Fields) -> dict[str, Any]:
+    read = _sharegpt({"system": fields["raw_system"].rstrip(), "conversations": fields["conversations"]})
+    return {
+        **read,
+        "tools": with_schema_types(fields.get("tools")),
+        "answer": calls_of(fields.get("answer")),
+    }
+
+
+def _bfcl(fields: Fields) -> dict[str, Any]:
+    if len(fields["question"]) != 1:
+        raise RowError(f"`question` has {len(fields['question'])} turns; only BFCL rows of one turn are read")
+    if fields.get("ground_truth") is None:
+        raise RowError(
+            "BFCL keeps the truths in possible_answer/ (tools/prepare.py bfcl joins them); this row has none"
+        )
+    functions = with_schema_types(functions_of(fields["function"]))
+    return {"messages": fields["question"][0], "tools": functions, "ground_truth": fields["ground_truth"]}
+
+
+def _xlam(fields: Fields) -> dict[str, Any]:
+    functions = with_schema_types(with_object_schemas(fields["tools"]))
+    return {"problem": fields["query"], "tools": functions, "answer": calls_of(fields["answers"])}
+
+
+def _open_instruct(fields: Fields) -> dict[str, Any]:
+    """Without a last turn of the assistant; its `tools` are names only."""
+    messages = fields["messages"]
+    if _ends_with_assistant(messages):
+        messages = messages[:-1]
+    return {"messages": messages, "answer": _one_truth(fields["ground_truth"], "ground_truth"), "tools": None}
+
+
+def _nemo_chat(fields: Fields) -> dict[str, Any]:
+    if not _ends_with_assistant(fields["messages"]):
+        raise RowError("`messages` of NeMo-RL end with the truth, as a turn of the assistant")
+    return {"messages": fields["messages"][:-1], "answer": fields["messages"][-1]["content"]}
+
+
+def _numina15(fields: Fields) -> dict[str, Any]:
+    if fields["answer"] in ("proof", "notfound"):
+        raise RowError(f"`answer` is {fields['answer']!r}, which is no truth")
+    return {"problem": fields["problem"], "answer": fields["answer"]}
+
+
+def _olympiad(fields: Fields) -> dict[str, Any]:
+    """The context comes before the question; several final answers are one list."""
+    answers = fields["final_answer"]
+    if not isinstance(answers, list) or not answers:
+        raise RowError("`final_answer` must be a list of answers")
+    parts = [fields.get("context"), fields["question"]]
+    return {
+        "problem": "\n\n".join(part for part in parts if part),
+        "answer": ", ".join(str(answer) for answer in answers),
+    }
+
+
+def _swift(fields: Fields) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for turn in fields.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("`history` must be a list of [query, response]")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    asked = {"role": "user", "content": fields["query"]}
+    return {"messages": [*messages, asked, {"role": "assistant", "content": fields["response"]}]}
 
 
 def _correct_generation(fields: Fields) -> dict[str, Any]:
@@ -414,7 +552,142 @@ def _layout(name: str, *columns: str, **settings: Any) -> Layout:
     return Layout(name=name, has=frozenset(columns), uses=uses, **settings)
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Rows that look usable and are not."""
+
+    name: str
+    has: frozenset[str]
+    reason: str
+
+
+REFUSED = (
+    Refused(
+        "BFCL's multi-turn, memory or web search files",
+        frozenset({"question", "involved_classes"}),
+        "their truths are states of a simulated system, which nothing here runs",
+    ),
+    Refused(
+        "multiple choice (options)",
+        frozenset({"question", "options", "answer"}),
+        "the options would be lost; tools/prepare.py mmlu_pro writes them into the question",
+    ),
+    Refused(
+        "GPQA",
+        frozenset({"Question", "Correct Answer"}),
+        "tools/prepare.py gpqa writes and shuffles the choices",
+    ),
+    Refused(
+        "preference data (chosen, rejected)",
+        frozenset({"chosen", "rejected"}),
+        "no method here reads pairs from a file",
+    ),
+)
+
 LAYOUTS: tuple[Layout, ...] = (
+    _layout(
+        "Trinity ToolACE (raw_system, tools, conversations, answer)",
+        "raw_system",
+        "conversations",
+        uses=("tools", "answer"),
+        fits=lambda row: isinstance(row["raw_system"], str) and isinstance(row["conversations"], list),
+        as_prompt=_toolace,
+    ),
+    _layout(
+        "BFCL (question as turns, function, ground_truth)",
+        "question",
+        "function",
+        uses=("ground_truth",),
+        fits=lambda row: isinstance(row["question"], list),
+        as_prompt=_bfcl,
+    ),
+    _layout(
+        "xLAM (query, tools, answers)",
+        "query",
+        "answers",
+        "tools",
+        as_prompt=_xlam,
+    ),
+    _layout(
+        "open-instruct (messages, ground_truth, dataset)",
+        "messages",
+        "ground_truth",
+        "dataset",
+        uses=("tools",),
+        as_prompt=_open_instruct,
+    ),
+    _layout(
+        "DeepMath (question, final_answer, r1_solution_1)",
+        "question",
+        "final_answer",
+        "r1_solution_1",
+        mapping={
+            "prompts": {"problem": "question", "answer": "final_answer"},
+            "demonstrations": {"problem": "question", "solution": "r1_solution_1"},
+        },
+        as_prompt=lambda row: {"problem": row["question"], "answer": row["final_answer"]},
+        as_demonstration=lambda row: {"problem": row["question"], "solution": row["r1_solution_1"]},
+    ),
+    _layout(
+        "OlympiadBench (context, question, final_answer)",
+        "question",
+        "final_answer",
+        uses=("context", "solution"),
+        fits=lambda row: isinstance(row["final_answer"], list),
+        as_prompt=_olympiad,
+    ),
+    _layout(
+        "NuminaMath-1.5 (problem, answer, solution)",
+        "problem",
+        "answer",
+        "problem_is_valid",
+        uses=("solution", "solution_is_valid"),
+        mapping={"prompts": {"problem": "problem", "answer": "answer"}},
+        as_prompt=_numina15,
+        as_demonstration=lambda row: {"problem": row["problem"], "solution": row["solution"]},
+    ),
+    _layout(
+        "AIME (Problem, Answer, Solution)",
+        "Problem",
+        "Answer",
+        uses=("Solution", "ID"),
+        mapping={"prompts": {"problem": "Problem", "answer": "Answer"}},
+        as_prompt=lambda row: {"problem": row["Problem"], "answer": row["Answer"]},
+        as_demonstration=lambda row: {"problem": row["Problem"], "solution": row["Solution"]},
+    ),
+    _layout(
+        "NeMo-RL chat (messages that end with the truth, task_name)",
+        "messages",
+        "task_name",
+        as_prompt=_nemo_chat,
+    ),
+    _layout(
+        "NeMo-RL (input, output)",
+        "input",
+        "output",
+        mapping={
+            "prompts": {"problem": "input", "answer": "output"},
+            "demonstrations": {"problem": "input", "solution": "output"},
+        },
+        fits=lambda row: "instruction" not in row,
+        as_prompt=lambda row: {"problem": row["input"], "answer": row["output"]},
+        as_demonstration=lambda row: {"problem": row["input"], "solution": row["output"]},
+    ),
+    _layout(
+        "OpenRLHF (input, label)",
+        "input",
+        "label",
+        mapping={"prompts": {"problem": "input", "answer": "label"}},
+        as_prompt=lambda row: {**_question(row["input"], "input"), "answer": row["label"]},
+    ),
+    _layout(
+        "ms-swift (query, response, history)",
+        "query",
+        "response",
+        uses=("history",),
+        mapping={"demonstrations": {"problem": "query", "solution": "response"}},
+        as_demonstration=_swift,
+    ),
     _layout(
         "LUFFY (prompt, target, reward_model.ground_truth)",
         "prompt",

@@ -72,6 +72,8 @@ class Row:
     """Without the fields that are null: null and absent are the same."""
     file: str = ""
     """Name of the row's file; its path, where several files have this name."""
+    has_nulls: bool = False
+    """Null keys were left out of its nested columns (Arrow gives every object of a column the keys of all)."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def json_field(row: Row, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return _strict_json(value)
+        return strict_json(value)
     except RowError as error:
         raise RowError(f"`{name}`: {error}") from None
 
@@ -359,7 +361,7 @@ def _read_json(path: Path) -> Iterator[Row | Fault]:
     if len(data) > MAX_ARRAY_BYTES:
         raise DataError(f"{path}: a JSON array of more than {MAX_ARRAY_BYTES} bytes; write it as JSON lines")
     try:
-        items = _strict_json(data.decode("utf-8-sig"))
+        items = strict_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
     except RowError as error:
@@ -406,7 +408,7 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        value = _strict_json(line.decode())
+        value = strict_json(line.decode())
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     if not isinstance(value, dict):
@@ -414,7 +416,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _strict_json(text: str) -> Any:
+def strict_json(text: str) -> Any:
+    """JSON without names given twice and without NaN; numbers know how they are written. RowError for anything else."""
     try:
         return json.loads(
             text,
@@ -467,8 +470,8 @@ def _count_parquet(path: Path) -> int:
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
     with _parquet_file(path) as file:
         columns = _text_columns(file.schema_arrow)
-        _refuse_nested_json(path, file.schema_arrow, columns)
-        yield from _arrow_rows(path, file.iter_batches(batch_size=_BATCH_ROWS, columns=columns))
+        batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+        yield from _arrow_rows(path, batches, json_columns=_json_columns(file.schema_arrow))
 
 
 def _read_arrow(path: Path) -> Iterator[Row | Fault]:
@@ -478,13 +481,17 @@ def _read_arrow(path: Path) -> Iterator[Row | Fault]:
     try:
         with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
             columns = _text_columns(stream.schema)
-            _refuse_nested_json(path, stream.schema, columns)
-            yield from _arrow_rows(path, (batch.select(columns) for batch in stream))
+            batches = (batch.select(columns) for batch in stream)
+            yield from _arrow_rows(path, batches, json_columns=_json_columns(stream.schema))
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not an Arrow stream: {error}") from error
 
 
-def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row | Fault]:
+def _arrow_rows(path: Path, batches: Iterable[Any], *, json_columns: frozenset[str]) -> Iterator[Row | Fault]:
+    """Without the null keys of nested columns: Arrow gives each object of a column the keys of all others.
+
+    A null that is meant, in the arguments of a call, cannot be told from these; in JSON text it is kept.
+    """
     number = 0
     for batch in batches:
         for row in range(batch.num_rows):
@@ -494,8 +501,18 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row | Fault]:
                 yield Fault(f"{path}:row {number}", f"the row is longer than {MAX_ROW_BYTES} bytes", number)
                 continue
             (fields,) = part.to_pylist()
-            present = {name: item for name, item in fields.items() if item is not None}
-            yield Row(f"{path}:row {number}", number, present)
+            position = f"{path}:row {number}"
+            try:
+                for name in json_columns:
+                    fields[name] = fields[name] and [strict_json(item) for item in fields[name]]
+            except RowError as error:
+                yield Fault(position, str(error), number)
+                continue
+            pairs = {name: _without_nulls(item) for name, item in fields.items() if item is not None}
+            has_nulls = any(found for _, found in pairs.values())
+            yield Row(
+                position, number, {name: item for name, (item, _) in pairs.items()}, has_nulls=has_nulls
+            )
 
 
 def _text_columns(schema: Any) -> list[str]:
@@ -506,22 +523,26 @@ def _text_columns(schema: Any) -> list[str]:
     return [column.name for column in schema if not any(test(column.type) for test in is_bytes)]
 
 
-def _refuse_nested_json(path: Path, schema: Any, columns: list[str]) -> None:
-    """Arrow gives each object of a column the fields of all others, so calls and functions would not come back."""
-    import pyarrow.types
+def _without_nulls(value: Any) -> tuple[Any, bool]:
+    """``value`` without the keys of objects that are null, and whether there were any. Elements of lists stay."""
+    if isinstance(value, list):
+        pairs = [_without_nulls(item) for item in value]
+        return [item for item, _ in pairs], any(found for _, found in pairs)
+    if not isinstance(value, dict):
+        return value, False
+    kept = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return {key: item for key, (item, _) in kept.items()}, len(kept) < len(value) or any(
+        found for _, found in kept.values()
+    )
 
-    if not set(columns) & set(TOOL_FIELDS):
-        return
-    types = {name: schema.field(name).type for name in columns}
-    nested = [
-        name
-        for name in (*TOOL_FIELDS, *TRUTH_FIELDS)
-        if name in types and pyarrow.types.is_nested(types[name])
-    ]
-    if nested:
-        raise DataError(
-            f"{path}: {', '.join(f'`{name}`' for name in nested)} must be JSON text in a Parquet file"
-        )
+
+def _json_columns(schema: Any) -> frozenset[str]:
+    """Columns that are lists of JSON texts by their Arrow type, as ``datasets`` writes with ``Json()``."""
+    return frozenset(
+        column.name
+        for column in schema
+        if getattr(getattr(column.type, "value_type", None), "extension_name", "") == "arrow.json"
+    )
 
 
 _READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row | Fault]]]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from megatron_chord.data.functions import calls_of
 from megatron_chord.data.rows import (
     TOOL_FIELDS,
     TRUTH_FIELDS,
@@ -61,7 +62,7 @@ def true_answer(row: Row) -> str:
     if not _has_tools(row):
         return truth_field(row)
     name = only_one_of(row, TRUTH_FIELDS)
-    text = _json_text(json_field(row, name), f"`{name}`", sort_keys=True)
+    text = _json_text(calls_of(json_field(row, name)), f"`{name}`", sort_keys=True)
     try:
         calls = read_truth(text)
     except ValueError as error:

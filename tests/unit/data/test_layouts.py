@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chord.data.demonstrations import load_demonstrations
-from megatron_chord.data.layouts import LAYOUTS, Role
+from megatron_chord.data.layouts import LAYOUTS, Role, ways_of
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate
@@ -105,9 +106,188 @@ CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], str | None, s
     "NeMo-RL": ({"problem": "6*7?", "expected_answer": "42"}, (ASKED,), "42", None),
     "slime": ({"prompt": [ASKED], "label": "42"}, (ASKED,), "42", None),
     "chat prompts": ({"prompt": [SYSTEM, ASKED], "answer": 42}, (SYSTEM, ASKED), "42", None),
+    "DeepMath": (
+        {
+            "question": "6*7?",
+            "final_answer": "42",
+            "difficulty": 1.0,
+            "r1_solution_1": ANSWER,
+            "r1_solution_2": "x",
+        },
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "NuminaMath-1.5": (
+        {
+            "problem": "6*7?",
+            "solution": ANSWER,
+            "answer": "42",
+            "question_type": "math-word-problem",
+            "problem_is_valid": "Yes",
+            "solution_is_valid": "Yes",
+            "synthetic": False,
+        },
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "DAPO-Math-17k": (
+        {
+            "data_source": "math_dapo",
+            "prompt": [ASKED],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "42", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a7b"},
+        },
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "Skywork-OR1": (
+        {"prompt": [ASKED], "reward_model": {"ground_truth": '["42"]', "style": "rule"}},
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "Big-Math": (
+        {"problem": "6*7?", "answer": "42", "source": "cn_k12", "domain": ["x"], "llama8b_solve_rate": 0.5},
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "MATH-500": (
+        {"problem": "6*7?", "solution": ANSWER, "answer": "42", "subject": "Algebra", "unique_id": "u"},
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "OlympiadBench": (
+        {"context": "Let x be 6.", "question": "6*7?", "solution": ["w"], "final_answer": ["$42$"]},
+        ({"role": "user", "content": "Let x be 6.\n\n6*7?"},),
+        "$42$",
+        None,
+    ),
+    "AIME": (
+        {"ID": "2024-I-1", "Problem": "6*7?", "Solution": ANSWER, "Answer": 42},
+        (ASKED,),
+        "42",
+        ANSWER,
+    ),
+    "open-instruct": (
+        {
+            "messages": [ASKED, ANSWERED],
+            "ground_truth": ["42"],
+            "dataset": ["math"],
+            "tools": ["search"],
+        },
+        (ASKED,),
+        "42",
+        None,
+    ),
+    "NeMo-RL input": ({"input": "6*7?", "output": "42"}, (ASKED,), "42", "42"),
+    "NeMo-RL chat": (
+        {"messages": [ASKED, {"role": "assistant", "content": "42"}], "task_name": "math"},
+        (ASKED,),
+        "42",
+        "42",
+    ),
+    "OpenRLHF": ({"input": "6*7?", "label": "42"}, (ASKED,), "42", None),
+    "ms-swift": (
+        {"system": SYSTEM["content"], "query": "6*7?", "response": ANSWER, "history": []},
+        (SYSTEM, ASKED),
+        None,
+        ANSWER,
+    ),
+    "prime-rl": (
+        {"messages": None, "prompt": "6*7?", "completion": [ANSWERED], "tools": "[]"},
+        (ASKED,),
+        None,
+        ANSWER,
+    ),
+    "a system column": (
+        {"system": SYSTEM["content"], "problem": "6*7?", "answer": "42", "solution": ANSWER},
+        (SYSTEM, ASKED),
+        "42",
+        ANSWER,
+    ),
     "own": ({"problem": "6*7?", "answer": "42", "solution": ANSWER}, (ASKED,), "42", ANSWER),
 }
 """By layout: a row, its question, its truth (None: unfit as a prompt), its answer (None: unfit as a demonstration)."""
+
+
+WEATHER = {"name": "w.get", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+PYTHON_LIKE = {"name": "w.get", "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}}}
+CALL = {"name": "w.get", "arguments": {"city": "Bern"}}
+BERN = {"role": "user", "content": "Bern?"}
+
+TOOL_CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], Any]] = {
+    "Trinity ToolACE": (
+        {
+            "raw_system": "You call functions.\n",
+            "tools": json.dumps([PYTHON_LIKE]),
+            "conversations": [{"from": "human", "value": "Bern?"}],
+            "answer": json.dumps([CALL]),
+        },
+        ({"role": "system", "content": "You call functions."}, BERN),
+        [CALL],
+    ),
+    "BFCL": (
+        {
+            "id": "simple_0",
+            "question": [[BERN]],
+            "function": [PYTHON_LIKE],
+            "ground_truth": [{"w.get": {"city": ["Bern", ""]}}],
+        },
+        (BERN,),
+        [{"w.get": {"city": ["Bern", ""]}}],
+    ),
+    "xLAM": (
+        {
+            "id": 7,
+            "query": "Bern?",
+            "tools": json.dumps([{"name": "w.get", "parameters": {"city": {"type": "str, optional"}}}]),
+            "answers": json.dumps([CALL]),
+        },
+        (BERN,),
+        [CALL],
+    ),
+    "OpenAI": (
+        {
+            "messages": [BERN],
+            "tools": [{"type": "function", "function": WEATHER, "strict": True}],
+            "answer": [
+                {"id": "1", "type": "function", "function": {**CALL, "arguments": '{"city": "Bern"}'}}
+            ],
+        },
+        (BERN,),
+        [CALL],
+    ),
+    "one call, arguments as text": (
+        {
+            "messages": [BERN],
+            "tools": [WEATHER],
+            "answer": {"name": "w.get", "arguments": '{"city": "Bern"}'},
+        },
+        (BERN,),
+        [CALL],
+    ),
+    "parameters for arguments": (
+        {
+            "problem": "Bern?",
+            "functions": [WEATHER],
+            "truth": [{"name": "w.get", "parameters": {"city": "Bern"}}],
+        },
+        (BERN,),
+        [CALL],
+    ),
+    "a list of JSON texts": (
+        {"problem": "Bern?", "tools": [json.dumps(WEATHER)], "answer": json.dumps([CALL])},
+        (BERN,),
+        [CALL],
+    ),
+}
+"""Rows for tool use: a row, its question without the functions, its true calls. The function is always WEATHER."""
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -119,10 +299,10 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def load(role: Role, path: Path, template: ChatTemplate) -> tuple[Any, str]:
     if role == "prompts":
-        (row,), report = load_prompts(path, template, max_prompt_tokens=500, overlong="fail")
+        (row,), report = load_prompts(path, template, max_prompt_tokens=5000, overlong="fail")
     else:
         (row,), report = load_demonstrations(
-            path, template, max_prompt_tokens=500, max_response_tokens=500, overlong="fail"
+            path, template, max_prompt_tokens=5000, max_response_tokens=500, overlong="fail"
         )
     return row, str(report)
 
@@ -148,14 +328,96 @@ def test_question_truth_and_answer(name: str, suffix: str, tmp_path: Path, chatm
         assert (demonstration.token_ids, demonstration.trainable) == expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_layout_has_a_case_that_names_it(layout: Any, tmp_path: Path, chatml: ChatTemplate) -> None:
-    reports = []
-    for row, _, truth, answer in CASES.values():
-        path = write(tmp_path / "rows.jsonl", row)
-        reports += [load("prompts", path, chatml)[1]] if truth is not None else []
-        reports += [load("demonstrations", path, chatml)[1]] if answer is not None else []
-    assert any(f"read as {layout.name} rows" in report for report in reports)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", TOOL_CASES)
+def test_functions_and_true_calls(name: str, suffix: str, tmp_path: Path, chatml: ChatTemplate) -> None:
+    row, question, truth = TOOL_CASES[name]
+    prompt, _ = load("prompts", write(tmp_path / f"rows{suffix}", row), chatml)
+    own = {"messages": list(question), "tools": [WEATHER], "answer": truth}
+    if name == "xLAM":
+        own["tools"] = [{**WEATHER, "parameters": {**WEATHER["parameters"], "required": []}}]
+    expected, _ = load("prompts", write(tmp_path / "own.jsonl", own), chatml)
+    assert (prompt.messages, prompt.truth) == (expected.messages, expected.truth)
+    assert json.loads(prompt.truth) == truth
+
+
+def test_null_keys_that_arrow_fills_in_never_reach_a_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
+    sums = {"name": "sum", "parameters": {"type": "object", "properties": {"n": {"type": "number"}}}}
+    row = {
+        "messages": [BERN],
+        "tools": [WEATHER, sums],
+        "answer": [CALL, {"name": "sum", "arguments": {"n": 2}}],
+    }
+    prompt, report = load("prompts", write(tmp_path / "rows.parquet", row), chatml)
+    expected, _ = load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+    assert (prompt.messages, prompt.truth) == (expected.messages, expected.truth)
+    assert report.endswith("; keys that are null inside nested columns were left out")
+
+
+@pytest.mark.parametrize("empty", [[], "[]", "", None])
+def test_no_functions_are_no_functions(empty: Any, tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write(tmp_path / "rows.jsonl", {"messages": [ASKED], "tools": empty, "answer": "42"})
+    assert load("prompts", path, chatml)[0].messages == (ASKED,)
+
+
+def test_functions_that_a_system_message_shows_are_not_shown_twice(
+    tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    turns = [
+        {"from": "system", "value": "Call <tools>[...]</tools>."},
+        {"from": "human", "value": "Bern?"},
+        {"from": "gpt", "value": "<tool_call>\n{}\n</tool_call>"},
+    ]
+    path = write(tmp_path / "rows.jsonl", {"conversations": turns, "tools": json.dumps([WEATHER])})
+    row, _ = load("demonstrations", path, chatml)
+    assert (
+        row.token_ids
+        == chatml.demonstration(
+            [
+                {"role": role, "content": turn["value"]}
+                for role, turn in zip(("system", "user", "assistant"), turns, strict=True)
+            ]
+        )[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "q", "options": ["x", "y"], "answer": "B"}, "tools/prepare.py mmlu_pro"),
+        ({"Question": "q", "Correct Answer": "d", "Incorrect Answer 1": "a"}, "tools/prepare.py gpqa"),
+        ({"question": [[BERN]], "involved_classes": ["X"], "path": []}, "BFCL's multi-turn"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
+        (
+            {"id": "x", "question": [[BERN]], "function": [WEATHER]},
+            r"possible_answer/ \(tools/prepare.py bfcl",
+        ),
+        ({"id": "x", "question": [[BERN], [BERN]], "function": [WEATHER], "ground_truth": []}, "has 2 turns"),
+        ({"problem": "Show x.", "answer": "proof", "problem_is_valid": "Yes"}, "`answer` is 'proof'"),
+        ({"system": "a", "messages": [SYSTEM, ASKED], "answer": "1"}, "another system message"),
+        ({"prompt": [ASKED], "reward_model": {"ground_truth": '["1", "2"]'}}, "lists 2 truths"),
+    ],
+)
+def test_rows_that_only_look_usable_say_what_to_do(
+    row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+
+
+def test_every_layout_has_a_case_that_is_read_so(tmp_path: Path, chatml: ChatTemplate) -> None:
+    rows = [(row, truth, answer) for row, _, truth, answer in CASES.values()]
+    rows += [(row, truth, None) for row, _, truth in TOOL_CASES.values()]
+    names = set()
+    for row, truth, answer in rows:
+        fields = {name: value for name, value in row.items() if value is not None}
+        names |= {ways_of(fields, "prompts")[0].name} if truth is not None else set()
+        names |= {ways_of(fields, "demonstrations")[0].name} if answer is not None else set()
+    assert {layout.name for layout in LAYOUTS} <= names
+    path = write(tmp_path / "rows.jsonl", CASES["LUFFY"][0])
+    assert load("prompts", path, chatml)[1].endswith(
+        "read as LUFFY (prompt, target, reward_model.ground_truth) rows"
+    )
 
 
 def test_fields_that_change_the_problem_are_named_when_not_used(tmp_path: Path, chatml: ChatTemplate) -> None:
@@ -186,7 +448,7 @@ def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, ch
         ),
         (
             "demonstrations",
-            {"conversations": [{"from": "bot", "value": "x"}]},
+            {"conversations": [{"from": "bard", "value": "x"}]},
             r"conversations\[0\] must have",
         ),
         ("demonstrations", {"prompt": 3, "completion": "x"}, "`prompt` must be a text or a list"),
