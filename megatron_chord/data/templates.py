@@ -118,6 +118,18 @@ class ChatTemplate:
             trainable[start:end] = [True] * (end - start)
         return whole.token_ids[:end], tuple(trainable[:end])
 
+    def turn(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        """Text of the assistant's whole turn: the response, after the thinking block that its prompt opened.
+
+        Graders and rules of form read this, so that ``<think>`` counts whoever wrote it. An empty block that a prompt
+        also closes (Qwen3 without thinking) is no part of it.
+        """
+        response = self.decode(response_ids)
+        if not self.opening:
+            return response
+        end = self._decode(prompt_ids[-len(self.opening) :])
+        return self.opening + response if end.endswith(self.opening) else response
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without control tokens."""
         text_ids = [token for token in token_ids if token not in self.control_tokens]

@@ -212,7 +212,7 @@ def grade(
     max_error_rate: float,
     shaping: Shaping = lambda score, text, rollout, length: score,
 ) -> list[GradedRollouts]:
-    """Decode and grade every rollout.
+    """Decode and grade every rollout: the assistant's whole turn (``ChatTemplate.turn``).
 
     Raises:
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
@@ -245,7 +245,7 @@ def _texts(
     asks: Sequence[RolloutRequest], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
 ) -> list[tuple[str, ...]]:
     return [
-        tuple(template.decode(ask.prefix + rollout.token_ids) for rollout in rollouts)
+        tuple(template.turn(ask.prompt.token_ids, ask.prefix + rollout.token_ids) for rollout in rollouts)
         for ask, rollouts in zip(asks, sampled, strict=True)
     ]
 

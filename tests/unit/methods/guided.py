@@ -86,8 +86,8 @@ def scripted_draw(
 class _Template:
     stop_token_ids = (2,)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return " ".join(map(str, token_ids))
+    def turn(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        return " ".join(map(str, response_ids))
 
 
 class _Graders:

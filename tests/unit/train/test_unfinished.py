@@ -60,7 +60,9 @@ class Steps:
         def decode(ids: Sequence[int]) -> str:
             return " ".join(str(token) for token in ids)
 
-        template: Any = SimpleNamespace(stop_token_ids=(END,), decode=decode, decode_all=decode)
+        template: Any = SimpleNamespace(
+            stop_token_ids=(END,), turn=lambda prompt, ids: decode(ids), decode_all=decode
+        )
         data: Any = SimpleNamespace(
             template=template,
             sources=Sources(

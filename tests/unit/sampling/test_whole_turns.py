@@ -1,0 +1,75 @@
+"""Prompts that open <think> themselves: graders and rules of form read the assistant's whole turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.records import Message, Prompt, Rollout
+from megatron_chord.rewards.format import shape_reward
+from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.sampling.rounds import RolloutRequest, grade
+from tests.support import stock
+
+QUESTION: Message = {"role": "user", "content": "What does an open <think> tag do? 2 + 2?"}
+CALL = '<tool_call>[{"name": "add", "arguments": {"a": 2}}]</tool_call>'
+TRUTH = '[{"name": "add", "arguments": {"a": 2}}]'
+# As R1-Distill's: its marks are no control tokens for its tokenizer, and an answer without one follows a tool's result.
+REASONER = (
+    "{% for m in messages %}{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+
+
+def made(folder: Path, jinja: str) -> ChatTemplate:
+    stock.save_tokenizer(folder, "deepseek")
+    (folder / "given.jinja").write_text(jinja)
+    return load_template(folder, chat_template=folder / "given.jinja")
+
+
+def rollout(template: ChatTemplate, text: str) -> Rollout:
+    ids = template.tokenizer(f"{text}<｜end▁of▁sentence｜>", add_special_tokens=False).input_ids
+    return Rollout(token_ids=tuple(ids), logprobs=(0.0,) * len(ids), finish_reason="stop", weight_version=0)
+
+
+@pytest.fixture(scope="module")
+def reasoner(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
+    return made(tmp_path_factory.mktemp("reasoner"), REASONER)
+
+
+def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None:
+    prompt = Prompt(id="1", messages=(QUESTION,), truth=TRUTH, token_ids=reasoner.prompt_ids([QUESTION]))
+    answers = [f"I add.\n</think>\n{CALL}", CALL, f"<think>I add.\n</think>\n{CALL}"]
+    rollouts = tuple(rollout(reasoner, text) for text in answers)
+    asks = [RolloutRequest(prompt=prompt, seed=0)]
+    with GraderPool("tool_calls", workers=1, timeout_s=30, memory_mb=400) as pool:
+        (graded,) = grade(asks, [rollouts], template=reasoner, graders=pool, max_error_rate=0)
+    assert graded.texts == tuple(f"<think>\n{text}" for text in answers)
+    # The second never closes its block, the third opens one more.
+    assert graded.rewards == (1.0, 0.0, 0.0)
+
+    with GraderPool("math", workers=1, timeout_s=30, memory_mb=400) as pool:
+        prompt = Prompt(id="1", messages=(QUESTION,), truth="4", token_ids=prompt.token_ids)
+        rollouts = tuple(rollout(reasoner, text) for text in ("Twos.\n</think>\n5", "5"))
+        (graded,) = grade(
+            [RolloutRequest(prompt=prompt, seed=0)],
+            [rollouts],
+            template=reasoner,
+            graders=pool,
+            max_error_rate=0,
+            shaping=lambda score, text, rollout, length: shape_reward(
+                score, text=text, truncated=False, answered=True, rule="chord"
+            ),
+        )
+    assert graded.rewards == (0.0, -0.1)
+
+
+def test_where_the_prompt_opens_nothing_the_response_is_all(reasoner: ChatTemplate, tmp_path: Path) -> None:
+    answer = rollout(reasoner, "4").token_ids
+    asked = reasoner.tokenizer(QUESTION["content"], add_special_tokens=False).input_ids
+    assert reasoner.turn(asked, answer) == "4"
+    closed = made(tmp_path, REASONER.replace("<think>\n", "<think>\n\n</think>\n\n"))
+    assert closed.turn(closed.prompt_ids([QUESTION]), answer) == "4"
