@@ -1,9 +1,10 @@
 """What a run is: every setting, its unit, its default and the rules it must keep.
 
-One frozen dataclass per YAML block. Those of the block ``method`` are in ``config_methods``. Checks that need only the
-values of one block are in its ``__post_init__``, checks that need several blocks in ``RunConfig``'s. Checks that need
-the model or the number of processes are functions at the end. No torch is imported: a wrong file is refused in
-milliseconds. ``config_io`` reads these dataclasses from YAML and names file and line of what is wrong.
+One frozen dataclass per YAML block. Those of the block ``method`` are in ``config_methods``, those of the block
+``reward`` in ``rewards.kinds``. Checks that need only the values of one block are in its ``__post_init__``, checks that
+need several blocks in ``RunConfig``'s. Checks that need the model or the number of processes are functions at the end.
+No torch is imported: a wrong file is refused in milliseconds. ``config_io`` reads these dataclasses from YAML and names
+file and line of what is wrong.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.config_methods import Aggregation, ChordConfig, MethodConfig
 from megatron_chord.precision import Precision, preset
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.table import RewardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,61 +523,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverlongConfig:
-    """Soft overlong punishment (DAPO): the reward falls linearly over the last tokens before
-    data.max_response_tokens."""
-
-    cache: int
-    """Over how many tokens the reward falls."""
-    penalty: float = 1.0
-    """What is taken from the reward at the limit."""
-
-    def __post_init__(self) -> None:
-        positive(**{"reward.overlong.cache": self.cache})
-        not_negative(**{"reward.overlong.penalty": self.penalty})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    kind: Literal["math", "exact", "tool_calls"] = "math"
-    """math: the last boxed answer (or number) against the truth with math-verify. exact: equal text after the last
-    `answer_marker`. tool_calls: exactly the true calls in the last <tool_call>, after one <think>..</think>."""
-    format: Literal["none", "chord", "trinity"] = "none"
-    """Form of the response in the training reward (evaluation never sees it). chord: -1 when cut off before a final
-    answer, -0.1 when wrong and without exactly one <think>..</think>. trinity: -0.1 without it, right or wrong."""
-    answer_marker: str = "####"
-    """For `exact`: the answer is what follows this, up to the line's end."""
-    workers: int = 2
-    """Processes that grade answers."""
-    timeout_s: float = 10.0
-    """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
-    memory_mb: int = 2048
-    """Address space of one worker."""
-    overlong: OverlongConfig | None = None
-    """Left out: long answers are not punished."""
-    max_error_rate: float = 0.1
-    """Share of gradings that may fail in a step before the run stops."""
-
-    def __post_init__(self) -> None:
-        positive(
-            **{
-                "reward.workers": self.workers,
-                "reward.timeout_s": self.timeout_s,
-                "reward.memory_mb": self.memory_mb,
-            }
-        )
-        require(
-            0 <= self.max_error_rate < 1,
-            f"reward.max_error_rate must lie in [0, 1), got {self.max_error_rate}",
-        )
-        require(self.answer_marker != "", "reward.answer_marker is empty")
-        require(
-            self.kind != "tool_calls" or self.format == "none",
-            "reward.format: the tool-call reward demands the <think> tags itself; leave it at none",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 1e-6
     """Highest learning rate."""
@@ -724,7 +672,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: RewardConfig = field(default_factory=MathReward)
+    """How answers are graded: a `kind` and its settings."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -120,7 +120,7 @@ def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
 def one_line(block: Any) -> str:
     """All settings of a block in one line, defaults included: ``chord: mu constant (peak 0.1), cutoff 1.0``."""
     settings = _plain(block)
-    name = settings.pop("name", None)
+    name = settings.pop("kind", None) or settings.pop("name", None)
     return (f"{name}: " if name else "") + ", ".join(
         f"{key} {_told(value)}" for key, value in settings.items()
     )

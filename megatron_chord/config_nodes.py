@@ -69,8 +69,16 @@ def choice(kind: Any) -> str | None:
     blocks = [typing.get_type_hints(member) for member in members(kind)]
     if len(blocks) < 2:
         return None
-    (name,) = (key for key in blocks[0] if all(get_origin(hints.get(key)) is Literal for hints in blocks))
+    (name,) = (key for key in blocks[0] if _tells_apart(key, blocks))
     return name
+
+
+def _tells_apart(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
+    """Every block has other values for ``key``."""
+    if not all(get_origin(hints.get(key)) is Literal for hints in blocks):
+        return False
+    values = [value for hints in blocks for value in get_args(hints[key])]
+    return len(values) == len(set(values))
 
 
 def default_choice(kind: Any) -> str | None:
@@ -229,7 +237,8 @@ def setting_names(kind: Any, where: str = "") -> set[str]:
     """The full name of every setting that a block of this type can have, such as ``optim.lr``; blocks included."""
     names: set[str] = set()
     for member in members(kind):
-        for key, inner in typing.get_type_hints(member).items():
+        hints = typing.get_type_hints(member)
+        for key, inner in ((field.name, hints[field.name]) for field in dataclasses.fields(member)):
             name = f"{where}.{key}" if where else key
             names |= {name, *setting_names(inner, name)}
     return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Prompt:
     """After the chat template, with the generation prompt."""
     source: str = ""
     """Name of the data source that it comes from (``data.prompts``)."""
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """All fields of its row, as the data file has them; kept only where the reward reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)

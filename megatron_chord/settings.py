@@ -63,7 +63,7 @@ def _tables(
         chosen_by: the key that chose it, if any did.
         others: further settings that are such blocks.
     """
-    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+    hints = typing.get_type_hints(kind)
     title = f"`{where}`" if where else "The run"
     if chosen_by:
         title += f" with `{chosen_by}: {_type_name(hints[chosen_by])}`"
@@ -72,11 +72,15 @@ def _tables(
     yield f"## {title}"
     if where and _doc(kind):
         yield "\n".join(textwrap.wrap(_doc(kind), 120, break_on_hyphens=False))
+    yield from _tables_of(kind, _own_fields(kind, chosen_by), where)
+
+
+def _tables_of(kind: type, chosen: Sequence[dataclasses.Field[Any]], where: str) -> Iterator[str]:
+    """The table of some of a dataclass's settings, then those of the blocks among them."""
+    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     rows: list[tuple[str, ...]] = []
-    for field in dataclasses.fields(kind):
+    for field in chosen:
         inner, name = hints[field.name], f"{where}.{field.name}" if where else field.name
-        if field.name == chosen_by:
-            continue
         blocks = members(inner)
         value = _block_name(inner, "see below") if blocks else _type_name(inner).replace(" | ", ", ")
         rows.append(
@@ -85,8 +89,9 @@ def _tables(
     if rows:
         yield _table(("setting", "default", "value", "meaning"), rows)
     lists: dict[type, list[str]] = {}
-    for field in dataclasses.fields(kind):
+    for field in chosen:
         inner, name = hints[field.name], f"{where}.{field.name}" if where else field.name
+        yield from _shared_tables(members(inner), name, choice(inner))
         for block in members(inner):
             if is_list(inner):
                 lists.setdefault(block, []).append(name)
@@ -103,6 +108,37 @@ def _block_name(kind: Any, where: str) -> str:
         if is_list(kind)
         else f"a block, {where}"
     )
+
+
+def _shared_tables(blocks: Sequence[type], where: str, chosen_by: str | None) -> Iterator[str]:
+    """The settings that several of a union's dataclasses have from a base which is public: once, and not in each."""
+    if chosen_by is None:
+        return
+    bases = {base: None for block in blocks for base in reversed(_public_bases(block))}
+    for base in bases:
+        fields = _own_fields(base, chosen_by)
+        if fields:
+            names = [
+                _type_name(typing.get_type_hints(block)[chosen_by])
+                for block in blocks
+                if issubclass(block, base)
+            ]
+            yield f"## `{where}` with any `{chosen_by}` of {', '.join(f'`{name}`' for name in names)}"
+            yield from _tables_of(base, fields, where)
+
+
+def _public_bases(kind: type) -> list[type]:
+    return [
+        base
+        for base in kind.__mro__[1:]
+        if dataclasses.is_dataclass(base) and not base.__name__.startswith("_")
+    ]
+
+
+def _own_fields(kind: type, chosen_by: str | None) -> list[dataclasses.Field[Any]]:
+    """Those that are in no table of a public base."""
+    inherited = {field.name for base in _public_bases(kind) for field in dataclasses.fields(base)}
+    return [field for field in dataclasses.fields(kind) if field.name not in inherited | {chosen_by}]
 
 
 def _shown_default(field: dataclasses.Field[Any], kind: Any) -> str:
@@ -209,11 +245,12 @@ def _doc(kind: type) -> str:
 def _field_docs(kind: type) -> dict[str, str]:
     """The string under each field of a dataclass and of those that it extends."""
     docs: dict[str, str] = {}
+    names = {field.name for field in dataclasses.fields(kind)}
     for part in (base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)):
         name = ""
         for statement in _definition(part).body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                name = statement.target.id
+                name = statement.target.id if statement.target.id in names else ""
             elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and name:
                 docs[name] = " ".join(str(statement.value.value).replace("``", "`").split())
                 name = ""

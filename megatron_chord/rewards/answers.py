@@ -55,12 +55,6 @@ class Stated:
     """Every box of the passage it was found in, in order, each content once; none after a change of mind."""
 
 
-def has_answer(text: str, *, kind: str, marker: str = "####") -> bool:
-    """Whether a response states an answer, where the grader `kind` looks for one. A loose number is none."""
-    answer = marked_answer(text, marker) if kind == "math" else after_marker(text, marker)
-    return bool(answer and answer.strip())
-
-
 def marked_answer(text: str, marker: str) -> str | None:
     """The answer that the text itself calls one: `stated_answer` without loose numbers."""
     stated = stated_answer(text, marker, loose=False)

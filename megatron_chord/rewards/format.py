@@ -29,7 +29,7 @@ def shape_reward(score: float, *, text: str, truncated: bool, answered: bool, ru
 
     Args:
         truncated: the response ended at the length limit.
-        answered: `answers.has_answer` of it. Without, a number that the grader found in passing is no answer.
+        answered: the reward's `has_answer` of it. Without, a number that the grader found in passing is no answer.
     """
     if rule == "none":
         return score

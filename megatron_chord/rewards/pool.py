@@ -11,6 +11,7 @@ parent-death signal means the death of the *thread* that started the child.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -27,6 +28,9 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_chord.process_table import state_of
+from megatron_chord.rewards.kinds.base import RewardKind
+from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.table import to_json
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
@@ -50,33 +54,20 @@ def longest_grading_s(timeout_s: float) -> float:
 
 
 class GraderPool:
-    """Worker processes that grade with one grader of `rewards.table`. Use it as a context manager.
+    """Worker processes that grade with one kind of reward. Use it as a context manager.
 
     Args:
-        kind: a name of `rewards.table.GRADERS`.
-        marker: what the answer follows.
-        workers: processes, and gradings at a time.
-        timeout_s: of one grading.
-        memory_mb: address space of one worker; some 100 are taken by its libraries.
+        reward: the kind with its settings; `memory_mb` includes some 100 that are taken by libraries.
         on_grade: called after each grading, from another thread.
 
     Raises:
         RuntimeError: a worker does not start, with the reason it printed.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        workers: int,
-        timeout_s: float,
-        memory_mb: int,
-        marker: str = "####",
-        on_grade: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, reward: RewardKind, *, on_grade: Callable[[], None] = lambda: None) -> None:
+        self._timeout_s = reward.timeout_s
         self._on_grade = on_grade
-        self._arguments = ["--kind", kind, "--marker", marker, "--memory-mb", str(memory_mb)]
+        self._arguments = ["--settings", json.dumps(to_json(reward))]
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._one_batch = threading.Lock()
         self._lock = threading.Lock()  # of the two below
@@ -85,7 +76,7 @@ class GraderPool:
         started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, args=(started,), name=f"grader-{index}", daemon=True)
-            for index in range(workers)
+            for index in range(reward.workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -94,16 +85,16 @@ class GraderPool:
             self.close()
             raise RuntimeError(f"a grader process did not start: {failures[0]}")
 
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grades of (response text, truth) pairs, in their order. From any thread; calls wait for each other.
+    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
+        """Grades of responses, in their order. From any thread; calls wait for each other.
 
         Raises:
             RuntimeError: the pool is closed.
         """
         with self._one_batch:
-            batch = _Batch(len(items))
-            for index, (text, truth) in enumerate(items):
-                self._jobs.put(_Job(batch, index, text, truth))
+            batch = _Batch(len(responses))
+            for index, response in enumerate(responses):
+                self._jobs.put(_Job(batch, index, response))
             try:
                 self._wait(batch)
             finally:
@@ -171,7 +162,7 @@ class GraderPool:
         for _ in range(_ATTEMPTS):
             try:
                 worker = worker or self._start()
-                return worker, worker.grade(job.text, job.truth, self._timeout_s)
+                return worker, worker.grade(job.response, self._timeout_s)
             except TimeoutError:
                 stopped = worker is not None and state_of(worker.process.pid) == "T"
                 self._stop(worker)
@@ -228,8 +219,7 @@ class _Batch:
 class _Job:
     batch: _Batch
     index: int
-    text: str
-    truth: str
+    response: Response
 
 
 class _Worker:
@@ -260,11 +250,11 @@ class _Worker:
         except TimeoutError:
             raise _WorkerLostError(f"no sign of life after {_START_TIMEOUT_S:g} s") from None
 
-    def grade(self, text: str, truth: str, timeout_s: float) -> Grade:
+    def grade(self, response: Response, timeout_s: float) -> Grade:
         """Raises TimeoutError when late, _WorkerLostError when the process died."""
         deadline = time.monotonic() + timeout_s
         self._connection.settimeout(timeout_s)
-        request = json.dumps({"text": text, "truth": truth}).encode() + b"\n"
+        request = json.dumps(dataclasses.asdict(response), default=str).encode() + b"\n"
         try:
             self._connection.sendall(request)
         except (BrokenPipeError, ConnectionResetError):

@@ -1,23 +1,42 @@
-"""The graders by the name that `reward.kind` gives them."""
+"""The kinds of reward. A new kind is one file in ``rewards/kinds`` and one entry here."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from megatron_chord.rewards import exact, math, tool_calls
+from megatron_chord.rewards.kinds.base import RewardKind, WholeReward
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
+
+RewardConfig = MathReward | ExactReward | ToolCallsReward
+"""The block ``reward``. Its ``kind`` chooses one of these; the first is the default."""
+
+KINDS: dict[str, type[RewardKind]] = {member.kind: member for member in get_args(RewardConfig)}
 
 
-class Grader(Protocol):
-    def __call__(self, text: str, truth: str, *, marker: str) -> float:
-        """Reward of a response; raises when it cannot tell. Pure."""
-        ...
+def to_json(reward: RewardKind) -> dict[str, Any]:
+    """What a grader process must know of a reward."""
+    others = {field.name for field in dataclasses.fields(WholeReward)}
+    values = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward)}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if name not in others
+    }
 
 
-GRADERS: dict[str, Grader] = {"exact": exact.grade, "math": math.grade, "tool_calls": tool_calls.grade}
+def from_json(settings: Mapping[str, Any]) -> RewardKind:
+    """The reward that ``to_json`` wrote, without the settings of the whole."""
+    kind = KINDS[settings["kind"]]
+    hints = get_type_hints(kind)
 
-EXAMPLES: dict[str, tuple[str, str]] = {
-    "exact": ("#### 1", "1"),
-    "math": ("\\boxed{x+\\frac{1}{2}}", "x+0.5"),
-    "tool_calls": ("<think></think><tool_call>[]</tool_call>", "[]"),
-}
-"""A right answer and its truth for each grader: graded once at a worker's start, to import what is imported late."""
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return Path(value) if hints[name] is Path else value
+
+    return kind(**{name: typed(name, value) for name, value in settings.items()})

@@ -1,6 +1,6 @@
 """One grader process: `python -m megatron_chord.rewards.worker`, started by `rewards.pool` and nobody else.
 
-It reads ``{"text", "truth"}`` and answers ``{"score"}`` or ``{"error"}``, a JSON line each, over the socket it
+It reads a `Response` and answers ``{"score"}`` or ``{"error"}``, a JSON line each, over the socket it
 inherits. It assumes that the text is hostile and that the grading library swallows exceptions: what it forbids and
 what it runs out of is noted on the side, so that neither can pass for a wrong answer.
 """
@@ -22,6 +22,8 @@ from types import FrameType
 from typing import Any
 
 from megatron_chord.processes import die_with_parent
+from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.table import from_json
 
 _MAX_FILE_BYTES = 1 << 20  # its stderr, and nothing else
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -76,23 +78,18 @@ class Watch:
 
 def main() -> None:
     options = _options()
-    _confine(options.parent, options.memory_mb << 20)
+    reward = from_json(json.loads(options.settings))
+    _confine(options.parent, reward.memory_mb << 20)
     connection = socket.socket(fileno=options.fd)
-    # Only now, under the memory limit: importing is the expensive part.
-    import sympy.parsing.sympy_parser as sympy_parser
-    import sympy.physics.units  # noqa: F401 (else in the midst of a comparison, where it evaluates names)
-
-    from megatron_chord.rewards.table import EXAMPLES, GRADERS
-
-    grader = GRADERS[options.kind]
-    grader(*EXAMPLES[options.kind], marker=options.marker)  # imports what is imported at first use
+    grader = reward.load()  # only now, under the memory limit: importing is the expensive part
+    if reward.EXAMPLE is not None:
+        grader(reward.EXAMPLE)
     watch = Watch()
-    sympy_parser.eval_expr = _only_numbers(sympy_parser.eval_expr, watch)
+    _guard_sympy(watch)
     _send(connection, {"ready": True})
     sys.addaudithook(watch.audit)
     for line in connection.makefile("rb"):
-        request = json.loads(line)
-        grading = partial(grader, request["text"], request["truth"], marker=options.marker)
+        grading = partial(grader, Response(**json.loads(line)))
         _send(connection, _answer(watch, grading))
         if watch.exhausted:
             return  # the pool starts a fresh one
@@ -102,9 +99,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--kind", required=True)
-    parser.add_argument("--marker", required=True)
-    parser.add_argument("--memory-mb", type=int, required=True)
+    parser.add_argument("--settings", required=True)
     return parser.parse_args()
 
 
@@ -116,6 +111,13 @@ def _confine(parent: int, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def _guard_sympy(watch: Watch) -> None:
+    """In the process of a grader that has imported sympy."""
+    parser = sys.modules.get("sympy.parsing.sympy_parser")
+    if parser is not None:
+        vars(parser)["eval_expr"] = _only_numbers(vars(parser)["eval_expr"], watch)
 
 
 def _only_numbers(eval_expr: Any, watch: Watch) -> Any:

@@ -11,7 +11,6 @@ from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Demonstration, Prompt, Rollout
-from megatron_chord.rewards.answers import has_answer
 from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.overlong import overlong_penalty
 from megatron_chord.rewards.pool import GraderPool
@@ -376,7 +375,7 @@ def reward_of(score: float, text: str, *, length: int, truncated: bool, run: Run
             score,
             text=text,
             truncated=truncated,
-            answered=has_answer(text, kind=rule.kind, marker=rule.answer_marker),
+            answered=rule.has_answer(text),
             rule=rule.format,
         )
     if rule.overlong is None:

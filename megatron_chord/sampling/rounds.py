@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt, Rollout, Span
 from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import GenerateRequest, RolloutClient, Stop
 
 
@@ -218,8 +219,12 @@ def grade(
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
     """
     texts = _texts(asks, sampled, template)
-    items = [(text, ask.prompt.truth) for ask, group in zip(asks, texts, strict=True) for text in group]
-    grades = graders.grade_all(items)
+    responses = [
+        response_to(ask, rollout, text)
+        for ask, rollouts, group in zip(asks, sampled, texts, strict=True)
+        for rollout, text in zip(rollouts, group, strict=True)
+    ]
+    grades = graders.grade_all(responses)
     errors = [grade.error for grade in grades if grade.error is not None]
     if len(errors) > max_error_rate * len(grades):
         raise TooManyGraderErrors(
@@ -239,6 +244,20 @@ def graded_before(
 ) -> list[GradedRollouts]:
     """As ``grade``, with the grades at hand: one for each rollout of every ask, in order."""
     return _assembled(asks, sampled, _texts(asks, sampled, template), grades, shaping)
+
+
+def response_to(ask: RolloutRequest, rollout: Rollout, text: str) -> Response:
+    """What a grader is given of an answer. ``text`` and ``num_tokens`` are of the whole one, its prefix included."""
+    prompt = ask.prompt
+    return Response(
+        text=text,
+        truth=prompt.truth,
+        messages=prompt.messages,
+        fields=prompt.fields,
+        finish_reason=rollout.finish_reason,
+        num_tokens=len(ask.prefix) + len(rollout.token_ids),
+        source=prompt.source,
+    )
 
 
 def _texts(

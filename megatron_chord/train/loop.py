@@ -448,14 +448,7 @@ def _make_coordinator(
         RunLog(run.output, steps=run.steps, first_step=first_step, settings=plain_settings(run))
     )
     graders = stack.enter_context(
-        GraderPool(
-            run.reward.kind,
-            workers=run.reward.workers,
-            timeout_s=run.reward.timeout_s,
-            memory_mb=run.reward.memory_mb,
-            marker=run.reward.answer_marker,
-            on_grade=lambda: pulse.helped("collecting", "evaluating"),
-        )
+        GraderPool(run.reward, on_grade=lambda: pulse.helped("collecting", "evaluating"))
     )
     for report in data.reports:
         log.say(report)

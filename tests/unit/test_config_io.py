@@ -13,6 +13,9 @@ from megatron_chord import config, config_methods, schedules
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, dump_config, load_config, located, one_line
 from megatron_chord.config_nodes import setting_names
+from megatron_chord.rewards.kinds.base import OverlongConfig
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.math import MathReward
 from tests.support.ranks import ROOT
 
 GOOD = """\
@@ -221,8 +224,8 @@ class TestBlocksOfSeveralKinds:
     def test_kind_and_schedule_of_other_blocks_choose_nothing(self, tmp_path: Path) -> None:
         run = load(tmp_path, "  schedule: cosine\nreward: {kind: exact, workers: 3}\n")
         assert run.optim == config.OptimConfig(lr=1e-6, schedule="cosine")
-        assert run.reward == config.RewardConfig(kind="exact", workers=3)
-        assert "block of settings" in only_finding(tmp_path, "reward: exact\n")
+        assert run.reward == ExactReward(workers=3)
+        assert load(tmp_path, "reward: exact\n").reward == ExactReward()
 
 
 class TestMethod:
@@ -451,7 +454,7 @@ class TestDump:
             batch=config.BatchConfig(prompts=1, rollouts=2, demonstrations=0),
             method=method,
             objective=objective,
-            reward=config.RewardConfig(answer_marker=" "),
+            reward=MathReward(answer_marker=" "),
             rollout=config.RolloutConfig(servers=("http://a:1", "1e5")),
         )
         again = load_config(write(tmp_path / "other", dump_config(run)))
@@ -578,7 +581,7 @@ class TestBase:
         )
         assert run.steps == 30
         assert run.optim == config.OptimConfig(lr=1e-6, schedule="cosine")
-        assert run.reward == config.RewardConfig(kind="math", workers=3)
+        assert run.reward == MathReward()
         assert run.rollout.servers == ("c",)
         assert "base" not in yaml.safe_load(dump_config(run))
 
@@ -652,7 +655,8 @@ class TestBase:
         write(tmp_path, GOOD + "reward: {knid: exact}\nsteps: 30\n", "base.yaml")
         text = "base: base.yaml\noptim:\n  lr: -1\nseed: x\n"
         assert sorted(findings(write(tmp_path, text), "optim.epss=1", "parallel.ranks=x")) == [
-            "base.yaml:11: unknown setting 'reward.knid'; did you mean reward.kind?",
+            "base.yaml:11: unknown setting 'reward.knid'; known with `kind: math`: overlong, max_error_rate, kind, "
+            "format, workers, timeout_s, memory_mb, answer_marker; did you mean reward.kind?",
             "base.yaml:12: steps is set twice",
             "override 'optim.epss=1': unknown setting 'optim.epss'; did you mean optim.eps?",
             "override 'parallel.ranks=x': parallel.ranks: expected int, got 'x'",
@@ -771,7 +775,7 @@ def test_what_only_means_something_together_is_off_without_its_block(tmp_path: P
     partial = load(tmp_path, "", "rollout.partial={}").rollout
     assert (partial.extra_of(16), partial.carries, partial.has_older_tokens) == (4, True, True)
     assert load(tmp_path, "rollout: {partial: {}}\n", "rollout.partial=null").rollout.partial is None
-    assert load(tmp_path, "", "reward.overlong.cache=8").reward.overlong == config.OverlongConfig(cache=8)
+    assert load(tmp_path, "", "reward.overlong.cache=8").reward.overlong == OverlongConfig(cache=8)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_chord.config import RewardConfig, RunConfig
+from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
+from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade
+from megatron_chord.rewards.response import Response
 from megatron_chord.sampling.context import Engine, Sources, StepContext
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
@@ -35,7 +37,7 @@ def guided_run(
         run,
         data=replace(run.data, aligned=True),
         batch=replace(run.batch, prompts=prompts, rollouts=3),
-        reward=RewardConfig(max_error_rate=0.9),
+        reward=MathReward(max_error_rate=0.9),
     )
 
 
@@ -91,8 +93,8 @@ class _Template:
 
 
 class _Graders:
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Grade]:
-        return [GRADES[int(text.split()[-1])] for text, _ in items]
+    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
+        return [GRADES[int(response.text.split()[-1])] for response in responses]
 
 
 class _Client:

@@ -23,6 +23,7 @@ from megatron_chord.losses.terms import TermTokens, reported
 from megatron_chord.methods import table
 from megatron_chord.methods.base import Method
 from megatron_chord.records import TrainSample
+from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.schedules import MuSchedule
 from tests.support.ranks import ROOT
 from tests.unit.methods.guided import (
@@ -236,7 +237,7 @@ def test_every_name_of_the_objective_is_explained() -> None:
     ]
     expected = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     hints = [hint for kind in kinds for hint in get_type_hints(kind).values()]
-    hints += [get_type_hints(config.RewardConfig)["format"]]
+    hints += [get_type_hints(MathReward)["format"]]
     expected |= {value for hint in hints if get_origin(hint) is Literal for value in get_args(hint)}
     assert {"warmup_cosine", "phi", "entropy_top", "token-mean", "leave_one_out", "k3", "trinity"} <= expected
     assert expected - words() == set()

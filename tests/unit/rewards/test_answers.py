@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_chord.rewards.answers import has_answer, last_boxed, marked_answer
+from megatron_chord.rewards.answers import last_boxed, marked_answer
 
 
 @pytest.mark.parametrize(
@@ -35,29 +35,6 @@ def test_box_comes_before_marker() -> None:
     assert marked_answer(r"#### 1 \boxed{2} #### 3", "####") == "2"
     assert marked_answer("#### 1\n####  3 \nx", "####") == "3 "
     assert marked_answer("so it is 3", "####") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "math", "exact"),
-    [
-        (r"so \boxed{18}", True, False),
-        ("so #### 18", True, True),
-        ("so 18", False, False),
-        ("The answer is 18.", True, False),
-        ("<answer>18</answer>", True, False),
-        (r"so \boxed{18", False, False),
-        (r"so \boxed{ }", False, False),
-        ("so ####", False, False),
-        ("so #### \n18", False, False),
-    ],
-)
-def test_final_answers(text: str, math: bool, exact: bool) -> None:
-    assert has_answer(text, kind="math") == math
-    assert has_answer(text, kind="exact") == exact
-
-
-def test_marker_is_the_users() -> None:
-    assert has_answer("Answer: 5", kind="exact", marker="Answer:")
 
 
 @pytest.mark.parametrize(

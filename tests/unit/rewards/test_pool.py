@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade, GraderPool
+from tests.support.grading import grades_of
 from tests.support.processes import is_alive
 
 LOOPS = r"\boxed{9^{9^{9^9}}}"
@@ -24,13 +27,13 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GraderPool]:
-    with GraderPool("math", workers=2, timeout_s=20, memory_mb=300) as pool:
+    with GraderPool(MathReward(workers=2, timeout_s=20, memory_mb=300)) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[GraderPool]:
-    with GraderPool("math", workers=2, timeout_s=2, memory_mb=2000) as pool:
+    with GraderPool(MathReward(workers=2, timeout_s=2, memory_mb=2000)) as pool:
         yield pool
 
 
@@ -43,52 +46,52 @@ def wait_until_dead(pids: list[int], timeout_s: float = 15) -> None:
 
 def test_grades_come_back_in_order(pool: GraderPool) -> None:
     items = [(f"\\boxed{{{i}}}", str(i if i % 3 else i + 1)) for i in range(60)]
-    assert pool.grade_all(items) == [Grade(1.0 if i % 3 else 0.0) for i in range(60)]
-    assert pool.grade_all([]) == []
+    assert grades_of(pool, items) == [Grade(1.0 if i % 3 else 0.0) for i in range(60)]
+    assert grades_of(pool, []) == []
 
 
 def test_odd_text(pool: GraderPool) -> None:
     texts = ["\ud800 18", "18\x00", "\n" * 1000 + "18", "\u2028####\u00a018", "x" * 3_000_000 + " 18"]
-    assert pool.grade_all([(text, "18") for text in texts]) == [Grade(1.0)] * 5
+    assert grades_of(pool, [(text, "18") for text in texts]) == [Grade(1.0)] * 5
 
 
 def test_truth_that_cannot_be_read_is_an_error_not_a_score(pool: GraderPool) -> None:
-    assert pool.grade_all([("\\boxed{1}", "")]) == [Grade(None, "ValueError: the truth is empty")]
+    assert grades_of(pool, [("\\boxed{1}", "")]) == [Grade(None, "ValueError: the truth is empty")]
 
 
 def test_late_gradings_are_killed_side_by_side(hasty: GraderPool) -> None:
     before = set(hasty.worker_pids())
     start = time.monotonic()
-    grades = hasty.grade_all([(LOOPS, "18")] * 4)
+    grades = grades_of(hasty, [(LOOPS, "18")] * 4)
     assert 4 <= time.monotonic() - start < 7.9  # one after the other would take 8
     assert grades == [Grade(None, "killed after 2 s")] * 4
     wait_until_dead(list(before))
-    assert hasty.grade_all([("\\boxed{18}", "18")] * 4) == [Grade(1.0)] * 4  # by their replacements
+    assert grades_of(hasty, [("\\boxed{18}", "18")] * 4) == [Grade(1.0)] * 4  # by their replacements
 
 
 def test_an_answer_is_graded_again_when_its_grader_was_stopped(hasty: GraderPool) -> None:
     """From outside, which says nothing of the text. The second text is more than a socket holds."""
-    hasty.grade_all([("18", "18")] * 4)
+    grades_of(hasty, [("18", "18")] * 4)
     stopped = hasty.worker_pids()
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    assert hasty.grade_all([("18", "18"), ("x" * 1_000_000 + " 18", "18")]) == [Grade(1.0)] * 2
+    assert grades_of(hasty, [("18", "18"), ("x" * 1_000_000 + " 18", "18")]) == [Grade(1.0)] * 2
     wait_until_dead(stopped)
 
 
 def test_memory_that_math_verify_swallows_is_an_error_not_a_zero(pool: GraderPool) -> None:
-    assert pool.grade_all([EATS_MEMORY, ("18", "18")]) == [
+    assert grades_of(pool, [EATS_MEMORY, ("18", "18")]) == [
         Grade(None, "the grader ran out of memory"),
         Grade(1.0),
     ]
 
 
 def test_killed_workers_are_replaced_and_their_grading_repeated(pool: GraderPool) -> None:
-    pool.grade_all([("18", "18")] * 4)
+    grades_of(pool, [("18", "18")] * 4)
     killed = pool.worker_pids()
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    assert pool.grade_all([("18", "18")] * 10) == [Grade(1.0)] * 10
+    assert grades_of(pool, [("18", "18")] * 10) == [Grade(1.0)] * 10
     assert not set(killed) & set(pool.worker_pids())
 
 
@@ -103,14 +106,14 @@ def test_grading_whose_workers_keep_dying_is_an_error(pool: GraderPool) -> None:
     thread = threading.Thread(target=assassin)
     thread.start()
     try:
-        (grade,) = pool.grade_all([EATS_MEMORY])
+        (grade,) = grades_of(pool, [EATS_MEMORY])
     finally:
         stop.set()
         thread.join()
     assert grade.score is None
     assert grade.error is not None
     assert "died (exit status -9)" in grade.error
-    assert pool.grade_all([("18", "18")]) == [Grade(1.0)]
+    assert grades_of(pool, [("18", "18")]) == [Grade(1.0)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_text_is_not_executed(
     pool: GraderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (grade,) = pool.grade_all([(text, "2")])
+    (grade,) = grades_of(pool, [(text, "2")])
     assert grade.score in (0.0, None)
     for folder in (tmp_path, *(Path(f"/proc/{pid}/cwd").resolve() for pid in pool.worker_pids())):
         assert not (folder / "canary").exists()
@@ -140,14 +143,14 @@ def test_pool_works_from_threads_that_come_and_go() -> None:
     # The kernel's parent-death signal means the thread that started the child.
     made: list[GraderPool] = []
     maker = threading.Thread(
-        target=lambda: made.append(GraderPool("exact", workers=1, timeout_s=20, memory_mb=300))
+        target=lambda: made.append(GraderPool(ExactReward(workers=1, timeout_s=20, memory_mb=300)))
     )
     maker.start()
     maker.join()
     with made[0] as pool:
         pids = pool.worker_pids()
         grades: list[Grade] = []
-        user = threading.Thread(target=lambda: grades.extend(pool.grade_all([("#### 1", "1")] * 3)))
+        user = threading.Thread(target=lambda: grades.extend(grades_of(pool, [("#### 1", "1")] * 3)))
         user.start()
         user.join(60)
         assert grades == [Grade(1.0)] * 3
@@ -157,51 +160,50 @@ def test_pool_works_from_threads_that_come_and_go() -> None:
 
 def test_workers_share_no_secret_and_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
-    with GraderPool("math", workers=1, timeout_s=20, memory_mb=300, marker="Answer:") as pool:
+    with GraderPool(MathReward(workers=1, timeout_s=20, memory_mb=300, answer_marker="Answer:")) as pool:
         (pid,) = pool.worker_pids()
         assert b"hunter2" not in Path(f"/proc/{pid}/environ").read_bytes()
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
-        assert pool.grade_all([("Answer: 3\nnot 5", "3")]) == [Grade(1.0)]
+        assert grades_of(pool, [("Answer: 3\nnot 5", "3")]) == [Grade(1.0)]
 
 
 def test_signals_for_the_run_do_not_end_a_worker(pool: GraderPool) -> None:
-    pool.grade_all([("18", "18")] * 4)
+    grades_of(pool, [("18", "18")] * 4)
     pids = pool.worker_pids()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for pid in pids:
             os.kill(pid, number)
-    assert pool.grade_all([("18", "18")] * 4) == [Grade(1.0)] * 4
+    assert grades_of(pool, [("18", "18")] * 4) == [Grade(1.0)] * 4
     assert pool.worker_pids() == pids
 
 
-@pytest.mark.parametrize(
-    ("kind", "memory_mb", "reason"), [("maths", 300, "KeyError: 'maths'"), ("math", 20, "grader process")]
-)
-def test_pool_that_cannot_start_says_why(kind: str, memory_mb: int, reason: str) -> None:
-    with pytest.raises(RuntimeError, match=f"(?s)did not start.*{reason}"):
-        GraderPool(kind, workers=1, timeout_s=5, memory_mb=memory_mb)
+def test_pool_that_cannot_start_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)did not start.*grader process"):
+        GraderPool(MathReward(workers=1, timeout_s=5, memory_mb=20))
 
 
 def test_close_ends_a_grading_under_way() -> None:
-    pool = GraderPool("math", workers=1, timeout_s=60, memory_mb=2000)
+    pool = GraderPool(MathReward(workers=1, timeout_s=60, memory_mb=2000))
     pids = pool.worker_pids()
     closer = threading.Timer(0.5, pool.close)
     closer.start()
     with pytest.raises(RuntimeError, match="closed"):
-        pool.grade_all([(LOOPS, "18")] * 3)
+        grades_of(pool, [(LOOPS, "18")] * 3)
     closer.join()
     wait_until_dead(pids)
     assert pool.worker_pids() == []
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
-        pool.grade_all([("18", "18")])
+        grades_of(pool, [("18", "18")])
 
 
 PARENT = f"""
 import threading
+from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import GraderPool
-pool = GraderPool("math", workers=2, timeout_s=600, memory_mb=2000)
-threading.Thread(target=pool.grade_all, args=([({LOOPS!r}, "18")],), daemon=True).start()
+from megatron_chord.rewards.response import Response
+pool = GraderPool(MathReward(workers=2, timeout_s=600))
+threading.Thread(target=pool.grade_all, args=([Response(text={LOOPS!r}, truth="18")],), daemon=True).start()
 print(*pool.worker_pids(), flush=True)
 input()
 """
@@ -238,17 +240,18 @@ def test_math500_truths_grade_as_themselves(pool: GraderPool) -> None:
     if not file.is_file():
         pytest.skip(f"no {file}; name the folder of the data sets in MEGATRON_CHORD_DATA")
     truths = [json.loads(line)["answer"] for line in file.read_text().splitlines()[::8]]
-    right = pool.grade_all([(f"so \\boxed{{{truth}}}.", truth) for truth in truths])
+    right = grades_of(pool, [(f"so \\boxed{{{truth}}}.", truth) for truth in truths])
     assert right == [Grade(1.0)] * len(truths)
-    others = pool.grade_all(
-        [(f"\\boxed{{{truths[i - 1]}}}", truth) for i, truth in enumerate(truths) if truths[i - 1] != truth]
+    others = grades_of(
+        pool,
+        [(f"\\boxed{{{truths[i - 1]}}}", truth) for i, truth in enumerate(truths) if truths[i - 1] != truth],
     )
     assert [grade for grade in others if grade.score is None] == []  # the sandbox is in nobody's way
-    assert sum(grade.score for grade in others) <= 2
+    assert sum(grade.score or 0 for grade in others) <= 2
 
 
 def test_each_grading_is_told_of() -> None:
     told: list[int] = []
-    with GraderPool("exact", workers=1, timeout_s=9, memory_mb=300, on_grade=lambda: told.append(1)) as pool:
-        pool.grade_all([("#### 18", "18")] * 5)
+    with GraderPool(ExactReward(workers=1), on_grade=lambda: told.append(1)) as pool:
+        grades_of(pool, [("#### 18", "18")] * 5)
     assert len(told) == 5

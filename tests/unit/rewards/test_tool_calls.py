@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.rewards.pool import Grade, GraderPool
 from megatron_chord.rewards.tool_calls import MAX_DEPTH, grade, read_truth
+from tests.support.grading import grades_of
 
 MAIL = {"name": "mail", "arguments": {"to": "Bob", "lines": 2}}
 PAY = {"name": "pay", "arguments": {"sum": 1.5, "gift": True}}
@@ -221,12 +223,12 @@ def test_brackets_in_strings_are_not_depth() -> None:
 
 
 def test_in_the_pool_bombs_are_zeros_and_bad_truths_errors() -> None:
-    with GraderPool("tool_calls", workers=2, timeout_s=30, memory_mb=400) as pool:
+    with GraderPool(ToolCallsReward(workers=2, timeout_s=30, memory_mb=400)) as pool:
         items = [
             (f"<think></think><tool_call>{bomb}</tool_call>", json.dumps([MAIL])) for bomb in BOMBS.values()
         ]
-        assert pool.grade_all(items) == [Grade(0.0)] * len(BOMBS)
-        good, bad = pool.grade_all([(reply([MAIL]), json.dumps([MAIL])), (reply([MAIL]), "mail")])
+        assert grades_of(pool, items) == [Grade(0.0)] * len(BOMBS)
+        good, bad = grades_of(pool, [(reply([MAIL]), json.dumps([MAIL])), (reply([MAIL]), "mail")])
     assert good == Grade(1.0)
     assert bad.score is None
     assert bad.error is not None

@@ -74,7 +74,7 @@ class Steps:
             ),
         )
         graders: Any = SimpleNamespace(
-            grade_all=lambda items: [Grade(float(len(text) % 2), None) for text, _ in items]
+            grade_all=lambda responses: [Grade(float(len(item.text) % 2), None) for item in responses]
         )
         log: Any = SimpleNamespace(write_samples=self.rows.__setitem__, doing=lambda text: None)
         self.coordinator = Coordinator(

@@ -1,0 +1,82 @@
+"""What every kind of reward has: its settings, and how its graders are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.rewards.format import FormatRule
+from megatron_chord.rewards.response import Response
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlongConfig:
+    """Soft overlong punishment (DAPO): the reward falls linearly over the last tokens before
+    data.max_response_tokens."""
+
+    cache: int
+    """Over how many tokens the reward falls."""
+    penalty: float = 1.0
+    """What is taken from the reward at the limit."""
+
+    def __post_init__(self) -> None:
+        positive(**{"reward.overlong.cache": self.cache})
+        not_negative(**{"reward.overlong.penalty": self.penalty})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeReward:
+    """Settings that hold for a reward as a whole."""
+
+    overlong: OverlongConfig | None = None
+    """Left out: long answers are not punished."""
+    max_error_rate: float = 0.1
+    """Share of gradings that may fail in a step before the run stops."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.max_error_rate < 1,
+            f"reward.max_error_rate must lie in [0, 1), got {self.max_error_rate}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKind(WholeReward):
+    """Base of the kinds. A kind adds its own settings, ``load`` and ``has_answer``, and sets ``kind``."""
+
+    kind: str = ""
+    format: FormatRule = "none"
+    """Form of the response in the training reward (evaluation never sees it). chord: -1 when cut off before a final
+    answer, -0.1 when wrong and without exactly one <think>..</think>. trinity: -0.1 without it, right or wrong."""
+    workers: int = 2
+    """Processes that grade answers."""
+    timeout_s: float = 10.0
+    """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
+    memory_mb: int = 2048
+    """Address space of one worker."""
+
+    EXAMPLE: ClassVar[Response | None] = None
+    """A right answer. It is graded once when a worker starts, to import what is imported late."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(
+            **{
+                "reward.workers": self.workers,
+                "reward.timeout_s": self.timeout_s,
+                "reward.memory_mb": self.memory_mb,
+            }
+        )
+
+    def load(self) -> Callable[[Any], Any]:
+        """The grader, called in the worker process alone. Import heavy libraries here and not in the kind's file.
+
+        A grader returns the reward of a response and raises when it cannot tell.
+        """
+        raise NotImplementedError
+
+    def has_answer(self, text: str) -> bool:
+        """Whether a response states an answer, in the place where this kind looks for one."""
+        raise NotImplementedError
