@@ -140,11 +140,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
+    from megatron_chord.rewards.pool import check_reward
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:
         shape, method = check_run(run, _world_size(run))
         _check_machine(run)
+        check_reward(run.reward)
         data = load_data(run, shape)
     except ValueError as error:
         return refuse(error)

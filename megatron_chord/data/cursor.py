@@ -8,6 +8,7 @@ of ranks nor the version of a library changes it, and a position is one whole nu
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -98,7 +99,10 @@ def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
     digest = hashlib.sha256()
     for record in records:
         extra = record.truth.encode() if isinstance(record, Prompt) else bytes(record.trainable)
-        for part in (record.id.encode(), array("q", record.token_ids).tobytes(), extra):
+        parts = [record.id.encode(), array("q", record.token_ids).tobytes(), extra]
+        if isinstance(record, Prompt) and record.fields:
+            parts.append(json.dumps(record.fields, sort_keys=True, default=str).encode())
+        for part in parts:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()

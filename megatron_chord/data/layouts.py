@@ -164,7 +164,7 @@ def load_rows(
     overlong: list[Fault] = []
 
     def parse_own(row: Row) -> T | None:
-        parsed = parse(reading.own_row(row))
+        parsed = parse(replace(reading.own_row(row), given=row.fields))
         if parsed is None:
             overlong.append(Fault(row.position, f"has more than {limits}", row.number))
         return parsed

@@ -15,8 +15,9 @@ from megatron_chord.data.rows import (
     row_id,
 )
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.data.tools import conversation, true_answer
+from megatron_chord.data.tools import conversation, has_truth, true_answer
 from megatron_chord.records import Prompt
+from megatron_chord.rewards.response import RowNeeds
 
 
 def load_prompts(
@@ -29,6 +30,7 @@ def load_prompts(
     max_dropped: float = 0.0,
     source: str = "",
     observe: Observe | None = None,
+    needs: RowNeeds = RowNeeds(),  # noqa: B008 (it is frozen)
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
@@ -36,8 +38,9 @@ def load_prompts(
     `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
     The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
-    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry.
-    ``observe`` is called for each row.
+    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry. ``observe`` is called for each row.
+    ``needs``: without ``truth`` a row may lack a true answer, which is "" then; with ``fields`` a prompt keeps all
+    fields of its row.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
@@ -48,7 +51,7 @@ def load_prompts(
         messages = conversation(row, template)
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
-        truth = true_answer(row)
+        truth = true_answer(row) if needs.truth or has_truth(row) else ""
         identity = row_id(row, seen)
         token_ids = template.prompt_ids(messages)
         is_overlong = len(token_ids) > max_prompt_tokens
@@ -68,7 +71,10 @@ def load_prompts(
             if overlong == "fail":
                 raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
             return None
-        return Prompt(id=identity, messages=messages, truth=truth, token_ids=token_ids, source=source)
+        kept = dict(row.given or row.fields) if needs.fields else {}
+        return Prompt(
+            id=identity, messages=messages, truth=truth, token_ids=token_ids, source=source, fields=kept
+        )
 
     return load_rows(
         data,

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -74,6 +74,8 @@ class Row:
     """Name of the row's file; its path, where several files have this name."""
     has_nulls: bool = False
     """Null keys were left out of its nested columns (Arrow gives every object of a column the keys of all)."""
+    given: Mapping[str, Any] | None = None
+    """All fields as they are in the file, where ``fields`` are others by now."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def true_answer(row: Row) -> str:
     return text
 
 
+def has_truth(row: Row) -> bool:
+    """Whether the row has a field that ``true_answer`` reads."""
+    return any(name in row.fields for name in TRUTH_FIELDS)
+
+
 def _has_tools(row: Row) -> bool:
     return any(name in row.fields for name in TOOL_FIELDS)
 

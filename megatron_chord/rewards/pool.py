@@ -5,39 +5,48 @@ reached over a socket; time is kept here, and a worker that is late is killed an
 has no score: it is never a wrong answer.
 
 Every worker belongs to one thread of the pool, for two reasons: gradings run side by side, and the kernel's
-parent-death signal means the death of the *thread* that started the child.
+parent-death signal means the death of the *thread* that started the child. An ``async`` grader is given several calls
+at a time. When its worker is lost, nobody knows which of them is to blame, so each is then repeated alone.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from megatron_chord.process_table import state_of
+from megatron_chord.process_table import descendants, state_of
 from megatron_chord.rewards.kinds.base import RewardKind
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import to_json
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
+_GRACE_S = 2.0  # for the worker of an `async` grader, which ends late calls by itself
 _ATTEMPTS = 2  # a worker may be killed by something that is not its text: the kernel, an operator
-_MAX_REPLY_BYTES = 1 << 16
+_MAX_REPLY_BYTES = 1 << 24
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX")
+
+
+class RewardRefused(ValueError):
+    """The settings of a reward have no grader: the user's file, or the function in it, will not do."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,26 @@ class Grade:
 
     score: float | None
     error: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By name what the score is the sum of, where the grader names it."""
 
 
 def longest_grading_s(timeout_s: float) -> float:
     """Of one grading with ``timeout_s``, its attempts and the starts of fresh workers included."""
     return _ATTEMPTS * (_START_TIMEOUT_S + timeout_s + _KILL_TIMEOUT_S)
+
+
+def check_reward(reward: RewardKind) -> None:
+    """Load a grader that is not this package's, in a process that then ends.
+
+    Raises:
+        RewardRefused: why it cannot be used.
+    """
+    if reward.RUNS_USERS_CODE:
+        try:
+            GraderPool(dataclasses.replace(reward, workers=1)).close()
+        except RuntimeError as error:
+            raise RewardRefused(f"reward.path: {error}") from error
 
 
 class GraderPool:
@@ -61,14 +85,17 @@ class GraderPool:
         on_grade: called after each grading, from another thread.
 
     Raises:
+        RewardRefused: the user's file or function will not do.
         RuntimeError: a worker does not start, with the reason it printed.
     """
 
     def __init__(self, reward: RewardKind, *, on_grade: Callable[[], None] = lambda: None) -> None:
-        self._timeout_s = reward.timeout_s
+        missing = [name for name in reward.variables if name not in os.environ]
+        if missing:
+            raise RewardRefused(f"reward.environment: {', '.join(missing)} is not set")
+        self._reward = reward
         self._on_grade = on_grade
-        self._arguments = ["--settings", json.dumps(to_json(reward))]
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._one_batch = threading.Lock()
         self._lock = threading.Lock()  # of the two below
         self._closed = False
@@ -83,7 +110,8 @@ class GraderPool:
         failures = [failure for _ in self._threads if (failure := started.get(timeout=2 * _START_TIMEOUT_S))]
         if failures:
             self.close()
-            raise RuntimeError(f"a grader process did not start: {failures[0]}")
+            refused = [failure for failure in failures if isinstance(failure, RewardRefused)]
+            raise (refused or [RuntimeError(f"a grader process did not start: {failures[0]}")])[0]
 
     def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
         """Grades of responses, in their order. From any thread; calls wait for each other.
@@ -91,10 +119,13 @@ class GraderPool:
         Raises:
             RuntimeError: the pool is closed.
         """
+        size = 1
+        if self._reward.list_size is not None:  # no more than it takes to keep every worker busy
+            size = max(1, min(self._reward.list_size, math.ceil(len(responses) / self._reward.workers)))
         with self._one_batch:
             batch = _Batch(len(responses))
-            for index, response in enumerate(responses):
-                self._jobs.put(_Job(batch, index, response))
+            for start in range(0, len(responses), size):
+                self._calls.put(_Call(batch, start, responses[start : start + size]))
             try:
                 self._wait(batch)
             finally:
@@ -106,9 +137,9 @@ class GraderPool:
         with self._lock:
             self._closed = True
             for worker in self._running:
-                worker.process.kill()
+                worker.kill_group()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._calls.put(None)
         for thread in self._threads:
             thread.join(_START_TIMEOUT_S)
 
@@ -128,7 +159,7 @@ class GraderPool:
             return [worker.process.pid for worker in self._running]
 
     def _wait(self, batch: _Batch) -> None:
-        limit_s = longest_grading_s(self._timeout_s)
+        limit_s = longest_grading_s(self._reward.timeout_s)
         missing, deadline = batch.missing, time.monotonic() + limit_s
         while batch.missing and not self._closed:
             if batch.missing < missing:
@@ -142,43 +173,36 @@ class GraderPool:
             raise RuntimeError("the grader pool is closed")
 
     def _serve(self, started: queue.SimpleQueue[Exception | None]) -> None:
-        worker: _Worker | None = None
+        lane = _Lane(self._reward.timeout_s, self._start, self._stop, self._finish)
         try:
-            worker = self._start()
-        except (_WorkerLostError, OSError) as error:
+            lane.start()
+        except (RewardRefused, _WorkerLostError, OSError) as error:
             started.put(error)
             return
         started.put(None)
-        while (job := self._jobs.get()) is not None:
-            if job.batch.cancelled or self._closed:
-                continue
-            worker, grade = self._grade(worker, job)
-            job.batch.put(job.index, grade)
-            self._on_grade()
-        self._stop(worker)
-
-    def _grade(self, worker: _Worker | None, job: _Job) -> tuple[_Worker | None, Grade]:
-        reason = ""
-        for _ in range(_ATTEMPTS):
-            try:
-                worker = worker or self._start()
-                return worker, worker.grade(job.response, self._timeout_s)
-            except TimeoutError:
-                stopped = worker is not None and state_of(worker.process.pid) == "T"
-                self._stop(worker)
-                worker, reason = None, f"killed after {self._timeout_s:g} s"
-                if not stopped:  # by somebody, not by its text
+        going_on = True
+        while going_on:
+            while going_on and lane.has_room:
+                try:
+                    call = self._calls.get(block=lane.is_idle)
+                except queue.Empty:
                     break
-            except (_WorkerLostError, OSError) as error:
-                self._stop(worker)
-                worker, reason = None, str(error)
-        return None, Grade(None, reason)
+                going_on = call is not None
+                if call is not None and not call.batch.cancelled and not self._closed:
+                    lane.take(call)
+            lane.step()
+        lane.stop()
+
+    def _finish(self, call: _Call, grades: Sequence[Grade]) -> None:
+        call.batch.put(call.start, grades)
+        for _ in grades:
+            self._on_grade()
 
     def _start(self) -> _Worker:
         with self._lock:
             if self._closed:
                 raise _WorkerLostError("the grader pool is closed")
-            worker = _Worker(self._arguments)
+            worker = _Worker(self._reward)
             self._running.add(worker)
         try:
             worker.wait_until_ready()
@@ -187,12 +211,124 @@ class GraderPool:
             raise
         return worker
 
-    def _stop(self, worker: _Worker | None) -> None:
-        if worker is None:
-            return
+    def _stop(self, worker: _Worker) -> None:
         with self._lock:
             self._running.discard(worker)
         worker.kill()
+
+
+class _Lane:
+    """One thread's worker and the calls that it has not answered yet."""
+
+    def __init__(
+        self,
+        timeout_s: float,
+        start: Callable[[], _Worker],
+        stop: Callable[[_Worker], None],
+        finish: Callable[[_Call, Sequence[Grade]], None],
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._start = start
+        self._stop = stop
+        self._finish = finish
+        self._worker: _Worker | None = None
+        self._calls_at_once = 1
+        self._number = 0
+        self._open: dict[int, _Call] = {}
+        self._deadlines: dict[int, float] = {}
+        self._again: collections.deque[_Call] = collections.deque()
+        """Calls that were lost with a worker. Each is repeated alone."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes another call."""
+        is_repeating = bool(self._again) or any(call.attempts for call in self._open.values())
+        return not is_repeating and len(self._open) < self._calls_at_once
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do."""
+        return not self._open and not self._again
+
+    def start(self) -> None:
+        """Start a worker. RewardRefused, _WorkerLostError or OSError."""
+        self._worker = self._start()
+        self._calls_at_once = self._worker.calls_at_once
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._stop(self._worker)
+            self._worker = None
+
+    def take(self, call: _Call) -> None:
+        """Have the worker begin with ``call``."""
+        number = self._number = self._number + 1
+        self._open[number] = call
+        self._deadlines[number] = math.inf
+        try:
+            if self._worker is None:
+                self.start()
+            assert self._worker is not None
+            grace_s = _GRACE_S if self._worker.ends_late_calls else 0.0
+            self._deadlines[number] = time.monotonic() + self._timeout_s + grace_s
+            self._worker.send(number, call.responses, self._timeout_s + grace_s)
+        except TimeoutError:
+            self._late()
+        except (RewardRefused, _WorkerLostError, OSError) as error:
+            self._lost(str(error))
+
+    def step(self) -> None:
+        """Wait for one answer, or for a deadline."""
+        if not self._open and self._again:
+            self.take(self._again.popleft())
+        if not self._open:
+            return
+        assert self._worker is not None
+        try:
+            number, grades = self._worker.receive_grades(min(self._deadlines.values()))
+            self._close(number, grades)
+        except TimeoutError:
+            self._late()
+        except (_WorkerLostError, OSError) as error:
+            self._lost(str(error))
+
+    def _late(self) -> None:
+        # Perhaps by no fault of its text: somebody has stopped the process, or another call keeps it from going on.
+        is_unclear = len(self._open) > 1 or (
+            self._worker is not None and state_of(self._worker.process.pid) == "T"
+        )
+        now = time.monotonic()
+        self.stop()
+        reason = f"killed after {self._timeout_s:g} s"
+        for number, call in list(self._open.items()):
+            if self._deadlines[number] > now:
+                self._repeat(number, call)
+            elif is_unclear:
+                self._fail(number, call, reason)
+            else:
+                self._close(number, [Grade(None, reason)] * len(call.responses))
+
+    def _lost(self, reason: str) -> None:
+        self.stop()
+        for number, call in list(self._open.items()):
+            self._fail(number, call, reason)
+
+    def _fail(self, number: int, call: _Call, reason: str) -> None:
+        """An attempt has failed, perhaps by no fault of the call's own."""
+        call.attempts += 1
+        if call.attempts < _ATTEMPTS:
+            self._repeat(number, call)
+        else:
+            self._close(number, [Grade(None, reason)] * len(call.responses))
+
+    def _repeat(self, number: int, call: _Call) -> None:
+        del self._open[number], self._deadlines[number]
+        self._again.append(call)
+
+    def _close(self, number: int, grades: Sequence[Grade]) -> None:
+        call = self._open.pop(number)
+        del self._deadlines[number]
+        self._finish(call, grades)
 
 
 class _WorkerLostError(Exception):
@@ -207,36 +343,42 @@ class _Batch:
         self.finished = threading.Event()
         self._lock = threading.Lock()
 
-    def put(self, index: int, grade: Grade) -> None:
+    def put(self, start: int, grades: Sequence[Grade]) -> None:
         with self._lock:
-            self.grades[index] = grade
-            self.missing -= 1
+            self.grades[start : start + len(grades)] = grades
+            self.missing -= len(grades)
         if not self.missing:
             self.finished.set()
 
 
-@dataclass(frozen=True)
-class _Job:
+@dataclass(eq=False)
+class _Call:
+    """Responses of a batch that a grader is given at once."""
+
     batch: _Batch
-    index: int
-    response: Response
+    start: int
+    responses: Sequence[Response]
+    attempts: int = 0
+    """That have failed."""
 
 
 class _Worker:
     """A process and our end of its socket."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, reward: RewardKind) -> None:
+        self.calls_at_once = 1
+        self.ends_late_calls = False
+        self._has_children = "subprocess" in reward.permissions
+        self._received = b""
         self._connection, theirs = socket.socketpair()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (kill() closes it)
         command = [sys.executable, "-P", "-B", "-m", "megatron_chord.rewards.worker"]
-        command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid()), *arguments]
-        # No key of the run's environment comes near a grader; equal hashes make it repeatable.
-        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-        environment |= {"PYTHONPATH": str(_PACKAGE_ROOT), "PYTHONHASHSEED": "0"}
+        command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        command += ["--settings", json.dumps(to_json(reward))]
         with theirs:
             self.process = subprocess.Popen(
                 command,
-                env=environment,
+                env=_environment(reward),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -245,48 +387,65 @@ class _Worker:
             )
 
     def wait_until_ready(self) -> None:
+        """Raises RewardRefused when the user's function will not do, _WorkerLostError without a process."""
         try:
-            self._receive(time.monotonic() + _START_TIMEOUT_S)
+            reply = self._receive(time.monotonic() + _START_TIMEOUT_S)
         except TimeoutError:
             raise _WorkerLostError(f"no sign of life after {_START_TIMEOUT_S:g} s") from None
+        if "refused" in reply:
+            raise RewardRefused(reply["refused"])
+        self.calls_at_once, self.ends_late_calls = reply["calls"], reply["ends_late_calls"]
 
-    def grade(self, response: Response, timeout_s: float) -> Grade:
+    def send(self, number: int, responses: Sequence[Response], timeout_s: float) -> None:
         """Raises TimeoutError when late, _WorkerLostError when the process died."""
-        deadline = time.monotonic() + timeout_s
         self._connection.settimeout(timeout_s)
-        request = json.dumps(dataclasses.asdict(response), default=str).encode() + b"\n"
+        request = {"id": number, "responses": [dataclasses.asdict(response) for response in responses]}
         try:
-            self._connection.sendall(request)
+            self._connection.sendall(json.dumps(request, default=str).encode() + b"\n")
         except (BrokenPipeError, ConnectionResetError):
             raise self._lost() from None
+
+    def receive_grades(self, deadline: float) -> tuple[int, list[Grade]]:
+        """The number of a call and its grades. Raises TimeoutError, or _WorkerLostError when the process died."""
         reply = self._receive(deadline)
-        score, error = reply.get("score"), reply.get("error")
-        if isinstance(score, float) and math.isfinite(score):
-            return Grade(score)
-        return Grade(None, str(error))
+        return reply["id"], [
+            Grade(result["score"], None, result["parts"])
+            if "score" in result
+            else Grade(None, result["error"])
+            for result in reply["results"]
+        ]
+
+    def kill_group(self) -> None:
+        """The process and all that it has started. It is the leader of a session of its own."""
+        pids = descendants(self.process.pid) if self._has_children else []
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        self.process.kill()
+        self.kill_group()
         # Killed but stuck in the kernel, it will be gone with its last system call.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_KILL_TIMEOUT_S)
         self._connection.close()
         self._stderr.close()
 
-    def _receive(self, deadline: float) -> dict:
-        line = b""
-        while not line.endswith(b"\n"):
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._received:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
             self._connection.settimeout(remaining)
             try:
-                part = self._connection.recv(4096)
+                part = self._connection.recv(1 << 16)
             except ConnectionResetError:
                 part = b""
-            if not part or len(line) > _MAX_REPLY_BYTES:
+            if not part or len(self._received) > _MAX_REPLY_BYTES:
                 raise self._lost()
-            line += part
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
         try:
             return json.loads(line)
         except ValueError:
@@ -300,3 +459,13 @@ class _Worker:
         self._stderr.seek(0)
         printed = self._stderr.read().decode(errors="replace").strip()[-500:]
         return _WorkerLostError(f"the grader process died ({status}){': ' + printed if printed else ''}")
+
+
+def _environment(reward: RewardKind) -> dict[str, str]:
+    """No key of the run comes near a grader that does not ask for it; equal hashes make it repeatable."""
+    kept = (*_KEPT_ENVIRONMENT, *reward.variables)
+    path = [str(_PACKAGE_ROOT)]
+    if reward.RUNS_USERS_CODE and "PYTHONPATH" in os.environ:
+        path.append(os.environ["PYTHONPATH"])
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    return environment | {"PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"}

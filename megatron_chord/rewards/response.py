@@ -25,3 +25,13 @@ class Response:
     """Of the answer, the stop token included."""
     source: str = ""
     """Name of the prompt's data source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowNeeds:
+    """What a reward reads of a prompt's row."""
+
+    truth: bool = True
+    """The true answer: a row without one is faulty."""
+    fields: bool = False
+    """All fields of the row."""

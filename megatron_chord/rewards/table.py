@@ -9,10 +9,11 @@ from typing import Any, get_args, get_type_hints
 
 from megatron_chord.rewards.kinds.base import RewardKind, WholeReward
 from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 
-RewardConfig = MathReward | ExactReward | ToolCallsReward
+RewardConfig = MathReward | ExactReward | ToolCallsReward | FunctionReward
 """The block ``reward``. Its ``kind`` chooses one of these; the first is the default."""
 
 KINDS: dict[str, type[RewardKind]] = {member.kind: member for member in get_args(RewardConfig)}

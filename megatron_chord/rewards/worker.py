@@ -1,33 +1,68 @@
 """One grader process: `python -m megatron_chord.rewards.worker`, started by `rewards.pool` and nobody else.
 
-It reads a `Response` and answers ``{"score"}`` or ``{"error"}``, a JSON line each, over the socket it
-inherits. It assumes that the text is hostile and that the grading library swallows exceptions: what it forbids and
-what it runs out of is noted on the side, so that neither can pass for a wrong answer.
+It reads ``{"id", "responses"}`` and answers ``{"id", "results"}``, a JSON line each, over the socket it inherits; a
+result is ``{"score", "parts"}`` or ``{"error"}``. It assumes that the text is hostile and that a grading library
+swallows exceptions: what it forbids and what it runs out of is noted on the side, so that neither can pass for a wrong
+answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import math
+import numbers
 import os
 import re
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from megatron_chord.processes import die_with_parent
+from megatron_chord.rewards.kinds.base import Permission, RewardKind
+from megatron_chord.rewards.kinds.function import is_async
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import from_json
 
 _MAX_FILE_BYTES = 1 << 20  # its stderr, and nothing else
+_MAX_LINE_BYTES = 1 << 30
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "urllib.", "http.")
+_EVENTS: dict[Permission, tuple[str, ...]] = {
+    "network": ("socket.", "urllib.", "http."),
+    "subprocess": (
+        "subprocess.",
+        "pty.",
+        "os.exec",
+        "os.fork",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "os.kill",
+    ),
+    "files": (
+        *(
+            "shutil.",
+            "tempfile.",
+            "os.chmod",
+            "os.chown",
+            "os.link",
+            "os.lockf",
+            "os.mkdir",
+            "os.remove",
+            "os.rename",
+        ),
+        *("os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime"),
+    ),
+}
+"""Audit events by what must be allowed for them: beginnings of their names. Opening a file to write is another."""
+_NEVER = ("os.", "ctypes.", "signal.")
+"""Beginnings of the names of further events that a grader of this package has no reason for."""
 _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 _EXHAUSTION = (MemoryError, RecursionError)
 # What sympy's own parser evaluates when it is given a number: Integer (2 ), Float ('1.5' ).
@@ -37,32 +72,60 @@ _NUMBER_CODE = re.compile(r"\s*-?\s*(?:Integer|Float|Rational)\s*\(\s*'?[0-9.eE+
 class Watch:
     """Notes what went wrong during one grading, also when the grader caught it."""
 
-    def __init__(self) -> None:
-        self.findings: list[str] = []
+    def __init__(self, permissions: frozenset[Permission] = frozenset(), *, is_users: bool = False) -> None:
+        """``is_users``: the grader is not this package's. Only what needs a permission is then forbidden."""
         self.exhausted = False
+        self._permissions = permissions
+        self._is_users = is_users
+        self._open: list[list[str]] = []
 
-    def start(self) -> None:
-        self.findings.clear()
-        sys.settrace(self._trace_call)
-
-    def stop(self) -> None:
-        # Python drops a trace function that fails, which ours does only for want of stack or memory.
-        if sys.gettrace() is None:
-            self.findings.append("ran out of stack")
-        sys.settrace(None)
+    @contextlib.contextmanager
+    def findings(self) -> Iterator[list[str]]:
+        """What is found during the block. Blocks may overlap (``async``); each then has the findings of all."""
+        found: list[str] = []
+        self._open.append(found)
+        if not self._is_users:
+            sys.settrace(self._trace_call)
+        try:
+            yield found
+        finally:
+            if not self._is_users:
+                # Python drops a trace function that fails, which ours does only for want of stack or memory.
+                if sys.gettrace() is None:
+                    self._note("ran out of stack")
+                sys.settrace(None)
+            self._open = [other for other in self._open if other is not found]
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
-        """Hook for `sys.addaudithook`: no processes, no network, no written files."""
-        if event == "open":
-            forbidden = bool((args[2] or 0) & _WRITE_FLAGS)
-        else:
-            forbidden = event.startswith(_FORBIDDEN) and event not in _HARMLESS
-        if forbidden:
-            self.refuse(f"tried {event}")
+        """Hook for `sys.addaudithook`: no processes, no network, no written files, unless they are allowed."""
+        needed = self._needed(event, args)
+        if needed is not None and needed not in self._permissions:
+            hint = f"; reward.allow has no {needed}" if self._is_users else ""
+            self.refuse(f"tried {event}{hint}")
 
     def refuse(self, finding: str) -> None:
-        self.findings.append(finding)
+        self._note(finding)
         raise PermissionError(f"a grader {finding}")
+
+    def _note(self, finding: str) -> None:
+        for found in self._open:
+            found.append(finding)
+
+    def _needed(self, event: str, args: tuple[Any, ...]) -> str | None:
+        """What must be allowed for an event; None where it is free."""
+        if event == "open":
+            is_new = (
+                not isinstance(args[0], int) and args[0] != os.devnull
+            )  # no descriptor that is open already
+            return "files" if is_new and (args[2] or 0) & _WRITE_FLAGS else None
+        if event == "socket.__new__" and args[1] == socket.AF_UNIX and self._is_users:
+            return None  # one end of a pair: to reach anybody else it would have to connect
+        for permission, beginnings in _EVENTS.items():
+            if event.startswith(beginnings):
+                return permission
+        if event.startswith(_NEVER) and event not in _HARMLESS and not self._is_users:
+            return "anything"
+        return None
 
     def _trace_call(self, frame: FrameType, event: str, arg: Any) -> Any:
         frame.f_trace_lines = False
@@ -71,28 +134,112 @@ class Watch:
     def _trace_exception(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "exception" and issubclass(arg[0], _EXHAUSTION):
             # Keep the exception no longer than this: it holds the frames that hold the memory.
-            self.findings.append(f"ran out of {'memory' if issubclass(arg[0], MemoryError) else 'stack'}")
+            self._note(f"ran out of {'memory' if issubclass(arg[0], MemoryError) else 'stack'}")
             self.exhausted = self.exhausted or issubclass(arg[0], MemoryError)
         return self._trace_exception
+
+
+class Grading:
+    """A loaded grader, and what becomes of its calls."""
+
+    def __init__(self, reward: RewardKind, grader: Callable[[Any], Any], watch: Watch) -> None:
+        self._reward = reward
+        self._grader = grader
+        self._watch = watch
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with self._watch.findings() as findings:
+            try:
+                value = self._grader(self._argument(request))
+            except (
+                Exception
+            ) as error:  # the boundary: whatever a grader raises is this grading's error, not a crash
+                return self._failed(request, error)
+        return self._reply(request, value, findings)
+
+    async def answer_async(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        limit_s = self._reward.timeout_s
+        with self._watch.findings() as findings:
+            try:
+                async with asyncio.timeout(limit_s) as timeout:
+                    value = await self._grader(self._argument(request))
+            except Exception as error:
+                if timeout.expired():
+                    return _all_failed(request, f"took longer than {limit_s:g} s")
+                return self._failed(request, error)
+        return self._reply(request, value, findings)
+
+    def _argument(self, request: Mapping[str, Any]) -> Any:
+        responses = [Response(**item) for item in request["responses"]]
+        return responses if self._reward.list_size else responses[0]
+
+    def _failed(self, request: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+        self._watch.exhausted = self._watch.exhausted or isinstance(error, MemoryError)
+        return _all_failed(request, self._reward.error_text(error)[:500])
+
+    def _reply(self, request: Mapping[str, Any], value: Any, findings: Sequence[str]) -> dict[str, Any]:
+        size, values = len(request["responses"]), [value]
+        if self._reward.list_size:
+            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != size:
+                given = f"{len(value)} of them" if isinstance(value, Sequence) else f"{value!r:.80}"
+                return _all_failed(request, f"the grader must return a list of {size} results, got {given}")
+            values = list(value)
+        return {"id": request["id"], "results": [self._result(item, findings) for item in values]}
+
+    def _result(self, value: Any, findings: Sequence[str]) -> dict[str, Any]:
+        result = _measured(value)
+        # A proof of equality stands whatever failed on the way to it.
+        if findings and (self._reward.RUNS_USERS_CODE or result.get("score") != 1.0):
+            return {"error": f"the grader {findings[0]}"}
+        return result
 
 
 def main() -> None:
     options = _options()
     reward = from_json(json.loads(options.settings))
-    _confine(options.parent, reward.memory_mb << 20)
+    _confine(options.parent, reward)
     connection = socket.socket(fileno=options.fd)
-    grader = reward.load()  # only now, under the memory limit: importing is the expensive part
+    try:
+        grader = reward.load()  # only now, under the memory limit: importing is the expensive part
+    except ValueError as error:
+        _send(connection, {"refused": str(error)})
+        return
     if reward.EXAMPLE is not None:
         grader(reward.EXAMPLE)
-    watch = Watch()
-    _guard_sympy(watch)
-    _send(connection, {"ready": True})
+    watch = Watch(reward.permissions, is_users=reward.RUNS_USERS_CODE)
+    if not reward.RUNS_USERS_CODE:
+        _guard_sympy(watch)
+    grading = Grading(reward, grader, watch)
+    if is_async(grader):
+        asyncio.run(_serve_async(connection, grading, watch, calls=reward.calls_at_once))
+    else:
+        _serve(connection, grading, watch)
+
+
+def _serve(connection: socket.socket, grading: Grading, watch: Watch) -> None:
+    _send(connection, {"calls": 1, "ends_late_calls": False})
     sys.addaudithook(watch.audit)
     for line in connection.makefile("rb"):
-        grading = partial(grader, Response(**json.loads(line)))
-        _send(connection, _answer(watch, grading))
+        _send(connection, grading.answer(json.loads(line)))
         if watch.exhausted:
             return  # the pool starts a fresh one
+
+
+async def _serve_async(connection: socket.socket, grading: Grading, watch: Watch, *, calls: int) -> None:
+    """Calls run side by side; the pool sends no more than ``calls`` at a time."""
+    reader, writer = await asyncio.open_unix_connection(sock=connection, limit=_MAX_LINE_BYTES)
+    writer.write(_line({"calls": calls, "ends_late_calls": True}))
+    sys.addaudithook(watch.audit)
+    running: set[asyncio.Task[None]] = set()
+
+    async def serve(line: bytes) -> None:
+        writer.write(_line(await grading.answer_async(json.loads(line))))
+
+    while not watch.exhausted and (line := await reader.readline()):
+        task = asyncio.create_task(serve(line))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await writer.drain()
 
 
 def _options() -> argparse.Namespace:
@@ -103,13 +250,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _confine(parent: int, memory_bytes: int) -> None:
+def _confine(parent: int, reward: RewardKind) -> None:
     die_with_parent(parent)
     # Signals meant for the run reach every process of a Slurm step; the pool decides when a worker ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
+    if "files" not in reward.permissions:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
+    memory_bytes = reward.memory_mb << 20
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
 
@@ -131,24 +280,43 @@ def _only_numbers(eval_expr: Any, watch: Watch) -> Any:
     return checked
 
 
-def _answer(watch: Watch, grade: Callable[[], float]) -> dict[str, Any]:
-    watch.start()
-    try:
-        score = float(grade())
-    except Exception as error:  # the boundary: whatever a grader raises is this grading's error, not a crash
-        watch.exhausted = watch.exhausted or isinstance(error, MemoryError)
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        watch.stop()
-    if watch.findings and score != 1.0:  # a proof of equality stands whatever failed on the way to it
-        return {"error": f"the grader {watch.findings[0]}"}
-    if not math.isfinite(score):
-        return {"error": f"the grader returned {score}"}
-    return {"score": score}
+def _measured(value: Any) -> dict[str, Any]:
+    """A number, or several that add up to the score, as a result; an error for anything else."""
+    if isinstance(value, Mapping):
+        wrong = [name for name in value if not isinstance(name, str)]
+        if wrong or not value:
+            return {"error": f"the grader returned {value!r:.80}, expected a mapping of names to numbers"}
+        parts: dict[str, float] = {}
+        for name, part in value.items():
+            number = _number(part)
+            if isinstance(number, str):
+                return {"error": f"the grader returned {number} for `{name}`, expected a finite number"}
+            parts[name] = number
+        return {"score": math.fsum(parts.values()), "parts": parts}
+    number = _number(value)
+    if isinstance(number, str):
+        return {"error": f"the grader returned {number}, expected a finite number"}
+    return {"score": number, "parts": {}}
+
+
+def _number(value: Any) -> float | str:
+    """The value as a finite float, or what it is instead."""
+    if not isinstance(value, numbers.Real):
+        return f"{value!r:.80} ({type(value).__name__})"
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _all_failed(request: Mapping[str, Any], error: str) -> dict[str, Any]:
+    return {"id": request["id"], "results": [{"error": error}] * len(request["responses"])}
 
 
 def _send(connection: socket.socket, reply: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(reply).encode() + b"\n")
+    connection.sendall(_line(reply))
+
+
+def _line(reply: dict[str, Any]) -> bytes:
+    return json.dumps(reply).encode() + b"\n"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from megatron_chord.methods.base import Method
 from megatron_chord.model.fp8 import set_environment
 from megatron_chord.precision import preset
 from megatron_chord.report.page import REPORT, write_report
-from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rewards.pool import GraderPool, check_reward
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.runtime.parallel import ParallelGroups
@@ -123,6 +123,7 @@ def train(
 
         def prepare() -> None:
             nonlocal claimed, data
+            check_reward(run.reward)
             data = load_data(run, shape)
             claimed = claim(run, resume=resume, overwrite=overwrite)
             stack.callback(_report, claimed)  # when servers and logs are closed, however the run ends

@@ -129,9 +129,8 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         "overlong": run.data.overlong,
         "max_dropped": run.data.max_dropped,
     }
-    asked = load_sources(
-        run.data.prompts, template, partial(load_prompts, observe=observe.get("prompts"), **limits)
-    )
+    read_prompts = partial(load_prompts, needs=run.reward.NEEDS, **limits)
+    asked = load_sources(run.data.prompts, template, partial(read_prompts, observe=observe.get("prompts")))
     shown = load_sources(
         run.data.demonstrations,
         template,
@@ -144,7 +143,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         ),
     )
     held_out = load_sources(
-        run.data.evaluation, template, partial(load_prompts, observe=observe.get("evaluation"), **limits)
+        run.data.evaluation, template, partial(read_prompts, observe=observe.get("evaluation"))
     )
     reports = [
         *asked.lines("prompts    "),

@@ -37,6 +37,11 @@ def test_a_good_file_passes(task: Path) -> None:
         ("batch.rollout=4", "unknown setting 'batch.rollout'; did you mean batch.rollouts?"),
         ("parallel.tensor=3", "2 attention heads / tensor 3"),
         ("method=lufy", "did you mean luffy?"),
+        ("reward={kind: function, name: f, path: nowhere.py}", "reward.path: nowhere.py does not exist"),
+        (
+            "reward={kind: function, name: f, path: pyproject.toml}",
+            "override 'reward={kind: function, name: f, path: pyproject.toml}': reward.path: pyproject.toml is not a",
+        ),
         (
             "method=dapo",
             "method.name: 'dapo' is a preset of method chord: write base: examples/methods/dapo.yaml",

@@ -15,6 +15,7 @@ from megatron_chord.config_io import ConfigError, dump_config, load_config, loca
 from megatron_chord.config_nodes import setting_names
 from megatron_chord.rewards.kinds.base import OverlongConfig
 from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
 from tests.support.ranks import ROOT
 
@@ -916,3 +917,21 @@ def test_overrides_of_a_source(tmp_path: Path) -> None:
 def test_sources_that_will_not_do(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml:\d+: .*" + re.escape(reason)):
         load_prompts_of(tmp_path, text)
+
+
+def test_a_reward_function_is_found_from_the_folder_of_its_yaml_file(tmp_path: Path) -> None:
+    reward = load(tmp_path, "reward: {kind: function, path: my.py, name: score, allow: [network]}\n").reward
+    assert reward == FunctionReward(path=tmp_path / "my.py", name="score", allow=("network",))
+    assert "reward.allow: 'internet' is none of network, subprocess, files" in only_finding(
+        tmp_path, "reward: {kind: function, path: my.py, name: score, allow: [internet]}\n"
+    )
+    assert findings(write(tmp_path, GOOD + "reward: function\n")) == [
+        "run.yaml:11: reward.path is missing",
+        "run.yaml:11: reward.name is missing",
+    ]
+
+
+def test_settings_of_another_kind_of_reward_are_refused(tmp_path: Path) -> None:
+    assert "unknown setting 'reward.answer_marker'; known with `kind: tool_calls`" in only_finding(
+        tmp_path, "reward: {kind: tool_calls, answer_marker: x}\n"
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.rewards.format import FormatRule
-from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.response import Response, RowNeeds
+
+Permission = Literal["network", "subprocess", "files"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,10 @@ class RewardKind(WholeReward):
 
     EXAMPLE: ClassVar[Response | None] = None
     """A right answer. It is graded once when a worker starts, to import what is imported late."""
+    RUNS_USERS_CODE: ClassVar[bool] = False
+    """The grader is not part of this package."""
+    NEEDS: ClassVar[RowNeeds] = RowNeeds()
+    """What the grader reads of the prompt's row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,12 +76,45 @@ class RewardKind(WholeReward):
             }
         )
 
+    @property
+    def label(self) -> str:
+        """Its name in the metrics."""
+        return self.kind
+
+    @property
+    def permissions(self) -> frozenset[Permission]:
+        """What its workers may do beside reading files and computing."""
+        return frozenset()
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Environment variables that its workers get."""
+        return ()
+
+    @property
+    def list_size(self) -> int | None:
+        """The grader is called with lists of up to so many responses; with single ones where None."""
+        return None
+
+    @property
+    def calls_at_once(self) -> int:
+        """In each worker, where the grader is ``async``."""
+        return 1
+
     def load(self) -> Callable[[Any], Any]:
         """The grader, called in the worker process alone. Import heavy libraries here and not in the kind's file.
 
-        A grader returns the reward of a response and raises when it cannot tell.
+        A grader returns the reward of a response, or several named rewards that add up to it, and raises when it cannot
+        tell.
+
+        Raises:
+            ValueError: the user's settings have no grader, with the reason.
         """
         raise NotImplementedError
+
+    def error_text(self, error: Exception) -> str:
+        """What is told of an exception of the grader."""
+        return f"{type(error).__name__}: {error}"
 
     def has_answer(self, text: str) -> bool:
         """Whether a response states an answer, in the place where this kind looks for one."""

@@ -106,6 +106,8 @@ def test_fingerprint_sees_every_field_and_the_order() -> None:
         [replace(first, truth="2")],
         [replace(first, token_ids=(1, 3))],
         [replace(first, token_ids=(1, 2, 2))],
+        [replace(first, fields={"level": 1})],
+        [replace(first, fields={"level": 2})],
         [demonstration],
         [replace(demonstration, trainable=(True, True))],
     ]

@@ -7,6 +7,7 @@ import pytest
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.rewards.response import RowNeeds
 from tests.support.files import write_rows
 
 
@@ -83,3 +84,37 @@ def test_gsm8k(math_data: Path, chatml: ChatTemplate) -> None:
     assert prompts[0].id == "gsm8k-test-0"
     assert prompts[0].truth == "18"
     assert "ducks lay 16 eggs per day" in prompts[0].messages[0]["content"]
+
+
+def test_a_reward_that_needs_no_truth_gets_rows_without_one(tmp_path: Path, chatml: ChatTemplate) -> None:
+    path = write_rows(
+        tmp_path / "p.jsonl", {"problem": "write", "rubric": "short"}, {"problem": "1?", "answer": 1}
+    )
+    prompts, _ = load_prompts(
+        path, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(truth=False)
+    )
+    assert [(prompt.truth, dict(prompt.fields)) for prompt in prompts] == [("", {}), ("1", {})]
+    with pytest.raises(DataError, match=r"p\.jsonl:1: has none of `answer`, `truth`"):
+        load(path, chatml)
+    broken = write_rows(tmp_path / "q.jsonl", {"problem": "1?", "answer": [1]})
+    with pytest.raises(DataError, match="`answer` must be a string or a number"):
+        load_prompts(broken, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(truth=False))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"problem": "prompt.0.content", "answer": "reward_model.ground_truth"}]
+)
+def test_a_prompt_keeps_its_row_as_the_file_has_it(
+    tmp_path: Path, chatml: ChatTemplate, fields: dict[str, str]
+) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "1?"}],
+        "reward_model": {"ground_truth": "1", "style": "rule"},
+        "level": 3,
+    }
+    path = write_rows(tmp_path / "p.jsonl", row)
+    (prompt,), _ = load_prompts(
+        path, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(fields=True), fields=fields
+    )
+    assert prompt.fields == row
+    assert prompt.truth == "1"

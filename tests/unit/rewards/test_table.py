@@ -3,11 +3,13 @@ from __future__ import annotations
 import ast
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import megatron_chord.rewards.kinds
 from megatron_chord.rewards.kinds.base import RewardKind
+from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.table import KINDS, RewardConfig, from_json, to_json
 
 FOLDER = Path(megatron_chord.rewards.kinds.__file__).parent
@@ -40,4 +42,8 @@ def test_a_kind_reaches_its_worker_as_it_is(name: str) -> None:
 
 
 def sample_of(kind: type[RewardKind]) -> RewardKind:
-    return kind(workers=3, timeout_s=1.5, format="chord")
+    """With settings of its own where it has required ones."""
+    own: dict[str, Any] = {}
+    if kind is FunctionReward:
+        own = {"path": Path("my.py"), "name": "score", "allow": ("network", "files"), "batch_size": 4}
+    return kind(workers=3, timeout_s=1.5, format="chord", **own)

@@ -15,6 +15,7 @@ sys.path.insert(0, {root!r})
 import sympy
 import sympy.parsing.sympy_parser as parser
 from megatron_chord.rewards import worker
+from megatron_chord.rewards.kinds.exact import ExactReward
 watch = worker.Watch()
 parser.eval_expr = worker._only_numbers(parser.eval_expr, watch)
 sys.addaudithook(watch.audit)
@@ -23,13 +24,15 @@ def grade():
     {attempt}
     return 0.0
 
-def swallowing():
+def swallowing(response):
     try:
         return grade()
     except Exception:
         return 0.0
 
-print(worker._answer(watch, swallowing).get("error"))
+request = {{"id": 1, "responses": [{{"text": ""}}]}}
+(result,) = worker.Grading(ExactReward(), swallowing, watch).answer(request)["results"]
+print(result.get("error"))
 """
 
 
@@ -73,4 +76,4 @@ def test_numbers_and_reading_are_allowed(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
-    assert error_of("return float('nan')", tmp_path) == "the grader returned nan"
+    assert error_of("return float('nan')", tmp_path) == "the grader returned nan, expected a finite number"

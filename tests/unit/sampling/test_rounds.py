@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_chord.records import Prompt, Rollout
+from megatron_chord.rewards.response import Response
 from megatron_chord.sampling.recorded import rollout_of
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
+from megatron_chord.sampling.rounds import RolloutRequest, Sampling, response_to, sample
 from tests.support.decoding import END, DecodingClient
 
 SAMPLING = Sampling(num_samples=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))
@@ -155,3 +156,25 @@ def test_rollouts_of_several_versions_survive_a_file() -> None:
 def test_spans_agree_with_the_rest_of_a_rollout(spans: Any) -> None:
     with pytest.raises(AssertionError):
         Rollout(token_ids=(5, 6), logprobs=(0, 0), finish_reason="stop", weight_version=1, spans=spans)
+
+
+def test_a_grader_is_given_the_whole_answer_and_its_prompts_row() -> None:
+    prompt = Prompt(
+        id="1",
+        messages=({"role": "user", "content": "?"},),
+        truth="4",
+        token_ids=(1,),
+        source="math",
+        fields={"level": 3},
+    )
+    rollout = Rollout(token_ids=(5, 6), logprobs=(-1.0, -2.0), finish_reason="length", weight_version=0)
+    ask = RolloutRequest(prompt=prompt, seed=0, prefix=(7, 8, 9))
+    assert response_to(ask, rollout, "so 4") == Response(
+        text="so 4",
+        truth="4",
+        messages=({"role": "user", "content": "?"},),
+        fields={"level": 3},
+        finish_reason="length",
+        num_tokens=5,
+        source="math",
+    )
