@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
-    from megatron_chord.rewards.pool import check_reward
+    from megatron_chord.rewards.graders import check_reward
     from megatron_chord.train.setup import check_run, load_data, plan_lines
 
     try:

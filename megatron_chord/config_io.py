@@ -199,12 +199,20 @@ class _Reader:
         return self._scalar(node, kind, where, field)
 
     def _list(self, node: yaml.Node, item: Any, where: str, field: Any) -> tuple[Any, ...]:
-        """A list of single values; one path may stand for a list of one."""
+        """A list of single values, where one path may stand for a list of one; or of blocks of several kinds."""
         if item is Path and isinstance(node, yaml.ScalarNode):
             return (self._scalar(node, item, where, field),)
         if not isinstance(node, yaml.SequenceNode):
             raise self._fail(node, f"{where}: expected a list, got {_shown(node)}")
-        return tuple(self.read(part, item, where) for part in node.value)
+        return tuple(self._item(part, item, where, index) for index, part in enumerate(node.value))
+
+    def _item(self, node: yaml.Node, kind: Any, where: str, index: int) -> Any:
+        """Of a list. A block among others is named by its place, and a rule's finding belongs to its own lines."""
+        if not members(kind):
+            return self.read(node, kind, where)
+        block = as_block(node, kind)
+        places = given_places(block, where.rpartition(".")[0]) if isinstance(block, yaml.MappingNode) else {}
+        return _Reader(places, self.findings).read(block, kind, f"{where}[{index}]")
 
     def _blocks(self, node: yaml.Node, kind: Any, where: str) -> tuple[Any, ...]:
         items = as_list(node, kind)

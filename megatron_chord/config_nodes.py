@@ -130,11 +130,26 @@ def _shorthand(kind: Any) -> str | None:
 
 
 def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
-    """``phi`` -> ``{kind: phi}`` where a single value may stand for a block."""
+    """``phi`` -> ``{kind: phi}``, ``[a, b]`` -> ``{kind: sum, terms: [a, b]}`` where they may stand for a block."""
+    if isinstance(node, yaml.SequenceNode):
+        return _from_list(node, kind)
     key = _shorthand(kind)
     if key is None or not isinstance(node, yaml.ScalarNode) or is_null(node):
         return node
     return _mapping([(_key(key, node), node)], node)
+
+
+def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
+    """The block of which a list is short for one setting, where there is such a block (``from_list``)."""
+    key = choice(kind)
+    for member in members(kind):
+        for field in dataclasses.fields(member):
+            if key is not None and field.metadata.get("from_list"):
+                name = yaml.ScalarNode(
+                    _STR, member.__dataclass_fields__[key].default, node.start_mark, node.end_mark
+                )
+                return _mapping([(_key(key, node), name), (_key(field.name, node), node)], node)
+    return node
 
 
 def read_files(

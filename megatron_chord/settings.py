@@ -273,6 +273,10 @@ def _type_name(kind: Any) -> str:
         return " | ".join(args)
     if typing.get_origin(kind) is dict:
         return f"name: {_type_name(args[1])}"
+    if blocks := members(args[0]) if typing.get_origin(kind) is tuple else ():
+        key = choice(args[0])
+        names = [_type_name(typing.get_type_hints(block)[key]) for block in blocks] if key else []
+        return f"list of blocks{f' of {key} ' if key else ''}{' | '.join(names)}"
     if typing.get_origin(kind) is tuple:
         return f"list of {_type_name(args[0])}"
     if args:

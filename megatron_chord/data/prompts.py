@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from megatron_chord.records import Prompt
 from megatron_chord.rewards.response import RowNeeds
 
 
-def load_prompts(
+def load_prompts(  # noqa: PLR0913
     data: Path | Sequence[Path],
     template: ChatTemplate,
     *,
@@ -30,7 +30,7 @@ def load_prompts(
     max_dropped: float = 0.0,
     source: str = "",
     observe: Observe | None = None,
-    needs: RowNeeds = RowNeeds(),  # noqa: B008 (it is frozen)
+    needs: Callable[[str], RowNeeds] = lambda source: RowNeeds(),
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
@@ -38,20 +38,21 @@ def load_prompts(
     `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
     The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
-    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry. ``observe`` is called for each row.
-    ``needs``: without ``truth`` a row may lack a true answer, which is "" then; with ``fields`` a prompt keeps all
-    fields of its row.
+    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry. ``observe`` is called for each
+    row. ``needs`` says what the reward reads of a source's rows: without ``truth`` a row may lack a true answer, which
+    is "" then; with ``fields`` a prompt keeps all fields of its row.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.
     """
+    needed = needs(source)
     seen: dict[str, str] = {}
 
     def parse(row: Row) -> Prompt | None:
         messages = conversation(row, template)
         if messages[-1]["role"] != "user":
             raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
-        truth = true_answer(row) if needs.truth or has_truth(row) else ""
+        truth = true_answer(row) if needed.truth or has_truth(row) else ""
         identity = row_id(row, seen)
         token_ids = template.prompt_ids(messages)
         is_overlong = len(token_ids) > max_prompt_tokens
@@ -71,7 +72,7 @@ def load_prompts(
             if overlong == "fail":
                 raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
             return None
-        kept = dict(row.given or row.fields) if needs.fields else {}
+        kept = dict(row.given or row.fields) if needed.fields else {}
         return Prompt(
             id=identity, messages=messages, truth=truth, token_ids=token_ids, source=source, fields=kept
         )

@@ -11,11 +11,11 @@ _SHOWN = 60
 """Characters of a truth."""
 
 
-def doubts(prompts: Sequence[Prompt], is_text: Callable[[str], bool] | None = None) -> list[str]:
+def doubts(prompts: Sequence[Prompt], is_text: Callable[[Prompt], bool] = lambda prompt: False) -> list[str]:
     """A line for each kind of doubt, with its number and the first example; nothing where there is none.
 
     Args:
-        is_text: whether the grader can compare a truth only as text; None for graders that compare no mathematics.
+        is_text: whether the grader can compare the prompt's truth only as text.
     """
     lines = []
     pairs = conflicting(prompts)
@@ -23,7 +23,7 @@ def doubts(prompts: Sequence[Prompt], is_text: Callable[[str], bool] | None = No
         first, other = pairs[0]
         problems = "1 problem has" if len(pairs) == 1 else f"{len(pairs)} problems have"
         lines.append(f"{problems} several truths, e.g. {_told(first)} and {_told(other)}")
-    texts = [prompt for prompt in prompts if is_text is not None and is_text(prompt.truth)]
+    texts = [prompt for prompt in prompts if is_text(prompt)]
     if texts:
         truths = "1 of 1 truth reads" if len(prompts) == 1 else f"{len(texts)} of {len(prompts)} truths read"
         lines.append(f"{truths} as text, e.g. {_told(texts[0])}: a right answer in other words gets 0")

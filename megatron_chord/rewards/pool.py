@@ -64,19 +64,6 @@ def longest_grading_s(timeout_s: float) -> float:
     return _ATTEMPTS * (_START_TIMEOUT_S + timeout_s + _KILL_TIMEOUT_S)
 
 
-def check_reward(reward: RewardKind) -> None:
-    """Load a grader that is not this package's, in a process that then ends.
-
-    Raises:
-        RewardRefused: why it cannot be used.
-    """
-    if reward.RUNS_USERS_CODE:
-        try:
-            GraderPool(dataclasses.replace(reward, workers=1)).close()
-        except RuntimeError as error:
-            raise RewardRefused(f"reward.path: {error}") from error
-
-
 class GraderPool:
     """Worker processes that grade with one kind of reward. Use it as a context manager.
 

@@ -1,22 +1,76 @@
-"""The kinds of reward. A new kind is one file in ``rewards/kinds`` and one entry here."""
+"""The kinds of reward. A new kind is one file in ``rewards/kinds`` and one entry in ``TermConfig``."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
+from megatron_chord.config_checks import require
 from megatron_chord.rewards.kinds.base import RewardKind, WholeReward
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
+from megatron_chord.rewards.response import RowNeeds
 
-RewardConfig = MathReward | ExactReward | ToolCallsReward | FunctionReward
-"""The block ``reward``. Its ``kind`` chooses one of these; the first is the default."""
+TermConfig = MathReward | ExactReward | ToolCallsReward | FunctionReward
+"""Every kind of reward, chosen by ``kind``; the first is the default."""
 
-KINDS: dict[str, type[RewardKind]] = {member.kind: member for member in get_args(RewardConfig)}
+KINDS: dict[str, type[RewardKind]] = {member.kind: member for member in get_args(TermConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumReward(WholeReward):
+    """The weighted sum of several rewards. A list of them in place of the block means the same."""
+
+    kind: Literal["sum"] = "sum"
+    terms: tuple[TermConfig, ...] = field(metadata={"from_list": True})
+    """Blocks as `reward` itself, each with its weight. Of those that grade a prompt the first says whether an answer is
+    right: it alone is the score that evaluations, dynamic sampling and methods go by."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.terms) > 0, "reward.terms lists no reward")
+        whole = WholeReward()
+        for term in self.terms:
+            require(
+                (term.overlong, term.max_error_rate) == (whole.overlong, whole.max_error_rate),
+                "reward.overlong and reward.max_error_rate hold for all terms together: write reward: {kind: sum, "
+                "terms: [...], overlong: ..., max_error_rate: ...}",
+            )
+
+
+RewardConfig = TermConfig | SumReward
+"""The block ``reward``."""
+
+
+def terms_of(reward: RewardConfig) -> dict[str, RewardKind]:
+    """The rewards that it is made of, by their names in the metrics."""
+    terms: Sequence[RewardKind] = reward.terms if isinstance(reward, SumReward) else (reward,)
+    named: dict[str, RewardKind] = {}
+    for term in terms:
+        others = sum(name == term.label or name.startswith(f"{term.label}_") for name in named)
+        named[f"{term.label}_{others + 1}" if others else term.label] = term
+    return named
+
+
+def needs_of(reward: RewardConfig, source: str) -> RowNeeds:
+    """What the rewards read of the rows of a data source."""
+    needs = [term.NEEDS for term in terms_of(reward).values() if term.grades(source)]
+    return RowNeeds(truth=any(need.truth for need in needs), fields=any(need.fields for need in needs))
+
+
+def check_sources(reward: RewardConfig, sources: Iterable[str]) -> None:
+    """ValueError unless every data source has a reward, and every source that a reward names is one of them."""
+    terms, known = terms_of(reward).values(), set(sources)
+    unknown = sorted({name for term in terms for name in term.sources} - known)
+    listed = ", ".join(sorted(name or "(without a name)" for name in known))
+    require(not unknown, f"reward.sources: no data source is called {', '.join(unknown)}; there is: {listed}")
+    ungraded = sorted(source for source in known if not any(term.grades(source) for term in terms))
+    require(not ungraded, f"reward.sources: nothing grades the prompts of {', '.join(ungraded)}")
 
 
 def to_json(reward: RewardKind) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Demonstration, Prompt, Rollout
 from megatron_chord.rewards.format import shape_reward
+from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.overlong import overlong_penalty
-from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rewards.pool import Grade
+from megatron_chord.rewards.table import RewardConfig, terms_of
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_of
 from megatron_chord.sampling.rounds import (
@@ -65,7 +67,7 @@ class Engine:
     version: int
     """Of the weights that sample."""
     template: ChatTemplate
-    graders: GraderPool
+    graders: Graders
     may_advance: bool = False
     """Weights may be replaced while they sample."""
 
@@ -288,9 +290,10 @@ class StepContext:
         """
         run = self._run
 
-        def shaping(score: float, text: str, rollout: Rollout, length: int) -> float:
+        def shaping(grade: Grade, text: str, rollout: Rollout, length: int) -> float:
             truncated = rollout.finish_reason == "length"
-            return reward_of(score, text, length=length, truncated=truncated, run=run)
+            limit = run.data.max_response_tokens
+            return reward_of(grade, text, length=length, truncated=truncated, reward=run.reward, limit=limit)
 
         if self._recorded is None:
             sampled, recorded = list(answers()), None
@@ -367,24 +370,28 @@ class StepContext:
             )
 
 
-def reward_of(score: float, text: str, *, length: int, truncated: bool, run: RunConfig) -> float:
-    """The training reward of an answer: its score, its form (``reward.format``), its length (overlong punishment)."""
-    rule, reward = run.reward, score
-    if rule.format != "none":
-        reward = shape_reward(
-            score,
-            text=text,
-            truncated=truncated,
-            answered=rule.has_answer(text),
-            rule=rule.format,
-        )
-    if rule.overlong is None:
-        return reward
-    return reward + overlong_penalty(
-        length,
-        limit=run.data.max_response_tokens,
-        cache=rule.overlong.cache,
-        factor=rule.overlong.penalty,
+def reward_of(
+    grade: Grade, text: str, *, length: int, truncated: bool, reward: RewardConfig, limit: int
+) -> float:
+    """The training reward of an answer: its terms' scores and form (``reward.format``), weighted, and its length.
+
+    Args:
+        grade: with a score.
+        length: tokens of the answer; ``limit`` is data.max_response_tokens.
+    """
+    terms, total = terms_of(reward), 0.0
+    for name, term in terms.items():
+        score = grade.score if len(terms) == 1 else grade.parts.get(name)
+        if score is None:  # not a term of this prompt's source
+            continue
+        if term.format != "none":
+            answered = term.has_answer(text)
+            score = shape_reward(score, text=text, truncated=truncated, answered=answered, rule=term.format)
+        total += term.weight * score
+    if reward.overlong is None:
+        return total
+    return total + overlong_penalty(
+        length, limit=limit, cache=reward.overlong.cache, factor=reward.overlong.penalty
     )
 
 

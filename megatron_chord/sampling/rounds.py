@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import statistics
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt, Rollout, Span
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.graders import Graders
+from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import GenerateRequest, RolloutClient, Stop
 
@@ -63,11 +65,11 @@ class GradedRollouts:
     """The whole answers, prefix included."""
     grades: tuple[Grade, ...]
     rewards: tuple[float | None, ...]
-    """The grade's score with format and length taken into account; None where the grading failed."""
+    """The weighted sum of the reward's terms, with format and length; None where the grading failed."""
 
 
-Shaping = Callable[[float, str, Rollout, int], float]
-"""(score, whole answer, what was sampled of it, tokens of the whole answer) -> reward"""
+Shaping = Callable[[Grade, str, Rollout, int], float]
+"""(grade with a score, whole answer, what was sampled of it, tokens of the whole answer) -> reward"""
 
 
 def sample_seed(run_seed: int, name: str, position: int) -> int:
@@ -209,11 +211,13 @@ def grade(
     sampled: Sequence[tuple[Rollout, ...]],
     *,
     template: ChatTemplate,
-    graders: GraderPool,
+    graders: Graders,
     max_error_rate: float,
-    shaping: Shaping = lambda score, text, rollout, length: score,
+    shaping: Shaping | None = None,
 ) -> list[GradedRollouts]:
     """Decode and grade every rollout: the assistant's whole turn (``ChatTemplate.turn``).
+
+    Without ``shaping`` the rewards are the scores.
 
     Raises:
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
@@ -274,14 +278,14 @@ def _assembled(
     sampled: Sequence[tuple[Rollout, ...]],
     texts: Sequence[tuple[str, ...]],
     grades: Sequence[Grade],
-    shaping: Shaping,
+    shaping: Shaping | None,
 ) -> list[GradedRollouts]:
     graded, start = [], 0
     for ask, rollouts, group in zip(asks, sampled, texts, strict=True):
         here = tuple(grades[start : start + len(rollouts)])
         lengths = [len(ask.prefix) + len(rollout.token_ids) for rollout in rollouts]
         rewards = tuple(
-            None if grade.score is None else shaping(grade.score, text, rollout, length)
+            grade.score if grade.score is None or shaping is None else shaping(grade, text, rollout, length)
             for grade, text, rollout, length in zip(here, group, rollouts, lengths, strict=True)
         )
         graded.append(
@@ -296,3 +300,16 @@ def _assembled(
         )
         start += len(rollouts)
     return graded
+
+
+def part_means(graded: Sequence[GradedRollouts]) -> dict[str, dict[str, float]]:
+    """``reward_terms``: the mean of every term and named part, over the rollouts that have it; unweighted.
+
+    Nothing where no grade has parts: the reward is a single number then.
+    """
+    values: dict[str, list[float]] = {}
+    for grade in (grade for item in graded for grade in item.grades):
+        for name, value in grade.parts.items():
+            values.setdefault(name, []).append(value)
+    means = {name: statistics.fmean(found) for name, found in sorted(values.items())}
+    return {"reward_terms": means} if means else {}

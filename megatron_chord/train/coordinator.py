@@ -13,12 +13,12 @@ from megatron_chord.losses.aggregate import ENOUGH_TOKENS, with_scales, without_
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
 from megatron_chord.records import Rollout, TrainSample
-from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.sampling.context import Engine, Sources, StepContext, unfinished_to_json, with_unfinished
 from megatron_chord.sampling.recorded import SamplingRound, to_json
-from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.sampling.rounds import GradedRollouts, part_means
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, evaluate
@@ -72,7 +72,7 @@ class Coordinator:
         data: RunData,
         *,
         layout: Layout,
-        graders: GraderPool,
+        graders: Graders,
         log: RunLog,
         stop_wanted: Callable[[], bool] = lambda: False,
         pulse: Pulse | None = None,
@@ -284,6 +284,7 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
         "response_length": statistics.fmean(len(rollout.token_ids) for rollout in rollouts),
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "grader_errors": sum(grade.error is not None for item in graded for grade in item.grades),
+        **part_means(graded),
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt
-from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.sampling.rounds import (
     GradedRollouts,
@@ -16,6 +16,7 @@ from megatron_chord.sampling.rounds import (
     Sampling,
     TooManyGraderErrors,
     grade,
+    part_means,
     sample,
     sample_seed,
 )
@@ -31,6 +32,8 @@ class Evaluation:
     """Mean, in tokens."""
     accuracy_by_source: dict[str, float] = field(default_factory=dict[str, float])
     """Of each source of ``data.evaluation``, where there are several."""
+    reward_terms: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Mean of every term of the reward and of its named parts; empty where the reward is a single number."""
 
 
 def evaluate(
@@ -39,7 +42,7 @@ def evaluate(
     clients: Sequence[RolloutClient],
     *,
     template: ChatTemplate,
-    graders: GraderPool,
+    graders: Graders,
     version: int,
 ) -> tuple[Evaluation, list[GradedRollouts]]:
     sampling = Sampling(
@@ -73,6 +76,7 @@ def evaluate(
         num_errors=len(lengths) - len(scores),
         response_length=sum(lengths) / len(lengths),
         accuracy_by_source=_by_source(graded),
+        reward_terms=part_means(graded).get("reward_terms", {}),
     )
     return result, graded
 

@@ -29,7 +29,7 @@ from megatron_chord.methods.base import Method
 from megatron_chord.model.fp8 import set_environment
 from megatron_chord.precision import preset
 from megatron_chord.report.page import REPORT, write_report
-from megatron_chord.rewards.pool import GraderPool, check_reward
+from megatron_chord.rewards.graders import Graders, check_reward
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.runtime.heartbeat import Pulse
 from megatron_chord.runtime.parallel import ParallelGroups
@@ -449,7 +449,7 @@ def _make_coordinator(
         RunLog(run.output, steps=run.steps, first_step=first_step, settings=plain_settings(run))
     )
     graders = stack.enter_context(
-        GraderPool(run.reward, on_grade=lambda: pulse.helped("collecting", "evaluating"))
+        Graders(run.reward, on_grade=lambda: pulse.helped("collecting", "evaluating"))
     )
     for report in data.reports:
         log.say(report)

@@ -42,6 +42,7 @@ def _rows(item: GradedRollouts) -> list[dict[str, Any]]:
             "response": text,
             "score": grade.score,
             "reward": reward,
+            **({"reward_terms": dict(grade.parts)} if grade.parts else {}),
             "grader_error": grade.error,
             "num_prefix_tokens": len(item.prefix),
             "num_tokens": len(rollout.token_ids),

@@ -29,7 +29,9 @@ from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Demonstration, Prompt
+from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.prose import reads_as_text
+from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, needs_of, terms_of
 from megatron_chord.sampling.context import Sources
 from megatron_chord.weights.folder import check_copies, open_model
 
@@ -111,6 +113,16 @@ def _check_reference(folder: Path, shape: ModelShape) -> None:
     check_copies(open_model(folder, reference.weights), reference.weights)
 
 
+def _reads_as_text(reward: RewardConfig, prompt: Prompt) -> bool:
+    """Whether a mathematics grader of the prompt can compare its truth only as text."""
+    return any(
+        isinstance(term, MathReward)
+        and term.grades(prompt.source)
+        and reads_as_text(prompt.truth, marker=term.answer_marker)
+        for term in terms_of(reward).values()
+    )
+
+
 def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observe] | None = None) -> RunData:
     """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do.
 
@@ -129,7 +141,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         "overlong": run.data.overlong,
         "max_dropped": run.data.max_dropped,
     }
-    read_prompts = partial(load_prompts, needs=run.reward.NEEDS, **limits)
+    read_prompts = partial(load_prompts, needs=partial(needs_of, run.reward), **limits)
     asked = load_sources(run.data.prompts, template, partial(read_prompts, observe=observe.get("prompts")))
     shown = load_sources(
         run.data.demonstrations,
@@ -150,9 +162,11 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         *shown.lines("demonstrations"),
         *held_out.lines("evaluation "),
     ]
-    is_text = partial(reads_as_text, marker=run.reward.answer_marker) if run.reward.kind == "math" else None
     for what, loaded in (("prompts", asked), ("evaluation", held_out)):
-        reports += [f"truths      {what}: {doubt}" for doubt in doubts(loaded.records, is_text)]
+        reports += [
+            f"truths      {what}: {doubt}"
+            for doubt in doubts(loaded.records, partial(_reads_as_text, run.reward))
+        ]
     left_out = [
         *asked.left_out("prompts"),
         *shown.left_out("demonstrations"),
@@ -160,6 +174,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
     ]
     prompts, demonstrations = asked.records, shown.records
     template.renderer.rest()
+    check_sources(run.reward, {prompt.source for prompt in (*prompts, *held_out.records)})
     demonstration_of: dict[str, Demonstration] = {}
     if run.data.aligned:
         num_prompts = len(prompts)
@@ -224,7 +239,8 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     """How long ranks may have to wait for the coordinator: a server's start, the sampling and grading of all steps that
     may be under way, and their repeats. A last resort: a frozen coordinator is noticed by ``runtime.heartbeat``."""
     rollout, timeouts = run.rollout, run.timeouts
-    grading = run.reward.timeout_s * run.batch.prompts * run.batch.rollouts / run.reward.workers
+    rollouts = run.batch.prompts * run.batch.rollouts
+    grading = max(reward.timeout_s * rollouts / reward.workers for reward in terms_of(run.reward).values())
     sampling = method.max_sampling_rounds(run) * (timeouts.sampling_s + grading)
     once = timeouts.server_start_s + sampling * max(1, rollout.max_off_policy_steps) + timeouts.weight_push_s
     return max(run.timeouts.collective_s, once * (1 + rollout.restarts))
@@ -251,7 +267,8 @@ def plan_lines(
     say(f"objective   {one_line(run.objective)}")
     say(f"optimizer   {one_line(run.optim)}")
     if method.uses_rollouts(run):
-        say(f"reward      {one_line(run.reward)}")
+        for name, reward in terms_of(run.reward).items():
+            say(f"reward      {f'{name} = ' if isinstance(run.reward, SumReward) else ''}{one_line(reward)}")
         limit = run.data.max_response_tokens
         say(f"sampling    temperature {run.rollout.temperature}, answers of at most {limit} tokens")
     say(

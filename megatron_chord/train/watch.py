@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_chord.config import RunConfig
 from megatron_chord.rewards.pool import longest_grading_s
+from megatron_chord.rewards.table import terms_of
 from megatron_chord.runtime.heartbeat import FOLDER_VARIABLE, Limits, Phase, Watch
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.folder import LOGS
@@ -40,7 +41,8 @@ def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
 def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
     """The limits of a rank's main thread. Where ranks only wait for rank 0, they have none: rank 0 has."""
     watchdog, timeouts = run.watchdog, run.timeouts
-    sampling = max(timeouts.sampling_s, longest_grading_s(run.reward.timeout_s), _SLEEP_S) + _MARGIN_S
+    grading = max(longest_grading_s(reward.timeout_s) for reward in terms_of(run.reward).values())
+    sampling = max(timeouts.sampling_s, grading, _SLEEP_S) + _MARGIN_S
     phases: dict[Phase, float] = {
         "loading": watchdog.loading_s,
         "pushing": timeouts.server_start_s + timeouts.weight_push_s + 2 * _SLEEP_S + _MARGIN_S,

@@ -17,6 +17,8 @@ from megatron_chord.rewards.kinds.base import OverlongConfig
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
+from megatron_chord.rewards.table import SumReward
 from tests.support.ranks import ROOT
 
 GOOD = """\
@@ -653,11 +655,10 @@ class TestBase:
         assert run.output == Path("runs/x")
 
     def test_every_finding_names_its_own_file_and_line(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD + "reward: {knid: exact}\nsteps: 30\n", "base.yaml")
+        write(tmp_path, GOOD + "rollout: {temprature: 1}\nsteps: 30\n", "base.yaml")
         text = "base: base.yaml\noptim:\n  lr: -1\nseed: x\n"
         assert sorted(findings(write(tmp_path, text), "optim.epss=1", "parallel.ranks=x")) == [
-            "base.yaml:11: unknown setting 'reward.knid'; known with `kind: math`: overlong, max_error_rate, kind, "
-            "format, workers, timeout_s, memory_mb, answer_marker; did you mean reward.kind?",
+            "base.yaml:11: unknown setting 'rollout.temprature'; did you mean rollout.temperature?",
             "base.yaml:12: steps is set twice",
             "override 'optim.epss=1': unknown setting 'optim.epss'; did you mean optim.eps?",
             "override 'parallel.ranks=x': parallel.ranks: expected int, got 'x'",
@@ -935,3 +936,70 @@ def test_settings_of_another_kind_of_reward_are_refused(tmp_path: Path) -> None:
     assert "unknown setting 'reward.answer_marker'; known with `kind: tool_calls`" in only_finding(
         tmp_path, "reward: {kind: tool_calls, answer_marker: x}\n"
     )
+
+
+REWARDS = """
+reward:
+  - {kind: exact, workers: 3, format: chord}
+  - kind: function
+    path: my.py
+    name: score
+    weight: 0.2
+  - tool_calls
+"""
+
+
+class TestListOfRewards:
+    def test_is_the_sum_of_its_blocks(self, tmp_path: Path) -> None:
+        run = load(tmp_path, REWARDS)
+        function = FunctionReward(path=tmp_path / "my.py", name="score", weight=0.2)
+        assert run.reward == SumReward(
+            terms=(ExactReward(workers=3, format="chord"), function, ToolCallsReward())
+        )
+        assert load_config(write(tmp_path / "other", dump_config(run))).reward == run.reward
+        assert load(tmp_path, REWARDS, "reward.overlong.cache=8").reward == dataclasses.replace(
+            run.reward, overlong=OverlongConfig(cache=8)
+        )
+        assert load(tmp_path, "", "reward=[math, exact]").reward == SumReward(
+            terms=(MathReward(), ExactReward())
+        )
+
+    @pytest.mark.parametrize(
+        ("old", "new", "finding"),
+        [
+            ("workers: 3", "workers: 0", "run.yaml:13: reward.workers must be > 0, got 0"),
+            ("weight: 0.2", "weight: .inf", "run.yaml:17: reward.weight must be a finite number, got inf"),
+            (
+                "    weight: 0.2",
+                "    wieght: 2",
+                "run.yaml:17: unknown setting 'reward.terms[1].wieght'; known with `kind: f",
+            ),
+            ("    path: my.py\n", "", "run.yaml:14: reward.terms[1].path is missing"),
+            ("- tool_calls", "- sum", "run.yaml:18: reward.terms[2].kind: 'sum' is none of math, exact"),
+            ("- tool_calls", "- 3.5", "run.yaml:18: reward.terms[2].kind: '3.5' is none of math, exact"),
+            (
+                "format: chord",
+                "max_error_rate: 0.5",
+                "run.yaml:12: reward.overlong and reward.max_error_rate hold for all",
+            ),
+        ],
+    )
+    def test_a_finding_names_the_line_of_its_block(
+        self, tmp_path: Path, old: str, new: str, finding: str
+    ) -> None:
+        assert old in REWARDS
+        assert only_finding(tmp_path, REWARDS.replace(old, new)).startswith(finding)
+
+    def test_replaces_the_reward_of_a_base(self, tmp_path: Path) -> None:
+        write(tmp_path, GOOD + "reward: {kind: exact, workers: 3}\n", "base.yaml")
+        run = load_config(write(tmp_path, "base: base.yaml\nreward: [math]\n"))
+        assert run.reward == SumReward(terms=(MathReward(),))
+        write(tmp_path, GOOD + "reward: [math, exact]\n", "base.yaml")
+        run = load_config(write(tmp_path, "base: base.yaml\nreward: {overlong: {cache: 4}}\n"))
+        assert run.reward == SumReward(terms=(MathReward(), ExactReward()), overlong=OverlongConfig(cache=4))
+
+    def test_a_list_in_place_of_another_block_is_refused(self, tmp_path: Path) -> None:
+        assert "method: expected a block of settings, got a list" in only_finding(
+            tmp_path, "method: [luffy]\n"
+        )
+        assert "reward.terms lists no reward" in only_finding(tmp_path, "reward: []\n")

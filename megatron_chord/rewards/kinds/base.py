@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -49,6 +50,10 @@ class RewardKind(WholeReward):
     """Base of the kinds. A kind adds its own settings, ``load`` and ``has_answer``, and sets ``kind``."""
 
     kind: str = ""
+    weight: float = 1.0
+    """What the reward is multiplied by. 0: it is only measured."""
+    sources: tuple[str, ...] = ()
+    """Names of the data sources whose prompts it grades. Left out: all."""
     format: FormatRule = "none"
     """Form of the response in the training reward (evaluation never sees it). chord: -1 when cut off before a final
     answer, -0.1 when wrong and without exactly one <think>..</think>. trinity: -0.1 without it, right or wrong."""
@@ -68,6 +73,7 @@ class RewardKind(WholeReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(math.isfinite(self.weight), f"reward.weight must be a finite number, got {self.weight}")
         positive(
             **{
                 "reward.workers": self.workers,
@@ -100,6 +106,10 @@ class RewardKind(WholeReward):
     def calls_at_once(self) -> int:
         """In each worker, where the grader is ``async``."""
         return 1
+
+    def grades(self, source: str) -> bool:
+        """Whether it grades the prompts of a data source."""
+        return not self.sources or source in self.sources
 
     def load(self) -> Callable[[Any], Any]:
         """The grader, called in the worker process alone. Import heavy libraries here and not in the kind's file.

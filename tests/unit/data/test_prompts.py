@@ -91,14 +91,16 @@ def test_a_reward_that_needs_no_truth_gets_rows_without_one(tmp_path: Path, chat
         tmp_path / "p.jsonl", {"problem": "write", "rubric": "short"}, {"problem": "1?", "answer": 1}
     )
     prompts, _ = load_prompts(
-        path, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(truth=False)
+        path, chatml, max_prompt_tokens=99, overlong="drop", needs=lambda source: RowNeeds(truth=False)
     )
     assert [(prompt.truth, dict(prompt.fields)) for prompt in prompts] == [("", {}), ("1", {})]
     with pytest.raises(DataError, match=r"p\.jsonl:1: has none of `answer`, `truth`"):
         load(path, chatml)
     broken = write_rows(tmp_path / "q.jsonl", {"problem": "1?", "answer": [1]})
     with pytest.raises(DataError, match="`answer` must be a string or a number"):
-        load_prompts(broken, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(truth=False))
+        load_prompts(
+            broken, chatml, max_prompt_tokens=99, overlong="drop", needs=lambda source: RowNeeds(truth=False)
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,12 @@ def test_a_prompt_keeps_its_row_as_the_file_has_it(
     }
     path = write_rows(tmp_path / "p.jsonl", row)
     (prompt,), _ = load_prompts(
-        path, chatml, max_prompt_tokens=99, overlong="drop", needs=RowNeeds(fields=True), fields=fields
+        path,
+        chatml,
+        max_prompt_tokens=99,
+        overlong="drop",
+        needs=lambda source: RowNeeds(fields=True),
+        fields=fields,
     )
     assert prompt.fields == row
     assert prompt.truth == "1"

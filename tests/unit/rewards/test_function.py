@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_chord.rewards.graders import check_reward
 from megatron_chord.rewards.kinds.function import FunctionReward
-from megatron_chord.rewards.pool import Grade, GraderPool, RewardRefused, check_reward
+from megatron_chord.rewards.pool import Grade, GraderPool, RewardRefused
 from megatron_chord.rewards.response import Response
 from tests.support.processes import is_alive
 

@@ -10,7 +10,7 @@ import pytest
 import megatron_chord.rewards.kinds
 from megatron_chord.rewards.kinds.base import RewardKind
 from megatron_chord.rewards.kinds.function import FunctionReward
-from megatron_chord.rewards.table import KINDS, RewardConfig, from_json, to_json
+from megatron_chord.rewards.table import KINDS, TermConfig, from_json, to_json
 
 FOLDER = Path(megatron_chord.rewards.kinds.__file__).parent
 
@@ -24,7 +24,7 @@ def test_every_file_of_a_kind_has_its_entry() -> None:
         if isinstance(node, ast.ClassDef)
         and any(getattr(base, "id", "") == "RewardKind" for base in node.bases)
     }
-    assert {kind.__name__ for kind in typing.get_args(RewardConfig)} >= written
+    assert {kind.__name__ for kind in typing.get_args(TermConfig)} >= written
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.EXAMPLE is not None])
