@@ -148,6 +148,12 @@ NAMES: dict[str, Names] = {
     ),
     "objective.correction.mode": Names("", "vllm_importance_sampling_mode"),
     "objective.correction.high": Names("", "vllm_importance_sampling_cap"),
+    "reward.path": Names(
+        "reward.custom_reward_function.path",
+        note="verl's function has other arguments; before it was custom_reward_function.path",
+    ),
+    "reward.name": Names("reward.custom_reward_function.name"),
+    "reward.weight": Names("", "reward_weights", note="TRL lists the weights of all reward functions"),
     "rollout.temperature": Names(
         f"{_ROLLOUT}.temperature",
         "temperature",

@@ -39,8 +39,9 @@ def test_a_good_file_passes(task: Path) -> None:
         ("method=lufy", "did you mean luffy?"),
         ("reward={kind: function, name: f, path: nowhere.py}", "reward.path: nowhere.py does not exist"),
         (
-            "reward={kind: function, name: f, path: pyproject.toml}",
-            "override 'reward={kind: function, name: f, path: pyproject.toml}': reward.path: pyproject.toml is not a",
+            "reward=[{kind: exact, sources: [tools]}]",
+            "override 'reward=[{kind: exact, sources: [tools]}]': reward.sources: no data source is called tools; "
+            "there is: heldout, train",
         ),
         (
             "method=dapo",

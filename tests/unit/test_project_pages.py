@@ -17,7 +17,7 @@ PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")
 ANSWERS = {
     "Where is phi?": r'"phi": lambda p',
     "Where are weights pushed to vLLM?": r"(?s)loop\.py.*push_weights\(.*_sync\.push\(",
-    "Where does a reward come from?": r"RewardConfig =",
+    "Where does a reward come from?": r"TermConfig =",
 }
 """Question in CONTRIBUTING.md -> what must be among the lines that its command finds."""
 LONGEST_ANSWER = 10

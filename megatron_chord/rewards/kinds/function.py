@@ -131,8 +131,9 @@ def _module(path: Path) -> ModuleType:
 
 
 def last_line(error: BaseException, path: Path) -> str:
-    """The last line of an error's traceback, and the last place in ``path`` that it leads through."""
-    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    """An error as at the end of its traceback, the first line of it, and the last place in ``path`` on the way."""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    text = f"{type(error).__name__}: {(message.splitlines() or [''])[0]}".removesuffix(": ")
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]

@@ -309,6 +309,8 @@ def test_a_function_that_will_not_do_is_refused(
             "cannot be imported: ModuleNotFoundError: No module named 'no_such_module' (r.py:1)",
         ),
         ("\ndef score(:\n", "cannot be imported: SyntaxError: invalid syntax (r.py:2)"),
+        ("raise RuntimeError('one\\ntwo')\n", "cannot be imported: RuntimeError: one (r.py:1)"),
+        ("raise RuntimeError\n", "cannot be imported: RuntimeError (r.py:1)"),
         ("raise SystemExit(1)\n", "cannot be imported: SystemExit: 1 (r.py:1)"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.records import Rollout
+from megatron_chord.rewards.pool import Grade
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampling
 from tests.support.scripted import graded, prompt
@@ -28,7 +29,8 @@ def answers() -> list[GradedRollouts]:
         weight_version=12,
         spans=((13, 1), (12, 3)),
     )
-    return [replace(first, rollouts=(odd, first.rollouts[1])), second]
+    of_terms = Grade(0.1, None, {"math": 0.1, "judge": 1 / 3})
+    return [replace(first, rollouts=(odd, first.rollouts[1]), grades=(of_terms, first.grades[1])), second]
 
 
 def through_a_file(given: list[GradedRollouts], sampling: Sampling | None) -> Any:

@@ -1,0 +1,97 @@
+"""The rewards of examples/rewards train on the quick start's task: all of them at once, as in several.yaml.
+
+The judge is the vLLM server that samples, asked over HTTP; the reward model a random one behind its own server.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, Qwen2ForSequenceClassification
+
+from examples.rewards import reward_model_server
+from megatron_chord.config_io import load_config
+from megatron_chord.rollout.server import RolloutServer
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.task import metrics_of
+
+EXAMPLES = ROOT / "examples" / "rewards"
+POLICY = ROOT / "examples" / "arithmetic" / "policy"
+STEPS = 2
+TERMS = {"exact", "sums_are_right", "judge", "reward_model"}
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with a random reward model that reads the policy's tokens."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(POLICY, num_labels=1)
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(POLICY).save_pretrained(tmp_path / "rm")
+    with reward_model_server.make_server(tmp_path / "rm", port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def train_with(overrides: list[str]) -> None:
+    """In a process of its own."""
+    from megatron_chord.train.loop import train
+
+    train(load_config(EXAMPLES / "several.yaml", overrides))
+
+
+@pytest.mark.usefixtures("server_key")
+def test_all_examples_train_together(
+    server: RolloutServer, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_URL", f"{server.url}/v1")
+    monkeypatch.setenv("JUDGE_KEY", server.api_key)
+    monkeypatch.setenv("JUDGE_MODEL", str(POLICY))
+    monkeypatch.setenv("REWARD_MODEL_URL", reward_model)
+    settings = {
+        "output": tmp_path / "out",
+        "steps": STEPS,
+        "rollout.servers": f"[{server.url}]",
+        "batch.prompts": 4,
+        "batch.rollouts": 4,
+        "batch.demonstrations": 4,
+        "optim.warmup_steps": 1,
+        "evaluation.problems": 4,
+    }
+    run_ranks(train_with, 1, [f"{name}={value}" for name, value in settings.items()], timeout_s=300)
+
+    rows = metrics_of(tmp_path / "out")
+    steps = [row for row in rows if "evaluation" not in row]
+    assert [row["step"] for row in steps] == list(range(STEPS))
+    for row in steps:
+        samples = read(tmp_path / "out" / "samples" / f"step-{row['step']:06d}.jsonl")
+        assert [sample["grader_error"] for sample in samples] == [None] * 16
+        assert row["grader_errors"] == 0
+        for sample in samples:
+            terms, excess = sample["reward_terms"], sample["num_tokens"] - 40
+            assert terms.keys() == TERMS
+            assert sample["score"] == terms["exact"]
+            assert 0 < terms["reward_model"] < 1
+            expected = terms["exact"] + 0.2 * terms["sums_are_right"] + 0.1 * terms["judge"]
+            assert sample["reward"] == pytest.approx(expected - 0.5 * max(0, excess) / 8)
+        for name in TERMS:
+            mean = statistics.fmean(sample["reward_terms"][name] for sample in samples)
+            assert row["reward_terms"][name] == pytest.approx(mean)
+        assert row["reward_mean"] == pytest.approx(statistics.fmean(sample["reward"] for sample in samples))
+    assert max(row["grad_norm"] for row in steps) > 0
+    evaluations = [row["evaluation"] for row in rows if "evaluation" in row]
+    assert len(evaluations) == 2
+    assert all(found["accuracy"] == found["reward_terms"]["exact"] for found in evaluations)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
