@@ -3,9 +3,11 @@
 The reward of CHORD's tool-use experiments (Trinity-RFT, customized_toolcall_workflows.py, after Tool-N1, arXiv
 2505.00024): right or wrong, nothing in between. A true call has one of two forms:
 
-* ``{"name": ..., "arguments": {...}}``: the call itself. Arguments are equal when their JSON, keys sorted, is.
+* ``{"name": ..., "arguments": {...}}``: the call itself, also with ``parameters`` for ``arguments``, with the arguments
+  as JSON text, or as ``{"type": "function", "function": {...}}``. Arguments are equal when their JSON, keys sorted, is.
 * ``{function: {argument: [every accepted value]}}``, of the Berkeley Function-Calling Leaderboard, whose values are
-  compared as its checker does (ast_checker.py): strings but for case, blanks and some punctuation, numbers by value.
+  compared as its checker does (ast_checker.py): strings but for case, blanks and some punctuation, numbers by value;
+  5 may stand for 5.0, but not 5.0 for 5.
   An accepted ``""`` means that the argument may be left out. Objects within hold lists of accepted values again.
 """
 
@@ -17,11 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_DEPTH = 100
-"""Of brackets in JSON. Python's parser gives up somewhere beyond; what is nested as deeply is no call."""
+from megatron_chord.rewards.tool_replies import Call, Think, as_call, parsed_json, read_calls
 
-_CALLS_START, _CALLS_END = "<tool_call>", "</tool_call>"
-_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)  # or a whole string
 _UNREAD_BY_BFCL = re.compile(r"[ ,./\-_*^]")
 
 
@@ -32,47 +31,49 @@ class TrueCall:
     has_choices: bool
     """Each argument is a list of accepted values."""
 
-    def accepts(self, call: dict[str, Any]) -> bool:
-        if call["name"] != self.name:
+    def accepts(self, call: Call) -> bool:
+        if call.name != self.name:
             return False
         if self.has_choices:
-            return _fits(call["arguments"], self.arguments)
-        return _canonical(call["arguments"]) == _canonical(self.arguments)
+            return _fits(call.arguments, self.arguments)
+        return _canonical(call.arguments) == _canonical(self.arguments)
 
 
-def grade(text: str, truth: str, *, marker: str = "") -> float:
-    """1.0 when `text` thinks once and then makes exactly the calls of `truth`, in any order; else 0.0.
+def grade(text: str, truth: str, *, marker: str = "", think: Think = "optional") -> float:
+    """1.0 when `text` makes exactly the calls of `truth`, in any order; else 0.0.
 
-    One ``<think>`` and one ``</think>`` that is not after the first ``<tool_call>``; the last complete
-    ``<tool_call>...</tool_call>`` holds a JSON list of calls, or one call, or either as a JSON string. No call is an
-    empty list. `marker` is not used.
+    `tool_replies.read_calls` says which forms of a call are read, and what `think` asks for. A reply without any call
+    is right where the truth is an empty list, whatever it says. `marker` is not used.
 
     Raises:
         ValueError: the truth cannot be read, which is no fault of the answer.
     """
     expected = read_truth(truth)
-    if not _thinks_first(text):
-        return 0.0
-    calls = _made_calls(text)
+    calls = read_calls(text, think=think)
     return float(calls is not None and _match(expected, calls))
 
 
 def read_truth(truth: str) -> list[TrueCall]:
-    """The calls of a JSON list; ValueError says what is wrong with it."""
+    """The calls of a JSON list, or a single call; ValueError says what is wrong with it."""
     try:
-        items = _parsed(truth)
+        items = parsed_json(truth)
+        if isinstance(items, str):
+            items = parsed_json(items)
     except ValueError as error:
         raise ValueError(f"the true calls are not JSON: {error}") from None
+    if isinstance(items, dict) and items:
+        items = items["tool_calls"] if isinstance(items.get("tool_calls"), list) else [items]
     if not isinstance(items, list):
         raise ValueError("the true calls must be a JSON list, [] for none")
     return [_true_call(item, f"true call {number}") for number, item in enumerate(items, start=1)]
 
 
 def _true_call(item: Any, name: str) -> TrueCall:
-    if isinstance(item, dict) and item.keys() == {"name", "arguments"}:
-        if not isinstance(item["name"], str) or not isinstance(item["arguments"], dict):
-            raise ValueError(f"{name}: `name` must be a string and `arguments` an object")
-        return TrueCall(item["name"], item["arguments"], has_choices=False)
+    call = as_call(item)
+    if call is not None:
+        return TrueCall(call.name, call.arguments, has_choices=False)
+    if isinstance(item, dict) and "name" in item and len(item) > 1:
+        raise ValueError(f"{name}: `name` must be a string and `arguments` an object or its JSON text")
     if isinstance(item, dict) and len(item) == 1:
         ((function, arguments),) = item.items()
         if isinstance(arguments, dict):
@@ -88,7 +89,13 @@ def _require_choices(arguments: dict[str, Any], name: str) -> None:
         if not isinstance(accepted, list):
             raise ValueError(f"{name}.{argument} must be a list of accepted values")
         for inner in _objects(accepted):
-            _require_choices(inner, f"{name}.{argument}")
+            if _has_choices(inner):
+                _require_choices(inner, f"{name}.{argument}")
+
+
+def _has_choices(item: dict[str, Any]) -> bool:
+    """Whether an object within lists accepted values; one that lists none is itself the value."""
+    return any(isinstance(accepted, list) for accepted in item.values())
 
 
 def _objects(values: list[Any]) -> list[dict[str, Any]]:
@@ -97,57 +104,11 @@ def _objects(values: list[Any]) -> list[dict[str, Any]]:
     return found + [inner for value in values if isinstance(value, list) for inner in _objects(value)]
 
 
-def _thinks_first(text: str) -> bool:
-    if not text.count("<think>") == text.count("</think>") == 1:
-        return False
-    calls = text.find(_CALLS_START)
-    return calls == -1 or text.index("</think>") < calls
-
-
-def _made_calls(text: str) -> list[dict[str, Any]] | None:
-    block = _last_block(text)
-    if block is None:
-        return None
-    try:
-        made = _parsed(block.strip())
-        if isinstance(made, str):
-            made = _parsed(made)
-    except ValueError:
-        return None
-    made = [made] if isinstance(made, dict) else made
-    if not isinstance(made, list):
-        return None
-    are_calls = all(isinstance(call, dict) and call.keys() >= {"name", "arguments"} for call in made)
-    return made if are_calls else None
-
-
-def _last_block(text: str) -> str | None:
-    """What a non-greedy regular expression would match last, in linear time."""
-    block, position = None, 0
-    while (start := text.find(_CALLS_START, position)) >= 0:
-        start += len(_CALLS_START)
-        end = text.find(_CALLS_END, start)
-        if end < 0:
-            break
-        block, position = text[start:end], end + len(_CALLS_END)
-    return block
-
-
-def _parsed(text: str) -> Any:
-    """JSON that is not nested too deeply; ValueError otherwise."""
-    depth = 0
-    for match in _BRACKET.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    return json.loads(text)
-
-
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _match(expected: Sequence[TrueCall], calls: Sequence[dict[str, Any]]) -> bool:
+def _match(expected: Sequence[TrueCall], calls: Sequence[Call]) -> bool:
     """Whether each call can be given a true call of its own: a perfect matching, grown by augmenting paths."""
     if len(expected) != len(calls):
         return False
@@ -179,14 +140,26 @@ def _fits(given: Any, choices: dict[str, Any]) -> bool:
 def _is_accepted(value: Any, accepted: list[Any]) -> bool:
     # The leaderboard writes [] where only the empty list is right.
     values = [option for option in accepted if option != ""] if accepted else [[]]
-    if value == "":  # as good as left out, for a string
-        return "" in accepted and all(isinstance(option, str) for option in values)
-    return any(_is_same(value, option) for option in values)
+    if (
+        _is_blank(value)
+        and "" in accepted
+        and all(isinstance(option, type(value) | None) for option in values)
+    ):
+        return True  # as good as left out
+    return value != "" and any(_is_same(value, option) for option in values)
+
+
+def _is_blank(value: Any) -> bool:
+    return value == [] or (isinstance(value, str) and not _read_by_bfcl(value))
 
 
 def _is_same(value: Any, option: Any) -> bool:
     if isinstance(option, dict):
-        return _fits(value, option)
+        return (
+            _fits(value, option)
+            if _has_choices(option) or not option
+            else _canonical(value) == _canonical(option)
+        )
     if isinstance(option, list):
         return (
             isinstance(value, list)
@@ -197,7 +170,7 @@ def _is_same(value: Any, option: Any) -> bool:
         return isinstance(value, str) and _read_by_bfcl(value) == _read_by_bfcl(option)
     if isinstance(option, bool) or option is None or isinstance(value, bool):
         return value is option
-    return value == option
+    return value == option and not (isinstance(value, float) and isinstance(option, int))
 
 
 def _read_by_bfcl(text: str) -> str:

@@ -130,7 +130,7 @@ def test_experts_see_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> No
         ({"truth": None}, "has none of `answer`, `truth`, `ground_truth`"),
         ({"answer": []}, "has `answer`, `truth`, which mean the same: keep one"),
         ({"truth": "mail(to='Bob')"}, "`truth`: broken JSON: Expecting value at column 1"),
-        ({"truth": 3}, "`truth`: the true calls must be a JSON list, [] for none"),
+        ({"truth": 5}, "`truth`: the true calls must be a JSON list, [] for none"),
         (
             {"truth": [{"mail": {"to": "Bob"}}]},
             "`truth`: true call 1: mail.to must be a list of accepted values",

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.rewards.pool import Grade, GraderPool
-from megatron_chord.rewards.tool_calls import MAX_DEPTH, grade, read_truth
+from megatron_chord.rewards.tool_calls import grade, read_truth
+from megatron_chord.rewards.tool_replies import MAX_DEPTH, Think
 from tests.support.grading import grades_of
 
 MAIL = {"name": "mail", "arguments": {"to": "Bob", "lines": 2}}
@@ -27,40 +28,113 @@ def score(calls: object, truth: object) -> float:
     return grade(reply(calls), json.dumps(truth))
 
 
+C = json.dumps(MAIL)
+P = json.dumps({"name": "mail", "parameters": MAIL["arguments"]})
+T = json.dumps({"name": "mail", "arguments": json.dumps(MAIL["arguments"])})
+OPENAI = {"id": "c1", "type": "function", "function": json.loads(T)}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("<think>a</think><tool_call>[{c}]</tool_call>", 1.0),
-        ("  <think>a</think> so \n<tool_call>\n [{c}] \u00a0</tool_call> done", 1.0),
-        ("<think>a</think><tool_call>{c}</tool_call>", 1.0),  # an object alone
-        ("<think>a</think><tool_call>[]</tool_call><tool_call>[{c}]</tool_call>", 1.0),  # the last block
-        ("<think>a</think><tool_call>[{c}]</tool_call><tool_call>[]</tool_call>", 0.0),
-        ("<think>a</think><tool_call>[{c}]</tool_call><tool_call>[", 1.0),  # not closed: not a block
-        ("<think>a</think><tool_call><tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a</think><tool_call>[{c}]</tool_call></tool_call>", 1.0),
-        ("a</think><think><tool_call>[{c}]</tool_call>", 1.0),  # as published: their order is not looked at
-        ("<tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a<tool_call>[{c}]</tool_call>", 0.0),
-        ("a</think><tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a</think><think>b</think><tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a<think>b</think><tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a</think></think><tool_call>[{c}]</tool_call>", 0.0),
-        ("<tool_call>[{c}]</tool_call><think>a</think>", 0.0),
-        ("<think>I write <tool_call>[]</tool_call></think><tool_call>[{c}]</tool_call>", 0.0),
-        ("<think>a</think>[{c}]", 0.0),
-        ("<think>a</think><tool_call>[{c}", 0.0),
-        ("<think>a</think><tool_call>```json\n[{c}]\n```</tool_call>", 0.0),
-        ("<think>a</think><tool_call>[{c},]</tool_call>", 0.0),
-        ("<think>a</think><tool_call>[[{c}]]</tool_call>", 0.0),
-        ("<think>a</think><tool_call>[{c}, 5]</tool_call>", 0.0),
-        ("<think>a</think><tool_call></tool_call>", 0.0),
-        ("<think>a</think><tool_call>null</tool_call>", 0.0),
-        ("<think>a</think><tool_call>7</tool_call>", 0.0),
+        # Qwen and Hermes
+        (f"<tool_call>\n{C}\n</tool_call>", 1.0),
+        (f"<tool_call>[{C}]</tool_call>", 1.0),
+        (f" so \n<tool_call>\n [{C}] \u00a0</tool_call> done", 1.0),
+        (f"<tool_call>{C}", 1.0),  # the server stopped at the end tag
+        (f"<tool_call>{T}</tool_call>", 1.0),
+        (f"<tool_call>{P}</tool_call>", 1.0),
+        (f"<tool_call>[]</tool_call><tool_call>{C}</tool_call>", 1.0),
+        (f"<tool_call>{C}</tool_call><tool_call>[]</tool_call>", 1.0),
+        (f"<tool_call>{C}</tool_call><tool_call>{C}</tool_call>", 0.0),
+        (f'<tool_call>{{"name": "rm", "arguments": {{}}}}</tool_call><tool_call>{C}</tool_call>', 0.0),
+        (f"<tool_call>oops</tool_call><tool_call>{C}</tool_call>", 0.0),
+        (f"<tool_call>{C}</tool_call><tool_call>[", 0.0),
+        (f"<tool_call><tool_call>[{C}]</tool_call>", 0.0),
+        (f"<tool_call>[{C}]</tool_call></tool_call>", 1.0),
+        (f"<tool_call>```json\n[{C}]\n```</tool_call>", 0.0),
+        (f"<tool_call>[{C},]</tool_call>", 0.0),
+        (f"<tool_call>[[{C}]]</tool_call>", 0.0),
+        (f"<tool_call>[{C}, 5]</tool_call>", 0.0),
+        (f"<tool_call>[{C}", 0.0),
+        ("<tool_call></tool_call>", 0.0),
+        ("<tool_call>null</tool_call>", 0.0),
+        ("<tool_call>7</tool_call>", 0.0),
+        # Llama 3: JSON
+        (C, 1.0),
+        (P, 1.0),
+        (f"[{P}]", 1.0),
+        (f"<|python_tag|>{P}<|eom_id|>", 1.0),
+        (f"```json\n{P}\n```", 1.0),
+        (f"{P}; {P}", 0.0),
+        (f"{P}; oops", 0.0),
+        (f"I call {P}", 0.0),
+        # Llama 3: Python
+        ("[mail(to='Bob', lines=2)]", 1.0),
+        ('mail(lines=2, to="Bob")', 1.0),
+        ('<|python_start|>[mail(to="Bob", lines=2,),]<|python_end|>', 1.0),
+        ("[mail(to='Bob', lines=2), mail(to='Bob', lines=2)]", 0.0),
+        ("[mail(to='Bob', lines=1+1)]", 0.0),
+        ("[mail('Bob', 2)]", 0.0),
+        ("[mail(to='Bob', lines=2, lines=2)]", 0.0),
+        ("[mail(to=Bob, lines=2)]", 0.0),
+        ("[mail(to='Bob', lines=2)", 0.0),
+        ("[mail(to='Bob', lines=2)] is what I call", 0.0),
+        # OpenAI
+        (json.dumps([OPENAI]), 1.0),
+        (json.dumps({"role": "assistant", "content": None, "tool_calls": [OPENAI]}), 1.0),
+        (f"<tool_call>{json.dumps(OPENAI)}</tool_call>", 1.0),
+        (json.dumps({"tool_calls": [OPENAI, OPENAI]}), 0.0),
+        # no call
         ("", 0.0),
+        ("I would write to Bob.", 0.0),
+        ("mail(to) is the function", 0.0),
     ],
 )
-def test_form_of_a_reply(text: str, expected: float) -> None:
-    assert grade(text.replace("{c}", json.dumps(MAIL)), json.dumps([MAIL])) == expected
+def test_forms_of_a_reply(text: str, expected: float) -> None:
+    truth = json.dumps([MAIL])
+    assert grade(text, truth) == expected
+    assert grade(f"<think>a</think>\n{text}", truth, think="required") == expected
+
+
+def test_values_of_the_pythonic_form() -> None:
+    values = {"a": [1, -2.5, [True, None]], "b": {"c": "it's", "d": {}}, "e": 'x\n"y"', "f": False, "g": 1e3}
+    truth = json.dumps([{"name": "a.b_c", "arguments": values}, {"name": "d", "arguments": {}}])
+    written = 'a.b_c(a=[1, -2.5, (True, None)], b={\'c\': "it\'s", "d": {}}, e=\'x\\n"y"\', f=false, g=1e3)'
+    assert grade(f"[{written}, d()]", truth) == 1.0
+    assert grade(f"[{written}, d(x=1)]", truth) == 0.0
+
+
+def test_llama_writes_several_calls_with_semicolons() -> None:
+    calls = [
+        {"name": "mail", "parameters": MAIL["arguments"]},
+        {"name": "pay", "parameters": PAY["arguments"]},
+    ]
+    assert grade("; ".join(json.dumps(call) for call in calls), json.dumps([MAIL, PAY])) == 1.0
+    assert grade(";".join(json.dumps(call) for call in calls), json.dumps([PAY, MAIL])) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "optional", "required", "forbidden"),
+    [
+        ("{c}", 1.0, 0.0, 1.0),
+        ("<think>a</think>{c}", 1.0, 1.0, 0.0),
+        ("a</think>{c}", 1.0, 1.0, 0.0),  # the prompt opened it
+        ("<think>a{c}", 0.0, 0.0, 0.0),
+        ("<think>a</think><think>b</think>{c}", 1.0, 0.0, 0.0),
+        ("<think>a<think>b</think>{c}", 1.0, 0.0, 0.0),
+        ("<think>a</think></think>{c}", 1.0, 0.0, 0.0),
+        ("{c}<think>a</think>", 0.0, 0.0, 0.0),
+        ("<think>I write {c}</think>", 0.0, 0.0, 0.0),
+        ("<think>I write {c}</think>{c}", 1.0, 0.0, 0.0),
+        ("<think>a</think>{c}<think>", 0.0, 0.0, 0.0),
+    ],
+)
+def test_thinking(text: str, optional: float, required: float, forbidden: float) -> None:
+    text = text.replace("{c}", f"<tool_call>{C}</tool_call>")
+    expected: dict[Think, float] = {"optional": optional, "required": required, "forbidden": forbidden}
+    for think, score in expected.items():
+        assert grade(text, json.dumps([MAIL]), think=think) == score, think
 
 
 @pytest.mark.parametrize(
@@ -83,7 +157,9 @@ def test_form_of_a_reply(text: str, expected: float) -> None:
         ([{"name": "mail", "arguments": {"lines": "2", "to": "Bob"}}, PAY], 0.0),
         ([{"name": "mail", "arguments": {"lines": 2, "to": "bob"}}, PAY], 0.0),
         ([{"name": "mail", "arguments": {"lines": 2, "to": "Bob", "cc": ""}}, PAY], 0.0),
-        ([{"name": "mail", "arguments": json.dumps(MAIL["arguments"])}, PAY], 0.0),
+        ([{"name": "mail", "arguments": json.dumps(MAIL["arguments"])}, PAY], 1.0),
+        ([{"name": "mail", "arguments": json.dumps(json.dumps(MAIL["arguments"]))}, PAY], 0.0),
+        ([{"name": "mail", "arguments": None}, PAY], 0.0),
         ([MAIL, {"name": "pay", "arguments": {"sum": 1.5, "gift": 1}}], 0.0),
     ],
 )
@@ -96,10 +172,44 @@ def test_equal_calls_are_counted() -> None:
     assert score([MAIL, PAY, PAY], [PAY, MAIL, MAIL]) == 0.0
 
 
-def test_no_call_is_an_answer() -> None:
-    assert score([], []) == 1.0
-    assert score([MAIL], []) == 0.0
-    assert grade("<think>none fits</think>sorry", "[]") == 0.0
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<tool_call>[]</tool_call>", 1.0),
+        ("[]", 1.0),
+        ("None of these functions helps.", 1.0),
+        ("<think>x</think>None of these functions helps.", 1.0),
+        ("mail(to) does not help, and nor does [1].", 1.0),
+        ("", 1.0),
+        ("<think>x", 0.0),  # cut off
+        (C, 0.0),
+        ("[mail(to='Bob')]", 0.0),
+        ("[mail(to=Bob)]", 0.0),  # tried, and failed
+        (f"I call {C}", 0.0),
+        (f"<tool_call>{C}</tool_call>", 0.0),
+        ("<tool_call>oops", 0.0),
+    ],
+)
+def test_no_call_is_right_where_none_is_asked_for(text: str, expected: float) -> None:
+    assert grade(text, "[]") == expected
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        [MAIL],
+        MAIL,
+        json.loads(P),
+        json.loads(T),
+        [OPENAI],
+        {"tool_calls": [OPENAI]},
+        json.dumps([MAIL]),
+        {"mail": {"to": ["Bob", "Bobby"], "lines": [2]}},
+    ],
+)
+def test_forms_of_a_truth(truth: object) -> None:
+    assert grade(C, json.dumps(truth)) == 1.0
+    assert grade("[mail(to='Ann', lines=2)]", json.dumps(truth)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -114,9 +224,15 @@ def test_no_call_is_an_answer() -> None:
         (["a"], {"a": [1]}, False),
         ({"a": ""}, {"a": ["x", ""]}, True),
         ({"a": ""}, {"a": [1, ""]}, False),  # no text for a number
-        ({"a": "-"}, {"a": ["x", ""]}, False),
+        ({"a": "-"}, {"a": ["x", ""]}, True),  # the leaderboard reads no dash
+        ({"a": "-"}, {"a": ["x"]}, False),
+        ({"a": ""}, {"a": [None, ""]}, True),
         ({"a": ""}, {"a": ["x"]}, False),
-        ({"a": 1.0}, {"a": [1]}, True),
+        ({"a": 1}, {"a": [1.0]}, True),
+        ({"a": 1.0}, {"a": [1]}, False),
+        ({"a": []}, {"a": [[1, 2], ""]}, True),
+        ({"a": []}, {"a": [[1, 2]]}, False),
+        ({"a": []}, {"a": ["x", ""]}, False),
         ({"a": 1}, {"a": [True]}, False),
         ({"a": True}, {"a": [1]}, False),
         ({"a": False}, {"a": [True, False]}, True),
@@ -136,6 +252,12 @@ def test_no_call_is_an_answer() -> None:
         ({"a": {"b": 1, "c": 4}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
         ({"a": {"c": 3}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
         ({"a": {}}, {"a": ["", {}]}, True),
+        (
+            {"a": {"b": {"c": 1.5}}},
+            {"a": [{"b": [{"c": 1.5}]}]},
+            True,
+        ),  # an object without choices is the value
+        ({"a": {"b": {"c": 2}}}, {"a": [{"b": [{"c": 1.5}]}]}, False),
         ({"a": 5}, {"a": [{"b": [1]}]}, False),
         ({"a": [{"b": 1}, {"b": 2}]}, {"a": [[{"b": [1]}, {"b": [2]}]]}, True),
         ({"a": [{"b": 2}, {"b": 1}]}, {"a": [[{"b": [1]}, {"b": [2]}]]}, False),
@@ -169,16 +291,19 @@ def test_both_forms_in_one_truth() -> None:
         ("mail(to='Bob')", "are not JSON"),
         ("[" * 5000 + "]" * 5000, "are not JSON: nested more than"),
         ("{}", "must be a JSON list"),
-        (json.dumps(MAIL), "must be a JSON list"),
+        ("5", "must be a JSON list"),
         ("[5]", "true call 1 is neither"),
         (json.dumps([MAIL, {}]), "true call 2 is neither"),
         (json.dumps([{"f": {}, "g": {}}]), "true call 1 is neither"),
         (json.dumps([{"f": [1]}]), "true call 1 is neither"),
-        (json.dumps([{"type": "function", "function": MAIL}]), "true call 1 is neither"),
-        (json.dumps([{"name": "f", "arguments": "{}"}]), "`arguments` an object"),
+        (json.dumps([{"type": "function", "function": 5}]), "true call 1 is neither"),
+        (json.dumps([{"name": "f", "arguments": "{"}]), "`arguments` an object"),
         (json.dumps([{"name": 5, "arguments": {}}]), "`name` must be a string"),
         (json.dumps([{"f": {"a": 1}}]), "true call 1: f.a must be a list of accepted values"),
-        (json.dumps([{"f": {"a": [[{"b": 1}]]}}]), "true call 1: f.a.b must be a list of accepted values"),
+        (
+            json.dumps([{"f": {"a": [[{"b": 1, "c": [2]}]]}}]),
+            "true call 1: f.a.b must be a list of accepted values",
+        ),
     ],
 )
 def test_truth_that_cannot_be_read_is_no_zero(truth: str, reason: str) -> None:
@@ -199,6 +324,11 @@ BOMBS = {
     "calls": json.dumps([MAIL] * 20_000),
     "not a number": '[{"name": "mail", "arguments": NaN}]',
     "infinity": '[{"name": "mail", "arguments": 1e999}]',
+    "pythonic lists": "[f(a=" + "[" * 1_000_000,
+    "pythonic strings": "[f(a='" + "\\\\" * 500_000,
+    "pythonic digits": f"[f(a={'9' * 100_000})]",
+    "pythonic calls": "[" + "f(a=1)," * 20_000 + "]",
+    "objects with semicolons": '{"name": 1};' * 50_000,
     "half a character": '[{"name": "mail", "arguments": {"to": "\\ud800"}}]',
 }
 
@@ -207,6 +337,7 @@ BOMBS = {
 def test_bombs_are_wrong_answers(bomb: str) -> None:
     start = time.monotonic()
     assert grade(f"<think></think><tool_call>{BOMBS[bomb]}</tool_call>", json.dumps([MAIL])) == 0.0
+    assert grade(BOMBS[bomb], json.dumps([MAIL])) == 0.0
     assert time.monotonic() - start < 10
 
 
