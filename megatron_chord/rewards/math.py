@@ -116,7 +116,7 @@ def _equal(answer: str, truth: str, depth: int) -> bool:
 
 
 def _as_based(answer: str, truth: str, depth: int) -> bool | None:
-    given, meant = read_based(answer), read_based(truth)
+    given, meant = (read_based(split_label(text)[1]) for text in (answer, truth))
     if meant is not None:
         return given == meant
     if given is None:
@@ -174,7 +174,7 @@ def _as_matrix(answer: str, truth: str, depth: int) -> bool | None:
 
 def _as_collection(answer: str, truth: str, depth: int) -> bool | None:
     meant = read_collection(truth) or read_collection(split_label(truth)[1])
-    if r"\cup" in truth or (meant is None and is_equation(split_label(truth)[1])):
+    if r"\cup" in truth or r"\cup" in answer or (meant is None and is_equation(split_label(truth)[1])):
         return None
     given = read_collection(answer) or read_collection(split_label(answer)[1])
     if meant is None:
@@ -208,16 +208,21 @@ def _all_equal(given: Collection, truth: str, depth: int) -> bool | None:
 
 def _in_order(given: Sequence[str], meant: Sequence[str], depth: int) -> bool:
     return len(given) == len(meant) and all(
-        _equal(_item(item), _item(other), depth + 1) for item, other in zip(given, meant, strict=True)
+        _items_equal(item, other, depth) for item, other in zip(given, meant, strict=True)
     )
 
 
-def _item(text: str) -> str:
-    return cleaned(split_label(text)[1])
-
-
 def _in_any_order(given: Sequence[str], meant: Sequence[str], depth: int) -> bool:
-    return _matched(_distinct(given), _distinct(meant), lambda a, b: _equal(_item(a), _item(b), depth + 1))
+    return _matched(_distinct(given), _distinct(meant), lambda a, b: _items_equal(a, b, depth))
+
+
+def _items_equal(given: str, meant: str, depth: int) -> bool:
+    """Values without their names; a name that both have must be the same."""
+    given_label, given_value = split_label(given)
+    meant_label, meant_value = split_label(meant)
+    if given_label and meant_label and given_label != meant_label:
+        return False
+    return _equal(cleaned(given_value), cleaned(meant_value), depth + 1)
 
 
 def _distinct(items: Sequence[str]) -> list[str]:

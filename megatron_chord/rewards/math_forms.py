@@ -38,7 +38,11 @@ _REWRITES = [
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|.\\]|$)", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])", ""),
-        (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|boxed|fbox)\s*(?=\{)", ""),
+        (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|boxed|fbox|underline)\s*(?=\{)", ""),
+        (r"\\(?:text)?color\s*\{\w+\}", ""),
+        (r"\\pounds(?![a-zA-Z])", r"\\text{ pounds}"),
+        (r"\^\{?\s*\\text\s*\{(?:st|nd|rd|th)\}\s*\}?", ""),
+        (r"(?<=\d) \((?!base|mod|in base)[a-z -]+\)$", ""),
         (
             r"\\(?:textbf|textit|textrm|textnormal|textsf|mbox|hbox|mathrm|operatorname\*?)\s*(?=\{)",
             r"\\text",
@@ -54,6 +58,10 @@ _REWRITES = [
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
+        (
+            r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([0-9.]+)\s*\^\{\\circ\}\s*[)}]?",
+            r"\\\1(\\frac{\2\\pi}{180})",
+        ),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\(?:to|rightarrow)(?![a-zA-Z])", r"\\to "),
@@ -78,9 +86,12 @@ _OUTER = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")
 _PREFIX = re.compile(
     r"(?:\\(?:approx|sim|simeq|cong|implies|Rightarrow|therefore)(?![a-zA-Z])|≃|=(?!=)|:"
     r"|(?:about|approximately|roughly|exactly|is|are|be)\b"
+    r"|[a-z][a-z ]{1,40}? (?:is|are|equals) (?=[-\d\\$])|\\text\s*\{[^{}]*[:=]\s*\}"
     r"|\\text\s*\{[^{}]*\b(?:is|are|be|equals|about|approximately|roughly|exactly)[\s:~]*\}|\\text\s*\{\s*[=:]\s*\})\s*",
     re.IGNORECASE,
 )
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,50})\.(\d{0,50})\\(?:overline|bar)\s*\{(\d{1,50})\}")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
@@ -96,10 +107,20 @@ def cleaned(text: str) -> str:
     text = _THOUSANDS_SPACE.sub(lambda match: _NOT_DIGITS.sub("", match[0]), text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _REPEATING.sub(_as_fraction, text)
+    if len(_DOLLAR.findall(text)) % 2 == 0:
+        text = _DOLLAR.sub("", text)
     text = _bare(text)
     while (match := _PREFIX.match(text)) and match.end() < len(text):
         text = _bare(text[match.end() :])
     return text
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    whole, start, period = match.groups()
+    below = 10 ** len(start) * (10 ** len(period) - 1)
+    above = int(whole + start + period) - int(whole + start)
+    return f"\\frac{{{above}}}{{{below}}}"
 
 
 def _script(match: re.Match[str]) -> str:
@@ -126,7 +147,7 @@ def _bare(text: str) -> str:
                 text = inner
         if text.startswith("{") and _closing(text, 0) == len(text) - 1:
             text = text[1:-1]
-        if (match := re.fullmatch(r"\\text\s*\{\s*([-\d.,/()\[\]]+)\s*\}", text)) is not None:
+        if (match := re.fullmatch(r"\\text\s*\{([^{}]*\d[^{}]*)\}", text)) is not None:
             text = match[1]
     return text
 
@@ -274,7 +295,7 @@ class Interval:
 
 
 _EMPTY = re.compile(
-    r"\\emptyset|\\\{\s*\\\}|\{\s*\}|(?:the )?empty set|no (?:real |integer )?solutions?(?: exists?)?",
+    r"\\emptyset|\\\{\s*\\\}|\{\s*\}|(?:the )?empty set|no (?:real |integer )?solutions?(?: exists?)?|none",
     re.IGNORECASE,
 )
 _REALS = re.compile(
@@ -383,9 +404,8 @@ _BASE_WORDS = {
     )
 }
 _BASED = re.compile(
-    r"\(?\s*(?:\\text\s*\{)?\s*(-?[0-9A-Za-z]+)\s*\}?\s*\)?\s*"
-    r"(?:_\s*\{?\s*\(?\s*(?:\\text\s*\{)?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\}?\s*\)?\s*\}?"
-    r"|\(?\s*(?:\\text\s*\{)?\s*\(?\s*(?:in\s+)?base[\s-]*\}?\s*([0-9]{1,2}|[a-z]+)\s*\)?\s*\}?\s*\)?)",
+    r"\(?\s*(-?[0-9A-Za-z]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\)?\s*\}?"
+    r"|\(?\s*(?:in )?base[\s-]*([0-9]{1,2}|[a-z]+)\s*\)?)"
 )
 
 
@@ -405,7 +425,7 @@ class Based:
 
 def read_based(text: str) -> Based | None:
     """``2516_8``, ``2516_{\\text{eight}}``, ``(2516)_8``, ``2516 base 8``."""
-    match = _BASED.fullmatch(text)
+    match = _BASED.fullmatch(_words(text))
     if match is None:
         return None
     base_text = match[2] or match[3]
@@ -465,7 +485,9 @@ def read_words(text: str) -> str | None:
     if not _WORDS.fullmatch(bare) or "\\" in bare:
         return None
     words = bare.lower().split()
-    if r"\text" not in text and (len(max(words, key=len)) < 3 or words[0] in _MATHEMATICAL):
+    if r"\text" not in text and (
+        (len(max(words, key=len)) < 3 and bare.lower() != "no") or words[0] in _MATHEMATICAL
+    ):
         return None
     if len(bare) == 1:
         return None
