@@ -121,13 +121,14 @@ $(VENV)/.installed-gpu: pyproject.toml $(VENV)/.gpu-packages $(if $(filter-out 0
 	@touch $@
 
 $(VENV)/.installed-test: requirements/test.txt requirements/triton.txt requirements/megatron.txt requirements/templates.txt \
-  $(INSTALLED)
-	@echo "[tests] requirements/test.txt, Triton, the newest Megatron-Core, and chat templates"
+  requirements/bfcl.txt $(INSTALLED)
+	@echo "[tests] requirements/test.txt, Triton, the newest Megatron-Core, chat templates, and BFCL's checker"
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/test.txt
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/triton.txt --upgrade --target $(VENV)/triton
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: --python-version 3.12 --ignore-requires-python \
 	  -r requirements/megatron.txt --upgrade --target $(VENV)/megatron
 	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/templates.txt --upgrade --target $(VENV)/templates
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r requirements/bfcl.txt --upgrade --target $(VENV)/bfcl
 	@touch $@
 
 # Resolved against PyPI alone, whatever mirror this machine uses: the hashes are those of PyPI's files.
@@ -145,6 +146,7 @@ lock: $(UV)
 	  --output-file requirements/fp8.txt >/dev/null
 	$(subst 3.11,3.12,$(COMPILE)) --no-deps requirements/megatron.in --output-file requirements/megatron.txt >/dev/null
 	$(COMPILE) --no-deps requirements/templates.in --output-file requirements/templates.txt >/dev/null
+	$(COMPILE) --no-deps requirements/bfcl.in --output-file requirements/bfcl.txt >/dev/null
 
 $(UV): | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/lock

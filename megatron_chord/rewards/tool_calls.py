@@ -143,7 +143,7 @@ def _is_accepted(value: Any, accepted: list[Any]) -> bool:
     if (
         _is_blank(value)
         and "" in accepted
-        and all(isinstance(option, type(value) | None) for option in values)
+        and all(isinstance(option, type(value)) for option in values)
     ):
         return True  # as good as left out
     return value != "" and any(_is_same(value, option) for option in values)

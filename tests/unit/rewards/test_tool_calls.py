@@ -226,7 +226,7 @@ def test_forms_of_a_truth(truth: object) -> None:
         ({"a": ""}, {"a": [1, ""]}, False),  # no text for a number
         ({"a": "-"}, {"a": ["x", ""]}, True),  # the leaderboard reads no dash
         ({"a": "-"}, {"a": ["x"]}, False),
-        ({"a": ""}, {"a": [None, ""]}, True),
+        ({"a": ""}, {"a": [None, ""]}, False),
         ({"a": ""}, {"a": ["x"]}, False),
         ({"a": 1}, {"a": [1.0]}, True),
         ({"a": 1.0}, {"a": [1]}, False),
