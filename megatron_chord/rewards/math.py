@@ -47,7 +47,11 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-
 _PLAIN_FRACTION = re.compile(
     r"([+-]?)\\frac\{([0-9]{1,100})\}\{([0-9]{1,100})\}|([+-]?)([0-9]{1,100}) ?/ ?([0-9]{1,100})"
 )
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_LETTER = re.compile(r"[a-zA-Z]")
+_LONG_WORD = re.compile(r"[a-zA-Z]{15}")
 _MAX_CHARACTERS = 4000
+_MAX_PARSED = 1000
 _MAX_DEPTH = 6
 _SIGNIFICANT = 6
 """A decimal with at least so many significant digits may stand for a number that has no finite decimal form."""
@@ -333,6 +337,8 @@ def _is_finite_decimal(number: Fraction) -> bool:
 # --- expressions -------------------------------------------------------------------------------------------------
 
 _PRECISION = 60
+_MAX_DIGITS = 100_000
+"""Numbers with more are compared as they are written."""
 _AGREEMENT = sympy.Float("1e-40", _PRECISION)
 _TINY = sympy.Float("1e-50", _PRECISION)
 _POINTS = (sympy.Rational(13, 7), sympy.Rational(-29, 11), sympy.Rational(101, 37))
@@ -342,7 +348,7 @@ def _by_math_verify(answer: str, truth: str) -> bool:
     parsed_truth = _parsed(truth)
     if not parsed_truth:
         raise ValueError(f"the truth cannot be read: {truth[:80]!r}")
-    parsed_answer = _parsed(answer)
+    parsed_answer = [] if _is_prose(answer) else _parsed(answer)
     if not parsed_answer:
         return False
     given, meant = parsed_answer[0], parsed_truth[0]
@@ -351,6 +357,16 @@ def _by_math_verify(answer: str, truth: str) -> bool:
         if verdict is not None:
             return verdict or _rounds(answer, meant) or _rounds(truth, given)
     return verify(parsed_truth, parsed_answer, timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether text is no formula; the parser would take minutes for a page of it."""
+    letters = _COMMAND.sub(" ", text)
+    return (
+        len(text) > _MAX_PARSED
+        or len(_LETTER.findall(letters)) > 100
+        or _LONG_WORD.search(letters) is not None
+    )
 
 
 def _parsed(text: str) -> list:
@@ -370,6 +386,8 @@ def _expressions_equal(given: sympy.Expr, meant: sympy.Expr) -> bool | None:
     """
     if _has_undefined(given) or _has_undefined(meant):
         return None
+    if max(_digits(given), _digits(meant)) > _MAX_DIGITS:
+        return given == meant
     given, meant = _exact(given), _exact(meant)
     symbols = sorted(given.free_symbols | meant.free_symbols, key=str)
     if not symbols:
@@ -388,6 +406,21 @@ def _has_undefined(expression: sympy.Expr) -> bool:
     return bool(expression.atoms(sympy.core.function.AppliedUndef)) or expression.has(
         sympy.Integral, sympy.Derivative, sympy.Sum, sympy.Product, sympy.Limit
     )
+
+
+def _digits(expression: sympy.Basic) -> float:
+    """Roughly, how many decimal digits the numbers have that evaluating `expression` makes; capped at 1e300."""
+    if isinstance(expression, sympy.Integer):
+        return abs(int(expression)).bit_length() * 0.302
+    parts = [_digits(part) for part in expression.args]
+    own = sum(parts)
+    if isinstance(expression, sympy.Pow):
+        own = max(parts[0], 0.3) * 10.0 ** min(parts[1], 200)
+    elif isinstance(expression, sympy.factorial):
+        own = max(parts[0], 1) * 10.0 ** min(parts[0], 200)
+    elif isinstance(expression, sympy.binomial):
+        own = max(parts[0], 1) * 10.0 ** min(parts[1], 200)
+    return min(max([own, *parts], default=0.3), 1e300)
 
 
 def _constants_equal(given: Any, meant: Any) -> bool | None:

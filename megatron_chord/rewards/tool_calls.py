@@ -140,11 +140,7 @@ def _fits(given: Any, choices: dict[str, Any]) -> bool:
 def _is_accepted(value: Any, accepted: list[Any]) -> bool:
     # The leaderboard writes [] where only the empty list is right.
     values = [option for option in accepted if option != ""] if accepted else [[]]
-    if (
-        _is_blank(value)
-        and "" in accepted
-        and all(isinstance(option, type(value)) for option in values)
-    ):
+    if _is_blank(value) and "" in accepted and all(isinstance(option, type(value)) for option in values):
         return True  # as good as left out
     return value != "" and any(_is_same(value, option) for option in values)
 

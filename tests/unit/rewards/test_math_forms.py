@@ -341,6 +341,31 @@ def test_different_answers(answer: str, truth: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("9^{9^{9^9}}", "18"),
+        ("10^{10^9}", "x+1"),
+        ("99999999!", "18"),
+        ("18!!!", "18"),
+        (r"\binom{10^9}{5 \cdot 10^8}", "18"),
+        ("(1+x)^{1000000}", "18"),
+        ("10^{10^{10}}", "10^{10^{11}}"),
+        ("option" * 60, r"(-\infty, 2) \cup (3, \infty)"),
+        ("then we add them all and so on " * 20, r"\frac{3}{4}"),
+        ("((((" * 300, "18"),
+        ("1+" * 2000, "18"),
+    ],
+)
+def test_what_would_take_minutes_is_wrong_at_once(answer: str, truth: str) -> None:
+    assert not equal(answer, truth)  # without a limit some take hours
+
+
+def test_numbers_too_large_to_compute_are_compared_as_written() -> None:
+    assert equal(r"\,10^{10^{10}}", "10^{10^{10}}")
+    assert equal(r"\binom{10^9}{2}", "499999999500000000")
+
+
+@pytest.mark.parametrize(
     ("text", "truth", "score"),
     [
         # several boxes

@@ -20,7 +20,7 @@ from megatron_chord.rewards.pool import Grade, GraderPool
 from tests.support.grading import grades_of
 from tests.support.processes import is_alive
 
-LOOPS = r"\boxed{9^{9^{9^9}}}"
+LOOPS = r"\boxed{2x=9^{9^{9^9}}}"
 EATS_MEMORY = (r"\boxed{(1+x)^{1000000}=x}", "x^2+2y=3")
 ROOT = Path(__file__).parents[3]
 
