@@ -18,8 +18,8 @@ class ToolCallsReward(RewardKind):
 
     kind: Literal["tool_calls"] = "tool_calls"
     think: Think = "optional"
-    """required: a call is right only after exactly one <think>..</think>, as in the paper's experiments. forbidden: only
-    without."""
+    """required: a call is right only after exactly one <think>..</think>, as in the paper's experiments.
+    forbidden: only without thinking."""
 
     EXAMPLE: ClassVar[Response] = Response(text="<think></think><tool_call>[]</tool_call>", truth="[]")
 
