@@ -31,6 +31,8 @@ _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? (\S
 _LOOK_S = 5.0
 """Between two looks at how many tokens a server has computed."""
 _MODEL = "policy"
+_NEVER_PUSHED = "default"
+"""vLLM's name for the weights that a server was started with."""
 _RETRY_PAUSE_S = 0.2
 _WORST_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that is NaN, minus infinity or not there."""
@@ -64,6 +66,7 @@ class GenerateRequest:
     """0 takes the most probable token; log-probs are then those at temperature 1, and all samples the same one."""
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
 
 
 class Stop:
@@ -157,6 +160,32 @@ class RolloutClient:
         except asyncio.CancelledError:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
+    def generate_each(
+        self,
+        take: Callable[[], tuple[int, GenerateRequest] | None],
+        *,
+        version: int | None,
+        at_once: int,
+        deadline_s: float,
+        on_answer: Callable[[int, tuple[Rollout, ...] | None], None],
+    ) -> None:
+        """Samples request after request, ``at_once`` at a time, until there is none left.
+
+        Args:
+            take: the next request with its number; None where there is none. Called in this thread.
+            version: the weight version that must have sampled every token; None: the weights of the server's start.
+            deadline_s: for one request; an unfinished one is aborted at the server.
+            on_answer: called in this thread with the number of each request and its samples; None: they were late.
+
+        Raises:
+            StaleWeights: another version sampled a token.
+            RolloutError: a request failed for good, or the client was closed.
+        """
+        try:
+            asyncio.run(self._generate_each(take, _Least(version), at_once, deadline_s, on_answer))
+        except asyncio.CancelledError:
+            raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
+
     def score(self, token_ids: Sequence[int], *, version: int, timeout_s: float = 60.0) -> list[float]:
         """Log-probs, at temperature 1, of ``token_ids[1:]``, each given the tokens before it."""
         body = {
@@ -186,7 +215,8 @@ class RolloutClient:
         """Version of the last finished push; None where nothing was pushed since the server started."""
         reply = self._json(self._request("GET", "/weight_info", timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}/weight_info"):
-            return None if reply["weight_version"] == "default" else int(reply["weight_version"])
+            version = reply["weight_version"]
+            return None if version == _NEVER_PUSHED else int(version)
 
     def num_workers(self, *, timeout_s: float = 30.0) -> int:
         """Worker processes of the server: tensor times data parallel."""
@@ -266,8 +296,6 @@ class RolloutClient:
                 on_done(index)
             return rollouts
 
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(None, connect=self._connect_timeout_s)
         self._sampling.add((loop, task))
         if stop is not None:
             stop.listen(lambda: _call_in(loop, told.set))
@@ -276,9 +304,7 @@ class RolloutClient:
                 raise asyncio.CancelledError
             async with (
                 asyncio.timeout(deadline_s),
-                httpx.AsyncClient(
-                    base_url=self.url, headers=self._headers, trust_env=False, limits=limits, timeout=timeout
-                ) as http,
+                self._async_http() as http,
                 asyncio.TaskGroup() as group,
             ):
                 tasks = [group.create_task(sample(http, index)) for index in range(len(requests))]
@@ -301,6 +327,60 @@ class RolloutClient:
         finally:
             self._sampling.discard((loop, task))
         return [task.result() for task in tasks]
+
+    async def _generate_each(
+        self,
+        take: Callable[[], tuple[int, GenerateRequest] | None],
+        version: _Least,
+        at_once: int,
+        deadline_s: float,
+        on_answer: Callable[[int, tuple[Rollout, ...] | None], None],
+    ) -> None:
+        num_done = 0
+        told = asyncio.Event()
+        running: set[str] = set()
+
+        async def serve(http: httpx.AsyncClient) -> None:
+            nonlocal num_done
+            while (taken := take()) is not None:
+                number, request = taken
+                try:
+                    async with asyncio.timeout(deadline_s):
+                        rollouts = await self._sample(http, request, version, running, told)
+                except TimeoutError:
+                    rollouts = None
+                num_done += 1
+                on_answer(number, rollouts)
+
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._sampling.add((loop, task))
+        try:
+            if self._closed:
+                raise asyncio.CancelledError
+            async with self._async_http() as http, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(serve(http)) for _ in range(at_once)]
+                watch = None
+                if self._silence_s is not None:
+                    watch = group.create_task(self._watch(http, self._silence_s, lambda: num_done))
+                await asyncio.wait(tasks)
+                if watch is not None:
+                    watch.cancel()
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from first.__cause__
+        finally:
+            self._sampling.discard((loop, task))
+
+    def _async_http(self) -> httpx.AsyncClient:
+        """With no limit on connections, and none on time but for connecting."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            timeout=httpx.Timeout(None, connect=self._connect_timeout_s),
+        )
 
     async def _watch(self, http: httpx.AsyncClient, silence_s: float, num_done: Callable[[], int]) -> None:
         """Until it is cancelled. RolloutError when the server has done nothing for ``silence_s``."""
@@ -396,7 +476,7 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
         "sampling_params": {
             "n": _num_to_sample(request),
             "temperature": request.temperature,
-            "top_p": 1.0,
+            "top_p": request.top_p,
             "max_tokens": request.max_tokens,
             # vLLM samples the j-th of n with seed + j: neighbouring seeds are spread, or requests would share them.
             "seed": request.seed * _SEED_STEP & _SEED_MASK,
@@ -437,7 +517,7 @@ def _parse_choice(choice: Any, request: GenerateRequest, version: _Least) -> Rol
     if not least <= len(token_ids) <= request.max_tokens:
         raise ValueError(f"a sample of {len(token_ids)} tokens")
     if not token_ids:
-        return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=version.version)
+        return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=version.version or 0)
     if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
         raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
     content = choice["logprobs"]["content"]
@@ -462,18 +542,24 @@ def _check_logprobs(logprobs: Sequence[float]) -> None:
 
 
 class _Least(NamedTuple):
-    """Which weights may sample: those of ``version``, or with ``may_advance`` later ones, too."""
+    """Which weights may sample: those of ``version``, or with ``may_advance`` later ones, too.
 
-    version: int
+    None: those that the server was started with, before any push.
+    """
+
+    version: int | None
     may_advance: bool = False
 
     def admits(self, version: str) -> bool:
+        if self.version is None:
+            return version == _NEVER_PUSHED
         if not self.may_advance:
             return version == str(self.version)
         return version.isdecimal() and int(version) >= self.version
 
     def __str__(self) -> str:
-        return f"{self.version}{' or later' if self.may_advance else ''}"
+        version = _NEVER_PUSHED if self.version is None else self.version
+        return f"{version}{' or later' if self.may_advance else ''}"
 
 
 def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> tuple[Span, ...]:
@@ -484,7 +570,12 @@ def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _
     bounds = [0, *(span["end"] for span in spans)]
     if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
         raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
-    return tuple((int(span["version"]), span["end"] - span["start"]) for span in spans)
+    return tuple((_number(span["version"]), span["end"] - span["start"]) for span in spans)
+
+
+def _number(version: str) -> int:
+    """0 before any push."""
+    return 0 if version == _NEVER_PUSHED else int(version)
 
 
 @contextlib.contextmanager
