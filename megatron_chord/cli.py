@@ -1,4 +1,4 @@
-"""The command line: train, check, data, report, mu preview, settings, doctor."""
+"""The command line: train, check, data, report, mu preview, evaluate, compare, settings, doctor."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ def _main(argv: Sequence[str] | None) -> int:
         args.overrides += rest
     if args.command == "train" and args.overwrite and args.resume != "never":
         parser.error("--overwrite and --resume auto contradict each other")
+    return _of_run(args) if hasattr(args, "config") else _of_no_run(args)
+
+
+def _of_no_run(args: argparse.Namespace) -> int:
+    """The commands that do not read a run's YAML file."""
     if args.command == "doctor":
         from megatron_chord import doctor
 
@@ -61,6 +66,12 @@ def _main(argv: Sequence[str] | None) -> int:
         return 0
     if args.command == "report":
         return _report(args.runs, args.output)
+    from megatron_chord.evaluation.command import compare_command, evaluate_command
+
+    return compare_command(args) if args.command == "compare" else evaluate_command(args)
+
+
+def _of_run(args: argparse.Namespace) -> int:
     try:
         run = load_config(args.config, args.overrides)
     except ConfigError as error:
@@ -133,10 +144,45 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="default: report.html, in the run's folder, or with several runs in the current folder",
     )
+    _add_evaluate(commands.add_parser("evaluate", help="measure a policy on a suite of benchmarks"))
+    compare = commands.add_parser("compare", help="compare two evaluations, problem by problem")
+    compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation (evaluate --output)")
+    compare.add_argument("b", type=Path, metavar="B", help="folder of another one, of the same suite")
+    compare.add_argument(
+        "--all", action="store_true", help="name all problems that flipped, not only the first ten"
+    )
     settings = commands.add_parser("settings", help="list every setting with its default and its meaning")
     settings.add_argument("--markdown", action="store_true", help="write docs/settings.md instead")
     commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
     return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "policy", type=Path, metavar="POLICY", help="Hugging Face folder, or a run's checkpoints/step-N"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="NAME=VALUE", help="settings of the suite to change, as in samples=2"
+    )
+    parser.add_argument(
+        "--suite",
+        default="paper",
+        metavar="SUITE.yaml",
+        help="benchmarks; `paper` is examples/suites/paper.yaml",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="for answers and results; answers in it are kept (default: evaluations/SUITE/POLICY)",
+    )
+    parser.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a running vLLM server, which gets the policy's weights (may be repeated; its key is in VLLM_API_KEY)",
+    )
 
 
 def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:

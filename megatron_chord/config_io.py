@@ -1,4 +1,4 @@
-"""YAML and `a.b=value` overrides -> RunConfig, strictly; and back, for the run folder.
+"""YAML and `a.b=value` overrides -> RunConfig or SuiteConfig, strictly; and back, for the run folder.
 
 Unknown keys, wrong types, missing fields and broken rules are collected and reported together, each with file and
 line. Values are read by the type of their field. Rules that are checked later, with the model or the method at hand,
@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -38,6 +38,9 @@ from megatron_chord.config_nodes import (
     read_files,
     setting_names,
 )
+from megatron_chord.config_suite import SuiteConfig
+
+T = TypeVar("T")
 
 MOVED = {
     "data.prompt_fields": "data.prompts.fields",
@@ -86,18 +89,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every finding as "file:line: reason".
     """
-    root = read_files(path, RunConfig)
-    root, wrong = _overridden(root, overrides)
+    return _load(path, overrides, RunConfig)
+
+
+def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Read an evaluation suite, as ``load_config`` reads a run; relative paths of a file are relative to its folder.
+
+    Raises:
+        ConfigError: with every finding as "file:line: reason".
+    """
+    return _load(path, overrides, SuiteConfig)
+
+
+def _load(path: Path, overrides: Sequence[str], kind: type[T]) -> T:
+    root, wrong = _overridden(read_files(path, kind), overrides, kind)
     reader = _Reader(given_places(root), wrong)
-    config = reader.read(root, RunConfig, "")
+    config = reader.read(root, kind, "")
     if reader.findings:
         raise ConfigError("\n".join(reader.findings))
     return config
 
 
-def dump_config(config: RunConfig) -> str:
-    """The resolved settings as YAML that ``load_config`` reads back."""
-    return yaml.dump(plain_settings(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+def dump_config(config: RunConfig | SuiteConfig) -> str:
+    """The resolved settings as YAML that ``load_config`` or ``load_suite`` reads back."""
+    return yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def plain_settings(config: RunConfig) -> dict[str, Any]:
@@ -137,12 +152,14 @@ def _told(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _overridden(root: yaml.MappingNode, overrides: Sequence[str]) -> tuple[yaml.MappingNode, list[str]]:
+def _overridden(
+    root: yaml.MappingNode, overrides: Sequence[str], kind: type = RunConfig
+) -> tuple[yaml.MappingNode, list[str]]:
     """The tree with the overrides applied, and what is wrong with the others."""
     wrong: list[str] = []
     for text in overrides:
         try:
-            root = override(root, text, RunConfig)
+            root = override(root, text, kind)
         except ConfigError as error:
             wrong.append(str(error))
     return root, wrong

@@ -26,6 +26,19 @@ convert() {
   step tools.convert "$@"
 }
 
+# evaluate ARGUMENT...: megatron-chord evaluate on one node; its exit code. Before its time is up the job is requeued.
+evaluate() {
+  cd "$CHORD_HOME"
+  local stopped="" code=0
+  trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null || true' USR1
+  step megatron_chord.cli evaluate "$@" || code=$?
+  if [[ -n "$stopped" ]] && ((code != 0 && ${SLURM_RESTART_COUNT:-0} < ${CHORD_MAX_RESTARTS:-100})); then
+    echo "the time is up; the job goes back to the queue and goes on from its answers"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+  fi
+  exit "$code"
+}
+
 # The job's folder, key, nodes and port, as the nodes read them.
 prepare() {
   export CHORD_JOB="$CHORD_JOBS/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}"

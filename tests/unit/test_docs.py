@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord import cli
-from megatron_chord.config_io import load_config
+from megatron_chord.config_io import load_config, load_suite
 from tools import convert, plan
 
 ROOT = Path(__file__).parents[2]
@@ -204,4 +204,5 @@ def check_settings(arguments: Sequence[str]) -> None:
     """Read the run's file with the settings that the command changes, where it names a file that is there."""
     files = [word for word in arguments if word.endswith(".yaml") and (ROOT / word).is_file()]
     for file in files:
-        load_config(ROOT / file, [word for word in arguments if re.match(r"[a-z_.]+=", word)])
+        load = load_suite if file.startswith("examples/suites/") else load_config
+        load(ROOT / file, [word for word in arguments if re.match(r"[a-z_.]+=", word)])

@@ -1,0 +1,104 @@
+"""The answers of an evaluation on disk: one JSON line each, appended as they are graded, found again by what was asked.
+
+An answer's key is a hash of the policy, the prompt's tokens, the seed and the sampling settings. So an evaluation that
+was ended goes on where it was, and an answer of another policy or of other settings is never taken for one of this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from megatron_chord.config_suite import BenchmarkConfig
+from megatron_chord.rollout.client import GenerateRequest
+
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer with its grade: a line of ``samples/BENCHMARK.jsonl``."""
+
+    key: str
+    problem: str
+    sample: int
+    """From 0."""
+    response: str
+    tokens: int
+    finish_reason: str
+    score: float | None
+    """None: it could not be graded."""
+    error: str | None
+    """Why not."""
+    graded_by: str
+    """Hash of the reward's settings."""
+
+
+def key_of(policy: str, dtype: str, request: GenerateRequest) -> str:
+    """Of the answer to a request. ``policy`` is a digest of its weights, ``dtype`` what they are served in."""
+    asked = [
+        policy,
+        dtype,
+        list(request.prompt_ids),
+        request.seed,
+        request.temperature,
+        request.top_p,
+        request.max_tokens,
+        list(request.stop_token_ids),
+    ]
+    return _hash(asked)
+
+
+def grading_of(benchmark: BenchmarkConfig) -> str:
+    """Hash of how a benchmark's answers are graded."""
+    assert benchmark.reward is not None
+    reward = asdict(benchmark.reward)
+    # How much is graded at a time changes no grade.
+    return _hash({name: str(value) for name, value in reward.items() if name != "workers"})
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class AnswerFile:
+    """The answers of one benchmark. A later line with the same key counts. Not for several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. A line that was being written when the process was killed is cut off."""
+        self.by_key: dict[str, Answer] = {}
+        self._path = path
+        self._file: IO[bytes] | None = None
+        if not path.is_file():
+            return
+        whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                answer = Answer(**json.loads(line))
+                self.by_key[answer.key] = answer
+                whole += len(line)
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Appends them; they are with the kernel when this returns."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab")
+        self._file.write(b"".join(json.dumps(asdict(answer)).encode() + b"\n" for answer in answers))
+        self._file.flush()
+        self.by_key |= {answer.key: answer for answer in answers}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()

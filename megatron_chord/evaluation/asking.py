@@ -1,0 +1,324 @@
+"""Problems x samples -> graded answers on disk. Servers take the next request as they become free."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_chord.config import RewardConfig
+from megatron_chord.config_suite import BenchmarkConfig, ServerConfig
+from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.evaluation.answers import Answer, AnswerFile, grading_of
+from megatron_chord.evaluation.servers import Servers
+from megatron_chord.records import Prompt, Rollout
+from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
+from megatron_chord.rollout.server import ServerError
+
+_REQUESTS_GPU, _REQUESTS_CPU = 256, 16
+_LOOK_S = 0.2
+_SAY_S = 20.0
+"""Between two lines about the progress where there is no terminal."""
+_GRADED_TOGETHER = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One answer that is wanted."""
+
+    benchmark: BenchmarkConfig
+    """Resolved."""
+    prompt: Prompt
+    template: ChatTemplate
+    sample: int
+    request: GenerateRequest
+    key: str
+
+
+class Graders:
+    """A pool of grader processes for each reward of a suite, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, GraderPool] = {}
+        self._lock = threading.Lock()
+
+    def grade(self, reward: RewardConfig, items: Sequence[tuple[str, str]]) -> list[Grade]:
+        """Grades of (response, truth) pairs, in their order. From any thread."""
+        return self.start(reward).grade_all(items) if items else []
+
+    def start(self, reward: RewardConfig) -> GraderPool:
+        """The reward's processes. RuntimeError where they do not start."""
+        name = repr(reward)
+        with self._lock:
+            if name not in self._pools:
+                self._pools[name] = GraderPool(
+                    reward.kind,
+                    workers=reward.workers,
+                    timeout_s=reward.timeout_s,
+                    memory_mb=reward.memory_mb,
+                    marker=reward.answer_marker,
+                )
+            return self._pools[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+def ask(
+    questions: Sequence[Question],
+    servers: Servers,
+    settings: ServerConfig,
+    *,
+    files: Mapping[str, AnswerFile],
+    graders: Graders,
+    meter: Meter,
+) -> int:
+    """Has all questions answered and graded, and puts the answers into ``files``, by benchmark.
+
+    A server that fails is replaced, at most ``settings.restarts`` times.
+
+    Returns:
+        How many answers are missing because their requests were late.
+
+    Raises:
+        RolloutError, ServerError: servers failed more often. What was answered is in ``files``.
+    """
+    for question in questions:
+        assert question.benchmark.reward is not None
+        graders.start(question.benchmark.reward)
+    left = dict(enumerate(questions))
+    late: set[int] = set()
+    restarts = settings.restarts
+    with _Grading(files, graders, meter) as grading:
+        while left:
+            try:
+                _ask_once(left, late, servers, settings, grading)
+            except (RolloutError, ServerError) as error:
+                if restarts == 0:
+                    raise
+                restarts -= 1
+                meter.say(f"{error}\nasking again for what is missing, {restarts} restarts left")
+    return len(late)
+
+
+def _ask_once(
+    left: dict[int, Question], late: set[int], servers: Servers, settings: ServerConfig, grading: _Grading
+) -> None:
+    """Takes from ``left`` what is answered, and what is ``late``."""
+    clients = servers.connect()
+    grading.meter.begin()
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in left:
+        waiting.put(number)
+
+    def take() -> tuple[int, GenerateRequest] | None:
+        if grading.failure is not None:
+            return None
+        try:
+            number = waiting.get_nowait()
+        except queue.Empty:
+            return None
+        return number, left[number].request
+
+    def on_answer(number: int, rollouts: tuple[Rollout, ...] | None) -> None:
+        question = left[number]
+        if rollouts is None:
+            late.add(number)
+            grading.skip()
+        else:
+            grading.put(question, rollouts[0])
+        del left[number]
+
+    per_server = settings.requests or (_REQUESTS_GPU if torch.cuda.is_available() else _REQUESTS_CPU)
+
+    def serve(client: RolloutClient) -> None:
+        client.generate_each(
+            take,
+            version=servers.version,
+            at_once=per_server,
+            deadline_s=settings.request_s,
+            on_answer=on_answer,
+        )
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        served = [pool.submit(serve, client) for client in clients]
+        try:
+            _await(served)
+        finally:
+            if not all(future.done() for future in served):
+                for client in clients:
+                    client.close()
+    grading.check()
+
+
+def _await(futures: Sequence[Future[None]]) -> None:
+    """Until all are done; raises what one of them does, at once. It waits in pieces, so that a signal is heard."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+class _Grading:
+    """A thread that grades answers as they come and puts them into their files."""
+
+    def __init__(self, files: Mapping[str, AnswerFile], graders: Graders, meter: Meter) -> None:
+        self.failure: Exception | None = None
+        self._files = files
+        self._graders = graders
+        self.meter = meter
+        self._queue: queue.SimpleQueue[tuple[Question, Rollout] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="grading", daemon=True)
+
+    def put(self, question: Question, rollout: Rollout) -> None:
+        self._queue.put((question, rollout))
+
+    def skip(self) -> None:
+        self.meter.advance(0)
+
+    def check(self) -> None:
+        """Raises what ended the thread, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if error is None:
+            self.check()
+
+    def _run(self) -> None:
+        ended = False
+        try:
+            while not ended:
+                batch = [self._queue.get()]
+                while len(batch) < _GRADED_TOGETHER and not self._queue.empty():
+                    batch.append(self._queue.get())
+                ended = None in batch
+                self._grade([item for item in batch if item is not None])
+        except Exception as error:  # told to the thread that asks
+            self.failure = error
+
+    def _grade(self, batch: Sequence[tuple[Question, Rollout]]) -> None:
+        groups: dict[str, list[tuple[Question, Rollout]]] = defaultdict(list)
+        for question, rollout in batch:
+            groups[question.benchmark.name].append((question, rollout))
+        for name, group in groups.items():
+            reward = group[0][0].benchmark.reward
+            assert reward is not None
+            texts = [question.template.decode(rollout.token_ids) for question, rollout in group]
+            items = [(text, question.prompt.truth) for text, (question, _) in zip(texts, group, strict=True)]
+            grades = self._graders.grade(reward, items)
+            self._files[name].add(
+                [
+                    _answer(question, rollout, text, grade)
+                    for (question, rollout), text, grade in zip(group, texts, grades, strict=True)
+                ]
+            )
+        for _, rollout in batch:
+            self.meter.advance(len(rollout.token_ids))
+
+
+def _answer(question: Question, rollout: Rollout, text: str, grade: Grade) -> Answer:
+    return Answer(
+        key=question.key,
+        problem=question.prompt.id,
+        sample=question.sample,
+        response=text,
+        tokens=len(rollout.token_ids),
+        finish_reason=rollout.finish_reason,
+        score=grade.score,
+        error=grade.error,
+        graded_by=grading_of(question.benchmark),
+    )
+
+
+def grade_again(
+    answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: Graders
+) -> list[Answer]:
+    """Answers that were graded with other settings, with their grades by the benchmark's own."""
+    assert benchmark.reward is not None
+    grades = graders.grade(benchmark.reward, [(answer.response, prompt.truth) for answer, prompt in answers])
+    mark = grading_of(benchmark)
+    return [
+        replace(answer, score=grade.score, error=grade.error, graded_by=mark)
+        for (answer, _), grade in zip(answers, grades, strict=True)
+    ]
+
+
+class Meter:
+    """Progress and rate on the console: a bar on a terminal, else a line now and then. As a context manager."""
+
+    def __init__(self, total: int, kept: int, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            total: answers of the whole suite.
+            kept: of these, those that are there already.
+        """
+        self.say = say
+        self._total, self._kept, self._done, self._tokens = total, kept, 0, 0
+        self._begun: float | None = None
+        self._said = time.monotonic()
+        self._lock = threading.Lock()
+        console = Console()
+        self._bar = Progress(
+            TextColumn("answers"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._is_terminal = console.is_terminal
+        self._task = self._bar.add_task("", total=total, completed=kept)
+
+    def begin(self) -> None:
+        """Servers are ready: the rate is measured from here."""
+        self._begun = self._begun or time.monotonic()
+
+    def advance(self, tokens: int) -> None:
+        """One more answer of so many tokens. From any thread."""
+        with self._lock:
+            self._done += 1
+            self._tokens += tokens
+            now = time.monotonic()
+            text = self.rate(now)
+            self._bar.update(self._task, advance=1, description=text)
+            if not self._is_terminal and now - self._said > _SAY_S:
+                self._said = now
+                self.say(f"{self._kept + self._done} of {self._total} answers, {text}")
+
+    def rate(self, now: float | None = None) -> str:
+        now = now or time.monotonic()
+        seconds = max(1e-9, now - (self._begun or now))
+        return f"{self._done / seconds:.1f} answers/s, {self._tokens / seconds:.0f} tokens/s"
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

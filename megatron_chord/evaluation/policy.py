@@ -1,0 +1,148 @@
+"""What is evaluated: a Hugging Face folder, or a checkpoint that is converted to one first.
+
+``python -m megatron_chord.evaluation.policy CHECKPOINT FOLDER`` converts, in a process of its own that sees no GPU:
+Megatron-Core would put the whole model on one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chord.config_io import load_config
+from megatron_chord.weights.torch_dist import METADATA
+
+_CONVERTED = "policy"
+_DIGEST = "policy.json"
+_RECORDS = ("latest", "latest_checkpointed_iteration.txt")
+"""A folder with one of these names its newest checkpoint in it."""
+_HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    folder: Path
+    """Hugging Face folder."""
+    source: Path
+    """As the user named it."""
+    digest: str
+    """Of the weights, the configuration and the tokenizer."""
+    chat_template: Path | None
+    """Of the run that the checkpoint belongs to, where it set one."""
+
+    @property
+    def was_converted(self) -> bool:
+        return self.folder != self.source
+
+
+def label_of(path: Path) -> str:
+    """A short name: ``runs/x/checkpoints/step-000100`` is x-step-000100, ``runs/x/policy`` is x-policy."""
+    path = path.resolve()
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}-{path.name}"
+    return f"{path.parent.name}-{path.name}" if path.name in ("policy", "checkpoints") else path.name
+
+
+def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Policy:
+    """The policy at ``source``. A checkpoint is converted to ``output/policy``, unless that has been done before.
+
+    Raises:
+        ValueError: it is neither kind of folder, or it cannot be converted.
+    """
+    if not source.is_dir():
+        raise ValueError(
+            f"{source}: no such folder; POLICY is a Hugging Face folder or a run's checkpoints/step-N"
+        )
+    folder, template = source, None
+    if not (source / "config.json").is_file():
+        if not any((source / name).is_file() for name in (METADATA, *_RECORDS)):
+            raise ValueError(
+                f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
+            )
+        folder, template = output / _CONVERTED, _template_of_run(source)
+        if not folder.is_dir():
+            say(f"converting {source}")
+            _convert(source, folder)
+    digest = _digest(folder, output / _DIGEST, say)
+    return Policy(folder=folder, source=source, digest=digest, chat_template=template)
+
+
+def _template_of_run(checkpoint: Path) -> Path | None:
+    """``data.chat_template`` of the run that wrote the checkpoint."""
+    for folder in (checkpoint.resolve().parent, checkpoint.resolve().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml").data.chat_template
+    return None
+
+
+def _convert(source: Path, target: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_chord.evaluation.policy", str(source), str(target)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ValueError(f"{source} cannot be converted: {done.stderr.strip()[-2000:]}")
+
+
+def _digest(folder: Path, record: Path, say: Callable[[str], None]) -> str:
+    """Of the contents of the folder's files. Files with the size and time of ``record`` are not read again."""
+    files = sorted(
+        [*folder.glob("*.safetensors"), *(folder / name for name in _HASHED if (folder / name).is_file())]
+    )
+    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if known.get("files") == stamps and known.get("folder") == str(folder.resolve()):
+        return known["digest"]
+    size = sum(path.stat().st_size for path in files)
+    if size > 1 << 30:
+        say(f"reading {size / 1e9:.0f} GB of weights, so that kept answers can be told to be this policy's")
+    with ThreadPoolExecutor(min(8, len(files) or 1)) as pool:
+        parts = list(pool.map(_file_digest, files))
+    named = [f"{path.name} {part}" for path, part in zip(files, parts, strict=True)]
+    digest = hashlib.blake2b("\n".join(named).encode(), digest_size=16).hexdigest()
+    record.write_text(json.dumps({"folder": str(folder.resolve()), "digest": digest, "files": stamps}) + "\n")
+    return digest
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def main() -> int:
+    from megatron_chord.convert.directions import to_hf
+    from megatron_chord.convert.sources import open_source
+    from megatron_chord.runtime import parallel as runtime
+
+    source, target = map(Path, sys.argv[1:])
+    warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    try:
+        to_hf(open_source(source), target, notify=print)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        runtime.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Which answers of a problem are equal, for maj@k: equal by the grader, not by their spelling."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+
+from megatron_chord.config import RewardConfig
+from megatron_chord.rewards.answers import after_marker, marked_answer
+
+KINDS = ("math", "exact", "tool_calls")
+"""Kinds of reward whose answers can be told from the rest of a response."""
+_CALLS_START, _CALLS_END = "<tool_call>", "</tool_call>"
+
+
+def stated_answer(text: str, reward: RewardConfig) -> str | None:
+    """What a response states as its answer; None where it states none."""
+    if reward.kind == "tool_calls":
+        _, start, rest = text.rpartition(_CALLS_START)
+        block, end, _ = rest.partition(_CALLS_END)
+        return _canonical(block) if start and end else None
+    found = (
+        marked_answer(text, reward.answer_marker)
+        if reward.kind == "math"
+        else after_marker(text, reward.answer_marker)
+    )
+    return found.strip() if found and found.strip() else None
+
+
+def _canonical(block: str) -> str:
+    try:
+        return json.dumps(json.loads(block), sort_keys=True)
+    except ValueError:
+        return block.strip()
+
+
+def to_compare(scores: Sequence[float], stated: Sequence[str | None]) -> list[tuple[int, int]]:
+    """Pairs of wrong answers with different spellings, which a grader must compare: (answer, taken as truth)."""
+    first: dict[str, int] = {}
+    for index, (score, text) in enumerate(zip(scores, stated, strict=True)):
+        if score < 1 and text is not None:
+            first.setdefault(text, index)
+    return [(later, earlier) for earlier, later in itertools.combinations(first.values(), 2)]
+
+
+def votes_of(
+    scores: Sequence[float], stated: Sequence[str | None], equal: Iterable[tuple[int, int]]
+) -> list[int | None]:
+    """The vote of each answer: 0 for right ones, another number for each class of equal wrong ones, None for none.
+
+    Args:
+        equal: those pairs of ``to_compare`` that are equal.
+    """
+    class_of = list(range(len(scores)))
+    spelled: dict[str, int] = {}
+    for index, text in enumerate(stated):
+        if text is not None and scores[index] < 1:
+            class_of[index] = spelled.setdefault(text, index)
+    for one, other in equal:
+        joined, into = class_of[one], class_of[other]
+        class_of = [into if number == joined else number for number in class_of]
+    return [
+        0 if score >= 1 else None if text is None else class_of[index] + 1
+        for index, (score, text) in enumerate(zip(scores, stated, strict=True))
+    ]

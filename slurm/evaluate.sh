@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Evaluate a policy on one node, a vLLM server on each of its GPUs (server.tensor=N: on N of them).
+#
+#   sbatch slurm/evaluate.sh /shared/runs/chord_qwen7b/policy --suite paper
+#   sbatch slurm/evaluate.sh /shared/models/Qwen2.5-7B-Instruct --suite my_suite.yaml server.tensor=2
+#
+# Before the time is up the job goes back to the queue, and goes on from the answers that it has.
+#
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+# Site settings: as in chord_qwen7b.sh.
+export CHORD_HOME="${CHORD_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
+export CHORD_VENV="${CHORD_VENV:-$CHORD_HOME/.venv}"
+export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"
+export CHORD_CONTAINER_MOUNTS="${CHORD_CONTAINER_MOUNTS:-}"
+export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"
+
+# shellcheck source=slurm/lib/launch.sh
+source "$CHORD_HOME/slurm/lib/launch.sh"
+evaluate "$@"

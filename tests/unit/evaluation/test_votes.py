@@ -1,0 +1,35 @@
+"""Which answers are equal, and what they vote for."""
+
+from __future__ import annotations
+
+from megatron_chord.config import RewardConfig
+from megatron_chord.evaluation.votes import stated_answer, to_compare, votes_of
+
+
+def test_what_a_response_states() -> None:
+    math, exact, calls = (RewardConfig(kind=kind) for kind in ("math", "exact", "tool_calls"))
+    assert stated_answer("so \\boxed{1/2}, no: \\boxed{0.5}", math) == "0.5"
+    assert stated_answer("it is 5", math) is None
+    assert stated_answer("#### 12 \nx", exact) == "12"
+    assert stated_answer("nothing", exact) is None
+    one = '<tool_call>[{"name": "f", "arguments": {"b": 1, "a": 2}}]</tool_call>'
+    other = '<tool_call> [{"arguments": {"a": 2, "b": 1}, "name": "f"}] </tool_call>'
+    assert stated_answer(one, calls) == stated_answer(other, calls)
+    assert stated_answer("<tool_call>[]", calls) is None
+
+
+def test_equal_wrong_answers_vote_together_and_right_ones_for_the_truth() -> None:
+    scores = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    stated = ["1/2", "7", "0.5", "1/2", "7.0", None, "3"]
+    # Spellings of wrong answers: 1/2 (answer 0), 0.5 (answer 2), 3 (answer 6).
+    assert to_compare(scores, stated) == [(2, 0), (6, 0), (6, 2)]
+    votes = votes_of(scores, stated, equal=[(2, 0)])
+    assert votes[1] == votes[4] == 0
+    assert votes[0] == votes[2] == votes[3]
+    assert votes[5] is None
+    assert len({votes[0], votes[6], 0}) == 3
+
+
+def test_classes_join_over_a_third_answer() -> None:
+    votes = votes_of([0.0, 0.0, 0.0], ["a", "b", "c"], equal=[(1, 0), (2, 1)])
+    assert votes[0] == votes[1] == votes[2] != 0
