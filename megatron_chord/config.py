@@ -572,10 +572,15 @@ class EvaluationConfig:
     """Of sampling; 0 takes the most likely token."""
     samples: int = 1
     """Answers per problem; accuracy is their mean."""
+    patience: int | None = None
+    """The run ends early when so many evaluations in a row were no better than the best one, by what
+    `checkpoint.keep_best` names. Left out: it takes all of its steps."""
 
     def __post_init__(self) -> None:
         not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
         positive(**{"evaluation.samples": self.samples})
+        if self.patience is not None:
+            positive(**{"evaluation.patience": self.patience})
         require(self.problems is None or self.problems > 0, "evaluation.problems must be > 0, or left out")
 
 
@@ -587,8 +592,17 @@ class CheckpointConfig:
     """A checkpoint is also written before the next step when the last one is so many minutes old; 0: never."""
     keep: int = 2
     """How many of the newest to keep."""
+    keep_best: str | None = None
+    """Keeps the checkpoint of the best evaluation beside the newest: the best by `accuracy`, or by the accuracy of the
+    source of `data.evaluation` with this name. A checkpoint is then written after each evaluation that is the best."""
+    export: Literal["last", "best"] = "last"
+    """Which weights `policy/` gets at the run's end. best: those of `keep_best`."""
 
     def __post_init__(self) -> None:
+        require(
+            self.export == "last" or self.keep_best is not None,
+            "checkpoint.export: best needs checkpoint.keep_best, which says by what the best is chosen",
+        )
         not_negative(**{"checkpoint.every": self.every, "checkpoint.every_minutes": self.every_minutes})
         positive(**{"checkpoint.keep": self.keep})
 
@@ -716,6 +730,26 @@ class RunConfig:
         )
         if self.precision is not None:
             self._check_precision()
+        self._check_best()
+
+    def _check_best(self) -> None:
+        name = self.checkpoint.keep_best
+        if name is None:
+            require(
+                self.evaluation.patience is None,
+                "evaluation.patience needs checkpoint.keep_best, which says by what evaluations are compared",
+            )
+            return
+        sources = self.data.evaluation or ()
+        require(
+            bool(sources) and self.evaluation.every > 0,
+            "checkpoint.keep_best needs data.evaluation and evaluation.every: there is nothing to choose from",
+        )
+        known = ["accuracy", *(source.label for source in sources)]
+        require(
+            name in known,
+            f"checkpoint.keep_best: {name!r} is none of {', '.join(dict.fromkeys(known))}",
+        )
 
     def _check_precision(self) -> None:
         for name, dtype in {"model.dtype": self.model.dtype, "rollout.dtype": self.rollout.dtype}.items():

@@ -71,9 +71,10 @@ def save(
     folder: Path,
     *,
     keep: int,
+    best: int | None = None,
     notify: Callable[[str], None] = print,
 ) -> Path:
-    """Write ``folder``/step-N for ``run_state["step"]`` = N and drop all but the ``keep`` newest.
+    """Write ``folder``/step-N for ``run_state["step"]`` = N and drop all but the ``keep`` newest and step ``best``.
 
     Called on every rank. ``run_state`` (plain JSON: step, cursors, answers sampled ahead) is the coordinator's; other
     ranks' is ignored. ``notify`` is told of old checkpoints that cannot be dropped.
@@ -102,7 +103,9 @@ def save(
         (folder / f".{LATEST}.tmp").replace(folder / LATEST)
         _sync_folder(folder)
         for old in _complete(folder)[:-keep]:
-            if old != target:  # newer ones may be there: damaged, and passed over by find
+            if (
+                old != target and step_of(old) != best
+            ):  # newer ones may be there: damaged, and passed over by find
                 _drop(old, notify)
 
     groups.once(make_empty)

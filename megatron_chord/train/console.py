@@ -14,11 +14,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     if not evaluations:
         return None
     table = Table(title="what the run learned")
-    for name in ("weights", "held-out accuracy", "tokens per answer"):
+    for name in ("weights", "held-out accuracy", "tokens per answer", "cut off"):
         table.add_column(name, justify="right")
     for step, result in evaluations:
         when = "before" if step == 0 else f"after {step} steps"
-        table.add_row(when, f"{100 * result['accuracy']:.1f} %", f"{result['response_length']:.1f}")
+        cut_off = f"{100 * result['truncated']:.1f} %" if "truncated" in result else ""
+        table.add_row(when, f"{100 * result['accuracy']:.1f} %", f"{result['response_length']:.1f}", cut_off)
     gained = 100 * (evaluations[-1][1]["accuracy"] - evaluations[0][1]["accuracy"])
     table.caption = f"{gained:+.1f} points"
     return table

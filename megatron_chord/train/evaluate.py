@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
+from megatron_chord.evaluation.metrics import bootstrap
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
@@ -30,6 +31,10 @@ class Evaluation:
     num_errors: int
     response_length: float
     """Mean, in tokens."""
+    truncated: float
+    """Share of the answers that were cut off at the length limit."""
+    interval: tuple[float, float]
+    """Holds 95 % of the mean scores of problems that are drawn again (``evaluation.metrics.bootstrap``)."""
     accuracy_by_source: dict[str, float] = field(default_factory=dict[str, float])
     """Of each source of ``data.evaluation``, where there are several."""
     reward_terms: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -69,16 +74,26 @@ def evaluate(
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
     if not scores:
         raise TooManyGraderErrors(f"none of the evaluation's {len(problems)} problems could be graded")
-    lengths = [len(rollout.token_ids) for item in graded for rollout in item.rollouts]
+    rollouts = [rollout for item in graded for rollout in item.rollouts]
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    bounds = bootstrap([_means(graded)], seed=run.seed)
     result = Evaluation(
         accuracy=sum(scores) / len(scores),
         num_problems=len(problems),
         num_errors=len(lengths) - len(scores),
         response_length=sum(lengths) / len(lengths),
+        truncated=sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        interval=(bounds.low, bounds.high),
         accuracy_by_source=_by_source(graded),
         reward_terms=part_means(graded).get("reward_terms", {}),
     )
     return result, graded
+
+
+def _means(graded: Sequence[GradedRollouts]) -> list[float]:
+    """Mean score of each problem with one."""
+    scores = [[grade.score for grade in item.grades if grade.score is not None] for item in graded]
+    return [sum(own) / len(own) for own in scores if own]
 
 
 def _by_source(graded: Sequence[GradedRollouts]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, MuSchedule, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
+from megatron_chord.train.best import Best, is_exhausted, value_of
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.engine import RolloutEngine
@@ -83,6 +84,7 @@ class RunContext:
     mu_gradient: MuGradient | None
     """Where mu is learned."""
     health: Health
+    best: Best = field(default_factory=Best)
 
 
 def train(
@@ -157,15 +159,20 @@ def train(
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
         _run_steps(parts, done, memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
-        with groups.pulse.phase("saving"):
-            export_policy(
-                parts.state,
-                run.model.path,
-                run.output / POLICY,
-                chat_template=data.template.exported if data is not None else None,
-            )
+        _export(parts, data.template.exported if data is not None else None)
         if coordinator is not None:
             _tell_outcome(coordinator.log, run.output)
+
+
+def _export(parts: RunContext, chat_template: str | None) -> None:
+    """``policy/``, of the last weights or the best ones. On every rank; these weights are then the state's."""
+    run, best = parts.run, parts.best.step
+    with parts.state.groups.pulse.phase("saving"):
+        if run.checkpoint.export == "best" and best is not None:
+            path = run.output / CHECKPOINTS / f"step-{best:06d}"
+            checkpoint.load(parts.state, path)
+            _say(parts.coordinator, f"the policy to export is the best one, that of {path}")
+        export_policy(parts.state, run.model.path, run.output / POLICY, chat_template=chat_template)
 
 
 def _build(
@@ -226,6 +233,13 @@ def _run_steps(
     run, groups, saved_step = parts.run, parts.state.groups, done
     saved_at, allowed_s = time.monotonic(), 60 * run.checkpoint.every_minutes
     for step in range(done, run.steps):
+        if is_exhausted(parts.best, run):
+            _say(
+                parts.coordinator,
+                f"stopped early after {step} steps: {parts.best.since} evaluations were no better than "
+                f"{parts.best.value:.4f} after {parts.best.step} steps (evaluation.patience)",
+            )
+            break
         check_stop()
         try:
             is_late = 0 < allowed_s <= time.monotonic() - saved_at
@@ -244,9 +258,11 @@ def _run_steps(
                 f"stopped as asked: {step} of {run.steps} steps done",
                 exit_code=EXIT_CODE if step > done else EXIT_CODE_IDLE,
             ) from None
+        is_best = False
         if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
-            _evaluate(parts, step + 1)
-        if _is_due(run.checkpoint.every, step + 1) or step + 1 == run.steps:
+            is_best = _evaluate(parts, step + 1)
+        is_last = step + 1 == run.steps or is_exhausted(parts.best, run)
+        if _is_due(run.checkpoint.every, step + 1) or is_best or is_last:
             _save(parts, step + 1, memory)
             saved_step, saved_at = step + 1, time.monotonic()
 
@@ -351,12 +367,16 @@ def _throughput(parts: RunContext, inputs: StepInputs, seconds: float) -> dict[s
     )
 
 
-def _evaluate(parts: RunContext, version: int) -> None:
-    """Held-out accuracy of the weights after ``version`` optimizer steps."""
+def _evaluate(parts: RunContext, version: int) -> bool:
+    """Held-out accuracy of the weights after ``version`` optimizer steps.
+
+    Returns:
+        Whether they are the best so far, where ``checkpoint.keep_best`` asks for it.
+    """
     coordinator = parts.coordinator
     has_problems = parts.run.data.evaluation is not None
     if not has_problems:
-        return
+        return False
     _doing(coordinator, "evaluating")
     _drain(parts)
 
@@ -376,6 +396,8 @@ def _evaluate(parts: RunContext, version: int) -> None:
             f"evaluation after {version} steps: accuracy {100 * result.accuracy:.1f} % "
             f"on {result.num_problems} problems"
         )
+    name = parts.run.checkpoint.keep_best
+    return name is not None and version > 0 and parts.best.note(version, value_of(result, name))
 
 
 def _save(parts: RunContext, step: int, memory: Memory) -> None:
@@ -385,13 +407,14 @@ def _save(parts: RunContext, step: int, memory: Memory) -> None:
     if parts.engine.has_offloaded:  # for an evaluation, or a sampling that was given up
         parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
-    run_state |= {"health": parts.health.to_json()}
+    run_state |= {"health": parts.health.to_json(), "best": parts.best.to_json()}
     with parts.state.groups.pulse.phase("saving"):
         path = checkpoint.save(
             parts.state,
             run_state,
             parts.run.output / CHECKPOINTS,
             keep=parts.run.checkpoint.keep,
+            best=parts.best.step,
             notify=coordinator.log.say if coordinator is not None else lambda text: None,
         )
     if coordinator is not None:
@@ -408,6 +431,7 @@ def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
     run_state = checkpoint.load(parts.state, path)
     check_finite(parts.state, f"{path} cannot be continued; move it away to go on from the one before")
     parts.health.restore(run_state.get("health"))
+    parts.best.restore(run_state.get("best"))
 
     def restore() -> None:
         assert parts.coordinator is not None
@@ -485,6 +509,11 @@ def _refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         raise Refused(str(error)) from error
+
+
+def _say(coordinator: Coordinator | None, text: str) -> None:
+    if coordinator is not None:
+        coordinator.log.say(text)
 
 
 def _doing(coordinator: Coordinator | None, what: str) -> None:
