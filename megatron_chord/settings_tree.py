@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 
 def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
@@ -17,11 +17,22 @@ def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> An
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1e-6}}`` -> ``{"optim.lr": 1e-6}``; lists and empty mappings stay as they are."""
+    """``{"optim": {"lr": 1e-6}}`` -> ``{"optim.lr": 1e-6}``.
+
+    Of a list of blocks, each has its number: ``data.prompts[0].weight``. Other lists and empty blocks stay as they are.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{before}{name}.")
+        elif are_blocks(value):
+            for number, block in enumerate(value):
+                found |= flat(block, f"{before}{name}[{number}].")
         else:
             found[f"{before}{name}"] = value
     return found
+
+
+def are_blocks(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether ``value`` is a list of blocks of settings, one at least."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

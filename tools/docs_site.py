@@ -22,6 +22,8 @@ PAGES = {
 }
 """Path in the repository -> page of the site, beside those in docs/."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
+IMAGES = (".png", ".svg")
+"""In docs/; MkDocs takes them as they are."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json", "": "text", ".txt": "text"}
 LIST_ITEM = re.compile(r"(\d+\. |[*-] )\S")
 
@@ -32,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     done: set[str] = set()
     while waiting:
         path = waiting.pop()
-        if path in done or not (ROOT / path).exists():
+        if path in done or path.endswith(IMAGES) or not (ROOT / path).exists():
             continue  # strict mode reports a link that leads nowhere
         done.add(path)
         text = markdown_of(path)
@@ -48,7 +50,7 @@ def page_of(path: str) -> str:
     """The page that shows ``path`` of the repository."""
     if path in PAGES:
         return PAGES[path]
-    if path.startswith("docs/") and path.endswith(".md"):
+    if path.startswith("docs/") and path.endswith((".md", *IMAGES)):
         return path.removeprefix("docs/")
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
 

@@ -227,7 +227,8 @@ function charts() {
   for (const spec of data.charts) {
     const now = single && spec.metrics.length === 1 ? number(last(data.runs[0].curves.series[spec.metrics[0]]?.mean), spec.unit) : "";
     const several = single && spec.metrics.filter((metric) => data.runs[0].curves.series[metric]).length > 1;
-    place(grid(spec.group), spec.title, spec.help, (chart) => {
+    const lines = !single && spec.metrics.length > 1 ? `${spec.metrics.map((metric, at) => `${dashes[at % dashes.length]}: ${metric}`).join(", ")}. ` : "";
+    place(grid(spec.group), spec.title, lines + spec.help, (chart) => {
       const log = wantsLog(spec), series = curveSeries(spec, log);
       const legend = several ? { legend: { left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } } : {};
       chart.setOption({ ...base(spec.unit, log), ...legend, series }, true);
@@ -235,7 +236,7 @@ function charts() {
   }
   data.runs.forEach((run, index) => {
     if (!Object.keys(run.curves.phases).length) return;
-    place(grid("Speed"), single ? "Time of a step" : `Time of a step: ${run.name}`, "Seconds by phase. Sampling includes waiting for vLLM; waiting is for rollouts sampled ahead.", (chart) =>
+    place(grid("Speed"), single ? "Time of a step" : `Time of a step: ${run.name}`, "Seconds by phase. Waiting is for answers that are sampled ahead.", (chart) =>
       chart.setOption({ ...base("", false), grid: { ...base().grid, top: 44 }, legend: { left: 0, right: 76, top: 0, itemHeight: 9, itemWidth: 9, icon: "circle", itemGap: 9, textStyle: { color: style("--quiet"), fontSize: 11 } }, series: phaseSeries(run) }, true));
   });
 }

@@ -29,7 +29,7 @@ _WITHOUT_DEFAULT = (
     "output",
     "steps",
     "model.path",
-    "data.prompts",
+    "data.prompts[0].path",
     "batch.prompts",
     "batch.rollouts",
     "batch.demonstrations",
@@ -94,7 +94,7 @@ def headline(run: RunRecord) -> dict[str, Any]:
     servers = len(setting(run.settings, "rollout.servers", ())) * setting(run.settings, "rollout.tensor", 1)
     processors = gpus[-1] + servers if gpus else setting(run.settings, "parallel.ranks", 1)
     return {
-        "method": setting(run.settings, "method.name", ""),
+        "method": _method(run.settings),
         "steps": run.steps[-1]["step"] + 1 if run.steps else 0,
         "planned": setting(run.settings, "steps"),
         "tokens": tokens,
@@ -102,6 +102,18 @@ def headline(run: RunRecord) -> dict[str, Any]:
         "processor_hours": hours * processors,
         "has_gpus": bool(gpus),
     }
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    """In a few words: ``chord, mu constant 0.5, weight phi``."""
+    mu, weight = setting(settings, "method.mu.schedule"), setting(settings, "method.token_weight.kind")
+    parts = [str(setting(settings, "method.name", ""))]
+    if mu is not None:
+        peak = setting(settings, "method.mu.peak")
+        parts.append(f"mu {mu}" + (f" {peak:g}" if isinstance(peak, int | float) else ""))
+    if weight is not None:
+        parts.append(f"weight {weight}")
+    return ", ".join(parts)
 
 
 def _settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
