@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -49,7 +50,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if rest:
         args.overrides += rest
     if args.command == "train" and args.overwrite and args.resume != "never":
-        parser.error("--overwrite and --resume auto contradict each other")
+        parser.error(f"--overwrite and --resume {args.resume} contradict each other")
     return _of_run(args) if hasattr(args, "config") else _of_no_run(args)
 
 
@@ -94,9 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a training from a YAML file")
     train.add_argument(
         "--resume",
-        choices=["never", "auto"],
+        metavar="auto|step-N",
+        type=_resume,
         default="never",
-        help="auto: continue from the newest whole checkpoint of the output folder, if there is one",
+        help="continue from the newest whole checkpoint of the output folder, if there is one, or from the one named",
+    )
+    train.add_argument(
+        "--allow-changed",
+        action="store_true",
+        help="with --resume: go on although settings that change what is learned are not the run's own",
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
@@ -183,6 +190,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="a running vLLM server, which gets the policy's weights (may be repeated; its key is in VLLM_API_KEY)",
     )
+
+
+def _resume(text: str) -> str:
+    if text not in ("never", "auto") and not re.fullmatch(r"step-\d+", text):
+        raise argparse.ArgumentTypeError(
+            f"expected never, auto or the name of a checkpoint such as step-40, got {text!r}"
+        )
+    return text
 
 
 def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
@@ -336,6 +351,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
             run,
             resume=args.resume,
             overwrite=args.overwrite,
+            allow_changed=args.allow_changed,
             check_stop=termination.check,
             stop_wanted=wish.there,
         )

@@ -44,6 +44,7 @@ RUN_STATE = "run.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _PARTIAL = ".partial"
+_ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
 _FILES = 2
 """Of each rank, written at the same time."""
@@ -99,8 +100,7 @@ def save(
         _sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        write_durably(folder / f".{LATEST}.tmp", f"{name}\n".encode())
-        (folder / f".{LATEST}.tmp").replace(folder / LATEST)
+        _write_latest(folder, name)
         _sync_folder(folder)
         for old in _complete(folder)[:-keep]:
             if (
@@ -118,6 +118,11 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
         raise
     return target
+
+
+def _write_latest(folder: Path, name: str) -> None:
+    write_durably(folder / f".{LATEST}.tmp", f"{name}\n".encode())
+    (folder / f".{LATEST}.tmp").replace(folder / LATEST)
 
 
 def clear_partial(folder: Path, notify: Callable[[str], None]) -> None:
@@ -170,6 +175,41 @@ def find(folder: Path, notify: Callable[[str], None], groups: ParallelGroups | A
             f"every checkpoint in {folder} is damaged; move them away to start from the beginning"
         )
     return None
+
+
+def find_named(
+    folder: Path, name: str, notify: Callable[[str], None], groups: ParallelGroups | Alone
+) -> Path:
+    """The checkpoint of that name (``step-40`` is ``step-000040``), read through as by ``find``. On every rank.
+
+    Raises:
+        ValueError: there is none of that name.
+        CheckpointError: it is damaged.
+    """
+    candidates = groups.once(lambda: _complete(folder))
+    number = re.fullmatch(r"step-(\d+)", name)
+    wanted = [path for path in candidates if number is not None and step_of(path) == int(number[1])]
+    if not wanted:
+        known = ", ".join(path.name for path in candidates) or "none"
+        raise ValueError(f"there is no checkpoint {name} in {folder}; there are: {known}")
+    fault = _fault(wanted[0], notify, groups)
+    if fault is None:
+        fault = groups.once(functools.partial(stored_fault, wanted[0], RUN_STATE))
+    if fault is not None:
+        raise CheckpointError(f"checkpoint {wanted[0]} is damaged: {fault}")
+    return wanted[0]
+
+
+def set_aside(folder: Path, *, after: int, notify: Callable[[str], None]) -> None:
+    """Rename the checkpoints of more than ``after`` steps, so that no later start takes them for this run's."""
+    for path in _complete(folder):
+        if step_of(path) > after:
+            aside = path.with_name(f"{path.name}{_ASIDE}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notify(f"checkpoint {path.name} is kept as {aside.name}: the run goes on from before it")
+        elif step_of(path) == after:
+            _write_latest(folder, path.name)
 
 
 def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:

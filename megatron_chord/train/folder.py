@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
@@ -16,14 +16,18 @@ from megatron_chord.report.folder import CONFIG
 from megatron_chord.report.page import REPORT
 from megatron_chord.train.health import FOLDER as NONFINITE
 from megatron_chord.train.metrics import DROPPED, METRICS, SAMPLES, TENSORBOARD
+from megatron_chord.train.segments import SEGMENTS, write_settings
 from megatron_chord.train.trace import TRACES
 
-Resume = Literal["never", "auto"]
+Resume = str
+"""``never``, ``auto`` (the newest checkpoint that is whole) or the name of a checkpoint, such as ``step-000040``."""
 POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 _OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES, DROPPED)
 """What a start makes before it is certain that it will not be refused."""
+_OF_A_RUN = (CONFIG, SEGMENTS, CHECKPOINTS, POLICY, NONFINITE, REPORT, *_OWN)
+"""What a run leaves, but for logs."""
 _FORMER_LIFE_S = 60.0
 
 
@@ -33,17 +37,21 @@ class Claim:
     Until ``begin`` it is not this run's: what a refused start has made there is removed again, but for logs.
     """
 
-    def __init__(self, run: RunConfig, lock: IO[str]) -> None:
+    def __init__(self, run: RunConfig, lock: IO[str], *, replaces: bool) -> None:
+        """``replaces``: an earlier run there goes when this one begins."""
         self.folder = run.output
         self._run = run
         self._lock = lock
+        self._replaces = replaces
         self.has_begun = False
         self._earlier = {path.name for path in run.output.iterdir()}
 
-    def begin(self) -> None:
-        """From now on the folder holds this run."""
+    def begin(self, *, first_step: int = 0) -> None:
+        """From now on the folder holds this run, which goes on after ``first_step`` training steps."""
         self.has_begun = True
-        (self._run.output / CONFIG).write_text(dump_config(self._run), encoding="utf-8")
+        if self._replaces:
+            _remove(self._run.output / name for name in _OF_A_RUN)
+        write_settings(self._run.output, dump_config(self._run), first_step=first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +73,7 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
     run.output.mkdir(parents=True, exist_ok=True)
     lock = (run.output / ".lock").open("w")
     # A run that continues may find its former life still ending, on a node that was lost.
-    deadline = time.monotonic() + (_FORMER_LIFE_S if resume == "auto" else 0.0)
+    deadline = time.monotonic() + (_FORMER_LIFE_S if resume != "never" else 0.0)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,14 +82,15 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
             if time.monotonic() >= deadline:
                 raise ValueError(f"another run is writing to {run.output}") from None
             time.sleep(0.5)
-    if (run.output / CONFIG).exists() and resume == "never":
-        if not overwrite:
-            raise ValueError(
-                f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
-                "or replace it with --overwrite"
-            )
-        _remove(run.output / name for name in (CONFIG, CHECKPOINTS, LOGS, POLICY, NONFINITE, REPORT, *_OWN))
-    claimed = Claim(run, lock)
+    holds_a_run = (run.output / CONFIG).exists() and resume == "never"
+    if holds_a_run and not overwrite:
+        raise ValueError(
+            f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
+            "or replace it with --overwrite"
+        )
+    if holds_a_run:
+        _remove([run.output / LOGS])  # the new run's servers write theirs before it begins
+    claimed = Claim(run, lock, replaces=holds_a_run)
     (run.output / LOGS).mkdir(exist_ok=True)
     return claimed
 

@@ -48,6 +48,7 @@ from megatron_chord.train.health import Health, not_finite
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import DROPPED, RunLog, read_metrics, write_left_out
 from megatron_chord.train.sanity import check_finite
+from megatron_chord.train.segments import check_changes, settings_before
 from megatron_chord.train.setup import (
     RunData,
     check_run,
@@ -92,10 +93,14 @@ def train(
     *,
     resume: Resume = "never",
     overwrite: bool = False,
+    allow_changed: bool = False,
     check_stop: Callable[[], None] = lambda: None,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run ``run`` to its end on this rank; the same call on every rank of the world.
+
+    A run that is resumed with other settings is refused where these change what is learned, unless with
+    ``allow_changed``.
 
     ``check_stop`` is called before every step and raises to end the run. When ``stop_wanted`` answers yes on any rank
     before a step, or on the coordinator while it samples, the run writes a checkpoint and ends.
@@ -136,23 +141,25 @@ def train(
         def make_coordinator() -> None:
             nonlocal coordinator
             assert data is not None
+            changed = _changed(run, saved, allow_changed) if saved is not None else []
             layout = packing_layout(shape, run.parallel, groups.data.size, preset(run.precision).training)
             coordinator = _make_coordinator(
                 run, method, data, layout, saved, stack, stop_wanted, groups.pulse
             )
+            if changed:
+                coordinator.log.say("\n".join(changed))
             if resume == "auto" and saved is None:
                 coordinator.log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
             plan_lines(run, shape, method, groups.world_size, coordinator.log.say)
 
         with _refusing():
             groups.once(prepare)
-            saved = checkpoint.find(run.output / CHECKPOINTS, print, groups) if resume == "auto" else None
+            saved = _find(run.output / CHECKPOINTS, resume, groups)
             groups.once(make_coordinator)
         with _refusing():
             parts = _build(run, shape, method, groups, coordinator, stack)
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
-            if claimed is not None:
-                claimed.begin()
+            groups.once(lambda: _begin(claimed, coordinator, done, resume))
         if done == 0:
             _evaluate(parts, 0)
         groups.pulse.enter("computing")
@@ -173,6 +180,31 @@ def _export(parts: RunContext, chat_template: str | None) -> None:
             checkpoint.load(parts.state, path)
             _say(parts.coordinator, f"the policy to export is the best one, that of {path}")
         export_policy(parts.state, run.model.path, run.output / POLICY, chat_template=chat_template)
+
+
+def _begin(claimed: Claim | None, coordinator: Coordinator | None, done: int, resume: Resume) -> None:
+    """From here on the start is not refused any more: the folder becomes this run's. On the coordinator."""
+    assert claimed is not None
+    assert coordinator is not None
+    claimed.begin(first_step=done)
+    coordinator.log.begin()
+    if resume not in ("never", "auto"):
+        checkpoint.set_aside(claimed.folder / CHECKPOINTS, after=done, notify=coordinator.log.say)
+
+
+def _find(folder: Path, resume: Resume, groups: ParallelGroups) -> Path | None:
+    """The checkpoint to go on from. On every rank."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return checkpoint.find(folder, print, groups)
+    return checkpoint.find_named(folder, resume, print, groups)
+
+
+def _changed(run: RunConfig, saved: Path, allowed: bool) -> list[str]:
+    """What differs from the settings that led to ``saved``, told in lines. ValueError where that is not allowed."""
+    before = settings_before(run.output, checkpoint.step_of(saved))
+    return check_changes(before, plain_settings(run), allowed=allowed)
 
 
 def _build(

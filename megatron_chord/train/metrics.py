@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_chord.judgement import Judge
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -24,25 +27,13 @@ class RunLog:
     """One JSON line a step, the same numbers as TensorBoard scalars, one readable line on the console, and warnings."""
 
     def __init__(self, folder: Path, *, steps: int, first_step: int, settings: Mapping[str, Any]) -> None:
-        """Append to the folder's log; lines of steps from ``first_step`` on (an earlier run went further) go.
-
-        ``settings``: the run's, as config.yaml has them.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
+        """Nothing in ``folder`` changes before ``begin``. ``settings``: the run's, as config.yaml has them."""
+        self._folder = folder
         self._path = folder / METRICS
-        _keep_steps_before(self._path, first_step)
-        self._judge = Judge(settings=settings)
-        for row in read_metrics(folder):
-            if "evaluation" not in row:
-                self._judge.add(row)  # what it finds has been said
         self._samples = folder / SAMPLES
-        self._samples.mkdir(exist_ok=True)
-        for path in self._samples.glob("*-*.jsonl"):
-            kind, step = path.stem.rsplit("-", 1)
-            if int(step) >= first_step + (kind == "evaluation"):
-                path.unlink()
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+        self._first_step = first_step
+        self._judge = Judge(settings=settings)
+        self._board: SummaryWriter | None = None
         self.console = Console()
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -63,7 +54,23 @@ class RunLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+    def begin(self) -> None:
+        """Append to the folder's log; lines of steps from the first one on (an earlier run went further) go."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        _keep_steps_before(self._path, self._first_step)
+        for row in read_metrics(self._folder):
+            if "evaluation" not in row:
+                self._judge.add(row)  # what it finds has been said
+        self._samples.mkdir(exist_ok=True)
+        for path in self._samples.glob("*-*.jsonl"):
+            kind, step = path.stem.rsplit("-", 1)
+            if int(step) >= self._first_step + (kind == "evaluation"):
+                path.unlink()
+        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=self._first_step)
 
     def doing(self, what: str) -> None:
         self._progress.update(self._task, description=what)
@@ -78,6 +85,7 @@ class RunLog:
             raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        assert self._board is not None, "begin comes first"
         for name, value in _scalars(row):
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])

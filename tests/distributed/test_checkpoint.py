@@ -237,6 +237,30 @@ def test_the_newest_whole_checkpoint_is_found(folder: Path) -> None:
     assert checkpoint.step_of(folder / NEWER) == STEPS
 
 
+def test_a_checkpoint_is_found_by_its_name(folder: Path) -> None:
+    def named(name: str) -> Path:
+        return checkpoint.find_named(folder, name, print, checkpoint.Alone())
+
+    assert named(OLDER) == named(f"step-{SAVED}") == folder / OLDER
+    for name in ("step-999", "latest"):
+        with pytest.raises(ValueError, match=f"no checkpoint {name} in .*; there are: {OLDER}, {NEWER}"):
+            named(name)
+    flip_a_byte(folder / OLDER / "run.json")
+    with pytest.raises(CheckpointError, match=f"{OLDER} is damaged: .*run.json"):
+        named(OLDER)
+    assert named(NEWER) == folder / NEWER
+
+
+def test_checkpoints_after_the_one_that_is_continued_are_set_aside(folder: Path) -> None:
+    said: list[str] = []
+    checkpoint.set_aside(folder, after=SAVED, notify=said.append)
+    (line,) = said
+    assert f"{NEWER} is kept as {NEWER}.set-aside" in line
+    assert (folder / f"{NEWER}.set-aside" / "run.json").is_file()
+    assert (folder / "latest").read_text() == f"{OLDER}\n"
+    assert find(folder) == (folder / OLDER, [])
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert find(tmp_path) == (None, [])
     assert find(tmp_path / "nowhere") == (None, [])

@@ -52,7 +52,7 @@ def train_in_turn(url: str, runs: list[tuple[Path, Path, dict[str, str], int | s
             with pytest.raises(Stopped):
                 train(run, check_stop=stop_before(how))
         else:
-            train(run, resume=how)  # type: ignore[arg-type]
+            train(run, resume=how, allow_changed=True)
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:

@@ -144,10 +144,19 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
     assert "Traceback" not in said
     assert checkpoints_of(output) == [done]
     command = shlex.split(said.partition("Continue with: megatron-chord ")[2].splitlines()[0])
+    refused = run_cli(*command, "optim.lr=1")
+    assert refused.returncode == 2
+    assert "optim.lr: 0.0003 -> 1.0" in refused.stderr
+    assert steps_done(output) == done
     result = run_cli(*command, "checkpoint.every_minutes=1e-6")
     assert result.returncode == 0, result.stdout + result.stderr
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
     assert checkpoints_of(output) == list(range(done, STEPS + 1))
+    assert "resumed with another checkpoint.every_minutes: 30.0 -> 1e-06" in result.stdout
+    assert [path.name for path in sorted((output / "configs").iterdir())] == [
+        "step-000000.yaml",
+        f"step-{done:06d}.yaml",
+    ]
     assert (output / "report.html").is_file()
 
 

@@ -36,7 +36,11 @@ def train_in_turn(url: str, runs: list[tuple[Path, dict[str, str], Any]]) -> Non
 
     for output, settings, resume in runs:
         wanted = {**SMALL, "rollout.servers": f"[{url}]", **settings, "output": str(output)}
-        train(load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()]), resume=resume)
+        train(
+            load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()]),
+            resume=resume,
+            allow_changed=True,
+        )
 
 
 def numbers(folder: Path, *but: str) -> list[dict[str, Any]]:

@@ -73,5 +73,16 @@ def test_a_run_ends_with_a_report_or_with_a_line_that_says_why_not(
     assert written == f"report in {run.output / 'report.html'}"
     assert failed.startswith("no report was written: ValueError: ")
     assert (run.output / "report.html").is_file()
-    with claim(run, resume="never", overwrite=True):
-        assert not (run.output / "report.html").exists()
+
+
+def test_a_run_is_replaced_only_by_one_that_begins(run: RunConfig) -> None:
+    with claim(run, resume="never", overwrite=False) as claimed:
+        claimed.begin()
+    for name in ("metrics.jsonl", "report.html", "configs", "checkpoints"):
+        (run.output / name).mkdir()
+    with claim(run, resume="never", overwrite=True):  # refused
+        pass
+    assert (run.output / "metrics.jsonl").exists()
+    with claim(run, resume="never", overwrite=True) as claimed:
+        claimed.begin()
+    assert sorted(path.name for path in run.output.iterdir()) == [".lock", "config.yaml", "logs"]

@@ -20,10 +20,27 @@ def steps(log: RunLog, first: int, last: int) -> list[str]:
 def test_a_warning_is_said_once_also_over_a_resume(tmp_path: Path) -> None:
     settings = {"data": {"max_response_tokens": 48}}
     with RunLog(tmp_path, steps=9, first_step=0, settings=settings) as log:
+        log.begin()
         first, warning, second = steps(log, 0, 2)
     assert (first, second) == ("step 0", "step 1")
     assert warning.startswith("warning: all answers of the step were cut off at 48 tokens. ")
     assert "data.max_response_tokens" in warning
     with RunLog(tmp_path, steps=9, first_step=2, settings=settings) as log:
+        log.begin()
         assert steps(log, 2, 4) == ["step 2", "step 3"]
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_start_that_is_refused_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    with RunLog(tmp_path, steps=9, first_step=0, settings={}) as log:
+        log.begin()
+        steps(log, 0, 4)
+        log.write_samples(3, [{"response": "x"}])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with RunLog(tmp_path, steps=9, first_step=2, settings={}):
+        pass  # refused after this: begin never comes
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with RunLog(tmp_path, steps=9, first_step=2, settings={}) as log:
+        log.begin()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+    assert list((tmp_path / "samples").iterdir()) == []

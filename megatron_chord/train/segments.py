@@ -1,0 +1,155 @@
+"""The settings of a run's segments. A run that was resumed has several: one from each start to the next.
+
+``config.yaml`` holds the newest. From the second on, ``configs/`` holds all, each under the step at which it begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_chord.report.folder import CONFIG
+from megatron_chord.settings_tree import are_blocks, setting
+
+SEGMENTS = "configs"
+_SAME_LEARNING = (
+    "output",
+    "parallel",
+    "model.recompute",
+    "data.prompts.path",  # the cursors check what the files hold
+    "data.demonstrations.path",
+    "data.evaluation",
+    "batch.max_tokens_per_gpu",
+    "rollout.servers",
+    "rollout.tensor",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_bytes",
+    "rollout.transport",
+    "rollout.sleep",
+    "rollout.offload",
+    "rollout.restarts",
+    "rollout.max_logprob_gap",
+    "rollout.max_probability_error",
+    "reward.workers",
+    "reward.timeout_s",
+    "reward.memory_mb",
+    "reward.max_error_rate",
+    "optim.skip_nonfinite",
+    "evaluation",
+    "checkpoint",
+    "timeouts",
+    "watchdog",
+    "trace_steps",
+)
+"""Settings, and blocks of them, that change where and how a run computes, or what it reports, but not its updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    name: str
+    before: Any
+    after: Any
+    matters: bool
+    """Whether it changes what is learned."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What differs between two trees of settings. A setting that only one of them knows is left out."""
+    return [
+        Change(name=name, before=old, after=new, matters=_matters(name, after))
+        for name, old, new in _differences(before, after)
+    ]
+
+
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool) -> list[str]:
+    """Lines that tell a person what differs from the segment that is continued; none where nothing does.
+
+    Raises:
+        ValueError: a difference changes what is learned, and is not ``allowed``.
+    """
+    found = changes(before, after)
+    serious = [change for change in found if change.matters]
+    if serious and not allowed:
+        listed = "\n".join(f"  {change}" for change in serious)
+        raise ValueError(
+            "settings that change what is learned are not those of the run that is resumed:\n"
+            f"{listed}\nGive the run's own, or allow it with --allow-changed"
+        )
+    return [
+        f"resumed with another {change}{' (changes what is learned)' if change.matters else ''}"
+        for change in found
+    ]
+
+
+def settings_before(folder: Path, step: int) -> dict[str, Any]:
+    """The settings of the run in ``folder`` under which training step ``step`` - 1 was done; empty where not known."""
+    segments = [path for first, path in _segments(folder) if first < step]
+    path = segments[-1] if segments else folder / CONFIG
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_settings(folder: Path, text: str, *, first_step: int) -> None:
+    """Begin a segment at ``first_step``. Segments that began there or later go: their steps are done again."""
+    current, kept = folder / CONFIG, folder / SEGMENTS
+    if first_step == 0:
+        shutil.rmtree(kept, ignore_errors=True)
+    else:
+        kept.mkdir(exist_ok=True)
+        for first, path in _segments(folder):
+            if first >= first_step:
+                path.unlink()
+        if not _segments(folder) and current.is_file():
+            (kept / _name(0)).write_text(current.read_text(encoding="utf-8"), encoding="utf-8")
+        (kept / _name(first_step)).write_text(text, encoding="utf-8")
+    current.write_text(text, encoding="utf-8")
+
+
+def _segments(folder: Path) -> list[tuple[int, Path]]:
+    """(first step, file) in order."""
+    found = (folder / SEGMENTS).glob("step-*.yaml")
+    return sorted((int(path.stem.removeprefix("step-")), path) for path in found)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}.yaml"
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in before:
+        if name not in after or before[name] == after[name]:
+            continue
+        old, new = before[name], after[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{above}{name}.")
+        elif are_blocks(old) and are_blocks(new) and len(old) == len(new):
+            for number, (one, other) in enumerate(zip(old, new, strict=True)):
+                yield from _differences(one, other, f"{above}{name}[{number}].")
+        else:
+            yield f"{above}{name}", old, new
+
+
+def _matters(name: str, after: Mapping[str, Any]) -> bool:
+    if name == "steps":
+        return setting(after, "optim.schedule", "constant") != "constant"  # it sets the rate's horizon
+    name = re.sub(r"\[\d+\]", "", name)
+    return not any(name == same or name.startswith(f"{same}.") for same in _SAME_LEARNING)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
