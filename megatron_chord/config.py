@@ -693,6 +693,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl (docs/report.md#trackers); an empty list: nowhere."""
     trace_steps: int = 0
     """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
     one file a rank. Tracing slows these steps down."""

@@ -15,9 +15,10 @@ from megatron_chord.config_io import dump_config
 from megatron_chord.report.folder import CONFIG
 from megatron_chord.report.page import REPORT
 from megatron_chord.train.health import FOLDER as NONFINITE
-from megatron_chord.train.metrics import DROPPED, METRICS, SAMPLES, TENSORBOARD
+from megatron_chord.train.metrics import DROPPED, METRICS, SAMPLES
 from megatron_chord.train.segments import SEGMENTS, write_settings
 from megatron_chord.train.trace import TRACES
+from megatron_chord.train.trackers import TENSORBOARD
 
 Resume = str
 """``never``, ``auto`` (the newest checkpoint that is whole) or the name of a checkpoint, such as ``step-000040``."""

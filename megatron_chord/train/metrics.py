@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (always complete), TensorBoard, the console. Coordinator only."""
+"""Where a run's numbers go: metrics.jsonl (always complete), trackers, the console. Coordinator only."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_chord.judgement import Judge
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from megatron_chord.settings_tree import setting
+from megatron_chord.train.tags import scalars, tagged
+from megatron_chord.train.trackers import END_S, TrackedRun, Trackers
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 DROPPED = "dropped.jsonl"
-TENSORBOARD = "tensorboard"
+_LEAVING_S = 3.0
+"""How long a run that ends early waits for its trackers."""
 
 
 class RunLog:
-    """One JSON line a step, the same numbers as TensorBoard scalars, one readable line on the console, and warnings."""
+    """One JSON line a step, the same numbers for the trackers, one readable line on the console, and warnings."""
 
     def __init__(self, folder: Path, *, steps: int, first_step: int, settings: Mapping[str, Any]) -> None:
         """Nothing in ``folder`` changes before ``begin``. ``settings``: the run's, as config.yaml has them."""
@@ -33,7 +34,8 @@ class RunLog:
         self._samples = folder / SAMPLES
         self._first_step = first_step
         self._judge = Judge(settings=settings)
-        self._board: SummaryWriter | None = None
+        self._settings = settings
+        self._trackers: Trackers | None = None
         self.console = Console()
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -54,13 +56,11 @@ class RunLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close(wait_s=END_S if kind is None else _LEAVING_S)
 
     def begin(self) -> None:
         """Append to the folder's log; lines of steps from the first one on (an earlier run went further) go."""
-        from torch.utils.tensorboard import SummaryWriter
-
         _keep_steps_before(self._path, self._first_step)
         for row in read_metrics(self._folder):
             if "evaluation" not in row:
@@ -70,7 +70,8 @@ class RunLog:
             kind, step = path.stem.rsplit("-", 1)
             if int(step) >= self._first_step + (kind == "evaluation"):
                 path.unlink()
-        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=self._first_step)
+        run = TrackedRun(folder=self._folder, settings=self._settings, first_step=self._first_step)
+        self._trackers = Trackers(setting(self._settings, "tracking", ()), run, self.say)
 
     def doing(self, what: str) -> None:
         self._progress.update(self._task, description=what)
@@ -80,15 +81,13 @@ class RunLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row with a ``step``; numbers that are not finite are an error, not a line nobody can parse."""
-        broken = [name for name, value in _scalars(row) if not math.isfinite(value)]
+        broken = [name for name, value in scalars(row) if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        assert self._board is not None, "begin comes first"
-        for name, value in _scalars(row):
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        assert self._trackers is not None, "begin comes first"
+        self._trackers.log(row["step"], tagged(row))
 
     def finish_step(self, row: Mapping[str, Any], line: str) -> None:
         self.write(row)
@@ -141,11 +140,3 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _is_before(row: Mapping[str, Any], first_step: int) -> bool:
     # The evaluation of a step's weights stands under the number of steps they have taken.
     return row["step"] < first_step or ("evaluation" in row and 0 < first_step == row["step"])
-
-
-def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", number) for inner, number in _scalars(value))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, value

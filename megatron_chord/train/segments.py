@@ -46,6 +46,7 @@ _SAME_LEARNING = (
     "checkpoint",
     "timeouts",
     "watchdog",
+    "tracking",
     "trace_steps",
 )
 """Settings, and blocks of them, that change where and how a run computes, or what it reports, but not its updates."""

@@ -33,6 +33,7 @@ from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.prose import reads_as_text
 from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, needs_of, terms_of
 from megatron_chord.sampling.context import Sources
+from megatron_chord.train.trackers import check_installed
 from megatron_chord.weights.folder import check_copies, open_model
 
 _TRIED = 50
@@ -63,6 +64,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     from megatron_chord.model.build import check_overrides, check_shape
     from megatron_chord.model.fp8 import check_fp8
 
+    check_installed(run.tracking)
     method = method_of(run)
     shape = read_shape(run.model.path)
     check_copies(open_model(run.model.path, shape.weights), shape.weights)

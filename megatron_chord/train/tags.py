@@ -1,0 +1,64 @@
+"""Names of metrics in groups, as trackers show them. They sort by name, so reward and accuracy come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_REWARD = {
+    "reward_mean": "reward/mean",
+    "reward_std": "reward/std",
+    "equal_reward_groups": "reward/equal_groups",
+    "equal_score_groups": "reward/equal_score_groups",
+    "dropped_groups": "reward/dropped_groups",
+    "grader_errors": "reward/grader_errors",
+    "evaluation/accuracy": "reward/accuracy",
+}
+_SFT = ("mu", "token_weight", "demonstration_epochs", "num_sft_tokens")
+_ROLLOUT = (
+    "response_length",
+    "truncated_fraction",
+    "idle_tokens",
+    "weight_version",
+    "staleness_mean",
+    "staleness_max",
+    "mixed_rollouts",
+    "sampling_rounds",
+    "prompts_sampled",
+    "continued_prompts",
+    "unfinished_prompts",
+    "unfinished_tokens",
+    "logprob_gap",
+    "logprob_gap_max",
+    "probability_error",
+    "compared_tokens",
+)
+_TIME = ("tokens_per_s", "tflops_per_gpu", "mfu", "gpus")
+_STARTS = {"reward/": "reward", "evaluation/": "reward/evaluation", "seconds/": "time", "sft_": "sft"}
+"""What a name begins with, and the group in its place."""
+
+
+def tagged(row: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of a row of metrics but its step, under its tag."""
+    return {tag(name): value for name, value in scalars(row) if name != "step"}
+
+
+def tag(name: str) -> str:
+    """``reward/``, ``rollout/``, ``sft/``, ``time/`` or, for the numbers of an update, ``update/``."""
+    if name in _REWARD:
+        return _REWARD[name]
+    for start, group in _STARTS.items():
+        if name.startswith(start):
+            return f"{group}/{name.removeprefix(start)}"
+    groups = {"sft": _SFT, "rollout": _ROLLOUT, "time": _TIME}
+    group = next((group for group, names in groups.items() if name in names), "update")
+    return f"{group}/{name}"
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, number) of a row; ``block/name`` for those of a block."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value

@@ -1,0 +1,218 @@
+"""TensorBoard, Weights & Biases, MLflow, SwanLab and Trackio behind one small interface.
+
+Each tracker runs in a thread of its own: one that is slow, or down, neither stops nor slows a run. metrics.jsonl is
+complete whatever becomes of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_chord.settings_tree import flat
+
+TENSORBOARD = "tensorboard"
+PROJECT = "megatron_chord"
+_MOST_WAITING = 10_000
+"""Rows that wait for a tracker; later ones are lost to it."""
+END_S = 60.0
+"""How long the end of a run waits for all trackers together."""
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    folder: Path
+    settings: Mapping[str, Any]
+    """As config.yaml has them."""
+    first_step: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Values) -> None: ...
+    def close(self) -> None: ...
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """ValueError where a tracker's package is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tracking: {name} is not installed here; pip install {name}")
+
+
+class Trackers:
+    """All trackers of a run."""
+
+    def __init__(self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]) -> None:
+        """``notify`` is called from other threads, at most once for each tracker that fails."""
+        self._notify = notify
+        self._threads = [_Thread(name, lambda open_=_OPEN[name]: open_(run), notify) for name in names]
+
+    def log(self, step: int, values: Values) -> None:
+        """Returns at once."""
+        for thread in self._threads:
+            thread.put((step, values))
+
+    def close(self, *, wait_s: float = END_S) -> None:
+        """Wait for what is under way, so long at most."""
+        for thread in self._threads:
+            thread.put(None)
+        deadline = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._notify(f"tracking: {thread.name} did not finish in {wait_s:.0f} s and is left behind")
+
+
+class _Thread(threading.Thread):
+    def __init__(self, name: str, start: Callable[[], Tracker], notify: Callable[[str], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._open = start
+        self._say = notify
+        self._waiting: queue.Queue[tuple[int, Values] | None] = queue.Queue(_MOST_WAITING)
+        self._has_failed = False
+        self.start()
+
+    def put(self, item: tuple[int, Values] | None) -> None:
+        if not self._has_failed:
+            try:
+                self._waiting.put_nowait(item)
+            except queue.Full:
+                self._fail(f"{_MOST_WAITING} rows wait for it")
+
+    def run(self) -> None:
+        try:
+            tracker = self._open()
+            while (item := self._waiting.get()) is not None:
+                tracker.log(*item)
+            tracker.close()
+        except BaseException as error:  # some call sys.exit
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            lines = reason.splitlines() or [""]
+            self._say(f"tracking: {self.name} is off from here on: {lines[0]}")
+
+
+# ---- one small class each
+
+
+class _TensorBoard:
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=run.first_step)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in flat(run.settings).items())
+        self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", run.first_step)
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.name,
+            config=dict(run.settings),
+            dir=str(run.folder),
+        )
+
+    def log(self, step: int, values: Values) -> None:
+        # Its own steps only rise, and an evaluation shares its step with a training step.
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, run: TrackedRun) -> None:
+        import mlflow
+
+        self._client = mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found is not None else self._client.create_experiment(name)
+        self._id = self._client.create_run(experiment, run_name=run.name).info.run_id
+        self._metric = mlflow.entities.Metric
+        params = [
+            mlflow.entities.Param(_plain(key), str(value)[:500]) for key, value in flat(run.settings).items()
+        ]
+        for start in range(0, len(params), 100):  # as many as a request may hold
+            self._client.log_batch(self._id, params=params[start : start + 100])
+
+    def log(self, step: int, values: Values) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self._metric(name, float(value), now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class _SwanLab:
+    def __init__(self, run: TrackedRun) -> None:
+        import swanlab
+
+        self._run = swanlab.init(
+            project=os.environ.get("SWANLAB_PROJECT", PROJECT),
+            experiment_name=run.name,
+            config=dict(run.settings),
+            logdir=str(run.folder / "swanlab"),
+        )
+
+    def log(self, step: int, values: Values) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=run.name, config=dict(run.settings)
+        )
+
+    def log(self, step: int, values: Values) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _plain(name: str) -> str:
+    """MLflow takes no brackets."""
+    return name.replace("[", ".").replace("]", "")
+
+
+_OPEN: dict[str, Callable[[TrackedRun], Tracker]] = {
+    TENSORBOARD: _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+    "swanlab": _SwanLab,
+    "trackio": _Trackio,
+}

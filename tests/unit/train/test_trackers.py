@@ -1,0 +1,213 @@
+"""Trackers: what they are told, and that none of them stops or slows a run.
+
+TensorBoard is real. The others run where their packages are installed, without a network.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chord.train import trackers as module
+from megatron_chord.train.tags import tag, tagged
+from megatron_chord.train.trackers import TrackedRun, Trackers, check_installed
+from tests.unit.report.runs import rows_of_quickstart
+
+ROWS = [
+    {"step": 0, "evaluation": {"accuracy": 0.25, "num_problems": 4}},
+    {"step": 0, "reward_mean": 0.5, "mu": 0.1, "seconds": {"total": 2.0}, "not_finite": ["loss"]},
+    {"step": 1, "reward_mean": 0.75, "mu": 0.1, "seconds": {"total": 3.0}},
+]
+SETTINGS = {"optim": {"lr": 1e-6}, "data": {"prompts": [{"path": ["a"], "weight": 1.0}]}}
+
+
+def tracked(folder: Path, name: str) -> list[str]:
+    """Send ``ROWS`` to a tracker, and what was said meanwhile."""
+    said: list[str] = []
+    run = TrackedRun(folder=folder, settings=SETTINGS, first_step=0)
+    trackers = Trackers([name], run, said.append)
+    for row in ROWS:
+        trackers.log(row["step"], tagged(row))
+    trackers.close(wait_s=60)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("reward_mean", "reward/mean"),
+        ("evaluation/accuracy", "reward/accuracy"),
+        ("evaluation/response_length", "reward/evaluation/response_length"),
+        ("reward/gsm8k", "reward/gsm8k"),
+        ("seconds/total", "time/total"),
+        ("sft_loss", "sft/loss"),
+        ("mu", "sft/mu"),
+        ("entropy", "update/entropy"),
+        ("logprob_gap", "rollout/logprob_gap"),
+        ("number_of_tomorrow", "update/number_of_tomorrow"),
+    ],
+)
+def test_numbers_are_grouped(name: str, expected: str) -> None:
+    assert tag(name) == expected
+
+
+def test_reward_and_accuracy_come_first_and_no_two_numbers_share_a_tag() -> None:
+    for row in rows_of_quickstart()[:2]:
+        tags = tagged(row)
+        assert min(tags).startswith("reward/")
+        assert "step" not in tags
+        count = sum(len(value) if isinstance(value, dict) else 1 for value in row.values()) - 1
+        assert len(tags) == count
+
+
+def test_tensorboard_has_every_number_and_the_settings(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert tracked(tmp_path, "tensorboard") == []
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == [
+        "reward/accuracy",
+        "reward/evaluation/num_problems",
+        "reward/mean",
+        "sft/mu",
+        "time/total",
+    ]
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(0, 0.5), (1, 0.75)]
+    (text,) = events.Tensors("settings/text_summary")
+    assert b"| optim.lr | 1e-06 |" in text.tensor_proto.string_val[0]
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Down:
+        def log(self, step: int, values: Any) -> None:
+            raise ConnectionError("no route\nto the host")
+
+        def close(self) -> None:
+            raise AssertionError("never")
+
+    def leaves(run: TrackedRun) -> Any:
+        raise SystemExit("not logged in")
+
+    monkeypatch.setitem(module._OPEN, "wandb", lambda run: Down())
+    monkeypatch.setitem(module._OPEN, "swanlab", leaves)
+    said: list[str] = []
+    run = TrackedRun(folder=tmp_path, settings=SETTINGS, first_step=0)
+    trackers = Trackers(["wandb", "swanlab", "tensorboard"], run, said.append)
+    for row in ROWS:
+        trackers.log(row["step"], tagged(row))
+    trackers.close()
+    assert sorted(said) == [
+        "tracking: swanlab is off from here on: SystemExit: not logged in",
+        "tracking: wandb is off from here on: ConnectionError: no route",
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_tracker_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    class Hangs:
+        def log(self, step: int, values: Any) -> None:
+            release.wait()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(module._OPEN, "wandb", lambda run: Hangs())
+    monkeypatch.setattr(module, "_MOST_WAITING", 3)
+    said: list[str] = []
+    trackers = Trackers(["wandb"], TrackedRun(folder=tmp_path, settings={}, first_step=0), said.append)
+    start = time.monotonic()
+    for step in range(100):
+        trackers.log(step, {})
+    trackers.close(wait_s=0.1)
+    assert time.monotonic() - start < 5
+    release.set()
+    assert said == [
+        "tracking: wandb is off from here on: 3 rows wait for it",
+        "tracking: wandb did not finish in 0 s and is left behind",
+    ]
+
+
+def test_a_package_that_is_missing_is_named_before_the_run() -> None:
+    check_installed(["tensorboard"])
+    with pytest.raises(ValueError, match="no_such_tracker is not installed here; pip install"):
+        check_installed(["no_such_tracker"])
+
+
+def test_mlflow_has_every_number_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    assert tracked(tmp_path / "phi", "mlflow") == []
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(module.PROJECT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "phi"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "1e-06"
+    assert run.data.params["data.prompts.0.weight"] == "1.0"
+    history = client.get_metric_history(run.info.run_id, "reward/mean")
+    assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 0.75)]
+
+
+def leveldb_records(log: bytes) -> list[bytes]:
+    """Of LevelDB's log format: blocks of 32 KiB; a record's parts have a checksum, a length and a kind."""
+    found, parts, at = [], b"", 0
+    while at + 7 <= len(log):
+        left = 32768 - (at + 7) % 32768  # the file's own header is in the first block
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", log[at + 4 : at + 7])
+        parts += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(parts)
+            parts = b""
+    return found
+
+
+def test_wandb_offline_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "phi").mkdir()
+    assert tracked(tmp_path / "phi", "wandb") == []
+    (file,) = (tmp_path / "phi" / "wandb").glob("offline-run-*/*.wandb")
+    rewards: list[float] = []
+    for content in leveldb_records(file.read_bytes()[7:]):
+        record = Record()
+        record.ParseFromString(content)
+        if record.HasField("run"):
+            assert record.run.display_name == "phi"
+        for item in record.history.item:
+            if item.key == "reward/mean" or list(item.nested_key) == ["reward/mean"]:
+                rewards.append(float(item.value_json))
+    assert rewards == [0.5, 0.75]
+
+
+def test_swanlab_offline_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("swanlab")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "phi").mkdir()
+    assert tracked(tmp_path / "phi", "swanlab") == []
+    assert [path for path in (tmp_path / "phi" / "swanlab").rglob("*") if path.is_file()]
+
+
+def test_trackio_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    assert tracked(tmp_path / "phi", "trackio") == []
+    stored = [path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file()]
+    assert any(b"reward/mean" in content for content in stored)
