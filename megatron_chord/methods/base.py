@@ -1,9 +1,9 @@
-"""What a method is: how it mixes data, and the terms of its objective.
+"""The base class of methods. A method says how a step mixes data, and which terms its objective has.
 
 A method is a frozen dataclass that holds its settings (``config_methods``). Every step, the loop calls in this order:
 
-    needs_rollouts_at   on every rank: will this step ask the rollout engine for anything?
-    collect             on the coordinator: draw, sample, grade -> samples with their parts, and the terms' weights
+    needs_rollouts_at   on every rank: does this step use the rollout engine?
+    collect             on the coordinator: draw prompts, sample, grade; returns samples and the weights of the terms
     terms               the losses; they run on every rank of the last pipeline stage
 
 ``methods.table`` lists them; docs/methods.md shows how to add one.
@@ -30,13 +30,13 @@ class Collected:
 
     samples: Sequence[TrainSample]
     weights: Mapping[str, float]
-    """Of each term in this step's objective."""
+    """By term, its weight in this step's objective."""
     mu: float | None = None
-    """For methods that mix by it."""
+    """The value of mu in this step; None for methods without mu."""
     stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The method's part of the step's metrics row."""
+    """The method's metrics of this step."""
     memory: Any = None
-    """Plain JSON that the next step's ``StepContext.memory`` will be; saved in checkpoints."""
+    """Plain JSON. It becomes ``StepContext.memory`` of the next step and is saved in checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,54 +44,63 @@ class Method:
     """Base of the methods."""
 
     settings: Any
-    """The block ``method`` of the run; each method narrows the type."""
+    """The settings of the run's ``method`` block. Each method narrows the type."""
 
     needs_demonstrations: ClassVar[bool] = False
-    """Every prompt must have its own demonstration (``data.aligned``)."""
+    """Whether every prompt must have its own demonstration (``data.aligned``)."""
     draws_demonstrations: ClassVar[bool] = False
-    """It trains on ``batch.demonstrations`` demonstrations a step; others take those of their prompts, if any."""
+    """Whether each step trains on ``batch.demonstrations`` demonstrations. If false, the method uses only the
+    demonstrations that belong to the step's prompts, or none."""
 
     @property
     def name(self) -> str:
         return self.settings.name
 
     def schedule(self, run: RunConfig) -> MuSchedule | None:
-        """The schedule of mu, for methods that mix by it."""
+        """The schedule of mu; None for methods without mu."""
         return None
 
     def check(self, run: RunConfig) -> None:
-        """ValueError, with the rule that is broken, for settings that do not go together."""
+        """Check the method's settings against the rest of the run.
+
+        Raises:
+            ValueError: settings that contradict each other; the message names the rule.
+        """
 
     def uses_rollouts(self, run: RunConfig) -> bool:
-        """Whether any step of the run asks the rollout engine for anything."""
+        """Whether any step of the run uses the rollout engine."""
         return True
 
     def step_text(self, run: RunConfig) -> str:
-        """What one step is made of, for the printed plan."""
+        """A description of one step's data, for the printed plan of the run."""
         own = ", each with its own demonstration" if self.needs_demonstrations else ""
         attempts = run.batch.sampling_attempts
         more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
         return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
 
     def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
-        """Whether a step asks the rollout engine for anything; the same on every rank."""
+        """Whether this step uses the rollout engine. The result is the same on every rank."""
         return True
 
     def max_sampling_rounds(self, run: RunConfig) -> int:
-        """How often a step may ask the rollout engine in turn; for its deadline."""
+        """The largest number of successive sampling rounds in a step. The step's deadline depends on it."""
         return run.batch.sampling_attempts
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        """The samples of one step. May be repeated after a server's death: it must draw the same."""
+        """Collect the samples of one step.
+
+        The loop calls it again if a server fails during the step. Each call must draw the same prompts and
+        demonstrations.
+        """
         raise NotImplementedError
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
-        """Every term that ``collect`` may use."""
+        """All terms that samples of ``collect`` may use, by name."""
         raise NotImplementedError
 
 
 def policy_term(run: RunConfig) -> Term:
-    """The on-policy branch by ``objective``'s settings."""
+    """The term of the on-policy branch, with the settings of ``objective``."""
     objective = corrected(run)
     scored: set[str] = set()
     if objective.ratio_from == "recomputed":
@@ -109,10 +118,10 @@ def policy_term(run: RunConfig) -> Term:
 
 
 def corrected(run: RunConfig) -> ObjectiveConfig:
-    """``objective`` as rollouts of older or of quantised weights need it: corrected, unless the user has said that it
-    should not be.
+    """``objective``, with importance correction added if the run's rollouts need it.
 
-    With ``ratio_from: rollout`` the ratio is the importance weight already.
+    Rollouts need it if older or quantised weights may have sampled them. The user's own ``objective.correction`` has
+    priority. With ``ratio_from: rollout`` no correction is added, because the ratio already is the importance weight.
     """
     objective = run.objective
     needs_correction = run.rollout.has_older_tokens or preset(run.precision).rollouts is not None
@@ -130,7 +139,8 @@ def averaged_term(
     prepare: Prepare | None = None,
     idle: str | None = None,
 ) -> Term:
-    """A loss averaged within ``pool`` as ``objective.aggregation`` says for the policy's tokens."""
+    """A term with this loss. It is averaged within ``pool`` by ``objective.aggregation``, as the policy's tokens
+    are."""
     return Term(
         loss=loss,
         pool=pool,

@@ -3,7 +3,7 @@
     L = (1 - mu) L_policy + mu L_SFT
 
 SFT, GRPO, SFT-then-RL, alternating, constant mixing, CHORD-mu, CHORD-phi, IS-SFT (DFT), the reward-adaptive mixture
-and SASR are this method with other settings.
+and SASR are all this method with different settings.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Chord(Method):
             raise ValueError("method.mu can be below 1 but batch.prompts is 0")
         if low == 1 and run.objective.kl is not None:
             raise ValueError(
-                "objective.kl belongs to the policy branch, but mu is 1 throughout; leave it out"
+                "objective.kl belongs to the policy branch, but mu is 1 in every step; leave it out"
             )
         if self.schedule(run).needs_mu_gradient:
             if run.parallel.distributed_optimizer:
                 raise ValueError(
-                    "method.mu.rate needs whole gradients on every rank: set parallel.distributed_optimizer: false"
+                    "method.mu.rate needs the full gradient on every rank: set parallel.distributed_optimizer: false"
                 )
             if run.batch.updates_per_step * run.batch.epochs > 1:
                 raise ValueError(
-                    "method.mu.rate measures one update a step: batch.updates_per_step and batch.epochs must be 1"
+                    "method.mu.rate needs one update per step: batch.updates_per_step and batch.epochs must be 1"
                 )
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= run.steps - step:
@@ -65,8 +65,8 @@ class Chord(Method):
                 )
         if run.data.aligned and run.batch.demonstrations > run.batch.prompts:
             raise ValueError(
-                f"data.aligned: batch.demonstrations {run.batch.demonstrations} are the demonstrations of the step's "
-                f"batch.prompts {run.batch.prompts}, so there cannot be more of them"
+                f"data.aligned: batch.demonstrations {run.batch.demonstrations} is more than batch.prompts "
+                f"{run.batch.prompts}, but a step's demonstrations are those of its prompts"
             )
 
     def uses_rollouts(self, run: RunConfig) -> bool:
@@ -122,7 +122,7 @@ class Chord(Method):
 
 
 def sft_samples(demonstrations: Sequence[Demonstration]) -> list[TrainSample]:
-    """Demonstrations under the term ``sft``."""
+    """A sample of the term ``sft`` for each demonstration."""
     return [
         TrainSample(
             token_ids=np.array(demonstration.token_ids, np.int64),

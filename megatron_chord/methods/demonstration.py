@@ -1,4 +1,4 @@
-"""Groups in which a prompt's own demonstration stands beside the policy's rollouts: LUFFY, RL-PLUS, SRFT."""
+"""Groups of a prompt's rollouts together with the prompt's demonstration: used by LUFFY, RL-PLUS and SRFT."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class GuidedGroup:
     """One prompt's rollouts and its demonstration."""
 
     members: RolloutGroup
-    """The rollouts and, as the last, the demonstration; advantages are over all of them together."""
+    """The rollouts, followed by the demonstration. Advantages are computed over all of them together."""
     is_guided: bool
-    """False: the grading of the demonstration failed, and ``members`` are the rollouts alone."""
+    """Whether ``members`` has the demonstration. False if its grading failed; then ``members`` has rollouts only."""
 
     @property
     def own(self) -> RolloutGroup:
-        """The rollouts with their part of the advantages."""
+        """The rollouts with their advantages, without the demonstration."""
         count = len(self.members.rollouts) - self.is_guided
         return replace(
             self.members,
@@ -48,16 +48,17 @@ class GuidedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedGroups:
-    """A step's groups and what their sampling has to report."""
+    """A step's groups and the metrics of their sampling."""
 
     groups: Sequence[GuidedGroup]
     stats: dict[str, Any]
 
 
 def sample_guided(context: StepContext, run: RunConfig) -> GuidedGroups:
-    """``batch.prompts`` groups of ``batch.rollouts`` rollouts and one demonstration, which the verifier grades too.
+    """Sample ``batch.prompts`` groups, each with ``batch.rollouts`` rollouts and one demonstration.
 
-    Dynamic sampling judges the rollouts: a group of equal rewards is replaced although its demonstration's may differ.
+    The demonstration is graded like a rollout. Dynamic sampling looks at the rollouts only: it replaces a group whose
+    rollouts have equal rewards, also if the reward of the demonstration differs.
 
     Raises:
         TooManyGraderErrors: too many gradings of rollouts failed.
@@ -81,12 +82,15 @@ def sample_guided(context: StepContext, run: RunConfig) -> GuidedGroups:
 
 
 def trained_groups(groups: Sequence[GuidedGroup], objective: ObjectiveConfig) -> list[GuidedGroup]:
-    """By ``objective.equal_groups``; a demonstration with another reward than all rollouts makes a group unequal."""
+    """The groups that ``objective.equal_groups`` lets train.
+
+    A group whose rollouts have equal rewards counts as unequal if the demonstration's reward differs.
+    """
     return [group for group in groups if group_is_trained(group.members, objective)]
 
 
 def demonstration_samples(groups: Sequence[GuidedGroup]) -> list[TrainSample]:
-    """The demonstrations under the term ``demonstration``, with the constant ``advantage``."""
+    """A sample of the term ``demonstration`` for each group's demonstration, with the constant ``advantage``."""
     return [
         answer_sample(
             group.members.prompt,
@@ -100,13 +104,14 @@ def demonstration_samples(groups: Sequence[GuidedGroup]) -> list[TrainSample]:
 
 
 def collect_mixed(context: StepContext, run: RunConfig) -> Collected:
-    """A step of rollouts under ``policy`` and demonstrations under ``demonstration``, both at weight 1.
+    """Collect a step with two terms of weight 1: rollouts under ``policy``, demonstrations under ``demonstration``.
 
-    Both have the constant ``advantage``.
+    The samples of both have the constant ``advantage``.
     """
     guided = sample_guided(context, run)
     trained = trained_groups(guided.groups, run.objective)
-    # Which groups count is settled: rollouts of equal rewards have an advantage where their demonstration's differs.
+    # `trained` has only groups to train. Rollouts of equal rewards stay, because their advantage is not 0 if the reward
+    # of their demonstration differs.
     own = policy_samples([group.own for group in trained], replace(run.objective, equal_groups="keep"))
     return Collected(
         samples=own + demonstration_samples(trained),
@@ -116,7 +121,7 @@ def collect_mixed(context: StepContext, run: RunConfig) -> Collected:
 
 
 def _joined(group: RolloutGroup, answers: GradedRollouts) -> RolloutGroup:
-    """The demonstration, where its grading succeeded, as the group's last; advantages are still to be computed."""
+    """The group followed by the demonstration, if its grading succeeded. Advantages are not computed yet."""
     (reward,) = answers.rewards
     if reward is None:
         return group

@@ -1,12 +1,14 @@
 """DPO on a fixed mixture of on-policy and off-policy pairs, as in SimpleMix (arXiv 2505.02363).
 
-Every prompt gives at most one pair. On-policy: the best against the worst of its rollouts. Off-policy: its own
-demonstration against the worst of its rollouts. Which of the two is a function of the prompt's place in the order of
-draws; pairs of equal rewards are left out. The reference is the run's starting point, ``model.path``.
+Every prompt gives at most one pair. In an on-policy pair the best rollout is chosen and the worst is rejected. In an
+off-policy pair the prompt's demonstration is chosen and the worst rollout is rejected. The prompt's position in the
+order of draws decides which kind it is. Pairs of equal rewards are left out. The reference model is the initial model,
+``model.path``.
 
-SimpleMix draws its pairs once, from the SFT model and from a published preference set, half and half; both answers
-of its off-policy pairs are others', and a reward model judges. Here rollouts are the present policy's (online DPO),
-demonstrations have no rejected partner but the policy's own answer, and the grader judges.
+Differences from SimpleMix: it makes its pairs once, half of them from the SFT model and half from a published
+preference set. Both answers of its off-policy pairs come from that set, and a reward model scores them. Here the
+current policy samples the rollouts in every step (online DPO), the rejected answer is always the policy's, and the
+run's grader scores the answers.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ DPO = "dpo"
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one prompt; the rejected one is always the policy's."""
+    """Two answers to one prompt. The rejected one is always a rollout."""
 
     prompt: Prompt
     chosen: Rollout
     rejected: Rollout
     is_offpolicy: bool
-    """The chosen answer is the demonstration, which has no log-probs."""
+    """Whether the chosen answer is the demonstration, which has no log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +51,21 @@ class MixedDPO(Method):
     def check(self, run: RunConfig) -> None:
         if run.batch.updates_per_step > 1 or run.batch.epochs > 1:
             raise ValueError(
-                "method dpo takes one update per step: a pair's gradient is worked out with the weights before it, and "
-                f"batch.updates_per_step {run.batch.updates_per_step} x batch.epochs {run.batch.epochs} would move them"
+                "method dpo takes one update per step: a pair's gradient is valid only for the weights before the "
+                f"step's first update. batch.updates_per_step is {run.batch.updates_per_step} and batch.epochs is "
+                f"{run.batch.epochs}; set both to 1"
             )
         if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(
-                "batch.sampling_attempts above 1 replaces groups of equal rewards, which off-policy pairs are made of; "
+                "batch.sampling_attempts above 1 replaces groups of equal rewards, but off-policy pairs need them; "
                 "leave it out, or set method.offpolicy_share: 0"
             )
         default = type(run.objective)()
         for name in (setting.name for setting in fields(default)):
             if getattr(run.objective, name) != getattr(default, name):
                 raise ValueError(
-                    f"objective.{name}: method dpo does not use it (its loss is -log sigma of a pair's margin, "
-                    "without ratio, advantage or other penalty); leave it out"
+                    f"objective.{name}: method dpo does not use it (its loss is -log sigma(margin of a pair) and has "
+                    "no ratio, no advantage and no penalty); leave it out"
                 )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
@@ -91,12 +94,18 @@ class MixedDPO(Method):
 
 
 def is_offpolicy(position: int, share: float) -> bool:
-    """Whether the draw at ``position`` gives an off-policy pair: evenly spread, floor(n share) of the first n."""
+    """Whether the draw at ``position`` gives an off-policy pair.
+
+    Off-policy pairs are evenly spread: the first n draws have floor(n x share) of them.
+    """
     return math.floor((position + 1) * share) > math.floor(position * share)
 
 
 def rollout_pair(group: RolloutGroup) -> Pair | None:
-    """The best against the worst rollout, the first of equals; None when all rewards are equal."""
+    """The pair of the best and the worst rollout; None if all rewards are equal.
+
+    If several rollouts have the best or the worst reward, the first of them is taken.
+    """
     if group.has_equal_rewards:
         return None
     return Pair(
@@ -108,7 +117,10 @@ def rollout_pair(group: RolloutGroup) -> Pair | None:
 
 
 def demonstration_pair(group: RolloutGroup, demonstration: GradedRollouts) -> Pair | None:
-    """The demonstration against the worst rollout; None unless it was graded, and graded better."""
+    """The pair of the demonstration and the worst rollout.
+
+    None if the grading of the demonstration failed, or if its reward is not above that of the worst rollout.
+    """
     (answer,), (reward,) = demonstration.rollouts, demonstration.rewards
     if reward is None or reward <= min(group.rewards):
         return None
@@ -120,7 +132,7 @@ def worst(group: RolloutGroup) -> Rollout:
 
 
 def pair_samples(pairs: Sequence[Pair]) -> list[TrainSample]:
-    """Two samples of each pair, under the term ``dpo``."""
+    """Two samples of the term ``dpo`` for each pair."""
     samples: list[TrainSample] = []
     for index, pair in enumerate(pairs):
         if pair.is_offpolicy:

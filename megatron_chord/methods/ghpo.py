@@ -1,12 +1,13 @@
-"""GHPO (arXiv 2507.10628; code hkgc-1/GHPO): prompts that are too hard are asked again with a hint.
+"""GHPO (arXiv 2507.10628; code hkgc-1/GHPO): prompts that are too hard are sampled again with a hint.
 
-A prompt whose rollouts are all wrong is sampled anew with the first ``stage_share`` of its reference solution appended
-to the last user message, then with twice as much, and so on up to ``stages`` times; the group sampled last is trained
-by ordinary GRPO. There is no SFT loss: a hint is a part of the prompt, and prompts are not trained. Evaluation never
-sees one.
+If all rollouts of a prompt are wrong, the prompt is sampled again with a hint: the first ``stage_share`` of its
+reference solution, appended to the last user message. If all are wrong again, the hint is twice as long, and so on, up
+to ``stages`` times. The group that was sampled last is trained by ordinary GRPO. There is no SFT loss: the hint is a
+part of the prompt, and prompt tokens are not trained. Evaluation uses no hints.
 
-As in the code, a hint is cut by characters, and right or wrong is the grader's verdict alone. The wording of ``cue`` is
-ours. Where the code cuts an over-long prompt off at its front, here the prompt keeps the last group that fits.
+As in the authors' code, a hint is cut by characters, and an answer is right or wrong by the grader's score alone. The
+wording of ``cue`` is ours. If a prompt with a hint is too long, the authors' code cuts off the beginning of the prompt;
+here the prompt keeps the last group whose prompt was short enough.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from megatron_chord.sampling.rounds import GradedRollouts
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A prompt with the group that was sampled for it last."""
+    """A prompt with the group that was sampled last for it."""
 
     drawn: DrawnPrompt
-    """Without a hint."""
+    """The prompt without a hint."""
     graded: GradedRollouts
     stage: int = 0
-    """Of the hint in ``graded.prompt``; 0: none."""
+    """Number of the hint in ``graded.prompt``; 0 means no hint."""
     refused: bool = False
-    """The next hint would have made the prompt too long."""
+    """Whether the next hint would make the prompt too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ class GHPO(Method):
             )
         if run.batch.sampling_attempts > 1:
             raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method ghpo gives "
-                "hints to; leave it at 1"
+                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
+                "method ghpo needs them for its hints; leave it at 1"
             )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
@@ -89,7 +90,7 @@ class GHPO(Method):
     def _next_stage(
         self, trials: Sequence[Trial], stage: int, context: StepContext, run: RunConfig
     ) -> list[Trial]:
-        """The trials after those that are still all wrong were sampled again with this stage's hint."""
+        """Sample the trials whose rollouts are all wrong again, with this stage's hint. Returns all trials."""
         share, limit = stage * self.settings.stage_share, run.data.max_prompt_tokens
         asked: dict[int, DrawnPrompt] = {}
         after = list(trials)
@@ -111,7 +112,7 @@ class GHPO(Method):
 
 
 def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
-    """Which trials are to be asked again: all graded rollouts wrong, and no hint refused yet."""
+    """Indices of the trials to sample again: all graded rollouts are wrong, and no hint was too long yet."""
     return [
         index
         for index, trial in enumerate(trials)
@@ -120,25 +121,25 @@ def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
 
 
 def is_all_wrong(graded: GradedRollouts, *, wrong_at_most: float) -> bool:
-    """Whether every graded rollout is wrong; not where no grading succeeded, which says nothing of the prompt."""
+    """Whether every graded rollout is wrong. False if no grading succeeded, because then the prompt is not judged."""
     scores = [grade.score for grade in graded.grades if grade.score is not None]
     return bool(scores) and max(scores) <= wrong_at_most
 
 
 def beginning(solution: str, share: float) -> str:
-    """The first ``share`` of a text, by characters."""
+    """The first ``share`` of the text's characters."""
     return solution[: round(share * len(solution))]
 
 
 def hinted(prompt: Prompt, hint: str, *, cue: str, template: ChatTemplate) -> Prompt:
-    """The same problem with the hint after its last message."""
+    """The same problem with ``cue`` and hint appended to its last message."""
     *before, last = prompt.messages
     messages = (*before, {**last, "content": f"{last['content']}\n{cue}\n{hint}"})
     return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages))
 
 
 def hint_stats(trials: Sequence[Trial]) -> dict[str, Any]:
-    """``reward_mean`` is that of the first, unhinted rollouts; here is what the hints did."""
+    """Metrics of the hints. They add to ``reward_mean``, which is that of the first rollouts, without hints."""
     helped = [trial for trial in trials if trial.stage]
     rewards = [reward for trial in helped for reward in trial.graded.rewards if reward is not None]
     return {

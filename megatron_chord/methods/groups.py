@@ -1,4 +1,4 @@
-"""Graded rollouts -> groups with advantages -> samples of the policy term; the sampling that most methods share."""
+"""Sampling that most methods share: graded rollouts -> groups with advantages -> samples of the policy term."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICY = "policy"
 
 @dataclass(frozen=True, kw_only=True)
 class SampledGroups:
-    """A step's groups and what the sampling has to report."""
+    """A step's groups and the metrics of their sampling."""
 
     drawn: Sequence[DrawnPrompt]
     """The prompts of ``groups``, in the same order."""
@@ -33,9 +33,10 @@ class SampledGroups:
 
 
 def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
-    """``batch.prompts`` groups of ``batch.rollouts``, by dynamic sampling where ``batch.sampling_attempts`` is above 1.
+    """Sample ``batch.prompts`` groups of ``batch.rollouts`` rollouts.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards are replaced by those of further prompts.
+    If ``batch.sampling_attempts`` is above 1, dynamic sampling (DAPO, arXiv 2503.14476) replaces groups of equal
+    rewards by groups of further prompts.
 
     Raises:
         TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.
@@ -50,7 +51,7 @@ def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
         for item, answers in sampled:
             group = make_group(answers)
             if group is not None:
-                # By the score: punishments for form and length are no signal of their own (DAPO).
+                # Compare scores and not rewards: penalties for form and length must not make a group unequal (DAPO).
                 scores = {grade.score for grade in answers.grades} - {None}
                 (equal if len(scores) == 1 else useful).append((item, group))
         rounds += 1
@@ -72,7 +73,11 @@ def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
 
 
 def whole_groups(graded: Sequence[GradedRollouts], *, step: int) -> list[tuple[GradedRollouts, RolloutGroup]]:
-    """The prompts that have a group, without advantages yet. TooManyGraderErrors where none has."""
+    """Each prompt that has a group, with its group. Advantages are not computed yet.
+
+    Raises:
+        TooManyGraderErrors: no prompt has a group.
+    """
     pairs = [(item, group) for item in graded if (group := make_group(item)) is not None]
     if not pairs:
         raise TooManyGraderErrors(f"step {step}: no prompt has two rollouts whose grading succeeded")
@@ -80,7 +85,7 @@ def whole_groups(graded: Sequence[GradedRollouts], *, step: int) -> list[tuple[G
 
 
 def reward_stats(groups: Sequence[RolloutGroup], *, num_sampled: int) -> dict[str, Any]:
-    """Of the groups that are left of ``num_sampled`` prompts' rollouts."""
+    """Metrics of the rewards of ``groups``, which remain of ``num_sampled`` prompts."""
     rewards = [reward for group in groups for reward in group.rewards]
     return {
         "reward_mean": statistics.fmean(rewards),
@@ -91,7 +96,10 @@ def reward_stats(groups: Sequence[RolloutGroup], *, num_sampled: int) -> dict[st
 
 
 def make_group(graded: GradedRollouts) -> RolloutGroup | None:
-    """One prompt's group, without advantages yet; rollouts whose grading failed are left out, None below two."""
+    """The group of one prompt, without advantages. Rollouts whose grading failed are left out.
+
+    None if fewer than two rollouts remain.
+    """
     kept = [(i, reward) for i, reward in enumerate(graded.rewards) if reward is not None]
     if len(kept) < 2:
         return None
@@ -105,7 +113,7 @@ def make_group(graded: GradedRollouts) -> RolloutGroup | None:
 
 
 def with_advantages(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -> list[RolloutGroup]:
-    """The groups with the advantages that ``objective`` asks for."""
+    """The groups with advantages computed by ``objective.advantage``."""
     rewards = [group.rewards for group in groups]
     found = group_advantages(rewards, kind=objective.advantage, eps=objective.advantage_eps)
     return [replace(group, advantages=advantages) for group, advantages in zip(groups, found, strict=True)]
@@ -123,19 +131,19 @@ def policy_samples(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -
 
 
 def group_is_trained(group: RolloutGroup, objective: ObjectiveConfig) -> bool:
-    """By ``objective.equal_groups``."""
+    """Whether the group is trained, by ``objective.equal_groups``."""
     return objective.equal_groups == "keep" or not group.has_equal_rewards
 
 
 def rollout_is_trained(rollout: Rollout, objective: ObjectiveConfig) -> bool:
-    """By ``objective.truncated``."""
+    """Whether the rollout is trained, by ``objective.truncated``."""
     return objective.truncated == "keep" or rollout.finish_reason != "length"
 
 
 def rollout_sample(
     prompt: Prompt, rollout: Rollout, *, term: str = POLICY, **constants: float
 ) -> TrainSample:
-    """A rollout after its prompt; constants are ``rollout_logprob`` and those given."""
+    """A sample of a prompt and its rollout. Its constants are ``rollout_logprob`` and those given."""
     logprobs = np.array(rollout.logprobs, np.float32)
     return answer_sample(prompt, rollout.token_ids, term=term, rollout_logprob=logprobs, **constants)
 
@@ -143,7 +151,7 @@ def rollout_sample(
 def answer_sample(
     prompt: Prompt, answer: Sequence[int], *, term: str, **constants: float | np.ndarray
 ) -> TrainSample:
-    """Any answer after a prompt; all of its tokens are trained under ``term``."""
+    """A sample of a prompt and any answer. All tokens of the answer are trained under ``term``."""
     start = len(prompt.token_ids)
     return TrainSample(
         token_ids=np.array([*prompt.token_ids, *answer], np.int64),

@@ -1,17 +1,18 @@
 """HPT (arXiv 2509.04419; code TsinghuaC3I/Unify-Post-Training): each prompt is trained by RL or by SFT.
 
-P = mean score of the prompt's rollouts. P <= ``gate``: its rollouts are discarded and its demonstration is trained by
-SFT; otherwise its rollouts are trained by GRPO. With n prompts in the step, n_SFT of them by SFT:
+P is the mean score of the prompt's rollouts. If P <= ``gate``, the rollouts are discarded and the prompt's
+demonstration is trained by SFT. Otherwise the rollouts are trained by GRPO. A step has n prompts, n_SFT of them trained
+by SFT and n_RL by GRPO:
 
     L = (n_RL / n) L_RL  +  sft_coefficient (n_SFT / n) L_SFT
 
-L_RL is averaged by ``objective.aggregation`` over the tokens that RL trains, L_SFT over those of the demonstrations.
+``objective.aggregation`` averages L_RL over the tokens trained by RL and L_SFT over the demonstrations' tokens.
 
-The paper writes alpha L_RL + beta L_SFT for one prompt, (alpha, beta) = (0, 1) or (1, 0): L_RL clipped Dr.GRPO with the
-advantage divided by the std, L_SFT the mean over tokens. How the prompts of a batch are averaged it leaves open; the
-weights above let each branch count by its share of the prompts. The authors' script has no std and no clip, divides
-L_RL's sum over tokens by 8192, and averages L_SFT over the tokens of a micro-batch, so that its two branches have
-scales of their own, and L_SFT's changes with the packing.
+The paper defines alpha L_RL + beta L_SFT for one prompt, with (alpha, beta) = (0, 1) or (1, 0). There L_RL is clipped
+Dr.GRPO with the advantage divided by the std, and L_SFT is a mean over tokens. The paper does not define how the
+prompts of a batch are averaged; with the weights above each branch counts by its share of the prompts. The authors'
+script uses neither std nor clip. It divides the sum of L_RL over tokens by 8192 and averages L_SFT over the tokens of a
+micro-batch. So its two branches have different scales, and the scale of L_SFT depends on the packing.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class HPT(Method):
     def check(self, run: RunConfig) -> None:
         if run.batch.sampling_attempts > 1:
             raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the all-wrong prompts that method hpt trains "
-                "by SFT; leave it at 1"
+                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
+                "method hpt trains these by SFT; leave it at 1"
             )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
@@ -71,7 +72,7 @@ class HPT(Method):
         )
 
     def weights(self, imitates: Sequence[bool]) -> dict[str, float]:
-        """Of the two terms; ``imitates``: of every prompt, whether it is trained by SFT."""
+        """The weights of the two terms. ``imitates`` says for each prompt whether it is trained by SFT."""
         share = statistics.fmean(imitates)
         return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 
@@ -81,5 +82,5 @@ class HPT(Method):
 
 
 def mean_score(graded: GradedRollouts) -> float:
-    """P: of the rollouts whose grading succeeded; by the grader, without what form and length take away."""
+    """P: the mean grader score of the rollouts whose grading succeeded, without penalties for form and length."""
     return statistics.fmean(grade.score for grade in graded.grades if grade.score is not None)

@@ -1,11 +1,12 @@
-"""LUFFY (arXiv 2504.14945): a demonstration in every group, its ratio shaped so that rare tokens are learned.
+"""LUFFY (arXiv 2504.14945): every group has a demonstration; a shaped ratio makes its rare tokens learnable.
 
     L = -(1/Z) [ sum over demonstrations f(p) A + sum over rollouts surrogate(r, A) ]    f(x) = x / (x + gamma)
 
-The demonstrations' own policy is taken for 1 everywhere, so that their ratio is p, the policy's probability; nothing is
-clipped there. A is over rollouts and demonstration together and the only constant: f is differentiated, which pushes
-the token's logit by A gamma p(1-p) / (p + gamma)^2, most at p = gamma / (1 + 2 gamma).
-Z is one denominator for both, by ``objective.aggregation``.
+The probability that the demonstrations' author gave each token is assumed to be 1. So the ratio of a demonstration
+token is p, the policy's probability; it is not clipped. A is the advantage over rollouts and demonstration together,
+and it is a constant. f is differentiated: the gradient with respect to the token's logit is A gamma p(1-p) / (p +
+gamma)^2, which is largest at p = gamma / (1 + 2 gamma). Both sums have the same denominator Z, by
+``objective.aggregation``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Luffy(Method):
 
 
 def shaped_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float | None) -> TermOutput:
-    """-f(p) A per demonstration token; column advantage. ``gamma`` none: f(x) = x, with A = 1 the gradient of DFT."""
+    """-f(p) A per demonstration token. Column: advantage.
+
+    If ``gamma`` is None, f(x) = x; with A = 1 this has the gradient of DFT.
+    """
     p = stats.logprobs.exp()
     ratio = p if gamma is None else p / (p + gamma)
     loss = -ratio * tokens["advantage"]

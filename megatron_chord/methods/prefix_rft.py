@@ -1,21 +1,23 @@
 """Prefix-RFT (arXiv 2507.01679; code ZeroYuHuang/prefix_rft): some answers begin with a part of the demonstration.
 
-Of each prompt's K answers, ``hybrids`` begin with the first L = floor(l |y*|) tokens of its demonstration y* and are
-continued by the policy; l ~ U(low, ``high``), and low falls from ``low_start`` to ``low_end`` along half a cosine.
+Each prompt has K answers. ``hybrids`` of them begin with the first L = floor(l |y*|) tokens of the prompt's
+demonstration y*, and the policy samples the rest. l ~ U(low, ``high``), and low decreases from ``low_start`` to
+``low_end`` along half a cosine.
 
-    unprefixed rollouts   A by objective.advantage; a group of their own
-    continuation          A = R_hybrid; a group of one, mean 0 and std 1
+    unprefixed rollouts   A by objective.advantage, over the group of unprefixed rollouts
+    continuation          A = R_hybrid: a group of one, with mean 0 and std 1
     prefix                A = (R_hybrid - mean R_unprefixed) / hybrids
 
-A prefix token is trained by the same surrogate, its ratio taken against the policy's own log-prob, never the author's:
-exp(l - sg l), or against the log-prob before the step with ``ratio_from: recomputed``. Only the ``entropy_share`` of
-prefix tokens with the highest entropy keep their advantage, the others' is 0; they still count in the denominators.
+Prefix tokens are trained by the same surrogate. Their ratio uses the policy's log-prob l in numerator and denominator,
+never the author's: it is exp(l - sg(l)), or with ``ratio_from: recomputed`` exp(l - log-prob before the step). Only the
+``entropy_share`` of prefix tokens with the highest entropy keep their advantage. The advantage of the others is set to
+0, but they still count in the denominators.
 
-What differs from the code: the entropy threshold is that of the whole update, not of a micro-batch, since it would
-change with the packing. Prefix tokens were not sampled, so KL penalty, entropy bonus and importance correction leave
-them out. Several hybrids of a prompt share one prefix and are a group by ``objective.advantage`` (as in the code, where
-their prefix's advantage is then taken from the normalised reward; here from the reward itself). Where sequences are
-averaged, a hybrid's prefix and its continuation are two.
+Differences from the authors' code: The entropy threshold is computed over the whole update and not over a micro-batch,
+because that would depend on the packing. KL penalty, entropy bonus and importance correction do not apply to prefix
+tokens, because these were not sampled. Several hybrids of one prompt share one prefix, and their continuations form a
+group by ``objective.advantage``, as in the code; but their prefix's advantage is computed from the reward, and in the
+code from the normalised reward. When sequences are averaged, a hybrid's prefix and its continuation count as two.
 """
 
 from __future__ import annotations
@@ -55,12 +57,12 @@ class PrefixRFT(Method):
     def check(self, run: RunConfig) -> None:
         if run.batch.rollouts - self.settings.hybrids < 2:
             raise ValueError(
-                f"batch.rollouts {run.batch.rollouts} less method.hybrids {self.settings.hybrids} leaves a group of "
-                f"{run.batch.rollouts - self.settings.hybrids} unprefixed rollouts; it needs 2"
+                f"batch.rollouts {run.batch.rollouts} minus method.hybrids {self.settings.hybrids} leaves a group of "
+                f"{run.batch.rollouts - self.settings.hybrids} unprefixed rollouts; at least 2 are needed"
             )
 
     def lowest_share(self, now: ScheduleInput, run: RunConfig) -> float:
-        """The least share of its demonstration that a prompt's hybrids may begin with at this step."""
+        """``low`` at this step: the smallest share of a demonstration that a hybrid may begin with."""
         decay = WarmupCosine(
             peak=self.settings.low_start,
             valley=self.settings.low_end,
@@ -109,21 +111,21 @@ class PrefixRFT(Method):
         }
 
 
-# ---- which tokens are given
+# ---- the prefix of a demonstration
 
 
 def prefix_share(seed: int, position: int, *, low: float, high: float) -> float:
-    """l ~ U(low, high): a pure function of the run's seed and the prompt's place in the order of prompts."""
+    """l ~ U(low, high): a pure function of the run's seed and the prompt's position in the order of draws."""
     return low + (high - low) * sample_seed(seed, "prefix", position) / 2**62
 
 
 def prefix_of(demonstration: Sequence[int], share: float) -> tuple[int, ...]:
-    """The first floor(share x length) tokens; never all of them."""
+    """The first floor(share x length) tokens, but always fewer than all."""
     length = min(math.floor(share * len(demonstration)), len(demonstration) - 1)
     return tuple(demonstration[:length])
 
 
-# ---- what is trained
+# ---- samples
 
 
 def hybrid_samples(
@@ -133,10 +135,11 @@ def hybrid_samples(
     hybrids_per_prompt: int,
     objective: ObjectiveConfig,
 ) -> list[TrainSample]:
-    """Every hybrid that was graded: its prefix under the term ``prefix``, its continuation under ``policy``.
+    """A sample for each hybrid whose grading succeeded: its prefix is trained under ``prefix``, the rest under
+    ``policy``.
 
     Args:
-        groups: of the unprefixed rollouts of the same prompts, in the same order.
+        groups: the groups of unprefixed rollouts of the same prompts, in the same order.
     """
     kept = [
         [
@@ -164,7 +167,11 @@ def hybrid_samples(
 def continuation_advantages(
     rewards: Sequence[Sequence[float]], objective: ObjectiveConfig
 ) -> list[tuple[float, ...]]:
-    """Of each prompt's hybrids: a single one's is its reward; several of one prefix are a group like any other."""
+    """Advantages of each prompt's hybrids.
+
+    A single hybrid has its reward as advantage. Several hybrids form a group, with advantages by
+    ``objective.advantage``.
+    """
     several = iter(
         group_advantages(
             [group for group in rewards if len(group) > 1],
@@ -178,7 +185,7 @@ def continuation_advantages(
 def hybrid_sample(
     prompt: Prompt, prefix: Sequence[int], rollout: Rollout, *, prefix_advantage: float, advantage: float
 ) -> TrainSample:
-    """Prompt, prefix, continuation."""
+    """A sample of prompt, prefix and continuation."""
     start = len(prompt.token_ids)
     middle = start + len(prefix)
     stop = middle + len(rollout.token_ids)
@@ -196,7 +203,7 @@ def hybrid_sample(
 
 
 def hybrid_stats(hybrids: Sequence[GradedRollouts], lengths: Sequence[int]) -> dict[str, float]:
-    """``lengths``: tokens of each prompt's demonstration."""
+    """Metrics of the hybrids. ``lengths`` is the number of tokens of each prompt's demonstration."""
     rewards = [reward for item in hybrids for reward in item.rewards if reward is not None]
     shares = [len(item.prefix) / length for item, length in zip(hybrids, lengths, strict=True)]
     return {
@@ -209,7 +216,10 @@ def hybrid_stats(hybrids: Sequence[GradedRollouts], lengths: Sequence[int]) -> d
 
 
 def prefix_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
-    """``objective``'s surrogate per prefix token. Columns: advantage, kept; old_logprob with ``recomputed``."""
+    """``objective``'s surrogate per prefix token.
+
+    Columns: advantage, kept; old_logprob if ``ratio_from`` is `recomputed`.
+    """
     logprobs, kept = stats.logprobs, tokens["kept"]
     old = tokens["old_logprob"] if objective.ratio_from == "recomputed" else logprobs.detach()
     filtered = replace(tokens, columns={**tokens.columns, "advantage": tokens["advantage"] * kept})
@@ -224,5 +234,5 @@ def prefix_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
 
 
 def keep_most_uncertain(share: float) -> Prepare:
-    """The column ``kept``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0."""
+    """Make the column ``kept``: 1 for the ``share`` of the update's tokens with the highest ``old_entropy``, else 0."""
     return most_uncertain("kept", share)

@@ -1,18 +1,21 @@
-"""ReMix (arXiv 2507.06892): in its first stage part of every batch is the policy's own stale rollouts.
+"""ReMix (arXiv 2507.06892): in the first stage a part of every batch is rollouts that an older policy sampled.
 
-Stage 1, steps before ``mix_steps``: each group of the batch is, with probability ``stale_share``, one that a policy
-pi_{k-i}, i <= ``lag``, sampled in an earlier step; its tokens train under the term ``stale``. Stage 2: on-policy.
+Stage 1 (steps before ``mix_steps``): with probability ``stale_share`` a group of the batch is replaced by one that
+pi_{k-i}, i <= ``lag``, sampled in an earlier step. Its tokens train under the term ``stale``. Stage 2 is on-policy.
 
     L_stale = -min(r A, clip(r, c - clip_low, c + clip_high) A),    r = pi_theta / pi_{k-i},  c = pi_k / pi_{k-i}
 
-pi_k is the policy before the step's first update; c and A are constants. In that update pi_theta = pi_k, so r = c:
-the clip acts only with ``batch.epochs`` or ``batch.updates_per_step`` above 1 (the paper: two updates per batch).
+pi_k is the policy before the step's first update; c and A are constants. In the first update pi_theta = pi_k, so r = c.
+So the clip has an effect only if ``batch.epochs`` or ``batch.updates_per_step`` is above 1 (the paper: two updates per
+batch).
 
-``objective.ratio_from`` and ``correction`` rule the fresh tokens, which are those of ``chord``'s policy branch.
+``objective.ratio_from`` and ``correction`` apply to the fresh tokens, which are trained like the policy branch of
+``chord``.
 
-Left out: the KL-convex constraint beta [lambda KL(pi_theta || pi_base) + (1 - lambda) KL(pi_theta || pi_{k-1})], and
-with it the new pi_base = pi_T of stage 2. Its strength beta is in no source we could read, and it needs references
-that change during the run. ``objective.kl`` is the KL to the initial policy, on fresh and stale tokens alike.
+Not implemented: the KL-convex constraint beta [lambda KL(pi_theta || pi_base) + (1 - lambda) KL(pi_theta || pi_{k-1})]
+and the new pi_base = pi_T of stage 2, which belongs to it. No source that we could read gives beta, and the constraint
+needs reference models that change during the run. ``objective.kl`` is the KL to the initial policy, for fresh and stale
+tokens.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ from megatron_chord.sampling.rounds import sample_seed
 
 STALE = "stale"
 _SEEDS = 2**62
-"""``sample_seed`` lies in [0, this)."""
+"""``sample_seed`` returns values in [0, 2^62)."""
 
 Answer = Mapping[str, Any]
-"""A rollout as remembered: prompt and tokens (lists of ids), logprobs (one per token), advantage."""
+"""A stored rollout: prompt and tokens (lists of ids), logprobs (one per token), advantage."""
 Remembered = Mapping[str, Any]
-"""A step's fresh groups: step, and groups, each a list of ``Answer``. Plain JSON."""
+"""The stored fresh groups of a step: its number `step`, and `groups`, each a list of ``Answer``. Plain JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,14 @@ class ReMix(Method):
         objective = run.objective
         if run.rollout.asynchronous is not None:
             raise ValueError(
-                "rollout.asynchronous: method remix mixes rollouts of older weights itself, with fresh ones of the "
-                "present policy; leave it out"
+                "rollout.asynchronous: method remix itself mixes rollouts of older weights with rollouts of the "
+                "current policy; leave it out"
             )
         if run.rollout.carries:
             raise ValueError(
-                "rollout.partial with unfinished: carry: method remix mixes "
-                "rollouts of older weights itself, with fresh ones of the present policy, and a carried one is "
-                "neither; leave rollout.partial out, or set unfinished: drop"
+                "rollout.partial with unfinished: carry: method remix itself mixes rollouts of older weights with "
+                "rollouts of the current policy, and a carried rollout is neither; leave rollout.partial out, or set "
+                "unfinished: drop"
             )
         if objective.surrogate != "ppo" or objective.dual_clip is not None:
             raise ValueError(
@@ -106,16 +109,16 @@ class ReMix(Method):
 
 
 def num_stale(seed: int, step: int, count: int, share: float) -> int:
-    """How many of a step's ``count`` groups are to be stale: each with probability ``share``."""
+    """The number of stale groups among a step's ``count`` groups. Each is stale with probability ``share``."""
     return sum(sample_seed(seed, f"remix/stale/{step}", slot) < share * _SEEDS for slot in range(count))
 
 
 def choose_stale(
     memory: Sequence[Remembered], seed: int, step: int, wanted: int
 ) -> list[tuple[int, Sequence[Answer]]]:
-    """``wanted`` remembered groups, each with the step that sampled it; all of them where there are fewer.
+    """Choose ``wanted`` stored groups, or all if there are fewer. Each is returned with the step that sampled it.
 
-    No group is twice in a step; one may come again in the next.
+    A group occurs at most once in a step. It may be chosen again in a later step.
     """
     groups = [(entry["step"], group) for entry in memory for group in entry["groups"]]
     order = sorted(range(len(groups)), key=lambda i: sample_seed(seed, f"remix/choice/{step}", i))
@@ -129,14 +132,14 @@ def remember(
     lag: int,
     objective: ObjectiveConfig,
 ) -> list[Remembered]:
-    """What the next step may draw from: the fresh rollouts of the last ``lag`` steps that were trained on."""
+    """The groups that the next step may choose from: the trained fresh rollouts of the last ``lag`` steps."""
     kept = [remembered_group(group, objective) for group in groups]
     here: Remembered = {"step": step, "groups": [answers for answers in kept if answers]}
     return [entry for entry in [*memory, here] if entry["step"] > step - lag]
 
 
 def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[Answer]:
-    """By the same rules as ``policy_samples``."""
+    """The group in the form in which it is stored, with the rollouts that ``policy_samples`` would train."""
     if not group_is_trained(group, objective):
         return []
     return [
@@ -152,7 +155,7 @@ def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[An
 
 
 def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> list[TrainSample]:
-    """Remembered groups under the term ``stale``; ``stale_logprob`` is log pi_{k-i}, ``age`` is i."""
+    """Samples of the term ``stale`` for the chosen groups. ``stale_logprob`` is log pi_{k-i}, ``age`` is i."""
     return [
         TrainSample(
             token_ids=np.array([*answer["prompt"], *answer["tokens"]], np.int64),
@@ -176,7 +179,7 @@ def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> 
 def stale_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
     """-min(r A, clip(r, c - low, c + high) A) + KL penalty - entropy bonus, per stale token.
 
-    Columns: advantage, stale_logprob (log pi_{k-i}), old_logprob (log pi_k), age; reference_logprob with ``kl``.
+    Columns: advantage, stale_logprob (log pi_{k-i}), old_logprob (log pi_k), age; reference_logprob if ``kl`` is set.
     """
     advantages, sampled = tokens["advantage"], tokens["stale_logprob"]
     ratio = (stats.logprobs - sampled).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

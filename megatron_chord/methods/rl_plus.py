@@ -1,12 +1,13 @@
-"""RL-PLUS (arXiv 2508.00222): a demonstration in every group, weighted by a mixture ratio and by what is unlearned.
+"""RL-PLUS (arXiv 2508.00222): every group has a demonstration, weighted by a mixture ratio and by (1 - p)^gamma.
 
     L = -(1/Z) [ sum over demonstrations r_m A_c + sum over rollouts surrogate(r, A) ]
     r_m = 2 p / (p_omega + p_old)      p_omega = (p_old + 1) / 2, so that r_m = 2 p / (1.5 p_old + 0.5)
     A_c = A (1 - p)^gamma
 
-p_omega stands for the demonstrations' unknown policy: the mean of the old policy and one that is 1 everywhere, as the
-publication's code has it. r_m is differentiated and never clipped; A, p_old and the p of A_c are constants.
-A is over rollouts and demonstration together. Z is one denominator for both, by ``objective.aggregation``.
+p_omega replaces the unknown probability that the demonstrations' author gave a token. As in the publication's code it
+is the mean of the old policy's probability and 1. r_m is differentiated and never clipped. A, p_old and the p in A_c
+are constants. A is the advantage over rollouts and demonstration together. Both sums have the same denominator Z, by
+``objective.aggregation``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class RLPlus(Method):
 
 
 def mixture_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float, ratio_from: str) -> TermOutput:
-    """-r_m A_c per demonstration token; columns advantage, and old_logprob with ``ratio_from: recomputed``.
+    """-r_m A_c per demonstration token. Columns: advantage; old_logprob if ``ratio_from`` is `recomputed`.
 
-    Otherwise p_old is the policy's own probability of this pass: no rollout engine has scored a demonstration.
+    With other values of ``ratio_from`` p_old is the policy's probability in this forward pass, because the rollout
+    engine has no log-probs of demonstrations.
     """
     p = stats.logprobs.exp()
     p_old = tokens["old_logprob"].exp() if ratio_from == "recomputed" else p.detach()

@@ -1,15 +1,15 @@
-"""SRFT (arXiv 2506.19767): imitation and reinforcement in one step, each weighted by the policy's entropy.
+"""SRFT (arXiv 2506.19767): SFT and RL in one step, each weighted by the policy's entropy.
 
-    L = E_demonstrations[ -w_sft log p - p A ] + E_rollouts[ -w_rl log p where the answer is right, log p where wrong ]
+    L = E_demonstrations[ -w_sft log p - p A ] + E_rollouts[ -w_rl log p if the answer is right, log p if it is wrong ]
     w_sft = sft_coefficient exp(-H)      w_rl = rl_coefficient exp(H)      H = mean token entropy of the sequence
 
-Both w are constants, and so is A, the demonstration's advantage over rollouts and demonstration together. Rollouts are
-pushed by the sign of their reward alone. Nothing is clipped, and no ratio is taken of the rollouts.
+Both w are constants. A is a constant too: the demonstration's advantage over rollouts and demonstration together. Only
+the sign of a rollout's reward matters. Nothing is clipped, and rollouts have no importance ratio.
 
-The publication leaves open what its expectations are averaged over and which H it means. Here each of the two is a mean
-of its own by ``objective.aggregation`` (right and wrong rollouts share theirs), and H is the sequence's as in the only
-code there is, which is not the authors'. That code sums the reinforcement over a constant length and gives p A
-LUFFY's shaping, which is not in the publication; neither is here.
+The publication does not say over what its expectations are averaged, nor which H it means. Here each expectation is a
+mean by ``objective.aggregation`` (right and wrong rollouts are one mean), and H is that of the sequence. The only
+published code, which is not the authors', uses the H of the sequence too. It also divides the rollouts' sum by a
+constant length and applies LUFFY's shaping to p A. Neither is in the publication, and neither is done here.
 """
 
 from __future__ import annotations
@@ -57,21 +57,20 @@ class SRFT(Method):
     def check(self, run: RunConfig) -> None:
         if run.rollout.asynchronous is not None:
             raise ValueError(
-                "rollout.asynchronous: method srft pushes rollouts without a ratio, so nothing corrects for the older "
-                "weights that sampled them; leave it out"
+                "rollout.asynchronous: method srft has no importance ratio, so nothing corrects for rollouts that "
+                "older weights sampled; leave it out"
             )
         if run.rollout.carries:
             raise ValueError(
-                "rollout.partial with unfinished: carry: method srft pushes "
-                "rollouts without a ratio, so nothing corrects for the older weights that sampled the carried part; "
-                "leave rollout.partial out, or set unfinished: drop"
+                "rollout.partial with unfinished: carry: method srft has no importance ratio, so nothing corrects for "
+                "the carried tokens that older weights sampled; leave rollout.partial out, or set unfinished: drop"
             )
         default = ObjectiveConfig()
         for name in UNUSED:
             if getattr(run.objective, name) != getattr(default, name):
                 raise ValueError(
-                    f"objective.{name}: method srft pushes rollouts by the sign of their reward, without a ratio, a "
-                    "penalty or a bonus; leave it out"
+                    f"objective.{name}: method srft trains rollouts by the sign of their reward and has no ratio, "
+                    "penalty or bonus; leave it out"
                 )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
@@ -100,7 +99,9 @@ class SRFT(Method):
 def signed_samples(
     groups: Sequence[GuidedGroup], objective: ObjectiveConfig, *, positive_reward: float
 ) -> list[TrainSample]:
-    """Every rollout that is trained on, with the constant ``sign``: 1 where its reward is above, else -1."""
+    """A sample for each trained rollout. The constant ``sign`` is 1 if the reward is above ``positive_reward``, else
+    -1.
+    """
     return [
         rollout_sample(own.prompt, rollout, sign=1.0 if reward > positive_reward else -1.0)
         for own in (group.own for group in groups)
@@ -110,9 +111,9 @@ def signed_samples(
 
 
 def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) -> TermOutput:
-    """-w_rl log p of right rollouts, log p of wrong ones; columns sign, rollout_logprob.
+    """-w_rl log p for tokens of right rollouts, log p for tokens of wrong ones. Columns: sign, rollout_logprob.
 
-    One all-reduce over the context ranks.
+    Collectives: one all-reduce over the context-parallel ranks.
     """
     logprobs, is_right = stats.logprobs, tokens["sign"] > 0
     weight = coefficient * tokens.sequence_means(stats.entropy).exp()
@@ -133,7 +134,10 @@ def signed_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) ->
 
 
 def imitation_loss(stats: TokenStats, tokens: TermTokens, *, coefficient: float) -> TermOutput:
-    """-w_sft log p - p A per demonstration token; column advantage. One all-reduce over the context ranks."""
+    """-w_sft log p - p A per demonstration token. Column: advantage.
+
+    Collectives: one all-reduce over the context-parallel ranks.
+    """
     logprobs = stats.logprobs
     p = logprobs.exp()
     weight = coefficient * (-tokens.sequence_means(stats.entropy)).exp()

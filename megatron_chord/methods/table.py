@@ -1,4 +1,4 @@
-"""The methods by the name that ``method`` gives them in a run's YAML."""
+"""The table of methods, by the value of ``method.name`` in a run's YAML."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_of(run: RunConfig) -> Method:
-    """The run's method with its settings, checked against the rest of the run.
+    """Build the run's method and check its settings against the rest of the run.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: settings that contradict each other.
     """
     method = build(run.method)
     _check(method, run)
@@ -42,12 +42,12 @@ def method_of(run: RunConfig) -> Method:
 
 
 def build(settings: MethodConfig) -> Method:
-    """The method with its own settings, unchecked against the rest of a run."""
+    """Build the method with its settings, without a check against the rest of a run."""
     return METHODS[settings.name](settings=settings)
 
 
 def _check(method: Method, run: RunConfig) -> None:
-    """Rules that hold for every method, then the method's own."""
+    """Check the rules that hold for every method, then those of the method."""
     rules = (*_rules_of_objective(method, run), *_rules_of_data(method, run), *_rules_of_rollout(method, run))
     for is_broken, reason in rules:
         if is_broken:
@@ -56,23 +56,23 @@ def _check(method: Method, run: RunConfig) -> None:
 
 
 def _rules_of_objective(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """(broken, reason)"""
+    """Yield (whether the rule is broken, the message) for each rule."""
     objective, batch = run.objective, run.batch
     yield (
         objective.ratio_from == "current"
         and objective.surrogate != "unclipped"
         and batch.updates_per_step * batch.epochs > 1,
-        "objective.ratio_from: current makes every ratio 1, also in a step's later updates; with "
-        "batch.updates_per_step or batch.epochs above 1 set it to rollout or recomputed",
+        "objective.ratio_from: current makes every ratio 1, also in the later updates of a step; if "
+        "batch.updates_per_step or batch.epochs is above 1, set it to rollout or recomputed",
     )
 
 
 def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """(broken, reason)"""
+    """Yield (whether the rule is broken, the message) for each rule."""
     batch, data = run.batch, run.data
     yield (
         method.needs_demonstrations and not data.aligned,
-        f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, with "
+        f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, and give "
         "data.demonstrations that answer the problems of data.prompts",
     )
     yield (
@@ -82,8 +82,8 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     yield data.aligned and data.demonstrations is None, "data.aligned needs data.demonstrations"
     yield (
         not method.draws_demonstrations and batch.demonstrations > 0,
-        f"batch.demonstrations is {batch.demonstrations}, but method {method.name} draws no "
-        "demonstrations beside its prompts' own; set it to 0",
+        f"batch.demonstrations is {batch.demonstrations}, but method {method.name} uses only the demonstrations of "
+        "its prompts; set it to 0",
     )
     for name, count in {
         "batch.demonstrations": batch.demonstrations,
@@ -91,8 +91,8 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     }.items():
         yield (
             0 < count < batch.updates_per_step,
-            f"{name} is {count}, fewer than batch.updates_per_step {batch.updates_per_step}: some updates would have "
-            "none",
+            f"{name} is {count}, which is less than batch.updates_per_step {batch.updates_per_step}: some updates "
+            "would have none",
         )
     yield (
         batch.sampling_attempts > 1 and batch.prompts == 0,
@@ -101,13 +101,13 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
 
 
 def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """(broken, reason)"""
+    """Yield (whether the rule is broken, the message) for each rule."""
     schedule = method.schedule(run)
     if run.rollout.asynchronous is not None:
         yield (
             schedule is not None and schedule.needs_last_step,
-            f"rollout.asynchronous: method.mu {schedule and schedule.schedule!r} is known only after the step before, "
-            "when a step's rollouts have been sampled already; leave it out, or choose another schedule",
+            f"rollout.asynchronous: method.mu {schedule and schedule.schedule!r} depends on the result of the previous "
+            "step, but rollouts are sampled before that step ends; leave it out, or choose another schedule",
         )
         yield (
             not method.uses_rollouts(run),

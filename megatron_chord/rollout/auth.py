@@ -1,7 +1,7 @@
-"""Middleware of the rollout server: no route without the run's key.
+"""Middleware of the rollout server: every route needs the run's key.
 
-vLLM asks for its API key only below /v1, /inference and the like. The routes that pause the engine, replace its
-weights or call into its workers stay open to every user of the machine, so the server is started with this.
+vLLM itself checks its API key only for routes below /v1, /inference and the like. The routes that pause the engine,
+replace its weights or call into its workers would be open to every user of the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 
 class RequireKey:
-    """Plain ASGI middleware: 401 unless ``Authorization`` is ``Bearer`` with the key in ``VLLM_API_KEY``."""
+    """ASGI middleware: status 401 unless ``Authorization`` is ``Bearer`` and the key in ``VLLM_API_KEY``."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         key = os.environ.get(KEY_VARIABLE)

@@ -1,7 +1,7 @@
-"""Weights as they travel: groups of named tensors of bounded size, described in plain JSON values.
+"""Buckets of weights: groups of named tensors with a limited total size, described in plain JSON.
 
-Shared by the trainer's side (``transports``, ``sync``) and the server's (``vllm_engine``): both must lay a bucket out
-in the same way. Torch only.
+A push of weights sends bucket after bucket. The trainer (``transports``, ``sync``) and the server (``vllm_engine``) use
+the same functions here, because both must use the same memory layout. Imports only torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 _ALIGNMENT = 256
-"""Bytes. A view of a buffer under another dtype must begin at a multiple of its element size."""
+"""Bytes. A view of a buffer with another dtype must begin at a multiple of that dtype's size."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a bucket, as the server is told of it."""
+    """The description of one tensor of a bucket that the trainer sends to the server."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class TensorInfo:
 
     @staticmethod
     def from_json(value: dict) -> TensorInfo:
-        """ValueError where a field is missing or the dtype is not one that weights have."""
+        """Raises ValueError if a field is missing or the dtype is not one of ``DTYPES``."""
         if value.keys() != {"name", "dtype", "shape", "fingerprint"} or value["dtype"] not in DTYPES:
             raise ValueError(f"not the description of a tensor: {value}")
         return TensorInfo(value["name"], value["dtype"], tuple(value["shape"]), value["fingerprint"])
@@ -49,7 +49,7 @@ class TensorInfo:
 def in_buckets(
     named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of together at most `max_bytes`; a larger tensor has a bucket of its own."""
+    """Group consecutive tensors into buckets of at most `max_bytes`. A larger tensor gets a bucket of its own."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named_tensors:
@@ -63,7 +63,7 @@ def in_buckets(
 
 
 def describe(bucket: Sequence[tuple[str, Tensor]]) -> list[TensorInfo]:
-    """The tensors' names, dtypes, shapes and fingerprints. ValueError on a dtype that weights do not have."""
+    """The tensors' names, dtypes, shapes and fingerprints. Raises ValueError on a dtype that is not in ``DTYPES``."""
     for name, tensor in bucket:
         if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; weights travel as one of {', '.join(DTYPES)}")
@@ -74,7 +74,7 @@ def describe(bucket: Sequence[tuple[str, Tensor]]) -> list[TensorInfo]:
 
 
 def verify(infos: Sequence[TensorInfo], tensors: Sequence[Tensor]) -> None:
-    """ValueError naming every tensor that is not the one described."""
+    """Compare tensors with their descriptions. Raises ValueError with the names of those that differ."""
     received = [(info.name, tensor) for info, tensor in zip(infos, tensors, strict=True)]
     wrong = [
         info.name
@@ -86,12 +86,12 @@ def verify(infos: Sequence[TensorInfo], tensors: Sequence[Tensor]) -> None:
 
 
 def flat_size(infos: Iterable[TensorInfo]) -> int:
-    """Bytes of the buffer that ``flatten`` fills."""
+    """Size in bytes of the buffer that ``flatten`` fills."""
     return sum(_aligned(info.num_bytes) for info in infos)
 
 
 def flatten(tensors: Iterable[Tensor], out: Tensor) -> None:
-    """Copies the tensors one after another into `out` (uint8), each at an aligned offset."""
+    """Copy the tensors one after another into `out` (uint8), each at an aligned offset."""
     offset = 0
     for tensor in tensors:
         out[offset : offset + tensor.nbytes].copy_(tensor.contiguous().reshape(-1).view(torch.uint8))

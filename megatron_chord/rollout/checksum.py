@@ -1,14 +1,14 @@
-"""Fingerprints of tensors, computed where the tensor lies: the proof that a server holds what the trainer sent.
+"""Fingerprints of tensors, computed on the tensor's device. They prove that a server holds what the trainer sent.
 
-The bytes are read as 64-bit words w_i, in rows of 256 KiB. Of each row two sums modulo 2**64 are kept, of r_i w_i and
-of r_i v_i: v_i are the words of the same bytes read 4 bytes further on (the row's first 4 bytes come last), and r_i
-are odd numbers that look random. Each 32-bit half is the lower half of a word in one of the two sums.
+The bytes are read as 64-bit words w_i, in rows of 256 KiB. Each row has two sums modulo 2**64: sum of r_i w_i and sum
+of r_i v_i. The v_i are the words of the same row rotated by 4 bytes (its first 4 bytes come last). The r_i are
+pseudo-random odd numbers. So each 32-bit half of a word is the lower half of a word in one of the two sums.
 
-Damage within one word always changes the first sum, since its multiplier is odd. Any other damage escapes for at most
-one in 2**32 choices of multipliers: a half that differs is the lower one in some sum, so the difference d of its word
-is no multiple of 2**32, and at most one in 2**32 odd numbers r gives r d the one value modulo 2**64 that would cancel
-the rest (multilinear hashing: Lemire and Kaser, arXiv 1202.4961). It is a guard against accidents, not against an
-adversary.
+An error within one word always changes the first sum, because its multiplier is odd. Any other error is missed for at
+most one in 2**32 choices of multipliers. Proof: a half that differs is the lower half in one of the sums, so the
+difference d of its word is not a multiple of 2**32. At most one in 2**32 odd numbers r gives r d the single value
+modulo 2**64 that cancels the other differences (multilinear hashing: Lemire and Kaser, arXiv 1202.4961). The
+fingerprint protects against accidents and not against an adversary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 _ROW = 1 << 15
-"""Words."""
+"""Number of 64-bit words in a row."""
 _ROWS_AT_ONCE = {"cpu": 4, "cuda": 512}
-"""On a CPU the temporary, 1 MiB, stays in the cache; on a GPU the two are 128 MiB each."""
+"""Number of rows that are summed at once. On a CPU the temporary tensor (1 MiB) then fits the cache; on a GPU there are
+two temporary tensors of 128 MiB."""
 
 
 def checksum(tensor: Tensor) -> list[tuple[int, int]]:
-    """Two signed 64-bit integers a row of the tensor's bytes in row-major order; any dtype, shape and stride."""
+    """Two signed 64-bit integers for each 256 KiB row of the tensor's bytes (row-major order). Any dtype and stride."""
     first, second = _sums(tensor.detach()).tolist()
     return list(zip(first, second, strict=True))
 
@@ -38,7 +39,7 @@ def fingerprint(name: str, tensor: Tensor) -> str:
 
 
 def fingerprints(named: Sequence[tuple[str, Tensor]]) -> list[str]:
-    """``fingerprint`` of each; all on one device, from which one copy is made instead of one per tensor."""
+    """The ``fingerprint`` of each tensor. All are on one device; all sums are copied to the host at once."""
     if not named:
         return []
     sums = [_sums(tensor.detach()) for _, tensor in named]
@@ -73,14 +74,15 @@ def _sum_rows(rows: Tensor, out: Tensor) -> None:
     multipliers = _multipliers(rows.device)[: rows.shape[1]]
     rotated = rows.view(torch.int32).roll(-1, dims=1).view(torch.int64)
     for i, words in enumerate((rows, rotated)):
-        if rows.device.type == "cpu":  # needs no temporary; CUDA has no such product of integers
+        if rows.device.type == "cpu":  # needs no temporary; CUDA has no matrix product of integers
             torch.mv(words, multipliers, out=out[i])
         else:
             torch.sum(words * multipliers, dim=1, out=out[i])
 
 
 def _words(data: Tensor) -> Tensor:
-    """The bytes as int64, zeros appended to a multiple of eight (the length is part of the digest's shape)."""
+    """The bytes as int64, padded with zeros to a multiple of eight (the digest contains the shape, so also the
+    length)."""
     tail = -data.numel() % 8
     if tail:
         data = torch.cat([data, data.new_zeros(tail)])
@@ -99,7 +101,7 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, zeros from the left; torch's own shift repeats the sign."""
+    """Logical shift to the right, which fills with zeros; torch's shift repeats the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,8 +1,8 @@
-"""Token ids in, token ids and log-probs out: vLLM's HTTP interface, every reply checked before it is data.
+"""Client of vLLM's HTTP interface: sends token ids, receives token ids and log-probs, and checks every reply.
 
-A rollout that this module returns has as many log-probs as tokens, all finite; was not aborted, but by the caller's own
-``Stop``; and was sampled, every token of it, by the weights that the caller expects, or by later ones where the caller
-says so. Requests carry their seed, so that one which failed on the way can be sent again and yields the same tokens.
+A rollout that this module returns has one finite log-prob for each token. It was not aborted, except by the caller's
+own ``Stop``. Every token was sampled by the weight version that the caller expects, or by a later one if the caller
+allows that. A request contains its seed, so a request that failed can be sent again and returns the same tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from megatron_chord.records import Rollout, Span
 _GENERATE = "/inference/v1/generate"
 _ABORT = "/inference/v1/abort_requests"
 _ENGINE_ID = "generate-tokens-{}"
-"""What vLLM's engine makes of a request's id (entrypoints/scale_out/token_in_token_out/serving.py, serve_tokens)."""
+"""The id that vLLM's engine gives a request (entrypoints/scale_out/token_in_token_out/serving.py, serve_tokens)."""
 _ABORT_AGAIN_S = 0.25
 _METRICS = "/metrics"
 _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? (\S+)", re.MULTILINE)
 _LOOK_S = 5.0
-"""Between two looks at how many tokens a server has computed."""
+"""Seconds between two queries of how many tokens a server has computed."""
 _MODEL = "policy"
 _NEVER_PUSHED = "default"
 """vLLM's name for the weights that a server was started with."""
 _RETRY_PAUSE_S = 0.2
 _WORST_LOGPROB = -9999.0
-"""What vLLM sends in place of a log-prob that is NaN, minus infinity or not there."""
+"""vLLM sends this value instead of a log-prob that is NaN, minus infinity or missing."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 62) - 1
 
@@ -44,33 +44,36 @@ PauseMode = Literal["abort", "wait", "keep"]
 
 
 class RolloutError(RuntimeError):
-    """The server could not be reached, refused, or replied with what is not a rollout."""
+    """The server could not be reached, refused the request, or sent a reply that is not a valid rollout."""
 
 
 class StaleWeights(RolloutError):
-    """Tokens were sampled by other weights than those expected."""
+    """Tokens were sampled by another weight version than the expected one."""
 
 
 class _Transient(RolloutError):
-    """Worth sending again."""
+    """A failure after which the request is sent again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt to be sampled `num_samples` times. Nothing but `stop_token_ids` and `max_tokens` ends a sample."""
+    """One prompt to sample `num_samples` times. A sample ends only at one of `stop_token_ids` or at `max_tokens`."""
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     seed: int
     temperature: float
-    """0 takes the most probable token; log-probs are then those at temperature 1, and all samples the same one."""
+    """0 means greedy decoding. Log-probs are then those at temperature 1, and all samples are equal."""
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
 
 
 class Stop:
-    """Told once, from any thread: the calls of ``generate`` that it was given to return what they have."""
+    """A one-time stop signal for calls of ``generate``: once called, these return the tokens that they have so far.
+
+    It may be called from any thread and more than once; only the first call has an effect.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,7 +88,7 @@ class Stop:
             listener()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Have ``listener`` called once it is told; at once where it is already."""
+        """Register ``listener``, to be called at the stop signal. If the signal was given already, call it now."""
         with self._lock:
             if not self._told:
                 self._listeners.append(listener)
@@ -94,7 +97,7 @@ class Stop:
 
 
 class RolloutClient:
-    """One server. Methods raise RolloutError; times are in seconds. May be used from several threads."""
+    """Client of one server, usable from several threads. Its methods raise RolloutError. Times are in seconds."""
 
     def __init__(
         self,
@@ -107,24 +110,26 @@ class RolloutClient:
     ) -> None:
         """
         Args:
-            silence_s: a server that has requests of ``generate``, and neither finishes one nor computes a token for so
-                long, is frozen: a RolloutError. It must be longer than any pause for a push of weights.
+            silence_s: if a server has requests of ``generate`` but neither finishes one nor computes a token for this
+                time, it counts as frozen, and ``generate`` raises RolloutError. It must be longer than any pause for a
+                push of weights.
         """
         self.url = url
         self._silence_s = silence_s
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._retries = retries
         self._connect_timeout_s = connect_timeout_s
-        # trust_env=False: a cluster's HTTP proxy must not see, or swallow, traffic on loopback.
-        # No kept connections: the server closes idle ones, and a request caught by that cannot be sent again.
+        # trust_env=False: traffic on loopback must not go through a cluster's HTTP proxy.
+        # No keep-alive: the server closes idle connections, and a request that is sent at that moment would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=limits)
         self._closed = False
         self._sampling: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
-        """Of the calls of ``generate`` under way."""
+        """Event loop and task of each running call of ``generate``."""
 
     def close(self) -> None:
-        """A ``generate`` under way in another thread raises at once, and the server drops its requests."""
+        """Close the client. A ``generate`` running in another thread raises at once, and the server drops its
+        requests."""
         self._closed = True
         for loop, task in list(self._sampling):
             _call_in(loop, task.cancel)
@@ -140,19 +145,20 @@ class RolloutClient:
         on_done: Callable[[int], None] | None = None,
         stop: Stop | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        """Samples all requests at once, in the order of `requests`.
+        """Sample all requests concurrently. The result has the order of `requests`.
 
         Args:
             version: the weight version that must have sampled every token.
-            may_advance: weights may be pushed meanwhile (``pause(mode="keep")``): later versions are right, too.
-            deadline_s: for all of them together; what is unfinished then is aborted at the server.
-            on_done: called with the index of each request that is finished; not where it was stopped.
-            stop: once told, these requests, and no others, are aborted at the server. What there is of them comes back
-                with the finish reason `abort`, perhaps without any token.
+            may_advance: whether weights may be pushed during the call (``pause(mode="keep")``). If so, later versions
+                are accepted, too.
+            deadline_s: time limit for all requests together. The server aborts requests that are unfinished then.
+            on_done: called with the index of each request that is finished; not for requests that were stopped.
+            stop: when called, the server aborts these requests and no others. They return the tokens sampled so far,
+                possibly none, with the finish reason `abort`.
 
         Raises:
             StaleWeights: another version sampled a token.
-            RolloutError: a request failed for good, time ran out, or the client was closed. Nothing is returned then.
+            RolloutError: a request failed after all retries, the time limit passed, or the client was closed.
         """
         least = _Least(version, may_advance)
         try:
@@ -187,7 +193,7 @@ class RolloutClient:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
     def score(self, token_ids: Sequence[int], *, version: int, timeout_s: float = 60.0) -> list[float]:
-        """Log-probs, at temperature 1, of ``token_ids[1:]``, each given the tokens before it."""
+        """The log-probs at temperature 1 of ``token_ids[1:]``, each conditioned on the tokens before it."""
         body = {
             "model": _MODEL,
             "token_ids": list(token_ids),
@@ -205,40 +211,44 @@ class RolloutClient:
             return scores
 
     def health(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and its engine is well."""
+        """Whether the server answers and reports that its engine is healthy."""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == 200
         except httpx.TransportError:
             return False
 
     def weight_version(self, *, timeout_s: float = 30.0) -> int | None:
-        """Version of the last finished push; None where nothing was pushed since the server started."""
+        """Version of the last finished push; None if nothing was pushed since the server started."""
         reply = self._json(self._request("GET", "/weight_info", timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}/weight_info"):
             version = reply["weight_version"]
             return None if version == _NEVER_PUSHED else int(version)
 
     def num_workers(self, *, timeout_s: float = 30.0) -> int:
-        """Worker processes of the server: tensor times data parallel."""
+        """Number of worker processes of the server: tensor-parallel size times data-parallel size."""
         reply = self._json(self._request("GET", "/get_world_size", timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}/get_world_size"):
             return int(reply["world_size"])
 
     def pause(self, *, mode: PauseMode = "wait", timeout_s: float = 600.0) -> None:
-        """Stops sampling and drops all caches. Running requests are aborted ("abort"), finished first ("wait"), or go
-        on after ``resume`` with the weights that there are then ("keep"); later ones are queued."""
+        """Pause sampling and drop all caches.
+
+        Running requests are aborted ("abort"), finished first ("wait"), or continued after ``resume`` with the weights
+        of that time ("keep"). New requests are queued.
+        """
         self._request("POST", "/pause", params={"mode": mode, "clear_cache": "true"}, timeout_s=timeout_s)
 
     def resume(self, *, timeout_s: float = 30.0) -> None:
-        """Ends a pause."""
+        """End a pause."""
         self._request("POST", "/resume", timeout_s=timeout_s)
 
     def sleep(self, *, level: Literal[1, 2] = 1, timeout_s: float = 300.0) -> None:
-        """Frees the server's GPU memory: 1 keeps the weights in main memory, 2 drops them (they must be pushed)."""
+        """Free the server's GPU memory. Level 1 keeps the weights in main memory. Level 2 drops them, so that they must
+        be pushed again."""
         self._request("POST", "/sleep", params={"level": str(level), "mode": "wait"}, timeout_s=timeout_s)
 
     def wake_up(self, *, tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float = 300.0) -> None:
-        """Takes the memory back. A push goes between "weights" and "kv_cache"."""
+        """Allocate the GPU memory again. Weights are pushed after waking "weights" and before waking "kv_cache"."""
         self._request("POST", "/wake_up", params={"tags": list(tags)}, timeout_s=timeout_s)
 
     def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float) -> None:
@@ -258,7 +268,7 @@ class RolloutClient:
         )
 
     def _request(self, method: str, path: str, *, timeout_s: float, **content: Any) -> httpx.Response:
-        """Never sent twice: most of these change the server's state."""
+        """Send a request once, without retries, because most of these requests change the server's state."""
         timeout = httpx.Timeout(timeout_s, connect=self._connect_timeout_s)
         try:
             response = self._http.request(method, path, timeout=timeout, **content)
@@ -383,7 +393,7 @@ class RolloutClient:
         )
 
     async def _watch(self, http: httpx.AsyncClient, silence_s: float, num_done: Callable[[], int]) -> None:
-        """Until it is cancelled. RolloutError when the server has done nothing for ``silence_s``."""
+        """Watch the server's progress until cancelled. Raises RolloutError if there was none for ``silence_s``."""
         loop = asyncio.get_running_loop()
         pause_s = min(_LOOK_S, silence_s / 4)
         last, moved = (num_done(), await self._num_tokens(http, pause_s)), loop.time()
@@ -395,12 +405,12 @@ class RolloutClient:
                 last, moved = now, loop.time()
             elif loop.time() - moved > silence_s:
                 raise RolloutError(
-                    f"{self.url}: frozen: it has requests, and has finished none and computed no token for "
+                    f"{self.url}: frozen: it has requests, but has finished none and computed no token for "
                     f"{loop.time() - moved:.0f} s (watchdog.server_s)"
                 )
 
     async def _num_tokens(self, http: httpx.AsyncClient, timeout_s: float) -> float | None:
-        """Tokens that the server has read and sampled since its start; None where it does not answer in time."""
+        """Number of tokens that the server has read and sampled since its start; None if it does not answer in time."""
         try:
             response = await http.get(_METRICS, timeout=timeout_s)
         except httpx.TransportError:
@@ -408,7 +418,10 @@ class RolloutClient:
         return sum(map(float, _TOKENS.findall(response.content))) if response.status_code == 200 else None
 
     async def _abort(self, http: httpx.AsyncClient, running: set[str], told: asyncio.Event) -> None:
-        """Once ``told``, until it is cancelled: again and again, as a request may not have got to the engine yet."""
+        """Wait for the stop signal ``told``, then abort all running requests repeatedly, until cancelled.
+
+        One abort is not enough, because the engine may not have received a request yet.
+        """
         await told.wait()
         while True:
             try:
@@ -416,7 +429,7 @@ class RolloutClient:
                     _ABORT, json={"request_ids": [_ENGINE_ID.format(name) for name in running]}
                 )
             except httpx.TransportError:
-                pass  # a server that is gone fails the requests themselves
+                pass  # if the server is gone, the requests themselves fail
             else:
                 if response.status_code != 200:
                     raise RolloutError(f"POST {self.url}{_ABORT}: {_refusal(response)}")
@@ -464,7 +477,7 @@ class RolloutClient:
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+    with contextlib.suppress(RuntimeError):  # the loop has ended already
         loop.call_soon_threadsafe(action)
 
 
@@ -478,7 +491,7 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_tokens": request.max_tokens,
-            # vLLM samples the j-th of n with seed + j: neighbouring seeds are spread, or requests would share them.
+            # vLLM uses seed + j for the j-th of n samples. Seeds are spread, so that requests do not share them.
             "seed": request.seed * _SEED_STEP & _SEED_MASK,
             "stop_token_ids": list(request.stop_token_ids),
             "ignore_eos": True,
@@ -489,14 +502,20 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _num_to_sample(request: GenerateRequest) -> int:
-    """vLLM refuses n > 1 at temperature 0, where all samples are the same one."""
+    """The number of samples to request. vLLM refuses n > 1 at temperature 0, where all samples are equal."""
     return 1 if request.temperature == 0 else request.num_samples
 
 
 def _parse(
     reply: Any, request: GenerateRequest, version: _Least, *, may_be_aborted: bool
 ) -> tuple[Rollout, ...]:
-    """ValueError, KeyError, TypeError: not the reply to `request`. StaleWeights, _Transient: see there."""
+    """Parse and check the reply to `request`.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not a valid reply to `request`.
+        StaleWeights: another weight version sampled a token.
+        _Transient: a sample was aborted.
+    """
     if reply["prompt_token_ids"] != list(request.prompt_ids):
         raise ValueError("the reply is to another prompt")
     choices = sorted(reply["choices"], key=lambda choice: choice["index"])
@@ -542,7 +561,7 @@ def _check_logprobs(logprobs: Sequence[float]) -> None:
 
 
 class _Least(NamedTuple):
-    """Which weights may sample: those of ``version``, or with ``may_advance`` later ones, too.
+    """The accepted weight versions: ``version``, and with ``may_advance`` also later ones.
 
     None: those that the server was started with, before any push.
     """
@@ -563,7 +582,12 @@ class _Least(NamedTuple):
 
 
 def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> tuple[Span, ...]:
-    """StaleWeights, or ValueError where the spans do not cover the tokens one after another."""
+    """Parse the spans of weight versions.
+
+    Raises:
+        StaleWeights: a version is not accepted.
+        ValueError: the spans do not cover the tokens without gaps and overlaps.
+    """
     wrong = {span["version"] for span in spans if not least.admits(span["version"])}
     if wrong:
         raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {least}")
@@ -580,7 +604,7 @@ def _number(version: str) -> int:
 
 @contextlib.contextmanager
 def _malformed_as_rollout_error(where: str) -> Iterator[None]:
-    """What a reply of the wrong form raises becomes a RolloutError that says where it came from."""
+    """Turn the exceptions that a malformed reply causes into a RolloutError that names its URL."""
     try:
         yield
     except RolloutError as error:

@@ -1,6 +1,6 @@
-"""The servers that a run samples from, whoever started them: one of its own, a job's, or the user's.
+"""The rollout servers of a run: one that the run starts, those of a Slurm job, or those that the user started.
 
-All three are used by the coordinator alone. ``start`` returns while servers still load; ``connect`` waits for them.
+Only the coordinator uses them. ``start`` returns while servers still load; ``connect`` waits for them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Fleet(Protocol):
     def start(self) -> None: ...
 
     def connect(self) -> Sequence[RolloutClient]:
-        """Clients of servers that are ready. ServerError when one is not in time."""
+        """Wait for the servers and return their clients. Raises ServerError if one is not ready in time."""
         ...
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
-        """Put new servers in place of those that are lost (or of all) and connect."""
+        """Replace the servers that are lost (or all of them) by new ones, and connect."""
         ...
 
     def close(self) -> None: ...
@@ -64,7 +64,7 @@ class OwnServer:
 
 
 class ListedServers:
-    """Servers that the user started and looks after."""
+    """Servers that the user started. The run never restarts them."""
 
     def __init__(self, urls: Sequence[str], key: str, *, silence_s: float) -> None:
         self._clients = [RolloutClient(url, key, silence_s=silence_s) for url in urls]
@@ -76,7 +76,9 @@ class ListedServers:
         return self._clients
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
-        raise ServerError("servers listed in rollout.servers are not this run's to replace")
+        raise ServerError(
+            "the servers in rollout.servers were not started by this run, so it cannot replace them"
+        )
 
     def close(self) -> None:
         for client in self._clients:
@@ -109,7 +111,7 @@ class JobServers:
         return self._clients
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
-        """Gives up the servers that do not answer; all of them when all answer, since one of them is at fault."""
+        """Have the servers that do not answer replaced. If all answer, replace all, because one of them is at fault."""
         lost = [index for index, client in enumerate(self._clients) if not client.health()]
         if everything or not lost:
             lost = range(self._count)
@@ -142,6 +144,6 @@ class JobServers:
         server = self._registry.announced(index)
         if server is None or server.life <= self._registry.given_up(index):
             return None
-        # The announcement of one that died a moment ago may still be there.
+        # The announcement of a server that died a moment ago may still exist.
         with contextlib.closing(RolloutClient(server.url, self._key)) as client:
             return server if client.health() else None

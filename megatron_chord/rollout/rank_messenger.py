@@ -1,6 +1,6 @@
-"""Small JSON messages between trainer ranks, each with a deadline, which Torch's own object collectives lack.
+"""Small JSON messages between trainer ranks, each with a deadline. Torch's object collectives have no deadline.
 
-Ranks are those of the group given. Without a group there is one rank, 0.
+Rank numbers are those of the given group. Without a group there is only rank 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class RankMessenger:
-    """Messages over a gloo group, or none in a run of one process. RuntimeError when a peer is gone or late."""
+    """Messages over a gloo group; the group is None in a run of one process.
+
+    Methods raise RuntimeError if a peer is gone or does not answer before the deadline.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -23,7 +26,7 @@ class RankMessenger:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def all_gather(self, value: Any, timeout_s: float) -> list[Any]:
-        """Every rank's value, in rank order; two collectives."""
+        """Gather every rank's value, in rank order. Two collectives."""
         if self._group is None:
             return [value]
         data = _encode(value)

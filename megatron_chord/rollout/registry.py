@@ -1,12 +1,12 @@
-"""Where the nodes of a job say which rollout servers run, and the trainer says which are to be replaced.
+"""The registry of a job's rollout servers. Nodes announce their servers in it; the trainer requests replacements in it.
 
-A folder on the job's shared file system, private to the user, with two small files a server:
+It is a folder on the job's shared file system, private to the user, with two small files for each server:
 
-    server-003.json       written by the server's node once it is ready: its URL and its life (0, 1, ...)
+    server-003.json       written by the server's node when it is ready: its URL and its life (0, 1, ...)
     server-003.replace    written by the trainer: the last life that it has given up
 
-Files are replaced whole, so a reader sees an old one or a new one. The servers' key lies beside them (``KEY_FILE``),
-readable by its owner alone.
+Files are replaced atomically, so a reader sees either the old or the new file. The file with the servers' key
+(``KEY_FILE``) is in the same folder, readable only by its owner.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from typing import Self
 from megatron_chord.rollout.sync import TransportName
 
 VARIABLE = "CHORD_ROLLOUT"
-"""Environment variable with which a node tells its ranks of the job's servers: ``JobRollout`` as JSON."""
+"""Environment variable in which a node describes the job's servers to its ranks: ``JobRollout`` as JSON."""
 KEY_FILE = "key"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRollout:
-    """The servers of a job as one of its ranks needs to know them."""
+    """What a rank of a job must know to use the job's servers."""
 
     folder: Path
     count: int
     address: str
-    """Of this rank's node; the servers can reach it."""
+    """Address of this rank's node that the servers can reach."""
     transport: TransportName
-    """What fits where the servers run, for ``rollout.transport: auto``."""
+    """The transport for ``rollout.transport: auto``; it depends on where the servers run."""
 
     def to_variable(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self) | {"folder": str(self.folder)})}
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> Self | None:
-        """None outside a job with servers of its own."""
+        """Read the environment variable; None outside of a job that has its own servers."""
         text = environment.get(VARIABLE)
         if not text:
             return None
@@ -55,7 +55,7 @@ class Announcement:
     url: str
     node: str
     life: int
-    """How many servers ran in this place before."""
+    """Number of servers that ran under this index before."""
 
 
 class Registry:
@@ -66,16 +66,16 @@ class Registry:
         _write(self._path(server, "json"), json.dumps(asdict(announcement)))
 
     def announced(self, server: int) -> Announcement | None:
-        """The newest announcement, whether the server still runs or not."""
+        """The newest announcement. The server may have stopped since."""
         text = _read(self._path(server, "json"))
         return None if text is None else Announcement(**json.loads(text))
 
     def give_up(self, server: int, life: int) -> None:
-        """Ask for a new server in place of the one of ``life``."""
+        """Request a new server instead of the one with this ``life``."""
         _write(self._path(server, "replace"), str(life))
 
     def given_up(self, server: int) -> int:
-        """The last life that was given up; -1 where none was."""
+        """The last life that was given up; -1 if none was."""
         text = _read(self._path(server, "replace"))
         return -1 if text is None else int(text)
 
@@ -84,7 +84,7 @@ class Registry:
 
 
 def read_key(folder: Path) -> str:
-    """The key of the job's servers. ValueError when others could have read or written it."""
+    """Read the key of the job's servers. Raises ValueError if other users could have read or written the file."""
     path = folder / KEY_FILE
     status = path.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:

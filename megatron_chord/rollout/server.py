@@ -1,8 +1,9 @@
-"""A vLLM server of our own: started as a child, watched, and never left behind.
+"""A vLLM server as a child process of the trainer.
 
-``start_server`` returns at once (vLLM needs tens of seconds, in which the trainer builds its model);
-``RolloutServer.wait_until_ready`` does the waiting. The server listens on one address only (loopback, or in a job its
-node's own), asks for a key on every route, and dies with the process that started it, however that ends.
+``start_server`` returns at once, because vLLM needs tens of seconds to start, and the trainer builds its model
+meanwhile. ``RolloutServer.wait_until_ready`` waits for it. The server listens on one address only (loopback, or in a
+job the address of its node) and needs a key on every route. It is killed when the process that started it ends for any
+reason.
 """
 
 from __future__ import annotations
@@ -45,41 +46,43 @@ _LOG_LINES = 40
 _LOG_ERRORS = 5
 _ERROR_LINE = re.compile(r"\b\w+(Error|Exception): ")
 _SOCKET_FOLDER_LENGTH = 66
-"""A socket's path has 107 characters at most, of which vLLM's own name takes 37 (``get_open_zmq_ipc_path``)."""
+"""Maximum length of the folder. A socket's path has at most 107 characters, and the name that vLLM chooses has 37
+(``get_open_zmq_ipc_path``)."""
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""What vLLM's CPU attention has kernels for. With any other the engine starts, and dies at the first request."""
+"""Head sizes that vLLM's CPU attention supports. With any other the engine starts, but dies at the first request."""
 _LAUNCHER_VARIABLES = ("MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_")
-"""Prefixes. A launcher's description of the trainer's processes would be taken for the server's own."""
+"""Prefixes of variables that describe the trainer's processes. The server must not inherit them."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""The last is for Megatron's overlapped communication; vLLM runs kernels on several streams at once."""
+"""Further variables that the server must not inherit. Megatron's overlapped communication needs the last one, but vLLM
+runs kernels on several streams at once."""
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or not in time. The message holds the end of its log."""
+    """The server did not start, or not in time. The message contains the end of its log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How vLLM runs the model."""
+    """Settings with which vLLM runs the model."""
 
     dtype: Literal["fp32", "bf16"]
     max_model_len: int
-    """Prompt and response together, in tokens."""
+    """Maximum length of prompt and response together, in tokens."""
     tensor: int = 1
-    """Tensor parallelism."""
+    """Tensor-parallel size."""
     kv_cache_bytes: int | None = None
-    """On a CPU 256 MiB where left out, on a GPU what `gpu_memory_utilization` leaves."""
+    """Size of the KV cache. None: 256 MiB on a CPU; on a GPU the memory that `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.6
     fp8: Fp8Rollouts | None = None
-    """Quantise the weights, those that are pushed too; needs `dtype` bf16."""
+    """If given, the server quantises its weights to FP8, also the pushed ones. Needs `dtype` bf16."""
     sleep_mode: bool = False
     """GPU only: allow ``RolloutClient.sleep``, for a server that shares the trainer's GPUs."""
     visible_devices: str | None = None
-    """GPU only: CUDA_VISIBLE_DEVICES of the server; the trainer's own where left out."""
+    """GPU only: CUDA_VISIBLE_DEVICES of the server. None: that of the trainer."""
     cpu_threads: int = 1
     """OMP threads of each vLLM process on a CPU."""
     repeatable: bool = False
-    """What a request gets does not depend on the other requests that are processed with it."""
+    """Whether the result of a request must not depend on the other requests in the batch."""
 
 
 def start_server(
@@ -90,16 +93,16 @@ def start_server(
     host: str = "127.0.0.1",
     key: str | None = None,
 ) -> RolloutServer:
-    """Starts vLLM and returns while it is still loading. Must be called from the main thread.
+    """Start vLLM and return while it is still loading. Must be called from the main thread.
 
     Args:
-        model: Hugging Face folder; only its config and weights are read, never a tokenizer.
-        log: receives the server's output; its folder must exist.
-        host: address to listen on, in numbers; never one that strangers reach.
-        key: what requests must show; made for this server where left out.
+        model: Hugging Face folder. Only its config and weights are read, never its tokenizer.
+        log: file for the server's output; its folder must exist.
+        host: numeric address to listen on. It must not be reachable from outside of the cluster.
+        key: the API key that requests must have. None: a new random key.
 
     Raises:
-        ValueError: `model` holds no config.json, or a model that vLLM cannot run here.
+        ValueError: `model` has no config.json, or vLLM cannot run this model here.
         RuntimeError: not called from the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -115,7 +118,9 @@ def start_server(
         environment |= settings.fp8.environment
     if on_cpu:
         environment |= _cpu_environment(settings)
-        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # refused beside --kv-cache-memory-bytes
+        environment.pop(
+            "VLLM_CPU_KVCACHE_SPACE", None
+        )  # vLLM refuses it together with --kv-cache-memory-bytes
     else:
         if settings.visible_devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
@@ -123,7 +128,7 @@ def start_server(
             environment["VLLM_BATCH_INVARIANT"] = "1"
     folder = _make_temporary_folder()
     environment["TMPDIR"] = str(folder.path)
-    # Compiled kernels are not temporary, but torch keeps them there.
+    # torch keeps compiled kernels in the temporary folder. They are worth keeping beyond this server's life.
     kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     try:
@@ -144,12 +149,13 @@ def start_server(
 
 
 class RolloutServer:
-    """A running (or starting, or dead) server. As a context manager it stops the server at the end."""
+    """A vLLM server, which may be starting, running or dead. Used as a context manager, it stops the server at the
+    end."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], *, url: str, api_key: str, log: Path, folder: PrivateFolder
     ) -> None:
-        """``folder`` has what the server's libraries leave; it goes with the server."""
+        """``folder`` is for temporary files of the server's libraries. It is removed with the server."""
         self.url = url
         self.api_key = api_key
         self.log = log
@@ -157,7 +163,7 @@ class RolloutServer:
         self._owner = os.getpid()
         self._folder = folder
         self._shared_memory: set[str] = set()
-        """Names in /dev/shm."""
+        """Names of the server's files in /dev/shm."""
         self._http = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"},
@@ -169,15 +175,15 @@ class RolloutServer:
 
     @property
     def pid(self) -> int:
-        """Of the API server; also its session and process group."""
+        """Process id of the API server; also the id of its session and of its process group."""
         return self._process.pid
 
     def processes(self) -> list[int]:
-        """Process ids of everything that runs in the server's session."""
+        """Process ids of all processes of the server's session."""
         return _session_processes(self.pid)
 
     def wait_until_ready(self, deadline_s: float) -> None:
-        """Returns when the server answers. ServerError when it exits or `deadline_s` seconds pass."""
+        """Wait until the server answers. Raises ServerError if it exits, or after `deadline_s` seconds."""
         end = time.monotonic() + deadline_s
         while not self.ready():
             if self._process.poll() is not None:
@@ -188,20 +194,20 @@ class RolloutServer:
 
     @property
     def exit_code(self) -> int | None:
-        """None while its process runs."""
+        """Exit code of the server's process; None while it runs."""
         return self._process.poll()
 
     def ready(self) -> bool:
-        """Whether the server answers by now. Takes 5 s at most."""
+        """Whether the server answers now. Takes at most 5 s."""
         self._note_shared_memory()
         return self.exit_code is None and self._healthy(when_busy=False)
 
     def alive(self) -> bool:
-        """Whether the server runs and its engine is well. False while it starts. Takes 5 s at most."""
+        """Whether the server runs and its engine is healthy. False while it starts. Takes at most 5 s."""
         return self._process.poll() is None and self._healthy(when_busy=True)
 
     def log_tail(self) -> str:
-        """The last lines that the server wrote, after the errors before them: vLLM says "see root cause above"."""
+        """The last lines of the log, preceded by earlier errors, because vLLM writes "see root cause above"."""
         try:
             lines = self.log.read_text(errors="replace").splitlines()
         except OSError as error:
@@ -210,25 +216,26 @@ class RolloutServer:
         return "\n".join([*errors[-_LOG_ERRORS:], *lines[-_LOG_LINES:]])
 
     def stop(self) -> None:
-        """Ends the server and all its processes: politely, then after 20 s by force. May be called again."""
+        """End the server and all of its processes: first by SIGTERM, after 20 s by SIGKILL. May be called
+        repeatedly."""
         atexit.unregister(self.stop)
-        if os.getpid() != self._owner:  # a forked child inherits the exit handler, but not the server
+        if os.getpid() != self._owner:  # a forked child inherits the exit handler but does not own the server
             return
         self._http.close()
         self._note_shared_memory()
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGCONT)  # a stopped one could not end by itself
+                os.killpg(self.pid, signal.SIGCONT)  # a process stopped by SIGSTOP could not end
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_TERM_GRACE_S)
         if self._process.poll() is not None:
-            # Python's resource tracker, which removes semaphores, ends just after the process it serves.
+            # Python's resource tracker, which removes semaphores, ends shortly after the process it belongs to.
             _wait_until_empty(self.pid, _TRACKER_GRACE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        # A killed engine leaves its message queues; a tensor-parallel one on a CPU does so even after a clean end.
+        # A killed engine does not remove its message queues. A tensor-parallel engine on a CPU never removes them.
         for name in self._shared_memory:
             (SHARED_MEMORY / name).unlink(missing_ok=True)
         self._shared_memory.clear()
@@ -257,8 +264,10 @@ class RolloutServer:
         return f"the rollout server {what}. The end of its log, {self.log}:\n{self.log_tail()}"
 
     def _note_shared_memory(self) -> None:
-        """Remember the files directly in /dev/shm that the server's processes have mapped, also for whoever has to
-        clear up after this process."""
+        """Record the files directly in /dev/shm that the server's processes have mapped.
+
+        The names are also stored for the next run, which removes the files if this process is killed.
+        """
         names = set()
         for pid in self.processes():
             with contextlib.suppress(OSError):
@@ -315,7 +324,7 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
 
 
 def _reading_arguments(model: Path) -> list[str]:
-    """What vLLM must be told of a folder that it would read otherwise than Transformers does, or not at all."""
+    """Arguments for a model folder that vLLM would read differently from Transformers, or not at all."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     changes = serving_config(config)
     arguments = ["--hf-overrides", json.dumps(changes)] if changes else []
@@ -329,12 +338,13 @@ def _cpu_arguments(settings: ServerSettings) -> list[str]:
     return [
         "--enforce-eager",
         *("--kv-cache-memory-bytes", str(settings.kv_cache_bytes or _CPU_KV_CACHE_BYTES)),
-        # A seeded request whose prompt is processed in parts kills the engine: CPU generators have no offset
-        # (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync). Whole prompts need the larger token budget.
+        # With chunked prefill a request with a seed kills the engine, because CPU generators have no offset
+        # (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync). Without it, the token budget must fit whole prompts.
         "--no-enable-chunked-prefill",
         *("--max-num-batched-tokens", str(max(8192, settings.max_model_len))),
         *(("--distributed-executor-backend", "uni") if settings.tensor == 1 else ()),
-        # How a matrix product is summed depends on its number of rows: on other requests and on cached prefixes.
+        # The order of summation in a matrix product depends on the number of rows, and that depends on the other
+        # requests in the batch and on cached prefixes.
         *(("--max-num-active-seqs", "1", "--no-enable-prefix-caching") if settings.repeatable else ()),
     ]
 
@@ -358,10 +368,10 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
         KEY_VARIABLE: key,
         DIE_WITH_PARENT: str(os.getpid()),
         "VLLM_PLUGINS": "megatron_chord",
-        "VLLM_SERVER_DEV_MODE": "1",  # /pause, /update_weights and their like; on one address, behind our key
+        "VLLM_SERVER_DEV_MODE": "1",  # enables /pause, /update_weights and so on; they need the key
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        # Its workers' own groups: a server has one machine. Weights come over groups of ours.
+        # For the process groups of the server's workers, which are all on one machine. Weights use other groups.
         "GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo",
     }
 
@@ -371,7 +381,7 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
         "OMP_NUM_THREADS": str(settings.cpu_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)
-        # glibc keeps the memory that a push frees for the next one: fresh pages cost more than what is put into them.
+        # glibc keeps the memory that a push frees for the next push: new pages cost more than the copy into them.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     }
@@ -381,12 +391,12 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
 
 
 def _session_processes(session: int) -> list[int]:
-    """Ids of the live processes (zombies aside) of a session."""
+    """Ids of the live processes (without zombies) of a session."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                # The command, in parentheses, may hold spaces; state, parent, group and session follow it.
+                # The command is in parentheses and may contain spaces. State, parent, group and session follow it.
                 state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
                 if int(sid) == session and state != "Z":
                     found.append(int(entry.name))

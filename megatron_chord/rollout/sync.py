@@ -1,15 +1,16 @@
-"""New weights from the trainer to its rollout servers, and the proof that they arrived.
+"""Pushes new weights from the trainer to its rollout servers, and verifies that they arrived.
 
-Every rank calls ``WeightSync.push``. The exporters (the ranks whose iterator yields tensors, one per pipeline stage)
-send bucket by bucket, one exporter after another; rank 0, the coordinator, tells the servers what comes:
+Every rank calls ``WeightSync.push``. The exporters are the ranks whose iterator yields tensors, one for each pipeline
+stage. They send bucket by bucket, one exporter after another. Rank 0, the coordinator, announces each bucket to the
+servers:
 
     rank 0      pause -> start ->  update (bucket) ... update (bucket)  -> finish(version) -> check -> resume
     exporters                      publish, transmit   publish, transmit
     others                         take part in the iterator's collectives
 
-A server verifies each tensor's fingerprint as it arrives and, at the end, that no parameter was left out. When
-anything fails, every rank raises the same SyncError and the servers stay paused: their weights are then neither the
-old nor the new ones, and the caller must restart them (``reconnect``).
+A server verifies the fingerprint of each tensor that it receives and, at the end, that no parameter is missing. If
+anything fails, every rank raises the same SyncError and the servers stay paused. Their weights are then a mixture of
+old and new ones, so the caller must restart the servers and call ``reconnect``.
 """
 
 from __future__ import annotations
@@ -48,49 +49,51 @@ BUCKET_BYTES: dict[TransportName, int] = {
     "broadcast": 256 << 20,
     "ipc": 256 << 20,
 }
-"""Through main memory a bucket takes long beside the request that announces it: small ones overlap sooner."""
+"""Maximum size of a bucket by transport. The transports through main memory are slow compared with the request that
+announces a bucket; with small buckets the overlap begins earlier."""
 _ANSWER_S = 10.0
-"""Added to a deadline for the exchange of what went wrong once it has passed."""
+"""Seconds added to a deadline, so that ranks can still exchange their errors after it has passed."""
 
 
 class SyncError(RuntimeError):
-    """A push failed, on every rank alike. The servers must be restarted before they sample again."""
+    """A push failed; every rank raises it. The servers must be restarted before they sample again."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a push cost."""
+    """Size and duration of a push."""
 
     version: int
     num_bytes: int
-    """Of all exporters together."""
+    """Bytes that all exporters sent together."""
     seconds: float
     phases: dict[str, float]
-    """Of these seconds, on this rank: connect; start (pause the servers, and tell them); export, fingerprint and copy
-    of its buckets; wait (for the servers to have them, and for other ranks); finish (and check, and resume)."""
+    """Seconds of each phase on this rank: connect; start (pause the servers and begin the update); export, fingerprint
+    and copy of this rank's buckets; wait (until the servers have received them, and for other ranks); finish (including
+    the check of the version and the resume)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncSettings:
-    """The same on all ranks, but for `host`."""
+    """Settings of a push. They are equal on all ranks, except `host`."""
 
     transport: TransportName
     timeout_s: float
-    """Of one push."""
+    """Time limit of one push."""
     folder: Path = SHARED_MEMORY
-    """``file`` only: where rank 0 makes a private folder. In memory that all exporters and servers share."""
+    """``file`` only: rank 0 makes a private folder here. It must be in memory that all exporters and servers share."""
     host: str = "127.0.0.1"
     """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
     bucket_bytes: int | None = None
-    """At most, but for a larger tensor; ``BUCKET_BYTES`` where left out."""
+    """Maximum size of a bucket that has more than one tensor. None: ``BUCKET_BYTES``."""
     pause_mode: PauseMode = "wait"
-    """What becomes of requests that are being sampled when a push begins (``RolloutClient.pause``)."""
+    """What happens to running requests when a push begins (``RolloutClient.pause``)."""
     quantization: Quantization | None = None
-    """What the servers make of the weights; one that was started with another is refused."""
+    """The quantisation with which the servers must have been started. A server with another one is refused."""
 
 
 class WeightSync:
-    """Connects lazily: the first push, and the first after ``reconnect``, also sets the transport up."""
+    """Pushes weights to the servers. The first push, and the first after ``reconnect``, also sets up the transport."""
 
     def __init__(
         self,
@@ -103,10 +106,11 @@ class WeightSync:
     ) -> None:
         """
         Args:
-            clients: the servers; on rank 0 only, empty on the others.
+            clients: one for each server on rank 0; empty on the other ranks.
             exporters: ranks (of `group`) whose iterator yields tensors.
             group: gloo group of all trainer ranks, or None in a run of one process.
-            device: of this rank's tensors; cuda makes ``broadcast`` use NCCL, and the servers must be on GPUs too.
+            device: device of this rank's tensors. With cuda ``broadcast`` uses NCCL, and the servers must be on GPUs,
+                too.
         """
         self._clients = tuple(clients)
         self._settings = settings
@@ -116,7 +120,7 @@ class WeightSync:
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
         self._folder: Path | None = None
         self._private: PrivateFolder | None = None
-        """The same, on rank 0."""
+        """The private folder, on rank 0 only."""
         self._transport: Transport | None = None
         self._connected = False
         self._deadline = 0.0
@@ -132,14 +136,14 @@ class WeightSync:
         return self._exchange.rank == COORDINATOR
 
     def reconnect(self, clients: Sequence[RolloutClient]) -> None:
-        """The servers were restarted; `clients` are the new ones. Needed on rank 0 only."""
+        """Use new servers from the next push on. `clients` is needed on rank 0 only."""
         assert self._is_coordinator
         assert len(clients) == len(self._clients)
         self._clients = tuple(clients)
         self._connected = False
 
     def close(self) -> None:
-        """Removes the private folder and drops the groups."""
+        """Remove the private folder and drop the process groups."""
         self._transport = None
         self._connected = False
         if self._pool is not None:
@@ -149,16 +153,15 @@ class WeightSync:
         self._folder = None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Replaces the servers' weights by `named_tensors` and their version by `version`.
+        """Replace the servers' weights by `named_tensors` and their version by `version`.
 
         Args:
-            named_tensors: every Hugging Face tensor, full, by name, each from exactly one exporter; other ranks
-                yield nothing. It is iterated to its end on every rank, also after a failure, as long as the
-                connection stood; it must not need collectives between exporters. A tensor must keep its
-                content until the iterator has moved on by a bucket.
-
+            named_tensors: every full Hugging Face tensor with its name. Exactly one exporter yields each tensor; other
+                ranks yield nothing. Every rank iterates to the end, also after a failure, unless the connection could
+                not be set up. The iterator must not need collectives between exporters. A tensor must keep its
+                content until the iterator has yielded the tensors of a further bucket.
         Raises:
-            SyncError: on every rank. A rank that died is noticed at the deadline.
+            SyncError: on every rank. A rank that died is detected at the deadline.
         """
         begun, timer = time.monotonic(), Timer()
         self._timer = timer
@@ -180,7 +183,7 @@ class WeightSync:
         return SyncReport(version, num_bytes, seconds, timer.seconds)
 
     def _together(self, action: Callable[[], Any], *, rank: int | None = None) -> list[Any]:
-        """Runs `action` on every rank, or on `rank`, and shares the outcomes: results, or SyncError everywhere."""
+        """Run `action` on every rank, or only on `rank`, and gather the results. If one fails, all raise SyncError."""
         result, failure = None, None
         try:
             if rank is None or rank == self._exchange.rank:
@@ -201,7 +204,7 @@ class WeightSync:
         return self._deadline - time.monotonic()
 
     def _time_left(self) -> float:
-        """Seconds to the deadline; TimeoutError when it has passed."""
+        """Seconds until the deadline. Raises TimeoutError if it has passed."""
         remaining = self._remaining()
         if remaining <= 0:
             raise TimeoutError(f"the push of weights took more than {self._settings.timeout_s:.0f} s")
@@ -227,7 +230,10 @@ class WeightSync:
         self._together(lambda: self._meet(store, plan["workers"], endpoints))
 
     def _plan(self) -> dict | None:
-        """None when connected. Workers of each server; for files, a new private folder."""
+        """What ranks need to connect: the number of workers of each server, and a new private folder for ``file``.
+
+        None if the connection exists already.
+        """
         if self._connected:
             return None
         if self._settings.transport == "file" and self._folder is None:
@@ -237,7 +243,7 @@ class WeightSync:
         return {"workers": workers, "folder": None if self._folder is None else str(self._folder)}
 
     def _meet(self, store: SenderStore | None, workers: Sequence[int], endpoints: list[list]) -> None:
-        """The servers are told where the exporters are, while these wait for the servers' workers."""
+        """Send the exporters' addresses to the servers, while the exporters wait for the servers' workers."""
         told: list[Future[None]] = []
         if self._is_coordinator:
             first_workers = [sum(workers[:i]) for i in range(len(workers))]
@@ -287,7 +293,8 @@ class WeightSync:
         self._tell(lambda client: client.resume(timeout_s=self._time_left()))
 
     def _stream(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Sends this rank's tensors and, on the coordinator, serves the other exporters. Bytes sent by this rank."""
+        """Send this rank's tensors; on the coordinator also serve the other exporters. Returns bytes sent by this
+        rank."""
         tensors = iter(named_tensors)
         failure: Exception | None = None
         num_bytes = 0
@@ -310,7 +317,7 @@ class WeightSync:
     def _send_all(self, tensors: Iterable[tuple[str, Tensor]]) -> int:
         if self._transport is None:
             for name, _ in tensors:
-                raise RuntimeError(f"rank {self._exchange.rank} is no exporter but yields {name}")
+                raise RuntimeError(f"rank {self._exchange.rank} is not an exporter but yields {name}")
             return 0
         send = self._send_own if self._is_coordinator else self._send_by_coordinator
         num_bytes = 0
@@ -318,7 +325,7 @@ class WeightSync:
         arrived: Callable[[], None] | None = None
         try:
             for bucket in self._timer.each("export", in_buckets(tensors, self._bucket_bytes)):
-                # Gathered, fingerprinted and laid out while the servers take the bucket before.
+                # This bucket is gathered, fingerprinted and copied while the servers receive the previous one.
                 with self._timer.phase("fingerprint"):
                     infos = describe(bucket)
                 with self._timer.phase("copy"):
@@ -338,7 +345,7 @@ class WeightSync:
             raise
         except Exception:
             if arrived is not None:
-                arrived()  # or its answer would be taken for the next one
+                arrived()  # otherwise its reply would be mistaken for that of the next bucket
             self._say_end()
             raise
         finally:
@@ -352,7 +359,7 @@ class WeightSync:
             self._exchange.send(None, COORDINATOR, self._time_left())
 
     def _send_own(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
-        """Has the parcel on its way; what it returns waits until the servers have it."""
+        """Start sending the parcel. The returned function waits until the servers have received it."""
         told = self._tell_of(update_info)
 
         def arrived() -> None:
@@ -364,24 +371,27 @@ class WeightSync:
         except Exception:
             for future in told:
                 if future.done():
-                    future.result()  # a server's reason says more than "the receivers gave up"
+                    future.result()  # a server's own error says more than "the receivers gave up"
             raise
         return arrived
 
     def _send_by_coordinator(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
-        """An exporter's side of ``_serve``, for one bucket; as ``_send_own``."""
+        """The exporter's side of ``_serve`` for one bucket. Returns a waiting function, like ``_send_own``."""
         self._exchange.send(update_info, COORDINATOR, self._time_left())
-        self._hear()  # the servers are being told
+        self._hear()  # the coordinator has announced the bucket to the servers
         parcel.transmit(lambda: False)
-        return self._hear  # the servers have it
+        return self._hear  # the coordinator confirms that the servers have received it
 
     def _hear(self) -> None:
         refusal = self._exchange.receive(COORDINATOR, self._time_left())
         if refusal is not None:
-            raise _Refused(f"stopped, since {refusal}")
+            raise _Refused(f"stopped because {refusal}")
 
     def _serve(self, exporter: int, refusal: str | None) -> str | None:
-        """The coordinator's side: tells the servers of each of an exporter's buckets. Why the push failed, or None."""
+        """The coordinator's side: announce each of an exporter's buckets to the servers.
+
+        Returns the reason why the push failed, or None.
+        """
         while True:
             update_info = self._exchange.receive(exporter, self._time_left())
             if update_info is None:
@@ -419,4 +429,4 @@ class WeightSync:
 
 
 class _Refused(RuntimeError):
-    """The coordinator does not want the rest."""
+    """The push has failed elsewhere, so the coordinator refuses the remaining buckets."""

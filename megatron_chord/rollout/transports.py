@@ -1,15 +1,17 @@
-"""Four ways for a bucket of weights to get from a trainer rank into the server's workers.
+"""The four transports that bring a bucket of weights from a trainer rank to the server's workers.
 
-A sender's transport publishes a bucket as a parcel, of which two may be under way: the next is made while the server
-takes the one before.
+A sender's transport publishes a bucket as a parcel. Two parcels may exist at a time: the next one is made while the
+server receives the previous one.
 
-    parcel = transport.publish(bucket, infos)   ``parcel.fields``: what the server must be told to find the bucket
-    parcel.transmit(given_up)                   while the server is being told: sends what needs a sender
-    parcel.release()                            when the server has it, or whatever happened: frees what it took
+    parcel = transport.publish(bucket, infos)   ``parcel.fields``: what the server needs to find the bucket
+    parcel.transmit(given_up)                   called while the announcement is sent: sends the data, if not shared
+    parcel.release()                            called when the server has received it, also after a failure
 
-``file`` is for a server without a GPU on the same machine; ``broadcast`` for a server on other GPUs (NCCL)
-or processes (gloo); ``ipc`` for a server on the same GPUs, where NCCL refuses to put two ranks on one; ``gloo`` for
-servers on the trainer's GPUs on several nodes, through main memory: slower than NCCL, but it works anywhere.
+``file``       for a server without a GPU on the same machine
+``broadcast``  for a server on other GPUs (NCCL) or in other processes without a GPU (gloo)
+``ipc``        for a server on the same GPUs; NCCL does not allow two ranks on one GPU
+``gloo``       for servers on the trainer's GPUs on several nodes. It goes through main memory: it is slower than NCCL,
+               but works everywhere
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ class Transport(Protocol):
 
 
 class FileTransport:
-    """Two buffers in turn in files of a private folder in shared memory, mapped here and by the server's workers.
+    """Two alternating buffers: files in a private folder in shared memory, mapped by sender and workers.
 
-    Both sides map a buffer once and use it for all pushes: fresh pages cost several times as much as the copy into
-    them. Its name is gone when the server has the first bucket in it, so that nothing outlives the processes.
+    Both sides map a buffer once and use it for all pushes, because new pages cost several times as much as the copy
+    into them. The file is unlinked when the server has received the first bucket, so that it does not outlive the
+    processes.
     """
 
     def __init__(self, folder: Path, sender: int) -> None:
@@ -69,7 +72,10 @@ class FileTransport:
 
 
 def _make_mapped_file(folder: Path, prefix: str, num_bytes: int) -> tuple[Path, Tensor]:
-    """Its path, like none before, and uint8. OSError without space for it: a write would then kill the process."""
+    """Make a file with a new name and map it (uint8). Returns its path and the tensor.
+
+    Raises OSError if there is no space for it; otherwise the first write would kill the process.
+    """
     descriptor, name = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
@@ -102,16 +108,16 @@ class _File:
 
 
 class BucketFiles:
-    """A worker's side of ``FileTransport``: the buffers of all senders, each mapped when it is first named."""
+    """A worker's side of ``FileTransport``: maps each sender's buffer when it is used for the first time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._mapped: dict[int, tuple[Path, Tensor]] = {}
 
     def find(self, path: Path, buffer: int, num_bytes: int) -> Tensor:
-        """uint8 of ``num_bytes``, which the sender writes anew when the server has answered.
+        """A view (uint8) of ``num_bytes`` bytes. The sender overwrites them after the server has replied.
 
-        ValueError where the file does not lie in the run's folder, or is shorter.
+        Raises ValueError if the file is not in the run's folder or is too short.
         """
         mapped = self._mapped.get(buffer)
         if mapped is None or mapped[0] != path:
@@ -119,12 +125,12 @@ class BucketFiles:
                 raise ValueError(f"{path} does not lie in the run's folder {self._folder}")
             mapped = self._mapped[buffer] = (path, _map(path, path.stat().st_size))
         if mapped[1].numel() < num_bytes:
-            raise ValueError(f"{path} holds {mapped[1].numel()} bytes, {num_bytes} were announced")
+            raise ValueError(f"{path} has {mapped[1].numel()} bytes, but {num_bytes} were announced")
         return mapped[1][:num_bytes]
 
 
 class BroadcastTransport:
-    """One flat buffer per bucket, over a process group of this sender and all workers."""
+    """Broadcasts one flat buffer for each bucket over a process group of this sender and all workers."""
 
     def __init__(self, group: SenderGroup, sender: int, device: torch.device, timeout_s: float) -> None:
         self._group, self._sender, self._device, self._timeout_s = group, sender, device, timeout_s
@@ -155,10 +161,10 @@ class _Broadcast:
 
 
 class IpcTransport:
-    """Two staging buffers on this GPU in turn; each is exported once to each worker, which keeps it open and copies it.
+    """Two alternating staging buffers on this GPU. Each is exported once to each worker, which keeps it open.
 
-    Exported anew for each bucket, a buffer would be wrapped once more each time (torch/csrc/CudaIPCTypes.h,
-    CudaIPCSentData.original_ptr_), and to free it after some hundred pushes would overflow the stack.
+    A buffer must not be exported again for every bucket: each export wraps it once more (torch/csrc/CudaIPCTypes.h,
+    CudaIPCSentData.original_ptr_), and freeing it after several hundred pushes would overflow the stack.
     """
 
     def __init__(self, sender: int, num_workers: int, device: torch.device) -> None:
@@ -183,7 +189,7 @@ class IpcTransport:
 class _Staging:
     buffer: Tensor
     handles: list[dict]
-    """One for each worker."""
+    """One IPC handle for each worker."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class _Handles:
 
 
 class SenderGroup:
-    """A process group of its own, outside torch.distributed's default one: rank 0 sends, all others receive."""
+    """A process group that is separate from torch.distributed's default group. Rank 0 sends, all others receive."""
 
     def __init__(self, group: Any, store: dist.Store) -> None:
         self._group = (
@@ -209,12 +215,17 @@ class SenderGroup:
     def broadcast(
         self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False
     ) -> None:
-        """Fills every rank's `buffer` with rank 0's. TimeoutError; RuntimeError when a peer is gone or `given_up`."""
+        """Copy rank 0's `buffer` to every rank.
+
+        Raises:
+            TimeoutError: it took longer than ``timeout_s``.
+            RuntimeError: a peer is gone, or ``given_up`` returned true.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         end = time.monotonic() + timeout_s
         work = self._group.broadcast([buffer], options)
-        # Polled, since a wait() inside gloo or NCCL would not notice that the other side has given up.
+        # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
         while not work.is_completed():
             if given_up():
                 raise RuntimeError("the receivers gave up during a broadcast of weights")
@@ -225,7 +236,7 @@ class SenderGroup:
 
 
 class SenderStore:
-    """The meeting point of one sender and the workers, listening on one address only."""
+    """The store through which one sender and the workers form a process group. It listens on one address only."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
         own = listener(host, 0)
@@ -241,7 +252,7 @@ class SenderStore:
         )
 
     def form_group(self, num_workers: int, device: torch.device) -> SenderGroup:
-        """Blocks until every worker has joined."""
+        """Form the group. Blocks until every worker has joined."""
         return _make_group(self._store, self.host, 0, 1 + num_workers, device, self._timeout_s)
 
 
@@ -257,7 +268,7 @@ def join_sender_group(
 def _make_group(
     store: dist.Store, own: str, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> SenderGroup:
-    """``own``: this process's address, on which gloo listens; NCCL chooses its interface itself."""
+    """``own`` is this process's address, on which gloo listens. NCCL chooses its interface itself."""
     timeout = datetime.timedelta(seconds=timeout_s)
     prefixed = dist.PrefixStore("megatron_chord.weights", store)
     if device.type != "cuda":
@@ -266,7 +277,7 @@ def _make_group(
         return SenderGroup(dist.ProcessGroupGloo(prefixed, rank, size, gloo), store)
     torch.cuda.set_device(device)
     options = dist.ProcessGroupNCCL.Options()
-    # NCCL's watchdog ends the whole process at its timeout; our own, shorter deadline should come first.
+    # NCCL's watchdog ends the whole process at its timeout. Our own deadline is shorter, so that it takes effect first.
     options._timeout = 2 * timeout
     return SenderGroup(dist.ProcessGroupNCCL(prefixed, rank, size, options), store)
 
@@ -289,26 +300,26 @@ def export_cuda_buffer(buffer: Tensor) -> dict:
 
 
 class CudaImports:
-    """A worker's side of ``IpcTransport``: others' buffers, each open until its sender has another in its place.
+    """A worker's side of ``IpcTransport``: keeps each sender's buffer open until the sender replaces it.
 
-    torch counts one opening and one closing for each export.
+    torch expects exactly one opening and one closing of each export.
     """
 
     def __init__(self) -> None:
         self._open: dict[tuple[int, int], tuple[dict, Tensor]] = {}
 
     def copy(self, place: tuple[int, int], handle: dict, num_bytes: int, device: torch.device) -> Tensor:
-        """The first bytes of a buffer, on `device`. ValueError where this process cannot see the sender's GPU.
+        """Copy the first ``num_bytes`` of a buffer to `device`. Raises ValueError if the sender's GPU is not visible.
 
         Args:
-            place: the sender, and which of its two buffers this is.
+            place: index of the sender, and index (0 or 1) of its buffer.
         """
         if place not in self._open or self._open[place][0] != handle:
             self._open.pop(place, None)
             self._open[place] = (handle, _open_cuda_buffer(handle))
         view = self._open[place][1]
         if view.numel() < num_bytes:
-            raise ValueError(f"the sender exported {view.numel()} bytes, {num_bytes} were announced")
+            raise ValueError(f"the sender exported {view.numel()} bytes, but {num_bytes} were announced")
         copy = view[:num_bytes].to(device, copy=True)
         torch.cuda.synchronize(device)
         return copy

@@ -1,15 +1,15 @@
-"""The server's side of a weight update: receives buckets, proves them, loads them, and refuses to finish early.
+"""The server's side of a weight update: receives buckets, verifies them, loads them, and checks that none is missing.
 
-One instance lives in each vLLM worker. Every worker receives every full tensor under its Hugging Face name; vLLM's
-own loaders fuse and slice. Only vLLM imports this module (see ``vllm_plugin``).
+Each vLLM worker has one instance. Every worker receives every full tensor under its Hugging Face name; vLLM's own
+loaders fuse and slice the tensors. Only vLLM imports this module (see ``vllm_plugin``).
 
-vLLM loads layer by layer: a tensor is kept until its layer has all of them, then copied. Hence what it keeps of a
-buffer that the sender writes anew is copied first, and an update that failed cannot be repeated in the same process:
-what it left in the half-filled layers would be mixed with the next one's. The engine then refuses to start until the
-server is restarted.
+vLLM loads layer by layer: it keeps a layer's tensors until it has all of them and then copies them. This has two
+consequences. A tensor that vLLM keeps must be copied out of a buffer that the sender will overwrite. And an update that
+failed cannot be repeated in the same process, because tensors of the failed update in incomplete layers would be mixed
+with new ones; the engine then refuses further updates until the server is restarted.
 
-A server started with --quantization receives the same BF16 tensors: an update puts each layer back to the parameters
-that it is loaded with, and vLLM quantises it anew as soon as it has them all, into the memory it had before
+A server started with --quantization receives the same BF16 tensors. An update restores each layer's unquantised
+parameters, and vLLM quantises a layer again when it has all of its tensors, into the same memory as before
 (model_loader/reload/layerwise.py, _layerwise_process).
 """
 
@@ -44,25 +44,25 @@ from megatron_chord.rollout.transports import (
 from megatron_chord.rollout.vllm_plugin import UPDATE_LINE
 from megatron_chord.timing import Timer
 
-logger = init_logger("vllm.megatron_chord")  # what is not below "vllm" does not appear in the server's log
+logger = init_logger("vllm.megatron_chord")  # the server's log shows only loggers below "vllm"
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine. Which fields matter depends on the transport."""
+    """Body of /init_weight_transfer_engine. The transport determines which fields are used."""
 
     transport: str
     timeout_s: float
     folder: str | None = None
-    """file: the run's private folder; a bucket outside it is refused."""
+    """file: the run's private folder; a bucket outside of it is refused."""
     endpoints: list[list] = field(default_factory=list)
     """broadcast, gloo: host and port of each sender's store."""
     num_workers: int = 1
-    """Workers of all servers together."""
+    """Number of workers of all servers together."""
     first_worker: int = 0
     """Index of this server's first worker among them."""
     quantization: str | None = None
-    """What the trainer's precision expects of this server's --quantization."""
+    """The --quantization that the trainer expects of this server."""
 
 
 @dataclass
@@ -73,11 +73,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
     source: int = 0
     """broadcast, gloo, ipc: index of the sender."""
     slot: int = 0
-    """ipc: which of the sender's buffers."""
+    """ipc: index of the buffer among the sender's buffers."""
     path: str | None = None
-    """file: the file of the buffer that the bucket lies in."""
+    """file: path of the buffer with the bucket."""
     buffer: int = 0
-    """file: number of that buffer among those of all senders."""
+    """file: index of that buffer among the buffers of all senders."""
     handles: list[dict] | None = None
     """ipc: one export of the sender's buffer for each worker."""
 
@@ -138,11 +138,11 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if self.device.type == "cpu":
                 _forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
-        # Now, not at the end: quantised layers also have scales then, which nobody sends.
+        # Read now and not at the end: by then quantised layers also have scales, which are never sent.
         self._expected = [name for name, _ in self.model.named_parameters()]
 
     def update_weights(self, update_info: dict) -> None:
-        # vLLM's own version calls torch.accelerator.synchronize(), which raises without an accelerator.
+        # vLLM's own method calls torch.accelerator.synchronize(), which raises without an accelerator.
         try:
             self.receive_weights(self.parse_update_info(update_info))
             if self.device.type == "cuda":
@@ -179,7 +179,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if missing:
             self._failed = f"{len(missing)} parameters without weights"
             raise ValueError(
-                f"{len(missing)} parameters were not, or not wholly, among the {len(self._received)} "
+                f"{len(missing)} parameters were not, or only partly, among the {len(self._received)} "
                 f"tensors of this update: {', '.join(missing[:8])}"
             )
         with self._timer.phase("finish"):
@@ -199,7 +199,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @property
     def _meeting_place(self) -> torch.device:
-        """Where a broadcast arrives."""
+        """The device on which a broadcast is received."""
         assert self._init is not None
         return torch.device("cpu") if self._init.transport == "gloo" else self.device
 
@@ -222,8 +222,11 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return unflatten(infos, buffer)
 
     def _load_aliases(self, tensors: dict[str, Tensor]) -> None:
-        """Loads a tied lm_head as well. vLLM leaves it to the embedding, but on a CPU it has a packed copy of its own,
-        which without this would keep the old weights, silently."""
+        """Load a tied lm_head, too.
+
+        vLLM loads only the embedding. On a CPU the lm_head has its own packed copy of the weight, which would otherwise
+        silently keep the old values.
+        """
         for alias, name in self._aliases.items():
             if name in tensors:
                 parameter: Any = self.model.get_parameter(alias)
@@ -232,8 +235,9 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _missing(self) -> list[str]:
         """Parameters that no tensor of this update filled, and layers that are only partly filled.
 
-        vLLM names a fused parameter as loaded when one of its parts was, hence the second look: elements counted by
-        the layer-wise loader. Vocabulary padding is never loaded, so embeddings (one tensor each) are left out of it.
+        vLLM reports a fused parameter as loaded if one of its parts was loaded. So the number of elements that the
+        layer-wise loader has counted is checked, too. Embeddings are not checked in this way, because their padding is
+        never loaded; each embedding is a single tensor.
         """
         missing = {
             name
@@ -251,7 +255,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _without_padding(layer: Any, num_elements: int) -> int:
-    """Of ``num_elements`` those that are loaded: quantisation in blocks pads experts' sizes to whole blocks."""
+    """``num_elements`` without padding, which is never loaded: block quantisation pads experts to whole blocks."""
     moe = getattr(layer, "moe_config", None)
     if moe is None:
         return num_elements
@@ -261,9 +265,10 @@ def _without_padding(layer: Any, num_elements: int) -> int:
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, str]:
-    """Second names of parameters that two modules share (a tied lm_head), with the first.
+    """Map the second name of each parameter that two modules share (a tied lm_head) to its first name.
 
-    Later each module has its own. A module that is itself registered twice (a router, a shared expert) stays one.
+    After loading, each of the two modules has its own parameter. A module that is itself registered twice (a router, a
+    shared expert) is not listed.
     """
     first: dict[int, str] = {}
     names = [
@@ -279,7 +284,7 @@ def _aliases(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _copy_what_is_kept(model: torch.nn.Module, buffer: Tensor) -> None:
-    """Gives layers that are still incomplete tensors of their own, in place of those in the sender's buffer."""
+    """Copy the tensors that vLLM keeps for incomplete layers out of the sender's buffer."""
     begin = buffer.untyped_storage().data_ptr()
 
     def own(value: Tensor) -> Tensor:
@@ -292,10 +297,11 @@ def _copy_what_is_kept(model: torch.nn.Module, buffer: Tensor) -> None:
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Makes vLLM 0.32 pack pushed experts for its CPU kernel, which it does only while it has none.
+    """Remove vLLM's CPU kernel of the experts, so that vLLM 0.32 builds it again and packs the pushed weights for it.
 
-    With a kernel it copies them unpacked over the packed ones (fused_moe/unquantized_fused_moe_method.py:187), and
-    the server goes on sampling, from other numbers. No CUDA graph holds the kernel on a CPU, so it can be built anew.
+    If a kernel exists, vLLM copies the unpacked weights over the packed ones
+    (fused_moe/unquantized_fused_moe_method.py:187), and the server samples from wrong weights without an error. On a
+    CPU no CUDA graph refers to the kernel, so it can be built again.
     """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)

@@ -1,7 +1,8 @@
-"""What vLLM loads in each of its processes (entry point ``vllm.general_plugins``): our weight-transfer engine.
+"""vLLM plugin (entry point ``vllm.general_plugins``), which registers our weight-transfer engine.
 
-With ``MEGATRON_CHORD_DIE_WITH_PARENT`` set, each process also asks the kernel to be killed when its parent dies, so
-that a trainer that was itself killed leaves no server behind. A server that the trainer did not start is left alone.
+vLLM loads it in each of its processes. If ``MEGATRON_CHORD_DIE_WITH_PARENT`` is set, each process also asks the kernel
+to kill it when its parent dies, so that a killed trainer leaves no server behind. The trainer sets the variable only
+for servers that it starts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from megatron_chord.processes import die_with_parent
 
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
-"""Environment variable: the parent's process id, the trainer's in the server itself. Each process hands on its own."""
+"""Environment variable with the process id of the parent. Each process sets it to its own id for its children."""
 UPDATE_LINE = "weights updated, seconds: "
-"""What comes before JSON in a worker's log after every push: start, read, check, load (vLLM's own), finish."""
+"""Beginning of the line that a worker logs after every push. JSON with the seconds of each phase follows: start, read,
+check, load (vLLM's loaders), finish."""
 
 
 def register() -> None:
@@ -34,7 +36,7 @@ def register() -> None:
 
 
 def _end_with(pid: int) -> None:
-    # Imports take seconds before a process gets here: its parent may be gone.
+    # Imports take seconds, so the parent may have ended before this line.
     parent = multiprocessing.parent_process()
     expected = parent.pid if parent is not None else pid
     has_other_parent = multiprocessing.get_start_method(allow_none=True) == "forkserver"

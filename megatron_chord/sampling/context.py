@@ -1,4 +1,7 @@
-"""What a method may ask for in a step: prompts, demonstrations, graded rollouts. Coordinator only."""
+"""The service through which a method gets its data in a step: prompts, demonstrations, graded rollouts.
+
+It is used on the coordinator only.
+"""
 
 from __future__ import annotations
 
@@ -34,46 +37,46 @@ from megatron_chord.timing import Timer
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The data of a run and where its cursors stand. Immutable: drawing gives the sources that follow."""
+    """The data of a run and the positions of its cursors. Immutable: drawing makes a new ``Sources``."""
 
     prompts: Sequence[Prompt]
     demonstrations: Sequence[Demonstration]
     demonstration_of: Mapping[str, Demonstration]
-    """By prompt id; with ``data.aligned`` every prompt's."""
+    """By prompt id, the prompt's own demonstration. With ``data.aligned`` every prompt has one."""
     prompt_cursor: Cursor | MixedCursor
     demonstration_cursor: Cursor | MixedCursor | None
     unfinished: tuple[DrawnPrompt, ...] = ()
-    """Prompts drawn before whose sampling was stopped; they come before any new one."""
+    """Prompts drawn earlier whose sampling was stopped. They are sampled again before any new prompt is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnPrompt:
-    """A prompt with its place in the endless order of prompts, from which its sampling seed follows."""
+    """A prompt with its position in the endless order of prompts. Its sampling seed is a function of the position."""
 
     prompt: Prompt
     position: int
     partial_rollouts: tuple[Rollout, ...] = ()
-    """What was sampled before its sampling was stopped: of each answer, finished or not; empty where nothing was."""
+    """The rollouts that exist since its sampling was stopped, finished or not. Empty if nothing was sampled yet."""
     num_stops: int = 0
-    """How often its sampling was stopped."""
+    """Number of times its sampling was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What samples and grades."""
+    """The clients and graders that a step samples and grades with."""
 
     clients: Sequence[RolloutClient]
-    """None in a step that samples nothing."""
+    """One client for each rollout server. Empty in a step that samples nothing."""
     version: int
-    """Of the weights that sample."""
+    """Version of the weights on the rollout servers."""
     template: ChatTemplate
     graders: Graders
     may_advance: bool = False
-    """Weights may be replaced while they sample."""
+    """Whether newer weights may be pushed to the servers while they sample."""
 
 
 def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
-    """The prompts that were stopped, for a checkpoint."""
+    """The prompts whose sampling was stopped, as plain JSON for a checkpoint."""
     return [
         {
             "prompt": item.prompt.id,
@@ -86,7 +89,10 @@ def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
 
 
 def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, keep: bool) -> Sources:
-    """``sources`` with the prompts that ``unfinished_to_json`` wrote; without ``keep`` nothing of their answers."""
+    """``sources`` with the unfinished prompts that ``unfinished_to_json`` wrote.
+
+    ``keep`` says whether their partial rollouts are kept; otherwise the prompts are sampled from the beginning.
+    """
     return replace(
         sources,
         unfinished=tuple(
@@ -102,7 +108,7 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
 
 
 class StepContext:
-    """One step's draws. Holds where the cursors have got to, and all that was sampled, for the log."""
+    """Draws, samples and grades for one step. Holds the advanced cursors and, for the log, all rollouts of the step."""
 
     def __init__(
         self,
@@ -116,19 +122,19 @@ class StepContext:
         notify: Callable[[str], None],
         recorded: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """``recorded``: the answers to this step's calls, from a checkpoint; nothing is sampled or graded then."""
+        """``recorded`` is this step's sampling rounds from a checkpoint. With it nothing is sampled or graded."""
         self.now = now
         self.memory = memory
-        """What the method remembered after the step before; None before the first."""
+        """``Collected.memory`` of the previous step; None in the first step."""
         self.sources = sources
         self.graded: list[GradedRollouts] = []
-        """Every finished rollout of the step, used or not."""
+        """All finished rollouts of the step, whether they are used or not."""
         self.stopped: list[DrawnPrompt] = []
-        """Prompts whose sampling was stopped in this step and which it did not go on with."""
+        """Prompts whose sampling was stopped in this step, and which this step did not continue."""
         self.num_continued = 0
-        """Prompts of ``graded`` that were begun before."""
+        """Number of prompts in ``graded`` whose sampling began in an earlier step."""
         self.calls: list[SamplingRound] = []
-        """All that was asked, in order: what ``recorded`` is made of."""
+        """All sampling rounds of the step, in order. A checkpoint saves them as ``recorded``."""
         self._recorded = None if recorded is None else list(recorded)
         self._run = run
         self._engine = engine
@@ -144,11 +150,11 @@ class StepContext:
         return self._engine.version
 
     def has_more_recorded(self) -> bool:
-        """Whether recorded answers have not been asked for."""
+        """Whether recorded sampling rounds are left that were not requested yet."""
         return bool(self._recorded)
 
     def prompts(self, count: int) -> list[DrawnPrompt]:
-        """The next ``count`` prompts."""
+        """Draw the next ``count`` prompts."""
         cursor = self.sources.prompt_cursor
         indices, after = cursor.take(count)
         self.sources = replace(self.sources, prompt_cursor=after)
@@ -158,7 +164,7 @@ class StepContext:
         ]
 
     def demonstrations(self, count: int) -> list[Demonstration]:
-        """The next ``count`` demonstrations of ``data.demonstrations``."""
+        """Draw the next ``count`` demonstrations of ``data.demonstrations``."""
         cursor = self.sources.demonstration_cursor
         if cursor is None or count == 0:
             return []
@@ -167,14 +173,15 @@ class StepContext:
         return [self.sources.demonstrations[index] for index in indices]
 
     def demonstration(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's own demonstration: the answer's tokens, the stop token included. Needs ``data.aligned``."""
+        """The token ids of the prompt's own demonstration, including the stop token. Needs ``data.aligned``."""
         return response_ids(self.sources.demonstration_of[prompt.id], prompt)
 
     def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
-        """The next ``count`` prompts, each with ``samples`` graded rollouts.
+        """Draw the next ``count`` prompts, and sample and grade ``samples`` rollouts of each.
 
-        With ``rollout.partial`` more are asked, and these are the oldest of those that were first answered. What
-        was stopped earlier comes first, and is continued.
+        With ``rollout.partial`` more than ``count`` prompts are sampled. Sampling stops when ``count`` are complete,
+        and these are returned in the order in which they were drawn. Prompts whose sampling was stopped in an earlier
+        step are continued first.
         """
         run, waiting = self._run, self.sources.unfinished
         total = count + run.rollout.extra_of(count)
@@ -182,7 +189,7 @@ class StepContext:
         self.sources = replace(self.sources, unfinished=waiting[total:])
         if other := {len(item.partial_rollouts) for item in asked} - {0, samples}:
             raise ValueError(
-                f"unfinished prompts were begun with {other.pop()} rollouts each, and {samples} are wanted"
+                f"unfinished prompts have {other.pop()} rollouts each, but {samples} are requested"
             )
         asks = [
             RolloutRequest(
@@ -215,7 +222,7 @@ class StepContext:
         ]
 
     def _put_back(self, left: Sequence[DrawnPrompt]) -> None:
-        """What was stopped; the older ones are still the first."""
+        """Put stopped prompts back into ``sources.unfinished``, ordered by their position: the oldest comes first."""
         if self._run.rollout.carries:
             self.sources = replace(self.sources, unfinished=(*left, *self.sources.unfinished))
             self.stopped = list(self.sources.unfinished)
@@ -230,11 +237,11 @@ class StepContext:
         attempt: str = "",
         prefixes: Sequence[tuple[int, ...]] | None = None,
     ) -> list[GradedRollouts]:
-        """``samples`` graded rollouts of every prompt.
+        """Sample and grade ``samples`` rollouts of every prompt.
 
         Args:
-            attempt: tells two samplings of the same draw apart; their seeds differ.
-            prefixes: for each prompt what its answers begin with.
+            attempt: a name for this sampling of the prompts. Samplings with different names have different seeds.
+            prefixes: for each prompt the token ids with which all of its answers begin.
         """
         run = self._run
         name = f"rollout/{attempt}" if attempt else "rollout"
@@ -257,9 +264,9 @@ class StepContext:
         return list(graded.values())
 
     def graded_demonstrations(self, drawn: Sequence[DrawnPrompt]) -> list[GradedRollouts]:
-        """Every prompt's own demonstration, graded as a rollout of the policy would be (it has no log-probs).
+        """Grade every prompt's own demonstration like a rollout of the policy. It has no log-probs.
 
-        Any number of these gradings may fail: it is the method that knows what to do without one.
+        Any number of these gradings may fail; the method decides what to do with a demonstration without a grade.
         """
         asks = [RolloutRequest(prompt=item.prompt, seed=0) for item in drawn]
         answers = [
@@ -284,9 +291,10 @@ class StepContext:
         max_error_rate: float,
         count: int | None = None,
     ) -> dict[int, GradedRollouts]:
-        """The answers, graded now or when they were recorded; with ``count`` the first so many finished ones.
+        """The graded rollouts by index in ``asks``, in order.
 
-        The keys are places in ``asks``, in order.
+        They are sampled and graded now, or taken from the recorded rounds. With ``count``, only the first ``count``
+        requests that are complete are returned.
         """
         run = self._run
 
@@ -299,7 +307,7 @@ class StepContext:
             sampled, recorded = list(answers()), None
         else:
             if not self.has_more_recorded():
-                raise ValueError("more answers are wanted than were sampled")
+                raise ValueError("the step requests more sampling rounds than the checkpoint has recorded")
             sampled, recorded = answers_to(asks, sampling, self._recorded.pop(0))
         taken = [
             index
@@ -396,7 +404,7 @@ def reward_of(
 
 
 def response_ids(demonstration: Demonstration, prompt: Prompt) -> tuple[int, ...]:
-    """The tokens that a demonstration answers ``prompt`` with.
+    """The token ids with which a demonstration answers ``prompt``.
 
     Raises:
         ValueError: the demonstration does not begin with the prompt, or not all of its answer is trainable.
@@ -407,6 +415,6 @@ def response_ids(demonstration: Demonstration, prompt: Prompt) -> tuple[int, ...
         raise ValueError(f"demonstration {demonstration.id} does not answer prompt {prompt.id}")
     if not all(demonstration.trainable[start:stop]):
         raise ValueError(
-            f"demonstration {demonstration.id} is a conversation of several turns, not one answer"
+            f"demonstration {demonstration.id} is a conversation of several turns; one answer is needed"
         )
     return demonstration.token_ids[start:stop]

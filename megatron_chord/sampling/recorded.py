@@ -1,7 +1,8 @@
-"""What was sampled and graded, as plain JSON: rollouts sampled ahead of their step live through a checkpoint.
+"""Sampled and graded rollouts as plain JSON, so that a checkpoint can save rollouts that were sampled ahead of a step.
 
-A method's ``collect`` is a function of its draws and of the answers to them, so the answers alone are kept: the resumed
-run collects the step again from them, bit for bit (JSON keeps every float64), on any layout.
+A method's ``collect`` is a function of its draws and of the sampled answers. So a checkpoint saves only the answers.
+The resumed run calls ``collect`` again with them and gets the same samples, bit for bit (JSON keeps every float64), on
+any parallel layout.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from megatron_chord.sampling.rounds import RolloutRequest, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRound:
-    """One call for answers."""
+    """The requests of one sampling call, with the sampled rollouts and their grades."""
 
     sampling: Sampling | None
-    """None: the answers were given, and only graded."""
+    """None if the answers were given (demonstrations) and only graded."""
     asks: Sequence[RolloutRequest]
     sampled: Sequence[tuple[Rollout, ...]]
     grades: Sequence[tuple[Grade, ...]]
-    """Of each ask's rollouts; none where its sampling was stopped."""
+    """The grades of each request's rollouts. Empty for a request whose sampling was stopped."""
 
 
 def to_json(call: SamplingRound) -> dict[str, Any]:
@@ -45,22 +46,22 @@ def to_json(call: SamplingRound) -> dict[str, Any]:
 def answers_to(
     asks: Sequence[RolloutRequest], sampling: Sampling | None, recorded: Mapping[str, Any]
 ) -> tuple[list[tuple[Rollout, ...]], list[tuple[Grade, ...]]]:
-    """The rollouts of every ask, and their grades, from what ``to_json`` wrote.
+    """The rollouts and grades of every request, from JSON that ``to_json`` wrote.
 
     Raises:
-        ValueError: something else was asked then.
+        ValueError: the recorded requests or sampling settings differ from those given.
     """
     then = recorded["sampling"]
     now = _sampling_json(sampling)
     if then != now:
-        raise ValueError(f"answers were sampled with {then}, and are wanted with {now}")
+        raise ValueError(f"recorded answers were sampled with {then}, but {now} is requested")
     asked = [(answer["prompt"], answer["prefix"]) for answer in recorded["answers"]]
     wanted = [(ask.prompt.id, list(ask.prefix)) for ask in asks]
     if asked != wanted and [name for name, _ in asked] == [name for name, _ in wanted]:
-        raise ValueError(f"answers to the prompts {_names(asked)} were sampled with other beginnings")
+        raise ValueError(f"recorded answers to the prompts {_names(asked)} were sampled with other prefixes")
     if asked != wanted:
         raise ValueError(
-            f"answers to the prompts {_names(asked)} were sampled, and those to {_names(wanted)} are wanted"
+            f"answers to the prompts {_names(asked)} were recorded, but those to {_names(wanted)} are requested"
         )
     answers = recorded["answers"]
     return (
@@ -70,7 +71,7 @@ def answers_to(
 
 
 def rollout_of(row: Mapping[str, Any]) -> Rollout:
-    """From what ``dataclasses.asdict`` made of it, and JSON of that."""
+    """The rollout whose ``dataclasses.asdict`` was written as this JSON object."""
     spans = tuple((version, count) for version, count in row.get("spans", ()))
     return Rollout(
         **{

@@ -1,4 +1,4 @@
-"""Prompts -> sampled and graded rollouts. Runs on the coordinator."""
+"""One sampling round: prompts -> sampled and graded rollouts. Runs on the coordinator."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_chord.rollout.client import GenerateRequest, RolloutClient, Stop
 
 
 class TooManyGraderErrors(RuntimeError):
-    """More gradings of a step failed than the run allows: rewards would be about the grader, not the policy."""
+    """More gradings of a step failed than the run allows. Rewards would depend on the grader and not on the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample: the same for every prompt of a call."""
+    """The sampling settings of one call. They are the same for all of its prompts."""
 
     num_samples: int
     temperature: float
@@ -35,16 +35,16 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """One prompt to be answered."""
+    """One prompt to sample rollouts of."""
 
     prompt: Prompt
     seed: int
     prefix: tuple[int, ...] = ()
-    """The answer's beginning, given and not sampled; counts towards the answer's length limit."""
+    """Token ids with which every answer begins. They are given and not sampled, and count towards the length limit."""
     partial_rollouts: tuple[Rollout, ...] = ()
-    """What was sampled of each answer before; those with the finish reason `abort` are to be continued."""
+    """Rollouts of this prompt that were sampled earlier. Those with the finish reason `abort` are continued."""
     is_awaited: bool = False
-    """Sampling does not stop before it is answered."""
+    """Whether sampling must not stop before this request is complete."""
 
     @property
     def is_answered(self) -> bool:
@@ -59,21 +59,24 @@ class GradedRollouts:
 
     prompt: Prompt
     prefix: tuple[int, ...] = ()
-    """What every answer begins with; not part of ``rollouts``."""
+    """Token ids with which every answer begins. They are not part of ``rollouts``."""
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
-    """The whole answers, prefix included."""
+    """The whole answers, including the prefix."""
     grades: tuple[Grade, ...]
     rewards: tuple[float | None, ...]
-    """The weighted sum of the reward's terms, with format and length; None where the grading failed."""
+    """The weighted sum of the reward's terms, changed by the rules for form and length. None if the grading failed."""
 
 
 Shaping = Callable[[Grade, str, Rollout, int], float]
-"""(grade with a score, whole answer, what was sampled of it, tokens of the whole answer) -> reward"""
+"""(grade with a score, text of the whole answer, its sampled rollout, tokens of the whole answer) -> reward"""
 
 
 def sample_seed(run_seed: int, name: str, position: int) -> int:
-    """Seed of the request for a data set's ``position``-th draw: a pure function, so a resumed run samples the same."""
+    """The seed of the request for a data set's ``position``-th draw.
+
+    It is a pure function, so a resumed run samples the same tokens.
+    """
     digest = hashlib.blake2b(f"{run_seed}/{name}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
@@ -89,16 +92,19 @@ def sample(
     on_done: Callable[[int], None] | None = None,
     enough: int | None = None,
 ) -> list[tuple[Rollout, ...]]:
-    """Rollouts of every ask, in order, of weight version ``version``; requests are dealt out to the servers in turn.
+    """Sample the rollouts of every request, in the order of the requests. They are spread round-robin over the servers.
 
-    What was begun before keeps the versions that sampled it. With ``may_advance`` weights may be pushed meanwhile, and
-    later versions are right, too. With ``enough``, sampling stops when so many asks are answered, those that are
-    awaited among them; of the others comes back what there is, unfinished rollouts with the finish reason `abort`, or
-    nothing where nothing was sampled.
+    Args:
+        version: the weight version that must have sampled every new token. Tokens sampled earlier (partial rollouts)
+            keep their version.
+        may_advance: whether weights may be pushed during the call. If so, later versions are accepted, too.
+        on_done: called with the number of complete requests, each time that one more is complete.
+        enough: if given, sampling stops as soon as this number of requests is complete, including all with
+            ``is_awaited``. The other requests return their unfinished rollouts, with the finish reason `abort`, or an
+            empty tuple if nothing was sampled.
 
-    ``on_done`` is called with the number of asks that are answered, each time another is.
-
-    Raises RolloutError when any request fails for good: a step never goes on with half a batch.
+    Raises:
+        RolloutError: a request failed, also after retries. A step never continues with a part of its batch.
     """
     answered = [ask.is_answered for ask in asks]
 
@@ -137,7 +143,7 @@ def sample(
     try:
         shares = list(pool.map(serve, range(len(clients))))
     finally:
-        # Not waiting: on a signal the server is stopped next, which ends the requests.
+        # Do not wait for the threads: after a signal the server is stopped next, which ends their requests.
         pool.shutdown(wait=False, cancel_futures=True)
     found = [list(ask.partial_rollouts) for ask in asks]
     for index, piece in enumerate(pieces):
@@ -153,11 +159,11 @@ def sample(
 
 @dataclass(frozen=True, kw_only=True)
 class _RequestPart:
-    """One request of an ask."""
+    """One HTTP request; a ``RolloutRequest`` has one or more of them."""
 
     ask: int
     sample: int | None
-    """Which of its samples is continued; all of them are sampled from their beginning where None."""
+    """Index of the rollout that is continued. None if all rollouts of the request are sampled from the beginning."""
     request: GenerateRequest
 
 
@@ -188,7 +194,7 @@ def _pieces(index: int, ask: RolloutRequest, sampling: Sampling) -> list[_Reques
 
 
 def _joined(partial_rollouts: Rollout, rest: Rollout) -> Rollout:
-    """One rollout of what was sampled of it at two times."""
+    """Concatenate a partial rollout and its continuation."""
     if not partial_rollouts.token_ids or not rest.token_ids:
         kept = partial_rollouts if partial_rollouts.token_ids else rest
         return replace(kept, finish_reason=rest.finish_reason)
@@ -233,7 +239,7 @@ def grade(
     if len(errors) > max_error_rate * len(grades):
         raise TooManyGraderErrors(
             f"{len(errors)} of {len(grades)} gradings failed (reward.max_error_rate {max_error_rate}); "
-            f"the first: {errors[0]}"
+            f"the first error: {errors[0]}"
         )
     return _assembled(asks, sampled, texts, grades, shaping)
 
@@ -246,7 +252,7 @@ def graded_before(
     template: ChatTemplate,
     shaping: Shaping,
 ) -> list[GradedRollouts]:
-    """As ``grade``, with the grades at hand: one for each rollout of every ask, in order."""
+    """Like ``grade``, but with existing grades: one for each rollout of every request, in order."""
     return _assembled(asks, sampled, _texts(asks, sampled, template), grades, shaping)
 
 

@@ -169,7 +169,7 @@ def test_a_checkpoint_is_not_resumed_with_other_settings(
         ({"rollout.temperature": "0.9"}, r"answers were sampled with .*'temperature': 1\.0"),
         (
             {"batch.prompts": "5"},
-            r"answers to the prompts .* \were sampled, and those to .* \(5\) are wanted",
+            r"answers to the prompts .* \were recorded, but those to .* \(5\) are requested",
         ),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

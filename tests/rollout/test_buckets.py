@@ -103,7 +103,7 @@ def test_a_file_elsewhere_or_too_short_is_refused(tmp_path: Path) -> None:
     inside = tmp_path / "run" / "weights-0"
     inside.write_bytes(bytes(100))
     assert files.find(inside, 0, 100).numel() == 100
-    with pytest.raises(ValueError, match="holds 100 bytes, 101 were announced"):
+    with pytest.raises(ValueError, match="has 100 bytes, but 101 were announced"):
         files.find(inside, 0, 101)
     assert inside.stat().st_size == 100
 

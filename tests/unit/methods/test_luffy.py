@@ -205,7 +205,7 @@ def test_names_of_metrics_are_unique_and_the_log_prob_check_finds_its_own(name: 
     ("block", "change", "message"),
     [
         ("data", {"aligned": False}, "set data.aligned: true"),
-        ("batch", {"demonstrations": 5}, "draws no demonstrations beside its prompts' own"),
+        ("batch", {"demonstrations": 5}, "uses only the demonstrations of its prompts"),
     ],
 )
 def test_a_run_without_demonstrations_or_with_others_is_refused(

@@ -286,7 +286,7 @@ def test_terms(ratio_from: Any) -> None:
         ({"entropy_share": 0}, {}, r"method.entropy_share must lie in \(0, 1\], got 0"),
         ({"decay_steps": -1}, {}, "method.decay_steps must be >= 0"),
         ({"hybrids": 0}, {}, "method.hybrids must be >= 1"),
-        ({"hybrids": 2}, {}, "batch.rollouts 3 less method.hybrids 2 leaves a group of 1"),
+        ({"hybrids": 2}, {}, "batch.rollouts 3 minus method.hybrids 2 leaves a group of 1"),
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:

@@ -55,16 +55,16 @@ def test_every_method_of_the_settings_has_its_class() -> None:
         ),
         ("chord", {"batch": {"demonstrations": 0}}, "mu can be above 0 but batch.demonstrations is 0"),
         ("chord", {"batch": {"prompts": 0}}, "mu can be below 1 but batch.prompts is 0"),
-        ("chord", {"data": {"aligned": True}}, "there cannot be more of them"),
+        ("chord", {"data": {"aligned": True}}, "a step's demonstrations are those of its prompts"),
         (
             "chord",
             {"batch": {"updates_per_step": 6}},
-            r"batch\.demonstrations is 5, fewer than batch\.updates_per_step 6",
+            r"batch\.demonstrations is 5, which is less than batch\.updates_per_step 6",
         ),
         (
             "ghpo",
             {"data": {"aligned": True}, "batch": {"demonstrations": 3}},
-            "draws no demonstrations beside",
+            "uses only the demonstrations of its prompts",
         ),
         (
             "chord",
@@ -80,12 +80,12 @@ def test_every_method_of_the_settings_has_its_class() -> None:
         (
             "chord",
             {"method": {"mu": Constant(peak=1.0)}, "objective": {"kl": KLConfig()}},
-            "mu is 1 throughout",
+            "mu is 1 in every step",
         ),
         (
             "chord",
             {"method": {"mu": Learned(rate=0.1)}},
-            "needs whole gradients: set parallel.distributed_optimizer: false|distributed_optimizer: false",
+            "needs the full gradient on every rank: set parallel.distributed_optimizer: false",
         ),
         (
             "chord",
@@ -153,10 +153,10 @@ def test_published_settings(file: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "blocks", "reason"),
     [
-        ("srft", {}, "srft pushes rollouts without a ratio"),
-        ("remix", {}, "remix mixes rollouts of older weights itself"),
-        ("chord", {"method": {"mu": GradientNorm(warmup_steps=1)}}, "'gradient_norm' is known only after"),
-        ("chord", {"method": {"mu": Learned(entropy_rate=0.1, entropy_target=1.0)}}, "'learned' is known"),
+        ("srft", {}, "srft has no importance ratio"),
+        ("remix", {}, "remix itself mixes rollouts of older weights"),
+        ("chord", {"method": {"mu": GradientNorm(warmup_steps=1)}}, "'gradient_norm' depends on"),
+        ("chord", {"method": {"mu": Learned(entropy_rate=0.1, entropy_target=1.0)}}, "'learned' depends"),
         ("chord", {"method": {"mu": Constant(peak=1.0)}}, "this run samples nothing"),
     ],
 )
@@ -176,8 +176,8 @@ def test_what_does_not_go_with_a_lag(
 @pytest.mark.parametrize(
     ("method", "blocks", "reason", "may_drop"),
     [
-        ("srft", {}, "srft pushes rollouts without a ratio", True),
-        ("remix", {}, "remix mixes rollouts of older weights itself", True),
+        ("srft", {}, "srft has no importance ratio", True),
+        ("remix", {}, "remix itself mixes rollouts of older weights", True),
         ("chord", {"method": {"mu": Constant(peak=1.0)}}, "this run samples nothing", False),
     ],
 )

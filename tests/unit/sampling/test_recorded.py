@@ -64,15 +64,15 @@ def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:
 @pytest.mark.parametrize(
     ("asks", "sampling", "reason"),
     [
-        (ASKS, replace(SAMPLING, temperature=0.2), "'temperature': 0.1.* wanted with .*'temperature': 0.2"),
+        (ASKS, replace(SAMPLING, temperature=0.2), "'temperature': 0.1.* but .*'temperature': 0.2"),
         (ASKS, replace(SAMPLING, num_samples=3), "'num_samples': 3"),
-        (ASKS, None, "wanted with None"),
-        (ASKS[:1], SAMPLING, "prompts a, b were sampled, and those to a are wanted"),
-        (ASKS[::-1], SAMPLING, "those to b, a are wanted"),
+        (ASKS, None, "None is requested"),
+        (ASKS[:1], SAMPLING, "prompts a, b were recorded, but those to a are requested"),
+        (ASKS[::-1], SAMPLING, "those to b, a are requested"),
         (
             [ASKS[0], replace(ASKS[1], prefix=(8,))],
             SAMPLING,
-            "prompts a, b were sampled with other beginnings",
+            "prompts a, b were sampled with other prefixes",
         ),
     ],
 )
