@@ -61,9 +61,11 @@ def _of_no_run(args: argparse.Namespace) -> int:
 
         return doctor.main()
     if args.command == "settings":
+        from megatron_chord.config_suite import SuiteConfig
         from megatron_chord.settings import lines, markdown
 
-        print(markdown() if args.markdown else "\n".join(lines()), end="" if args.markdown else "\n")
+        listed = lines(SuiteConfig) if args.suite else lines()
+        print(markdown() if args.markdown else "\n".join(listed), end="" if args.markdown else "\n")
         return 0
     if args.command == "report":
         return _report(args.runs, args.output)
@@ -159,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="name all problems that flipped, not only the first ten"
     )
     settings = commands.add_parser("settings", help="list every setting with its default and its meaning")
+    settings.add_argument("--suite", action="store_true", help="list those of an evaluation suite instead")
     settings.add_argument("--markdown", action="store_true", help="write docs/settings.md instead")
     commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
     return parser

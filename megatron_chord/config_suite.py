@@ -156,8 +156,8 @@ class SuiteConfig:
     """What is evaluated, in the order of the tables."""
     means: tuple[MeanConfig, ...] = ()
     """Means over several benchmarks."""
-    data: Path = Path()
-    """Folder of the benchmarks' files."""
+    data: Path | None = None
+    """Folder of the benchmarks' files; the current one where left out."""
     system_prompt: str | None = None
     """Of benchmarks that leave theirs out."""
     chat_template: Path | None = None
@@ -221,7 +221,7 @@ class SuiteConfig:
         system_prompt = self.system_prompt if item.system_prompt is None else item.system_prompt
         return dataclasses.replace(
             item,
-            file=os.path.normpath(self.data / item.file),
+            file=os.path.normpath((self.data or Path()) / item.file),
             system_prompt=system_prompt or None,
             chat_template=item.chat_template or self.chat_template,
             max_prompt_tokens=item.max_prompt_tokens or self.max_prompt_tokens,

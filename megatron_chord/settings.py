@@ -37,11 +37,15 @@ also takes TRL's names.
 """.rstrip()
 
 
-def lines() -> Iterator[str]:
-    """A YAML-like listing of all settings. Required ones have no value; alternatives of one block stand in a row."""
+def lines(kind: type = config.RunConfig) -> Iterator[str]:
+    """A YAML-like listing of all settings. Required ones have no value; alternatives of one block stand in a row.
+
+    Args:
+        kind: the dataclass of a whole file: a run's, or an evaluation suite's.
+    """
     yield from _comment(_BASE, 0)
     yield "base:  # path, may be left out"
-    yield from _block(config.RunConfig, 0)
+    yield from _block(kind, 0)
 
 
 def markdown() -> str:

@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "suites"
 _INTERRUPTED, _REFUSED = 130, 2
 _SHOWN = 10
 """Problems that flipped."""
+_WIDTH = 140
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped. {_go_on(output)}", file=sys.stderr)
         return _INTERRUPTED
-    Console().print(_table(results))
+    _print(_table(results))
     print(f"results in {output / TABLE}, answers in {output / 'samples'}")
     missing = sum(item["missing"] for item in results["benchmarks"].values())
     if missing:
@@ -86,7 +87,7 @@ def compare_command(args: argparse.Namespace) -> int:
             str(len(item.gained)),
             str(len(item.lost)),
         )
-    Console().print(table)
+    _print(table)
     for item in found:
         for what, problems in (("gained", item.gained), ("lost", item.lost)):
             if problems:
@@ -125,6 +126,12 @@ def _table(results: dict) -> Table:
     if errors:
         table.caption = f"{errors} answers could not be graded and are left out: see `error` in samples/"
     return table
+
+
+def _print(table: Table) -> None:
+    """Where the output is no terminal, in a line that is wide enough."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
 
 
 def _numbers(found: dict) -> tuple[str, str, str]:

@@ -118,7 +118,9 @@ def check_suite(suite: SuiteConfig) -> None:
                 f"({', '.join(KINDS)}), not {item.reward.kind}"
             )
     if findings:
-        place = f"\nThe suite's files belong into {suite.data}; data=FOLDER names another folder."
+        place = (
+            f"\nThe suite's files belong into {suite.data or Path.cwd()}; data=FOLDER names another folder."
+        )
         raise ValueError(
             "\n".join(findings) + (place if any("not exist" in text for text in findings) else "")
         )

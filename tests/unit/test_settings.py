@@ -10,6 +10,7 @@ from megatron_chord import peers, settings
 from megatron_chord.config import OptimConfig, RunConfig
 from megatron_chord.config_methods import MethodConfig
 from megatron_chord.config_nodes import choice, is_list, members, setting_names
+from megatron_chord.config_suite import SuiteConfig
 from megatron_chord.schedules import MuSchedule
 from tests.support.ranks import ROOT
 
@@ -49,6 +50,13 @@ def under(start: str, indent: int) -> list[str]:
 def test_every_field_of_every_block_is_listed_in_order() -> None:
     listed = [line.strip() for line in LISTING if line and not line.strip().startswith("#")]
     assert [line.partition(":")[0] for line in listed] == ["base", *keys(RunConfig)]
+
+
+def test_the_settings_of_a_suite_are_listed() -> None:
+    listed = [
+        line.strip() for line in settings.lines(SuiteConfig) if line and not line.strip().startswith("#")
+    ]
+    assert [line.partition(":")[0] for line in listed] == ["base", *keys(SuiteConfig)]
 
 
 @pytest.mark.parametrize("kind", list(blocks(RunConfig)), ids=lambda kind: kind.__name__)
