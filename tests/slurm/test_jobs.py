@@ -189,6 +189,20 @@ def test_conversion(box: Box, tmp_path: Path) -> None:
     assert again.wait() == ("FAILED", 2), "the target exists"
 
 
+def test_evaluation(box: Box, tmp_path: Path) -> None:
+    """The time is nearly up while the server loads: the job goes back to the queue, and then does its work."""
+    script, out = ROOT / "slurm" / "evaluate.sh", tmp_path / "evaluation"
+    arguments = (str(EXAMPLE / "policy"), "--suite", "arithmetic", "--output", str(out), "problems=2")
+    job = Submitted(box, tmp_path, *arguments, nodes=1, script=script)
+    job.wait_for(lambda: (out / "logs" / "server-0.log").is_file())
+    box.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    assert job.wait() == ("COMPLETED", 0), job.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["benchmarks"]["heldout"]["answers"] == 8
+    assert job.left_behind() == []
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
 def test_slurm_accepts_every_script(box: Box, script: Path) -> None:
     done = box.run("sbatch", "--test-only", str(script), check=False)
