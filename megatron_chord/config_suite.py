@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_chord.config import RewardConfig
 from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.table import RewardConfig
 
 _METRIC = re.compile(r"(avg|pass|maj)@([1-9][0-9]*)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -165,7 +166,7 @@ class SuiteConfig:
     max_prompt_tokens: int = 4096
     """Of benchmarks that leave theirs out."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: RewardConfig = field(default_factory=MathReward)
     server: ServerConfig = field(default_factory=ServerConfig)
     problems: int | None = None
     """For a trial: at most the first so many problems of each benchmark."""

@@ -16,13 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_chord.config import RewardConfig
 from megatron_chord.config_suite import BenchmarkConfig, ServerConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.evaluation.answers import Answer, AnswerFile, grading_of
 from megatron_chord.evaluation.servers import Servers
 from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.graders import Graders
+from megatron_chord.rewards.pool import Grade
+from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.table import RewardConfig
 from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
 from megatron_chord.rollout.server import ServerError
 
@@ -46,37 +48,31 @@ class Question:
     key: str
 
 
-class Graders:
-    """A pool of grader processes for each reward of a suite, started when it is first needed."""
+class SuiteGraders:
+    """The grader processes of each reward of a suite, started when they are first needed."""
 
     def __init__(self) -> None:
-        self._pools: dict[str, GraderPool] = {}
+        self._graders: dict[str, Graders] = {}
         self._lock = threading.Lock()
 
-    def grade(self, reward: RewardConfig, items: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grades of (response, truth) pairs, in their order. From any thread."""
-        return self.start(reward).grade_all(items) if items else []
+    def grade(self, reward: RewardConfig, responses: Sequence[Response]) -> list[Grade]:
+        """Grades in the order of ``responses``. From any thread."""
+        return self.start(reward).grade_all(responses) if responses else []
 
-    def start(self, reward: RewardConfig) -> GraderPool:
+    def start(self, reward: RewardConfig) -> Graders:
         """The reward's processes. RuntimeError where they do not start."""
         name = repr(reward)
         with self._lock:
-            if name not in self._pools:
-                self._pools[name] = GraderPool(
-                    reward.kind,
-                    workers=reward.workers,
-                    timeout_s=reward.timeout_s,
-                    memory_mb=reward.memory_mb,
-                    marker=reward.answer_marker,
-                )
-            return self._pools[name]
+            if name not in self._graders:
+                self._graders[name] = Graders(reward)
+            return self._graders[name]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in self._pools.values():
-            pool.close()
+        for graders in self._graders.values():
+            graders.close()
 
 
 def ask(
@@ -85,7 +81,7 @@ def ask(
     settings: ServerConfig,
     *,
     files: Mapping[str, AnswerFile],
-    graders: Graders,
+    graders: SuiteGraders,
     meter: Meter,
 ) -> int:
     """Has all questions answered and graded, and puts the answers into ``files``, by benchmark.
@@ -178,7 +174,7 @@ def _await(futures: Sequence[Future[None]]) -> None:
 class _Grading:
     """A thread that grades answers as they come and puts them into their files."""
 
-    def __init__(self, files: Mapping[str, AnswerFile], graders: Graders, meter: Meter) -> None:
+    def __init__(self, files: Mapping[str, AnswerFile], graders: SuiteGraders, meter: Meter) -> None:
         self.failure: Exception | None = None
         self._files = files
         self._graders = graders
@@ -229,8 +225,11 @@ class _Grading:
             reward = group[0][0].benchmark.reward
             assert reward is not None
             texts = [question.template.decode(rollout.token_ids) for question, rollout in group]
-            items = [(text, question.prompt.truth) for text, (question, _) in zip(texts, group, strict=True)]
-            grades = self._graders.grade(reward, items)
+            responses = [
+                response_of(question.prompt, text, rollout.finish_reason, len(rollout.token_ids))
+                for text, (question, rollout) in zip(texts, group, strict=True)
+            ]
+            grades = self._graders.grade(reward, responses)
             self._files[name].add(
                 [
                     _answer(question, rollout, text, grade)
@@ -255,12 +254,29 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade) -> An
     )
 
 
+def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) -> Response:
+    """What a grader is given of an answer."""
+    return Response(
+        text=text,
+        truth=prompt.truth,
+        messages=prompt.messages,
+        fields=prompt.fields,
+        finish_reason=finish_reason,
+        num_tokens=num_tokens,
+        source=prompt.source,
+    )
+
+
 def grade_again(
-    answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: Graders
+    answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: SuiteGraders
 ) -> list[Answer]:
     """Answers that were graded with other settings, with their grades by the benchmark's own."""
     assert benchmark.reward is not None
-    grades = graders.grade(benchmark.reward, [(answer.response, prompt.truth) for answer, prompt in answers])
+    responses = [
+        response_of(prompt, answer.response, answer.finish_reason, answer.tokens)
+        for answer, prompt in answers
+    ]
+    grades = graders.grade(benchmark.reward, responses)
     mark = grading_of(benchmark)
     return [
         replace(answer, score=grade.score, error=grade.error, graded_by=mark)

@@ -9,6 +9,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from megatron_chord.data.rows import Row, RowError, parse_rows
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.evaluation import results as found_results
 from megatron_chord.evaluation.answers import SAMPLES, Answer, AnswerFile, grading_of, key_of
-from megatron_chord.evaluation.asking import Graders, Meter, Question, ask, grade_again
+from megatron_chord.evaluation.asking import Meter, Question, SuiteGraders, ask, grade_again
 from megatron_chord.evaluation.policy import Policy, label_of, open_policy
 from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
 from megatron_chord.evaluation.votes import KINDS, stated_answer, to_compare, votes_of
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.records import Prompt
+from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.table import check_sources, needs_of
 from megatron_chord.rollout.client import GenerateRequest
 from megatron_chord.sampling.rounds import sample_seed
 from megatron_chord.weights.folder import check_copies, open_model
@@ -87,7 +90,7 @@ def evaluate(
                 )
                 for item in loaded
             }
-            graders = stack.enter_context(Graders())
+            graders = stack.enter_context(SuiteGraders())
             missing = [q for q in questions if q.key not in files[q.benchmark.name].by_key]
             _tell_of_kept(files, questions, missing, say)
             if missing:
@@ -137,6 +140,9 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
     for item in suite.resolved():
         assert item.sampling is not None
         assert item.max_prompt_tokens is not None
+        reward = item.reward
+        assert reward is not None
+        check_sources(reward, [item.name])
         longest = item.max_prompt_tokens + item.sampling.max_tokens
         if longest > shape.max_positions:
             raise ValueError(
@@ -154,6 +160,8 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
             max_prompt_tokens=item.max_prompt_tokens,
             overlong="fail",
             fields=item.fields,
+            source=item.name,
+            needs=partial(needs_of, reward),
         )
         templates[style].renderer.rest()
         kept = prompts[: suite.problems]
@@ -249,7 +257,7 @@ def _results(
     loaded: Sequence[Loaded],
     questions: Sequence[Question],
     files: Mapping[str, AnswerFile],
-    graders: Graders,
+    graders: SuiteGraders,
 ) -> tuple[dict[str, Any], list[found_results.ProblemResult]]:
     problems: list[found_results.ProblemResult] = []
     benchmarks: dict[str, Any] = {}
@@ -295,7 +303,7 @@ def _results(
 
 
 def _grade_again_where_needed(
-    item: Loaded, questions: Sequence[Question], file: AnswerFile, graders: Graders
+    item: Loaded, questions: Sequence[Question], file: AnswerFile, graders: SuiteGraders
 ) -> None:
     """Kept answers that were graded with other settings."""
     mark = grading_of(item.benchmark)
@@ -309,7 +317,7 @@ def _grade_again_where_needed(
 
 
 def _votes(
-    benchmark: BenchmarkConfig, answers: Mapping[str, Sequence[Answer]], graders: Graders
+    benchmark: BenchmarkConfig, answers: Mapping[str, Sequence[Answer]], graders: SuiteGraders
 ) -> dict[str, list[int | None]]:
     """For each problem the votes of the answers that have a score; no votes where no metric asks for them."""
     scored = {
@@ -328,7 +336,10 @@ def _votes(
     pairs = [(problem, pair) for problem in scored for pair in to_compare(scores[problem], stated[problem])]
     grades = graders.grade(
         reward,
-        [(scored[problem][i][0].response, stated[problem][j] or "") for problem, (i, j) in pairs],
+        [
+            Response(text=scored[problem][i][0].response, truth=stated[problem][j] or "")
+            for problem, (i, j) in pairs
+        ],
     )
     equal: dict[str, list[tuple[int, int]]] = {problem: [] for problem in scored}
     for (problem, pair), grade in zip(pairs, grades, strict=True):

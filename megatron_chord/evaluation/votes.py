@@ -6,33 +6,41 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 
-from megatron_chord.config import RewardConfig
 from megatron_chord.rewards.answers import after_marker, marked_answer
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
+from megatron_chord.rewards.table import RewardConfig
+from megatron_chord.rewards.tool_replies import Call, read_calls
 
 KINDS = ("math", "exact", "tool_calls")
 """Kinds of reward whose answers can be told from the rest of a response."""
-_CALLS_START, _CALLS_END = "<tool_call>", "</tool_call>"
 
 
 def stated_answer(text: str, reward: RewardConfig) -> str | None:
-    """What a response states as its answer; None where it states none."""
-    if reward.kind == "tool_calls":
-        _, start, rest = text.rpartition(_CALLS_START)
-        block, end, _ = rest.partition(_CALLS_END)
-        return _canonical(block) if start and end else None
-    found = (
-        marked_answer(text, reward.answer_marker)
-        if reward.kind == "math"
-        else after_marker(text, reward.answer_marker)
-    )
+    """What a response states as its answer; None where it states none.
+
+    Raises:
+        ValueError: the reward is none of ``KINDS``.
+    """
+    if isinstance(reward, ToolCallsReward):
+        calls = read_calls(text, think=reward.think)
+        return None if calls is None else _canonical(calls)
+    if isinstance(reward, MathReward):
+        found = marked_answer(text, reward.answer_marker)
+    elif isinstance(reward, ExactReward):
+        found = after_marker(text, reward.answer_marker)
+    else:
+        raise ValueError(f"a reward of kind {reward.kind} does not say what the answer of a response is")
     return found.strip() if found and found.strip() else None
 
 
-def _canonical(block: str) -> str:
-    try:
-        return json.dumps(json.loads(block), sort_keys=True)
-    except ValueError:
-        return block.strip()
+def _canonical(calls: Sequence[Call]) -> str:
+    """A truth that these calls meet, the same in any order of the calls and of their arguments."""
+    texts = sorted(
+        json.dumps({"name": call.name, "arguments": call.arguments}, sort_keys=True) for call in calls
+    )
+    return f"[{', '.join(texts)}]"
 
 
 def to_compare(scores: Sequence[float], stated: Sequence[str | None]) -> list[tuple[int, int]]:

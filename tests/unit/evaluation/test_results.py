@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.config import RewardConfig
 from megatron_chord.config_suite import BenchmarkConfig, MeanConfig, SamplingConfig, ServerConfig, SuiteConfig
 from megatron_chord.evaluation import results
 from megatron_chord.evaluation.answers import Answer
 from megatron_chord.evaluation.servers import devices_of_servers
 from megatron_chord.records import Prompt
+from megatron_chord.rewards.kinds.exact import ExactReward
 
 
 def benchmark(name: str, samples: int, *metrics: str) -> BenchmarkConfig:
@@ -20,7 +20,7 @@ def benchmark(name: str, samples: int, *metrics: str) -> BenchmarkConfig:
         file="x",
         category="subject",
         sampling=SamplingConfig(samples=samples, temperature=1.0),
-        reward=RewardConfig(kind="exact"),
+        reward=ExactReward(),
         metrics=metrics,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_chord.config import RewardConfig
 from megatron_chord.evaluation.votes import stated_answer, to_compare, votes_of
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 
 
 def test_what_a_response_states() -> None:
-    math, exact, calls = (RewardConfig(kind=kind) for kind in ("math", "exact", "tool_calls"))
+    math, exact, calls = MathReward(), ExactReward(), ToolCallsReward()
     assert stated_answer("so \\boxed{1/2}, no: \\boxed{0.5}", math) == "0.5"
     assert stated_answer("it is 5", math) is None
     assert stated_answer("#### 12 \nx", exact) == "12"
@@ -15,7 +17,8 @@ def test_what_a_response_states() -> None:
     one = '<tool_call>[{"name": "f", "arguments": {"b": 1, "a": 2}}]</tool_call>'
     other = '<tool_call> [{"arguments": {"a": 2, "b": 1}, "name": "f"}] </tool_call>'
     assert stated_answer(one, calls) == stated_answer(other, calls)
-    assert stated_answer("<tool_call>[]", calls) is None
+    assert stated_answer(one, calls) == '[{"arguments": {"a": 2, "b": 1}, "name": "f"}]'
+    assert stated_answer(one, ToolCallsReward(think="required")) is None
 
 
 def test_equal_wrong_answers_vote_together_and_right_ones_for_the_truth() -> None:
