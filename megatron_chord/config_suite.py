@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.rewards.kinds.math import MathReward
@@ -163,6 +163,9 @@ class SuiteConfig:
     """Of benchmarks that leave theirs out."""
     chat_template: Path | None = None
     """Of benchmarks that leave theirs out; the policy's own where this is left out, too."""
+    template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Variables that the chat template reads, such as {enable_thinking: false}, as `data.template_arguments` of a
+    run."""
     max_prompt_tokens: int = 4096
     """Of benchmarks that leave theirs out."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

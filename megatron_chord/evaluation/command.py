@@ -34,6 +34,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     path = suite_path(args.suite)
     name = path.stem
     output = args.output or Path("evaluations") / name / label_of(args.policy)
+    key = os.environ.get(KEY_VARIABLE, "")
+    if args.server and not key:
+        print(f"error: --server: set {KEY_VARIABLE} to the key that the servers ask for", file=sys.stderr)
+        return _REFUSED
     try:
         results = evaluate(
             args.policy,
@@ -41,7 +45,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
             suite_name=name,
             output=output,
             servers=args.server,
-            server_key=os.environ.get(KEY_VARIABLE, ""),
+            server_key=key,
             say=lambda text: print(text, flush=True),
         )
     except ValueError as error:

@@ -152,7 +152,11 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
         style = (item.chat_template or policy.chat_template, item.system_prompt)
         if style not in templates:
             templates[style] = load_template(
-                policy.folder, chat_template=style[0], system_prompt=style[1], vocab_size=shape.vocab_size
+                policy.folder,
+                chat_template=style[0],
+                arguments={**policy.template_arguments, **suite.template_arguments},
+                system_prompt=style[1],
+                vocab_size=shape.vocab_size,
             )
         prompts, report = load_prompts(
             Path(item.file),

@@ -13,11 +13,13 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.weights.torch_dist import METADATA
 
@@ -37,8 +39,10 @@ class Policy:
     """As the user named it."""
     digest: str
     """Of the weights, the configuration and the tokenizer."""
-    chat_template: Path | None
+    chat_template: Path | None = None
     """Of the run that the checkpoint belongs to, where it set one."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of that run (``data.template_arguments``). An exported policy's template has them as its defaults."""
 
     @property
     def was_converted(self) -> bool:
@@ -63,25 +67,33 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
         raise ValueError(
             f"{source}: no such folder; POLICY is a Hugging Face folder or a run's checkpoints/step-N"
         )
-    folder, template = source, None
+    folder, run = source, None
     if not (source / "config.json").is_file():
         if not any((source / name).is_file() for name in (METADATA, *_RECORDS)):
             raise ValueError(
                 f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
             )
-        folder, template = output / _CONVERTED, _template_of_run(source)
+        folder, run = output / _CONVERTED, _run_of(source)
         if not folder.is_dir():
             say(f"converting {source}")
             _convert(source, folder)
     digest = _digest(folder, output / _DIGEST, say)
-    return Policy(folder=folder, source=source, digest=digest, chat_template=template)
+    if run is None:
+        return Policy(folder=folder, source=source, digest=digest)
+    return Policy(
+        folder=folder,
+        source=source,
+        digest=digest,
+        chat_template=run.data.chat_template,
+        template_arguments=run.data.template_arguments,
+    )
 
 
-def _template_of_run(checkpoint: Path) -> Path | None:
-    """``data.chat_template`` of the run that wrote the checkpoint."""
+def _run_of(checkpoint: Path) -> RunConfig | None:
+    """The settings of the run that wrote the checkpoint."""
     for folder in (checkpoint.resolve().parent, checkpoint.resolve().parent.parent):
         if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml").data.chat_template
+            return load_config(folder / "config.yaml")
     return None
 
 
