@@ -25,7 +25,7 @@ READ = {
 }
 """A truth, and a right answer in other words."""
 PROSE = {
-    "the answer is 15": "15",
+    "fifteen in all, as both halves are equal": "15",
     "15, because both halves are equal": "15",
     "all integers greater than three": "n > 3",
     "十五个": "15",
