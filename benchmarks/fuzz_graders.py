@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.response import Response
+from megatron_chord.rewards.table import KINDS
 
 TRUTHS = {
     "math": [
@@ -129,9 +131,12 @@ def fuzz(
     rng = random.Random(f"{seed} {kind}")
     with tempfile.TemporaryDirectory() as folder:
         canary = Path(folder) / "canary"
-        items = [(hostile(rng, str(canary), truth), truth) for truth in rng.choices(TRUTHS[kind], k=count)]
+        items = [
+            Response(text=hostile(rng, str(canary), truth), truth=truth)
+            for truth in rng.choices(TRUTHS[kind], k=count)
+        ]
         start = time.monotonic()
-        with GraderPool(kind, workers=workers, timeout_s=timeout_s, memory_mb=2000) as pool:
+        with GraderPool(KINDS[kind](workers=workers, timeout_s=timeout_s, memory_mb=2000)) as pool:
             grades = pool.grade_all(items)
             pids = pool.worker_pids()
         seconds = time.monotonic() - start
