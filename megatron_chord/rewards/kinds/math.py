@@ -14,8 +14,8 @@ from megatron_chord.rewards.response import Response
 
 @dataclass(frozen=True, kw_only=True)
 class MathReward(RewardKind):
-    """The last boxed answer, else the line after the last marker, else the last number, against the truth with
-    math-verify: 1 or 0."""
+    """The answer in <answer>, the last box, after the marker or after "the answer is", else the last formula or number,
+    against the truth: 1 or 0. docs/grading.md has the forms."""
 
     kind: Literal["math"] = "math"
     answer_marker: str = "####"

@@ -18,8 +18,8 @@ class ToolCallsReward(RewardKind):
 
     kind: Literal["tool_calls"] = "tool_calls"
     think: Think = "optional"
-    """required: a call is right only after exactly one <think>..</think>, as in the paper's experiments.
-    forbidden: only without thinking."""
+    """required: one </think> before the first call; the prompt may have opened it. optional: thinking that is begun
+    must end. forbidden: no <think> and no </think>. Calls within the thinking never count."""
 
     EXAMPLE: ClassVar[Response] = Response(text="<think></think><tool_call>[]</tool_call>", truth="[]")
 
@@ -27,5 +27,5 @@ class ToolCallsReward(RewardKind):
         return lambda response: tool_calls.grade(response.text, response.truth, think=self.think)
 
     def has_answer(self, text: str) -> bool:
-        """A complete call in a form that is read."""
-        return bool(read_calls(text, think="optional"))
+        """A complete <tool_call>..</tool_call>, whatever is in it, or a call in another form."""
+        return "</tool_call>" in text.partition("<tool_call>")[2] or bool(read_calls(text))

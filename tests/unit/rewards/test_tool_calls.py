@@ -11,6 +11,7 @@ import pytest
 
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.tool_calls import grade, read_truth
 from megatron_chord.rewards.tool_replies import MAX_DEPTH, Think
 from tests.support.grading import grades_of
@@ -95,6 +96,12 @@ def test_forms_of_a_reply(text: str, expected: float) -> None:
     truth = json.dumps([MAIL])
     assert grade(text, truth) == expected
     assert grade(f"<think>a</think>\n{text}", truth, think="required") == expected
+
+
+def test_the_setting_says_whether_a_reply_thinks() -> None:
+    reply = Response(text=C, truth=json.dumps([MAIL]))
+    thinks: tuple[Think, ...] = ("optional", "required", "forbidden")
+    assert [ToolCallsReward(think=think).load()(reply) for think in thinks] == [1.0, 0.0, 1.0]
 
 
 def test_values_of_the_pythonic_form() -> None:
