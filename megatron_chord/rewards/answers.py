@@ -56,7 +56,7 @@ class Stated:
 
 
 def marked_answer(text: str, marker: str) -> str | None:
-    """The answer that the text itself calls one: `stated_answer` without loose numbers."""
+    """The answer in a tag, in a box or after the marker: `stated_answer` without what is loose."""
     stated = stated_answer(text, marker, loose=False)
     return None if stated is None else stated.text
 
@@ -66,11 +66,14 @@ def stated_answer(text: str, marker: str, *, loose: bool = True) -> Stated | Non
 
     What follows the last ``</think>`` is read first, and the whole text only where no answer is found there. Within
     a passage the order is: the last ``<answer>...</answer>``; the last ``\\boxed{...}`` whose braces close, with its
-    neighbours; the line after the last `marker`; what follows the last "answer is" or "Answer:". With `loose`, the
-    last formula or number comes after these.
+    neighbours; the line after the last `marker`. With `loose` these come after: what follows the last "answer is" or
+    "Answer:", which reasoning says, too; the last formula or number.
     """
     for passage in _passages(text):
-        found = _marked(passage, marker) or (_loose(passage[-_TAIL:]) if loose else None)
+        found = _marked(passage, marker)
+        if found is None and loose:
+            tail = passage[-_TAIL:]
+            found = _after_phrase(tail) or _loose(tail)
         if found is not None:
             return found
     return None
@@ -102,14 +105,16 @@ def _passages(text: str) -> Iterator[str]:
 def _marked(text: str, marker: str) -> Stated | None:
     inner = _between_tags(text)
     if inner is not None:
-        return _marked(inner, marker) or _short(inner) or _loose(inner)
+        return (
+            _marked(inner, marker) or _short(inner) or _after_phrase(inner[-_TAIL:]) or _loose(inner[-_TAIL:])
+        )
     found = _boxed(text)
     if found is not None:
         return found
     line = after_marker(text, marker)
     if line is not None:
         return Stated(line)
-    return _after_phrase(text[-_TAIL:])
+    return None
 
 
 def _between_tags(text: str) -> str | None:

@@ -15,7 +15,7 @@ from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
         (r"so \boxed{18}", True, False),
         ("so #### 18", True, True),
         ("so 18", False, False),
-        ("The answer is 18.", True, False),
+        ("The answer is 18.", False, False),
         ("<answer>18</answer>", True, False),
         (r"so \boxed{18", False, False),
         (r"so \boxed{ }", False, False),
