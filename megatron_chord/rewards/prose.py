@@ -38,16 +38,16 @@ _FOREIGN = re.compile(r"[?!;]\s|[^\W\d_a-zA-Zα-ωΑ-Ω]{2,}")
 
 
 def reads_as_text(truth: str, *, marker: str = "####") -> bool:
-    """Whether a truth is a sentence, a choice with its text such as ``C) 15``, or a number with several words.
+    """Whether a truth is a sentence, or a number with several words.
 
-    A single word (``Yes``, ``Friday``) is no such text: an answer of the same word is right. Decided by the letters
-    alone; nothing is parsed.
+    A single word (``Yes``, ``Friday``) is no such text: an answer of the same word is right. Neither is a choice with
+    its text (``C) 15``): its letter is right, and so is the text. Decided by the letters alone; nothing is parsed.
     """
     marked = marked_answer(truth, marker)
     text = (truth if marked is None else marked).strip()
-    if _NUMBER.fullmatch(text):
+    if _NUMBER.fullmatch(text) or _OPTION.match(text):
         return False
-    if _OPTION.match(text) or _FOREIGN.search(text):
+    if _FOREIGN.search(text):
         return True
     words = set(_WORD.findall(_COMMAND.sub(" ", _TEXT.sub(" ", text)))) - _FUNCTIONS
     return len(words) >= 2

@@ -46,8 +46,12 @@ def test_truths_that_are_text_give_a_right_answer_nothing(truth: str, answer: st
 
 
 @pytest.mark.parametrize("truth", ["C) 15", "(B) x+1", "A. four", "B: 7"])
-def test_a_choice_with_its_text_is_text(truth: str) -> None:
-    assert reads_as_text(truth)
+def test_of_a_choice_with_its_text_both_are_right(truth: str) -> None:
+    assert not reads_as_text(truth)
+    letter = truth.strip("(")[0]
+    for answer in (letter, f"({letter})", truth[2:].strip(") "), truth):
+        assert grade(f"\\boxed{{{answer}}}", truth) == 1.0
+    assert grade("\\boxed{D}", truth) == grade("\\boxed{1000}", truth) == 0.0
 
 
 @pytest.mark.parametrize("truth", ["C", "(C)", "P(x) = 2", "ABC"])
