@@ -32,7 +32,7 @@ _PHRASE = re.compile(
     r"(?:[^\n.:=]{0,40}?\b(?:is|are|be)\b|\s{0,3}(?=[:=\n]))\s{0,3}[:=]?\**:?",
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"\**(?:\\text(?:bf)?\{)?\(?([A-J])\)?\}?\**\s*(?:[.:,)]|$)")
+_OPTION = re.compile(r"\**(?:(?:option|choice)\s+)?(?:\\text(?:bf)?\{)?\(?([A-J])\)?\}?\**\s*(?:[.:,)]|$)")
 _REASON = re.compile(r"[.?](?:\s|$)|,?\s\b(?:because|since|as|so|which|where|when|after)\b")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _MATH = re.compile(
@@ -40,8 +40,10 @@ _MATH = re.compile(
     r"|\\\(((?:[^\\]|\\(?!\))){1,1000}?)\\\)|\\\[((?:[^\\]|\\(?!\])){1,2000}?)\\\]"
 )
 _DIGITS = r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)"
+_LOOSE_OPTION = re.compile(r"\(([A-J])\)|\b(?:option|choice)\s+([A-J])\b|^\W*([A-J])\W*$")
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)])[-\u2212])?(?:{_DIGITS})?√?{_DIGITS}(?:[/^]-?{_DIGITS})*(?:\s?\\?%|\s?°)?"
+    rf"(?:(?<![\w)])[-\u2212])?(?:[0-9]+ (?=[0-9]+/[0-9]))?(?:{_DIGITS}√|√)?"
+    rf"{_DIGITS}(?:[/^]-?{_DIGITS})*(?:\s?\\?%|\s?°)?"
 )
 
 
@@ -197,17 +199,31 @@ def _formulas(text: str) -> list[tuple[int, int, str]]:
 def _side_by_side(text: str, formulas: list[tuple[int, int, str]]) -> list[str]:
     """The first formula and those that follow it with only a comma, "and" or "or" between."""
     run = [formulas[0][2]]
-    for (_, end, _), (start, _, content) in itertools.pairwise(formulas):
-        if start - end > 40 or not _BETWEEN_BOXES.fullmatch(text[end:start]):
+    for before, after in itertools.pairwise(formulas):
+        if not _are_neighbours(text, before, after):
             break
-        run.append(content)
+        run.append(after[2])
     return run
 
 
+def _are_neighbours(text: str, before: tuple[int, int, str], after: tuple[int, int, str]) -> bool:
+    gap = text[before[1] : after[0]]
+    return len(gap) <= 40 and _BETWEEN_BOXES.fullmatch(gap) is not None
+
+
 def _loose(text: str) -> Stated | None:
-    """The last formula that is more than a letter, or the last number that stands behind it."""
+    """The last formulas that stand side by side, number or option; a formula is more than a letter."""
     formulas = [item for item in _formulas(text) if not re.fullmatch(r"\s*\\?[A-Za-z]+\s*", item[2])]
-    numbers = _NUMBER.findall(text[formulas[-1][1] :] if formulas else text)
-    if formulas and not (numbers and len(text[formulas[-1][1] :]) > 0):
-        return Stated(formulas[-1][2])
-    return Stated(numbers[-1]) if numbers else None
+    after = formulas[-1][1] if formulas else 0
+    last = deque(_NUMBER.finditer(text, after), maxlen=1)
+    option = deque(_LOOSE_OPTION.finditer(text, last[0].end() if last else after), maxlen=1)
+    if option:
+        return Stated(f"({next(filter(None, option[0].groups()))})")
+    if last:
+        return Stated(last[0][0])
+    if not formulas:
+        return None
+    first = len(formulas) - 1
+    while first and _are_neighbours(text, formulas[first - 1], formulas[first]):
+        first -= 1
+    return Stated(", ".join(content for _, _, content in formulas[first:]))

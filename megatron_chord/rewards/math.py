@@ -1,7 +1,7 @@
 """Mathematically equal answers, judged by math-verify and by what is known of its mistakes.
 
 `answers` finds the answer, `math_forms` reads the forms that math-verify reads wrongly, and this module compares.
-Numbers are compared exactly, or to 40 significant digits where they are irrational; math-verify rounds to 6 decimals.
+Numbers are compared exactly, or to 100 significant digits where they are irrational; math-verify rounds to 6 decimals.
 
 Only LaTeX parsing is asked of math-verify: its other mode hands text to Python's `eval`. Its own time limits are off,
 for they rest on signals, which fail in threads; `rewards.pool` kills instead.
@@ -30,6 +30,7 @@ from megatron_chord.rewards.math_forms import (
     read_intervals,
     read_matrix,
     read_option,
+    read_options,
     read_quantity,
     read_words,
     split_label,
@@ -130,6 +131,9 @@ def _as_based(answer: str, truth: str, depth: int) -> bool | None:
 
 
 def _as_option(answer: str, truth: str, depth: int) -> bool | None:
+    several = read_options(truth), read_options(answer)
+    if None not in several:
+        return several[0] == several[1] or None
     meant = read_option(truth)
     if meant is None:
         return None
@@ -336,11 +340,11 @@ def _is_finite_decimal(number: Fraction) -> bool:
 
 # --- expressions -------------------------------------------------------------------------------------------------
 
-_PRECISION = 60
+_PRECISION = 120
 _MAX_DIGITS = 100_000
 """Numbers with more are compared as they are written."""
-_AGREEMENT = sympy.Float("1e-40", _PRECISION)
-_TINY = sympy.Float("1e-50", _PRECISION)
+_AGREEMENT = sympy.Float("1e-100", _PRECISION)
+_TINY = sympy.Float("1e-110", _PRECISION)
 _POINTS = (sympy.Rational(13, 7), sympy.Rational(-29, 11), sympy.Rational(101, 37))
 
 
@@ -381,8 +385,8 @@ def _parsed(text: str) -> list:
 def _expressions_equal(given: sympy.Expr, meant: sympy.Expr) -> bool | None:
     """Whether two expressions are equal, None where that cannot be computed.
 
-    Numbers are compared exactly or to 40 digits, expressions with variables at three points: two that agree there
-    to 40 digits are the same but for a set of measure zero.
+    Numbers are compared exactly or to 100 digits, expressions with variables at three points: two that agree there
+    to 100 digits are the same but for a set of measure zero.
     """
     if _has_undefined(given) or _has_undefined(meant):
         return None

@@ -57,6 +57,9 @@ _REWRITES = [
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\text\s*\{\s*(\\text\s*\{[^{}]*\}|\^\{\\circ\})\s*\}", r"\1"),
+        (r"\^\s*\{\s*\\text\s*\{o\}\s*\}", r"^{\\circ}"),
+        (r"^(\d+) ?\\text\s*\{ ?to ?\} ?(\d+)$", r"\1:\2"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
         (
             r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([0-9.]+)\s*\^\{\\circ\}\s*[)}]?",
@@ -241,7 +244,8 @@ def read_collection(text: str) -> Collection | None:
         return (
             Collection(opening, closes if closes in ")]" else ")", tuple(items)) if len(items) > 1 else None
         )
-    return _read_list(text)
+    wrapped = _TEXT.fullmatch(text)
+    return _read_list(wrapped[1] if wrapped else text)
 
 
 def _read_list(text: str) -> Collection | None:
@@ -404,7 +408,7 @@ _BASE_WORDS = {
     )
 }
 _BASED = re.compile(
-    r"\(?\s*(-?[0-9A-Za-z]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\)?\s*\}?"
+    r"\(?\s*(-?[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\)?\s*\}?"
     r"|\(?\s*(?:in )?base[\s-]*([0-9]{1,2}|[a-z]+)\s*\)?)"
 )
 
@@ -454,6 +458,15 @@ def read_option(text: str) -> tuple[str, str] | None:
     if not match[1] and letter.islower() and "option" not in bare.lower() and "choice" not in bare.lower():
         return None  # a variable
     return letter.upper(), match[5].strip()
+
+
+_LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:\s*,\s*(?:and )?|\s+and\s+|\s*)\(?[A-J]\)?){1,9}")
+
+
+def read_options(text: str) -> frozenset[str] | None:
+    """Several options: ``ABD``, ``A, B and D``."""
+    bare = _words(text)
+    return frozenset(c for c in bare if c.isupper()) if _LETTERS.fullmatch(bare) else None
 
 
 def _words(text: str) -> str:
@@ -572,7 +585,7 @@ _IGNORED_WORDS = {
     "units",
 }
 _CURRENCY_FIRST = re.compile(
-    r"(-?)\s*(?:\\?\$|\\text\s*\{\s*(?:\\?\$|euros|pounds|yen|rupees|USD)\s*\}|USD)\s*(?=[-\d.\\(])"
+    r"(-?)\s*(?:\\?\$|\\text\s*\{\s*(?:\\?\$|euros|pounds|yen|rupees|USD)\s*\}|USD|Rs\.?)\s*(?=[-\d.\\(])"
 )
 _CURRENCY_NAMES = re.compile(r"euros|pounds|yen|rupees")
 _TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*([23])\s*\}?|\{\s*\^\s*([23])\s*\})?$")
