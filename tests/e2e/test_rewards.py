@@ -1,19 +1,23 @@
 """The rewards of examples/rewards train on the quick start's task: all of them at once, as in several.yaml.
 
-The judge is the vLLM server that samples, asked over HTTP; the reward model a random one behind its own server.
+The judge is the quick start's policy behind an OpenAI-compatible server of this file's, since the servers that sample
+have no tokenizer. The reward model is a random one behind the example's own server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2ForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from examples.rewards import reward_model_server
 from megatron_chord.config_io import load_config
@@ -27,6 +31,55 @@ STEPS = 2
 TERMS = {"exact", "sums_are_right", "judge", "reward_model"}
 
 
+class Judge(BaseHTTPRequestHandler):
+    """POST chat/completions as OpenAI has it, answered greedily by a model of Transformers."""
+
+    key = "judge-key"
+    model: Any = Qwen2ForCausalLM.from_pretrained(POLICY).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(POLICY)
+    one_at_a_time = threading.Lock()
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        if self.headers["Authorization"] != f"Bearer {self.key}":
+            self.send_error(401)
+            return
+        ids = self.tokenizer.apply_chat_template(
+            request["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        with self.one_at_a_time, torch.inference_mode():
+            out = self.model.generate(ids, max_new_tokens=request["max_tokens"], do_sample=False)
+        message = {"role": "assistant", "content": self.tokenizer.decode(out[0, ids.shape[1] :])}
+        body = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """No line a request."""
+
+
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Its address, while a thread answers."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def judge() -> Iterator[str]:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Judge)) as url:
+        yield url
+
+
 @pytest.fixture
 def reward_model(tmp_path: Path) -> Iterator[str]:
     """The address of a server with a random reward model that reads the policy's tokens."""
@@ -34,12 +87,8 @@ def reward_model(tmp_path: Path) -> Iterator[str]:
     config = AutoConfig.from_pretrained(POLICY, num_labels=1)
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(POLICY).save_pretrained(tmp_path / "rm")
-    with reward_model_server.make_server(tmp_path / "rm", port=0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(reward_model_server.make_server(tmp_path / "rm", port=0)) as url:
+        yield url
 
 
 def train_with(overrides: list[str]) -> None:
@@ -51,11 +100,11 @@ def train_with(overrides: list[str]) -> None:
 
 @pytest.mark.usefixtures("server_key")
 def test_all_examples_train_together(
-    server: RolloutServer, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RolloutServer, judge: str, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("JUDGE_URL", f"{server.url}/v1")
-    monkeypatch.setenv("JUDGE_KEY", server.api_key)
-    monkeypatch.setenv("JUDGE_MODEL", str(POLICY))
+    monkeypatch.setenv("JUDGE_URL", f"{judge}/v1")
+    monkeypatch.setenv("JUDGE_KEY", Judge.key)
+    monkeypatch.setenv("JUDGE_MODEL", "policy")
     monkeypatch.setenv("REWARD_MODEL_URL", reward_model)
     settings = {
         "output": tmp_path / "out",
