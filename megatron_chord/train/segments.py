@@ -41,6 +41,9 @@ _SAME_LEARNING = (
     "reward.timeout_s",
     "reward.memory_mb",
     "reward.max_error_rate",
+    "reward.batch_size",
+    "reward.concurrency",
+    "reward.environment",
     "optim.skip_nonfinite",
     "evaluation",
     "checkpoint",
@@ -148,7 +151,7 @@ def _differences(
 def _matters(name: str, after: Mapping[str, Any]) -> bool:
     if name == "steps":
         return setting(after, "optim.schedule", "constant") != "constant"  # it sets the rate's horizon
-    name = re.sub(r"\[\d+\]", "", name)
+    name = re.sub(r"\[\d+\]", "", name).replace("reward.terms.", "reward.")
     return not any(name == same or name.startswith(f"{same}.") for same in _SAME_LEARNING)
 
 

@@ -119,3 +119,14 @@ def test_what_cannot_be_read_is_not_known(tmp_path: Path) -> None:
     assert settings_before(tmp_path, 1) == {}
     (tmp_path / "config.yaml").write_text("a: [")
     assert settings_before(tmp_path, 1) == {}
+
+
+def test_terms_of_a_reward_are_compared_one_by_one() -> None:
+    before = given("reward=[{kind: exact, workers: 2}, {kind: math, weight: 0.5}]")
+    other_workers = given("reward=[{kind: exact, workers: 8}, {kind: math, weight: 0.5}]")
+    assert check_changes(before, other_workers, allowed=False) == [
+        "resumed with another reward.terms[0].workers: 2 -> 8"
+    ]
+    other_weight = given("reward=[{kind: exact, workers: 2}, {kind: math, weight: 0.1}]")
+    with pytest.raises(ValueError, match=r"reward\.terms\[1\]\.weight: 0\.5 -> 0\.1"):
+        check_changes(before, other_weight, allowed=False)
