@@ -69,6 +69,19 @@ function headlineTable() {
     element("thead", {}, element("tr", {}, ...names.map((name) => element("th", {}, name)))), element("tbody", {}, ...rows))));
 }
 
+function suites() {
+  const rows = data.runs.flatMap((run, index) => run.suites.map((row) => element("tr", {},
+    element("td", {}, dot(index), run.name, element("small", { style: "padding-left:19px" }, row.policy)),
+    element("td", {}, row.suite), element("td", {}, row.benchmark), element("td", {}, row.metric),
+    element("td", {}, row.value === null ? "-" : element("b", {}, number(row.value, "%"))),
+    element("td", {}, row.value === null ? "-" : `${number(row.low, "%")} to ${number(row.high, "%")}`),
+    element("td", {}, `${row.problems ?? "-"}`))));
+  if (!rows.length) return;
+  const names = ["evaluated on a suite", "suite", "benchmark", "metric", "value", "95 % interval", "problems"];
+  byId("suites").append(element("div", { class: "scroll" }, element("table", {},
+    element("thead", {}, element("tr", {}, ...names.map((name) => element("th", {}, name)))), element("tbody", {}, ...rows))));
+}
+
 function warnings() {
   const place = byId("warnings");
   data.runs.forEach((run, index) => (run.warnings ?? []).forEach((warning) =>
@@ -366,6 +379,7 @@ function settings() {
 }
 
 headlineTable();
+suites();
 warnings();
 chips();
 charts();

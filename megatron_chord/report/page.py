@@ -20,6 +20,7 @@ from megatron_chord.judgement import judge
 from megatron_chord.report.curves import all_charts, curves, totals
 from megatron_chord.report.folder import RunRecord, read_runs
 from megatron_chord.report.samples import MOST_CHARACTERS, samples
+from megatron_chord.report.suites import suite_rows
 from megatron_chord.settings_tree import flat, setting
 
 REPORT = "report.html"
@@ -79,6 +80,7 @@ def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
                 "folder": str(run.folder.resolve()),
                 "headline": headline(run),
                 "warnings": [asdict(finding) for finding in judge(run.steps, run.settings)],
+                "suites": suite_rows(run.folder),
                 "curves": curves(run, charts),
                 "samples": samples(run.folder, most_characters=MOST_CHARACTERS // len(runs)),
             }

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_chord.cli import main
+from megatron_chord.config_suite import BenchmarkConfig, MeanConfig, SamplingConfig, SuiteConfig
+from megatron_chord.evaluation import results
 from megatron_chord.report.folder import read_runs
 from megatron_chord.report.page import differences, page, write_report
 from tests.unit.report.runs import SETTINGS, answer, made_up_rows, make_run, rows_of_quickstart
@@ -100,6 +102,57 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
     ]
 
 
+def evaluated(folder: Path, grades: list[list[float]]) -> None:
+    """Write what ``megatron-chord evaluate`` writes of a suite with one benchmark, of these grades."""
+    sums = BenchmarkConfig(
+        name="sums",
+        file=folder / "sums.jsonl",
+        metrics=("avg@2",),
+        sampling=SamplingConfig(samples=2, temperature=1.0),
+    )
+    suite = SuiteConfig(benchmarks=(sums,), means=(MeanConfig(name="overall", of=("sums",), metric="avg@2"),))
+    problems = [
+        results.ProblemResult(
+            benchmark="sums",
+            problem=str(index),
+            category=None,
+            question=str(index),
+            truth="7",
+            scores=tuple(scores),
+            values={"avg@2": sum(scores) / len(scores)},
+        )
+        for index, scores in enumerate(grades)
+    ]
+    found = {
+        "suite": "mine",
+        "policy": {"name": "run/policy", "path": "policy", "digest": "0"},
+        "seed": 0,
+        "benchmarks": {"sums": results.benchmark_result(sums, problems, [], resamples=100, seed=0)},
+        "means": results.means(suite, problems),
+    }
+    folder.mkdir(parents=True)
+    results.write(folder, found, problems)
+
+
+def test_evaluations_on_a_suite_are_in_the_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows_of_quickstart()[:3])
+    evaluated(run / "evaluations" / "mine", [[1.0, 0.0], [1.0, 1.0]])
+    (run / "evaluations" / "other").mkdir()
+    (run / "evaluations" / "other" / "results.json").write_text('["of another program"]')
+    one, mean = Page(page(read_runs([run]))).data["runs"][0]["suites"]
+    low, high = one.pop("low"), one.pop("high")
+    assert one == {
+        "suite": "mine",
+        "policy": "run/policy",
+        "benchmark": "sums",
+        "metric": "avg@2",
+        "value": 0.75,
+        "problems": 2,
+    }
+    assert 0.5 <= low <= 0.75 <= high <= 1.0
+    assert (mean["benchmark"], mean["metric"], mean["value"]) == ("overall", "avg@2", 0.75)
+
+
 def test_gpu_hours_count_the_gpus_of_ranks_and_servers(tmp_path: Path) -> None:
     rows = [row | {"gpus": 8} for row in made_up_rows(3)]
     settings = SETTINGS.replace("servers: [], tensor: 1", "servers: [a, b], tensor: 4")
@@ -183,6 +236,7 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     second = make_run(tmp_path / "second", rows_of_quickstart()[:30])
+    evaluated(second / "evaluations" / "mine", [[1.0, 0.0], [1.0, 1.0]])
     target = write_report([run, second], tmp_path / "report.html")
     done = subprocess.run(
         [
@@ -196,5 +250,13 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     drawn = Page(done.stdout)
     charts = sum(tag == "canvas" for tag, _ in drawn.tags)
     assert charts >= 15
-    for text in ("first", "second", "+55.0 points", "Held-out accuracy", "reward 1", HOSTILE.strip()):
+    for text in (
+        "first",
+        "second",
+        "+55.0 points",
+        "Held-out accuracy",
+        "reward 1",
+        "run/policy",
+        HOSTILE.strip(),
+    ):
         assert any(text in shown for shown in drawn.texts), text
