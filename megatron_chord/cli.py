@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_chord.config import RunConfig
+from megatron_chord import hub
+from megatron_chord.config import RunConfig, hub_paths
 from megatron_chord.config_io import ConfigError, dump_config, load_config, located
 
 if TYPE_CHECKING:
@@ -77,8 +78,11 @@ def _of_no_run(args: argparse.Namespace) -> int:
 def _of_run(args: argparse.Namespace) -> int:
     try:
         run = load_config(args.config, args.overrides)
-    except ConfigError as error:
-        return _refuse(str(error))
+        if args.command != "mu" and _fetch(run):
+            run = load_config(args.config, args.overrides)
+    except ValueError as error:
+        has_place = isinstance(error, ConfigError)
+        return _refuse(str(error) if has_place else located(str(error), args.config, args.overrides))
     if args.command == "mu":
         return _preview_mu(run, args.plot)
 
@@ -87,6 +91,21 @@ def _of_run(args: argparse.Namespace) -> int:
 
     runs = {"check": _check, "data": _show_data, "train": _train}
     return runs[args.command](run, args, refuse)
+
+
+def _fetch(run: RunConfig) -> bool:
+    """Download what the run names on the hub and the cache has not; whether there was anything.
+
+    Raises:
+        ValueError: it cannot be had, with the setting that names it.
+    """
+    names = [(setting, name) for setting, path in hub_paths(run) if (name := hub.unresolved_name(path))]
+    for setting, name in names:
+        try:
+            hub.fetch(name, lambda text: print(text, file=sys.stderr))
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from None
+    return bool(names)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,9 @@ from megatron_chord.rewards.table import RewardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    path: Path
-    """Hugging Face folder of the policy: config.json, safetensors, tokenizer."""
+    path: Path = field(metadata={"hub": "model"})
+    """Hugging Face folder of the policy: config.json, safetensors, tokenizer; or a name on the hub, such as
+    Qwen/Qwen2.5-7B-Instruct (docs/data.md)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; main weights, gradients and the log-prob reductions are fp32 either way."""
     recompute: Literal["none", "mlp", "full"] = "none"
@@ -96,9 +98,9 @@ class SourceConfig:
 
     SHORTHAND = "path"
 
-    path: tuple[Path, ...]
+    path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
     """A file, a folder of shards or a pattern such as train-*.parquet; or a list of them, which are one data set
-    (docs/data.md)."""
+    (docs/data.md). hf://datasets/OWNER/NAME/PATH is on the hub."""
     weight: float = 1.0
     """Of what is drawn, this source has the share weight / (sum of all sources' weights), whatever its number of rows.
     Means nothing to `evaluation`."""
@@ -201,8 +203,8 @@ class KLConfig:
     """With d = l_ref - l per token: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
     coefficient: float = 0.001
     """Weight of the penalty."""
-    reference: Path | None = None
-    """Hugging Face folder of the reference; the run's own starting point where left out."""
+    reference: Path | None = field(default=None, metadata={"hub": "model"})
+    """Hugging Face folder, or name on the hub, of the reference; the run's own starting point where left out."""
 
     def __post_init__(self) -> None:
         positive(**{"objective.kl.coefficient": self.coefficient})
@@ -784,3 +786,14 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         f"expert {parallel.expert} does not divide the {stage} processes of a pipeline stage",
     )
     return world_size // product
+
+
+def hub_paths(run: RunConfig) -> Iterator[tuple[str, Path]]:
+    """The settings that may be names on the Hugging Face hub, with their paths."""
+    yield "model.path", run.model.path
+    if run.objective.kl is not None and run.objective.kl.reference is not None:
+        yield "objective.kl.reference", run.objective.kl.reference
+    for role in ("prompts", "demonstrations", "evaluation"):
+        sources: tuple[SourceConfig, ...] | None = getattr(run.data, role)
+        for source in sources or ():
+            yield from ((f"data.{role}", path) for path in source.path)

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
+from megatron_chord import hub
 from megatron_chord.config import RunConfig
 from megatron_chord.config_nodes import (
     ConfigError,
@@ -215,18 +216,31 @@ class _Reader:
             raise self._fail(node, f"{where}: expected a single value, got {_shown(node)}")
         return self._scalar(node, kind, where, field)
 
+    def _path(self, node: yaml.ScalarNode, field: Any) -> Path:
+        settings = field.metadata if field else {}
+        path = Path(node.value).expanduser()
+        if settings.get("from_cwd"):
+            return path
+        local = folder(node) / path
+        if "hub" not in settings:
+            return local
+        try:
+            return hub.resolve(node.value, settings["hub"], local)
+        except ValueError as error:
+            raise self._fail(node, str(error)) from None
+
     def _list(self, node: yaml.Node, item: Any, where: str, field: Any) -> tuple[Any, ...]:
         """A list of single values, where one path may stand for a list of one; or of blocks of several kinds."""
         if item is Path and isinstance(node, yaml.ScalarNode):
             return (self._scalar(node, item, where, field),)
         if not isinstance(node, yaml.SequenceNode):
             raise self._fail(node, f"{where}: expected a list, got {_shown(node)}")
-        return tuple(self._item(part, item, where, index) for index, part in enumerate(node.value))
+        return tuple(self._item(part, item, where, index, field) for index, part in enumerate(node.value))
 
-    def _item(self, node: yaml.Node, kind: Any, where: str, index: int) -> Any:
+    def _item(self, node: yaml.Node, kind: Any, where: str, index: int, field: Any) -> Any:
         """Of a list. A block among others is named by its place, and a rule's finding belongs to its own lines."""
         if not members(kind):
-            return self.read(node, kind, where)
+            return self.read(node, kind, where, field if kind is Path else None)
         block = as_block(node, kind)
         places = given_places(block, where.rpartition(".")[0]) if isinstance(block, yaml.MappingNode) else {}
         return _Reader(places, self.findings).read(block, kind, f"{where}[{index}]")
@@ -339,8 +353,7 @@ class _Reader:
             expected = "a path" if kind is Path else kind.__name__
             raise self._fail(node, f"{where}: is empty; expected {expected}")
         if kind is Path:
-            path = Path(text).expanduser()
-            return path if field and field.metadata.get("from_cwd") else folder(node) / path
+            return self._path(node, field)
         try:
             return kind(text.replace(".inf", "inf") if kind is float else text)
         except ValueError:

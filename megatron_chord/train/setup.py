@@ -9,7 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_chord.config import ParallelConfig, RunConfig, SourceConfig, check_lengths, data_parallel_size
+from megatron_chord.config import (
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    check_lengths,
+    data_parallel_size,
+    hub_paths,
+)
 from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
@@ -24,6 +31,7 @@ from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.data.truths import doubts
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.hub import refusal, unresolved_name, why_offline
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
@@ -65,6 +73,10 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     from megatron_chord.model.fp8 import check_fp8
 
     check_installed(run.tracking)
+    for setting, path in hub_paths(run):
+        name = unresolved_name(path)
+        if name is not None:
+            raise ValueError(f"{setting}: {refusal(name, why_offline() or 'nothing has downloaded it')}")
     method = method_of(run)
     shape = read_shape(run.model.path)
     check_copies(open_model(run.model.path, shape.weights), shape.weights)

@@ -1,0 +1,177 @@
+"""Names on the Hugging Face hub: looked up in the local cache, and downloaded before a run where that is allowed.
+
+A model is ``OWNER/NAME``, a data set ``hf://datasets/OWNER/NAME/PATH``, whose path may be a pattern. Either may end in
+``@REVISION`` after its name. Nothing is downloaded in a Slurm job, by a rank, or with ``HF_HUB_OFFLINE``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["model", "dataset"]
+_REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?")
+_UNRESOLVED = re.compile(r"hf:/+(?P<kind>models|datasets)/(?P<name>.*)")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""No pickles."""
+_DATA_ENDINGS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".arrow")
+
+
+@dataclass(frozen=True)
+class HubName:
+    kind: Kind
+    repo: str
+    revision: str = "main"
+    inside: str = ""
+    """Of a data set: path or pattern in its repository."""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision != "main" else ""
+        inside = f"/{self.inside}" if self.inside else ""
+        return f"{'hf://datasets/' if self.kind == 'dataset' else ''}{self.repo}{revision}{inside}"
+
+    @property
+    def unresolved(self) -> Path:
+        """What stands in a run's settings for a name that is not in the cache."""
+        return Path(f"hf:/{self.kind}s") / str(self).removeprefix("hf://datasets/")
+
+    @property
+    def command(self) -> str:
+        """What downloads it by hand."""
+        parts = ["hf", "download", self.repo]
+        if self.kind == "dataset":
+            parts += ["--repo-type", "dataset"]
+        if self.revision != "main":
+            parts += ["--revision", self.revision]
+        if self.inside:
+            parts += ["--include", f"'{self.inside}'"]
+        return " ".join(parts)
+
+
+def read_name(text: str, kind: Kind) -> HubName | None:
+    """The name that ``text`` is; None where it is a path."""
+    if kind == "dataset":
+        start = re.match(r"hf:/+datasets/", text)
+        if start is None:
+            return None
+        text = text[start.end() :]
+    match = _REPO.match(text)
+    if match is None:
+        return None
+    rest = text[match.end() :]
+    if rest and (kind == "model" or not rest.startswith("/")):
+        return None
+    return HubName(kind, match["repo"], match["revision"] or "main", rest.strip("/"))
+
+
+def unresolved_name(path: Path) -> HubName | None:
+    """The name that a path of a run's settings stands for; None for a path."""
+    match = _UNRESOLVED.fullmatch(str(path))
+    if match is None:
+        return None
+    if match["kind"] == "models":
+        return read_name(match["name"], "model")
+    return read_name(f"hf://datasets/{match['name']}", "dataset")
+
+
+def resolve(text: str, kind: Kind, local: Path) -> Path:
+    """``local`` where ``text`` is a path or ``local`` exists, else what the cache has, else ``HubName.unresolved``.
+
+    Raises:
+        ValueError: a data set of several files without a path in it.
+    """
+    name = read_name(text, kind)
+    if name is None or (kind == "model" and local.exists()):
+        return local
+    return cached(name) or name.unresolved
+
+
+def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
+    """The model's folder, or the data set's file or pattern, in the local cache; None where it is not (whole) there.
+
+    Raises:
+        ValueError: a data set of several files without a path in it.
+    """
+    repository = cache_folder(env) / f"{name.kind}s--{name.repo.replace('/', '--')}"
+    reference = repository / "refs" / name.revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else name.revision
+    snapshot = repository / "snapshots" / commit
+    if not snapshot.is_dir():
+        return None
+    if name.kind == "model":
+        is_whole = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+        return snapshot if is_whole else None
+    if name.inside:
+        return snapshot / name.inside if any(snapshot.glob(name.inside)) else None
+    files = sorted(file for file in snapshot.rglob("*") if file.suffix in _DATA_ENDINGS and file.is_file())
+    if len(files) > 1:
+        shown = ", ".join(str(file.relative_to(snapshot)) for file in files[:5])
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        raise ValueError(
+            f"{name} has several files; name those that are meant, as in {name}/PATH: {shown}{more}"
+        )
+    return files[0] if files else None
+
+
+def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub keeps what it has downloaded."""
+    if folder := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(folder).expanduser()
+    if folder := env.get("HF_HOME"):
+        return Path(folder).expanduser() / "hub"
+    return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
+    """Why nothing may be downloaded here; None where it may."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if env.get(name, "").lower() in ("1", "true", "yes", "on"):
+            return f"{name} is set"
+    if "SLURM_JOB_ID" in env:
+        return "a Slurm job downloads nothing"
+    return "ranks download nothing" if "RANK" in env else None
+
+
+def refusal(name: HubName, reason: str) -> str:
+    """The error for a name that is not to be had."""
+    return (
+        f"{name} is neither a path nor (whole) in the Hugging Face cache {cache_folder()}, and {reason}. Download it "
+        f"first: {name.command}"
+    )
+
+
+def fetch(name: HubName, say: Callable[[str], None]) -> None:
+    """Download ``name`` into the cache.
+
+    Raises:
+        ValueError: it may not, or cannot, be downloaded; with the command that does it by hand.
+    """
+    reason = why_offline()
+    if reason is not None:
+        raise ValueError(refusal(name, reason))
+    from huggingface_hub import snapshot_download
+
+    say(f"downloading {name} into {cache_folder()}")
+    inside = name.inside
+    patterns: list[str] | None = [inside, f"{inside}/*"] if inside else None
+    if name.kind == "model":
+        patterns = list(_MODEL_FILES)
+    try:
+        snapshot_download(
+            name.repo,
+            repo_type=name.kind,
+            revision=name.revision,
+            allow_patterns=patterns,
+            cache_dir=cache_folder(),
+        )
+    except Exception as error:  # whatever the network, the hub or the disk raises
+        text = str(error).strip().splitlines()
+        raise ValueError(
+            refusal(name, f"the download failed: {text[0] if text else type(error).__name__}")
+        ) from error
+    if cached(name) is None:
+        raise ValueError(refusal(name, "the repository has no such files"))

@@ -1,0 +1,159 @@
+"""Names on the hub, in a cache with the layout that huggingface_hub gives it: blobs, refs and snapshots of links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_chord import hub
+from megatron_chord.cli import main
+from megatron_chord.config_io import ConfigError, load_config
+from megatron_chord.hub import HubName, read_name
+from tests.support.files import write_rows
+from tests.support.ranks import ROOT
+
+POLICY = ROOT / "examples" / "arithmetic" / "policy"
+ROWS = ROOT / "examples" / "arithmetic"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RUN = """output: out
+steps: 1
+model: {path: small/policy, dtype: fp32}
+data:
+  prompts: hf://datasets/small/sums/main/train-*.jsonl
+  demonstrations: {path: hf://datasets/small/sums@v1/demonstrations.jsonl, name: d}
+  max_prompt_tokens: 64
+  max_response_tokens: 64
+batch: {prompts: 2, rollouts: 2, demonstrations: 2}
+"""
+
+
+def put(cache: Path, folder: str, files: dict[str, Path], revision: str = "main") -> Path:
+    """A repository in the cache; its snapshot."""
+    repository = cache / folder
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    for name, source in files.items():
+        blob = repository / "blobs" / name.replace("/", "-")
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(source.read_bytes())
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "SLURM_JOB_ID", "RANK", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def run_file(tmp_path: Path, text: str = RUN) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_run_is_read_from_the_cache_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = put(cache, "models--small--policy", {file.name: file for file in POLICY.iterdir()})
+    data = put(cache, "datasets--small--sums", {"main/train-0.jsonl": ROWS / "problems_train.jsonl"})
+    put(
+        cache, "datasets--small--sums", {"demonstrations.jsonl": ROWS / "demonstrations.jsonl"}, revision="v1"
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = load_config(run_file(tmp_path))
+    assert run.model.path == model
+    assert run.data.prompts[0].path == (data / "main" / "train-*.jsonl",)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "run.yaml"]) == 0
+    assert "1000 of 1000 rows" in capsys.readouterr().out
+
+
+def test_what_is_not_in_the_cache_is_refused_with_the_command(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    run_file(tmp_path)
+    assert main(["check", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: run.yaml:3: model.path: small/policy is neither a path nor (whole) in the Hugging"
+    )
+    assert "HF_HUB_OFFLINE is set. Download it first: hf download small/policy\n" in error
+    put(cache, "models--small--policy", {file.name: file for file in POLICY.iterdir()})
+    assert main(["check", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "hf download small/sums --repo-type dataset --include 'main/train-*.jsonl'\n" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SLURM_JOB_ID", "3"), ("RANK", "0"), ("TRANSFORMERS_OFFLINE", "true")]
+)
+def test_nothing_is_downloaded_in_a_job_or_offline(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"Download it first: hf download a/b --revision v2$"):
+        hub.fetch(HubName("model", "a/b", "v2"), print)
+
+
+def test_a_download_that_fails_says_so_with_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    said: list[str] = []
+    with pytest.raises(
+        ValueError, match=r"the download failed: no route to host. Download it first: hf download a/b$"
+    ):
+        hub.fetch(HubName("model", "a/b"), said.append)
+    assert said == [f"downloading a/b into {cache}"]
+
+
+def test_a_folder_of_the_name_comes_first(cache: Path, tmp_path: Path) -> None:
+    put(cache, "models--small--policy", {file.name: file for file in POLICY.iterdir()})
+    (tmp_path / "small" / "policy").mkdir(parents=True)
+    assert load_config(run_file(tmp_path)).model.path == tmp_path / "small" / "policy"
+
+
+def test_half_a_model_is_none(cache: Path) -> None:
+    put(cache, "models--a--b", {"config.json": POLICY / "config.json"})
+    assert hub.cached(HubName("model", "a/b")) is None
+
+
+def test_a_data_set_of_several_files_needs_a_path(cache: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", {"problem": "?", "answer": "1"})
+    put(cache, "datasets--a--b", {"train.jsonl": rows})
+    assert (
+        hub.cached(HubName("dataset", "a/b"))
+        == cache / "datasets--a--b" / "snapshots" / COMMIT / "train.jsonl"
+    )
+    put(cache, "datasets--a--b", {"test.jsonl": rows})
+    text = RUN.replace("hf://datasets/small/sums/main/train-*.jsonl", "hf://datasets/a/b")
+    with pytest.raises(
+        ConfigError, match=r"run.yaml:5: hf://datasets/a/b has several files; .*: test.jsonl, train.jsonl"
+    ):
+        load_config(run_file(tmp_path, text))
+
+
+def test_which_texts_are_names() -> None:
+    assert read_name("Qwen/Qwen2.5-7B-Instruct", "model") == HubName("model", "Qwen/Qwen2.5-7B-Instruct")
+    assert read_name("a/b@v1", "model") == HubName("model", "a/b", "v1")
+    for path in ("policy", "./a/b", "../b", "/a/b", "a/b/c", "~/a"):
+        assert read_name(path, "model") is None
+    inside = read_name("hf://datasets/openai/gsm8k@abc/main/train-*.parquet", "dataset")
+    assert inside == HubName("dataset", "openai/gsm8k", "abc", "main/train-*.parquet")
+    assert inside is not None
+    for name in (inside, HubName("model", "a/b", "v1"), HubName("dataset", "a/b")):
+        assert hub.unresolved_name(name.unresolved) == name
+    assert read_name("openai/gsm8k", "dataset") is None
