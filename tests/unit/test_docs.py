@@ -20,7 +20,7 @@ import pytest
 
 from megatron_chord import cli
 from megatron_chord.config_io import load_config, load_suite
-from tools import convert, plan
+from tools import convert, plan, prepare
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -34,6 +34,7 @@ PROGRAMS = {
     "megatron-chord": cli.main,
     "tools/convert.py": convert.main,
     "tools/plan.py": plan.main,
+    "tools/prepare.py": prepare.main,
 }
 FOLDERS = ("examples", "slurm", "tools", "benchmarks", "docker", "megatron_chord", "tests")
 """A word of a command that begins with one of them is a path in the repository."""
