@@ -160,6 +160,10 @@ class DataConfig:
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}, in RL, SFT and evaluation alike. The
     exported policy's template has them as its defaults. Names that the template does not read are refused."""
+    tools_as: Literal["auto", "system_message", "template"] = "auto"
+    """Who shows a row's functions, in RL, SFT and evaluation alike. system_message: a text that asks for calls as the
+    tool-call reward reads them. template: the model's own chat template. auto: the template for rows whose messages
+    hold calls or their results, else the system message; a run with both is refused."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     """Which assistant turns of a demonstration are trained. last_turn: the last one alone, after the others as a prompt
     shows them; for templates that rewrite earlier turns (Qwen3 cuts their thinking out)."""

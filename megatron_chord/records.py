@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-Message = dict[str, str]
-"""A chat message: ``role`` (system, user, assistant) and ``content``."""
+Message = dict[str, Any]
+"""A chat message: the texts ``role`` (system, user, assistant, tool) and ``content``, and more (``data.messages``)."""
+Tool = Mapping[str, Any]
+"""A function's schema, as chat templates take it: ``{"type": "function", "function": {"name": ..., ...}}``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Prompt:
     truth: str
     token_ids: tuple[int, ...]
     """After the chat template, with the generation prompt."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the chat template was given to show."""
     source: str = ""
     """Name of the data source that it comes from (``data.prompts``)."""
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])

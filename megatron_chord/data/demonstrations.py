@@ -16,7 +16,7 @@ from megatron_chord.data.rows import (
     row_id,
     text_field,
 )
-from megatron_chord.data.templates import ChatTemplate, TrainOn
+from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.data.tools import conversation
 from megatron_chord.records import Demonstration, Message
 
@@ -28,7 +28,6 @@ def load_demonstrations(  # noqa: PLR0913
     max_prompt_tokens: int,
     max_response_tokens: int,
     overlong: Literal["fail", "drop"],
-    train_on: TrainOn = "all_turns",
     fields: Mapping[str, str] | None = None,
     max_dropped: float = 0.0,
     source: str = "",
@@ -41,7 +40,6 @@ def load_demonstrations(  # noqa: PLR0913
     (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
     ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name that the
     demonstrations carry. ``observe`` is called for each row.
-    ``train_on`` says which assistant turns are trained (``ChatTemplate.demonstration``).
     Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
     teach how to end.
 
@@ -50,11 +48,14 @@ def load_demonstrations(  # noqa: PLR0913
             ``overlong="fail"``; or no row left.
     """
     seen: dict[str, str] = {}
+    reading = Reading("demonstrations", fields or {})
 
     def parse(row: Row) -> Demonstration | None:
-        messages = _demonstrated_messages(row, template)
+        asked = conversation(row, template)
+        reading.tools_shown.add(asked.tools_shown)
+        messages = _demonstrated_messages(row, asked.messages)
         identity = row_id(row, seen)
-        token_ids, trainable = template.demonstration(messages, train_on=train_on)
+        token_ids, trainable = template.demonstration(messages, tools=asked.tools)
         num_response = sum(trainable)
         num_prompt = len(token_ids) - num_response
         if num_response == 0:
@@ -83,15 +84,14 @@ def load_demonstrations(  # noqa: PLR0913
 
     return load_rows(
         data,
-        Reading("demonstrations", fields or {}),
+        reading,
         parse,
         limits=f"{max_prompt_tokens} prompt or {max_response_tokens} response tokens",
         max_dropped=max_dropped,
     )
 
 
-def _demonstrated_messages(row: Row, template: ChatTemplate) -> tuple[Message, ...]:
-    messages = conversation(row, template)
+def _demonstrated_messages(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     if "messages" not in row.fields:
         response = text_field(row, only_one_of(row, ("solution", "response")))
         return (*messages, {"role": "assistant", "content": response})

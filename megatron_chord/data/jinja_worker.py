@@ -2,8 +2,8 @@
 
 A template is a program of whoever published the model. Jinja's sandbox keeps it from files and attributes; here it is
 kept from taking all time and memory. It reads a JSON line with ``template``, ``names`` and ``cpu_s``, then lines with
-``messages`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``. A line
-without ``messages`` asks what the template reads, and the answer is ``{"variables"}``.
+``messages``, ``tools`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``.
+A line without ``messages`` asks what the template reads, and the answer is ``{"variables"}``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> by
             return json.dumps({"variables": _variables(setting["template"])}).encode() + b"\n"
         texts, _ = render(
             conversations=[request["messages"]],
+            tools=request["tools"] or None,
             chat_template=setting["template"],
             add_generation_prompt=request["add_generation_prompt"],
             strftime_now=_TEMPLATE_DATE.strftime,

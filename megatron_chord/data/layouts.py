@@ -81,6 +81,8 @@ class Reading:
     """Fields that no row's reading looked at."""
     has_nulls: bool = False
     """Null keys were left out of nested columns."""
+    tools_shown: set[str] = field(default_factory=set[str])
+    """Who shows the rows' functions (``data.tools.Conversation``); empty of rows without any."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
@@ -181,6 +183,7 @@ def load_rows(
         reading=str(reading),
         dropped=tuple(dropped),
         overlong=tuple(overlong),
+        tools_shown=frozenset(reading.tools_shown - {""}),
     )
     return kept, report
 

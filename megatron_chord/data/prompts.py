@@ -34,8 +34,8 @@ def load_prompts(  # noqa: PLR0913
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
-    A row has `messages` that end with the user's, or a `problem`, `question` or `prompt` as text; `answer` or
-    `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
+    A row has `messages` that end with the user's or a tool's, or a `problem`, `question` or `prompt` as text; `answer`
+    or `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
     whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
     The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
     (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry. ``observe`` is called for each
@@ -47,14 +47,17 @@ def load_prompts(  # noqa: PLR0913
     """
     needed = needs(source)
     seen: dict[str, str] = {}
+    reading = Reading("prompts", fields or {})
 
     def parse(row: Row) -> Prompt | None:
-        messages = conversation(row, template)
-        if messages[-1]["role"] != "user":
-            raise RowError(f"the last message of a prompt must be the user's, got {messages[-1]['role']}'s")
+        asked = conversation(row, template)
+        reading.tools_shown.add(asked.tools_shown)
+        last = asked.messages[-1]["role"]
+        if last not in ("user", "tool"):
+            raise RowError(f"the last message of a prompt must be the user's or a tool's, got {last}'s")
         truth = true_answer(row) if needed.truth or has_truth(row) else ""
         identity = row_id(row, seen)
-        token_ids = template.prompt_ids(messages)
+        token_ids = template.prompt_ids(asked.messages, tools=asked.tools)
         is_overlong = len(token_ids) > max_prompt_tokens
         if observe is not None:
             observe(
@@ -62,7 +65,7 @@ def load_prompts(  # noqa: PLR0913
                     source=source,
                     file=row.file,
                     number=row.number,
-                    messages=messages,
+                    messages=asked.messages,
                     token_ids=token_ids,
                     truth=truth,
                     is_overlong=is_overlong,
@@ -72,14 +75,19 @@ def load_prompts(  # noqa: PLR0913
             if overlong == "fail":
                 raise RowError(f"{len(token_ids)} prompt tokens, max_prompt_tokens is {max_prompt_tokens}")
             return None
-        kept = dict(row.given or row.fields) if needed.fields else {}
         return Prompt(
-            id=identity, messages=messages, truth=truth, token_ids=token_ids, source=source, fields=kept
+            id=identity,
+            messages=asked.messages,
+            truth=truth,
+            token_ids=token_ids,
+            tools=asked.tools,
+            source=source,
+            fields=dict(row.given or row.fields) if needed.fields else {},
         )
 
     return load_rows(
         data,
-        Reading("prompts", fields or {}),
+        reading,
         parse,
         limits=f"{max_prompt_tokens} tokens",
         max_dropped=max_dropped,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chord.data.rows import FatalRowError, RowError
-from megatron_chord.records import Message
+from megatron_chord.records import Message, Tool
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 CPU_S = 10.0
@@ -41,14 +41,20 @@ class Renderer:
         self._variables: frozenset[str] | None = None
         self._lock = threading.Lock()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text. The first call starts the process.
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool
+    ) -> str:
+        """The conversation as text. The first call starts the process. ``tools`` are functions to show.
 
         Raises:
             RowError: the template refuses the conversation.
             FatalRowError: it took too long or too much memory.
         """
-        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        request = {
+            "messages": list(messages),
+            "tools": list(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
         return self._answer(request)["text"]
 
     def variables(self) -> frozenset[str]:

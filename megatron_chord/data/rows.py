@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_chord.data.files import files_of, kind_of, opened
-from megatron_chord.records import Message
 
 T = TypeVar("T")
 
@@ -97,6 +96,8 @@ class LoadReport:
     num_overlong: int
     reading: str = ""
     """How the rows were read, and which of their fields were not."""
+    tools_shown: frozenset[str] = frozenset()
+    """Who shows functions or writes calls: the chat template or the system message."""
     dropped: tuple[Fault, ...] = ()
     """Rows that cannot be used and were left out (``data.max_dropped``)."""
     overlong: tuple[Fault, ...] = ()
@@ -194,8 +195,8 @@ def text_field(row: Row, name: str) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
         hint = "; a chat goes under `messages`" if isinstance(value, list) else ""
-        raise RowError(f"`{name}` must be a string, got {_kind(value)}{hint}")
-    return _checked_text(value, f"`{name}`")
+        raise RowError(f"`{name}` must be a string, got {kind_name(value)}{hint}")
+    return checked_text(value, f"`{name}`")
 
 
 def json_field(row: Row, name: str) -> Any:
@@ -218,72 +219,23 @@ def truth_field(row: Row) -> str:
             raise RowError(f"`{name}` is {value}")
         return value.text if isinstance(value, WrittenNumber) else str(value)
     if not isinstance(value, str):
-        raise RowError(f"`{name}` must be a string or a number, got {_kind(value)}")
-    return _checked_text(value, f"`{name}`")
-
-
-def question_messages(row: Row) -> tuple[Message, ...]:
-    """`messages` as they are, or the problem's text as one user message."""
-    name = only_one_of(row, QUESTION_FIELDS)
-    if name == "messages":
-        return chat_messages(row)
-    return ({"role": "user", "content": text_field(row, name)},)
-
-
-def chat_messages(row: Row) -> tuple[Message, ...]:
-    """`messages`, checked: an optional system message first, then user and assistant in turn."""
-    value = row.fields["messages"]
-    if not isinstance(value, list) or not value:
-        raise RowError(f"`messages` must be a list of messages, got {_kind(value)}")
-    if _is_empty_system(value[0]):
-        value = value[1:]
-    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
-    if not messages:
-        raise RowError("`messages` has nothing but an empty system message")
-    has_system = messages[0]["role"] == "system"
-    for index, message in enumerate(messages[has_system:]):
-        expected = "user" if index % 2 == 0 else "assistant"
-        if message["role"] != expected:
-            raise RowError(
-                f"messages[{index + has_system}] is from {message['role']}, expected {expected} "
-                "(system only first, then user and assistant in turn)"
-            )
-    return messages
+        raise RowError(f"`{name}` must be a string or a number, got {kind_name(value)}")
+    return checked_text(value, f"`{name}`")
 
 
 def row_id(row: Row, seen: dict[str, str]) -> str:
     """The row's own `id` or ``file:number``; `seen` maps the ids so far to their rows and is added to."""
     value = row.fields.get("id", f"{row.file}:{row.number}")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise RowError(f"`id` must be a string or a whole number, got {_kind(value)}")
+        raise RowError(f"`id` must be a string or a whole number, got {kind_name(value)}")
     if str(value) in seen:
         raise RowError(f"`id` {value!r} is taken by {seen[str(value)]}")
     seen[str(value)] = row.position
-    return _checked_text(str(value), "`id`")
+    return checked_text(str(value), "`id`")
 
 
-def _is_empty_system(message: Any) -> bool:
-    """A system message without text is none."""
-    return (
-        isinstance(message, dict) and message.get("role") == "system" and message.get("content") in ("", None)
-    )
-
-
-def _message(value: Any, name: str) -> Message:
-    if not isinstance(value, dict):
-        raise RowError(f"{name} must be an object with `role` and `content`, got {_kind(value)}")
-    extra = sorted(key for key, item in value.items() if key not in ("role", "content") and item is not None)
-    if extra:
-        raise RowError(f"{name} has fields that no template here is given: {', '.join(extra)}")
-    role, content = value.get("role"), value.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise RowError(f"{name}.role must be system, user or assistant, got {role!r}")
-    if not isinstance(content, str):
-        raise RowError(f"{name}.content must be a string, got {_kind(content)}")
-    return {"role": role, "content": _checked_text(content, f"{name}.content")}
-
-
-def _checked_text(value: str, name: str) -> str:
+def checked_text(value: str, name: str) -> str:
+    """``value``; RowError where it is empty, too long or no Unicode text."""
     if len(value) > MAX_TEXT:
         raise RowError(f"{name} has {len(value)} characters, at most {MAX_TEXT} are read")
     if not value.strip():
@@ -295,7 +247,8 @@ def _checked_text(value: str, name: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_name(value: Any) -> str:
+    """What a value is, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return "nothing" if value in ([], "") else names.get(type(value), type(value).__name__)
 
@@ -373,7 +326,7 @@ def _read_json(path: Path) -> Iterator[Row | Fault]:
         if isinstance(item, dict):
             yield Row(position, number, {name: value for name, value in item.items() if value is not None})
         else:
-            yield Fault(position, f"expected a JSON object, got {_kind(item)}", number)
+            yield Fault(position, f"expected a JSON object, got {kind_name(item)}", number)
 
 
 def _read_csv(path: Path) -> Iterator[Row | Fault]:
@@ -414,7 +367,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     if not isinstance(value, dict):
-        raise RowError(f"expected a JSON object, got {_kind(value)}")
+        raise RowError(f"expected a JSON object, got {kind_name(value)}")
     return {name: item for name, item in value.items() if item is not None}
 
 

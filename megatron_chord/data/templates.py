@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sentencepiece
 
+from megatron_chord.data.messages import texts_of
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import RowError
 from megatron_chord.data.thinking import CLOSE, is_skipped, lost_part, opening, thinks
 from megatron_chord.json_files import read_object
-from megatron_chord.records import Message
+from megatron_chord.records import Message, Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 TrainOn = Literal["all_turns", "last_turn"]
-"""Which of a demonstration's assistant turns are trained."""
+ToolsAs = Literal["auto", "system_message", "template"]
 _LATER = (
     "The template rewrites earlier turns. Train the last turn alone with data.train_on: last_turn, or give another "
     "template with data.chat_template"
@@ -58,6 +59,10 @@ class ChatTemplate:
     """Of the model; ids from it on have no embedding. None: not checked."""
     opening: str = ""
     """Thinking block that prompts open and the policy goes on with, such as ``<think>\\n``."""
+    tools_as: ToolsAs = "auto"
+    """Who shows a row's functions (`data.tools`)."""
+    train_on: TrainOn = "all_turns"
+    """Which of a demonstration's assistant turns are trained."""
     exported: str | None = None
     """Jinja that belongs beside the trained policy, so that others render as the training did. None: what the
     tokenizer's folder has does so already."""
@@ -68,23 +73,23 @@ class ChatTemplate:
             return tuple(messages)
         return ({"role": "system", "content": self.system_prompt}, *messages)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of `messages` and the generation prompt: what the policy continues.
+    def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[int, ...]:
+        """Ids of `messages` and the generation prompt: what the policy continues. `tools` are shown by the template.
 
         Raises:
             RowError: a message holds a control token's text, or the template refuses the conversation.
         """
         conversation = self.conversation(messages)
-        self._refuse_control_texts(conversation)
-        return self._rendered(conversation, add_generation_prompt=True).token_ids
+        self._refuse_control_texts(conversation, tools)
+        return self._rendered(conversation, tools, add_generation_prompt=True).token_ids
 
     def demonstration(
-        self, messages: Sequence[Message], *, train_on: TrainOn = "all_turns"
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
     ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """Ids of a whole conversation and, for each, whether it belongs to an assistant's turn that is trained.
 
         A trained turn is trainable from its first token to its stop token, both included. What the template writes
-        after a stop token is not; after the last one it is cut off. With ``train_on="last_turn"`` the template may
+        after a stop token is not; after the last one it is cut off. With ``train_on: last_turn`` the template may
         write earlier turns otherwise than they were answered: they are context, as they are in a prompt.
 
         Raises:
@@ -93,17 +98,16 @@ class ChatTemplate:
                 trained turn has no stop token.
         """
         conversation = self.conversation(messages)
-        self._refuse_control_texts(conversation)
-        whole = self._rendered(conversation, add_generation_prompt=False)
+        self._refuse_control_texts(conversation, tools)
+        whole = self._rendered(conversation, tools, add_generation_prompt=False)
         trainable = [False] * len(whole.token_ids)
         end = 0
         turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant"]
-        for turn in turns if train_on == "all_turns" else turns[-1:]:
-            prompt = self._rendered(conversation[:turn], add_generation_prompt=True)
-            is_last = turn + 1 == len(conversation)
-            answered = (
-                whole if is_last else self._rendered(conversation[: turn + 1], add_generation_prompt=False)
-            )
+        for turn in turns if self.train_on == "all_turns" else turns[-1:]:
+            prompt = self._rendered(conversation[:turn], tools, add_generation_prompt=True)
+            answered = whole
+            if turn + 1 < len(conversation):
+                answered = self._rendered(conversation[: turn + 1], tools, add_generation_prompt=False)
             start = len(prompt.token_ids)
             self._require_prefix(
                 prompt.token_ids,
@@ -146,8 +150,10 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _rendered(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> _Rendered:
-        text = self.renderer.render(conversation, add_generation_prompt=add_generation_prompt)
+    def _rendered(
+        self, conversation: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool
+    ) -> _Rendered:
+        text = self.renderer.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
         # The template writes the beginning-of-sequence token itself where the model wants one.
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         self._refuse_unknown(token_ids)
@@ -181,14 +187,17 @@ class ChatTemplate:
             if self.vocab_size is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"{role} is {self._token_text(token)}, id {token}, {self._beyond()}")
 
-    def _refuse_control_texts(self, conversation: Sequence[Message]) -> None:
-        for index, message in enumerate(conversation):
-            for text in self.control_tokens.values():
-                if text in message["content"]:
-                    raise RowError(
-                        f"message {index} ({message['role']}) holds {text!r}, "
-                        "which the tokenizer would read as a control token"
-                    )
+    def _refuse_control_texts(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> None:
+        places = [
+            (f"message {index} ({message['role']})", message) for index, message in enumerate(conversation)
+        ]
+        for name, place in (*places, ("a function's schema", tools)):
+            for held in texts_of(place):
+                for text in self.control_tokens.values():
+                    if text in held:
+                        raise RowError(
+                            f"{name} holds {text!r}, which the tokenizer would read as a control token"
+                        )
 
     def _require_prefix(
         self, before: tuple[int, ...], after: tuple[int, ...], turn: int, what: str, why: str
@@ -226,9 +235,10 @@ class ChatTemplate:
         if prompt.text.endswith(self.opening):
             text = self.opening + text
         if is_skipped(text, message):
+            remedies = self._thinking_remedies(message)
             raise RowError(
                 f"the chat template ({self.source}) begins message {turn} with an empty <think></think>, but the "
-                f"prompt leaves thinking open: the demonstration would teach to skip it. {self._thinking_remedies()}"
+                f"prompt leaves thinking open: the demonstration would teach to skip it. {remedies}"
             )
         lost = lost_part(text, message)
         if lost is not None:
@@ -237,13 +247,15 @@ class ChatTemplate:
                 "learn it. Give another template with data.chat_template"
             )
 
-    def _thinking_remedies(self) -> str:
+    def _thinking_remedies(self, message: Message) -> str:
+        if thinks(message):
+            return "The template does not see the thinking in `content`: put it into `reasoning_content`"
         off = "give another template with data.chat_template"
         if "enable_thinking" in self.renderer.variables():
             off = "set data.template_arguments: {enable_thinking: false}, which RL and evaluation follow, too"
         return (
             f"To train without thinking, {off}. To train with it, give demonstrations that think (<think>...</think> "
-            "at the start of the answer)"
+            "at the start of the answer, or `reasoning_content`)"
         )
 
     def _excerpt(self, token_ids: tuple[int, ...], start: int) -> str:
@@ -275,6 +287,8 @@ def load_template(
     chat_template: Path | None = None,
     arguments: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
+    tools_as: ToolsAs = "auto",
+    train_on: TrainOn = "all_turns",
     vocab_size: int | None = None,
 ) -> ChatTemplate:
     """The chat template of a local Hugging Face folder, or the Jinja file `chat_template` with its tokenizer.
@@ -298,6 +312,8 @@ def load_template(
         source=source,
         renderer=Renderer(jinja, {**tokenizer.special_tokens_map, **arguments}, source),
         system_prompt=system_prompt,
+        tools_as=tools_as,
+        train_on=train_on,
         stop_token_ids=_stop_token_ids(tokenizer, tokenizer_folder),
         control_tokens=_control_tokens(tokenizer, tokenizer_folder),
         vocab_size=vocab_size,

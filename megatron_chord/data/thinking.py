@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from megatron_chord.records import Message
 
@@ -19,7 +20,7 @@ def opening(generation_prompt: str) -> str:
 def thinks(message: Message) -> bool:
     """Whether an assistant's message holds a thinking block that is not empty."""
     content = message["content"]
-    return CLOSE in content and not _EMPTY_BLOCK.match(content)
+    return "reasoning_content" in message or (CLOSE in content and not _EMPTY_BLOCK.match(content))
 
 
 def is_skipped(turn: str, message: Message) -> bool:
@@ -31,10 +32,14 @@ def lost_part(turn: str, message: Message) -> str | None:
     """What of an assistant's message the rendered ``turn`` does not have, blanks aside; None where it has all."""
     rendered = _without_blanks(turn)
     content = _EMPTY_BLOCK.sub("", message["content"], count=1)
-    if _without_blanks(content) in rendered:
-        return None
     answer = content.rpartition(CLOSE)[2]
-    return "thinking" if thinks(message) and _without_blanks(answer) in rendered else "text"
+    if _without_blanks(answer) not in rendered:
+        return "text"
+    if not all(_without_blanks(text) in rendered for text in (content, message.get("reasoning_content", ""))):
+        return "thinking"
+    called = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
+    lost = [name for name, count in called.items() if turn.count(name) < count]
+    return f"call of `{lost[0]}`" if lost else None
 
 
 def _without_blanks(text: str) -> str:

@@ -2,27 +2,32 @@
 
 RL prompts, demonstrations and evaluation get their messages here, so all three see the same tools. What the reply
 must look like is what `rewards.tool_calls` reads; a list of tools and these two tags are Tool-N1's way to ask for it
-(arXiv 2505.00024).
+(arXiv 2505.00024). Rows whose messages hold calls and results as fields of their own are written by the chat template,
+which then is given the tools, too.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from megatron_chord.data.functions import calls_of
+from megatron_chord.data.messages import question_messages, uses_tools
 from megatron_chord.data.rows import (
     TOOL_FIELDS,
     TRUTH_FIELDS,
+    LoadReport,
     Row,
     RowError,
     json_field,
     only_one_of,
-    question_messages,
+    strict_json,
     truth_field,
 )
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Message
+from megatron_chord.records import Message, Tool
 from megatron_chord.rewards.tool_calls import read_truth
 
 _INSTRUCTION = """\
@@ -42,16 +47,60 @@ Give each argument the type that its function asks for. If no function helps, th
 <tool_call>[]</tool_call>"""
 
 
-def conversation(row: Row, template: ChatTemplate) -> tuple[Message, ...]:
-    """The row's question with the system prompt and, where it has tools, these at the end of the system message."""
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    """Functions for the chat template to show."""
+    tools_shown: Literal["", "system_message", "template"] = ""
+    """Who shows the functions or writes the calls; empty where there are none."""
+
+
+def conversation(row: Row, template: ChatTemplate) -> Conversation:
+    """The row's question with the system prompt and, where it has tools, these.
+
+    They are shown at the end of the system message or, where the messages hold calls and results of their own, by the
+    chat template; ``template.tools_as`` may choose one way for all rows.
+
+    Raises:
+        RowError: the template shows no functions; or only it could write the row's calls, and is not to.
+    """
     messages = template.conversation(question_messages(row))
-    if not _has_tools(row):
-        return messages
+    has_calls, has_tools = uses_tools(messages), _has_tools(row)
+    if has_calls and template.tools_as == "system_message":
+        raise RowError(
+            "its messages hold calls of functions or their results, which only the chat template can write: set "
+            "data.tools_as: template"
+        )
+    if has_calls or (has_tools and template.tools_as == "template"):
+        tools = tuple({"type": "function", "function": tool} for tool in _tools(row)) if has_tools else ()
+        if tools and "tools" not in template.renderer.variables():
+            raise RowError(
+                f"the chat template ({template.source}) shows no functions; it does not read `tools`"
+            )
+        return Conversation(messages=messages, tools=tools, tools_shown="template")
+    if not has_tools:
+        return Conversation(messages=messages)
+    return Conversation(messages=_with_tools(messages, row), tools_shown="system_message")
+
+
+def _with_tools(messages: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     text = _INSTRUCTION.format(tools="\n".join(_tool_lines(row)))
     if messages[0]["role"] != "system":
         return ({"role": "system", "content": text}, *messages)
     system = messages[0]["content"].rstrip()
     return ({"role": "system", "content": f"{system}\n\n{text}"}, *messages[1:])
+
+
+def require_one_way(reports: Iterable[LoadReport]) -> None:
+    """ValueError where some rows' functions are shown by the chat template, and others' by the system message."""
+    by_way = {way: report.data for report in reports for way in report.tools_shown}
+    if len(by_way) > 1:
+        raise ValueError(
+            f"data.tools_as: functions would be shown by the chat template in {by_way['template']} and by the system "
+            f"message in {by_way['system_message']}, so the policy would see two forms of calls. Choose `template`; or "
+            "`system_message`, and demonstrations whose calls are text"
+        )
 
 
 def true_answer(row: Row) -> str:
@@ -103,6 +152,8 @@ def _tools(row: Row) -> list[dict[str, Any]]:
 
 
 def _tool(item: Any, name: str) -> dict[str, Any]:
+    if isinstance(item, str) and item.lstrip().startswith("{"):  # a list of JSON texts in Parquet
+        item = strict_json(item)
     if isinstance(item, dict) and item.keys() == {"type", "function"}:
         item = item["function"]
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"].strip():

@@ -135,7 +135,7 @@ def hinted(prompt: Prompt, hint: str, *, cue: str, template: ChatTemplate) -> Pr
     """The same problem with ``cue`` and hint appended to its last message."""
     *before, last = prompt.messages
     messages = (*before, {**last, "content": f"{last['content']}\n{cue}\n{hint}"})
-    return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages))
+    return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages, tools=prompt.tools))
 
 
 def hint_stats(trials: Sequence[Trial]) -> dict[str, Any]:

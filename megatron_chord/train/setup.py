@@ -28,6 +28,7 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.served import served_otherwise
 from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.data.tools import require_one_way
 from megatron_chord.data.truths import doubts
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
@@ -148,6 +149,8 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         chat_template=run.data.chat_template,
         arguments=run.data.template_arguments,
         system_prompt=run.data.system_prompt,
+        tools_as=run.data.tools_as,
+        train_on=run.data.train_on,
         vocab_size=shape.vocab_size,
     )
     limits: dict[str, Any] = {
@@ -163,7 +166,6 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         partial(
             load_demonstrations,
             max_response_tokens=run.data.max_response_tokens,
-            train_on=run.data.train_on,
             observe=observe.get("demonstrations"),
             **limits,
         ),
@@ -176,6 +178,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         *shown.lines("demonstrations"),
         *held_out.lines("evaluation "),
     ]
+    require_one_way([*asked.reports, *shown.reports, *held_out.reports])
     for what, loaded in (("prompts", asked), ("evaluation", held_out)):
         reports += [
             f"truths      {what}: {doubt}"

@@ -93,7 +93,7 @@ class ScriptedContext:
 class WordTemplate(SimpleNamespace):
     """Tokens are characters, of all messages one after the other."""
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]], *, tools: Sequence[Any]) -> tuple[int, ...]:
         return tuple(ord(letter) for message in messages for letter in message["content"])
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from megatron_chord.data import rows
+from megatron_chord.data.messages import question_messages
 from megatron_chord.data.rows import (
     DataError,
     LoadReport,
     Row,
     RowError,
     parse_rows,
-    question_messages,
     read_rows,
     row_id,
     text_field,
@@ -154,14 +154,14 @@ def test_parquet_rows_are_the_same_rows(tmp_path: Path) -> None:
         ({"messages": "hi"}, "`messages` must be a list of messages, got a string"),
         ({"messages": ["hi"]}, "messages[0] must be an object with `role` and `content`, got a string"),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "messages[0].role must be system, user or assistant, got 'tool'",
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages[0].role must be system, user, assistant or tool, got 'robot'",
         ),
         ({"messages": [{"role": "user"}]}, "messages[0].content must be a string, got null"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content is empty"),
         (
-            {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
-            "messages[0] has fields that no template here is given: tool_calls",
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [{}], "name": "n", "audio": None}]},
+            "messages[0] has fields that no template here is given for user: name, tool_calls",
         ),
     ],
 )

@@ -1,0 +1,189 @@
+"""Chat messages of a row, checked: who says what, which functions are called, and what these return.
+
+A message has ``role`` and ``content``. An assistant's may have ``reasoning_content`` (its thinking, apart from the
+answer) and ``tool_calls``; after these come messages of the role ``tool``, one for each call. Only fields that are
+filled are kept, since some templates ask whether a field is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_chord.data.rows import (
+    QUESTION_FIELDS,
+    Row,
+    RowError,
+    checked_text,
+    kind_name,
+    only_one_of,
+    strict_json,
+    text_field,
+)
+from megatron_chord.records import Message
+
+_FIELDS = {
+    "system": (),
+    "user": (),
+    "assistant": ("reasoning_content", "tool_calls"),
+    "tool": ("name", "tool_call_id"),
+}
+"""What a message of each role may have beside ``role`` and ``content``."""
+_NOTHING = (None, "", [])
+
+
+def question_messages(row: Row) -> tuple[Message, ...]:
+    """`messages` as they are, or the problem's text as one user message."""
+    name = only_one_of(row, QUESTION_FIELDS)
+    if name == "messages":
+        return chat_messages(row)
+    return ({"role": "user", "content": text_field(row, name)},)
+
+
+def chat_messages(row: Row) -> tuple[Message, ...]:
+    """`messages`, checked: an optional system message first, then user and assistant in turn.
+
+    After an assistant's calls come the results, then the assistant again. A call's arguments may be an object or its
+    JSON text; here they are an object, as templates expect.
+
+    Raises:
+        RowError: naming the message and what is wrong with it.
+    """
+    value = row.fields["messages"]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`messages` must be a list of messages, got {kind_name(value)}")
+    if _is_empty_system(value[0]):
+        value = value[1:]
+    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    if not messages:
+        raise RowError("`messages` has nothing but an empty system message")
+    has_system = messages[0]["role"] == "system"
+    _check_turns(messages[has_system:], start=int(has_system))
+    return messages
+
+
+def uses_tools(messages: Sequence[Message]) -> bool:
+    """Whether functions are called in these messages, as fields of their own, or return something."""
+    return any("tool_calls" in message or message["role"] == "tool" for message in messages)
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a message or in its parts: values, and names of objects' fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from texts_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item)
+
+
+def _check_turns(messages: Sequence[Message], start: int) -> None:
+    expected = ("user",)
+    open_calls: list[str] = []
+    for index, message in enumerate(messages):
+        role, name = message["role"], f"messages[{index + start}]"
+        if role not in expected:
+            raise RowError(
+                f"{name} is from {role}, expected {' or '.join(expected)} (system only first, then user and assistant "
+                "in turn)"
+            )
+        if role == "assistant":
+            calls = message.get("tool_calls", ())
+            open_calls = [str(call.get("id", "")) for call in calls]
+            expected = ("tool",) if calls else ("user", "tool")  # calls may also be text
+        elif role == "tool" and open_calls:
+            _close_call(message, open_calls, name)
+            expected = ("tool",) if open_calls else ("assistant",)
+        else:
+            expected = ("assistant", "tool") if role == "tool" else ("assistant",)
+    if open_calls and messages[-1]["role"] == "tool":
+        raise RowError(f"{len(open_calls)} of the last calls have no result, a message of the role tool")
+
+
+def _close_call(message: Message, open_calls: list[str], name: str) -> None:
+    """Take the call that ``message`` answers from the list: by its id where both have one, else the first."""
+    wanted = message.get("tool_call_id")
+    if wanted is not None and any(open_calls) and wanted not in open_calls:
+        raise RowError(f"{name}.tool_call_id is {wanted!r}, open calls are {', '.join(open_calls)}")
+    open_calls.remove(wanted if wanted in open_calls else open_calls[0])
+
+
+def _is_empty_system(message: Any) -> bool:
+    """A system message without text is none."""
+    return (
+        isinstance(message, dict) and message.get("role") == "system" and message.get("content") in ("", None)
+    )
+
+
+def _message(value: Any, name: str) -> Message:
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # a list of JSON texts in Parquet
+        value = strict_json(value)
+    if not isinstance(value, dict):
+        raise RowError(f"{name} must be an object with `role` and `content`, got {kind_name(value)}")
+    role = value.get("role")
+    if not isinstance(role, str) or role not in _FIELDS:
+        raise RowError(f"{name}.role must be system, user, assistant or tool, got {role!r}")
+    known = _FIELDS[role]
+    filled = {
+        field: item
+        for field, item in value.items()
+        if field not in ("role", "content") and item not in _NOTHING
+    }
+    extra = sorted(filled.keys() - set(known))
+    if extra:
+        raise RowError(f"{name} has fields that no template here is given for {role}: {', '.join(extra)}")
+    message: Message = {"role": role, "content": _content(value, name, has_calls="tool_calls" in filled)}
+    for field, item in filled.items():
+        if field == "tool_calls":
+            message[field] = _tool_calls(item, f"{name}.tool_calls")
+        elif isinstance(item, str):
+            message[field] = checked_text(item, f"{name}.{field}")
+        else:
+            raise RowError(f"{name}.{field} must be a string, got {kind_name(item)}")
+    return message
+
+
+def _content(value: Mapping[str, Any], name: str, *, has_calls: bool) -> str:
+    """The text. Beside calls there need not be any, and a tool may return nothing."""
+    content = value.get("content")
+    if content in ("", None) and (has_calls or (value["role"] == "tool" and content == "")):
+        return ""
+    if not isinstance(content, str):
+        raise RowError(f"{name}.content must be a string, got {kind_name(content)}")
+    return checked_text(content, f"{name}.content")
+
+
+def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        value = _json(value, name)
+    if not isinstance(value, list):
+        raise RowError(f"{name} must be a list of calls, got {kind_name(value)}")
+    return [_tool_call(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def _tool_call(value: Any, name: str) -> dict[str, Any]:
+    """``{"id", "type": "function", "function": {"name", "arguments"}}``; the id only where there is one."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError(f"{name} must be a call, an object with a function's `name` and `arguments`")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _json(arguments, f"{name}.arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise RowError(f"{name}.arguments must be an object or its JSON text, got {kind_name(arguments)}")
+    identity = value.get("id")
+    if identity not in (None, "") and not isinstance(identity, str):
+        raise RowError(f"{name}.id must be a string, got {kind_name(identity)}")
+    known = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": identity, **known} if identity else known
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return strict_json(text)
+    except RowError as error:
+        raise RowError(f"{name}: {error}") from None

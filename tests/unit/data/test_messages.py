@@ -1,0 +1,113 @@
+"""Messages with calls of functions, their results and thinking apart from the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_chord.data.messages import chat_messages, texts_of, uses_tools
+from megatron_chord.data.rows import Row, RowError
+
+ASKED = {"role": "user", "content": "Bern?"}
+CALL = {"name": "weather", "arguments": {"city": "Bern", "unit": None}}
+FULL = {"id": "c1", "type": "function", "function": CALL}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [FULL]}
+RESULT = {"role": "tool", "content": "18 C", "tool_call_id": "c1"}
+SAID = {"role": "assistant", "content": "18 degrees."}
+
+
+def read(*messages: Any) -> tuple[dict[str, Any], ...]:
+    return chat_messages(Row("file.jsonl:1", 1, {"messages": list(messages)}))
+
+
+def test_calls_and_results_are_kept() -> None:
+    assert read(ASKED, CALLS, RESULT, SAID) == (ASKED, CALLS, RESULT, SAID)
+    thinking = {**CALLS, "reasoning_content": "I ask."}
+    assert read(ASKED, thinking) == (ASKED, thinking)
+    assert uses_tools((ASKED, CALLS))
+    assert uses_tools((RESULT,))
+    assert not uses_tools((ASKED, SAID))
+
+
+ARGUMENTS = '{"city": "Bern", "unit": null}'
+BARE = f'{{"id": "c1", "name": "weather", "arguments": {ARGUMENTS}}}'
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**CALLS, "content": None},
+        {"role": "assistant", "tool_calls": [FULL], "refusal": None, "reasoning_content": ""},
+        {**CALLS, "tool_calls": [{**FULL, "function": {**CALL, "arguments": ARGUMENTS}}]},
+        {**CALLS, "tool_calls": f"[{BARE}]"},
+        f'{{"role": "assistant", "content": "", "tool_calls": [{BARE}]}}',
+    ],
+)
+def test_forms_of_a_call_are_one(message: Any) -> None:
+    assert read(ASKED, message) == (ASKED, CALLS)
+
+
+def test_calls_without_arguments_and_results_without_text() -> None:
+    call = {"function": {"name": "now", "arguments": ""}}
+    _, called, result, _ = read(
+        ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": ""}, SAID
+    )
+    assert called["tool_calls"] == [{"type": "function", "function": {"name": "now", "arguments": {}}}]
+    assert result == {"role": "tool", "content": ""}
+
+
+def test_calls_may_be_text() -> None:
+    called = {"role": "assistant", "content": "<tool_call>...</tool_call>"}
+    result = {"role": "tool", "content": "18 C"}
+    assert read(ASKED, called, result, result, SAID) == (ASKED, called, result, result, SAID)
+
+
+def test_several_calls_have_several_results() -> None:
+    two = {**CALLS, "tool_calls": [FULL, {**FULL, "id": "c2"}]}
+    second = {**RESULT, "tool_call_id": "c2"}
+    assert read(ASKED, two, second, RESULT, SAID, ASKED)[2:4] == (second, RESULT)
+    with pytest.raises(RowError, match=r"^messages\[3\] is from assistant, expected tool"):
+        read(ASKED, two, RESULT, SAID)
+    with pytest.raises(RowError, match=r"^1 of the last calls have no result"):
+        read(ASKED, two, RESULT)
+    with pytest.raises(RowError, match=r"^messages\[3\].tool_call_id is 'c1', open calls are c2"):
+        read(ASKED, two, RESULT, RESULT)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([ASKED, RESULT],
+         "messages[1] is from tool, expected assistant (system only first, then user and assistant in turn)"),
+        ([ASKED, SAID, SAID],
+         "messages[2] is from assistant, expected user or tool (system only first, then user and assistant in turn)"),
+        ([ASKED, {**CALLS, "tool_calls": {}}], "messages[1].tool_calls must be a list of calls, got an object"),
+        ([ASKED, {**CALLS, "tool_calls": [{}]}],
+         "messages[1].tool_calls[0] must be a call, an object with a function's `name` and `arguments`"),
+        ([ASKED, {**CALLS, "tool_calls": [{"name": "f", "arguments": [1]}]}],
+         "messages[1].tool_calls[0].arguments must be an object or its JSON text, got a list"),
+        ([ASKED, {**CALLS, "tool_calls": [{"name": "f", "arguments": "f()"}]}],
+         "messages[1].tool_calls[0].arguments: broken JSON: Expecting value at column 1"),
+        ([ASKED, {**CALLS, "tool_calls": [{**FULL, "id": 3}]}],
+         "messages[1].tool_calls[0].id must be a string, got int"),
+        ([ASKED, {**SAID, "reasoning_content": ["x"]}], "messages[1].reasoning_content must be a string, got a list"),
+        ([ASKED, {**SAID, "tool_call_id": "c1"}],
+         "messages[1] has fields that no template here is given for assistant: tool_call_id"),
+        ([ASKED, CALLS, {"role": "tool", "content": {"t": 18}}], "messages[2].content must be a string, got an object"),
+        ([ASKED, CALLS, {"role": "tool"}], "messages[2].content must be a string, got null"),
+        ([ASKED, {"role": ["user"], "content": "x"}],
+         "messages[1].role must be system, user, assistant or tool, got ['user']"),
+    ],
+)  # fmt: skip
+def test_messages_that_cannot_be_used(messages: list[Any], reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        read(*messages)
+    assert str(caught.value) == reason
+
+
+def test_every_text_of_a_call_is_looked_at() -> None:
+    assert set(texts_of(CALLS)) == {
+        *("role", "assistant", "content", "", "tool_calls", "id", "c1", "type", "function"),
+        *("name", "weather", "arguments", "city", "Bern", "unit"),
+    }
