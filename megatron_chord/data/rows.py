@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ MAX_TEXT = 4_000_000
 MAX_ROW_BYTES = 64 << 20
 """Of one row, all its fields together: longer ones are not parsed."""
 MAX_SHOWN = 20
+MAX_SAME = 5
+"""Rows with one and the same fault that are listed apart; more are one line."""
 PROGRESS_FROM_ROWS = 5000
 MAX_ARRAY_BYTES = 2 << 30
 """Of a JSON array, which is parsed as a whole."""
@@ -254,9 +257,18 @@ def kind_name(value: Any) -> str:
 
 
 def _listing(data: str, faults: list[Fault]) -> str:
-    lines = [f"{fault.position}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
-    if len(faults) > MAX_SHOWN:
-        lines.append(f"... and {len(faults) - MAX_SHOWN} more")
+    counts = Counter(fault.reason for fault in faults)
+    by_line: dict[str, list[Fault]] = {}
+    for fault in faults:
+        line = fault.reason if counts[fault.reason] > MAX_SAME else fault.position
+        by_line.setdefault(line, []).append(fault)
+    shown = list(by_line.values())[:MAX_SHOWN]
+    lines = [
+        f"{same[0].position}{f' and {len(same) - 1} more rows' if len(same) > 1 else ''}: {same[0].reason}"
+        for same in shown
+    ]
+    if len(by_line) > MAX_SHOWN:
+        lines.append(f"... and {len(faults) - sum(map(len, shown))} more")
     rows = "row" if len(faults) == 1 else "rows"
     return "\n".join([f"{data}: {len(faults)} {rows} cannot be used", *lines])
 

@@ -81,10 +81,20 @@ def test_lines_that_are_no_rows(tmp_path: Path) -> None:
 
 def test_no_more_than_twenty_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("nonsense\n" * 50)
+    path.write_text("".join(f'{{"{number}": 1, "{number}": 2}}\n' for number in range(50)))
     found = faults(path)
     assert len(found) == 21
     assert found[-1] == "... and 30 more"
+
+
+def test_a_fault_of_many_rows_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("1\n" + "nonsense\n" * 50 + "1\n{}")
+    assert faults(path) == [
+        "1: expected a JSON object, got int",
+        "2 and 49 more rows: broken JSON: Expecting value at column 1",
+        "52: expected a JSON object, got int",
+    ]
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "{}"), ("a.txt.gz", "x"), ("a", "x")])
@@ -272,6 +282,4 @@ def test_rows_beyond_the_bound_are_not_parsed_and_the_others_are(
     table = tmp_path / "a.parquet"
     chats = [[{"role": "user", "content": text}] for text in ("a", "b" * 200)]
     pyarrow.parquet.write_table(pyarrow.table({"messages": chats * 20}), table)
-    assert faults(table) == [
-        *(f"row {2 * number}: the row is longer than 40 bytes" for number in range(1, 21)),
-    ]
+    assert faults(table) == ["row 2 and 19 more rows: the row is longer than 40 bytes"]
