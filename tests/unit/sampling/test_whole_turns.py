@@ -8,8 +8,10 @@ import pytest
 
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.records import Message, Prompt, Rollout
-from megatron_chord.rewards.format import shape_reward
+from megatron_chord.rewards.kinds.math import MathReward
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.rewards.pool import GraderPool
+from megatron_chord.sampling.context import reward_of
 from megatron_chord.sampling.rounds import RolloutRequest, grade
 from tests.support import stock
 
@@ -45,13 +47,14 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
     answers = [f"I add.\n</think>\n{CALL}", CALL, f"<think>I add.\n</think>\n{CALL}"]
     rollouts = tuple(rollout(reasoner, text) for text in answers)
     asks = [RolloutRequest(prompt=prompt, seed=0)]
-    with GraderPool("tool_calls", workers=1, timeout_s=30, memory_mb=400) as pool:
+    with GraderPool(ToolCallsReward(workers=1, timeout_s=30)) as pool:
         (graded,) = grade(asks, [rollouts], template=reasoner, graders=pool, max_error_rate=0)
     assert graded.texts == tuple(f"<think>\n{text}" for text in answers)
     # The second never closes its block, the third opens one more.
     assert graded.rewards == (1.0, 0.0, 0.0)
 
-    with GraderPool("math", workers=1, timeout_s=30, memory_mb=400) as pool:
+    reward = MathReward(workers=1, timeout_s=30, format="chord")
+    with GraderPool(reward) as pool:
         prompt = Prompt(id="1", messages=(QUESTION,), truth="4", token_ids=prompt.token_ids)
         rollouts = tuple(rollout(reasoner, text) for text in ("Twos.\n</think>\n5", "5"))
         (graded,) = grade(
@@ -60,8 +63,8 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
             template=reasoner,
             graders=pool,
             max_error_rate=0,
-            shaping=lambda score, text, rollout, length: shape_reward(
-                score, text=text, truncated=False, answered=True, rule="chord"
+            shaping=lambda grade, text, rollout, length: reward_of(
+                grade, text, length=length, truncated=False, reward=reward, limit=99
             ),
         )
     assert graded.rewards == (0.0, -0.1)
