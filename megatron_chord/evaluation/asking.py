@@ -224,7 +224,10 @@ class _Grading:
         for name, group in groups.items():
             reward = group[0][0].benchmark.reward
             assert reward is not None
-            texts = [question.template.decode(rollout.token_ids) for question, rollout in group]
+            texts = [
+                question.template.turn(question.prompt.token_ids, rollout.token_ids)
+                for question, rollout in group
+            ]
             responses = [
                 response_of(question.prompt, text, rollout.finish_reason, len(rollout.token_ids))
                 for text, (question, rollout) in zip(texts, group, strict=True)

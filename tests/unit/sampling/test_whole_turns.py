@@ -47,7 +47,7 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
     answers = [f"I add.\n</think>\n{CALL}", CALL, f"<think>I add.\n</think>\n{CALL}"]
     rollouts = tuple(rollout(reasoner, text) for text in answers)
     asks = [RolloutRequest(prompt=prompt, seed=0)]
-    with GraderPool(ToolCallsReward(workers=1, timeout_s=30)) as pool:
+    with GraderPool(ToolCallsReward(think="required", workers=1, timeout_s=30)) as pool:
         (graded,) = grade(asks, [rollouts], template=reasoner, graders=pool, max_error_rate=0)
     assert graded.texts == tuple(f"<think>\n{text}" for text in answers)
     # The second never closes its block, the third opens one more.
