@@ -1,7 +1,8 @@
-"""Whether trainer and rollout engine give the same tokens the same probability, checked before training on them.
+"""Check that trainer and rollout engine give the same tokens the same probability, before the step trains on them.
 
-The check has no memory: a step whose tokens have no advantage keeps enough of them in its pass (``without_idle``). A
-mean over n tokens is known to its standard error s only, so the run stops when mean - SURE x s is beyond the limit.
+The check uses the tokens of one step only. If the tokens of a step have no advantage, enough of them are kept in its
+forward pass for the check (``without_idle``). A mean over n tokens has a standard error s. The run stops only if
+mean - SURE x s exceeds the limit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ Format = Literal["fp32", "bf16", "fp8"]
 _MAX_GAP: dict[Format, float] = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 0.1}
 _MAX_STALE_GAP = 0.5
 _MAX_PROBABILITY_ERROR: dict[Format, float] = {"fp32": 1.01, "bf16": 1.1, "fp8": 1.1}
-"""NVIDIA asks FP8 runs for 1.03 to 1.05 and lets its tests pass up to 1.1."""
+"""Default limits. NVIDIA recommends 1.03 to 1.05 for FP8 runs, and its tests pass up to 1.1."""
 SURE = 3.0
-"""Standard errors by which a mean must be beyond its limit."""
+"""Number of standard errors by which a mean must exceed its limit."""
 _BF16_ROUNDING = 2.0**-7 / 3
-"""Of a logit's size: how far two engines are apart on average that both round it to bf16, whose numbers between 2^k and
-2^(k+1) are 2^(k-7) apart (0.125 from 16 to 32). Two errors, each equally likely within half of that on either side,
-differ by a third of it."""
+"""Mean difference of two engines that both round a logit to bf16, as a fraction of the logit's absolute value. Bf16
+numbers between 2^k and 2^(k+1) have the spacing 2^(k-7) (0.125 from 16 to 32). Each engine's error is uniform within
+half a spacing on either side. The mean absolute difference of two such errors is a third of the spacing."""
 
 
 class LogprobMismatch(RuntimeError):
@@ -34,21 +35,23 @@ class LogprobMismatch(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of means over tokens; see ``losses.policy.comparison``."""
+    """Limits of means over tokens; see ``losses.policy.comparison``."""
 
     gap: float
-    """Of |difference of the log-probs|."""
+    """Limit of the mean |difference of the log-probs|."""
     factor: float | None
-    """Of the probabilities' factor less 1; none: no limit."""
+    """Limit of the mean (ratio of the larger to the smaller probability - 1). None: no limit."""
 
 
 def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int) -> None:
-    """Before the update: a gap means wrong weights, wrong temperature or a shifted log-prob somewhere.
+    """Compare the log-probs of trainer and rollout engine before the step's first update.
 
-    Rollouts that are ``age`` > 0 steps old differ because the policy has moved; too far, and no correction helps.
+    A gap means wrong weights, a wrong temperature or misaligned log-probs. Rollouts that are ``age`` > 0 steps old also
+    differ because the policy has changed since; beyond a limit importance correction cannot help.
 
     Raises:
-        LogprobMismatch: the mean gap, or the mean factor between the probabilities, is beyond its limit for sure.
+        LogprobMismatch: the mean gap, or the mean ratio of the probabilities, exceeds its limit by ``SURE`` standard
+            errors.
     """
     sums, tokens = result.compared, round(result.compared.get("tokens", 0.0))
     if tokens == 0:
@@ -87,8 +90,8 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
 def mean_and_error(sums: Mapping[str, float], name: str, *, spread: float) -> tuple[float, float]:
     """The mean over ``sums["tokens"]`` > 0 tokens, and its standard error: sqrt((s^2 + spread^2) / tokens).
 
-    s^2 is the tokens' unbiased variance. ``spread`` stands for what a few tokens cannot show: two that happen to be
-    equal have none.
+    s^2 is the unbiased variance over the tokens. ``spread`` is added because the variance of a few tokens can be far
+    too small: it is 0 for two equal ones.
     """
     tokens = sums["tokens"]
     mean = sums[name] / tokens
@@ -97,10 +100,10 @@ def mean_and_error(sums: Mapping[str, float], name: str, *, spread: float) -> tu
 
 
 def limits(run: RunConfig, *, age: int, logit: float) -> Limits:
-    """For rollouts ``age`` steps old.
+    """The limits for rollouts that are ``age`` steps old.
 
-    In bf16 and FP8 the defaults leave room for the rounding of logits, whose mean size is ``logit``; limits that the
-    user has set are taken as they are.
+    In bf16 and FP8 the default limits include the rounding error of logits, whose mean absolute value is ``logit``.
+    Limits that the user has set are not changed.
     """
     kind: Format = "fp32"
     if "bf16" in (run.model.dtype, run.rollout.dtype):

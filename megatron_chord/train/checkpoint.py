@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or not there, in Megatron-Core's distributed format.
+"""Atomic checkpoints in Megatron-Core's distributed format: a checkpoint is either complete or does not exist.
 
     checkpoints/step-000020/   weights, optimizer and RNG (torch_dist), run.json, manifest.json
     checkpoints/latest         the newest complete one's name
 
-A checkpoint is written to a hidden folder, every file hashed into the manifest, and the folder renamed; ``latest`` is
-replaced last. The format reshards: another TP, PP or DP can load it.
+A checkpoint is first written to a hidden folder. The manifest gets the hash of every file. Then the folder is renamed,
+and ``latest`` is replaced last. The format reshards: a run with another TP, PP or DP size can load it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _PARTIAL = ".partial"
 _ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
 _FILES = 2
-"""Of each rank, written at the same time."""
+"""Number of files that each rank writes in parallel."""
 _READERS = 4
-"""Files that a rank reads at the same time; hashing one is slower than most disks."""
+"""Number of files that a rank reads in parallel, because hashing a single file is slower than most disks."""
 _READ_BYTES = 2**20
 _REPORT_S = 10.0
 
@@ -75,16 +75,17 @@ def save(
     best: int | None = None,
     notify: Callable[[str], None] = print,
 ) -> Path:
-    """Write ``folder``/step-N for ``run_state["step"]`` = N and drop all but the ``keep`` newest and step ``best``.
+    """Write ``folder``/step-N for ``run_state["step"]`` = N. Remove all checkpoints except the ``keep`` newest and step
+    ``best``.
 
-    Called on every rank. ``run_state`` (plain JSON: step, cursors, answers sampled ahead) is the coordinator's; other
-    ranks' is ignored. ``notify`` is told of old checkpoints that cannot be dropped.
+    Called on every rank. Only the coordinator's ``run_state`` is used (plain JSON: step, cursors, answers sampled
+    ahead). ``notify`` gets a message for each old checkpoint that cannot be removed.
 
     Raises:
-        NonFiniteWeights: nothing was written.
-        OSError: on every rank, what the disk says on any. What had been written is gone.
+        NonFiniteWeights: a number is not finite; nothing was written.
+        OSError: on every rank, if writing failed on any rank. The partial files are removed.
     """
-    check_finite(state, "no checkpoint was written; --resume auto goes on from the one before")
+    check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
     groups = state.groups
     name = groups.once(lambda: f"step-{run_state['step']:06d}")
     target, partial = folder / name, folder / f".{name}{_PARTIAL}"
@@ -103,9 +104,8 @@ def save(
         _write_latest(folder, name)
         _sync_folder(folder)
         for old in _complete(folder)[:-keep]:
-            if (
-                old != target and step_of(old) != best
-            ):  # newer ones may be there: damaged, and passed over by find
+            # Damaged newer checkpoints, which `find` has skipped, may exist.
+            if old != target and step_of(old) != best:
                 _drop(old, notify)
 
     groups.once(make_empty)
@@ -115,7 +115,7 @@ def save(
         groups.once(finish)
     except BaseException:
         if groups.is_coordinator:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
+            shutil.rmtree(partial, ignore_errors=True)  # free the space, in case the disk is full
         raise
     return target
 
@@ -126,13 +126,13 @@ def _write_latest(folder: Path, name: str) -> None:
 
 
 def clear_partial(folder: Path, notify: Callable[[str], None]) -> None:
-    """Remove checkpoints that a killed run had not finished. Only while no other run writes to ``folder``."""
+    """Remove checkpoints that a killed run left unfinished. No other run may write to ``folder`` at the same time."""
     for path in folder.glob(f".step-*{_PARTIAL}"):
         _drop(path, notify)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done in a checkpoint, by its name."""
+    """Number of optimizer steps of a checkpoint, from its name."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match.group(1))
@@ -140,7 +140,7 @@ def step_of(checkpoint: Path) -> int:
 
 @dataclass(frozen=True)
 class Alone:
-    """What ``find`` needs of ``ParallelGroups``, for one process."""
+    """The part of ``ParallelGroups`` that ``find`` needs, for a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -153,13 +153,13 @@ class Alone:
 
 
 def find(folder: Path, notify: Callable[[str], None], groups: ParallelGroups | Alone) -> Path | None:
-    """The newest checkpoint that is whole, or None when there is none at all. Called on every rank.
+    """The newest undamaged checkpoint, or None if there is no checkpoint at all. Called on every rank.
 
-    Ranks and their threads share the reading; an older checkpoint is read only when all newer ones are damaged.
-    ``notify`` is the coordinator's.
+    Ranks and their threads share the work of reading. An older checkpoint is read only if all newer ones are damaged.
+    Only the coordinator's ``notify`` is used.
 
     Raises:
-        CheckpointError: there are checkpoints, but every one is damaged: never a silent start from the beginning.
+        CheckpointError: there are checkpoints, but all are damaged. A silent start from step 0 would lose the run.
     """
     candidates = groups.once(lambda: _complete(folder))
     for candidate in reversed(candidates):
@@ -169,7 +169,7 @@ def find(folder: Path, notify: Callable[[str], None], groups: ParallelGroups | A
         if fault is None:
             return candidate
         if groups.rank == 0:
-            notify(f"checkpoint {candidate} is damaged and passed over: {fault}")
+            notify(f"checkpoint {candidate} is damaged and was skipped: {fault}")
     if candidates:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged; move them away to start from the beginning"
@@ -180,10 +180,10 @@ def find(folder: Path, notify: Callable[[str], None], groups: ParallelGroups | A
 def find_named(
     folder: Path, name: str, notify: Callable[[str], None], groups: ParallelGroups | Alone
 ) -> Path:
-    """The checkpoint of that name (``step-40`` is ``step-000040``), read through as by ``find``. On every rank.
+    """The checkpoint with this name (``step-40`` is ``step-000040``), checked as by ``find``. On every rank.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no checkpoint with this name.
         CheckpointError: it is damaged.
     """
     candidates = groups.once(lambda: _complete(folder))
@@ -201,7 +201,7 @@ def find_named(
 
 
 def set_aside(folder: Path, *, after: int, notify: Callable[[str], None]) -> None:
-    """Rename the checkpoints of more than ``after`` steps, so that no later start takes them for this run's."""
+    """Rename the checkpoints with more than ``after`` steps, so that a later start does not use them for this run."""
     for path in _complete(folder):
         if step_of(path) > after:
             aside = path.with_name(f"{path.name}{_ASIDE}")
@@ -213,13 +213,14 @@ def set_aside(folder: Path, *, after: int, notify: Callable[[str], None]) -> Non
 
 
 def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
-    """Fill weights, optimizer and RNG from a checkpoint and set the schedule; returns its run state. On every rank.
+    """Load weights, optimizer and RNG from a checkpoint and set the schedule. Returns its run state. On every rank.
 
-    RNG states are taken up when the number of ranks is the saved one; nothing in a dense model draws from them.
-    Nothing in the checkpoint is executed: every object is read as plain data.
+    RNG states are restored only if the number of ranks is the same as in the checkpoint. Training a dense model uses no
+    random numbers. Nothing in the checkpoint is executed: every object is read as plain data.
 
     Raises:
-        CheckpointError: on every rank, when a file cannot be read, holds more than plain data, or is another model's.
+        CheckpointError: on every rank, if a file cannot be read, contains more than plain data, or does not fit the
+            model.
     """
     groups = state.groups
     with torch.no_grad():
@@ -244,14 +245,14 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     if same_world:
         _restore_rng(loaded["rng"])
     run_state.pop(MARK, None)
-    # The rate is a function of the step and of this run's settings, which a user may have changed on purpose.
+    # The learning rate follows from the step and from this run's settings, which the user may have changed on purpose.
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
     return run_state
 
 
 def _write_state(state: TrainState, folder: Path) -> None:
-    """Weights, optimizer and RNG, as Megatron-Core's ``dist_checkpointing.save`` lays them out."""
+    """Write weights, optimizer and RNG in the layout of Megatron-Core's ``dist_checkpointing.save``."""
     groups = state.groups
     metadata = _METADATA | {
         "world_size": groups.world_size,
@@ -266,22 +267,22 @@ def _write_state(state: TrainState, folder: Path) -> None:
 
 
 def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """What the checkpoint holds, and what is common to all ranks."""
+    """The checkpoint's tensors and objects, and the part that is common to all ranks."""
     common = load_plain(checkpoint / COMMON)
     if not isinstance(common, dict) or not isinstance(common.get("content_metadata", {}), dict):
-        raise ValueError(f"{checkpoint / COMMON} is not what a training run writes")
+        raise ValueError(f"{checkpoint / COMMON} was not written by a training run")
     return Checkpoint(checkpoint), common
 
 
 def _run_state(checkpoint: Path) -> dict[str, Any]:
     run_state = json.loads((checkpoint / RUN_STATE).read_text())
     if not isinstance(run_state, dict) or not isinstance(run_state.get("step"), int):
-        raise ValueError(f"{checkpoint / RUN_STATE} is not what a training run writes")
+        raise ValueError(f"{checkpoint / RUN_STATE} was not written by a training run")
     return run_state
 
 
 def _together(groups: ParallelGroups, action: Callable[[], T]) -> T:
-    """This rank's result, once all have theirs; where one cannot read, every rank raises a CheckpointError."""
+    """Run ``action`` on every rank and return this rank's result. If one rank fails, all raise CheckpointError."""
 
     results: list[T] = []
 
@@ -303,12 +304,12 @@ def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     groups = state.groups
-    metadata = dict(_METADATA)  # Megatron puts a process group into it
+    metadata = dict(_METADATA)  # a copy, because Megatron adds a process group
     model = {
         f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(state.chunks)
     }
-    # Megatron looks parameters up by the chunks' own dictionaries, or by the only one.
+    # With several chunks Megatron expects a dictionary of the chunks' dictionaries, otherwise the only one.
     flat = model if len(model) > 1 else model["model0"]
     return {
         **model,
@@ -318,11 +319,11 @@ def _sharded(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _align_steps(optimizer: Any) -> None:
-    """Give every parameter group Adam's step count.
+    """Set Adam's step count in every parameter group.
 
-    Megatron-Core saves rank 0's groups for all ranks, and those that are empty there without a count
-    (distrib_optimizer.py; 0.16.1: 655, 0.19.2: 851): experts that the first pipeline stage has none of would begin at
-    step 0 again, with the moments of later steps, and be moved much too far.
+    Megatron-Core saves rank 0's groups for all ranks, and a group that is empty on rank 0 is saved without a step count
+    (distrib_optimizer.py; 0.16.1: 655, 0.19.2: 851). If the first pipeline stage has no experts, the experts would
+    start again at step 0 but with the moments of later steps, and the update would be much too large.
     """
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     groups: list[dict[str, Any]] = [group for one in chained for group in one.optimizer.param_groups]
@@ -363,7 +364,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _fault(checkpoint: Path, notify: Callable[[str], None], groups: ParallelGroups | Alone) -> str | None:
-    """What is wrong with it, if anything; the same on every rank."""
+    """The reason why a checkpoint is damaged, or None. The same on every rank."""
     manifest, fault = groups.once(lambda: _manifest(checkpoint))
     if fault is not None:
         return fault
@@ -377,13 +378,13 @@ def _fault(checkpoint: Path, notify: Callable[[str], None], groups: ParallelGrou
 
 
 def _manifest(checkpoint: Path) -> tuple[dict[str, str], str | None]:
-    """Digests by file, and what is wrong with them."""
+    """The digests by file name, and the reason why the manifest is damaged (or None)."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return {}, f"no readable {MANIFEST}: {error}"
     if not isinstance(manifest, dict) or not all(isinstance(digest, str) for digest in manifest.values()):
-        return {}, f"no readable {MANIFEST}: it is no list of digests"
+        return {}, f"no readable {MANIFEST}: it is not a list of digests"
     if RUN_STATE not in manifest:
         return {}, f"{MANIFEST} does not name {RUN_STATE}"
     return manifest, None
@@ -395,13 +396,14 @@ def _digest_together(
     groups: ParallelGroups | Alone,
     notify: Callable[[str], None],
 ) -> dict[str, str | None]:
-    """SHA-256 of files below ``folder``, None of those that are not there. Ranks, and threads of each, share them."""
+    """SHA-256 of files below ``folder``; None for a file that does not exist. Ranks and their threads share the
+    work."""
 
     def size(name: str) -> int:
         path = folder / name
         return path.stat().st_size if path.is_file() else 0
 
-    # The largest first, so that no rank has one left when the others are done.
+    # The largest files first, so that all ranks finish at about the same time.
     shares = groups.once(lambda: sorted(((size(name), name) for name in names), reverse=True))
     mine = shares[groups.rank :: groups.world_size]
     report = _Reading(
@@ -417,7 +419,7 @@ def _digest_together(
 
 
 class _Reading:
-    """Tells of long reading; from several threads."""
+    """Reports the progress of long reading. Usable from several threads."""
 
     def __init__(self, folder: Path, num_bytes: int, notify: Callable[[str], None]) -> None:
         self._folder, self._num_bytes, self._notify = folder, num_bytes, notify
@@ -449,7 +451,7 @@ def _drop(checkpoint: Path, notify: Callable[[str], None]) -> None:
     try:
         shutil.rmtree(checkpoint)
     except OSError as error:
-        notify(f"{checkpoint} cannot be removed, and still takes its space: {error}")
+        notify(f"{checkpoint} cannot be removed and still uses disk space: {error}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What came of a run, as a table on the console, from its metrics.jsonl alone."""
+"""The console output of a run: a line for each step, and a table of the result, both made from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Held-out accuracy before, on the way and after; None when nothing was evaluated."""
+    """A table of held-out accuracy before, during and after training; None if nothing was evaluated."""
     evaluations = [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
     if not evaluations:
         return None
@@ -26,7 +26,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def step_line(row: Mapping[str, Any], steps: int) -> str:
-    """One training step for the console: what a person watches."""
+    """The console line of one training step."""
     parts = [f"step {row['step'] + 1:>{len(str(steps))}}/{steps}"]
     if "mu" in row:
         parts.append(f"mu {row['mu']:.3f}")
@@ -41,7 +41,7 @@ def step_line(row: Mapping[str, Any], steps: int) -> str:
     if "response_length" in row:
         parts.append(f"length {row['response_length']:.0f}")
     if row.get("skipped_updates"):
-        parts.append(f"{row['skipped_updates']} update(s) left out: not finite, see nonfinite/")
+        parts.append(f"{row['skipped_updates']} update(s) skipped: not finite, see nonfinite/")
     if "grad_norm" in row:
         parts.append(f"grad {row['grad_norm']:.2f}")
     parts.append(f"{row['seconds']['total']:.1f} s")

@@ -1,4 +1,4 @@
-"""What rank 0 alone does: have the method collect a step's samples, plan its updates, keep the cursors."""
+"""The coordinator, on rank 0 only: it collects a step's samples by the method, plans its updates, keeps the cursors."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ from megatron_chord.train.update import Update
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """What every rank is told of a step, beside its own micro-batches."""
+    """The description of a step that every rank gets, in addition to its own micro-batches."""
 
     updates: tuple[Update, ...]
     """The step's optimizer updates, one for each of ``batch.updates_per_step``."""
     mu: float | None
     stats: Mapping[str, Any]
-    """The sampling's part of the step's metrics row."""
+    """The metrics of sampling."""
     seconds: Mapping[str, float]
-    """Of each phase of the collection."""
+    """Seconds of each phase of the collection."""
     num_tokens: int
-    """All tokens that pass through the model, prompts included."""
+    """Number of tokens that pass through the model, including prompts."""
     squared_tokens: int
-    """Sum of the squares of their sequences' lengths."""
+    """Sum over sequences of length squared."""
     weight_version: int
-    """Of the oldest weights that sampled any of the step's rollouts; the step's own where nothing was sampled."""
+    """Version of the oldest weights that sampled any of the step's rollouts; the step's number if nothing was
+    sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Progress:
-    """What a step leaves to the next."""
+    """The state after a step that the next step starts from."""
 
     sources: Sources
     memory: Any
@@ -58,7 +59,7 @@ class _Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answers:
-    """What a step was collected from."""
+    """The sampled answers from which a step was collected."""
 
     version: int
     calls: Sequence[SamplingRound]
@@ -87,24 +88,24 @@ class Coordinator:
         self._stop_wanted = stop_wanted
         self._pulse = pulse or Pulse()
         self._progress = {-1: _Progress(sources=data.sources, memory=None)}
-        """What each step leaves: of the last that was trained on, and of those collected ahead."""
+        """The state after each step: the last trained step and the steps collected ahead."""
         self._answers: dict[int, _Answers] = {}
-        """Of the steps collected ahead, with ``rollout.asynchronous``."""
+        """The answers of the steps collected ahead, with ``rollout.asynchronous``."""
 
-    # ---- progress: a step's draws count only once the step is done
+    # ---- progress: the cursors advance only when a step is done
 
     def commit(self, step: int) -> None:
-        """``step`` has been trained on."""
-        # In place and key by key: with a lag another thread is adding later steps.
+        """Record that ``step`` has been trained."""
+        # Entries are deleted one by one in the same dictionary: with a lag another thread adds later steps meanwhile.
         for done in [key for key in list(self._progress) if key < step]:
             del self._progress[done]
         for done in [key for key in list(self._answers) if key <= step]:
             del self._answers[done]
 
     def run_state(self, step: int, mu_memory: Memory) -> dict[str, Any]:
-        """What a checkpoint after ``step`` optimizer steps keeps beside weights and optimizer.
+        """The state that a checkpoint after ``step`` optimizer steps saves in addition to weights and optimizer.
 
-        Nothing may be collected meanwhile.
+        No step may be collected at the same time.
         """
         progress = self._progress[step - 1]
         sources = progress.sources
@@ -126,10 +127,10 @@ class Coordinator:
         }
 
     def restore(self, run_state: dict[str, Any]) -> None:
-        """Take the data up where a checkpoint left it.
+        """Restore the positions in the data from a checkpoint.
 
         Raises:
-            ValueError: the data are not the same, or unfinished answers were sampled with other settings.
+            ValueError: the data differ, or unfinished answers were sampled with other settings.
         """
         saved, sources = run_state["cursors"], self._data.sources
         if (sources.demonstration_cursor is None) != (saved["demonstrations"] is None):
@@ -146,9 +147,9 @@ class Coordinator:
         then, now = unfinished["sampled_with"], self._sampled_with()
         if keep and then != now and any(item["partial_rollouts"] for item in unfinished["prompts"]):
             raise ValueError(
-                f"the checkpoint holds unfinished answers that were sampled with {then}, and they are to be continued "
-                f"with {now}. Resume with the run's own settings, or with rollout.partial.unfinished=drop, which "
-                "samples these prompts anew from their beginning"
+                f"the checkpoint has unfinished answers that were sampled with {then}, but this run would continue "
+                f"them with {now}. Resume with the settings of the earlier run, or with "
+                "rollout.partial.unfinished=drop, which samples these prompts again from the beginning"
             )
         sources = with_unfinished(sources, unfinished["prompts"], keep=keep)
         method = run_state["method"]
@@ -156,7 +157,7 @@ class Coordinator:
         self._progress = {run_state["step"] - 1: _Progress(sources=sources, memory=memory)}
 
     def _sampled_with(self) -> dict[str, Any]:
-        """The settings under which an unfinished answer can be continued."""
+        """The settings that must be equal when an unfinished answer is continued."""
         run = self._run
         return {
             "rollout.temperature": run.rollout.temperature,
@@ -174,15 +175,15 @@ class Coordinator:
         *,
         recorded: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]:
-        """The inputs of a step, and for every data-parallel rank each update's micro-batches.
+        """The inputs of a step, and the micro-batches of each update for every data-parallel rank.
 
-        The step before must have been collected. May be repeated: it draws the same. With ``recorded`` (a checkpoint's)
-        nothing is sampled.
+        The previous step must have been collected. A repeated call draws the same data. ``recorded`` is a step's
+        sampling rounds from a checkpoint; with it nothing is sampled.
 
         Raises:
-            StopWanted: a stop is wanted while it samples; not with ``rollout.asynchronous``, where a step that is
-                sampled anew would be sampled by other weights.
-            ValueError: what is recorded does not answer what is asked.
+            StopWanted: a stop was requested while the step was sampled. Not with ``rollout.asynchronous``, because a
+                repeated step would then be sampled by other weights.
+            ValueError: the recorded answers do not fit the requests of this step.
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
         may_lag = run.rollout.max_off_policy_steps > 0
@@ -212,7 +213,7 @@ class Coordinator:
         with timer.phase("pack"):
             count = run.batch.updates_per_step
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
-            # The step's first update is the one whose tokens are compared; every update keeps one.
+            # Log-probs are compared in the step's first update. Later updates keep at least one token.
             trained = [
                 without_idle(samples, self._terms, enough=1 if index > 0 else ENOUGH_TOKENS)
                 for index, samples in enumerate(scaled)
@@ -246,7 +247,7 @@ class Coordinator:
     def _collect_by(self, context: StepContext) -> Collected:
         collected = self._method.collect(context, self._run)
         if context.has_more_recorded():
-            raise ValueError("more answers were sampled than are wanted")
+            raise ValueError("the checkpoint has more sampling rounds than the step requests")
         return collected
 
     def _getting_on(self, what: str) -> None:
@@ -272,7 +273,7 @@ class Coordinator:
 
 
 def _num_tokens(updates: Sequence[Sequence[TrainSample]]) -> int:
-    """With their prompts."""
+    """Number of tokens of all samples, including their prompts."""
     return sum(len(sample.token_ids) for samples in updates for sample in samples)
 
 
@@ -294,7 +295,7 @@ def _demonstration_stats(sources: Sources) -> dict[str, Any]:
 
 
 def _by_source(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
-    """Of each source that had prompts in this step: their number, the mean reward and the mean score."""
+    """For each source with prompts in this step: the number of prompts, the mean reward and the mean score."""
     of: dict[str, list[GradedRollouts]] = {}
     for item in graded:
         of.setdefault(item.prompt.source, []).append(item)
@@ -314,7 +315,7 @@ def _by_source(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
 
 
 def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:
-    """Of their tokens, in optimizer steps; nothing where there are none."""
+    """Metrics of the tokens' age in optimizer steps; empty if there are no tokens."""
     spans = [(step - version, count) for rollout in rollouts for version, count in rollout.all_spans]
     if not spans:
         return {}

@@ -1,7 +1,7 @@
-"""The rollout servers as all ranks use them: fresh weights before every use, a dead server replaced, nothing left over.
+"""The rollout servers of a run: pushes weights before each use, replaces a dead server, stops servers at the end.
 
-Every method is called on every rank. Only the coordinator holds processes and connections; a failure there is raised
-everywhere, so that no rank waits for a step that will not come.
+Every method is called on every rank. Only the coordinator has processes and connections. If it fails, every rank raises
+the same error, so that no rank waits forever.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def server_settings(run: RunConfig) -> ServerSettings:
-    """How a server of this run's own, or of its job's, runs the policy on this machine."""
+    """The settings of a server on this machine that this run or its job starts."""
     return ServerSettings(
         dtype=run.rollout.dtype or run.model.dtype,
         max_model_len=run.data.max_prompt_tokens + run.data.max_response_tokens,
@@ -57,10 +57,10 @@ class RolloutEngine:
         log_folder: Path,
         notify: Callable[[str], None],
     ) -> None:
-        """Start the server (if ``is_needed``, and neither the run nor a job has its own) and return while it loads.
+        """Start a server, if ``is_needed`` and neither settings nor job provide servers. Returns while it loads.
 
-        Servers on the ranks' own GPUs are waited for, and put to sleep where they are to be: afterwards those are free
-        for the model.
+        If servers run on the ranks' GPUs, wait until they are ready and put them to sleep (with ``rollout.sleep``). The
+        GPUs are then free for the model.
         """
         self._is_needed = is_needed
         self._run = run
@@ -75,34 +75,35 @@ class RolloutEngine:
         self._connected = False
         self._version: int | None = None
         self.generation = 0
-        """How many servers have been replaced."""
+        """Number of servers that have been replaced."""
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
         idle = self._on_trainers_gpus() and run.rollout.asynchronous is None
         self._sleeps = idle if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
-        """Some servers may be, though not those that were replaced meanwhile; to wake these does nothing."""
+        """Whether some servers may be asleep. A server that was replaced is awake; waking it has no effect."""
         self._offloads = idle if run.rollout.offload is None else run.rollout.offload
         self._offload: Offload | None = None
         self._sync_seconds = 0.0
         groups.once(self._start)
         if self._on_trainers_gpus():
-            # vLLM takes what this process allocates while it measures the GPU for its own, and starts with a smaller
-            # cache or not at all (v1/worker/gpu_worker.py, determine_available_memory).
+            # While vLLM measures the free memory of the GPU, this process must not allocate any: vLLM would count it as
+            # its own and start with a smaller cache or fail (v1/worker/gpu_worker.py, determine_available_memory).
             self.attempt(self._await_servers)
             self.rest()
 
     @property
     def clients(self) -> Sequence[RolloutClient]:
-        """Of the servers that ``push_weights`` has reached; the coordinator's."""
+        """Clients of the servers that have the weights of the last ``push_weights``; empty except on the
+        coordinator."""
         return tuple(self._clients)
 
     def attempt(self, action: Callable[[], T]) -> T:
-        """Run ``action``, which pushes what it needs.
+        """Run ``action``, which must itself push the weights that it needs.
 
-        A server that dies meanwhile is replaced and the action repeated from its beginning, at most
-        ``rollout.restarts`` times in a run.
+        If a server dies during the action, it is replaced, and the action is repeated from the beginning. This happens
+        at most ``rollout.restarts`` times in a run.
         """
         while True:
             try:
@@ -115,13 +116,14 @@ class RolloutEngine:
                 self._give_up(error)
 
     def push_weights(self, state: TrainState, version: int) -> None:
-        """Give the servers the weights of ``state``, unless they hold this version already. Within ``attempt``."""
+        """Push the weights of ``state`` to the servers, unless they have this version already. Call it in
+        ``attempt``."""
         if self._version == version:
             return
         self._version = None
         if self._offloads:
             self._offload = self._offload or Offload(state)
-            # All ranks have made room before any server takes it.
+            # All ranks free their GPU memory before any server uses it.
             self._groups.together(self._offload.away)
         self._await_servers()
         if self._sync is None:
@@ -129,7 +131,7 @@ class RolloutEngine:
         if self._asleep:
             self._groups.together(
                 _free_cached_memory
-            )  # what training has left of activations, on all ranks first
+            )  # all ranks first free the memory that torch has cached for activations
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         with self._groups.pulse.phase("pushing"):
             self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
@@ -140,12 +142,14 @@ class RolloutEngine:
 
     @property
     def has_offloaded(self) -> bool:
-        """The state that was pushed last can neither be trained nor saved before ``rest``."""
+        """Whether training state is offloaded to host memory. It can be neither trained nor saved before ``rest``."""
         return self._offload is not None and self._offload.is_away
 
     def rest(self) -> None:
-        """Nothing is sampled before the next push: servers that are to sleep meanwhile drop weights and KV cache, and
-        what training needs comes back to the GPU."""
+        """Put servers to sleep and bring the training state back to the GPU. Sampling needs another push afterwards.
+
+        Sleeping servers drop weights and KV cache. Servers that do not sleep (``rollout.sleep``) are not changed.
+        """
         if self._sleeps and self._connected and not self._lost and not self._asleep:
             self._asleep, self._version = True, None
             try:
@@ -156,7 +160,7 @@ class RolloutEngine:
             self._groups.together(self._offload.back)
 
     def close(self) -> None:
-        """Stop the server and drop the connections; on this rank, without waiting for others."""
+        """Stop the server and close the connections of this rank, without waiting for other ranks."""
         if self._asleep and self._run.rollout.servers:
             with contextlib.suppress(RolloutError):
                 self._each(lambda client: client.wake_up(tags=["weights", "kv_cache"]))
@@ -166,12 +170,12 @@ class RolloutEngine:
             self._fleet.close()
 
     def take_sync_seconds(self) -> float:
-        """Seconds spent in pushing weights since the last call."""
+        """Seconds that pushes of weights took since the last call."""
         seconds, self._sync_seconds = self._sync_seconds, 0.0
         return seconds
 
     def _on_trainers_gpus(self) -> bool:
-        """Whether servers run on the ranks' GPUs."""
+        """Whether the servers run on the GPUs of the ranks."""
         apart = self._run.rollout.servers or (self._job is not None and self._job.transport == "broadcast")
         return torch.cuda.is_available() and self._is_needed and not apart
 
@@ -182,16 +186,16 @@ class RolloutEngine:
             self._connected = True
 
     def _each(self, action: Callable[[RolloutClient], None]) -> None:
-        """``action`` on all servers at the same time; on the coordinator."""
+        """Run ``action`` on all servers in parallel, on the coordinator."""
         with ThreadPoolExecutor(max(1, len(self._clients))) as pool:
             list(pool.map(action, self._clients))
 
     def _give_up(self, error: Exception) -> None:
-        """Note that servers are lost, to be replaced; or raise ``error`` where that is not allowed."""
+        """Mark the servers as lost, so that they are replaced. Raise ``error`` if no restart is left."""
         if self._restarts_left == 0 or self._run.rollout.servers:
             raise error
         self._restarts_left -= 1
-        self._notify(f"rollout server lost, starting another ({error})")
+        self._notify(f"rollout server lost, starting a new one ({error})")
         self._lost = True
         self._push_failed = isinstance(error, SyncError)
 
@@ -220,7 +224,7 @@ class RolloutEngine:
             return self._job.transport
         if not torch.cuda.is_available():
             return "file"
-        # The trainer's own server shares its GPUs, and NCCL refuses two ranks on one GPU.
+        # The trainer's own server shares its GPUs, and NCCL does not allow two ranks on one GPU.
         return "broadcast" if rollout.servers else "ipc"
 
     def _start(self) -> None:
@@ -230,7 +234,7 @@ class RolloutEngine:
 
     def _make_fleet(self) -> Fleet:
         run, timeout_s = self._run, self._run.timeouts.server_start_s
-        # Requests wait for weights that are pushed under them.
+        # Requests pause during a push, so the limit must be longer than a push.
         silence_s = run.watchdog.server_s + (
             run.timeouts.weight_push_s if run.rollout.in_flight == "keep" else 0.0
         )
@@ -257,17 +261,17 @@ class RolloutEngine:
         self._clients = self._fleet.connect()
 
     def _replace(self) -> None:
-        """New servers in place of lost ones; their weights come with the next push."""
+        """Replace lost servers by new ones. They get their weights with the next push."""
 
         def restart() -> None:
             assert self._fleet is not None
-            # A push that failed leaves every server with weights that are neither the old nor the new.
+            # After a failed push every server has a mixture of old and new weights, so all are replaced.
             self._clients = self._fleet.replace(everything=self._push_failed)
             if self._sync is not None:
                 self._sync.reconnect(self._clients)
 
         self._version = None
-        _free_cached_memory()  # vLLM starts only where its share of the GPU is free
+        _free_cached_memory()  # vLLM starts only if its share of the GPU memory is free
         with self._groups.pulse.phase("waiting for servers"):
             self._groups.once(restart)
         self._connected = True
@@ -276,7 +280,7 @@ class RolloutEngine:
 
 
 def _free_cached_memory() -> None:
-    """Give other processes on this rank's GPU the memory that torch keeps for later."""
+    """Free torch's cached GPU memory, so that other processes on this rank's GPU can use it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -1,4 +1,5 @@
-"""The trained policy as a Hugging Face folder, written by all pipeline stages, visible only when complete."""
+"""Export of the trained policy as a Hugging Face folder. All pipeline stages write it; it appears only when
+complete."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from megatron_chord.weights.writer import finish_folder, write_shards
 
 
 def export_policy(state: TrainState, source: Path, target: Path, *, chat_template: str | None = None) -> None:
-    """Write the policy to ``target``, replacing it; config, tokenizer and template are those of ``source``.
+    """Write the policy to ``target``, which is replaced. Config, tokenizer and template are copied from ``source``.
 
-    ``chat_template``: the template that the policy was trained with, where it is not the source's own. Only the
-    coordinator's counts.
+    ``chat_template`` is the template that the policy was trained with, if it is not that of the source. Only the
+    coordinator's value is used.
 
-    Called on every rank. Memory beyond the parameters: one safetensors shard on each pipeline stage's first rank.
+    Called on every rank. Additional memory: one safetensors shard on the first rank of each pipeline stage.
 
     Raises:
-        NonFiniteWeights: nothing was written.
+        NonFiniteWeights: a weight is not finite; nothing was written.
     """
     check_finite(state, f"{target} was not written", with_optimizer=False)
     groups = state.groups
@@ -32,7 +33,7 @@ def export_policy(state: TrainState, source: Path, target: Path, *, chat_templat
         try:
             return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
         except Exception:
-            for _ in tensors:  # the tensor-parallel peers wait in the iterator's gathers
+            for _ in tensors:  # take part in the gathers of the tensor-parallel peers
                 pass
             raise
 

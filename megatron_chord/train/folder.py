@@ -1,4 +1,4 @@
-"""The run's folder: what lies where in it, and that no other run writes there."""
+"""The run's folder: the names of its files, and a lock so that no other run writes to it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 _OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES, DROPPED)
-"""What a start makes before it is certain that it will not be refused."""
+"""Files that a run makes before all of its settings are checked. They are removed if the run is refused."""
 _OF_A_RUN = (CONFIG, SEGMENTS, CHECKPOINTS, POLICY, NONFINITE, REPORT, *_OWN)
-"""What a run leaves, but for logs."""
+"""All files of a run, except logs."""
 _FORMER_LIFE_S = 60.0
 
 
 class Claim:
-    """A run folder that no other run writes to, for as long as this is open.
+    """A run folder that is locked for this run until ``__exit__``.
 
-    Until ``begin`` it is not this run's: what a refused start has made there is removed again, but for logs.
+    If the run is refused before ``begin``, the files that it made are removed again, except logs.
     """
 
     def __init__(self, run: RunConfig, lock: IO[str], *, replaces: bool) -> None:
-        """``replaces``: an earlier run there goes when this one begins."""
+        """``replaces``: whether the files of an earlier run are removed when this one begins."""
         self.folder = run.output
         self._run = run
         self._lock = lock
@@ -48,7 +48,7 @@ class Claim:
         self._earlier = {path.name for path in run.output.iterdir()}
 
     def begin(self, *, first_step: int = 0) -> None:
-        """From now on the folder holds this run, which goes on after ``first_step`` training steps."""
+        """Keep the files from now on: the run was not refused. It continues after ``first_step`` training steps."""
         self.has_begun = True
         if self._replaces:
             _remove(self._run.output / name for name in _OF_A_RUN)
@@ -61,19 +61,19 @@ class Claim:
         if not self.has_begun:
             _remove(self._run.output / name for name in _OWN if name not in self._earlier)
             with contextlib.suppress(OSError):
-                (self._run.output / LOGS).rmdir()  # where it is empty
+                (self._run.output / LOGS).rmdir()  # fails, and stays, unless it is empty
         self._lock.close()
 
 
 def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
-    """Take the run folder, or say why not. The lock goes with the process, however it ends.
+    """Lock the run folder. The lock is released when the process ends for any reason.
 
     Raises:
-        ValueError: another run is writing there, or it holds a run that is neither continued nor replaced.
+        ValueError: another run is writing to the folder, or it has a run that is neither continued nor replaced.
     """
     run.output.mkdir(parents=True, exist_ok=True)
     lock = (run.output / ".lock").open("w")
-    # A run that continues may find its former life still ending, on a node that was lost.
+    # When a run is continued, its previous process may still be ending on a node that was lost.
     deadline = time.monotonic() + (_FORMER_LIFE_S if resume != "never" else 0.0)
     while True:
         try:
@@ -86,11 +86,11 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
     holds_a_run = (run.output / CONFIG).exists() and resume == "never"
     if holds_a_run and not overwrite:
         raise ValueError(
-            f"{run.output} already holds a run: choose another output, continue it with --resume auto, "
+            f"{run.output} already has a run: choose another output, continue it with --resume auto, "
             "or replace it with --overwrite"
         )
     if holds_a_run:
-        _remove([run.output / LOGS])  # the new run's servers write theirs before it begins
+        _remove([run.output / LOGS])  # the new run's servers write their logs before `begin`
     claimed = Claim(run, lock, replaces=holds_a_run)
     (run.output / LOGS).mkdir(exist_ok=True)
     return claimed

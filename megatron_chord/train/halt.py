@@ -1,4 +1,7 @@
-"""Stops that docs/running.md lists: they end a run with their message and an exit code, not with a traceback."""
+"""The errors that stop a run by themselves (docs/running.md): they end it with a message and an exit code.
+
+There is no traceback.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from megatron_chord.train.sanity import NonFiniteWeights
 from megatron_chord.train.state import NonFiniteGradient
 
 EXIT_CODE_NUMBERS = 70
-"""Numbers are wrong: resuming as it is ends the same way (EX_SOFTWARE of sysexits.h)."""
+"""Exit code if numbers are wrong: a resumed run would fail in the same way (EX_SOFTWARE of sysexits.h)."""
 EXIT_CODE_SERVICE = 69
-"""A server or the graders failed: worth another try (EX_UNAVAILABLE)."""
+"""Exit code if a server or the graders failed: a resumed run may succeed (EX_UNAVAILABLE)."""
 
 _NUMBERS = (LogprobMismatch, NonFiniteGradient, NonFiniteWeights, StaleWeights)
 _SERVICE = (SyncError, RolloutError, ServerError, TooManyGraderErrors)
 
 
 class Halted(Exception):
-    """The run has stopped itself; the message begins with the stop's name in the documentation."""
+    """The run has stopped itself. The message begins with the name of the error in docs/running.md."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -32,7 +35,7 @@ class Halted(Exception):
 
 @contextmanager
 def halting() -> Iterator[None]:
-    """Raise a listed stop as Halted."""
+    """Turn the listed errors into ``Halted``."""
     try:
         yield
     except _NUMBERS as error:

@@ -1,4 +1,4 @@
-"""What the numbers of an update say of its health: updates left out, gradients of 0 or far above the usual."""
+"""Checks of an update's numbers: updates that are skipped, gradients that are 0 or much larger than usual."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from megatron_chord.train.state import NonFiniteGradient
 from megatron_chord.train.update import Update, UpdateResult
 
 FOLDER = "nonfinite"
-"""Of the run's folder: batches whose update was left out."""
+"""Subfolder of the run's folder, for the batches of skipped updates."""
 _MOST_SAVED = 20
 _REMEMBERED, _LEAST_REMEMBERED = 64, 8
-"""Gradient norms that a median is taken of: at most, and at least."""
+"""Maximum and minimum number of gradient norms for the median."""
 
 
 @dataclass(kw_only=True)
 class Health:
-    """Equal on every rank; plain JSON in a checkpoint."""
+    """The recent gradient norms and skipped updates. Equal on every rank; saved in checkpoints as plain JSON."""
 
     skipped_in_a_row: int = 0
     norms: list[float] = field(default_factory=list[float])
-    """Of the last steps, before clipping; the newest is last."""
+    """Gradient norms of the last steps, before clipping. The newest is the last."""
 
     def to_json(self) -> dict[str, Any]:
         return {"skipped_in_a_row": self.skipped_in_a_row, "norms": self.norms}
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """None: a checkpoint of before there was any."""
+        """Restore the state from a checkpoint. ``saved`` is None in checkpoints of older versions."""
         if saved is not None:
             self.skipped_in_a_row, self.norms = saved["skipped_in_a_row"], list(saved["norms"])
 
     def left_out(self, error: NonFiniteGradient, *, step: int, allowed: int, where: Path) -> None:
-        """Count an update that was left out because of ``error``.
+        """Count an update that was skipped because of ``error``.
 
         Raises:
-            NonFiniteGradient: it is one more than ``allowed`` in a row.
+            NonFiniteGradient: more than ``allowed`` updates in a row were skipped.
         """
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > allowed:
-            before = f", after {allowed} left out before it" if allowed else ""
+            before = f", after {allowed} skipped updates" if allowed else ""
             raise NonFiniteGradient(
                 f"step {step}: {error}{before} (optim.skip_nonfinite is {allowed}). The batch is in {where}"
             )
@@ -57,7 +57,8 @@ class Health:
         self.skipped_in_a_row = 0
 
     def norm_ratio(self, norm: float) -> float | None:
-        """A step's gradient norm over the median of those before it; none where too few are known. Remembers it."""
+        """Divide a step's gradient norm by the median of the earlier norms, then store it. None if there are too
+        few."""
         before, self.norms = self.norms, [*self.norms, norm][-_REMEMBERED:]
         usual = statistics.median(before) if len(before) >= _LEAST_REMEMBERED else 0.0
         return norm / usual if usual > 0 else None
@@ -79,10 +80,14 @@ def save_batch(
     number: int,
     reason: str,
 ) -> Path:
-    """Write an update's samples for a report: one JSON file of each data-parallel rank. Returns where. On every rank.
+    """Write the samples of an update, for a bug report: one JSON file from each data-parallel rank. On every rank.
 
-    Of each micro-batch the token ids, where its sequences start, and of each term the trained positions with their
-    constants. What is not finite is written as a string. Nothing is written beside ``_MOST_SAVED`` updates.
+    A file has for each micro-batch the token ids and the starts of its sequences, and for each term the trained
+    positions with their constants. Numbers that are not finite are written as strings. At most ``_MOST_SAVED`` updates
+    are written in a run.
+
+    Returns:
+        the folder.
     """
     target = folder / FOLDER / f"step-{step:06d}-update-{number}"
     is_full = groups.once(lambda: len(list((folder / FOLDER).glob("step-*"))) >= _MOST_SAVED)

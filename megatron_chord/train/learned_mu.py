@@ -1,9 +1,9 @@
-"""The gradient of a learned mu (AMFT, arXiv 2508.06944; experimental): would more SFT have made the next step better?
+"""The gradient of a learned mu (AMFT, arXiv 2508.06944; experimental): would more SFT have improved the next step?
 
-One SGD step from theta is theta' = theta - eta ((1 - mu) g_RL + mu g_SFT), so the utility after it changes with mu by
-eta grad U(theta') . (g_RL - g_SFT). We take for grad U(theta') the negative RL gradient of the next step: its prompts
-are fresh, and so a held-out estimate. As neither the paper's scale nor Adam's is known to us, the product is that of
-unit vectors: a cosine in [-1, 1], positive where more SFT would have helped.
+One SGD step from theta is theta' = theta - eta ((1 - mu) g_RL + mu g_SFT). So the derivative of the utility after the
+step with respect to mu is eta grad U(theta') . (g_RL - g_SFT). As an estimate of grad U(theta') we take the negative RL
+gradient of the next step. Its prompts are new, so it is a held-out estimate. We know neither the paper's scale nor that
+of Adam, so we take the product of unit vectors: a cosine in [-1, 1], which is positive if more SFT would have helped.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Gradients = Mapping[str, Tensor]
 
 
 class MuGradient:
-    """Computes the two branches' gradients apart and keeps their difference for a step.
+    """Computes the gradients of the two branches separately and stores their difference for one step.
 
-    That is one fp32 gradient more, and three at the peak. A resumed run measures nothing in its first step: the
-    difference is not saved.
+    It needs memory for one more fp32 gradient, and for three at the peak. The difference is not saved in checkpoints,
+    so the first step of a resumed run has no measurement.
     """
 
     def __init__(self) -> None:
         self._difference: Gradients | None = None
 
     def forget(self) -> None:
-        """After an update that was left out: the difference may not be finite."""
+        """Delete the difference. Called after a skipped update, because the difference may not be finite."""
         self._difference = None
 
     def compute(
@@ -47,7 +47,7 @@ class MuGradient:
         *,
         temperature: float,
     ) -> Measured:
-        """``compute_gradients`` in two passes; among the means is ``mu_gradient`` as measured, 0 where it is not yet.
+        """Like ``compute_gradients``, but in two passes. The means include ``mu_gradient``; 0 if it is not known yet.
 
         Collectives: twice those of ``compute_gradients``, and 1 all-reduce over all ranks.
         """
@@ -81,7 +81,7 @@ class MuGradient:
 
 
 def cosine(across: float, left: float, right: float) -> float:
-    """From the products of two vectors with each other and with themselves; 0 where one is 0."""
+    """The cosine of two vectors from their dot product and their squared norms. 0 if a vector is 0."""
     return across / max((left * right) ** 0.5, 1e-30)
 
 

@@ -1,12 +1,12 @@
-"""The run: push weights, collect, train, evaluate, save; and at the end the trained policy as a folder.
+"""The training loop: push weights, collect, train, evaluate, save. At the end it exports the trained policy.
 
 With ``rollout.asynchronous`` later steps are collected while a step trains. For step t, ``collect`` does this:
 
     lag 1, drain   wait for step t | push weights t | start to collect step t+1, which samples while step t trains
-    lag n, keep    push weights t, under unfinished requests too | start to collect step t+n | wait for step t
+    lag n, keep    push weights t, also during running requests | start to collect step t+n | wait for step t
 
-So with ``drain`` the weights of step t-1 sample step t whatever the timing is, and a run can be repeated and resumed
-bit for bit. What a lost server has not finished is sampled again, by the weights there are then.
+So with ``drain`` the weights of step t-1 always sample step t, independent of timing. Such a run can be repeated and
+resumed bit for bit. Requests that a lost server has not finished are sampled again, by the current weights.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from megatron_chord.train.watch import clear_leftovers, start_watch
 
 
 class Refused(ValueError):
-    """Settings, data or a checkpoint that will not do; nothing has been trained."""
+    """Settings, data or a checkpoint are not valid. Nothing has been trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,9 @@ class RunContext:
     engine: RolloutEngine
     queue: StepQueue
     coordinator: Coordinator | None
-    """On rank 0 only."""
+    """On rank 0; None on the other ranks."""
     mu_gradient: MuGradient | None
-    """Where mu is learned."""
+    """None unless mu is learned."""
     health: Health
     best: Best = field(default_factory=Best)
 
@@ -97,18 +97,17 @@ def train(
     check_stop: Callable[[], None] = lambda: None,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run ``run`` to its end on this rank; the same call on every rank of the world.
+    """Run the whole training on this rank. Every rank of the world makes the same call.
 
-    A run that is resumed with other settings is refused where these change what is learned, unless with
-    ``allow_changed``.
+    If a run is resumed with other settings that change what is learned, it is refused unless ``allow_changed`` is true.
 
-    ``check_stop`` is called before every step and raises to end the run. When ``stop_wanted`` answers yes on any rank
-    before a step, or on the coordinator while it samples, the run writes a checkpoint and ends.
+    ``check_stop`` is called before every step; it raises an exception to end the run. If ``stop_wanted`` returns true
+    on any rank before a step, or on the coordinator while it samples, the run writes a checkpoint and ends.
 
     Raises:
-        Stopped: on every rank, because a stop was wanted; continue with ``resume="auto"``.
-        Refused: settings, data or a checkpoint that will not do, before any work.
-        Halted: one of the stops in docs/running.md.
+        Stopped: on every rank, because a stop was requested; continue with ``resume="auto"``.
+        Refused: settings, data or a checkpoint are not valid; raised before any work.
+        Halted: one of the errors that docs/running.md lists.
     """
     with _refusing():
         shape, method = check_run(run, world_size_of_environment())
@@ -133,7 +132,7 @@ def train(
             check_reward(run.reward)
             data = load_data(run, shape)
             claimed = claim(run, resume=resume, overwrite=overwrite)
-            stack.callback(_report, claimed)  # when servers and logs are closed, however the run ends
+            stack.callback(_report, claimed)  # runs after servers and logs are closed, also after an error
             stack.enter_context(claimed)
             clear_leftovers(run, watch)
             checkpoint.clear_partial(run.output / CHECKPOINTS, print)
@@ -215,8 +214,8 @@ def _build(
     coordinator: Coordinator | None,
     stack: ExitStack,
 ) -> RunContext:
-    """Servers, model and optimizer. ``stack`` closes them. On every rank."""
-    # The server loads while the model is built, unless it is to share the ranks' GPUs.
+    """Start the servers and build model and optimizer. ``stack`` closes them. Called on every rank."""
+    # The server loads while the model is built, unless it shares the ranks' GPUs.
     engine = RolloutEngine(
         run,
         groups,
@@ -261,7 +260,7 @@ def _run_steps(
     check_stop: Callable[[], None],
     stop_wanted: Callable[[], bool],
 ) -> None:
-    """The steps after ``done``, each with the evaluation and the checkpoint that are due after it."""
+    """Run the steps after the first ``done``, each with the evaluation and the checkpoint that are due after it."""
     run, groups, saved_step = parts.run, parts.state.groups, done
     saved_at, allowed_s = time.monotonic(), 60 * run.checkpoint.every_minutes
     for step in range(done, run.steps):
@@ -278,7 +277,7 @@ def _run_steps(
             wishes = groups.gather((stop_wanted(), is_late))
             if any(wants_stop for wants_stop, _ in wishes):
                 raise StopWanted
-            if wishes[0][1] and saved_step < step:  # rank 0's clock is the run's
+            if wishes[0][1] and saved_step < step:  # only rank 0's clock decides
                 _save(parts, step, memory)
                 saved_step, saved_at = step, time.monotonic()
             with tracer.step(step):
@@ -287,7 +286,7 @@ def _run_steps(
             if saved_step < step:
                 _save(parts, step, memory)
             raise Stopped(
-                f"stopped as asked: {step} of {run.steps} steps done",
+                f"stopped as requested: {step} of {run.steps} steps done",
                 exit_code=EXIT_CODE if step > done else EXIT_CODE_IDLE,
             ) from None
         is_best = False
@@ -300,7 +299,7 @@ def _run_steps(
 
 
 def _step(parts: RunContext, now: ScheduleInput) -> Memory:
-    """One step; on the coordinator also its metrics. Returns what mu is to remember."""
+    """Run one step, and log its metrics on the coordinator. Returns the memory of mu's schedule."""
     run, method, state, coordinator = parts.run, parts.method, parts.state, parts.coordinator
     step, schedule = now.step, method.schedule(run)
     timer = Timer(mark=record_function)
@@ -356,15 +355,15 @@ def _step(parts: RunContext, now: ScheduleInput) -> Memory:
         coordinator.log.finish_step(row, step_line(row, run.steps))
     mu = inputs.mu
     if schedule is None or mu is None or done.num_skipped:
-        return now.memory  # of an update that was left out, a schedule has nothing to remember
-    # One rank's memory for all: mu decides whether ranks sample, so they must not differ by a bit.
+        return now.memory  # a skipped update does not change the memory of the schedule
+    # All ranks use rank 0's memory: mu decides whether a step samples, so it must be equal on all ranks, bit for bit.
     return state.groups.once(lambda: dict(schedule.remember(now, mu, row)))
 
 
 def collect(parts: RunContext, now: ScheduleInput) -> CollectedStep:
-    """Push weights and collect the step ``now``. Later steps may go on being collected when this returns.
+    """Push weights and collect the step ``now``. The collection of later steps may still run when this returns.
 
-    It is called again, from its beginning, when a rollout server is lost.
+    If a rollout server is lost, it is called again from the beginning.
     """
     rollout = parts.run.rollout
     lag = rollout.max_off_policy_steps
@@ -376,7 +375,10 @@ def collect(parts: RunContext, now: ScheduleInput) -> CollectedStep:
 
 
 def _push_and_start(parts: RunContext, now: ScheduleInput, *, through: int) -> None:
-    """Start to collect the steps up to ``through`` that are not in the queue, with the weights of ``now``."""
+    """Start to collect the steps up to ``through`` that are not in the queue yet, with the weights of step ``now``.
+
+    Weights are pushed only if one of these steps samples.
+    """
     steps = parts.queue.not_started(now, through=through)
     samples = [parts.method.needs_rollouts_at(parts.run, step) for step in steps]
     if any(samples):
@@ -400,10 +402,10 @@ def _throughput(parts: RunContext, inputs: StepInputs, seconds: float) -> dict[s
 
 
 def _evaluate(parts: RunContext, version: int) -> bool:
-    """Held-out accuracy of the weights after ``version`` optimizer steps.
+    """Evaluate the weights after ``version`` optimizer steps on the held-out problems, if there are any.
 
     Returns:
-        Whether they are the best so far, where ``checkpoint.keep_best`` asks for it.
+        whether they are the best weights so far; false without ``checkpoint.keep_best``.
     """
     coordinator = parts.coordinator
     has_problems = parts.run.data.evaluation is not None
@@ -436,7 +438,7 @@ def _save(parts: RunContext, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
     _doing(coordinator, "saving")
     _drain(parts)
-    if parts.engine.has_offloaded:  # for an evaluation, or a sampling that was given up
+    if parts.engine.has_offloaded:  # after an evaluation, or after sampling that was interrupted
         parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
     run_state |= {"health": parts.health.to_json(), "best": parts.best.to_json()}
@@ -459,9 +461,9 @@ def _drain(parts: RunContext) -> None:
 
 
 def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
-    """Weights, optimizer and cursors from a checkpoint; returns the steps done and what mu remembers."""
+    """Load weights, optimizer and cursors from a checkpoint. Returns the number of steps done and mu's memory."""
     run_state = checkpoint.load(parts.state, path)
-    check_finite(parts.state, f"{path} cannot be continued; move it away to go on from the one before")
+    check_finite(parts.state, f"{path} cannot be continued; move it away to continue from the previous one")
     parts.health.restore(run_state.get("health"))
     parts.best.restore(run_state.get("best"))
 
@@ -484,7 +486,8 @@ def _check_memory(schedule: MuSchedule, now: ScheduleInput, path: Path) -> None:
         schedule.value(replace(now, reward_mean=0.0))
     except KeyError as error:
         raise ValueError(
-            f"{path} was written under another schedule of mu: {schedule.schedule} needs to remember {error}"
+            f"{path} was written with another schedule of mu: it does not have {error}, which "
+            f"{schedule.schedule} needs"
         ) from None
 
 
@@ -500,7 +503,7 @@ def _make_coordinator(
 ) -> Coordinator:
     first_step = checkpoint.step_of(found) if found is not None else 0
     if first_step > run.steps:
-        raise ValueError(f"{found} has taken {first_step} steps already, but steps is {run.steps}")
+        raise ValueError(f"{found} already has {first_step} steps, but steps is {run.steps}")
     log = stack.enter_context(
         RunLog(run.output, steps=run.steps, first_step=first_step, settings=plain_settings(run))
     )
@@ -525,7 +528,7 @@ def _tell_outcome(log: RunLog, folder: Path) -> None:
 
 
 def _report(claimed: Claim) -> None:
-    """The page about a run, or one line that says why there is none: a picture never fails a run."""
+    """Write the HTML report of the run. An error here is printed and does not fail the run."""
     if not claimed.has_begun:
         return
     try:
@@ -536,7 +539,7 @@ def _report(claimed: Claim) -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What is wrong before the first step is the user's to mend, and is told apart from a fault in a later one."""
+    """Turn a ValueError before the first step into ``Refused``, because the user can correct its cause."""
     try:
         yield
     except ValueError as error:

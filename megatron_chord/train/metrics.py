@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (always complete), trackers, the console. Coordinator only."""
+"""The log of a run's metrics: metrics.jsonl (always complete), trackers and the console. Coordinator only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LEAVING_S = 3.0
 
 
 class RunLog:
-    """One JSON line a step, the same numbers for the trackers, one readable line on the console, and warnings."""
+    """Writes each step as a JSON line, to the trackers and as a console line, and prints warnings."""
 
     def __init__(self, folder: Path, *, steps: int, first_step: int, settings: Mapping[str, Any]) -> None:
-        """Nothing in ``folder`` changes before ``begin``. ``settings``: the run's, as config.yaml has them."""
+        """Nothing in ``folder`` changes before ``begin``. ``settings`` are the run's settings as in config.yaml."""
         self._folder = folder
         self._path = folder / METRICS
         self._samples = folder / SAMPLES
@@ -80,7 +80,7 @@ class RunLog:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row with a ``step``; numbers that are not finite are an error, not a line nobody can parse."""
+        """Append one row with a ``step``. Raises FloatingPointError if a number is not finite (not valid JSON)."""
         broken = [name for name, value in scalars(row) if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
@@ -127,7 +127,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log; a last line that was cut off by a crash is left out."""
+    """The rows of a log, without a last line that was cut off by a crash."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -138,5 +138,5 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_before(row: Mapping[str, Any], first_step: int) -> bool:
-    # The evaluation of a step's weights stands under the number of steps they have taken.
+    # The `step` of an evaluation is the number of optimizer steps of the evaluated weights.
     return row["step"] < first_step or ("evaluation" in row and 0 < first_step == row["step"])

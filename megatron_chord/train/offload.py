@@ -1,12 +1,12 @@
-"""What only training needs, moved to the host's memory while servers sample on the same GPUs, and back.
+"""Offloads training state to host memory while servers sample on the same GPUs, and brings it back.
 
-Optimizer state (FP32 weights and Adam's moments), gradients and a reference policy leave; the weights stay, since they
-are pushed meanwhile. Tensors stay the objects that they are, and views of one buffer stay views of it: only the storage
-under them is emptied, and filled again.
+Optimizer state (FP32 weights and Adam's moments), gradients and a reference policy are offloaded. The weights stay on
+the GPU, because they are pushed to the servers. Tensor objects do not change, and views of a buffer stay views of it:
+only the storage below them is emptied and filled again.
 
-Megatron-Core 0.16.1 does the same for gradients (``offload_grad_buffers``), and that is used: they are not saved, each
-update begins by zeroing them. Its optimizers' ``offload_to_cpu`` is not: it copies through pageable memory, and in
-FP32, where the optimizer's parameters are views of the model's, it moves the weights and brings them back as copies.
+For gradients we use Megatron-Core's ``offload_grad_buffers``; gradients are not saved, because each update begins by
+setting them to zero. We do not use the ``offload_to_cpu`` of Megatron's optimizers. It copies through pageable memory.
+And in FP32, where the optimizer's parameters are views of the model's, it moves the weights and returns copies.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megatron_chord.model.forward import unwrapped
 from megatron_chord.train.state import TrainState
 
 _PIECE = 2**28
-"""Bytes of a piece of host memory. CUDA's pinned allocator rounds up to powers of two: one piece each storage, or one
-for all, could take twice what is needed."""
+"""Bytes of a block of host memory. CUDA's pinned allocator rounds sizes up to powers of two, so one block for each
+storage, or a single block for all, could use twice the necessary memory."""
 
 
 class Offload:
-    """Moves one rank's state. Host memory is taken once and kept.
+    """Offloads the state of one rank. Host memory is allocated once and kept.
 
-    CUDA graphs and buffers registered with NCCL would keep the old addresses; the trainer makes neither. NCCL's own
-    buffers stay, and so does the gradient that a learned mu remembers.
+    CUDA graphs and buffers registered with NCCL would keep the old addresses; the trainer uses neither. NCCL's own
+    buffers stay on the GPU, and so does the gradient that a learned mu stores.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -41,7 +41,7 @@ class Offload:
         return self._moved is not None
 
     def away(self) -> None:
-        """Leave the device, if not done; its memory is free for other processes when this returns."""
+        """Offload the state, if not done yet. The GPU memory is free for other processes when this returns."""
         if self._moved is not None:
             return
         moved = [(storage, storage.nbytes()) for storage in storages(self._state)]
@@ -59,7 +59,7 @@ class Offload:
         self._moved = moved
 
     def back(self) -> None:
-        """Be as before, if not; gradients are zero."""
+        """Bring the state back to the GPU, if it is offloaded. Gradients are zero afterwards."""
         if self._moved is None:
             return
         for storage, size in self._moved:
@@ -75,7 +75,8 @@ class Offload:
             self._host.append(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
 
     def _pieces(self, moved: list[tuple[torch.UntypedStorage, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equally long parts of the storages and of the host's pieces, as bytes; the storages lie end to end there."""
+        """Pairs of equally long parts, as bytes: of a storage, and of a host block. Host blocks have the concatenated
+        storages."""
         place = 0
         for storage, size in moved:
             flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -88,7 +89,7 @@ class Offload:
 
 
 def storages(state: TrainState) -> list[torch.UntypedStorage]:
-    """What holds the optimizer's state and the reference's weights, without what the trained model's lie in as well."""
+    """The storages of optimizer state and reference weights, except those that the trained model's weights share."""
     kept = {
         tensor.untyped_storage().data_ptr() for chunk in state.chunks for tensor in _tensors(unwrapped(chunk))
     }
@@ -102,7 +103,7 @@ def storages(state: TrainState) -> list[torch.UntypedStorage]:
 
 def _optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
     for part in state.optimizer.chained_optimizers:
-        if part.optimizer is None:  # this rank trains none of its parameters
+        if part.optimizer is None:  # this rank has none of its parameters
             continue
         for group in part.optimizer.param_groups:
             yield from group["params"]

@@ -1,4 +1,4 @@
-"""Graded answers as the rows of a file in ``samples/``: what people read, and the report shows."""
+"""Graded answers as the rows of a file in ``samples/``, for people and for the HTML report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.sampling.rounds import GradedRollouts
 
 MOST_TOKENS = 4096
-"""Of a file: tokens that are written one by one, with their log-probs. To decode one takes about 10 microseconds."""
+"""Maximum number of tokens of a file that are written one by one, with log-probs. Decoding one takes about 10 us."""
 
 
 def sample_rows(graded: Sequence[GradedRollouts], template: ChatTemplate) -> list[dict[str, Any]]:
-    """One row an answer.
+    """One row for each answer.
 
     The first row of a prompt also has ``rendered_prompt``, the text after the chat template. Rows of the first prompts
     have ``tokens``, pairs of text and log-prob, as long as these are ``MOST_TOKENS`` together.

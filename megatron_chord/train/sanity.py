@@ -1,4 +1,4 @@
-"""Weights that are numbers: checked before every checkpoint and export, and in checkpoints that nobody has checked."""
+"""Checks that weights are finite: before every checkpoint and export, and in checkpoints that were never checked."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from megatron_chord.train.state import TrainState
 from megatron_chord.weights.torch_dist import Box, Checkpoint
 
 MARK = "finite"
-"""In a checkpoint's run.json: true where this module has checked what was saved."""
+"""Key in a checkpoint's run.json: true if this module has checked the saved state."""
 _PIECE = 2**26
-"""Numbers of a stored tensor that are read at a time."""
+"""Number of elements of a stored tensor that are read at a time."""
 _SHOWN = 5
 
 
 class NonFiniteWeights(RuntimeError):
-    """Weights, or what the optimizer remembers of them, are NaN or infinite."""
+    """Weights or optimizer state are NaN or infinite."""
 
 
 def check_finite(state: TrainState, consequence: str, *, with_optimizer: bool = True) -> None:
-    """Every weight of every rank, and with ``with_optimizer`` also main weights and moments, is a finite number.
+    """Check that every weight of every rank is finite; with ``with_optimizer`` also main weights and moments.
 
-    One pass over this rank's memory, one all-reduce over all ranks and one wait for the device. On every rank.
+    Called on every rank. It reads this rank's memory once, makes one all-reduce over all ranks and waits for the device
+    once.
 
     Raises:
         NonFiniteWeights: on every rank, with the names of some tensors and ``consequence``.
@@ -39,7 +40,7 @@ def check_finite(state: TrainState, consequence: str, *, with_optimizer: bool = 
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel() > 0}
     broken = torch.zeros(len(tensors), dtype=torch.bool, device=state.groups.device)
     if tensors:
-        # The largest size of each tensor; NaN where it holds one.
+        # The largest absolute value of each tensor; NaN if the tensor has a NaN.
         sizes = torch._foreach_norm(list(tensors.values()), math.inf)
         broken = torch.stack([size.float() for size in sizes]).isfinite().logical_not()
     total = broken.sum(dtype=torch.float32)
@@ -53,9 +54,9 @@ def check_finite(state: TrainState, consequence: str, *, with_optimizer: bool = 
 
 
 def stored_fault(checkpoint: Path, run_state: str) -> str | None:
-    """What is not finite in a checkpoint that has no mark in the file ``run_state``: one of an older version.
+    """Check a checkpoint of an older version, which has no mark in the file ``run_state``. Returns the fault or None.
 
-    Reads all of its tensors, piece by piece. On one rank.
+    Reads all of its tensors in parts. Called on one rank.
     """
     try:
         if json.loads((checkpoint / run_state).read_text()).get(MARK) is True:
@@ -89,7 +90,7 @@ def _is_finite(stored: Checkpoint, key: str, shape: tuple[int, ...], dtype: torc
 
 
 def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Main weights and moments of this rank, by made-up names: their parameters' names are not known here."""
+    """Main weights and moments of this rank, with numbered names, because the parameters' names are not known here."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         inner = part.optimizer
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]

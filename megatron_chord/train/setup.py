@@ -1,4 +1,4 @@
-"""Settings -> everything a run needs, checked before any work and then built in the order that saves time."""
+"""Checks the settings before any work, and loads and describes what a run needs."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ from megatron_chord.train.trackers import check_installed
 from megatron_chord.weights.folder import check_copies, open_model
 
 _TRIED = 50
-"""Prompts, and demonstrations, on which the exported folder's tokenizer is tried."""
+"""Number of prompts, and of demonstrations, with which the exported folder's tokenizer is tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What the coordinator draws from."""
+    """The data of a run; the coordinator draws from it."""
 
     template: ChatTemplate
     sources: Sources
     problems: tuple[Prompt, ...]
-    """Held out."""
+    """Held-out problems for evaluation."""
     reports: tuple[str, ...]
-    """What became of each file's rows."""
+    """For each file a line that says how its rows were read."""
     left_out: tuple[Mapping[str, Any], ...]
-    """Every row that is not used, and why; for dropped.jsonl."""
+    """Every row that is not used, with the reason; for dropped.jsonl."""
 
 
 def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
-    """Every rule that needs only the settings, the number of processes and the model folder's headers.
+    """Check every rule that needs only the settings, the number of processes and the model folder's headers.
 
     Raises:
-        ValueError: with the rule that is broken.
+        ValueError: the message names the rule that is broken.
     """
     # Here, because they need Megatron-Core, and reading data does not.
     from megatron_chord.model.build import check_overrides, check_shape
@@ -88,8 +88,8 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     multiple = packing_layout(shape, run.parallel, data, preset(run.precision).training).batch_multiple
     if run.batch.max_tokens_per_gpu < multiple:
         raise ValueError(
-            f"batch.max_tokens_per_gpu {run.batch.max_tokens_per_gpu} is below {multiple}, of which the length of "
-            "every packed micro-batch must be a multiple (precision, tensor and context parallelism; docs/fp8.md)"
+            f"batch.max_tokens_per_gpu {run.batch.max_tokens_per_gpu} is below {multiple}, but the length of every "
+            "packed micro-batch must be a multiple of it (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
     for name in ("prompts", "demonstrations", "evaluation"):
@@ -105,12 +105,12 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
 
 
 def needs_servers(run: RunConfig, method: Method) -> bool:
-    """Whether anything is ever sampled: by the method, or by evaluation."""
+    """Whether the run samples at any time, for the method or for evaluation."""
     return method.uses_rollouts(run) or run.data.evaluation is not None
 
 
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
-    """Where the reference policy is read from, when a term asks for its log-probs."""
+    """The folder of the reference policy; None if no term needs its log-probs."""
     if not any("reference_logprob" in term.scored for term in terms.values()):
         return None
     kl = run.objective.kl
@@ -239,7 +239,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
 def packing_layout(
     shape: ModelShape, parallel: ParallelConfig, data_parallel: int, fp8: Fp8Training | None = None
 ) -> Layout:
-    """What packing must know of the parallel axes, of the trainer's FP8, and of what long sequences cost the model."""
+    """The properties of parallel layout, FP8 and model (the cost of long sequences) that packing depends on."""
     return make_layout(
         data=data_parallel,
         tensor=parallel.tensor,
@@ -253,8 +253,11 @@ def packing_layout(
 
 
 def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
-    """How long ranks may have to wait for the coordinator: a server's start, the sampling and grading of all steps that
-    may be under way, and their repeats. A last resort: a frozen coordinator is noticed by ``runtime.heartbeat``."""
+    """The longest time that ranks may have to wait for the coordinator, in seconds.
+
+    It includes a server's start, sampling and grading of all steps in the queue, and their repetitions. It is a last
+    resort: normally ``runtime.heartbeat`` detects a frozen coordinator earlier.
+    """
     rollout, timeouts = run.rollout, run.timeouts
     rollouts = run.batch.prompts * run.batch.rollouts
     grading = max(reward.timeout_s * rollouts / reward.workers for reward in terms_of(run.reward).values())
@@ -266,7 +269,7 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
 def plan_lines(
     run: RunConfig, shape: ModelShape, method: Method, world_size: int, say: Callable[[str], None]
 ) -> None:
-    """What one step is, derived from the settings and said once before the run."""
+    """Print the plan of the run: model, layout, method, and what a step consists of."""
     batch, parallel = run.batch, run.parallel
     data = data_parallel_size(parallel, world_size)
     say(
@@ -338,8 +341,8 @@ def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
 def _ahead_text(run: RunConfig) -> str:
     rollout = run.rollout
     when = {
-        "drain": "what is being sampled is finished before new weights are pushed",
-        "keep": "what is being sampled goes on with new weights",
+        "drain": "answers that are being sampled are finished before new weights are pushed",
+        "keep": "answers that are being sampled are continued with new weights",
     }[rollout.in_flight]
     steps = _counted(rollout.max_off_policy_steps, "step")
     return f"rollouts are sampled {steps} ahead; {when}; {_correction_text(run)}"
@@ -352,7 +355,9 @@ def _early_stop_text(run: RunConfig) -> str:
         if run.rollout.carries
         else "dropped, so that prompts with long answers are trained on less often (rollout.partial.unfinished: drop)"
     )
-    return f"{prompts + extra} prompts are sampled until {prompts} are finished; what is unfinished is {what}"
+    return (
+        f"{prompts + extra} prompts are sampled until {prompts} are finished; unfinished answers are {what}"
+    )
 
 
 def _correction_text(run: RunConfig) -> str:
@@ -382,7 +387,7 @@ def _weights(sources: Sequence[SourceConfig]) -> dict[str, float]:
 
 
 def _first_of_each(problems: Sequence[Prompt], count: int | None) -> tuple[Prompt, ...]:
-    """The first ``count`` problems of each source; all where it is None."""
+    """The first ``count`` problems of each source; all if it is None."""
     sources = dict.fromkeys(problem.source for problem in problems)
     return tuple(
         problem

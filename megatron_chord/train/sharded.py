@@ -1,7 +1,7 @@
-"""Megatron-Core's sharded state dictionaries as boxes of a checkpoint, and back.
+"""Converts Megatron-Core's sharded state dictionaries to boxes of a checkpoint, and back.
 
-What ``megatron.core.dist_checkpointing`` saves and loads, in the same layout on disk. Its own saving forks processes
-that outlive a killed trainer and hold its open files; its own loading unpickles whatever a file asks for.
+The layout on disk is that of ``megatron.core.dist_checkpointing``. We do not use its functions: its saving forks
+processes that outlive a killed trainer and keep its files open, and its loading unpickles arbitrary objects.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ Boxes = dict[Box, Callable[[], Tensor]]
 
 
 def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[str, Any]]:
-    """What this rank writes of a sharded state dictionary, which is changed: boxes, objects, and what is common.
+    """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
 
-    Of several ranks that hold the same, one writes it. What is common is equal on all ranks. Collectives of Megatron's,
-    which checks that every part is written exactly once.
+    If several ranks have the same part, one of them writes it. Collectives: those of Megatron's check that every part
+    is written exactly once.
+
+    Returns:
+        boxes of tensors, objects by name, and the common part, which is equal on all ranks.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
     parts, common = save_preprocess(state)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # other threads, on other streams, copy what this one's kernels are still writing
+        torch.cuda.synchronize()  # other threads will copy, on other streams, what kernels of this one still write
     boxes: Boxes = {}
     objects: dict[str, bytes] = {}
     for part in _leaves(parts):
@@ -46,12 +49,10 @@ def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[st
 
 
 def fill(state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any]) -> dict[str, Any]:
-    """A sharded state dictionary of tensors, some with memory of their own, with what the checkpoint holds.
-
-    Of the calling rank alone; no collectives.
+    """Fill a sharded state dictionary of this rank from a checkpoint. No collectives.
 
     Raises:
-        ValueError: the checkpoint has no such tensor, or of another shape, or an object that is no plain data.
+        ValueError: a tensor is missing or has another shape, or an object is not plain data.
         OSError: a file cannot be read.
     """
     from megatron.core.dist_checkpointing.dict_utils import merge
@@ -66,7 +67,7 @@ def fill(state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any]) 
     whole = {key: shape for key, shape, _ in checkpoint.tensors()}
     for part in wanted:
         if not part.allow_shape_mismatch and whole.get(part.key) != tuple(part.global_shape):
-            found = whole.get(part.key, "not there")
+            found = whole.get(part.key, "missing")
             raise ValueError(
                 f"{checkpoint.folder}: {part.key} should be {tuple(part.global_shape)}, but is {found}"
             )
@@ -88,7 +89,7 @@ def _value(part: Any, checkpoint: Checkpoint) -> Any:
         return part.data
     value = checkpoint.object(part.unique_key)
     if not isinstance(value, list) or len(value) != 1:
-        raise ValueError(f"{checkpoint.folder}: {part.unique_key} is not what a training run writes")
+        raise ValueError(f"{checkpoint.folder}: {part.unique_key} was not written by a training run")
     return value[0]
 
 
@@ -104,7 +105,7 @@ def _box(part: Any) -> Box:
 
 
 def _with_axes(part: Any) -> Tensor:
-    """A view of the data with the axes that the whole tensor has before it."""
+    """A view of the data with the leading axes that the whole tensor has."""
     return part.data.detach()[(None,) * part.prepend_axis_num]
 
 

@@ -1,4 +1,4 @@
-"""The policy in training: model chunks, optimizer and schedule of this rank, built and filled from a folder."""
+"""The training state of this rank: model chunks, optimizer and schedule, built and loaded from a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NonFiniteGradient(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything an optimizer step changes, with what it needs to do so."""
+    """Everything that an optimizer step changes or needs."""
 
     shape: ModelShape
     groups: ParallelGroups
@@ -39,20 +39,20 @@ class TrainState:
     optimizer: Any
     scheduler: Any
     reference: tuple[Any, ...] = ()
-    """Chunks of a policy that is never updated; empty unless the objective needs one."""
+    """Model chunks of the reference policy, which is never updated; empty unless the objective needs it."""
 
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters, and buffers that are part of the model but not trained."""
+        """The parameters, and the buffers that belong to the model but are not trained."""
         return global_weights([unwrapped(chunk) for chunk in self.chunks])
 
     def hf_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part in giving the weights away: whole Hugging Face tensors on exporters, nothing elsewhere.
+        """Iterate over the full Hugging Face tensors. Exporters yield tensors; other ranks yield nothing.
 
-        To be drained on every rank: the exporters' peers take part in the gathers. ``tensors``: others that are laid
-        out like the parameters, in their place.
+        Every rank must iterate to the end, because all take part in the gathers. ``tensors``: if given, they replace
+        the parameters; they must have the same layout.
         """
         groups = self.groups
         return hf_tensors(
@@ -76,13 +76,14 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
     fp8: Fp8Training | None = None,
     fill: Callable[[Mapping[str, Tensor]], object] | None = None,
 ) -> TrainState:
-    """Build this rank's part of the model, fill it from ``model.path`` and put an optimizer on it.
+    """Build this rank's part of the model, load it from ``model.path`` and make its optimizer.
 
-    ``reference``: folder of a second policy of the same shape to keep beside it, for its log-probs alone.
-    ``fp8``: of the matrix products of both.
-    ``fill``: sets the weights in place, by their names in Megatron, instead of ``model.path``, which is then not read.
+    Args:
+        reference: folder of the reference policy, which has the same shape; used only for its log-probs.
+        fp8: FP8 settings of the matrix products of both policies.
+        fill: sets the weights in place, by their names in Megatron. If given, ``model.path`` is not read.
 
-    Collectives: those of Megatron's constructors; all ranks must call it.
+    Collectives: those of Megatron's constructors. All ranks must call it.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -99,7 +100,7 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        # It would wait for the device twice for every bucket; see _checked_norm.
+        # Megatron's check would wait for the device twice for every bucket; _checked_norm replaces it.
         check_for_nan_in_grad=False,
     )
     wrapped = tuple(
@@ -108,7 +109,7 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
     )
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
-        # Called by the schedules around all but the last micro-batch, whose backward pass reduces.
+        # The schedules call it around all micro-batches except the last, whose backward pass reduces the gradients.
         pauses = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
     optimizer = _optimizer(model, parallel, optim, wrapped, fp8)
@@ -123,7 +124,7 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
 
 
 def reset_optimizer(state: TrainState) -> None:
-    """Forget Adam's moments and start the learning-rate schedule anew, as a run that begins now would have them."""
+    """Reset Adam's moments and the learning-rate schedule to the state at the beginning of a run."""
     for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         inner = optimizer.optimizer
         for moments in inner.state.values():
@@ -136,7 +137,7 @@ def reset_optimizer(state: TrainState) -> None:
 
 
 def restart_schedule(state: TrainState, since: int) -> None:
-    """Count the learning-rate schedule's steps, and those that are left to it, from ``since`` on."""
+    """Let the learning-rate schedule start at step ``since`` and end with the run."""
     state.scheduler.num_steps -= since
     state.scheduler.lr_decay_steps -= since
     state.scheduler.step(0)
@@ -150,7 +151,7 @@ def _filled(
     fp8: Fp8Training | None,
     fill: Callable[[Mapping[str, Tensor]], object] | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Megatron's config, and this rank's chunks with the weights of ``model.path``, or what ``fill`` gives them."""
+    """Megatron's config, and this rank's model chunks with the weights of ``model.path`` or of ``fill``."""
     config = transformer_config(shape, model, parallel, fp8)
     chunks = build_chunks(config, shape)
     if fill is not None:
@@ -176,7 +177,8 @@ def _optimizer(
     chunks: tuple[Any, ...],
     fp8: Fp8Training | None,
 ) -> Any:
-    """Megatron's choice of Adam: Transformer Engine's, else Apex's, else torch's (``runtime.adam`` without CUDA)."""
+    """The Adam that Megatron chooses: Transformer Engine's, else Apex's, else torch's (``runtime.adam`` without
+    CUDA)."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_chord.model.build import DTYPES
@@ -203,9 +205,9 @@ def _optimizer(
 
 
 def _gather_once(optimizer: Any) -> None:
-    """Gather new weights after the last of the chained optimizers: that of experts follows that of the rest.
+    """Gather new weights only after the last of the chained optimizers (the optimizer of the experts is the last).
 
-    Megatron-Core gathers all of them after each (distrib_optimizer.py; 0.16.1: 2618, 0.19.2: 3185).
+    Megatron-Core would gather all weights after each of them (distrib_optimizer.py; 0.16.1: 2618, 0.19.2: 3185).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -215,18 +217,18 @@ def _gather_once(optimizer: Any) -> None:
 
 
 def _checked_norm(get_grad_norm: Callable[[], float]) -> float:
-    """Megatron's gradient norm, which its step asks for before it changes a weight; the same on every rank.
+    """Megatron's gradient norm, checked. Megatron's step computes it before it changes a weight; equal on every rank.
 
-    Read from the device here and only here: with Transformer Engine, Megatron-Core 0.19.2 returns a tensor.
+    It is read from the device only here: with Transformer Engine, Megatron-Core 0.19.2 returns a tensor.
     """
     norm = float(get_grad_norm())
     if not math.isfinite(norm):
-        raise NonFiniteGradient(f"the gradient's norm is {norm}; no weight has been changed by it")
+        raise NonFiniteGradient(f"the gradient norm is {norm}; no weight has been changed by it")
     return norm
 
 
 def _scheduler(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
-    """Megatron's schedule. It is also what keeps weight decay off norms and biases: it applies each group's wd_mult."""
+    """Megatron's schedule. It also applies each group's wd_mult, which excludes norms and biases from weight decay."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(

@@ -1,4 +1,4 @@
-"""All updates of one step, after a last look at the rollouts: do trainer and rollout engine agree on them?"""
+"""Runs all updates of one step. First it checks that trainer and rollout engine agree on the step's rollouts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from megatron_chord.train.update import (
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a step's updates have to report, equal on every rank."""
+    """The results of a step's updates, equal on every rank."""
 
     result: UpdateResult
-    """The updates' mean numbers."""
+    """The means over the updates that were not skipped. If all were skipped, the numbers of the last one."""
     grad_norm: float | None
-    """Mean over the updates; none where all were left out, and ``result`` is then the last one's."""
+    """Mean over the updates that were not skipped; None if all were skipped."""
     learning_rate: float
     num_skipped: int
-    """Updates that were left out because their loss or gradient was not finite."""
+    """Number of updates that were skipped because their loss or gradient was not finite."""
     zero_gradient: float
     """Share of the other updates whose gradient is exactly 0 although they have trained tokens."""
     grad_norm_ratio: float | None
-    """``grad_norm`` over the median of the steps before; none where too few are known."""
+    """``grad_norm`` divided by the median over earlier steps; None if there are too few."""
 
 
 def train_step(
@@ -51,14 +51,14 @@ def train_step(
     mu_gradient: MuGradient | None,
     health: Health | None = None,
 ) -> Trained:
-    """All updates of a step.
+    """Run all updates of a step.
 
     Args:
-        health: what the steps before have left; changed.
+        health: the state of the earlier steps; it is changed.
 
     Raises:
-        LogprobMismatch: before the first of them.
-        NonFiniteGradient: more updates in a row than ``optim.skip_nonfinite`` were not finite.
+        LogprobMismatch: trainer and rollout engine disagree; raised before the first update changes a weight.
+        NonFiniteGradient: more than ``optim.skip_nonfinite`` updates in a row were not finite.
     """
     health = health or Health()
     temperature = run.rollout.temperature

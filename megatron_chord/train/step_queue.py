@@ -1,8 +1,8 @@
-"""The steps whose rollouts and demonstrations are being collected, or are collected and not trained on yet.
+"""The queue of steps whose data are being collected, or are collected but not trained yet.
 
-Without ``rollout.asynchronous`` a step is collected when it is started. With it, one thread of rank 0 collects the
-steps one after another, in their order, because each step draws its prompts where the step before has stopped. Which
-steps are in the queue depends on the settings alone, so all ranks agree on it without a message.
+Without ``rollout.asynchronous``, ``start`` collects a step before it returns. With it, one thread of rank 0 collects
+the steps one after another, because each step draws its prompts where the previous step stopped. The settings alone
+determine which steps are in the queue, so all ranks agree on it without communication.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _OfAllRanks = tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]
 
 
 class StepQueue:
-    """Every method but ``close`` is called on every rank. A failure of the coordinator is raised on all of them."""
+    """All methods except ``close`` are called on every rank. A failure on the coordinator is raised on every rank."""
 
     def __init__(self, run: RunConfig, groups: ParallelGroups, coordinator: Coordinator | None) -> None:
         self._run = run
         self._groups = groups
         self._coordinator = coordinator
         self._steps: dict[int, Future[_OfAllRanks] | None] = {}
-        """By step. Only the coordinator has futures."""
+        """By step number. Only the coordinator has futures; other ranks have None."""
         self._generation = 0
         self._thread: ThreadPoolExecutor | None = None
         if coordinator is not None and run.rollout.max_off_policy_steps > 0:
@@ -45,7 +45,10 @@ class StepQueue:
         return [replace(now, step=step) for step in range(now.step, last + 1) if step not in self._steps]
 
     def start(self, step: ScheduleInput, clients: Sequence[RolloutClient], *, version: int) -> None:
-        """Collect ``step`` with these servers, which hold weight version ``version``; with none, it samples nothing."""
+        """Start to collect ``step`` with these servers, which have weight version ``version``.
+
+        A step that samples nothing needs no clients.
+        """
         self._steps[step.step] = None
         if self._thread is not None:
             self._steps[step.step] = self._thread.submit(self._collect, step, clients, version)
@@ -58,7 +61,7 @@ class StepQueue:
             self._steps[step.step] = future
 
     def wait(self, step: int) -> CollectedStep:
-        """What ``step`` was collected from and to. Raises what its collection has raised."""
+        """Wait for the collection of ``step`` and return its result. Raises the error of the collection, if any."""
 
         def collected() -> _OfAllRanks:
             future = self._steps[step]
@@ -68,14 +71,14 @@ class StepQueue:
         return self._groups.from_coordinator(collected)
 
     def remove(self, step: int) -> None:
-        """Forget ``step``, which is trained on now."""
+        """Remove ``step`` from the queue, because it is trained next."""
         del self._steps[step]
 
     def forget_lost(self, generation: int) -> None:
-        """Forget the steps that rollout servers had not finished when they were lost.
+        """Remove the steps whose collection failed because a rollout server was lost.
 
         Args:
-            generation: how many servers have been replaced. Nothing is forgotten while the number stays the same.
+            generation: number of servers that were replaced so far. If it has not changed, nothing is removed.
         """
         if self._generation == generation:
             return
@@ -93,7 +96,7 @@ class StepQueue:
         self._generation = generation
 
     def drain(self) -> None:
-        """Wait until nothing is being sampled. ``wait`` raises what failed, when its step comes."""
+        """Wait until no step is being collected. Errors are not raised here, but by ``wait`` for the step."""
 
         def wait() -> None:
             concurrent.futures.wait([future for future in self._steps.values() if future is not None])
@@ -102,10 +105,11 @@ class StepQueue:
             self._groups.once(wait)
 
     def restore(self, run_state: Mapping[str, Any]) -> None:
-        """Put the steps into the queue whose rollouts a checkpoint holds. Without a lag they are sampled again.
+        """Put the steps into the queue whose rollouts are in a checkpoint. Without a lag they are sampled again
+        instead.
 
         Raises:
-            ValueError: they were sampled under other settings.
+            ValueError: they were sampled with other settings.
         """
         if self._run.rollout.max_off_policy_steps == 0:
             return
@@ -117,7 +121,7 @@ class StepQueue:
             self._groups.once(lambda step=step, record=record: self._collect_recorded(step, record))
 
     def close(self) -> None:
-        """Start nothing more. What is being collected ends when its clients and graders are closed."""
+        """Stop the thread. A running collection ends when its clients and graders are closed."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -134,7 +138,8 @@ class StepQueue:
             )
         except ValueError as error:
             raise ValueError(
-                f"the checkpoint holds rollouts of step {step.step}, sampled ahead under other settings: {error}. "
-                "Resume with the run's own settings, or with rollout.asynchronous=null, which samples the step anew"
+                f"the checkpoint has rollouts of step {step.step} that were sampled with other settings: {error}. "
+                "Resume with the settings of the earlier run, or with rollout.asynchronous=null, which samples the "
+                "step again"
             ) from error
         self._steps[step.step] = future

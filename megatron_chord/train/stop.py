@@ -1,8 +1,7 @@
-"""A wish that a run end soon: at the next safe point, with a checkpoint, to be continued later.
+"""Stop requests: a request that a run ends at the next safe point, with a checkpoint, so that it can be continued.
 
-It comes as SIGUSR1, as a first Ctrl-C (``cli``) or as a file (``FILE_VARIABLE``). A file reaches all nodes of a job,
-whatever lies between its batch script and its ranks. SIGTERM is no such wish: it ends a run at once and without a
-checkpoint.
+A stop is requested by SIGUSR1, by a first Ctrl-C (``cli``) or by a file (``FILE_VARIABLE``). A file is visible on all
+nodes of a job. SIGTERM is not a stop request: it ends a run at once and without a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from pathlib import Path
 from types import FrameType
 
 FILE_VARIABLE = "CHORD_STOP_FILE"
-"""Environment variable: a path whose existence is the wish."""
+"""Environment variable with a path. If the file exists, a stop is requested."""
 EXIT_CODE = 75
-"""Of a run that stopped so: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a run that stopped on request: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
 EXIT_CODE_IDLE = 76
-"""Of a run that stopped so before it had done a single step since it was started."""
+"""Exit code of a run that stopped on request before it finished a single step since its start."""
 
 
 class StopWanted(Exception):
-    """Raised where a step can be given up without loss: it is taken again, the same, when the run continues."""
+    """A stop was requested during a step that can be abandoned: the continued run repeats it identically."""
 
 
 class Stopped(Exception):
-    """The run has stopped as it was asked to; what it had done is in a checkpoint."""
+    """The run has stopped on request. Its state is in a checkpoint."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -41,15 +40,15 @@ class StopWish:
         self._file = Path(path) if path else None
 
     def listen(self) -> None:
-        """Take SIGUSR1 as the wish. Main thread only."""
+        """Take SIGUSR1 as a stop request. Main thread only."""
         signal.signal(signal.SIGUSR1, self._on_signal)
 
     def there(self) -> bool:
-        """Whether the wish has come, to this process; it does not go away."""
+        """Whether a stop was requested of this process. Once true, it stays true."""
         return self._signalled or (self._file is not None and self._file.exists())
 
     def want(self) -> None:
-        """The wish has come, by another way."""
+        """Request a stop from within this process."""
         self._signalled = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

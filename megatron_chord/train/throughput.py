@@ -19,14 +19,14 @@ def throughput(
     ranks: int,
     gpu: Gpu | None,
 ) -> dict[str, float]:
-    """``tflops_per_gpu`` and, where the kind of GPU is known, ``mfu``: its share of the peak of BF16 products.
+    """``tflops_per_gpu`` and, if the GPU type is known, ``mfu``: the fraction of the BF16 peak.
 
     Args:
-        tokens: all that pass through the model.
-        squared_tokens: sum of the squares of their sequences' lengths.
-        passes: how often they do, a forward and backward pass being 1, a forward pass alone 1/3. Recomputation is
+        tokens: number of tokens that pass through the model.
+        squared_tokens: sum over sequences of length squared.
+        passes: number of passes. A forward and backward pass counts as 1, a forward pass alone as 1/3. Recomputation is
             not counted.
-        seconds: that all of it took.
+        seconds: the time of all passes.
     """
     mean_length = squared_tokens / tokens if tokens else 0.0
     per_gpu = passes * tokens * train_flops(shape, mean_length) / seconds / ranks
@@ -35,10 +35,10 @@ def throughput(
 
 
 def own_gpu() -> Gpu | None:
-    """This process's kind of GPU; None without CUDA, or where the kind is not known."""
+    """The GPU type of this process; None without CUDA or for an unknown type."""
     return gpu_by_driver_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def held_gpus(ranks: int) -> dict[str, int]:
-    """``gpus``: one a rank. Nothing without CUDA."""
+    """The metric ``gpus``: one GPU for each rank. Empty without CUDA."""
     return {"gpus": ranks} if torch.cuda.is_available() else {}

@@ -11,21 +11,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 TRACES = "traces"
 WARMUP_STEPS = 2
-"""Of a start, untraced: they also load kernels and make buffers."""
+"""Number of steps before tracing starts. They also load kernels and allocate buffers."""
 
 
 class Tracer:
-    """Of one rank. What other threads do (with ``rollout.asynchronous`` the sampling) is not in its trace."""
+    """Traces one rank. The trace does not include other threads (with ``rollout.asynchronous`` these sample)."""
 
     def __init__(self, folder: Path, *, rank: int, first_step: int, count: int) -> None:
-        """Trace ``count`` steps of a run that begins at ``first_step``, after its warm-up; none with 0."""
+        """Trace ``count`` steps (0: none) after the warm-up steps of a run that begins at ``first_step``."""
         self._path = folder / TRACES / f"rank-{rank}.json.gz"
         self._traced = range(first_step + WARMUP_STEPS, first_step + WARMUP_STEPS + count)
         self._profile: profile | None = None
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around each step, in order. The file is written after the last step to be traced."""
+        """Context manager around each step, in order. The file is written after the last traced step."""
         if step == self._traced.start and self._traced:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -38,7 +38,7 @@ class Tracer:
             self.close()
 
     def close(self) -> None:
-        """Write what has been traced so far, if anything."""
+        """Write the steps traced so far, if any."""
         if self._profile is None:
             return
         self._profile.stop()

@@ -1,4 +1,4 @@
-"""One optimizer update: gradients of the whole update's objective, clipped, applied; and its numbers over all ranks."""
+"""One optimizer update: compute the gradients of the objective, clip and apply them, reduce metrics over all ranks."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ Terms = Mapping[str, Term]
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What every rank is told of one optimizer update, beside its own micro-batches."""
+    """The description of one optimizer update that every rank gets, in addition to its own micro-batches."""
 
     weights: Mapping[str, float]
-    """Of each term."""
+    """By term, its weight."""
     counts: Mapping[str, int]
-    """Trained tokens of each term that has any, over all ranks."""
+    """By term, its number of trained tokens over all ranks. Terms without a trained token are not listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """An update's numbers, equal on every rank. Terms without a token report nothing."""
+    """Loss and metrics of an update, equal on every rank. Terms without a token have no metrics."""
 
     loss: float
     means: dict[str, float]
     maxima: dict[str, float]
     compared: dict[str, float] = field(default_factory=dict[str, float])
-    """``losses.policy.comparison``, summed over all tokens that have rollout log-probs."""
+    """The values of ``losses.policy.comparison``, summed over all tokens that have rollout log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """An update's numbers, still on the device."""
+    """Loss and metrics of an update, still on the device."""
 
     values: Tensor
     finish: Callable[[list[float]], UpdateResult]
 
     @functools.cached_property
     def result(self) -> UpdateResult:
-        """Read once, by a copy to the host that waits for the device."""
+        """Copy the numbers to the host, which waits for the device. The result is cached."""
         return self.finish(self.values.tolist())
 
 
 def prepare_batches(
     state: TrainState, micro_batches: Sequence[PackedBatch], terms: Terms, *, temperature: float
 ) -> list[DeviceBatch]:
-    """This data-parallel rank's micro-batches on the device, with the columns that must be computed beforehand.
+    """This data-parallel rank's micro-batches on the device, with the columns that are computed before the update.
 
-    No pass at all unless a term asks for one (``Term.scored``): then one forward pass with the present weights, and
-    one with the reference's where that is asked for.
+    If a term needs scored columns (``Term.scored``), this makes one forward pass of the current policy, one of the
+    reference policy, or both. Otherwise it makes no pass.
     """
     batches = [to_device(batch, state.groups) for batch in micro_batches]
     present = {name: terms[name] for name in batches[0].terms}
@@ -104,11 +104,11 @@ def compute_gradients(
     *,
     temperature: float,
 ) -> Measured:
-    """Loss and gradients of the update in the parameters' ``main_grad``; changes no weight.
+    """Compute the loss of the update, and its gradients in the parameters' ``main_grad``. Changes no weight.
 
     Args:
-        batches: this data-parallel rank's, equally many on every rank.
-        update: the same on every rank.
+        batches: this data-parallel rank's micro-batches; every rank has the same number.
+        update: equal on every rank.
 
     Collectives: those of Megatron's schedule and gradient reduction, and 1 all-reduce over all ranks.
     """
@@ -134,11 +134,11 @@ def compute_gradients(
 
 
 def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = False) -> tuple[float, float]:
-    """Clip, update the weights. Returns the gradient norm before clipping, and the rate used.
+    """Clip the gradients and update the weights. Returns the gradient norm before clipping and the learning rate.
 
-    With ``new_step`` the learning-rate schedule advances, and it does so first, so that the first step of a warm-up
-    is not wasted on a rate of 0. ``skip`` leaves the weights alone: of an update without a trained token, momentum and
-    weight decay would be all that moves them.
+    With ``new_step`` the learning-rate schedule first advances by a step; so the first step of a warm-up does not have
+    the rate 0. With ``skip`` the weights do not change. It is used for updates without a trained token, where only
+    momentum and weight decay would change the weights.
     """
     if new_step:
         state.scheduler.step(1)
@@ -152,9 +152,10 @@ def apply_gradients(state: TrainState, *, new_step: bool = True, skip: bool = Fa
 
 
 def mean_result(results: Sequence[UpdateResult]) -> UpdateResult:
-    """Of a step's updates: each number's mean over the updates that report it, the largest of the maxima.
+    """Combine the results of a step's updates: the mean of each metric over the updates that have it, and the maxima.
 
-    What compares with the sampling policy is the first update's: later ones differ from it because they should.
+    The comparison with the rollout engine is that of the first update. Later updates train changed weights, so their
+    log-probs are expected to differ.
     """
     first = results[0]
     means = {
@@ -179,7 +180,7 @@ def _temperatures(terms: Terms, of_sampling: float) -> dict[str, float]:
 
 
 def largest(values: Iterable[float]) -> float:
-    """NaN where one is: Python's ``max`` would pass over it, or over all others."""
+    """The maximum, or NaN if any value is NaN. The result of Python's ``max`` would depend on the order."""
     values = list(values)
     return math.nan if any(map(math.isnan, values)) else max(values)
 
@@ -207,7 +208,7 @@ def _scores(
 
 
 def _with_columns(batch: DeviceBatch, terms: Terms, found: Mapping[str, Tensor]) -> DeviceBatch:
-    """``found`` is [T]; each term gets its tokens' part of the columns it asked for."""
+    """Add to each term the columns that it needs, at its tokens. ``found`` has the columns of all tokens, [T] each."""
     return replace(
         batch,
         terms={
@@ -222,7 +223,7 @@ def _extended(tokens: TermTokens, columns: Mapping[str, Tensor]) -> TermTokens:
 
 
 class _Across:
-    """``AcrossRanks`` over the ranks that hold the update's other tokens."""
+    """Implements ``AcrossRanks`` over all ranks that hold tokens of the update."""
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._replicas = groups.replicas
@@ -234,7 +235,7 @@ class _Across:
         return total
 
     def collect(self, values: Tensor) -> Tensor:
-        # How many there are is the hosts' to know: no device is waited for.
+        # The lengths are known on the host, so this does not wait for the device.
         lengths: list[Any] = [None] * self._replicas.size
         dist.all_gather_object(lengths, len(values), group=self._host)
         padded = torch.cat([values, values.new_zeros(max(lengths) - len(values))])
@@ -250,11 +251,10 @@ def _reduce(
     compared_terms: Set[str],
     groups: ParallelGroups,
 ) -> Measured:
-    """Add up what the last pipeline stage's ranks kept, each token counted once. One all-reduce over all ranks.
+    """Sum the numbers of the last pipeline stage's ranks. Each token counts once. One all-reduce over all ranks.
 
-    ``compared_terms`` are those whose tokens have rollout log-probs, the same on every rank.
-
-    Every replica writes its maxima to a row of its own, so that a sum brings them all.
+    ``compared_terms`` are the terms whose tokens have rollout log-probs; equal on every rank. Every replica writes its
+    maxima to a separate row, so that the sum contains the maxima of all.
     """
     outputs = {name: reported(term) for name, term in terms.items()}
     names = [
@@ -293,5 +293,5 @@ def _reduce(
 
 
 def _stacked(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """[rows, columns] float64 from scalars, in two kernels however many there are."""
+    """Stack scalars to [rows, columns] in float64, with two kernels for any number of scalars."""
     return torch.stack([value for row in rows for value in row]).double().view(len(rows), -1)

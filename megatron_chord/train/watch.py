@@ -1,4 +1,7 @@
-"""How long each phase of a run may take without progress, from the deadlines of what happens in it."""
+"""The limits of the watchdog: how long each phase of a run may take without progress.
+
+They follow from the timeouts of the operations in the phase.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,16 @@ from megatron_chord.train.folder import LOGS
 
 _FOLDER = ".heartbeats"
 _MARGIN_S = 60.0
-"""Added to deadlines that end what they belong to with an error of its own, which says more."""
+"""Seconds added to a timeout of an operation, so that the operation's own error, which says more, comes first."""
 _SLEEP_S = 300.0
-"""Of a server's falling asleep and waking up (``RolloutClient``)."""
+"""Timeout of putting a server to sleep and of waking it (``RolloutClient``)."""
 _SHARE = 0.9
-"""Of a collective's deadline, which would end the run as well, but without a name."""
+"""Fraction of a collective's timeout. The collective's timeout would end the run, too, but without naming a rank."""
 
 
 def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
-    """Watch this rank, and from it the others; on every rank. None where ``watchdog.beat_s`` is 0."""
+    """Start the watchdog on this rank; it also watches the other ranks. Called on every rank. None if
+    ``watchdog.beat_s`` is 0."""
     if run.watchdog.beat_s == 0:
         return None
     folder = groups.once(lambda: _new_folder(run)) if groups.world_size > 1 else None
@@ -39,7 +43,7 @@ def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
 
 
 def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
-    """The limits of a rank's main thread. Where ranks only wait for rank 0, they have none: rank 0 has."""
+    """The limits of a rank's main thread. In phases in which ranks wait for rank 0, only rank 0 has a limit."""
     watchdog, timeouts = run.watchdog, run.timeouts
     grading = max(longest_grading_s(reward.timeout_s) for reward in terms_of(run.reward).values())
     sampling = max(timeouts.sampling_s, grading, _SLEEP_S) + _MARGIN_S
@@ -62,13 +66,14 @@ def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
 
 
 def clear_leftovers(run: RunConfig, watch: Watch | None) -> None:
-    """Remove what killed runs have left of their watches. Only once this run has claimed its folder."""
+    """Remove the watchdog files of killed runs. Call it only after this run has locked its folder."""
     for left in (run.output / _FOLDER).glob("*"):
         if watch is None or left != watch.folder:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _new_folder(run: RunConfig) -> Path:
-    """A job's own; or one with a name like no other, since another run may be using the run's folder by mistake."""
+    """The folder of the job, or a new folder with a unique name, because another run may use the run's folder by
+    mistake."""
     job = os.environ.get(FOLDER_VARIABLE)
     return Path(job) if job else run.output / _FOLDER / uuid.uuid4().hex[:8]

@@ -484,7 +484,7 @@ def saves_beside_what_cannot_be_removed(folder: Path, out: Path) -> list[str]:
 def test_a_checkpoint_that_cannot_be_removed_is_told_of(model: Path, tmp_path: Path) -> None:
     ((line,),) = run_ranks(saves_beside_what_cannot_be_removed, 1, model, tmp_path / "out")
     assert line.startswith(
-        f"{tmp_path / 'out' / 'step-000001'} cannot be removed, and still takes its space: "
+        f"{tmp_path / 'out' / 'step-000001'} cannot be removed and still uses disk space: "
     )
 
 

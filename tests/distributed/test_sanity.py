@@ -195,8 +195,8 @@ def test_an_update_that_is_not_finite_is_left_out(
         assert found["gradient"] == (1, True)
         where = tmp_path / "nonfinite" / "step-000004-update-0"
         assert found["one too many"] == (
-            "NonFiniteGradient: step 4: the gradient's norm is nan; no weight has been changed by it, after 2 left out "
-            f"before it (optim.skip_nonfinite is 2). The batch is in {where}"
+            "NonFiniteGradient: step 4: the gradient norm is nan; no weight has been changed by it, after 2 skipped "
+            f"updates (optim.skip_nonfinite is 2). The batch is in {where}"
         )
         assert found["still"]
         assert (found["health"], found["norms"]) == (True, 1)
@@ -223,12 +223,12 @@ def test_what_is_not_finite_is_never_saved_nor_resumed(
         saved, exported = found["weight"]
         assert saved.startswith("NonFiniteWeights: not all numbers are finite in ")
         assert found["name"] in saved
-        assert saved.endswith("; no checkpoint was written; --resume auto goes on from the one before")
+        assert saved.endswith("; no checkpoint was written; --resume auto continues from the previous one")
         assert exported.endswith(f"; {tmp_path / 'policy'} was not written")
         assert found["after"] == ["latest", "step-000001"]
         assert found["found"] == tmp_path / "checkpoints" / "step-000001"
         (said,) = found["said"]
-        assert "step-000003 is damaged and passed over: not all numbers are finite in " in said
+        assert "step-000003 is damaged and was skipped: not all numbers are finite in " in said
         assert found["moment"].startswith(
             "NonFiniteWeights: not all numbers are finite in the optimizer's exp_avg"
         )
@@ -257,7 +257,7 @@ def test_a_run_of_broken_weights_ends_with_a_message(tmp_path: Path) -> None:
         in result.stderr
     )
     assert "Traceback" not in result.stderr
-    assert result.stdout.count("1 update(s) left out: not finite") == 2
+    assert result.stdout.count("1 update(s) skipped: not finite") == 2
     rows = metrics_of(tmp_path / "out")
     assert [(row["skipped_updates"], "loss" in row["not_finite"]) for row in rows] == [(1, True)] * 2
     assert not list((tmp_path / "out" / "checkpoints").glob("*"))

@@ -140,7 +140,7 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
     done, said = steps_done(output), log_of(output)
     assert 1 <= done < STEPS
     assert "Ctrl-C: a checkpoint comes at the next safe point." in said
-    assert f"stopped as asked: {done} of {STEPS} steps done. Continue with: megatron-chord train " in said
+    assert f"stopped as requested: {done} of {STEPS} steps done. Continue with: megatron-chord train " in said
     assert "Traceback" not in said
     assert checkpoints_of(output) == [done]
     command = shlex.split(said.partition("Continue with: megatron-chord ")[2].splitlines()[0])
@@ -187,7 +187,7 @@ def test_servers_and_trainers_that_make_room_change_nothing(
 def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: Path) -> None:
     result = run_cli("train", str(config))
     assert result.returncode == 2
-    assert "already holds a run" in result.stderr
+    assert "already has a run" in result.stderr
     assert len(metrics_of(straight)) > STEPS
 
 
@@ -197,7 +197,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
         wait_for(lambda: steps_done(output) >= 1, process)
         os.kill(server_of(process), signal.SIGKILL)
         assert process.wait(180) == 0, log_of(output)
-    assert "rollout server lost, starting another" in log_of(output)
+    assert "rollout server lost, starting a new one" in log_of(output)
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
 
@@ -208,7 +208,7 @@ def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> Non
         wait_for(lambda: steps_done(output) >= 1, process)
         os.kill(server_of(process), signal.SIGKILL)
         assert process.wait(180) == 0, log_of(output)
-    assert "rollout server lost, starting another" in log_of(output)
+    assert "rollout server lost, starting a new one" in log_of(output)
     steps = [row for row in metrics_of(output) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(STEPS))
     ages = [row["step"] - row["weight_version"] for row in steps]

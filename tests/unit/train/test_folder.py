@@ -32,7 +32,7 @@ def test_a_refused_start_leaves_the_folder_free(run: RunConfig) -> None:
     with claim(run, resume="never", overwrite=False) as claimed:
         claimed.begin()
         (run.output / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already has a run"):
         claim(run, resume="never", overwrite=False)
     with claim(run, resume="auto", overwrite=False):  # refused, too
         (run.output / "traces").mkdir()

@@ -76,19 +76,19 @@ def test_the_plan_says_what_a_precision_means(
         (
             "carry",
             "rollout",
-            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "early stop  4 prompts are sampled until 3 are finished; unfinished answers are carried over to the next "
             "step; older weights are the denominator of the ratio",
         ),
         (
             "carry",
             "current",
-            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is carried over to the next "
+            "early stop  4 prompts are sampled until 3 are finished; unfinished answers are carried over to the next "
             "step; older weights are corrected for by each token's weight, truncate",
         ),
         (
             "drop",
             "rollout",
-            "early stop  4 prompts are sampled until 3 are finished; what is unfinished is dropped, so that prompts "
+            "early stop  4 prompts are sampled until 3 are finished; unfinished answers are dropped, so that prompts "
             "with long answers are trained on less often (rollout.partial.unfinished: drop)",
         ),
     ],
