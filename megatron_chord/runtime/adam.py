@@ -1,10 +1,11 @@
-"""What Megatron's optimizers lack on machines without Transformer Engine and Apex: AdamW with the state layout of
-Transformer Engine's FusedAdam, and clipping that does not wait for the device.
+"""AdamW and gradient clipping for machines without Transformer Engine and Apex.
 
-There, Megatron-Core falls back on ``torch.optim.AdamW``, whose state its distributed optimizer saves and loads wrongly
-(megatron-core 0.16.1, distrib_optimizer.py:642, 825, 940: all parameters share one step count after a load, so the
-bias correction of a resumed run is silently wrong). With the step count in the parameter group, as Transformer Engine
-has it, the same code is right. The arithmetic is torch's fused kernel, on the CPU and on CUDA.
+The AdamW has the state layout of Transformer Engine's FusedAdam. The clipping does not wait for the device.
+
+On such machines Megatron-Core uses ``torch.optim.AdamW``, but its distributed optimizer saves and loads that state
+wrongly (megatron-core 0.16.1, distrib_optimizer.py:642, 825, 940): all parameters share one step count after a load, so
+the bias correction of a resumed run is silently wrong. If the step count is in the parameter group, as in Transformer
+Engine, the same code is correct. torch's fused kernel does the arithmetic, on the CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **others: bool,
     ) -> None:
-        """``others``: switches of other Adams, such as ``amsgrad`` and 0.19.2's ``capturable``; they must be off."""
+        """``others`` are options of other Adams, such as ``amsgrad`` and 0.19.2's ``capturable``. They must be
+        false."""
         on = [name for name, value in others.items() if value]
         if not bias_correction or on:
-            raise ValueError(f"FusedAdam has bias correction and no switches of other Adams; on are {on}")
+            raise ValueError(
+                f"FusedAdam needs bias correction and supports no options of other Adams; given: {on}"
+            )
         self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
         defaults = {
             "lr": lr,
@@ -62,7 +66,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                # Filled on the device: a number that is copied there from the host would be waited for.
+                # Filled on the device, because copying a number from the host would wait for the device.
                 [torch.full((), float(group["step"]), device=params[0].device)] * len(params),
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
@@ -75,18 +79,18 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def l2_norm(_: int, __: Tensor, lists: Sequence[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
-    """[1]: of all tensors of the one list together. Megatron's own waits for the device at each of them."""
+    """[1]: the norm of all tensors of the list together. Megatron's function waits for the device for each tensor."""
     (tensors,) = lists
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).view(1), None
 
 
 def scale(_: int, __: Tensor, lists: Sequence[list[Tensor]], factor: float) -> None:
-    """In place: clipping gives the same gradients as source and as target."""
+    """Scale in place: clipping passes the same gradients as source and as target."""
     torch._foreach_mul_(lists[-1], factor)
 
 
 def install_if_needed() -> None:
-    """Make Megatron-Core use what is here where it found neither Transformer Engine's nor Apex's."""
+    """Make Megatron-Core use this module if neither Transformer Engine nor Apex is installed."""
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 

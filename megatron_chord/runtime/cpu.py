@@ -1,11 +1,12 @@
-"""Megatron-Core on a machine without CUDA: every adaptation it needs, each with its reason, in this one place.
+"""All adaptations that Megatron-Core needs on a machine without CUDA, each with its reason.
 
-``install()`` is called by ``runtime.parallel.start`` before anything of Megatron-Core runs; importing this module
-changes nothing. Inside ``megatron.core`` (and nowhere else) the global name ``torch`` is replaced by a stand-in whose
-factory functions put "cuda" tensors on the CPU and whose ``torch.cuda`` answers for a machine with none. Outside, only
-a few methods that make no sense without CUDA (``Tensor.cuda`` and its like) are changed.
+``runtime.parallel.start`` calls ``install()`` before any code of Megatron-Core runs. Importing this module changes
+nothing. Only inside ``megatron.core`` the global name ``torch`` is replaced by a stand-in. Its factory functions put
+"cuda" tensors on the CPU, and its ``torch.cuda`` behaves as on a machine without a GPU. Outside of ``megatron.core``
+only a few methods that need CUDA (``Tensor.cuda`` and so on) are changed.
 
-Line numbers below are of megatron-core 0.16.1. 0.19.2 needs the same, but for ``te_general_gemm``, which it defines.
+Line numbers below are of megatron-core 0.16.1. 0.19.2 needs the same adaptations, except ``te_general_gemm``, which it
+defines.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _installed = False
 
 
 def install() -> None:
-    """Adapt Megatron-Core to this process once. RuntimeError where CUDA is available: nothing is to be adapted."""
+    """Adapt Megatron-Core in this process; repeated calls have no effect. Raises RuntimeError if CUDA is available."""
     global _installed
     if _installed:
         return
@@ -67,8 +68,8 @@ def install() -> None:
 def import_without_compiling() -> None:
     """Import Megatron-Core with ``torch.compile`` switched off.
 
-    Its ``jit_fuser`` decorator compiles at import (seconds for every process) and again at first use; on a CPU the
-    fused functions gain nothing.
+    Its ``jit_fuser`` decorator compiles at import (seconds for every process) and again at first use. On a CPU the
+    fused functions are not faster.
     """
     compile_ = torch.compile
     torch.compile = lambda fn=None, **_: fn if fn is not None else (lambda f: f)  # type: ignore[assignment]
@@ -77,7 +78,7 @@ def import_without_compiling() -> None:
 
         megatron.core.jit.disable_jit_fuser()
         with warnings.catch_warnings():
-            # That Transformer Engine and Apex are missing is what this module is for.
+            # Do not warn that Transformer Engine and Apex are missing: here they always are.
             warnings.simplefilter("ignore", UserWarning)
             import megatron.core.distributed
             import megatron.core.models.gpt
@@ -92,7 +93,7 @@ def import_without_compiling() -> None:
 
 
 class _Stream:
-    """A stream on which everything has already happened."""
+    """A stream on which all work is already complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...
@@ -122,7 +123,7 @@ class _Event:
 
 
 class _StandIn(types.ModuleType):
-    """A module that answers a few names itself and passes the rest on to the real one."""
+    """A module with a few names of its own. All other names come from the real module."""
 
     def __init__(self, real: types.ModuleType, own: dict[str, Any]) -> None:
         super().__init__(real.__name__)
@@ -134,7 +135,7 @@ class _StandIn(types.ModuleType):
 
 
 def _on_cpu(device: Any) -> Any:
-    """Where a tensor asked for on ``device`` goes: "cuda", a cuda device or a bare index all mean the CPU here."""
+    """The device for a tensor requested on ``device``: "cuda", a cuda device or an index become the CPU."""
     is_cuda = (
         (isinstance(device, str) and device.startswith("cuda"))
         or (isinstance(device, torch.device) and device.type == "cuda")
@@ -189,7 +190,7 @@ def _stand_ins() -> _StandIn:
 
 
 class _ReplaceOnImport(importlib.abc.MetaPathFinder):
-    """Gives modules of Megatron-Core that are imported later the stand-in too."""
+    """Sets the stand-in also in modules of Megatron-Core that are imported later."""
 
     def __init__(self, stand_in: _StandIn) -> None:
         self.stand_in = stand_in
@@ -226,11 +227,11 @@ def _replace_torch_in_megatron() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the stand-in cannot reach
+# Adaptations outside of the stand-in
 
 
 def _patch_tensor_methods() -> None:
-    """Methods of real tensors that Megatron calls and a CPU build cannot answer."""
+    """Replace methods of tensors that Megatron calls and that fail in a CPU build."""
 
     def same(self: Any, *_: Any, **__: Any) -> Any:
         return self
@@ -268,17 +269,17 @@ def _called_from(package: str, depth: int = 4) -> bool:
 
 
 def _patch_random_state() -> None:
-    """The random-state tracker keeps CUDA generator states; here it keeps the CPU generator's."""
+    """Make the random-state tracker use the CPU generator's state instead of CUDA's."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # It would warn at every fork that "CPU RNG state changed within GPU RNG context".
+    # Otherwise it would warn at every fork that "CPU RNG state changed within GPU RNG context".
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
 def _patch_missing_transformer_engine_names() -> None:
-    """Names that Megatron-Core uses although their import from Transformer Engine failed (NameError otherwise)."""
+    """Define names that Megatron-Core uses although their import from Transformer Engine failed (NameError)."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
@@ -292,7 +293,8 @@ def _patch_missing_transformer_engine_names() -> None:
 
 
 def _patch_moe_split_lists() -> None:
-    """moe_utils.py:1093 turns split sizes into numpy only for CUDA tensors; gloo's all-to-all needs them as well."""
+    """Convert split sizes to numpy also on a CPU: moe_utils.py:1093 does so only for CUDA tensors, but gloo's
+    all-to-all needs it, too."""
     from megatron.core.transformer.moe import token_dispatcher
 
     original = token_dispatcher.maybe_move_tensor_to_cpu

@@ -1,15 +1,15 @@
-"""Notices a rank that does not move any more, names it, and ends the run so that it can be resumed.
+"""The watchdog: it detects a frozen rank, names it, and ends the run so that it can be resumed.
 
-A rank's main thread notes what it does and that it gets on (``Pulse``). A thread of the same process (``Watch``) writes
-that to a file every few seconds, and looks for two faults:
+The main thread of a rank records its phase and its progress (``Pulse``). A thread of the same process (``Watch``)
+writes this record to a file every few seconds, the heartbeat. It also checks for two faults:
 
-    silence     another rank's file does not change: that process is stopped, hangs in the kernel, or its node is lost.
-                Rank 0 looks at all ranks, and every rank at rank 0
-    no progress this rank's main thread has been in one phase for longer than the phase may take without progress
+    silence      the file of another rank does not change: its process is stopped, hangs in the kernel, or its node is
+                 lost. Rank 0 checks all ranks; every other rank checks rank 0
+    no progress  this rank's main thread is in one phase for longer than the phase may take without progress
 
-The thread alone proves nothing of the main thread: only what the main thread noted counts. Whoever finds a fault says
-it in one line, keeps the stacks of all ranks that still run, and ends its process with ``EXIT_CODE``, also while the
-main thread waits in a collective. The launcher, or Slurm, then ends the other ranks.
+That the watchdog's thread runs proves nothing about the main thread, so only the main thread's record counts. The rank
+that finds a fault reports it in one line, saves the stacks of all ranks that still run, and ends its process with
+``EXIT_CODE``, also if the main thread waits in a collective. The launcher, or Slurm, then ends the other ranks.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from typing import Any, Literal, NamedTuple
 from megatron_chord.process_table import kill_descendants, state_of
 
 EXIT_CODE = 79
-"""Of a run that was ended because a rank did not move."""
+"""Exit code of a run that was ended because a rank was frozen."""
 FOLDER_VARIABLE = "CHORD_HEARTBEATS"
-"""Environment variable: the folder for the ranks' files, empty at first; of a job, which has one for each restart."""
+"""Environment variable with the folder for the ranks' files, which must be empty. A job sets it, to a new folder for
+each restart."""
 STACK_SIGNAL = signal.SIGUSR2
-"""Has a rank print the stacks of all its threads to its standard error."""
+"""Signal on which a rank prints the stacks of all its threads to standard error."""
 _VERDICT = "verdict.json"
 _FRAMES = 4
 _READS = 20
-"""Of a file that is just being written, until it is whole."""
+"""Maximum number of attempts to read a file that is being written."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _STACKS_S = 10.0
-"""At most, for other ranks to write their stacks before the one that found the fault ends."""
+"""Maximum time that the rank which found the fault waits for the stacks of the other ranks."""
 
 Phase = Literal[
     "loading", "collecting", "waiting for servers", "pushing", "computing", "evaluating", "saving"
@@ -53,13 +54,15 @@ Phase = Literal[
 class _Note(NamedTuple):
     phase: Phase
     position: int
-    """Phases entered and micro-batches begun. Ranks run the same program, so the one that is behind is the slowest."""
+    """Number of phases entered and micro-batches begun. Ranks run the same program, so the smallest number shows the
+    slowest rank."""
     moved: float
-    """time.monotonic() of that."""
+    """time.monotonic() of the last change of ``position``."""
 
 
 class Pulse:
-    """What the main thread does. To note it costs a look at the clock; nothing is written or locked."""
+    """The record of the main thread's phase and progress. An update only reads the clock; it neither writes nor
+    locks."""
 
     def __init__(self) -> None:
         self._note = _Note("loading", 0, time.monotonic())
@@ -67,7 +70,7 @@ class Pulse:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Around a part of the program; by the main thread, and on every rank alike."""
+        """Context manager for a phase of the program. The main thread of every rank uses it in the same places."""
         before = self._note.phase
         self._enter(name)
         try:
@@ -76,15 +79,15 @@ class Pulse:
             self._enter(before)
 
     def enter(self, name: Phase) -> None:
-        """What the main thread does from now on, where it is in no part with a phase of its own."""
+        """Set the main thread's phase for all parts of the program that are not inside of ``phase``."""
         self._enter(name)
 
     def tick(self) -> None:
-        """Progress within the phase; by the main thread, and on every rank alike."""
+        """Record progress within the phase. The main thread of every rank calls it in the same places."""
         self._enter(self._note.phase)
 
     def helped(self, *phases: Phase) -> None:
-        """Progress by another thread, which the main thread waits for where it is in one of ``phases``."""
+        """Record progress of another thread. It counts if the main thread is in one of ``phases``, waiting for it."""
         if self._note.phase in phases:
             self._helped = time.monotonic()
 
@@ -99,15 +102,15 @@ class Pulse:
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     beat_s: float
-    """Between two signs of life."""
+    """Seconds between two heartbeats."""
     silence_s: float
-    """Without a sign of life from a process."""
+    """Maximum time without a heartbeat from a process."""
     phases: Mapping[Phase, float]
-    """Without progress, for this rank's main thread; phases that are not named have no limit."""
+    """By phase, the maximum time without progress of this rank's main thread. Other phases have no limit."""
 
 
 class Watch:
-    """This rank's sign of life, and its eye on others."""
+    """The watchdog's thread: writes this rank's heartbeat and checks those of other ranks."""
 
     def __init__(
         self, pulse: Pulse, limits: Limits, *, rank: int, world_size: int, folder: Path | None, logs: Path
@@ -115,8 +118,8 @@ class Watch:
         """Start the thread.
 
         Args:
-            folder: the same on all ranks, and seen by all; None in a world of one.
-            logs: where the stacks go, in a folder of their own.
+            folder: folder for the heartbeats, the same and visible on all ranks; None in a world of one.
+            logs: parent of the folder to which stacks are written.
         """
         self._pulse = pulse
         self._limits = limits
@@ -130,8 +133,8 @@ class Watch:
         self._seen: dict[int, tuple[dict[str, Any] | None, float]] = dict.fromkeys(
             others if folder is not None else (), (None, self._awake_since)
         )
-        """Of each rank looked at: its last sign of life, and when it was seen first."""
-        with contextlib.suppress(OSError, ValueError):  # no such stream
+        """For each checked rank: its last heartbeat, and the time at which it was seen first."""
+        with contextlib.suppress(OSError, ValueError):  # standard error may have no file descriptor
             faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
         self._beat()
         self._closing = threading.Event()
@@ -139,11 +142,11 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """This rank's part is over."""
+        """Stop the thread and remove this rank's heartbeat."""
         self._closing.set()
         self._thread.join()
         if self.folder is not None:
-            # The last one to leave takes the folders along.
+            # The last rank to leave removes the folders.
             with contextlib.suppress(OSError):
                 self._path(self._rank).unlink(missing_ok=True)
                 self.folder.rmdir()
@@ -162,7 +165,8 @@ class Watch:
                 self._end(found)
 
     def _forgive(self, now: float) -> None:
-        """This process was stopped itself, or waited for its disk: what others did meanwhile it cannot know."""
+        """Restart the clocks of all ranks. Needed after this process itself was stopped or waited for its disk, because
+        it does not know what the others did in that time."""
         self._awake_since = now
         self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
 
@@ -171,9 +175,9 @@ class Watch:
             return
         self._count += 1
         text = json.dumps(self._own_beat())
-        with contextlib.suppress(OSError):  # a disk that is full ends the run with its own message
+        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own message
             self.folder.mkdir(parents=True, exist_ok=True)
-            # In place: of a file that is replaced, another node may see the former one for a minute (NFS).
+            # Written in place: if a file is replaced, another node may see the old one for a minute (NFS).
             self._path(self._rank).write_text(text)
 
     def _own_beat(self) -> dict[str, Any]:
@@ -207,7 +211,7 @@ class Watch:
         if limit is None or still_s <= limit:
             return None
         rank, beat = min(self._beats().items(), key=lambda item: (item[1]["position"], -item[1]["still_s"]))
-        if beat["phase"] != note.phase:  # it may take its time there
+        if beat["phase"] != note.phase:  # the phase has just changed, and the limit is that of the old one
             rank, beat = self._rank, self._own_beat()
         return self._found(
             rank, beat, f"has made no progress for {beat['still_s']:.0f} s (limit {limit:g} s)"
@@ -219,7 +223,7 @@ class Watch:
                 beat = self._read(rank)
             except FileNotFoundError:
                 if known is not None:
-                    del self._seen[rank]  # it has left
+                    del self._seen[rank]  # the rank has ended normally
                     continue
                 beat = None
             if beat is not None and (known is None or beat["count"] != known["count"]):
@@ -227,7 +231,7 @@ class Watch:
             elif now - since > self._limits.silence_s:
                 beat = known or {"node": "another node", "pid": 0, "phase": "loading", "at": "its beginning"}
                 silent = (
-                    f"has shown no sign of life for {now - since:.0f} s (limit {self._limits.silence_s:g} s)"
+                    f"has written no heartbeat for {now - since:.0f} s (limit {self._limits.silence_s:g} s)"
                 )
                 return self._found(rank, beat, f"{silent}: {_what_is_wrong(beat)}")
         return None
@@ -242,7 +246,7 @@ class Watch:
         }
 
     def _end(self, found: dict[str, Any]) -> None:
-        """Say it, where no other rank has; keep the stacks; end this process and all that it has started."""
+        """Report the fault unless another rank has; save the stacks; end this process and all its children."""
         if self.folder is not None and found["by"] == self._rank:
             try:
                 with (self.folder / _VERDICT).open("x") as file:
@@ -260,7 +264,7 @@ class Watch:
         os._exit(EXIT_CODE)
 
     def _say(self, found: Mapping[str, Any], stacks: Path) -> None:
-        # The main thread may hold the stream's lock.
+        # Not print(): the main thread may hold the stream's lock.
         os.write(2, f"error: {found['text']}. Stacks: {stacks}\n".encode())
         beats = self._beats()
         rows = [
@@ -275,7 +279,7 @@ class Watch:
             time.sleep(0.1)
 
     def _beats(self) -> dict[int, dict[str, Any]]:
-        """The last signs of life of all ranks that are there."""
+        """The last heartbeats of all ranks that have one."""
         beats = {self._rank: self._own_beat()}
         for path in self.folder.glob("rank-*.json") if self.folder is not None else ():
             rank = int(path.stem.removeprefix("rank-"))
@@ -286,9 +290,9 @@ class Watch:
         return beats
 
     def _read_whole(self, rank: int) -> dict[str, Any] | None:
-        """As ``_read``, again where the file is just being written; then the last one that was seen.
+        """Read a heartbeat, repeatedly while the file is being written. If that fails, return the last one seen.
 
-        A process that is stopped while it writes leaves half a file.
+        A process that is stopped while it writes leaves an incomplete file.
         """
         for _ in range(_READS):
             beat = self._read(rank)
@@ -298,7 +302,7 @@ class Watch:
         return self._seen.get(rank, (None, 0.0))[0]
 
     def _read(self, rank: int) -> dict[str, Any] | None:
-        """None where it is just being written. FileNotFoundError."""
+        """Read a heartbeat. None if it is being written. Raises FileNotFoundError if the rank has none."""
         try:
             return json.loads(self._path(rank).read_text())
         except FileNotFoundError:
@@ -315,21 +319,21 @@ class Watch:
 
 
 def read_verdict(folder: Path) -> dict[str, Any] | None:
-    """What a rank found wrong: ``text``, ``by`` (its rank), ``stacks`` (a folder)."""
+    """The fault that a rank has found: ``text``, ``by`` (its rank), ``stacks`` (a folder). None if there is none."""
     try:
         return json.loads((folder / _VERDICT).read_text())
-    except (OSError, ValueError):  # not there, or just being written
+    except (OSError, ValueError):  # missing, or being written
         return None
 
 
 def _node() -> str:
-    """As Slurm calls it, in a job."""
+    """The name of this node; in a job, the name that Slurm uses."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _what_is_wrong(beat: Mapping[str, Any]) -> str:
     if beat["node"] != _node():
-        return "its process, its node or the shared file system there does not answer"
+        return "its process, its node or the node's shared file system does not respond"
     state = state_of(beat["pid"])
     if state == "T":
         return "it is stopped (SIGSTOP)"
@@ -339,4 +343,4 @@ def _what_is_wrong(beat: Mapping[str, Any]) -> str:
         return "it hangs in the kernel (state D: a disk or a network file system?)"
     with contextlib.suppress(OSError):
         os.kill(beat["pid"], STACK_SIGNAL)
-    return "it runs, but not its Python (a call into C that neither returns nor releases the interpreter?)"
+    return "it runs, but its Python code does not (a C call that neither returns nor releases the GIL?)"

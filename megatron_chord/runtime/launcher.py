@@ -1,10 +1,10 @@
-"""Starts the ranks of one machine, hands signals on to them, and ends them together.
+"""Starts the ranks of one machine, forwards signals to them, and ends them together.
 
     python -m megatron_chord.runtime.launcher RANKS ARGUMENT ...     (arguments of this Python)
 
-It takes the place of torchrun: torchrun's store listens on all addresses, it turns every exit code into 1, and SIGUSR1
-ends it. Here the ranks meet on loopback, at a socket that rank 0 inherits. The exit code is that of the first rank that
-failed.
+It replaces torchrun for three reasons: torchrun's store listens on all addresses, it turns every exit code into 1, and
+SIGUSR1 ends it. Here the ranks connect on loopback, to a socket that rank 0 inherits. The exit code is that of the
+first rank that failed.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from megatron_chord.process_table import state_of
 from megatron_chord.processes import die_with_parent
 
 RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
-"""Environment variable that a launcher of this package sets for its ranks: its process id."""
+"""Environment variable with the launcher's process id. A launcher of this package sets it for its ranks."""
 LISTENER_VARIABLE = "MEGATRON_CHORD_LISTENER"
-"""Environment variable of rank 0: the descriptor of a socket that listens on MASTER_ADDR and MASTER_PORT already."""
+"""Environment variable of rank 0: the file descriptor of a socket that already listens on MASTER_ADDR and
+MASTER_PORT."""
 _HOST = "127.0.0.1"
 _ENDED_WELL = (0, 75, 76)
-"""All steps done, or stopped as asked (``train.stop``)."""
+"""Exit codes without a fault: all steps are done, or the run was stopped on request (``train.stop``)."""
 _POLL_S = 0.05
 _OWN_END_S = 3.0
-"""After a rank has failed: the others may end by themselves, with messages of their own, before they get SIGTERM."""
+"""Seconds between the failure of a rank and SIGTERM. In this time other ranks may end with their own messages."""
 _GRACE_S = 40.0
-"""Between SIGTERM and SIGKILL. Rank 0 may need 20 s to stop its server."""
+"""Seconds between SIGTERM and SIGKILL. Rank 0 may need 20 s to stop its server."""
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process, a rank, when the launcher that started it ends, however that happens."""
+    """Have the kernel kill this process, a rank, when the launcher that started it ends for any reason."""
     if RANK_OF_LAUNCHER in os.environ:
         die_with_parent(int(os.environ[RANK_OF_LAUNCHER]))
 
 
 class Launcher:
     def __init__(self, ranks: int, command: Sequence[str]) -> None:
-        """Start the ranks. Main thread only: it takes SIGINT, SIGTERM, SIGHUP and SIGUSR1, and hands them on."""
+        """Start the ranks. Main thread only: it handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 and forwards them."""
         self._failure: tuple[int, int] | None = None
         """The first rank that failed, and its ``Popen.returncode``."""
         self._terminate_at: float | None = None
@@ -97,7 +98,7 @@ class Launcher:
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._signal(number)
-        # The first Ctrl-C may only ask for a stop with a checkpoint, which takes its time.
+        # The first Ctrl-C may only request a stop with a checkpoint, and the ranks need time for that.
         may_go_on = number == signal.SIGUSR1 or (number == signal.SIGINT and not self._is_interrupted)
         self._is_interrupted |= number == signal.SIGINT
         if not may_go_on:
@@ -130,7 +131,7 @@ def _start(
         [sys.executable, *command],
         env=os.environ | place,
         pass_fds=inherited,
-        start_new_session=True,  # Ctrl-C comes once, from here
+        start_new_session=True,  # so that a rank gets Ctrl-C only once, from this launcher
     )
 
 

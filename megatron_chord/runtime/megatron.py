@@ -1,7 +1,7 @@
-"""The versions of Megatron-Core that this program supports, and what one of them does that another does not.
+"""The supported versions of Megatron-Core, and adaptations to the differences between them.
 
-Every difference is found by asking the installed Megatron-Core for the name or the method in question. Nothing compares
-version numbers. docs/megatron.md lists what each version brings.
+Each adaptation checks whether the installed Megatron-Core has the name or method in question. Nothing compares version
+numbers. docs/megatron.md lists the differences.
 """
 
 from __future__ import annotations
@@ -11,42 +11,40 @@ from dataclasses import dataclass
 from typing import Any
 
 TESTED = {"0.16.1": ">=2.9,<2.12", "0.19.2": ">=2.11,<2.21"}
-"""The versions on which the distributed tests were run, and the versions of Transformer Engine that each works with.
-
-0.16.1 states its bounds (METADATA, extra ``dev``). 0.19.2 states none; its layer specs were built with 2.11 to 2.20.
-"""
+"""The versions with which the distributed tests run, and the versions of Transformer Engine that each supports. 0.16.1
+states the bounds (METADATA, extra ``dev``). 0.19.2 states none; we built its layer specs with 2.11 to 2.20."""
 
 
 def complete_names() -> None:
-    """Give Megatron-Core's latent attention the names that it lacks, or has wrongly, without Transformer Engine.
+    """Correct names in Megatron-Core's latent attention that are missing or wrong without Transformer Engine.
 
-    With Transformer Engine, and when called again, it changes nothing. To be called before a model is built.
+    It changes nothing with Transformer Engine or when called again. Call it before a model is built.
     """
     from megatron.core.post_training.modelopt.layers import Linear
     from megatron.core.transformer import multi_latent_attention
 
     if not isinstance(multi_latent_attention.TELinear, type):
-        # 0.16.1, multi_latent_attention.py:185: it asks for instances of what is a mock, and isinstance raises.
+        # 0.16.1, multi_latent_attention.py:185: isinstance is called with a mock as the class, and raises.
         multi_latent_attention.HAVE_TE = False
     if multi_latent_attention.Linear is None:
-        # 0.19.2, multi_latent_attention.py:70: imported with Transformer Engine only, but line 532 compares the layer
-        # spec's projections with it, and refuses those that it does not know.
+        # 0.19.2, multi_latent_attention.py:70: `Linear` is imported only with Transformer Engine, but line 532 compares
+        # the layer spec's projections with it and refuses unknown ones.
         multi_latent_attention.Linear = Linear
 
 
 def keep_one_norm(optimizer: Any) -> None:
-    """Have the optimizer clip all gradients by one norm, without asking all ranks whether it should.
+    """Make the optimizer clip all gradients by one norm, without a collective that asks whether it should.
 
-    0.19.2 gives the layers of multi-token prediction a norm of their own, and asks in the first step whether there are
-    any, which costs one more all-reduce and one more wait for the device (optimizer/optimizer.py:294). No model here
-    has such layers. 0.16.1 has one norm for all.
+    0.19.2 uses a separate norm for the layers of multi-token prediction. In the first step it checks whether there are
+    any, with one more all-reduce and one more wait for the device (optimizer/optimizer.py:294). No model here has such
+    layers. 0.16.1 always uses one norm.
     """
     if hasattr(optimizer, "has_grad_norm_group"):
         optimizer.has_grad_norm_group = lambda group: False
 
 
 def leave_out_notices() -> None:
-    """Leave out of the log what 0.19.2 says of every model, and what a user can do nothing about."""
+    """Remove messages from the log that 0.19.2 writes for every model and that a user cannot act on."""
     for module, notice in _NOTICES.items():
         logging.getLogger(module).addFilter(_Without(notice))
 
@@ -60,7 +58,7 @@ _NOTICES = {
 
 @dataclass(frozen=True)
 class _Without:
-    """A filter of log records. A logger adds equal ones once."""
+    """A filter of log records. It has an equality, so that a logger adds equal filters only once."""
 
     beginning: str
 

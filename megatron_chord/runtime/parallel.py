@@ -1,6 +1,6 @@
-"""Starts torch.distributed and Megatron's process groups, and hands them out as one value.
+"""Starts torch.distributed and Megatron's process groups, and returns them as one value, ``ParallelGroups``.
 
-Nothing else in the project asks Megatron's global state where a rank stands: it is in ``ParallelGroups``.
+No other module of the project reads a rank's position from Megatron's global state.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from megatron_chord.runtime.rendezvous import meet, world_size_of_environment
 T = TypeVar("T")
 
 EXPERT_TENSOR = 1
-"""Experts are spread, never cut over the tensor axis: Megatron's all-to-all dispatcher cannot do that over gloo."""
+"""Tensor-parallel size of experts. Experts are spread over ranks but never cut, because Megatron's all-to-all
+dispatcher cannot cut them over gloo."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One parallel axis as this rank sees it."""
+    """One parallel axis, with this rank's position on it."""
 
     size: int
     rank: int
@@ -46,19 +47,19 @@ class ParallelGroups:
     """Data-parallel replicas, without the context axis."""
     context: Axis
     replicas: Axis
-    """Data-parallel and context-parallel ranks together: they hold the same weights."""
+    """Data-parallel and context-parallel ranks together. They hold the same weights."""
     replicas_host: dist.ProcessGroup
-    """The same ranks over gloo."""
+    """The ranks of ``replicas`` as a gloo group."""
     expert: Axis
-    """Ranks that hold different experts; tensor, context and data axis together are divided anew among experts."""
+    """Ranks that hold different experts. The ranks of tensor, context and data axis together form the expert axes."""
     expert_replicas: Axis
     """Ranks that hold the same experts."""
     objects: dist.ProcessGroup
-    """All ranks over gloo: for Python objects and the coordinator's plans."""
+    """All ranks as a gloo group, for Python objects and the coordinator's plans."""
     data_rank_of: tuple[int, ...]
     """Data-parallel rank of every global rank."""
     pulse: Pulse = field(default_factory=Pulse)
-    """What this rank's main thread does, for whoever watches it (``runtime.heartbeat``)."""
+    """Phase and progress of this rank's main thread, for the watchdog (``runtime.heartbeat``)."""
 
     @property
     def is_coordinator(self) -> bool:
@@ -70,27 +71,28 @@ class ParallelGroups:
 
     @property
     def holds_first_replica(self) -> bool:
-        """This rank's weights are those of data-parallel and context-parallel rank 0."""
+        """Whether this rank is data-parallel and context-parallel rank 0."""
         return self.data.rank == 0 and self.context.rank == 0
 
     @property
     def holds_first_experts(self) -> bool:
-        """This rank's experts are those of the first of the ranks that hold them."""
+        """Whether this rank is the first of the ranks that hold the same experts."""
         return self.expert_replicas.rank == 0
 
     @property
     def is_exporter(self) -> bool:
-        """One rank a pipeline stage that gives weights away."""
+        """Whether this rank sends weights to servers and exports them. Each pipeline stage has one such rank."""
         return self.holds_first_replica and self.tensor.rank == 0
 
     def from_coordinator(self, compute: Callable[[], tuple[Any, Sequence[Any] | None]]) -> tuple[Any, Any]:
-        """Run ``compute`` on the coordinator and hand its result out; an exception there is raised on every rank.
+        """Run ``compute`` on the coordinator and distribute its result. An exception there is raised on every rank.
 
         Args:
-            compute: returns what every rank gets, and a list with one entry for each data-parallel rank (or None).
+            compute: returns a common part for all ranks, and a list with one entry for each data-parallel rank (or
+                None).
 
         Returns:
-            the common part, and this data-parallel rank's entry. 1 or 2 collectives of ``objects``.
+            the common part, and this data-parallel rank's entry. 1 or 2 collectives on ``objects``.
         """
         outcome: Any = None
         per_rank: Sequence[Any] | None = None
@@ -108,7 +110,7 @@ class ParallelGroups:
         return common, self._scatter(per_rank) if has_parts else None
 
     def once(self, compute: Callable[[], T]) -> T:
-        """Run ``compute`` on the coordinator alone and give every rank its result, or its exception."""
+        """Run ``compute`` on the coordinator only. Every rank returns its result or raises its exception."""
         result, _ = self.from_coordinator(lambda: (compute(), None))
         return result
 
@@ -119,7 +121,7 @@ class ParallelGroups:
         return values
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Run ``action`` on every rank and gather the results; when it fails anywhere, every rank raises."""
+        """Run ``action`` on every rank and gather the results. If it fails on any rank, every rank raises."""
         try:
             outcome = (None, action())
         except Exception as error:
@@ -143,7 +145,7 @@ class ParallelGroups:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The exception itself where it survives pickling, else one that says the same."""
+    """The exception itself if it can be pickled, otherwise a RuntimeError with the same message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -194,15 +196,19 @@ def start(
 
 
 def device_index(local_rank: int, count: int) -> int:
-    """Which of ``count`` visible CUDA devices is this rank's: of its node's, or the only one that it was given (as by
-    Slurm's --gpus-per-task). ValueError where there is none."""
+    """Index of this rank's CUDA device among ``count`` visible ones.
+
+    It is the local rank, or 0 if the rank sees only one device (as with Slurm's --gpus-per-task). Raises ValueError if
+    there is no device for this rank.
+    """
     if count > 1 and local_rank >= count:
         raise ValueError(f"this is local rank {local_rank}, but CUDA finds {count} devices on its node")
     return local_rank if count > 1 else 0
 
 
 def axis_sizes(parallel: ParallelConfig) -> dict[str, Any]:
-    """The axes by the names of Megatron's ``initialize_model_parallel`` and ``TransformerConfig``."""
+    """The sizes of the axes, with the argument names of Megatron's ``initialize_model_parallel`` and
+    ``TransformerConfig``."""
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
@@ -221,7 +227,7 @@ def build_groups(
     collective_timeout_s: float = 600.0,
     coordinator_timeout_s: float = 600.0,
 ) -> ParallelGroups:
-    """Megatron's groups over an initialised torch.distributed, replacing those of an earlier call."""
+    """Build Megatron's groups after torch.distributed is initialised. Groups of an earlier call are replaced."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -230,7 +236,7 @@ def build_groups(
     parallel_state.initialize_model_parallel(
         **axis_sizes(parallel), distributed_timeout_minutes=max(1, round(collective_timeout_s / 60))
     )
-    # There is no dropout, so every rank may draw the same numbers; the tracker must exist all the same.
+    # There is no dropout, so all ranks may use the same seed. Megatron needs its random-state tracker nevertheless.
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -260,7 +266,7 @@ def build_groups(
 
 
 def stop() -> None:
-    """Leave Megatron's groups and torch.distributed; harmless when never started."""
+    """Destroy Megatron's groups and leave torch.distributed. Does nothing if they were never started."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state

@@ -1,7 +1,7 @@
-"""How ranks find each other, and on which addresses they listen for that.
+"""The rendezvous of the ranks: how they connect, and on which addresses they listen.
 
-A world of one has no store; gloo opens a socket all the same, on loopback. On one machine everything is on loopback.
-Across machines rank 0 listens on MASTER_ADDR alone, and gloo on the address that a machine has on the way there.
+A world of one has no store, but gloo still opens a socket, on loopback. On a single machine everything is on loopback.
+Across machines rank 0 listens only on MASTER_ADDR. gloo listens on the address of the interface that leads to it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megatron_chord.runtime.launcher import LISTENER_VARIABLE
 
 
 def world_size_of_environment() -> int:
-    """Processes of this run as torchrun states them; 1 without it."""
+    """The number of processes of this run, from torchrun's variables; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def meet(backend: str, *, timeout_s: float) -> None:
-    """Start torch.distributed as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say; alone, as a world of one.
+    """Start torch.distributed by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them as a world of one.
 
-    Sets ``GLOO_SOCKET_IFNAME`` of this process. Across machines a value that is there already stays.
+    Sets ``GLOO_SOCKET_IFNAME`` of this process. Across machines an existing value is kept.
 
     Raises:
-        ValueError: MASTER_ADDR is not an address of rank 0's machine, or not one that other machines reach.
+        ValueError: MASTER_ADDR is not an address of rank 0's machine, or other machines cannot reach it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), world_size_of_environment()
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -37,7 +37,7 @@ def meet(backend: str, *, timeout_s: float) -> None:
 
 
 def _choose_interface(world_size: int) -> None:
-    """Left alone, gloo listens on the address of the host's name."""
+    """Set the interface on which gloo listens. By default gloo would use the address of the host's name."""
     own = address_towards(_master()) if world_size > 1 else "127.0.0.1"
     interface = interface_of(own)
     if interface is None:
@@ -49,7 +49,8 @@ def _choose_interface(world_size: int) -> None:
 
 
 def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks exchange their addresses. Rank 0 listens; under torchrun its agent does, on all addresses."""
+    """The store through which ranks exchange addresses. Rank 0 listens; under torchrun its agent does, on all
+    addresses."""
     if world_size == 1:
         return dist.HashStore()
     port = int(os.environ["MASTER_PORT"])
@@ -85,7 +86,7 @@ def _listening(port: int, world_size: int) -> int:
 
 
 def _master() -> str:
-    """MASTER_ADDR in numbers."""
+    """MASTER_ADDR as a numeric address."""
     name = os.environ["MASTER_ADDR"]
     try:
         return socket.gethostbyname(name)

@@ -1,6 +1,6 @@
-"""The ranks of ``srun --ntasks-per-node=N megatron-chord train ...``: Slurm's description of a task, in torch's words.
+"""Translates Slurm's variables of a task to those of torch, for ``srun --ntasks-per-node=N megatron-chord train ...``.
 
-For interactive use inside an allocation. Jobs of ``slurm/`` start their ranks through ``cluster.node``.
+It is for interactive use inside an allocation. Jobs of ``slurm/`` start their ranks through ``cluster.node``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 _FIRST_PORT = 10_000
 _NUM_PORTS = 20_000
-"""Below the ports that Linux hands out by itself (32768 and up)."""
+"""Number of ports to choose from. They are below the ports that Linux assigns automatically (32768 and up)."""
 
 
 def rank_of_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and so on of a task of a step with several; empty for any other process.
+    """RANK, WORLD_SIZE and so on for a task of a step with several tasks; empty for any other process.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` that are set already are left alone.
+    Existing values of ``MASTER_ADDR`` and ``MASTER_PORT`` are kept.
     """
     count = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if count == 1:
@@ -32,7 +32,7 @@ def rank_of_task(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(node_list: str) -> str:
-    """The first name of a Slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``. ValueError if there is none."""
+    """The first name of a Slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``. Raises ValueError if there is none."""
     match = re.match(r"([\w.-]+)(?:\[(\d+)[^\]]*\]([\w.-]*))?", node_list)
     if match is None:
         raise ValueError(f"no host name in the node list {node_list!r}")
@@ -40,5 +40,5 @@ def first_host(node_list: str) -> str:
 
 
 def port_of_step(job: int, step: int) -> int:
-    """A port for rank 0 that other jobs and steps of the same user are unlikely to take."""
+    """A port for rank 0 that other jobs and steps of the same user are unlikely to use."""
     return _FIRST_PORT + (job * 17 + step) % _NUM_PORTS

@@ -1,4 +1,4 @@
-"""What to do about a folder that is no plain model: by its files, and by the names of its tensors."""
+"""Advice for a folder that is not a plain model, found by its files and by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _BY_NAME = (
 
 
 def of_folder(folder: Path) -> str | None:
-    """What a folder without safetensors holds instead, and what to do about it."""
+    """What a folder without safetensors has instead, and what the user should do. None if nothing is known."""
     return next((text for pattern, text in _BY_FILE if next(folder.glob(pattern), None) is not None), None)
 
 
 def of_names(unexpected: Iterable[str]) -> str | None:
-    """What tensors that the model does not have say of the folder."""
+    """What the names of unexpected tensors say about the folder. None if nothing is known."""
     names = list(unexpected)
     return next((text for pattern, text in _BY_NAME if any(re.search(pattern, name) for name in names)), None)
 
 
 def of_file(path: Path) -> str | None:
-    """Why a safetensors file is none."""
+    """The reason why a file is not a valid safetensors file, or None."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(_LFS):

@@ -1,4 +1,4 @@
-"""This rank's Megatron parameters -> whole Hugging Face tensors, gathered over the tensor and the expert axis."""
+"""Export: this rank's Megatron parameters -> full Hugging Face tensors, gathered over the tensor and expert axes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def hf_tensors(
     vocab_size: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, whole tensor) of this pipeline stage's parameters.
+    """Yield (Hugging Face name, full tensor) of this pipeline stage's parameters.
 
-    Only rank 0 of the groups yields; the others take part in the gathers and yield nothing, but must drain the
-    iterator. One gather for every Hugging Face tensor that is cut, and one for every part of a local expert. At any
-    time one whole tensor, or one expert of every rank, is alive here beside the parameters; where nothing is gathered,
-    tensors may be views of these. ``dtype`` converts; by default tensors keep the parameter's.
+    Only rank 0 of the groups yields. The other ranks take part in the gathers and yield nothing, but must iterate to
+    the end. Collectives: one gather for every Hugging Face tensor that is cut, and one for every part of a local
+    expert. Additional memory: one full tensor, or one expert of every rank. Tensors that are not gathered may be views
+    of the parameters. ``dtype`` converts the tensors; by default they keep the parameter's dtype.
 
     Args:
-        tensor_group: this rank's tensor-parallel group; None where another replica gives all but the experts away.
-        expert_group: this rank's expert-parallel group; None where another replica gives the experts away.
+        tensor_group: this rank's tensor-parallel group; None if another replica exports the parameters except experts.
+        expert_group: this rank's expert-parallel group; None if another replica exports the experts.
     """
     for name, parameter in parameters.items():
         entry = weights.entry(name)
@@ -53,7 +53,7 @@ def hf_tensors(
 
 
 def _held_by(entry: Entry, rank: int, experts_per_rank: int) -> Entry:
-    """The parameter that expert-parallel ``rank`` holds in this place; rank 0's is ``entry``."""
+    """The parameter that expert-parallel ``rank`` has in the position in which rank 0 has ``entry``."""
     if entry.expert is None:
         return entry
     return replace(entry, expert=entry.expert % experts_per_rank + rank * experts_per_rank)

@@ -1,4 +1,4 @@
-"""Findings in one error, as many as a reader looks at."""
+"""Formats a list of findings for an error message, with a limited length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MAX_SHOWN = 20
 
 
 def listing(heading: str, findings: Sequence[str]) -> str:
-    """The heading, and below it a line for each of the first ``MAX_SHOWN`` findings and the number of the others."""
+    """The heading, a line for each of the first ``MAX_SHOWN`` findings, and the number of the remaining ones."""
     shown = list(findings[:MAX_SHOWN])
     if len(findings) > MAX_SHOWN:
         shown.append(f"... and {len(findings) - MAX_SHOWN} more")

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as one model's: its tensors under the names that the model's table has for them."""
+"""Opens a Hugging Face folder as a given model: its tensors under the names of the model's table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_chord.weights.mapping import WeightMap
 from megatron_chord.weights.reader import HFReader
 
 _ROWS = 4096
-"""Of two tensors, compared at a time."""
+"""Number of rows that are compared at a time."""
 
 
 def open_model(folder: Path, weights: WeightMap) -> HFReader:
-    """The folder's tensors by the table's names; only headers are read.
+    """The folder's tensors by the names of the table. Only headers are read.
 
     Raises:
-        ValueError: no complete safetensors checkpoint, or not this model's tensors.
+        ValueError: the folder is not a complete safetensors checkpoint, or has other tensors than this model.
     """
     reader = HFReader.of(folder)
     reader = reader.renamed(weights.canonical(reader.names))
@@ -27,18 +27,18 @@ def open_model(folder: Path, weights: WeightMap) -> HFReader:
 
 
 def check_copies(reader: HFReader, weights: WeightMap) -> None:
-    """ValueError where a tensor that the folder holds besides differs from the one that it repeats.
+    """Check that redundant copies of tensors in the folder (a tied head) are equal to their originals.
 
-    Reads both, some thousand rows at a time.
+    Both tensors are read, several thousand rows at a time. Raises ValueError if they differ.
     """
     for copy, original in weights.copies.items():
         if copy not in reader.file_of:
             continue
         shapes = [reader.shape(name) for name in (copy, original)]
         reason = (
-            f"config.json ties them (tie_word_embeddings), so {copy} should repeat {original}. vLLM would compute with "
-            f"{original} alone, Transformers with each of them. Set tie_word_embeddings to false in config.json if the "
-            f"model has a head of its own, or delete {copy} if it has not"
+            f"config.json ties them (tie_word_embeddings), so {copy} should be equal to {original}. vLLM would use "
+            f"only {original}, Transformers would use both. Set tie_word_embeddings to false in config.json if the "
+            f"model has a separate head; otherwise delete {copy}"
         )
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -58,7 +58,7 @@ def check_copies(reader: HFReader, weights: WeightMap) -> None:
 
 
 def _differing_rows(one: Tensor, other: Tensor) -> Tensor:
-    """Rows whose bits differ: NaN is equal to NaN, and 0.0 is not -0.0."""
+    """Rows whose bits differ: NaN equals NaN, and 0.0 differs from -0.0."""
     if one.dtype != other.dtype:
         one, other = one.double(), other.double()
     return (one.view(torch.uint8) != other.view(torch.uint8)).any(dim=1).sum()

@@ -1,8 +1,8 @@
-"""Block-quantised FP8 weights as vLLM and Transformers load them: E4M3 numbers and one fp32 scale a block.
+"""Block-quantised FP8 weights as vLLM and Transformers load them: E4M3 numbers and one fp32 scale for each block.
 
-The form of DeepSeek-V3's published weights: ``W.weight`` in ``float8_e4m3fn`` and ``W.weight_scale_inv`` in fp32, where
-``weight ~= fp8 * scale_inv`` of its 128 x 128 block (vLLM's ``Fp8Config.weight_block_size``; Transformers'
-``FineGrainedFP8Config``). Activations are quantised by the engine as it runs.
+The format is that of DeepSeek-V3's published weights: ``W.weight`` in ``float8_e4m3fn`` and ``W.weight_scale_inv`` in
+fp32. In each 128 x 128 block ``weight ~= fp8 * scale_inv`` (vLLM's ``Fp8Config.weight_block_size``; Transformers'
+``FineGrainedFP8Config``). The engine quantises activations at run time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ SCALE_SUFFIX = "_scale_inv"
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 numbers [rows, columns] and their fp32 scales [ceil(rows / 128), ceil(columns / 128)].
 
-    A block's scale is its largest magnitude / 448, E4M3's largest number; of a block of zeros it is 1. In fp32.
+    A block's scale is its largest absolute value / 448 (the largest E4M3 number), computed in fp32. It is 1 for a block
+    of zeros.
 
     Raises:
-        ValueError: the weight has an infinity or a NaN, which no scale can hold.
+        ValueError: the weight has an infinity or a NaN.
     """
     largest = torch.finfo(torch.float8_e4m3fn).max
     rows, columns = weight.shape
@@ -40,13 +41,14 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_quantised(entry: Entry, shape: Sequence[int]) -> bool:
-    """The matrices of linear layers are; embeddings, the head, norms, biases, routers and gates are not."""
+    """Whether a parameter is quantised: matrices of linear layers are; embeddings, the head, norms, biases, routers and
+    gates are not."""
     rule = entry.rule
     return len(shape) == 2 and not rule.vocab and (rule.of_expert or rule.transform.axis is not None)
 
 
 def quantization_config(kept: Sequence[str]) -> dict[str, Any]:
-    """config.json's ``quantization_config``; ``kept`` are the modules whose matrices were left alone."""
+    """config.json's ``quantization_config``. ``kept`` are the modules whose matrices were not quantised."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> this rank's Megatron parameters: plan, check everything, then copy slice by slice."""
+"""Loads Hugging Face safetensors into this rank's Megatron parameters: plan, check everything, copy slice by slice."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load(
 ) -> None:
     """Fill ``parameters`` (global Megatron name -> local tensor) from the folder, converting the dtype.
 
-    Every name and shape of both sides is checked before the first copy. Only this rank's slices are read, one
-    parameter at a time: peak memory beyond the parameters is one local parameter's parts and their merged copy.
-    Padding rows of the vocabulary become 0.
+    All names and shapes of both sides are checked before the first copy. Only this rank's slices are read, one
+    parameter at a time. Additional memory: the parts of one local parameter and their merged copy. Padding rows of the
+    vocabulary become 0.
 
     Raises:
         ValueError: listing every missing tensor, unexpected tensor and wrong shape.
@@ -85,7 +85,7 @@ def _cut(hf: str, entry: Entry, reader: HFReader, rank: int, size: int, paramete
 
 
 def _merged_shape(cuts: list[Cut], entry: Entry, reader: HFReader) -> tuple[int, ...] | str:
-    """Of the local parameter."""
+    """The shape of the local parameter, or the reason why the parts do not fit."""
     shapes = []
     for cut in cuts:
         shape = list(reader.shape(cut.name))

@@ -1,7 +1,7 @@
-"""The table between Megatron-Core's and Hugging Face's names of one model, read in both directions.
+"""The table between Megatron-Core's and Hugging Face's parameter names of a model. It is used in both directions.
 
-A family (``megatron_chord.families``) lists its ``Rule``s; everything that reads, writes or publishes weights asks
-``WeightMap``. Megatron names are global: layer numbers count over all pipeline stages, experts over all ranks.
+A family (``megatron_chord.families``) lists its ``Rule``s. All code that reads, writes or pushes weights uses
+``WeightMap``. Megatron names are global: layers are numbered over all pipeline stages, experts over all ranks.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ _EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.lin
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One kind of parameter. ``{layer}`` and ``{expert}`` in the names stand for the numbers of both."""
+    """One kind of parameter. ``{layer}`` and ``{expert}`` in the names are placeholders for numbers."""
 
     megatron: tuple[str, ...]
-    """Names of the parameter: the local layer spec's, and Transformer Engine's where it differs."""
+    """Names of the parameter in Megatron: with the local layer spec, and with Transformer Engine's if it differs."""
     hf: tuple[str, ...]
     transform: Transform
     vocab: bool = False
-    """Rows are vocabulary entries: Megatron's parameter has padding rows at the end, Hugging Face's has not."""
+    """Whether rows are vocabulary entries. Megatron's parameter then has padding rows at the end."""
     exported: bool = True
     """False for a second copy of a tensor that another rule exports (the tied head of the last pipeline stage)."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers that have it; None for all."""
+    """Numbers of the layers that have the parameter; None for all layers."""
     dtype: torch.dtype | None = None
-    """What both sides hold it in, whichever dtype the model has; None where it follows the model."""
+    """The dtype of the parameter on both sides, independent of the model's dtype; None for the model's dtype."""
 
     @property
     def of_expert(self) -> bool:
-        """One of many experts' parameters: other expert-parallel ranks hold other experts."""
+        """Whether it is a parameter of one expert of a mixture. Each expert-parallel rank has other experts."""
         return any(_EXPERT in name for name in self.hf)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter: a rule with its numbers."""
+    """One parameter: a rule with its layer and expert number."""
 
     megatron: str
     rule: Rule
@@ -66,14 +66,14 @@ class WeightMap:
     num_layers: int
     num_experts: int = 0
     unread: tuple[str, ...] = ()
-    """Hugging Face names, with ``{layer}``, of tensors that a folder may hold besides, which carry no information."""
+    """Hugging Face names, with ``{layer}``, of further tensors that a folder may have and that are not needed."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors that a folder may hold besides, and of those that they must be equal to (a tied head)."""
+    """Names of further tensors that a folder may have -> the tensors to which they must be equal (a tied head)."""
     num_unread_layers: int = 0
-    """Layers that a folder may hold after the model's own, which no forward pass of the model runs through."""
+    """Number of further layers that a folder may have after those of the model. The forward pass does not use them."""
 
     def entry(self, megatron_name: str) -> Entry:
-        """What the parameter of this global Megatron name is made of. ValueError when the family has no such name."""
+        """The entry for a global Megatron name. Raises ValueError if the family has no such name."""
         pattern = _EXPERT_NUMBER.sub(_EXPERT, _LAYER_NUMBER.sub(_LAYER, megatron_name))
         number = _number(_LAYER_NUMBER, megatron_name)
         for rule in self.rules:
@@ -93,22 +93,22 @@ class WeightMap:
                 yield from self._names(rule)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Hugging Face names of the tensors that do not follow the model's dtype, with their own."""
+        """The Hugging Face names of tensors with a fixed dtype, with that dtype."""
         return {
             name: rule.dtype for rule in self.rules if rule.dtype is not None for name in self._names(rule)
         }
 
     def canonical(self, found: Sequence[str]) -> dict[str, str]:
-        """Name of this model's tensor -> the one that a folder holds it under, of those of ``found``.
+        """Map the name of each of this model's tensors to its name in a folder. ``found`` are the folder's names.
 
-        A folder that was saved from the model without its head (Transformers' ``AutoModel``) has no ``model.``.
+        In a folder that was saved without the head (Transformers' ``AutoModel``) names have no prefix ``model.``.
         """
         known = {*self.hf_names(), *self._passed_over(), *self.copies}
         prefixed = {name: f"model.{name}" for name in found if f"model.{name}" in known}
         return {name if name in known else prefixed.get(name, name): name for name in found}
 
     def check_folder(self, found: Sequence[str], where: str) -> None:
-        """ValueError unless these are the names of this model's tensors, in a folder to be read."""
+        """Check that a folder has exactly this model's tensors. Raises ValueError otherwise."""
         unread = {*self._passed_over(), *self.copies}
         after = range(self.num_layers, self.num_layers + self.num_unread_layers)
         starts = tuple(_numbered(start, number, None) for number in after for start in hf_layer(""))
@@ -129,7 +129,7 @@ class WeightMap:
 
 
 def global_name(local: str, *, first_layer: int, first_expert: int) -> str:
-    """A parameter's name with layers and experts numbered over the whole model, from its name on this rank."""
+    """The global name of a parameter (layers and experts numbered over the whole model) from its name on this rank."""
     name = _LAYER_NUMBER.sub(lambda match: str(int(match[0]) + first_layer), local)
     return _EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + first_expert), name)
 
@@ -144,7 +144,7 @@ def _numbered(name: str, layer: int | None, expert: int | None) -> str:
 
 
 def both(local: str, transformer_engine: str) -> tuple[str, ...]:
-    """Names of one parameter in the local and in Transformer Engine's layer spec, below ``decoder.layers.N``."""
+    """The names of a parameter below ``decoder.layers.N`` in the local and in Transformer Engine's layer spec."""
     return tuple(f"decoder.layers.{_LAYER}.{name}" for name in (local, transformer_engine))
 
 
@@ -157,16 +157,16 @@ def hf_layer(*names: str) -> tuple[str, ...]:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:
-    """Rows of Megatron's embedding: every tensor-parallel rank gets equally many, a multiple of ``multiple``."""
+    """Number of rows of Megatron's embedding: every tensor-parallel rank has the same multiple of ``multiple``."""
     step = multiple * tensor_parallel
     return -(-vocab_size // step) * step
 
 
 def check_accounting(expected: Sequence[str], found: Sequence[str], where: str) -> None:
-    """ValueError listing every missing and every unexpected tensor name."""
+    """Compare tensor names. Raises ValueError with a list of the missing and the unexpected names."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     findings = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra]
     if findings:
         hint = of_names(extra)
-        heading = f"{where} does not hold this model's tensors{f'; {hint}' if hint else ''}:"
+        heading = f"{where} does not have this model's tensors{f'; {hint}' if hint else ''}:"
         raise ValueError(listing(heading, findings))

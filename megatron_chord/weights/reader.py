@@ -28,17 +28,17 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class HFReader:
-    """Names, shapes and contents of the tensors of one folder; nothing but headers is read ahead of a request."""
+    """Names, shapes and contents of the tensors of one folder. Only headers are read until a tensor is requested."""
 
     folder: Path
     file_of: dict[str, str]
     _open: dict[str, Any]
     stored_as: Mapping[str, str] = field(default_factory=dict)
-    """Names that the files have for tensors, where they are others than ours."""
+    """Our name -> the name in the files, for tensors whose names differ."""
 
     @classmethod
     def of(cls, folder: Path) -> HFReader:
-        """ValueError when the folder holds no complete safetensors checkpoint."""
+        """Open a folder. Raises ValueError if it has no complete safetensors checkpoint."""
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
         index, single = folder / INDEX, folder / SINGLE
@@ -46,27 +46,27 @@ class HFReader:
             file_of = _read_index(index)
             if single.is_file() and set(file_of.values()) != {SINGLE}:
                 raise ValueError(
-                    f"{folder} holds both {SINGLE} and {INDEX}, which names other files. Transformers reads the first, "
-                    f"vLLM what the second names. Remove {SINGLE}, or remove {INDEX} and its files"
+                    f"{folder} has both {SINGLE} and {INDEX}, which lists other files. Transformers would read the "
+                    f"first, vLLM the files of the second. Remove {SINGLE}, or remove {INDEX} and its files"
                 )
             return cls(folder, file_of, {})
         if not single.is_file():
             advice = of_folder(folder)
             hint = f"; {advice}" if advice else ""
-            raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}")
+            raise ValueError(f"{folder} has no weights: it has neither {SINGLE} nor {INDEX}{hint}")
         opened = {SINGLE: _open_file(single)}
         file_of = dict.fromkeys(opened[SINGLE].keys(), SINGLE)
         return cls(folder, file_of, opened)
 
     def renamed(self, stored_as: Mapping[str, str]) -> Self:
-        """The same folder under other names: ours -> the files' own.
+        """The same folder with other tensor names: our name -> name in the files.
 
-        ValueError where two tensors of the folder would have one name.
+        Raises ValueError if two tensors of the folder would get the same name.
         """
         if len(stored_as) != len(self.file_of):
             lost = sorted(set(self.file_of) - set(stored_as.values()))
             raise ValueError(
-                f"{self.folder} holds tensors twice, with and without 'model.': {', '.join(lost[:5])}"
+                f"{self.folder} has tensors twice, with and without 'model.': {', '.join(lost[:5])}"
             )
         file_of = {name: self.file_of[stored] for name, stored in stored_as.items()}
         return replace(self, file_of=file_of, stored_as=stored_as)
@@ -79,16 +79,16 @@ class HFReader:
         return tuple(self._described(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """ValueError for a dtype that torch's safetensors reader does not know by this name."""
+        """The tensor's dtype. Raises ValueError if torch's safetensors reader does not know it."""
         stated = self._described(name).get_dtype()
         if stated not in SAFETENSORS_DTYPES:
             raise ValueError(f"{self.folder}: {name} is of type {stated}")
         return SAFETENSORS_DTYPES[stated]
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor on the CPU, or its part [start, stop) along axis 0 or 1; safe to call from several threads.
+        """Read the tensor to the CPU, or its part [start, stop) along axis 0 or 1. Usable from several threads.
 
-        The file is opened for this tensor alone: its pages stay in memory only as long as the tensor does.
+        The file is opened separately for each tensor, so that its pages stay in memory only as long as the tensor.
         """
         file = self.file_of[name]
         part = _slice(_open_file(self.folder / file), self.stored_as.get(name, name), self.folder / file)
@@ -104,7 +104,7 @@ class HFReader:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file in the index's own folder."""
+    """Read an index: tensor name -> file in the folder of the index."""
     file_of = read_object(path).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{path}: weight_map must be an object of tensors and their files")
@@ -116,7 +116,7 @@ def _read_index(path: Path) -> dict[str, str]:
     absent = sorted({file for file in file_of.values() if not (path.parent / file).is_file()})
     if absent:
         more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
-        raise ValueError(f"{path} names files that are not there: {', '.join(absent[:MAX_SHOWN])}{more}")
+        raise ValueError(f"{path} lists files that do not exist: {', '.join(absent[:MAX_SHOWN])}{more}")
     return file_of
 
 

@@ -1,10 +1,9 @@
-"""Torch's distributed checkpoint format, written and read piece by piece: no more than one piece is in memory.
+"""Reads and writes torch's distributed checkpoint format in streaming mode: only one part is in memory at a time.
 
-``torch.distributed.checkpoint`` plans a save before it asks for any data, and asks item by item; here the data come
-from a function that is called when the item's turn has come. Reading asks for boxes of tensors, however they were cut.
-
-Files are written by threads of this process. Nothing that is read can execute: the description and the objects beside
-the tensors are pickles, and only plain data is let through.
+``torch.distributed.checkpoint`` plans a save before it needs any data and then requests the data item by item. Here a
+function computes an item's data when it is requested. A read requests boxes of tensors; a box need not be one that was
+written. Threads of this process write the files. Reading executes nothing: the description and the objects are pickles,
+and only plain data is allowed in them.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ METADATA = ".metadata"
 COMMON = "common.pt"
 _BACKEND = "metadata.json"
 _FORBIDDEN_GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")
-"""What torch.load says of a class or function that plain data does not have (torch/_weights_only_unpickler.py)."""
+"""The error text of torch.load for a class or function that is not allowed (torch/_weights_only_unpickler.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A part of a checkpoint's tensor."""
+    """A rectangular part of a checkpoint's tensor."""
 
     key: str
     """The tensor's name in the checkpoint."""
@@ -78,17 +77,16 @@ def write(
     files: int = 1,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint whose boxes fill their tensors; each function is called once, when its box is written.
+    """Write a checkpoint. Its boxes must cover their tensors. Each function is called once, when its box is written.
 
     Args:
-        objects: what stands beside the tensors, serialised.
-        files: how many are written at the same time, each by a thread of its own with one box in memory.
-        group: the ranks that write together, each its own boxes and objects; None where this process writes all.
+        objects: further serialised objects by key.
+        files: number of files that are written in parallel, each by a thread with one box in memory.
+        group: the ranks that write together, each its own boxes and objects; None if this process writes everything.
             4 collectives of Python objects.
-
     Raises:
-        OSError: the disk is full, or whatever else it says. On every rank, when it happened on any; all threads have
-            ended.
+        OSError: writing failed, for example because the disk is full. Raised on every rank, also if it happened on
+            another one; all threads have ended.
     """
     items = {_index(box): (box, data) for box, data in boxes.items()}
     writer, planner = _Writer(folder, files), _SavePlanner(items, objects or {})
@@ -97,7 +95,7 @@ def write(
 
 
 def write_common(folder: Path, common: Mapping[str, Any]) -> None:
-    """What a Megatron-Core checkpoint holds beside torch's: the common objects, and the formats' names."""
+    """Write the files that a Megatron-Core checkpoint has in addition to torch's: common objects and format names."""
     content = io.BytesIO()
     torch.save(dict(common), content)
     write_durably(folder / COMMON, content.getbuffer())
@@ -107,7 +105,7 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> None:
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """On the disk when this returns."""
+    """Write a file and wait until it is on the disk (fsync)."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -115,33 +113,33 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 
 class Checkpoint:
-    """A checkpoint on disk: what is in it, and boxes of it on request."""
+    """A checkpoint on disk: lists its tensors and reads boxes on request."""
 
     def __init__(self, folder: Path) -> None:
-        """ValueError when the folder holds no readable checkpoint."""
+        """Open a checkpoint. Raises ValueError if the folder has no readable one."""
         self.folder = folder
         self._metadata = read_metadata(folder)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """(key, whole shape, dtype) of every tensor."""
+        """Yield (key, full shape, dtype) of every tensor."""
         for key, stored in self._metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 yield key, tuple(stored.size), stored.properties.dtype
 
     def read(self, box: Box, into: Tensor) -> None:
-        """Fill ``into``, of the box's shape, with its contents; safe to call from several threads.
+        """Read a box into ``into``, which has the box's shape. Usable from several threads.
 
         Raises:
-            OSError: a file that is shorter than the checkpoint says, or cannot be read.
+            OSError: a file is too short or cannot be read.
         """
         self.read_all([(box, into)])
 
     def read_all(self, wanted: Iterable[tuple[Box, Tensor]]) -> None:
-        """``read`` of many boxes, file by file; a tensor may be larger than what is stored, and keeps its rest.
+        """Read many boxes, file by file. A box may be larger than the stored tensor; the rest of it does not change.
 
         Raises:
-            ValueError: a tensor that the checkpoint does not have, or has with other dimensions.
-            OSError: a file that is shorter than the checkpoint says, or cannot be read.
+            ValueError: a tensor is missing or has another number of dimensions.
+            OSError: a file is too short or cannot be read.
         """
         targets: dict[MetadataIndex, list[Tensor]] = defaultdict(list)
         items: list[ReadItem] = []
@@ -162,14 +160,14 @@ class Checkpoint:
                 other.copy_(first)
 
     def object(self, key: str) -> Any:
-        """What was saved beside the tensors, of plain data and tensors alone.
+        """Read an object that was saved in addition to the tensors. It may contain only plain data and tensors.
 
         Raises:
-            ValueError: it is not there, or is more than plain data.
+            ValueError: it is missing, or contains more than plain data.
         """
         place = (self._metadata.storage_data or {}).get(MetadataIndex(key))
         if place is None:
-            raise ValueError(f"{self.folder} holds no {key}")
+            raise ValueError(f"{self.folder} has no {key}")
         path = self.folder / place.relative_path
         with path.open("rb") as file:
             file.seek(place.offset)
@@ -177,10 +175,11 @@ class Checkpoint:
 
 
 def load_plain(source: Path | IO[bytes], name: str | None = None) -> Any:
-    """What ``torch.save`` wrote, if it is tensors, numbers, text and containers of them. Nothing in it is executed.
+    """Load a file of ``torch.save`` that contains only tensors, numbers, text and containers. Nothing is executed.
 
     Raises:
-        ValueError: it asks for anything else, is damaged, or is not there. In one line, which begins with ``name``.
+        ValueError: it needs any other class or function, is damaged, or is missing. The message is one line that begins
+            with ``name``.
     """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -189,7 +188,7 @@ def load_plain(source: Path | IO[bytes], name: str | None = None) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong first, in one line."""
+    """The first cause of an error, in one line."""
     while error.__cause__ is not None or error.__context__ is not None:
         earlier = error.__cause__ or error.__context__
         assert earlier is not None
@@ -197,15 +196,15 @@ def reason(error: BaseException) -> str:
     text = str(error)
     forbidden = _FORBIDDEN_GLOBAL.search(text)
     if forbidden is not None:
-        return f"it asks for {forbidden[1]}, which is no plain data"
+        return f"it needs {forbidden[1]}, which is not plain data"
     return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """torch wraps what ranks raised, with their tracebacks: the first one's error instead.
+    """Replace torch's wrapper of all ranks' errors and tracebacks by the first rank's error.
 
-    A signal's exception, which torch wraps too, is that of every rank.
+    torch also wraps the exception of a signal; that one is raised unchanged.
     """
     try:
         yield
@@ -218,28 +217,29 @@ def _plain_errors(folder: Path) -> Iterator[None]:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The checkpoint's own description, unpickled with torch's plain metadata classes and nothing else.
+    """Read the checkpoint's description. Only torch's metadata classes are allowed in its pickle.
 
     Raises:
-        ValueError: no such file, or one that asks for any other class.
+        ValueError: the file is missing or needs any other class.
     """
     path = folder / METADATA
     try:
         found = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no distributed checkpoint: {METADATA} is not there") from None
+        raise ValueError(f"{folder} is not a distributed checkpoint: {METADATA} is missing") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, Metadata):
-        raise ValueError(f"{path} is no checkpoint's metadata, but a {type(found).__name__}")
+        raise ValueError(f"{path} is not the metadata of a checkpoint but a {type(found).__name__}")
     for place in (found.storage_data or {}).values():
         if Path(place.relative_path).name != str(place.relative_path):
-            raise ValueError(f"{path} names a file outside its folder: {place.relative_path}")
+            raise ValueError(f"{path} refers to a file outside of its folder: {place.relative_path}")
     return found
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Checkpoints travel, and a pickle can name any function: only data classes of the format are let through."""
+    """Unpickles only the data classes of the format. A checkpoint may come from elsewhere, and a pickle can otherwise
+    call any function."""
 
     _ALLOWED = frozenset(
         {
@@ -247,7 +247,7 @@ class _PlainUnpickler(pickle.Unpickler):
                 "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
                 "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
             )),
-            # Megatron-Core keeps its plans beside the description.
+            # Megatron-Core stores its plans in the description.
             *(("torch.distributed.checkpoint.planner", name) for name in (
                 "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
             )),
@@ -264,7 +264,7 @@ class _PlainUnpickler(pickle.Unpickler):
         named = (module_name, global_name)
         is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
         if named not in self._ALLOWED and not is_dtype:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+            raise pickle.UnpicklingError(f"it needs {module_name}.{global_name}")
         return super().find_class(module_name, global_name)
 
 
@@ -277,7 +277,7 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__()
         self._items, self._objects = items, objects
         self.is_given_up = False
-        """The threads that still write are to stop."""
+        """Whether the threads that still write should stop."""
 
     def create_local_plan(self) -> SavePlan:
         tensors = [_write_item(index, box) for index, (box, _) in self._items.items()]
@@ -302,7 +302,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """Several files at a time. The base class's own threads lose what is raised in them, a full disk for one."""
+    """Writes several files in parallel. The base class's threads would lose exceptions, for example of a full disk."""
 
     def __init__(self, folder: Path, files: int) -> None:
         super().__init__(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
@@ -329,8 +329,8 @@ class _Writer(FileSystemWriter):
                 planner.is_given_up = True
                 if not isinstance(error, Exception):
                     raise
-                # Without its context, which does not survive the way to other ranks: after a write that failed,
-                # torch.save complains of its own position in the file.
+                # The original error is formatted here, because its context is lost when it is sent to other ranks:
+                # after a failed write torch.save itself raises an error about its position in the file.
                 raise OSError(reason(error)) from None
         results: Future[list[WriteResult]] = Future()
         results.set_result([result for part in written for result in part])
@@ -359,7 +359,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """Reads by what has been checked already, not the pickle again; its errors name the file."""
+    """Uses the metadata that was already checked instead of reading the pickle again. Its errors name the file."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)

@@ -1,9 +1,9 @@
-"""How one Megatron-Core parameter is made of Hugging Face tensors, on one tensor-parallel rank, and back.
+"""Transforms between Hugging Face tensors and one Megatron-Core parameter, on one tensor-parallel rank.
 
-A transform says along which axis each Hugging Face tensor is cut over tensor-parallel ranks (always in equal parts)
-and how the *local* parts are laid out in Megatron's local parameter. Megatron keeps whole heads together and puts the
-local gate above the local up projection, so cutting first and merging locally is exact: no rank ever needs the whole
-parameter, and the inverse is the same table read backwards.
+A transform says along which axis each Hugging Face tensor is cut over the tensor-parallel ranks (always in equal
+parts), and how the *local* parts are arranged in Megatron's local parameter. Megatron keeps whole heads together and
+puts the local gate above the local up projection. So it is exact to cut first and then merge the local parts. No rank
+needs the whole parameter, and the same table gives the inverse.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 
 class Transform(Protocol):
-    """``axis`` is that of the tensor-parallel cut of every Hugging Face tensor, None for replicated ones."""
+    """``axis`` is the axis along which every Hugging Face tensor is cut over tensor-parallel ranks; None if
+    replicated."""
 
     @property
     def axis(self) -> int | None: ...
@@ -31,20 +32,20 @@ class Transform(Protocol):
         ...
 
     def rows(self, start: int, stop: int, of: int) -> list[slice]:
-        """Rows of each Hugging Face tensor of which ``merge`` makes rows [start, stop) of the parameter's ``of``.
+        """The rows of each Hugging Face tensor from which ``merge`` makes rows [start, stop) of the parameter.
 
-        Both ends must be multiples of ``unit``, or ``of`` itself.
+        ``of`` is the parameter's number of rows. Both ends must be multiples of ``unit``, or ``of`` itself.
         """
         ...
 
     @property
     def unit(self) -> int:
-        """How many of the parameter's rows can only be made together."""
+        """Number of the parameter's rows that can only be computed together."""
         ...
 
 
 def merged_shape(transform: Transform, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | str:
-    """Shape of what ``merge`` makes of parts of these shapes, or why it cannot. Nothing is allocated."""
+    """The shape of the result of ``merge`` for parts of these shapes, or the reason why it fails. Allocates nothing."""
     try:
         return tuple(transform.merge([torch.empty(tuple(shape), device="meta") for shape in shapes]).shape)
     except (RuntimeError, ValueError) as error:
@@ -53,7 +54,7 @@ def merged_shape(transform: Transform, shapes: Sequence[Sequence[int]]) -> tuple
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor, the same on both sides."""
+    """One tensor that is equal on both sides."""
 
     axis: int | None = None
     unit: int = field(default=1, init=False)
@@ -71,7 +72,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several tensors of one shape below each other: the gate and up projections of a gated MLP."""
+    """Several tensors of one shape, concatenated by rows: the gate and up projections of a gated MLP."""
 
     count: int = 2
     axis: int | None = 0
@@ -92,7 +93,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class GroupedQKV:
-    """Query, key and value rows interleaved per key-value group: [q.. of the group, k, v] (weights and biases)."""
+    """Query, key and value rows interleaved by key-value group: [q.. of the group, k, v] (weights and biases)."""
 
     queries_per_group: int
     head_dim: int
@@ -120,5 +121,5 @@ class GroupedQKV:
 
     @property
     def _sizes(self) -> list[int]:
-        """Rows of a group's queries, key and value."""
+        """Number of rows of a group's queries, key and value."""
         return [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder that Transformers and vLLM load as it is, from tensors that arrive one by one."""
+"""Writes a Hugging Face folder that Transformers and vLLM can load, from an iterator of tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_SETTINGS = (
     # Weights of any format, and their indices.
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
     "*.index.json",
-    # An adapter, and the state of the training that made the weights.
+    # Adapters, and training state.
     *("adapter_config.json", "adapter_model.*", "trainer_state.json", "optimizer.*", "scheduler.*"),
 )
 
@@ -36,7 +36,10 @@ def write_shards(
 ) -> dict[str, tuple[str, int]]:
     """Write safetensors files ``prefix-00001.safetensors``, ... of at most ``shard_bytes`` (or one tensor) each.
 
-    Returns name -> (file, bytes). One tensor at a time is in memory; files are on disk when this returns.
+    Only one tensor is in memory at a time. The files are on disk (fsync) when this returns.
+
+    Returns:
+        tensor name -> (file, bytes).
     """
     placed: dict[str, tuple[str, int]] = {}
     shard: _Shard | None = None
@@ -59,9 +62,10 @@ def write_shards(
 
 
 class _Shard:
-    """A safetensors file that grows by a tensor at a time; the library's own writer wants all of them in memory.
+    """A safetensors file to which tensors are appended one by one. The library's writer needs all of them in memory.
 
-    The format: the header's length in 8 bytes, little-endian; the header, JSON, spaces allowed behind it; the tensors.
+    Format: the length of the header (8 bytes, little-endian); the header (JSON, may be padded with spaces); the
+    tensors.
     """
 
     HEADER_ROOM = 2**16
@@ -75,7 +79,8 @@ class _Shard:
         self._size = 0
 
     def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
-        """Always for a first tensor. Readers want a tensor's place to be a multiple of its numbers' size."""
+        """Whether the tensor fits below the limit; always true for the first tensor. Readers need a tensor's offset to
+        be a multiple of its element size."""
         header_bytes = self._header_bytes + len(json.dumps(self._entry(name, tensor)))
         return self._size == 0 or (
             self._size + tensor.nbytes <= limit
@@ -116,10 +121,10 @@ def finish_folder(
     dtype: torch.dtype,
     chat_template: str | None = None,
 ) -> None:
-    """Number the shards, list them in the index, and copy what else a checkpoint holds (configs, tokenizer, templates).
+    """Number the shards, write their index, and copy the other files of a checkpoint (configs, tokenizer, templates).
 
-    config.json is made to state ``dtype``, the one the weights are written in, and the architecture by which vLLM
-    chooses; ``chat_template`` (Jinja) replaces the source's own.
+    config.json gets ``dtype``, in which the weights are written, and the architecture, by which vLLM chooses its model
+    class. ``chat_template`` (Jinja), if given, replaces that of the source.
     """
     files = sorted({file for file, _ in placed.values()})
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
@@ -151,7 +156,7 @@ def finish_folder(
 
 
 def change_config(folder: Path, **settings: Any) -> None:
-    """Set these in the folder's config.json."""
+    """Set values in the folder's config.json."""
     config = read_object(folder / "config.json")
     if "dtype" in settings:
         config.pop("torch_dtype", None)
@@ -159,9 +164,9 @@ def change_config(folder: Path, **settings: Any) -> None:
 
 
 def copy_settings(source: Path, folder: Path) -> None:
-    """Copy what a Hugging Face folder holds beside its weights: configs, tokenizer, templates, license.
+    """Copy the files of a Hugging Face folder except its weights: configs, tokenizer, templates, license.
 
-    Hidden files and other folders stay behind, and so does what describes weights that are not copied.
+    Hidden files, subfolders and files that describe the omitted weights are not copied.
     """
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _NOT_SETTINGS):

@@ -536,6 +536,6 @@ def test_a_hostile_checkpoint_runs_nothing(megatron: Path, tmp_path: Path) -> No
     (tmp_path / "hostile" / ".metadata").write_bytes(pickle.dumps(Canary()))
     result = convert("megatron-to-hf", tmp_path / "hostile", tmp_path / "target")
     assert result.returncode == 2
-    assert "cannot be read: it asks for" in result.stderr
+    assert "cannot be read: it needs" in result.stderr
     assert not canary.exists()
     assert not (tmp_path / "target").exists()

@@ -88,7 +88,7 @@ def test_a_frozen_server_grader_and_rank(tmp_path: Path) -> None:
         assert process.wait(120) == EXIT_CODE, log_of(output)
         assert not [pid for pid in [*family, *descendants(process.pid)] if is_alive(pid)]
     (line,) = (line for line in log_of(output).splitlines() if "frozen: rank" in line)
-    assert f"(process {victim}) has shown no sign of life" in line
+    assert f"(process {victim}) has written no heartbeat" in line
     assert "frozen: rank 1 on " in line
     assert "it is stopped (SIGSTOP)" in line
     stacks = Path(re.findall(r"Stacks: (\S+)", line)[0])

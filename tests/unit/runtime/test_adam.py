@@ -28,5 +28,5 @@ def test_scaling_is_in_place() -> None:
 def test_switches_of_other_adams_may_be_off_but_not_on() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     FusedAdam(parameters, amsgrad=False, capturable=False)
-    with pytest.raises(ValueError, match=r"on are \['capturable'\]"):
+    with pytest.raises(ValueError, match=r"given: \['capturable'\]"):
         FusedAdam(parameters, amsgrad=False, capturable=True)

@@ -103,7 +103,7 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
         assert f"(process {stopped.pid})" in line
         assert "it is stopped (SIGSTOP)" in line
         assert "It was computing, at <string>:" in line
-        seconds = float(re.findall(r"no sign of life for (\d+) s", line)[0])
+        seconds = float(re.findall(r"no heartbeat for (\d+) s", line)[0])
         assert SILENCE_S <= seconds <= SILENCE_S + 2 * BEAT_S + 3, "the machine may be slow"
         stacks = ranks.stacks()
         others = {f"rank-{rank}.txt" for rank in range(3) if rank != frozen}

@@ -109,7 +109,7 @@ def test_a_tensor_may_not_be_there_under_both_names(tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path, layers=1)
     tensors = load_file(folder / WEIGHTS)
     rewrite(folder, tensors | {"norm.weight": tensors["model.norm.weight"] + 1})
-    with pytest.raises(ValueError, match=r"holds tensors twice, with and without 'model.': .*norm.weight"):
+    with pytest.raises(ValueError, match=r"has tensors twice, with and without 'model.': .*norm.weight"):
         read(folder)
 
 

@@ -186,7 +186,7 @@ def test_wrong_names_are_listed_all_at_once_and_nothing_is_written(tmp_path: Pat
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors |= {"extra.weight": torch.zeros(1), "model.layers.2.mlp.up_proj.weight": torch.zeros(1)}
     parameters = local_parameters(1)
-    with pytest.raises(ValueError, match="does not hold this model's tensors") as caught:
+    with pytest.raises(ValueError, match="does not have this model's tensors") as caught:
         fill(parameters, write_folder(tmp_path, tensors))
     assert str(caught.value).splitlines()[1:] == [
         "  missing model.layers.1.mlp.up_proj.weight",

@@ -99,7 +99,7 @@ def test_padded_vocabulary(vocab: int, tensor: int, rows: int) -> None:
 
 
 def test_every_missing_and_every_unexpected_name_is_listed_at_once() -> None:
-    with pytest.raises(ValueError, match="somewhere does not hold this model's tensors") as caught:
+    with pytest.raises(ValueError, match="somewhere does not have this model's tensors") as caught:
         check_accounting(["a", "b", "c"], ["y", "b", "x"], "somewhere")
     assert str(caught.value).splitlines()[1:] == [
         "  missing a",

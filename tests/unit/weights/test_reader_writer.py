@@ -49,7 +49,7 @@ def test_reads_what_an_index_names_and_opens_files_when_needed(tmp_path: Path) -
 def test_all_absent_files_of_an_index_are_named(tmp_path: Path) -> None:
     save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
     write_index(tmp_path, a="x.safetensors", b="z.safetensors", c="y.safetensors", d="y.safetensors")
-    with pytest.raises(ValueError, match=r"names files that are not there: y\.safetensors, z\.safetensors$"):
+    with pytest.raises(ValueError, match=r"lists files that do not exist: y\.safetensors, z\.safetensors$"):
         HFReader.of(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_a_single_file_beside_an_old_index_is_refused(tmp_path: Path) -> None:
     for name, value in (("model", 1), ("x", 2)):
         save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
     write_index(tmp_path, a="x.safetensors")
-    with pytest.raises(ValueError, match=r"holds both model\.safetensors and .* Remove"):
+    with pytest.raises(ValueError, match=r"has both model\.safetensors and .* Remove"):
         HFReader.of(tmp_path)
     write_index(tmp_path, a="model.safetensors")
     assert HFReader.of(tmp_path).read("a").tolist() == [1, 1]
