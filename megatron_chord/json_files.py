@@ -1,4 +1,4 @@
-"""JSON files that others wrote: an object, or an error in one line that names the file."""
+"""Reads JSON files of unknown origin: returns an object, or raises an error of one line that names the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """ValueError where the file is not UTF-8, not JSON, nested too deeply, or holds no object."""
+    """Read a JSON object. Raises ValueError if the file is not UTF-8, not JSON, nested too deeply, or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -56,7 +56,7 @@ def address_towards(peer: str, port: int = 9) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Of an address in numbers."""
+    """Whether a numeric address is a loopback address."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -76,5 +76,6 @@ def interface_of(address: str) -> str | None:
 
 
 def listener(address: str, port: int) -> socket.socket:
-    """A socket that listens on this machine's ``address`` alone, for torch's TCPStore, which else takes all of them."""
+    """A socket that listens on this machine's ``address`` only. torch's TCPStore would otherwise listen on all of
+    them."""
     return socket.create_server((address, port), backlog=_BACKLOG)

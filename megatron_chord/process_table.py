@@ -1,4 +1,4 @@
-"""What Linux says of processes on this machine (proc_pid_stat(5))."""
+"""Reads Linux's process table (proc_pid_stat(5))."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def state_of(pid: int) -> str | None:
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids of ``root``'s children, of their children, and so on; those that have ended aside."""
+    """Process ids of ``root``'s children, of their children, and so on, without processes that have ended."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))) and fields[0] != "Z":
@@ -29,14 +29,14 @@ def descendants(root: int) -> list[int]:
 
 
 def kill_descendants() -> None:
-    """SIGKILL to all that this process has started, and that these have."""
+    """Send SIGKILL to all descendants of this process."""
     for pid in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields after the command, which may hold spaces and parentheses: state, parent, group, session, ..."""
+    """The fields after the command: state, parent, group, session, ... The command may have spaces and parentheses."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a process leaves when it is killed: children, which die with it, and folders, which the next one removes."""
+"""Clean-up after a killed process: its children die with it, and the next process removes its folders."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from pathlib import Path
 PREFIX = "megatron-chord."
 SHARED_MEMORY = Path("/dev/shm")
 _ALSO = "also-remove"
-"""In a private folder: names in ``SHARED_MEMORY`` that go with it, a line each."""
+"""A file in a private folder. It lists files in ``SHARED_MEMORY``, one on each line, that are removed with the
+folder."""
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None) -> None:
     """Have the kernel kill this process when the thread that started it ends.
 
-    The signal is sent only for a death that is yet to come, so a process that is no longer a child of ``parent`` (a
-    process id) is killed here. None: any parent will do.
+    The kernel does not signal a death that has already happened. So if this process is no longer a child of ``parent``
+    (a process id), it kills itself here. None: the parent is not checked.
 
     Raises:
         OSError: the kernel refuses.
@@ -35,21 +36,21 @@ def die_with_parent(parent: int | None) -> None:
 
 
 class PrivateFolder:
-    """A new folder for this process's user alone, which this process removes.
+    """A new folder that only this process's user can access and that this process removes.
 
-    This process holds a lock on it that ends with it, however it ends. So whoever makes the next folder in the same
-    place can tell which ones were left by killed processes, and removes these; process ids would not tell, since
-    containers that share the place number their processes separately.
+    The process holds a lock on the folder, which the kernel releases when the process ends. So the next process that
+    makes a folder in the same place can recognise and remove folders of killed processes. Process ids would not be
+    sufficient, because containers that share the place number their processes separately.
     """
 
     def __init__(self, place: Path) -> None:
-        """Make a folder in ``place`` and remove what killed processes left there. OSError without room or right."""
+        """Make a folder in ``place`` and remove those of killed processes there. Raises OSError if that fails."""
         remove_stale(place)
         self.path, lock = _make_locked(place)
         self._remove = weakref.finalize(self, _remove, self.path, lock)  # also runs when the interpreter ends
 
     def also_remove(self, names: set[str]) -> None:
-        """``names`` (of files in ``SHARED_MEMORY``) go with the folder when others have to remove it."""
+        """Let another process that has to remove the folder also remove these files in ``SHARED_MEMORY``."""
         temporary = self.path / f"{_ALSO}.tmp"
         temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
         temporary.replace(self.path / _ALSO)
@@ -62,7 +63,7 @@ class PrivateFolder:
 def remove_stale(place: Path) -> None:
     """Remove the private folders in ``place`` whose processes are gone."""
     for path in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+        with contextlib.suppress(OSError):  # it belongs to another user, or no longer exists
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,9 +79,11 @@ def _make_locked(place: Path) -> tuple[Path, int]:
         path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}.", dir=place))
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(OSError):  # a file system without locks: nobody else gets one either
+            with contextlib.suppress(
+                OSError
+            ):  # a file system without locks: no other process gets a lock either
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():  # nobody took it for a dead process's before it was locked
+            if path.exists():  # false if another process has removed it before it was locked
                 return path, lock
             os.close(lock)
 

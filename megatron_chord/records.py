@@ -1,4 +1,4 @@
-"""The nouns: what travels between reading, sampling, grading, packing and training. No tensors."""
+"""The records that are passed between reading, sampling, grading, packing and training. They have no tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A problem: what the policy is asked and what its answer is graded against."""
+    """A problem: the prompt of the policy, and the ground truth with which its answer is graded."""
 
     id: str
     messages: tuple[Message, ...]
     truth: str
     token_ids: tuple[int, ...]
-    """After the chat template, with the generation prompt."""
+    """The token ids after the chat template was applied, with the generation prompt."""
     tools: tuple[Tool, ...] = ()
     """Functions that the chat template was given to show."""
     source: str = ""
@@ -43,24 +43,25 @@ class Demonstration:
 
 
 Span = tuple[int, int]
-"""(weight version, number of tokens): a stretch of a rollout that one version sampled."""
+"""(weight version, number of tokens): consecutive tokens of a rollout that one weight version sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled response: ids as the engine sampled them, never decoded and encoded again."""
+    """One sampled response. Its token ids are those that the engine sampled; they are never decoded and encoded
+    again."""
 
     token_ids: tuple[int, ...]
-    """The response only, the stop token included."""
+    """The token ids of the response, including the stop token, without the prompt."""
     logprobs: tuple[float, ...]
-    """Of each the log-prob by the weights that sampled it, at the sampling temperature."""
+    """The log-prob of each token, at the sampling temperature, by the weights that sampled it."""
     finish_reason: Literal["stop", "length", "abort"]
-    """abort: stopped before its end, to be continued (``rollout.partial``); never trained on."""
+    """abort: sampling was stopped, and the response will be continued (``rollout.partial``); it is never trained."""
     weight_version: int
-    """Optimizer steps in the oldest weights that sampled any of these tokens."""
+    """Version (number of optimizer steps) of the oldest weights that sampled any of the tokens."""
     spans: tuple[Span, ...] = ()
-    """Which weights sampled which tokens, where several did: with ``rollout.asynchronous.in_flight: keep``, or in
-    several steps."""
+    """The weight versions of the tokens if there are several: with ``rollout.asynchronous.in_flight: keep``, or if the
+    response was sampled in several steps. Otherwise empty."""
 
     def __post_init__(self) -> None:
         assert not self.spans or self.weight_version == min(version for version, _ in self.spans)
@@ -68,7 +69,7 @@ class Rollout:
 
     @property
     def all_spans(self) -> tuple[Span, ...]:
-        """Which weights sampled which tokens, also where one did."""
+        """The weight versions of the tokens, also if there is only one."""
         return self.spans or ((self.weight_version, len(self.token_ids)),)
 
 
@@ -93,9 +94,9 @@ class Part:
 
     term: str
     positions: np.ndarray
-    """[K] int64, ascending: which of the sample's tokens. Never 0: nothing predicts the first."""
+    """[K] int64, ascending: indices of the sample's tokens. Never 0, because nothing predicts the first token."""
     constants: Mapping[str, float | np.ndarray] = field(default_factory=dict[str, "float | np.ndarray"])
-    """What the term knows of each token beside its log-prob: [K] float32, or one number for all."""
+    """The term's constants for each token: by name, [K] float32 or one number for all tokens."""
 
     def __post_init__(self) -> None:
         assert len(self.positions) == 0 or self.positions[0] > 0

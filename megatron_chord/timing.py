@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 class Timer:
     def __init__(self, mark: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
-        """``mark``: entered with each phase's name, around it."""
+        """``mark`` makes a context manager from a phase's name. It is entered around the phase."""
         self.seconds: dict[str, float] = {}
         self._mark = mark
 
@@ -27,7 +27,7 @@ class Timer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """``items``; adds what they take to come to ``seconds[name]``."""
+        """Yield ``items`` and add the time that the iterator needs for them to ``seconds[name]``."""
         iterator = iter(items)
         while True:
             with self.phase(name):

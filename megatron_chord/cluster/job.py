@@ -1,7 +1,7 @@
-"""A Slurm job as its nodes see it: who is there, who trains, who samples, and where the job's files lie.
+"""The description of a Slurm job for its nodes: which nodes it has, which of them train or sample, and its folder.
 
-The batch script (slurm/lib/launch.sh) says all of it in environment variables, since a container on a node has no
-Slurm commands. Nothing here is guessed from host names.
+The batch script (slurm/lib/launch.sh) passes all of it in environment variables, because a container on a node has no
+Slurm commands. Nothing is guessed from host names.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from megatron_chord.rollout.sync import TransportName
 class Node:
     name: str
     address: str
-    """As Slurm knows it (NodeAddr): a name or an address, reachable from every other node."""
+    """Slurm's NodeAddr: a name or an address that every other node can reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     folder: Path
-    """Of this restart of the job, on the shared file system; private to the user."""
+    """The folder of this restart of the job, on the shared file system; private to the user."""
     nodes: tuple[Node, ...]
-    """All of the job's; training nodes first, then those that only sample."""
+    """All nodes of the job: first those that train, then those that only sample."""
     index: int
-    """Of this node."""
+    """Index of this node in ``nodes``."""
     port: int
-    """On the first node: where the ranks meet. The one after it is the preflight's."""
+    """Port on the first node for the rendezvous of the ranks. The preflight uses the next port."""
     num_rollout_nodes: int
-    """Nodes that only sample; 0 puts the servers beside the ranks, on every node."""
+    """Number of nodes that only sample. 0: every node has both ranks and servers."""
     ranks_per_node: int
     gpus: tuple[str, ...]
-    """This node's, as entries of CUDA_VISIBLE_DEVICES; empty on a machine without CUDA."""
+    """The GPUs of this node, as entries of CUDA_VISIBLE_DEVICES; empty on a machine without CUDA."""
     servers_per_node: int | None
-    """As asked for; None leaves it to the GPUs."""
+    """Number of servers that the user requested; None: as many as fit on the GPUs."""
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def first_rank(self) -> int:
-        """The global rank of this node's first one."""
+        """The global rank of this node's first rank."""
         return self.index * self.ranks_per_node
 
     @property
@@ -74,7 +74,8 @@ class Job:
         return self.num_rollout_nodes == 0 or not self.trains
 
     def num_servers_here(self, tensor: int) -> int:
-        """Servers of ``tensor`` GPUs each on every node that samples. ValueError where they do not fit."""
+        """Number of servers, with ``tensor`` GPUs each, on this node if it samples. Raises ValueError if they do not
+        fit."""
         if self.servers_per_node is not None:
             count = self.servers_per_node
         else:
@@ -86,7 +87,7 @@ class Job:
         return count
 
     def num_servers(self, tensor: int) -> int:
-        """Servers of the whole job."""
+        """Number of servers of the whole job."""
         nodes = self.num_rollout_nodes or len(self.nodes)
         return nodes * self.num_servers_here(tensor)
 
@@ -98,7 +99,8 @@ class Job:
     def server_devices(self, server: int, tensor: int) -> str | None:
         """CUDA_VISIBLE_DEVICES of this node's ``server``-th server; None without GPUs.
 
-        Beside ranks the server also sees the node's other GPUs, after its own: it opens CUDA IPC handles of theirs.
+        If the node also has ranks, the server sees all GPUs of the node, its own first, because it opens CUDA IPC
+        handles of the ranks' GPUs.
         """
         if not self.gpus:
             return None
@@ -107,16 +109,16 @@ class Job:
         return ",".join(own + others)
 
     def transport(self) -> TransportName:
-        """How weights get from the ranks to the servers, where the run leaves it open."""
+        """The transport of weights from ranks to servers with ``rollout.transport: auto``."""
         if not self.gpus:
             return "file" if len(self.nodes) == 1 else "gloo"
         if self.num_rollout_nodes:
             return "broadcast"
-        # NCCL refuses two ranks on one GPU, and CUDA IPC ends at the node.
+        # NCCL does not allow two ranks on one GPU, and CUDA IPC works only within a node.
         return "ipc" if len(self.nodes) == 1 else "gloo"
 
     def numeric_address(self) -> str:
-        """This node's IPv4 address, for servers to listen on. OSError where a name cannot be resolved."""
+        """The IPv4 address of this node on which servers listen. Raises OSError if a name cannot be resolved."""
         own = socket.gethostbyname(self.nodes[self.index].address)
         if len(self.nodes) > 1 and is_loopback(own):
             # Debian's /etc/hosts gives a machine's own name a loopback address, which its peers cannot reach.
@@ -127,13 +129,13 @@ class Job:
 
 
 def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
-    """The job that the batch script describes.
+    """Read the job's description from the variables that the batch script sets.
 
     Args:
-        num_gpus: that CUDA finds on this node.
+        num_gpus: number of GPUs that CUDA finds on this node.
 
     Raises:
-        ValueError: a variable is missing or makes no sense.
+        ValueError: a variable is missing or invalid.
     """
     nodes = _nodes(_needed(environment, "CHORD_NODES"))
     name = environment.get("SLURMD_NODENAME", "")

@@ -1,13 +1,13 @@
-"""What a job runs on each of its nodes, one task a node: this node's ranks and rollout servers, and their end.
+"""The program that a job runs as one task on each node: it starts, watches and ends the node's ranks and servers.
 
-One task a node, which starts the ranks itself, rather than one task a rank or torchrun. A rank's exit code is then read
-by its own parent (torchrun turns every one into 1, and srun reports the highest, which is that of a rank it ended
-itself); servers can be replaced without a step of their own; a signal sent to the step ends at one process, which
-decides what it means; and what a container costs is paid once a node.
+It starts the ranks itself, instead of one Slurm task for each rank or torchrun, for these reasons. The parent of a rank
+reads its exit code; torchrun would turn every code into 1, and srun reports the highest code, which may be that of a
+rank that it ended itself. Servers can be replaced without a Slurm step of their own. A signal to the step reaches one
+process, which decides what to do. And a container is started once for each node.
 
-When a rank fails, this writes down which and when, ends everything on this node and exits with its code; srun
-(--kill-on-bad-exit) then ends the other nodes the same way. SIGUSR1 is ignored here and, by inheritance, in vLLM:
-ranks take it for the wish to stop, and a file says it too (``train.stop``).
+If a rank fails, this program records which and when, ends all processes on its node and exits with the rank's code.
+srun (--kill-on-bad-exit) then ends the other nodes in the same way. SIGUSR1 is ignored here, and vLLM inherits that.
+Ranks take it as a stop request, and a file requests a stop, too (``train.stop``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
 _RANK_GRACE_S = 12.0
-"""After SIGTERM. Slurm itself waits 30 s (KillWait) between its SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL. Slurm itself waits 30 s (KillWait)."""
 _REFUSED = 2
 
 
@@ -79,7 +79,7 @@ class _Node:
         self._next_look = 0.0
 
     def run(self) -> int:
-        """Until this node's part is over, one way or the other; its exit code."""
+        """Run until the ranks and servers of this node have ended. Returns the exit code."""
         signal.signal(signal.SIGTERM, self._on_terminate)
         try:
             self._start()
@@ -119,7 +119,7 @@ class _Node:
             self._ranks = start_ranks(job, command, name="train", environment=environment)
 
     def _watch(self) -> int | None:
-        """The exit code, once it is known."""
+        """Check ranks and servers. Returns the exit code when it is known, else None."""
         if self._terminated:
             return 128 + signal.SIGTERM
         if self._servers is not None:
@@ -145,7 +145,7 @@ class _Node:
             return None
         if self._job.is_head:
             write_outcome(self._job.folder, max(status for status in statuses if status is not None))
-        # A stop is no failure: with a code other than 0, srun would end nodes that are still saving.
+        # A stop is not a failure: with a code other than 0, srun would end nodes that are still saving.
         return 0
 
     def _look_for_outcome(self) -> int | None:

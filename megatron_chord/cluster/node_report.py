@@ -1,4 +1,4 @@
-"""What a node finds of itself before a job starts, and what is wrong when the nodes' reports are laid side by side."""
+"""The preflight report of a node, made before a job starts, and the comparison of all nodes' reports."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ _MIN_FREE_DISK = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One node, as it finds itself. Plain JSON."""
+    """The properties and faults of one node. Plain JSON."""
 
     node: str
     gpus: tuple[str, ...]
-    """Names, in CUDA's order."""
+    """Names of the GPUs, in CUDA's order."""
     versions: Mapping[str, str]
-    """What must be the same everywhere; includes digests of this package's source and of the model's config.json."""
+    """Versions that must be equal on all nodes, and digests of this package's source and of the model's config.json."""
     problems: tuple[str, ...]
-    """What this node knows by itself to be wrong with it."""
+    """Faults that the node has found on itself."""
     refusal: str = ""
-    """Why these settings, this model or these data will not do, as this node reads them."""
+    """The reason why settings, model or data are not valid on this node; empty if they are."""
     clock: float = 0.0
-    """time.time() at the moment when all nodes have met."""
+    """time.time() at the moment when all nodes are connected."""
 
     @property
     def gpu_text(self) -> str:
@@ -58,7 +58,7 @@ class Report:
 
 
 def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
-    """This node's report. Does not raise for what is wrong with the node: that is what the report is for."""
+    """Make this node's report. Faults of the node are part of the report and raise no exception."""
     machine = this_machine()
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     problems = [*_gpu_problems(job, machine, len(gpus)), *_machine_problems(machine), *_address_problems(job)]
@@ -83,7 +83,7 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
 
 
 def faults(reports: Sequence[Report]) -> list[str]:
-    """What is wrong, of one node or between them; empty when the job may start."""
+    """The faults of single nodes and the differences between nodes. Empty if the job may start."""
     first = reports[0]
     found = [
         f"{report.node}: {text}" for report in reports for text in (*report.problems, report.refusal) if text
@@ -153,7 +153,7 @@ def _version(name: str) -> str | None:
 
 
 def _source_digest() -> str:
-    """Of this package's modules: nodes with containers or environments of their own may hold different ones."""
+    """Digest of this package's modules. Nodes with separate containers or environments may have different sources."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(root.rglob("*.py"))
     return _digest(

@@ -1,9 +1,10 @@
-"""How a restart of a job ended, said in files that its batch script reads.
+"""The outcome of a restart of a job, in files that its batch script reads.
 
-    outcome             exit code of the ranks, written by the first node when all of its own ended well
-    failures/TIME-...   one file a failed process, named by when it ended: the first in the list is the cause
+    outcome             exit code of the ranks; the first node writes it when its ranks have ended without a failure
+    failures/TIME-...   one file for each failed process, named by the time of its end: the first file is the cause
 
-A failure file's first line is the exit code, its second says who failed and how, the rest is the end of a log.
+The first line of a failure file is the exit code, the second says which process failed and how. The end of its log
+follows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def has_outcome(folder: Path) -> bool:
 
 
 def record_failure(folder: Path, who: str, code: int, message: str, log: Path | None = None) -> None:
-    """Write down that ``who`` (no slashes) failed now; ``log``'s end goes with it."""
+    """Record that the process ``who`` (no slashes) failed now, with the end of its ``log``."""
     now = time.time()
     failures = folder / _FAILURES
     failures.mkdir(exist_ok=True)
@@ -41,7 +42,7 @@ def record_failure(folder: Path, who: str, code: int, message: str, log: Path | 
 
 
 def exit_code_of(status: int) -> int:
-    """A shell's exit code for a ``Popen.returncode``: 128 + n for a process that signal n ended."""
+    """A shell's exit code for a ``Popen.returncode``: 128 + n if signal n ended the process."""
     return status if status >= 0 else 128 - status
 
 

@@ -1,11 +1,12 @@
-"""Before a job's ranks start: is every node fit, are all alike, and do they reach each other?
+"""Preflight checks before a job's ranks start: each node, the differences between nodes, and the network.
 
-One process a node. Each looks at itself (``cluster.report``), then all meet at a store on the first node, which proves
-network and port. Each leaves a mark in the job's folder that the others must see, which proves the shared file system,
-and reads its clock at the same moment. All compare the reports. Where nothing is wrong, as many processes a node as
-there will be ranks run one all-reduce (``cluster.smoke``), over NCCL with GPUs, over gloo without.
+There is one process on each node. It first checks its own node (``cluster.node_report``). Then all connect to a store
+on the first node, which tests the network and the port. Each writes a file into the job's folder that the others must
+see, which tests the shared file system. All read their clocks at the same moment and compare the reports. If there is
+no fault, each node starts as many processes as it will have ranks, and these run one all-reduce (``cluster.smoke``),
+over NCCL with GPUs and over gloo without.
 
-Every node exits 0, ``REFUSED`` or ``EXIT_CODE``; what is wrong is recorded as a failure of the job.
+Every node exits with 0, ``REFUSED`` or ``EXIT_CODE``. Faults are recorded as failures of the job.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from megatron_chord.cluster.ranks import start_ranks
 from megatron_chord.network import listener
 
 EXIT_CODE = 78
-"""EX_CONFIG of sysexits.h: these nodes cannot run this job."""
+"""Exit code if these nodes cannot run this job (EX_CONFIG of sysexits.h)."""
 REFUSED = 2
-"""Settings, model or data that will not do on any node; as of ``megatron-chord train``."""
+"""Exit code if settings, model or data are not valid on any node; the same as that of ``megatron-chord train``."""
 _MEETING_S = 120.0
 _SHARED_S = 60.0
 _SMOKE_S = 300.0
@@ -65,7 +66,7 @@ def _fail(job: Job, code: int, lines: Sequence[str]) -> int:
 
 
 def _meet(job: Job, report: Report) -> list[Report]:
-    """Exchange reports over a store on the first node; all of them, the same on every node."""
+    """Exchange reports over a store on the first node. Returns all reports; the result is the same on every node."""
     store = dist.TCPStore(
         job.head.address,
         job.port + 1,
@@ -89,7 +90,7 @@ def _meet(job: Job, report: Report) -> list[Report]:
     reports = [_parsed(store.get(f"report/{name}")) for name in names]
     if job.is_head:
         print(_table(job, reports), flush=True)
-    # The store lives in the first node's process, which must be the last to leave.
+    # The store is in the first node's process, so that process must be the last to leave.
     store.set(f"left/{job.name}", "1")
     if job.is_head:
         store.wait([f"left/{name}" for name in names])
@@ -97,7 +98,7 @@ def _meet(job: Job, report: Report) -> list[Report]:
 
 
 def _unseen(folder: Path, names: Sequence[str]) -> list[str]:
-    """Nodes whose mark does not appear in time: NFS may show a new file late."""
+    """Nodes whose file does not appear in time. NFS may show a new file with a delay."""
     deadline = time.monotonic() + _SHARED_S
     while True:
         seen = {entry.name for entry in folder.iterdir()}
@@ -108,7 +109,7 @@ def _unseen(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def _smoke(job: Job) -> list[str]:
-    """One all-reduce over all ranks; what is to be said of a failure on this node."""
+    """Run one all-reduce over all ranks. Returns the lines that describe a failure on this node, if any."""
     ranks = start_ranks(job, ["-m", "megatron_chord.cluster.smoke"], name="smoke", environment={})
     deadline = time.monotonic() + _SMOKE_S
     while any(rank.status is None for rank in ranks) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The training ranks of one node: child processes with a log each, watched, and ended together."""
+"""The training ranks of one node: child processes, each with a log, that are watched and ended together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rank:
         return self._process.poll()
 
     def complete_log(self) -> None:
-        """After its end: wait a moment for its last lines to reach the log."""
+        """Wait a moment, after the rank has ended, until its last lines are in the log."""
         if self._copier is not None:
             self._copier.join(_LOG_GRACE_S)
 
@@ -44,7 +44,7 @@ class Rank:
             os.kill(self._process.pid, signal.SIGTERM)
 
     def end(self, deadline: float) -> None:
-        """Wait until ``deadline`` (monotonic), then kill what is left of its process group."""
+        """Wait until ``deadline`` (time.monotonic()), then kill the remaining processes of its process group."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(ProcessLookupError):
@@ -53,11 +53,12 @@ class Rank:
 
 
 def start_ranks(job: Job, command: Sequence[str], *, name: str, environment: dict[str, str]) -> list[Rank]:
-    """Start this node's ranks of ``command``, each with its place in the world in its environment.
+    """Start ``command`` as each of this node's ranks, with RANK, WORLD_SIZE and so on in its environment.
 
     Args:
         command: arguments of this Python, as in ``["-m", "package.module"]``.
-        name: of the logs: ``logs/NAME-NODE-rankN.log`` in the job's folder. The first rank's also goes to our output.
+        name: prefix of the logs: ``logs/NAME-NODE-rankN.log`` in the job's folder. The output of the first rank is also
+            copied to our output.
     """
     common = os.environ | environment
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))
@@ -74,7 +75,7 @@ def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict
         "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(job.world_size),
         "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
-        # Rank 0 listens on this address: on its own node a name may stand for loopback.
+        # Rank 0 listens on this address. On its own node the name could resolve to loopback.
         "MASTER_ADDR": job.numeric_address() if job.is_head else job.head.address,
         "MASTER_PORT": str(job.port),
     }
@@ -101,7 +102,7 @@ def log_folder(job: Job) -> Path:
 
 
 def _copy(source: IO[bytes], log: Path) -> None:
-    """Every line into the log and to our own output, which is the job's."""
+    """Copy every line to the log and to our own output, which is the job's output."""
     with source, log.open("ab", buffering=0) as file:
         for line in source:
             file.write(line)

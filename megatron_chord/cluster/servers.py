@@ -1,4 +1,5 @@
-"""The rollout servers of one node: started, announced to the trainer, replaced when they die or are given up."""
+"""The rollout servers of one node: starts them, announces them to the trainer, replaces those that died or were given
+up."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from megatron_chord.train.engine import server_settings
 from megatron_chord.train.setup import needs_servers
 
 _CHECK_S = 0.5
-"""Between two looks at a server and at what the trainer wants of it."""
+"""Seconds between two checks of a server and of the trainer's requests to replace it."""
 
 
 def count_servers(job: Job, run: RunConfig, method: Method) -> int:
-    """Servers that the whole job runs; 0 where nothing is sampled or the run names servers of its own.
+    """Number of servers of the whole job; 0 if nothing is sampled or the run lists its own servers.
 
     Raises:
-        ValueError: they do not fit on the nodes' GPUs.
+        ValueError: the servers do not fit on the nodes' GPUs.
     """
     if run.rollout.servers or not needs_servers(run, method):
         return 0
@@ -36,7 +37,7 @@ def count_servers(job: Job, run: RunConfig, method: Method) -> int:
 
 
 class ServerLost(RuntimeError):
-    """A server that did not start, or died too often. ``log`` holds its output."""
+    """A server did not start, or died too often. ``log`` is the file with its output."""
 
     def __init__(self, message: str, server: int, log: Path) -> None:
         super().__init__(message)
@@ -47,7 +48,7 @@ class ServerLost(RuntimeError):
 @dataclass
 class _Slot:
     server: int
-    """Job-wide index."""
+    """Index of the server in the whole job."""
     local: int
     life: int
     process: RolloutServer
@@ -71,14 +72,14 @@ class NodeServers:
             self._slots.append(self._start(job.first_server(tensor) + local, local, life=0))
 
     def watch(self) -> None:
-        """Announce servers that became ready and replace lost ones. ServerLost when one is lost for good."""
+        """Announce servers that became ready and replace lost ones. Raises ServerLost if no restart is left."""
         if time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + _CHECK_S
         self._slots = [self._watched(slot) for slot in self._slots]
 
     def stop(self) -> None:
-        # All are told before any is waited for.
+        # Signal all servers first, then wait for them.
         for slot in self._slots:
             with contextlib.suppress(ProcessLookupError):
                 if slot.process.exit_code is None:
@@ -94,7 +95,8 @@ class NodeServers:
             if not slot.announced:
                 raise ServerLost(f"{how} while starting", slot.server, process.log)
             if self._job.trains and self._job.gpus and not self._is_given_up(slot):
-                # The ranks may be training on its GPU, and leave it too little memory. They will miss it.
+                # Do not restart it now: ranks may be training on its GPU and leave too little memory. The trainer will
+                # give it up when it needs it.
                 return slot
             return self._replaced(slot, how)
         if self._is_given_up(slot):
@@ -119,7 +121,7 @@ class NodeServers:
         if slot.life >= self._run.rollout.restarts:
             text = f"{why}, once more than rollout.restarts allows ({self._run.rollout.restarts})"
             raise ServerLost(text, slot.server, slot.process.log)
-        self._say(f"{why}; starting another")
+        self._say(f"{why}; starting a new one")
         return self._start(slot.server, slot.local, life=slot.life + 1)
 
     def _start(self, server: int, local: int, *, life: int) -> _Slot:

@@ -1,4 +1,4 @@
-"""One all-reduce over all ranks of a job, as the preflight starts it: wrong wiring shows here, in seconds."""
+"""One all-reduce over all ranks of a job. The preflight runs it, to find network faults within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that threads share."""
+"""A memory budget that threads share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Budget:
-    """At most ``total`` bytes at a time; who asks for more than there is waits until it has all to itself."""
+    """Limits the memory of threads to ``total`` bytes. A request for more waits until no other thread holds memory."""
 
     def __init__(self, total: int) -> None:
         self._total, self._free = total, total

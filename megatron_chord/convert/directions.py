@@ -1,8 +1,8 @@
-"""What tools/convert.py does: from either kind of folder to either kind, and whether two folders are the same model.
+"""The functions of tools/convert.py: convert between Hugging Face and Megatron folders, and compare two folders.
 
-A Megatron folder is a ``torch_dist`` checkpoint that Megatron-Core loads under any layout, with the Hugging Face
-configuration and tokenizer files in ``hf/``, so that the way back needs nothing else. Everything is checked before
-anything is written; a folder is written under a hidden name and renamed when it is complete.
+A Megatron folder is a ``torch_dist`` checkpoint that Megatron-Core loads with any layout. It also has the Hugging Face
+configuration and tokenizer files in ``hf/``, so that it can be converted back without other files. Everything is
+checked before anything is written. A folder is written under a hidden name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megatron_chord.weights.torch_dist import Box, write, write_common
 from megatron_chord.weights.writer import change_config, copy_settings, finish_folder, write_shards
 
 SHARD_BYTES = 2**31
-"""Of an exported safetensors file."""
+"""Maximum size of an exported safetensors file."""
 MEMORY_BYTES = 2**30
-"""That tensors being exported may take together, unless one alone takes more."""
+"""Maximum memory of all tensors that are exported at the same time, unless a single one needs more."""
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes that have just been written; from any thread."""
+"""Called with the number of bytes that were just written; may be called from any thread."""
 Notify = Callable[[str], None]
 """Called with a line for the user."""
 
@@ -54,8 +54,9 @@ def to_megatron(
 ) -> None:
     """Write a distributed checkpoint of the source's parameters in its dtype; padding rows of the vocabulary are 0.
 
-    ``workers`` threads read a piece each and write it into a file each: two pieces a worker are in memory.
-    ``notify`` is told of weights that are not finite, and of what a killed process left behind.
+    Each of ``workers`` threads reads a piece and writes it to its own file. Memory: two pieces for each worker.
+
+    ``notify`` gets messages about weights that are not finite and about leftovers of killed processes.
     """
     insane: set[str] = set()
 
@@ -97,11 +98,11 @@ def to_hf(
     together, or one larger one, and a piece of the source's for each worker; with ``fp8`` three times as much.
 
     Args:
-        fp8: the matrices of linear layers are block-quantised (``weights/fp8.py``), for engines that load such folders.
-        notify: told of weights that are not finite, and of what a killed process left behind.
+        fp8: block-quantise the matrices of linear layers (``weights/fp8.py``), for engines that load such folders.
+        notify: gets messages about weights that are not finite and about leftovers of killed processes.
 
     Raises:
-        ValueError: a matrix that cannot be quantised as it is to be loaded.
+        ValueError: a matrix cannot be quantised in the form in which engines load it.
     """
     parameters = [
         without_padding(stored, source.shape.vocab_size)
@@ -145,9 +146,9 @@ def to_hf(
 
 
 def differences(left: Source, right: Source, *, progress: Progress = lambda size: None) -> Iterator[str]:
-    """What keeps two sources from being the same model: a line a finding, none if they are.
+    """Yield a line for each difference between two models; nothing if they are the same model.
 
-    Configurations are compared by what the family reads in them, weights bit for bit, piece by piece.
+    Only the settings that the family reads are compared. Weights are compared bit for bit, piece by piece.
     """
     found = [
         f"{field.name}: {getattr(left.shape, field.name)} in {left.folder}, {getattr(right.shape, field.name)} in "
@@ -182,13 +183,13 @@ def differences(left: Source, right: Source, *, progress: Progress = lambda size
 
 
 def plan_of(folder: Path) -> list[Stored]:
-    """Every parameter that a folder's config.json asks for, without vocabulary padding; no weight is looked at."""
+    """Every parameter of the model in a folder's config.json, without vocabulary padding. No weight is read."""
     shape = read_shape(folder)
     return [without_padding(stored, shape.vocab_size) for stored in checkpoint_layout(shape).parameters]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Comparable where it holds NaNs, and where -0.0 is not 0.0."""
+    """The tensor's bits as integers, so that NaN equals NaN and -0.0 differs from 0.0."""
     return tensor.contiguous().view(torch.uint8)
 
 
@@ -224,7 +225,7 @@ def _kept_matrices(stored: Stored) -> tuple[str, ...]:
 
 
 def _check_blocks(parameters: Sequence[Stored]) -> None:
-    """vLLM fuses what Megatron fuses (query, key, value; gate, up), and a block must not reach over their borders."""
+    """Check that no FP8 block crosses the border between matrices that vLLM fuses (query, key, value; gate, up)."""
     findings = []
     for stored in parameters:
         transform, of = stored.entry.rule.transform, stored.shape[0]
@@ -241,10 +242,10 @@ def _check_blocks(parameters: Sequence[Stored]) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Without a copy: the extremes are NaN or infinite where any number is."""
+    """Whether all numbers are finite. Makes no copy: minimum and maximum are NaN or infinite if any number is."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _tell_of_insane(names: Collection[str], folder: Path, notify: Notify) -> None:
     if names:
-        notify(listing(f"{folder}: {len(names)} tensors hold NaN or infinite numbers:", sorted(names)))
+        notify(listing(f"{folder}: {len(names)} tensors have NaN or infinite numbers:", sorted(names)))

@@ -1,7 +1,7 @@
-"""Where a model's parameters lie in Megatron-Core's distributed checkpoint, without allocating the model.
+"""The layout of a model's parameters in Megatron-Core's distributed checkpoint, found without allocating the model.
 
-The chunks are built on the meta device for one rank, and Megatron's own ``sharded_state_dict`` says under which keys
-and offsets it would save them. The format reshards, so what one rank would save any layout can load.
+The model chunks are built on the meta device for one rank. Megatron's ``sharded_state_dict`` then gives the keys and
+offsets under which it would save them. The format reshards, so any parallel layout can load what one rank saves.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_chord.weights.mapping import Entry
 from megatron_chord.weights.torch_dist import Box
 
 PIECE_BYTES = 128 * 2**20
-"""Of what is read and written at a time."""
+"""Size of the pieces that are read and written."""
 _METADATA = {"singleton_local_shards": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Rows [start, stop) of a parameter, and the box that holds them."""
+    """Rows [start, stop) of a parameter, and the checkpoint's box with these rows."""
 
     start: int
     stop: int
@@ -38,23 +38,24 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One parameter: what it is made of, and its boxes in the checkpoint."""
+    """One parameter: its entry in the table, and its boxes in the checkpoint."""
 
     entry: Entry
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
-    """One, or, for a gated MLP's stacked projections, one each: the parameter is these below each other."""
+    """One box; for the stacked projections of a gated MLP one for each, concatenated by rows."""
 
     def dtype(self, of_model: torch.dtype) -> torch.dtype:
-        """What it is kept in, in a model of this dtype."""
+        """The parameter's dtype in a model of this dtype."""
         return self.entry.rule.dtype or of_model
 
     def size(self, of_model: torch.dtype) -> int:
-        """In bytes."""
+        """The parameter's size in bytes, in a model of this dtype."""
         return math.prod(self.shape) * self.dtype(of_model).itemsize
 
     def pieces(self, max_bytes: int) -> Iterator[Piece]:
-        """The parameter in order, in pieces of at most ``max_bytes``, or of the rows that must stay together."""
+        """Split the parameter, in order, into pieces of at most ``max_bytes`` (or of the rows that must stay
+        together)."""
         rows, unit = self.shape[0], self.entry.rule.transform.unit
         row_bytes = math.prod(self.shape[1:]) * self.boxes[0].dtype.itemsize
         step = max(unit, max_bytes // row_bytes // unit * unit)
@@ -65,10 +66,10 @@ class Stored:
                 yield Piece(start=start, stop=stop, box=self.box(start, stop))
 
     def box(self, start: int, stop: int) -> Box:
-        """The box of rows [start, stop), which must not lie in more than one."""
+        """The box of rows [start, stop). All rows must lie in the same box."""
         each = self.shape[0] // len(self.boxes)
         whole, first = self.boxes[start // each], start // each * each
-        axis = len(whole.shape) - len(self.shape)  # checkpoints lay experts along an axis in front
+        axis = len(whole.shape) - len(self.shape)  # in a checkpoint, experts are an additional leading axis
         offset, shape = list(whole.offset), list(whole.shape)
         offset[axis] += start - first
         shape[axis] = stop - start
@@ -78,9 +79,9 @@ class Stored:
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     parameters: tuple[Stored, ...]
-    """With the vocabulary's padding rows of a layout of one rank."""
+    """The parameters, with the vocabulary's padding rows of a layout of one rank."""
     objects: tuple[tuple[str, bytes], ...]
-    """What Megatron saves beside tensors, by key, and asks for when it loads."""
+    """The objects that Megatron saves in addition to tensors, by key, and needs when it loads."""
 
 
 def checkpoint_layout(shape: ModelShape) -> Layout:

@@ -1,4 +1,4 @@
-"""One forward pass of a source's model in fp32: Transformers for Hugging Face's folders, Megatron-Core for its own."""
+"""One forward pass of a model in fp32: with Transformers for Hugging Face folders, with Megatron-Core for its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_chord.model.build import build_chunks, global_weights, transformer
 from megatron_chord.runtime import parallel as runtime
 
 TOLERANCE = 1e-4
-"""Of the largest difference, as a share of the largest magnitude, or of 1 where that is smaller."""
+"""Limit of largest difference / max(1, largest absolute value)."""
 
 
 def sample_tokens(vocab_size: int, length: int = 128) -> Tensor:
-    """Any tokens, the same for both sides: [length] int64."""
+    """Arbitrary tokens, the same for both models: [length] int64."""
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def logits_of(source: Source, tokens: Tensor) -> Tensor:
-    """[tokens, vocabulary] fp32. The whole model is in memory in fp32 meanwhile."""
+    """The logits [tokens, vocabulary] in fp32. Needs memory for the whole model in fp32."""
     return _transformers(source, tokens) if isinstance(source, HFSource) else _megatron(source, tokens)
 
 

@@ -1,7 +1,7 @@
-"""Folders that a model can be read from: Hugging Face's safetensors, or a distributed checkpoint. Both give parameters.
+"""Folders from which a model can be read: Hugging Face's safetensors, or a distributed checkpoint.
 
-A source is checked when it is opened: names, shapes and dtypes of everything that the configuration asks for, with all
-findings in one error. What follows can only fail for the disk's sake.
+A source is checked when it is opened: names, shapes and dtypes of all tensors of the configuration, with all findings
+in one error. After that, reading fails only if the disk fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_chord.weights.transforms import merged_shape
 
 HF = "hf"
 _HELD_EXACTLY = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
-"""What a dtype of a rule's own may be read from."""
+"""For a rule with a fixed dtype: the stored dtypes that it represents exactly."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MEGATRON_LATEST, _LATEST = "latest_checkpointed_iteration.txt", "latest"
 _CHECKPOINT = re.compile(r"iter_\d{7,}|release|step-\d{6,}")
@@ -53,11 +53,12 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor whose rule names no other."""
+        """The dtype of every tensor whose rule has no fixed dtype."""
         ...
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of Megatron's parameter, multiples of its transform's unit; without padding rows."""
+        """Rows [start, stop) of Megatron's parameter, without padding rows. Both must be multiples of the transform's
+        unit."""
         ...
 
     def tensors(self, stored: Stored) -> Iterator[tuple[str, Tensor]]:
@@ -68,15 +69,15 @@ class Source(Protocol):
 def open_source(
     folder: Path, configuration: Path | None = None, *, dtype: torch.dtype | None = None
 ) -> Source:
-    """Either kind, also a folder that holds a Megatron checkpoint one level below (see ``checkpoint_of``).
+    """Open a folder of either kind, or a folder with a Megatron checkpoint one level below (see ``checkpoint_of``).
 
     Args:
-        configuration: for a Megatron checkpoint that has no configuration of its own: neither ``hf/`` nor, beside a
-            run's ``checkpoints/``, the config.yaml that names its model. It must not contradict the checkpoint's own.
-        dtype: what every tensor is rounded to as it is read; by default all must have one dtype, and keep it.
+        configuration: needed for a Megatron checkpoint without a configuration: it has neither ``hf/`` nor a run's
+            config.yaml. It must not contradict the checkpoint's own configuration.
+        dtype: every tensor is rounded to it when it is read. By default all tensors must have one dtype and keep it.
 
     Raises:
-        ValueError: with all findings, one a line.
+        ValueError: with all findings, one on each line.
     """
     folder = checkpoint_of(folder)
     if (folder / METADATA).is_file():
@@ -85,23 +86,23 @@ def open_source(
         return MegatronSource.of(folder, described, dtype)
     if configuration is not None:
         raise ValueError(
-            f"{folder} is no distributed checkpoint ({METADATA} is not there): it has its own config"
+            f"{folder} is not a distributed checkpoint ({METADATA} is missing): it has its own config"
         )
     _check_settings(folder)
     return HFSource.of(folder, dtype)
 
 
 def _check_settings(folder: Path) -> None:
-    """ValueError for a file that is copied along and that Transformers could not read afterwards."""
+    """Check the files that are copied. Raises ValueError for one that Transformers could not read."""
     for path in (folder / "generation_config.json", folder / "tokenizer_config.json"):
         if path.is_file():
             read_object(path)
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """The checkpoint that the folder is, or the newest one in it by Megatron-LM's or megatron-chord's own record.
+    """The folder itself if it is a checkpoint, else the newest checkpoint in it by Megatron-LM's or our record file.
 
-    ValueError where the record names none, or one of Megatron-LM's former format.
+    Raises ValueError if the record names no existing checkpoint, or one in Megatron-LM's old format.
     """
     if (folder / METADATA).is_file() or not folder.is_dir():
         return folder
@@ -113,11 +114,11 @@ def checkpoint_of(folder: Path) -> Path:
         if prefix and named.isdecimal():
             named = f"{prefix}{int(named):07d}"
         if not _CHECKPOINT.fullmatch(named) or not (folder / named).is_dir():
-            raise ValueError(f"{record} names the checkpoint {named[:80]!r}, which is not there")
+            raise ValueError(f"{record} names the checkpoint {named[:80]!r}, which does not exist")
         folder = folder / named
     if next(folder.glob("mp_rank_*"), None) is not None:
         raise ValueError(
-            f"{folder} is in Megatron-LM's former format (mp_rank_*): convert it with Megatron-LM's "
+            f"{folder} is in Megatron-LM's old format (mp_rank_*): convert it with Megatron-LM's "
             "--ckpt-convert-format torch_dist"
         )
     return folder
@@ -145,7 +146,7 @@ def _configuration(checkpoint: Path, given: Path | None) -> Path:
 
 
 def _model_of_run(checkpoint: Path) -> Path | None:
-    """The model that a run trained, where the checkpoint lies in the run's folder."""
+    """The model folder of a run, if the checkpoint lies in the run's folder."""
     config = checkpoint.parent.parent / "config.yaml"
     if checkpoint.parent.name != "checkpoints" or not config.is_file():
         return None
@@ -156,7 +157,7 @@ def _model_of_run(checkpoint: Path) -> Path | None:
 
 
 def _contradictions(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, value) of all that two models' shapes say differently, by config.json's names where they differ."""
+    """Yield (name, value, value) for each difference between two models' shapes."""
     if one == other or name == "weights":
         return
     if is_dataclass(one) and type(one) is type(other):
@@ -200,7 +201,7 @@ class HFSource:
 
     @property
     def left_out(self) -> list[str]:
-        """Tensors of the folder that are no part of the model."""
+        """Tensors of the folder that do not belong to the model."""
         known = set(self.shape.weights.hf_names())
         return [name for name in self.reader.names if name not in known]
 
@@ -220,7 +221,7 @@ class HFSource:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronSource:
-    """A checkpoint of any layout; a training checkpoint's optimizer state is passed over."""
+    """A checkpoint of any layout. The optimizer state of a training checkpoint is ignored."""
 
     folder: Path
     configuration: Path
@@ -244,7 +245,7 @@ class MegatronSource:
         )
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
-        """Holds one piece of what the checkpoint was written in besides the rows."""
+        """Additional memory: one stored piece of the checkpoint."""
         stored = without_padding(stored, self.shape.vocab_size)
         stop = min(stop, stored.shape[0])
         found = torch.empty(max(stop - start, 0), *stored.shape[1:], dtype=stored.dtype(self.dtype))
@@ -279,7 +280,7 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
 def _check_checkpoint(
     checkpoint: Checkpoint, layout: Layout, shape: ModelShape, dtype: torch.dtype | None
 ) -> torch.dtype:
-    """The checkpoint's dtype, or the one wanted, when it holds the layout's tensors and no others of a model."""
+    """Check that the checkpoint has exactly the layout's tensors. Returns its dtype, or ``dtype`` if given."""
     stored = {key: (whole, dtype) for key, whole, dtype in checkpoint.tensors()}
     model = {key: value for key, value in stored.items() if not key.startswith(_BESIDE_THE_MODEL)}
     wanted: dict[str, tuple[int, ...]] = {
@@ -295,14 +296,14 @@ def _check_checkpoint(
             findings.append(f"{key} has shape {found}, the config says {wanted[key]}")
     if findings:
         raise ValueError(
-            listing(f"{checkpoint.folder} does not hold this model's tensors:", sorted(findings))
+            listing(f"{checkpoint.folder} does not have this model's tensors:", sorted(findings))
         )
     own = {box.key for p in layout.parameters if p.entry.rule.dtype is not None for box in p.boxes}
     return _one_dtype({key: model[key][1] for key in wanted if key not in own}, checkpoint.folder, dtype)
 
 
 def _one_dtype(dtypes: Mapping[str, torch.dtype], folder: Path, wanted: torch.dtype | None) -> torch.dtype:
-    """The one that all tensors have; ``wanted`` is given where they may differ."""
+    """The dtype that all tensors have. If ``wanted`` is given, they may differ, and it is returned."""
     kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     found = next(iter(dtypes.values()))
     if wanted is not None and all(dtype in (*_DTYPES, torch.float64) for dtype in dtypes.values()):

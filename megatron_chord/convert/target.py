@@ -1,8 +1,9 @@
-"""A folder that appears under its name when it is complete, and not before.
+"""Writes a folder atomically: it appears under its name only when it is complete.
 
-It is written beside its place under a hidden name, ``.NAME.HOST-PID-RANDOM.partial``, which belongs to one process.
-That process renames it and nothing else. A lock on ``.NAME.lock`` lets one process at a time write a target. The
-kernel drops the lock with the process, so a hidden folder that is there while nobody holds the lock is a dead one's.
+It is first written next to its target under a hidden name, ``.NAME.HOST-PID-RANDOM.partial``, which belongs to one
+process. That process renames it. A lock on ``.NAME.lock`` ensures that only one process writes a target at a time. The
+kernel releases the lock when the process ends. So a hidden folder without a holder of the lock belongs to a dead
+process.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _DISCARD_S = 1.0
-"""How long ``discard`` tries, while threads may still make files in the folder."""
+"""Seconds for which ``discard`` tries, because threads may still create files in the folder."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HOST = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
 @contextmanager
 def appearing(target: Path, *, notify: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
-    """A hidden folder that becomes ``target`` when the block succeeds, and is gone when it does not.
+    """A hidden folder that is renamed to ``target`` if the block succeeds and removed if it fails.
 
-    All its files are on disk before it gets its name. ``notify`` is told of what killed processes left behind, which
-    is removed first.
+    All files are on disk (fsync) before the rename. Leftovers of killed processes are removed first, and ``notify``
+    gets a message for each.
 
     Raises:
-        ValueError: something of this name is there, at the beginning or at the end, or another process is writing it.
+        ValueError: ``target`` exists, at the beginning or at the end, or another process is writing it.
     """
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target) as alone:
-        _refuse_existing(target)  # a process that held the lock may just have finished
+        _refuse_existing(target)  # another process may have finished just before it released the lock
         if alone:
             for dead in _hidden(target):
                 shutil.rmtree(dead, ignore_errors=True)
-                notify(f"removed {dead}: a process that was killed had left it")
+                notify(f"removed {dead}, which a killed process had left")
         partial = target.with_name(f".{target.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
         partial.mkdir()
         try:
@@ -57,9 +58,10 @@ def appearing(target: Path, *, notify: Callable[[str], None] = lambda line: None
 
 
 def discard(target: Path) -> None:
-    """Remove what this process has begun of ``target``; for a signal handler, while threads still write.
+    """Remove this process's unfinished ``target``. For a signal handler, while threads still write.
 
-    Files are emptied first: a thread that waits for the disk would otherwise keep the process alive until all is there.
+    Files are truncated first. Otherwise a thread that waits for the disk would keep the process alive until everything
+    is written.
     """
     deadline = time.monotonic() + _DISCARD_S
     mine = f".{target.name}.{_HOST}-{os.getpid()}-"
@@ -72,30 +74,30 @@ def discard(target: Path) -> None:
                 with contextlib.suppress(OSError):
                     os.truncate(file, 0)
             shutil.rmtree(folder, ignore_errors=True)
-    # This process holds the lock, and it ends now: the file is of no use to another one.
+    # This process holds the lock and ends now, so no other process needs the lock file.
     if _holder(target).startswith(f"{_HOST} {os.getpid()}"):
         _lock_file(target).unlink(missing_ok=True)
 
 
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise ValueError(f"{target} is already there")
+        raise ValueError(f"{target} already exists")
 
 
 def _rename(partial: Path, target: Path) -> None:
-    """``rename`` would replace an empty folder, and cannot replace anything else."""
+    """Rename without replacing anything. ``rename`` alone would replace an empty folder."""
     _refuse_existing(target)
     try:
         partial.rename(target)
     except OSError as error:
         if os.path.lexists(target):
-            raise ValueError(f"{target} was made by another process meanwhile") from error
+            raise ValueError(f"{target} was created by another process in the meantime") from error
         raise
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[bool]:
-    """Whether this process is known to be the only one that writes the target; False where files cannot be locked."""
+    """Lock the target. Yields whether the lock is held; false if the file system does not support locks."""
     path = _lock_file(target)
     while True:
         with path.open("a+") as lock:
@@ -112,7 +114,7 @@ def _locked(target: Path) -> Iterator[bool]:
                 path.unlink(missing_ok=True)
                 yield False
                 return
-            if not _is_at(lock.fileno(), path):  # its last holder removed it
+            if not _is_at(lock.fileno(), path):  # the previous holder has removed the file
                 continue
             lock.truncate(0)
             lock.write(f"{_HOST} {os.getpid()}\n")
@@ -136,7 +138,7 @@ def _lock_file(target: Path) -> Path:
 
 
 def _holder(target: Path) -> str:
-    """Host and process number of who locked the target last, or nothing."""
+    """Host and process id of the process that locked the target last; empty if unknown."""
     try:
         return _lock_file(target).read_text().strip()
     except OSError:
@@ -144,7 +146,7 @@ def _holder(target: Path) -> str:
 
 
 def _hidden(target: Path) -> list[Path]:
-    """Every process's hidden folder for this target. The marks hold no dot: ``a`` does not match those of ``a.b``."""
+    """The hidden folders of all processes for this target. The parts have no dot, so ``a`` does not match ``a.b``."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[A-Za-z0-9_]+-\d+-[0-9a-f]{{8}}\.partial")
     return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
 

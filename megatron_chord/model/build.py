@@ -1,4 +1,4 @@
-"""ModelShape + settings -> TransformerConfig -> this rank's empty model chunks; their parameters by global name."""
+"""Builds Megatron's TransformerConfig and this rank's model chunks, and lists their parameters by global name."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ _NOT_TO_OVERRIDE = {
 
 
 def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """ValueError when this model cannot be laid out over these axes; needs no process group."""
+    """Check that this model can be distributed over these axes. Needs no process group. Raises ValueError if not."""
     cut = _cut_over_tensor(shape)
     broken = [f"{name} / tensor {parallel.tensor}" for name, size in cut.items() if size % parallel.tensor]
     if broken:
@@ -135,8 +135,8 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     if shape.experts is None and parallel.expert > 1:
         raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
     if shape.has_latent_attention and parallel.tensor > 1 and not parallel.sequence_parallel:
-        # megatron/core/transformer/multi_latent_attention.py (0.16.1: 596, 0.19.2: 752): only there is that gradient
-        # reduced.
+        # That gradient is reduced only in megatron/core/transformer/multi_latent_attention.py (0.16.1: 596,
+        # 0.19.2: 752), and only with sequence parallelism.
         raise ValueError(
             f"parallel.tensor is {parallel.tensor}: Megatron sums the gradient of the keys that all heads share "
             f"({shape.family}'s latent attention) over a tensor axis only with parallel.sequence_parallel"
@@ -144,13 +144,13 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
     if shape.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
         # megatron/core/transformer/moe/moe_layer.py (0.16.1: 379, 0.19.2: 629)
         raise ValueError(
-            f"parallel.tensor is {parallel.tensor}: Megatron trains experts ({shape.family}) beside a tensor axis "
+            f"parallel.tensor is {parallel.tensor}: Megatron trains experts ({shape.family}) with a tensor axis "
             "only with parallel.sequence_parallel"
         )
 
 
 def _unequal(shape: ModelShape, parallel: ParallelConfig) -> str:
-    """What ``parallel.stages`` could be, where there are layers enough."""
+    """A suggestion for ``parallel.stages``, if there are enough layers."""
     if shape.num_layers < parallel.num_chunks:
         return ""
     chunks = parallel.virtual_pipeline or 1
@@ -159,7 +159,7 @@ def _unequal(shape: ModelShape, parallel: ParallelConfig) -> str:
 
 
 def _cut_over_tensor(shape: ModelShape) -> dict[str, int]:
-    """What every tensor-parallel rank gets an equal number of. Experts are whole."""
+    """The sizes that are cut over the tensor axis and must be divisible by it. Experts are not cut."""
     cut = {
         f"{shape.num_heads} attention heads": shape.num_heads,
         f"{shape.num_kv_heads} key-value heads": shape.num_kv_heads,
@@ -177,7 +177,7 @@ def transformer_config(
     """Megatron-Core's TransformerConfig.
 
     Raises:
-        ValueError: an override that is no field of it, or FP8 without Transformer Engine and a CUDA device.
+        ValueError: an override is not a field of it, or FP8 without Transformer Engine and a CUDA device.
     """
     dtype = DTYPES[model.dtype]
     fused = has_transformer_engine()
@@ -203,15 +203,15 @@ def transformer_config(
         # Weights are always read from a checkpoint.
         "perform_initialization": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # Packed micro-batches differ in length; the shapes travel ahead between pipeline stages. Megatron then asks
-        # for this dispatcher even where there are no experts.
+        # Packed micro-batches differ in length, so pipeline stages send the shapes first. Megatron then needs this
+        # dispatcher, also for models without experts.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": fused and shape.experts is not None,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
-        # Fused, Megatron's latent attention rotates by its own YaRN.
+        # With fusion, Megatron's latent attention would use Megatron's YaRN.
         "apply_rope_fusion": fused and not shape.has_latent_attention,
         "persist_layer_norm": False,
         "gradient_accumulation_fusion": fused and _has_gradient_kernel(),
@@ -220,7 +220,8 @@ def transformer_config(
     if parallel.stages is not None:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(shape, parallel)
     if parallel.virtual_pipeline:
-        # Without overlapped sends two stages with virtual chunks mix their messages up: a wrong loss, no error.
+        # Without overlapped sends, two stages with virtual chunks confuse their messages: the loss is wrong, without an
+        # error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     settings |= _RECOMPUTE[model.recompute]
     check_overrides(model.megatron_overrides, shape)
@@ -231,7 +232,7 @@ def transformer_config(
 
 
 def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]]:
-    """What each model chunk holds, in Megatron's words (transformer/pipeline_parallel_layer_layout.py)."""
+    """The layers of each model chunk, in Megatron's notation (transformer/pipeline_parallel_layer_layout.py)."""
     layout = [["decoder"] * length for length in chunk_lengths(shape.num_layers, parallel)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
@@ -239,7 +240,7 @@ def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[s
 
 
 def _attention_backend(name: Any) -> Any:
-    """Megatron's enum. Left out, Transformer Engine chooses among its flash, fused and unfused attention."""
+    """Megatron's enum value. By default Transformer Engine chooses between flash, fused and unfused attention."""
     from megatron.core.transformer.enums import AttnBackend
 
     if name not in AttnBackend.__members__:
@@ -249,9 +250,10 @@ def _attention_backend(name: Any) -> Any:
 
 
 def _has_gradient_kernel() -> bool:
-    """Whether NVIDIA's Apex, which only some images bring, has the kernel that adds weight gradients in fp32.
+    """Whether NVIDIA's Apex is installed with the kernel that accumulates weight gradients in fp32.
 
-    Transformer Engine has its own, but Megatron's embedding and head read the same setting and need Apex's.
+    Only some images have it. Transformer Engine has its own kernel, but Megatron's embedding and head use the same
+    setting and need that of Apex.
     """
     from megatron.core.tensor_parallel import layers
 
@@ -295,7 +297,7 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
 
 
 def _scale_rope(chunk: Any, shape: ModelShape) -> None:
-    """Latent attention has RoPE of its own in each layer, other attention one for the chunk."""
+    """Set the scaled RoPE frequencies. Latent attention has a RoPE in each layer, other attention one for the chunk."""
     holders = (
         [layer.self_attention for layer in chunk.decoder.layers] if shape.has_latent_attention else [chunk]
     )
@@ -305,11 +307,11 @@ def _scale_rope(chunk: Any, shape: ModelShape) -> None:
 
 
 def _keep_expert_bias(chunk: Any) -> None:
-    """Leave the bias of the choice of experts as it is: no router counts its tokens.
+    """Keep the expert bias of the routers constant, by switching off their token counts.
 
-    Megatron moves it by the sign of (mean - count) times the update rate, which is 0; but it sums the counts over the
-    ranks anew at each step (moe/moe_utils.py:1067) and leaves it to the training loop to reset them. They would
-    overflow, and the bias become nan.
+    Megatron changes the bias by sign(mean - count) x update rate, and the rate is 0. But it also sums the counts over
+    the ranks at each step (moe/moe_utils.py:1067) and expects the training loop to reset them. Without a reset they
+    would overflow, and the bias would become NaN.
     """
     for module in chunk.modules():
         if hasattr(module, "enable_expert_bias"):
@@ -317,17 +319,19 @@ def _keep_expert_bias(chunk: Any) -> None:
 
 
 def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
-    """Say which parameters every tensor-parallel rank has its own part of, and which are reduced as experts are.
+    """Mark the parameters that are cut over the tensor axis, and those that are reduced as experts.
 
-    Megatron-Core 0.16.1 does the first only where it initialises weights (tensor_parallel/layers.py:137, 170).
-    Unmarked, all but the first rank's parts are left out of the gradient norm, and clipping depends on the layout.
-    Transformer Engine, on the other hand, marks every linear layer, latent attention's replicated ones as well
-    (pytorch/module/linear.py), whose gradients would be counted by every rank.
-    Experts are marked so too, as Megatron's are: their norm is summed over the ranks that hold different ones.
+    The first mark: Megatron-Core 0.16.1 sets it only when it initialises weights (tensor_parallel/layers.py:137, 170).
+    Without the mark, only the first rank's parts count in the gradient norm, so clipping would depend on the layout.
+    Transformer Engine marks every linear layer, also the replicated ones of latent attention
+    (pytorch/module/linear.py), and every rank would count their gradients. Experts get this mark, too, as in Megatron:
+    their norm is summed over the ranks that hold different experts.
 
-    It does the second only with an expert axis (layers.py:886, 1209), although experts that are not cut are replicated
-    over the tensor axis, too: without the mark, their gradient would lack the other tensor-parallel ranks' tokens.
-    0.19.2 does both as we do (layers.py:994 and 961); what Transformer Engine marks, it leaves so.
+    The second mark: Megatron sets it only with an expert axis (layers.py:886, 1209). But experts are not cut, so they
+    are replicated over the tensor axis. Without the mark their gradient would lack the tokens of the other
+    tensor-parallel ranks.
+
+    0.19.2 sets both as we do (layers.py:994 and 961), but does not correct Transformer Engine's marks.
     """
     for name, parameter in global_parameters([chunk]).items():
         rule = shape.weights.entry(name).rule
@@ -338,14 +342,14 @@ def _mark_parameters(chunk: Any, shape: ModelShape) -> None:
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """This rank's parameters by name, with layers and experts numbered over the whole model."""
+    """This rank's parameters by global name (layers and experts numbered over the whole model)."""
     return {
         name: parameter for chunk in chunks for name, parameter in _named(chunk, chunk.named_parameters())
     }
 
 
 def global_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """The parameters, and what else a checkpoint of the model holds: buffers that the forward pass reads."""
+    """The parameters, and the buffers that the forward pass reads and that a checkpoint of the model has."""
     weights = global_parameters(chunks)
     for chunk in chunks:
         saved = chunk.state_dict(keep_vars=True)
@@ -363,7 +367,8 @@ def _named(chunk: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
 
 
 def check_overrides(overrides: Mapping[str, Any], shape: ModelShape) -> None:
-    """ValueError for a name that is no field of Megatron's TransformerConfig, or one that must stay as it is."""
+    """Check overrides. Raises ValueError for a name that is not a field of Megatron's TransformerConfig or that must
+    not be changed."""
     if not overrides:
         return
     for name in overrides:
@@ -378,5 +383,5 @@ def check_overrides(overrides: Mapping[str, Any], shape: ModelShape) -> None:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"model.megatron_overrides: {name!r} is no field of Megatron's TransformerConfig{hint}"
+                f"model.megatron_overrides: {name!r} is not a field of Megatron's TransformerConfig{hint}"
             )

@@ -1,4 +1,4 @@
-"""One pass of packed micro-batches through Megatron's schedule, with a loss given as a function of log-probs."""
+"""Runs packed micro-batches through Megatron's schedule. The caller gives the loss as a function of log-probs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_chord.runtime.parallel import ParallelGroups
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBatch:
-    """A packed micro-batch on the device, as this context-parallel rank sees it."""
+    """This context-parallel rank's part of a packed micro-batch, on the device."""
 
     token_ids: Tensor
     """[1, N]"""
@@ -27,18 +27,18 @@ class DeviceBatch:
     """[1, N]"""
     packed_seq_params: Any
     loss_positions: Tensor
-    """[T] into the N tokens of this context rank"""
+    """[T], indices into the N tokens of this context-parallel rank"""
     targets: Tensor
     """[T]"""
     terms: Mapping[str, TermTokens]
 
 
 MicroLoss = Callable[[TokenStats, Mapping[str, TermTokens]], tuple[Tensor, dict[str, Tensor]]]
-"""(stats of the T trained tokens, each term's tokens) -> (this micro-batch's share of the loss, what to keep of it)."""
+"""(stats of the T trained tokens, each term's tokens) -> (this micro-batch's part of the loss, tensors to return)."""
 
 
 def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
-    """This context-parallel rank's part of the batch on its device: one copy, which the host does not wait for."""
+    """Copy this context-parallel rank's part of the batch to its device, in one asynchronous copy."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     local = context_shard(batch, groups.context.size, groups.context.rank)
@@ -48,8 +48,8 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
     moved = iter(move_together(arrays, groups.device))
     token_ids, position_ids, loss_positions, targets, starts = (next(moved) for _ in range(5))
     if not specs.has_transformer_engine():
-        # The local layers cut packs into sequences by numbers of the host, which would otherwise wait for the device in
-        # every layer: model/local_modules.py, and Megatron's unfused RoPE (rope_utils.py:204).
+        # Kept on the host: the local layers split packs into sequences with it (model/local_modules.py, and Megatron's
+        # unfused RoPE, rope_utils.py:204). On the device, the host would wait for it in every layer.
         starts = torch.from_numpy(batch.cu_seqlens)
     longest = int(np.diff(batch.cu_seqlens).max())
     return DeviceBatch(
@@ -91,19 +91,19 @@ def run_micro_batches(
     rival: bool = False,
     backward: bool = True,
 ) -> list[dict[str, Tensor]]:
-    """Forward, and backward if wanted, over this data-parallel rank's micro-batches.
+    """Run forward passes, and backward passes with ``backward``, over this data-parallel rank's micro-batches.
 
-    The gradient left in the parameters is that of the **sum** of ``loss`` over all micro-batches of all
-    data-parallel and context-parallel ranks: Megatron's own averages are undone here.
+    The gradient in the parameters is that of the **sum** of ``loss`` over all micro-batches of all data-parallel and
+    context-parallel ranks: Megatron's averaging is undone here.
 
     Args:
-        chunks: model chunks; for a backward pass wrapped in DistributedDataParallel.
-        micro_batches: equally many on every rank.
-        temperatures: of each term that the micro-batches have.
+        chunks: model chunks; wrapped in DistributedDataParallel if there is a backward pass.
+        micro_batches: every rank has the same number.
+        temperatures: by term, the temperature of its tokens.
         rival: compute ``TokenStats.rival``.
 
     Returns:
-        what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
+        the tensors that ``loss`` returned for each micro-batch; empty except on the last pipeline stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -147,7 +147,7 @@ def run_micro_batches(
 
 
 def temperature_of(batch: DeviceBatch, temperatures: Mapping[str, float]) -> float | Tensor:
-    """One number where the batch's terms have the same, else [T] float32. The host waits for nothing."""
+    """One number if all terms of the batch have the same temperature, else [T] float32. The host does not wait."""
     found = {temperatures[name] for name in batch.terms}
     if len(found) <= 1:
         return found.pop() if found else 1.0

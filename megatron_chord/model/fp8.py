@@ -1,4 +1,4 @@
-"""FP8 training through Transformer Engine: which shapes can, Megatron's settings for it, and its environment."""
+"""FP8 training with Transformer Engine: a check of the model's sizes, Megatron's settings, and the environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_chord.precision import PRESETS, Fp8Training, Precision, preset
 
 
 def check_fp8(shape: ModelShape, parallel: ParallelConfig, precision: Precision | None) -> None:
-    """ValueError when this precision's matrix products cannot be made of this rank's sizes; needs no process group."""
+    """Check that the matrix sizes of a rank fit this precision. Needs no process group. Raises ValueError if not."""
     training = preset(precision).training
     broken = _not_multiples(shape, parallel, training) if training is not None else []
     if training is None or not broken:
@@ -27,10 +27,11 @@ def check_fp8(shape: ModelShape, parallel: ParallelConfig, precision: Precision 
 
 
 def matrix_sizes(shape: ModelShape, parallel: ParallelConfig) -> Iterator[tuple[str, int]]:
-    """What the rows and columns of a rank's matrices are, by what they belong to; head and embedding stay in BF16.
+    """The numbers of rows and columns of a rank's matrices, with a description of each. Head and embedding are in BF16
+    and not listed.
 
-    The narrow outputs of latent attention's replicated down-projections are left out: DeepSeek-V3's own has 576 rows,
-    and NVIDIA trains it in blocks of 128 (NeMo-RL's performance summary, 0.6).
+    The narrow outputs of latent attention's replicated down-projections are not listed either: that of DeepSeek-V3 has
+    576 rows, and NVIDIA trains it with blocks of 128 (NeMo-RL's performance summary, 0.6).
     """
     tensor, transformer = parallel.tensor, shape.transformer
     over = f" / tensor {tensor}" if tensor > 1 else ""
@@ -65,7 +66,7 @@ def transformer_settings(training: Fp8Training | None) -> dict[str, Any]:
     return {
         "fp8": training.number_format,
         "fp8_recipe": training.recipe,
-        # The weights stay in BF16 beside FP8 copies: what is pushed and saved is what was trained.
+        # The weights stay in BF16, with FP8 copies: the pushed and saved weights are exactly the trained ones.
         "fp8_param": False,
         "first_last_layers_bf16": training.first_last_bf16,
     }
@@ -79,13 +80,14 @@ def optimizer_settings(training: Fp8Training | None) -> dict[str, Any]:
 
 
 def set_environment(precision: Precision | None) -> None:
-    """What Transformer Engine must find when it is imported. RuntimeError when it is too late for that."""
+    """Set the variables that Transformer Engine reads when it is imported. Raises RuntimeError if it is imported
+    already."""
     training = preset(precision).training
     wanted: Mapping[str, str] = training.environment if training is not None else {}
     missing = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
     if missing and "transformer_engine" in sys.modules:
         settings = " ".join(f"{name}={value}" for name, value in missing.items())
-        raise RuntimeError(f"Transformer Engine was imported before its settings were there: set {settings}")
+        raise RuntimeError(f"Transformer Engine was imported before its settings were made: set {settings}")
     os.environ.update(missing)
 
 

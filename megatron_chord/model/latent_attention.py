@@ -1,4 +1,4 @@
-"""Megatron's multi-head latent attention, made of exactly the parts that the layer spec names."""
+"""Megatron's multi-head latent attention, built from exactly the submodules of the layer spec."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 
 class LatentAttention(MLASelfAttention):
-    """``MLASelfAttention``, the same under every version of Megatron-Core.
+    """``MLASelfAttention`` that behaves the same with every version of Megatron-Core.
 
-    0.19.2 replaces parts of the spec (transformer/mla_qk_norm_config.py). Where queries have no latent
-    (``q_lora_rank`` null, as in DeepSeek-V2-Lite), it puts a norm into the queries' projection that the model does not
-    have, and without Transformer Engine it refuses such models. 0.16.1 takes the parts as they are, and so does this.
+    0.19.2 replaces submodules of the spec (transformer/mla_qk_norm_config.py). If queries have no latent
+    (``q_lora_rank`` null, as in DeepSeek-V2-Lite), it adds a norm to the queries' projection that the model does not
+    have, and without Transformer Engine it refuses such models. 0.16.1 does not change the spec, and neither does this
+    class.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:

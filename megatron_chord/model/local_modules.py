@@ -1,7 +1,7 @@
-"""Norm and attention of the local layer spec: what Megatron-Core's own lack where Transformer Engine is not installed.
+"""Norm and attention of the local layer spec, for machines without Transformer Engine.
 
-Megatron's torch norm refuses sequence parallelism, and its unfused attention refuses packed sequences, expands
-grouped keys and materialises the scores. These two do neither.
+They replace two modules of Megatron-Core. Megatron's torch norm does not support sequence parallelism. Its unfused
+attention does not support packed sequences, expands grouped keys and materialises the scores.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal self-attention over packed sequences with torch's scaled_dot_product_attention, one call a sequence.
+    """Causal self-attention over packed sequences, with one call of scaled_dot_product_attention for each sequence.
 
-    No mask over the pack, no copies of grouped keys. With context parallelism every rank holds the two chunks of each
-    sequence that Transformer Engine's layout gives it; keys and values are gathered over the context group (one
+    It needs no mask over the pack and no copies of grouped keys. With context parallelism every rank has two chunks of
+    each sequence, in Transformer Engine's layout, and keys and values are gathered over the context group (one
     all-gather forward, one reduce-scatter backward).
     """
 
@@ -87,7 +87,7 @@ class PackedAttention(MegatronModule):
         outputs, start = [], 0
         for length in lengths:
             stop = start + length // size
-            # Rank by rank, as gathered, back to the order of the sequence.
+            # The gathered tokens are ordered by rank; this permutation restores the order of the sequence.
             order = torch.cat([context_order(length, size, r, query.device) for r in range(size)]).argsort()
             whole = gathered[:, start:stop].flatten(0, 1)[order]
             whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)

@@ -1,7 +1,7 @@
-"""The policy: a GPTModel whose last stage returns hidden states, with the log-prob head beside it.
+"""The policy: a GPTModel whose last stage returns hidden states, and a separate log-prob head.
 
-The head takes only the hidden states that predict a trained token, so logits exist for nothing else, and for those
-only a chunk at a time (``losses.logprobs``).
+The head gets only the hidden states that predict a trained token. So logits are computed for trained tokens only, and
+only for one chunk of them at a time (``losses.logprobs``).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class PolicyModel(GPTModel):
         tensor: Axis,
         rival: bool = False,
     ) -> HeadOutput:
-        """Log-probs and entropies [P] of ``targets`` [P] as predicted at ``positions`` [P] of the packed batch.
+        """Log-probs and entropies [P] of ``targets`` [P], predicted at ``positions`` [P] of the packed batch.
 
         Args:
-            hidden: what the last stage's forward returned.
-            vocab_size: without padding rows; those take no part in the softmax.
+            hidden: the output of the last stage's forward pass.
+            vocab_size: without padding rows, which are not part of the softmax.
             temperature: one number, or [P].
-            rival: also the log-prob of the best other token.
+            rival: also return the log-prob of the best other token.
 
         Collectives on the tensor group: 2 all-reduces forward, 1 backward; with sequence parallelism also one
         all-gather forward, and a reduce-scatter in place of the all-reduce backward.

@@ -1,8 +1,8 @@
 """RoPE's frequencies for contexts longer than the model was first trained on.
 
-Megatron-Core 0.16.1 has Llama 3's scaling with fixed constants (low 1, high 4, 8192 positions;
-models/common/embeddings/rotary_pos_embedding.py:92) and spells linear scaling as fractional positions. Here the
-frequencies themselves are what Transformers 5 computes (modeling_rope_utils.py), bit for bit.
+Megatron-Core 0.16.1 implements Llama 3's scaling with fixed constants (low 1, high 4, 8192 positions;
+models/common/embeddings/rotary_pos_embedding.py:92) and linear scaling by fractional positions. Here the frequencies
+are those of Transformers 5 (modeling_rope_utils.py), bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_chord.families.shape import LinearScaling, Llama3Scaling, Rope, Ya
 
 
 def scaled_frequencies(frequencies: Tensor, rope: Rope) -> Tensor:
-    """The plain frequencies [head_dim / 2] of ``rope.base`` -> the same, scaled."""
+    """Scale the plain frequencies [head_dim / 2] of ``rope.base``."""
     match rope.scaling:
         case None:
             return frequencies
@@ -41,7 +41,7 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 def _yarn(head_dim: int, base: float, scaling: YarnScaling, device: torch.device) -> Tensor:
     def dimension(turns: float) -> float:
-        """The one that turns this often over the original positions."""
+        """The dimension that makes ``turns`` rotations over the original positions."""
         wavelengths = scaling.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(wavelengths) / (2 * math.log(base))
 
@@ -51,6 +51,6 @@ def _yarn(head_dim: int, base: float, scaling: YarnScaling, device: torch.device
         high += 0.001
     order = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     kept = 1 - ((order - low) / (high - low)).clamp(0, 1)
-    # From the wavelengths, not from the frequencies: division rounds differently.
+    # Computed from wavelengths, as in Transformers: computing with frequencies would round differently.
     wavelengths = base ** (2 * order / head_dim)
     return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept

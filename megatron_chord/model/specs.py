@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine's on CUDA machines that have it, else Megatron's local one with our two modules."""
+"""Layer specs: that of Transformer Engine if CUDA and it are available, else Megatron's local one with our modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
     every: list[int] = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else []
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     here = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-    # Only a block spec lets us choose the final norm; a layer spec would get Megatron's.
+    # A block spec is needed to choose the final norm; with a layer spec Megatron would use its own.
     return TransformerBlockSubmodules(
         layer_specs=[dense if every and not every[number] else sparse for number in here],
         layer_norm=RMSNorm,  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def _local_block_spec(config: Any, vp_stage: int | None) -> Any:
 
 
 def _local_layer_spec(config: Any, *, num_experts: int | None) -> Any:
-    """Of a dense layer where there are no experts. Saved under the names of Transformer Engine's layer spec."""
+    """The spec of a layer, dense if ``num_experts`` is None. Parameters are saved under Transformer Engine's names."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.post_training.modelopt.layers import Linear
 
@@ -68,8 +68,8 @@ def _local_layer_spec(config: Any, *, num_experts: int | None) -> Any:
     fused = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if num_experts is None else {}
     if config.multi_latent_attention:
         _make_latent(attention)
-        # Replicated, as with Transformer Engine. Megatron's choice here cuts them over the tensor axis and, once their
-        # results are gathered, gives each part the gradient from one rank's heads alone.
+        # Replicated, as with Transformer Engine. Megatron's local spec cuts them over the tensor axis and gathers their
+        # results, but then each part gets the gradient of only one rank's heads.
         attention.submodules.linear_q_down_proj = Linear
         attention.submodules.linear_kv_down_proj = Linear
         attention.submodules.q_layernorm = RMSNorm

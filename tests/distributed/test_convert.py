@@ -270,10 +270,10 @@ def sources(folder: Path, model: Path, megatron: Path) -> None:
         assert checkpoint_of(above) == above / named
     for record in ("200", "../release", "/release", "release/../release", ""):
         (above / "latest_checkpointed_iteration.txt").write_text(record)
-        with pytest.raises(ValueError, match=r"names the checkpoint .* which is not there"):
+        with pytest.raises(ValueError, match=r"names the checkpoint .* which does not exist"):
             checkpoint_of(above)
     (folder / "former" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(ValueError, match="former format"):
+    with pytest.raises(ValueError, match="old format"):
         open_source(folder / "former")
 
     rope = json.loads((model / "config.json").read_text())["rope_parameters"] | {"rope_theta": 5000.0}

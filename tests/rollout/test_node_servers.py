@@ -62,6 +62,6 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
         servers.stop()
     assert [text.split(" on here ")[-1] for text in said] == [
         "is ready",
-        "ended with code -9; starting another",
+        "ended with code -9; starting a new one",
         "is ready",
     ]

@@ -43,10 +43,10 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a"):
+    with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a"):
         (tmp_path / "a").mkdir()
     assert names(tmp_path) == ["a"]
-    with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a"):
+    with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a"):
         pass
 
 
@@ -60,7 +60,7 @@ def test_what_the_dead_left_is_removed_and_said(tmp_path: Path) -> None:
     told: list[str] = []
     with appearing(tmp_path / "a", notify=told.append):
         assert not dead.exists()
-    assert told == [f"removed {dead}: a process that was killed had left it"]
+    assert told == [f"removed {dead}, which a killed process had left"]
     assert names(tmp_path) == [other.name, "a"]
 
 
@@ -73,7 +73,7 @@ def test_where_files_cannot_be_locked_the_others_are_left_alone(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
     with appearing(tmp_path / "a") as one:
-        with pytest.raises(ValueError, match="already there"), appearing(tmp_path / "a") as other:  # noqa: PT012
+        with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a") as other:  # noqa: PT012
             assert one != other
             (tmp_path / "a").mkdir()
         (tmp_path / "a").rmdir()
