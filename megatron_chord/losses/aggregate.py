@@ -24,7 +24,7 @@ from megatron_chord.losses.terms import Term
 from megatron_chord.records import Part, TrainSample
 
 SCALE = "scale"
-ENOUGH_TOKENS = 512
+MIN_COMPARED_TOKENS = 512
 """Number of tokens that is enough to estimate the mean log-prob difference between trainer and rollout engine
 (``train.agreement``)."""
 
@@ -54,10 +54,11 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
     ]
 
 
-def without_idle(
-    samples: Sequence[TrainSample], terms: Mapping[str, Term], *, enough: int = ENOUGH_TOKENS
+def drop_zero_gradient_parts(
+    samples: Sequence[TrainSample], terms: Mapping[str, Term], *, enough: int = MIN_COMPARED_TOKENS
 ) -> list[TrainSample]:
-    """Remove the parts whose loss and gradient are 0 (``Term.idle``), then the samples that have no part left.
+    """Remove the parts whose loss and gradient are 0 (``Term.zero_gradient_column``), then the samples that have no
+    part left.
 
     Trainer and rollout engine are compared on the tokens of every step. So if fewer than ``enough`` tokens of a term
     would remain, some of the removed parts are kept until the term has ``enough`` tokens. The parts kept are those with
@@ -65,25 +66,25 @@ def without_idle(
     in the denominators of the averages.
     """
 
-    def is_idle(part: Part) -> bool:
-        column = terms[part.term].idle
+    def has_zero_gradient(part: Part) -> bool:
+        column = terms[part.term].zero_gradient_column
         return column is not None and not np.any(part.constants[column])
 
     missing = dict.fromkeys(terms, enough)
-    idle: list[tuple[float, Part]] = []
+    removable: list[tuple[float, Part]] = []
     for sample in samples:
         for part in sample.parts:
-            if is_idle(part):
-                idle.append((min(len(part.positions), enough) / len(sample.token_ids), part))
+            if has_zero_gradient(part):
+                removable.append((min(len(part.positions), enough) / len(sample.token_ids), part))
             else:
                 missing[part.term] -= len(part.positions)
-    stays: set[int] = set()
-    for _, part in sorted(idle, key=lambda pair: pair[0], reverse=True):
+    kept_ids: set[int] = set()
+    for _, part in sorted(removable, key=lambda pair: pair[0], reverse=True):
         if missing[part.term] > 0:
-            stays.add(id(part))
+            kept_ids.add(id(part))
             missing[part.term] -= len(part.positions)
     kept = [
-        replace(sample, parts=tuple(p for p in sample.parts if id(p) in stays or not is_idle(p)))
+        replace(sample, parts=tuple(p for p in sample.parts if id(p) in kept_ids or not has_zero_gradient(p)))
         for sample in samples
     ]
     return [sample for sample in kept if sample.parts]

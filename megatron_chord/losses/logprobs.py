@@ -114,7 +114,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
     """
     kernels = kernels or kernels_for(hidden)
     tokens, tile_rows = tile_for(hidden, len(weight), kernels)
-    how = _How(
+    how = _HeadOptions(
         scale=(
             temperature.to(_accumulator(hidden.dtype)).reciprocal()
             if isinstance(temperature, Tensor)
@@ -130,7 +130,7 @@ def token_logprobs(  # noqa: PLR0913 (the last is for tests and benchmarks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _How:
+class _HeadOptions:
     """The inputs of the head that have no gradient."""
 
     scale: float | Tensor
@@ -152,7 +152,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_WH: Tensor,
         rows_T: Tensor,  # the targets as rows of this shard: outside of [0, W) if another rank holds them
-        how: _How,
+        how: _HeadOptions,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         num_tokens = hidden_TH.shape[0]
         dtype = _accumulator(hidden_TH.dtype)
@@ -200,7 +200,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_WH, rows_T, lse_T, entropy_T = ctx.saved_tensors
-        how: _How = ctx.how
+        how: _HeadOptions = ctx.how
         wide = _accumulator(hidden_TH.dtype)
         # hidden's gradient is a sum over tiles if there are several; weight's gradient is always a sum over chunks.
         is_summed = how.tile_rows < len(weight_WH)

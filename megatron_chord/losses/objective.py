@@ -55,7 +55,7 @@ def objective(
         output = terms[name].loss(own, here)
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
         with torch.no_grad():
-            compared = _compared(own, here)
+            compared = _compare_with_engine(own, here)
             # One sum for all metrics instead of one for each: small kernels cost mainly their launch.
             values = [
                 *(here[SCALE] * values for values in output.losses.values()),
@@ -69,7 +69,7 @@ def objective(
     return ObjectiveOutput(loss, sums, maxima)
 
 
-def _compared(stats: TokenStats, tokens: TermTokens) -> dict[str, Tensor]:
+def _compare_with_engine(stats: TokenStats, tokens: TermTokens) -> dict[str, Tensor]:
     """Compare the log-probs of trainer and rollout engine: [K] for each name, or nothing without the engine's
     log-probs.
 

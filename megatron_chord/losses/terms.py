@@ -139,7 +139,7 @@ class Term:
     """The logits of the term's tokens are divided by it; None means the sampling temperature."""
     rival: bool = False
     """Whether the loss uses ``TokenStats.rival``."""
-    idle: str | None = None
+    zero_gradient_column: str | None = None
     """Name of a column, or None. A sequence in which this column is 0 everywhere has loss 0 and gradient 0, so it needs
     no forward pass."""
 
@@ -153,7 +153,7 @@ def num_forward_passes(terms: Iterable[Term]) -> int:
     return bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored)
 
 
-def reported(term: Term) -> TermOutput:
+def empty_output(term: Term) -> TermOutput:
     """The term's output for zero tokens. Its keys are the names of the term's metrics. No collective."""
     nothing = torch.zeros(0)
     tokens = TermTokens(

@@ -113,7 +113,7 @@ def policy_term(run: RunConfig) -> Term:
         lambda stats, tokens: policy_loss(stats, tokens, objective),
         pool="policy",
         scored=scored,
-        idle=None if has_penalties else "advantage",
+        zero_gradient_column=None if has_penalties else "advantage",
     )
 
 
@@ -137,7 +137,7 @@ def averaged_term(
     pool: str,
     scored: Iterable[str] = (),
     prepare: Prepare | None = None,
-    idle: str | None = None,
+    zero_gradient_column: str | None = None,
 ) -> Term:
     """A term with this loss. It is averaged within ``pool`` by ``objective.aggregation``, as the policy's tokens
     are."""
@@ -148,7 +148,7 @@ def averaged_term(
         aggregation_length=aggregation_length(run),
         scored=frozenset(scored),
         prepare=prepare,
-        idle=idle,
+        zero_gradient_column=zero_gradient_column,
     )
 
 

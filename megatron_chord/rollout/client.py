@@ -77,20 +77,20 @@ class Stop:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._told = False
+        self._is_set = False
         self._listeners: list[Callable[[], None]] = []
 
     def __call__(self) -> None:
         with self._lock:
-            told, self._told = self._told, True
-            listeners = [] if told else self._listeners
+            was_set, self._is_set = self._is_set, True
+            listeners = [] if was_set else self._listeners
         for listener in listeners:
             listener()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Register ``listener``, to be called at the stop signal. If the signal was given already, call it now."""
         with self._lock:
-            if not self._told:
+            if not self._is_set:
                 self._listeners.append(listener)
                 return
         listener()
@@ -295,12 +295,12 @@ class RolloutClient:
         num_done = 0
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        told = asyncio.Event()
+        stopped = asyncio.Event()
         running: set[str] = set()
 
         async def sample(http: httpx.AsyncClient, index: int) -> tuple[Rollout, ...]:
             nonlocal num_done
-            rollouts = await self._sample(http, requests[index], version, running, told)
+            rollouts = await self._sample(http, requests[index], version, running, stopped)
             num_done += 1
             if on_done is not None and all(rollout.finish_reason != "abort" for rollout in rollouts):
                 on_done(index)
@@ -308,7 +308,7 @@ class RolloutClient:
 
         self._sampling.add((loop, task))
         if stop is not None:
-            stop.listen(lambda: _call_in(loop, told.set))
+            stop.listen(lambda: _call_in(loop, stopped.set))
         try:
             if self._closed:
                 raise asyncio.CancelledError
@@ -320,7 +320,7 @@ class RolloutClient:
                 tasks = [group.create_task(sample(http, index)) for index in range(len(requests))]
                 beside: list[asyncio.Task[None]] = []
                 if stop is not None:
-                    beside.append(group.create_task(self._abort(http, running, told)))
+                    beside.append(group.create_task(self._abort(http, running, stopped)))
                 if self._silence_s is not None:
                     beside.append(group.create_task(self._watch(http, self._silence_s, lambda: num_done)))
                 if tasks:
@@ -347,7 +347,7 @@ class RolloutClient:
         on_answer: Callable[[int, tuple[Rollout, ...] | None], None],
     ) -> None:
         num_done = 0
-        told = asyncio.Event()
+        stopped = asyncio.Event()
         running: set[str] = set()
 
         async def serve(http: httpx.AsyncClient) -> None:
@@ -356,7 +356,7 @@ class RolloutClient:
                 number, request = taken
                 try:
                     async with asyncio.timeout(deadline_s):
-                        rollouts = await self._sample(http, request, version, running, told)
+                        rollouts = await self._sample(http, request, version, running, stopped)
                 except TimeoutError:
                     rollouts = None
                 num_done += 1
@@ -417,12 +417,12 @@ class RolloutClient:
             return None
         return sum(map(float, _TOKENS.findall(response.content))) if response.status_code == 200 else None
 
-    async def _abort(self, http: httpx.AsyncClient, running: set[str], told: asyncio.Event) -> None:
-        """Wait for the stop signal ``told``, then abort all running requests repeatedly, until cancelled.
+    async def _abort(self, http: httpx.AsyncClient, running: set[str], stopped: asyncio.Event) -> None:
+        """Wait for the stop signal ``stopped``, then abort all running requests repeatedly, until cancelled.
 
         One abort is not enough, because the engine may not have received a request yet.
         """
-        await told.wait()
+        await stopped.wait()
         while True:
             try:
                 response = await http.post(
@@ -441,13 +441,13 @@ class RolloutClient:
         request: GenerateRequest,
         version: _Least,
         running: set[str],
-        told: asyncio.Event,
+        stopped: asyncio.Event,
     ) -> tuple[Rollout, ...]:
         for attempt in range(self._retries + 1):
             name = uuid.uuid4().hex
             running.add(name)
             try:
-                return await self._sample_once(http, request, version, name, told)
+                return await self._sample_once(http, request, version, name, stopped)
             except _Transient as error:
                 if attempt == self._retries:
                     raise RolloutError(f"{error} (after {attempt + 1} attempts)") from error
@@ -462,7 +462,7 @@ class RolloutClient:
         request: GenerateRequest,
         version: _Least,
         name: str,
-        told: asyncio.Event,
+        stopped: asyncio.Event,
     ) -> tuple[Rollout, ...]:
         where = f"{self.url}{_GENERATE}"
         try:
@@ -473,7 +473,7 @@ class RolloutClient:
             kind = _Transient if response.status_code >= 500 else RolloutError
             raise kind(f"{where}: {_refusal(response)}")
         with _malformed_as_rollout_error(where):
-            return _parse(self._json(response), request, version, may_be_aborted=told.is_set())
+            return _parse(self._json(response), request, version, may_be_aborted=stopped.is_set())
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:

@@ -227,7 +227,7 @@ class WeightSync:
         places = self._together(listen)
         endpoints = [place for place in places if place is not None]
         self._folder = Path(plan["folder"]) if plan["folder"] is not None else None
-        self._together(lambda: self._meet(store, plan["workers"], endpoints))
+        self._together(lambda: self._connect_servers(store, plan["workers"], endpoints))
 
     def _plan(self) -> dict | None:
         """What ranks need to connect: the number of workers of each server, and a new private folder for ``file``.
@@ -242,12 +242,14 @@ class WeightSync:
         workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
         return {"workers": workers, "folder": None if self._folder is None else str(self._folder)}
 
-    def _meet(self, store: SenderStore | None, workers: Sequence[int], endpoints: list[list]) -> None:
+    def _connect_servers(
+        self, store: SenderStore | None, workers: Sequence[int], endpoints: list[list]
+    ) -> None:
         """Send the exporters' addresses to the servers, while the exporters wait for the servers' workers."""
-        told: list[Future[None]] = []
+        replies: list[Future[None]] = []
         if self._is_coordinator:
             first_workers = [sum(workers[:i]) for i in range(len(workers))]
-            told = self._tell_each(
+            replies = self._submit_each(
                 lambda client, first: client.init_weight_transfer(
                     {
                         "transport": self._settings.transport,
@@ -264,7 +266,7 @@ class WeightSync:
             )
         if self._exchange.rank in self._exporters:
             self._transport = self._make_transport(store, sum(workers))
-        for future in told:
+        for future in replies:
             future.result()
         self._connected = True
 
@@ -281,16 +283,18 @@ class WeightSync:
         return BroadcastTransport(group, sender, device, self._settings.timeout_s)
 
     def _open_update(self) -> None:
-        self._tell(lambda client: client.pause(mode=self._settings.pause_mode, timeout_s=self._time_left()))
-        self._tell(lambda client: client.start_weight_update(timeout_s=self._time_left()))
+        self._call_servers(
+            lambda client: client.pause(mode=self._settings.pause_mode, timeout_s=self._time_left())
+        )
+        self._call_servers(lambda client: client.start_weight_update(timeout_s=self._time_left()))
 
     def _close_update(self, version: int) -> None:
-        self._tell(lambda client: client.finish_weight_update(version, timeout_s=self._time_left()))
+        self._call_servers(lambda client: client.finish_weight_update(version, timeout_s=self._time_left()))
         for client in self._clients:
             served = client.weight_version(timeout_s=self._time_left())
             if served != version:
                 raise RuntimeError(f"{client.url} serves weight version {served} after a push of {version}")
-        self._tell(lambda client: client.resume(timeout_s=self._time_left()))
+        self._call_servers(lambda client: client.resume(timeout_s=self._time_left()))
 
     def _stream(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
         """Send this rank's tensors; on the coordinator also serve the other exporters. Returns bytes sent by this
@@ -346,30 +350,30 @@ class WeightSync:
         except Exception:
             if arrived is not None:
                 arrived()  # otherwise its reply would be mistaken for that of the next bucket
-            self._say_end()
+            self._send_end()
             raise
         finally:
             for parcel in parcels:
                 parcel.release()
-        self._say_end()
+        self._send_end()
         return num_bytes
 
-    def _say_end(self) -> None:
+    def _send_end(self) -> None:
         if not self._is_coordinator:
             self._exchange.send(None, COORDINATOR, self._time_left())
 
     def _send_own(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """Start sending the parcel. The returned function waits until the servers have received it."""
-        told = self._tell_of(update_info)
+        replies = self._announce(update_info)
 
         def arrived() -> None:
-            for future in told:
+            for future in replies:
                 future.result()
 
         try:
-            parcel.transmit(lambda: any(future.done() and future.exception() for future in told))
+            parcel.transmit(lambda: any(future.done() and future.exception() for future in replies))
         except Exception:
-            for future in told:
+            for future in replies:
                 if future.done():
                     future.result()  # a server's own error says more than "the receivers gave up"
             raise
@@ -378,11 +382,11 @@ class WeightSync:
     def _send_by_coordinator(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """The exporter's side of ``_serve`` for one bucket. Returns a waiting function, like ``_send_own``."""
         self._exchange.send(update_info, COORDINATOR, self._time_left())
-        self._hear()  # the coordinator has announced the bucket to the servers
+        self._await_coordinator()  # the coordinator has announced the bucket to the servers
         parcel.transmit(lambda: False)
-        return self._hear  # the coordinator confirms that the servers have received it
+        return self._await_coordinator  # the coordinator confirms that the servers have received it
 
-    def _hear(self) -> None:
+    def _await_coordinator(self) -> None:
         refusal = self._exchange.receive(COORDINATOR, self._time_left())
         if refusal is not None:
             raise _Refused(f"stopped because {refusal}")
@@ -396,12 +400,12 @@ class WeightSync:
             update_info = self._exchange.receive(exporter, self._time_left())
             if update_info is None:
                 return refusal
-            told = [] if refusal is not None else self._tell_of(update_info)
+            replies = [] if refusal is not None else self._announce(update_info)
             self._exchange.send(refusal, exporter, self._time_left())
             if refusal is not None:
                 return refusal
             try:
-                for future in told:
+                for future in replies:
                     future.result()
             except Exception as error:
                 refusal = str(error)
@@ -409,16 +413,16 @@ class WeightSync:
             if refusal is not None:
                 return refusal
 
-    def _tell_of(self, update_info: dict) -> list[Future[None]]:
-        return self._tell_each(
+    def _announce(self, update_info: dict) -> list[Future[None]]:
+        return self._submit_each(
             lambda client, _: client.update_weights(update_info, timeout_s=self._time_left()), self._clients
         )
 
-    def _tell(self, call: Callable[[RolloutClient], None]) -> None:
-        for future in self._tell_each(lambda client, _: call(client), self._clients):
+    def _call_servers(self, call: Callable[[RolloutClient], None]) -> None:
+        for future in self._submit_each(lambda client, _: call(client), self._clients):
             future.result()
 
-    def _tell_each(
+    def _submit_each(
         self, call: Callable[[RolloutClient, Any], None], arguments: Sequence[Any]
     ) -> list[Future[None]]:
         assert self._pool is not None

@@ -1,8 +1,8 @@
 """Check that trainer and rollout engine give the same tokens the same probability, before the step trains on them.
 
 The check uses the tokens of one step only. If the tokens of a step have no advantage, enough of them are kept in its
-forward pass for the check (``without_idle``). A mean over n tokens has a standard error s. The run stops only if
-mean - SURE x s exceeds the limit.
+forward pass for the check (``drop_zero_gradient_parts``). A mean over n tokens has a standard error s. The run stops
+only if mean - SURE x s exceeds the limit.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
     logit = sums["logit"] / tokens
     found = limits(run, age=age, logit=logit)
     older = f", {age} steps old," if age else ""
-    told = (
+    message = (
         f"step {step}: trainer and rollout {{}} of the same {tokens} tokens{older} differ {{}} on average "
         f"(largest log-prob difference {result.maxima.get('logprob_gap_max', math.nan):.2e}, mean logit size "
         f"{logit:.1f}). "
@@ -68,7 +68,7 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
     mean, error = mean_and_error(sums, "gap", spread=found.gap)
     if not mean - SURE * error <= found.gap:
         raise LogprobMismatch(
-            told.format(
+            message.format(
                 "log-probs",
                 f"by {mean:.2e} +- {error:.1e}",
                 f"{found.gap:.2e}, plus {SURE:.0f} standard errors (rollout.max_logprob_gap)",
@@ -79,7 +79,7 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
     mean, error = mean_and_error(sums, "factor", spread=found.factor)
     if not mean - SURE * error <= found.factor:
         raise LogprobMismatch(
-            told.format(
+            message.format(
                 "probabilities",
                 f"by a factor of {1 + mean:.4g} +- {error:.1e}",
                 f"{1 + found.factor:.4g}, plus {SURE:.0f} standard errors (rollout.max_probability_error)",

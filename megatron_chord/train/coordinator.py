@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout, PackedBatch, plan_step
-from megatron_chord.losses.aggregate import ENOUGH_TOKENS, with_scales, without_idle
+from megatron_chord.losses.aggregate import MIN_COMPARED_TOKENS, drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
 from megatron_chord.records import Rollout, TrainSample
@@ -215,7 +215,7 @@ class Coordinator:
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
             # Log-probs are compared in the step's first update. Later updates keep at least one token.
             trained = [
-                without_idle(samples, self._terms, enough=1 if index > 0 else ENOUGH_TOKENS)
+                drop_zero_gradient_parts(samples, self._terms, enough=1 if index > 0 else MIN_COMPARED_TOKENS)
                 for index, samples in enumerate(scaled)
             ]
             plans = [

@@ -79,11 +79,11 @@ class RolloutEngine:
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
-        idle = self._on_trainers_gpus() and run.rollout.asynchronous is None
-        self._sleeps = idle if run.rollout.sleep is None else run.rollout.sleep
+        share_gpus = self._on_trainers_gpus() and run.rollout.asynchronous is None
+        self._sleeps = share_gpus if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
         """Whether some servers may be asleep. A server that was replaced is awake; waking it has no effect."""
-        self._offloads = idle if run.rollout.offload is None else run.rollout.offload
+        self._offloads = share_gpus if run.rollout.offload is None else run.rollout.offload
         self._offload: Offload | None = None
         self._sync_seconds = 0.0
         groups.once(self._start)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import COMPARED, ROLLOUT_LOGPROB
-from megatron_chord.losses.terms import Term, TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import Term, TermTokens, TokenStats, empty_output
 from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
@@ -256,7 +256,7 @@ def _reduce(
     ``compared_terms`` are the terms whose tokens have rollout log-probs; equal on every rank. Every replica writes its
     maxima to a separate row, so that the sum contains the maxima of all.
     """
-    outputs = {name: reported(term) for name, term in terms.items()}
+    outputs = {name: empty_output(term) for name, term in terms.items()}
     names = [
         (term, key)
         for term, output in outputs.items()

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
-from megatron_chord.losses.aggregate import ENOUGH_TOKENS, with_scales, without_idle
+from megatron_chord.losses.aggregate import MIN_COMPARED_TOKENS, drop_zero_gradient_parts, with_scales
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
 from megatron_chord.train.agreement import LogprobMismatch
@@ -79,7 +79,7 @@ class Pair:
 
     def step(self, number: int) -> Trained:
         terms = method_of(self.run).terms(self.run)
-        kept = without_idle(with_scales(self.sample(), terms), terms)
+        kept = drop_zero_gradient_parts(with_scales(self.sample(), terms), terms)
         plan = plan_step(
             kept,
             max_tokens=400,
@@ -177,7 +177,7 @@ def test_equal_rewards_in_bf16_for_thirty_steps(models: dict[str, Path]) -> None
     for name, rows in found.items():
         assert len(rows) == 30
         for row in rows:
-            assert ENOUGH_TOKENS <= row["tokens"] < ENOUGH_TOKENS + ANSWER
+            assert MIN_COMPARED_TOKENS <= row["tokens"] < MIN_COMPARED_TOKENS + ANSWER
             assert 16 < row["logit"] / row["tokens"] < 32 or name == "small logits"
     # A limit of 0.05 whatever the logits would have stopped it.
     assert min(row["logprob_gap"] for row in found["large logits"]) > 0.05

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_chord.config import OptimConfig, ParallelConfig
 from megatron_chord.losses.policy import COMPARED
-from megatron_chord.losses.terms import reported
+from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.table import method_of
 from megatron_chord.train.state import TrainState
 from tests.distributed.steps import build
@@ -81,7 +81,7 @@ def expected(layout: str, symbols: dict[str, int]) -> Calls:
 def symbols_of(state: TrainState) -> dict[str, int]:
     """What the table's letters stand for."""
     run = preset(PRESETS["chord_phi"])
-    outputs = [reported(term) for term in method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in method_of(run).terms(run).values()]
     groups = state.groups
     tokens = 2 * LENGTH // groups.context.size
     return {

@@ -17,7 +17,7 @@ from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.objective import ObjectiveOutput, objective
 from megatron_chord.losses.policy import COMPARED, policy_loss
 from megatron_chord.losses.sft import sft_term
-from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, empty_output
 
 LN2 = math.log(2)
 PHI = SimpleWeight(kind="phi")
@@ -311,7 +311,7 @@ def test_a_term_without_a_token_adds_exactly_0(missing: str) -> None:
     assert torch.equal(result.share.loss, alone.share.loss)
     assert torch.equal(result.logprobs, alone.logprobs)
     assert torch.equal(result.entropy, alone.entropy)
-    output = reported(terms[missing])
+    output = empty_output(terms[missing])
     assert set(result.share.sums[missing]) == {*output.losses, *output.means, *compared_of(missing)}
     assert {value.item() for value in result.share.sums[missing].values()} == {0.0}
     assert result.share.sums[other] == alone.share.sums[other]
@@ -343,7 +343,7 @@ SFT_SETTINGS: dict[str, dict[str, Any]] = {
 def test_the_names_are_those_that_terms_report(settings: str, sft: str, tokens: int) -> None:
     terms = chord_terms(SETTINGS[settings], **SFT_SETTINGS[sft])
     share = run(make_batch().select(torch.arange(tokens)), chord_weights(0.3), terms).share
-    outputs = {name: reported(term) for name, term in terms.items()}
+    outputs = {name: empty_output(term) for name, term in terms.items()}
     assert {name: set(sums) for name, sums in share.sums.items()} == {
         name: {*output.losses, *output.means, *compared_of(name)} for name, output in outputs.items()
     }

@@ -22,7 +22,7 @@ from megatron_chord.config_methods import (
     TokenWeight,
 )
 from megatron_chord.losses.sft import TOKEN_WEIGHTS, sft_loss, sft_term, top_threshold
-from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, empty_output
 from tests.unit.methods.guided import push_on_target, tokens_of
 
 PROBABILITIES = [
@@ -351,7 +351,7 @@ def test_what_a_term_asks_for_and_reports(weight: TokenWeight) -> None:
     assert term.scored == ({"old_entropy"} if by_entropy else set())
     assert (term.prepare is not None) == by_entropy
     assert term.rival == (weight.kind == "margin")
-    names = reported(term)
+    names = empty_output(term)
     assert set(names.losses) == {"sft_loss"}
     assert set(names.means) == {"sft_nll", "sft_p", "sft_phi", "token_weight"}
     assert set(names.maxima) == set()

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_chord.config import KLConfig
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.preference import dpo_loss, dpo_term, pair_columns, pair_sums
-from megatron_chord.losses.terms import TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods import dpo
 from megatron_chord.methods.dpo import demonstration_pair, is_offpolicy, pair_samples, rollout_pair
 from megatron_chord.methods.table import method_of
@@ -365,7 +365,7 @@ def test_at_the_reference_the_loss_is_log_2(pairs: Any) -> None:
 
 
 def test_what_it_reports() -> None:
-    output = reported(dpo_term(beta=0.1, max_pairs=3))
+    output = empty_output(dpo_term(beta=0.1, max_pairs=3))
     assert [*output.losses] == ["dpo_loss", "dpo_margin", "dpo_accuracy"]
     assert [*output.means, *output.maxima] == [
         "entropy",

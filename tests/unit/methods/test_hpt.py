@@ -10,7 +10,7 @@ import pytest
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import HPTConfig
-from megatron_chord.losses.terms import reported
+from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.hpt import HPT, mean_score
 from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
@@ -89,7 +89,7 @@ def test_terms() -> None:
     terms = HPT().terms(run_of(aggregation="seq-mean-token-mean"))
     assert (terms["policy"].aggregation, terms["sft"].aggregation) == ("seq-mean-token-mean", "token-mean")
     assert terms["policy"].pool != terms["sft"].pool
-    outputs = [reported(term) for term in terms.values()]
+    outputs = [empty_output(term) for term in terms.values()]
     names = [name for output in outputs for name in (*output.losses, *output.means, *output.maxima)]
     assert len(set(names)) == len(names)
     assert {"logprob_gap", "logprob_gap_max", "entropy", "sft_nll"} <= set(names)

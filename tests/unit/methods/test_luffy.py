@@ -11,7 +11,7 @@ import torch
 from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.losses.aggregate import SCALE, with_scales
 from megatron_chord.losses.sft import sft_loss
-from megatron_chord.losses.terms import reported
+from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.luffy import Luffy, shaped_loss
 from megatron_chord.methods.table import method_of
 from tests.unit.methods.guided import (
@@ -194,7 +194,7 @@ def test_settings_reach_the_loss() -> None:
 @pytest.mark.parametrize("name", ["luffy", "rl_plus", "srft"])
 def test_names_of_metrics_are_unique_and_the_log_prob_check_finds_its_own(name: str) -> None:
     run = guided_run(name)
-    outputs = [reported(term) for term in method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in method_of(run).terms(run).values()]
     names = [key for output in outputs for key in (*output.losses, *output.means, *output.maxima)]
     assert len(names) == len(set(names))
     assert {"logprob_gap", "logprob_gap_max", "entropy", "policy_loss", "demonstration_p"} <= set(names)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import PrefixRFTConfig
-from megatron_chord.losses.terms import TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods.groups import make_group
 from megatron_chord.methods.prefix_rft import (
     PrefixRFT,
@@ -270,7 +270,7 @@ def test_terms(ratio_from: Any) -> None:
     assert terms["prefix"].aggregation == terms["policy"].aggregation == "seq-mean-token-sum-norm"
     assert terms["prefix"].aggregation_length == terms["policy"].aggregation_length == 16
     assert ("old_logprob" in terms["prefix"].scored) == (ratio_from == "recomputed")
-    outputs = [reported(term) for term in terms.values()]
+    outputs = [empty_output(term) for term in terms.values()]
     names = [name for output in outputs for name in (*output.losses, *output.means, *output.maxima)]
     assert len(set(names)) == len(names)
     assert {"logprob_gap", "logprob_gap_max", "entropy", "prefix_kept", "prefix_loss"} <= set(names)

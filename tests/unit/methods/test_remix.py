@@ -14,7 +14,7 @@ import torch
 
 from megatron_chord.config import KLConfig, ObjectiveConfig
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.losses.terms import TermTokens, TokenStats, reported
+from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods import remix
 from megatron_chord.methods.remix import ReMix, choose_stale, num_stale, remember, stale_loss, stale_samples
 from megatron_chord.methods.table import method_of
@@ -301,7 +301,7 @@ def test_no_metric_is_reported_twice_and_the_gap_is_that_of_fresh_tokens(tmp_pat
     run = tiny_run(tmp_path, method="remix", kl=KLConfig())
     terms = method_of(run).terms(run)
     names = {
-        name: [*o.losses, *o.means, *o.maxima] for name, o in ((n, reported(t)) for n, t in terms.items())
+        name: [*o.losses, *o.means, *o.maxima] for name, o in ((n, empty_output(t)) for n, t in terms.items())
     }
     assert not set(names["policy"]) & set(names["stale"])
     assert all(name.startswith("stale_") for name in names["stale"])

@@ -19,7 +19,7 @@ from megatron_chord.config import (
 )
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.config_methods import MethodConfig
-from megatron_chord.losses.terms import reported
+from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.base import corrected
 from megatron_chord.methods.table import METHODS, build, method_of
 from megatron_chord.precision import Precision
@@ -121,7 +121,7 @@ def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
     aligned = METHODS[name].needs_demonstrations
     run = changed(tiny_run(tmp_path, method=name), data={"aligned": aligned}, batch={"rollouts": 3})
     method = method_of(run)
-    outputs = [reported(term) for term in method.terms(run).values()]
+    outputs = [empty_output(term) for term in method.terms(run).values()]
     names = Counter(key for output in outputs for key in (*output.losses, *output.means, *output.maxima))
     assert max(names.values()) == 1, f"reported by two terms: {names.most_common(1)}"
     assert {"logprob_gap", "logprob_gap_max", "entropy"} <= names.keys()

@@ -19,7 +19,7 @@ from megatron_chord import config, config_methods
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.objective import objective
-from megatron_chord.losses.terms import TermTokens, reported
+from megatron_chord.losses.terms import TermTokens, empty_output
 from megatron_chord.methods import table
 from megatron_chord.methods.base import Method
 from megatron_chord.records import TrainSample
@@ -152,7 +152,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
 @pytest.mark.usefixtures("example")
 def test_it_reports_names_of_its_own_and_what_the_log_prob_check_reads() -> None:
     run = guided_run("rl_with_sft")
-    outputs = [reported(term) for term in table.method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in table.method_of(run).terms(run).values()]
     names = [key for output in outputs for key in (*output.losses, *output.means, *output.maxima)]
     assert len(names) == len(set(names))
     assert {"logprob_gap", "logprob_gap_max"} <= set(names)
