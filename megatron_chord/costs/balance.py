@@ -1,4 +1,4 @@
-"""How unequal the work of pipeline stages is, and the lengths of stages that make it most equal."""
+"""The imbalance of work between pipeline stages, and the stage lengths that minimise it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_chord.families.shape import ModelShape
 
 
 def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, recompute: str) -> float:
-    """Work of the fullest stage, over that of the fullest of stages that share the layers equally.
+    """Work of the largest stage, divided by that of the largest stage if all stages had equally many layers.
 
-    1 without ``parallel.stages``; below 1 where a shorter last stage makes room for the head. All stages wait for the
-    fullest, in every micro-batch.
+    It is 1 without ``parallel.stages``. It is below 1 if a shorter last stage compensates for the head. All stages wait
+    for the largest one in every micro-batch.
 
     Args:
-        length: mean length of the sequences in tokens, as ``costs.flops`` wants it.
-        recompute: what of a layer is computed a second time, as ``model.recompute`` says it.
+        length: mean length of the sequences in tokens, as defined in ``costs.flops``.
+        recompute: the value of ``model.recompute``.
     """
     if parallel.stages is None:
         return 1.0
@@ -34,10 +34,10 @@ def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, reco
 def balanced_stages(
     shape: ModelShape, *, pipeline: int, chunks: int = 1, length: float, recompute: str
 ) -> tuple[int, ...]:
-    """``parallel.stages`` that leave the fullest stage as little work as whole layers allow.
+    """The ``parallel.stages`` that minimise the work of the largest stage.
 
-    The head, which the last stage has besides, counts as what it costs; all layers as their mean. Among equals, later
-    stages get the longer share: earlier ones keep the activations of more micro-batches.
+    The cost of the head is added to the last stage. All layers count with their mean cost. If several choices are
+    equal, later stages get more layers, because earlier stages keep the activations of more micro-batches.
 
     Raises:
         ValueError: there are fewer layers than chunks.
@@ -54,7 +54,7 @@ def balanced_stages(
 
 
 def _share(layers: int, chunks: int, chunk: int) -> int:
-    """Of a stage's layers, those of its chunk; the first chunks get what remains."""
+    """The number of a stage's layers in one of its chunks. The first chunks get the remainder."""
     return layers // chunks + (chunk < layers % chunks)
 
 

@@ -9,7 +9,7 @@ from megatron_chord.families.shape import ModelShape
 
 
 def train_flops(shape: ModelShape, length: float) -> float:
-    """Of one token's forward and backward pass, the mean over a sequence of ``length``.
+    """FLOPs of one token's forward and backward pass, as a mean over a sequence of ``length`` tokens.
 
     6 per parameter that multiplies it, and 3 per layer, position and channel of queries and of attention's output: the
     mean token sees half of the positions, in scores and in values. With equal channels that is the convention of
@@ -20,14 +20,14 @@ def train_flops(shape: ModelShape, length: float) -> float:
 
 
 def recomputed_flops(shape: ModelShape, length: float, recompute: str) -> float:
-    """Beside ``train_flops``, of one token, by ``model.recompute``: a forward pass again, or its MLPs alone."""
+    """FLOPs of one token that ``model.recompute`` adds to ``train_flops``: a second forward pass, or only its MLPs."""
     if recompute == "full":
         return train_flops(shape, length) / 3
     return sum(layer_flops(shape, length, recompute)) - sum(layer_flops(shape, length, "none"))
 
 
 def layer_flops(shape: ModelShape, length: float, recompute: str) -> list[float]:
-    """Of one token's passes through each layer, those that are computed again (``model.recompute``) included.
+    """FLOPs of one token's passes through each layer, including recomputation (``model.recompute``).
 
     With ``recompute`` none, these and ``head_flops`` add up to ``train_flops``.
     """
@@ -46,7 +46,7 @@ def layer_flops(shape: ModelShape, length: float, recompute: str) -> list[float]
 
 
 def head_flops(shape: ModelShape) -> float:
-    """Of one token's forward and backward pass through the head."""
+    """FLOPs of one token's forward and backward pass through the head."""
     return 6 * head_count(shape)
 
 
@@ -57,7 +57,7 @@ def attention_cost(shape: ModelShape) -> float:
 
 
 def decode_attention_flops(shape: ModelShape) -> float:
-    """Of one decoded token for each position that it attends to, in all layers."""
+    """FLOPs of one decoded token for each position that it attends to, over all layers."""
     return 2 * shape.num_layers * Sizes.of(shape).decode_channels
 
 

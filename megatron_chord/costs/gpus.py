@@ -11,13 +11,13 @@ class Gpu:
 
     name: str
     driver_name: str
-    """What the driver calls it, and so ``torch.cuda.get_device_name``."""
+    """The driver's name of the GPU, which ``torch.cuda.get_device_name`` returns."""
     peak_flops: float
-    """Of BF16 matrix products without sparsity, per second."""
+    """Peak FLOP/s of BF16 matrix products without sparsity."""
     bandwidth: float
-    """Of its own memory, bytes per second."""
+    """Memory bandwidth in bytes per second."""
     memory: float
-    """Bytes."""
+    """Memory size in bytes."""
     source: str
 
 

@@ -1,7 +1,7 @@
-"""How many parameters each rank holds, from the family's weight table and the model's sizes.
+"""The number of parameters on each rank, computed from the family's weight table and the model's sizes.
 
-The table says which parameters there are, and which are cut over the tensor axis, spread over the expert axis or
-padded; the sizes of each follow from its name. Names are Megatron's (local layer spec). No tensor is made.
+The table lists the parameters, and which of them are cut over the tensor axis, spread over the expert axis or padded.
+The shape of a parameter follows from its name. Names are Megatron's (local layer spec). No tensor is allocated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_chord.weights.mapping import Rule, padded_vocab_size
 _LAYER = "decoder.layers.{layer}."
 _FIRST_STAGE = "embedding.word_embeddings.weight"
 _BUFFERS = (_LAYER + "mlp.router.expert_bias",)
-"""Neither trained nor, in Megatron, parameters."""
+"""Weights that are buffers in Megatron and are not trained."""
 _LAST_STAGE = ("decoder.final_layernorm.weight", "output_layer.weight")
 
 
@@ -43,7 +43,7 @@ class Count:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the formulas of memory and time need of a model, in numbers of its own."""
+    """The sizes of a model that the formulas of memory and time need."""
 
     query: int
     """Width of all queries: heads x head size."""
@@ -110,12 +110,13 @@ def _latent_sizes(shape: ModelShape) -> dict[str, int]:
 
 
 def model_count(shape: ModelShape) -> int:
-    """Numbers in the model's Hugging Face folder: a tied head counted once, no padding rows of the vocabulary."""
+    """Number of elements in the model's Hugging Face folder: a tied head counts once, padding rows do not count."""
     return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.exported)
 
 
 def active_count(shape: ModelShape) -> int:
-    """Parameters that multiply one token: the whole head, the embedding's lookup not, of the experts the chosen."""
+    """Number of parameters that multiply one token: including the head and the chosen experts, without the
+    embedding."""
     chosen = Sizes.of(shape).top_k
     return sum(
         _size(rule, shape) * _num_layers(rule, shape) * (chosen if rule.of_expert else 1)
@@ -125,7 +126,7 @@ def active_count(shape: ModelShape) -> int:
 
 
 def active_in_layer(shape: ModelShape, number: int, part: str = "") -> int:
-    """Of ``active_count`` those of layer ``number``; ``part`` is how their names begin within it."""
+    """The part of ``active_count`` in layer ``number``. ``part`` is a prefix of the parameters' names in the layer."""
     chosen = Sizes.of(shape).top_k
     return sum(
         _size(rule, shape) * (chosen if rule.of_expert else 1)
@@ -137,7 +138,7 @@ def active_in_layer(shape: ModelShape, number: int, part: str = "") -> int:
 
 
 def head_count(shape: ModelShape) -> int:
-    """Of ``active_count`` those of the head."""
+    """The part of ``active_count`` in the head."""
     return shape.vocab_size * shape.hidden_size
 
 
@@ -147,8 +148,11 @@ def expert_count(shape: ModelShape) -> int:
 
 
 def uncut_count(shape: ModelShape) -> int:
-    """Of the model's numbers, those that every rank of a tensor axis holds whole: norms, routers, projections down to
-    latents. Experts are not among them: vLLM cuts each over its tensor axis, or deals them out."""
+    """Number of elements of the parameters that are not cut over the tensor axis: norms, routers, projections to
+    latents.
+
+    Experts do not count, because vLLM cuts each of them over its tensor axis or distributes them over ranks.
+    """
     return sum(
         _copies(rule, shape) * _size(rule, shape)
         for rule in shape.weights.rules
@@ -173,7 +177,7 @@ def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count
 
 
 def _rank_part(rule: Rule, shape: ModelShape, parallel: ParallelConfig) -> Count:
-    """Of one layer, or of the whole rank for what is no layer's."""
+    """The count of one rule: for one layer, or for the whole rank if the parameter does not belong to a layer."""
     sizes = list(dims(rule, shape))
     if rule.vocab:
         sizes[0] = padded_vocab_size(shape.vocab_size, parallel.tensor)
@@ -185,12 +189,12 @@ def _rank_part(rule: Rule, shape: ModelShape, parallel: ParallelConfig) -> Count
 
 
 def _copies(rule: Rule, shape: ModelShape) -> int:
-    """How often the model has the rule's parameter."""
+    """Number of parameters of the model to which the rule applies."""
     return _num_layers(rule, shape) * (shape.weights.num_experts if rule.of_expert else 1)
 
 
 def _num_layers(rule: Rule, shape: ModelShape) -> int:
-    """Layers that have the rule's parameter; 1 for what is no layer's."""
+    """Number of layers with the rule's parameter; 1 for parameters that do not belong to a layer."""
     every = range(shape.num_layers)
     return len(_layers_with(rule, every)) if rule.megatron[0].startswith(_LAYER) else 1
 
@@ -207,7 +211,7 @@ def dims(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
     """Shape of one whole parameter of this rule, without padding.
 
     Raises:
-        ValueError: a parameter that this module knows no sizes of.
+        ValueError: the shape of the parameter is not known.
     """
     of, hidden = Sizes.of(shape), shape.hidden_size
     shared = (shape.experts.shared_ffn_size or 0) if shape.experts else 0
@@ -231,7 +235,7 @@ def dims(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
     }
     name = rule.megatron[0].removeprefix(_LAYER)
     if name not in known:
-        raise ValueError(f"no size is known of {rule.megatron[0]} ({shape.family})")
+        raise ValueError(f"the size of {rule.megatron[0]} is not known ({shape.family})")
     return known[name]
 
 

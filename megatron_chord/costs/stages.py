@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds: equally many, or as many as ``parallel.stages`` says."""
+"""The layers of each pipeline stage: equally many, or as given by ``parallel.stages``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def chunk_lengths(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
 
 
 def stage_chunks(num_layers: int, parallel: ParallelConfig, stage: int) -> list[range]:
-    """Numbers of the layers in each chunk of a pipeline stage; virtual stages are dealt out in turn.
+    """Numbers of the layers in each chunk of a pipeline stage. Virtual stages are assigned round-robin.
 
     Megatron-Core 0.16.1, transformer/transformer_layer.py, get_transformer_layer_offset.
     """
