@@ -271,7 +271,10 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     except ValueError as error:
         return refuse(error)
     inspection = inspector.inspection(
-        data.template, data.reports, reward_kind=run.reward.kind, marker=run.reward.answer_marker
+        data.template,
+        data.reports,
+        reward_kind=run.reward.kind,
+        marker=getattr(run.reward, "answer_marker", "####"),
     )
     console = Console(highlight=False, soft_wrap=True)
     show(inspection, console)
