@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_chord.config_io import ConfigError, dump_config, load_suite
+from megatron_chord.data import recipes
 from megatron_chord.evaluation.evaluate import check_suite
 from tests.support.ranks import ROOT
+from tools import prepare
 
 SUITE = """\
 data: files
@@ -102,9 +105,20 @@ def test_the_paper_s_suite_has_its_protocol() -> None:
         "bfcl": 8,
     }
     with pytest.raises(
-        ValueError, match=r"aime24\.jsonl does not exist: make it with `python tools/prepare.py aime24`"
+        ValueError, match=r"evaluation\.jsonl does not exist: make it with `python tools/prepare.py"
     ):
         check_suite(load_suite(ROOT / "examples" / "suites" / "paper.yaml", ["data=nowhere"]))
+
+
+def test_the_commands_of_the_papers_suite_write_its_files() -> None:
+    """As tools/prepare.py reads them, in the repository's folder."""
+    for item in load_suite(ROOT / "examples" / "suites" / "paper.yaml").resolved():
+        assert item.prepare is not None
+        python, script, *arguments = shlex.split(item.prepare)
+        assert (python, script) == ("python", "tools/prepare.py")
+        args = prepare._arguments(arguments)
+        names = recipes.BFCL_CATEGORIES if args.recipe == "bfcl" else ("evaluation",)
+        assert Path(item.file) in [ROOT / args.out / f"{name}.jsonl" for name in names]
 
 
 def test_every_example_can_be_read() -> None:
