@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.methods.table import method_of
 from megatron_chord.schedules import ScheduleInput
@@ -50,6 +50,9 @@ def test_a_row_has_the_papers_sizes(row: str, domain: str) -> None:
     if row in ("sft_light", "sft_best", "sasr", "chord_mu", "chord_phi"):
         assert run.batch.demonstrations == demonstrations
     assert run.output.name == f"{row}_{domain}"
+    if row not in ("luffy", "sasr"):  # these have aggregations of their own
+        assert run.objective == ObjectiveConfig()
+    assert run.data.max_response_tokens == 16384
 
 
 @pytest.mark.parametrize("domain", SIZES)

@@ -13,7 +13,6 @@ from megatron_chord.config import (
     AsynchronousConfig,
     CorrectionConfig,
     KLConfig,
-    ObjectiveConfig,
     PartialConfig,
     RunConfig,
 )
@@ -135,19 +134,6 @@ def test_files_of_the_examples(file: Path) -> None:
             method_of(load_config(file))
     else:
         method_of(load_config(file))
-
-
-@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
-def test_published_settings(file: Path) -> None:
-    run = load_config(file)
-    method_of(run)
-    math = "math" in file.stem
-    assert (run.batch.prompts, run.batch.rollouts, run.batch.demonstrations) == (
-        (32, 8, 64) if math else (96, 8, 96)
-    )
-    assert run.objective == ObjectiveConfig()
-    assert run.steps == (1500 if math else 100)
-    assert run.data.max_response_tokens == 16384
 
 
 @pytest.mark.parametrize(
