@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -12,6 +12,53 @@ Message = dict[str, Any]
 """A chat message: the texts ``role`` (system, user, assistant, tool) and ``content``, and more (``data.messages``)."""
 Tool = Mapping[str, Any]
 """A function's schema, as chat templates take it: ``{"type": "function", "function": {"name": ..., ...}}``."""
+
+
+E = TypeVar("E", int, bool)
+
+
+class Compact(Sequence[E]):
+    """A tuple of numbers, kept as an array: 4 bytes an int or 1 a bool, in memory or in a mapped file.
+
+    It equals the tuple, and slices of it are tuples. NumPy takes it without a copy of each number.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Sequence[E] | np.ndarray, kind: type[np.int32] | type[np.bool_]) -> None:
+        """``values`` is kept as it is where it is an array of ``kind``, and copied otherwise."""
+        self._values = np.asarray(values, kind)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, place: int) -> E: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[E, ...]: ...
+    def __getitem__(self, place: int | slice) -> E | tuple[E, ...]:
+        found = self._values[place].tolist()
+        return tuple(found) if isinstance(place, slice) else found
+
+    def __iter__(self) -> Iterator[E]:
+        return iter(self._values.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Compact):
+            return np.array_equal(self._values, other._values)
+        return self[:] == other
+
+    def __hash__(self) -> int:
+        return hash(self[:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._values, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        return f"Compact({self[:]})"
+
+    def count(self, value: object) -> int:
+        return int(np.count_nonzero(self._values == value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +83,8 @@ class Demonstration:
     """A conversation to imitate. ``trainable[i]`` says whether token i belongs to an assistant's turn."""
 
     id: str
-    token_ids: tuple[int, ...]
-    trainable: tuple[bool, ...]
+    token_ids: tuple[int, ...] | Compact[int]
+    trainable: tuple[bool, ...] | Compact[bool]
     source: str = ""
     """Name of the data source that it comes from (``data.demonstrations``)."""
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from megatron_chord.records import Demonstration, Prompt
 
 
@@ -98,8 +100,12 @@ def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
     """Hash of what the records hold, in their order."""
     digest = hashlib.sha256()
     for record in records:
-        extra = record.truth.encode() if isinstance(record, Prompt) else bytes(record.trainable)
-        parts = [record.id.encode(), array("q", record.token_ids).tobytes(), extra]
+        extra = (
+            record.truth.encode()
+            if isinstance(record, Prompt)
+            else np.asarray(record.trainable, np.bool_).tobytes()
+        )
+        parts = [record.id.encode(), np.asarray(record.token_ids, np.int64).tobytes(), extra]
         if isinstance(record, Prompt) and record.fields:
             parts.append(json.dumps(record.fields, sort_keys=True, default=str).encode())
         for part in parts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from megatron_chord.data.layouts import Reading, load_rows
 from megatron_chord.data.observed import Observe, Observed
@@ -18,7 +20,7 @@ from megatron_chord.data.rows import (
 )
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.data.tools import conversation
-from megatron_chord.records import Demonstration, Message
+from megatron_chord.records import Compact, Demonstration, Message
 
 
 def load_demonstrations(  # noqa: PLR0913
@@ -50,13 +52,20 @@ def load_demonstrations(  # noqa: PLR0913
     seen: dict[str, str] = {}
     reading = Reading("demonstrations", fields or {})
 
-    def parse(row: Row) -> Demonstration | None:
+    def parse(row: Row) -> tuple[Row, str, tuple[Message, ...], Any]:
         asked = conversation(row, template)
         reading.tools_shown.add(asked.tools_shown)
         messages = _demonstrated_messages(row, asked.messages)
-        identity = row_id(row, seen)
-        token_ids, trainable = template.demonstration(messages, tools=asked.tools)
-        num_response = sum(trainable)
+        return row, row_id(row, seen), messages, asked.tools
+
+    def tokenise(parsed: tuple[Row, str, tuple[Message, ...], Any]) -> tuple[Any, ...]:
+        row, identity, messages, tools = parsed
+        token_ids, trainable = template.demonstration(messages, tools=tools)
+        return row, identity, messages, Compact(token_ids, np.int32), Compact(trainable, np.bool_)
+
+    def keep(tokenised: tuple[Any, ...]) -> Demonstration | None:
+        row, identity, messages, token_ids, trainable = tokenised
+        num_response = trainable.count(True)
         num_prompt = len(token_ids) - num_response
         if num_response == 0:
             raise RowError("no token of the demonstration is trainable")
@@ -86,6 +95,8 @@ def load_demonstrations(  # noqa: PLR0913
         data,
         reading,
         parse,
+        tokenise,
+        keep,
         limits=f"{max_prompt_tokens} prompt or {max_response_tokens} response tokens",
         max_dropped=max_dropped,
     )

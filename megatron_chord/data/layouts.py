@@ -152,12 +152,14 @@ class Reading:
 def load_rows(
     data: Path | Sequence[Path],
     reading: Reading,
-    parse: Callable[[Row], T | None],
+    parse: Callable[[Row], Any],
+    spread: Callable[[Any], Any],
+    keep: Callable[[Any], T | None],
     *,
     limits: str,
     max_dropped: float,
 ) -> tuple[list[T], LoadReport]:
-    """``parse`` of every row in this project's fields, without those for which it is None: they are over-long.
+    """``rows.parse_rows`` of the rows in this project's fields, without those for which it is None: they are over-long.
 
     Raises:
         DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
@@ -165,13 +167,23 @@ def load_rows(
     dropped: list[Fault] = []
     overlong: list[Fault] = []
 
-    def parse_own(row: Row) -> T | None:
-        parsed = parse(replace(reading.own_row(row), given=row.fields))
-        if parsed is None:
-            overlong.append(Fault(row.position, f"has more than {limits}", row.number))
-        return parsed
+    def parse_own(row: Row) -> tuple[Row, Any]:
+        return row, parse(replace(reading.own_row(row), given=row.fields))
 
-    rows = parse_rows(data, parse_own, max_dropped=max_dropped, dropped=dropped)
+    def keep_own(parsed: tuple[Row, Any]) -> T | None:
+        row, kept = parsed[0], keep(parsed[1])
+        if kept is None:
+            overlong.append(Fault(row.position, f"has more than {limits}", row.number))
+        return kept
+
+    rows = parse_rows(
+        data,
+        parse_own,
+        spread=lambda parsed: (parsed[0], spread(parsed[1])),
+        keep=keep_own,
+        max_dropped=max_dropped,
+        dropped=dropped,
+    )
     kept = [row for row in rows if row is not None]
     if not kept:
         raise DataError(f"{called(data)}: all {len(rows)} {reading.role} have more than {limits}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_chord.records import Message
+from megatron_chord.records import Compact, Message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Observed:
     """Of the row in its file, from 1."""
     messages: tuple[Message, ...]
     """As the chat template gets them, the system prompt included."""
-    token_ids: tuple[int, ...]
-    trainable: tuple[bool, ...] = ()
+    token_ids: tuple[int, ...] | Compact[int]
+    trainable: tuple[bool, ...] | Compact[bool] = ()
     """Of a demonstration, one for each token; empty for a prompt."""
     truth: str | None = None
     """Of a prompt."""

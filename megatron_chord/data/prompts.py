@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_chord.data.layouts import Reading, load_rows
 from megatron_chord.data.observed import Observe, Observed
@@ -49,15 +49,21 @@ def load_prompts(  # noqa: PLR0913
     seen: dict[str, str] = {}
     reading = Reading("prompts", fields or {})
 
-    def parse(row: Row) -> Prompt | None:
+    def parse(row: Row) -> tuple[Any, ...]:
         asked = conversation(row, template)
         reading.tools_shown.add(asked.tools_shown)
         last = asked.messages[-1]["role"]
         if last not in ("user", "tool"):
             raise RowError(f"the last message of a prompt must be the user's or a tool's, got {last}'s")
         truth = true_answer(row) if needed.truth or has_truth(row) else ""
-        identity = row_id(row, seen)
-        token_ids = template.prompt_ids(asked.messages, tools=asked.tools)
+        return row, row_id(row, seen), asked, truth
+
+    def tokenise(parsed: tuple[Any, ...]) -> tuple[Any, ...]:
+        asked = parsed[2]
+        return *parsed, template.prompt_ids(asked.messages, tools=asked.tools)
+
+    def keep(tokenised: tuple[Any, ...]) -> Prompt | None:
+        row, identity, asked, truth, token_ids = tokenised
         is_overlong = len(token_ids) > max_prompt_tokens
         if observe is not None:
             observe(
@@ -89,6 +95,8 @@ def load_prompts(  # noqa: PLR0913
         data,
         reading,
         parse,
+        tokenise,
+        keep,
         limits=f"{max_prompt_tokens} tokens",
         max_dropped=max_dropped,
     )

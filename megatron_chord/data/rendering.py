@@ -1,4 +1,4 @@
-"""Chat templates rendered by a process of their own, with limits on time and memory."""
+"""Chat templates rendered by processes of their own, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _WAIT_S = 300.0
 
 
 class Renderer:
-    """Messages -> text by a Jinja template, as Transformers renders it. Safe to call from several threads."""
+    """Messages -> text by a Jinja template, as Transformers renders it.
+
+    Safe to call from several threads, which render at the same time: there are as many processes as threads.
+    """
 
     def __init__(self, template: str, names: Mapping[str, Any], source: str, *, cpu_s: float = CPU_S) -> None:
         """
@@ -37,14 +40,14 @@ class Renderer:
         """
         self._setting = {"template": template, "names": dict(names), "cpu_s": cpu_s}
         self._source = source
-        self._worker: _Worker | None = None
+        self._idle: list[_Worker] = []
         self._variables: frozenset[str] | None = None
         self._lock = threading.Lock()
 
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool
     ) -> str:
-        """The conversation as text. The first call starts the process. ``tools`` are functions to show.
+        """The conversation as text. A process is started where none is idle. ``tools`` are functions to show.
 
         Raises:
             RowError: the template refuses the conversation.
@@ -56,6 +59,11 @@ class Renderer:
             "add_generation_prompt": add_generation_prompt,
         }
         return self._answer(request)["text"]
+
+    @property
+    def setting(self) -> Mapping[str, Any]:
+        """The template, the names that it knows, and its limit."""
+        return self._setting
 
     def variables(self) -> frozenset[str]:
         """The names that the template may look up when it is rendered, ``messages`` among them.
@@ -70,30 +78,31 @@ class Renderer:
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
-            if self._worker is None:
-                self._worker = _Worker(self._setting)
-                weakref.finalize(self, self._worker.end)
-            try:
-                reply = self._worker.ask(request)
-            except (OSError, ValueError):
-                reply = {"exhausted": self._worker.epitaph()}
-            if "exhausted" in reply:
-                self._worker.end()
-                self._worker = None
+            worker = self._idle.pop() if self._idle else None
+        if worker is None:
+            worker = _Worker(self._setting)
+            weakref.finalize(self, worker.end)
+        try:
+            reply = worker.ask(request)
+        except (OSError, ValueError):
+            reply = {"exhausted": worker.epitaph()}
         if "exhausted" in reply:
+            worker.end()
             raise FatalRowError(
                 f"the chat template ({self._source}) {reply['exhausted']} on this conversation"
             )
+        with self._lock:
+            self._idle.append(worker)
         if "refused" in reply:
             raise RowError(f"the chat template ({self._source}) refuses the conversation: {reply['refused']}")
         return reply
 
     def rest(self) -> None:
-        """End the process; another call starts a new one."""
+        """End the processes; another call starts a new one."""
         with self._lock:
-            if self._worker is not None:
-                self._worker.end()
-                self._worker = None
+            resting, self._idle = self._idle, []
+        for worker in resting:
+            worker.end()
 
 
 class _Worker:

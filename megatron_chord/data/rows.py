@@ -15,12 +15,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_chord.data.cores import on_all_cores
 from megatron_chord.data.files import files_of, kind_of, opened
 
 T = TypeVar("T")
@@ -124,15 +126,21 @@ def read_rows(path: Path) -> list[Row]:
 
 def parse_rows(
     data: Path | Sequence[Path],
-    parse: Callable[[Row], T],
+    parse: Callable[[Row], Any],
     *,
+    spread: Callable[[Any], Any] = lambda parsed: parsed,
+    keep: Callable[[Any], T] = lambda spread: spread,
     max_dropped: float = 0.0,
     dropped: list[Fault] | None = None,
 ) -> list[T]:
-    """`parse` of every row, in order. Rows that cannot be read or for which it raises RowError are gathered.
+    """``keep(spread(parse(row)))`` of every row, in order. Rows that cannot be read, or for which one of the three
+    raises RowError, are gathered.
 
     Args:
         data: a path, or several that are one data set.
+        parse: called with the rows in order.
+        spread: called on all cores at once.
+        keep: called with the results in the rows' order.
         max_dropped: share of all rows that may be faulty. They are left out, and added to ``dropped``.
 
     Raises:
@@ -152,12 +160,10 @@ def parse_rows(
         _of_file(read(file), file, str(file) if has_twins else file.name) for file, _, read in readers
     )
     total = sum(count(file) for file, count, _ in readers)
-    for row in _with_progress(rows, description=f"reading {Path(name).name}", total=total):
-        if isinstance(row, Fault):
-            faults.append(row)
-            continue
+    shown = _with_progress(rows, description=f"reading {Path(name).name}", total=total)
+    for row, result in on_all_cores(shown, partial(_attempt, parse), spread):
         try:
-            parsed.append(parse(row))
+            parsed.append(keep(result()))
         except RowError as error:
             faults.append(Fault(row.position, str(error), row.number))
             if isinstance(error, FatalRowError):
@@ -280,6 +286,16 @@ def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int)
         return
     with Progress(console=console, transient=True) as progress:
         yield from progress.track(rows, total=total, description=description)
+
+
+def _attempt(parse: Callable[[Row], Any], row: Row | Fault) -> tuple[Row | Fault, Any]:
+    """The row, and what ``parse`` makes of it or the RowError of what is wrong with it."""
+    if isinstance(row, Fault):
+        return row, RowError(row.reason)
+    try:
+        return row, parse(row)
+    except RowError as error:
+        return row, error
 
 
 def _of_file(rows: Iterator[Row | Fault], file: Path, name: str) -> Iterator[Row | Fault]:
@@ -520,3 +536,5 @@ _READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path], Iterator[Row |
     ".parquet": (_count_parquet, _read_parquet),
     ".arrow": (lambda path: 0, _read_arrow),
 }
+KINDS = tuple(_READERS)
+"""Suffixes of the files that can be read."""

@@ -6,7 +6,7 @@ the model type alone; vLLM loads tokenizers with it, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _PROBES = (
 )
 
 
-def served_otherwise(folder: Path, template: ChatTemplate, rows: Iterable[tuple[int, ...]]) -> str | None:
+def served_otherwise(folder: Path, template: ChatTemplate, rows: Iterable[Sequence[int]]) -> str | None:
     """The first text that AutoTokenizer reads or writes otherwise than ``template`` does; None where there is none.
 
     ``rows``: token ids of prompts and demonstrations to try beside some fixed texts.

@@ -8,9 +8,10 @@ this is checked for every row, and a row for which it does not hold is refused r
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +73,15 @@ class ChatTemplate:
         if self.system_prompt is None or messages[0]["role"] == "system":
             return tuple(messages)
         return ({"role": "system", "content": self.system_prompt}, *messages)
+
+    def fingerprint(self) -> str:
+        """Of all that the token ids of a conversation depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab())
+        others = [
+            getattr(self, field.name) for field in fields(self) if field.name not in ("tokenizer", "renderer")
+        ]
+        return repr((hashlib.sha256(vocabulary.encode()).hexdigest(), self.renderer.setting, others))
 
     def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Ids of `messages` and the generation prompt: what the policy continues. `tools` are shown by the template.
@@ -155,7 +165,10 @@ class ChatTemplate:
     ) -> _Rendered:
         text = self.renderer.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
         # The template writes the beginning-of-sequence token itself where the model wants one.
-        token_ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )
+        token_ids = tuple(encoded.input_ids)
         self._refuse_unknown(token_ids)
         return _Rendered(text, token_ids)
 
@@ -202,9 +215,9 @@ class ChatTemplate:
     def _require_prefix(
         self, before: tuple[int, ...], after: tuple[int, ...], turn: int, what: str, why: str
     ) -> None:
-        same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
-        if same >= len(before):
+        if after[: len(before)] == before:
             return
+        same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
         raise RowError(
             f"the chat template ({self.source}) is not prefix-stable: with {what}, the {len(before)} tokens up "
             f"to message {turn} change from token {same} on ({self._excerpt(before, same)!r} becomes "
@@ -263,8 +276,10 @@ class ChatTemplate:
 
     def _end_of_turn(self, token_ids: tuple[int, ...], start: int, turn: int) -> int:
         """Index just after the first stop token from `start` on."""
-        stops = set(self.stop_token_ids)
-        end = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stops), None)
+        answer = token_ids[start:]
+        end = min(
+            (start + 1 + answer.index(stop) for stop in self.stop_token_ids if stop in answer), default=None
+        )
         stop_texts = ", ".join(repr(self._excerpt((stop,), 0)) for stop in self.stop_token_ids)
         if end is None:
             raise RowError(

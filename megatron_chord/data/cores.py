@@ -1,0 +1,61 @@
+"""One function on all cores, with results in order and bounded memory.
+
+The work is done by threads: tokenizers and template processes run outside of Python's lock, which is held for a few
+percent of the time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+N = TypeVar("N")
+
+ALONE = 256
+"""So many items are worked on in this thread: starting helpers takes longer than a few rows."""
+_AHEAD = 4
+"""Items under way for each core."""
+
+
+def on_all_cores(
+    items: Iterable[T],
+    prepare: Callable[[T], tuple[N, Any]],
+    work: Callable[[Any], Any],
+    *,
+    cores: int | None = None,
+) -> Iterator[tuple[N, Callable[[], Any]]]:
+    """For each item, in order, a name and a function that gives ``work``'s result or raises its exception.
+
+    Args:
+        prepare: called in the caller's thread, item after item: a name, and what ``work`` gets, or an exception that
+            the result raises.
+        cores: threads; all cores that this process may use where left out.
+    """
+    count = len(os.sched_getaffinity(0)) if cores is None else cores
+    pending: deque[tuple[N, Callable[[], Any]]] = deque()
+    with ThreadPoolExecutor(max(1, count)) as pool:
+        try:
+            for index, item in enumerate(items):
+                name, prepared = prepare(item)
+                alone = index < ALONE or count < 2
+                if isinstance(prepared, Exception):
+                    pending.append((name, partial(_raise, prepared)))
+                elif alone:
+                    pending.append((name, partial(work, prepared)))
+                else:
+                    pending.append((name, pool.submit(work, prepared).result))
+                while pending and (alone or len(pending) >= _AHEAD * count):
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _raise(error: Exception) -> None:
+    raise error
