@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -259,6 +260,7 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     from megatron_chord.data.page import page, write_page
     from megatron_chord.data.screen import show
     from megatron_chord.families.table import read_shape
+    from megatron_chord.rewards.reading import truth_reader
     from megatron_chord.train.setup import load_data
 
     if args.html is not None and not args.html.parent.is_dir():
@@ -270,12 +272,7 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
         lens = _lens(run, args, data.template, inspector.observe["demonstrations"].sampled)
     except ValueError as error:
         return refuse(error)
-    inspection = inspector.inspection(
-        data.template,
-        data.reports,
-        reward_kind=run.reward.kind,
-        marker=getattr(run.reward, "answer_marker", "####"),
-    )
+    inspection = inspector.inspection(data.template, data.reports, partial(truth_reader, run.reward))
     console = Console(highlight=False, soft_wrap=True)
     show(inspection, console)
     if lens is not None:

@@ -7,6 +7,7 @@ percent of the time.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 N = TypeVar("N")
 
-ALONE = 256
-"""So many items are worked on in this thread: starting helpers takes longer than a few rows."""
+ALONE_S = 1.0
+"""So long this thread works alone: few rows are done by then, and helpers take longer to start."""
 _AHEAD = 4
 """Items under way for each core."""
 
@@ -37,12 +38,13 @@ def on_all_cores(
         cores: threads; all cores that this process may use where left out.
     """
     count = len(os.sched_getaffinity(0)) if cores is None else cores
+    spread_from = time.monotonic() + ALONE_S
     pending: deque[tuple[N, Callable[[], Any]]] = deque()
     with ThreadPoolExecutor(max(1, count)) as pool:
         try:
-            for index, item in enumerate(items):
+            for item in items:
                 name, prepared = prepare(item)
-                alone = index < ALONE or count < 2
+                alone = count < 2 or time.monotonic() < spread_from
                 if isinstance(prepared, Exception):
                     pending.append((name, partial(_raise, prepared)))
                 elif alone:

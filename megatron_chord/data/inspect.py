@@ -10,8 +10,9 @@ import hashlib
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_chord.data.observed import Observed
 from megatron_chord.data.problems import Pair, Problem, overlap, problem_of, repeated
@@ -19,6 +20,8 @@ from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.data.token_texts import Pieces, pieces_of
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
+Grader = Callable[[str], "tuple[str, str] | None"]
+"""Name of a data source -> what reads its truths, a kind of ``rewards.reading`` and its marker; None: nothing does."""
 MAX_TRUTHS = 2000
 """Different truths whose reading is looked at, of each data set."""
 
@@ -168,7 +171,7 @@ class Watcher:
     problems: list[Problem] = field(default_factory=list)
     _files: dict[str, list[int]] = field(default_factory=dict)
     _lengths: list[tuple[int, int]] = field(default_factory=list)
-    _truths: list[tuple[str, str]] = field(default_factory=list)
+    _truths: list[tuple[Problem, str, str]] = field(default_factory=list)
     _answers: list[Problem] = field(default_factory=list)
     _examples: dict[str, Observed] = field(default_factory=dict)
     sampled: list[Observed] = field(default_factory=list)
@@ -184,8 +187,8 @@ class Watcher:
         if seen.is_overlong:
             return
         self.problems.append(problem_of(seen))
-        if seen.truth is not None:
-            self._truths.append((seen.place, seen.truth))
+        if seen.truth:
+            self._truths.append((self.problems[-1], seen.truth, seen.source))
         if seen.trainable:
             ids = hashlib.blake2b(array("q", seen.token_ids).tobytes(), digest_size=16).digest()
             self._answers.append(Problem(seen.place, ids, frozenset()))
@@ -195,9 +198,9 @@ class Watcher:
         elif self.num_sampled and (place := self._random.randrange(len(self.problems))) < self.num_sampled:
             self.sampled[place] = seen
 
-    def report(self, template: ChatTemplate, reward_kind: str, marker: str) -> SetReport:
+    def report(self, template: ChatTemplate, grader: Grader) -> SetReport:
         """Of all rows that were watched."""
-        truths, num_read = _truth_kinds(self._truths, reward_kind, marker)
+        truths, num_read = _truth_kinds(self._truths, grader)
         return SetReport(
             name=self.name,
             files=tuple((file, rows, overlong) for file, (rows, overlong) in self._files.items()),
@@ -207,7 +210,7 @@ class Watcher:
             contradicting=tuple(self._contradicting()),
             truths=truths,
             num_truths_read=num_read,
-            num_truths=len({truth for _, truth in self._truths}),
+            num_truths=len({truth for _, truth, _ in self._truths}),
             examples=tuple(Example(title, seen, pieces_of(template, seen)) for title, seen in self._chosen()),
         )
 
@@ -252,10 +255,10 @@ class Watcher:
 
     def _contradicting(self) -> Iterable[tuple[str, str, str, str]]:
         first: dict[bytes, tuple[str, str]] = {}
-        for problem, (place, truth) in zip(self.problems, self._truths, strict=False):
-            known = first.setdefault(problem.key, (place, truth))
+        for problem, truth, _ in self._truths:
+            known = first.setdefault(problem.key, (problem.place, truth))
             if known[1] != truth:
-                yield (*known, place, truth)
+                yield (*known, problem.place, truth)
 
 
 @dataclass
@@ -273,14 +276,12 @@ class Inspector:
         limits = (self.max_prompt_tokens, self.max_response_tokens, self.num_examples, self.num_sampled)
         self.observe = {name: Watcher(name, *limits) for name in ("prompts", "demonstrations", "evaluation")}
 
-    def inspection(
-        self, template: ChatTemplate, reports: Iterable[str], *, reward_kind: str, marker: str
-    ) -> Inspection:
-        """Of what was watched. ``reward_kind`` and ``marker``: the run's grader, which reads the truths."""
+    def inspection(self, template: ChatTemplate, reports: Iterable[str], grader: Grader) -> Inspection:
+        """Of what was watched. ``grader`` reads the truths."""
         watched = [watcher for watcher in self.observe.values() if watcher.problems]
         return Inspection(
             reports=tuple(reports),
-            sets=tuple(watcher.report(template, reward_kind, marker) for watcher in watched),
+            sets=tuple(watcher.report(template, grader) for watcher in watched),
             overlaps=tuple(
                 Overlap(
                     one.name, other.name, tuple(overlap(one.problems, other.problems)), len(other.problems)
@@ -296,20 +297,23 @@ def _size(seen: Observed) -> int:
 
 
 def _truth_kinds(
-    truths: Sequence[tuple[str, str]], reward_kind: str, marker: str
+    truths: Sequence[tuple[Problem, str, str]], grader: Grader
 ) -> tuple[tuple[TruthKind, ...], int]:
     """The kinds, most frequent first, and how many different truths were read for them."""
-    distinct = list(dict.fromkeys(truth for _, truth in truths))[:MAX_TRUTHS]
-    read: dict[str, TruthReading] = dict(zip(distinct, readings(distinct, reward_kind, marker), strict=True))
+    read: dict[tuple[Any, str], TruthReading] = {}
+    asked = list(dict.fromkeys((grader(source), truth) for _, truth, source in truths))[:MAX_TRUTHS]
+    for how in dict.fromkeys(how for how, _ in asked if how is not None):
+        own = [truth for other, truth in asked if other == how]
+        read |= zip([(how, truth) for truth in own], readings(own, *how), strict=True)
     counts: Counter[str] = Counter()
     examples: dict[str, dict[str, tuple[str, str, str]]] = {}
-    for place, truth in truths:
-        if truth in read:
-            reading = read[truth]
+    for problem, truth, source in truths:
+        reading = read.get((grader(source), truth))
+        if reading is not None:
             counts[reading.kind] += 1
-            examples.setdefault(reading.kind, {}).setdefault(truth, (place, truth, reading.text))
+            examples.setdefault(reading.kind, {}).setdefault(truth, (problem.place, truth, reading.text))
     kinds = tuple(
         TruthKind(kind, count, tuple(list(examples[kind].values())[:5]))
         for kind, count in counts.most_common()
     )
-    return kinds, len(distinct)
+    return kinds, len({truth for _, truth in read})

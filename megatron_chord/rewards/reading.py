@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chord.rewards.table import RewardConfig, terms_of
 from megatron_chord.rewards.tool_calls import read_truth
 
 NUMBER, EXPRESSION, SEVERAL, INTERVALS, OPTION = "number", "expression", "several", "intervals", "option"
@@ -48,6 +49,14 @@ class TruthReading:
     """A key of ``MEANING``."""
     text: str
     """What was read, in the grader's own notation."""
+
+
+def truth_reader(reward: RewardConfig, source: str) -> tuple[str, str] | None:
+    """(kind, marker) of the first reward that grades the prompts of ``source`` by their truth; None: there is none."""
+    for term in terms_of(reward).values():
+        if term.grades(source) and term.kind in ("math", "exact", "tool_calls"):
+            return term.kind, getattr(term, "answer_marker", "####")
+    return None
 
 
 def readings(truths: Iterable[str], kind: str, marker: str) -> Iterator[TruthReading]:

@@ -15,7 +15,7 @@ from megatron_chord.records import Compact
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "ALONE", 2)
+    monkeypatch.setattr(cores, "ALONE_S", 0.0)
 
 
 def late(item: int) -> int:

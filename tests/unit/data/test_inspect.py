@@ -57,7 +57,7 @@ def inspection(tmp_path_factory: pytest.TempPathFactory, chatml: ChatTemplate) -
     _, third = load_prompts(
         evaluation, chatml, max_prompt_tokens=150, overlong="drop", observe=inspector.observe["evaluation"]
     )
-    return inspector.inspection(chatml, map(str, (first, second, third)), reward_kind="math", marker="####")
+    return inspector.inspection(chatml, map(str, (first, second, third)), lambda source: ("math", "####"))
 
 
 def test_rows_are_counted_by_file(inspection: Inspection) -> None:
@@ -146,9 +146,7 @@ def test_a_terminal_obeys_no_text_of_the_data(chatml: ChatTemplate, tmp_path: Pa
     inspector = Inspector(100, 100, 1)
     load_prompts(path, chatml, max_prompt_tokens=100, overlong="drop", observe=inspector.observe["prompts"])
     screen = io.StringIO()
-    show(
-        inspector.inspection(chatml, [], reward_kind="exact", marker="####"), Console(file=screen, width=100)
-    )
+    show(inspector.inspection(chatml, [], lambda source: ("exact", "####")), Console(file=screen, width=100))
     assert "\x1b" not in screen.getvalue()
     assert "a \\x1b[2J b" in screen.getvalue()
 

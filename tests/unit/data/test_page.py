@@ -54,7 +54,7 @@ def inspection(tmp_path_factory: pytest.TempPathFactory, chatml: ChatTemplate) -
         overlong="drop",
         observe=inspector.observe["demonstrations"],
     )
-    return inspector.inspection(chatml, [str(report)], reward_kind="exact", marker="####")
+    return inspector.inspection(chatml, [str(report)], lambda source: ("exact", "####"))
 
 
 def read(text: str) -> Reader:

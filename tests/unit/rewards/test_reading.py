@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from megatron_chord.rewards import reading
@@ -30,10 +32,13 @@ def test_math_truths_are_told_apart_by_what_the_grader_makes_of_them() -> None:
 def test_a_truth_that_takes_too_long_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     found = readings(["1", "\\frac{1}{2}", "2"], "math", "####")
     assert next(found).text == "1"
+    child = found.gi_yieldfrom.gi_frame.f_locals["child"]._process  # type: ignore[attr-defined]
+    child.send_signal(signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "TIMEOUT_S", 0.0)
+        patch.setattr(reading, "TIMEOUT_S", 0.1)
         late = next(found)
-    assert (late.kind, late.text) == ("unreadable", "not read within 0 s")
+    assert (late.kind, late.text) == ("unreadable", "not read within 0.1 s")
+    assert child.poll() is not None
     assert next(found).text == "2"
 
 
