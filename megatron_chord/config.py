@@ -167,6 +167,9 @@ class DataConfig:
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     """Which assistant turns of a demonstration are trained. last_turn: the last one alone, after the others as a prompt
     shows them; for templates that rewrite earlier turns (Qwen3 cuts their thinking out)."""
+    cache: Path | None = None
+    """Folder of tokenised demonstrations, from which a run that starts again takes them at once (docs/data.md). Left
+    out: data_cache beside `output`."""
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
     max_prompt_tokens: int = 1024

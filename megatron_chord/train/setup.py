@@ -20,6 +20,7 @@ from megatron_chord.config import (
 from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
+from megatron_chord.data.cache import remembering
 from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.mixed_cursor import cursor_over
 from megatron_chord.data.observed import Observe
@@ -163,11 +164,14 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
     shown = load_sources(
         run.data.demonstrations,
         template,
-        partial(
-            load_demonstrations,
-            max_response_tokens=run.data.max_response_tokens,
-            observe=observe.get("demonstrations"),
-            **limits,
+        remembering(
+            partial(load_demonstrations, observe=observe.get("demonstrations")),
+            run.data.cache or run.output.parent / "data_cache",
+            {
+                "max_response_tokens": run.data.max_response_tokens,
+                **limits,
+            },
+            read="demonstrations" not in observe,
         ),
     )
     held_out = load_sources(
