@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_chord import hub
 from megatron_chord.config import RunConfig, hub_paths
-from megatron_chord.config_io import ConfigError, dump_config, load_config, located
+from megatron_chord.config_io import ConfigError, dump_config, load_config, located, meant_by
 
 if TYPE_CHECKING:
     from megatron_chord.data.lens import Lens
@@ -48,12 +48,28 @@ def _main(argv: Sequence[str] | None) -> int:
     # argparse takes positional arguments in one place only; overrides may also stand after an option.
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+        parser.error(_about_unknown(args.command, unknown or rest, argv))
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     if args.command == "train" and args.overwrite and args.resume != "never":
         parser.error(f"--overwrite and --resume {args.resume} contradict each other")
     return _of_run(args) if hasattr(args, "config") else _of_no_run(args)
+
+
+def _about_unknown(command: str, unknown: Sequence[str], argv: Sequence[str]) -> str:
+    """The message about arguments that no command takes. For a setting with dashes it says how to write it."""
+    from megatron_chord.config_suite import SuiteConfig
+
+    for text in unknown:
+        name, equals, value = text.lstrip("-").partition("=")
+        kind = SuiteConfig if command == "evaluate" else RunConfig
+        meant = meant_by(name.replace("-", "_"), kind) if text.startswith("-") else []
+        if meant:
+            following = argv[argv.index(text) + 1 :]
+            given = value if equals else next(iter(following), "VALUE")
+            written = " or ".join(f"{full}={given}" for full in meant)
+            return f"{text} is a setting, not an option: write {written} without dashes"
+    return f"unrecognized arguments: {' '.join(unknown)}"
 
 
 def _of_no_run(args: argparse.Namespace) -> int:
@@ -161,7 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, check, data, preview):
         command.add_argument("config", type=Path, metavar="RUN.yaml")
         command.add_argument(
-            "overrides", nargs="*", metavar="NAME=VALUE", help="settings to change, as in optim.lr=1e-6"
+            "overrides",
+            nargs="*",
+            default=[],  # else argparse names it among what is missing
+            metavar="NAME=VALUE",
+            help="settings to change, as in optim.lr=1e-6",
         )
     report = commands.add_parser(
         "report", help="write an HTML page with the curves, answers and settings of one or several runs"
@@ -192,7 +212,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "policy", type=Path, metavar="POLICY", help="Hugging Face folder, or a run's checkpoints/step-N"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="NAME=VALUE", help="settings of the suite to change, as in samples=2"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the suite to change, as in samples=2",
     )
     parser.add_argument(
         "--suite",

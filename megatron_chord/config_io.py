@@ -104,7 +104,7 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
 
 def _load(path: Path, overrides: Sequence[str], kind: type[T]) -> T:
     root, wrong = _overridden(read_files(path, kind), overrides, kind)
-    reader = _Reader(given_places(root), wrong)
+    reader = _Reader(given_places(root), wrong, kind)
     config = reader.read(root, kind, "")
     if reader.findings:
         raise ConfigError("\n".join(reader.findings))
@@ -131,6 +131,15 @@ def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
         return message
     root, _ = _overridden(read_files(path, RunConfig), overrides)
     return f"{_place_of(message, given_places(root)) or path}: {message}"
+
+
+def meant_by(name: str, kind: type = RunConfig) -> list[str]:
+    """The settings of ``kind`` that a person may mean by ``name``: that one, or those with this last part.
+
+    ``lr`` means ``optim.lr``, and ``temperature`` those of several blocks.
+    """
+    known = setting_names(kind)
+    return [name] if name in known else sorted(full for full in known if full.endswith(f".{name}"))
 
 
 def one_line(block: Any) -> str:
@@ -182,9 +191,11 @@ class _Invalid(Exception):
 
 
 class _Reader:
-    def __init__(self, places: Mapping[str, str], findings: list[str]) -> None:
+    def __init__(self, places: Mapping[str, str], findings: list[str], root: type) -> None:
+        """``root``: the dataclass of the whole file, for hints."""
         self._places = places
         self.findings = findings
+        self._root = root
 
     def read(self, node: yaml.Node, kind: Any, where: str, field: Any = None) -> Any:
         try:
@@ -243,7 +254,7 @@ class _Reader:
             return self.read(node, kind, where, field if kind is Path else None)
         block = as_block(node, kind)
         places = given_places(block, where.rpartition(".")[0]) if isinstance(block, yaml.MappingNode) else {}
-        return _Reader(places, self.findings).read(block, kind, f"{where}[{index}]")
+        return _Reader(places, self.findings, self._root).read(block, kind, f"{where}[{index}]")
 
     def _blocks(self, node: yaml.Node, kind: Any, where: str) -> tuple[Any, ...]:
         items = as_list(node, kind)
@@ -286,7 +297,9 @@ class _Reader:
             elif full in MOVED:
                 self._fail(key_node, f"{full} is now {MOVED[full]}")
             else:
-                self._fail(key_node, f"unknown setting {full!r}{_hint(key, list(fields), where, variant)}")
+                elsewhere = [] if where else meant_by(full, self._root)
+                hint = _did_you_mean(elsewhere) or _hint(key, list(fields), where, variant)
+                self._fail(key_node, f"unknown setting {full!r}{hint}")
         for name in fields:
             if _required(fields[name]) and name not in values:
                 self._fail(node, f"{_join(where, name)} is missing")
@@ -376,9 +389,13 @@ def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
 def _nearest(text: str, known: Iterable[str], where: str = "") -> str:
     near = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {_join(where, near[0])}?" if near else ""
+    return _did_you_mean([_join(where, name) for name in near])
 
 
 def _hint(key: str, names: Sequence[str], where: str, variant: str) -> str:

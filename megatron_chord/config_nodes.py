@@ -19,6 +19,7 @@ import yaml
 _MAP = "tag:yaml.org,2002:map"
 _STR = "tag:yaml.org,2002:str"
 _NULL = "tag:yaml.org,2002:null"
+_INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 """YAML 1.1 takes 1e-6 and 1.0e6 for strings."""
@@ -130,13 +131,31 @@ def _shorthand(kind: Any) -> str | None:
 
 
 def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
-    """``phi`` -> ``{kind: phi}``, ``[a, b]`` -> ``{kind: sum, terms: [a, b]}`` where they may stand for a block."""
+    """The block that a single value or a list is short for; other nodes as they are.
+
+    ``phi`` -> ``{kind: phi}``, ``[a, b]`` -> ``{kind: sum, terms: [a, b]}``, and for ``method.mu``
+    ``0.5`` -> ``{schedule: constant, peak: 0.5}``.
+    """
     if isinstance(node, yaml.SequenceNode):
         return _from_list(node, kind)
+    if isinstance(node, yaml.ScalarNode) and node.tag in (_INT, _FLOAT):
+        return _from_number(node, kind)
+    return _from_single(node, kind) if isinstance(node, yaml.ScalarNode) else node
+
+
+def _from_number(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
+    """The block of which a number is short for the setting ``NUMBER``; the choice's own value where there is none."""
+    key = choice(kind)
+    for member in members(kind):
+        number = getattr(member, "NUMBER", None)
+        if key is not None and number is not None:
+            return _chosen(member, key, number, node)
+    return _from_single(node, kind)
+
+
+def _from_single(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
     key = _shorthand(kind)
-    if key is None or not isinstance(node, yaml.ScalarNode) or is_null(node):
-        return node
-    return _mapping([(_key(key, node), node)], node)
+    return node if key is None or is_null(node) else _mapping([(_key(key, node), node)], node)
 
 
 def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
@@ -145,11 +164,14 @@ def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
     for member in members(kind):
         for field in dataclasses.fields(member):
             if key is not None and field.metadata.get("from_list"):
-                name = yaml.ScalarNode(
-                    _STR, member.__dataclass_fields__[key].default, node.start_mark, node.end_mark
-                )
-                return _mapping([(_key(key, node), name), (_key(field.name, node), node)], node)
+                return _chosen(member, key, field.name, node)
     return node
+
+
+def _chosen(member: type, key: str, setting: str, node: yaml.Node) -> yaml.MappingNode:
+    """The block of type ``member``, which its default for ``key`` names, with ``node`` as its ``setting``."""
+    name = yaml.ScalarNode(_STR, member.__dataclass_fields__[key].default, node.start_mark, node.end_mark)
+    return _mapping([(_key(key, node), name), (_key(setting, node), node)], node)
 
 
 def read_files(

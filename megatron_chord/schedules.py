@@ -77,7 +77,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    """``peak`` at every step (CHORD-phi: 0.1)."""
+    """``peak`` at every step (CHORD-phi: 0.1). A number in place of the block is this schedule: ``mu: 0.5``."""
+
+    NUMBER = "peak"
 
     schedule: Literal["constant"] = "constant"
     peak: float = 0.1

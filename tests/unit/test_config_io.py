@@ -132,6 +132,32 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lr=1e-6", "did you mean optim.lr?"),
+        ("temperature=1", "did you mean evaluation.temperature or rollout.temperature?"),
+        ("optimm.lr=1", "did you mean optim?"),
+    ],
+)
+def test_a_setting_without_its_block_is_answered_with_its_full_name(
+    tmp_path: Path, override: str, hint: str
+) -> None:
+    name = override.partition("=")[0].partition(".")[0]
+    assert only_finding(tmp_path, "", override) == f"override {override!r}: unknown setting {name!r}; {hint}"
+
+
+def test_a_number_in_place_of_a_schedule_is_a_constant(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "method: {mu: {schedule: linear, peak: 1, valley: 0}}\n")
+    assert load_config(path, ["method.mu=0.5"]).method.mu == schedules.Constant(peak=0.5)
+    assert load_config(path, ["method.mu=0.5", "method.mu.peak=0.3"]).method.mu == schedules.Constant(
+        peak=0.3
+    )
+    assert findings(path, "objective.mu=0.5") == [
+        "override 'objective.mu=0.5': objective.mu is now method.mu"
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     assert findings(write(tmp_path, text)) == ["run.yaml: expected a mapping of settings"]
@@ -147,6 +173,9 @@ class TestBlocksOfSeveralKinds:
             ("mu: {peak: 0.5}", schedules.Constant(peak=0.5)),
             ("mu: {}", schedules.Constant()),
             ("mu: constant", schedules.Constant()),
+            ("mu: 0.5", schedules.Constant(peak=0.5)),
+            ("mu: 0", schedules.Constant(peak=0.0)),
+            ("mu: 1e-2", schedules.Constant(peak=0.01)),
             ("mu: 'constant'", schedules.Constant()),
             ("mu: periodic", schedules.Periodic()),
             ("mu: {peak: 0.9, valley: 0, schedule: linear}", schedules.Linear(peak=0.9, valley=0.0)),
@@ -218,6 +247,8 @@ class TestBlocksOfSeveralKinds:
                 "method.mu.schedule is set twice",
             ),
             ("mu:\n    peak: 2", "run.yaml:13: method.mu.peak must lie in [0, 1], got 2.0"),
+            ("mu: 2", "run.yaml:12: method.mu.peak must lie in [0, 1], got 2.0"),
+            ("token_weight: 2", "run.yaml:12: method.token_weight.kind: '2' is none of one"),
             ("mu: null", "run.yaml:12: method.mu: expected a block of settings, got 'null'"),
         ],
     )
