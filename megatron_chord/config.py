@@ -154,7 +154,7 @@ class DataConfig:
     unmatched: Literal["fail", "drop"] = "fail"
     """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
     evaluation: tuple[SourceConfig, ...] | None = None
-    """Held-out problems. Accuracy is over all of them, and with several sources also of each."""
+    """Held-out problems; left out: nothing is evaluated. Accuracy is over all of them, and with several sources also of each."""
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -742,6 +742,11 @@ class RunConfig:
         if self.precision is not None:
             self._check_precision()
         self._check_best()
+        require(
+            self.evaluation.every == 0 or self.data.evaluation is not None,
+            f"evaluation.every {self.evaluation.every}: there is nothing to evaluate; give held-out problems in "
+            "data.evaluation, or set evaluation.every to 0",
+        )
 
     def _check_best(self) -> None:
         name = self.checkpoint.keep_best

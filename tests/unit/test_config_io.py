@@ -158,6 +158,16 @@ def test_a_number_in_place_of_a_schedule_is_a_constant(tmp_path: Path) -> None:
     ]
 
 
+def test_an_evaluation_interval_needs_problems(tmp_path: Path) -> None:
+    finding = (
+        "run.yaml:11: evaluation.every 5: there is nothing to evaluate; give held-out problems in data.evaluation, "
+        "or set evaluation.every to 0"
+    )
+    assert only_finding(tmp_path, "evaluation: {every: 5}\n") == finding
+    assert load(tmp_path, "evaluation: {every: 5}\n", "data.evaluation=x.jsonl").evaluation.every == 5
+    assert load(tmp_path, "evaluation: {problems: 5}\n").evaluation.every == 0
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     assert findings(write(tmp_path, text)) == ["run.yaml: expected a mapping of settings"]
