@@ -154,7 +154,8 @@ class DataConfig:
     unmatched: Literal["fail", "drop"] = "fail"
     """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
     evaluation: tuple[SourceConfig, ...] | None = None
-    """Held-out problems; left out: nothing is evaluated. Accuracy is over all of them, and with several sources also of each."""
+    """Held-out problems; left out: nothing is evaluated. Accuracy is over all of them, and with several sources also
+    of each."""
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -538,7 +539,10 @@ class OptimConfig:
     min_lr: float = 0.0
     """Learning rate at the end of linear and cosine."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up, down to `min_lr` at the run's last step."""
+    """Course of the learning rate after the warm-up, down to `min_lr` at step `decay_steps`."""
+    decay_steps: int | None = None
+    """Step at which linear and cosine reach `min_lr`, counted from the run's start; later steps have `min_lr`. Left
+    out: `steps`. It keeps the course of the rate when a resumed run is given more steps."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
@@ -569,6 +573,19 @@ class OptimConfig:
             }
         )
         require(self.min_lr <= self.lr, f"optim.min_lr {self.min_lr} is above optim.lr {self.lr}")
+        if self.decay_steps is not None:
+            require(
+                self.schedule != "constant",
+                "optim.decay_steps means nothing to optim.schedule constant; leave it out",
+            )
+            require(
+                self.decay_steps > self.warmup_steps,
+                f"optim.decay_steps {self.decay_steps} must be above optim.warmup_steps {self.warmup_steps}",
+            )
+
+    def horizon(self, steps: int) -> int:
+        """The step at which the rate of a run of ``steps`` has come down."""
+        return steps if self.decay_steps is None else self.decay_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -716,6 +733,11 @@ class RunConfig:
         require(
             self.optim.warmup_steps < self.steps,
             f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
+        )
+        require(
+            self.optim.min_lr > 0 or self.optim.horizon(self.steps) >= self.steps,
+            f"optim.decay_steps {self.optim.decay_steps} is below steps {self.steps}, and optim.min_lr is 0: the steps "
+            "after it would change nothing; set optim.min_lr, or raise optim.decay_steps",
         )
         if self.reward.overlong is not None:
             require(

@@ -57,11 +57,13 @@ class Chord(Method):
                 raise ValueError(
                     "method.mu.rate needs one update per step: batch.updates_per_step and batch.epochs must be 1"
                 )
+        end = min(run.steps, run.optim.horizon(run.steps))
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
-            if run.optim.warmup_steps >= run.steps - step:
+            if run.optim.warmup_steps >= end - step:
+                limit = f"optim.decay_steps {end}" if end < run.steps else str(end)
                 raise ValueError(
                     f"optim.warmup_steps {run.optim.warmup_steps} leaves no step at full rate after the optimizer's "
-                    f"reset at step {step} of {run.steps}"
+                    f"reset at step {step} of {limit}"
                 )
         if run.data.aligned and run.batch.demonstrations > run.batch.prompts:
             raise ValueError(

@@ -40,6 +40,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.best import Best, is_exhausted, value_of
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.coordinator import Coordinator, StepInputs
+from megatron_chord.train.course import changed_course
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, POLICY, Claim, Resume, claim
@@ -140,7 +141,7 @@ def train(
         def make_coordinator() -> None:
             nonlocal coordinator
             assert data is not None
-            changed = _changed(run, saved, allow_changed) if saved is not None else []
+            changed = _changed(run, method, saved, allow_changed) if saved is not None else []
             layout = packing_layout(shape, run.parallel, groups.data.size, preset(run.precision).training)
             coordinator = _make_coordinator(
                 run, method, data, layout, saved, stack, stop_wanted, groups.pulse
@@ -200,10 +201,18 @@ def _find(folder: Path, resume: Resume, groups: ParallelGroups) -> Path | None:
     return checkpoint.find_named(folder, resume, print, groups)
 
 
-def _changed(run: RunConfig, saved: Path, allowed: bool) -> list[str]:
+def _changed(run: RunConfig, method: Method, saved: Path, allowed: bool) -> list[str]:
     """What differs from the settings that led to ``saved``, told in lines. ValueError where that is not allowed."""
-    before = settings_before(run.output, checkpoint.step_of(saved))
-    return check_changes(before, plain_settings(run), allowed=allowed)
+    done = checkpoint.step_of(saved)
+    before = settings_before(run.output, done)
+    remark = changed_course(before, run, step=done, since=_last_reset(method, run, done))
+    return check_changes(before, plain_settings(run), allowed=allowed, remarks=[remark] if remark else [])
+
+
+def _last_reset(method: Method, run: RunConfig, step: int) -> int:
+    """The last step before ``step`` at which the learning-rate schedule started anew."""
+    schedule = method.schedule(run)
+    return 0 if schedule is None else max(filter(schedule.resets_optimizer, range(step)), default=0)
 
 
 def _build(
@@ -477,7 +486,7 @@ def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
     schedule, step = parts.method.schedule(parts.run), run_state["step"]
     if schedule is not None:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
-        restart_schedule(parts.state, max(filter(schedule.resets_optimizer, range(step)), default=0))
+        restart_schedule(parts.state, _last_reset(parts.method, parts.run, step))
     return run_state["step"], run_state["mu"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,27 @@ class Change:
         return f"{self.name}: {_shown(self.before)} -> {_shown(self.after)}"
 
 
+def horizon(settings: Mapping[str, Any]) -> int | None:
+    """The step at which the learning rate has come down; None where it is constant."""
+    if setting(settings, "optim.schedule", "constant") == "constant":
+        return None
+    return setting(settings, "optim.decay_steps", None) or setting(settings, "steps", None)
+
+
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """What differs between two trees of settings. A setting that only one of them knows is left out."""
     return [
-        Change(name=name, before=old, after=new, matters=_matters(name, after))
+        Change(name=name, before=old, after=new, matters=_matters(name, before, after))
         for name, old, new in _differences(before, after)
     ]
 
 
-def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool) -> list[str]:
+def check_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool, remarks: Sequence[str] = ()
+) -> list[str]:
     """Lines that tell a person what differs from the segment that is continued; none where nothing does.
+
+    ``remarks``: what else to say of these differences.
 
     Raises:
         ValueError: a difference changes what is learned, and is not ``allowed``.
@@ -87,12 +98,13 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, allowe
         listed = "\n".join(f"  {change}" for change in serious)
         raise ValueError(
             "settings that change what is learned are not those of the run that is resumed:\n"
-            f"{listed}\nGive the run's own, or allow it with --allow-changed"
+            + "\n".join([listed, *remarks, "Give the run's own, or allow it with --allow-changed"])
         )
-    return [
+    told = [
         f"resumed with another {change}{' (changes what is learned)' if change.matters else ''}"
         for change in found
     ]
+    return [*told, *remarks]
 
 
 def settings_before(folder: Path, step: int) -> dict[str, Any]:
@@ -148,9 +160,9 @@ def _differences(
             yield f"{above}{name}", old, new
 
 
-def _matters(name: str, after: Mapping[str, Any]) -> bool:
-    if name == "steps":
-        return setting(after, "optim.schedule", "constant") != "constant"  # it sets the rate's horizon
+def _matters(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    if name in ("steps", "optim.decay_steps"):
+        return horizon(after) not in (None, horizon(before))
     name = re.sub(r"\[\d+\]", "", name).replace("reward.terms.", "reward.")
     return not any(name == same or name.startswith(f"{same}.") for same in _SAME_LEARNING)
 

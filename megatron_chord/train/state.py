@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -136,8 +137,19 @@ def reset_optimizer(state: TrainState) -> None:
     restart_schedule(state, state.scheduler.num_steps)
 
 
+def learning_rate_at(optim: OptimConfig, *, steps: int, step: int, since: int = 0) -> float:
+    """The learning rate that training step ``step`` of a run of ``steps`` uses; the first is 0.
+
+    ``since``: the step at which the schedule was restarted last.
+    """
+    scheduler = _scheduler(SimpleNamespace(param_groups=[]), optim, steps)
+    scheduler.lr_decay_steps -= since
+    scheduler.num_steps = step + 1 - since
+    return float(scheduler.get_lr({}))
+
+
 def restart_schedule(state: TrainState, since: int) -> None:
-    """Let the learning-rate schedule start at step ``since`` and end with the run."""
+    """Let the learning-rate schedule start at step ``since`` and end where it would have ended."""
     state.scheduler.num_steps -= since
     state.scheduler.lr_decay_steps -= since
     state.scheduler.step(0)
@@ -238,7 +250,7 @@ def _scheduler(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
         min_lr=optim.min_lr,
         lr_warmup_steps=optim.warmup_steps,
         # The schedule advances before each update; one more step keeps the last update's rate above min_lr.
-        lr_decay_steps=max(steps, optim.warmup_steps) + 1,
+        lr_decay_steps=max(optim.horizon(steps), optim.warmup_steps) + 1,
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

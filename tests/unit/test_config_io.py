@@ -158,6 +158,29 @@ def test_a_number_in_place_of_a_schedule_is_a_constant(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("settings", "finding"),
+    [
+        ("  decay_steps: 5\n", "optim.decay_steps means nothing to optim.schedule constant"),
+        (
+            "  schedule: linear\n  warmup_steps: 5\n  decay_steps: 5\n",
+            "optim.decay_steps 5 must be above optim.warmup_steps 5",
+        ),
+        (
+            "  schedule: linear\n  decay_steps: 5\n",
+            "optim.decay_steps 5 is below steps 20, and optim.min_lr is 0: the steps after it would change nothing",
+        ),
+    ],
+)
+def test_a_horizon_that_will_not_do(tmp_path: Path, settings: str, finding: str) -> None:
+    assert finding in only_finding(tmp_path, settings)
+
+
+def test_a_horizon_of_its_own(tmp_path: Path) -> None:
+    assert load(tmp_path, "  schedule: linear\n").optim.horizon(20) == 20
+    assert load(tmp_path, "  schedule: linear\n  decay_steps: 50\n").optim.horizon(20) == 50
+
+
 def test_an_evaluation_interval_needs_problems(tmp_path: Path) -> None:
     finding = (
         "run.yaml:11: evaluation.every 5: there is nothing to evaluate; give held-out problems in data.evaluation, "

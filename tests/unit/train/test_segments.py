@@ -72,6 +72,27 @@ def test_more_steps_change_a_rate_that_falls_towards_the_end() -> None:
         )
 
 
+def test_more_steps_do_not_change_a_rate_with_a_horizon_of_its_own() -> None:
+    before = given("optim.schedule=cosine")
+    kept = given("optim.schedule=cosine", "optim.min_lr=1e-6", "steps=99", "optim.decay_steps=60")
+    before["optim"]["min_lr"] = 1e-6
+    assert check_changes(before, kept, allowed=False) == [
+        "resumed with another steps: 60 -> 99",
+        "resumed with another optim.decay_steps: null -> 60",
+    ]
+    with pytest.raises(ValueError, match="decay_steps: 60 -> 99"):
+        check_changes(kept, given("optim.schedule=cosine", "steps=99", "optim.decay_steps=99"), allowed=False)
+
+
+def test_a_refusal_ends_with_the_remarks() -> None:
+    with pytest.raises(ValueError, match="seed: 0 -> 1\nabout the rate\nGive"):
+        check_changes(given(), given("seed=1"), allowed=False, remarks=["about the rate"])
+    assert (
+        check_changes(given(), given("seed=1"), allowed=True, remarks=["about the rate"])[-1]
+        == "about the rate"
+    )
+
+
 def test_the_same_settings_say_nothing() -> None:
     assert check_changes(given(), given(), allowed=False) == []
     assert check_changes({}, given(), allowed=False) == []  # what was saved is not known
