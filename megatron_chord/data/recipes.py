@@ -309,6 +309,8 @@ def math(
 def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
     """An evaluation set of problems and truths (AIME, AMC, MATH-500, Minerva, OlympiadBench), each problem once.
 
+    The ``subject`` of a row (MATH-500 has it) is kept: a suite can then tell accuracy by category.
+
     Args:
         url_has: keep the rows whose ``url`` contains it, such as 2024.
     """
@@ -327,7 +329,7 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
         if seen[problem_key(problem)] > 1:
             out.counts["left out: the problem came before"] += 1
             return None
-        return {"problem": problem, "answer": truth}
+        return {"problem": problem, "answer": truth, **_kept(row, "subject")}
 
     rows = [row for row in parse_rows(paths, parse) if row is not None]
     if not rows:
@@ -340,7 +342,10 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
 
 
 def mmlu_pro(paths: Sequence[Path]) -> Prepared:
-    """The options are numbered from 1 in the problem; the truth is the number, as CHORD asks for it."""
+    """The options are numbered from 1 in the problem; the truth is the number, as CHORD asks for it.
+
+    The ``category`` of a row is kept: a suite can then tell accuracy by category.
+    """
     out = Prepared()
 
     def parse(row: Row) -> dict[str, Any]:
@@ -356,6 +361,7 @@ def mmlu_pro(paths: Sequence[Path]) -> Prepared:
                 question, [str(number) for number in range(1, len(options) + 1)], options
             ),
             "answer": str(index + 1),
+            **_kept(row, "category"),
         }
 
     out.files["evaluation"] = parse_rows(paths, parse)
@@ -429,6 +435,11 @@ def is_whole_number(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _kept(row: Row, name: str) -> dict[str, Any]:
+    """A field that goes on as it is, where the row has it."""
+    return {name: row.fields[name]} if name in row.fields else {}
 
 
 def _problem_text(row: Row) -> str:

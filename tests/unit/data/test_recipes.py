@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from megatron_chord.config_io import load_suite
 from megatron_chord.data import recipes
+from megatron_chord.data.layouts import at_path
 from megatron_chord.data.recipes import problem_key, read_calls
 from megatron_chord.data.rows import DataError
 from tests.support.files import write_rows
@@ -191,6 +193,23 @@ def test_evaluation_sets_have_each_problem_once(tmp_path: Path) -> None:
     assert [(row["problem"], row["answer"]) for row in made.files["evaluation"]] == [("p2024", "1.0")]
 
 
+def test_the_papers_suite_reads_the_categories_of_prepared_files(tmp_path: Path) -> None:
+    math = {"problem": "6*7?", "solution": "\\boxed{42}", "answer": "42", "subject": "Algebra", "level": 1}
+    mmlu = {"question_id": 1, "question": "q", "options": ["x", "y"], "answer_index": 0, "category": "law"}
+    for recipe, row in (("math500", math), ("mmlu_pro", mmlu)):
+        assert (
+            main([recipe, str(write_rows(tmp_path / "r.jsonl", row)), "--out", str(tmp_path / recipe)]) == 0
+        )
+    suite = load_suite(ROOT / "examples" / "suites" / "paper.yaml", [f"data={tmp_path}"])
+    found = {
+        item.name: at_path(row, item.category)
+        for item in suite.resolved()
+        if item.category is not None
+        for row in rows_of(Path(item.file))
+    }
+    assert found == {"math500": "Algebra", "mmlu_pro": "law"}
+
+
 def test_choices_are_written_into_the_question(tmp_path: Path) -> None:
     row = {
         "question_id": 70,
@@ -198,9 +217,11 @@ def test_choices_are_written_into_the_question(tmp_path: Path) -> None:
         "options": ["x", "y", "z"],
         "answer": "B",
         "answer_index": 1,
+        "category": "law",
     }
     (made,) = recipes.mmlu_pro([write_rows(tmp_path / "m.jsonl", row)]).files["evaluation"]
-    assert made == {"id": "70", "problem": "Which?\n\n1. x\n2. y\n3. z", "answer": "2"}
+    problem = "Which?\n\n1. x\n2. y\n3. z"
+    assert made == {"id": "70", "problem": problem, "answer": "2", "category": "law"}
     names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     questions = [
         {"Question": f"q{n}", **dict(zip(names, ("right", "a", "b", "c"), strict=True))} for n in range(12)
