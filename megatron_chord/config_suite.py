@@ -171,6 +171,8 @@ class SuiteConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=MathReward)
     server: ServerConfig = field(default_factory=ServerConfig)
+    only: tuple[str, ...] = ()
+    """Names of the benchmarks that are asked. Left out: all. Means over others are not taken."""
     problems: int | None = None
     """For a trial: at most the first so many problems of each benchmark."""
     samples: int | None = None
@@ -190,6 +192,9 @@ class SuiteConfig:
         names = [item.name for item in (*self.benchmarks, *self.means)]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"two benchmarks or means have the same name: {', '.join(twice)}")
+        listed = [item.name for item in self.benchmarks]
+        for name in self.only:
+            require(name in listed, f"only: there is no benchmark {name}, there are {', '.join(listed)}")
         metrics = {item.name: self._checked_metrics(item) for item in self.benchmarks}
         for mean in self.means:
             require(bool(mean.of), f"mean {mean.name}: `of` names no benchmark")
@@ -211,8 +216,14 @@ class SuiteConfig:
         return metrics
 
     def resolved(self) -> tuple[BenchmarkConfig, ...]:
-        """The benchmarks with everything that they leave out, and with the limits of a trial."""
-        return tuple(self._resolved(item) for item in self.benchmarks)
+        """The benchmarks that are asked, with everything that they leave out, and with the limits of a trial."""
+        return tuple(
+            self._resolved(item) for item in self.benchmarks if not self.only or item.name in self.only
+        )
+
+    def asked_means(self) -> tuple[MeanConfig, ...]:
+        """The means all of whose benchmarks are asked."""
+        return tuple(mean for mean in self.means if not self.only or set(mean.of) <= set(self.only))
 
     def metric_here(self, metric: str) -> str:
         """The metric under the limits of a trial."""

@@ -43,6 +43,21 @@ def test_a_mean_names_metrics_that_its_benchmarks_have(tmp_path: Path) -> None:
         load(tmp_path, SUITE)
 
 
+def test_a_part_of_a_suite_has_the_means_over_it(tmp_path: Path) -> None:
+    text = SUITE.replace("  - {name: both, of: [a, b], metric: avg@8}", "") + (
+        "  - {name: both, of: [a, b], metric: avg@1}\n  - {name: same, of: [b]}\n"
+    )
+    text = text.replace("metrics: [avg@8,", "metrics: [avg@1, avg@8,")
+    part = load(tmp_path, text, "only=[b]")
+    assert [item.name for item in part.resolved()] == ["b"]
+    assert [mean.name for mean in part.asked_means()] == ["same"]
+    whole = load(tmp_path, text)
+    assert [item.name for item in whole.resolved()] == ["a", "b"]
+    assert [mean.name for mean in whole.asked_means()] == ["both", "same"]
+    with pytest.raises(ConfigError, match="only: there is no benchmark c, there are a, b"):
+        load(tmp_path, text, "only=[c]")
+
+
 def test_benchmarks_take_from_the_suite_and_a_trial_limits_them(tmp_path: Path) -> None:
     text = SUITE[: SUITE.index("means:")]
     a, b = load(tmp_path, text).resolved()
