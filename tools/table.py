@@ -1,0 +1,571 @@
+#!/usr/bin/env python
+"""The table of the CHORD paper: which rows are done, run what is missing, and print ours beside the paper's numbers.
+
+    python tools/table.py                            # what is done and what is missing, and the table; starts nothing
+    python tools/table.py --run math:model.path=PATH math:data.prompts=PATH math:data.demonstrations=PATH ...
+    python tools/table.py --sbatch @site.txt         # the same in Slurm jobs; the settings are lines of a file
+    python tools/table.py --run @examples/published/quick_start.txt      # all rows with the quick start's policy
+
+A row is a preset in examples/published/. Its run is in runs/ROW, and its evaluation in evaluations/SUITE/ROW-policy, as
+`megatron-chord train` and `megatron-chord evaluate` leave them. A run that has ended on the way goes on from its newest
+checkpoint, an evaluation from the answers that it has. So the same command goes on with the table.
+
+Exits with 0; with 1 when a row failed; with 2 when the settings will not do. docs/reproduce.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from megatron_chord.config_io import dump_config, load_config, load_suite
+from megatron_chord.config_suite import SuiteConfig
+from megatron_chord.evaluation.command import suite_path
+from megatron_chord.evaluation.evaluate import SUITE
+from megatron_chord.evaluation.policy import label_of
+from megatron_chord.evaluation.results import RESULTS
+from megatron_chord.report.folder import read_runs
+from megatron_chord.train.folder import POLICY
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "examples" / "published"
+DOMAINS = {"math": "math_qwen7b", "tools": "tools_llama3b"}
+BASE = "base"
+TITLES = {
+    BASE: "Original model",
+    "sft_light": "SFT-light",
+    "sft_best": "SFT-best",
+    "grpo": "GRPO",
+    "sft_light_rl": "SFT-light + RL",
+    "sft_best_rl": "SFT-best + RL",
+    "luffy": "LUFFY",
+    "sasr": "SASR",
+    "chord_mu": "CHORD-mu",
+    "chord_phi": "CHORD-phi",
+}
+"""In the order of the table. A row comes after the one that it starts from."""
+STARTS_FROM = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
+PAPER_COLUMNS = ("amc avg@8", "aime24 avg@32", "aime25 avg@32", "mmlu_pro avg@1", "bfcl avg@1")
+PAPER = {
+    BASE: ("43.8", "11.7", "6.66", "24.7", "46.2"),
+    "sft_best": ("55.9", "15.8", "15.2", "38.4", "69.8"),
+    "grpo": ("52.1", "13.2", "8.54", "45.8", "77.1"),
+    "sft_best_rl": ("58.4", "17.1", "16.3", "51.3", "76.1"),
+    "luffy": ("52.8", "16.6", "14.3", "44.0", "76.1"),
+    "sasr": ("54.0", "12.7", "11.1", "45.1", "74.7"),
+    "chord_mu": ("60.8", "18.1", "17.9", "43.3", "77.6"),
+    "chord_phi": ("62.5", "18.2", "17.2", "56.2", "78.5"),
+}
+"""Percent, by column (arXiv 2508.11408, Table 1). docs/reproduce.md says how far these numbers are verified."""
+DONE = "done"
+
+
+class TableError(ValueError):
+    """What was asked for will not do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """``WHO:NAME=VALUE`` of the command line."""
+
+    who: str
+    """A row, a domain, both (chord_phi_math), or nothing: all rows."""
+    text: str
+    """NAME=VALUE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table for one domain."""
+
+    key: str
+    domain: str
+    settings: tuple[str, ...]
+    """Of its training, as NAME=VALUE."""
+    steps: int
+    """Of its training."""
+    run: Path
+    """Folder of its run."""
+    policy: Path
+    """What is evaluated."""
+    evaluation: Path
+    suite: SuiteConfig
+    suite_settings: tuple[str, ...]
+    starts_from: Row | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}_{DOMAINS[self.domain]}"
+
+    @property
+    def preset(self) -> Path:
+        return PRESETS / f"{self.name}.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    try:
+        rows = rows_of(args)
+        failed: list[str] = []
+        if args.sbatch:
+            failed = submit(rows, args.suite)
+        elif args.run:
+            failed = run(rows, args.suite)
+    except (ValueError, OSError) as error:  # settings are refused with a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped. The same command goes on from here", file=sys.stderr)
+        return 130
+    table = table_of(rows)
+    print("\n".join(["", *states_of(rows), "", table]))
+    if args.output is not None:
+        args.output.write_text(table + "\n", encoding="utf-8")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+# The rows
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for, both domains of a line one after the other.
+
+    Raises:
+        ValueError: a setting is for no row, or a preset or the suite cannot be read with the settings.
+    """
+    settings = [read_setting(text) for text in args.settings]
+    suites = {domain: _suite_for(domain, settings, args.suite) for domain in DOMAINS}
+    rows: dict[tuple[str, str], Row] = {}
+    for key in TITLES:
+        for domain in DOMAINS:
+            start = rows.get((STARTS_FROM.get(key, ""), domain))
+            rows[key, domain] = _row(key, domain, settings, start, suites[domain], args)
+    wanted = {name.replace("-", "_") for name in args.row}
+    unknown = sorted(wanted - {name for row in rows.values() for name in names_of(row.key, row.domain)})
+    if unknown:
+        raise TableError(f"--row {', '.join(unknown)}: {_names()}")
+    return [row for row in rows.values() if not wanted or wanted & names_of(row.key, row.domain)]
+
+
+def _row(
+    key: str,
+    domain: str,
+    settings: Sequence[Setting],
+    start: Row | None,
+    suite: tuple[SuiteConfig, tuple[str, ...]],
+    args: argparse.Namespace,
+) -> Row:
+    chosen = settings_for(key, domain, settings)
+    folder = args.runs / f"{key}_{DOMAINS[domain]}"
+    if start is not None:
+        chosen = [f"model.path={start.policy.resolve()}", *_without(chosen, settings, key, "model.path")]
+    # The model that the other rows start from is the one of GRPO's preset.
+    preset = "grpo" if key == BASE else key
+    config = load_config(PRESETS / f"{preset}_{DOMAINS[domain]}.yaml", [*chosen, f"output={folder}"])
+    policy = config.model.path if key == BASE else folder / POLICY
+    return Row(
+        key=key,
+        domain=domain,
+        settings=tuple(chosen),
+        steps=config.steps,
+        run=folder,
+        policy=policy,
+        evaluation=args.evaluations / suite_path(args.suite).stem / label_of(policy),
+        suite=suite[0],
+        suite_settings=suite[1],
+        starts_from=start,
+    )
+
+
+def _suite_for(domain: str, settings: Sequence[Setting], suite: str) -> tuple[SuiteConfig, tuple[str, ...]]:
+    """What a domain is asked, and the settings that make it of the suite's file."""
+    path, chosen = suite_path(suite), [item.text for item in settings if item.who == "suite"]
+    whole = load_suite(path, chosen)
+    only = benchmarks_of(whole, domain)
+    if not only:
+        return whole, tuple(chosen)
+    chosen.append(f"only=[{', '.join(only)}]")
+    return load_suite(path, chosen), tuple(chosen)
+
+
+def names_of(key: str, domain: str) -> set[str]:
+    """What a row of the table is called in settings and in --row."""
+    return {key, domain, f"{key}_{domain}", f"{key}_{DOMAINS[domain]}"}
+
+
+def read_setting(text: str) -> Setting:
+    """``WHO:NAME=VALUE`` or ``NAME=VALUE``.
+
+    Raises:
+        TableError: it is neither, or there is no row WHO.
+    """
+    found = re.fullmatch(r"(?:([a-z0-9_-]+):)?([a-z][\w.]*=.*)", text, re.DOTALL)
+    if found is None:
+        raise TableError(f"{text!r} is no setting: expected NAME=VALUE or WHO:NAME=VALUE")
+    who = (found[1] or "").replace("-", "_")
+    known = {"", "suite"} | {name for key in TITLES for domain in DOMAINS for name in names_of(key, domain)}
+    if who not in known:
+        raise TableError(f"{text!r} is for no row: {_names()}")
+    return Setting(who=who, text=found[2])
+
+
+def _names() -> str:
+    return f"there are {', '.join(DOMAINS)}, {', '.join(TITLES)}, and both together, such as chord_phi_math"
+
+
+def settings_for(key: str, domain: str, settings: Sequence[Setting]) -> list[str]:
+    """A row's own settings, the more general ones first, so that a later one replaces an earlier one."""
+
+    def place(item: Setting) -> int:
+        return ("", domain, key).index(item.who) if item.who in ("", domain, key) else 3
+
+    mine = [item for item in settings if item.who in {""} | names_of(key, domain)]
+    return [item.text for item in sorted(mine, key=place)]
+
+
+def _without(chosen: Sequence[str], settings: Sequence[Setting], key: str, name: str) -> list[str]:
+    """``chosen`` without the settings of ``name`` that are not given for this very row."""
+    general = {
+        item.text for item in settings if item.text.startswith(f"{name}=") and not item.who.startswith(key)
+    }
+    return [text for text in chosen if text not in general]
+
+
+def benchmarks_of(suite: SuiteConfig, domain: str) -> list[str]:
+    """The benchmarks that a domain is asked: those with the reward ``tool_calls``, or the others.
+
+    Empty, which is all, where the suite has only one of the two kinds, or names its benchmarks itself (``only``).
+    """
+    calls = [item.name for item in suite.resolved() if getattr(item.reward, "kind", "") == "tool_calls"]
+    others = [item.name for item in suite.resolved() if item.name not in calls]
+    if suite.only or not calls or not others:
+        return []
+    return calls if domain == "tools" else others
+
+
+# What is there
+
+
+def training_state(row: Row) -> str:
+    """``done``, or how far the run is."""
+    if row.key == BASE:
+        return DONE if (row.policy / "config.json").is_file() else f"no model in {row.policy}"
+    try:
+        (record,) = read_runs([row.run])
+    except ValueError:
+        return "missing"
+    has_policy = (row.policy / "config.json").is_file() and record.settings.get("steps") == row.steps
+    return DONE if has_policy else f"step {len(record.steps)} of {row.steps}"
+
+
+def evaluation_state(row: Row) -> str:
+    """``done``, or why the evaluation cannot be used as it is."""
+    results = _results(row)
+    if results is None:
+        return "missing"
+    if _asked(row.evaluation / SUITE) != _settings_of(dump_config(row.suite)):
+        return "of another suite"
+    weights = [path.stat().st_mtime for path in row.policy.glob("*.safetensors")]
+    if weights and max(weights) > (row.evaluation / RESULTS).stat().st_mtime:
+        return "of an older policy"
+    missing = sum(item["missing"] for item in results["benchmarks"].values())
+    return f"{missing} answers missing" if missing else DONE
+
+
+def _results(row: Row) -> Mapping | None:
+    path = row.evaluation / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _asked(path: Path) -> Mapping:
+    return _settings_of(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _settings_of(text: str) -> Mapping:
+    """A suite without what changes no answer."""
+    return {name: value for name, value in yaml.safe_load(text).items() if name != "server"}
+
+
+def states_of(rows: Sequence[Row]) -> list[str]:
+    """A line for each row."""
+    width = max((len(row.name) for row in rows), default=0)
+    lines = [f"{'row':{width}}  {'training':18}  evaluation"]
+    return lines + [f"{row.name:{width}}  {training_state(row):18}  {evaluation_state(row)}" for row in rows]
+
+
+# The table
+
+
+def columns_of(suite: SuiteConfig) -> list[str]:
+    """Of each benchmark its first metric, as ``NAME METRIC``; means stand for the benchmarks that they are over."""
+    means = suite.asked_means()
+    covered = {name for mean in means for name in mean.of}
+    single = [f"{item.name} {item.metrics[0]}" for item in suite.resolved() if item.name not in covered]
+    return single + [f"{mean.name} {suite.metric_here(mean.metric)}" for mean in means]
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each method, the columns of mathematics before those of tool calls."""
+    columns = {
+        (row.domain, column): None for domain in DOMAINS for row in rows if row.domain == domain
+        for column in columns_of(row.suite)
+    }  # fmt: skip
+    lines = [
+        f"| row | {' | '.join(f'{domain}: {column}' for domain, column in columns)} |",
+        f"|---|{'--:|' * len(columns)}",
+    ]
+    ours = {(row.key, row.domain): _numbers(row) for row in rows}
+    for key in dict.fromkeys(row.key for row in rows):
+        cells = [_cell(ours.get((key, domain), {}).get(column), key, column) for domain, column in columns]
+        lines.append(f"| {TITLES[key]} | {' | '.join(cells)} |")
+    lines += ["", "Percent. `-`: not measured here."]
+    if any(column in PAPER_COLUMNS for _, column in columns):
+        lines[-1] += " In brackets: the paper's number (arXiv 2508.11408, Table 1); `(-)`: not known here."
+    return "\n".join(lines)
+
+
+def _numbers(row: Row) -> Mapping[str, float | None]:
+    """In [0, 1], by column; none as long as the run or the evaluation is not done."""
+    if training_state(row) != DONE or evaluation_state(row) != DONE:
+        return {}
+    results = _results(row)
+    return results["row"] if results is not None else {}
+
+
+def _cell(value: float | None, key: str, column: str) -> str:
+    ours = "-" if value is None else f"{100 * value:.1f}"
+    if column not in PAPER_COLUMNS:
+        return ours
+    theirs = PAPER[key][PAPER_COLUMNS.index(column)] if key in PAPER else "-"
+    return f"{ours} ({theirs})"
+
+
+# Running
+
+
+def train_command(row: Row) -> list[str]:
+    """What `megatron-chord train` gets, without the command itself."""
+    return [str(row.preset), *row.settings, f"output={row.run.resolve()}"]
+
+
+def evaluate_command(row: Row, suite: str) -> list[str]:
+    """What `megatron-chord evaluate` gets."""
+    path = str(suite_path(suite))
+    return [
+        str(row.policy.resolve()),
+        "--suite",
+        path,
+        "--output",
+        str(row.evaluation.resolve()),
+        *row.suite_settings,
+    ]
+
+
+def run(rows: Sequence[Row], suite: str) -> list[str]:
+    """Trains and evaluates what is missing, one after the other, on this machine.
+
+    Returns:
+        What failed. The rows that do not start from it are run all the same.
+    """
+    failed: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        at = f"{number} of {len(rows)}"
+        try:
+            if training_state(row) != DONE:
+                if row.key == BASE:
+                    raise _Failed(training_state(row))
+                if row.starts_from is not None and training_state(row.starts_from) != DONE:
+                    raise _Failed(f"it starts from {row.starts_from.name}, which is not done")
+                _call(f"train {row.name} ({at})", "train", *train_command(row), "--resume", "auto")
+            if evaluation_state(row) != DONE:
+                _call(f"evaluate {row.name} ({at})", "evaluate", *evaluate_command(row, suite))
+        except _Failed as error:
+            failed.append(f"{row.name}: {error}")
+            print(failed[-1], file=sys.stderr, flush=True)
+    return failed
+
+
+class _Failed(Exception):
+    """A row that is left as it is."""
+
+
+def _call(title: str, *arguments: str) -> None:
+    """Runs megatron-chord. At Ctrl-C it gets the signal as well, and is given the time to stop in order."""
+    print(f"\n=== {title}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "megatron_chord.cli", *arguments], env=_environment())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if code != 0:
+        raise _Failed(f"megatron-chord {arguments[0]} ended with {code}")
+
+
+def _environment() -> dict[str, str]:
+    """This package, wherever the command is started."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+# Slurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is given to sbatch."""
+
+    name: str
+    """The same for the same work, so that a job that waits or runs is not submitted again."""
+    script: str
+    arguments: tuple[str, ...]
+    after: Job | None = None
+    """The job that must have ended well before."""
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
+    """The jobs for what is missing, each after the one that it waits for."""
+    training: dict[str, Job] = {}
+    for row in rows:
+        if row.key != BASE and training_state(row) != DONE:
+            start = row.starts_from
+            if start is not None and start.name not in training and training_state(start) != DONE:
+                raise TableError(f"{row.name} starts from {start.name}, which is neither done nor asked for")
+            training[row.name] = Job(
+                name=_job_name("train", row, row.run),
+                script="chord_qwen7b.sh",
+                arguments=tuple(train_command(row)[1:]),
+                after=training.get(start.name) if start is not None else None,
+                variables={"CHORD_RUN": str(row.preset)},
+            )
+            yield training[row.name]
+        if row.name in training or evaluation_state(row) != DONE:
+            yield Job(
+                name=_job_name("evaluate", row, row.evaluation),
+                script="evaluate.sh",
+                arguments=tuple(evaluate_command(row, suite)),
+                after=training.get(row.name),
+            )
+
+
+def submit(rows: Sequence[Row], suite: str) -> list[str]:
+    """Submits the jobs that are not in the queue yet, and says so.
+
+    Returns:
+        What sbatch refused.
+    """
+    ids = queued(_read("squeue", "--me", "--noheader", "--format=%i %j"))
+    failed: list[str] = []
+    for job in jobs_of(rows, suite):
+        if job.name in ids:
+            print(f"{job.name}: job {ids[job.name]} is in the queue already")
+            continue
+        if job.after is not None and job.after.name not in ids:
+            failed.append(f"{job.name}: not submitted, as {job.after.name} was not")
+            continue
+        after = [] if job.after is None else [f"--dependency=afterok:{ids[job.after.name]}"]
+        command = ["--parsable", f"--job-name={job.name}", "--kill-on-invalid-dep=yes", *after]
+        try:
+            said = _read(
+                "sbatch", *command, str(ROOT / "slurm" / job.script), *job.arguments, **job.variables
+            )
+        except TableError as error:
+            failed.append(f"{job.name}: {error}")
+            continue
+        ids[job.name] = said.strip().partition(";")[0]
+        print(f"{job.name}: job {ids[job.name]}{', after ' + job.after.name if job.after else ''}")
+    return failed
+
+
+def queued(text: str) -> dict[str, str]:
+    """Job ids by name, from squeue's lines."""
+    pairs = [line.split(maxsplit=1) for line in text.splitlines()]
+    return {pair[1].strip(): pair[0] for pair in pairs if len(pair) == 2}
+
+
+def _job_name(what: str, row: Row, folder: Path) -> str:
+    mark = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=3).hexdigest()
+    return f"{what}-{row.name}-{mark}"
+
+
+def _read(program: str, *arguments: str, **variables: str) -> str:
+    environment = {"CHORD_HOME": str(ROOT)} | os.environ | variables
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise TableError(f"--sbatch: there is no {program} on this machine") from None
+    if done.returncode != 0:
+        raise TableError(f"{program} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lines of an @FILE are one argument each; empty lines and comments are none."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        line = arg_line.strip()
+        return [] if not line or line.startswith("#") else [line]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="[WHO:]NAME=VALUE",
+        help="a setting of the runs; WHO is a row (grpo), a domain (math, tools) or both (grpo_math), and `suite` for "
+        "a setting of the suite. @FILE: a file with one of these in a line",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--run", action="store_true", help="train and evaluate what is missing, on this machine")
+    how.add_argument("--sbatch", action="store_true", help="submit it to Slurm, one job for each step")
+    parser.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="WHO",
+        help="only these rows (may be repeated); default: all",
+    )
+    parser.add_argument("--suite", default="paper", metavar="SUITE.yaml", help="default: paper")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
+    parser.add_argument(
+        "--evaluations",
+        type=Path,
+        default=Path("evaluations"),
+        metavar="FOLDER",
+        help="default: evaluations",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the table there")
+    # Settings may stand on both sides of an option.
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
