@@ -55,6 +55,13 @@ TITLES = {
 }
 """In the order of the table. A row comes after the one that it starts from."""
 STARTS_FROM = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
+NOT_FOR = {
+    "grpo": ("data.demonstrations",),
+    "sft_light_rl": ("data.demonstrations", "model.path"),
+    "sft_best_rl": ("data.demonstrations", "model.path"),
+}
+"""Settings of all rows, or of all rows of a domain, that these rows do not take: they have no demonstrations, and they
+start from another row's policy."""
 PAPER_COLUMNS = ("amc avg@8", "aime24 avg@32", "aime25 avg@32", "mmlu_pro avg@1", "bfcl avg@1")
 PAPER = {
     BASE: ("43.8", "11.7", "6.66", "24.7", "46.2"),
@@ -170,7 +177,7 @@ def _row(
     chosen = settings_for(key, domain, settings)
     folder = args.runs / f"{key}_{DOMAINS[domain]}"
     if start is not None:
-        chosen = [f"model.path={start.policy.resolve()}", *_without(chosen, settings, key, "model.path")]
+        chosen = [f"model.path={start.policy.resolve()}", *chosen]
     # The model that the other rows start from is the one of GRPO's preset.
     preset = "grpo" if key == BASE else key
     config = load_config(PRESETS / f"{preset}_{DOMAINS[domain]}.yaml", [*chosen, f"output={folder}"])
@@ -228,19 +235,16 @@ def _names() -> str:
 def settings_for(key: str, domain: str, settings: Sequence[Setting]) -> list[str]:
     """A row's own settings, the more general ones first, so that a later one replaces an earlier one."""
 
-    def place(item: Setting) -> int:
+    def closeness(item: Setting) -> int:
         return ("", domain, key).index(item.who) if item.who in ("", domain, key) else 3
 
-    mine = [item for item in settings if item.who in {""} | names_of(key, domain)]
-    return [item.text for item in sorted(mine, key=place)]
+    def is_for_it(item: Setting) -> bool:
+        is_general = item.who in ("", domain)
+        if is_general and item.text.partition("=")[0] in NOT_FOR.get(key, ()):
+            return False
+        return is_general or item.who in names_of(key, domain)
 
-
-def _without(chosen: Sequence[str], settings: Sequence[Setting], key: str, name: str) -> list[str]:
-    """``chosen`` without the settings of ``name`` that are not given for this very row."""
-    general = {
-        item.text for item in settings if item.text.startswith(f"{name}=") and not item.who.startswith(key)
-    }
-    return [text for text in chosen if text not in general]
+    return [item.text for item in sorted(filter(is_for_it, settings), key=closeness)]
 
 
 def benchmarks_of(suite: SuiteConfig, domain: str) -> list[str]:

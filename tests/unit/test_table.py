@@ -102,6 +102,19 @@ def test_a_setting_reaches_its_rows_and_the_closest_one_wins(tmp_path: Path) -> 
     assert load_config(rl.preset, rl.settings).model.path == Path("/chosen")
 
 
+def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "math:data.demonstrations=/all.jsonl", "luffy:data.demonstrations=/own.jsonl")
+    for key in table.TITLES:
+        if key != table.BASE:
+            row = rows[f"{key}_math"]
+            preset = load_config(row.preset).data.demonstrations
+            taken = load_config(row.preset, row.settings).data.demonstrations
+            assert (taken is None) == (preset is None), key
+    luffy = load_config(rows["luffy_math"].preset, rows["luffy_math"].settings).data.demonstrations
+    assert luffy is not None
+    assert luffy[0].path == (Path("/own.jsonl"),)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
