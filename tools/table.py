@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sbatch:
             failed = submit(rows, args.suite)
         elif args.run:
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run, see _call
             failed = run(rows, args.suite)
     except (ValueError, OSError) as error:  # settings are refused with a ValueError
         print(f"error: {error}", file=sys.stderr)
@@ -406,12 +408,19 @@ class _Failed(Exception):
 
 
 def _call(title: str, *arguments: str) -> None:
-    """Runs megatron-chord. At Ctrl-C it gets the signal as well, and is given the time to stop in order."""
+    """Runs megatron-chord, and waits until it has ended, also when this process is asked to end.
+
+    A Ctrl-C in the terminal reaches both, SIGTERM only this one, which hands it on.
+    """
     print(f"\n=== {title}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "megatron_chord.cli", *arguments], env=_environment())
     try:
         code = process.wait()
     except KeyboardInterrupt:
+        process.wait()
+        raise
+    except SystemExit:
+        process.terminate()
         process.wait()
         raise
     if code != 0:
@@ -441,7 +450,11 @@ class Job:
 
 
 def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
-    """The jobs for what is missing, each after the one that it waits for."""
+    """The jobs for what is missing, each after the one that it waits for. None for an original model that is not there.
+
+    Raises:
+        TableError: a row starts from another one that is neither done nor among ``rows``.
+    """
     training: dict[str, Job] = {}
     for row in rows:
         if row.key != BASE and training_state(row) != DONE:
@@ -456,7 +469,8 @@ def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
                 variables={"CHORD_RUN": str(row.preset)},
             )
             yield training[row.name]
-        if row.name in training or evaluation_state(row) != DONE:
+        has_policy = row.name in training or training_state(row) == DONE
+        if has_policy and (row.name in training or evaluation_state(row) != DONE):
             yield Job(
                 name=_job_name("evaluate", row, row.evaluation),
                 script="evaluate.sh",
@@ -469,11 +483,16 @@ def submit(rows: Sequence[Row], suite: str) -> list[str]:
     """Submits the jobs that are not in the queue yet, and says so.
 
     Returns:
-        What sbatch refused.
+        What sbatch refused, and the original models that are not there.
     """
+    jobs = list(jobs_of(rows, suite))  # all of them, before any is submitted
     ids = queued(_read("squeue", "--me", "--noheader", "--format=%i %j"))
-    failed: list[str] = []
-    for job in jobs_of(rows, suite):
+    failed = [
+        f"{row.name}: {training_state(row)}"
+        for row in rows
+        if row.key == BASE and training_state(row) != DONE
+    ]
+    for job in jobs:
         if job.name in ids:
             print(f"{job.name}: job {ids[job.name]} is in the queue already")
             continue

@@ -221,6 +221,8 @@ def test_jobs_for_what_is_missing(tmp_path: Path) -> None:
     assert after("train-sft_best_rl") is None
     assert after("evaluate-sft_best") is None
     assert after("evaluate-base") is None
+    nowhere = rows_of(tmp_path, QUICK, "model.path=/nowhere", "--row=base")["base_math"]
+    assert list(table.jobs_of([nowhere], "paper")) == []
     alone = [rows["sft_light_rl_math"]]
     with pytest.raises(
         table.TableError, match="starts from sft_light_math_qwen7b, which is neither done nor asked"
