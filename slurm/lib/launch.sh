@@ -95,15 +95,15 @@ finish() {
     code=1
     echo "the nodes ended without saying how: see $CHORD_JOB/logs" >&2
   fi
-  # 75: stopped as asked. 76: the same, before a single step; twice in a row the job would go on so for ever.
+  # 75: stopped as requested. 76: the same, before a single step was done. Twice in a row: do not requeue, or it never ends.
   if ((code == 75 || code == 76)); then
     local before="${CHORD_JOB%-*}-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
     if ((code == 76)) && [[ -f "$before" && "$(<"$before")" == 76 ]]; then
-      echo "stopped as asked, twice without a single step: is --time longer than --signal and the start?" >&2
+      echo "stopped as requested, twice without a single step: is --time longer than --signal and the start?" >&2
     elif ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
-      echo "stopped as asked after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
+      echo "stopped as requested after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
     else
-      echo "stopped as asked; the job goes back to the queue"
+      echo "stopped as requested; the job goes back to the queue"
       scontrol requeue "$SLURM_JOB_ID" && exit 0
     fi
   fi
