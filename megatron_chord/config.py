@@ -170,7 +170,7 @@ class DataConfig:
     shows them; for templates that rewrite earlier turns (Qwen3 cuts their thinking out)."""
     cache: Path | None = None
     """Folder of tokenised demonstrations, from which a run that starts again takes them at once (docs/data.md). Left
-    out: data_cache beside `output`."""
+    out: .data_cache beside `output`."""
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
     max_prompt_tokens: int = 1024

@@ -159,7 +159,7 @@ def train(
         with _refusing():
             parts = _build(run, shape, method, groups, coordinator, stack)
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
-            groups.once(lambda: _begin(claimed, coordinator, done, resume))
+            groups.once(lambda: _begin(claimed, coordinator, data, done, resume))
         if done == 0:
             _evaluate(parts, 0)
         groups.pulse.enter("computing")
@@ -176,18 +176,34 @@ def _export(parts: RunContext, chat_template: str | None) -> None:
     run, best = parts.run, parts.best.step
     with parts.state.groups.pulse.phase("saving"):
         if run.checkpoint.export == "best" and best is not None:
-            path = run.output / CHECKPOINTS / f"step-{best:06d}"
-            checkpoint.load(parts.state, path)
-            _say(parts.coordinator, f"the policy to export is the best one, that of {path}")
+            _load_best(parts, best)
         export_policy(parts.state, run.model.path, run.output / POLICY, chat_template=chat_template)
 
 
-def _begin(claimed: Claim | None, coordinator: Coordinator | None, done: int, resume: Resume) -> None:
+def _load_best(parts: RunContext, step: int) -> None:
+    """Load the best weights. If their checkpoint is damaged, the last weights stay. On every rank."""
+    folder = parts.run.output / CHECKPOINTS
+    try:
+        path = checkpoint.find_named(folder, f"step-{step}", print, parts.state.groups)
+    except ValueError as error:
+        _say(
+            parts.coordinator, f"the last weights are exported, because the best ones cannot be read: {error}"
+        )
+        return
+    checkpoint.load(parts.state, path)
+    _say(parts.coordinator, f"the policy to export is the best one, that of {path}")
+
+
+def _begin(
+    claimed: Claim | None, coordinator: Coordinator | None, data: RunData | None, done: int, resume: Resume
+) -> None:
     """From here on the start is not refused any more: the folder becomes this run's. On the coordinator."""
     assert claimed is not None
     assert coordinator is not None
+    assert data is not None
     claimed.begin(first_step=done)
     coordinator.log.begin()
+    write_left_out(claimed.folder, data.left_out)
     if resume not in ("never", "auto"):
         checkpoint.set_aside(claimed.folder / CHECKPOINTS, after=done, notify=coordinator.log.say)
 
@@ -440,7 +456,13 @@ def _evaluate(parts: RunContext, version: int) -> bool:
             f"on {result.num_problems} problems"
         )
     name = parts.run.checkpoint.keep_best
-    return name is not None and version > 0 and parts.best.note(version, value_of(result, name))
+    if name is None or version == 0:
+        return False
+    try:
+        return parts.best.note(version, value_of(result, name))
+    except ValueError as error:
+        _say(coordinator, f"this evaluation does not count for the best checkpoint: {error}")
+        return False
 
 
 def _save(parts: RunContext, step: int, memory: Memory) -> None:
@@ -475,6 +497,7 @@ def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
     check_finite(parts.state, f"{path} cannot be continued; move it away to continue from the previous one")
     parts.health.restore(run_state.get("health"))
     parts.best.restore(run_state.get("best"))
+    _forget_lost_best(parts)
 
     def restore() -> None:
         assert parts.coordinator is not None
@@ -488,6 +511,20 @@ def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
         restart_schedule(parts.state, _last_reset(parts.method, parts.run, step))
     return run_state["step"], run_state["mu"]
+
+
+def _forget_lost_best(parts: RunContext) -> None:
+    """If the best checkpoint was removed, no checkpoint is the best until an evaluation is better than it was."""
+    best, folder = parts.best, parts.run.output / CHECKPOINTS
+    if best.step is None or parts.run.checkpoint.keep_best is None:
+        return
+    path = folder / f"step-{best.step:06d}"
+    if not parts.state.groups.once(path.is_dir):
+        _say(
+            parts.coordinator,
+            f"the best checkpoint, {path}, is gone; a better evaluation is needed to keep another",
+        )
+        best.step = None
 
 
 def _check_memory(schedule: MuSchedule, now: ScheduleInput, path: Path) -> None:
@@ -521,7 +558,6 @@ def _make_coordinator(
     )
     for report in data.reports:
         log.say(report)
-    write_left_out(run.output, data.left_out)
     if data.left_out:
         log.say(f"left out    {len(data.left_out)} rows, each with its reason in {run.output / DROPPED}")
     return Coordinator(

@@ -32,6 +32,8 @@ class RunLog:
         self._folder = folder
         self._path = folder / METRICS
         self._samples = folder / SAMPLES
+        self._held_samples: list[tuple[Path, str]] | None = []
+        """Samples that ``begin`` writes; None after it."""
         self._first_step = first_step
         self._judge = Judge(settings=settings)
         self._settings = settings
@@ -70,6 +72,9 @@ class RunLog:
             kind, step = path.stem.rsplit("-", 1)
             if int(step) >= self._first_step + (kind == "evaluation"):
                 path.unlink()
+        for path, text in self._held_samples or ():
+            path.write_text(text, encoding="utf-8")
+        self._held_samples = None
         run = TrackedRun(folder=self._folder, settings=self._settings, first_step=self._first_step)
         self._trackers = Trackers(setting(self._settings, "tracking", ()), run, self.say)
 
@@ -97,9 +102,14 @@ class RunLog:
         self._progress.update(self._task, completed=row["step"] + 1)
 
     def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:
+        """Write the rollouts of a step. Before ``begin`` they are held, and written by it: a resume collects the steps
+        again that were sampled ahead, while its start can still be refused."""
         path = self._samples / f"{kind}-{step:06d}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_text(text, encoding="utf-8")
+        if self._held_samples is None:
+            path.write_text(text, encoding="utf-8")
+        else:
+            self._held_samples.append((path, text))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

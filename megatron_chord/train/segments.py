@@ -26,6 +26,7 @@ _SAME_LEARNING = (
     "data.prompts.path",  # the cursors check what the files hold
     "data.demonstrations.path",
     "data.evaluation",
+    "data.cache",
     "batch.max_tokens_per_gpu",
     "rollout.servers",
     "rollout.tensor",

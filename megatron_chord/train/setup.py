@@ -166,7 +166,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         template,
         remembering(
             partial(load_demonstrations, observe=observe.get("demonstrations")),
-            run.data.cache or run.output.parent / "data_cache",
+            run.data.cache or run.output.parent / ".data_cache",
             {
                 "max_response_tokens": run.data.max_response_tokens,
                 **limits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,16 @@ def test_a_start_that_is_refused_leaves_the_record_as_it_was(tmp_path: Path) -> 
         log.begin()
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
     assert list((tmp_path / "samples").iterdir()) == []
+
+
+def test_samples_that_a_resume_collects_again_are_kept(tmp_path: Path) -> None:
+    """A resume collects the steps that were sampled ahead before its start can no longer be refused."""
+    with RunLog(tmp_path, steps=9, first_step=0, settings={}) as log:
+        log.begin()
+        log.write_samples(4, [{"response": "of the run that went further"}])
+    with RunLog(tmp_path, steps=9, first_step=3, settings={}) as log:
+        log.write_samples(3, [{"response": "sampled ahead"}])
+        assert not (tmp_path / "samples" / "step-000003.jsonl").exists()
+        log.begin()
+    (path,) = (tmp_path / "samples").iterdir()
+    assert json.loads(path.read_text()) == {"response": "sampled ahead"}
