@@ -16,7 +16,8 @@ import sys
 
 from megatron_chord.rewards.response import Response
 
-SECONDS = 2
+CPU_SECONDS = 2
+WALL_SECONDS = 10
 MEMORY_BYTES = 512 << 20
 
 _NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
@@ -51,7 +52,7 @@ def runs(program: str) -> bool:
             stderr=subprocess.DEVNULL,
             env={},
             cwd="/",
-            timeout=SECONDS,
+            timeout=WALL_SECONDS,
             preexec_fn=_limit,
             check=False,
         )
@@ -61,7 +62,7 @@ def runs(program: str) -> bool:
 
 
 def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
