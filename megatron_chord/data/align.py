@@ -1,4 +1,4 @@
-"""Prompts and the demonstrations that answer them: a demonstration is a prompt's own when it begins with its tokens."""
+"""Match prompts and demonstrations: a demonstration belongs to a prompt if it begins with the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _SHOWN = 5
 def align(
     prompts: Sequence[Prompt], demonstrations: Sequence[Demonstration], *, unmatched: Literal["fail", "drop"]
 ) -> tuple[list[Prompt], dict[str, Demonstration]]:
-    """The prompts that have a demonstration of one answer, and for each its first, by prompt id.
+    """The prompts that have a demonstration with a single answer, and the first such demonstration of each, by prompt
+    id.
 
     Raises:
         DataError: prompts without one under ``unmatched="fail"``, or no prompt with one.

@@ -1,8 +1,8 @@
-"""An endless shuffled order over a data set that can be left and taken up again at any item.
+"""An endless shuffled order over a data set, which can be resumed at any item.
 
-The order is a definition, not the by-product of a random generator: epoch e visits its items in the order of
-blake2b("name/seed/e/item"). It depends on nothing but name, seed and size, so neither batch sizes nor the number
-of ranks nor the version of a library changes it, and a position is one whole number.
+No random generator is used: epoch e visits its items in the order of blake2b("name/seed/e/item"). The order depends
+only on name, seed and size. Batch sizes, the number of ranks and the versions of libraries do not change it. A
+position is one integer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megatron_chord.records import Demonstration, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """A position in the endless order. Immutable: `take` gives the cursor that follows."""
+    """A position in the endless order. Immutable: `take` returns the cursor after the taken items."""
 
     name: str
-    """Tells two cursors of one run apart (`prompts`, `demonstrations`), so that their orders differ."""
+    """Distinguishes the cursors of a run (`prompts`, `demonstrations`), so that their orders differ."""
     size: int
-    """Items of the data set."""
+    """Number of items of the data set."""
     seed: int
     data: str
     """`fingerprint` of the data set."""
     position: int = 0
-    """Items taken since the start of the run, over all epochs."""
+    """Number of items taken since the start of the run, over all epochs."""
 
     def __post_init__(self) -> None:
         if self.size <= 0:
@@ -91,13 +91,13 @@ class Cursor:
         return replace(self, position=position)
 
     def index_at(self, position: int) -> int:
-        """The item at a place in the endless order."""
+        """The index of the item at a position in the endless order."""
         epoch, offset = divmod(position, self.size)
         return _epoch_order(self.name, self.seed, epoch, self.size)[offset]
 
 
 def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
-    """Hash of what the records hold, in their order."""
+    """Hash of the contents of the records, in their order."""
     digest = hashlib.sha256()
     for record in records:
         extra = (

@@ -1,4 +1,4 @@
-"""Reads demonstrations: one Demonstration a row, in which the answer's tokens are marked as trainable."""
+"""Reads demonstrations: each row gives one Demonstration, in which the answer's tokens are marked as trainable."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ def load_demonstrations(  # noqa: PLR0913
     """The demonstrations of a file, of a folder or pattern of files, or of a list of these, in their order.
 
     A row has `messages` that end with the assistant's, or a `problem` (`question`, `prompt`) and a `solution`
-    (`response`) as text; and, if it likes, an `id`, and `tools` (`functions`), which it is shown as a prompt is
-    (`data.tools`). Rows of `data.layouts` are read, too. The report names the layouts and unused fields.
-    ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name that the
-    demonstrations carry. ``observe`` is called for each row.
-    Trainable tokens count as response, the others as prompt. A demonstration is never truncated: a cut one would not
-    teach how to end.
+    (`response`) as text. An `id` and `tools` (`functions`) are optional; tools are shown as in a prompt
+    (`data.tools`). Rows in the layouts of `data.layouts` are read, too. The report names the layouts and unused
+    fields. ``fields`` says where a row has what is read (``data.layouts.Reading.mapping``). ``source`` is the name
+    that the demonstrations carry. ``observe`` is called for each row. Trainable tokens count as response, the others
+    as prompt. A demonstration is never truncated, because a truncated one would not train how to end an answer.
 
     Raises:
         DataError: faulty rows, all listed, among them those without a trainable token; over-long rows under

@@ -14,7 +14,7 @@ _PACKED = (".gz", ".zst")
 
 
 def kind_of(file: Path) -> str:
-    """The suffix that says what is in the file, without the one that says how it is compressed."""
+    """The suffix of the file's format, without the suffix of its compression."""
     return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
 
 
@@ -67,7 +67,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 
 class _Unpacked(io.RawIOBase):
-    """An Arrow stream, which knows no lines, as Python's buffered reader wants it."""
+    """Adapts an Arrow stream, which has no lines, to Python's buffered reader."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -82,5 +82,5 @@ class _Unpacked(io.RawIOBase):
 
 
 def _is_description(file: Path) -> bool:
-    """What ``datasets`` and the hub put beside the data."""
+    """Files that ``datasets`` and the hub store next to the data."""
     return file.name in ("dataset_info.json", "state.json", "dataset_infos.json", "dataset_dict.json")

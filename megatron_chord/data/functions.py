@@ -1,4 +1,4 @@
-"""Tool rows as others write them: lists of functions, and true calls, in the forms that `data.tools` reads."""
+"""Converts the functions and true calls of other projects' rows into the forms that `data.tools` reads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SCHEMA_TYPES = {
 def functions_of(value: Any) -> Any:
     """A row's functions: a list, its JSON text, or a list of JSON texts -> a list of schemas; none -> None.
 
-    A wrapping ``{"type": "function", "function": ...}`` goes, also with further keys such as ``strict``. What is no
-    list of functions stays as it is, to be refused with its row.
+    A wrapping ``{"type": "function", "function": ...}`` is removed, also if it has further keys such as ``strict``. A
+    value that is not a list of functions is returned unchanged, and refused later with its row.
     """
     value = _from_json(value)
     if value in (None, "", []):
@@ -53,7 +53,7 @@ def with_schema_types(value: Any) -> Any:
 
 
 def with_object_schemas(functions: Any) -> Any:
-    """xLAM's functions, whose ``parameters`` map each argument to its description and type: as object schemas.
+    """Object schemas of xLAM's functions, whose ``parameters`` map each argument to its description and type.
 
     An argument is required unless it has a default or its type says ``optional``.
     """
@@ -66,8 +66,8 @@ def with_object_schemas(functions: Any) -> Any:
 def calls_of(value: Any) -> Any:
     """True calls as a list of ``{"name", "arguments"}``.
 
-    They may be one call, OpenAI's ``tool_calls`` (arguments may be JSON text), or have ``parameters`` for
-    ``arguments``. Anything else stays as it is (BFCL's lists of accepted values).
+    The input may be a single call, OpenAI's ``tool_calls`` (arguments may be JSON text), or have ``parameters`` in
+    place of ``arguments``. Anything else is returned unchanged (BFCL's lists of accepted values).
     """
     value = _from_json(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What stands in a run's data: counts, lengths, truths, duplicates, overlaps and a few rendered rows.
+"""Statistics of a run's data: counts, lengths, truths, duplicates, overlaps and a few rendered rows.
 
-``Inspector`` watches the rows while they are read, one ``Watcher`` for each data set. Little is kept of a row; only the
-examples are kept whole.
+``Inspector`` observes the rows while they are read, with one ``Watcher`` for each data set. Only the examples are
+stored completely; of the other rows only what the statistics need is stored.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from megatron_chord.data.token_texts import Pieces, pieces_of
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
 Grader = Callable[[str], "tuple[str, str] | None"]
-"""Name of a data source -> what reads its truths, a kind of ``rewards.reading`` and its marker; None: nothing does."""
+"""Name of a data source -> how its truths are read: a kind of ``rewards.reading`` and its marker; None: not read."""
 MAX_TRUTHS = 2000
-"""Different truths whose reading is looked at, of each data set."""
+"""Number of different truths of each data set that are read."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one part of each row, over-long rows included."""
+    """Number of tokens of one part of each row, over-long rows included."""
 
     part: str
     values: tuple[int, ...]
     limit: int
     setting: str
-    """Which sets the limit."""
+    """The setting that sets the limit."""
 
     @property
     def num_over(self) -> int:
@@ -77,7 +77,7 @@ class SetReport:
 
     name: str
     files: tuple[tuple[str, int, int], ...]
-    """(file, rows, rows that are left out as over-long)"""
+    """(file, number of rows, number of rows left out as over-long)"""
     lengths: tuple[Lengths, ...]
     repeated: tuple[tuple[str, ...], ...]
     """Places of rows with the same problem."""
@@ -102,7 +102,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Problems of ``other`` that are in ``one``, too."""
+    """Problems that occur in both ``one`` and ``other``."""
 
     one: str
     other: str
@@ -123,7 +123,7 @@ class Inspection:
 
 
 def findings(inspection: Inspection) -> list[str]:
-    """What a person should look at before the run, one sentence each."""
+    """What the user should check before the run, one sentence each."""
     found = []
     for one in inspection.sets:
         if one.num_kept < one.num_rows:
@@ -161,7 +161,7 @@ def findings(inspection: Inspection) -> list[str]:
 
 @dataclass
 class Watcher:
-    """Gathers what is to be known of one data set. Call it with every row."""
+    """Collects the statistics of one data set. Call it with every row."""
 
     name: str
     max_prompt_tokens: int
@@ -175,7 +175,7 @@ class Watcher:
     _answers: list[Problem] = field(default_factory=list)
     _examples: dict[str, Observed] = field(default_factory=dict)
     sampled: list[Observed] = field(default_factory=list)
-    """``num_sampled`` rows of all that are kept, each as likely as any other; the same ones every time."""
+    """``num_sampled`` rows of all rows that are not left out, drawn uniformly and reproducibly."""
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __call__(self, seen: Observed) -> None:
@@ -199,7 +199,7 @@ class Watcher:
             self.sampled[place] = seen
 
     def report(self, template: ChatTemplate, grader: Grader) -> SetReport:
-        """Of all rows that were watched."""
+        """The statistics of all rows that were observed."""
         truths, num_read = _truth_kinds(self._truths, grader)
         return SetReport(
             name=self.name,
@@ -215,7 +215,7 @@ class Watcher:
         )
 
     def _keep(self, seen: Observed) -> None:
-        """The first rows, and those with the fewest and the most tokens of the part that matters."""
+        """The first rows, and those with the fewest and the most tokens in the relevant part."""
         for index in range(self.num_examples):
             if f"row {index}" not in self._examples:
                 self._examples[f"row {index}"] = seen
@@ -263,13 +263,13 @@ class Watcher:
 
 @dataclass
 class Inspector:
-    """Watches all data sets of a run; ``observe`` is what ``train.setup.load_data`` is given."""
+    """Observes all data sets of a run. Pass ``observe`` to ``train.setup.load_data``."""
 
     max_prompt_tokens: int
     max_response_tokens: int
     num_examples: int = 3
     num_sampled: int = 0
-    """Demonstrations that ``sampled`` of their watcher has."""
+    """Number of demonstrations in ``sampled`` of their watcher."""
     observe: dict[str, Watcher] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -277,7 +277,7 @@ class Inspector:
         self.observe = {name: Watcher(name, *limits) for name in ("prompts", "demonstrations", "evaluation")}
 
     def inspection(self, template: ChatTemplate, reports: Iterable[str], grader: Grader) -> Inspection:
-        """Of what was watched. ``grader`` reads the truths."""
+        """The statistics of all observed data sets. ``grader`` reads the truths."""
         watched = [watcher for watcher in self.observe.values() if watcher.problems]
         return Inspection(
             reports=tuple(reports),

@@ -1,9 +1,10 @@
 """One process that renders a chat template: `python -m megatron_chord.data.jinja_worker FD`, for `data.rendering`.
 
-A template is a program of whoever published the model. Jinja's sandbox keeps it from files and attributes; here it is
-kept from taking all time and memory. It reads a JSON line with ``template``, ``names`` and ``cpu_s``, then lines with
-``messages``, ``tools`` and ``add_generation_prompt``, and answers ``{"text"}``, ``{"refused"}`` or ``{"exhausted"}``.
-A line without ``messages`` asks what the template reads, and the answer is ``{"variables"}``.
+A template is untrusted code from the publisher of the model. Jinja's sandbox denies it access to files and attributes.
+This process limits its time and memory. The process reads a JSON line with ``template``, ``names`` and ``cpu_s``, then
+lines with ``messages``, ``tools`` and ``add_generation_prompt``. It answers ``{"text"}``, ``{"refused"}`` or
+``{"exhausted"}``. A line without ``messages`` asks which variables the template reads; the answer is
+``{"variables"}``.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
-"""Of address space; Python with Transformers' renderer takes 0.25 GB of it."""
+"""Limit of the address space, in bytes. Python with Transformers' renderer takes 0.25 GB of it."""
 MAX_TEXT = 8_000_000
-"""Characters of one rendered conversation."""
+"""Largest number of characters of one rendered conversation."""
 
 # Some templates print today's date. A run that is resumed tomorrow must see the prompts it saw today.
 _TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 def main() -> None:
-    # Ctrl-C is for the run. Its end closes the connection, which ends this process.
+    # The run handles Ctrl-C. When the run ends, the connection closes, and that ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -44,7 +45,7 @@ def main() -> None:
             continue
         signal.setitimer(
             signal.ITIMER_PROF, setting["cpu_s"]
-        )  # the kernel ends it then, whatever it is doing
+        )  # beyond this limit the kernel ends the process
         reply = _answer(render_jinja_template, setting, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.sendall(reply)
@@ -70,17 +71,17 @@ def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> by
         return json.dumps(reply).encode() + b"\n"
     except MemoryError:
         return b'{"exhausted": "needs more memory than %d GiB"}\n' % (MEMORY_BYTES >> 30)
-    except Exception as error:  # the template's own: whatever it raises is about this conversation
+    except Exception as error:  # any exception of the template concerns this conversation
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         return json.dumps({"refused": f"{kind}{error}"[:500]}).encode() + b"\n"
 
 
 def _variables(template: str) -> list[str]:
-    """The names that the template may look up, those that it sets itself in some branch included."""
+    """The names that the template may look up, including those that it sets itself in some branch."""
     from jinja2 import meta
     from transformers.utils import chat_template_utils
 
-    # Its environment knows the tags that only Transformers has.
+    # This environment also has the tags that only Transformers defines.
     environment = chat_template_utils._compile_jinja_template(template).environment
     return sorted(meta.find_undeclared_variables(environment.parse(template)))
 

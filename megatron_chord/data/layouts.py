@@ -1,8 +1,8 @@
 """Public data layouts: a row as others publish it becomes a row with this project's own fields.
 
-A layout is recognised by its columns. Of several, the one that looks at more columns is taken. Where none looks at all
-columns of the others, and they read different rows, the row is refused with the mappings to choose from. A row of no
-known layout stays as it is.
+A layout is recognised by its columns. If several layouts fit, the one that reads more columns is taken. If none of
+them reads all columns of the others, and they give different rows, the row is refused, and the error lists the
+mappings to choose from. A row without a known layout is not changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_chord.rewards.answers import last_boxed
 
 T = TypeVar("T")
 Role = Literal["prompts", "demonstrations"]
-"""What a file is read for. Evaluation sets are prompts."""
+"""The use of a file: as prompts or as demonstrations. Evaluation sets are prompts."""
 Fields = Mapping[str, Any]
 
 OWN_FIELDS = frozenset(
@@ -55,17 +55,17 @@ _CHAT_ROLES = {
 class Layout:
     name: str
     has: frozenset[str]
-    """Columns that each of its rows has."""
+    """Columns that every row of this layout has."""
     fits: Callable[[Fields], bool] = lambda fields: True
-    """What tells it from other layouts with the same columns."""
+    """A test that distinguishes it from other layouts with the same columns."""
     as_prompt: Callable[[Fields], Fields] | None = None
     """The row's question and truth under this project's names; None: such rows have no truth."""
     as_demonstration: Callable[[Fields], Fields] | None = None
     """The row's question and answer under this project's names; None: such rows have no answer to imitate."""
     uses: frozenset[str] = frozenset()
-    """Columns that are read beside those of ``has``."""
+    """Columns that are read in addition to those of ``has``."""
     mapping: Mapping[Role, Mapping[str, str]] = field(default_factory=dict["Role", "Mapping[str, str]"])
-    """The ``fields`` in YAML that read it so; ``?`` is messages or problem. None where no mapping can."""
+    """The ``fields`` in YAML that give the same reading; ``?`` is messages or problem. None: no mapping gives it."""
 
 
 @dataclass
@@ -74,15 +74,15 @@ class Reading:
 
     role: Role
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Own field -> where the row has it, as a dotted path; in place of a recognised layout."""
+    """This project's field -> its dotted path in the row. Used in place of a recognised layout."""
     layouts: list[str] = field(default_factory=list[str])
     """Names of the rows' layouts, other than the project's own, in the order in which they were met."""
     unused: set[str] = field(default_factory=set[str])
-    """Fields that no row's reading looked at."""
+    """Fields that were not read in any row."""
     has_nulls: bool = False
-    """Null keys were left out of nested columns."""
+    """Whether null keys were left out of nested columns."""
     tools_shown: set[str] = field(default_factory=set[str])
-    """Who shows the rows' functions (``data.tools.Conversation``); empty of rows without any."""
+    """What shows the rows' functions (``data.tools.Conversation``); empty for rows without functions."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
@@ -93,7 +93,7 @@ class Reading:
         """``row`` with this project's fields.
 
         Raises:
-            RowError: its layout has nothing for this role, or a value in it is of the wrong kind.
+            RowError: its layout has no data for this role, or a value in it has the wrong type.
         """
         if self.mapping:
             used = {path.partition(".")[0] for path in self.mapping.values()}
@@ -116,7 +116,7 @@ class Reading:
         return replace(row, fields={name: value for name, value in own.items() if value is not None})
 
     def _way(self, fields: Fields) -> _Way | None:
-        """How the row is read; None where nothing is recognised.
+        """How the row is read; None if no layout is recognised.
 
         Raises:
             FatalRowError: it can be read in several ways, which give different rows.
@@ -159,7 +159,7 @@ def load_rows(
     limits: str,
     max_dropped: float,
 ) -> tuple[list[T], LoadReport]:
-    """``rows.parse_rows`` of the rows in this project's fields, without those for which it is None: they are over-long.
+    """``rows.parse_rows`` of the rows in this project's fields. Over-long rows, for which it gives None, are left out.
 
     Raises:
         DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
@@ -240,7 +240,7 @@ def _with_system(fields: Fields, role: Role) -> Fields:
 
 
 def _mapped(fields: Fields, mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The values that ``mapping`` leads to. Turns of ``from`` and ``value`` become messages."""
+    """The values at the paths of ``mapping``. Turns of ``from`` and ``value`` become messages."""
     own = {name: at_path(fields, path) for name, path in mapping.items()}
     messages = own.get("messages")
     if isinstance(messages, list) and all(isinstance(turn, dict) and "from" in turn for turn in messages):
@@ -286,7 +286,7 @@ class _Way:
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def attempt(self, fields: Fields) -> Any:
-        """What is asked and the truth or answer, to compare readings; None where the row cannot be read so."""
+        """The question and the truth or answer, for comparing readings; None if the row cannot be read in this way."""
         try:
             own = dict(fields) if self.convert is None else dict(self.convert(fields))
         except (RowError, TypeError, ValueError, KeyError, IndexError):
@@ -300,7 +300,7 @@ class _Way:
         return asked, [str(item).strip() for item in given]
 
     def choice(self, role: Role, fields: Fields, other: _Way) -> str:
-        """What to write to have the row read in this way and not in the ``other``."""
+        """The mapping to write in YAML so that the row is read in this way and not in the ``other``."""
         mapping = {
             ("messages" if isinstance(fields.get(path), list) else "problem") if own == "?" else own: path
             for own, path in self.mapping.items()
@@ -313,10 +313,10 @@ class _Way:
 
 
 def ways_of(fields: Fields, role: Role) -> list[_Way]:
-    """The ways in which a row can be read for ``role``, without those that another one makes more of.
+    """The ways in which a row can be read for ``role``, without those that read only a part of another way's columns.
 
-    A way makes more of a row than another when it looks at all columns of the other, and the other does not look at all
-    of its own; of two that look at the same columns, the layout that is first in ``LAYOUTS``; own fields come last.
+    Of two ways that read the same columns, the layout that is first in ``LAYOUTS`` is kept. This project's own fields
+    come last.
     """
     ways = [way for layout in LAYOUTS if (way := _way_of(layout, fields, role)) is not None]
     own = _own_way(fields, role)
@@ -363,7 +363,7 @@ def _ends_with_assistant(messages: Any) -> bool:
 
 
 def _question(value: Any, name: str) -> dict[str, Any]:
-    """A question that may be a chat or a text."""
+    """The fields of a question that is a chat or a text."""
     if isinstance(value, list):
         return {"messages": value}
     if isinstance(value, str):
@@ -408,7 +408,7 @@ def _has_inside(column: str, *keys: str) -> Callable[[Fields], bool]:
 
 
 def _ground_truth(fields: Fields) -> Any:
-    """verl's truth; one that is a list (also of a NumPy array) must have one entry."""
+    """verl's truth. If it is a list (or a NumPy array), it must have one entry."""
     return _one_truth(_inside(fields, "reward_model", "ground_truth"), "reward_model.ground_truth")
 
 
@@ -455,7 +455,7 @@ def _has_no_truth(fields: Fields) -> bool:
 
 
 def _boxed_or_all(fields: Fields) -> Any:
-    """A truth that TRL and ms-swift give as `solution`: its box where it has one, else all of it."""
+    """The truth in the `solution` of TRL and ms-swift: the content of its box if it has one, else the whole text."""
     text = fields["solution"]
     return (last_boxed(text) if isinstance(text, str) else None) or text
 
@@ -503,7 +503,7 @@ def _xlam(fields: Fields) -> dict[str, Any]:
 
 
 def _open_instruct(fields: Fields) -> dict[str, Any]:
-    """Without a last turn of the assistant; its `tools` are names only."""
+    """The messages without a last turn of the assistant. The layout's `tools` are only names and are not used."""
     messages = fields["messages"]
     if _ends_with_assistant(messages):
         messages = messages[:-1]
@@ -545,7 +545,8 @@ def _swift(fields: Fields) -> dict[str, Any]:
 
 
 def _correct_generation(fields: Fields) -> dict[str, Any]:
-    """The first answer that math-verify found right, or else the judge of `correctness_llama`."""
+    """The first answer that math-verify found right; if there is none, the first that `correctness_llama` found
+    right."""
     for column in ("correctness_math_verify", "correctness_llama"):
         marks = fields.get(column) or []
         for generation, is_right in zip(fields["generations"], marks, strict=False):
@@ -569,7 +570,7 @@ def _layout(name: str, *columns: str, **settings: Any) -> Layout:
 
 @dataclass(frozen=True)
 class Refused:
-    """Rows that look usable and are not."""
+    """Rows that look usable but are not."""
 
     name: str
     has: frozenset[str]

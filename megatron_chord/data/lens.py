@@ -1,8 +1,9 @@
-"""The token lens: what a policy makes of each token of a demonstration, and what the run's token weight makes of that.
+"""The token lens: the policy's probability of each token of a demonstration, and the token weight that follows from
+it.
 
     p       the policy's probability of the token, at the temperature of the SFT branch
     phi     p (1 - p)
-    weight  -dL/d log p of the token's loss L: what its log-prob is pushed up with, a cutoff included
+    weight  -dL/d log p of the token's loss L, with the cutoff: the gradient that raises its log-prob
     pull    weight (1 - p), half the sum of |dL/d logit| over the vocabulary
     share   pull / the sum of the pulls of the demonstration's trained tokens
 
@@ -29,16 +30,16 @@ from megatron_chord.losses.logprobs import HeadOutput, token_logprobs
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
 KNOWN, SURPRISING = 0.99, 0.01
-"""phi is below 0.01, a 25th of its greatest value, beyond these values of p: phi drops such tokens."""
+"""Outside these two values of p, phi is below 0.01, 1/25 of its maximum: phi nearly removes such tokens."""
 
 
 @dataclass(frozen=True)
 class LensedRow:
-    """A demonstration and, of its K trained tokens, [K] float64 each."""
+    """A demonstration, and arrays over its K trained tokens, [K] float64 each."""
 
     example: Example
     positions: np.ndarray
-    """[K] int64: which of the tokens."""
+    """[K] int64: the indices of the trained tokens."""
     p: np.ndarray
     weight: np.ndarray
 
@@ -57,7 +58,7 @@ class LensedRow:
 
 @dataclass(frozen=True)
 class TokenClass:
-    """Tokens whose p lies in one range, and their part of the whole."""
+    """Tokens whose p lies in one range, and their shares of all trained tokens."""
 
     name: str
     tokens: float
@@ -81,7 +82,7 @@ class Lens:
 
     @property
     def dropped(self) -> float:
-        """Share of the tokens that phi drops: those with p above ``KNOWN`` or below ``SURPRISING``."""
+        """Share of the tokens that phi nearly removes: those with p above ``KNOWN`` or below ``SURPRISING``."""
         p = self.all("p")
         return float(((p > KNOWN) | (p < SURPRISING)).mean())
 
@@ -116,7 +117,7 @@ def load_policy(folder: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # whatever a loader raises for what stands in the folder's files
+    except Exception as error:  # any exception that a loader raises for the folder's files
         raise ValueError(f"--policy: {folder}: no model can be loaded from it: {error}") from error
     return model.eval()
 
@@ -127,7 +128,7 @@ def look(
     """The lens on ``rows``, demonstrations that are trained together in one update.
 
     Args:
-        term: of the objective; its temperature, loss and what it needs of the whole update are used.
+        term: a term of the objective. Its temperature, its loss and its values over the whole update are used.
         policy: the model's name, for the reader.
         weighting: as in ``Lens``.
 
@@ -157,7 +158,7 @@ def _positions(seen: Observed) -> np.ndarray:
 
 
 def _stats(model: Any, seen: Observed, term: Term) -> HeadOutput:
-    """Of the trained tokens, from the hidden states before them."""
+    """Statistics of the trained tokens, computed from the hidden states before them."""
     head = model.get_output_embeddings()
     if max(seen.token_ids) >= len(head.weight):
         raise ValueError(
@@ -179,7 +180,7 @@ def _stats(model: Any, seen: Observed, term: Term) -> HeadOutput:
 
 
 def _weights(found: Sequence[HeadOutput], term: Term) -> tuple[Tensor, ...]:
-    """-dL/d log p of each row's tokens, L their loss before it is averaged."""
+    """-dL/d log p of each row's tokens; L is their loss before averaging."""
     counts = [len(stats.logprobs) for stats in found]
     joined = {
         name: torch.cat([getattr(stats, name).detach() for stats in found])
@@ -208,7 +209,7 @@ def _tokens(counts: Sequence[int], columns: Mapping[str, Tensor]) -> TermTokens:
 
 
 class _Alone:
-    """Reductions where all tokens are here."""
+    """Reductions for a single process that has all tokens."""
 
     def sum(self, values: Tensor) -> Tensor:
         return values

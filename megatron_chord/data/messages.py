@@ -1,4 +1,4 @@
-"""Chat messages of a row, checked: who says what, which functions are called, and what these return.
+"""Checks the chat messages of a row: the roles, the function calls and their results.
 
 A message has ``role`` and ``content``. An assistant's may have ``reasoning_content`` (its thinking, apart from the
 answer) and ``tool_calls``; after these come messages of the role ``tool``, one for each call. Only fields that are
@@ -28,12 +28,12 @@ _FIELDS = {
     "assistant": ("reasoning_content", "tool_calls"),
     "tool": ("name", "tool_call_id"),
 }
-"""What a message of each role may have beside ``role`` and ``content``."""
+"""Fields that a message of each role may have in addition to ``role`` and ``content``."""
 _NOTHING = (None, "", [])
 
 
 def question_messages(row: Row) -> tuple[Message, ...]:
-    """`messages` as they are, or the problem's text as one user message."""
+    """`messages` unchanged, or the problem's text as one user message."""
     name = only_one_of(row, QUESTION_FIELDS)
     if name == "messages":
         return chat_messages(row)
@@ -63,7 +63,7 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
 
 
 def uses_tools(messages: Sequence[Message]) -> bool:
-    """Whether functions are called in these messages, as fields of their own, or return something."""
+    """Whether these messages have function calls in fields of their own, or results of functions."""
     return any("tool_calls" in message or message["role"] == "tool" for message in messages)
 
 
@@ -104,7 +104,7 @@ def _check_turns(messages: Sequence[Message], start: int) -> None:
 
 
 def _close_call(message: Message, open_calls: list[str], name: str) -> None:
-    """Take the call that ``message`` answers from the list: by its id where both have one, else the first."""
+    """Remove the call that ``message`` answers from the list: by its id if both have one, else the first call."""
     wanted = message.get("tool_call_id")
     if wanted is not None and any(open_calls) and wanted not in open_calls:
         raise RowError(f"{name}.tool_call_id is {wanted!r}, open calls are {', '.join(open_calls)}")
@@ -112,7 +112,7 @@ def _close_call(message: Message, open_calls: list[str], name: str) -> None:
 
 
 def _is_empty_system(message: Any) -> bool:
-    """A system message without text is none."""
+    """Treat a system message without text as absent."""
     return (
         isinstance(message, dict) and message.get("role") == "system" and message.get("content") in ("", None)
     )
@@ -147,7 +147,7 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _content(value: Mapping[str, Any], name: str, *, has_calls: bool) -> str:
-    """The text. Beside calls there need not be any, and a tool may return nothing."""
+    """The text. It may be empty if there are calls, or in the result of a tool."""
     content = value.get("content")
     if content in ("", None) and (has_calls or (value["role"] == "tool" and content == "")):
         return ""

@@ -1,9 +1,9 @@
-"""An endless order over several data sets that gives each its share of the items.
+"""An endless order over several data sets in which each has its share of the items.
 
-Which data set is next follows from the weights alone, without a random number: item k of a data set with weight w
-(k = 0, 1, ...) is due at time (k + 1/2) / w, and items are taken in the order of these times; of equal times the data
-set that stands first goes first. So after n items, each of m data sets has had n w / (sum of weights) of them, give or
-take (m + 1) / 2, and this never grows. Every data set keeps its own shuffled order (``Cursor``) and epochs.
+The weights alone decide which data set is next; there is no random number. Item k of a data set with weight w (k = 0,
+1, ...) is due at time (k + 1/2) / w. Items are taken in the order of these times; at equal times the data set that is
+listed first comes first. So after n items, each of the m data sets has contributed n w / (sum of weights) items, with
+an error of at most (m + 1) / 2 for every n. Every data set has its own shuffled order (``Cursor``) and epochs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class MixedCursor:
 
     name: str
     parts: tuple[Cursor, ...]
-    """Of each data set, at position 0."""
+    """The cursor of each data set, at position 0."""
     weights: tuple[Fraction, ...]
     position: int = 0
-    """Items taken since the start of the run, from all data sets."""
+    """Number of items taken since the start of the run, from all data sets."""
 
     def __post_init__(self) -> None:
         assert len(self.parts) == len(self.weights) > 1
@@ -38,7 +38,7 @@ class MixedCursor:
 
     @property
     def size(self) -> int:
-        """Items of all data sets."""
+        """Number of items of all data sets."""
         return sum(part.size for part in self.parts)
 
     def take(self, count: int) -> tuple[list[int], MixedCursor]:
@@ -50,14 +50,14 @@ class MixedCursor:
         )
 
     def index_at(self, position: int) -> int:
-        """The item at a place in the endless order."""
+        """The index of the item at a position in the endless order."""
         taken = self._taken(position)
         part = self._next(taken)
         before = sum(other.size for other in self.parts[:part])
         return before + self.parts[part].index_at(taken[part])
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; plain JSON. Beside the position, the cursor of each data set."""
+        """The state for a checkpoint, as plain JSON: the position and the cursor of each data set."""
         taken = self._taken(self.position)
         return {
             "name": self.name,
@@ -96,8 +96,9 @@ class MixedCursor:
         return restored
 
     def _taken(self, position: int) -> list[int]:
-        """Of each data set, how many of the first ``position`` items are its own."""
-        # At a time that is surely not too late every data set has had round(time x weight); from there, one by one.
+        """For each data set, how many of the first ``position`` items come from it."""
+        # At a time that is not too late for certain, every data set has had round(time x weight) items. Continue one
+        # by one.
         time = Fraction(max(0, position - len(self.parts))) / sum(self.weights)
         taken = [int(time * weight + Fraction(1, 2)) for weight in self.weights]
         for _ in range(position - sum(taken)):
@@ -118,12 +119,12 @@ def cursor_over(
     seed: int,
     tag: str = "",
 ) -> Cursor | MixedCursor:
-    """The cursor over records that come source after source.
+    """The cursor over records that are ordered by source.
 
     Args:
         name: prompts or demonstrations.
         weights: of each source, by the name that its records carry, in their order.
-        tag: what the shuffled order is derived from, in place of ``name``.
+        tag: used in place of ``name`` to derive the shuffled order.
 
     Raises:
         ValueError: a source has no records.

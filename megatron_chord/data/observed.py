@@ -1,4 +1,4 @@
-"""One row as a loader read it, for those who look at a data set without training on it."""
+"""One row as a loader read it, for code that inspects a data set without training on it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class Observed:
     file: str
     """Name of the row's file."""
     number: int
-    """Of the row in its file, from 1."""
+    """Number of the row in its file, from 1."""
     messages: tuple[Message, ...]
-    """As the chat template gets them, the system prompt included."""
+    """The messages as the chat template gets them, including the system prompt."""
     token_ids: tuple[int, ...] | Compact[int]
     trainable: tuple[bool, ...] | Compact[bool] = ()
-    """Of a demonstration, one for each token; empty for a prompt."""
+    """For a demonstration, one value for each token; empty for a prompt."""
     truth: str | None = None
     """Of a prompt."""
     is_overlong: bool
-    """Beyond a limit: it is left out."""
+    """Whether the row exceeds a limit and is left out."""
 
     @property
     def place(self) -> str:
-        """Unlike that of every other row of the data set."""
+        """Unique in the data set."""
         named = self.source and self.source != self.file.partition(".")[0]
         return f"{self.source}/{self.file}:{self.number}" if named else f"{self.file}:{self.number}"
 
 
 Observe = Callable[[Observed], None]
-"""Called for every row that can be used or is only too long."""
+"""Called for every row that can be used, and for rows whose only fault is their length."""

@@ -1,8 +1,8 @@
 """TrainSamples -> packed micro-batches for every data-parallel rank, and the step's global token counts.
 
-Samples lie end to end, those of all terms together, so that no token is padding (but for alignment) and one pass serves
-all terms. Every rank gets equally many micro-batches, or ranks would wait for each other for ever; a rank with
-nothing to do gets a batch without a trained token, which contributes exactly 0.
+Samples of all terms are packed one after another, so that there is no padding except for alignment, and one pass
+serves all terms. Every rank gets the same number of micro-batches, because ranks would otherwise wait for each other
+forever. A rank without samples gets a batch without trained tokens, which contributes exactly 0.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTerm:
-    """K of a micro-batch's T trained tokens: those of one term of the objective."""
+    """The K trained tokens of one term of the objective, out of the T trained tokens of a micro-batch."""
 
     index: np.ndarray
-    """[K] int64: which of the T"""
+    """[K] int64: their indices among the T trained tokens"""
     sequence: np.ndarray
-    """[K] int64: which of the term's S sequences (a sample's part is one) each belongs to"""
+    """[K] int64: the index of the token's sequence among the term's S sequences (each part of a sample is a
+    sequence)"""
     lengths: np.ndarray
     """[S] float32: tokens of each sequence, on all context-parallel ranks together"""
     held: np.ndarray
-    """[S] int64: tokens of each sequence that are here; they lie together, in the sequences' order"""
+    """[S] int64: tokens of each sequence on this rank; they are contiguous, in the order of the sequences"""
     columns: Mapping[str, np.ndarray]
     """[K] float32 each: the constants by name"""
 
@@ -48,13 +49,13 @@ class PackedBatch:
     position_ids: np.ndarray
     """[N] int64, from 0 in every sequence"""
     cu_seqlens: np.ndarray
-    """[sequences + 1] int32: where each starts, and N"""
+    """[sequences + 1] int32: the start of each sequence, and N"""
     loss_positions: np.ndarray
-    """[T] int64: the index in the N tokens whose hidden state predicts the trained token"""
+    """[T] int64: the index, among the N tokens, of the hidden state that predicts the trained token"""
     targets: np.ndarray
     """[T] int64: the trained token"""
     terms: Mapping[str, PackedTerm]
-    """Every term that trains a token anywhere in the step, in every micro-batch."""
+    """All terms of the step. Every micro-batch has every term that trains a token anywhere in the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,17 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the parallel layout asks of a packed batch."""
+    """Requirements of the parallel layout for a packed batch."""
 
     data: int = 1
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     sequence_multiple: int = 1
-    """Every sequence's length: 2 x context with context parallelism."""
+    """Every sequence's length is a multiple of this: 2 x context with context parallelism."""
     batch_multiple: int = 1
-    """Every batch's length: also divisible by tensor x context with sequence parallelism, and by more with FP8."""
+    """Every batch's length is a multiple of this: tensor x context with sequence parallelism, more with FP8."""
     count_multiple: int = 1
-    """Micro-batches per rank: the interleaved pipeline schedule wants a multiple of its stages."""
+    """Micro-batches per rank are a multiple of this: the interleaved pipeline schedule needs a multiple of its
+    stages."""
     attention_cost: float = 0.0
     """A sequence of n tokens costs n + attention_cost n^2, in units of a token's matrix products."""
 
@@ -107,11 +109,11 @@ def make_layout(
 
 
 def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout, pad_id: int) -> StepPlan:
-    """Pack one optimizer update's samples: every rank's work, and every micro-batch's, near equal.
+    """Pack one optimizer update's samples. The work is nearly equal for all ranks and for all micro-batches.
 
     Args:
-        max_tokens: budget of one micro-batch, alignment padding included; a longer sample gets one of its own.
-        pad_id: token of alignment padding; it is never trained, nor attended by a trained token.
+        max_tokens: budget of one micro-batch, alignment padding included. A longer sample gets its own micro-batch.
+        pad_id: token of alignment padding. It is never trained, and no trained token attends to it.
     """
     lengths = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in samples]
     capacity = max(max_tokens // layout.batch_multiple, 1) * layout.batch_multiple
@@ -154,7 +156,7 @@ def balanced_bins(
     multiple: int = 1,
     rank_multiple: int = 1,
 ) -> list[list[int]]:
-    """Spread items over as few bins as hold their lengths within ``capacity``, with near-equal work.
+    """Distribute items over as few bins of ``capacity`` as possible, with nearly equal work.
 
     The number of bins is a multiple of ``multiple * rank_multiple``; bins come sorted by work, the most first. An item
     above the capacity is alone.
@@ -175,7 +177,8 @@ def balanced_bins(
 def _spread(
     items: Sequence[int], lengths: Sequence[int], work: Sequence[float], rooms: np.ndarray
 ) -> list[list[int]] | None:
-    """Most work first, each item into the bin with the least of it that has room; None where no bin has."""
+    """Place items in order of decreasing work, each into the bin with the least work that has room; None if none
+    has."""
     rooms, done = rooms.copy(), np.zeros(len(rooms))
     bins: list[list[int]] = [[] for _ in rooms]
     for i in sorted(items, key=lambda i: -work[i]):
@@ -189,7 +192,7 @@ def _spread(
 
 
 def _squeezed(items: Sequence[int], lengths: Sequence[int], rooms: np.ndarray) -> list[list[int]] | None:
-    """Longest first, each item where it leaves the least room: what fits bins that are nearly full anyway."""
+    """Best fit decreasing: the longest item first, each into the bin where it leaves the least room."""
     rooms = rooms.copy()
     bins: list[list[int]] = [[] for _ in rooms]
     for i in sorted(items, key=lambda i: -lengths[i]):
@@ -202,7 +205,8 @@ def _squeezed(items: Sequence[int], lengths: Sequence[int], rooms: np.ndarray) -
 
 
 def dealt(items: Sequence[T], ranks: int) -> list[list[T]]:
-    """Items, sorted by size, to ranks: to and fro, so that no rank always gets the largest of a round."""
+    """Deal items, sorted by size, to ranks in alternating order, so that no rank always gets the largest of a
+    round."""
     hands: list[list[T]] = [[] for _ in range(ranks)]
     for first in range(0, len(items), ranks):
         order = range(ranks) if first // ranks % 2 == 0 else reversed(range(ranks))
@@ -218,10 +222,10 @@ def pack(
     layout: Layout,
     pad_id: int,
 ) -> PackedBatch:
-    """Lay samples end to end; without samples, a batch of padding alone.
+    """Pack samples one after another. Without samples the batch consists of padding only.
 
     Args:
-        columns: the step's terms with the names of their constants; the batch has them all, empty ones too.
+        columns: the step's terms with the names of their constants. The batch has all of them, empty ones too.
     """
     tokens: list[np.ndarray] = []
     positions, starts = [], [0]
@@ -239,7 +243,7 @@ def pack(
         positions.append(np.arange(tail, dtype=np.int64))
         starts.append(starts[-1] + tail)
     token_ids = np.concatenate(tokens)
-    # Ascending in the batch, whatever the parts' order.
+    # Ascending in the batch, independent of the order of the parts.
     where = {
         term: _joined([start + part.positions for start, part in trained if part.term == term])
         for term in columns
@@ -263,9 +267,9 @@ def pack(
 
 
 def context_order(length: int, context: int, rank: int, device: torch.device | None = None) -> Tensor:
-    """Positions of a sequence of ``length`` that context-parallel rank ``rank`` holds: chunks r and 2c - 1 - r of 2c.
+    """Positions of a sequence of ``length`` on context-parallel rank ``rank``: chunks r and 2c - 1 - r of 2c chunks.
 
-    The causal triangle is then equally heavy on every rank (Transformer Engine's layout).
+    Causal attention then costs the same on every rank (Transformer Engine's layout).
     """
     chunk = length // (2 * context)
     first, last = rank * chunk, (2 * context - 1 - rank) * chunk
@@ -275,7 +279,7 @@ def context_order(length: int, context: int, rank: int, device: torch.device | N
 
 
 def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
-    """The tokens of one context-parallel rank; ``cu_seqlens`` stays that of the whole batch."""
+    """The tokens of one context-parallel rank. ``cu_seqlens`` remains that of the whole batch."""
     if context == 1:
         return batch
     starts = batch.cu_seqlens.tolist()

@@ -1,20 +1,20 @@
-"""Token ids -> the text that each of them adds, for people who read answers token by token."""
+"""The text that each token id adds, for a display of answers token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 _MOST_TOGETHER = 8
-"""Tokens that may share one character: four bytes of UTF-8, with room for odd tokenizers."""
+"""Largest number of tokens that share one character: four bytes of UTF-8, and a margin for unusual tokenizers."""
 
 
 def pieces(
     token_ids: Sequence[int], logprobs: Sequence[float], decode: Callable[[Sequence[int]], str]
 ) -> list[tuple[str, float]]:
-    """(text, log-prob) for each token in order; joined, the texts are what ``decode`` gives for all of them.
+    """(text, log-prob) for each token in order. The joined texts equal the output of ``decode`` for all tokens.
 
-    Tokens that hold only parts of a character come as one piece, with the sum of their log-probs. Each is decoded
-    after the one before it, because tokenizers write a word's space differently at the start of a text.
+    Tokens that are only parts of a character are one piece, with the sum of their log-probs. Each token is decoded
+    together with the previous one, because tokenizers write the space of a word differently at the start of a text.
     """
     found: list[tuple[str, float]] = []
     before: list[int] = []

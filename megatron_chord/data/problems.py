@@ -1,9 +1,9 @@
-"""Problems that are in several data sets: the same text, or nearly the same.
+"""Finds problems that are in several data sets with the same text, or with nearly the same text.
 
-Two problems are equal when their text is, but for letter case, white space and Unicode's compatibility forms. They are
-nearly the same when at least ``NEAR`` of the shorter one's runs of ``RUN`` words and signs are in the longer one: an
-instruction was added, or a sentence changed. Runs that many problems have, such as those of an instruction, do not
-count.
+Two problems are equal when their texts differ only in letter case, white space and Unicode's compatibility forms. They
+are nearly the same when at least ``NEAR`` of the shorter one's n-grams (``RUN`` words and signs) are in the longer
+one. This is so when an instruction was added or a sentence changed. N-grams that many problems have, such as those of
+an instruction, do not count.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron_chord.data.observed import Observed
 RUN = 8
 NEAR = 0.8
 COMMON = 0.01
-"""Share of all problems; runs that more of them have do not count."""
+"""Share of all problems. N-grams that more problems have do not count."""
 FEWEST_RUNS = 4
-"""A problem with fewer runs is compared as a whole only."""
+"""A problem with fewer n-grams is only compared as a whole."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -35,16 +35,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Pair:
-    """A problem of one set and the one of another that is the same, or nearly."""
+    """A problem of one set, and an equal or nearly equal problem of another set."""
 
     place: str
     other: str
     shared: float
-    """Share of the shorter one's runs of words that are in the other; 1 where the texts are equal."""
+    """Share of the shorter problem's n-grams that are in the other; 1 if the texts are equal."""
 
 
 def problem_of(seen: Observed) -> Problem:
-    """What is asked: all messages but the system's, up to the last turn of the assistant."""
+    """The question: all messages except the system's, up to the last turn of the assistant."""
     messages = seen.messages
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -53,13 +53,14 @@ def problem_of(seen: Observed) -> Problem:
 
 
 def text_key(text: str) -> bytes:
-    """Equal for texts that differ in letter case, white space or compatibility forms alone."""
+    """A key that is equal for texts that differ only in letter case, white space or compatibility forms."""
     plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.blake2b(plain.encode(), digest_size=16).digest()
 
 
 def overlap(ones: Sequence[Problem], others: Sequence[Problem]) -> list[Pair]:
-    """Those of ``others`` that are equal or nearly the same to one of ``ones``, in their order, with the best one."""
+    """The problems of ``others`` that are equal or nearly equal to one of ``ones``, in order, each with its best
+    match."""
     place_of: dict[bytes, str] = {}
     for one in ones:
         place_of.setdefault(one.key, one.place)
@@ -75,7 +76,7 @@ def overlap(ones: Sequence[Problem], others: Sequence[Problem]) -> list[Pair]:
 
 
 def repeated(problems: Iterable[Problem]) -> list[list[str]]:
-    """Places of equal problems, groups of two or more, in the order of their first."""
+    """Groups of two or more indices of equal problems, ordered by the first index of each group."""
     groups: dict[bytes, list[str]] = defaultdict(list)
     for problem in problems:
         groups[problem.key].append(problem.place)
