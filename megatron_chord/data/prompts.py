@@ -34,13 +34,13 @@ def load_prompts(  # noqa: PLR0913
 ) -> tuple[list[Prompt], LoadReport]:
     """The prompts of a file, of a folder or pattern of files, or of a list of these, in their order.
 
-    A row has `messages` that end with the user's or a tool's, or a `problem`, `question` or `prompt` as text; `answer`
-    or `truth` as text or number; and, if it likes, an `id`. With `tools` (or `functions`) it is a row for tool use,
-    whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows of `data.layouts` are read, too.
-    The report names the layouts, and the fields that were not used. ``fields`` says where a row has what is read
-    (``data.layouts.Reading.mapping``). ``source`` is the name that the prompts carry. ``observe`` is called for each
-    row. ``needs`` says what the reward reads of a source's rows: without ``truth`` a row may lack a true answer, which
-    is "" then; with ``fields`` a prompt keeps all fields of its row.
+    A row has `messages` that end with the user's or a tool's, or a `problem`, `question` or `prompt` as text. It has
+    `answer` or `truth` as text or number. An `id` is optional. A row with `tools` (or `functions`) is a row for tool
+    use, whose answer (also: `ground_truth`) is a list of calls; see `data.tools`. Rows in the layouts of
+    `data.layouts` are read, too. The report names the layouts, and the fields that were not used. ``fields`` maps the
+    fields that are read to their places in a row (``data.layouts.Reading.mapping``). ``source`` is the name that the
+    prompts carry. ``observe`` is called for each row. ``needs`` says what the reward reads of a source's rows. Without
+    ``truth`` a row need not have a true answer; it is then "". With ``fields`` a prompt keeps all fields of its row.
 
     Raises:
         DataError: faulty rows, all listed; over-long rows under ``overlong="fail"``; or no row left.

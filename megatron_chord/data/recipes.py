@@ -1,7 +1,7 @@
-"""Public data sets, as they are downloaded -> the files that a run reads, with counts of what was left out and why.
+"""Converts downloaded public data sets to the files that a run reads, and counts what was left out and why.
 
-A recipe reads rows and gives lists of rows in this project's own fields. Every draw is seeded, and splits share no
-problem, compared by the text without spaces and letter case.
+A recipe reads rows and returns lists of rows in this project's own fields. Every random draw is seeded. Splits have no
+common problem; problems are compared by their text without spaces and letter case.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BFCL_CATEGORIES = (
     "live_parallel",
     "live_parallel_multiple",
 )
-"""Those that CHORD reports."""
+"""The categories that CHORD reports."""
 _WITHOUT_TRUTHS = ("irrelevance", "live_irrelevance")
 
 
@@ -60,7 +60,7 @@ class Prepared:
 
 
 def problem_key(text: str) -> str:
-    """Equal for problems that differ in spaces and letter case alone."""
+    """A key that is equal for problems that differ only in spaces and letter case."""
     return "".join(text.split()).casefold()
 
 
@@ -130,7 +130,7 @@ def openr1(
 def toolace(paths: Sequence[Path], *, sft: int = 500, rl: int = 5000, seed: int = 42) -> Prepared:
     """CHORD's tool use (Trinity-RFT, get_toolace_data.py), from Team-ACE/ToolACE: rows whose first reply is a call.
 
-    ToolACE has no reasoning: the rows of ``sft_questions`` are to be answered by an expert first.
+    ToolACE has no reasoning: a stronger model must first answer the rows of ``sft_questions``.
     """
     out = Prepared()
     seen: set[str] = set()
@@ -163,7 +163,7 @@ class _Unfit(Exception):
 
 
 def toolace_row(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A dialogue's first turn with its true calls. ``_Unfit`` where it has none that can be used."""
+    """A dialogue's first turn with its true calls. Raises ``_Unfit`` if it has no usable calls."""
     system, turns = fields.get("system"), fields.get("conversations")
     if not isinstance(system, str) or not isinstance(turns, list) or len(turns) < 2:
         raise RowError("expected ToolACE's columns `system` and `conversations`")
@@ -227,7 +227,7 @@ def _arguments(text: str) -> dict[str, Any]:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Where the bracket at ``start`` closes, outside quoted texts."""
+    """The index where the bracket at ``start`` closes. Brackets in quoted texts do not count."""
     depth, quote, at = 0, "", start
     while at < len(text):
         sign = text[at]

@@ -1,4 +1,4 @@
-"""Chat templates rendered by processes of their own, with limits on time and memory."""
+"""Renders chat templates in separate processes with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_chord.records import Message, Tool
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 CPU_S = 10.0
-"""That one conversation may take."""
+"""Seconds of CPU time that one conversation may take."""
 _WAIT_S = 300.0
-"""For an answer. The worker's own limit is CPU time, which a busy machine may stretch."""
+"""Seconds to wait for an answer. The worker's own limit is CPU time, which takes longer on a busy machine."""
 
 
 class Renderer:
@@ -34,8 +34,8 @@ class Renderer:
     def __init__(self, template: str, names: Mapping[str, Any], source: str, *, cpu_s: float = CPU_S) -> None:
         """
         Args:
-            names: what the template knows besides the messages (the tokenizer's special tokens).
-            source: where the template came from, for errors.
+            names: variables of the template besides the messages (the tokenizer's special tokens).
+            source: origin of the template, for errors.
             cpu_s: seconds of CPU time that one conversation may take.
         """
         self._setting = {"template": template, "names": dict(names), "cpu_s": cpu_s}
@@ -47,7 +47,7 @@ class Renderer:
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool
     ) -> str:
-        """The conversation as text. A process is started where none is idle. ``tools`` are functions to show.
+        """The conversation as text. A process is started if none is idle. ``tools`` are functions to show.
 
         Raises:
             RowError: the template refuses the conversation.
@@ -69,7 +69,7 @@ class Renderer:
         """The names that the template may look up when it is rendered, ``messages`` among them.
 
         Raises:
-            RowError: the template is no Jinja.
+            RowError: the template is not valid Jinja.
             FatalRowError: reading it took too long or too much memory.
         """
         if self._variables is None:
@@ -98,7 +98,7 @@ class Renderer:
         return reply
 
     def rest(self) -> None:
-        """End the processes; another call starts a new one."""
+        """End the processes. A later call starts a new one."""
         with self._lock:
             resting, self._idle = self._idle, []
         for worker in resting:
@@ -126,7 +126,7 @@ class _Worker:
         self._send(setting)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """OSError when the process is gone or silent, ValueError when it does not speak as it should."""
+        """Raises OSError if the process has ended or does not answer, ValueError if its answer is malformed."""
         self._send(request)
         parts = [self._connection.recv(1 << 16)]
         while parts[-1] and not parts[-1].endswith(b"\n"):
@@ -134,7 +134,7 @@ class _Worker:
         return json.loads(b"".join(parts))
 
     def epitaph(self) -> str:
-        """Why there is no answer, as the end of a sentence about the template."""
+        """The reason for a missing answer, as the end of a sentence about the template."""
         try:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""Rows of a data file, each with the place it came from, and every fault of the file told at once.
+"""Reads the rows of a data file with their places, and reports all faults of the file in one error.
 
-A data set is read to its end before anything is refused, so that one look at the error mends all of it. Nothing
-is guessed: a row that could mean two things is a fault. JSON lines and Parquet give the same rows.
+A data set is read to its end before anything is refused, so that the user can correct all faults at once. Nothing is
+guessed: an ambiguous row is a fault. JSON lines and Parquet give the same rows.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ MAX_ROW_BYTES = 64 << 20
 """Of one row, all its fields together: longer ones are not parsed."""
 MAX_SHOWN = 20
 MAX_SAME = 5
-"""Rows with one and the same fault that are listed apart; more are one line."""
+"""Largest number of rows with the same fault that are listed separately; more are summarised in one line."""
 PROGRESS_FROM_ROWS = 5000
 MAX_ARRAY_BYTES = 2 << 30
-"""Of a JSON array, which is parsed as a whole."""
+"""Size limit of a JSON array, which is parsed as a whole."""
 _BATCH_ROWS = 16
 """Of a Parquet file, decoded at a time: a kilobyte of it may hold many copies of a string of many megabytes."""
 
 
 class RowError(ValueError):
-    """What is wrong with one row; `parse_rows` adds where."""
+    """A fault of one row. `parse_rows` adds the place."""
 
 
 class FatalRowError(RowError):
-    """As `RowError`, and of a kind that the rows after it would meet, too: they are not looked at."""
+    """A `RowError` that the following rows would have, too. They are not read."""
 
 
 class WrittenNumber(float):
-    """A number of a JSON file with a point or an exponent, which also knows how it is written."""
+    """A number of a JSON file with a point or an exponent. It keeps the text as which it is written."""
 
     text: str
 
@@ -73,13 +73,13 @@ class Row:
     """``file:line`` of JSON lines, ``file:row N`` of Parquet; both count from 1."""
     number: int
     fields: dict[str, Any]
-    """Without the fields that are null: null and absent are the same."""
+    """The row's fields without those that are null: null and absent mean the same."""
     file: str = ""
     """Name of the row's file; its path, where several files have this name."""
     has_nulls: bool = False
     """Null keys were left out of its nested columns (Arrow gives every object of a column the keys of all)."""
     given: Mapping[str, Any] | None = None
-    """All fields as they are in the file, where ``fields`` are others by now."""
+    """All fields as they are in the file, if ``fields`` were changed since."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Fault:
     position: str
     reason: str
     number: int = 0
-    """Of its row in its file, from 1; 0 where the row has none."""
+    """Number of the row in its file, from 1; 0 if the row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What became of a file's rows; ``str()`` is the line for the log."""
+    """Counts of a file's rows that were used and left out; ``str()`` is the line for the log."""
 
     data: str
     """The path that was read, or the first of several."""
@@ -100,9 +100,9 @@ class LoadReport:
     num_kept: int
     num_overlong: int
     reading: str = ""
-    """How the rows were read, and which of their fields were not."""
+    """How the rows were read, and which of their fields were not used."""
     tools_shown: frozenset[str] = frozenset()
-    """Who shows functions or writes calls: the chat template or the system message."""
+    """What shows functions or writes calls: the chat template or the system message."""
     dropped: tuple[Fault, ...] = ()
     """Rows that cannot be used and were left out (``data.max_dropped``)."""
     overlong: tuple[Fault, ...] = ()
@@ -120,7 +120,7 @@ class LoadReport:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data set; DataError lists what is wrong with them."""
+    """All rows of a data set. Raises DataError with the list of their faults."""
     return parse_rows(path, lambda row: row)
 
 
@@ -134,7 +134,7 @@ def parse_rows(
     dropped: list[Fault] | None = None,
 ) -> list[T]:
     """``keep(spread(parse(row)))`` of every row, in order. Rows that cannot be read, or for which one of the three
-    raises RowError, are gathered.
+    functions raises RowError, are collected.
 
     Args:
         data: a path, or several that are one data set.
@@ -189,7 +189,7 @@ def _paths(data: Path | Sequence[Path]) -> Sequence[Path]:
 
 
 def only_one_of(row: Row, names: Iterable[str]) -> str:
-    """The one of the fields `names` that the row has; none and several are faults."""
+    """The single field of `names` that the row has. None or several of them are a fault."""
     names = tuple(names)
     present = [name for name in names if name in row.fields]
     if len(present) == 1:
@@ -209,7 +209,7 @@ def text_field(row: Row, name: str) -> str:
 
 
 def json_field(row: Row, name: str) -> Any:
-    """A value that is given as it is or as its JSON text."""
+    """A value that is given directly or as its JSON text."""
     value = row.fields[name]
     if not isinstance(value, str):
         return value
@@ -307,7 +307,7 @@ def _of_file(rows: Iterator[Row | Fault], file: Path, name: str) -> Iterator[Row
 
 
 def _count_lines(path: Path) -> int:
-    """0 for a compressed file, which would have to be unpacked for it."""
+    """0 for a compressed file, because it would have to be unpacked first."""
     if path.suffix in (".gz", ".zst"):
         return 0
     with path.open("rb") as file:
@@ -381,7 +381,7 @@ def _read_csv(path: Path) -> Iterator[Row | Fault]:
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The file's lines; of a longer one than ``MAX_ROW_BYTES`` the beginning, a byte longer than that."""
+    """The file's lines. Of a line longer than ``MAX_ROW_BYTES`` only the first ``MAX_ROW_BYTES`` + 1 bytes."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         rest = line
         while len(rest) == MAX_ROW_BYTES + 1 and not rest.endswith(b"\n"):
@@ -400,7 +400,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def strict_json(text: str) -> Any:
-    """JSON without names given twice and without NaN; numbers know how they are written. RowError for anything else."""
+    """JSON without duplicate names and without NaN. Numbers keep their text. Raises RowError for anything else."""
     try:
         return json.loads(
             text,
@@ -473,7 +473,7 @@ def _read_arrow(path: Path) -> Iterator[Row | Fault]:
 def _arrow_rows(path: Path, batches: Iterable[Any], *, json_columns: frozenset[str]) -> Iterator[Row | Fault]:
     """Without the null keys of nested columns: Arrow gives each object of a column the keys of all others.
 
-    A null that is meant, in the arguments of a call, cannot be told from these; in JSON text it is kept.
+    An intended null, in the arguments of a call, cannot be distinguished from these. In JSON text it is kept.
     """
     number = 0
     for batch in batches:

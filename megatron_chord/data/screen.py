@@ -1,4 +1,4 @@
-"""An ``Inspection`` for a terminal. Without colours the same things are marked with brackets."""
+"""Prints an ``Inspection`` in a terminal. Without colours the same tokens are marked with brackets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BAR = 40
 _BINS = 12
 _SHOWN = 3
 MAX_PIECES = 400
-"""Tokens of an example that a terminal shows of its beginning, and half as many of its end."""
+"""Number of tokens that a terminal shows of the beginning of an example, and half as many of its end."""
 
 _STYLES = {  # (is trained, is the template's own) -> styles of neighbouring tokens, in turn
     (False, False): ("default", "bright_black"),
@@ -195,7 +195,7 @@ def _append(text: Text, pieces: Sequence[Piece], *, plain: bool) -> None:
 
 
 def visible(text: str) -> str:
-    """Without what a terminal would obey; line feeds are kept."""
+    """The text without control characters of terminals; line feeds are kept."""
     return "".join(
         char if char == "\n" or char.isprintable() else "    " if char == "\t" else f"\\x{ord(char):02x}"
         for char in text

@@ -1,7 +1,7 @@
-"""Whether the exported folder will be tokenised as the training's was, by what everyone loads it with: AutoTokenizer.
+"""Checks that AutoTokenizer, which most programs use, tokenises the exported folder like the training.
 
-Training reads the folder's own tokenizer file. AutoTokenizer goes by ``tokenizer_class`` and, for some model types, by
-the model type alone; vLLM loads tokenizers with it, too.
+Training reads the folder's own tokenizer file. AutoTokenizer chooses the tokenizer by ``tokenizer_class`` and, for
+some model types, by the model type alone. vLLM loads tokenizers with it, too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _PROBES = (
 
 
 def served_otherwise(folder: Path, template: ChatTemplate, rows: Iterable[Sequence[int]]) -> str | None:
-    """The first text that AutoTokenizer reads or writes otherwise than ``template`` does; None where there is none.
+    """The first text that AutoTokenizer encodes or decodes differently from ``template``; None if there is none.
 
-    ``rows``: token ids of prompts and demonstrations to try beside some fixed texts.
+    ``rows``: token ids of prompts and demonstrations to try in addition to some fixed texts.
     """
     from transformers import AutoTokenizer
 

@@ -17,16 +17,18 @@ R = TypeVar("R", Prompt, Demonstration)
 @dataclass(frozen=True, kw_only=True)
 class LoadedSources(Generic[R]):
     records: list[R]
-    """Source after source. Each carries its source's label; of several sources, also its id does."""
+    """The records, ordered by source. Each carries its source's label. With several sources, its id has the label,
+    too."""
     labels: list[str]
     """Of each source."""
     reports: list[LoadReport]
     """Of each source."""
     shares: list[float]
-    """Of each source, how much of what is drawn comes from it; they add up to 1."""
+    """For each source, the share of the draws that come from it; the shares add up to 1."""
 
     def left_out(self, data: str) -> list[dict[str, Any]]:
-        """Every row that was left out, and why; plain JSON. ``data``: prompts, demonstrations or evaluation."""
+        """Every row that was left out, and the reason, as plain JSON. ``data``: prompts, demonstrations or
+        evaluation."""
         return [
             {
                 "data": data,
@@ -55,7 +57,7 @@ def load_sources(
     template: ChatTemplate,
     load: Callable[..., tuple[list[R], LoadReport]],
 ) -> LoadedSources[R]:
-    """Every source with its own mapping and system prompt; nothing where ``sources`` is None.
+    """Read every source with its own mapping and system prompt. The result is empty if ``sources`` is None.
 
     Args:
         load: ``load_prompts`` or ``load_demonstrations`` with the limits that hold for all.

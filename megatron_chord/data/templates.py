@@ -1,8 +1,8 @@
-"""The one way from chat messages to token ids, for RL prompts, demonstrations and evaluation alike.
+"""Converts chat messages to token ids in the same way for RL prompts, demonstrations and evaluation.
 
-A demonstration's trainable tokens are not found by searching its text: they are what is left when the prompt's
-own ids are taken away from the front. That works only where adding an answer leaves the prompt's ids as they were;
-this is checked for every row, and a row for which it does not hold is refused rather than masked by guess.
+The trainable tokens of a demonstration are not found by searching its text. They are the tokens after the prompt's own
+ids. This requires that adding an answer does not change the prompt's ids. Every row is checked, and a row that
+violates this is refused.
 """
 
 from __future__ import annotations
@@ -49,33 +49,33 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     source: str
-    """Where the template came from, for errors."""
+    """Origin of the template, for errors."""
     renderer: Renderer
     system_prompt: str | None
     stop_token_ids: tuple[int, ...]
     """Ids that end an answer; the rollout engine must be given the same."""
     control_tokens: dict[int, str]
-    """Ids that are no text, and the strings that the tokenizer reads as these ids wherever they stand."""
+    """Ids of control tokens, and the strings that the tokenizer converts to these ids wherever they occur."""
     vocab_size: int | None = None
-    """Of the model; ids from it on have no embedding. None: not checked."""
+    """Vocabulary size of the model; ids from this number on have no embedding. None: not checked."""
     opening: str = ""
-    """Thinking block that prompts open and the policy goes on with, such as ``<think>\\n``."""
+    """Thinking block that prompts open and the policy continues, such as ``<think>\\n``."""
     tools_as: ToolsAs = "auto"
-    """Who shows a row's functions (`data.tools`)."""
+    """What shows a row's functions (`data.tools`)."""
     train_on: TrainOn = "all_turns"
     """Which of a demonstration's assistant turns are trained."""
     exported: str | None = None
-    """Jinja that belongs beside the trained policy, so that others render as the training did. None: what the
-    tokenizer's folder has does so already."""
+    """Jinja template to export with the trained policy, so that other programs render as the training did. None: the
+    template in the tokenizer's folder does so already."""
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """`messages` with the system prompt in front, unless they bring their own."""
+        """`messages` with the system prompt in front, unless they have one."""
         if self.system_prompt is None or messages[0]["role"] == "system":
             return tuple(messages)
         return ({"role": "system", "content": self.system_prompt}, *messages)
 
     def fingerprint(self) -> str:
-        """Of all that the token ids of a conversation depend on."""
+        """Hash of everything that the token ids of a conversation depend on."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab())
         others = [
@@ -98,9 +98,9 @@ class ChatTemplate:
     ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """Ids of a whole conversation and, for each, whether it belongs to an assistant's turn that is trained.
 
-        A trained turn is trainable from its first token to its stop token, both included. What the template writes
-        after a stop token is not; after the last one it is cut off. With ``train_on: last_turn`` the template may
-        write earlier turns otherwise than they were answered: they are context, as they are in a prompt.
+        A trained turn is trainable from its first token to its stop token, both included. Tokens that the template
+        writes after a stop token are not trainable; after the last stop token they are cut off. With ``train_on:
+        last_turn`` the template may change earlier turns: they are only context, as in a prompt.
 
         Raises:
             RowError: as `prompt_ids`; an answer or a later message changes the ids of a trained turn or of what is
@@ -135,8 +135,8 @@ class ChatTemplate:
     def turn(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Text of the assistant's whole turn: the response, after the thinking block that its prompt opened.
 
-        Graders and rules of form read this, so that ``<think>`` counts whoever wrote it. An empty block that a prompt
-        also closes (Qwen3 without thinking) is no part of it.
+        Graders and format rules read this text, so ``<think>`` counts whether the prompt or the policy wrote it. An
+        empty block that a prompt opens and closes (Qwen3 without thinking) is not part of it.
         """
         response = self.decode(response_ids)
         if not self.opening:
@@ -243,7 +243,7 @@ class ChatTemplate:
         )
 
     def _require_whole(self, prompt: _Rendered, answered: _Rendered, message: Message, turn: int) -> None:
-        """RowError where the policy would learn another answer than the row has."""
+        """Raise RowError if the policy would learn another answer than the row has."""
         text = answered.text.removeprefix(prompt.text)
         if prompt.text.endswith(self.opening):
             text = self.opening + text
@@ -308,8 +308,8 @@ def load_template(
 ) -> ChatTemplate:
     """The chat template of a local Hugging Face folder, or the Jinja file `chat_template` with its tokenizer.
 
-    A folder with nothing but a SentencePiece ``tokenizer.model`` (and config.json) serves as well. No hub is asked
-    and no code of the folder is run.
+    A folder with only a SentencePiece ``tokenizer.model`` (and config.json) is sufficient. No hub is contacted, and no
+    code of the folder is run.
 
     Args:
         arguments: variables that the template reads, such as ``enable_thinking``, for every conversation.
@@ -347,7 +347,7 @@ def load_template(
 
 
 def with_defaults(jinja: str, arguments: Mapping[str, Any]) -> str:
-    """The template with its variables set where whoever renders it does not set them; the text is the same else."""
+    """The template with default values for its variables. The template's text is otherwise the same."""
     lines = [
         f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}\n"
         for name, value in arguments.items()

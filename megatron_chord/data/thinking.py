@@ -1,4 +1,5 @@
-"""Thinking blocks of a turn, ``<think>...</think>``: what a prompt opens, and what a template makes of an answer's."""
+"""Thinking blocks of a turn, ``<think>...</think>``: those that a prompt opens, and how a template changes an
+answer's."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _EMPTY_BLOCK = re.compile(rf"\s*{OPEN}\s*{CLOSE}")
 
 
 def opening(generation_prompt: str) -> str:
-    """The block that a generation prompt opens and leaves open, such as ``<think>\\n``; empty where it opens none."""
+    """The block that a generation prompt opens but does not close, such as ``<think>\\n``; empty if there is none."""
     _, mark, rest = generation_prompt.rpartition(OPEN)
     return mark + rest if mark and CLOSE not in rest else ""
 
@@ -29,7 +30,8 @@ def is_skipped(turn: str, message: Message) -> bool:
 
 
 def lost_part(turn: str, message: Message) -> str | None:
-    """What of an assistant's message the rendered ``turn`` does not have, blanks aside; None where it has all."""
+    """The part of an assistant's message that the rendered ``turn`` lacks, ignoring blanks; None if it lacks
+    nothing."""
     rendered = _without_blanks(turn)
     content = _EMPTY_BLOCK.sub("", message["content"], count=1)
     answer = content.rpartition(CLOSE)[2]

@@ -9,17 +9,17 @@ from megatron_chord.data.observed import Observed
 from megatron_chord.data.templates import ChatTemplate
 
 _MAX_PENDING = 8
-"""Tokens that one character may take."""
+"""Largest number of tokens of one character."""
 
 
 @dataclass(frozen=True)
 class Piece:
     token_id: int
     text: str
-    """Empty where the token is a part of a character: the last of its tokens has the text."""
+    """Empty if the token is a part of a character: the last token of the character has the text."""
     is_trained: bool
     is_template: bool
-    """It holds no text of a message: the template wrote it."""
+    """Whether the template wrote it: it contains no text of a message."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def pieces_of(template: ChatTemplate, seen: Observed) -> Pieces:
 def token_texts(template: ChatTemplate, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds to the text of those before it.
 
-    A token is decoded together with the one before, since SentencePiece drops the space of a first token; a token in
-    the midst of a character adds nothing until the character is complete.
+    A token is decoded together with the previous one, since SentencePiece drops the space of a first token. A token
+    inside a character adds no text until the character is complete.
     """
     texts: list[str] = []
     context: list[int] = []
@@ -74,8 +74,8 @@ def _written_by_template(
 ) -> tuple[list[bool], tuple[int, ...]]:
     """Which tokens share no character with a message, and the messages that are not found.
 
-    The messages are looked for one after another. Control tokens are no place for them, and an assistant's message is
-    looked for in trained tokens alone, the others outside of these.
+    The messages are searched one after another. Control tokens are never part of a message. An assistant's message is
+    searched only in trained tokens, other messages only outside of them.
     """
     own = [True] * len(texts)
     starts, total = [], 0

@@ -1,9 +1,9 @@
-"""Tool use as data: the functions of a row go into its system message, its true calls become JSON text.
+"""Tool use as data: writes the functions of a row into its system message, and its true calls as JSON text.
 
-RL prompts, demonstrations and evaluation get their messages here, so all three see the same tools. What the reply
-must look like is what `rewards.tool_calls` reads; a list of tools and these two tags are Tool-N1's way to ask for it
-(arXiv 2505.00024). Rows whose messages hold calls and results as fields of their own are written by the chat template,
-which then is given the tools, too.
+RL prompts, demonstrations and evaluation get their messages here, so all three see the same tools. The system message
+asks for replies in the form that `rewards.tool_calls` reads, with a list of tools and two tags, as Tool-N1 does (arXiv
+2505.00024). If the messages of a row have calls and results in fields of their own, the chat template writes them, and
+also gets the tools.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
     """Functions for the chat template to show."""
     tools_shown: Literal["", "system_message", "template"] = ""
-    """Who shows the functions or writes the calls; empty where there are none."""
+    """What shows the functions or writes the calls; empty if there are none."""
 
 
 def conversation(row: Row, template: ChatTemplate) -> Conversation:
-    """The row's question with the system prompt and, where it has tools, these.
+    """The row's question with the system prompt and with its tools, if it has any.
 
-    They are shown at the end of the system message or, where the messages hold calls and results of their own, by the
-    chat template; ``template.tools_as`` may choose one way for all rows.
+    Tools are shown at the end of the system message, or by the chat template if the messages have calls and results of
+    their own. ``template.tools_as`` may choose one way for all rows.
 
     Raises:
-        RowError: the template shows no functions; or only it could write the row's calls, and is not to.
+        RowError: the template shows no functions; or only it could write the row's calls, but must not be used.
     """
     messages = template.conversation(question_messages(row))
     has_calls, has_tools = uses_tools(messages), _has_tools(row)
@@ -93,7 +93,8 @@ def _with_tools(messages: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
 
 
 def require_one_way(reports: Iterable[LoadReport]) -> None:
-    """ValueError where some rows' functions are shown by the chat template, and others' by the system message."""
+    """Raise ValueError if the chat template shows the functions of some rows, and the system message those of
+    others."""
     by_way = {way: report.data for report in reports for way in report.tools_shown}
     if len(by_way) > 1:
         raise ValueError(
@@ -104,7 +105,7 @@ def require_one_way(reports: Iterable[LoadReport]) -> None:
 
 
 def true_answer(row: Row) -> str:
-    """`answer` or `truth` as text; of a row with tools (there also `ground_truth`) as one line of JSON.
+    """`answer` or `truth` as text. For a row with tools it is one line of JSON (and may be called `ground_truth`).
 
     The calls are a list, or its JSON text; see `rewards.tool_calls` for their two forms.
     """

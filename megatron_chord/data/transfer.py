@@ -1,4 +1,4 @@
-"""Host arrays to a device, many in one copy that does not hold up the host."""
+"""Copies several host arrays to a device in one copy that does not block the host."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Bytes that each array begins at a multiple of: enough for every dtype and every vector load of a kernel."""
+"""Alignment of each array in bytes: enough for every dtype and every vector load of a kernel."""
 
 
 def move_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays as tensors on ``device``, which are views of one buffer.
 
-    A copy from pageable memory to CUDA first waits for what its stream has been given to do; one from pinned memory
-    does not. The pinned buffer may be dropped at once: torch's allocator keeps it until the copy is done.
-    On a CPU there is one copy within memory.
+    A copy from pageable memory to CUDA first waits for the earlier work of its stream; a copy from pinned memory does
+    not. The pinned buffer may be released at once, because torch's allocator keeps it until the copy is done. On a CPU
+    there is one copy within memory.
     """
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     starts = list(itertools.accumulate(sizes, initial=0))

@@ -1,4 +1,4 @@
-"""What is doubtful about the truths of a data set: several for one problem, and some that are only text."""
+"""Finds doubtful truths of a data set: several truths for one problem, and truths that are only text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 60
 
 
 def doubts(prompts: Sequence[Prompt], is_text: Callable[[Prompt], bool] = lambda prompt: False) -> list[str]:
-    """A line for each kind of doubt, with its number and the first example; nothing where there is none.
+    """A line for each kind of doubt, with the number of cases and the first example; empty if there is none.
 
     Args:
         is_text: whether the grader can compare the prompt's truth only as text.
@@ -31,7 +31,7 @@ def doubts(prompts: Sequence[Prompt], is_text: Callable[[Prompt], bool] = lambda
 
 
 def conflicting(prompts: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
-    """Of every problem with several truths the first prompt, and the first that has another truth.
+    """For every problem with several truths: the first prompt, and the first prompt with another truth.
 
     Problems are the same when their prompts have the same tokens. 15, 15.0 and 1,000 are compared as numbers.
     """
