@@ -1,4 +1,4 @@
-"""Where a response states its final answer. Every search is linear in the text, because the text is the model's."""
+"""Finds the final answer of a response. Every search takes linear time, because the text comes from the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
-_BRACE = re.compile(
-    r"\\.|[{}]", re.DOTALL
-)  # a backslash takes the next character with it: \{ and \} do not group
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash escapes the next character: \{ and \} do not group
 _THINK_END = "</think>"
-_TAIL = 20_000  # characters; unmarked answers are looked for in the last so many
+_TAIL = 20_000  # unmarked answers are searched in this many characters at the end
 _ANSWER_START, _ANSWER_END = "<answer>", "</answer>"
 
 _SPACING = r"(?:\s|\$|\\[()\[\],;:! ]|\\q?quad\b|[*&.,;:•-]|\\\\)"
@@ -52,24 +50,24 @@ class Stated:
     """A response's final answer."""
 
     text: str
-    """The answer as it is written; several boxes that stand side by side are joined by commas."""
+    """The answer as it is written. Several boxes side by side are joined by commas."""
     boxes: tuple[str, ...] = ()
-    """Every box of the passage it was found in, in order, each content once; none after a change of mind."""
+    """The boxes of the passage in which it was found, in order, without duplicates; empty after a change of mind."""
 
 
 def marked_answer(text: str, marker: str) -> str | None:
-    """The answer in a tag, in a box or after the marker: `stated_answer` without what is loose."""
+    """The answer in a tag, in a box or after the marker: `stated_answer` without loose answers."""
     stated = stated_answer(text, marker, loose=False)
     return None if stated is None else stated.text
 
 
 def stated_answer(text: str, marker: str, *, loose: bool = True) -> Stated | None:
-    """The final answer of a response, None where there is none.
+    """The final answer of a response; None if there is none.
 
-    What follows the last ``</think>`` is read first, and the whole text only where no answer is found there. Within
+    The text after the last ``</think>`` is read first. The whole text is read only if no answer is found there. Within
     a passage the order is: the last ``<answer>...</answer>``; the last ``\\boxed{...}`` whose braces close, with its
-    neighbours; the line after the last `marker`. With `loose` these come after: what follows the last "answer is" or
-    "Answer:", which reasoning says, too; the last formula or number.
+    neighbours; the line after the last `marker`. With `loose` two more follow: the text after the last "answer is" or
+    "Answer:", which also occurs in reasoning; the last formula or number.
     """
     for passage in _passages(text):
         found = _marked(passage, marker)
@@ -82,7 +80,7 @@ def stated_answer(text: str, marker: str, *, loose: bool = True) -> Stated | Non
 
 
 def after_marker(text: str, marker: str) -> str | None:
-    """What follows the last `marker`, up to the line's end."""
+    """The text after the last `marker`, up to the end of the line."""
     _, found, rest = text.rpartition(marker)
     return first_line(rest) if found else None
 
@@ -126,7 +124,7 @@ def _between_tags(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, tuple[int, int]]]:
-    """(where the command starts, (first, end) of its content) of each box whose braces close and that holds no box."""
+    """(start of the command, (first, end) of its content) of each box whose braces close and that contains no box."""
     closing, open_braces = {}, []
     for match in _BRACE.finditer(text):
         if match[0] == "{":
@@ -179,7 +177,7 @@ def _after_phrase(text: str) -> Stated | None:
 
 
 def _short(text: str) -> Stated | None:
-    """The whole of a text that is an answer and no sentence: it starts with one, or it is a single word."""
+    """The whole text if it is an answer and not a sentence: it starts with an answer, or it is a single word."""
     bare = text.strip()
     words = _WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", bare))
     if not bare or (len(words) > 1 and _WORD.match(bare)) or len(words) > 5:
@@ -212,7 +210,7 @@ def _are_neighbours(text: str, before: tuple[int, int, str], after: tuple[int, i
 
 
 def _loose(text: str) -> Stated | None:
-    """The last formulas that stand side by side, number or option; a formula is more than a letter."""
+    """The last formulas side by side, or the last number or option. A single letter is not a formula."""
     formulas = [item for item in _formulas(text) if not re.fullmatch(r"\s*\\?[A-Za-z]+\s*", item[2])]
     after = formulas[-1][1] if formulas else 0
     last = deque(_NUMBER.finditer(text, after), maxlen=1)

@@ -10,10 +10,11 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def grade(text: str, truth: str, *, marker: str = "####") -> float:
-    """1.0 when what follows the last `marker` of `text`, up to the line's end, is `truth`, else 0.0.
+    """1.0 if the text after the last `marker`, up to the end of the line, equals `truth`; else 0.0.
 
-    Numbers are compared as they are written but for commas, dollar signs and a final period: 1,000 is $1000, yet
-    18.0 is not 18. A truth that has the marker itself is read the same way. Without a marker the answer is wrong.
+    Numbers are compared as they are written, but commas, dollar signs and a final period are ignored: 1,000 equals
+    $1000, but 18.0 does not equal 18. A truth with a marker is read in the same way. Without a marker the answer is
+    wrong.
     """
     answer = after_marker(text, marker)
     if answer is None:

@@ -1,6 +1,6 @@
-"""Rewards that look at the form of a response beside its answer.
+"""Rewards that depend on the format of a response as well as on its answer.
 
-For training only: accuracy, dynamic sampling and evaluation go by the grader's own score.
+They are for training only: accuracy, dynamic sampling and evaluation use the grader's score.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def well_formed(text: str) -> bool:
 
 
 def shape_reward(score: float, *, text: str, truncated: bool, answered: bool, rule: FormatRule) -> float:
-    """The reward for a response of which the grader says `score`: 1 for right, 0 for wrong.
+    """The reward of a response to which the grader gives `score`: 1 for right, 0 for wrong.
 
-    ``chord`` (arXiv 2508.11408, A.2): -1 where the length limit was hit before a final answer; else 1 for a right
-    answer, 0 for a wrong one that is well-formed and -0.1 for one that is not. ``trinity`` (Trinity-RFT,
-    math_reward.py): `score`, and -0.1 for what is not well-formed, be it right or wrong. ``none``: `score`.
+    ``chord`` (arXiv 2508.11408, A.2): -1 if the length limit was reached before a final answer; else 1 for a right
+    answer, 0 for a wrong one that is well-formed and -0.1 for a wrong one that is not. ``trinity`` (Trinity-RFT,
+    math_reward.py): `score`, minus 0.1 if the response is not well-formed, whether right or wrong. ``none``: `score`.
 
     Args:
         truncated: the response ended at the length limit.
-        answered: the reward's `has_answer` of it. Without, a number that the grader found in passing is no answer.
+        answered: the result of the reward's `has_answer`. If False, a number that the grader found is not an answer.
     """
     if rule == "none":
         return score

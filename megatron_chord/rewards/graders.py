@@ -1,4 +1,4 @@
-"""All graders of a run: a pool of processes for each term of the reward, and one grade made of their grades."""
+"""All graders of a run: a pool of processes for each term of the reward. Their grades are combined into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Graders:
     """Grades with every term of a reward. Use it as a context manager.
 
     Raises:
-        RewardRefused: the user's file or function will not do.
+        RewardRefused: the user's file or function cannot be used.
         RuntimeError: a worker does not start, with the reason it printed.
     """
 
@@ -44,11 +44,11 @@ class Graders:
         self.close()
 
     def close(self) -> None:
-        """Kill all workers; a grade_all under way raises. May be called twice."""
+        """Kill all workers. A running grade_all raises. May be called twice."""
         self._stack.close()
 
     def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
-        """One grade a response, in their order; the terms work side by side.
+        """One grade for each response, in their order. The terms grade at the same time.
 
         Raises:
             RuntimeError: closed.
@@ -73,10 +73,11 @@ class Graders:
 
 
 def combined(grades: dict[str, Grade], *, of_many: bool) -> Grade:
-    """The grade of a response that the terms have graded so, in their order.
+    """Combine the terms' grades of a response, in the order of the terms, into one grade.
 
-    Its score is the first term's. Its parts are every term's score and, as ``term.part``, its parts. It has failed
-    where one of them has. ``of_many``: the reward has several terms, whichever of them grade this response.
+    The score is that of the first term. The parts are the score of every term, and its parts as ``term.part``. The
+    grade has failed if one of the terms has failed. ``of_many``: the reward has several terms, even if only some of
+    them grade this response.
     """
     if not of_many:
         (grade,) = grades.values()
@@ -92,10 +93,9 @@ def combined(grades: dict[str, Grade], *, of_many: bool) -> Grade:
 
 
 def check_reward(reward: RewardConfig) -> None:
-    """Load the graders that are not this package's, in processes that then end.
+    """Try to load the graders that are not part of this package, each in a process that then ends.
 
-    Raises:
-        RewardRefused: why one cannot be used.
+    Raises: RewardRefused: a grader cannot be used, with the reason.
     """
     for term in terms_of(reward).values():
         if term.RUNS_USERS_CODE:

@@ -1,10 +1,10 @@
-"""Mathematically equal answers, judged by math-verify and by what is known of its mistakes.
+"""Compares mathematical answers with math-verify, and corrects its known mistakes.
 
 `answers` finds the answer, `math_forms` reads the forms that math-verify reads wrongly, and this module compares.
-Numbers are compared exactly, or to 100 significant digits where they are irrational; math-verify rounds to 6 decimals.
+Numbers are compared exactly, or to 100 significant digits if they are irrational; math-verify rounds to 6 decimals.
 
-Only LaTeX parsing is asked of math-verify: its other mode hands text to Python's `eval`. Its own time limits are off,
-for they rest on signals, which fail in threads; `rewards.pool` kills instead.
+Of math-verify only the LaTeX parser is used, because its other mode passes text to Python's `eval`. Its own time
+limits are off, because they use signals, which do not work in threads. `rewards.pool` kills late processes instead.
 """
 
 from __future__ import annotations
@@ -55,17 +55,16 @@ _MAX_CHARACTERS = 4000
 _MAX_PARSED = 1000
 _MAX_DEPTH = 6
 _SIGNIFICANT = 6
-"""A decimal with at least so many significant digits may stand for a number that has no finite decimal form."""
+"""A decimal with at least this many significant digits may equal a number that has no finite decimal form."""
 
 
 def grade(text: str, truth: str, *, marker: str = "####") -> float:
-    """1.0 when the answer of `text` equals `truth`, else 0.0. No answer is wrong, and so is an unreadable one.
+    """1.0 if the answer of `text` equals `truth`, else 0.0. A missing or unreadable answer is wrong.
 
-    `answers.stated_answer` says where the answer is. The truth is read the same way, but without box or marker it is
-    taken whole.
+    `answers.stated_answer` finds the answer. The truth is read in the same way, but without box or marker the whole
+    truth is used.
 
-    Raises:
-        ValueError: the truth cannot be read, which is no fault of the answer.
+    Raises: ValueError: the truth cannot be read, so the answer cannot be graded.
     """
     marked = marked_answer(truth, marker) if _is_marked(truth, marker) else None
     expected = (truth if marked is None else marked).strip()
@@ -82,7 +81,7 @@ def _is_marked(truth: str, marker: str) -> bool:
 
 
 def _candidates(stated: Stated, truth: str) -> Sequence[str]:
-    """The answer; and where the truth has several parts, as many boxes, all of them together."""
+    """The answer. If the truth has several parts and the response has as many boxes, also all boxes together."""
     parts = read_collection(cleaned(truth)) if len(stated.boxes) > 1 else None
     if parts is None or len(parts.items) != len(stated.boxes):
         return (stated.text,)
@@ -90,7 +89,7 @@ def _candidates(stated: Stated, truth: str) -> Sequence[str]:
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether two written answers mean the same. The truth says which form is asked for.
+    """Whether two written answers mean the same. The truth determines the expected form.
 
     Raises:
         ValueError: the truth cannot be read.
@@ -194,7 +193,7 @@ def _as_collection(answer: str, truth: str, depth: int) -> bool | None:
 
 
 def _collections_equal(given: Collection, meant: Collection, depth: int) -> bool:
-    """A set or bare list in any order, a tuple in its own; brackets may be left out but not exchanged."""
+    """Compare a set or bare list in any order, a tuple in its order. Brackets may be left out but not exchanged."""
     if meant.is_set or meant.is_list:
         return not given.is_tuple and _in_any_order(given.items, meant.items, depth)
     same_brackets = (given.opening, given.closing) == (meant.opening, meant.closing)
@@ -202,7 +201,8 @@ def _collections_equal(given: Collection, meant: Collection, depth: int) -> bool
 
 
 def _all_equal(given: Collection, truth: str, depth: int) -> bool | None:
-    """A list against one value: each item is that value, or the truth was a list without blanks, such as 100,200."""
+    """Compare a list with one value: each item is that value, or the truth was a list without blanks, such as
+    100,200."""
     if given.is_tuple:
         return None
     if (
@@ -225,7 +225,7 @@ def _in_any_order(given: Sequence[str], meant: Sequence[str], depth: int) -> boo
 
 
 def _items_equal(given: str, meant: str, depth: int) -> bool:
-    """Values without their names; a name that both have must be the same."""
+    """Compare values without their names. If both have a name, the names must be equal."""
     given_label, given_value = split_label(given)
     meant_label, meant_value = split_label(meant)
     if given_label and meant_label and given_label != meant_label:
@@ -300,7 +300,7 @@ def _values_equal(answer: str, truth: str) -> bool:
 
 
 def _plain_number(text: str) -> Fraction | None:
-    """A written-out number or fraction, exactly; None for anything else, and for what is too long to be meant."""
+    """The exact value of a written number or fraction; None for anything else, and for numbers that are too long."""
     if len(text) > 1000:
         return None
     if _PLAIN_NUMBER.fullmatch(text):
@@ -316,7 +316,7 @@ def _numbers_equal(given: Fraction, meant: Fraction, answer: str, truth: str) ->
 
 
 def _stands_for(written: str, value: Fraction, exact: Fraction) -> bool:
-    """Whether a decimal of enough digits is `exact`, which has no finite decimal form, rounded or cut."""
+    """Whether a decimal with enough digits is `exact`, rounded or truncated. `exact` has no finite decimal form."""
     _, point, decimals = written.partition(".")
     if not point or not decimals.isdigit() or _is_finite_decimal(exact):
         return False
@@ -324,7 +324,7 @@ def _stands_for(written: str, value: Fraction, exact: Fraction) -> bool:
 
 
 def _agrees(written: str, value: Fraction, exact: Fraction) -> bool:
-    """Whether all digits of a decimal, at least six, are those of `exact`, rounded or cut."""
+    """Whether all digits of a decimal, at least six, are those of `exact`, rounded or truncated."""
     decimals = written.partition(".")[2]
     significant = re.sub(r"\D", "", written).lstrip("0")
     return len(significant) >= _SIGNIFICANT and abs(value - exact) < Fraction(1, 10 ** len(decimals))
@@ -342,7 +342,7 @@ def _is_finite_decimal(number: Fraction) -> bool:
 
 _PRECISION = 120
 _MAX_DIGITS = 100_000
-"""Numbers with more are compared as they are written."""
+"""Numbers with more digits are compared as they are written."""
 _AGREEMENT = sympy.Float("1e-100", _PRECISION)
 _TINY = sympy.Float("1e-110", _PRECISION)
 _POINTS = (sympy.Rational(13, 7), sympy.Rational(-29, 11), sympy.Rational(101, 37))
@@ -364,7 +364,7 @@ def _by_math_verify(answer: str, truth: str) -> bool:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether text is no formula; the parser would take minutes for a page of it."""
+    """Whether the text is not a formula. The parser would take minutes for a page of such text."""
     letters = _COMMAND.sub(" ", text)
     return (
         len(text) > _MAX_PARSED
@@ -383,10 +383,10 @@ def _parsed(text: str) -> list:
 
 
 def _expressions_equal(given: sympy.Expr, meant: sympy.Expr) -> bool | None:
-    """Whether two expressions are equal, None where that cannot be computed.
+    """Whether two expressions are equal; None if that cannot be computed.
 
-    Numbers are compared exactly or to 100 digits, expressions with variables at three points: two that agree there
-    to 100 digits are the same but for a set of measure zero.
+    Numbers are compared exactly or to 100 digits. Expressions with variables are compared at three points: different
+    expressions that agree there to 100 digits are practically impossible.
     """
     if _has_undefined(given) or _has_undefined(meant):
         return None
@@ -413,7 +413,7 @@ def _has_undefined(expression: sympy.Expr) -> bool:
 
 
 def _digits(expression: sympy.Basic) -> float:
-    """Roughly, how many decimal digits the numbers have that evaluating `expression` makes; capped at 1e300."""
+    """Estimate of the number of decimal digits that appear when `expression` is evaluated; capped at 1e300."""
     if isinstance(expression, sympy.Integer):
         return abs(int(expression)).bit_length() * 0.302
     parts = [_digits(part) for part in expression.args]
@@ -446,13 +446,13 @@ def _constants_equal(given: Any, meant: Any) -> bool | None:
 
 
 def _exact(expression: sympy.Expr) -> Any:
-    """Evaluated, with decimals as the fractions they are written as."""
+    """The evaluated expression, with decimals as exact fractions."""
     floats = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
     return expression.xreplace(floats).doit()
 
 
 def _rounds(written: str, exact: sympy.Expr) -> bool:
-    """Whether `written` is a decimal of enough digits that stands for `exact`, an irrational number."""
+    """Whether `written` is a decimal with enough digits that equals `exact`, an irrational number."""
     value = _plain_number(written)
     if value is None or "." not in written or exact.free_symbols:
         return False

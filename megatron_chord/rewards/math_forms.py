@@ -1,8 +1,8 @@
-"""The forms in which people write mathematical answers, read from text.
+"""Reads the forms in which people write mathematical answers.
 
-`cleaned` rewrites one notation into another (Unicode, spacing, thousands, fonts) and changes no meaning. The
-`read_...` functions recognise forms that math-verify reads wrongly or not at all: number bases, options, words,
-intervals, lists, units. Each returns None for text of another form. Nothing is evaluated here.
+`cleaned` normalises notation (Unicode, spacing, thousands, fonts) without changing the meaning. The `read_...`
+functions recognise forms that math-verify reads wrongly or not at all: number bases, options, words, intervals, lists,
+units. Each returns None for text of another form. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
 def cleaned(text: str) -> str:
-    """The same answer in plain LaTeX, without what surrounds it: delimiters, fonts, a final period, "approximately"."""
+    """The same answer in plain LaTeX, without delimiters, fonts, a final period and words such as "approximately"."""
     text = unicodedata.normalize("NFC", text).translate(_TRANSLATION)
     text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uff5e" else c for c in text)
     text = _SCRIPT_RUN.sub(_script, text)
@@ -163,7 +163,7 @@ _CLOSING = {")", "]", "}", r"\}", r"\rangle"}
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes, -1 where it does not. ( and [ may close one another."""
+    """The index where the bracket that opens at `start` closes, or -1. ( and [ may close one another."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
         if match[0] in _OPENING:
@@ -176,7 +176,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """The pieces between the matches of `separator` that are in no bracket. Never inside a LaTeX command."""
+    """The pieces between the matches of `separator` outside of brackets and of LaTeX commands."""
     pieces, start, depth, position = [], 0, 0, 0
     while position < len(text):
         if depth == 0 and (match := separator.match(text, position)) and match.end() > position:
@@ -206,7 +206,7 @@ _PART = re.compile(r"\(([a-h]|i{1,3}|iv|[1-4])\)\s*")
 
 @dataclass(frozen=True)
 class Collection:
-    """Several answers, or one of several parts."""
+    """Several answers, or one answer with several parts."""
 
     opening: str
     """``(``, ``[``, ``{``; empty for a bare list."""
@@ -319,7 +319,7 @@ def is_empty_set(text: str) -> bool:
 
 
 def read_intervals(text: str) -> tuple[Interval, ...] | None:
-    """The union of intervals that `text` names: by brackets, by inequalities in one variable, or as a set."""
+    """The union of intervals in `text`, written with brackets, with inequalities in one variable, or as a set."""
     text = re.sub(
         r"^\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*)\\\}$", r"\2", text
     ).strip()

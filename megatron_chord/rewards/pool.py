@@ -1,12 +1,12 @@
 """Grading in processes that can be killed.
 
-Graders run libraries that loop, exhaust memory or crash on hostile text. Each worker is a process of its own,
-reached over a socket; time is kept here, and a worker that is late is killed and replaced. A grading that failed
-has no score: it is never a wrong answer.
+Graders run libraries that loop, exhaust memory or crash on hostile text. Each worker is a separate process, which is
+reached over a socket. The pool measures the time, and kills and replaces a worker that is late. A grading that failed
+has no score; it never counts as a wrong answer.
 
-Every worker belongs to one thread of the pool, for two reasons: gradings run side by side, and the kernel's
-parent-death signal means the death of the *thread* that started the child. An ``async`` grader is given several calls
-at a time. When its worker is lost, nobody knows which of them is to blame, so each is then repeated alone.
+Every worker belongs to one thread of the pool, for two reasons: gradings run at the same time, and the kernel's
+parent-death signal refers to the *thread* that started the child. An ``async`` grader gets several calls at a time.
+When its worker is lost, it is not known which call was the cause, so each call is repeated alone.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from megatron_chord.rewards.table import to_json
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
-_GRACE_S = 2.0  # for the worker of an `async` grader, which ends late calls by itself
-_ATTEMPTS = 2  # a worker may be killed by something that is not its text: the kernel, an operator
+_GRACE_S = 2.0  # additional time for the worker of an `async` grader, which ends late calls by itself
+_ATTEMPTS = 2  # a worker may be killed for a reason other than its text: by the kernel or an operator
 _MAX_REPLY_BYTES = 1 << 24
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX")
 
 
 class RewardRefused(ValueError):
-    """The settings of a reward have no grader: the user's file, or the function in it, will not do."""
+    """The grader of a reward cannot be loaded: the user's file, or the function in it, cannot be used."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """One response's score, or why there is none."""
+    """One response's score, or the reason why there is none."""
 
     score: float | None
     error: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict[str, float])
-    """By name what the score is the sum of, where the grader names it."""
+    """The named summands of the score, if the grader names them."""
 
 
 def longest_grading_s(timeout_s: float) -> float:
-    """Of one grading with ``timeout_s``, its attempts and the starts of fresh workers included."""
+    """Longest time of one grading with ``timeout_s``, including its attempts and the starts of new workers."""
     return _ATTEMPTS * (_START_TIMEOUT_S + timeout_s + _KILL_TIMEOUT_S)
 
 
@@ -68,11 +68,11 @@ class GraderPool:
     """Worker processes that grade with one kind of reward. Use it as a context manager.
 
     Args:
-        reward: the kind with its settings; `memory_mb` includes some 100 that are taken by libraries.
+        reward: the kind with its settings; libraries take about 100 of its `memory_mb`.
         on_grade: called after each grading, from another thread.
 
     Raises:
-        RewardRefused: the user's file or function will not do.
+        RewardRefused: the user's file or function cannot be used.
         RuntimeError: a worker does not start, with the reason it printed.
     """
 
@@ -107,7 +107,7 @@ class GraderPool:
             RuntimeError: the pool is closed.
         """
         size = 1
-        if self._reward.list_size is not None:  # no more than it takes to keep every worker busy
+        if self._reward.list_size is not None:  # no more threads than are needed to keep every worker busy
             size = max(1, min(self._reward.list_size, math.ceil(len(responses) / self._reward.workers)))
         with self._one_batch:
             batch = _Batch(len(responses))
@@ -116,11 +116,11 @@ class GraderPool:
             try:
                 self._wait(batch)
             finally:
-                batch.cancelled = True  # a signal's exception must not leave work behind
+                batch.cancelled = True  # an exception from a signal handler must not leave unfinished work
         return [grade for grade in batch.grades if grade is not None]
 
     def close(self) -> None:
-        """Kill the workers; a grade_all under way raises. May be called twice."""
+        """Kill the workers. A running grade_all raises. May be called twice."""
         with self._lock:
             self._closed = True
             for worker in self._running:
@@ -224,21 +224,21 @@ class _Lane:
         self._open: dict[int, _Call] = {}
         self._deadlines: dict[int, float] = {}
         self._again: collections.deque[_Call] = collections.deque()
-        """Calls that were lost with a worker. Each is repeated alone."""
+        """Calls that were lost with a worker; each one is repeated alone."""
 
     @property
     def has_room(self) -> bool:
-        """Whether it takes another call."""
+        """Whether the worker can take another call."""
         is_repeating = bool(self._again) or any(call.attempts for call in self._open.values())
         return not is_repeating and len(self._open) < self._calls_at_once
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to do."""
+        """Whether the worker has no calls."""
         return not self._open and not self._again
 
     def start(self) -> None:
-        """Start a worker. RewardRefused, _WorkerLostError or OSError."""
+        """Start a worker. Raises RewardRefused, _WorkerLostError or OSError."""
         self._worker = self._start()
         self._calls_at_once = self._worker.calls_at_once
 
@@ -248,7 +248,7 @@ class _Lane:
             self._worker = None
 
     def take(self, call: _Call) -> None:
-        """Have the worker begin with ``call``."""
+        """Send ``call`` to the worker."""
         number = self._number = self._number + 1
         self._open[number] = call
         self._deadlines[number] = math.inf
@@ -280,7 +280,7 @@ class _Lane:
             self._lost(str(error))
 
     def _late(self) -> None:
-        # Perhaps by no fault of its text: somebody has stopped the process, or another call keeps it from going on.
+        # The text may not be the cause: the process may have been stopped, or another call may block it.
         is_unclear = len(self._open) > 1 or (
             self._worker is not None and state_of(self._worker.process.pid) == "T"
         )
@@ -301,7 +301,7 @@ class _Lane:
             self._fail(number, call, reason)
 
     def _fail(self, number: int, call: _Call, reason: str) -> None:
-        """An attempt has failed, perhaps by no fault of the call's own."""
+        """An attempt has failed. The call itself may not be the cause."""
         call.attempts += 1
         if call.attempts < _ATTEMPTS:
             self._repeat(number, call)
@@ -319,7 +319,7 @@ class _Lane:
 
 
 class _WorkerLostError(Exception):
-    """The process is gone, or does not speak as it should."""
+    """The process has ended, or its answers are malformed."""
 
 
 class _Batch:
@@ -340,7 +340,7 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Call:
-    """Responses of a batch that a grader is given at once."""
+    """Responses of a batch that a grader gets in one call."""
 
     batch: _Batch
     start: int
@@ -370,11 +370,11 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the run, which decides what becomes of its graders
+                start_new_session=True,  # the run handles Ctrl-C and decides when its graders end
             )
 
     def wait_until_ready(self) -> None:
-        """Raises RewardRefused when the user's function will not do, _WorkerLostError without a process."""
+        """Raises RewardRefused if the user's function cannot be used, _WorkerLostError if there is no process."""
         try:
             reply = self._receive(time.monotonic() + _START_TIMEOUT_S)
         except TimeoutError:
@@ -384,7 +384,7 @@ class _Worker:
         self.calls_at_once, self.ends_late_calls = reply["calls"], reply["ends_late_calls"]
 
     def send(self, number: int, responses: Sequence[Response], timeout_s: float) -> None:
-        """Raises TimeoutError when late, _WorkerLostError when the process died."""
+        """Raises TimeoutError if the worker is late, _WorkerLostError if the process died."""
         self._connection.settimeout(timeout_s)
         request = {"id": number, "responses": [dataclasses.asdict(response) for response in responses]}
         try:
@@ -403,7 +403,7 @@ class _Worker:
         ]
 
     def kill_group(self) -> None:
-        """The process and all that it has started. It is the leader of a session of its own."""
+        """Kill the process and all processes that it has started. It is the leader of its own session."""
         pids = descendants(self.process.pid) if self._has_children else []
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -413,7 +413,7 @@ class _Worker:
 
     def kill(self) -> None:
         self.kill_group()
-        # Killed but stuck in the kernel, it will be gone with its last system call.
+        # A killed process that hangs in the kernel ends with its last system call.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_KILL_TIMEOUT_S)
         self._connection.close()
@@ -449,7 +449,7 @@ class _Worker:
 
 
 def _environment(reward: RewardKind) -> dict[str, str]:
-    """No key of the run comes near a grader that does not ask for it; equal hashes make it repeatable."""
+    """Environment of a grader: only the run's variables that it asks for. A fixed hash seed makes it repeatable."""
     kept = (*_KEPT_ENVIRONMENT, *reward.variables)
     path = [str(_PACKAGE_ROOT)]
     if reward.RUNS_USERS_CODE and "PYTHONPATH" in os.environ:

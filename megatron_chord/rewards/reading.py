@@ -1,8 +1,8 @@
-"""What a grader takes a truth for, so that a person sees it before a run.
+"""Shows how a grader reads a truth, so that the user can check it before a run.
 
-Most texts can be read as mathematics: "seven of them" may become a product of letters. Math-verify can loop, so the
-grader's own functions read here in a process of their own with a limit on time: ``python -m
-megatron_chord.rewards.reading MARKER``, which gets a JSON string a line and answers with a JSON pair of kind and text.
+Most texts can be read as mathematics: "seven of them" may become a product of letters. math-verify can loop, so the
+grader's functions run in a separate process with a time limit: ``python -m megatron_chord.rewards.reading MARKER``. It
+reads one JSON string per line and answers with a JSON pair of kind and text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEANING = {
 }
 DOUBTFUL = frozenset({WORDS, LETTERS, TEXT, FAULT})
 TIMEOUT_S = 5.0
-"""For one truth."""
+"""Time limit for one truth, in seconds."""
 _START_S = 120.0
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ class _Child:
         self._line(_START_S)
 
     def ask(self, truth: str) -> list[str]:
-        """OSError when the child is late or gone."""
+        """Raises OSError if the child process is late or has ended."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(truth).encode() + b"\n")
         self._process.stdin.flush()

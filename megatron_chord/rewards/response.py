@@ -1,4 +1,4 @@
-"""What a reward is given of a response. No NumPy is imported: a grader process has little memory."""
+"""The argument of a reward function. NumPy is not imported, because a grader process has little memory."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def check_sources(reward: RewardConfig, sources: Iterable[str]) -> None:
 
 
 def to_json(reward: RewardKind) -> dict[str, Any]:
-    """What a grader process must know of a reward."""
+    """The data about a reward that a grader process needs, as JSON."""
     others = {field.name for field in dataclasses.fields(WholeReward)}
     values = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward)}
     return {
@@ -85,7 +85,7 @@ def to_json(reward: RewardKind) -> dict[str, Any]:
 
 
 def from_json(settings: Mapping[str, Any]) -> RewardKind:
-    """The reward that ``to_json`` wrote, without the settings of the whole."""
+    """The reward that ``to_json`` wrote, without the settings that hold for the reward as a whole."""
     kind = KINDS[settings["kind"]]
     hints = get_type_hints(kind)
 

@@ -1,7 +1,7 @@
 """Equal sets of tool calls.
 
-The reward of CHORD's tool-use experiments (Trinity-RFT, customized_toolcall_workflows.py, after Tool-N1, arXiv
-2505.00024): right or wrong, nothing in between. A true call has one of two forms:
+This is the reward of CHORD's tool-use experiments (Trinity-RFT, customized_toolcall_workflows.py, after Tool-N1, arXiv
+2505.00024). A reply is either right (1) or wrong (0). A true call has one of two forms:
 
 * ``{"name": ..., "arguments": {...}}``: the call itself, also with ``parameters`` for ``arguments``, with the arguments
   as JSON text, or as ``{"type": "function", "function": {...}}``. Arguments are equal when their JSON, keys sorted, is.
@@ -46,7 +46,7 @@ def grade(text: str, truth: str, *, marker: str = "", think: Think = "optional")
     is right where the truth is an empty list, whatever it says. `marker` is not used.
 
     Raises:
-        ValueError: the truth cannot be read, which is no fault of the answer.
+        ValueError: the truth cannot be read, so the answer cannot be graded.
     """
     expected = read_truth(truth)
     calls = read_calls(text, think=think)
@@ -94,12 +94,12 @@ def _require_choices(arguments: dict[str, Any], name: str) -> None:
 
 
 def _has_choices(item: dict[str, Any]) -> bool:
-    """Whether an object within lists accepted values; one that lists none is itself the value."""
+    """Whether a nested object lists accepted values. If it lists none, the object itself is the value."""
     return any(isinstance(accepted, list) for accepted in item.values())
 
 
 def _objects(values: list[Any]) -> list[dict[str, Any]]:
-    """Objects in a list and in the lists within."""
+    """The objects in a list and in its nested lists."""
     found = [value for value in values if isinstance(value, dict)]
     return found + [inner for value in values if isinstance(value, list) for inner in _objects(value)]
 
@@ -109,7 +109,7 @@ def _canonical(value: Any) -> str:
 
 
 def _match(expected: Sequence[TrueCall], calls: Sequence[Call]) -> bool:
-    """Whether each call can be given a true call of its own: a perfect matching, grown by augmenting paths."""
+    """Whether calls and true calls have a perfect matching. It is found by augmenting paths."""
     if len(expected) != len(calls):
         return False
     accepted = [[i for i, call in enumerate(calls) if true_call.accepts(call)] for true_call in expected]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 Think = Literal["optional", "required", "forbidden"]
 
 MAX_DEPTH = 100
-"""Of brackets. Python's parser gives up somewhere beyond; what is nested as deeply is no call."""
+"""Largest depth of brackets. Python's parser fails at a greater depth; deeper text is not a call."""
 
 _CALLS_START, _CALLS_END = "<tool_call>", "</tool_call>"
 _THINK_START, _THINK_END = "<think>", "</think>"
@@ -39,9 +39,9 @@ class Call:
 
 
 def read_calls(text: str, *, think: Think = "optional") -> list[Call] | None:
-    """The calls of a reply, in their order; [] where it makes none; None where a call or the thinking is malformed.
+    """The calls of a reply, in their order; [] if it makes none; None if a call or the thinking block is malformed.
 
-    What is thought is no call: only what follows ``</think>`` is read.
+    Calls inside the thinking block do not count: only the text after ``</think>`` is read.
 
     Args:
         think: ``required``: one ``</think>`` before the first call, with at most one ``<think>``, which the prompt may
@@ -57,7 +57,7 @@ def read_calls(text: str, *, think: Think = "optional") -> list[Call] | None:
 
 
 def as_call(item: Any) -> Call | None:
-    """A call from its JSON object; None where it is none."""
+    """The call in a JSON object; None if the object is not a call."""
     if not isinstance(item, dict):
         return None
     if isinstance(item.get("function"), dict):
@@ -74,7 +74,7 @@ def as_call(item: Any) -> Call | None:
 
 
 def parsed_json(text: str) -> Any:
-    """JSON that is not nested too deeply; ValueError otherwise."""
+    """Parse JSON. Raises ValueError if it is invalid or nested too deeply."""
     depth = 0
     for match in _BRACKET.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
@@ -96,7 +96,7 @@ def _after_thinking(text: str, think: Think) -> str | None:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """What stands between the tags; the last end tag may be missing, because servers stop at it."""
+    """The text between the tags. The last end tag may be missing, because servers stop at it."""
     position = 0
     while (start := text.find(_CALLS_START, position)) >= 0:
         start += len(_CALLS_START)

@@ -1,9 +1,9 @@
-"""One grader process: `python -m megatron_chord.rewards.worker`, started by `rewards.pool` and nobody else.
+"""One grader process: `python -m megatron_chord.rewards.worker`. Only `rewards.pool` starts it.
 
-It reads ``{"id", "responses"}`` and answers ``{"id", "results"}``, a JSON line each, over the socket it inherits; a
-result is ``{"score", "parts"}`` or ``{"error"}``. It assumes that the text is hostile and that a grading library
-swallows exceptions: what it forbids and what it runs out of is noted on the side, so that neither can pass for a wrong
-answer.
+It reads ``{"id", "responses"}`` and answers ``{"id", "results"}``, one JSON line each, over the socket that it
+inherits. A result is ``{"score", "parts"}`` or ``{"error"}``. The process assumes that the text is hostile and that a
+grading library may catch all exceptions. Therefore forbidden actions and exhausted resources are recorded separately,
+so that neither counts as a wrong answer.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ _EVENTS: dict[Permission, tuple[str, ...]] = {
         *("os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime"),
     ),
 }
-"""Audit events by what must be allowed for them: beginnings of their names. Opening a file to write is another."""
+"""Permission -> prefixes of the audit events that need it. Opening a file for writing is checked separately."""
 _NEVER = ("os.", "ctypes.", "signal.")
-"""Beginnings of the names of further events that a grader of this package has no reason for."""
+"""Prefixes of further audit events, which a grader of this package never needs."""
 _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 _EXHAUSTION = (MemoryError, RecursionError)
 # What sympy's own parser evaluates when it is given a number: Integer (2 ), Float ('1.5' ).
@@ -70,10 +70,11 @@ _NUMBER_CODE = re.compile(r"\s*-?\s*(?:Integer|Float|Rational)\s*\(\s*'?[0-9.eE+
 
 
 class Watch:
-    """Notes what went wrong during one grading, also when the grader caught it."""
+    """Records the errors during one grading, even if the grader caught them."""
 
     def __init__(self, permissions: frozenset[Permission] = frozenset(), *, is_users: bool = False) -> None:
-        """``is_users``: the grader is not this package's. Only what needs a permission is then forbidden."""
+        """``is_users``: the grader is not part of this package. Then only actions that need a permission are
+        forbidden."""
         self.exhausted = False
         self._permissions = permissions
         self._is_users = is_users
@@ -81,7 +82,7 @@ class Watch:
 
     @contextlib.contextmanager
     def findings(self) -> Iterator[list[str]]:
-        """What is found during the block. Blocks may overlap (``async``); each then has the findings of all."""
+        """The errors recorded during the block. Blocks may overlap (``async``); each then has the errors of all."""
         found: list[str] = []
         self._open.append(found)
         if not self._is_users:
@@ -90,7 +91,7 @@ class Watch:
             yield found
         finally:
             if not self._is_users:
-                # Python drops a trace function that fails, which ours does only for want of stack or memory.
+                # Python removes a trace function that fails. Ours fails only when stack or memory is exhausted.
                 if sys.gettrace() is None:
                     self._note("ran out of stack")
                 sys.settrace(None)
@@ -112,7 +113,7 @@ class Watch:
             found.append(finding)
 
     def _needed(self, event: str, args: tuple[Any, ...]) -> str | None:
-        """What must be allowed for an event; None where it is free."""
+        """The permission that an event needs; None if it needs none."""
         if event == "open":
             is_new = (
                 not isinstance(args[0], int) and args[0] != os.devnull
@@ -133,14 +134,14 @@ class Watch:
 
     def _trace_exception(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "exception" and issubclass(arg[0], _EXHAUSTION):
-            # Keep the exception no longer than this: it holds the frames that hold the memory.
+            # Release the exception here: it references the frames that hold the memory.
             self._note(f"ran out of {'memory' if issubclass(arg[0], MemoryError) else 'stack'}")
             self.exhausted = self.exhausted or issubclass(arg[0], MemoryError)
         return self._trace_exception
 
 
 class Grading:
-    """A loaded grader, and what becomes of its calls."""
+    """A loaded grader, and the results of its calls."""
 
     def __init__(self, reward: RewardKind, grader: Callable[[Any], Any], watch: Watch) -> None:
         self._reward = reward
@@ -151,9 +152,7 @@ class Grading:
         with self._watch.findings() as findings:
             try:
                 value = self._grader(self._argument(request))
-            except (
-                Exception
-            ) as error:  # the boundary: whatever a grader raises is this grading's error, not a crash
+            except Exception as error:  # any exception of a grader is the error of this grading, not a crash
                 return self._failed(request, error)
         return self._reply(request, value, findings)
 
@@ -188,7 +187,7 @@ class Grading:
 
     def _result(self, value: Any, findings: Sequence[str]) -> dict[str, Any]:
         result = _measured(value)
-        # A proof of equality stands whatever failed on the way to it.
+        # A proof of equality is valid even if something failed before it.
         if findings and (self._reward.RUNS_USERS_CODE or result.get("score") != 1.0):
             return {"error": f"the grader {findings[0]}"}
         return result
@@ -226,7 +225,7 @@ def _serve(connection: socket.socket, grading: Grading, watch: Watch) -> None:
 
 
 async def _serve_async(connection: socket.socket, grading: Grading, watch: Watch, *, calls: int) -> None:
-    """Calls run side by side; the pool sends no more than ``calls`` at a time."""
+    """Calls run at the same time. The pool sends at most ``calls`` at a time."""
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=_MAX_LINE_BYTES)
     writer.write(_line({"calls": calls, "ends_late_calls": True}))
     sys.addaudithook(watch.audit)
@@ -270,7 +269,7 @@ def _guard_sympy(watch: Watch) -> None:
 
 
 def _only_numbers(eval_expr: Any, watch: Watch) -> Any:
-    """sympy turns every written number into code and evaluates that; nothing else may get there."""
+    """sympy turns every written number into code and evaluates it. Nothing else may be evaluated."""
 
     def checked(code: str, local_dict: Any, global_dict: Any) -> Any:
         if not _NUMBER_CODE.fullmatch(code):
@@ -281,7 +280,7 @@ def _only_numbers(eval_expr: Any, watch: Watch) -> Any:
 
 
 def _measured(value: Any) -> dict[str, Any]:
-    """A number, or several that add up to the score, as a result; an error for anything else."""
+    """The result for a number, or for several numbers that add up to the score; an error for anything else."""
     if isinstance(value, Mapping):
         wrong = [name for name in value if not isinstance(name, str)]
         if wrong or not value:
@@ -300,7 +299,7 @@ def _measured(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | str:
-    """The value as a finite float, or what it is instead."""
+    """The value as a finite float, or a description of what it is instead."""
     if not isinstance(value, numbers.Real):
         return f"{value!r:.80} ({type(value).__name__})"
     number = float(value)
