@@ -1,6 +1,6 @@
-"""What a person should hear about a run's numbers: pure functions over the rows of metrics.jsonl.
+"""Warnings about a run's numbers: pure functions over the rows of metrics.jsonl.
 
-Each check says what it saw, why that matters and which settings to look at. It speaks once in a run.
+Each check says what it found, why that matters and which settings to look at. It warns once in a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_chord.settings_tree import setting
 Row = Mapping[str, Any]
 Settings = Mapping[str, Any]
 _FIRST, _RECENT = 10, 60
-"""Rows that the checks see: of the beginning, and the last ones."""
+"""Numbers of rows that the checks get: first rows and last rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class History:
 class Check:
     name: str
     see: Callable[[History, Settings], str | None]
-    """What there is to see; None where nothing is wrong."""
+    """The check's finding; None if nothing is wrong."""
     why: str
     look_at: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
 class Judge:
-    """Takes the rows of a run one after the other and says what is new about them."""
+    """Gets the rows of a run one after the other, and returns the new findings of each."""
 
     settings: Settings
     """As config.yaml has them."""
@@ -190,7 +190,7 @@ def _used_up(history: History, settings: Settings) -> str | None:
 
 
 def _idle(history: History, settings: Settings) -> str | None:
-    """Only where ranks and servers have hardware of their own, or are meant to work at the same time."""
+    """Checks only runs whose ranks and servers have separate hardware, or work at the same time."""
     seconds = [row["seconds"] for row in history.recent[-10:] if "sample" in row.get("seconds", {})]
     total = sum(one["total"] for one in seconds)
     if len(seconds) < 10 or total <= 0:
@@ -220,7 +220,7 @@ def _has_gained(history: History) -> bool:
 def _mean(
     rows: Sequence[Row], name: str, *, first: int | None = None, last: int | None = None
 ) -> float | None:
-    """Over the first or last so many rows; None where there are fewer rows, or one lacks the number."""
+    """Mean over a number of first or last rows; None if there are fewer rows, or a row lacks the value."""
     wanted = rows[-last:] if last is not None else rows[:first]
     values = [row[name] for row in wanted if name in row]
     if len(values) < (last or first or len(rows)) or not values:

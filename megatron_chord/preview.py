@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Range:
-    """What is certain and what is possible."""
+    """A range: what is certain, and what is possible."""
 
     least: float
     most: float
@@ -103,7 +103,8 @@ def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
 
 
 def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
-    """The steps worth showing: all, as stretches of equal mu, or else the turns and round numbers between them."""
+    """The steps to show: all, as ranges of equal mu; or the steps where the rule changes, and round numbers
+    between."""
     mu = schedule_of(run)
     if mu is None:
         return []
@@ -152,7 +153,7 @@ def facts(run: RunConfig, mu: MuSchedule) -> Facts:
 
 
 def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
-    """What the numbers alone do not say."""
+    """Remarks that the numbers alone do not show."""
     if isinstance(mu, RewardAdaptive):
         yield "mu depends on the mean reward of each step's rollouts, so every step samples"
     if isinstance(mu, GradientNorm):
@@ -340,5 +341,5 @@ def _cell(column: tuple[float, float] | None, row: int, scale: float, glyphs: Gl
     if level == 0 and greatest - mean > 1 and greatest >= 0.5:
         return glyphs.mixed
     if row == 0 and column[1] > 0:
-        level = max(level, 1)  # mu > 0 is always seen
+        level = max(level, 1)  # mu > 0 always has a visible bar
     return glyphs.levels[level]

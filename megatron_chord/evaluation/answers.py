@@ -1,7 +1,7 @@
-"""The answers of an evaluation on disk: one JSON line each, appended as they are graded, found again by what was asked.
+"""The answers of an evaluation on disk: one JSON line each, appended after grading, found again by a key.
 
-An answer's key is a hash of the policy, the prompt's tokens, the seed and the sampling settings. So an evaluation that
-was ended goes on where it was, and an answer of another policy or of other settings is never taken for one of this.
+An answer's key is a hash of the policy, the prompt's tokens, the seed and the sampling settings. So an interrupted
+evaluation continues where it was, and an answer of another policy or of other settings is never used by mistake.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Answer:
     tokens: int
     finish_reason: str
     score: float | None
-    """None: it could not be graded."""
+    """None if the answer could not be graded."""
     error: str | None
-    """Why not."""
+    """Why the answer could not be graded."""
     graded_by: str
     """Hash of the reward's settings."""
 
@@ -70,7 +70,7 @@ class AnswerFile:
     """The answers of one benchmark. A later line with the same key counts. Not for several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. A line that was being written when the process was killed is cut off."""
+        """Read the existing answers. An incomplete last line, written when the process was killed, is removed."""
         self.by_key: dict[str, Answer] = {}
         self._path = path
         self._file: IO[bytes] | None = None
@@ -88,7 +88,7 @@ class AnswerFile:
             os.truncate(path, whole)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Appends them; they are with the kernel when this returns."""
+        """Append answers. When this returns, the kernel has the data."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")

@@ -1,4 +1,4 @@
-"""Problems x samples -> graded answers on disk. Servers take the next request as they become free."""
+"""Samples and grades the answers to all problems, and writes them to disk. A free server takes the next request."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from megatron_chord.rollout.server import ServerError
 _REQUESTS_GPU, _REQUESTS_CPU = 256, 16
 _LOOK_S = 0.2
 _SAY_S = 20.0
-"""Between two lines about the progress where there is no terminal."""
+"""Seconds between two lines about the progress if the output is not a terminal."""
 _GRADED_TOGETHER = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One answer that is wanted."""
+    """One answer to sample."""
 
     benchmark: BenchmarkConfig
     """Resolved."""
@@ -84,7 +84,7 @@ def ask(
     graders: SuiteGraders,
     meter: Meter,
 ) -> int:
-    """Has all questions answered and graded, and puts the answers into ``files``, by benchmark.
+    """Sample and grade the answers to all questions, and write them into ``files``, by benchmark.
 
     A server that fails is replaced, at most ``settings.restarts`` times.
 
@@ -92,7 +92,7 @@ def ask(
         How many answers are missing because their requests were late.
 
     Raises:
-        RolloutError, ServerError: servers failed more often. What was answered is in ``files``.
+        RolloutError, ServerError: servers failed more often. The answers so far are in ``files``.
     """
     for question in questions:
         assert question.benchmark.reward is not None
@@ -163,7 +163,8 @@ def _ask_once(
 
 
 def _await(futures: Sequence[Future[None]]) -> None:
-    """Until all are done; raises what one of them does, at once. It waits in pieces, so that a signal is heard."""
+    """Wait until all are done. Raises the first exception at once. The wait is interrupted regularly to handle
+    signals."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_EXCEPTION)
@@ -189,7 +190,7 @@ class _Grading:
         self.meter.advance(0)
 
     def check(self) -> None:
-        """Raises what ended the thread, if anything did."""
+        """Raise the exception that ended the thread, if there is one."""
         if self.failure is not None:
             raise self.failure
 
@@ -258,7 +259,7 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade) -> An
 
 
 def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) -> Response:
-    """What a grader is given of an answer."""
+    """The argument of the grader for an answer."""
     return Response(
         text=text,
         truth=prompt.truth,

@@ -27,7 +27,7 @@ class Comparison:
     gained: tuple[str, ...]
     """Problems that flipped to right: below one half for A, at least one half for B."""
     lost: tuple[str, ...]
-    """The other way round."""
+    """Problems that flipped to wrong: at least one half for A, below one half for B."""
 
 
 def compare(a: Path, b: Path, *, seed: int = 0, resamples: int = 2000) -> tuple[list[Comparison], list[str]]:

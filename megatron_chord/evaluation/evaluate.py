@@ -1,4 +1,4 @@
-"""`megatron-chord evaluate`: a policy answers a suite's benchmarks, and what came of it is written down."""
+"""`megatron-chord evaluate`: a policy answers a suite's benchmarks, and the results are written to files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def evaluate(
     server_key: str = "",
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Has the policy at ``source`` answer ``suite``, and writes the results into ``output``.
+    """Evaluate the policy at ``source`` on ``suite``, and write the results into ``output``.
 
     Answers that ``output`` holds already, to the same requests by the same weights, are kept. Main thread only.
 

@@ -1,4 +1,4 @@
-"""What the grades of a problem's answers say about a policy: pure functions, no model and no file.
+"""Metrics of a policy, computed from the grades of a problem's answers: pure functions without model or file.
 
 Every metric gives one number for each problem; the benchmark's number is their mean. Grades are in [0, 1]; an answer is
 right when its grade is 1.

@@ -1,7 +1,7 @@
-"""What is evaluated: a Hugging Face folder, or a checkpoint that is converted to one first.
+"""Finds the policy to evaluate: a Hugging Face folder, or a checkpoint, which is first converted to one.
 
-``python -m megatron_chord.evaluation.policy CHECKPOINT FOLDER`` converts, in a process of its own that sees no GPU:
-Megatron-Core would put the whole model on one.
+``python -m megatron_chord.evaluation.policy CHECKPOINT FOLDER`` converts in a separate process without GPUs, because
+Megatron-Core would otherwise put the whole model on one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_chord.weights.torch_dist import METADATA
 _CONVERTED = "policy"
 _DIGEST = "policy.json"
 _RECORDS = ("latest", "latest_checkpointed_iteration.txt")
-"""A folder with one of these names its newest checkpoint in it."""
+"""A folder with one of these files stands for the newest checkpoint in it."""
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 _PIECE = 1 << 22
 

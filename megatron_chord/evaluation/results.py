@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers for each benchmark, each problem's grades, and the tables that tell of them."""
+"""The results of an evaluation: numbers for each benchmark, each problem's grades, and tables of them."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def row_markdown(results: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, results: Mapping[str, Any], problems: Sequence[ProblemResult]) -> None:
-    """All files of the results but the answers. Each appears whole."""
+    """Write all files of the results except the answers. Each file is written atomically."""
     lines = "".join(json.dumps(asdict(item)) + "\n" for item in problems)
     texts = {
         PROBLEMS: lines,

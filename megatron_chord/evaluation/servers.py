@@ -1,4 +1,4 @@
-"""The vLLM servers that an evaluation asks: its own on this machine, or running ones that get the policy's weights."""
+"""The vLLM servers of an evaluation: its own on this machine, or running ones that get the policy's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which answers of a problem are equal, for maj@k: equal by the grader, not by their spelling."""
+"""Finds equal answers of a problem for maj@k. The grader decides whether they are equal, not their spelling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_chord.rewards.table import RewardConfig
 from megatron_chord.rewards.tool_replies import Call, read_calls
 
 KINDS = ("math", "exact", "tool_calls")
-"""Kinds of reward whose answers can be told from the rest of a response."""
+"""Kinds of reward whose answer can be separated from the rest of a response."""
 
 
 def stated_answer(text: str, reward: RewardConfig) -> str | None:

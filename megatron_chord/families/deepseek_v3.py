@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1, and what others built alike (Transformers' modeling_deepseek_v3.py).
+"""DeepSeek-V3 and R1, and other models with the same architecture (Transformers' modeling_deepseek_v3.py).
 
 The layers for multi-token prediction that published folders hold after the model's own are neither read nor exported:
 no forward pass of the model runs through them, so nothing trains them. Transformers passes over them, too.
@@ -18,7 +18,7 @@ from megatron_chord.families.shape import Experts, ModelShape, refuse, require
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_short_window(config, default=None)
-    # Transformers does not read these. vLLM does, and with others routes otherwise.
+    # Transformers does not read these. vLLM does, and with other values it routes differently.
     for name, default, expected in (
         ("scoring_func", None, "sigmoid"),
         ("topk_method", None, "noaux_tc"),

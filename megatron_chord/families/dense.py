@@ -27,7 +27,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """What stands behind the attention of each layer, with the norm before it."""
+    """The MLP or the experts after the attention of each layer, with the norm before them."""
 
     rules: tuple[Rule, ...]
     transformer: Mapping[str, Any]
@@ -39,7 +39,7 @@ _FREQUENCIES = (
     *hf_layer(*(f"self_attn.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))),
     "model.rotary_emb.inv_freq",
 )
-"""RoPE's, which older folders hold and config.json determines. Transformers and vLLM pass over them."""
+"""RoPE's frequencies, which older folders contain and config.json determines. Transformers and vLLM skip them."""
 
 PRE_MLP_NORM = Rule(
     # Transformer Engine's layer spec fuses it with a dense MLP, and leaves it alone before experts.

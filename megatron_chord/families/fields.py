@@ -1,8 +1,8 @@
-"""What is done about each field of a config.json that Transformers or vLLM reads for these families.
+"""How each field of a config.json that Transformers or vLLM reads for these families is treated.
 
-A field that one of them reads and a family here does not would change what is computed there and not here, without an
-error. So each is in one of three places: a family reads it (``KINDS`` has its type), ``NEUTRAL`` names the values that
-change nothing and every other value is refused, or ``IRRELEVANT`` says why it does not matter.
+If one of them read a field that a family here ignores, it would compute something else than Megatron, without an
+error. So each field is in one of three places. A family reads it (``KINDS`` has its type). ``NEUTRAL`` lists the
+values that change nothing, and every other value is refused. ``IRRELEVANT`` says why it does not matter.
 tests/unit/families/test_fields.py takes the list of fields from the sources of both packages.
 """
 
@@ -97,7 +97,7 @@ KINDS: dict[str, Kind] = {
     "mlp_only_layers": INTEGERS,
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT),
 }
-"""Of the fields that a family, or ``check_fields`` for all of them, reads. Null is as good as absent."""
+"""Types of the fields that a family, or ``check_fields`` for all families, reads. Null means the same as absent."""
 
 ROPE_KINDS: dict[str, Kind] = {
     **dict.fromkeys(
@@ -126,7 +126,7 @@ class Neutral:
     """Absent, null or one of ``values``; every other value is refused."""
 
     reason: str
-    """What would be computed otherwise, and by which loader."""
+    """What would be computed differently, and by which loader."""
     values: tuple[Any, ...] = ()
     families: tuple[str, ...] = ()
     """None: all."""
@@ -358,7 +358,7 @@ TOKEN_FIELDS = ("eos_token_id", "pad_token_id")
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
-    """ValueError with every field of the wrong type, and every one that a loader would compute otherwise."""
+    """Raise ValueError with every field that has a wrong type or would make a loader compute something else."""
     findings = [*_wrong_kinds(config), *_not_neutral(config), *_token_ids(config)]
     if findings:
         listed = findings[0] if len(findings) == 1 else "\n  " + "\n  ".join(findings)

@@ -23,7 +23,7 @@ _EXPERT = "{expert}"
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How the router's logits become the experts' scores, and the chosen ones' scores their weights."""
+    """How the router's logits become scores, and how the scores of the chosen experts become weights."""
 
     function: str = "softmax"
     """Or sigmoid; the latter with a bias, in fp32 and never trained, that counts for the choice alone."""
@@ -47,9 +47,9 @@ class Names:
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_experts"
-    """The expert that sees every token, below the block."""
+    """Name of the shared expert, which gets every token, below the block."""
     shared_gate: str | None = None
-    """What weighs that expert; None where nothing does."""
+    """Name of the gate of the shared expert; None if it has no gate."""
 
 
 def mixture(

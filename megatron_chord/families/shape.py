@@ -1,4 +1,5 @@
-"""What a model family says of a config.json: Megatron's settings and the weight table, without importing Megatron."""
+"""The result of reading a config.json by a family: Megatron's settings and the weight table. Megatron is not
+imported."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class ModelShape:
 
 
 def require(config: Mapping[str, Any], name: str) -> Any:
-    """The config.json's value, or a ValueError that says which is missing."""
+    """The value in config.json. Raises ValueError with its name if it is missing."""
     if config.get(name) is None:
         raise ValueError(f"config.json of model_type {config.get('model_type')!r} has no {name!r}")
     return config[name]

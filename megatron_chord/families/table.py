@@ -69,7 +69,7 @@ LACKING: dict[str, tuple[str, ...]] = {
     "gemma3": _GEMMA_3,
     "gemma3_text": _GEMMA_3,
 }
-"""What Megatron-Core 0.16.1's GPT model cannot compute of families that are asked for."""
+"""Families that are not supported, with the parts that Megatron-Core 0.16.1's GPT model cannot compute."""
 
 
 def read_shape(folder: Path) -> ModelShape:

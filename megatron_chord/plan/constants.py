@@ -1,7 +1,7 @@
-"""Every number of the planner that is measured or assumed rather than derived, each with its source.
+"""All numbers of the planner that are measured or assumed, each with its source.
 
-Letters in brackets are the sources of docs/planning.md. A formula elsewhere in this package names a constant from here
-or a fact of the model, of the settings or of Megatron-Core's code.
+Tags in brackets are the sources of docs/planning.md. The formulas of this package use only these constants, and facts
+of the model, the settings or Megatron-Core's code.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ class Constants:
     tensor_factor: MappingProxyType[int, float] = field(
         default_factory=lambda: MappingProxyType({1: 1.0, 2: 0.96, 4: 0.88, 8: 0.65})
     )
-    """What is left of it under tensor parallelism. 8: 704 -> 509 TFLOP/s from TP4 PP4 to TP8 PP4 [MB-SKILL-MEM]. The
-    others calibrated."""
+    """Factor on the efficiency under tensor parallelism. 8: 704 -> 509 TFLOP/s from TP4 PP4 to TP8 PP4 [MB-SKILL-MEM].
+    The others calibrated."""
     pipeline_factor: float = 0.954
-    """What is left of it at each doubling of the pipeline's stages, beside the bubble: 704 -> 668 TFLOP/s from TP4 PP4
-    DP2 to TP4 PP8 DP1, of which the bubbles of 16 and 32 micro-batches in 5 chunks explain 0.6 % [MB-SKILL-MEM]."""
+    """Factor on the efficiency for each doubling of the pipeline's stages, in addition to the bubble: 704 -> 668
+    TFLOP/s from TP4 PP4 DP2 to TP4 PP8 DP1, of which the bubbles of 16 and 32 micro-batches in 5 chunks explain 0.6 %
+    [MB-SKILL-MEM]."""
     context_factor: float = 0.97
-    """What is left of it at each doubling of the context axis. Assumed: no published pair of runs."""
+    """Factor on the efficiency for each doubling of the context axis. Assumed: no published pair of runs."""
     moe_factor: float = 0.274
-    """What is left of it for a mixture of small experts: Qwen3-30B-A3B's 204 over Llama3-8B's 744 TFLOP/s per GPU, both
-    FP8 pre-training [MB-ARCH]."""
+    """Factor on the efficiency for a mixture of small experts: Qwen3-30B-A3B's 204 over Llama3-8B's 744 TFLOP/s per
+    GPU, both FP8 pre-training [MB-ARCH]."""
     fp8_factor: float = 1.2
-    """Of training time in FP8: the low end of 1.2 to 1.5 for linear layers [MB-GUIDE]."""
+    """Speed-up of training in FP8: the low end of 1.2 to 1.5 for linear layers [MB-GUIDE]."""
     decode_bandwidth: float = 0.70
     """Share of the memory's bandwidth that a decode step reaches. Calibrated."""
     decode_flops: float = 0.5
     """Share of the peak that products of many sequences reach in decoding and prefill. Calibrated."""
     decode_step_s: float = 6e-3
-    """Of every decode step beside the model's own work: scheduling, sampling, launches. Calibrated."""
+    """Seconds of every decode step in addition to the model's work: scheduling, sampling, launches. Calibrated."""
     decode_all_reduce_s: float = 30e-6
-    """Of one all-reduce in a decode step under tensor parallelism; two a layer. Calibrated."""
+    """Seconds of one all-reduce in a decode step under tensor parallelism; there are two per layer. Calibrated."""
     sync_shared: tuple[float, float] = (2.0, 10e9)
     """Of a weight push to servers on the same GPUs: seconds at once, bytes per second. Calibrated on 5 s (8B) and 14 s
     (70B) [RL-959]."""
@@ -50,12 +51,12 @@ class Constants:
     """Bytes per second between a GPU and pinned main memory, all GPUs of a node at the same time. Assumed: a PCIe 5
     x16 port can do 64e9 alone."""
     step_overhead: float = 0.03
-    """Share of a step beside its phases: drawing, grading, packing, logging. 2 to 4 % in [RL-959]."""
+    """Share of a step in addition to its phases: drawing, grading, packing, logging. 2 to 4 % in [RL-959]."""
     cuda_bytes: float = 3e9
     """Of a training process beside torch's tensors: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers. 3 to 5
     once all else is released [SLIME-010]."""
     fragmentation: float = 0.05
-    """Of activations and the head's work space."""
+    """Additional share of activations and of the head's work space."""
     server_bytes: float = 3e9
     """Of a vLLM process beside weights and KV cache: context, CUDA graphs, activations of prefill."""
     asleep_bytes: float = 3e9

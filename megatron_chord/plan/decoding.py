@@ -1,8 +1,8 @@
-"""How long vLLM takes to sample a step's responses: the decode steps simulated one by one.
+"""Estimates the time in which vLLM samples a step's responses by simulating the decode steps one by one.
 
-A step of all live sequences reads the weights once and every sequence's keys and values, or is bound by its products
-when there are many. Lengths follow an exponential distribution that is cut off at the limit and has the stated mean;
-one sequence of each server is taken to reach the limit, so the tail is there whatever the mean. docs/planning.md,
+A decode step reads the weights once, and the keys and values of every running sequence. With many sequences its matrix
+products are the limit. Lengths follow an exponential distribution with the stated mean, cut off at the limit. One
+sequence of each server is assumed to reach the limit, so there is always a longest answer. See docs/planning.md,
 "Sampling".
 """
 
@@ -54,7 +54,7 @@ def sampling_seconds(
         live = max(own * math.exp(-position / scale), min(1.0, own)) if math.isfinite(scale) else own
         length = work.prompt_tokens + position
         running = max(min(live, server.kv_tokens / max(length, 1.0)), 1e-9)
-        # Those that do not fit wait for their turn.
+        # Sequences that do not fit wait.
         seconds += max(live / running, 1.0) * step.seconds(running, length)
     # The samples of one prompt share its prefill.
     flops = 2 * active_count(shape) * work.prompts * work.prompt_tokens
@@ -83,7 +83,7 @@ class _DecodeStep:
 
     def seconds(self, running: float, length: float) -> float:
         """One step of ``running`` sequences of ``length`` tokens."""
-        # Each expert is read that at least one sequence chose, choices taken to be even.
+        # Only experts that at least one sequence chose are read; all experts are assumed to be equally likely.
         weights = self._dense_s + self._experts_s * (1 - self._untouched**running)
         return max(weights, running * self._product_s) + running * length * self._cache_s + self._fixed_s
 

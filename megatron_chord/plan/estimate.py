@@ -1,4 +1,4 @@
-"""One layout of one run on one cluster: does it fit, and how long is a step?"""
+"""Estimates whether one layout of a run fits a cluster, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run on a cluster, but for the trainer's layout."""
+    """A run on a cluster, without the trainer's layout."""
 
     shape: ModelShape
     cluster: Cluster
     work: Work
     numerics: Numerics = field(default_factory=Numerics)
     weight_bytes: float = 2
-    """Per parameter on disk and in a weight push."""
+    """Bytes per parameter on disk and in a weight push."""
     reference: bool = False
     precision: Precision | None = None
     rollout_tensor: int = 1
     utilization: float = 0.6
-    """Of each GPU's memory, for vLLM."""
+    """Share of each GPU's memory for vLLM."""
     cache_bytes: float | None = None
     overlap: bool = False
     """Sampling for the next step runs beside training."""
@@ -193,13 +193,13 @@ class Estimate:
     saved: float
     """Bytes of the fullest GPU that are in main memory while servers sample."""
     problems: tuple[str, ...]
-    """What does not fit, and by how much; empty when all does."""
+    """What does not fit, and by how much; empty if everything fits."""
     times: Times
     speed: Speed
     mfu: float
-    """Of the training pass alone: model FLOP/s over the peak, recomputation not counted."""
+    """MFU of the training pass alone: model FLOP/s over the peak, recomputation not counted."""
     tokens_per_s: float
-    """All tokens of a step over its time."""
+    """All tokens of a step divided by its time."""
 
     @property
     def worst(self) -> StageMemory:
@@ -216,14 +216,14 @@ def case_of(
     overlap: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Case:
-    """What the settings say, and the lengths that must be assumed.
+    """The case that the settings describe, with assumed lengths where none are given.
 
     Args:
         prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
             ``demonstration_tokens``: as long as the responses where left out.
 
     Raises:
-        ValueError: settings or model that will not do, or lengths beyond the settings' limits.
+        ValueError: settings or model cannot be used, or lengths exceed the settings' limits.
     """
     method, shape = method_of(run), read_shape(run.model.path)
     check_lengths(run.data, shape.max_positions)
@@ -263,7 +263,7 @@ def case_of(
 
 
 def _offloads(run: RunConfig, cluster: Cluster) -> bool:
-    """As ``train/engine.py`` decides it where the setting is left out."""
+    """The setting, or if it is left out, the value that ``train/engine.py`` chooses."""
     stated = run.rollout.offload
     return cluster.colocated and run.rollout.asynchronous is None if stated is None else stated
 
@@ -281,7 +281,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         sampling: ``case.sampling_seconds()`` where it is already known: it does not depend on the choice.
 
     Raises:
-        ValueError: the model cannot be laid out so over these GPUs, for the reason that the trainer would give.
+        ValueError: the layout is not possible on these GPUs, with the reason that the trainer would give.
     """
     parallel, cluster, work = choice.parallel, case.cluster, case.work
     check_shape(case.shape, parallel)
@@ -347,13 +347,13 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
 
 
 def checkpoint_bytes(case: Case) -> float:
-    """Of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights) and two
-    moments."""
+    """Bytes of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights)
+    and two moments."""
     return (case.weight_bytes + 12) * model_count(case.shape)
 
 
 def export_bytes(case: Case) -> float:
-    """Of the exported Hugging Face folder."""
+    """Bytes of the exported Hugging Face folder."""
     return case.weight_bytes * model_count(case.shape)
 
 

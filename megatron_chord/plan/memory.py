@@ -1,4 +1,4 @@
-"""Bytes on one training GPU, by part, for every pipeline stage; and what a vLLM server on it takes.
+"""Bytes on one training GPU, by part, for every pipeline stage; and the memory of a vLLM server on it.
 
 Formulas and their sources: docs/planning.md, "Memory". Bytes are decimal (1 GB = 1e9).
 """
@@ -28,9 +28,9 @@ class Numerics:
     optimizer: float = 12
     """FP32 master weights and Adam's two moments."""
     activation: float = 2
-    """Of one number kept for the backward pass."""
+    """Bytes of one number that is kept for the backward pass."""
     gemm_input: float = 2
-    """The same of the input of a matrix product; 1 in FP8."""
+    """Bytes of one number of a kept input of a matrix product; 1 in FP8."""
     cached_weights: float = 0
     """Quantised copies that Transformer Engine keeps of the weights, row-wise and transposed."""
 
@@ -43,7 +43,7 @@ class Numerics:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What memory needs of a layout and of its micro-batches."""
+    """The properties of a layout and of its micro-batches that determine memory."""
 
     parallel: ParallelConfig
     data: int
@@ -56,7 +56,7 @@ class Training:
     """none, mlp or full."""
     numerics: Numerics = field(default_factory=Numerics)
     reference: bool = False
-    """A second policy's weights are kept beside."""
+    """Whether the weights of a reference policy are also kept."""
 
     @property
     def local_tokens(self) -> float:
@@ -87,17 +87,17 @@ class StageMemory:
 
     @property
     def static(self) -> float:
-        """What stays between steps."""
+        """Bytes that stay allocated between steps."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def saved(self) -> float:
-        """Of the static part what ``train/offload.py`` keeps in the host's memory while servers sample."""
+        """Bytes of the static part that ``train/offload.py`` moves to the host's memory while servers sample."""
         return self.optimizer + self.reference
 
     @property
     def beside_servers(self) -> float:
-        """What then stays on the GPU; gradients are not kept anywhere."""
+        """Bytes that then stay on the GPU. Gradients are freed."""
         return self.static - self.saved - self.gradients
 
     @property
@@ -118,7 +118,7 @@ class ServerMemory:
     cache: float
     """KV cache, bytes per GPU; negative when the weights leave nothing."""
     reserved: float
-    """All that it takes, bytes per GPU."""
+    """Total of the server, bytes per GPU."""
     tokens: int
     """KV capacity of the whole server."""
 
@@ -221,7 +221,7 @@ def kept_at_once(chunks: Sequence[float], parallel: ParallelConfig, stage: int, 
     passes = count * micro_batches
     kept = sum(chunks[number // stages % count] for number in range(min(warm_up, passes)))
     most = kept
-    for done in range(min(passes - warm_up, count * stages)):  # then it repeats itself
+    for done in range(min(passes - warm_up, count * stages)):  # from here the schedule repeats itself
         freed, added = chunks[-1 - done // stages % count], chunks[(warm_up + done) // stages % count]
         kept += added - freed
         most = max(most, kept)

@@ -1,4 +1,4 @@
-"""All layouts that the trainer would accept, those that fit ranked by the predicted time of a step."""
+"""Searches the layouts that the trainer accepts, and ranks those that fit by the predicted time of a step."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _choices(case: Case, start: Choice) -> Iterator[Choice]:
         stages = list(_stages(case, pipeline, recompute))
         for tensor, context, expert in itertools.product(tensors, contexts, experts):
             if gpus % (tensor * pipeline * context) or (gpus // pipeline) % expert:
-                continue  # the axes do not divide the processes: nothing that a user would want explained
+                continue  # the axes do not divide the number of processes; the user needs no explanation for this
             for (chunks, lengths), budget in itertools.product(stages, _budgets(case, start)):
                 parallel = replace(
                     start.parallel,

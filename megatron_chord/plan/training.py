@@ -14,7 +14,7 @@ from megatron_chord.plan.constants import CONSTANTS, Constants
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a layout makes of the trainer's GPUs."""
+    """Efficiency of the trainer's GPUs under a layout."""
 
     efficiency: float
     """Model FLOP/s over the peak of all GPUs, without recomputation."""
@@ -50,7 +50,8 @@ def speed(
 
 
 def tensor_factor(tensor: int, constants: Constants = CONSTANTS) -> float:
-    """The table's, and between its entries the next larger one's; beyond it the last step again for each doubling."""
+    """The value in the table. Between entries it is that of the next larger one; beyond, the last ratio per
+    doubling."""
     known = dict(constants.tensor_factor)
     for size in sorted(known):
         if tensor <= size:

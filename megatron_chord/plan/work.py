@@ -1,4 +1,4 @@
-"""What a step samples and trains on."""
+"""The amount of work of a step: what it samples and trains on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Work:
 
     @property
     def tokens(self) -> float:
-        """All that is trained on, prompts included."""
+        """All tokens of the trained samples, prompts included."""
         sampled = self.sequences * (self.prompt_tokens + self.response_tokens)
         return sampled + self.demonstrations * (self.prompt_tokens + self.demonstration_tokens)
 

@@ -1,4 +1,4 @@
-"""Which curves a report shows, and their points: at most ``MOST_POINTS`` of each, whatever the run's length."""
+"""The curves of a report and their points: at most ``MOST_POINTS`` each, independent of the run's length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_chord.settings_tree import setting
 
 MOST_POINTS = 1000
 _OWN_PLACE = ("step", "seconds", "not_finite", "weight_version", "gpus")
-"""Of a row: what no curve of its own shows."""
+"""Keys of a row that have no curve of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +163,9 @@ def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def curves(run: RunRecord, charts: Sequence[Chart], *, most_points: int = MOST_POINTS) -> dict[str, Any]:
     """The points of a run: ``x`` (step, tokens, hours), ``series`` by metric, ``phases`` and ``evaluations``.
 
-    With more steps than ``most_points``, a point stands for several steps in a row: ``mean``, with ``low`` and ``high``
-    beside it, so that a single wild step stays visible. Where nothing was measured, a point is None. Tokens and hours
-    count from the start of the run.
+    With more steps than ``most_points``, a point represents several consecutive steps: ``mean``, with ``low`` and
+    ``high``, so that a single outlier stays visible. A point without a measurement is None. Tokens and hours are
+    counted from the start of the run.
     """
     size = max(1, math.ceil(len(run.steps) / most_points))
     parts = [run.steps[start : start + size] for start in range(0, len(run.steps), size)]
@@ -275,5 +275,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _rounded(value: float) -> float:
-    """To five digits, which is more than a screen shows."""
+    """Round to five digits, which is more than a screen shows."""
     return float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""A run's folder as a record: its settings, its training steps and its evaluations."""
+"""Reads a run's folder: its settings, its training steps and its evaluations."""
 
 from __future__ import annotations
 

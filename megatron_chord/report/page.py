@@ -1,4 +1,4 @@
-"""One HTML page about one or several runs. It holds everything it shows and asks no network for anything."""
+"""Writes one HTML page about one or several runs. The page is self-contained and needs no network."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def headline(run: RunRecord) -> dict[str, Any]:
-    """The numbers that a person asks for first."""
+    """The most important numbers of a run."""
     tokens, hours = totals(run)
     gpus = [row["gpus"] for row in run.steps if row.get("gpus")]
     servers = len(setting(run.settings, "rollout.servers", ())) * setting(run.settings, "rollout.tensor", 1)
@@ -160,6 +160,6 @@ def _shown(value: Any) -> str:
 
 
 def _in_script(data: Any) -> str:
-    """JSON that stands safely between script tags, whatever a model has written: it holds no ``<``."""
+    """JSON that is safe between script tags, whatever a model has written: it contains no ``<``."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

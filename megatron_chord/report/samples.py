@@ -1,4 +1,4 @@
-"""Which answers a report shows: some prompts at some steps, in a bounded number of characters."""
+"""Chooses the answers that a report shows: some prompts at some steps, with a limited number of characters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def samples(folder: Path, *, most_characters: int) -> list[dict[str, Any]]:
 
 
 def _entry(kind: str, file: Path, groups: Sequence[tuple[str, Answers]], most: int) -> dict[str, Any]:
-    """As many of the groups as fit, but one at least; token log-probs are left out where they do not fit."""
+    """As many of the groups as fit, but at least one. Token log-probs are left out if they do not fit."""
     number = int(file.stem.rsplit("-", 1)[1])
     entry: dict[str, Any] = {
         "kind": kind,
@@ -129,7 +129,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _evenly(files: Sequence[Path], most: int) -> list[Path]:
-    """The first, the last, and what lies evenly between."""
+    """The first, the last, and evenly spaced items between them."""
     if len(files) <= most:
         return list(files)
     return [files[round(index * (len(files) - 1) / (most - 1))] for index in range(most)]
