@@ -56,11 +56,14 @@ class RolloutEngine:
         is_needed: bool,
         log_folder: Path,
         notify: Callable[[str], None],
+        doing: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Start a server, if ``is_needed`` and neither settings nor job provide servers. Returns while it loads.
 
         If servers run on the ranks' GPUs, wait until they are ready and put them to sleep (with ``rollout.sleep``). The
         GPUs are then free for the model.
+
+        ``notify`` gets lines for a person, ``doing`` what the run waits for from now on.
         """
         self._is_needed = is_needed
         self._run = run
@@ -68,6 +71,7 @@ class RolloutEngine:
         self._groups = groups
         self._log_folder = log_folder
         self._notify = notify
+        self._doing = doing
         self._job = None if run.rollout.servers else JobRollout.of_environment(os.environ)
         self._fleet: Fleet | None = None
         self._clients: Sequence[RolloutClient] = ()
@@ -126,6 +130,7 @@ class RolloutEngine:
             # All ranks free their GPU memory before any server uses it.
             self._groups.together(self._offload.away)
         self._await_servers()
+        self._doing("pushing weights")
         if self._sync is None:
             self._sync = self._make_sync()
         if self._asleep:
@@ -181,6 +186,7 @@ class RolloutEngine:
 
     def _await_servers(self) -> None:
         if not self._connected:
+            self._doing("waiting for vLLM to load")
             with self._groups.pulse.phase("waiting for servers"):
                 self._groups.once(self._connect)
             self._connected = True
@@ -271,6 +277,7 @@ class RolloutEngine:
                 self._sync.reconnect(self._clients)
 
         self._version = None
+        self._doing("waiting for a new vLLM server")
         _free_cached_memory()  # vLLM starts only if its share of the GPU memory is free
         with self._groups.pulse.phase("waiting for servers"):
             self._groups.once(restart)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def train(
 def _export(parts: RunContext, chat_template: str | None) -> None:
     """``policy/``, of the last weights or the best ones. On every rank; these weights are then the state's."""
     run, best = parts.run, parts.best.step
+    _doing(parts.coordinator, "exporting the policy")
     with parts.state.groups.pulse.phase("saving"):
         if run.checkpoint.export == "best" and best is not None:
             _load_best(parts, best)
@@ -247,9 +249,11 @@ def _build(
         is_needed=needs_servers(run, method),
         log_folder=run.output / LOGS,
         notify=coordinator.log.say if coordinator is not None else lambda text: None,
+        doing=partial(_doing, coordinator),
     )
     stack.callback(engine.close)
     terms = method.terms(run)
+    _doing(coordinator, "building the model")
     state = build_state(
         shape,
         run.model,
@@ -394,6 +398,7 @@ def collect(parts: RunContext, now: ScheduleInput) -> CollectedStep:
     lag = rollout.max_off_policy_steps
     parts.queue.forget_lost(parts.engine.generation)
     _push_and_start(parts, now, through=now.step + lag if rollout.in_flight == "keep" else now.step)
+    _doing(parts.coordinator, "collecting")
     collected = parts.queue.wait(now.step)
     _push_and_start(parts, now, through=now.step + lag)
     return collected
@@ -436,11 +441,11 @@ def _evaluate(parts: RunContext, version: int) -> bool:
     has_problems = parts.run.data.evaluation is not None
     if not has_problems:
         return False
-    _doing(coordinator, "evaluating")
     _drain(parts)
 
     def measure() -> Any:
         assert coordinator is not None
+        coordinator.log.doing("evaluating")
         return coordinator.evaluate(parts.engine.clients, version)
 
     def push_and_measure() -> Any:
@@ -467,8 +472,8 @@ def _evaluate(parts: RunContext, version: int) -> bool:
 
 def _save(parts: RunContext, step: int, memory: Memory) -> None:
     coordinator = parts.coordinator
-    _doing(coordinator, "saving")
     _drain(parts)
+    _doing(coordinator, "saving")
     if parts.engine.has_offloaded:  # after an evaluation, or after sampling that was interrupted
         parts.engine.rest()
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
@@ -487,12 +492,15 @@ def _save(parts: RunContext, step: int, memory: Memory) -> None:
 
 
 def _drain(parts: RunContext) -> None:
+    if parts.run.rollout.asynchronous is not None:
+        _doing(parts.coordinator, "waiting for requests under way")
     with parts.state.groups.pulse.phase("collecting"):
         parts.queue.drain()
 
 
 def _resume(parts: RunContext, path: Path) -> tuple[int, Memory]:
     """Load weights, optimizer and cursors from a checkpoint. Returns the number of steps done and mu's memory."""
+    _doing(parts.coordinator, "loading the checkpoint")
     run_state = checkpoint.load(parts.state, path)
     check_finite(parts.state, f"{path} cannot be continued; move it away to continue from the previous one")
     parts.health.restore(run_state.get("health"))

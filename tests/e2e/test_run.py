@@ -31,6 +31,7 @@ from tests.support.task import cli_environment, metrics_of, run_cli
 
 EXAMPLE = ROOT / "examples" / "arithmetic"
 STEPS = 4
+PRINTED = "printed.txt"
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(config: Path) -> Path:
-    """The output of an uninterrupted run."""
-    result = run_cli("train", str(config))
+    """The output of an uninterrupted run. Beside it is what it printed, as for a terminal."""
+    result = run_cli("train", str(config), FORCE_COLOR="1")
     assert result.returncode == 0, result.stdout + result.stderr
+    (config.parent / PRINTED).write_text(result.stdout)
     return config.parent / "straight"
 
 
@@ -114,6 +116,15 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
     assert AutoTokenizer.from_pretrained(straight / "policy").chat_template
     moved = [not a.equal(b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
     assert all(moved)
+
+
+def test_the_progress_bar_names_what_is_waited_for(straight: Path) -> None:
+    """vLLM takes seconds to load, and the first evaluation waits for it."""
+    printed = (straight.parent / PRINTED).read_text()
+    assert "waiting for vLLM to load" in printed
+    before = printed.partition("waiting for vLLM to load")[0]
+    assert "evaluating" not in before
+    assert "building the model" in before
 
 
 def test_resume_is_the_uninterrupted_run(config: Path, straight: Path) -> None:
