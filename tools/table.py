@@ -200,7 +200,7 @@ def _row(
 
 def _suite_for(domain: str, settings: Sequence[Setting], suite: str) -> tuple[SuiteConfig, tuple[str, ...]]:
     """What a domain is asked, and the settings that make it of the suite's file."""
-    path, chosen = suite_path(suite), [item.text for item in settings if item.who == "suite"]
+    path, chosen = suite_path(suite).resolve(), [item.text for item in settings if item.who == "suite"]
     whole = load_suite(path, chosen)
     only = benchmarks_of(whole, domain)
     if not only:
@@ -281,10 +281,13 @@ def evaluation_state(row: Row) -> str:
     results = _results(row)
     if results is None:
         return "missing"
-    if _asked(row.evaluation / SUITE) != _settings_of(dump_config(row.suite)):
+    suite, weights = row.evaluation / SUITE, row.policy.glob("*.safetensors")
+    if not suite.is_file() or _settings_of(suite.read_text("utf-8")) != _settings_of(dump_config(row.suite)):
         return "of another suite"
-    weights = [path.stat().st_mtime for path in row.policy.glob("*.safetensors")]
-    if weights and max(weights) > (row.evaluation / RESULTS).stat().st_mtime:
+    since = (row.evaluation / RESULTS).stat().st_mtime
+    if suite.stat().st_mtime > since:  # it is written first, the results last
+        return "not finished"
+    if any(path.stat().st_mtime > since for path in weights):
         return "of an older policy"
     missing = sum(item["missing"] for item in results["benchmarks"].values())
     return f"{missing} answers missing" if missing else DONE
@@ -295,13 +298,10 @@ def _results(row: Row) -> Mapping | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _asked(path: Path) -> Mapping:
-    return _settings_of(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _settings_of(text: str) -> Mapping:
-    """A suite without what changes no answer."""
-    return {name: value for name, value in yaml.safe_load(text).items() if name != "server"}
+def _settings_of(suite: str) -> Mapping:
+    """What changes answers: all settings, but of the servers only ``dtype``."""
+    settings = yaml.safe_load(suite)
+    return settings | {"server": settings["server"]["dtype"]}
 
 
 def states_of(rows: Sequence[Row]) -> list[str]:
@@ -368,7 +368,7 @@ def train_command(row: Row) -> list[str]:
 
 def evaluate_command(row: Row, suite: str) -> list[str]:
     """What `megatron-chord evaluate` gets."""
-    path = str(suite_path(suite))
+    path = str(suite_path(suite).resolve())
     return [
         str(row.policy.resolve()),
         "--suite",

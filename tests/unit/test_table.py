@@ -158,6 +158,12 @@ def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
     assert table.evaluation_state(other) == "of another suite"
     moved = rows_of(tmp_path, QUICK, "suite:server.requests=2")["grpo_math"]
     assert table.evaluation_state(moved) == "done", "how many requests a server gets changes no answer"
+    other = rows_of(tmp_path, QUICK, "suite:server.dtype=bf16")["grpo_math"]
+    assert table.evaluation_state(other) == "of another suite"
+    written = (row.evaluation / results.RESULTS).stat().st_mtime
+    os.utime(row.evaluation / SUITE, (written + 1, written + 1))
+    assert table.evaluation_state(row) == "not finished", "the results are those before it was begun again"
+    evaluate(row, heldout=0.5)
     written = (row.evaluation / results.RESULTS).stat().st_mtime
     os.utime(row.policy / "model.safetensors", (written + 1, written + 1))
     assert table.evaluation_state(row) == "of an older policy"
