@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,9 +22,13 @@ from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
+from megatron_chord.convert.sources import checkpoint_of
 from megatron_chord.weights.torch_dist import METADATA
 
-_CONVERTED = "policy"
+_CONVERTED = ".converted"
+"""Folder of the converted checkpoint. No run has a folder of this name, so it may be deleted."""
+_SOURCE = "source.json"
+"""In that folder: which checkpoint it was made of. Written last, so a folder without it is not whole."""
 _DIGEST = "policy.json"
 _RECORDS = ("latest", "latest_checkpointed_iteration.txt")
 """A folder with one of these files stands for the newest checkpoint in it."""
@@ -58,7 +63,7 @@ def label_of(path: Path) -> str:
 
 
 def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Policy:
-    """The policy at ``source``. A checkpoint is converted to ``output/policy``, unless that has been done before.
+    """The policy at ``source``. A checkpoint is converted to ``output/.converted``, unless that holds it already.
 
     Raises:
         ValueError: it is neither kind of folder, or it cannot be converted.
@@ -74,9 +79,7 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
                 f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
             )
         folder, run = output / _CONVERTED, _run_of(source)
-        if not folder.is_dir():
-            say(f"converting {source}")
-            _convert(source, folder)
+        _convert_if_new(source, folder, say)
     digest = _digest(folder, output / _DIGEST, say)
     if run is None:
         return Policy(folder=folder, source=source, digest=digest)
@@ -95,6 +98,25 @@ def _run_of(checkpoint: Path) -> RunConfig | None:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
     return None
+
+
+def _convert_if_new(source: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Convert, unless ``folder`` was made of this very checkpoint, by its path and its files' sizes and times."""
+    checkpoint = checkpoint_of(source).resolve()
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    stamps = [
+        [str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+    ]
+    made_of = json.dumps({"path": str(checkpoint), "files": stamps}) + "\n"
+    record = folder / _SOURCE
+    if record.is_file() and record.read_text(encoding="utf-8") == made_of:
+        return
+    if folder.is_dir():
+        say(f"{folder} holds another checkpoint or is not whole: it is made again")
+        shutil.rmtree(folder)
+    say(f"converting {source}")
+    _convert(source, folder)
+    record.write_text(made_of, encoding="utf-8")
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_chord.cli import main
+from megatron_chord.convert.directions import to_hf, to_megatron
+from megatron_chord.convert.sources import open_source
+from megatron_chord.evaluation import policy
 from megatron_chord.evaluation.policy import label_of, open_policy
+from megatron_chord.runtime import parallel as runtime
 from tests.support.ranks import ROOT
 
 POLICY = ROOT / "examples" / "arithmetic" / "policy"
@@ -35,6 +40,54 @@ def test_the_digest_is_of_contents(tmp_path: Path) -> None:
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert open_policy(copy, tmp_path / "out", print).digest != first
+
+
+def test_a_converted_policy_is_of_this_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The output folder may be a run's: its own `policy/` is neither evaluated nor deleted."""
+    # The real conversion, without the process that keeps it off the GPUs.
+    request.addfinalizer(runtime.stop)
+    monkeypatch.setattr(policy, "_convert", lambda source, target: to_hf(open_source(source), target))
+    other = tmp_path / "other"
+    shutil.copytree(POLICY, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-4] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    first, second, run = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    to_megatron(open_source(POLICY), first)
+    to_megatron(open_source(other), second)
+    shutil.copytree(other, run / "policy")
+
+    said: list[str] = []
+    found = open_policy(first, run, said.append)
+    assert said == [f"converting {first}"]
+    assert tensors_of(found.folder) == tensors_of(POLICY)
+    assert found.was_converted
+    assert found.folder != run / "policy"
+    assert open_policy(first, run, said.append).digest == found.digest
+    assert len(said) == 1, "the same checkpoint is not converted again"
+
+    changed = open_policy(second, run, said.append)
+    assert said[-1] == f"converting {second}"
+    assert tensors_of(changed.folder) == tensors_of(other) != tensors_of(POLICY)
+    assert changed.digest != found.digest
+    # The same path with new weights, as after a run that was started afresh.
+    shutil.rmtree(second)
+    first.rename(second)
+    assert open_policy(second, run, said.append).digest == found.digest
+
+    (found.folder / "source.json").unlink()
+    open_policy(second, run, said.append)
+    assert said[-1] == f"converting {second}", "a folder that is not whole is made again"
+    assert tensors_of(run / "policy") == tensors_of(other)
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= {name: value.numpy().tobytes() for name, value in load_file(file).items()}
+    return found
 
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
