@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +49,18 @@ RewardConfig = TermConfig | SumReward
 
 
 def terms_of(reward: RewardConfig) -> dict[str, RewardKind]:
-    """The rewards that it is made of, by their names in the metrics."""
+    """The rewards that it is made of, by their names in the metrics.
+
+    A name is a term's label. The second term with a label gets ``_2``, the third ``_3``; a number is left out where the
+    name with it is another term's label.
+    """
     terms: Sequence[RewardKind] = reward.terms if isinstance(reward, SumReward) else (reward,)
+    labels = {term.label for term in terms}
     named: dict[str, RewardKind] = {}
     for term in terms:
-        others = sum(name == term.label or name.startswith(f"{term.label}_") for name in named)
-        named[f"{term.label}_{others + 1}" if others else term.label] = term
+        numbers = (f"{term.label}_{number}" for number in itertools.count(2))
+        free = (name for name in numbers if name not in labels and name not in named)
+        named[next(free) if term.label in named else term.label] = term
     return named
 
 

@@ -142,3 +142,26 @@ def test_names_of_terms_are_unique(path: Path) -> None:
     reward = SumReward(terms=(MathReward(), function, MathReward(weight=2), function))
     assert list(terms_of(reward)) == ["math", "brief", "math_2", "brief_2"]
     assert terms_of(reward)["math_2"].weight == 2
+
+
+def test_no_term_takes_the_name_of_another(path: Path) -> None:
+    """Labels that look like the numbered name of another term."""
+
+    def names(*labels: str) -> list[str]:
+        terms = tuple(
+            MathReward() if label == "math" else FunctionReward(path=path, name=label) for label in labels
+        )
+        found = terms_of(SumReward(terms=terms))
+        assert tuple(found.values()) == terms
+        return list(found)
+
+    assert names("length_2", "length") == ["length_2", "length"]
+    assert names("math", "math", "math_2") == ["math", "math_3", "math_2"]
+    assert names("math_2", "math", "math") == ["math_2", "math", "math_3"]
+    assert names("math", "math", "math", "math_2_2", "math_2") == [
+        "math",
+        "math_3",
+        "math_4",
+        "math_2_2",
+        "math_2",
+    ]
