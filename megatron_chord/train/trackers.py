@@ -81,16 +81,18 @@ class _Thread(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._open = start
         self._say = notify
-        self._waiting: queue.Queue[tuple[int, Values] | None] = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.SimpleQueue[tuple[int, Values] | None] = queue.SimpleQueue()
         self._has_failed = False
         self.start()
 
     def put(self, item: tuple[int, Values] | None) -> None:
-        if not self._has_failed:
-            try:
-                self._waiting.put_nowait(item)
-            except queue.Full:
+        """A row, or None for the end. The end has no limit: a thread that never gets it never closes its tracker."""
+        if item is not None:
+            if not self._has_failed and self._waiting.qsize() >= _MOST_WAITING:
                 self._fail(f"{_MOST_WAITING} rows wait for it")
+            if self._has_failed:
+                return
+        self._waiting.put(item)
 
     def run(self) -> None:
         try:

@@ -137,6 +137,33 @@ def test_a_tracker_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+def test_a_tracker_with_too_many_rows_waiting_writes_them_and_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, done = threading.Event(), list[Any]()
+
+    class Slow:
+        def log(self, step: int, values: Any) -> None:
+            release.wait()
+            done.append(step)
+
+        def close(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setitem(module._OPEN, "wandb", lambda run: Slow())
+    monkeypatch.setattr(module, "_MOST_WAITING", 3)
+    said: list[str] = []
+    trackers = Trackers(["wandb"], TrackedRun(folder=tmp_path, settings={}, first_step=0), said.append)
+    for step in range(100):
+        trackers.log(step, {})
+    release.set()
+    trackers.close(wait_s=10)
+    assert said == ["tracking: wandb is off from here on: 3 rows wait for it"]
+    assert done[-1] == "closed"
+    assert done[:-1] == list(range(len(done) - 1))
+    assert len(done) - 1 in (3, 4)  # the thread may have taken one out before the others were put in
+
+
 def test_a_package_that_is_missing_is_named_before_the_run() -> None:
     check_installed(["tensorboard"])
     with pytest.raises(ValueError, match="no_such_tracker is not installed here; pip install"):
