@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_chord.report.folder import Row, RunRecord, interval
 from megatron_chord.settings_tree import setting
+from megatron_chord.train.tags import scalars
 
 MOST_POINTS = 1000
-_OWN_PLACE = ("step", "seconds", "not_finite", "weight_version", "gpus")
-"""Keys of a row that have no curve of their own."""
+_OWN_PLACE = ("step", "seconds", "weight_version", "gpus")
+"""Keys and blocks of a row that have no curve of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Chart:
     group: str
     title: str
     metrics: tuple[str, ...]
-    """Names in a row of metrics.jsonl."""
+    """Names in a row of metrics.jsonl; ``block/name`` for a number of a block."""
     help: str
     unit: Literal["", "%", "tokens", "s"] = ""
     log: bool = False
@@ -145,17 +146,50 @@ CHARTS = (
         help="Of the training part of a step.",
     ),
 )
+BLOCKS = {
+    "reward": Chart(
+        group="Learning",
+        title="Reward by source",
+        metrics=(),
+        help="Mean over the step's graded answers to the prompts of each source.",
+    ),
+    "accuracy": Chart(
+        group="Learning",
+        title="Score by source",
+        metrics=(),
+        help="Mean of the grader's score alone, over the same answers as the reward by source.",
+    ),
+    "reward_terms": Chart(
+        group="Learning",
+        title="Reward terms",
+        metrics=(),
+        help="Mean of each term without its weight, and of each named part.",
+    ),
+    "prompts": Chart(group="More", title="Prompts by source", metrics=(), help="Prompts of the step."),
+}
+"""One chart for each block of a row. Its metrics are the block's numbers, ``block/name``, which differ from run to
+run."""
 PHASES = ("waiting", "weight push", "sampling", "grading", "packing", "training", "other")
 
 
 def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Those of ``CHARTS`` that any run has numbers for, then one for each number that none of them shows."""
-    present = {name for run in runs for row in run.steps for name, value in row.items() if _is_number(value)}
-    known = [chart for chart in CHARTS if present & set(chart.metrics)]
+    """Those of ``CHARTS`` and ``BLOCKS`` that any run has numbers for, then one for each number or block that none of
+    them shows."""
+    present = {name for run in runs for row in run.steps for name in _numbers(row)}
     shown = {name for chart in CHARTS for name in chart.metrics} | set(_OWN_PLACE)
+    by_block: dict[str, list[str]] = {}
+    for name in sorted(present):
+        block = name.partition("/")[0]
+        if block not in shown:
+            by_block.setdefault(block, []).append(name)
+    known = [chart for chart in CHARTS if present & set(chart.metrics)]
+    known += [
+        replace(chart, metrics=tuple(by_block[block])) for block, chart in BLOCKS.items() if block in by_block
+    ]
     more = [
-        Chart(group="More", title=name, metrics=(name,), help="See docs/running.md and docs/methods.md.")
-        for name in sorted(present - shown)
+        Chart(group="More", title=name, metrics=tuple(names), help="See docs/running.md and docs/methods.md.")
+        for name, names in by_block.items()
+        if name not in BLOCKS
     ]
     return known + more
 
@@ -169,6 +203,7 @@ def curves(run: RunRecord, charts: Sequence[Chart], *, most_points: int = MOST_P
     """
     size = max(1, math.ceil(len(run.steps) / most_points))
     parts = [run.steps[start : start + size] for start in range(0, len(run.steps), size)]
+    numbers = [[_numbers(row) for row in part] for part in parts]
     totals = _totals(run.steps)
     last = [totals[min(start + size, len(totals)) - 1] for start in range(0, len(totals), size)]
     names = dict.fromkeys(name for chart in charts for name in chart.metrics)
@@ -181,7 +216,7 @@ def curves(run: RunRecord, charts: Sequence[Chart], *, most_points: int = MOST_P
         "series": {
             name: found
             for name in names
-            if (found := _series([[row.get(name) for row in part] for part in parts]))
+            if (found := _series([[row[name] for row in part if name in row] for part in numbers]))
         },
         "phases": _phases(run, parts),
         "evaluations": _evaluations(run, totals),
@@ -205,8 +240,11 @@ def _totals(steps: Sequence[Row]) -> list[tuple[float, float]]:
     ]
 
 
-def _series(parts: Sequence[Sequence[Any]]) -> dict[str, list[float | None]] | None:
-    numbers = [[float(value) for value in part if _is_number(value)] for part in parts]
+def _numbers(row: Row) -> dict[str, float]:
+    return {name: float(value) for name, value in scalars(row) if math.isfinite(value)}
+
+
+def _series(numbers: Sequence[Sequence[float]]) -> dict[str, list[float | None]] | None:
     if not any(numbers):
         return None
     found = {"mean": [_rounded(sum(part) / len(part)) if part else None for part in numbers]}

@@ -243,7 +243,7 @@ function charts() {
     const lines = !single && spec.metrics.length > 1 ? `${spec.metrics.map((metric, at) => `${dashes[at % dashes.length]}: ${metric}`).join(", ")}. ` : "";
     place(grid(spec.group), spec.title, lines + spec.help, (chart) => {
       const log = wantsLog(spec), series = curveSeries(spec, log);
-      const legend = several ? { legend: { left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } } : {};
+      const legend = several ? { legend: { type: "scroll", left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } } : {};
       chart.setOption({ ...base(spec.unit, log), ...legend, series }, true);
     }, now);
   }

@@ -34,8 +34,17 @@ _ROLLOUT = (
     "compared_tokens",
 )
 _TIME = ("tokens_per_s", "tflops_per_gpu", "mfu", "gpus")
-_STARTS = {"reward/": "reward", "evaluation/": "reward/evaluation", "seconds/": "time", "sft_": "sft"}
-"""What a name begins with, and the group in its place."""
+_STARTS = {
+    "reward/": "reward/by_source",
+    "accuracy/": "reward/accuracy_by_source",
+    "reward_terms/": "reward/terms",
+    "evaluation/": "reward/evaluation",
+    "prompts/": "rollout/prompts_by_source",
+    "seconds/": "time",
+    "sft_": "sft",
+}
+"""What a name begins with, and the group in its place. Users name sources and terms, so that their groups hold nothing
+else."""
 
 
 def tagged(row: Mapping[str, Any]) -> dict[str, float]:

@@ -72,6 +72,39 @@ def test_numbers_that_no_chart_shows_get_their_own() -> None:
     )
 
 
+def test_the_numbers_of_sources_and_terms_have_curves() -> None:
+    """A source without prompts in a step has no number there; a run may lack a source of another."""
+    first = {
+        "prompts": {"a": 2, "mean": 1},
+        "reward": {"a": 0.25, "mean": 1.0},
+        "reward_terms": {"math": 0.5},
+    }
+    second = {"prompts": {"a": 3}, "reward": {"a": 0.75}, "reward_terms": {"math": 0.0, "math.form": 1.0}}
+    steps = [row(0, 0.5) | first, row(1, 0.75) | second]
+    other = [
+        row(0, 0.5) | {"reward": {"b": 0.5}, "accuracy": {"b": 0.125}, "new_block": {"y": 1.0, "x": 2.0}}
+    ]
+    charts = all_charts([record(steps), record(other)])
+    assert {
+        chart.title: chart.metrics for chart in charts if chart.title not in ("Reward", "Tokens per second")
+    } == {
+        "Reward by source": ("reward/a", "reward/b", "reward/mean"),
+        "Score by source": ("accuracy/b",),
+        "Reward terms": ("reward_terms/math", "reward_terms/math.form"),
+        "Prompts by source": ("prompts/a", "prompts/mean"),
+        "new_block": ("new_block/x", "new_block/y"),
+    }
+    found = curves(record(steps), charts)["series"]
+    assert found["reward/a"] == {"mean": [0.25, 0.75]}
+    assert found["reward/mean"] == {"mean": [1.0, None]}
+    assert found["reward_terms/math"] == {"mean": [0.5, 0.0]}
+    assert found["prompts/a"] == {"mean": [2.0, 3.0]}
+    assert found["reward_mean"] == {"mean": [0.5, 0.75]}
+    assert "reward/b" not in found
+    thinned = curves(record(steps), charts, most_points=1)["series"]
+    assert thinned["reward/a"] == {"mean": [0.5], "low": [0.25], "high": [0.75]}
+
+
 def test_evaluations_stand_at_the_tokens_of_their_step() -> None:
     evaluation = {"accuracy": 0.5, "num_problems": 4, "num_errors": 0, "response_length": 8.0}
     run = record(

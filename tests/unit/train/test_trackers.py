@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.train import trackers as module
-from megatron_chord.train.tags import tag, tagged
+from megatron_chord.train.tags import scalars, tag, tagged
 from megatron_chord.train.trackers import TrackedRun, Trackers, check_installed
 from tests.unit.report.runs import rows_of_quickstart
 
@@ -43,7 +43,11 @@ def tracked(folder: Path, name: str) -> list[str]:
         ("reward_mean", "reward/mean"),
         ("evaluation/accuracy", "reward/accuracy"),
         ("evaluation/response_length", "reward/evaluation/response_length"),
-        ("reward/gsm8k", "reward/gsm8k"),
+        ("reward/gsm8k", "reward/by_source/gsm8k"),
+        ("accuracy/gsm8k", "reward/accuracy_by_source/gsm8k"),
+        ("prompts/gsm8k", "rollout/prompts_by_source/gsm8k"),
+        ("reward_terms/math", "reward/terms/math"),
+        ("evaluation/reward_terms/math", "reward/evaluation/reward_terms/math"),
         ("seconds/total", "time/total"),
         ("sft_loss", "sft/loss"),
         ("mu", "sft/mu"),
@@ -63,6 +67,22 @@ def test_reward_and_accuracy_come_first_and_no_two_numbers_share_a_tag() -> None
         assert "step" not in tags
         count = sum(len(value) if isinstance(value, dict) else 1 for value in row.values()) - 1
         assert len(tags) == count
+
+
+NAMES_OF_USERS = ["mean", "std", "accuracy", "terms", "by_source", "evaluation", "loss", "math.format"]
+
+
+def test_the_name_of_a_source_or_term_never_takes_the_tag_of_another_number() -> None:
+    evaluation, step = rows_of_quickstart()[:2]
+    named = dict.fromkeys(NAMES_OF_USERS, 0.5)
+    step |= dict.fromkeys(("prompts", "reward", "accuracy", "reward_terms"), named)
+    more = {"accuracy_by_source": named, "reward_terms": named}
+    row = step | {"evaluation": evaluation["evaluation"] | more}
+    names = [name for name, _ in scalars(row) if name != "step"]
+    assert len(names) > 6 * len(NAMES_OF_USERS)
+    shared = {name: tag(name) for name in names if [tag(other) for other in names].count(tag(name)) > 1}
+    assert shared == {}
+    assert tagged(row)["reward/mean"] == step["reward_mean"] != 0.5
 
 
 def test_tensorboard_has_every_number_and_the_settings(tmp_path: Path) -> None:
