@@ -1,4 +1,4 @@
-"""The command line: train, check, data, report, mu preview, evaluate, compare, settings, doctor."""
+"""The command line: train, check, data, report, mu preview, evaluate, generate, chat, compare, settings, doctor."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def _of_no_run(args: argparse.Namespace) -> int:
         listed = lines(SuiteConfig) if args.suite else lines()
         print(markdown() if args.markdown else "\n".join(listed), end="" if args.markdown else "\n")
         return 0
+    if args.command in ("generate", "chat"):
+        from megatron_chord.evaluation.talk_command import talk_command
+
+        return talk_command(args)
     if args.command == "report":
         return _report(args.runs, args.output)
     from megatron_chord.evaluation.command import compare_command, evaluate_command
@@ -194,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
         help="default: report.html, in the run's folder, or with several runs in the current folder",
     )
     _add_evaluate(commands.add_parser("evaluate", help="measure a policy on a suite of benchmarks"))
+    _add_talk(
+        commands.add_parser("generate", help="let a policy answer the prompts of a file"),
+        commands.add_parser("chat", help="talk to a policy"),
+    )
     compare = commands.add_parser("compare", help="compare two evaluations, problem by problem")
     compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation (evaluate --output)")
     compare.add_argument("b", type=Path, metavar="B", help="folder of another one, of the same suite")
@@ -237,6 +245,73 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="a running vLLM server, which gets the policy's weights (may be repeated; its key is in VLLM_API_KEY)",
     )
+
+
+def _add_talk(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) -> None:
+    for parser in (generate, chat):
+        parser.add_argument(
+            "policy", type=Path, metavar="FOLDER", help="Hugging Face folder, or a run's checkpoints/step-N"
+        )
+        parser.add_argument(
+            "--temperature",
+            type=_temperature,
+            help="of sampling; 0 takes the most likely token (default: the run's, or 1)",
+        )
+        parser.add_argument(
+            "--max-tokens",
+            type=_positive,
+            metavar="N",
+            help="limit of an answer (default: the run's data.max_response_tokens, or 1024)",
+        )
+        parser.add_argument(
+            "--system", metavar="TEXT", help="system prompt (default: the run's; an empty text: none)"
+        )
+        parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of sampling (0)")
+        parser.add_argument(
+            "--tensor",
+            type=_positive,
+            default=1,
+            metavar="N",
+            help="GPUs of the vLLM server that is started (1)",
+        )
+        parser.add_argument(
+            "--server",
+            action="append",
+            default=[],
+            metavar="URL",
+            help="a running vLLM server, which gets the policy's weights (its key is in VLLM_API_KEY)",
+        )
+    generate.add_argument(
+        "prompts",
+        type=Path,
+        metavar="PROMPTS",
+        help="a data file as in a run (true answers may be missing), or a .txt file with one prompt a line",
+    )
+    generate.add_argument(
+        "--samples", type=_positive, default=1, metavar="N", help="answers to each prompt (1)"
+    )
+    generate.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write the answers as JSON lines instead of showing them",
+    )
+
+
+def _positive(text: str) -> int:
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError("a number above 0 is expected, got 0")
+    return _count(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 2 is expected, got {text!r}")
+    return value
 
 
 def _resume(text: str) -> str:

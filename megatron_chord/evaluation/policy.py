@@ -68,18 +68,8 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
     Raises:
         ValueError: it is neither kind of folder, or it cannot be converted.
     """
-    if not source.is_dir():
-        raise ValueError(
-            f"{source}: no such folder; POLICY is a Hugging Face folder or a run's checkpoints/step-N"
-        )
-    folder, run = source, None
-    if not (source / "config.json").is_file():
-        if not any((source / name).is_file() for name in (METADATA, *_RECORDS)):
-            raise ValueError(
-                f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
-            )
-        folder, run = output / _CONVERTED, _run_of(source)
-        _convert_if_new(source, folder, say)
+    folder = hf_folder(source, output / _CONVERTED, say)
+    run = None if folder == source else run_of(source)
     digest = _digest(folder, output / _DIGEST, say)
     if run is None:
         return Policy(folder=folder, source=source, digest=digest)
@@ -92,9 +82,29 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
     )
 
 
-def _run_of(checkpoint: Path) -> RunConfig | None:
-    """The settings of the run that wrote the checkpoint."""
-    for folder in (checkpoint.resolve().parent, checkpoint.resolve().parent.parent):
+def hf_folder(source: Path, target: Path, say: Callable[[str], None]) -> Path:
+    """``source`` where it is a Hugging Face folder, else ``target``, into which the checkpoint is converted.
+
+    Raises:
+        ValueError: it is neither kind of folder, or it cannot be converted.
+    """
+    if not source.is_dir():
+        raise ValueError(
+            f"{source}: no such folder; POLICY is a Hugging Face folder or a run's checkpoints/step-N"
+        )
+    if (source / "config.json").is_file():
+        return source
+    if not any((source / name).is_file() for name in (METADATA, *_RECORDS)):
+        raise ValueError(
+            f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
+        )
+    _convert_if_new(source, target, say)
+    return target
+
+
+def run_of(source: Path) -> RunConfig | None:
+    """The settings of the run that wrote this checkpoint or this exported policy; None where it is no run's."""
+    for folder in (source.resolve().parent, source.resolve().parent.parent):
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
     return None

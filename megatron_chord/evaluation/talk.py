@@ -1,0 +1,298 @@
+"""A policy that answers a person: what `megatron-chord generate` and `megatron-chord chat` ask of a vLLM server."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_chord.config import RunConfig
+from megatron_chord.config_suite import ServerConfig
+from megatron_chord.data.prompts import load_prompts
+from megatron_chord.data.templates import ChatTemplate, load_template
+from megatron_chord.evaluation.policy import hf_folder, run_of
+from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
+from megatron_chord.families.shape import ModelShape
+from megatron_chord.families.table import read_shape
+from megatron_chord.records import Message, Prompt, Rollout
+from megatron_chord.rewards.response import RowNeeds
+from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
+from megatron_chord.sampling.rounds import sample_seed
+from megatron_chord.weights.folder import check_copies, open_model
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 2048, 1024
+"""Limits of a policy that is no run's."""
+_AT_ONCE_GPU, _AT_ONCE_CPU = 256, 16
+"""Requests that a server gets at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """How a person wants to be answered. What is None is as in the policy's run, or a default."""
+
+    temperature: float | None = None
+    """0 takes the most likely token. Default 1."""
+    max_tokens: int | None = None
+    """Limit of an answer."""
+    system_prompt: str | None = None
+    """Put before a conversation without a system message. An empty text: none."""
+    tensor: int = 1
+    """GPUs of the server that is started."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """An answer."""
+
+    text: str
+    num_tokens: int
+    is_cut_off: bool
+    """It reached the limit of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """A policy that is not on a server yet, and how it is asked."""
+
+    folder: Path
+    """Hugging Face folder."""
+    shape: ModelShape
+    template: ChatTemplate
+    temperature: float
+    max_tokens: int
+    max_length: int
+    """Tokens of a prompt and its answer together."""
+    server: ServerConfig
+    seed: int
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.max_length - self.max_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """A policy on servers that are ready."""
+
+    voice: Voice
+    clients: Sequence[RolloutClient]
+    version: int | None
+    """Of the weights on the servers."""
+
+    def answers(self, prompts: Sequence[Prompt], *, samples: int) -> list[list[Said]]:
+        """``samples`` answers to each prompt. An answer's seed follows from its prompt's id.
+
+        Raises:
+            RolloutError: a server failed.
+        """
+        requests = [
+            self._request(prompt.token_ids, prompt.id, sample)
+            for prompt in prompts
+            for sample in range(samples)
+        ]
+        rollouts = self._sampled(requests)
+        said = [self._said(request, rollout) for request, rollout in zip(requests, rollouts, strict=True)]
+        return [said[first : first + samples] for first in range(0, len(said), samples)]
+
+    def reply(self, messages: Sequence[Message]) -> Said:
+        """The answer to a conversation, which ends with the user's message.
+
+        Raises:
+            ValueError: the conversation is too long, or the template refuses it.
+            RolloutError: the server failed.
+        """
+        prompt = self.voice.template.prompt_ids(messages)
+        room = self.voice.max_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens, and the limit is {self.voice.max_length} with the answer"
+            )
+        request = self._request(prompt, "chat", len(messages), max_tokens=min(room, self.voice.max_tokens))
+        return self._said(request, self._sampled([request])[0])
+
+    def _request(
+        self, prompt: Sequence[int], name: str, sample: int, *, max_tokens: int | None = None
+    ) -> GenerateRequest:
+        return GenerateRequest(
+            prompt_ids=tuple(prompt),
+            num_samples=1,
+            seed=sample_seed(self.voice.seed, name, sample),
+            temperature=self.voice.temperature,
+            max_tokens=max_tokens or self.voice.max_tokens,
+            stop_token_ids=self.voice.template.stop_token_ids,
+        )
+
+    def _sampled(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
+        found: dict[int, Rollout] = {}
+        waiting = iter(list(enumerate(requests)))
+
+        def on_answer(number: int, rollouts: tuple[Rollout, ...] | None) -> None:
+            if rollouts is None:
+                raise RolloutError(f"an answer took longer than {self.voice.server.request_s:.0f} s")
+            found[number] = rollouts[0]
+
+        def serve(client: RolloutClient) -> None:
+            client.generate_each(
+                lambda: next(waiting, None),  # one step of a list's iterator is atomic
+                version=self.version,
+                at_once=_AT_ONCE_GPU if torch.cuda.is_available() else _AT_ONCE_CPU,
+                deadline_s=self.voice.server.request_s,
+                on_answer=on_answer,
+            )
+
+        with ThreadPoolExecutor(len(self.clients)) as pool:
+            list(pool.map(serve, self.clients))
+        return [found[number] for number in range(len(requests))]
+
+    def _said(self, request: GenerateRequest, rollout: Rollout) -> Said:
+        return Said(
+            text=self.voice.template.turn(request.prompt_ids, rollout.token_ids),
+            num_tokens=len(rollout.token_ids),
+            is_cut_off=rollout.finish_reason == "length",
+        )
+
+
+@contextlib.contextmanager
+def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Iterator[Voice]:
+    """The policy ``source``: a Hugging Face folder, or a run's checkpoints/step-N, which is converted for the time.
+
+    Raises:
+        ValueError: ``source`` or a wish will not do.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron-chord.") as temporary:
+        folder = hf_folder(source, Path(temporary) / "policy", say)
+        shape = read_shape(folder)
+        check_copies(open_model(folder, shape.weights), shape.weights)
+        run = run_of(source) if folder != source or source.resolve().name == "policy" else None
+        template = load_template(
+            folder,
+            # The template of a run's exported policy has the run's own, and its arguments, in it.
+            chat_template=run.data.chat_template if run is not None and folder != source else None,
+            arguments=run.data.template_arguments if run is not None and folder != source else None,
+            system_prompt=_system_prompt(run, wishes),
+            vocab_size=shape.vocab_size,
+        )
+        max_tokens, max_length = _limits(run, wishes, shape.max_positions)
+        yield Voice(
+            folder=folder,
+            shape=shape,
+            template=template,
+            temperature=_temperature(run, wishes),
+            max_tokens=max_tokens,
+            max_length=max_length,
+            server=ServerConfig(count=1, tensor=wishes.tensor, dtype=_dtype(run)),
+            seed=wishes.seed,
+        )
+
+
+@contextlib.contextmanager
+def speaker(
+    voice: Voice, *, say: Callable[[str], None], servers: Sequence[str] = (), server_key: str = ""
+) -> Iterator[Speaker]:
+    """``voice`` on a server that is started here, or on running ones. Main thread only.
+
+    Args:
+        servers: URLs of running servers, which get the policy's weights.
+        server_key: what these servers ask for.
+
+    Raises:
+        ServerError: a server is not ready in time, or does not take the weights.
+    """
+    settings = voice.server
+    with tempfile.TemporaryDirectory(prefix="megatron-chord.") as logs:
+        chosen: Servers
+        if servers:
+            chosen = ListedServers(
+                servers,
+                server_key,
+                voice.folder,
+                voice.shape,
+                silence_s=settings.silence_s,
+                push_s=settings.start_s,
+            )
+        else:
+            chosen = OwnServers(
+                voice.folder, settings, max_model_len=voice.max_length, logs=Path(logs), say=say
+            )
+        try:
+            yield Speaker(voice=voice, clients=chosen.connect(), version=chosen.version)
+        finally:
+            chosen.close()
+
+
+def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
+    """The prompts of a data file (docs/data.md; no true answers are needed), or of a text file, one a line.
+
+    Raises:
+        ValueError: the file cannot be read, or a prompt is too long or refused by the template.
+    """
+    if path.suffix != ".txt":
+        return load_prompts(
+            path,
+            voice.template,
+            max_prompt_tokens=voice.max_prompt_tokens,
+            overlong="fail",
+            needs=lambda source: RowNeeds(truth=False),
+        )[0]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    numbered = enumerate(lines, start=1)
+    found = [_prompt_of_line(path, number, line, voice) for number, line in numbered if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: there is no prompt in it; expected one a line")
+    return found
+
+
+def _prompt_of_line(path: Path, number: int, line: str, voice: Voice) -> Prompt:
+    messages = voice.template.conversation([{"role": "user", "content": line}])
+    try:
+        token_ids = voice.template.prompt_ids(messages)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+    if len(token_ids) > voice.max_prompt_tokens:
+        raise ValueError(
+            f"{path}:{number}: {len(token_ids)} prompt tokens, the limit is {voice.max_prompt_tokens}"
+        )
+    return Prompt(id=str(number), messages=messages, truth="", token_ids=token_ids)
+
+
+def _system_prompt(run: RunConfig | None, wishes: Wishes) -> str | None:
+    if wishes.system_prompt is not None:
+        return wishes.system_prompt or None
+    return None if run is None else run.data.system_prompt
+
+
+def _temperature(run: RunConfig | None, wishes: Wishes) -> float:
+    if wishes.temperature is not None:
+        return wishes.temperature
+    return 1.0 if run is None else run.rollout.temperature
+
+
+def _limits(run: RunConfig | None, wishes: Wishes, max_positions: int) -> tuple[int, int]:
+    """Tokens of an answer at most, and of a prompt and an answer together.
+
+    ValueError when they leave no token for a prompt.
+    """
+    prompt = PROMPT_TOKENS if run is None else run.data.max_prompt_tokens
+    answer = RESPONSE_TOKENS if run is None else run.data.max_response_tokens
+    if run is None and max_positions < prompt + answer:
+        prompt, answer = max_positions - max_positions // 3, max_positions // 3
+    answer = wishes.max_tokens or answer
+    if answer >= max_positions:
+        raise ValueError(
+            f"--max-tokens {answer} leaves no token for a prompt: the policy has {max_positions} positions"
+        )
+    return answer, min(max_positions, prompt + answer)
+
+
+def _dtype(run: RunConfig | None) -> Literal["fp32", "bf16"]:
+    return "bf16" if run is None else run.rollout.dtype or run.model.dtype

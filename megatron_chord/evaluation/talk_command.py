@@ -1,0 +1,135 @@
+"""The commands `generate` and `chat`: what they ask for, print and write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_chord.evaluation.talk import Said, Speaker, Voice, Wishes, prompts_of, speaker, voice_of
+from megatron_chord.records import Message, Prompt
+from megatron_chord.rollout.auth import KEY_VARIABLE
+from megatron_chord.rollout.client import RolloutError
+from megatron_chord.rollout.server import ServerError
+
+HELP = "/new begins a new conversation, /quit or Ctrl-D ends"
+
+
+def talk_command(args: argparse.Namespace) -> int:
+    """0: done. 1: a server failed. 2: refused before a server was started."""
+    # Through the finally blocks, which stop the server.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    key = os.environ.get(KEY_VARIABLE, "")
+    if args.server and not key:
+        return _refuse(f"--server: set {KEY_VARIABLE} to the key that the server asks for")
+    wishes = Wishes(
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        system_prompt=args.system,
+        tensor=args.tensor,
+        seed=args.seed,
+    )
+    try:
+        with voice_of(args.policy, wishes, say=_note) as voice:
+            asks = args.command == "generate"
+            prompts = prompts_of(args.prompts, voice) if asks else []
+            if asks:
+                _check_request(args, voice)
+            with speaker(voice, say=_note, servers=args.server, server_key=key) as talker:
+                if asks:
+                    _tell(prompts, talker.answers(prompts, samples=args.samples), args.output)
+                else:
+                    chat(talker, _read_line, print)
+    except ValueError as error:
+        return _refuse(str(error))
+    except (RolloutError, ServerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def chat(talker: Speaker, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
+    """Answer a person until ``read`` returns None. A message that cannot be answered is told, and forgotten."""
+    say(HELP)
+    messages: list[Message] = []
+    while (line := read()) is not None:
+        text = line.strip()
+        if text == "/quit":
+            return
+        if text == "/new":
+            messages = []
+            say("a new conversation")
+            continue
+        if not text:
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            said = talker.reply(asked)
+        except ValueError as error:
+            say(f"error: {error}. {HELP}")
+            continue
+        say(_shown(said))
+        messages = [*asked, {"role": "assistant", "content": said.text}]
+
+
+def _check_request(args: argparse.Namespace, voice: Voice) -> None:
+    """ValueError where all answers to a prompt would be equal, or could not be written."""
+    if voice.temperature == 0 and args.samples > 1:
+        raise ValueError(
+            f"--samples {args.samples} at temperature 0 would be the same answer {args.samples} times: set "
+            "--temperature"
+        )
+    output = args.output
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
+        reason = "is a folder" if output.is_dir() else f"cannot be made: {output.parent} is no folder"
+        raise ValueError(f"--output: {output} {reason}")
+
+
+def _tell(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]], output: Path | None) -> None:
+    if output is None:
+        for prompt, group in zip(prompts, answers, strict=True):
+            print(f"--- {prompt.id}: {prompt.messages[-1]['content']}")
+            print("\n---\n".join(map(_shown, group)), end="\n\n")
+        return
+    rows = [
+        {
+            "id": prompt.id,
+            "sample": sample,
+            "messages": list(prompt.messages),
+            "response": said.text,
+            "response_tokens": said.num_tokens,
+            "truncated": said.is_cut_off,
+        }
+        for prompt, group in zip(prompts, answers, strict=True)
+        for sample, said in enumerate(group)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    output.write_text(text, encoding="utf-8")
+    print(f"{len(rows)} answers in {output}")
+
+
+def _shown(said: Said) -> str:
+    return f"{said.text}\n[cut off after {said.num_tokens} tokens]" if said.is_cut_off else said.text
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,94 @@
+"""How `generate` and `chat` ask, before there is a server. tests/e2e/test_talk.py has the answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_chord.cli import main
+from megatron_chord.evaluation.talk import Wishes, prompts_of, voice_of
+from tests.support.ranks import ROOT
+
+EXAMPLE = ROOT / "examples" / "arithmetic"
+POLICY = EXAMPLE / "policy"
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """The exported policy in the folder of a run."""
+    shutil.copytree(POLICY, tmp_path / "policy")
+    text = (EXAMPLE / "chord_phi.yaml").read_text()
+    assert "data:\n" in text
+    settings = text.replace("data:\n", "data:\n  system_prompt: Be brief.\n").replace(
+        "problems_", f"{EXAMPLE}/problems_"
+    )
+    (tmp_path / "config.yaml").write_text(settings)
+    return tmp_path / "policy"
+
+
+def test_a_run_says_how_its_policy_is_asked(exported: Path) -> None:
+    with voice_of(exported, Wishes(), say=print) as voice:
+        assert voice.template.system_prompt == "Be brief."
+        assert (voice.max_tokens, voice.max_prompt_tokens) == (48, 64)
+        assert voice.server.dtype == "fp32"
+        assert voice.temperature == 1.0
+
+
+def test_wishes_come_first(exported: Path) -> None:
+    wishes = Wishes(temperature=0.5, max_tokens=8, system_prompt="", seed=3)
+    with voice_of(exported, wishes, say=print) as voice:
+        assert voice.template.system_prompt is None
+        assert (voice.max_tokens, voice.max_length, voice.temperature, voice.seed) == (8, 72, 0.5, 3)
+
+
+def test_a_policy_of_no_run_fits_into_its_positions() -> None:
+    positions = json.loads((POLICY / "config.json").read_text())["max_position_embeddings"]
+    with voice_of(POLICY, Wishes(), say=print) as voice:
+        assert voice.max_length <= positions
+        assert 0 < voice.max_tokens < voice.max_length
+    with pytest.raises(ValueError, match="leaves no token for a prompt"):  # noqa: SIM117
+        with voice_of(POLICY, Wishes(max_tokens=positions), say=print):
+            pass
+
+
+def test_prompts_of_lines_and_of_rows(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("What is 1 + 1?\n\nWhat is 2 + 2?\n")
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"id": "a", "problem": "What is 1 + 1?"}\n')  # without a true answer
+    with voice_of(POLICY, Wishes(), say=print) as voice:
+        first, second = prompts_of(lines, voice)
+        assert (first.id, second.id) == ("1", "3")
+        (row,) = prompts_of(rows, voice)
+        assert row.token_ids == first.token_ids
+        lines.write_text("\n")
+        with pytest.raises(ValueError, match="there is no prompt in it"):
+            prompts_of(lines, voice)
+        lines.write_text("good\n" + "long " * voice.max_length + "\n")
+        with pytest.raises(ValueError, match=r"prompts.txt:2: \d+ prompt tokens, the limit is"):
+            prompts_of(lines, voice)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "0", "--samples", "2"], "would be the same answer 2 times"),
+        (["--output", "none/x.jsonl"], "--output: none/x.jsonl cannot be made: none is no folder"),
+        (["--server", "http://127.0.0.1:9"], "set VLLM_API_KEY"),
+    ],
+)
+def test_refused_before_a_server_is_started(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 1 + 1?\n")
+    assert main(["generate", str(POLICY), str(prompts), *options]) == 2
+    assert said in capsys.readouterr().err
