@@ -20,6 +20,7 @@ from megatron_chord.evaluation.policy import hf_folder, run_of
 from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.processes import PrivateFolder
 from megatron_chord.records import Message, Prompt, Rollout
 from megatron_chord.rewards.response import RowNeeds
 from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
@@ -166,8 +167,8 @@ def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Ite
     Raises:
         ValueError: ``source`` or a wish will not do.
     """
-    with tempfile.TemporaryDirectory(prefix="megatron-chord.") as temporary:
-        folder = hf_folder(source, Path(temporary) / "policy", say)
+    with contextlib.closing(PrivateFolder(Path(tempfile.gettempdir()))) as temporary:
+        folder = hf_folder(source, temporary.path / "policy", say)
         shape = read_shape(folder)
         check_copies(open_model(folder, shape.weights), shape.weights)
         run = run_of(source) if folder != source or source.resolve().name == "policy" else None
@@ -206,7 +207,7 @@ def speaker(
         ServerError: a server is not ready in time, or does not take the weights.
     """
     settings = voice.server
-    with tempfile.TemporaryDirectory(prefix="megatron-chord.") as logs:
+    with contextlib.closing(PrivateFolder(Path(tempfile.gettempdir()))) as logs:
         chosen: Servers
         if servers:
             chosen = ListedServers(
@@ -219,7 +220,7 @@ def speaker(
             )
         else:
             chosen = OwnServers(
-                voice.folder, settings, max_model_len=voice.max_length, logs=Path(logs), say=say
+                voice.folder, settings, max_model_len=voice.max_length, logs=logs.path, say=say
             )
         try:
             yield Speaker(voice=voice, clients=chosen.connect(), version=chosen.version)
