@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -201,15 +202,23 @@ def find_named(
 
 
 def set_aside(folder: Path, *, after: int, notify: Callable[[str], None]) -> None:
-    """Rename the checkpoints with more than ``after`` steps, so that a later start does not use them for this run."""
+    """Rename the checkpoints with more than ``after`` steps, so that a later start does not use them for this run.
+
+    The new name ends with ``.set-aside``, or with ``.set-aside-2`` and so on if there is such a checkpoint already.
+    """
     for path in _complete(folder):
         if step_of(path) > after:
-            aside = path.with_name(f"{path.name}{_ASIDE}")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside = _free_name(path.with_name(f"{path.name}{_ASIDE}"))
             path.rename(aside)
             notify(f"checkpoint {path.name} is kept as {aside.name}: the run goes on from before it")
         elif step_of(path) == after:
             _write_latest(folder, path.name)
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or the first of ``path``-2, ``path``-3, ... that does not exist."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
