@@ -28,7 +28,7 @@ def sample_rows(graded: Sequence[GradedRollouts], template: ChatTemplate) -> lis
         left -= sum(len(rollout.token_ids) for rollout in item.rollouts)
         if left >= 0:
             for row, rollout in zip(of_prompt, item.rollouts, strict=True):
-                row["tokens"] = pieces(rollout.token_ids, rollout.logprobs, template.decode_all)
+                row["tokens"] = pieces(template, rollout.token_ids, rollout.logprobs)
         rows += of_prompt
     return rows
 
