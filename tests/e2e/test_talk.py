@@ -46,7 +46,7 @@ def test_the_answers_are_those_of_the_policy(tmp_path: Path, server: RolloutServ
 
     chat = subprocess.run(
         [sys.executable, "-m", "megatron_chord.cli", "chat", str(POLICY), *options],
-        input=f"{QUESTIONS[0]}\n{QUESTIONS[1]}\n/new\n{QUESTIONS[1]}\n<|im_end|>\n",
+        input=f"{QUESTIONS[0]}\n{QUESTIONS[1]}\n/new\n{QUESTIONS[1]}\n<|end|>\n",
         env=cli_environment(),
         capture_output=True,
         text=True,
