@@ -40,6 +40,7 @@ MAX_SAME = 5
 PROGRESS_FROM_ROWS = 5000
 MAX_ARRAY_BYTES = 2 << 30
 """Size limit of a JSON array, which is parsed as a whole."""
+_UNREADABLE = "the rows after it cannot be read"
 _BATCH_ROWS = 16
 """Of a Parquet file, decoded at a time: a kilobyte of it may hold many copies of a string of many megabytes."""
 
@@ -358,7 +359,11 @@ def _read_json(path: Path) -> Iterator[Row | Fault]:
 
 
 def _read_csv(path: Path) -> Iterator[Row | Fault]:
-    """Every value is text, as it is written; an empty one counts as absent. The first line names the columns."""
+    """Every value is text, as it is written; an empty one counts as absent. The first line names the columns.
+
+    Raises:
+        DataError: the CSV is broken or not UTF-8. No row after that place can be read, so this is no fault of one row.
+    """
     csv.field_size_limit(MAX_TEXT)
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
@@ -375,9 +380,9 @@ def _read_csv(path: Path) -> Iterator[Row | Fault]:
                 else:
                     yield Row(position, number, {name: value for name, value in fields.items() if value})
         except csv.Error as error:
-            yield Fault(f"{path}:{reader.line_num}", f"broken CSV: {error}")
+            raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}; {_UNREADABLE}") from None
         except UnicodeDecodeError as error:
-            yield Fault(f"{path}:row {number + 1}", f"not UTF-8: {error.reason}")
+            raise DataError(f"{path}:row {number + 1}: not UTF-8: {error.reason}; {_UNREADABLE}") from None
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -451,10 +456,15 @@ def _count_parquet(path: Path) -> int:
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
+    import pyarrow
+
     with _parquet_file(path) as file:
         columns = _text_columns(file.schema_arrow)
         batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
-        yield from _arrow_rows(path, batches, json_columns=_json_columns(file.schema_arrow))
+        try:
+            yield from _arrow_rows(path, batches, json_columns=_json_columns(file.schema_arrow))
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: broken Parquet: {error}; {_UNREADABLE}") from error
 
 
 def _read_arrow(path: Path) -> Iterator[Row | Fault]:

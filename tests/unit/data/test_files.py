@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from megatron_chord.data.rows import DataError, read_rows
+from megatron_chord.data.rows import DataError, parse_rows, read_rows
 
 ROWS = [
     {"problem": "6*7?", "answer": "42"},
@@ -119,3 +119,25 @@ def test_a_path_that_will_not_do_is_refused_with_its_reason(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=reason):
         read_rows(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(b'"1"2,3', r"a\.csv:\d+: broken CSV"), (b"\xff,3", r"a\.csv:row \d+: not UTF-8")],
+)
+def test_the_rest_of_a_csv_is_never_lost_as_one_faulty_row(bad: bytes, reason: str, tmp_path: Path) -> None:
+    good = b"1,2\n" * 3
+    (tmp_path / "a.csv").write_bytes(b"a,b\n" + good + bad + b"\n" + good)
+    with pytest.raises(DataError, match=f"{reason}.*the rows after it cannot be read"):
+        parse_rows(tmp_path / "a.csv", lambda row: row, max_dropped=0.5)
+
+
+@pytest.mark.parametrize("place", [4, 18])
+def test_a_broken_page_of_a_parquet_file_is_no_traceback(place: int, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    parquet(file)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 0xFF  # of the head of the first page
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: (broken Parquet|cannot be read or unpacked)"):
+        read_rows(file)
