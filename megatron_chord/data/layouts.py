@@ -98,7 +98,8 @@ class Reading:
         if self.mapping:
             used = {path.partition(".")[0] for path in self.mapping.values()}
             self.unused |= set(row.fields) - used
-            return replace(row, fields=_mapped(row.fields, self.mapping))
+            own = _with_functions(_mapped(row.fields, self.mapping))
+            return replace(row, fields=_with_system(own, self.role))
         if row.has_nulls:
             self.has_nulls = True
         fields = _with_functions(row.fields)
@@ -245,7 +246,7 @@ def _mapped(fields: Fields, mapping: Mapping[str, str]) -> dict[str, Any]:
     messages = own.get("messages")
     if isinstance(messages, list) and all(isinstance(turn, dict) and "from" in turn for turn in messages):
         own |= _sharegpt({"conversations": messages})
-    return own
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def at_path(fields: Fields, path: str) -> Any:

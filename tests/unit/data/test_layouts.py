@@ -504,7 +504,7 @@ def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(
 def test_a_few_faulty_rows_may_be_left_out(tmp_path: Path, chatml: ChatTemplate) -> None:
     good = {"problem": "6*7?", "answer": "42"}
     path = write(tmp_path / "rows.jsonl", *[good] * 9, {"problem": "6*7?"})
-    limits: dict[str, Any] = {"max_prompt_tokens": 500, "overlong": "fail"}
+    limits: dict[str, Any] = {"max_prompt_tokens": 2000, "overlong": "fail"}
     prompts, report = load_prompts(path, chatml, max_dropped=0.1, **limits)
     assert (len(prompts), report.num_rows, report.num_kept) == (9, 10, 9)
     assert f"1 left out as faulty (the first: {path}:10: has none of" in str(report)
@@ -582,3 +582,30 @@ def test_an_empty_system_message_is_none(tmp_path: Path, chatml: ChatTemplate) -
     path = write(tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]})
     demonstration, _ = load("demonstrations", path, chatml)
     assert (demonstration.token_ids, demonstration.trainable) == chatml.demonstration([ASKED, ANSWERED])
+
+
+@pytest.mark.parametrize(
+    ("asked", "mapping"),
+    [
+        ("6*7?", {"problem": "asked", "solution": "reply"}),
+        ([ASKED, ANSWERED], {"messages": "asked"}),
+        ([{"from": "human", "value": "6*7?"}, {"from": "gpt", "value": ANSWER}], {"messages": "asked"}),
+    ],
+)
+def test_a_mapped_system_text_and_functions_are_shown(
+    asked: Any, mapping: dict[str, str], tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    def read(row: dict[str, Any], fields: dict[str, str]) -> tuple[Any, Any]:
+        path = write(tmp_path / "rows.jsonl", row)
+        limits: dict[str, Any] = {"max_prompt_tokens": 2000, "max_response_tokens": 500, "overlong": "fail"}
+        (found,), _ = load_demonstrations(path, chatml, **limits, fields=fields)
+        return found.token_ids, found.trainable
+
+    def expected(**more: Any) -> tuple[Any, Any]:
+        return read({"messages": [SYSTEM, ASKED, ANSWERED], **more}, {})
+
+    row = {"rule": SYSTEM["content"], "asked": asked, "reply": ANSWER}
+    assert read(row, {**mapping, "system": "rule"}) == expected()
+    given = {**row, "known": {"list": json.dumps([WEATHER])}}
+    shown = read(given, {**mapping, "system": "rule", "tools": "known.list"})
+    assert shown == expected(tools=[WEATHER]) != expected()
