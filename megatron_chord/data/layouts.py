@@ -25,6 +25,7 @@ from megatron_chord.data.rows import (
     Row,
     RowError,
     called,
+    kind_name,
     parse_rows,
 )
 from megatron_chord.rewards.answers import last_boxed
@@ -111,7 +112,7 @@ class Reading:
             self.layouts.append(way.name)
         self.unused |= set(fields) - way.looks_at - {"id", "system"} - set(TOOL_FIELDS)
         kept = {name: fields[name] for name in ("id", *TOOL_FIELDS) if name in fields}
-        own = {**kept, **way.convert(fields)}
+        own = {**kept, **way.converted(fields)}
         if "system" in fields and "system" not in way.looks_at:
             own = _with_system({**own, "system": fields["system"]}, self.role)
         return replace(row, fields={name: value for name, value in own.items() if value is not None})
@@ -286,11 +287,29 @@ class _Way:
     """None: the row has this project's own fields already."""
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    def converted(self, fields: Fields) -> dict[str, Any]:
+        """The row in this project's fields.
+
+        Raises:
+            RowError: a field that the layout needs is missing, or its value is of the wrong kind.
+        """
+        if self.convert is None:
+            return dict(fields)
+        try:
+            return dict(self.convert(fields))
+        except RowError:
+            raise
+        except KeyError as error:
+            raise RowError(f"read as {self.name} rows: field missing or null: `{error.args[0]}`") from None
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            kinds = [f"`{name}` is {kind_name(fields[name])}" for name in sorted(self.looks_at & set(fields))]
+            raise RowError(f"cannot be read as {self.name} rows, where {', '.join(kinds)}: {error}") from None
+
     def attempt(self, fields: Fields) -> Any:
         """The question and the truth or answer, for comparing readings; None if the row cannot be read in this way."""
         try:
-            own = dict(fields) if self.convert is None else dict(self.convert(fields))
-        except (RowError, TypeError, ValueError, KeyError, IndexError):
+            own = self.converted(fields)
+        except RowError:
             return None
         asked = own.get("messages") or [
             {"role": "user", "content": own[name]} for name in QUESTION_FIELDS if name in own
@@ -548,6 +567,8 @@ def _swift(fields: Fields) -> dict[str, Any]:
 def _correct_generation(fields: Fields) -> dict[str, Any]:
     """The first answer that math-verify found right; if there is none, the first that `correctness_llama` found
     right."""
+    if not isinstance(fields["generations"], list):
+        raise RowError(f"`generations` must be a list of texts, got {kind_name(fields['generations'])}")
     for column in ("correctness_math_verify", "correctness_llama"):
         marks = fields.get(column) or []
         for generation, is_right in zip(fields["generations"], marks, strict=False):
@@ -658,7 +679,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "problem",
         "answer",
         "problem_is_valid",
-        uses=("solution", "solution_is_valid"),
+        uses=("solution",),
         mapping={"prompts": {"problem": "problem", "answer": "answer"}},
         as_prompt=_numina15,
         as_demonstration=lambda row: {"problem": row["problem"], "solution": row["solution"]},

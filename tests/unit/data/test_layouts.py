@@ -452,6 +452,34 @@ def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, ch
             r"conversations\[0\] must have",
         ),
         ("demonstrations", {"prompt": 3, "completion": "x"}, "`prompt` must be a text or a list"),
+        (
+            "demonstrations",
+            {"problem": "6*7?", "answer": "42", "problem_is_valid": "Yes"},
+            r"rows\.jsonl:1: read as NuminaMath-1.5 .* rows: field missing or null: `solution`",
+        ),
+        (
+            "demonstrations",
+            {"Problem": "6*7?", "Answer": "42"},
+            r"rows\.jsonl:1: read as AIME .* rows: field missing or null: `Solution`",
+        ),
+        (
+            "prompts",
+            {"question": "6*7?", "final_answer": ["42"], "context": ["c"]},
+            r"rows\.jsonl:1: cannot be read as OlympiadBench .*`context` is a list, ",
+        ),
+        ("demonstrations", {"problem": "6*7?", "generations": 3}, "`generations` must be a list .*got int"),
+        ("demonstrations", {"problem": "6*7?", "generations": "42"}, "`generations` must be a list"),
+        (
+            "demonstrations",
+            {"problem": "6*7?", "generations": ["42"], "correctness_math_verify": 1},
+            "`correctness_math_verify` is int",
+        ),
+        ("demonstrations", {"query": "6*7?", "response": "42", "history": 7}, "`history` is int"),
+        (
+            "prompts",
+            {"messages": 7, "ground_truth": "42", "dataset": "d"},
+            r"rows\.jsonl:1: cannot be read as open-instruct .*`messages` is int",
+        ),
     ],
 )
 def test_a_row_that_its_layout_cannot_read_says_why(
