@@ -6,10 +6,12 @@ A model is ``OWNER/NAME``, a data set ``hf://datasets/OWNER/NAME/PATH``, whose p
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,11 @@ _REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revi
 _UNRESOLVED = re.compile(r"hf:/+(?P<kind>models|datasets)/(?P<name>.*)")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """No pickles."""
-_DATA_ENDINGS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".arrow")
+_DATA_FILE = re.compile(r".*\.(parquet|jsonl|ndjson|json|csv|arrow)(\.gz|\.zst)?")
+"""What `data.rows` reads."""
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<start>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<end>\..*)?")
+"""Names such as train-00000-of-00010.parquet."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +109,51 @@ def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
     if not snapshot.is_dir():
         return None
     if name.kind == "model":
-        is_whole = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
-        return snapshot if is_whole else None
+        return snapshot if _is_whole_model(snapshot) else None
     if name.inside:
-        return snapshot / name.inside if any(snapshot.glob(name.inside)) else None
-    files = sorted(file for file in snapshot.rglob("*") if file.suffix in _DATA_ENDINGS and file.is_file())
+        found = list(snapshot.glob(name.inside))
+        files = [file for path in found for file in (path.iterdir() if path.is_dir() else (path,))]
+        pattern = "*" if any(path.is_dir() for path in found) else Path(name.inside).name
+        return snapshot / name.inside if found and _has_all_shards(files, pattern) else None
+    files = sorted(file for file in snapshot.rglob("*") if _DATA_FILE.fullmatch(file.name) and file.is_file())
     if len(files) > 1:
         shown = ", ".join(str(file.relative_to(snapshot)) for file in files[:5])
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         raise ValueError(
             f"{name} has several files; name those that are meant, as in {name}/PATH: {shown}{more}"
         )
-    return files[0] if files else None
+    return files[0] if files and _has_all_shards(files, "*") else None
+
+
+def _is_whole_model(snapshot: Path) -> bool:
+    """It has a config, and every file of weights that its index or the others' names tell of."""
+    weights = list(snapshot.glob("*.safetensors"))
+    if not weights or not (snapshot / "config.json").exists():
+        return False
+    if not (snapshot / _INDEX).exists():
+        return _has_all_shards(weights, "*")
+    named = json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    return all((snapshot / file).exists() for file in set(named))
+
+
+def _has_all_shards(files: Sequence[Path], pattern: str) -> bool:
+    """Of ``NAME-1-of-4`` the other three are there, too, where their names match the pattern. Numbers may begin at 0 or
+    at 1."""
+    present = {file for file in files if file.exists()}
+    for file in present:
+        shard = _SHARD.fullmatch(file.name)
+        if shard is None:
+            continue
+        width, total = len(shard["number"]), int(shard["total"])
+        beside = [
+            file.with_name(f"{shard['start']}-{number:0{width}}-of-{shard['total']}{shard['end'] or ''}")
+            for number in range(total + 1)
+        ]
+        first = 1 if beside[-1] in present else 0
+        wanted = [other for other in beside[first : first + total] if fnmatch(other.name, pattern)]
+        if not present.issuperset(wanted):
+            return False
+    return True
 
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:

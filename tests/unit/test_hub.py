@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from megatron_chord import hub
 from megatron_chord.cli import main
 from megatron_chord.config_io import ConfigError, load_config
+from megatron_chord.data.rows import KINDS
 from megatron_chord.hub import HubName, read_name
 from tests.support.files import write_rows
 from tests.support.ranks import ROOT
@@ -157,3 +159,47 @@ def test_which_texts_are_names() -> None:
     for name in (inside, HubName("model", "a/b", "v1"), HubName("dataset", "a/b")):
         assert hub.unresolved_name(name.unresolved) == name
     assert read_name("openai/gsm8k", "dataset") is None
+
+
+@pytest.mark.parametrize(
+    ("inside", "numbers", "is_whole"),
+    [
+        ("data/train-*.parquet", [0], False),
+        ("data/train-*.parquet", [0, 1], False),
+        ("data/train-*.parquet", [0, 1, 2], True),
+        ("data/train-*.parquet", [1, 2, 3], True),
+        ("data/train-*.parquet", [1, 2], False),
+        ("data/train-0000[01]-of-00003.parquet", [0, 1], True),
+        ("data/train-0000[01]-of-00003.parquet", [0], False),
+        ("data/train-00001-of-00003.parquet", [1], True),
+        ("data", [0, 2], False),
+        ("data", [0, 1, 2], True),
+        ("", [0], False),
+    ],
+)
+def test_a_data_set_without_some_of_its_shards_is_not_whole(
+    inside: str, numbers: list[int], is_whole: bool, cache: Path
+) -> None:
+    names = [f"data/train-{number:05}-of-00003.parquet" for number in numbers]
+    put(cache, "datasets--o--n", dict.fromkeys(names, ROWS / "problems_train.jsonl"))
+    assert (hub.cached(HubName("dataset", "o/n", inside=inside)) is not None) == is_whole
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_model_without_some_of_its_weights_is_not_whole(
+    has_index: bool, cache: Path, tmp_path: Path
+) -> None:
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    files = {"config.json": index, shards[0]: index}
+    put(cache, "models--o--n", {**files, "model.safetensors.index.json": index} if has_index else files)
+    assert hub.cached(HubName("model", "o/n")) is None
+    snapshot = put(cache, "models--o--n", {shards[1]: index})
+    assert hub.cached(HubName("model", "o/n")) == snapshot
+
+
+@pytest.mark.parametrize("ending", [f"{kind}{packed}" for kind in KINDS for packed in ("", ".gz", ".zst")])
+def test_the_only_file_of_a_data_set_may_be_of_any_kind_that_is_read(ending: str, cache: Path) -> None:
+    snapshot = put(cache, "datasets--o--n", {f"rows{ending}": ROWS / "problems_train.jsonl"})
+    assert hub.cached(HubName("dataset", "o/n")) == snapshot / f"rows{ending}"
