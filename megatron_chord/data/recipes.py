@@ -177,10 +177,12 @@ def toolace_row(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise _Unfit("the list of functions is not JSON") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and "name" in tool for tool in tools):
         raise _Unfit("the list of functions is not one of schemas with names")
-    if turns[0].get("from") != "user" or turns[1].get("from") != "assistant":
+    texts = [_text_of(turn, role) for turn, role in zip(turns, ("user", "assistant"), strict=False)]
+    if None in texts:
         raise _Unfit("does not begin with a user's request and its reply")
+    asked, reply = map(str, texts)
     try:
-        calls = read_calls(turns[1].get("value", ""))
+        calls = read_calls(reply)
     except ValueError:
         raise _Unfit("the first reply is no call") from None
     names = [tool["name"] for tool in tools]
@@ -190,9 +192,16 @@ def toolace_row(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise _Unfit("lists a function twice")
     messages = [
         {"role": "system", "content": system[:start].strip()},
-        {"role": "user", "content": turns[0]["value"]},
+        {"role": "user", "content": asked},
     ]
     return {"messages": messages, "tools": with_schema_types(tools), "answer": calls}
+
+
+def _text_of(turn: Any, role: str) -> str | None:
+    """A turn's text; None where it is no turn of ``role``."""
+    if not isinstance(turn, dict) or turn.get("from") != role or not isinstance(turn.get("value"), str):
+        return None
+    return turn["value"]
 
 
 def read_calls(text: str) -> Rows:
@@ -256,7 +265,10 @@ def _value(node: ast.expr) -> Any:
         return {
             str(_value(key)): _value(item) for key, item in zip(node.keys, node.values, strict=True) if key
         }
-    value = ast.literal_eval(node)
+    try:
+        value = ast.literal_eval(node)
+    except (TypeError, MemoryError, RecursionError) as error:  # a list in a set, say
+        raise ValueError(f"no value: {error}") from None
     if not isinstance(value, str | int | float | bool | type(None)):
         raise ValueError(f"no JSON value: {value!r}")
     return value

@@ -104,6 +104,9 @@ def test_toolace_keeps_first_replies_that_are_calls(tmp_path: Path) -> None:
         toolace_dialogue("[Get Weather(city='Rome'), Get Weather(city='Oslo')]"),
         toolace_dialogue("[Other(city='Rome')]"),
         toolace_dialogue("It is sunny."),
+        toolace_dialogue("[Get Weather(city={[1]})]"),
+        {**toolace_dialogue("x"), "conversations": ["Bern?", {"from": "assistant", "value": "x"}]},
+        {**toolace_dialogue("x"), "conversations": [{"from": "user"}, {"from": "assistant", "value": "x"}]},
         toolace_dialogue("[Get Weather(city='Rome')]", names="[{broken"),
         {"system": "No tools.", "conversations": toolace_dialogue("x")["conversations"]},
     ]
@@ -111,10 +114,11 @@ def test_toolace_keeps_first_replies_that_are_calls(tmp_path: Path) -> None:
     file.write_text(json.dumps(rows))
     made = recipes.toolace([file], sft=1, rl=1)
     assert made.counts == {
-        "dialogues read": 7,
+        "dialogues read": 10,
+        "left out: does not begin with a user's request and its reply": 2,
         "left out: the same request came before": 1,
         "left out: calls a function that is not listed": 1,
-        "left out: the first reply is no call": 1,
+        "left out: the first reply is no call": 2,
         "left out: the list of functions is not JSON": 1,
         "left out: no list of functions in the system text": 1,
     }
