@@ -9,6 +9,7 @@ file and line of what is wrong.
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.config_methods import Aggregation, ChordConfig, MethodConfig
+from megatron_chord.hub import repository_name
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.table import RewardConfig
@@ -105,7 +107,7 @@ class SourceConfig:
     """Of what is drawn, this source has the share weight / (sum of all sources' weights), whatever its number of rows.
     Means nothing to `evaluation`."""
     name: str = ""
-    """Of its metrics, such as reward/NAME; the name of its file or folder where left out."""
+    """Of its metrics, such as reward/NAME; the name of its file, folder or repository on the hub where left out."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
     """Where a row has what is read, such as {messages: prompt, answer: reward_model.ground_truth}. Left out: public
     layouts are recognised by their columns."""
@@ -130,11 +132,15 @@ class SourceConfig:
 
     @property
     def label(self) -> str:
-        """``name``, or what the first path is called: train for train.parquet, gsm8k for gsm8k/*.jsonl."""
+        """``name``, or what the first path is called: train for train.parquet, gsm8k for gsm8k/*.jsonl and for all
+        paths of the hub's openai/gsm8k."""
         if self.name:
             return self.name
         path = self.path[0]
-        called = path.parent.name if "*" in path.name else path.name.partition(".")[0]
+        called = repository_name(path)
+        if called is None:
+            folders = (parent.name for parent in path.parents if not glob.has_magic(parent.name))
+            called = next(folders, "") if glob.has_magic(path.name) else path.name.partition(".")[0]
         return re.sub(r"[^\w.+-]", "_", called) or "rows"
 
 

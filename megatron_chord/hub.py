@@ -6,6 +6,7 @@ A model is ``OWNER/NAME``, a data set ``hf://datasets/OWNER/NAME/PATH``, whose p
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -82,6 +83,17 @@ def unresolved_name(path: Path) -> HubName | None:
     if match["kind"] == "models":
         return read_name(match["name"], "model")
     return read_name(f"hf://datasets/{match['name']}", "dataset")
+
+
+def repository_name(path: Path) -> str | None:
+    """NAME of the data set OWNER/NAME that a path of a run's settings is in, downloaded or not; None for any other."""
+    name = unresolved_name(path)
+    if name is not None:
+        return name.repo.partition("/")[2]
+    for folder, below in itertools.pairwise(path.parts):
+        if below == "snapshots" and folder.startswith("datasets--"):
+            return folder.rpartition("--")[2]
+    return None
 
 
 def resolve(text: str, kind: Kind, local: Path) -> Path:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_chord import hub
 from megatron_chord.cli import main
+from megatron_chord.config import SourceConfig
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.data.rows import KINDS
 from megatron_chord.hub import HubName, read_name
@@ -203,3 +204,15 @@ def test_a_model_without_some_of_its_weights_is_not_whole(
 def test_the_only_file_of_a_data_set_may_be_of_any_kind_that_is_read(ending: str, cache: Path) -> None:
     snapshot = put(cache, "datasets--o--n", {f"rows{ending}": ROWS / "problems_train.jsonl"})
     assert hub.cached(HubName("dataset", "o/n")) == snapshot / f"rows{ending}"
+
+
+@pytest.mark.parametrize("inside", ["", "/a.jsonl", "/*.jsonl", "/[ab].jsonl", "/?.jsonl"])
+def test_a_source_has_the_same_label_before_and_after_the_download(
+    inside: str, cache: Path, tmp_path: Path
+) -> None:
+    text = f"hf://datasets/small/sums@v1{inside}"
+    before = SourceConfig(path=(hub.resolve(text, "dataset", tmp_path),))
+    put(cache, "datasets--small--sums", {"a.jsonl": ROWS / "problems_train.jsonl"}, revision="v1")
+    after = SourceConfig(path=(hub.resolve(text, "dataset", tmp_path),))
+    assert before.path != after.path
+    assert before.label == after.label == "sums"

@@ -72,6 +72,8 @@ def test_names_of_sources() -> None:
     named = {
         "train.parquet": "train",
         "gsm8k/train-*.parquet": "gsm8k",
+        "gsm8k/train-[01].parquet": "gsm8k",
+        "sets/*/train-?.parquet": "sets",
         "sets/amc 23": "amc_23",
         "a.jsonl.gz": "a",
     }
