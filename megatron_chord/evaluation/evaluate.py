@@ -341,7 +341,9 @@ def _votes(
     grades = graders.grade(
         reward,
         [
-            Response(text=scored[problem][i][0].response, truth=stated[problem][j] or "")
+            Response(
+                text=scored[problem][i][0].response, truth=stated[problem][j] or "", source=benchmark.name
+            )
             for problem, (i, j) in pairs
         ],
     )

@@ -79,7 +79,7 @@ def combined(grades: dict[str, Grade], *, of_many: bool) -> Grade:
     grade has failed if one of the terms has failed. ``of_many``: the reward has several terms, even if only some of
     them grade this response.
     """
-    if not of_many:
+    if grades and not of_many:
         (grade,) = grades.values()
         return grade
     errors = [f"{name}: {grade.error}" for name, grade in grades.items() if grade.score is None]

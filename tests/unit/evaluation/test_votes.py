@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_chord.config_suite import BenchmarkConfig
+from megatron_chord.evaluation.answers import Answer
+from megatron_chord.evaluation.asking import SuiteGraders
+from megatron_chord.evaluation.evaluate import _votes
 from megatron_chord.evaluation.votes import stated_answer, to_compare, votes_of
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.math import MathReward
@@ -36,3 +40,27 @@ def test_equal_wrong_answers_vote_together_and_right_ones_for_the_truth() -> Non
 def test_classes_join_over_a_third_answer() -> None:
     votes = votes_of([0.0, 0.0, 0.0], ["a", "b", "c"], equal=[(1, 0), (2, 1)])
     assert votes[0] == votes[1] == votes[2] != 0
+
+
+def test_a_reward_for_named_sources_compares_answers_too() -> None:
+    """The reward grades the prompts of this benchmark alone, so a comparison must say that it is one of them."""
+    benchmark = BenchmarkConfig(
+        name="mine", file="x", metrics=("maj@3",), reward=ExactReward(workers=1, sources=("mine",))
+    )
+    answers = [
+        Answer(
+            key=str(sample),
+            problem="p",
+            sample=sample,
+            response=f"#### {text}",
+            tokens=2,
+            finish_reason="stop",
+            score=0.0,
+            error=None,
+            graded_by="",
+        )
+        for sample, text in enumerate(["1,000", "$1000", "6"])
+    ]
+    with SuiteGraders() as graders:
+        first, second, third = _votes(benchmark, {"p": answers}, graders)["p"]
+    assert first == second != third

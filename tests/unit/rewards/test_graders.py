@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rewards.graders import Graders, check_reward
+from megatron_chord.rewards.graders import Graders, check_reward, combined
 from megatron_chord.rewards.kinds.base import OverlongConfig
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
@@ -165,3 +165,8 @@ def test_no_term_takes_the_name_of_another(path: Path) -> None:
         "math_2_2",
         "math_2",
     ]
+
+
+def test_what_no_term_grades_has_failed() -> None:
+    for of_many in (False, True):
+        assert combined({}, of_many=of_many) == Grade(None, "no reward grades prompts of this data source")
