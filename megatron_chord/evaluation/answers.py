@@ -6,18 +6,25 @@ evaluation continues where it was, and an answer of another policy or of other s
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Self
 
 from megatron_chord.config_suite import BenchmarkConfig
+from megatron_chord.rewards.kinds.function import FunctionReward
+from megatron_chord.rewards.table import terms_of
 from megatron_chord.rollout.client import GenerateRequest
 
 SAMPLES = "samples"
+_REWARDS = Path(__file__).parents[1] / "rewards"
+_LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
+"""By which the package's own rewards read mathematics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class Answer:
     error: str | None
     """Why the answer could not be graded."""
     graded_by: str
-    """Hash of the reward's settings."""
+    """``grading_of`` when it was graded."""
 
 
 def key_of(policy: str, dtype: str, request: GenerateRequest) -> str:
@@ -55,11 +62,53 @@ def key_of(policy: str, dtype: str, request: GenerateRequest) -> str:
 
 
 def grading_of(benchmark: BenchmarkConfig) -> str:
-    """Hash of how a benchmark's answers are graded."""
+    """Hash of how a benchmark's answers are graded: the rewards' settings, and the code that grades.
+
+    That is the user's file with the files of its own folder that it imports, or this package's rewards. Reads the
+    files, so call it once for many answers.
+    """
     assert benchmark.reward is not None
-    reward = asdict(benchmark.reward)
-    # How much is graded at a time changes no grade.
-    return _hash({name: str(value) for name, value in reward.items() if name != "workers"})
+    parts: list[Any] = []
+    for term in terms_of(benchmark.reward).values():
+        # How much is graded at a time changes no grade.
+        settings = {name: str(value) for name, value in asdict(term).items() if name != "workers"}
+        if isinstance(term, FunctionReward):
+            files, versions = _with_its_imports(term.path), []
+        else:
+            files = sorted(_REWARDS.rglob("*.py"))
+            versions = [f"{library} {version(library)}" for library in _LIBRARIES]
+        code = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
+        parts.append([settings, versions, code])
+    return _hash(parts)
+
+
+def _with_its_imports(path: Path) -> list[Path]:
+    """A Python file, and those of its folder that it imports, directly or through others."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        for name in _imported(file):
+            waiting += [path.parent / f"{name}.py", *(path.parent / name).rglob("*.py")]
+    return sorted(found)
+
+
+def _imported(file: Path) -> set[str]:
+    """Modules and packages that a file imports, by the first part of their names."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # the worker says so
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {item.name.partition(".")[0] for item in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def _hash(value: Any) -> str:

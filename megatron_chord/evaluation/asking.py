@@ -53,11 +53,19 @@ class SuiteGraders:
 
     def __init__(self) -> None:
         self._graders: dict[str, Graders] = {}
+        self._marks: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def grade(self, reward: RewardConfig, responses: Sequence[Response]) -> list[Grade]:
         """Grades in the order of ``responses``. From any thread."""
         return self.start(reward).grade_all(responses) if responses else []
+
+    def mark(self, benchmark: BenchmarkConfig) -> str:
+        """``grading_of`` when it was first asked for: grader processes keep the code that they started with."""
+        with self._lock:
+            if benchmark.name not in self._marks:
+                self._marks[benchmark.name] = grading_of(benchmark)
+            return self._marks[benchmark.name]
 
     def start(self, reward: RewardConfig) -> Graders:
         """The reward's processes. RuntimeError where they do not start."""
@@ -96,6 +104,7 @@ def ask(
     """
     for question in questions:
         assert question.benchmark.reward is not None
+        graders.mark(question.benchmark)
         graders.start(question.benchmark.reward)
     left = dict(enumerate(questions))
     late: set[int] = set()
@@ -233,10 +242,11 @@ class _Grading:
                 response_of(question.prompt, text, rollout.finish_reason, len(rollout.token_ids))
                 for text, (question, rollout) in zip(texts, group, strict=True)
             ]
+            mark = self._graders.mark(group[0][0].benchmark)
             grades = self._graders.grade(reward, responses)
             self._files[name].add(
                 [
-                    _answer(question, rollout, text, grade)
+                    _answer(question, rollout, text, grade, mark)
                     for (question, rollout), text, grade in zip(group, texts, grades, strict=True)
                 ]
             )
@@ -244,7 +254,7 @@ class _Grading:
             self.meter.advance(len(rollout.token_ids))
 
 
-def _answer(question: Question, rollout: Rollout, text: str, grade: Grade) -> Answer:
+def _answer(question: Question, rollout: Rollout, text: str, grade: Grade, mark: str) -> Answer:
     return Answer(
         key=question.key,
         problem=question.prompt.id,
@@ -254,7 +264,7 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade) -> An
         finish_reason=rollout.finish_reason,
         score=grade.score,
         error=grade.error,
-        graded_by=grading_of(question.benchmark),
+        graded_by=mark,
     )
 
 
@@ -274,14 +284,14 @@ def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) 
 def grade_again(
     answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: SuiteGraders
 ) -> list[Answer]:
-    """Answers that were graded with other settings, with their grades by the benchmark's own."""
+    """Answers that were graded with other settings or other code, with their grades by the benchmark's own."""
     assert benchmark.reward is not None
     responses = [
         response_of(prompt, answer.response, answer.finish_reason, answer.tokens)
         for answer, prompt in answers
     ]
+    mark = graders.mark(benchmark)
     grades = graders.grade(benchmark.reward, responses)
-    mark = grading_of(benchmark)
     return [
         replace(answer, score=grade.score, error=grade.error, graded_by=mark)
         for (answer, _), grade in zip(answers, grades, strict=True)

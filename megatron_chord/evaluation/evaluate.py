@@ -20,7 +20,7 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rows import Row, RowError, parse_rows
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.evaluation import results as found_results
-from megatron_chord.evaluation.answers import SAMPLES, Answer, AnswerFile, grading_of, key_of
+from megatron_chord.evaluation.answers import SAMPLES, Answer, AnswerFile, key_of
 from megatron_chord.evaluation.asking import Meter, Question, SuiteGraders, ask, grade_again
 from megatron_chord.evaluation.policy import Policy, label_of, open_policy
 from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
@@ -309,8 +309,8 @@ def _results(
 def _grade_again_where_needed(
     item: Loaded, questions: Sequence[Question], file: AnswerFile, graders: SuiteGraders
 ) -> None:
-    """Kept answers that were graded with other settings."""
-    mark = grading_of(item.benchmark)
+    """Kept answers that were graded with other settings or other code."""
+    mark = graders.mark(item.benchmark)
     stale = [
         (answer, question.prompt)
         for question in questions

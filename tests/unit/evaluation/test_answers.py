@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
-from megatron_chord.evaluation.answers import Answer, AnswerFile, key_of
+import pytest
+
+from megatron_chord.config_suite import BenchmarkConfig
+from megatron_chord.evaluation import answers
+from megatron_chord.evaluation.answers import Answer, AnswerFile, grading_of, key_of
+from megatron_chord.evaluation.asking import SuiteGraders
+from megatron_chord.rewards.kinds.exact import ExactReward
+from megatron_chord.rewards.kinds.function import FunctionReward
+from megatron_chord.rewards.table import RewardConfig, SumReward
 from megatron_chord.rollout.client import GenerateRequest
 
 REQUEST = GenerateRequest(
@@ -64,3 +73,48 @@ def test_a_line_that_was_cut_off_is_no_answer_and_spoils_no_later_one(tmp_path: 
         assert set(file.by_key) == {"k"}
         file.add([answer("l")])
     assert path.read_bytes() == whole
+
+
+def test_a_grade_is_of_the_code_that_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mark(reward: RewardConfig) -> str:
+        return grading_of(BenchmarkConfig(name="b", file="x", reward=reward))
+
+    path, helper, deep = tmp_path / "my.py", tmp_path / "helper.py", tmp_path / "deep" / "inside.py"
+    deep.parent.mkdir()
+    (tmp_path / "other.py").write_text("")
+    path.write_text("from helper import half\n\ndef score(response):\n    return half\n")
+    helper.write_text("import deep.inside\nhalf = 0.5\n")
+    deep.write_text("")
+    function = FunctionReward(path=path, name="score")
+    rewards: list[RewardConfig] = [function, SumReward(terms=(ExactReward(), function))]
+    exact = mark(ExactReward())
+    marks = [mark(reward) for reward in rewards]
+    (tmp_path / "other.py").write_text("# it is not imported")
+    for reward in rewards:
+        assert mark(reward) == marks[rewards.index(reward)]
+    assert mark(dataclasses.replace(function, workers=7)) == marks[0]
+    for file in (path, helper, deep):
+        file.write_text(file.read_text() + "# edited\n")
+        changed = [mark(reward) for reward in rewards]
+        assert all(one != other for one, other in zip(changed, marks, strict=True))
+        marks = changed
+    assert mark(ExactReward()) == exact
+
+    # The package's own graders.
+    shutil.copytree(answers._REWARDS, tmp_path / "rewards")
+    monkeypatch.setattr(answers, "_REWARDS", tmp_path / "rewards")
+    assert mark(ExactReward()) == exact
+    (tmp_path / "rewards" / "kinds" / "exact.py").write_text("# another version")
+    assert mark(ExactReward()) != exact
+    assert mark(function) == marks[0]
+
+
+def test_a_file_that_changes_later_is_not_what_graded(tmp_path: Path) -> None:
+    """The grader processes have imported it by then."""
+    path = tmp_path / "my.py"
+    path.write_text("def score(response):\n    return 1.0\n")
+    benchmark = BenchmarkConfig(name="b", file="x", reward=FunctionReward(path=path, name="score"))
+    with SuiteGraders() as graders:
+        mark = graders.mark(benchmark)
+        path.write_text("def score(response):\n    return 0.0\n")
+        assert graders.mark(benchmark) == mark != grading_of(benchmark)
