@@ -166,6 +166,9 @@ class SuiteConfig:
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}, as `data.template_arguments` of a
     run."""
+    tools_as: Literal["auto", "system_message", "template"] | None = None
+    """Who shows a row's functions, as `data.tools_as` of a run. Left out: as in the run that the policy lies in; auto
+    where it lies in none."""
     max_prompt_tokens: int = 4096
     """Of benchmarks that leave theirs out."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -157,6 +157,7 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
                 arguments={**policy.template_arguments, **suite.template_arguments},
                 system_prompt=style[1],
                 vocab_size=shape.vocab_size,
+                tools_as=suite.tools_as or policy.tools_as,
             )
         prompts, report = load_prompts(
             Path(item.file),

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import load_config
+from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.convert.sources import checkpoint_of
+from megatron_chord.data.templates import ToolsAs
 from megatron_chord.weights.torch_dist import METADATA
 
 _CONVERTED = ".converted"
@@ -48,6 +49,8 @@ class Policy:
     """Of the run that the checkpoint belongs to, where it set one."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of that run (``data.template_arguments``). An exported policy's template has them as its defaults."""
+    tools_as: ToolsAs = "auto"
+    """Of that run, or of the run that exported the policy (``data.tools_as``)."""
 
     @property
     def was_converted(self) -> bool:
@@ -72,13 +75,14 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
     run = None if folder == source else run_of(source)
     digest = _digest(folder, output / _DIGEST, say)
     if run is None:
-        return Policy(folder=folder, source=source, digest=digest)
+        return Policy(folder=folder, source=source, digest=digest, tools_as=_tools_as_of_export(source, say))
     return Policy(
         folder=folder,
         source=source,
         digest=digest,
         chat_template=run.data.chat_template,
         template_arguments=run.data.template_arguments,
+        tools_as=run.data.tools_as,
     )
 
 
@@ -108,6 +112,20 @@ def run_of(source: Path) -> RunConfig | None:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
     return None
+
+
+def _tools_as_of_export(source: Path, say: Callable[[str], None]) -> ToolsAs:
+    """Of the run beside whose config.yaml the policy lies: no file of the policy holds it."""
+    config = source.resolve().parent / "config.yaml"
+    if source.resolve().name != "policy" or not config.is_file():
+        return "auto"
+    try:
+        return load_config(config).data.tools_as
+    except ConfigError as error:
+        say(
+            f"{error}\ndata.tools_as of that run is not known: it is taken to be auto (tools_as of the suite)"
+        )
+        return "auto"
 
 
 def _convert_if_new(source: Path, folder: Path, say: Callable[[str], None]) -> None:

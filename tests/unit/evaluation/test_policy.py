@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from megatron_chord.cli import main
+from megatron_chord.config_io import dump_config, load_config
+from megatron_chord.config_suite import BenchmarkConfig, SamplingConfig, SuiteConfig
 from megatron_chord.convert.directions import to_hf, to_megatron
 from megatron_chord.convert.sources import open_source
 from megatron_chord.evaluation import policy
+from megatron_chord.evaluation.evaluate import load_suite_data
 from megatron_chord.evaluation.policy import label_of, open_policy
+from megatron_chord.families.table import read_shape
+from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.runtime import parallel as runtime
 from tests.support.ranks import ROOT
 
@@ -88,6 +96,46 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
     for file in folder.glob("*.safetensors"):
         found |= {name: value.numpy().tobytes() for name, value in load_file(file).items()}
     return found
+
+
+def test_functions_are_shown_as_in_the_policys_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(POLICY, run / "policy")
+    assert open_policy(run / "policy", tmp_path, print).tools_as == "auto"
+    example = load_config(ROOT / "examples" / "arithmetic" / "chord_mu.yaml", ["data.tools_as=template"])
+    (run / "config.yaml").write_text(dump_config(example))
+    policy = open_policy(run / "policy", tmp_path, print)
+    assert policy.tools_as == "template"
+
+    template = tmp_path / "tools.jinja"
+    template.write_text("{{ tools }}" + (POLICY / "chat_template.jinja").read_text())
+    row = {"problem": "2+3", "answer": [], "tools": [{"name": "add", "description": "a", "parameters": {}}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+
+    def first_messages(**settings: Any) -> tuple[Any, Any]:
+        suite = SuiteConfig(
+            benchmarks=(BenchmarkConfig(name="b", file=str(tmp_path / "rows.jsonl")),),
+            chat_template=template,
+            reward=ToolCallsReward(),
+            max_prompt_tokens=1000,
+            sampling=SamplingConfig(max_tokens=8),
+            **settings,
+        )
+        shape = replace(read_shape(POLICY), max_positions=4096)
+        (loaded,) = load_suite_data(policy, suite, shape)
+        return loaded.prompts[0].messages, loaded.prompts[0].tools
+
+    messages, tools = first_messages()
+    assert [message["role"] for message in messages] == ["user"]
+    assert tools[0]["function"]["name"] == "add"
+    messages, tools = first_messages(tools_as="system_message")
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert tools == ()
+
+    said: list[str] = []
+    (run / "config.yaml").write_text("of: another version\n")
+    assert open_policy(run / "policy", tmp_path, said.append).tools_as == "auto"
+    assert "it is taken to be auto" in said[0]
 
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
