@@ -236,7 +236,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="for answers and results; answers in it are kept (default: evaluations/SUITE/POLICY)",
+        help="for answers and results; answers in it are kept (default: evaluations/SUITE/POLICY in the policy's "
+        "run, or here)",
     )
     parser.add_argument(
         "--server",

@@ -6,9 +6,10 @@
     python tools/table.py --sbatch @site.txt         # the same in Slurm jobs; the settings are lines of a file
     python tools/table.py --run @examples/published/quick_start.txt      # all rows with the quick start's policy
 
-A row is a preset in examples/published/. Its run is in runs/ROW, and its evaluation in evaluations/SUITE/ROW-policy, as
-`megatron-chord train` and `megatron-chord evaluate` leave them. A run that has ended on the way goes on from its newest
-checkpoint, an evaluation from the answers that it has. So the same command goes on with the table.
+A row is a preset in examples/published/. Its run is in runs/ROW, and its evaluation in evaluations/SUITE/ROW-policy. To
+make a row's evaluation by hand, give `megatron-chord evaluate` this folder as --output. A run that has ended on the way
+goes on from its newest checkpoint, an evaluation from the answers that it has. So the same command goes on with the
+table.
 
 Exits with 0; with 1 when a row failed; with 2 when the settings will not do. docs/reproduce.md says more.
 """

@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_chord.config_io import load_suite
 from megatron_chord.evaluation.compare import compare
 from megatron_chord.evaluation.evaluate import evaluate
-from megatron_chord.evaluation.policy import label_of
+from megatron_chord.evaluation.policy import default_output
 from megatron_chord.evaluation.results import TABLE
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutError
@@ -33,7 +33,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     path = suite_path(args.suite)
     name = path.stem
-    output = args.output or Path("evaluations") / name / label_of(args.policy)
+    output = args.output or default_output(args.policy, name)
     key = os.environ.get(KEY_VARIABLE, "")
     if args.server and not key:
         print(f"error: --server: set {KEY_VARIABLE} to the key that the servers ask for", file=sys.stderr)

@@ -65,6 +65,24 @@ def label_of(path: Path) -> str:
     return f"{path.parent.name}-{path.name}" if path.name in ("policy", "checkpoints") else path.name
 
 
+def run_folder(source: Path) -> Path | None:
+    """The run that a policy is of: ``RUN/policy``, ``RUN/checkpoints`` or ``RUN/checkpoints/step-N``; else None."""
+    source = source.resolve()
+    run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
+    lies_so = source.parent.name == "checkpoints" or source.name in ("policy", "checkpoints")
+    return run if lies_so and (run / "config.yaml").is_file() else None
+
+
+def default_output(source: Path, suite_name: str) -> Path:
+    """``evaluations/SUITE/POLICY`` in the policy's run, whose report shows it; here where it is of no run.
+
+    Also here where the run's folder is another user's.
+    """
+    run = run_folder(source)
+    base = run if run is not None and os.access(run, os.W_OK) else Path()
+    return base / "evaluations" / suite_name / label_of(source)
+
+
 def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Policy:
     """The policy at ``source``. A checkpoint is converted to ``output/.converted``, unless that holds it already.
 
@@ -115,12 +133,12 @@ def run_of(source: Path) -> RunConfig | None:
 
 
 def _tools_as_of_export(source: Path, say: Callable[[str], None]) -> ToolsAs:
-    """Of the run beside whose config.yaml the policy lies: no file of the policy holds it."""
-    config = source.resolve().parent / "config.yaml"
-    if source.resolve().name != "policy" or not config.is_file():
+    """Of the run that the policy lies in: no file of the policy holds it."""
+    run = run_folder(source)
+    if run is None:
         return "auto"
     try:
-        return load_config(config).data.tools_as
+        return load_config(run / "config.yaml").data.tools_as
     except ConfigError as error:
         say(
             f"{error}\ndata.tools_as of that run is not known: it is taken to be auto (tools_as of the suite)"

@@ -19,7 +19,7 @@ from megatron_chord.convert.directions import to_hf, to_megatron
 from megatron_chord.convert.sources import open_source
 from megatron_chord.evaluation import policy
 from megatron_chord.evaluation.evaluate import load_suite_data
-from megatron_chord.evaluation.policy import label_of, open_policy
+from megatron_chord.evaluation.policy import default_output, label_of, open_policy
 from megatron_chord.families.table import read_shape
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.runtime import parallel as runtime
@@ -32,6 +32,28 @@ def test_names() -> None:
     assert label_of(Path("runs/x/checkpoints/step-000100")) == "x-step-000100"
     assert label_of(Path("runs/x/policy")) == "x-policy"
     assert label_of(Path("models/Qwen2.5-7B")) == "Qwen2.5-7B"
+
+
+def test_results_are_where_the_report_of_the_run_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "x"
+    steps = [Path(f"x/checkpoints/step-00010{i}") for i in range(2)]
+    for folder in (Path("x/policy"), *steps, Path("models/policy")):
+        folder.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    assert default_output(Path("x/policy"), "paper") == run / "evaluations/paper/x-policy"
+    assert default_output(Path("x/checkpoints"), "paper") == run / "evaluations/paper/x-checkpoints"
+    assert [default_output(step, "paper") for step in steps] == [
+        run / "evaluations/paper/x-step-000100",
+        run / "evaluations/paper/x-step-000101",
+    ]
+    # `models` is no run.
+    assert default_output(Path("models/policy"), "paper") == Path("evaluations/paper/models-policy")
+    assert default_output(Path("x"), "paper") == Path("evaluations/paper/x")
+    monkeypatch.chdir(run / "policy")
+    assert default_output(Path(), "paper") == run / "evaluations/paper/x-policy"
 
 
 def test_the_digest_is_of_contents(tmp_path: Path) -> None:
