@@ -143,7 +143,7 @@ def _files(data: Path | Sequence[Path]) -> list[Path]:
 
 def _key(files: Sequence[Path], template: ChatTemplate, settings: Mapping[str, Any]) -> str:
     package = Path(__file__).parents[1]
-    code = sorted([*(package / "data").glob("*.py"), *(package / "rewards").glob("*.py")])
+    code = sorted([*(package / "data").glob("*.py"), *(package / "rewards").rglob("*.py")])
     parts = [
         json.dumps(settings, sort_keys=True, default=str),
         template.fingerprint(),

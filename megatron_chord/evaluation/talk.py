@@ -179,6 +179,7 @@ def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Ite
             arguments=run.data.template_arguments if run is not None and folder != source else None,
             system_prompt=_system_prompt(run, wishes),
             vocab_size=shape.vocab_size,
+            tools_as=run.data.tools_as if run is not None else "auto",
         )
         max_tokens, max_length = _limits(run, wishes, shape.max_positions)
         yield Voice(
