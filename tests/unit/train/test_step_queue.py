@@ -47,6 +47,7 @@ class Script:
         self.waiting = threading.Event()
         """One does."""
         self._version: int | None = None
+        self.log = SimpleNamespace(doing=lambda what: None)
 
     def push_weights(self, state: Any, version: int) -> None:
         if self._version != version:

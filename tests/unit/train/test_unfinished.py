@@ -61,7 +61,11 @@ class Steps:
             return " ".join(str(token) for token in ids)
 
         template: Any = SimpleNamespace(
-            stop_token_ids=(END,), turn=lambda prompt, ids: decode(ids), decode_all=decode
+            stop_token_ids=(END,),
+            control_tokens={},
+            turn=lambda prompt, ids: decode(ids),
+            decode=decode,
+            decode_all=decode,
         )
         data: Any = SimpleNamespace(
             template=template,
