@@ -18,7 +18,7 @@ PROMPT = "{question}\n{answer}\nHow good is this answer? Reply with one digit, 0
 client = httpx.AsyncClient(
     base_url=os.environ["JUDGE_URL"],
     headers={"Authorization": f"Bearer {os.environ['JUDGE_KEY']}"},
-    timeout=90,
+    timeout=240,
     trust_env=False,  # the server is on this machine or in this cluster: no proxy
 )
 

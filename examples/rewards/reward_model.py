@@ -12,7 +12,7 @@ import httpx
 
 from megatron_chord.rewards.response import Response
 
-client = httpx.Client(timeout=90, trust_env=False)
+client = httpx.Client(timeout=240, trust_env=False)
 
 
 def reward_model(responses: list[Response]) -> list[float]:
