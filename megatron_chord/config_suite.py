@@ -16,7 +16,8 @@ from megatron_chord.config_checks import not_negative, positive, require
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.table import RewardConfig
 
-_METRIC = re.compile(r"(avg|pass|maj)@([1-9][0-9]*)")
+METRIC = re.compile(r"(avg|pass|maj)@([1-9][0-9]*)")
+"""Name of a metric: its kind, and of how many answers."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -85,7 +86,7 @@ class BenchmarkConfig:
         )
         for metric in self.metrics:
             require(
-                _METRIC.fullmatch(metric) is not None,
+                METRIC.fullmatch(metric) is not None,
                 f"metrics of {self.name}: {metric!r} is none of avg@K, pass@K and maj@K, such as avg@32",
             )
 

@@ -27,6 +27,7 @@ from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import RewardConfig
 from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
 from megatron_chord.rollout.server import ServerError
+from megatron_chord.sampling.rounds import response_of
 
 _REQUESTS_GPU, _REQUESTS_CPU = 256, 16
 _LOOK_S = 0.2
@@ -265,19 +266,6 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade, mark:
         score=grade.score,
         error=grade.error,
         graded_by=mark,
-    )
-
-
-def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) -> Response:
-    """The argument of the grader for an answer."""
-    return Response(
-        text=text,
-        truth=prompt.truth,
-        messages=prompt.messages,
-        fields=prompt.fields,
-        finish_reason=finish_reason,
-        num_tokens=num_tokens,
-        source=prompt.source,
     )
 
 

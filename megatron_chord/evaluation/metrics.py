@@ -7,16 +7,16 @@ right when its grade is 1.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from megatron_chord.config_suite import METRIC
+
 K = TypeVar("K")
 Kind = Literal["avg", "pass", "maj"]
-_NAME = re.compile(rf"({'|'.join(get_args(Kind))})@([1-9][0-9]*)")
 _CHUNK = 1 << 22
 """Drawn problems at a time."""
 
@@ -56,7 +56,7 @@ def read_metric(name: str) -> Metric:
     Raises:
         ValueError: there is none.
     """
-    match = _NAME.fullmatch(name)
+    match = METRIC.fullmatch(name)
     if match is None:
         raise ValueError(f"metric {name!r} is none of avg@K, pass@K and maj@K, such as avg@32")
     kind: Kind = match[1]  # type: ignore[assignment]

@@ -258,14 +258,19 @@ def graded_before(
 
 def response_to(ask: RolloutRequest, rollout: Rollout, text: str) -> Response:
     """What a grader is given of an answer. ``text`` and ``num_tokens`` are of the whole one, its prefix included."""
-    prompt = ask.prompt
+    length = len(ask.prefix) + len(rollout.token_ids)
+    return response_of(ask.prompt, text, rollout.finish_reason, length)
+
+
+def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) -> Response:
+    """The argument of the grader for an answer to ``prompt``."""
     return Response(
         text=text,
         truth=prompt.truth,
         messages=prompt.messages,
         fields=prompt.fields,
-        finish_reason=rollout.finish_reason,
-        num_tokens=len(ask.prefix) + len(rollout.token_ids),
+        finish_reason=finish_reason,
+        num_tokens=num_tokens,
         source=prompt.source,
     )
 

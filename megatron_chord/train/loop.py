@@ -248,7 +248,7 @@ def _build(
         groups,
         is_needed=needs_servers(run, method),
         log_folder=run.output / LOGS,
-        notify=coordinator.log.say if coordinator is not None else lambda text: None,
+        notify=partial(_say, coordinator),
         doing=partial(_doing, coordinator),
     )
     stack.callback(engine.close)
@@ -485,7 +485,7 @@ def _save(parts: RunContext, step: int, memory: Memory) -> None:
             parts.run.output / CHECKPOINTS,
             keep=parts.run.checkpoint.keep,
             best=parts.best.step,
-            notify=coordinator.log.say if coordinator is not None else lambda text: None,
+            notify=partial(_say, coordinator),
         )
     if coordinator is not None:
         coordinator.log.say(f"checkpoint {path}")
