@@ -46,6 +46,8 @@ class Report:
     """Versions that must be equal on all nodes, and digests of this package's source and of the model's config.json."""
     problems: tuple[str, ...]
     """Faults that the node has found on itself."""
+    trains: bool = True
+    """False for a node that only samples: it may have other GPUs than the training nodes, but as many of them."""
     refusal: str = ""
     """The reason why settings, model or data are not valid on this node; empty if they are."""
     clock: float = 0.0
@@ -79,22 +81,33 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
         problems.append(str(error))
     except ValueError as error:  # ConfigError is one
         refusal = str(error)
-    return Report(node=job.name, gpus=gpus, versions=versions, problems=tuple(problems), refusal=refusal)
+    return Report(
+        node=job.name,
+        gpus=gpus,
+        versions=versions,
+        problems=tuple(problems),
+        trains=job.trains,
+        refusal=refusal,
+    )
 
 
 def faults(reports: Sequence[Report]) -> list[str]:
     """The faults of single nodes and the differences between nodes. Empty if the job may start."""
-    first = reports[0]
     found = [
         f"{report.node}: {text}" for report in reports for text in (*report.problems, report.refusal) if text
     ]
+    first = reports[0]
+    first_of_kind = {report.trains: report for report in reversed(reports)}
     for report in reports[1:]:
-        if report.gpus != first.gpus:
-            found.append(f"{report.node} has {report.gpu_text}, {first.node} has {first.gpu_text}")
+        peer = first_of_kind[report.trains] if len(report.gpus) == len(first.gpus) else first
+        if report.gpus != peer.gpus:
+            found.append(f"{report.node} has {report.gpu_text}, {peer.node} has {peer.gpu_text}")
         for name in sorted({*report.versions, *first.versions}):
-            here, there = report.versions.get(name, "none"), first.versions.get(name, "none")
+            # Other GPUs may need another driver.
+            peer = first_of_kind[report.trains] if name == "driver" else first
+            here, there = report.versions.get(name, "none"), peer.versions.get(name, "none")
             if here != there:
-                found.append(f"{report.node} has {name} {here}, {first.node} has {there}")
+                found.append(f"{report.node} has {name} {here}, {peer.node} has {there}")
     middle = statistics.median(report.clock for report in reports)
     for report in reports:
         if abs(report.clock - middle) > _MAX_SKEW_S:

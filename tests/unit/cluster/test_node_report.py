@@ -37,6 +37,20 @@ def test_a_lost_gpu() -> None:
     assert faults(nodes(replace(GOOD, node="a3", gpus=("H100",) * 7))) == ["a3 has 7 x H100, a1 has 8 x H100"]
 
 
+def test_nodes_that_only_sample_may_have_other_gpus_but_as_many() -> None:
+    ours = {"torch": "2.13.0", "source": "1234", "driver": "570.1"}
+    sampling = replace(GOOD, node="b1", trains=False, gpus=("L40S",) * 8, versions=ours)
+    trainer = replace(GOOD, versions=ours | {"driver": "580.1"})
+    assert faults([trainer, sampling, replace(sampling, node="b2")]) == []
+    other = replace(sampling, node="b2", gpus=("A100",) * 8)
+    assert faults([trainer, sampling, other]) == ["b2 has 8 x A100, b1 has 8 x L40S"]
+    fewer = replace(sampling, gpus=("L40S",) * 4)
+    assert faults([trainer, fewer]) == ["b1 has 4 x L40S, a1 has 8 x H100"]
+    assert faults([trainer, replace(trainer, node="a2", gpus=("L40S",) * 8)]) == [
+        "a2 has 8 x L40S, a1 has 8 x H100"
+    ]
+
+
 def test_a_clock_that_is_off() -> None:
     found = faults(nodes(replace(GOOD, node="a3", clock=997.0), replace(GOOD, node="a4")))
     assert found == ["a3: its clock is -3.0 s off the others' (limit 2 s)"]
