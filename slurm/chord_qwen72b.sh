@@ -7,7 +7,7 @@
 #SBATCH --job-name=chord_qwen72b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
@@ -27,6 +27,10 @@ export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"           # logs, one f
 export CHORD_RUN="${CHORD_RUN:-examples/cluster/chord_qwen72b.yaml}"
 export CHORD_ROLLOUT_NODES="${CHORD_ROLLOUT_NODES:-0}"             # of --nodes, those that only sample
 
+if [[ ! -f "$CHORD_HOME/slurm/lib/launch.sh" ]]; then
+  echo "error: CHORD_HOME=$CHORD_HOME has no slurm/lib/launch.sh: submit from the repository's folder, or set CHORD_HOME" >&2
+  exit 2
+fi
 # shellcheck source=slurm/lib/launch.sh
 source "$CHORD_HOME/slurm/lib/launch.sh"
 launch "$CHORD_RUN" "$@"

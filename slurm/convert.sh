@@ -20,6 +20,10 @@ export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"
 export CHORD_CONTAINER_MOUNTS="${CHORD_CONTAINER_MOUNTS:-}"
 export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"
 
+if [[ ! -f "$CHORD_HOME/slurm/lib/launch.sh" ]]; then
+  echo "error: CHORD_HOME=$CHORD_HOME has no slurm/lib/launch.sh: submit from the repository's folder, or set CHORD_HOME" >&2
+  exit 2
+fi
 # shellcheck source=slurm/lib/launch.sh
 source "$CHORD_HOME/slurm/lib/launch.sh"
 convert "$@"

@@ -9,7 +9,7 @@
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=12:00:00
@@ -26,6 +26,10 @@ export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"
 export CHORD_CONTAINER_MOUNTS="${CHORD_CONTAINER_MOUNTS:-}"
 export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"
 
+if [[ ! -f "$CHORD_HOME/slurm/lib/launch.sh" ]]; then
+  echo "error: CHORD_HOME=$CHORD_HOME has no slurm/lib/launch.sh: submit from the repository's folder, or set CHORD_HOME" >&2
+  exit 2
+fi
 # shellcheck source=slurm/lib/launch.sh
 source "$CHORD_HOME/slurm/lib/launch.sh"
 evaluate "$@"

@@ -48,6 +48,8 @@ prepare() {
     head -c 48 /dev/urandom | base64 -w 0 | tr -d '+/=' >"$CHORD_JOB/key"
   )
   trap 'echo "a stop was asked for: checkpoint, then back to the queue"; touch "$CHORD_JOB/stop"' USR1
+  # Slurm sends SIGTERM here when the job is cancelled, and only to the nodes' tasks when it is preempted.
+  trap 'touch "$CHORD_JOB/cancelled"; exit 143' TERM
   CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |
     sed -nE 's/^NodeName=([^ ]+).*/\1/p; s/.*NodeAddr=([^ ]+).*/\1/p' | paste -d= - - | paste -sd' ' -)"
   export CHORD_NODES
@@ -68,10 +70,17 @@ step() {
       --container-mounts="$CHORD_HOME,$CHORD_JOBS${CHORD_CONTAINER_MOUNTS:+,$CHORD_CONTAINER_MOUNTS}")
     python="${python:-python3}"
   fi
-  # All CPUs and GPUs of the node for its one task, which shares them out itself.
+  python="${python:-$CHORD_VENV/bin/python}"
+  if ((${#container[@]} == 0)) && ! command -v "$python" >/dev/null; then
+    echo "error: there is no Python at $python. Make the environment (docs/cluster.md, step 2), or set CHORD_VENV or" \
+      "CHORD_PYTHON to one that all nodes see" >&2
+    return 2
+  fi
+  # All CPUs and GPUs of the node for its one task, which shares them out itself. --export: after sbatch --export=NONE,
+  # srun would give the task none of the variables above.
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-    --kill-on-bad-exit=1 --wait=300 --unbuffered ${container[@]+"${container[@]}"} \
-    "${python:-$CHORD_VENV/bin/python}" -m "$@" &
+    --export=ALL --kill-on-bad-exit=1 --wait=300 --unbuffered ${container[@]+"${container[@]}"} \
+    "$python" -m "$@" &
   local pid=$! code=0
   while true; do
     wait "$pid" && code=0 || code=$?

@@ -51,7 +51,7 @@ def launch(tmp_path: Path, body: str, **variables: str) -> subprocess.CompletedP
         "PATH": f"{srun.parent}:{os.environ['PATH']}",
         "CHORD_HOME": str(tmp_path),
         "CHORD_JOBS": str(tmp_path / "jobs"),
-        "CHORD_VENV": "/shared/venv",
+        "CHORD_VENV": sys.prefix,
         "SLURM_JOB_NUM_NODES": "2",
         **variables,
     }
@@ -66,9 +66,17 @@ def launch(tmp_path: Path, body: str, **variables: str) -> subprocess.CompletedP
 
 def test_a_step_in_a_virtual_environment(tmp_path: Path) -> None:
     words = launch(tmp_path, "step some.module a 'b c'").stdout.splitlines()
-    assert words[-5:] == ["/shared/venv/bin/python", "-m", "some.module", "a", "b c"]
+    assert words[-5:] == [f"{sys.prefix}/bin/python", "-m", "some.module", "a", "b c"]
     assert "--kill-on-bad-exit=1" in words
+    assert "--export=ALL" in words
     assert not any("container" in word for word in words)
+
+
+def test_a_missing_environment_is_said_before_srun(tmp_path: Path) -> None:
+    done = launch(tmp_path, "step some.module", CHORD_VENV="/shared/venv")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "there is no Python at /shared/venv/bin/python" in done.stderr
 
 
 def test_a_step_in_a_container(tmp_path: Path) -> None:
@@ -150,6 +158,18 @@ def test_a_job_that_was_stopped_goes_back_to_the_queue(
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert ("requeue 17" in done.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_a_job_submitted_from_another_folder_says_what_to_do(script: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"CHORD_HOME={tmp_path} has no slurm/lib/launch.sh" in line
+    assert "submit from the repository's folder" in line
 
 
 def test_outside_slurm_a_script_says_what_to_do() -> None:
