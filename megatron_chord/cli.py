@@ -443,7 +443,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
-    from megatron_chord.train.stop import Stopped, StopWish
+    from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopWish
 
     if "RANK" not in os.environ:
         os.environ.update(rank_of_task(os.environ))
@@ -462,7 +462,12 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     _quieten_libraries()
     wish = StopWish()
     termination = _Termination(wish, speaks=speaks)
-    signal.signal(signal.SIGTERM, termination.on_signal)
+    if FILE_VARIABLE in os.environ:
+        # A rank of a job. Slurm sends SIGTERM to all of its processes; what it means is decided by the node's task.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, termination.on_signal)
+    else:
+        signal.signal(signal.SIGTERM, termination.on_signal)
     signal.signal(signal.SIGINT, termination.on_interrupt)
     wish.listen()
     from megatron_chord.train.halt import Halted

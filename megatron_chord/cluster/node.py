@@ -8,6 +8,10 @@ process, which decides what to do. And a container is started once for each node
 If a rank fails, this program records which and when, ends all processes on its node and exits with the rank's code.
 srun (--kill-on-bad-exit) then ends the other nodes in the same way. SIGUSR1 is ignored here, and vLLM inherits that.
 Ranks take it as a stop request, and a file requests a stop, too (``train.stop``).
+
+SIGTERM comes from a preemption, from ``scancel``, or from srun after a failure on another node. Without a failure and
+without the batch script's file ``cancelled`` it is a preemption: the node requests a stop with a checkpoint. A second
+SIGTERM, the file or a failure ends the node at once.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
     exit_code_of,
+    has_failure,
     has_outcome,
     record_failure,
     write_outcome,
@@ -42,6 +47,7 @@ from megatron_chord.train import stop
 from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
+CANCELLED_FILE = "cancelled"
 _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
@@ -75,7 +81,7 @@ class _Node:
         self._num_servers = num_servers
         self._ranks: list[Rank] = []
         self._servers: NodeServers | None = None
-        self._terminated = False
+        self._sigterms = 0
         self._next_look = 0.0
 
     def run(self) -> int:
@@ -120,13 +126,24 @@ class _Node:
 
     def _watch(self) -> int | None:
         """Check ranks and servers. Returns the exit code when it is known, else None."""
-        if self._terminated:
+        if self._sigterms and self._must_end():
             return 128 + signal.SIGTERM
-        if self._servers is not None:
+        # Slurm's SIGTERM has ended the servers, too. A job that stops needs no new ones.
+        if self._servers is not None and not self._sigterms:
             self._servers.watch()
         if self._job.trains:
             return self._watch_ranks()
         return self._look_for_outcome()
+
+    def _must_end(self) -> bool:
+        """Decide what a SIGTERM means: True to end now. In a preemption, request a stop and return False."""
+        folder = self._job.folder
+        if self._sigterms > 1 or (folder / CANCELLED_FILE).exists() or has_failure(folder):
+            return True
+        if not (folder / STOP_FILE).exists():
+            self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
+            (folder / STOP_FILE).touch()
+        return False
 
     def _watch_ranks(self) -> int | None:
         statuses = [rank.status for rank in self._ranks]
@@ -165,7 +182,7 @@ class _Node:
             rank.end(deadline)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        self._terminated = True
+        self._sigterms += 1
 
     def _say(self, text: str) -> None:
         print(f"[{self._job.name}] {text}", flush=True)

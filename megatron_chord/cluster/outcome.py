@@ -41,6 +41,11 @@ def record_failure(folder: Path, who: str, code: int, message: str, log: Path | 
     temporary.replace(failures / f"{now:.6f}-{who}")
 
 
+def has_failure(folder: Path) -> bool:
+    """Whether a process of this restart of the job has failed, on any node."""
+    return any(not path.name.startswith(".") for path in (folder / _FAILURES).glob("*"))
+
+
 def exit_code_of(status: int) -> int:
     """A shell's exit code for a ``Popen.returncode``: 128 + n if signal n ended the process."""
     return status if status >= 0 else 128 - status

@@ -40,8 +40,9 @@ class Rank:
             self._copier.join(_LOG_GRACE_S)
 
     def terminate(self) -> None:
+        """Have it end now. A rank ignores SIGTERM, which Slurm sends to every process of a job that it preempts."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGTERM)
+            os.kill(self._process.pid, signal.SIGHUP)
 
     def end(self, deadline: float) -> None:
         """Wait until ``deadline`` (time.monotonic()), then kill the remaining processes of its process group."""

@@ -89,13 +89,22 @@ class JobServers:
     """Servers that the nodes of a Slurm job run and announce in its folder (``cluster.node``)."""
 
     def __init__(
-        self, registry: Registry, count: int, *, key: str, timeout_s: float, silence_s: float
+        self,
+        registry: Registry,
+        count: int,
+        *,
+        key: str,
+        timeout_s: float,
+        silence_s: float,
+        stop_wanted: Callable[[], bool],
     ) -> None:
+        """``stop_wanted`` ends the wait for servers: the nodes of a job that stops start no new ones."""
         self._registry = registry
         self._count = count
         self._key = key
         self._timeout_s = timeout_s
         self._silence_s = silence_s
+        self._stop_wanted = stop_wanted
         self._known: list[Announcement] = []
         self._clients: list[RolloutClient] = []
 
@@ -138,6 +147,8 @@ class JobServers:
                     f"of the job's {self._count} rollout servers, these were not ready after "
                     f"{self._timeout_s:.0f} s: {names}"
                 )
+            if self._stop_wanted():
+                raise ServerError("a stop was requested while the job's rollout servers were not ready")
             time.sleep(_POLL_S)
 
     def _ready(self, index: int) -> Announcement | None:

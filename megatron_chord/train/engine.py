@@ -28,6 +28,7 @@ from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, 
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.offload import Offload
 from megatron_chord.train.state import TrainState
+from megatron_chord.train.stop import StopWanted
 
 T = TypeVar("T")
 
@@ -57,13 +58,15 @@ class RolloutEngine:
         log_folder: Path,
         notify: Callable[[str], None],
         doing: Callable[[str], None] = lambda text: None,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start a server, if ``is_needed`` and neither settings nor job provide servers. Returns while it loads.
 
         If servers run on the ranks' GPUs, wait until they are ready and put them to sleep (with ``rollout.sleep``). The
         GPUs are then free for the model.
 
-        ``notify`` gets lines for a person, ``doing`` what the run waits for from now on.
+        ``notify`` gets lines for a person, ``doing`` what the run waits for from now on. If ``stop_wanted`` returns
+        true on the coordinator, a lost server is not replaced: ``attempt`` raises StopWanted.
         """
         self._is_needed = is_needed
         self._run = run
@@ -72,6 +75,7 @@ class RolloutEngine:
         self._log_folder = log_folder
         self._notify = notify
         self._doing = doing
+        self._stop_wanted = stop_wanted
         self._job = None if run.rollout.servers else JobRollout.of_environment(os.environ)
         self._fleet: Fleet | None = None
         self._clients: Sequence[RolloutClient] = ()
@@ -197,7 +201,13 @@ class RolloutEngine:
             list(pool.map(action, self._clients))
 
     def _give_up(self, error: Exception) -> None:
-        """Mark the servers as lost, so that they are replaced. Raise ``error`` if no restart is left."""
+        """Mark the servers as lost, so that they are replaced. Raise ``error`` if no restart is left.
+
+        Slurm ends the servers of a job that it preempts. The run must then stop and not wait for new ones: StopWanted.
+        """
+        if self._groups.once(self._stop_wanted):
+            self._lost = True
+            raise StopWanted from error
         if self._restarts_left == 0 or self._run.rollout.servers:
             raise error
         self._restarts_left -= 1
@@ -252,7 +262,14 @@ class RolloutEngine:
         if self._job is not None:
             key = read_key(self._job.folder)
             registry = Registry(self._job.folder)
-            return JobServers(registry, self._job.count, key=key, timeout_s=timeout_s, silence_s=silence_s)
+            return JobServers(
+                registry,
+                self._job.count,
+                key=key,
+                timeout_s=timeout_s,
+                silence_s=silence_s,
+                stop_wanted=self._stop_wanted,
+            )
         return OwnServer(
             lambda: start_server(run.model.path, server_settings(run), log=self._next_log()),
             timeout_s=timeout_s,

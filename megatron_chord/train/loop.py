@@ -158,11 +158,11 @@ def train(
             saved = _find(run.output / CHECKPOINTS, resume, groups)
             groups.once(make_coordinator)
         with _refusing():
-            parts = _build(run, shape, method, groups, coordinator, stack)
+            parts = _build(run, shape, method, groups, coordinator, stack, stop_wanted)
             done, memory = _resume(parts, saved) if saved is not None else (0, {})
             groups.once(lambda: _begin(claimed, coordinator, data, done, resume))
         if done == 0:
-            _evaluate(parts, 0)
+            _evaluate_first(parts)
         groups.pulse.enter("computing")
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
@@ -240,6 +240,7 @@ def _build(
     groups: ParallelGroups,
     coordinator: Coordinator | None,
     stack: ExitStack,
+    stop_wanted: Callable[[], bool],
 ) -> RunContext:
     """Start the servers and build model and optimizer. ``stack`` closes them. Called on every rank."""
     # The server loads while the model is built, unless it shares the ranks' GPUs.
@@ -250,6 +251,7 @@ def _build(
         log_folder=run.output / LOGS,
         notify=partial(_say, coordinator),
         doing=partial(_doing, coordinator),
+        stop_wanted=stop_wanted,
     )
     stack.callback(engine.close)
     terms = method.terms(run)
@@ -314,17 +316,37 @@ def _run_steps(
         except StopWanted:
             if saved_step < step:
                 _save(parts, step, memory)
-            raise Stopped(
-                f"stopped as requested: {step} of {run.steps} steps done",
-                exit_code=EXIT_CODE if step > done else EXIT_CODE_IDLE,
-            ) from None
+            raise _stopped(run, step, first=done) from None
         is_best = False
         if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
-            is_best = _evaluate(parts, step + 1)
+            try:
+                is_best = _evaluate(parts, step + 1)
+            except StopWanted:
+                _say(
+                    parts.coordinator,
+                    f"the evaluation after {step + 1} steps is left out: its server is lost",
+                )
+                _save(parts, step + 1, memory)
+                raise _stopped(run, step + 1, first=done) from None
         is_last = step + 1 == run.steps or is_exhausted(parts.best, run)
         if _is_due(run.checkpoint.every, step + 1) or is_best or is_last:
             _save(parts, step + 1, memory)
             saved_step, saved_at = step + 1, time.monotonic()
+
+
+def _evaluate_first(parts: RunContext) -> None:
+    try:
+        _evaluate(parts, 0)
+    except StopWanted:
+        raise _stopped(parts.run, 0, first=0) from None
+
+
+def _stopped(run: RunConfig, step: int, *, first: int) -> Stopped:
+    """The end of a run whose first ``step`` steps are done. This process began at step ``first``."""
+    return Stopped(
+        f"stopped as requested: {step} of {run.steps} steps done",
+        exit_code=EXIT_CODE if step > first else EXIT_CODE_IDLE,
+    )
 
 
 def _step(parts: RunContext, now: ScheduleInput) -> Memory:

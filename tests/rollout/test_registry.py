@@ -55,6 +55,14 @@ def test_servers_that_nobody_announces_or_that_have_gone(tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as gone:
         url = f"http://127.0.0.1:{gone.getsockname()[1]}"
     registry.announce(1, Announcement(url=url, node="a1", life=0))
-    servers = JobServers(registry, 3, key="x" * 40, timeout_s=0.5, silence_s=60)
+    servers = JobServers(registry, 3, key="x" * 40, timeout_s=0.5, silence_s=60, stop_wanted=lambda: False)
     with pytest.raises(ServerError, match=r"of the job's 3 rollout servers.* not ready after 0 s: 0, 1, 2"):
+        servers.connect()
+
+
+def test_a_stop_ends_the_wait_for_servers(tmp_path: Path) -> None:
+    servers = JobServers(
+        Registry(tmp_path), 1, key="x" * 40, timeout_s=600, silence_s=60, stop_wanted=lambda: True
+    )
+    with pytest.raises(ServerError, match="a stop was requested"):
         servers.connect()

@@ -53,7 +53,11 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 MailProg=/bin/true
 {nodes}
-PartitionName=batch Nodes=n[0-{last}] Default=YES MaxTime=1-0 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=batch Nodes=n[0-{last}] Default=YES MaxTime=1-0 State=UP PreemptMode=OFF
+PartitionName=spare Nodes=n[0-{last}] MaxTime=1-0 State=UP PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=n[0-{last}] MaxTime=1-0 State=UP PriorityTier=2 PreemptMode=OFF
 """
 _NODE = (
     "NodeName=n{index} NodeHostname={host} NodeAddr={address} Port={port} CPUs=64 Sockets=2 CoresPerSocket=32 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,14 @@ class Submitted:
     """One job of a script, by default with a tiny model and the CPU stack."""
 
     def __init__(
-        self, box: Box, folder: Path, *arguments: str, nodes: int, script: Path = SCRIPT, **variables: str
+        self,
+        box: Box,
+        folder: Path,
+        *arguments: str,
+        nodes: int,
+        script: Path = SCRIPT,
+        options: Sequence[str] = (),
+        **variables: str,
     ) -> None:
         self.box = box
         self.folder = folder
@@ -67,6 +74,7 @@ class Submitted:
             "--signal=B:USR1@60",
             f"--nodes={nodes}",
             f"--output={folder}/job.out",
+            *options,
         ]
         self.id = box.run("sbatch", *options, str(script), *arguments, env=environment).stdout.strip()
 

@@ -111,6 +111,35 @@ def nodes_of(job: Submitted, restart: int) -> list[str]:
     return re.findall(r"(n\d+)=", line)
 
 
+def test_a_preempted_job(box: Box, tmp_path: Path) -> None:
+    """It writes a checkpoint although Slurm ends its server as well, and goes back to the queue."""
+    write_run(tmp_path, steps=4000)
+    job = Submitted(box, tmp_path, nodes=1, options=["--partition=spare"])
+    job.wait_for(lambda: job.steps_done() >= 1)
+    (node,) = nodes_of(job, 0)
+    urgent = ["--partition=urgent", "--exclusive", f"--nodelist={node}", "--output=/dev/null"]
+    box.run("sbatch", *urgent, "--wrap=sleep 1")
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    assert "which is a preemption" in job.output
+    stopped_at = job.steps_done()
+    assert (job.restart(0) / "outcome").read_text() == "75\n"
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{stopped_at:06d}\n"
+    job.wait_for(lambda: box.job(job.id)["Restarts"] == "1")
+    box.run("scancel", job.id)
+    assert job.left_behind() == []
+
+
+def test_a_cancelled_job(box: Box, tmp_path: Path) -> None:
+    """It ends at once: nobody waits for a checkpoint."""
+    write_run(tmp_path, mu=1.0, steps=4000)
+    job = Submitted(box, tmp_path, nodes=1)
+    job.wait_for(lambda: job.steps_done() >= 1)
+    box.run("scancel", job.id)
+    assert job.wait()[0] == "CANCELLED", job.output[-6000:]
+    assert job.left_behind() == []
+    assert not (tmp_path / "out" / "checkpoints" / "latest").exists()
+
+
 def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
     """Ranks and server on one node. The job ends with the rank's exit code and says which it was, though its peer
     fails as well."""
@@ -143,9 +172,10 @@ def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
 
 
 def test_settings_that_will_not_do(box: Box, tmp_path: Path) -> None:
-    """Refused by the preflight before anything is started."""
+    """The preflight refuses them before anything starts. The nodes get the job's variables, whatever sbatch exports."""
     write_run(tmp_path)
-    job = Submitted(box, tmp_path, "parallel.tensor=3", nodes=1)
+    names = "CHORD_HOME,CHORD_PYTHON,CHORD_JOBS,CHORD_RUN,CHORD_RANKS_PER_NODE"
+    job = Submitted(box, tmp_path, "parallel.tensor=3", nodes=1, options=[f"--export={names}"])
     assert job.wait() == ("FAILED", 2), job.output
     assert "parallel" in job.output.partition("failed first")[2]
     assert not (tmp_path / "out").exists()
@@ -204,7 +234,13 @@ def test_evaluation(box: Box, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
-def test_slurm_accepts_every_script(box: Box, script: Path) -> None:
-    done = box.run("sbatch", "--test-only", str(script), check=False)
+@pytest.mark.parametrize(
+    "gpus",
+    [(), ("--gres=gpu:h100:8",), ("--gpus-per-node=8",), ("--gres=none", "--gpus-per-node=h100:8")],
+    ids=["as it is", "gres with a type", "gpus-per-node", "gpus-per-node with a type"],
+)
+def test_slurm_accepts_every_script(box: Box, script: Path, gpus: tuple[str, ...]) -> None:
+    """Also where the site wants its GPUs asked for otherwise (docs/cluster.md)."""
+    done = box.run("sbatch", "--test-only", *gpus, str(script), check=False)
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
