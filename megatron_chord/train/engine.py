@@ -294,8 +294,11 @@ class RolloutEngine:
                 self._sync.reconnect(self._clients)
 
         self._version = None
+        # vLLM starts only if its share of the GPU memory is free.
+        if self._offload is not None:
+            self._groups.together(self._offload.away)
+        _free_cached_memory()
         self._doing("waiting for a new vLLM server")
-        _free_cached_memory()  # vLLM starts only if its share of the GPU memory is free
         with self._groups.pulse.phase("waiting for servers"):
             self._groups.once(restart)
         self._connected = True

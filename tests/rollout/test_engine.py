@@ -48,8 +48,13 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         timeouts=TimeoutsConfig(server_start_s=2 * START_S, weight_push_s=60),
     )
     groups = start_groups(ParallelConfig())
-    seen = []
-    engine = _Shared(run, groups, is_needed=True, log_folder=logs, notify=print)
+    seen: list[dict[str, Any]] = []
+
+    def doing(text: str) -> None:
+        if "a new vLLM server" in text:
+            seen.append({"has room": engine.has_offloaded})
+
+    engine = _Shared(run, groups, is_needed=True, log_folder=logs, notify=print, doing=doing)
     try:
         seen.append(engine.observed())
         state = build(folder, ParallelConfig(), groups=groups)
@@ -73,5 +78,6 @@ def test_servers_are_awaited_and_sleep_until_weights_come(tmp_path: Path) -> Non
         {"sleeps": True, "version": None},
         {"sleeps": False, "version": 0},
         {"sleeps": True, "version": 0},
+        {"has room": True},
         {"sleeps": False, "version": 1, "replaced": 1},
     ]
