@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,13 @@ class PackedTerm:
     columns: Mapping[str, np.ndarray]
     """[K] float32 each: the constants by name"""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what ``_received_term`` can compute."""
+        is_all = np.array_equal(self.index, np.arange(len(self.index)))
+        assert np.array_equal(self.sequence, np.repeat(np.arange(len(self.held)), self.held))
+        index = None if is_all else self.index.astype(np.int32)
+        return _received_term, (index, self.lengths, self.held, dict(self.columns))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
@@ -56,6 +63,17 @@ class PackedBatch:
     """[T] int64: the trained token"""
     terms: Mapping[str, PackedTerm]
     """All terms of the step. Every micro-batch has every term that trains a token anywhere in the step."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what ``_received_batch`` can compute, because rank 0 sends the batches of all ranks. For
+        whole batches only, not for those of one context-parallel rank."""
+        assert np.array_equal(self.targets, self.token_ids.take(self.loss_positions + 1, mode="clip"))
+        return _received_batch, (
+            self.token_ids.astype(np.int32),
+            self.cu_seqlens,
+            self.loss_positions.astype(np.int32),
+            dict(self.terms),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +327,32 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
             )
             for name, term in batch.terms.items()
         },
+    )
+
+
+def _received_batch(
+    token_ids: np.ndarray, cu_seqlens: np.ndarray, loss_positions: np.ndarray, terms: dict[str, PackedTerm]
+) -> PackedBatch:
+    lengths = np.diff(cu_seqlens)
+    return PackedBatch(
+        token_ids=token_ids.astype(np.int64),
+        position_ids=np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], lengths),
+        cu_seqlens=cu_seqlens,
+        loss_positions=loss_positions.astype(np.int64),
+        targets=token_ids[loss_positions + 1].astype(np.int64),
+        terms=terms,
+    )
+
+
+def _received_term(
+    index: np.ndarray | None, lengths: np.ndarray, held: np.ndarray, columns: dict[str, np.ndarray]
+) -> PackedTerm:
+    return PackedTerm(
+        index=np.arange(held.sum()) if index is None else index.astype(np.int64),
+        sequence=np.repeat(np.arange(len(held)), held),
+        lengths=lengths,
+        held=held,
+        columns=columns,
     )
 
 

@@ -56,8 +56,11 @@ class ParallelGroups:
     """Ranks that hold the same experts."""
     objects: dist.ProcessGroup
     """All ranks as a gloo group, for Python objects and the coordinator's plans."""
-    data_rank_of: tuple[int, ...]
-    """Data-parallel rank of every global rank."""
+    replica: dist.ProcessGroup
+    """The ranks with this data-parallel rank as a gloo group. Together they hold one copy of the model (two or more
+    with context parallelism), and train the same batches."""
+    first_of_replica: tuple[int, ...]
+    """By data-parallel rank, the first global rank that has it. That of data-parallel rank 0 is the coordinator."""
     pulse: Pulse = field(default_factory=Pulse)
     """Phase and progress of this rank's main thread, for the watchdog (``runtime.heartbeat``)."""
 
@@ -92,7 +95,8 @@ class ParallelGroups:
                 None).
 
         Returns:
-            the common part, and this data-parallel rank's entry. 1 or 2 collectives on ``objects``.
+            the common part, and this data-parallel rank's entry. 1 or 2 collectives on ``objects``, and with entries
+            the sends and the broadcast of ``_scatter``.
         """
         outcome: Any = None
         per_rank: Sequence[Any] | None = None
@@ -138,10 +142,37 @@ class ParallelGroups:
         return box[0]
 
     def _scatter(self, values: Sequence[Any] | None) -> Any:
-        per_rank = [values[d] for d in self.data_rank_of] if values is not None else None
-        box: list[Any] = [None]
-        dist.scatter_object_list(box, per_rank, src=0, group=self.objects)
-        return box[0]
+        """This data-parallel rank's entry of the coordinator's ``values``.
+
+        The coordinator sends each entry once, to the first rank of its model replica, which broadcasts it within the
+        replica. One broadcast on ``objects``, one send for each replica, one broadcast on ``replica``.
+        """
+        if self.world_size == 1:
+            assert values is not None
+            return values[0]
+        messages = [message(value) for value in values] if values is not None else []
+        sizes = torch.tensor([len(text) for text in messages] or [0] * self.data.size)
+        dist.broadcast(sizes, src=0, group=self.objects)
+        first = self.first_of_replica[self.data.rank]
+        sends = [
+            dist.isend(text, dst, group=self.objects)
+            for text, dst in zip(messages, self.first_of_replica, strict=False)
+            if dst != 0
+        ]
+        own = messages[0] if messages else torch.empty(int(sizes[self.data.rank]), dtype=torch.uint8)
+        if self.rank == first and first != 0:
+            dist.recv(own, src=0, group=self.objects)
+        if dist.get_world_size(self.replica) > 1:
+            dist.broadcast(own, src=first, group=self.replica)
+        for send in sends:
+            assert send is not None
+            send.wait()
+        return pickle.loads(own.numpy().data)
+
+
+def message(value: Any) -> torch.Tensor:
+    """The pickled value. [bytes] uint8"""
+    return torch.frombuffer(bytearray(pickle.dumps(value, pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
 
 
 def _sendable(error: Exception) -> Exception:
@@ -248,6 +279,12 @@ def build_groups(
     objects: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=coordinator_timeout_s))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, data.rank, group=objects)
+    members = [[rank for rank, at in enumerate(ranks) if at == place] for place in range(data.size)]
+    replica: Any
+    replica, _ = dist.new_subgroups_by_enumeration(
+        members, timeout=datetime.timedelta(seconds=coordinator_timeout_s), backend="gloo"
+    )
+    assert members[0][0] == 0
     return ParallelGroups(
         device=device,
         world_size=dist.get_world_size(),
@@ -261,7 +298,8 @@ def build_groups(
         expert=axis(parallel_state.get_expert_model_parallel_group()),
         expert_replicas=axis(parallel_state.get_expert_data_parallel_group()),
         objects=objects,
-        data_rank_of=tuple(ranks),
+        replica=replica,
+        first_of_replica=tuple(ranks[0] for ranks in members),
     )
 
 

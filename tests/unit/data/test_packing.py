@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -144,6 +145,25 @@ def check_terms(batch: PackedBatch) -> None:
         assert np.isin(term.sequence, np.arange(len(term.lengths))).all()
 
 
+def check_travels(batch: PackedBatch) -> None:
+    """A rank receives the same arrays with the same types."""
+    received = pickle.loads(pickle.dumps(batch))
+    for name in ("token_ids", "position_ids", "cu_seqlens", "loss_positions", "targets"):
+        assert_equal(getattr(received, name), getattr(batch, name))
+    assert received.terms.keys() == batch.terms.keys()
+    for there, here in zip(received.terms.values(), batch.terms.values(), strict=True):
+        for name in ("index", "sequence", "lengths", "held"):
+            assert_equal(getattr(there, name), getattr(here, name))
+        assert there.columns.keys() == here.columns.keys()
+        for name, column in here.columns.items():
+            assert_equal(there.columns[name], column)
+
+
+def assert_equal(there: np.ndarray, here: np.ndarray) -> None:
+    assert there.dtype == here.dtype
+    np.testing.assert_array_equal(there, here)
+
+
 def check_well_formed(batch: PackedBatch, layout: Layout) -> None:
     length = len(batch.token_ids)
     starts = batch.cu_seqlens.tolist()
@@ -184,6 +204,7 @@ def test_plans_of_random_steps(name: str, max_tokens: int) -> None:
         found = []
         for batch in batches_of(plan):
             check_well_formed(batch, layout)
+            check_travels(batch)
             real = [sequence[sequence != PAD] for sequence in sequences_of(batch)]
             held = [sequence.tolist() for sequence in real if len(sequence)]
             used = sum(-(-len(ids) // layout.sequence_multiple) * layout.sequence_multiple for ids in held)

@@ -1,0 +1,145 @@
+"""Time of the coordinator (rank 0) in a large step: plan the updates, and make the messages to all ranks.
+
+    python benchmarks/coordinator.py [--rollouts 16384 --ranks 1024 --replica 8]
+
+A step has ``--rollouts`` sequences of 300 prompt tokens and, on average, 900 response tokens (log-normal). Each of the
+``--ranks`` ranks belongs to a data-parallel replica of ``--replica`` ranks (tensor x pipeline x context). The messages
+are those of ``ParallelGroups.from_coordinator``: one for each data-parallel rank. The row "pickled for every rank" is
+what ``torch.distributed.scatter_object_list`` does: the same batches once for each rank of a replica.
+
+All times are those of one thread, because the other ranks wait meanwhile. Everything is also measured with twice and
+four times as many rollouts: the last column is the time over that of half as many; 2.0 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shared import circumstances
+from megatron_chord.data.packing import StepPlan, make_layout, plan_step
+from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
+from megatron_chord.losses.terms import Term
+from megatron_chord.records import Part, TrainSample
+from megatron_chord.runtime.parallel import message
+
+TERMS = {"policy": Term(loss=lambda stats, tokens: None, pool="policy", zero_gradient_column="advantage")}  # pyright: ignore
+PROMPT, RESPONSE, GROUP = 300, 900, 8
+MAX_TOKENS = 16384
+ATTENTION = 1.5e-5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rollouts", type=int, default=16384)
+    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--replica", type=int, default=8, help="ranks that train the same batches")
+    parser.add_argument("--growth", type=int, default=3, help="sizes to measure, each twice the one before")
+    arguments = parser.parse_args()
+    console = Console()
+    console.print(circumstances())
+    table = Table(title=f"{arguments.ranks} ranks, replicas of {arguments.replica}")
+    for heading in ("rollouts", "million tokens", "work of rank 0", "seconds", "MB", "over half as many"):
+        table.add_column(heading, justify="left" if heading == "work of rank 0" else "right")
+    before: dict[str, float] = {}
+    for doubling in range(arguments.growth):
+        rollouts = arguments.rollouts << doubling
+        samples = random_samples(rollouts)
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        found = measured(samples, arguments)
+        for name, (seconds, size) in found.items():
+            table.add_row(
+                str(rollouts),
+                f"{tokens / 1e6:.1f}",
+                name,
+                f"{seconds:.2f}",
+                f"{size / 1e6:.0f}" if size else "",
+                f"{seconds / before[name]:.2f}" if name in before else "",
+            )
+        before = {name: seconds for name, (seconds, _) in found.items()}
+        table.add_section()
+    console.print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    console.print(f"peak memory of this process {peak:.1f} GB")
+    return 0
+
+
+def random_samples(rollouts: int) -> list[TrainSample]:
+    """Sequences of rollouts with constants as CHORD's policy term has them. Every eighth group has equal rewards."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(RESPONSE) - 0.18, 0.6, rollouts), 8, 8 * RESPONSE).astype(int)
+    advantages = rng.standard_normal(rollouts)
+    return [
+        TrainSample(
+            token_ids=rng.integers(0, 150_000, PROMPT + length),
+            parts=(
+                Part(
+                    term="policy",
+                    positions=np.arange(PROMPT, PROMPT + length),
+                    constants={
+                        "rollout_logprob": rng.standard_normal(length).astype(np.float32),
+                        "advantage": float(advantage) if index // GROUP % 8 else 0.0,
+                    },
+                ),
+            ),
+        )
+        for index, (length, advantage) in enumerate(zip(lengths.tolist(), advantages, strict=True))
+    ]
+
+
+def measured(samples: list[TrainSample], arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
+    """By work, seconds and bytes."""
+    layout = make_layout(
+        data=arguments.ranks // arguments.replica,
+        tensor=arguments.replica,
+        pipeline=1,
+        context=1,
+        sequence_parallel=True,
+        virtual=False,
+        attention_cost=ATTENTION,
+    )
+    found: dict[str, tuple[float, int]] = {}
+
+    def timed(name: str, work: Callable[[], Any], size: Callable[[Any], int] = lambda result: 0) -> Any:
+        start = time.perf_counter()
+        result = work()
+        found[name] = time.perf_counter() - start, size(result)
+        return result
+
+    scaled = timed("scales", lambda: with_scales(samples, TERMS))
+    trained = timed("leave out equal groups", lambda: drop_zero_gradient_parts(scaled, TERMS))
+    plan: StepPlan = timed(
+        "plan and pack", lambda: plan_step(trained, max_tokens=MAX_TOKENS, layout=layout, pad_id=0)
+    )
+    messages = timed(
+        "messages, one a replica",
+        lambda: [message(batches) for batches in plan.micro_batches],
+        lambda result: sum(map(len, result)),
+    )
+    del messages
+    found["sum"] = sum(seconds for seconds, _ in found.values()), 0
+
+    def for_every_rank() -> int:
+        size = 0
+        for batches in plan.micro_batches:
+            for _ in range(arguments.replica):
+                size += len(pickle.dumps(batches))
+        return size
+
+    timed("pickled for every rank instead", for_every_rank, lambda result: result)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
