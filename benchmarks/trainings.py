@@ -1,4 +1,5 @@
-"""Short trainings on the quick start's problems, in turn against one vLLM server: for ``overlap`` and ``tails``."""
+"""Short trainings on the quick start's problems, in turn against one vLLM server: for ``overlap``, ``tails``
+and ``tracking``."""
 
 from __future__ import annotations
 
@@ -47,18 +48,25 @@ def trainings(
     folder: Path,
     policy: Path,
     max_tokens: int,
+    repeatable: bool = False,
 ) -> Iterator[tuple[str, Path]]:
     """Train with the settings of each kind in turn, ``--repeats`` times; each run's kind and output folder when done.
+    Beside the folder is a file ``.log`` with what the run printed.
 
     Args:
         common: settings of all kinds.
         folder: for what the runs write.
         max_tokens: of a prompt and its answer together.
+        repeatable: answers do not depend on the other requests of a batch, so that equal runs have equal numbers.
     """
     server = start_server(
         policy,
         ServerSettings(
-            dtype="fp32", max_model_len=max_tokens, kv_cache_bytes=256 << 20, cpu_threads=arguments.threads
+            dtype="fp32",
+            max_model_len=max_tokens,
+            kv_cache_bytes=256 << 20,
+            cpu_threads=arguments.threads,
+            repeatable=repeatable,
         ),
         log=folder / "server.log",
     )
@@ -85,6 +93,7 @@ def trainings(
                     f"rollout.servers=[{server.url}]",
                 ]
                 done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+                output.with_suffix(".log").write_text(done.stdout + done.stderr)
                 if done.returncode:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
                 yield kind, output

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_chord.judgement import Judge
 from megatron_chord.settings_tree import setting
 from megatron_chord.train.tags import scalars, tagged
-from megatron_chord.train.trackers import END_S, TrackedRun, Trackers
+from megatron_chord.train.trackers import ANSWERS_EVERY, END_S, TrackedRun, Trackers, answer_table
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -32,8 +32,8 @@ class RunLog:
         self._folder = folder
         self._path = folder / METRICS
         self._samples = folder / SAMPLES
-        self._held_samples: list[tuple[Path, str]] | None = []
-        """Samples that ``begin`` writes; None after it."""
+        self._held_samples: list[tuple[int, list[dict[str, Any]], str]] | None = []
+        """Step, rows and kind of the samples that ``begin`` writes; None after it."""
         self._first_step = first_step
         self._judge = Judge(settings=settings)
         self._settings = settings
@@ -72,11 +72,11 @@ class RunLog:
             kind, step = path.stem.rsplit("-", 1)
             if int(step) >= self._first_step + (kind == "evaluation"):
                 path.unlink()
-        for path, text in self._held_samples or ():
-            path.write_text(text, encoding="utf-8")
-        self._held_samples = None
         run = TrackedRun(folder=self._folder, settings=self._settings, first_step=self._first_step)
         self._trackers = Trackers(setting(self._settings, "tracking", ()), run, self.say)
+        held, self._held_samples = self._held_samples or (), None
+        for step, rows, kind in held:
+            self.write_samples(step, rows, kind=kind)
 
     def doing(self, what: str) -> None:
         self._progress.update(self._task, description=what)
@@ -102,14 +102,16 @@ class RunLog:
         self._progress.update(self._task, completed=row["step"] + 1)
 
     def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:
-        """Write the rollouts of a step. Before ``begin`` they are held, and written by it: a resume collects the steps
-        again that were sampled ahead, while its start can still be refused."""
+        """Write the rollouts of a step or of an evaluation. Before ``begin`` they are held, and written by it: a resume
+        collects the steps again that were sampled ahead, while its start can still be refused."""
+        if self._held_samples is not None:
+            self._held_samples.append((step, rows, kind))
+            return
         path = self._samples / f"{kind}-{step:06d}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if self._held_samples is None:
-            path.write_text(text, encoding="utf-8")
-        else:
-            self._held_samples.append((path, text))
+        path.write_text(text, encoding="utf-8")
+        if self._trackers is not None and (kind == "evaluation" or step % ANSWERS_EVERY == 0):
+            self._trackers.log_answers(step, answer_table(kind, step, rows))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

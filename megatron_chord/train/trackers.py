@@ -7,10 +7,12 @@ complete whatever becomes of them.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,39 @@ _MOST_WAITING = 10_000
 """Rows that wait for a tracker; later ones are lost to it."""
 END_S = 60.0
 """How long the end of a run waits for all trackers together."""
+ANSWERS_EVERY = 10
+"""Training steps from one table of their answers to the next; every evaluation has one."""
+_MOST_ANSWERS, _MOST_OF_A_PROMPT = 16, 4
+"""Rows of a table."""
+_LONGEST = 2000
+"""Characters of a text in a table."""
 
 Values = Mapping[str, float]
+Cell = str | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTable:
+    name: str
+    """``evaluation`` or ``step``."""
+    rows: Sequence[Sequence[Cell]]
+    columns: tuple[str, ...] = ("step", "prompt", "answer", "truth", "reward", "tokens", "finish")
+
+    @property
+    def tag(self) -> str:
+        return f"answers/{self.name}"
+
+
+def answer_table(name: str, step: int, samples: Sequence[Mapping[str, Any]]) -> AnswerTable:
+    """The first answers of a file of ``samples/``: a few of each prompt. Long texts are cut."""
+    of_prompt: Counter[Any] = Counter()
+    rows: list[Sequence[Cell]] = []
+    for sample in samples:
+        of_prompt[sample["prompt_id"]] += 1
+        if len(rows) < _MOST_ANSWERS and of_prompt[sample["prompt_id"]] <= _MOST_OF_A_PROMPT:
+            texts = [str(sample[key])[:_LONGEST] for key in ("prompt", "response", "truth")]
+            rows.append((step, *texts, sample["reward"], sample["num_tokens"], sample["finish_reason"]))
+    return AnswerTable(name=name, rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +75,11 @@ class TrackedRun:
 
 class Tracker(Protocol):
     def log(self, step: int, values: Values) -> None: ...
+    def log_answers(self, step: int, table: AnswerTable) -> None: ...
     def close(self) -> None: ...
+
+
+Entry = Callable[[Tracker], None]
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -63,7 +100,12 @@ class Trackers:
     def log(self, step: int, values: Values) -> None:
         """Returns at once."""
         for thread in self._threads:
-            thread.put((step, values))
+            thread.put(lambda tracker: tracker.log(step, values))
+
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        """Returns at once."""
+        for thread in self._threads:
+            thread.put(lambda tracker: tracker.log_answers(step, table))
 
     def close(self, *, wait_s: float = END_S) -> None:
         """Wait for what is under way, so long at most."""
@@ -81,12 +123,12 @@ class _Thread(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._open = start
         self._say = notify
-        self._waiting: queue.SimpleQueue[tuple[int, Values] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._has_failed = False
         self.start()
 
-    def put(self, item: tuple[int, Values] | None) -> None:
-        """A row, or None for the end. The end has no limit: a thread that never gets it never closes its tracker."""
+    def put(self, item: Entry | None) -> None:
+        """A row, a table, or None for the end. The end has no limit: without it a thread never closes its tracker."""
         if item is not None:
             if not self._has_failed and self._waiting.qsize() >= _MOST_WAITING:
                 self._fail(f"{_MOST_WAITING} rows wait for it")
@@ -98,7 +140,7 @@ class _Thread(threading.Thread):
         try:
             tracker = self._open()
             while (item := self._waiting.get()) is not None:
-                tracker.log(*item)
+                item(tracker)
             tracker.close()
         except BaseException as error:  # some call sys.exit
             self._fail(f"{type(error).__name__}: {error}")
@@ -125,6 +167,9 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        """It has no tables."""
+
     def close(self) -> None:
         self._writer.close()
 
@@ -133,6 +178,7 @@ class _WandB:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        self._table = wandb.Table
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
@@ -143,6 +189,10 @@ class _WandB:
     def log(self, step: int, values: Values) -> None:
         # Its own steps only rise, and an evaluation shares its step with a training step.
         self._run.log({**values, "step": step})
+
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        rows = [list(row) for row in table.rows]
+        self._run.log({table.tag: self._table(columns=list(table.columns), data=rows), "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -163,11 +213,19 @@ class _MLflow:
         ]
         for start in range(0, len(params), 100):  # as many as a request may hold
             self._client.log_batch(self._id, params=params[start : start + 100])
+        self._tables: deque[dict[str, str]] = deque(maxlen=40)  # a tag has room for that many
 
     def log(self, step: int, values: Values) -> None:
         now = int(time.time() * 1000)
         metrics = [self._metric(name, float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
+
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        # As MlflowClient.log_table writes it, which needs pandas.
+        path = f"{table.tag}-{step:06d}.json"
+        self._client.log_dict(self._id, {"columns": table.columns, "data": table.rows}, path)
+        self._tables.append({"path": path, "type": "table"})
+        self._client.set_tag(self._id, "mlflow.loggedArtifacts", json.dumps(list(self._tables)))
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -177,6 +235,7 @@ class _SwanLab:
     def __init__(self, run: TrackedRun) -> None:
         import swanlab
 
+        self._table = swanlab.echarts.Table
         self._run = swanlab.init(
             project=os.environ.get("SWANLAB_PROJECT", PROJECT),
             experiment_name=run.name,
@@ -187,6 +246,11 @@ class _SwanLab:
     def log(self, step: int, values: Values) -> None:
         self._run.log(dict(values), step=step)
 
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        made = self._table()
+        made.add(list(table.columns), [list(row) for row in table.rows])
+        self._run.log({table.tag: made}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -195,12 +259,17 @@ class _Trackio:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
+        self._table = trackio.Table
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=run.name, config=dict(run.settings)
         )
 
     def log(self, step: int, values: Values) -> None:
         self._run.log(dict(values), step=step)
+
+    def log_answers(self, step: int, table: AnswerTable) -> None:
+        rows = [list(row) for row in table.rows]
+        self._run.log({table.tag: self._table(columns=list(table.columns), data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

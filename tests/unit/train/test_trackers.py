@@ -5,6 +5,7 @@ TensorBoard is real. The others run where their packages are installed, without 
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 import time
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from megatron_chord.train import trackers as module
+from megatron_chord.train.metrics import RunLog
 from megatron_chord.train.tags import scalars, tag, tagged
-from megatron_chord.train.trackers import TrackedRun, Trackers, check_installed
+from megatron_chord.train.trackers import TrackedRun, Trackers, answer_table, check_installed
 from tests.unit.report.runs import rows_of_quickstart
 
 ROWS = [
@@ -24,17 +26,72 @@ ROWS = [
     {"step": 1, "reward_mean": 0.75, "mu": 0.1, "seconds": {"total": 3.0}},
 ]
 SETTINGS = {"optim": {"lr": 1e-6}, "data": {"prompts": [{"path": ["a"], "weight": 1.0}]}}
+SAMPLE = {
+    "prompt_id": "a",
+    "prompt": "What is 3 + 4?",
+    "truth": "7",
+    "response": "It is 7. | #### 7",
+    "score": 1.0,
+    "reward": 1.0,
+    "num_tokens": 9,
+    "finish_reason": "stop",
+}
+SAMPLES = [SAMPLE, SAMPLE | {"response": "eight", "reward": None, "finish_reason": "length"}]
+CELLS = [
+    [2, "What is 3 + 4?", "It is 7. | #### 7", "7", 1.0, 9, "stop"],
+    [2, "What is 3 + 4?", "eight", "7", None, 9, "length"],
+]
+COLUMNS = ["step", "prompt", "answer", "truth", "reward", "tokens", "finish"]
 
 
 def tracked(folder: Path, name: str) -> list[str]:
-    """Send ``ROWS`` to a tracker, and what was said meanwhile."""
+    """Send ``ROWS`` and a table of ``SAMPLES`` to a tracker, and what was said meanwhile."""
     said: list[str] = []
     run = TrackedRun(folder=folder, settings=SETTINGS, first_step=0)
     trackers = Trackers([name], run, said.append)
     for row in ROWS:
         trackers.log(row["step"], tagged(row))
+    trackers.log_answers(2, answer_table("evaluation", 2, SAMPLES))
     trackers.close(wait_s=60)
     return said
+
+
+def test_a_table_has_some_answers_of_some_prompts_and_no_long_text() -> None:
+    samples = [
+        SAMPLE | {"prompt_id": prompt, "prompt": "p" * 5000, "response": f"{prompt} {number}"}
+        for prompt in range(9)
+        for number in range(8)
+    ]
+    table = answer_table("step", 20, samples)
+    assert table.columns == tuple(COLUMNS)
+    assert [row[2] for row in table.rows] == [
+        f"{prompt} {number}" for prompt in range(4) for number in range(4)
+    ]
+    assert {len(str(row[1])) for row in table.rows} == {2000}
+
+
+def test_every_evaluation_and_every_tenth_step_has_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: list[tuple[int, str]] = []
+
+    class Keeps:
+        def log(self, step: int, values: Any) -> None: ...
+
+        def log_answers(self, step: int, table: module.AnswerTable) -> None:
+            tables.append((step, table.tag))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(module._OPEN, "wandb", lambda run: Keeps())
+    with RunLog(tmp_path, steps=30, first_step=0, settings={"tracking": ["wandb"]}) as log:
+        log.write_samples(0, SAMPLES)  # sampled before the start could no longer be refused
+        log.begin()
+        for step in range(1, 21):
+            log.write_samples(step, SAMPLES)
+        log.write_samples(15, SAMPLES, kind="evaluation")
+    expected = [(step, "answers/step") for step in (0, 10, 20)]
+    assert tables == [*expected, (15, "answers/evaluation")]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +261,12 @@ def test_mlflow_has_every_number_and_the_settings(tmp_path: Path, monkeypatch: p
     assert run.data.params["data.prompts.0.weight"] == "1.0"
     history = client.get_metric_history(run.info.run_id, "reward/mean")
     assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 0.75)]
+    path = "answers/evaluation-000002.json"
+    assert mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{path}") == {
+        "columns": COLUMNS,
+        "data": CELLS,
+    }
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": path, "type": "table"}]
 
 
 def leveldb_records(log: bytes) -> list[bytes]:
@@ -241,6 +304,8 @@ def test_wandb_offline_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             if item.key == "reward/mean" or list(item.nested_key) == ["reward/mean"]:
                 rewards.append(float(item.value_json))
     assert rewards == [0.5, 0.75]
+    (table,) = file.parent.rglob("*.table.json")
+    assert json.loads(table.read_text()) == {"columns": COLUMNS, "data": CELLS}
 
 
 def test_swanlab_offline_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +314,12 @@ def test_swanlab_offline_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "phi").mkdir()
     assert tracked(tmp_path / "phi", "swanlab") == []
-    assert [path for path in (tmp_path / "phi" / "swanlab").rglob("*") if path.is_file()]
+    (run,) = (tmp_path / "phi" / "swanlab").glob("run-*")
+    (record,) = run.glob("*.swanlab")
+    assert b"reward/mean" in record.read_bytes()
+    assert "lr: 1.0e-06" in (run / "files" / "config.yaml").read_text()
+    (table,) = (run / "media" / "echarts").iterdir()
+    assert json.loads(table.read_text())["rowData"] == [dict(zip(COLUMNS, row, strict=True)) for row in CELLS]
 
 
 def test_trackio_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,4 +327,5 @@ def test_trackio_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pytest.importorskip("trackio")
     assert tracked(tmp_path / "phi", "trackio") == []
     stored = [path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file()]
-    assert any(b"reward/mean" in content for content in stored)
+    for text in (b"reward/mean", b"It is 7. | #### 7", b"phi", b"optim"):
+        assert any(text in content for content in stored), text
