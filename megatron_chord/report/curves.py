@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -284,20 +284,17 @@ def _phases_of(seconds: Mapping[str, float], *, ahead: bool) -> dict[str, float]
 
 
 def _evaluations(run: RunRecord, totals: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
-    done = {row["step"] + 1: total for row, total in zip(run.steps, totals, strict=True)}
+    at = _where(run, totals)
     samples = int(setting(run.settings, "evaluation.samples", 1))
     found: list[dict[str, Any]] = []
     for row in run.evaluations:
         step, evaluation = row["step"], row["evaluation"]
         if not _is_number(evaluation.get("accuracy")):
             continue
-        tokens, hours = done.get(step, (0.0, 0.0))
         low, high = interval(evaluation, samples=samples)
         found.append(
-            {
-                "step": step,
-                "tokens": _rounded(tokens),
-                "hours": _rounded(hours),
+            at(step)
+            | {
                 "accuracy": _rounded(evaluation["accuracy"]),
                 "low": _rounded(low),
                 "high": _rounded(high),
@@ -306,6 +303,50 @@ def _evaluations(run: RunRecord, totals: Sequence[tuple[float, float]]) -> list[
             }
         )
     return found
+
+
+def evaluation_lines(run: RunRecord, suites: Sequence[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Further charts of evaluations: by title the lines, each a list of points in order of ``step``.
+
+    These are the held-out accuracy of each source of ``data.evaluation``, and each metric of a suite on which several
+    checkpoints of the run were evaluated.
+
+    Args:
+        suites: as ``suite_rows`` returns them.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+
+    def note(title: str, line: str, step: int, value: Any) -> None:
+        if _is_number(value):
+            found.setdefault(title, {}).setdefault(line, {})[step] = value
+
+    for row in run.evaluations:
+        for source, value in row["evaluation"].get("accuracy_by_source", {}).items():
+            note("Held-out accuracy by source", source, row["step"], value)
+    steps = {(row["suite"], row["step"]) for row in suites if row["step"] is not None}
+    several = {suite for suite, _ in steps if sum(other == suite for other, _ in steps) > 1}
+    for row in suites:
+        if row["suite"] in several and row["step"] is not None:
+            note(f"Suite {row['suite']}", f"{row['benchmark']} {row['metric']}", row["step"], row["value"])
+    at = _where(run, _totals(run.steps))
+    return {
+        title: {
+            line: [at(step) | {"value": _rounded(value)} for step, value in sorted(points.items())]
+            for line, points in lines.items()
+        }
+        for title, lines in found.items()
+    }
+
+
+def _where(run: RunRecord, totals: Sequence[tuple[float, float]]) -> Callable[[int], dict[str, float]]:
+    """The place of a number of steps on each of the horizontal axes."""
+    done = {row["step"] + 1: total for row, total in zip(run.steps, totals, strict=True)}
+
+    def at(step: int) -> dict[str, float]:
+        tokens, hours = done.get(step, (0.0, 0.0))
+        return {"step": step, "tokens": _rounded(tokens), "hours": _rounded(hours)}
+
+    return at
 
 
 def _is_number(value: Any) -> bool:

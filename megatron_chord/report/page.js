@@ -195,6 +195,16 @@ function accuracySeries() {
   return found;
 }
 
+// One line for each source or benchmark. With several runs a colour is a run, and a dash a source or benchmark.
+function lineSeries(title, names) {
+  const single = data.runs.length === 1;
+  return data.runs.flatMap((run, index) => (hidden.has(index) ? [] : Object.entries(run.curves.lines[title] ?? {}).map(([name, points]) => {
+    const place = names.indexOf(name), colour = colourOf(single ? place : index);
+    return { type: "line", id: `main|${index}|${name}`, name: single ? name : `${run.name} ${name}`, symbol: "circle", symbolSize: 6, itemStyle: { color: colour }, emphasis: { disabled: true },
+      lineStyle: { width: 2, color: colour, type: single ? "solid" : dashes[place % dashes.length] }, data: points.map((point) => ({ value: [point[axis()], point.value] })) };
+  })));
+}
+
 const phaseSeries = (run) => Object.entries(run.curves.phases).map(([phase, seconds]) => ({
   type: "line", id: `main|${phase}`, name: phase, stack: "seconds", symbol: "none", lineStyle: { width: 0 }, areaStyle: { opacity: 0.85, color: phaseColours[phase] }, itemStyle: { color: phaseColours[phase] }, emphasis: { disabled: true }, data: along(run, seconds) }));
 
@@ -218,6 +228,9 @@ function place(grid, title, help, draw, now) {
   watcher.observe(canvas);
 }
 
+const dashed = (names) => `${names.map((name, at) => `${dashes[at % dashes.length]}: ${name}`).join(", ")}. `;
+const legendOf = (series) => ({ legend: { type: "scroll", left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } });
+
 function charts() {
   const groups = new Map();
   const grid = (group) => {
@@ -237,13 +250,21 @@ function charts() {
     place(grid("Learning"), "Held-out accuracy", "On data.evaluation, with the 95 % interval.", (chart) =>
       chart.setOption({ ...base("%", false), series: accuracySeries() }, true), now);
   }
+  for (const title of new Set(data.runs.flatMap((run) => Object.keys(run.curves.lines)))) {
+    const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.lines[title] ?? {})))];
+    const help = title.startsWith("Suite ") ? "Checkpoints that were evaluated on a suite." : "On each source of data.evaluation.";
+    place(grid("Learning"), title, (single ? "" : dashed(names)) + help, (chart) => {
+      const series = lineSeries(title, names);
+      chart.setOption({ ...base("%", false), ...(single ? legendOf(series) : {}), series }, true);
+    });
+  }
   for (const spec of data.charts) {
     const now = single && spec.metrics.length === 1 ? number(last(data.runs[0].curves.series[spec.metrics[0]]?.mean), spec.unit) : "";
     const several = single && spec.metrics.filter((metric) => data.runs[0].curves.series[metric]).length > 1;
-    const lines = !single && spec.metrics.length > 1 ? `${spec.metrics.map((metric, at) => `${dashes[at % dashes.length]}: ${metric}`).join(", ")}. ` : "";
+    const lines = !single && spec.metrics.length > 1 ? dashed(spec.metrics) : "";
     place(grid(spec.group), spec.title, lines + spec.help, (chart) => {
       const log = wantsLog(spec), series = curveSeries(spec, log);
-      const legend = several ? { legend: { type: "scroll", left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } } : {};
+      const legend = several ? legendOf(series) : {};
       chart.setOption({ ...base(spec.unit, log), ...legend, series }, true);
     }, now);
   }

@@ -17,7 +17,7 @@ import yaml
 from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig, sources_of
 from megatron_chord.config_io import dump_config
 from megatron_chord.judgement import judge
-from megatron_chord.report.curves import all_charts, curves, totals
+from megatron_chord.report.curves import all_charts, curves, evaluation_lines, totals
 from megatron_chord.report.folder import RunRecord, read_runs
 from megatron_chord.report.samples import MOST_CHARACTERS, samples
 from megatron_chord.report.suites import suite_rows
@@ -70,6 +70,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
     charts = all_charts(runs)
+    suites = [suite_rows(run.folder) for run in runs]
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "charts": [asdict(chart) for chart in charts],
@@ -80,11 +81,11 @@ def _data(runs: Sequence[RunRecord]) -> dict[str, Any]:
                 "folder": str(run.folder.resolve()),
                 "headline": headline(run),
                 "warnings": [asdict(finding) for finding in judge(run.steps, run.settings)],
-                "suites": suite_rows(run.folder),
-                "curves": curves(run, charts),
+                "suites": of_suites,
+                "curves": curves(run, charts) | {"lines": evaluation_lines(run, of_suites)},
                 "samples": samples(run.folder, most_characters=MOST_CHARACTERS // len(runs)),
             }
-            for run in runs
+            for run, of_suites in zip(runs, suites, strict=True)
         ],
     }
 

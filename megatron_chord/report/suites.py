@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ _RESULTS = "results.json"
 def suite_rows(run: Path) -> list[dict[str, Any]]:
     """One row for each metric of a benchmark, and for each mean over benchmarks, of every evaluation of the run.
 
-    Values and bounds are in [0, 1]; None where nothing could be graded. A file that cannot be read is left out: it may
-    be another program's.
+    Values and bounds are in [0, 1]; None where nothing could be graded. ``step`` is a checkpoint's, otherwise None. A
+    file that cannot be read is left out: it may be another program's.
     """
     found: list[dict[str, Any]] = []
     for path in sorted((run / FOLDER).rglob(_RESULTS)):
@@ -28,7 +29,10 @@ def suite_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    about = {"suite": str(results["suite"]), "policy": str(results["policy"]["name"])}
+    policy = str(results["policy"]["name"])
+    checkpoint = re.search(r"\bstep-(\d+)/*$", policy)
+    step = int(checkpoint[1]) if checkpoint is not None else None
+    about = {"suite": str(results["suite"]), "policy": policy, "step": step}
     for name, benchmark in results["benchmarks"].items():
         for metric, one in benchmark["metrics"].items():
             yield about | {"benchmark": name, "metric": metric, **_numbers(one)}

@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
     ]
 
 
-def evaluated(folder: Path, grades: list[list[float]]) -> None:
+def evaluated(folder: Path, grades: list[list[float]], policy: str = "run/policy") -> None:
     """Write what ``megatron-chord evaluate`` writes of a suite with one benchmark, of these grades."""
     sums = BenchmarkConfig(
         name="sums",
@@ -125,7 +125,7 @@ def evaluated(folder: Path, grades: list[list[float]]) -> None:
     ]
     found = {
         "suite": "mine",
-        "policy": {"name": "run/policy", "path": "policy", "digest": "0"},
+        "policy": {"name": policy, "path": "policy", "digest": "0"},
         "seed": 0,
         "benchmarks": {"sums": results.benchmark_result(sums, problems, [], resamples=100, seed=0)},
         "means": results.means(suite, problems),
@@ -144,6 +144,7 @@ def test_evaluations_on_a_suite_are_in_the_summary(tmp_path: Path) -> None:
     assert one == {
         "suite": "mine",
         "policy": "run/policy",
+        "step": None,
         "benchmark": "sums",
         "metric": "avg@2",
         "value": 0.75,
@@ -151,6 +152,33 @@ def test_evaluations_on_a_suite_are_in_the_summary(tmp_path: Path) -> None:
     }
     assert 0.5 <= low <= 0.75 <= high <= 1.0
     assert (mean["benchmark"], mean["metric"], mean["value"]) == ("overall", "avg@2", 0.75)
+
+
+def test_accuracy_by_source_and_benchmarks_of_checkpoints_are_curves(tmp_path: Path) -> None:
+    rows = [row for row in rows_of_quickstart() if "evaluation" not in row][:2]
+    evaluations = [
+        {
+            "step": step,
+            "evaluation": {"accuracy": 0.5, "num_problems": 4, "accuracy_by_source": {"sums": a, "tools": b}},
+        }
+        for step, a, b in ((0, 0.25, 0.75), (2, 0.5, 0.5))
+    ]
+    run = make_run(tmp_path / "run", [evaluations[0], *rows, evaluations[1]])
+    for step, grades in ((1, [[1.0, 0.0]]), (2, [[1.0, 1.0]])):
+        name = f"step-{step:06d}"
+        evaluated(run / "evaluations" / "mine" / name, grades, policy=f"run/checkpoints/{name}")
+    evaluated(run / "evaluations" / "mine" / "policy", [[0.0, 0.0]])
+    lines = Page(page(read_runs([run]))).data["runs"][0]["curves"]["lines"]
+    found = {
+        title: {line: [(point["step"], point["value"]) for point in points] for line, points in chart.items()}
+        for title, chart in lines.items()
+    }
+    assert found == {
+        "Held-out accuracy by source": {"sums": [(0, 0.25), (2, 0.5)], "tools": [(0, 0.75), (2, 0.5)]},
+        "Suite mine": {"sums avg@2": [(1, 0.5), (2, 1.0)], "overall avg@2": [(1, 0.5), (2, 1.0)]},
+    }
+    last = lines["Suite mine"]["sums avg@2"][1]
+    assert last["hours"] == pytest.approx(sum(row["seconds"]["total"] for row in rows) / 3600, rel=1e-4)
 
 
 def test_gpu_hours_count_the_gpus_of_ranks_and_servers(tmp_path: Path) -> None:
@@ -237,6 +265,8 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     second = make_run(tmp_path / "second", rows_of_quickstart()[:30])
     evaluated(second / "evaluations" / "mine", [[1.0, 0.0], [1.0, 1.0]])
+    for step in ("step-000010", "step-000020"):
+        evaluated(second / "evaluations" / "mine" / step, [[1.0, 0.0]], policy=f"second/checkpoints/{step}")
     target = write_report([run, second], tmp_path / "report.html")
     done = subprocess.run(
         [
@@ -257,6 +287,7 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
         "Held-out accuracy",
         "reward 1",
         "run/policy",
+        "Suite mine",
         HOSTILE.strip(),
     ):
         assert any(text in shown for shown in drawn.texts), text
