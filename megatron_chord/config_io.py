@@ -143,12 +143,12 @@ def meant_by(name: str, kind: type = RunConfig) -> list[str]:
 
 
 def one_line(block: Any) -> str:
-    """All settings of a block in one line, defaults included: ``chord: mu constant (peak 0.1), cutoff 1.0``."""
+    """The settings of a block in one line, defaults included: ``chord: mu constant (peak 0.1), cutoff 1.0``. Those that
+    are null or an empty list are left out."""
     settings = _plain(block)
     name = settings.pop("kind", None) or settings.pop("name", None)
-    return (f"{name}: " if name else "") + ", ".join(
-        f"{key} {_told(value)}" for key, value in settings.items()
-    )
+    shown = [f"{key} {_told(value)}" for key, value in settings.items() if value is not None and value != []]
+    return (f"{name}: " if name else "") + ", ".join(shown)
 
 
 def _told(value: Any) -> str:

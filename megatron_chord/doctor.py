@@ -53,7 +53,9 @@ CUDNN_FOLDERS = (
 )
 """Where images keep it; from PyPI it is a distribution."""
 INSTALL_FP8 = "make clean venv-gpu"
-GPUS_ELSEWHERE = "this installation is for GPUs: run doctor where they are (srun, docker --gpus all); on cores: make clean venv"
+GPUS_ELSEWHERE = (
+    "installed for GPUs: run doctor where they are (srun, docker --gpus all); for CPUs: make clean venv"
+)
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,8 @@ def plan_lines(
         f"{shape.vocab_size}, {run.model.dtype}, from {run.model.path}"
     )
     say(
-        f"layout      {world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
-        f"{parallel.context} x data {data}"
+        f"layout      {_counted(world_size, 'rank')}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+        f"context {parallel.context} x data {data}"
         + (f"; stages of {', '.join(map(str, parallel.stages))} layers" if parallel.stages else "")
     )
     if run.precision is not None:

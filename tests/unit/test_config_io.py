@@ -461,8 +461,8 @@ def test_a_block_in_one_line_has_every_number() -> None:
         "chord: mu binary (switch_step 3, reset_optimizer off), token_weight focal (exponent 2.0), cutoff 1.0"
     )
     objective = one_line(config.ObjectiveConfig(kl=config.KLConfig()))
-    assert "clip_low 0.2, clip_high 0.2, dual_clip none" in objective
-    assert "kl (estimator k3, coefficient 0.001, reference none), correction none" in objective
+    assert "clip_low 0.2, clip_high 0.2, ratio_from rollout" in objective
+    assert objective.endswith("entropy_bonus 0.0, kl (estimator k3, coefficient 0.001, reference none)")
 
 
 class TestDump:
