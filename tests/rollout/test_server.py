@@ -108,6 +108,7 @@ def test_a_server_that_exits_while_starting_shows_its_log(model_folder: Path, tm
         assert str(log) in str(caught.value)
         assert "max_model_len" in str(caught.value)
         assert not server.alive()
+    assert "command is deprecated" not in log.read_text()
     assert _session_processes(server.pid) == []
 
 
