@@ -7,8 +7,8 @@ The quick start's policy and problems, against one vLLM server that makes answer
 without a tracker, with each one, and with all of them, in turn and ``--repeats`` times. MLflow writes to a real
 ``mlflow server`` on this machine, wandb and SwanLab are offline, Trackio writes its local database. Step i of a run is
 compared with step i of the run without a tracker of the same repeat, which does the same work. ``step`` is the median
-of these ratios, ``run`` the ratio of whole runs, with start and end. Exit status 1 if a run's numbers are not those of
-the run without a tracker, or if a tracker failed.
+of these ratios, ``run`` the ratio of whole runs, from the start of the trackers until they have ended. Exit status 1 if
+a run's numbers are not those of the run without a tracker, or if a tracker failed.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, _offline(Path(name), arguments.trackers):
         settings = {kind: [setting] for kind, setting in kinds.items()}
         options = {"policy": POLICY, "max_tokens": 160, "repeatable": True}
-        before = time.monotonic()
         for kind, output in trainings(settings, (), arguments, folder=Path(name), **options):
-            now = time.monotonic()
-            found[kind].append((rows(output / "metrics.jsonl"), now - before))
-            before = time.monotonic()
-            said = output.with_suffix(".log").read_text().splitlines()
+            log = output.with_suffix(".log")
+            took = log.stat().st_mtime - (output / "config.yaml").stat().st_mtime
+            found[kind].append((rows(output / "metrics.jsonl"), took))
+            said = log.read_text().splitlines()
             failures += [f"{kind}: {line}" for line in said if line.startswith("tracking: ")]
     failures += [
         f"{kind}: other numbers than without a tracker"

@@ -334,9 +334,11 @@ def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         data = load_data(run, shape)
     except ValueError as error:
         return refuse(error)
-    plan_lines(run, shape, method, _world_size(run), print)
-    print("\n".join(data.reports))
     print(dump_config(run))
+    print("\n".join(data.reports))
+    plan_lines(run, shape, method, _world_size(run), print)
+    command = shlex.join(["megatron-chord", "train", str(args.config), *args.overrides])
+    print(f"\nNo fault found. Start it with: {command}")
     return 0
 
 

@@ -187,6 +187,8 @@ def read_files(
         raise ConfigError(f"{_asker(asked_by)}the base files form a circle: {chain}")
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{_asker(asked_by)}{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{_asker(asked_by)}{path}: cannot be read: {error}") from error
     root = _compose(text, str(path))

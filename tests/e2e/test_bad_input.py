@@ -29,6 +29,7 @@ def test_a_good_file_passes(task: Path) -> None:
     result = run_cli("check", str(task))
     assert result.returncode == 0, result.stderr
     assert "4 prompts x 4 rollouts + 6 demonstrations" in result.stdout
+    assert result.stdout.endswith(f"No fault found. Start it with: megatron-chord train {task}\n")
 
 
 @pytest.mark.parametrize(

@@ -738,7 +738,7 @@ class TestBase:
     @pytest.mark.parametrize(
         ("text", "finding"),
         [
-            ("steps: 1\nbase: none.yaml\n", "run.yaml:2: base: none.yaml: cannot be read: "),
+            ("steps: 1\nbase: none.yaml\n", "run.yaml:2: base: none.yaml: no such file"),
             ("base:\n", "run.yaml:1: base: expected the name of a YAML file"),
             ("base: [a.yaml]\n", "run.yaml:1: base: expected the name of a YAML file"),
             ("base: a.yaml\nbase: b.yaml\n", "run.yaml:2: base is set twice"),
