@@ -122,19 +122,46 @@ def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
         return None
     if name.kind == "model":
         return snapshot if _is_whole_model(snapshot) else None
+    listed = _listed_files(name, snapshot, env)
     if name.inside:
         found = list(snapshot.glob(name.inside))
         files = [file for path in found for file in (path.iterdir() if path.is_dir() else (path,))]
         pattern = "*" if any(path.is_dir() for path in found) else Path(name.inside).name
-        return snapshot / name.inside if found and _has_all_shards(files, pattern) else None
-    files = sorted(file for file in snapshot.rglob("*") if _DATA_FILE.fullmatch(file.name) and file.is_file())
+        is_whole = all(file.exists() for file in listed) and _has_all_shards(files, pattern)
+        return snapshot / name.inside if found and is_whole else None
+    present = (file for file in snapshot.rglob("*") if _DATA_FILE.fullmatch(file.name) and file.is_file())
+    files = sorted({*present, *listed})
     if len(files) > 1:
         shown = ", ".join(str(file.relative_to(snapshot)) for file in files[:5])
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         raise ValueError(
             f"{name} has several files; name those that are meant, as in {name}/PATH: {shown}{more}"
         )
-    return files[0] if files and _has_all_shards(files, "*") else None
+    return files[0] if files and files[0].exists() and _has_all_shards(files, "*") else None
+
+
+def _listed_files(name: HubName, snapshot: Path, env: Mapping[str, str]) -> list[Path]:
+    """Where the data files of the repository that ``name`` means would be. Empty if the cache has no list of its files,
+    which huggingface_hub keeps when it downloads a pattern."""
+    if not (snapshot.parents[1] / "trees").is_dir():
+        return []
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        files = get_cached_repo_tree(
+            name.repo, repo_type=name.kind, revision=snapshot.name, cache_dir=cache_folder(env)
+        )
+    except CachedRepoTreeNotFoundError:
+        return []
+    paths = (file.path for file in files if _DATA_FILE.fullmatch(Path(file.path).name))
+    return [snapshot / path for path in paths if not name.inside or _is_meant(path, name.inside)]
+
+
+def _is_meant(path: str, inside: str) -> bool:
+    """Whether ``inside`` matches a repository's file, or the folder that it lies in."""
+    parts, patterns = path.split("/"), inside.split("/")
+    return len(parts) - len(patterns) in (0, 1) and all(map(fnmatch, parts, patterns))
 
 
 def _is_whole_model(snapshot: Path) -> bool:

@@ -186,6 +186,42 @@ def test_a_data_set_without_some_of_its_shards_is_not_whole(
     assert (hub.cached(HubName("dataset", "o/n", inside=inside)) is not None) == is_whole
 
 
+@pytest.mark.parametrize(
+    ("inside", "present", "is_whole"),
+    [
+        ("data/*.jsonl", ["data/a.jsonl"], False),
+        ("data/*.jsonl", ["data/a.jsonl", "data/b.jsonl"], True),
+        ("data/a*.jsonl", ["data/a.jsonl"], True),
+        ("data", ["data/a.jsonl"], False),
+        ("data", ["data/a.jsonl", "data/b.jsonl"], True),
+        ("*/*.jsonl", ["data/a.jsonl", "data/b.jsonl"], False),
+        ("data/a.jsonl", ["data/a.jsonl"], True),
+    ],
+)
+def test_a_data_set_is_whole_as_of_the_list_of_its_repository_s_files(
+    inside: str, present: list[str], is_whole: bool, cache: Path
+) -> None:
+    put(cache, "datasets--o--n", dict.fromkeys(present, ROWS / "problems_train.jsonl"))
+    list_files(cache, "datasets--o--n", "data/a.jsonl", "data/b.jsonl", "more/c.jsonl", "data/figure.png")
+    assert (hub.cached(HubName("dataset", "o/n", inside=inside)) is not None) == is_whole
+
+
+def test_a_data_set_of_several_files_of_which_one_is_there_needs_a_path(cache: Path) -> None:
+    snapshot = put(cache, "datasets--o--n", {"a.jsonl": ROWS / "problems_train.jsonl"})
+    assert hub.cached(HubName("dataset", "o/n")) == snapshot / "a.jsonl"
+    list_files(cache, "datasets--o--n", "a.jsonl", "b.jsonl", "README.md")
+    with pytest.raises(ValueError, match=r"has several files; .*: a.jsonl, b.jsonl"):
+        hub.cached(HubName("dataset", "o/n"))
+
+
+def list_files(cache: Path, repository: str, *names: str) -> None:
+    """The list of a repository's files, as huggingface_hub keeps it beside the snapshots."""
+    file = cache / repository / "trees" / f"{COMMIT}.json"
+    file.parent.mkdir()
+    entries = {name: {"size": 1, "blob_id": "0" * 40} for name in names}
+    file.write_text(json.dumps({"format_version": 1, "files": entries}))
+
+
 @pytest.mark.parametrize("has_index", [True, False])
 def test_a_model_without_some_of_its_weights_is_not_whole(
     has_index: bool, cache: Path, tmp_path: Path
