@@ -164,13 +164,20 @@ class ChatTemplate:
         self, conversation: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool
     ) -> _Rendered:
         text = self.renderer.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
-        # The template writes the beginning-of-sequence token itself where the model wants one.
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        token_ids = tuple(encoded.input_ids)
+        token_ids = self._encoded(text)
         self._refuse_unknown(token_ids)
         return _Rendered(text, token_ids)
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        """Ids of a rendered text. The template writes the beginning-of-sequence token where the model wants one.
+
+        A fast tokenizer is called below Transformers, whose call computes offsets, and sets an option of the shared
+        tokenizer, for which it waits until no other thread is encoding.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return tuple(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _refuse_unknown(self, token_ids: tuple[int, ...]) -> None:
         if self.vocab_size is None or max(token_ids, default=0) < self.vocab_size:
@@ -404,6 +411,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _check_sentencepiece(tokenizer, folder)
+        tokenizer("1")  # takes the truncation and padding of its file away
         return tokenizer
     except Exception as error:  # whatever a loader raises for what stands in the folder's files
         raise ValueError(f"{folder}: no tokenizer can be loaded from it: {_first_line(error)}") from error

@@ -32,14 +32,17 @@ def is_skipped(turn: str, message: Message) -> bool:
 def lost_part(turn: str, message: Message) -> str | None:
     """The part of an assistant's message that the rendered ``turn`` lacks, ignoring blanks; None if it lacks
     nothing."""
+    content = message["content"]
+    called = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
+    if content in turn and "reasoning_content" not in message and not called:
+        return None
     rendered = _without_blanks(turn)
-    content = _EMPTY_BLOCK.sub("", message["content"], count=1)
+    content = _EMPTY_BLOCK.sub("", content, count=1)
     answer = content.rpartition(CLOSE)[2]
     if _without_blanks(answer) not in rendered:
         return "text"
     if not all(_without_blanks(text) in rendered for text in (content, message.get("reasoning_content", ""))):
         return "thinking"
-    called = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     lost = [name for name, count in called.items() if turn.count(name) < count]
     return f"call of `{lost[0]}`" if lost else None
 

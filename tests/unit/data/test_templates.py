@@ -378,3 +378,24 @@ def test_arguments_that_the_template_does_not_read(
     file.write_text(ASKING)
     with pytest.raises(ValueError, match=r"data\.template_arguments: .*" + reason):
         load_template(chatml_folder, chat_template=file, arguments=arguments)
+
+
+def test_a_tokenizer_file_that_cuts_or_pads_does_neither_here(chatml_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chatml_folder, tmp_path / "cutting")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text()) | {
+        "truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+        "padding": {
+            **{"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        },
+    }
+    file.write_text(json.dumps(content))
+    messages = [{"role": "user", "content": "What is 12 + 7?"}, {"role": "assistant", "content": "19"}]
+    expected = load_template(chatml_folder)
+    cutting = load_template(folder)
+    assert cutting.prompt_ids(messages[:1]) == expected.prompt_ids(messages[:1])
+    assert cutting.demonstration(messages) == expected.demonstration(messages)
+    text = expected.renderer.render(messages, add_generation_prompt=False)
+    whole = expected.tokenizer(text.rstrip(), add_special_tokens=False).input_ids
+    assert list(expected.demonstration(messages)[0]) == whole
