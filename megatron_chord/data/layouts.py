@@ -44,12 +44,15 @@ _CHAT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "bot": "assistant",
-    "function_call": "assistant",
+    "function_call": "tool_call",
+    "tool_call": "tool_call",
     "system": "system",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
+"""Of a turn in ``conversations`` -> role of a message (``data.messages``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 A message has ``role`` and ``content``. An assistant's may have ``reasoning_content`` (its thinking, apart from the
 answer) and ``tool_calls``; after these come messages of the role ``tool``, one for each call. Only fields that are
-filled are kept, since some templates ask whether a field is there.
+filled are kept, since some templates ask whether a field is there. Messages of the roles ``tool_call`` and
+``tool_response`` (ms-swift's; ShareGPT's ``function_call`` and ``observation``) become calls and results.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_chord.data.functions import calls_of
 from megatron_chord.data.rows import (
     QUESTION_FIELDS,
     Row,
@@ -54,7 +56,8 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
         raise RowError(f"`messages` must be a list of messages, got {kind_name(value)}")
     if _is_empty_system(value[0]):
         value = value[1:]
-    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    items = _with_calls([_object(item) for item in value])
+    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
     if not messages:
         raise RowError("`messages` has nothing but an empty system message")
     has_system = messages[0]["role"] == "system"
@@ -118,9 +121,36 @@ def _is_empty_system(message: Any) -> bool:
     )
 
 
+def _object(item: Any) -> Any:
+    """``item``, or what it is the JSON text of: Parquet files may have lists of JSON texts."""
+    return strict_json(item) if isinstance(item, str) and item.lstrip().startswith("{") else item
+
+
+def _with_calls(items: Sequence[Any]) -> list[Any]:
+    """``items`` with the calls of ``tool_call`` messages in the assistant's turn that they belong to.
+
+    A ``tool_call`` holds the JSON of one call or of a list. Those that follow each other, or a text of the assistant,
+    are one turn. What is no such JSON is left to the check of the turn's calls.
+    """
+    messages: list[Any] = []
+    for item in items:
+        role = item.get("role") if isinstance(item, dict) else None
+        if role == "tool_call":
+            calls = calls_of(item.get("content"))
+            turn = {"role": "assistant", "content": ""}
+            if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+                turn = messages.pop()
+            before = turn.get("tool_calls")
+            both = [*before, *calls] if isinstance(before, list) and isinstance(calls, list) else calls
+            messages.append({**turn, "tool_calls": both})
+        elif role == "tool_response":
+            messages.append({**item, "role": "tool"})
+        else:
+            messages.append(item)
+    return messages
+
+
 def _message(value: Any, name: str) -> Message:
-    if isinstance(value, str) and value.lstrip().startswith("{"):  # a list of JSON texts in Parquet
-        value = strict_json(value)
     if not isinstance(value, dict):
         raise RowError(f"{name} must be an object with `role` and `content`, got {kind_name(value)}")
     role = value.get("role")

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chord.data.demonstrations import load_demonstrations
-from megatron_chord.data.layouts import LAYOUTS, Role, ways_of
+from megatron_chord.data.layouts import LAYOUTS, Reading, Role, ways_of
+from megatron_chord.data.messages import chat_messages
 from megatron_chord.data.prompts import load_prompts
-from megatron_chord.data.rows import DataError
+from megatron_chord.data.rows import DataError, Row
 from megatron_chord.data.templates import ChatTemplate
 from tests.support.files import write_rows
 
@@ -378,6 +379,25 @@ def test_functions_that_a_system_message_shows_are_not_shown_twice(
                 for role, turn in zip(("system", "user", "assistant"), turns, strict=True)
             ]
         )[0]
+    )
+
+
+@pytest.mark.parametrize("names", [("function_call", "observation"), ("tool_call", "tool_response")])
+def test_turns_of_calls_and_results_are_no_text(names: tuple[str, str]) -> None:
+    turns = [
+        {"from": "human", "value": "Bern?"},
+        {"from": names[0], "value": json.dumps(CALL)},
+        {"from": names[1], "value": "18 C"},
+        {"from": "gpt", "value": ANSWER},
+    ]
+    row = {"conversations": turns, "tools": json.dumps([WEATHER])}
+    own = Reading("demonstrations").own_row(Row("f:1", 1, row))
+    assert own.fields["tools"] == [WEATHER]
+    assert chat_messages(own) == (
+        BERN,
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+        {"role": "tool", "content": "18 C"},
+        ANSWERED,
     )
 
 

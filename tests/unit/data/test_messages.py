@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -55,6 +56,34 @@ def test_calls_without_arguments_and_results_without_text() -> None:
     )
     assert called["tool_calls"] == [{"type": "function", "function": {"name": "now", "arguments": {}}}]
     assert result == {"role": "tool", "content": ""}
+
+
+TIME = {"name": "time", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "content", "calls"),
+    [
+        ([{"role": "tool_call", "content": json.dumps(CALL)}], "", [CALL]),
+        ([{"role": "tool_call", "content": json.dumps([CALL, TIME])}], "", [CALL, TIME]),
+        ([{"role": "tool_call", "content": json.dumps(one)} for one in (CALL, TIME)], "", [CALL, TIME]),
+        ([SAID, {"role": "tool_call", "content": json.dumps(FULL)}], SAID["content"], [CALL]),
+        ([json.dumps({"role": "tool_call", "content": json.dumps(CALL)})], "", [CALL]),
+    ],
+)
+def test_a_role_of_its_own_for_calls_and_results(messages: list[Any], content: str, calls: list[Any]) -> None:
+    results = [{"role": "tool_response", "content": str(number)} for number in range(len(calls))]
+    called, *answered, said = read(ASKED, *messages, *results, SAID)[1:]
+    functions = [{"type": "function", "function": call} for call in calls]
+    assert called == {"role": "assistant", "content": content, "tool_calls": functions}
+    assert answered == [{"role": "tool", "content": str(number)} for number in range(len(calls))]
+    assert said == SAID
+
+
+@pytest.mark.parametrize("content", ["weather(Bern)", '{"city": "Bern"}', "", None, 7])
+def test_a_role_of_its_own_for_calls_holds_calls(content: Any) -> None:
+    with pytest.raises(RowError, match=r"messages\[1\]\.(tool_calls|content)"):
+        read(ASKED, {"role": "tool_call", "content": content})
 
 
 def test_calls_may_be_text() -> None:
