@@ -7,7 +7,6 @@ mappings to choose from. A row without a known layout is not changed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_chord.data.rows import (
     called,
     kind_name,
     parse_rows,
+    strict_json,
 )
 from megatron_chord.rewards.answers import last_boxed
 
@@ -102,7 +102,7 @@ class Reading:
         if self.mapping:
             used = {path.partition(".")[0] for path in self.mapping.values()}
             self.unused |= set(row.fields) - used
-            own = _with_functions(_mapped(row.fields, self.mapping))
+            own = _with_functions(_mapped(row.fields, self.mapping, self.role))
             return replace(row, fields=_with_system(own, self.role))
         if row.has_nulls:
             self.has_nulls = True
@@ -244,12 +244,20 @@ def _with_system(fields: Fields, role: Role) -> Fields:
     return {**own, "messages": [message, asked, *answered]}
 
 
-def _mapped(fields: Fields, mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The values at the paths of ``mapping``. Turns of ``from`` and ``value`` become messages."""
+def _mapped(fields: Fields, mapping: Mapping[str, str], role: Role) -> dict[str, Any]:
+    """The values at the paths of ``mapping``. Turns of ``from`` and ``value`` become messages.
+
+    In a demonstration the question and the answer may be a chat or a text each.
+    """
     own = {name: at_path(fields, path) for name, path in mapping.items()}
     messages = own.get("messages")
     if isinstance(messages, list) and all(isinstance(turn, dict) and "from" in turn for turn in messages):
         own |= _sharegpt({"conversations": messages})
+    questions = [name for name in QUESTION_FIELDS if name in own]
+    answers = [name for name in ("solution", "response") if name in own]
+    if role == "demonstrations" and len(questions) == len(answers) == 1:
+        names = (mapping[questions[0]], mapping[answers[0]])
+        own |= _answered(own.pop(questions[0]), own.pop(answers[0]), names)
     return {name: value for name, value in own.items() if value is not None}
 
 
@@ -264,9 +272,9 @@ def at_path(fields: Fields, path: str) -> Any:
     for key in path.split("."):
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except ValueError:
-                raise RowError(f"`{path}`: `{'.'.join(done)}` is a text that is not JSON") from None
+                value = strict_json(value)
+            except RowError as error:
+                raise RowError(f"`{path}`: `{'.'.join(done)}` is a text that is not JSON: {error}") from None
         if isinstance(value, Mapping) and value.get(key) is not None:
             value = value[key]
         elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
@@ -412,8 +420,8 @@ def _inside(fields: Fields, column: str, key: str) -> Any:
     value = fields.get(column)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = strict_json(value)
+        except RowError as error:
             raise RowError(f"`{column}` is a text that is not JSON: {error}") from None
     if not isinstance(value, dict) or value.get(key) is None:
         raise RowError(f"`{column}` must be an object with `{key}`, got {type(value).__name__}")
@@ -439,8 +447,8 @@ def _one_truth(value: Any, name: str) -> Any:
     """A truth that may be a list of one, or the JSON text of such a list (Skywork-OR1)."""
     if isinstance(value, str) and value.startswith('["'):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = strict_json(value)
+        except RowError:
             return value
     if isinstance(value, list):
         if len(value) != 1:
@@ -467,6 +475,13 @@ def _verl_prompt(fields: Fields) -> dict[str, Any]:
 
 
 def _verl_demonstration(fields: Fields) -> dict[str, Any]:
+    """The answer to `prompt`, which RL shows, too; not to `extra_info.question`, which may lack an instruction."""
+    return _answered(
+        fields["prompt"], _inside(fields, "extra_info", "answer"), ("prompt", "extra_info.answer")
+    )
+
+
+def _verl_sft(fields: Fields) -> dict[str, Any]:
     return {
         "problem": _inside(fields, "extra_info", "question"),
         "solution": _inside(fields, "extra_info", "answer"),
@@ -744,7 +759,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "reward_model",
         mapping={
             "prompts": {"?": "prompt", "answer": "reward_model.ground_truth"},
-            "demonstrations": {"problem": "extra_info.question", "solution": "extra_info.answer"},
+            "demonstrations": {"?": "prompt", "solution": "extra_info.answer"},
         },
         uses=("extra_info",),
         as_prompt=_verl_prompt,
@@ -755,7 +770,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "extra_info",
         mapping={"demonstrations": {"problem": "extra_info.question", "solution": "extra_info.answer"}},
         fits=_has_inside("extra_info", "question", "answer"),
-        as_demonstration=_verl_demonstration,
+        as_demonstration=_verl_sft,
     ),
     _layout(
         "TRL (prompt, completion)",

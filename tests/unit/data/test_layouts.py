@@ -45,6 +45,18 @@ CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], str | None, s
         "42",
         None,
     ),
+    "verl GSM8K": (
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [SYSTEM, ASKED],
+            "ability": "math",
+            "reward_model": {"ground_truth": "42", "style": "rule"},
+            "extra_info": {"split": "train", "index": 0, "question": "6*7", "answer": ANSWER},
+        },
+        (SYSTEM, ASKED),
+        "42",
+        ANSWER,
+    ),
     "verl RL from NumPy": (
         {"prompt": [ASKED], "reward_model": {"ground_truth": ["42"], "style": "rule"}},
         (ASKED,),
@@ -455,6 +467,18 @@ def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, ch
     assert load("prompts", path, chatml)[0].truth == written
 
 
+@pytest.mark.parametrize("written", ["1e22", "0.0000001", "142.0"])
+@pytest.mark.parametrize("fields", [None, {"messages": "prompt", "answer": "reward_model.ground_truth"}])
+def test_a_number_inside_json_text_is_the_truth_as_it_is_written(
+    written: str, fields: dict[str, str] | None, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    path = write(
+        tmp_path / "rows.jsonl", {"prompt": [ASKED], "reward_model": f'{{"ground_truth": {written}}}'}
+    )
+    (prompt,), _ = load_prompts(path, chatml, max_prompt_tokens=500, overlong="fail", fields=fields)
+    assert prompt.truth == written
+
+
 @pytest.mark.parametrize(
     ("role", "row", "reason"),
     [
@@ -530,6 +554,25 @@ def test_a_mapping_says_where_a_row_has_what_is_read(tmp_path: Path, chatml: Cha
         fields={"problem": "turns.0.value", "solution": "turns.1.value"},
     )
     assert (demonstration.token_ids, demonstration.trainable) == chatml.demonstration([ASKED, ANSWERED])
+
+
+@pytest.mark.parametrize("asked", [[SYSTEM, ASKED], ASKED["content"]])
+@pytest.mark.parametrize("answered", [[ANSWERED], ANSWER])
+def test_a_mapped_demonstration_is_made_of_chats_and_texts(
+    asked: Any, answered: Any, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    path = write(tmp_path / "rows.jsonl", {"asked": asked, "info": {"target": answered}})
+    question = "messages" if isinstance(asked, list) else "problem"
+    (row,), _ = load_demonstrations(
+        path,
+        chatml,
+        max_prompt_tokens=500,
+        max_response_tokens=500,
+        overlong="fail",
+        fields={question: "asked", "response": "info.target"},
+    )
+    messages = asked if isinstance(asked, list) else [ASKED]
+    assert (row.token_ids, row.trainable) == chatml.demonstration([*messages, ANSWERED])
 
 
 @pytest.mark.parametrize(
