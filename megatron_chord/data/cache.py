@@ -8,7 +8,8 @@ an entry is never out of date, and is never changed. It holds
     token_ids            int32, one demonstration after another
     trainable            bool, the same
 
-A writer fills a folder of its own and renames it, which succeeds for one of several. Nothing is pickled.
+A writer fills a folder of its own and renames it, which succeeds for one of several. Nothing is pickled. After it has
+written, it removes old entries (``prune``). The time of an entry's ``demonstrations.json`` is that of its last use.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +39,16 @@ Loaded = tuple[list[Demonstration], LoadReport]
 
 CACHED_FROM_BYTES = 8 << 20
 """Smaller data sets are read again each time, which takes a second or two."""
+KEPT_BYTES = 50 << 30
+"""Of all entries in a folder. Beyond it, those that were not used for the longest time are removed."""
+UNUSED_DAYS = 30.0
+"""An entry that was not used for so long is removed."""
+IN_USE_DAYS = 7.0
+"""An entry that was used within this time is kept, whatever the size: a run may have it mapped into memory."""
+WRITING_S = 3600.0
+"""A writer's folder in which nothing was written for so long is what a killed process left."""
 _CONTENT = "demonstrations.json"
+_OURS = re.compile(r"[0-9a-f]{40}(?P<unfinished>\.writing-.*)?")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "pyarrow")
 
 
@@ -63,6 +75,10 @@ def remembering(
             with contextlib.suppress(OSError):  # a full disk is no reason not to train
                 write_entry(entry, *found)
                 found = read_entry(entry) or found
+                prune(folder)
+        else:
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                (entry / _CONTENT).touch()
         return found
 
     return remembered
@@ -130,6 +146,32 @@ def read_entry(entry: Path) -> Loaded | None:
         return demonstrations, LoadReport(**report, **faults, tools_shown=shown)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+
+
+def prune(folder: Path) -> None:
+    """Remove entries that are old or too many, and what killed writers left. Other files are not touched.
+
+    What another process removes at the same time, or what may not be removed, is passed over.
+    """
+    now = time.time()
+    entries: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir():
+        ours = _OURS.fullmatch(path.name)
+        if ours is None or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            files = [file.stat() for file in (path, *path.iterdir())]
+            if not ours["unfinished"]:
+                used = (path / _CONTENT).stat().st_mtime
+                entries.append((used, sum(file.st_size for file in files), path))
+            elif now - max(file.st_mtime for file in files) > WRITING_S:
+                shutil.rmtree(path, ignore_errors=True)
+    total = 0
+    for used, size, path in sorted(entries, reverse=True):
+        total += size
+        days = (now - used) / 86400
+        if days > UNUSED_DAYS or (days > IN_USE_DAYS and total > KEPT_BYTES):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(data: Path | Sequence[Path]) -> list[Path]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,75 @@ def test_a_cache_that_cannot_be_written_is_no_error(rows: Path, tmp_path: Path, 
     found, _ = remembering(load, file / "cache", SETTINGS)(rows, chatml)
     assert len(found) == 2
     assert load.calls == 1
+
+
+DAY = 86400
+
+
+def make_entry(folder: Path, letter: str, unused_days: float) -> Path:
+    from megatron_chord.data.rows import LoadReport
+    from megatron_chord.records import Demonstration
+
+    entry = folder / (letter * 40)
+    one = Demonstration(id="1", token_ids=(1,) * 200, trainable=(True,) * 200)
+    write_entry(entry, [one], LoadReport(data="d", num_rows=1, num_kept=1, num_overlong=0))
+    used = time.time() - unused_days * DAY
+    os.utime(entry / "demonstrations.json", (used, used))
+    return entry
+
+
+def test_entries_that_nobody_uses_are_removed(tmp_path: Path) -> None:
+    new, old = make_entry(tmp_path, "a", 29), make_entry(tmp_path, "b", 31)
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    (tmp_path / "folder").mkdir()
+    cache.prune(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([new, note, tmp_path / "folder"])
+    assert not old.exists()
+
+
+def test_beyond_the_limit_the_entries_longest_unused_go_but_none_that_may_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [make_entry(tmp_path, letter, days) for letter, days in zip("abcd", (1, 6, 8, 9), strict=True)]
+    size = sum(file.stat().st_size for file in entries[0].rglob("*"))
+    folder_bytes = entries[0].stat().st_size
+    monkeypatch.setattr(cache, "KEPT_BYTES", 3 * (size + folder_bytes))
+    cache.prune(tmp_path)
+    assert sorted(tmp_path.iterdir()) == entries[:3]
+    monkeypatch.setattr(cache, "KEPT_BYTES", 1)
+    cache.prune(tmp_path)
+    assert sorted(tmp_path.iterdir()) == entries[:2]
+
+
+def test_what_a_killed_writer_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    left, young = (tmp_path / f"{'a' * 40}.writing-{name}" for name in ("left", "young"))
+    for folder in (left, young):
+        folder.mkdir()
+        (folder / "token_ids").write_bytes(b"1234")
+    before = time.time() - cache.WRITING_S - 60
+    for path in (left / "token_ids", left, young):
+        os.utime(path, (before, before))
+    cache.prune(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_reading_an_entry_keeps_it_and_writing_one_removes_the_old(
+    rows: Path, tmp_path: Path, chatml: ChatTemplate
+) -> None:
+    folder = tmp_path / "cache"
+    remembered = remembering(load_demonstrations, folder, SETTINGS)
+    remembered(rows, chatml)
+    (used,) = folder.iterdir()
+    before = time.time() - 40 * DAY
+    os.utime(used / "demonstrations.json", (before, before))
+    remembered(rows, chatml)
+    old = make_entry(folder, "b", 40)
+    other = Path(shutil.copy(rows, tmp_path / "other.jsonl"))
+    remembered(other, chatml)
+    assert used.is_dir()
+    assert not old.exists()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_bad_data_is_refused_as_without_a_cache(tmp_path: Path, chatml: ChatTemplate) -> None:
