@@ -28,41 +28,46 @@ from megatron_chord.rewards.table import RewardConfig
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: Path = field(metadata={"hub": "model"})
-    """Hugging Face folder of the policy: config.json, safetensors, tokenizer; or a name on the hub, such as
+    """The policy: a Hugging Face folder with config.json, safetensors and tokenizer, or a name on the hub such as
     Qwen/Qwen2.5-7B-Instruct (docs/data.md)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Parameters and activations; main weights, gradients and the log-prob reductions are fp32 either way."""
+    """Number format of parameters and activations. The optimizer's main weights, gradients and log-prob sums are always
+    fp32."""
     recompute: Literal["none", "mlp", "full"] = "none"
-    """Activations computed again in the backward pass: none, those inside MLPs and experts, or whole layers."""
+    """Which activations are computed again in the backward pass to save memory: none, those inside MLPs and experts
+    (mlp), or those of whole layers (full)."""
     megatron_overrides: dict[str, int | float | bool | str] = field(
         default_factory=dict[str, int | float | bool | str]
     )
-    """Fields of Megatron-Core's TransformerConfig to set by hand; unknown names are refused."""
+    """Fields of Megatron-Core's TransformerConfig to set by hand. An unknown name is an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     ranks: int = 1
-    """Processes that `megatron-chord train` starts on this machine; under torchrun or srun their number rules."""
+    """Number of processes that `megatron-chord train` starts on this machine. torchrun and srun start the processes
+    themselves; this setting then has no effect."""
     tensor: int = 1
-    """Ranks that share each layer's matrices (Megatron's tensor-model-parallel-size)."""
+    """Number of ranks that share the matrices of each layer (Megatron's tensor-model-parallel-size)."""
     pipeline: int = 1
-    """Pipeline stages (pipeline-model-parallel-size)."""
+    """Number of pipeline stages (Megatron's pipeline-model-parallel-size)."""
     virtual_pipeline: int | None = None
-    """Model chunks per pipeline stage (interleaved schedule); none means one."""
+    """Number of model chunks in each pipeline stage (Megatron's interleaved schedule). Left out: one."""
     stages: tuple[int, ...] | None = None
-    """Layers of each pipeline stage, such as [15, 16, 16, 14]; with virtual_pipeline of each chunk, in the order in
-    which a token passes them (chunk n belongs to stage n modulo pipeline). Left out: equally many."""
+    """Number of layers in each pipeline stage, such as [15, 16, 16, 14]. With virtual_pipeline, the number of layers in
+    each chunk, in the order of the layers (chunk n belongs to stage n modulo pipeline). Left out: all have the same
+    number."""
     context: int = 1
-    """Ranks that share each sequence (context-parallel-size)."""
+    """Number of ranks that share each sequence (Megatron's context-parallel-size)."""
     expert: int = 1
-    """Ranks that share the experts of a mixture (expert-model-parallel-size)."""
+    """Number of ranks that share the experts of a mixture (Megatron's expert-model-parallel-size)."""
     sequence_parallel: bool = False
-    """Shard norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
+    """Splits the activations of norms and residuals along the sequence over the tensor-parallel ranks. Needs tensor >
+    1."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel axis."""
+    """Splits the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = True
-    """Reduce gradients over the data-parallel axis while the last micro-batch's backward pass runs."""
+    """Reduces gradients over the data-parallel ranks while the backward pass of the last micro-batch runs."""
 
     def __post_init__(self) -> None:
         positive(
@@ -96,23 +101,24 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Rows that are read in one way, drawn with one weight and reported under one name."""
+    """One data source: its rows are read in one way, drawn with one weight and reported under one name."""
 
     SHORTHAND = "path"
 
     path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
-    """A file, a folder of shards or a pattern such as train-*.parquet; or a list of them, which are one data set
-    (docs/data.md). hf://datasets/OWNER/NAME/PATH is on the hub."""
+    """A file, a folder of shards, a pattern such as train-*.parquet, or a list of these, which are read as one data set
+    (docs/data.md). hf://datasets/OWNER/NAME/PATH is a file on the hub."""
     weight: float = 1.0
-    """Of what is drawn, this source has the share weight / (sum of all sources' weights), whatever its number of rows.
-    Means nothing to `evaluation`."""
+    """Share of the drawn rows that come from this source: weight / (sum of the weights of all sources). The number of
+    rows in the source does not matter. `data.evaluation` has no weights."""
     name: str = ""
-    """Of its metrics, such as reward/NAME; the name of its file, folder or repository on the hub where left out."""
+    """Name of the source in metrics, as in reward/NAME. Left out: the name of its file, folder or repository on the
+    hub."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
-    """Where a row has what is read, such as {messages: prompt, answer: reward_model.ground_truth}. Left out: public
-    layouts are recognised by their columns."""
+    """Names of the columns that hold each field, such as {messages: prompt, answer: reward_model.ground_truth}. Left
+    out: public layouts are recognised by their columns."""
     system_prompt: str | None = None
-    """In place of `data.system_prompt` for the rows of this source."""
+    """System prompt for the rows of this source, instead of `data.system_prompt`."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "a source needs a path")
@@ -152,41 +158,45 @@ def sources_of(*paths: Path) -> tuple[SourceConfig, ...]:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     prompts: tuple[SourceConfig, ...]
-    """Problems with a ground truth, for rollouts."""
+    """Problems with a ground truth. The policy samples rollouts for them."""
     demonstrations: tuple[SourceConfig, ...] | None = None
-    """Questions with an answer to imitate. May be left out only when mu is 0 throughout."""
+    """Problems with a solution that the policy learns to imitate. May be left out only if mu is 0 at every step."""
     aligned: bool = False
-    """Every prompt has its own demonstration in `demonstrations`, found by the prompt itself. Some methods need it."""
+    """Every prompt has its own demonstration in `demonstrations`, which is found by comparing the prompts. Some methods
+    need this."""
     unmatched: Literal["fail", "drop"] = "fail"
-    """With `aligned`, prompts without a demonstration: stop before work, or leave out and count."""
+    """What happens with `aligned` to prompts without a demonstration. fail: the run stops before any work. drop: they
+    are left out and counted."""
     evaluation: tuple[SourceConfig, ...] | None = None
-    """Held-out problems; left out: nothing is evaluated. Accuracy is over all of them, and with several sources also
-    of each."""
+    """Held-out problems. Accuracy is measured over all of them and, with several sources, for each source. Left out:
+    nothing is evaluated."""
     chat_template: Path | None = None
-    """Jinja file that replaces the tokenizer's own chat template."""
+    """Jinja file with a chat template. Left out: the tokenizer's own template."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Variables that the chat template reads, such as {enable_thinking: false}, in RL, SFT and evaluation alike. The
-    exported policy's template has them as its defaults. Names that the template does not read are refused."""
+    """Variables that the chat template reads, such as {enable_thinking: false}. They hold in RL, SFT and evaluation,
+    and are defaults in the template of the exported policy. A name that the template does not read is an error."""
     tools_as: Literal["auto", "system_message", "template"] = "auto"
-    """Who shows a row's functions, in RL, SFT and evaluation alike. system_message: a text that asks for calls as the
-    tool-call reward reads them. template: the model's own chat template. auto: the template for rows whose messages
-    hold calls or their results, else the system message; a run with both is refused."""
+    """How a row's functions are shown to the policy in RL, SFT and evaluation. system_message: in a system message that
+    asks for calls in the form that the tool-call reward reads. template: by the model's own chat template. auto: by the
+    template for rows whose messages hold calls or results of calls, otherwise in the system message; it is an error if
+    a run has rows of both kinds."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
-    """Which assistant turns of a demonstration are trained. last_turn: the last one alone, after the others as a prompt
-    shows them; for templates that rewrite earlier turns (Qwen3 cuts their thinking out)."""
+    """Which assistant turns of a demonstration are trained. last_turn: only the last one; the earlier turns are written
+    as in a prompt. Choose it for templates that rewrite earlier turns (Qwen3's removes their thinking)."""
     cache: Path | None = None
-    """Folder of tokenised demonstrations, from which a run that starts again takes them at once (docs/data.md). Left
-    out: .data_cache beside `output`."""
+    """Folder where tokenised demonstrations are kept, so that the next start of the run does not tokenise them again
+    (docs/data.md). Left out: .data_cache beside `output`."""
     system_prompt: str | None = None
-    """Put before every conversation that has no system message of its own, in RL, SFT and evaluation alike."""
+    """System prompt for every conversation that has no system message of its own, in RL, SFT and evaluation."""
     max_prompt_tokens: int = 1024
-    """Limit of a prompt, its chat template included."""
+    """Longest prompt, with its chat template."""
     max_response_tokens: int = 1024
-    """Limit of a rollout, and of a demonstration's trainable part."""
+    """Longest rollout, and longest trainable part of a demonstration."""
     overlong: Literal["fail", "drop"] = "drop"
-    """Rows beyond a limit: stop before work, or leave out and count."""
+    """What happens to rows that are longer than a limit. fail: the run stops before any work. drop: they are left out
+    and counted."""
     max_dropped: float = 0.0
-    """Share of a file's rows that may be faulty, such as 0.01: they are left out and counted. Left out: one faulty row
+    """Share of a file's rows that may be faulty, such as 0.01. Faulty rows are left out and counted. 0: one faulty row
     stops the run before any work."""
 
     def __post_init__(self) -> None:
@@ -211,14 +221,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """A penalty for leaving a reference policy, added to the policy branch."""
+    """A penalty on the KL divergence from a reference policy, which is added to the policy loss."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """With d = l_ref - l per token: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
+    """Estimator of the divergence at a token, from d = l_ref - l. k1: -d. k2: d^2 / 2. k3: exp(d) - 1 - d."""
     coefficient: float = 0.001
-    """Weight of the penalty."""
+    """Weight of the penalty in the loss."""
     reference: Path | None = field(default=None, metadata={"hub": "model"})
-    """Hugging Face folder, or name on the hub, of the reference; the run's own starting point where left out."""
+    """The reference policy: a Hugging Face folder or a name on the hub. Left out: `model.path`."""
 
     def __post_init__(self) -> None:
         positive(**{"objective.kl.coefficient": self.coefficient})
@@ -226,19 +236,21 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Importance weight of a rollout's token, w = exp(l_old - l_rollout), constant, times the loss.
+    """The loss of each rollout token is multiplied by an importance weight w = exp(l_old - l_rollout), without
+    gradient.
 
-    It corrects for what the rollout engine computes otherwise than the trainer and, with `rollout.asynchronous`
-    or carried answers (`rollout.partial`), for the older weights that sampled."""
+    The weight corrects for differences between the log-probs of the rollout engine and of the trainer. With
+    `rollout.asynchronous` or carried answers (`rollout.partial`) it also corrects for sampling by older weights."""
 
     level: Literal["token", "sequence", "geometric"] = "token"
-    """w of each token, the product over its sequence, or that product's geometric mean."""
+    """What w is computed from: each token alone, the product over its sequence, or the geometric mean over its
+    sequence."""
     mode: Literal["truncate", "clamp", "mask", "reject", "none"] = "truncate"
-    """truncate: min(w, high). clamp: to [low, high]. mask: w within [low, high], 0 outside (TRL's token_mask and
-    sequence_mask). reject: 1 within [low, high], 0 outside (verl's rollout_rs). none: no weight, which turns off the
-    default of `rollout.asynchronous`, of carried answers and of FP8."""
+    """How w is bounded. truncate: min(w, high). clamp: w is clamped to [low, high]. mask: w in [low, high], 0 outside
+    (TRL's token_mask and sequence_mask). reject: 1 in [low, high], 0 outside (verl's rollout_rs). none: no importance
+    weight, also where it is the default (`rollout.asynchronous`, carried answers, FP8)."""
     low: float = 0.0
-    """Lower bound of w, for clamp, mask and reject."""
+    """Lower bound of w for clamp, mask and reject."""
     high: float = 2.0
     """Upper bound of w."""
 
@@ -260,39 +272,44 @@ class CorrectionConfig:
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     surrogate: Literal["ppo", "gspo", "cispo", "unclipped"] = "ppo"
-    """ppo: -min(r A, clip(r) A) per token. gspo: the same with the sequence's geometric-mean ratio. cispo: -sg(clip(r))
-    A l. unclipped: -r A."""
+    """Policy loss of a token with ratio r, advantage A and log-prob l. ppo: -min(r A, clip(r) A). gspo: the same, where
+    r is the geometric mean over the sequence. cispo: -sg(clip(r)) A l, where sg stops the gradient. unclipped: -r A."""
     clip_low: float = 0.2
-    """The ratio is not clipped below 1 - clip_low."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = None
-    """Bounds the loss of tokens with A < 0 by -A dual_clip (> 1; usually 3)."""
+    """The loss of a token with A < 0 is at most -A dual_clip. It must be above 1; 3 is usual. Left out: no bound."""
     ratio_from: Literal["rollout", "current", "recomputed"] = "rollout"
-    """Denominator of the ratio: the rollout engine's log-probs (the paper's pi_sample), the trainer's own of this very
-    pass (ratio 1 in value), or the trainer's own before the step's first update (a forward pass more)."""
+    """Log-probs in the denominator of the ratio. rollout: the rollout engine's (the paper's pi_sample). current: the
+    trainer's from the same forward pass, so that the ratio is 1. recomputed: the trainer's before the first update of
+    the step, which costs one more forward pass."""
     aggregation: Aggregation = "token-mean"
-    """Of policy tokens over the whole step. verl's names. token-mean: sum / tokens. seq-mean-token-mean: mean over
-    sequences of token means. seq-mean-token-sum: mean over sequences of token sums. seq-mean-token-sum-norm: sum /
-    (sequences x aggregation_length)."""
+    """How the policy loss is averaged over the rollout tokens of an update, by verl's names. token-mean: sum / tokens.
+    seq-mean-token-mean: mean over sequences of token means. seq-mean-token-sum: mean over sequences of token sums.
+    seq-mean-token-sum-norm: sum / (sequences x aggregation_length)."""
     aggregation_length: int | None = None
-    """For `seq-mean-token-sum-norm` (Dr.GRPO); data.max_response_tokens where left out."""
+    """Number of tokens by which `seq-mean-token-sum-norm` divides (Dr.GRPO). Left out: data.max_response_tokens."""
     advantage: Literal["group_std", "group_mean", "batch_std", "leave_one_out"] = "group_std"
-    """group_std: (R - group mean) / group std. group_mean: R - group mean (Dr.GRPO). batch_std: divided by the std of
-    the step's rewards. leave_one_out: R - mean of the others (RLOO). Standard deviations are unbiased."""
+    """Advantage of a rollout with reward R. group_std: (R - group mean) / group std. group_mean: R - group mean
+    (Dr.GRPO). batch_std: (R - group mean) / std of all rewards of the step. leave_one_out: R - mean of the other
+    rewards of the group (RLOO). Standard deviations are unbiased."""
     advantage_eps: float = 1e-6
-    """Added to the standard deviation that an advantage is divided by."""
+    """Number that is added to the standard deviation before an advantage is divided by it."""
     equal_groups: Literal["keep", "drop"] = "keep"
-    """Groups of equal rewards have no advantage; keep: they count in the denominators. drop: they do not."""
+    """Groups with equal rewards have advantage 0. keep: their tokens count in the averages. drop: they do not."""
     truncated: Literal["keep", "mask"] = "keep"
-    """mask: rollouts cut off at the length limit are not trained on; their rewards still count in their group."""
+    """Whether rollouts that were cut off at the length limit are trained. mask: they are not, but their rewards still
+    count in their group."""
     entropy_bonus: float = 0.0
-    """Coefficient of the entropy at rollout tokens, averaged as the policy loss is and subtracted from it."""
+    """Coefficient of the entropy at rollout tokens. The entropy is averaged as the policy loss is, and subtracted from
+    it."""
     kl: KLConfig | None = None
+    """Left out: no KL penalty."""
     correction: CorrectionConfig | None = None
-    """Left out: none, but with `rollout.asynchronous`, where unfinished answers are carried over or `precision` is one
-    of FP8, and `ratio_from` is not `rollout`, the block's own defaults, min(w, 2) of each token. With `ratio_from:
-    rollout` the ratio itself corrects."""
+    """Left out: no correction, with two exceptions. Where `rollout.asynchronous` is set, unfinished answers are carried
+    over or `precision` is an FP8 preset, and `ratio_from` is not `rollout`, the block has its own defaults: min(w, 2)
+    for each token. With `ratio_from: rollout` the ratio is the correction."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
@@ -326,20 +343,21 @@ class ObjectiveConfig:
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     prompts: int
-    """Prompts per optimizer step."""
+    """Number of prompts per step."""
     rollouts: int
-    """Samples per prompt (the group of GRPO)."""
+    """Number of rollouts per prompt (the group of GRPO)."""
     demonstrations: int
-    """Demonstrations per optimizer step."""
+    """Number of demonstrations per step."""
     updates_per_step: int = 1
-    """Optimizer updates that share a step's samples, each its own part of them."""
+    """Number of optimizer updates per step. The samples of the step are divided among them."""
     epochs: int = 1
-    """How often a step's samples are used."""
+    """How many times the samples of a step are trained."""
     sampling_attempts: int = 1
-    """Above 1: dynamic sampling. Groups of equal rewards are replaced by those of further prompts, in at most so many
-    rounds; what is missing then is filled with groups of equal rewards."""
+    """Above 1: dynamic sampling. Groups with equal rewards are replaced by groups of further prompts, in at most this
+    many rounds. If groups are still missing then, groups with equal rewards fill the batch."""
     max_tokens_per_gpu: int = 8192
-    """Token budget of one packed micro-batch on one data-parallel rank; a longer sample gets a micro-batch alone."""
+    """Most tokens in one packed micro-batch of one data-parallel rank. A longer sample gets a micro-batch of its
+    own."""
 
     def __post_init__(self) -> None:
         not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})
@@ -367,11 +385,12 @@ class AsynchronousConfig:
     """Sampling ahead: rollouts of later steps are sampled while a step trains (docs/running.md)."""
 
     max_off_policy_steps: int = 1
-    """How many steps ahead are sampled. A step's rollouts come from weights that are up to so many steps older than
-    those that the step trains."""
+    """How many steps ahead rollouts are sampled. The weights that sample are up to this many steps older than the
+    weights that are trained."""
     in_flight: Literal["drain", "keep"] = "drain"
-    """What becomes of unfinished requests when new weights are there. drain: they are finished first. keep: they go on
-    with the new weights; how far they had got is chance, so two runs are no longer equal."""
+    """What happens to unfinished requests when new weights are ready. drain: they are finished before the push. keep:
+    they continue with the new weights. With keep, two runs with the same seed differ, because timing decides which
+    weights sample which token."""
 
     def __post_init__(self) -> None:
         positive(**{"rollout.asynchronous.max_off_policy_steps": self.max_off_policy_steps})
@@ -389,14 +408,15 @@ class PartialConfig:
     that a step does not wait for the longest answers (docs/running.md)."""
 
     extra_prompts: float = 0.25
-    """Share of the step's prompts that are sampled in addition: 0.25 is a quarter more, rounded up."""
+    """How many prompts are sampled in addition, as a share of the step's prompts. 0.25 is a quarter more, rounded
+    up."""
     unfinished: Literal["carry", "drop"] = "carry"
-    """What becomes of prompts that were stopped. carry: the next step goes on with them and with what there is of their
-    answers; each token keeps the log-prob and version of the weights that sampled it. drop: they are passed over until
-    their next epoch, which trains less on prompts with long answers."""
+    """What happens to prompts whose answers were stopped. carry: the next step continues their answers, and each token
+    keeps the log-prob and the version of the weights that sampled it. drop: they are skipped until the next epoch, so
+    that prompts with long answers are trained less often."""
     max_carries: int | None = None
-    """How often a prompt is carried over at most; then sampling does not stop before it is finished. Left out: no bound
-    but the answers' length."""
+    """How many times a prompt is carried over at most. After that, sampling does not stop before the prompt is
+    finished. Left out: only the length limit of answers bounds it."""
 
     def __post_init__(self) -> None:
         require(
@@ -416,50 +436,51 @@ class PartialConfig:
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     temperature: float = 1.0
-    """Of sampling, at most 2 (vLLM's limit); the trainer divides the logits of rollouts by the same number, those of an
-    SFT branch by `method.sft_temperature`."""
+    """Sampling temperature, at most 2 (vLLM's limit). The trainer divides the logits of rollouts by the same number.
+    The logits of demonstrations are divided by `method.sft_temperature`."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Of the rollout server; the model's own where left out."""
+    """Number format of weights and activations in the rollout server. Left out: `model.dtype`."""
     servers: tuple[str, ...] = ()
-    """URLs of running vLLM servers (docs/running.md); when empty the trainer starts one on loopback, and a Slurm job
-    its own on its nodes."""
+    """URLs of running vLLM servers (docs/running.md). Left out: the trainer starts one server on loopback, and a Slurm
+    job starts servers on its nodes."""
     tensor: int = 1
-    """Tensor parallelism of a server that the trainer or the job starts."""
+    """Number of GPUs of one server that the trainer or the job starts (tensor parallelism)."""
     gpu_memory_utilization: float = 0.6
-    """Share of a GPU's memory that a server takes, in (0, 1]."""
+    """Share of a GPU's memory that a server uses, in (0, 1]."""
     kv_cache_bytes: int | None = None
-    """Size of the server's KV cache; on a CPU 256 MiB where left out, on a GPU what is free."""
+    """Size of the server's KV cache. Left out: 256 MiB on a CPU; on a GPU, what is free."""
     transport: Literal["auto", "file", "gloo", "broadcast", "ipc"] = "auto"
-    """How weights reach the server: shared-memory files, main memory and gloo, a process group (NCCL with GPUs),
-    CUDA IPC. Auto takes files without a GPU; with one, CUDA IPC to the trainer's own server and NCCL to those in
-    `servers`; in a Slurm job what fits where its servers run (docs/cluster.md)."""
+    """How weights reach the servers. file: files in shared memory. gloo: main memory and gloo. broadcast: a process
+    group (NCCL with GPUs). ipc: CUDA IPC. auto: files without a GPU; with GPUs, CUDA IPC to the trainer's own server
+    and NCCL to those in `servers`; in a Slurm job, whatever the servers' place allows (docs/cluster.md)."""
     sleep: bool | None = None
-    """Servers free their GPU memory while the ranks train, and get it back with the next weights. Left out: with GPUs,
-    where the servers share the ranks' and sampling is not `asynchronous`. Servers in `servers` must be started with
-    --enable-sleep-mode."""
+    """Servers free their GPU memory while the ranks train, and take it back when new weights arrive. Left out: true
+    with GPUs if servers and ranks share them and sampling is not `asynchronous`. Servers in `servers` must be started
+    with --enable-sleep-mode."""
     offload: bool | None = None
-    """Optimizer state, gradients and a reference policy free their GPU memory while servers sample: they wait in the
-    host's memory, which must have room for them (docs/cluster.md). Left out: with GPUs, where the servers share the
-    ranks' and sampling is not `asynchronous`."""
+    """Optimizer state, gradients and reference policy are moved from GPU memory to main memory while servers sample.
+    Main memory must have room for them (docs/cluster.md). Left out: true with GPUs if servers and ranks share them and
+    sampling is not `asynchronous`."""
     asynchronous: AsynchronousConfig | None = None
     """Left out: every step samples first, with its own weights, and then trains."""
     partial: PartialConfig | None = None
     """Left out: every step waits for all of its answers."""
     repeatable: bool = False
-    """Log-probs of a rollout do not depend on which other requests the server processes at the same time, so that two
-    runs with the same seed are equal bit for bit. Sampling is slower: on a GPU vLLM's batch-invariant kernels are used
-    (VLLM_BATCH_INVARIANT), on a CPU one request is processed at a time."""
+    """Log-probs of a rollout do not depend on the other requests that the server processes at the same time, so that
+    two runs with the same seed are equal bit for bit. Sampling is slower: on a GPU, vLLM uses its batch-invariant
+    kernels (VLLM_BATCH_INVARIANT); on a CPU, it processes one request at a time."""
     restarts: int = 1
-    """How often a dead server is replaced, and the step's sampling repeated, before the run stops."""
+    """How many times a dead server is replaced, and the sampling of the step repeated, before the run stops."""
     max_logprob_gap: float | None = None
-    """Largest mean |trainer - rollout| log-prob of a step's tokens; beyond it by more than three standard errors of the
-    mean the run stops. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8; 0.5 where older weights sampled some of them
-    (`asynchronous`, carried answers), which differ as the policy has moved. In bf16 and FP8 a 384th of the logits' mean
-    size is added, which is what rounding them makes."""
+    """Limit of |trainer's log-prob - rollout's log-prob|, averaged over the tokens of a step, in nats. The run stops
+    when the mean is above it by more than three standard errors. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8, and
+    0.5 where older weights may have sampled tokens (`asynchronous`, carried answers). In bf16 and FP8 the rounding of
+    the logits is added: their mean absolute value divided by 384."""
     max_probability_error: float | None = None
-    """Largest mean exp|trainer - rollout| log-prob of a step's tokens, the factor by which probabilities differ, each
-    token's at most 10; beyond it by more than three standard errors the run stops. Left out: 1.01 in fp32, 1.1 in bf16
-    and FP8, where up to 1.05 is healthy, and the logits' rounding as above; no limit for rollouts of older weights."""
+    """Limit of the factor by which the probabilities of trainer and rollout differ: exp|difference of log-probs|, at
+    most 10 for each token, averaged over the tokens of a step. The run stops when the mean is above it by more than
+    three standard errors. Left out: 1.01 in fp32, 1.1 in bf16 and FP8 (up to 1.05 is healthy), with the rounding of the
+    logits added as above; no limit for rollouts of older weights."""
 
     def __post_init__(self) -> None:
         positive(
@@ -541,29 +562,31 @@ class RolloutConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 1e-6
-    """Highest learning rate."""
+    """Learning rate after the warm-up, which is the highest of the run."""
     min_lr: float = 0.0
-    """Learning rate at the end of linear and cosine."""
+    """Learning rate at the end of the schedules linear and cosine."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up, down to `min_lr` at step `decay_steps`."""
+    """Learning rate after the warm-up. linear and cosine fall from `lr` to `min_lr`, which they reach at step
+    `decay_steps`."""
     decay_steps: int | None = None
-    """Step at which linear and cosine reach `min_lr`, counted from the run's start; later steps have `min_lr`. Left
-    out: `steps`. It keeps the course of the rate when a resumed run is given more steps."""
+    """Step at which linear and cosine reach `min_lr`, counted from the start of the run. Later steps use `min_lr`. Left
+    out: `steps`. Set it if the run may later be resumed with more steps; the learning rates then stay the same."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly to `lr`."""
+    """Number of steps in which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
-    """Applied to matrices only, never to norms and biases."""
+    """Weight decay of AdamW. It is applied to matrices, not to norms and biases."""
     beta1: float = 0.9
-    """Of Adam."""
+    """Adam's decay rate of the mean of the gradients."""
     beta2: float = 0.999
-    """Of Adam."""
+    """Adam's decay rate of the mean of the squared gradients."""
     eps: float = 1e-8
-    """Of Adam."""
+    """Number that Adam adds to its denominator."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global norm of the gradient. A larger gradient is scaled down to it. 0: no clipping."""
     skip_nonfinite: int = 2
-    """An update whose loss or gradient is NaN or infinite is left out, its batch saved in `nonfinite/` of the run's
-    folder. So many in a row are; one more stops the run. 0: the first stops it."""
+    """How many updates in a row may be skipped because their loss or gradient is NaN or infinite. One more stops the
+    run. The batch of a skipped update is saved in `nonfinite/` of the run's folder. 0: the first such update stops the
+    run."""
 
     def __post_init__(self) -> None:
         positive(**{"optim.lr": self.lr, "optim.eps": self.eps})
@@ -597,16 +620,17 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 0
-    """Steps between evaluations; before the first and after the last step there is one as well. 0: only those two."""
+    """Number of steps between evaluations. There is always one before the first step and one after the last step. 0:
+    only these two."""
     problems: int | None = None
-    """The first so many held-out problems of each source; all where left out."""
+    """How many held-out problems of each source are used, from the first on. Left out: all."""
     temperature: float = 0.0
-    """Of sampling; 0 takes the most likely token."""
+    """Sampling temperature. 0: always the most likely token."""
     samples: int = 1
-    """Answers per problem; accuracy is their mean."""
+    """Number of answers per problem. Accuracy is the mean over them."""
     patience: int | None = None
-    """The run ends early when so many evaluations in a row were no better than the best one, by what
-    `checkpoint.keep_best` names. Left out: it takes all of its steps."""
+    """The run ends early after this many evaluations in a row without a new best accuracy. `checkpoint.keep_best` says
+    which accuracy is compared. Left out: the run does all of its steps."""
 
     def __post_init__(self) -> None:
         not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
@@ -619,16 +643,17 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 0
-    """Steps between checkpoints; 0: none but those of `every_minutes` and the last."""
+    """Number of steps between checkpoints. 0: only those of `every_minutes` and the one after the last step."""
     every_minutes: float = 30.0
-    """A checkpoint is also written before the next step when the last one is so many minutes old; 0: never."""
+    """A checkpoint is also written between two steps when the last one is this many minutes old. 0: never."""
     keep: int = 2
-    """How many of the newest to keep."""
+    """How many of the newest checkpoints are kept."""
     keep_best: str | None = None
-    """Keeps the checkpoint of the best evaluation beside the newest: the best by `accuracy`, or by the accuracy of the
-    source of `data.evaluation` with this name. A checkpoint is then written after each evaluation that is the best."""
+    """Also keeps the checkpoint of the best evaluation. `accuracy` compares the accuracy over all held-out problems;
+    the name of a source in `data.evaluation` compares the accuracy on that source. A checkpoint is written after each
+    evaluation that is the best so far."""
     export: Literal["last", "best"] = "last"
-    """Which weights `policy/` gets at the run's end. best: those of `keep_best`."""
+    """Which weights are exported to `policy/` at the end of the run. best: those of `keep_best`."""
 
     def __post_init__(self) -> None:
         require(
@@ -641,23 +666,25 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """When a process counts as frozen: the run then names it, keeps the stacks and ends with exit code 79. Sampling,
-    grading and pushes of weights have deadlines of their own (`timeouts`, `reward`)."""
+    """Limits after which a process counts as frozen. The run then names the process, saves the stacks of all threads
+    and ends with exit code 79. Sampling, grading and weight pushes have deadlines of their own (`timeouts`,
+    `reward`)."""
 
     beat_s: float = 5.0
-    """Between two signs of life of every rank; 0 turns the watchdog off, for a debugger."""
+    """Time between two heartbeats of a rank. 0 turns the watchdog off, for example for a debugger."""
     silence_s: float = 120.0
-    """A rank that shows none for so long is frozen: stopped, hung in the kernel, or its node is lost."""
+    """A rank without a heartbeat for this long is frozen: it is stopped, it hangs in the kernel, or its node is
+    lost."""
     loading_s: float = 3600.0
-    """From a rank's start to its first step: data, model, a checkpoint."""
+    """Longest time from the start of a rank to its first step. Data, model and checkpoint are read in it."""
     computing_s: float | None = None
-    """A rank's computing without finishing a micro-batch. Left out: nine tenths of timeouts.collective_s; for a run of
-    one rank, which nobody waits for, no limit."""
+    """Longest time that a rank computes without finishing a micro-batch. Left out: nine tenths of
+    timeouts.collective_s; no limit for a run of one rank, because no other rank waits for it."""
     saving_s: float = 3600.0
-    """A checkpoint, or the export of the policy."""
+    """Longest time of writing a checkpoint or of exporting the policy."""
     server_s: float = 300.0
-    """A rollout server that has requests, and neither finishes one nor computes a token for so long, is frozen: it is
-    replaced as one that died."""
+    """A rollout server is frozen if it has requests but neither finishes one nor computes a token for this long. It is
+    then replaced."""
 
     def __post_init__(self) -> None:
         not_negative(**{"watchdog.beat_s": self.beat_s})
@@ -678,16 +705,16 @@ class WatchdogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeoutsConfig:
-    """How long a run waits for others before it counts them as lost. `watchdog` finds processes that are frozen."""
+    """How long a run waits for other processes before it gives up. `watchdog` finds processes that are frozen."""
 
     collective_s: float = 600.0
-    """For one collective operation of the ranks."""
+    """Longest time of one collective operation of the ranks."""
     server_start_s: float = 600.0
-    """From a rollout server's start until it answers."""
+    """Longest time from the start of a rollout server until it answers."""
     sampling_s: float = 1800.0
-    """For the answers to one request for rollouts: all that a step, or an evaluation, samples at once."""
+    """Longest time of one sampling: all rollouts that a step or an evaluation requests at once."""
     weight_push_s: float = 600.0
-    """For one push of weights to the servers."""
+    """Longest time of one push of weights to the servers."""
 
     def __post_init__(self) -> None:
         positive(
@@ -703,35 +730,45 @@ class TimeoutsConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     output: Path = field(metadata={"from_cwd": True})
-    """Folder of the run: resolved config, metrics.jsonl, samples, TensorBoard, checkpoints, the exported policy."""
+    """Folder of the run. It gets the resolved config, metrics.jsonl, samples, TensorBoard files, checkpoints and the
+    exported policy."""
     steps: int
-    """Optimizer steps of the whole run."""
+    """Number of steps of the whole run."""
     model: ModelConfig
+    """The policy and its number format."""
     data: DataConfig
+    """Prompts, demonstrations, held-out problems, and how they are read."""
     batch: BatchConfig
+    """How many prompts, rollouts and demonstrations a step has, and how they are divided."""
     precision: Precision | None = None
-    """Number formats, with a `model.dtype` of bf16 (docs/fp8.md). Left out, or bf16: no FP8. fp8_rollout: training in
-    BF16; vLLM quantises in blocks of 128 x 128. fp8_e2e: the trainer's matrix products in such blocks, too.
-    fp8_tensorwise: both with one scale for each tensor, the first and last layer in BF16."""
+    """FP8 preset; each needs `model.dtype: bf16` (docs/fp8.md). Left out, or bf16: no FP8. fp8_rollout: training is in
+    BF16, and vLLM quantises weights in blocks of 128 x 128. fp8_e2e: the trainer's matrix products use such blocks,
+    too. fp8_tensorwise: trainer and vLLM use one scale for each tensor; the first and the last layer stay in BF16."""
     method: MethodConfig = field(default_factory=ChordConfig)
     """How a step mixes rollouts and demonstrations; docs/methods.md explains each method."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model and the batch are divided among ranks."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The policy loss on rollouts: advantage, clipping, average, KL penalty."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How vLLM samples rollouts, and how it gets the weights."""
     reward: RewardConfig = field(default_factory=MathReward)
     """How answers are graded: a `kind` and its settings."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its learning rate."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When and how held-out problems are evaluated during the run."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written, and which are kept."""
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
-    """Where the numbers go beside metrics.jsonl (docs/report.md#trackers); an empty list: nowhere."""
+    """Trackers that get the metrics in addition to metrics.jsonl (docs/report.md#trackers). An empty list: none."""
     trace_steps: int = 0
-    """How many steps to trace with torch's profiler, after the first two of every start: `traces/` in the run's folder,
-    one file a rank. Tracing slows these steps down."""
+    """How many steps torch's profiler traces after each start of the run, from the third step on. Each rank writes one
+    file to `traces/` in the run's folder. Traced steps are slower."""
     seed: int = 0
-    """Of the order of data, of sampling and of all random choices."""
+    """Seed of the order of data, of sampling and of all random choices."""
 
     def __post_init__(self) -> None:
         positive(steps=self.steps)

@@ -1,7 +1,7 @@
-"""The methods and their settings: one dataclass each. The block ``method`` is one of them, chosen by its ``name``.
+"""The settings of the methods, one dataclass for each. ``name`` chooses which of them the block ``method`` is.
 
-What a method does with its settings is in ``methods``. Only rules about a method's own settings are here. Rules that
-need other blocks are in the method's ``check``.
+The code of the methods is in ``methods``. This module checks only a method's own settings. Rules that need other
+blocks are in the method's ``check``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PRESETS = {
     "sft": "chord",
     "sft_then_rl": "chord",
 }
-"""Files of examples/methods whose name is not that of a method, and the method that each of them sets."""
+"""Files in examples/methods that are not named after a method, with the method that each of them uses."""
 
 
 def _named(name: str) -> Any:
-    """The field ``name`` of the method of that name. Its metadata answer names that are presets."""
+    """The dataclass field ``name`` of one method. Its metadata has a hint for each preset that is given as a name."""
     hints = {
         preset: f"{preset!r} is a preset of method {method}: write base: examples/methods/{preset}.yaml"
         for preset, method in PRESETS.items()
@@ -49,14 +49,15 @@ def _named(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SimpleWeight:
-    """one: plain SFT. p: importance-weighted SFT with pi_sample = 1, also known as DFT. phi: p(1-p), CHORD's."""
+    """one: weight 1, plain SFT. p: the token's probability p (DFT, or importance-weighted SFT with pi_sample = 1). phi:
+    p (1-p), as in CHORD."""
 
     kind: Literal["one", "p", "phi"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerWeight:
-    """scale p^a (1-p)^b, with its peak at a / (a + b); phi is a = b = scale = 1."""
+    """The weight is scale p^a (1-p)^b. It is largest at p = a / (a + b). a = b = scale = 1 is phi."""
 
     kind: Literal["power"] = "power"
     a: float = 1.0
@@ -64,7 +65,7 @@ class PowerWeight:
     b: float = 1.0
     """Exponent of 1 - p."""
     scale: float = 1.0
-    """Factor."""
+    """Constant factor of the weight."""
 
     def __post_init__(self) -> None:
         not_negative(**{"method.token_weight.a": self.a, "method.token_weight.b": self.b})
@@ -73,7 +74,7 @@ class PowerWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedISWeight:
-    """p where p <= threshold, else 0 (CHORD, App. B.2)."""
+    """The weight is p where p <= threshold, otherwise 0 (CHORD, App. B.2)."""
 
     kind: Literal["clipped_is"] = "clipped_is"
     threshold: float = 0.4
@@ -87,11 +88,11 @@ class ClippedISWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class FocalWeight:
-    """(1-p)^exponent."""
+    """The weight is (1-p)^exponent."""
 
     kind: Literal["focal"] = "focal"
     exponent: float = 2.0
-    """Of 1 - p."""
+    """Exponent of 1 - p."""
 
     def __post_init__(self) -> None:
         not_negative(**{"method.token_weight.exponent": self.exponent})
@@ -99,21 +100,22 @@ class FocalWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class BernoulliEntropyWeight:
-    """-p ln p - (1-p) ln(1-p)."""
+    """The weight is -p ln p - (1-p) ln(1-p), the entropy of "this token or another"."""
 
     kind: Literal["bernoulli_entropy"] = "bernoulli_entropy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTopWeight:
-    """1 for the `share` of demonstration tokens with the highest full-vocabulary entropy, else 0 (CHORD, B.2).
+    """The weight is 1 for the `share` of tokens with the highest full-vocabulary entropy, otherwise 0 (CHORD, App.
+    B.2).
 
-    Costs a forward pass more: the threshold is that of the whole update.
+    This costs one more forward pass, because the threshold depends on all demonstration tokens of the update.
     """
 
     kind: Literal["entropy_top"] = "entropy_top"
     share: float = 0.05
-    """Of an update's demonstration tokens, in (0, 1]."""
+    """Share of an update's demonstration tokens that have weight 1, in (0, 1]."""
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, f"method.token_weight.share must lie in (0, 1], got {self.share}")
@@ -121,18 +123,20 @@ class EntropyTopWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyNormWeight:
-    """Full-vocabulary entropy / its mean over the update's demonstration tokens. Costs a forward pass more."""
+    """The weight is the full-vocabulary entropy divided by its mean over the update's demonstration tokens. This costs
+    one more forward pass."""
 
     kind: Literal["entropy_norm"] = "entropy_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarginWeight:
-    """Of m = p - the probability of the best other token: 1 - |m|, or exp(-m^2 / (2 width^2)) where width is given."""
+    """The weight is 1 - |m|, or exp(-m^2 / (2 width^2)) if width is given. m is p minus the probability of the most
+    likely other token."""
 
     kind: Literal["margin"] = "margin"
     width: float | None = None
-    """Of the bell curve around m = 0. Left out: 1 - |m|."""
+    """Width of the bell curve around m = 0. Left out: the weight is 1 - |m|."""
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -153,19 +157,22 @@ TokenWeight = (
 
 @dataclass(frozen=True, kw_only=True)
 class ChordConfig:
-    """CHORD (arXiv 2508.11408): (1 - mu) x policy loss + mu x SFT loss. SFT, GRPO and DAPO are settings of it."""
+    """CHORD (arXiv 2508.11408): the loss is (1 - mu) x policy loss + mu x SFT loss. SFT, GRPO and DAPO are special
+    cases of it."""
 
     name: Literal["chord"] = _named("chord")
     mu: MuSchedule = field(default_factory=Constant)
-    """Weight of the SFT loss, by schedule. The default is CHORD-phi's, a constant 0.1."""
+    """Weight of the SFT loss at each step. The default is CHORD-phi's constant 0.1."""
     token_weight: TokenWeight = field(default_factory=lambda: SimpleWeight(kind="phi"))
-    """Weight of each demonstration token in the SFT loss. No gradient flows through it. The default is phi."""
+    """Weight of each demonstration token in the SFT loss. No gradient flows through the weight. The default is phi."""
     cutoff: float = 1.0
-    """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob). 1: all are."""
+    """Demonstration tokens with a probability above this are not trained (Trinity-RFT's cutoff_prob). 1: all tokens are
+    trained."""
     aggregation: Aggregation = "token-mean"
-    """How the SFT loss is averaged over demonstration tokens, by the names of objective.aggregation."""
+    """How the SFT loss is averaged over demonstration tokens. The names are explained at objective.aggregation."""
     sft_temperature: float = 1.0
-    """Divides the logits of demonstrations. `rollout.temperature` divides the logits of rollouts."""
+    """Number by which the logits of demonstrations are divided. `rollout.temperature` divides the logits of
+    rollouts."""
 
     def __post_init__(self) -> None:
         require(0 < self.cutoff <= 1, f"method.cutoff must lie in (0, 1], got {self.cutoff}")
@@ -174,13 +181,13 @@ class ChordConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LuffyConfig:
-    """LUFFY (arXiv 2504.14945): each prompt's demonstration is a member of its group, with a shaped ratio."""
+    """LUFFY (arXiv 2504.14945): each prompt's demonstration joins its group of rollouts and has a shaped ratio."""
 
     name: Literal["luffy"] = _named("luffy")
     gamma: float = 0.1
-    """Of the shaping f(p) = p / (p + gamma). The smaller it is, the more rare tokens count."""
+    """Constant of the shaping function f(p) = p / (p + gamma). A smaller gamma gives unlikely tokens more weight."""
     shaping: bool = True
-    """false: f(p) = p."""
+    """Whether the ratio of a demonstration token is f(p). false: it is p."""
 
     def __post_init__(self) -> None:
         positive(**{"method.gamma": self.gamma})
@@ -188,11 +195,11 @@ class LuffyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLPlusConfig:
-    """RL-PLUS (arXiv 2508.00222): each prompt's demonstration is a member of its group, with a mixture ratio."""
+    """RL-PLUS (arXiv 2508.00222): each prompt's demonstration joins its group of rollouts and has a mixture ratio."""
 
     name: Literal["rl_plus"] = _named("rl_plus")
     gamma: float = 0.5
-    """Exponent of (1 - p)^gamma, which multiplies the advantage. The larger it is, the less known tokens count."""
+    """Exponent of the factor (1 - p)^gamma of the advantage. A larger gamma gives likely tokens less weight."""
 
     def __post_init__(self) -> None:
         not_negative(**{"method.gamma": self.gamma})
@@ -200,15 +207,15 @@ class RLPlusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SRFTConfig:
-    """SRFT (arXiv 2506.19767): SFT and RL on demonstrations and rollouts, weighted by the policy's entropy."""
+    """SRFT (arXiv 2506.19767): SFT and RL losses on demonstrations and rollouts, weighted by the policy's entropy."""
 
     name: Literal["srft"] = _named("srft")
     sft_coefficient: float = 0.5
     """Weight of the SFT loss on demonstrations."""
     rl_coefficient: float = 0.1
-    """Weight of the loss on right rollouts."""
+    """Weight of the RL loss on rollouts with a positive reward."""
     positive_reward: float = 0.5
-    """Rollouts with a reward above this are right."""
+    """A rollout is positive if its reward is above this."""
 
     def __post_init__(self) -> None:
         not_negative(
@@ -258,15 +265,15 @@ class GHPOConfig:
 
     name: Literal["ghpo"] = _named("ghpo")
     stages: int = 3
-    """How often an all-wrong prompt is sampled again, each time with a longer hint."""
+    """How many times a prompt is sampled again while all of its rollouts are wrong, each time with a longer hint."""
     stage_share: float = 0.25
-    """Share of the solution by which the hint grows with each stage."""
+    """Length that each stage adds to the hint, as a share of the solution."""
     start_step: int = 0
-    """No hints before this step (the paper's cold start: 20)."""
+    """First step with hints. The paper's cold start is 20."""
     wrong_at_most: float = 0.0
     """A rollout is wrong if its score is no higher than this."""
     cue: str = "A correct solution begins as follows. Use it to solve the problem:"
-    """Line between the problem and the hint."""
+    """Text between the problem and the hint."""
 
     def __post_init__(self) -> None:
         require(self.stages >= 1, f"method.stages must be >= 1 (without hints it is GRPO), got {self.stages}")
@@ -280,15 +287,16 @@ class GHPOConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HPTConfig:
-    """HPT (arXiv 2509.04419): each prompt is trained by RL or, where its rollouts fail, by SFT."""
+    """HPT (arXiv 2509.04419): each prompt is trained by RL, or by SFT if its rollouts fail."""
 
     name: Literal["hpt"] = _named("hpt")
     gate: float = 0.0
-    """Prompts whose rollouts have a mean score of no more than this are trained by SFT."""
+    """A prompt is trained by SFT if the mean score of its rollouts is at most this."""
     sft_coefficient: float = 1.0
     """Weight of the SFT loss."""
     sft_temperature: float = 1.0
-    """Divides the logits of demonstrations. `rollout.temperature` divides the logits of rollouts."""
+    """Number by which the logits of demonstrations are divided. `rollout.temperature` divides the logits of
+    rollouts."""
 
     def __post_init__(self) -> None:
         require(0 <= self.gate < 1, f"method.gate must lie in [0, 1), got {self.gate}")
@@ -302,15 +310,15 @@ class HPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReMixConfig:
-    """ReMix (arXiv 2507.06892): in the first steps, part of every batch is rollouts of earlier steps."""
+    """ReMix (arXiv 2507.06892): in the first stage, a part of every batch is rollouts of earlier steps."""
 
     name: Literal["remix"] = _named("remix")
     stale_share: float = 0.4
-    """Probability that a group of the batch is one of an earlier step; the paper's p."""
+    """Probability that a group of the batch comes from an earlier step (p in the paper)."""
     lag: int = 2
-    """How many steps back such a group may lie; the paper's N. The rollouts of so many steps are kept."""
+    """How many steps such a group may be old (N in the paper). The rollouts of this many steps are kept."""
     mix_steps: int = 50
-    """Steps of the first stage; the paper's T. Later steps are on-policy."""
+    """Number of steps of the first stage (T in the paper). Later steps use only their own rollouts."""
 
     def __post_init__(self) -> None:
         require(0 <= self.stale_share <= 1, f"method.stale_share must lie in [0, 1], got {self.stale_share}")
@@ -320,13 +328,13 @@ class ReMixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """DPO on on-policy and off-policy pairs (arXiv 2305.18290, 2505.02363); the reference is `model.path`."""
+    """DPO on on-policy and off-policy pairs (arXiv 2305.18290, 2505.02363). The reference policy is `model.path`."""
 
     name: Literal["dpo"] = _named("dpo")
     beta: float = 0.1
-    """Strength of the pull towards the reference."""
+    """The paper's beta: a larger one keeps the policy closer to the reference."""
     offpolicy_share: float = 0.5
-    """Share of prompts whose pair is off-policy: the demonstration against the worst rollout."""
+    """Share of prompts whose pair is off-policy: the demonstration is preferred to the worst rollout."""
 
     def __post_init__(self) -> None:
         positive(**{"method.beta": self.beta})

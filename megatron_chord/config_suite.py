@@ -1,6 +1,6 @@
-"""What an evaluation is: benchmarks with their files, sampling, reward and metrics (`megatron-chord evaluate`).
+"""The settings of an evaluation suite: benchmarks with files, sampling, reward and metrics (`megatron-chord evaluate`).
 
-One frozen dataclass per YAML block, as in ``config``. What a benchmark leaves out is the suite's own.
+One frozen dataclass per YAML block, as in ``config``. Settings that a benchmark leaves out are taken from the suite.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.table import RewardConfig
 
 METRIC = re.compile(r"(avg|pass|maj)@([1-9][0-9]*)")
-"""Name of a metric: its kind, and of how many answers."""
+"""Name of a metric: its kind and its number of answers."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     samples: int = 1
-    """Answers to each problem."""
+    """Number of answers to each problem."""
     temperature: float = 0.0
-    """Of sampling, at most 2; 0 takes the most likely token, and all answers of a problem are then the same."""
+    """Sampling temperature, at most 2. 0: always the most likely token, so that all answers to a problem are the
+    same."""
     top_p: float = 1.0
-    """Only the most likely tokens whose probabilities add up to this are sampled, in (0, 1]."""
+    """Nucleus sampling: only the most likely tokens whose probabilities add up to this are sampled. In (0, 1]."""
     max_tokens: int = 1024
-    """Limit of an answer."""
+    """Longest answer."""
 
     def __post_init__(self) -> None:
         positive(**{"sampling.samples": self.samples, "sampling.max_tokens": self.max_tokens})
@@ -54,30 +55,31 @@ class SamplingConfig:
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     name: str
-    """Of its results, such as aime24."""
+    """Name of the benchmark in the results, such as aime24."""
     file: str
-    """Problems with their truths: a file, a folder of shards or a pattern (docs/data.md), relative to the suite's
-    `data`."""
+    """Problems with ground truths: a file, a folder of shards or a pattern (docs/data.md), relative to `data` of the
+    suite."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
-    """Where a row has what is read, as `data.prompt_fields` of a run: {problem: question, answer: answer.value}."""
+    """Names of the columns that hold each field, as `fields` of a source in `data.prompts` of a run: {problem:
+    question, answer: answer.value}."""
     category: str | None = None
-    """Field of a row with the problem's category, such as subject: accuracy is then also told by category."""
+    """Column with the category of a problem, such as subject. Accuracy is then also reported for each category."""
     prepare: str | None = None
-    """Command that makes the file; named where the file is missing."""
+    """Command that makes the file. It is shown if the file is missing."""
     system_prompt: str | None = None
-    """Put before every conversation without a system message. Left out: the suite's. An empty text: none."""
+    """System prompt for every conversation that has no system message. An empty text: none. Left out: the suite's."""
     chat_template: Path | None = None
     """Jinja file that replaces the policy's own chat template. Left out: the suite's."""
     max_prompt_tokens: int | None = None
-    """Longest prompt; a longer one is an error, as without it the benchmark would be another one. Left out: the
+    """Longest prompt. A longer one is an error: the benchmark would not be the same without it. Left out: the
     suite's."""
     sampling: SamplingConfig | None = None
-    """Left out: the suite's."""
+    """How answers are sampled. Left out: the suite's."""
     reward: RewardConfig | None = None
     """How an answer is graded. Left out: the suite's."""
     metrics: tuple[str, ...] = ()
-    """avg@K: mean grade of the first K answers. pass@K: probability that one of K answers is right. maj@K: probability
-    that the truth wins the vote of K answers. Left out: avg@samples."""
+    """avg@K: mean grade of the first K answers. pass@K: probability that at least one of K answers is right. maj@K:
+    probability that the most frequent of K answers is right. Left out: avg@samples."""
 
     def __post_init__(self) -> None:
         require(
@@ -93,16 +95,16 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanConfig:
-    """A mean over benchmarks, such as the overall of a leaderboard."""
+    """A mean over several benchmarks, such as the overall score of a leaderboard."""
 
     name: str
-    """Of its results, such as bfcl."""
+    """Name of the mean in the results, such as bfcl."""
     of: tuple[str, ...]
-    """Names of benchmarks."""
+    """Names of the benchmarks that are averaged."""
     metric: str = "avg@1"
-    """The metric of these benchmarks that is averaged."""
+    """Metric of these benchmarks that is averaged."""
     weigh: Literal["problems", "benchmarks"] = "problems"
-    """problems: every problem counts the same (instance-weighted). benchmarks: every benchmark does."""
+    """problems: every problem has the same weight. benchmarks: every benchmark has the same weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,28 +112,28 @@ class ServerConfig:
     """vLLM servers that `megatron-chord evaluate` starts on this machine."""
 
     count: int | None = None
-    """Servers. Left out: as many as the GPUs hold; without a GPU one."""
+    """Number of servers. Left out: as many as fit on the GPUs; one without a GPU."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations."""
+    """Number format of weights and activations."""
     tensor: int = 1
-    """GPUs of one server (tensor parallelism)."""
+    """Number of GPUs of one server (tensor parallelism)."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that a server takes, in (0, 1]."""
+    """Share of a GPU's memory that a server uses, in (0, 1]."""
     kv_cache_bytes: int | None = None
-    """Size of a server's KV cache; on a CPU 256 MiB where left out, on a GPU what is free."""
+    """Size of a server's KV cache. Left out: 256 MiB on a CPU; on a GPU, what is free."""
     requests: int | None = None
-    """Requests that a server gets at a time. Left out: 256; without a GPU 16."""
+    """Number of requests that a server gets at a time. Left out: 256 with a GPU, 16 without."""
     request_s: float = 1800.0
-    """Deadline of one request. The answer is then missing, and counted; the rest of the suite goes on."""
+    """Longest time of one request. After it the answer counts as missing, and the evaluation continues."""
     start_s: float = 1800.0
-    """From a server's start until it answers."""
+    """Longest time from the start of a server until it answers."""
     silence_s: float = 300.0
-    """A server that has requests, and neither finishes one nor computes a token for so long, is frozen."""
+    """A server is frozen if it has requests but neither finishes one nor computes a token for this long."""
     restarts: int = 3
-    """How often servers are replaced before the evaluation stops. Answers so far are kept."""
+    """How many times servers are replaced before the evaluation stops. It keeps the answers that it has."""
     repeatable: bool = False
-    """An answer does not depend on the other requests that the server processes: two evaluations are equal bit for
-    bit. Slower."""
+    """An answer does not depend on the other requests that the server processes at the same time, so that two
+    evaluations are equal bit for bit. Sampling is slower."""
 
     def __post_init__(self) -> None:
         positive(
@@ -155,38 +157,41 @@ class ServerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
     benchmarks: tuple[BenchmarkConfig, ...]
-    """What is evaluated, in the order of the tables."""
+    """The benchmarks that are evaluated, in the order of the tables."""
     means: tuple[MeanConfig, ...] = ()
     """Means over several benchmarks."""
     data: Path | None = None
-    """Folder of the benchmarks' files; the current one where left out."""
+    """Folder of the benchmarks' files. Left out: the current folder."""
     system_prompt: str | None = None
-    """Of benchmarks that leave theirs out."""
+    """System prompt for benchmarks that have none of their own."""
     chat_template: Path | None = None
-    """Of benchmarks that leave theirs out; the policy's own where this is left out, too."""
+    """Chat template for benchmarks that have none of their own. Left out: the policy's own."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}, as `data.template_arguments` of a
     run."""
     tools_as: Literal["auto", "system_message", "template"] | None = None
-    """Who shows a row's functions, as `data.tools_as` of a run. Left out: as in the run that the policy lies in; auto
-    where it lies in none."""
+    """How a row's functions are shown to the policy, as `data.tools_as` of a run. Left out: as in the run whose folder
+    the policy is in; auto if it is in none."""
     max_prompt_tokens: int = 4096
-    """Of benchmarks that leave theirs out."""
+    """Longest prompt of benchmarks that have no limit of their own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers are sampled, for benchmarks that do not say it themselves."""
     reward: RewardConfig = field(default_factory=MathReward)
+    """How answers are graded, for benchmarks that do not say it themselves."""
     server: ServerConfig = field(default_factory=ServerConfig)
     only: tuple[str, ...] = ()
-    """Names of the benchmarks that are asked. Left out: all. Means over others are not taken."""
+    """Names of the benchmarks that are evaluated. Means that need other benchmarks are then left out. Left out: all."""
     problems: int | None = None
-    """For a trial: at most the first so many problems of each benchmark."""
+    """For a trial: use at most this many problems of each benchmark, from the first on."""
     samples: int | None = None
-    """For a trial: at most so many answers to each problem. A metric with a larger k gets this one: avg@32 is avg@2."""
+    """For a trial: at most this many answers to each problem. Metrics of more answers are reduced: with 2, avg@32
+    becomes avg@2."""
     max_tokens: int | None = None
-    """For a trial: limit of an answer, where it is lower than the benchmark's."""
+    """For a trial: longest answer, if this is lower than the benchmark's own limit."""
     resamples: int = 2000
-    """How often the bootstrap draws the problems again; the intervals hold 95 % of the means."""
+    """Number of bootstrap resamples of the problems. They give the 95 % intervals."""
     seed: int = 0
-    """Of sampling and of the bootstrap. Every policy gets the same prompts with the same seeds."""
+    """Seed of sampling and of the bootstrap. Every policy gets the same prompts with the same seeds."""
 
     def __post_init__(self) -> None:
         require(bool(self.benchmarks), "benchmarks is empty: nothing to evaluate")
@@ -220,17 +225,17 @@ class SuiteConfig:
         return metrics
 
     def resolved(self) -> tuple[BenchmarkConfig, ...]:
-        """The benchmarks that are asked, with everything that they leave out, and with the limits of a trial."""
+        """The benchmarks that are evaluated, with the suite's settings filled in and the limits of a trial applied."""
         return tuple(
             self._resolved(item) for item in self.benchmarks if not self.only or item.name in self.only
         )
 
     def asked_means(self) -> tuple[MeanConfig, ...]:
-        """The means all of whose benchmarks are asked."""
+        """The means whose benchmarks are all evaluated."""
         return tuple(mean for mean in self.means if not self.only or set(mean.of) <= set(self.only))
 
     def metric_here(self, metric: str) -> str:
-        """The metric under the limits of a trial."""
+        """The name of the metric with the limits of a trial applied."""
         kind, _, k = metric.partition("@")
         return metric if self.samples is None else f"{kind}@{min(int(k), self.samples)}"
 

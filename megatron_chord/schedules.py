@@ -1,8 +1,8 @@
-"""mu, the weight of the SFT branch: a plain function of the step and of what the run has measured so far.
+"""Schedules of mu, the weight of the SFT branch: mu is a function of the step and of earlier measurements.
 
-Every schedule is one frozen dataclass: its fields are the YAML block ``method.mu``, ``value`` is mu. A step is
-counted from 0. What a schedule must remember between steps is a flat dictionary of numbers, kept equal on all ranks
-and saved in checkpoints; random choices are functions of (seed, step), so there is no random state to keep.
+Every schedule is one frozen dataclass. Its fields are the settings of the YAML block ``method.mu``; its method
+``value`` returns mu. The first step is step 0. Some schedules keep numbers between steps. These are a flat dictionary,
+equal on all ranks and saved in checkpoints. Random choices depend only on (seed, step), so there is no random state.
 """
 
 from __future__ import annotations
@@ -18,72 +18,76 @@ Memory = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleInput:
-    """All that mu may depend on."""
+    """Everything that mu may depend on."""
 
     step: int
-    """Optimizer step, the first is 0."""
+    """Number of the step; the first is 0."""
     seed: int = 0
-    """The run's."""
+    """Seed of the run."""
     memory: Memory = field(default_factory=dict[str, float])
-    """What `remember` returned after the step before; empty before the first."""
+    """What `remember` returned after the previous step; empty before the first step."""
     reward_mean: float | None = None
-    """Of this step's rollouts; None before they are there."""
+    """Mean reward of this step's rollouts; None before they are sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Base of the schedules: one without memory that needs no rewards."""
+    """Base of the schedules. Its defaults describe a schedule that keeps nothing and needs no rewards."""
 
     def value(self, now: ScheduleInput) -> float:
-        """mu in [0, 1]."""
+        """mu of one step, in [0, 1]."""
         raise NotImplementedError
 
     def bounds(self) -> tuple[float, float]:
-        """The least and the greatest value that mu can take in a run."""
+        """The smallest and the largest value that mu can have in a run."""
         raise NotImplementedError
 
     @property
     def needs_rewards(self) -> bool:
-        """mu is known only after sampling: ``value`` is called with ``reward_mean``, and every step samples."""
+        """Whether ``value`` needs ``reward_mean``. Every step then samples, and mu is known only after sampling."""
         return False
 
     @property
     def needs_last_step(self) -> bool:
-        """``value`` depends on what the step before measured, so it is not known before that step has trained."""
+        """Whether ``value`` depends on measurements of the previous step. mu is then known only after that step."""
         return False
 
     @property
     def needs_mu_gradient(self) -> bool:
-        """``remember`` reads ``measured["mu_gradient"]``, which the trainer must then compute."""
+        """Whether ``remember`` reads ``measured["mu_gradient"]``. The trainer then computes it."""
         return False
 
     @property
     def known_steps(self) -> int | None:
-        """At so many first steps mu is known before the run; None: at all."""
+        """How many steps, from the first on, have a mu that is known before the run. None: all steps."""
         return None
 
     def turns(self, steps: int) -> Sequence[int]:
-        """The steps of a run of ``steps`` at which mu begins to follow another rule, in order; may hold others."""
+        """Steps at which mu begins to follow another rule, in ascending order.
+
+        Args:
+            steps: number of steps of the run. The result may also contain steps outside the run.
+        """
         return ()
 
     def remember(self, now: ScheduleInput, mu: float, measured: Mapping[str, float]) -> Memory:
-        """The memory after a step that used ``mu`` and ``measured`` these numbers (its metrics row)."""
+        """The memory after a step that used ``mu``. ``measured`` is the metrics row of the step."""
         return now.memory
 
     def resets_optimizer(self, step: int) -> bool:
-        """Adam's moments and the learning-rate schedule start anew before this step."""
+        """Whether Adam's moments and the learning-rate schedule are reset before this step."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    """``peak`` at every step (CHORD-phi: 0.1). A number in place of the block is this schedule: ``mu: 0.5``."""
+    """mu is ``peak`` at every step (CHORD-phi: 0.1). ``mu: 0.5`` is short for this block with ``peak: 0.5``."""
 
     NUMBER = "peak"
 
     schedule: Literal["constant"] = "constant"
     peak: float = 0.1
-    """mu, in [0, 1]."""
+    """mu of every step, in [0, 1]."""
 
     def __post_init__(self) -> None:
         _in_unit_interval(peak=self.peak)
@@ -97,19 +101,19 @@ class Constant(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Decay(Schedule):
-    """A linear rise from 0 to ``peak``, a fall to ``valley``, then ``valley``."""
+    """mu rises linearly from 0 to ``peak``, falls to ``valley`` and stays there."""
 
     peak: float
-    """Highest mu, after the warm-up."""
+    """mu at the end of the warm-up, in [0, 1]."""
     valley: float
-    """mu after the fall."""
+    """mu at the end of the fall, in [0, 1]."""
     warmup_steps: int = 0
-    """Steps of the rise."""
+    """Number of steps in which mu rises."""
     decay_steps: int = 0
-    """Steps of the fall."""
+    """Number of steps in which mu falls."""
     first_step: int = 0
-    """What the schedule calls the run's first step: 0 (ms-swift: without warm-up it uses ``peak`` itself) or 1
-    (Trinity-RFT)."""
+    """Number that the schedule gives to the run's first step. 0: as in ms-swift; without warm-up the first step uses
+    ``peak`` itself. 1: as in Trinity-RFT."""
 
     def __post_init__(self) -> None:
         _in_unit_interval(peak=self.peak, valley=self.valley)
@@ -128,7 +132,7 @@ class _Decay(Schedule):
         )
 
     def bounds(self) -> tuple[float, float]:
-        # Monotone between these: the first step, the last of the warm-up, the first and the last of the fall.
+        # mu is monotone between these steps: the first, the last of the warm-up, the first and the last of the fall.
         ends = (0, self.warmup_steps - 1, self.warmup_steps, self.warmup_steps + self.decay_steps)
         values = [self.value(ScheduleInput(step=max(end - self.first_step, 0))) for end in ends]
         return min(values), max(values)
@@ -142,7 +146,7 @@ class _Decay(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupCosine(_Decay):
-    """The fall is a half cosine (CHORD-mu: 0.9 -> 0.05 in 200 steps); the schedule of Trinity-RFT and ms-swift."""
+    """The fall is a half cosine, as in Trinity-RFT and ms-swift (CHORD-mu: from 0.9 to 0.05 in 200 steps)."""
 
     schedule: Literal["warmup_cosine"] = "warmup_cosine"
 
@@ -162,13 +166,13 @@ class Linear(_Decay):
 
 @dataclass(frozen=True, kw_only=True)
 class Binary(Schedule):
-    """SFT, then RL: mu is 1 for the first ``switch_step`` steps and 0 afterwards."""
+    """SFT first, then RL: mu is 1 in the first ``switch_step`` steps and 0 afterwards."""
 
     schedule: Literal["binary"] = "binary"
     switch_step: int
-    """First step of RL."""
+    """Number of SFT steps before RL starts."""
     reset_optimizer: bool = False
-    """Start the second stage with fresh Adam moments and its own learning-rate warm-up, as two separate runs do."""
+    """Resets Adam's moments and starts the learning-rate warm-up again when RL starts, as two separate runs do."""
 
     def __post_init__(self) -> None:
         _counts(switch_step=self.switch_step)
@@ -188,19 +192,19 @@ class Binary(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic(Schedule):
-    """Alternating: ``sft_steps`` steps of SFT (mu 1), then ``policy_steps`` of RL (mu 0), and again."""
+    """SFT and RL alternate: ``sft_steps`` steps of SFT (mu 1), ``policy_steps`` steps of RL (mu 0), and so on."""
 
     schedule: Literal["periodic"] = "periodic"
     sft_steps: int = 1
-    """Steps of SFT in a row."""
+    """Number of SFT steps in a row."""
     policy_steps: int = 1
-    """Steps of RL in a row."""
+    """Number of RL steps in a row."""
 
     def __post_init__(self) -> None:
         _counts(sft_steps=self.sft_steps, policy_steps=self.policy_steps)
         if 0 in (self.sft_steps, self.policy_steps):
             raise ValueError(
-                "method.mu.sft_steps and method.mu.policy_steps must be > 0; for one alone use a constant mu"
+                "method.mu.sft_steps and method.mu.policy_steps must be > 0; for SFT or RL only, use a constant mu"
             )
 
     def value(self, now: ScheduleInput) -> float:
@@ -216,15 +220,15 @@ class Periodic(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardAdaptive(Schedule):
-    """max(0, ``tau`` - mean reward of this step's rollouts), at most 1 (CHORD, App. B.1: tau 0.5).
+    """mu is ``tau`` minus the mean reward of this step's rollouts, clamped to [0, 1] (CHORD, App. B.1: tau 0.5).
 
-    The paper does not say whether it smooths the mean; here it is that of one step. Nor does it say "at most 1", which
-    matters for rewards below 0.
+    The paper does not say whether it smooths the mean. Here it is the mean of one step. The paper has no upper limit
+    either; the limit of 1 matters only for rewards below 0.
     """
 
     schedule: Literal["reward_adaptive"] = "reward_adaptive"
     tau: float = 0.5
-    """Mean reward from which on mu is 0."""
+    """Mean reward at which mu reaches 0."""
 
     def __post_init__(self) -> None:
         _finite(tau=self.tau)
@@ -248,24 +252,24 @@ class RewardAdaptive(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorm(Schedule):
-    """SASR (arXiv 2505.13026): steps are SFT or RL, by a draw whose odds follow the SFT gradient norm.
+    """SASR (arXiv 2505.13026): each step is SFT or RL at random; the probability depends on the SFT gradient norm.
 
-    ``warmup_steps`` of SFT; G0 is the norm (``grad_norm``, before clipping) of the last of them, G that of the last SFT
-    step. A later step is SFT with probability G / (G + ``gamma`` G0). The paper's ``gamma`` and ``warmup_steps`` are
-    not known to us.
+    The first ``warmup_steps`` steps are SFT. Every later step is SFT with probability G / (G + ``gamma`` G0). G0 is the
+    gradient norm before clipping (``grad_norm``) of the last warm-up step; G is that of the latest SFT step. We do not
+    know the paper's values of ``gamma`` and ``warmup_steps``.
     """
 
     schedule: Literal["gradient_norm"] = "gradient_norm"
     warmup_steps: int
-    """Steps of SFT at the beginning."""
+    """Number of SFT steps at the start of the run."""
     gamma: float = 1.0
-    """The larger it is, the fewer steps are SFT."""
+    """Factor of G0 in the probability. A larger one makes SFT steps rarer."""
 
     def __post_init__(self) -> None:
         _counts(warmup_steps=self.warmup_steps)
         if self.warmup_steps == 0:
             raise ValueError(
-                "method.mu.warmup_steps must be > 0: the draw compares with the warm-up's gradient norm"
+                "method.mu.warmup_steps must be > 0: the schedule needs the gradient norm of a warm-up step"
             )
         _finite(gamma=self.gamma)
         if self.gamma < 0:
@@ -302,33 +306,34 @@ class GradientNorm(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Schedule):
-    """AMFT (arXiv 2508.06944), experimental: mu climbs the gradient of a utility and steers the policy's entropy.
+    """AMFT (arXiv 2508.06944), experimental: mu is learned from a utility and from the policy's entropy.
 
-    ``sft_steps`` of mu = 1, then ``initial``, and after every step
-    mu <- clip(mu + ``rate`` g + ``entropy_rate`` (``entropy_target`` - H), ``low``, ``high``), where H is that step's
-    entropy on rollout tokens (``entropy``) and g the change of the utility with mu (``mu_gradient``).
+    mu is 1 in the first ``sft_steps`` steps, then ``initial``. After every later step
+    mu <- clip(mu + ``rate`` g + ``entropy_rate`` (``entropy_target`` - H), ``low``, ``high``). H is the entropy of the
+    policy at rollout tokens in that step (metric ``entropy``). g is the derivative of the utility by mu (metric
+    ``mu_gradient``).
 
-    Open: we know this formula from a digest alone, and none of its constants, so ``rate`` and ``entropy_rate`` are 0
-    (off) until given. The digest also says that high entropy should raise mu, against the sign of its own formula,
-    which is ours; a negative ``entropy_rate`` turns it round. The paper's third version was withdrawn at the authors'
-    request pending an inquiry, so its results are no evidence.
+    We know this formula only from a summary of the paper, and none of its constants. Therefore ``rate`` and
+    ``entropy_rate`` are 0 (off) by default. The summary also says that high entropy should raise mu, which contradicts
+    its formula. We follow the formula; a negative ``entropy_rate`` does the opposite. The third version of the paper
+    was withdrawn at the authors' request during an inquiry, so its results prove nothing.
     """
 
     schedule: Literal["learned"] = "learned"
     sft_steps: int = 0
-    """Steps of SFT at the beginning."""
+    """Number of SFT steps at the start of the run."""
     initial: float = 0.5
-    """First mu after them."""
+    """mu of the first step after the SFT steps."""
     rate: float = 0.0
-    """Step size along the utility's gradient; 0: off."""
+    """Step size of the utility's gradient. 0: off."""
     entropy_rate: float = 0.0
-    """Step size of the entropy's part; 0: off."""
+    """Step size of the entropy term. 0: off."""
     entropy_target: float = 0.0
-    """Nats per token; must be given with `entropy_rate`."""
+    """Target of the entropy, in nats per token. Required with `entropy_rate`."""
     low: float = 0.05
-    """Above 0 where `rate` is: without an SFT pass there is no gradient to climb."""
+    """Smallest mu. It must be above 0 if `rate` is: a step without SFT has no gradient by mu."""
     high: float = 0.95
-    """Below 1: a step of mu = 1 samples nothing, so mu would stay there for ever."""
+    """Largest mu. It must be below 1: a step with mu = 1 samples nothing, so mu would never change again."""
 
     def __post_init__(self) -> None:
         _counts(sft_steps=self.sft_steps)
@@ -346,11 +351,11 @@ class Learned(Schedule):
             )
         if self.high == 1:
             raise ValueError(
-                "method.mu.high must be < 1: without rollouts nothing is measured, and mu would stay at 1"
+                "method.mu.high must be < 1: a step with mu 1 samples no rollouts, so mu would never change again"
             )
         if self.rate and self.low == 0:
             raise ValueError(
-                "method.mu.low must be > 0 with method.mu.rate: without an SFT pass mu has no gradient"
+                "method.mu.low must be > 0 with method.mu.rate: a step with mu 0 has no SFT loss to learn mu from"
             )
         if not self.low <= self.initial <= self.high:
             raise ValueError(
@@ -390,7 +395,7 @@ MuSchedule = Constant | WarmupCosine | Linear | Binary | Periodic | RewardAdapti
 
 
 def _draw(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing but seed and step: equal on all ranks, and after a resume."""
+    """A pseudo-random number in [0, 1) that depends only on seed and step: equal on all ranks and after a resume."""
     digest = hashlib.blake2b(f"mu/{seed}/{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53
 

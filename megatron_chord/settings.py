@@ -16,7 +16,7 @@ from megatron_chord import config, peers
 from megatron_chord.config_nodes import Dumper, choice, is_list, members
 
 _WIDTH = 110
-_BASE = "A file whose settings hold wherever this one has none; its name is relative to this file's folder."
+_BASE = "Another YAML file. Its settings hold where this file has none. The path is relative to this file's folder."
 
 _HEAD = """\
 # Settings
@@ -24,21 +24,23 @@ _HEAD = """\
 Every setting of a run's YAML file, with its default, its unit and its meaning. This page is written by
 `megatron-chord settings --markdown` from the dataclasses that read the file; do not edit it by hand.
 
-A block that is left out has its defaults. Where a block can be one of several, a single value in its place names which:
-`method: luffy`, `token_weight: phi`. On the command line a setting is written in full: `optim.lr=1e-6`. A file may
-begin with `base:`, the name of another file whose settings hold wherever this one has none. [methods.md](methods.md)
-explains the methods and the objective, [running.md](running.md) sampling ahead and early stop.
+A block that is left out has its defaults. Some blocks can be one of several. A single value then names the block and
+keeps its defaults: `method: luffy`, `token_weight: phi`. On the command line, write the full name of a setting:
+`optim.lr=1e-6`. `base: OTHER.yaml` in a file takes all settings that the file does not have from another file.
+[methods.md](methods.md) explains the methods and the objective. [running.md](running.md) explains sampling ahead and
+early stop. [rewards.md](rewards.md) and [data.md](data.md) explain rewards and data.
 """.rstrip()
 _PEERS_HEAD = """\
 ## Names in other trainers
 
-For people who come from verl, TRL, ms-swift or Trinity-RFT. Only settings that we have read there are listed. ms-swift
-also takes TRL's names.
+This table is for users of verl, TRL, ms-swift or Trinity-RFT. It lists only names that we have read in their
+configurations. ms-swift also takes TRL's names.
 """.rstrip()
 
 
 def lines(kind: type = config.RunConfig) -> Iterator[str]:
-    """A YAML-like listing of all settings. Required ones have no value; alternatives of one block stand in a row.
+    """A listing of all settings in the form of YAML. Required settings have no value. If a block can be one of several,
+    these are listed one after the other.
 
     Args:
         kind: the dataclass of a whole file: a run's, or an evaluation suite's.
@@ -61,11 +63,11 @@ def markdown() -> str:
 def _tables(
     kind: type, where: str, chosen_by: str | None = None, others: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The table of one dataclass, then those of the blocks in it.
+    """The table of one dataclass, then the tables of the blocks in it.
 
     Args:
-        chosen_by: the key that chose it, if any did.
-        others: further settings that are such blocks.
+        chosen_by: the key that chooses this dataclass among others, if there are others.
+        others: further settings whose blocks are the same dataclass.
     """
     hints = typing.get_type_hints(kind)
     title = f"`{where}`" if where else "The run"
@@ -80,7 +82,7 @@ def _tables(
 
 
 def _tables_of(kind: type, chosen: Sequence[dataclasses.Field[Any]], where: str) -> Iterator[str]:
-    """The table of some of a dataclass's settings, then those of the blocks among them."""
+    """The table of some of a dataclass's settings, then the tables of the blocks among them."""
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     rows: list[tuple[str, ...]] = []
     for field in chosen:
@@ -106,7 +108,7 @@ def _tables_of(kind: type, chosen: Sequence[dataclasses.Field[Any]], where: str)
 
 
 def _block_name(kind: Any, where: str) -> str:
-    """What stands in place of a value whose settings are listed ``where``."""
+    """The text that is shown as the value of a block. ``where`` says where its settings are listed."""
     return (
         f"a path, a list of paths, a block or a list of blocks, {where}"
         if is_list(kind)
@@ -115,7 +117,7 @@ def _block_name(kind: Any, where: str) -> str:
 
 
 def _shared_tables(blocks: Sequence[type], where: str, chosen_by: str | None) -> Iterator[str]:
-    """The settings that several of a union's dataclasses have from a base which is public: once, and not in each."""
+    """The tables of the settings that several dataclasses of a union inherit from a public base."""
     if chosen_by is None:
         return
     bases = {base: None for block in blocks for base in reversed(_public_bases(block))}
@@ -140,7 +142,7 @@ def _public_bases(kind: type) -> list[type]:
 
 
 def _own_fields(kind: type, chosen_by: str | None) -> list[dataclasses.Field[Any]]:
-    """Those that are in no table of a public base."""
+    """The fields of a dataclass that are not inherited from a public base."""
     inherited = {field.name for base in _public_bases(kind) for field in dataclasses.fields(base)}
     return [field for field in dataclasses.fields(kind) if field.name not in inherited | {chosen_by}]
 
@@ -160,7 +162,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _unit(name: str) -> str:
-    """By the end of a setting's name: ``timeout_s`` is in seconds."""
+    """The unit of a setting, which the end of its name says: ``timeout_s`` is in seconds."""
     endings = {
         "_s": "seconds",
         "_mb": "MiB",
@@ -182,7 +184,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[str]:
-    """The settings of one dataclass. ``chosen_by`` is the key that chose it among others, if there were others."""
+    """The settings of one dataclass. ``chosen_by`` is the key that chooses it among others, if there are others."""
     margin = " " * indent
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     fields = dataclasses.fields(kind)
@@ -207,7 +209,7 @@ def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[st
 
 
 def _sub_block(field: dataclasses.Field[Any], kind: Any, indent: int) -> Iterator[str]:
-    """A setting that is a block itself, one of several, or perhaps none."""
+    """The lines of a setting that is a block, one of several blocks, or an optional block."""
     margin, blocks, key = " " * indent, members(kind), choice(kind)
     notes = []
     if field.default is None:
@@ -240,14 +242,14 @@ def _definition(kind: type) -> ast.ClassDef:
 
 
 def _doc(kind: type) -> str:
-    """The docstrings of a dataclass and its private bases, the base first."""
+    """The docstrings of a dataclass and of its private bases, the base first."""
     parts = [base for base in reversed(kind.__mro__) if base is kind or base.__name__.startswith("_")]
     docs = (ast.get_docstring(_definition(part)) or "" for part in parts)
     return " ".join(" ".join(docs).replace("``", "`").split())
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """The string under each field of a dataclass and of those that it extends."""
+    """The docstring under each field of a dataclass and of its bases."""
     docs: dict[str, str] = {}
     names = {field.name for field in dataclasses.fields(kind)}
     for part in (base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)):

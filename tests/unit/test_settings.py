@@ -87,9 +87,10 @@ def test_the_alternatives_of_a_union_stand_in_a_row_each_with_its_own_settings()
 def test_a_private_base_lends_its_docs_and_field_docs() -> None:
     text = "\n".join(LISTING)
     assert (
-        "# A linear rise from 0 to `peak`, a fall to `valley`, then `valley`. The fall is a straight" in text
+        "# mu rises linearly from 0 to `peak`, falls to `valley` and stays there. The fall is a straight"
+        in text
     )
-    assert text.count("# What the schedule calls the run's first step") == 2
+    assert text.count("# Number that the schedule gives to the run's first step") == 2
     assert "Base of the schedules" not in text
 
 
