@@ -1,4 +1,4 @@
-"""What the package offers to Python: ``from megatron_chord import load_config, train, evaluate``."""
+"""The Python API of the package: ``from megatron_chord import load_config, train, evaluate``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Evaluated", "RunFailed", "Trained", "evaluate", "load_config", "trai
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     folder: Path
-    """Of the answers and tables."""
+    """Folder with the answers and tables."""
     results: dict[str, Any]
-    """As in results.json."""
+    """The content of results.json."""
 
 
 def evaluate(

@@ -1,8 +1,8 @@
-"""YAML and `a.b=value` overrides -> RunConfig or SuiteConfig, strictly; and back, for the run folder.
+"""Reads a YAML file and `a.b=value` overrides strictly into a RunConfig or SuiteConfig, and writes them back as YAML.
 
 Unknown keys, wrong types, missing fields and broken rules are collected and reported together, each with file and
-line. Values are read by the type of their field. Rules that are checked later, with the model or the method at hand,
-name their settings in full in the message; ``located`` finds where these are given.
+line. The type of a field decides how its value is read. Some rules are checked later, because they need the model or
+the method. Their messages contain the full names of settings; ``located`` adds the place where these are given.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MOVED = {
     "objective.sft_aggregation": "method.aggregation",
     "objective.sft_temperature": "method.sft_temperature",
 }
-"""Settings that had another name before."""
+"""Former names of settings, with the present names."""
 _AGGREGATIONS = {
     "token_mean": "token-mean",
     "sequence_mean": "seq-mean-token-mean",
@@ -78,14 +78,15 @@ RENAMED = {
     "method.aggregation": _AGGREGATIONS,
     "objective.advantage": {"group": "group_mean"},
 }
-"""Values that had another name before, by setting."""
+"""Former names of values, with the present names, for each setting."""
 _NAME = re.compile(r"[a-z]\w*(?:\.\w+)+")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML file, over the file that its ``base`` names, and apply overrides such as ``optim.lr=1e-6``.
+    """Read a run's YAML file and apply overrides such as ``optim.lr=1e-6``.
 
-    Relative paths in a file are relative to its folder; in overrides, and for ``output``, to the current one.
+    Settings that the file does not have come from the file that its ``base`` names. Relative paths in a file are
+    relative to the folder of the file. In overrides, and for ``output``, they are relative to the current folder.
 
     Raises:
         ConfigError: with every finding as "file:line: reason".
@@ -94,7 +95,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Read an evaluation suite, as ``load_config`` reads a run; relative paths of a file are relative to its folder.
+    """Read an evaluation suite as ``load_config`` reads a run. Relative paths in a file are relative to its folder.
 
     Raises:
         ConfigError: with every finding as "file:line: reason".
@@ -122,10 +123,11 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
-    """``message`` with the place in the run's file or overrides where a setting is given that it names in full.
+    """Put before ``message`` the place in the run's file or overrides where the setting is given that it names.
 
-    The first such setting that is given counts, else the first block that is given of a named setting, else the file.
-    A message that names no setting stays as it is.
+    The message may name several settings in full. The place is that of the first one that is given. If none is given,
+    it is that of the first block of a named setting, and otherwise the file. A message without a setting's name is
+    returned unchanged.
     """
     if not _settings_in(message):
         return message
@@ -134,9 +136,9 @@ def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def meant_by(name: str, kind: type = RunConfig) -> list[str]:
-    """The settings of ``kind`` that a person may mean by ``name``: that one, or those with this last part.
+    """The settings of ``kind`` that a person may mean by ``name``: the one of that name, or those that end with it.
 
-    ``lr`` means ``optim.lr``, and ``temperature`` those of several blocks.
+    ``lr`` means ``optim.lr``. ``temperature`` can mean the settings of several blocks.
     """
     known = setting_names(kind)
     return [name] if name in known else sorted(full for full in known if full.endswith(f".{name}"))
@@ -165,7 +167,7 @@ def _told(value: Any) -> str:
 def _overridden(
     root: yaml.MappingNode, overrides: Sequence[str], kind: type = RunConfig
 ) -> tuple[yaml.MappingNode, list[str]]:
-    """The tree with the overrides applied, and what is wrong with the others."""
+    """The tree with the valid overrides applied, and the findings about the others."""
     wrong: list[str] = []
     for text in overrides:
         try:
@@ -187,7 +189,7 @@ def _place_of(message: str, places: Mapping[str, str]) -> str | None:
 
 
 class _Invalid(Exception):
-    """A value that has been reported already."""
+    """The result for a value that is wrong and has been reported."""
 
 
 class _Reader:
@@ -241,7 +243,7 @@ class _Reader:
             raise self._fail(node, str(error)) from None
 
     def _list(self, node: yaml.Node, item: Any, where: str, field: Any) -> tuple[Any, ...]:
-        """A list of single values, where one path may stand for a list of one; or of blocks of several kinds."""
+        """A list of single values, or a list of blocks of several kinds. A single path counts as a list of one path."""
         if item is Path and isinstance(node, yaml.ScalarNode):
             return (self._scalar(node, item, where, field),)
         if not isinstance(node, yaml.SequenceNode):
@@ -249,7 +251,7 @@ class _Reader:
         return tuple(self._item(part, item, where, index, field) for index, part in enumerate(node.value))
 
     def _item(self, node: yaml.Node, kind: Any, where: str, index: int, field: Any) -> Any:
-        """Of a list. A block among others is named by its place, and a rule's finding belongs to its own lines."""
+        """One item of a list. The name of a block contains its position, and findings about it have its own line."""
         if not members(kind):
             return self.read(node, kind, where, field if kind is Path else None)
         block = as_block(node, kind)
@@ -281,7 +283,7 @@ class _Reader:
         return self._dataclass(node, values[name], where, f"{key}: {name}")
 
     def _dataclass(self, node: yaml.MappingNode, kind: type, where: str, variant: str) -> Any:
-        """``variant``: the choice that led to this dataclass, where there was one."""
+        """``variant``: the name by which this dataclass was chosen among several, if it was."""
         hints = _hints(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         values: dict[str, Any] = {}
@@ -312,7 +314,7 @@ class _Reader:
             raise _Invalid from error
 
     def _free_mapping(self, node: yaml.Node, where: str, *, nested: bool) -> dict[str, Any]:
-        """``nested``: values may be lists and mappings of values, too."""
+        """``nested``: whether values may also be lists and mappings of values."""
         if not isinstance(node, yaml.MappingNode):
             raise self._fail(node, f"{where}: expected a mapping, got {_shown(node)}")
         values: dict[str, Any] = {}
@@ -326,7 +328,8 @@ class _Reader:
         return values
 
     def _natural(self, node: yaml.Node, where: str, nested: bool) -> Any:
-        """A value that no field has a type for, by YAML's own types; reported, and None, where it is no single one."""
+        """A value without a declared type, read by YAML's own types. None, and a report, if it is not a single
+        value."""
         if nested and isinstance(node, yaml.SequenceNode):
             return [self._natural(item, where, nested) for item in node.value]
         if nested and isinstance(node, yaml.MappingNode):

@@ -1,7 +1,7 @@
-"""The YAML nodes of a run: its file, the files that this one is based on, and the overrides, as one tree.
+"""Merges the YAML nodes of a run into one tree: its file, the files in ``base``, and the overrides.
 
-What belongs together is decided by the settings' types: a block is a dataclass, or one of several that a key of
-theirs tells apart. Every node knows the file and line, or the override, that it comes from.
+The types of the settings say how nodes are merged. A block is a dataclass, or one of several dataclasses; then the
+value of one key, such as ``kind``, says which. Every node knows the file and line, or the override, that it comes from.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _NULL = "tag:yaml.org,2002:null"
 _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-"""YAML 1.1 takes 1e-6 and 1.0e6 for strings."""
+"""Numbers such as 1e-6 and 1.0e6, which YAML 1.1 reads as strings."""
 
 
 class ConfigError(ValueError):
-    """What is wrong with a run's settings, one finding a line."""
+    """Findings about a run's settings, one on each line."""
 
 
 class _Override(yaml.Mark):
-    """The place of what was given as an override, which is the mark's name."""
+    """The place of a value that was given as an override. The name of the mark is the override."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the strings that would be read as numbers here."""
+    """Writes YAML. It puts quotes around strings that this project's loader would read as numbers."""
 
 
 for _class in (_Loader, Dumper):
@@ -52,9 +52,9 @@ for _class in (_Loader, Dumper):
 
 
 def members(kind: Any) -> tuple[type, ...]:
-    """The dataclasses that a block of settings of type ``kind`` can be; none where it is no block.
+    """The dataclasses that a block of type ``kind`` can be; empty if the type is not a block.
 
-    Of a list of blocks those of one block.
+    For a list of blocks: the dataclasses that one of its blocks can be.
     """
     parts = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     parts = tuple(get_args(part)[0] if get_origin(part) is tuple else part for part in parts)
@@ -63,9 +63,9 @@ def members(kind: Any) -> tuple[type, ...]:
 
 
 def choice(kind: Any) -> str | None:
-    """The key that tells which of several dataclasses a block is. A single value in place of the block is this key's.
+    """The key whose value says which of several dataclasses a block is. None if a block can be only one dataclass.
 
-    None where a block can be only one dataclass.
+    A single value that is given instead of the block is the value of this key.
     """
     blocks = [typing.get_type_hints(member) for member in members(kind)]
     if len(blocks) < 2:
@@ -75,7 +75,7 @@ def choice(kind: Any) -> str | None:
 
 
 def _tells_apart(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
-    """Every block has other values for ``key``."""
+    """Whether no two blocks have a value of ``key`` in common."""
     if not all(get_origin(hints.get(key)) is Literal for hints in blocks):
         return False
     values = [value for hints in blocks for value in get_args(hints[key])]
@@ -83,20 +83,23 @@ def _tells_apart(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
 
 
 def default_choice(kind: Any) -> str | None:
-    """What a block without its ``choice`` is: the default of that key in the first dataclass. None: it is needed."""
+    """The value of the key ``choice(kind)`` for a block that does not have it. None if the key is required.
+
+    It is the key's default in the first dataclass.
+    """
     key = choice(kind)
     default = members(kind)[0].__dataclass_fields__[key].default if key else dataclasses.MISSING
     return None if default is dataclasses.MISSING else default
 
 
 def place(node: yaml.Node) -> str:
-    """Where a finding about ``node`` belongs."""
+    """The place of ``node`` for findings: file and line, or the override."""
     mark = node.start_mark
     return mark.name if isinstance(mark, _Override) else f"{mark.name}:{mark.line + 1}"
 
 
 def folder(node: yaml.Node) -> Path:
-    """What a relative path in ``node`` is relative to: the folder of its file; for an override, the current one."""
+    """The folder to which a path in ``node`` is relative: that of its file, or the current one for an override."""
     return Path() if isinstance(node.start_mark, _Override) else Path(node.start_mark.name).parent
 
 
@@ -115,8 +118,11 @@ def is_list(kind: Any) -> bool:
 
 
 def as_list(node: yaml.Node, kind: Any) -> list[yaml.Node] | None:
-    """The blocks of a list of blocks. One block may stand for a list of one; a list of single values is one block,
-    whose ``SHORTHAND`` setting is that list. None where it is no list."""
+    """The nodes of a list of blocks; None if ``node`` is null.
+
+    A single block counts as a list of one block. A list of single values is one block whose setting ``SHORTHAND`` is
+    that list.
+    """
     if not isinstance(node, yaml.SequenceNode):
         return None if is_null(node) else [as_block(node, kind)]
     if node.value and all(isinstance(item, yaml.ScalarNode) for item in node.value):
@@ -125,13 +131,13 @@ def as_list(node: yaml.Node, kind: Any) -> list[yaml.Node] | None:
 
 
 def _shorthand(kind: Any) -> str | None:
-    """The setting that a single value in place of a block is."""
+    """The setting that gets a single value which is given instead of a block."""
     parts = members(kind)
     return choice(kind) or (getattr(parts[0], "SHORTHAND", None) if parts else None)
 
 
 def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
-    """The block that a single value or a list is short for; other nodes as they are.
+    """The block that a single value or a list is short for. Other nodes are returned unchanged.
 
     ``phi`` -> ``{kind: phi}``, ``[a, b]`` -> ``{kind: sum, terms: [a, b]}``, and for ``method.mu``
     ``0.5`` -> ``{schedule: constant, peak: 0.5}``.
@@ -144,7 +150,8 @@ def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
 
 
 def _from_number(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
-    """The block of which a number is short for the setting ``NUMBER``; the choice's own value where there is none."""
+    """The block that a number is short for: the number becomes the setting that ``NUMBER`` of a dataclass names. If no
+    dataclass has ``NUMBER``, the number is read as any single value."""
     key = choice(kind)
     for member in members(kind):
         number = getattr(member, "NUMBER", None)
@@ -159,7 +166,8 @@ def _from_single(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
 
 
 def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
-    """The block of which a list is short for one setting, where there is such a block (``from_list``)."""
+    """The block that a list is short for: the list becomes the setting whose metadata has ``from_list``. If there is no
+    such setting, the node is returned unchanged."""
     key = choice(kind)
     for member in members(kind):
         for field in dataclasses.fields(member):
@@ -169,7 +177,8 @@ def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
 
 
 def _chosen(member: type, key: str, setting: str, node: yaml.Node) -> yaml.MappingNode:
-    """The block of type ``member``, which its default for ``key`` names, with ``node`` as its ``setting``."""
+    """A block of type ``member`` whose ``setting`` is ``node``. The default of ``key`` in ``member`` chooses the
+    type."""
     name = yaml.ScalarNode(_STR, member.__dataclass_fields__[key].default, node.start_mark, node.end_mark)
     return _mapping([(_key(key, node), name), (_key(setting, node), node)], node)
 
@@ -177,10 +186,11 @@ def _chosen(member: type, key: str, setting: str, node: yaml.Node) -> yaml.Mappi
 def read_files(
     path: Path, kind: type, asked_by: yaml.Node | None = None, above: tuple[Path, ...] = ()
 ) -> yaml.MappingNode:
-    """The settings of a file, over those of the file that its ``base`` names.
+    """The settings of a file, merged with those of the file that its ``base`` names. The file itself has precedence.
 
     Raises:
-        ConfigError: a file cannot be read or is no YAML mapping; what it says is then unknown, so nothing else is told.
+        ConfigError: a file cannot be read or is not a YAML mapping. Its settings are then unknown, so this is the only
+            finding.
     """
     if path.resolve() in (file.resolve() for file in above):
         chain = " -> ".join(str(file) for file in (*above, path))
@@ -206,17 +216,17 @@ def read_files(
 
 
 def override(root: yaml.MappingNode, text: str, kind: type) -> yaml.MappingNode:
-    """``root`` with one setting replaced, as in ``optim.lr=1e-6``; all others stay as they are.
+    """A copy of ``root`` with one setting replaced. ``text`` is the override, such as ``optim.lr=1e-6``.
 
     Raises:
-        ConfigError: it has not this form.
+        ConfigError: the override does not have this form.
     """
     key, separator, value = text.partition("=")
     name = f"override {text!r}"
     if not separator or not key:
         raise ConfigError(f"{name}: expected name=value, as in optim.lr=1e-6")
     if key == "base":
-        raise ConfigError(f"{name}: a base is named in a file only")
+        raise ConfigError(f"{name}: base can only be set in a file, not as an override")
     mark = _Override(name, 0, 0, 0, None, 0)
     try:
         node = _Loader(value, name, _Override).get_single_node() or yaml.ScalarNode(_NULL, "", mark)
@@ -239,7 +249,10 @@ def _compose(text: str, name: str) -> yaml.MappingNode:
 
 
 def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
-    """``own`` over ``below``, the nodes of one setting: key by key, unless ``own`` makes the block's choice anew."""
+    """Two nodes of one setting merged; ``own`` has precedence over ``below``.
+
+    Blocks are merged key by key. But if ``own`` chooses another dataclass than ``below``, it replaces the whole block.
+    """
     below = as_block(below, kind)
     if kind is None or not (isinstance(below, yaml.MappingNode) and isinstance(own, yaml.MappingNode)):
         return own
@@ -254,7 +267,7 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
 
 
 def _differs(chosen: yaml.Node | None, below: yaml.Node | None, default: str | None) -> bool:
-    """A variant is named, and it is not the one below."""
+    """Whether a dataclass is chosen and differs from the one that ``below`` chooses."""
     return chosen is not None and chosen.value != (default if below is None else below.value)
 
 
@@ -273,7 +286,7 @@ def _set(node: yaml.Node | None, keys: Sequence[str], value: yaml.Node, kind: An
 
 
 def setting_names(kind: Any, where: str = "") -> set[str]:
-    """The full name of every setting that a block of this type can have, such as ``optim.lr``; blocks included."""
+    """The full names of all settings that a block of this type can have, such as ``optim.lr``. Blocks are included."""
     names: set[str] = set()
     for member in members(kind):
         hints = typing.get_type_hints(member)
@@ -284,7 +297,7 @@ def setting_names(kind: Any, where: str = "") -> set[str]:
 
 
 def given_places(root: yaml.MappingNode, where: str = "") -> dict[str, str]:
-    """Where each setting of a tree is given, by its full name, such as ``optim.lr``; blocks are settings, too."""
+    """The place of each setting in a tree, by its full name, such as ``optim.lr``. Blocks are included."""
     places: dict[str, str] = {}
     for key, value in root.value:
         if isinstance(key, yaml.ScalarNode):
@@ -296,7 +309,7 @@ def given_places(root: yaml.MappingNode, where: str = "") -> dict[str, str]:
 
 
 def _inner(kind: Any, key: Any) -> Any:
-    """The type of the setting ``key`` in a block of type ``kind``; None where it has none."""
+    """The type of the setting ``key`` in a block of type ``kind``; None if the block has no such setting."""
     hints = (typing.get_type_hints(member) for member in members(kind))
     return next((found[key] for found in hints if isinstance(key, str) and key in found), None)
 

@@ -1,8 +1,8 @@
-"""What is installed on this machine, what of it does not fit, and what to do about it.
+"""Lists what is installed on this machine, what does not fit, and what to do about it.
 
-It must still run where an installation went wrong, so it needs only the standard library and rich: distributions are
-read from their metadata, never imported. Version ranges are pyproject.toml's, which is their one place. torch is
-started, in a process of its own with a deadline, only to ask it about CUDA devices.
+It must also work when an installation has failed. So it needs only the standard library and rich, and it reads the
+metadata of distributions instead of importing them. Version ranges come from pyproject.toml. To ask torch about CUDA
+devices, it starts torch in a separate process with a deadline.
 
 A machine is of kind GPU when it has an NVIDIA device, or when the packages for GPUs are installed and the GPUs are
 elsewhere (a login node, an image that is built); else it is of kind CPU. Only what runs on that kind of machine cannot
@@ -42,7 +42,7 @@ FIRST_DRIVER = {12: 525, 13: 580}
 MIN_SHARED_MEMORY = 1 << 30
 MIN_OPEN_FILES = 4096
 IMPORTS_TRITON = (0, 19)
-"""The first Megatron-Core that cannot be imported without it (transformer/moe/ops/paged_stash.py:4)."""
+"""The first Megatron-Core that cannot be imported without Triton (transformer/moe/ops/paged_stash.py:4)."""
 MIN_CUDNN = (9, 3)
 """Of Transformer Engine 2.11 (its README)."""
 CUDNN_FOLDERS = (
@@ -61,12 +61,12 @@ GPUS_ELSEWHERE = (
 @dataclass(frozen=True)
 class Finding:
     section: str
-    """One of SECTIONS."""
+    """The section of the report, one of SECTIONS."""
     name: str
     found: str
     status: Status
     advice: str = ""
-    """What to do, or what it is for."""
+    """What to do if it does not fit, or what it is used for."""
     required: bool = False
 
 
@@ -76,7 +76,7 @@ class Requirement:
     versions: str
     """Specifiers such as ``>=5.16.1,<5.20``; empty for any version."""
     extra: str = ""
-    """The optional group it belongs to; empty for what every run needs."""
+    """The optional group (extra) that needs it; empty if every run needs it."""
 
     def fits(self, version: str) -> bool:
         return all(_holds(version, specifier) for specifier in self.versions.split(",") if specifier.strip())
@@ -95,12 +95,12 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the operating system tells; the rest is read from the installed distributions."""
+    """What the operating system says. Everything else is read from the installed distributions."""
 
     devices: tuple[Device, ...] = ()
-    """As nvidia-smi lists them."""
+    """The GPUs that nvidia-smi lists."""
     num_device_files: int = 0
-    """/dev/nvidia0 and so on, which are there even when nvidia-smi fails."""
+    """Number of device files such as /dev/nvidia0. They exist even when nvidia-smi fails."""
     num_cores: int
     memory: int
     shared_memory: int
@@ -108,13 +108,13 @@ class Machine:
     open_files: int
     """This process's limit on open files."""
     slurm: tuple[str, ...] = ()
-    """Which of sbatch and srun are on PATH."""
+    """Those of sbatch and srun that are on PATH."""
     c_compiler: str = ""
-    """That Triton would take; empty where there is none, or Python's headers are missing."""
+    """The compiler that Triton would use; empty if there is none or if Python's headers are missing."""
 
 
 def report(machine: Machine | None = None) -> list[Finding]:
-    """All findings, in the order of SECTIONS. ``machine`` defaults to this one."""
+    """All findings, in the order of SECTIONS. ``machine`` defaults to the machine that this runs on."""
     machine = machine or this_machine()
     needs = requirements()
     build = torch_build()
@@ -170,13 +170,13 @@ def _megatron(need: Requirement, kind: Kind) -> Finding:
         advice = f"not tested; tested are {' and '.join(TESTED)}"
         return replace(finding, status="optional", advice=advice)
     if _numbers(finding.found) >= IMPORTS_TRITON and _version("triton") is None:
-        advice = "it imports Triton, which CUDA builds of torch bring: pip install triton, or megatron-core==0.16.1"
+        advice = "it needs Triton, which CUDA builds of torch include: pip install triton, or megatron-core==0.16.1"
         return replace(finding, status="wrong", advice=advice)
     return replace(finding, advice=f"tested; works with Transformer Engine {engines}")
 
 
 def _apex() -> Finding:
-    """NVIDIA's Apex is optional. PyPI's distribution of that name is a web toolkit by other authors."""
+    """NVIDIA's Apex is optional. PyPI's distribution ``apex`` is a web toolkit by other authors."""
     name, version = "apex, NVIDIA's", _version("apex")
     spec = PathFinder.find_spec("apex", sys.path)
     if version is None and (spec is None or spec.origin is None):  # no package, or some folder of that name
@@ -222,7 +222,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
         found, advice = (
             _version("flash-attn"),
             "cuDNN's attention on packed sequences needs capability 9.0: without flash-attn (2.1.1 to 2.8.3) "
-            "Transformer Engine keeps all scores, of a length's square",
+            "Transformer Engine keeps all scores; their memory grows with the square of the length",
         )
         yield _check("GPU", "flash-attn", found or "-", found is not None, advice, required=False)
     if build.startswith("CUDA"):
@@ -235,7 +235,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
 
 
 def _as_torch_sees(num_devices: int) -> Iterator[Finding]:
-    """Asked in a process of its own: a broken CUDA installation may hang or abort."""
+    """Findings about CUDA as torch sees it. A separate process asks torch: a broken CUDA may hang or abort."""
     question = (
         "import json, torch; seen = torch.cuda.is_available() and torch.cuda.device_count();"
         " nccl = torch.distributed.is_nccl_available() and '.'.join(map(str, torch.cuda.nccl.version()));"
@@ -291,7 +291,7 @@ def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bo
     """What this machine lacks for a precision, each in words. Devices are not asked for where GPUs are elsewhere.
 
     Args:
-        rollouts_elsewhere: the rollout servers run on other machines.
+        rollouts_elsewhere: whether the rollout servers run on other machines.
     """
     settings = preset(precision)
     if settings.training is None and (settings.rollouts is None or rollouts_elsewhere):
@@ -343,7 +343,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def _transformer_engine(need: Requirement) -> Finding:
-    """Three distributions make one package: the plain one alone is empty, and all must have the same version."""
+    """Transformer Engine consists of three distributions of the same version. The plain one contains no code."""
     parts = {
         "plain": _version("transformer-engine"),
         "core": _version("transformer-engine-cu13") or _version("transformer-engine-cu12"),
@@ -371,7 +371,7 @@ def _transformer_engine(need: Requirement) -> Finding:
 
 
 def _transformer_engine_build() -> Iterator[Finding]:
-    """What its build would lack: said here, not after 13 minutes."""
+    """What is missing for the build of Transformer Engine, which takes about 13 minutes before it would fail."""
     lacks = [check for check in te_build.checks(te_build.this_host()) if not check.fits]
     for check in lacks:
         yield _check("FP8", f"its build: {check.name}", check.found, False, check.remedy, required=False)
@@ -417,7 +417,7 @@ def _check(
     required: bool = True,
     otherwise: Status = "wrong",
 ) -> Finding:
-    """A finding whose advice is for the case that it does not fit."""
+    """A finding that has advice only if it does not fit."""
     return Finding(section, name, found, "ok" if fits else otherwise, "" if fits else advice, required)
 
 
@@ -425,8 +425,11 @@ def _check(
 
 
 def requirements() -> list[Requirement]:
-    """Python's, the distributions' and the extras' version ranges: from the checkout's pyproject.toml, or, where the
-    package was installed without its checkout, from the copy of it in the installed metadata."""
+    """The version ranges of Python, of the distributions and of the extras.
+
+    They come from pyproject.toml of the checkout. If the package was installed without its checkout, they come from the
+    installed metadata.
+    """
     file = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if file.is_file():
         project = tomllib.loads(file.read_text())["project"]
@@ -455,9 +458,12 @@ def _requirement(line: str, extra: str) -> Requirement:
 
 
 def _holds(version: str, specifier: str) -> bool:
-    """Of PEP 440 only what pyproject.toml uses: numbers compared with ==, >= and <; local versions are left out."""
+    """Whether a version satisfies a specifier.
+
+    Only the part of PEP 440 that pyproject.toml uses: numbers compared by ==, >= and <. Local versions are ignored.
+    """
     parts = re.fullmatch(r"\s*(==|>=|<)\s*([\d.]+)\s*", specifier)
-    assert parts is not None, f"version specifier {specifier!r} is of no kind that doctor knows"
+    assert parts is not None, f"doctor does not know the form of the version specifier {specifier!r}"
     found, bound = _numbers(version), _numbers(parts[2])
     length = max(len(found), len(bound))
     found, bound = (numbers + (0,) * (length - len(numbers)) for numbers in (found, bound))
@@ -474,7 +480,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _version(name: str) -> str | None:
-    """Of the installed distribution, or None."""
+    """The version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -482,7 +488,7 @@ def _version(name: str) -> str | None:
 
 
 def torch_build() -> str:
-    """``CPU``, ``CUDA 13.0``, or nothing without torch; read from torch/version.py, which is not imported."""
+    """``CPU``, or a CUDA version such as ``CUDA 13.0``; empty without torch. Read from the text of torch/version.py."""
     if _version("torch") is None:
         return ""
     file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
@@ -505,7 +511,7 @@ def this_machine() -> Machine:
 
 
 def _c_compiler() -> str:
-    """As Triton 3.7.1 looks for it (runtime/build.py)."""
+    """The C compiler that Triton 3.7.1 would use (runtime/build.py)."""
     headers = Path(sysconfig.get_config_var("INCLUDEPY") or "") / "Python.h"
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return found if found and headers.is_file() else ""
@@ -525,7 +531,7 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _memory() -> int:
-    """Bytes that this process may use: the machine's, or its control group's limit when that is lower."""
+    """Bytes of memory that this process may use: the machine's memory or the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
     texts = [file.read_text().strip() for file in limits if file.is_file()]
@@ -537,7 +543,7 @@ def _run(command: list[str], *, timeout_s: float) -> str:
 
 
 def main() -> int:
-    """Print the report; 1 if something that runs on this kind of machine need is missing or wrong."""
+    """Print the report. Return 1 if something that runs need on this kind of machine is missing or does not fit."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

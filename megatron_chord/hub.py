@@ -1,7 +1,7 @@
-"""Names on the Hugging Face hub: looked up in the local cache, and downloaded before a run where that is allowed.
+"""Names on the Hugging Face hub. They are looked up in the local cache, and downloaded before a run if that is allowed.
 
-A model is ``OWNER/NAME``, a data set ``hf://datasets/OWNER/NAME/PATH``, whose path may be a pattern. Either may end in
-``@REVISION`` after its name. Nothing is downloaded in a Slurm job, by a rank, or with ``HF_HUB_OFFLINE``.
+A model is ``OWNER/NAME``. A data set is ``hf://datasets/OWNER/NAME/PATH``; the path may be a pattern. ``@REVISION`` may
+follow the name of either. Nothing is downloaded in a Slurm job, by a rank, or with ``HF_HUB_OFFLINE``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Kind = Literal["model", "dataset"]
 _REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?")
 _UNRESOLVED = re.compile(r"hf:/+(?P<kind>models|datasets)/(?P<name>.*)")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""No pickles."""
+"""Files of a model that are downloaded. Pickles are not among them."""
 _DATA_FILE = re.compile(r".*\.(parquet|jsonl|ndjson|json|csv|arrow)(\.gz|\.zst)?")
-"""What `data.rows` reads."""
+"""Endings of the files that `data.rows` reads."""
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<start>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<end>\..*)?")
 """Names such as train-00000-of-00010.parquet."""
@@ -34,7 +34,7 @@ class HubName:
     repo: str
     revision: str = "main"
     inside: str = ""
-    """Of a data set: path or pattern in its repository."""
+    """For a data set: the path or pattern in its repository."""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision != "main" else ""
@@ -43,12 +43,12 @@ class HubName:
 
     @property
     def unresolved(self) -> Path:
-        """What stands in a run's settings for a name that is not in the cache."""
+        """The path that a run's settings have for a name that is not in the cache."""
         return Path(f"hf:/{self.kind}s") / str(self).removeprefix("hf://datasets/")
 
     @property
     def command(self) -> str:
-        """What downloads it by hand."""
+        """The command that downloads it by hand."""
         parts = ["hf", "download", self.repo]
         if self.kind == "dataset":
             parts += ["--repo-type", "dataset"]
@@ -60,7 +60,7 @@ class HubName:
 
 
 def read_name(text: str, kind: Kind) -> HubName | None:
-    """The name that ``text`` is; None where it is a path."""
+    """``text`` as a name on the hub; None if it is a path."""
     if kind == "dataset":
         start = re.match(r"hf:/+datasets/", text)
         if start is None:
@@ -76,7 +76,7 @@ def read_name(text: str, kind: Kind) -> HubName | None:
 
 
 def unresolved_name(path: Path) -> HubName | None:
-    """The name that a path of a run's settings stands for; None for a path."""
+    """The name of which ``path`` is the placeholder ``HubName.unresolved``; None for any other path."""
     match = _UNRESOLVED.fullmatch(str(path))
     if match is None:
         return None
@@ -86,7 +86,7 @@ def unresolved_name(path: Path) -> HubName | None:
 
 
 def repository_name(path: Path) -> str | None:
-    """NAME of the data set OWNER/NAME that a path of a run's settings is in, downloaded or not; None for any other."""
+    """NAME, if ``path`` belongs to the data set OWNER/NAME of the hub, downloaded or not. Otherwise None."""
     name = unresolved_name(path)
     if name is not None:
         return name.repo.partition("/")[2]
@@ -97,10 +97,11 @@ def repository_name(path: Path) -> str | None:
 
 
 def resolve(text: str, kind: Kind, local: Path) -> Path:
-    """``local`` where ``text`` is a path or ``local`` exists, else what the cache has, else ``HubName.unresolved``.
+    """The path that ``text`` means: ``local`` if ``text`` is a path or a model folder ``local`` exists, otherwise the
+    path in the cache, or ``HubName.unresolved`` if it is not there.
 
     Raises:
-        ValueError: a data set of several files without a path in it.
+        ValueError: the data set has several files, and ``text`` does not say which.
     """
     name = read_name(text, kind)
     if name is None or (kind == "model" and local.exists()):
@@ -109,10 +110,10 @@ def resolve(text: str, kind: Kind, local: Path) -> Path:
 
 
 def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
-    """The model's folder, or the data set's file or pattern, in the local cache; None where it is not (whole) there.
+    """The model's folder, or the data set's file or pattern, in the local cache. None if a part of it is missing there.
 
     Raises:
-        ValueError: a data set of several files without a path in it.
+        ValueError: the data set has several files, and the name does not say which.
     """
     repository = cache_folder(env) / f"{name.kind}s--{name.repo.replace('/', '--')}"
     reference = repository / "refs" / name.revision
@@ -165,7 +166,7 @@ def _is_meant(path: str, inside: str) -> bool:
 
 
 def _is_whole_model(snapshot: Path) -> bool:
-    """It has a config, and every file of weights that its index or the others' names tell of."""
+    """Whether the folder has a config and all files of weights that its index or the names of the others require."""
     weights = list(snapshot.glob("*.safetensors"))
     if not weights or not (snapshot / "config.json").exists():
         return False
@@ -176,8 +177,8 @@ def _is_whole_model(snapshot: Path) -> bool:
 
 
 def _has_all_shards(files: Sequence[Path], pattern: str) -> bool:
-    """Of ``NAME-1-of-4`` the other three are there, too, where their names match the pattern. Numbers may begin at 0 or
-    at 1."""
+    """Whether for each file such as ``NAME-1-of-4`` the others that match the pattern exist too. Numbers may begin at 0
+    or at 1."""
     present = {file for file in files if file.exists()}
     for file in present:
         shard = _SHARD.fullmatch(file.name)
@@ -196,7 +197,7 @@ def _has_all_shards(files: Sequence[Path], pattern: str) -> bool:
 
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
-    """Where huggingface_hub keeps what it has downloaded."""
+    """The folder where huggingface_hub keeps its downloads."""
     if folder := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
         return Path(folder).expanduser()
     if folder := env.get("HF_HOME"):
@@ -205,7 +206,7 @@ def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
-    """Why nothing may be downloaded here; None where it may."""
+    """Why nothing may be downloaded here; None if downloads are allowed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if env.get(name, "").lower() in ("1", "true", "yes", "on"):
             return f"{name} is set"
@@ -215,7 +216,7 @@ def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def refusal(name: HubName, reason: str) -> str:
-    """The error for a name that is not to be had."""
+    """The error message for a name that is not in the cache and cannot be downloaded."""
     return (
         f"{name} is neither a path nor (whole) in the Hugging Face cache {cache_folder()}, and {reason}. Download it "
         f"first: {name.command}"
@@ -226,7 +227,7 @@ def fetch(name: HubName, say: Callable[[str], None]) -> None:
     """Download ``name`` into the cache.
 
     Raises:
-        ValueError: it may not, or cannot, be downloaded; with the command that does it by hand.
+        ValueError: downloads are not allowed, or this one failed. The message has the command for a download by hand.
     """
     reason = why_offline()
     if reason is not None:
@@ -246,7 +247,7 @@ def fetch(name: HubName, say: Callable[[str], None]) -> None:
             allow_patterns=patterns,
             cache_dir=cache_folder(),
         )
-    except Exception as error:  # whatever the network, the hub or the disk raises
+    except Exception as error:  # any error of the network, the hub or the disk
         text = str(error).strip().splitlines()
         raise ValueError(
             refusal(name, f"the download failed: {text[0] if text else type(error).__name__}")

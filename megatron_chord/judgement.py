@@ -22,7 +22,7 @@ _FIRST, _RECENT = 10, 60
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     name: str
-    """Of the check."""
+    """Name of the check."""
     step: int
     """Training steps done when it was seen."""
     saw: str
@@ -60,7 +60,7 @@ class Judge:
     """Gets the rows of a run one after the other, and returns the new findings of each."""
 
     settings: Settings
-    """As config.yaml has them."""
+    """The settings of the run, as in config.yaml."""
     _first: list[Row] = field(default_factory=list[Row])
     _recent: deque[Row] = field(default_factory=lambda: deque[Row](maxlen=_RECENT))
     _said: set[str] = field(default_factory=set[str])

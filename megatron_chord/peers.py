@@ -1,9 +1,9 @@
-"""What our settings are called in other trainers, for people who come from one of them; printed in docs/settings.md.
+"""The names of our settings in other trainers, for their users. docs/settings.md shows them.
 
-Read in verl's configuration for Megatron (volcengine/verl, _generated_ppo_megatron_trainer.yaml), TRL's GRPOConfig and
+Sources: verl's configuration for Megatron (volcengine/verl, _generated_ppo_megatron_trainer.yaml), TRL's GRPOConfig and
 Transformers' TrainingArguments, ms-swift's script for CHORD (examples/train/grpo/internal/chord.sh), and Trinity-RFT's
-example (examples/mix_chord/mix_chord.yaml). A name is here only where its meaning is ours, or the note says what
-differs. ms-swift takes TRL's names; it is listed where it has one of its own.
+example (examples/mix_chord/mix_chord.yaml). A name is listed only if it means the same as ours, or if the note says
+what differs. ms-swift also takes TRL's names; only its own names are listed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Names(NamedTuple):
-    """Of one setting; empty where a trainer has none, or we have not read it there."""
+    """The names of one setting. Empty: the trainer has none, or we have not found it there."""
 
     verl: str = ""
     trl: str = ""

@@ -1,4 +1,4 @@
-"""Number formats: what each value of ``precision`` means to the trainer, to the rollouts and to the machine.
+"""Number formats: what each value of ``precision`` sets in the trainer and in vLLM, and what hardware it needs.
 
 Sources: Megatron-Core 0.16.1 (transformer_config.py, fp8_utils.py), Transformer Engine 2.11 (common/recipe,
 pytorch/quantization.py), vLLM 0.32 (config/quantization.py), NVIDIA's FP8 recipes for reinforcement learning.
@@ -16,24 +16,26 @@ Quantization = Literal["fp8_per_block", "fp8_per_tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Training:
-    """Matrix products of the trainer's layers in FP8; weights, head, norms, router and attention stay in BF16."""
+    """The trainer computes the matrix products of its layers in FP8. Weights, head, norms, router and attention stay in
+    BF16."""
 
     number_format: Literal["e4m3", "hybrid"]
-    """hybrid: E5M2 for the gradients of outputs, E4M3 for the rest."""
+    """hybrid: E5M2 for the gradients of outputs, E4M3 for everything else."""
     recipe: Literal["blockwise", "tensorwise"]
-    """blockwise: a scale for 1 x 128 of activations and gradients and 128 x 128 of weights. tensorwise: one scale for
-    each tensor, from its present values."""
+    """blockwise: one scale for each block of 1 x 128 activations or gradients and of 128 x 128 weights. tensorwise: one
+    scale for each tensor, computed from its present values."""
     multiple: int
-    """What the sizes of a rank's matrix products are multiples of: its tokens, and the weights' rows and columns."""
+    """Every size of a rank's matrix products must be a multiple of this: its tokens, and rows and columns of
+    weights."""
     first_last_bf16: bool = False
-    """The first and the last layer are left in BF16."""
+    """Whether the first and the last layer stay in BF16."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Read by Transformer Engine when it is imported."""
+    """Environment variables that Transformer Engine reads when it is imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Rollouts:
-    """vLLM quantises the BF16 weights that are pushed to it, and activations as it computes."""
+    """vLLM quantises the BF16 weights that it receives, and the activations while it computes."""
 
     quantization: Quantization
     """Value of vLLM's --quantization."""
@@ -50,7 +52,7 @@ class Preset:
     """Lowest CUDA version that torch is built for."""
 
 
-# Scales that are any fp32 number, on both sides. By default both round them to powers of 2 on Hopper.
+# Scales are arbitrary fp32 numbers in trainer and vLLM. By default both round them to powers of 2 on Hopper.
 _BLOCKS = Fp8Rollouts(quantization="fp8_per_block", environment={"VLLM_USE_DEEP_GEMM_E8M0": "0"})
 PRESETS: dict[Precision, Preset] = {
     "bf16": Preset(),
@@ -79,15 +81,15 @@ assert tuple(PRESETS) == get_args(Precision)
 
 
 def preset(precision: Precision | None) -> Preset:
-    """Of a run's ``precision``; where that is left out, one that changes nothing."""
+    """The preset of a run's ``precision``. Without a precision: a preset that changes nothing."""
     return PRESETS[precision] if precision is not None else Preset()
 
 
 def batch_multiple(training: Fp8Training, *, tensor: int, context: int, sequence_parallel: bool) -> int:
-    """What a packed micro-batch's length is a multiple of, so that FP8 products can be made of every rank's tokens.
+    """The number of which a packed micro-batch's length is a multiple, so that each rank's tokens fit FP8 products.
 
-    NVIDIA NeMo-RL's rule (nemo_rl/models/megatron/data.py): the recipe's multiple, times 2 x context with context
-    parallelism, times tensor with sequence parallelism. Pipeline stages do not matter: a micro-batch's length travels
-    with it, so micro-batches need not be equally long.
+    The rule is that of NVIDIA NeMo-RL (nemo_rl/models/megatron/data.py): the recipe's multiple, times 2 x context with
+    context parallelism, times tensor with sequence parallelism. Pipeline stages do not matter: the length is sent with
+    each micro-batch, so micro-batches may have different lengths.
     """
     return training.multiple * (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)

@@ -1,4 +1,4 @@
-"""`megatron-chord mu preview`: what mu will be at every step of a run, and what that costs, before the run."""
+"""`megatron-chord mu preview`: shows before a run which mu every step will have and how many samples this needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Row:
-    """Steps ``first`` to ``last`` have this mu; None: it depends on what the run will measure."""
+    """mu of the steps ``first`` to ``last``. None: it depends on what the run will measure."""
 
     first: int
     last: int
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Range:
-    """A range: what is certain, and what is possible."""
+    """The smallest and the largest possible number."""
 
     least: float
     most: float
@@ -39,23 +39,23 @@ class Range:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a whole run."""
+    """Numbers of a whole run."""
 
     zero: Range
-    """Steps of mu = 0."""
+    """Number of steps with mu = 0."""
     one: Range
-    """Steps of mu = 1."""
+    """Number of steps with mu = 1."""
     mean: Range
-    """mu, over steps."""
+    """Mean of mu over the steps."""
     demonstrations: Range
-    """Demonstrations trained on."""
+    """Number of demonstrations that are trained."""
     rollouts: Range
-    """Samples drawn."""
+    """Number of rollouts that are sampled."""
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """The characters of a plot in text: parts of a full cell in ascending order, and the rest."""
+    """The characters of a plot in text: bars of ascending height for one cell, and special cells."""
 
     levels: str
     mixed: str
@@ -70,7 +70,7 @@ ASCII = Glyphs(" .:#", "|", "?", "|", "+", "-")
 
 
 def lines(run: RunConfig, *, plain: bool = False) -> Iterator[str]:
-    """The whole preview; ``plain`` writes nothing but ASCII."""
+    """The lines of the preview. ``plain``: use only ASCII characters."""
     mu = schedule_of(run)
     if mu is None:
         yield f"method {run.method.name} does not use mu; only method chord does (method.mu)"
@@ -89,12 +89,12 @@ def lines(run: RunConfig, *, plain: bool = False) -> Iterator[str]:
 
 
 def schedule_of(run: RunConfig) -> MuSchedule | None:
-    """The run's schedule; None for a method that does not mix by mu."""
+    """The schedule of mu; None for a method without mu."""
     return run.method.mu if isinstance(run.method, ChordConfig) else None
 
 
 def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
-    """mu of each step; None where it depends on what the run will measure."""
+    """mu of each step; None for steps where it depends on what the run will measure."""
     known = steps if mu.known_steps is None else min(mu.known_steps, steps)
     return [
         *(mu.value(ScheduleInput(step=step, seed=seed)) for step in range(known)),
@@ -103,8 +103,8 @@ def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
 
 
 def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
-    """The steps to show: all, as ranges of equal mu; or the steps where the rule changes, and round numbers
-    between."""
+    """The rows of the table: ranges of steps with equal mu. If these are too many: steps where the rule changes, and
+    round numbers between them."""
     mu = schedule_of(run)
     if mu is None:
         return []
@@ -124,13 +124,13 @@ def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
 
 
 def reward_rows(mu: RewardAdaptive) -> list[tuple[float, float]]:
-    """(mean reward, mu): quarters from -1 to 1, and where mu meets its bounds."""
+    """(mean reward, mu) for mean rewards from -1 to 1 in steps of 0.25, and for those where mu reaches a bound."""
     rewards = {quarter / 4 for quarter in range(-4, 5)} | {mu.tau - 1, mu.tau}
     return [(reward, mu.value(ScheduleInput(step=0, reward_mean=reward))) for reward in sorted(rewards)]
 
 
 def facts(run: RunConfig, mu: MuSchedule) -> Facts:
-    """What the schedule means for the run's work."""
+    """How many steps, demonstrations and rollouts a run with this schedule has."""
     values = foreseen(mu, run.steps, run.seed)
     known = [value for value in values if value is not None]
     unknown = len(values) - len(known)
@@ -153,13 +153,14 @@ def facts(run: RunConfig, mu: MuSchedule) -> Facts:
 
 
 def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
-    """Remarks that the numbers alone do not show."""
+    """Remarks about the schedule and about sampling."""
     if isinstance(mu, RewardAdaptive):
         yield "mu depends on the mean reward of each step's rollouts, so every step samples"
     if isinstance(mu, GradientNorm):
         yield (
-            f"after {mu.warmup_steps} steps of SFT a step is SFT (mu 1) with probability G / (G + {mu.gamma:g} G0), "
-            f"else RL (mu 0); while the gradient norm G is still the warm-up's G0, that is {1 / (1 + mu.gamma):.4g}"
+            f"after {mu.warmup_steps} steps of SFT, a step is SFT (mu 1) with probability G / (G + {mu.gamma:g} G0), "
+            f"otherwise RL (mu 0). The probability is {1 / (1 + mu.gamma):.4g} while the gradient norm G equals G0, "
+            "that of the warm-up"
         )
     if isinstance(mu, Learned):
         yield (
@@ -168,7 +169,7 @@ def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
         )
     reset = next((step for step in range(run.steps) if mu.resets_optimizer(step)), None)
     if reset is not None:
-        yield f"the optimizer and its learning-rate schedule start anew before step {reset}"
+        yield f"the optimizer and its learning-rate schedule are reset before step {reset}"
     if run.batch.sampling_attempts > 1:
         yield f"dynamic sampling may draw up to {run.batch.sampling_attempts} times as many rollouts"
     if extra := run.rollout.extra_of(run.batch.prompts):
@@ -188,9 +189,9 @@ def text_plot(
     width: int = 72,
     height: int = 8,
 ) -> str:
-    """Bars of ``values`` from 0 up, in at most ``width`` columns and 7 more for the scale; None is marked as unknown.
+    """Bars of ``values``, in at most ``width`` columns and 7 more for the scale. None is drawn as unknown.
 
-    ``ends`` name the first and the last value; their numbers where left out.
+    ``ends``: labels of the first and the last value. Left out: their indices.
     """
     columns = _columns(values, width)
     highest = 1.0 if None in columns else max(column[1] for column in columns if column)
@@ -207,11 +208,11 @@ def text_plot(
 
 
 def save_plot(run: RunConfig, path: Path) -> None:
-    """Draw mu over the steps (over the mean reward, for a schedule that knows nothing else) into an image file.
+    """Draw mu over the steps into an image file. A schedule that depends only on the reward is drawn over the reward.
 
     Raises:
-        ValueError: without matplotlib, for a run without mu, or for a kind of file that matplotlib cannot write.
-        OSError: when the file cannot be written.
+        ValueError: matplotlib is missing, the run has no mu, or matplotlib cannot write this kind of file.
+        OSError: the file cannot be written.
     """
     mu = schedule_of(run)
     if mu is None:
@@ -305,7 +306,7 @@ def _times(of: Range, factor: int) -> Range:
 
 
 def _unknown_bounds(mu: MuSchedule) -> tuple[float, float]:
-    """Of mu at the steps that are not known beforehand."""
+    """The bounds of mu at the steps where it is not known before the run."""
     return (mu.low, mu.high) if isinstance(mu, Learned) else mu.bounds()
 
 
@@ -319,7 +320,8 @@ def _round_numbers() -> Iterator[int]:
 
 
 def _columns(values: Sequence[float | None], width: int) -> list[tuple[float, float] | None]:
-    """(mean, greatest) of each column's values, one or more columns a value or values a column; None: unknown."""
+    """The mean and the largest value of each column. A value fills several columns, or a column has several values.
+    None: unknown."""
     count = len(values)
     if count <= width:
         bins = [[value] for value in values for _ in range(width // count)]

@@ -143,7 +143,7 @@ class Part:
     positions: np.ndarray
     """[K] int64, ascending: indices of the sample's tokens. Never 0, because nothing predicts the first token."""
     constants: Mapping[str, float | np.ndarray] = field(default_factory=dict[str, "float | np.ndarray"])
-    """The term's constants for each token: by name, [K] float32 or one number for all tokens."""
+    """The constants that the term reads, by name: [K] float32, or one number for all tokens."""
 
     def __post_init__(self) -> None:
         assert len(self.positions) == 0 or self.positions[0] > 0

@@ -1,4 +1,4 @@
-"""Settings as plain nested mappings, as config.yaml has them: one by its full name, or all in one row."""
+"""Reads settings from plain nested mappings, as in config.yaml, by their full names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 
 def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
-    """One of them by its full name, such as ``optim.lr``; ``otherwise`` where there is none of that name."""
+    """The value of a setting by its full name, such as ``optim.lr``; ``otherwise`` if there is no such setting."""
     value: Any = settings
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -19,7 +19,7 @@ def setting(settings: Mapping[str, Any], name: str, otherwise: Any = None) -> An
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """``{"optim": {"lr": 1e-6}}`` -> ``{"optim.lr": 1e-6}``.
 
-    Of a list of blocks, each has its number: ``data.prompts[0].weight``. Other lists and empty blocks stay as they are.
+    The blocks of a list are numbered: ``data.prompts[0].weight``. Other lists and empty blocks stay as they are.
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -34,5 +34,5 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def are_blocks(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Whether ``value`` is a list of blocks of settings, one at least."""
+    """Whether ``value`` is a list of at least one block of settings."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

@@ -1,18 +1,18 @@
-"""What the build of Transformer Engine's extension for PyTorch needs of this machine, and the environment for it.
+"""Checks whether this machine can build Transformer Engine's extension for PyTorch, and prepares the build.
 
-    python -m megatron_chord.te_build --first    before anything is installed: compiler, memory, disk
-    python -m megatron_chord.te_build COMMAND    all checks, then COMMAND in the environment that the build needs
+    python -m megatron_chord.te_build --first    checks of compiler, memory and disk, before anything is installed
+    python -m megatron_chord.te_build COMMAND    all checks, then COMMAND with the environment that the build needs
 
-`make venv-gpu` does both; doctor shows the checks where Transformer Engine is missing. Only the standard library is
-needed, because the first call comes before all packages.
+`make venv-gpu` does both. doctor shows the checks if Transformer Engine is missing. This module needs only the standard
+library, because no package is installed at the first call.
 
-The extension (transformer-engine-torch 2.11: setup.py, build_tools/) is C++ without CUDA code. NVIDIA's wheels hold
-every header, but its setup.py does not find them by itself:
+The extension (transformer-engine-torch 2.11: setup.py, build_tools/) is C++ without CUDA code. NVIDIA's wheels contain
+all of the headers, but setup.py does not find them:
 
 * With a CUDA toolkit it searches only the toolkit, which has neither cuDNN's nor NCCL's headers.
-* Without one it stops: it reads ``nvidia.__file__``, which is None, and asks for CUDA 12's runtime by name.
+* Without a toolkit it fails: it reads ``nvidia.__file__``, which is None, and looks for the runtime of CUDA 12.
 
-So ``environment`` names the wheels as the toolkit. A toolkit of the machine is not used.
+So ``environment`` tells setup.py that the wheels are the toolkit. A toolkit of the machine is not used.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from pathlib import Path
 
 GIB = 1 << 30
 JOB_MEMORY = 3 * GIB
-"""For one compiler. The largest of the 28 files (csrc/extensions/pybind.cpp) took 2.5 GiB with g++ 12."""
+"""Memory of one compiler process. The largest of the 28 files (csrc/extensions/pybind.cpp) took 2.5 GiB with g++
+12."""
 DOWNLOAD_DISK = 6 * GIB
-"""For temporary files: pip keeps what it downloads there until it has installed all of it."""
+"""Disk space for temporary files of pip, which keeps its downloads until everything is installed."""
 BUILD_DISK = 1 * GIB
-"""For temporary files of the build."""
+"""Disk space for temporary files of the build."""
 INSTALL_DISK = 16 * GIB
-"""For the environment, 9.3 GB, and for the downloads where both are on one disk."""
+"""Disk space for the environment (9.3 GB) and the downloads, if both are on one disk."""
 CUDA = "nvidia/cu13"
 HEADERS = {
     "cuda_runtime_api.h": (f"{CUDA}/include", "nvidia-cuda-runtime"),
@@ -49,9 +50,9 @@ HEADERS = {
     "cudnn.h": ("nvidia/cudnn/include", "nvidia-cudnn-cu13"),
     "nccl.h": ("nvidia/nccl/include", "nvidia-nccl-cu13"),
 }
-"""Header -> its folder in site-packages, and the distribution that brings it."""
+"""For each header: its folder in site-packages, and the distribution that contains it."""
 MODULES = ("setuptools", "wheel", "packaging")
-"""Imported by setup.py, beside torch."""
+"""Packages that setup.py imports, in addition to torch."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,22 @@ class Check:
     found: str
     fits: bool
     remedy: str
-    """What to do where it does not fit."""
+    """What to do if the check fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What the operating system offers to the build."""
+    """What the operating system has for the build."""
 
     num_cores: int
     memory: int
-    """Bytes that are free for processes."""
+    """Bytes of memory that processes can still use."""
     temporary: Path
     """Folder for temporary files."""
     free_temporary: int
     """Bytes."""
     variables: Mapping[str, str]
-    """The environment: CXX, MAX_JOBS and PATH are read."""
+    """The environment variables. CXX, MAX_JOBS and PATH are read."""
 
 
 def this_host() -> Host:
@@ -90,7 +91,7 @@ def this_host() -> Host:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that processes can still take: the machine's, or what is left under the control group's limit."""
+    """Bytes of memory that processes can still use: what is free on the machine or in the control group."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
     assert found is not None, f"{meminfo} has no line MemAvailable"
     available = int(found[1]) << 10
@@ -101,7 +102,7 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("
 
 
 def num_jobs(host: Host) -> int:
-    """How many compilers run at a time: MAX_JOBS, or as many as cores and memory allow."""
+    """How many compilers run at the same time: MAX_JOBS, or as many as cores and memory allow."""
     if wanted := host.variables.get("MAX_JOBS"):
         if not wanted.isdigit() or int(wanted) < 1:
             raise SystemExit(f"MAX_JOBS is {wanted!r}; it must be a number of compilers, 1 or more")
@@ -113,7 +114,7 @@ def num_jobs(host: Host) -> int:
 
 
 def host_checks(host: Host, temporary: int = BUILD_DISK) -> list[Check]:
-    """Compiler, memory, and ``temporary`` bytes for temporary files."""
+    """Checks of the compiler, of memory, and of ``temporary`` bytes of disk space for temporary files."""
     jobs = num_jobs(host)
     needed = jobs * JOB_MEMORY
     fitting = max(1, host.memory // JOB_MEMORY)
@@ -132,12 +133,12 @@ def host_checks(host: Host, temporary: int = BUILD_DISK) -> list[Check]:
 
 
 def install_disk(folder: Path) -> Check:
-    """Whether the environment fits on the disk of ``folder``."""
+    """Check whether the environment fits on the disk of ``folder``."""
     return _disk("environment", folder, shutil.disk_usage(folder).free, INSTALL_DISK)
 
 
 def package_checks(host: Host) -> list[Check]:
-    """What requirements/gpu.txt installs."""
+    """Checks of the packages that requirements/gpu.txt installs."""
     modules = [name for name in ("torch", *MODULES) if _version(name) is None]
     headers = [name for name, (folder, _) in HEADERS.items() if _find(f"{folder}/{name}") is None]
     brought_by = sorted({HEADERS[name][1] for name in headers})
@@ -156,7 +157,7 @@ def checks(host: Host) -> list[Check]:
 
 
 def _compiler(host: Host) -> Check:
-    """It must compile C++20, as torch 2.13 does, with the headers of this Python."""
+    """Check that the compiler can compile C++20, which torch 2.13 needs, with the headers of this Python."""
     name = host.variables.get("CXX") or "c++"
     found = shutil.which(name, path=host.variables.get("PATH"))
     remedy = f"apt-get install g++ python3-dev, or set CXX to a compiler (tried: {name})"
@@ -197,7 +198,7 @@ def _version(name: str) -> str | None:
 
 
 def _find(relative: str) -> Path | None:
-    """A file or folder of an installed distribution."""
+    """The path of a file or folder of an installed distribution."""
     return next((path for entry in sys.path if (path := Path(entry, relative)).exists()), None)
 
 
@@ -205,7 +206,7 @@ def _find(relative: str) -> Path | None:
 
 
 def environment(host: Host) -> dict[str, str]:
-    """Variables for pip, beside those that are set. The wheels' folders must be there (``package_checks``)."""
+    """Additional environment variables for pip. The folders of the wheels must exist (``package_checks``)."""
     folders = dict.fromkeys(folder for folder, _ in HEADERS.values())
     include = [str(found) for folder in folders if (found := _find(folder))]
     if own := host.variables.get("CPATH"):
@@ -222,7 +223,7 @@ def environment(host: Host) -> dict[str, str]:
 
 
 def _path(host: Host) -> str:
-    """The environment's own programs first: ninja is one."""
+    """PATH with the programs of the environment, such as ninja, before all others."""
     scripts = sysconfig.get_path("scripts")
     return os.pathsep.join([scripts, host.variables["PATH"]]) if "PATH" in host.variables else scripts
 

@@ -175,13 +175,14 @@ class RolloutClient:
         deadline_s: float,
         on_answer: Callable[[int, tuple[Rollout, ...] | None], None],
     ) -> None:
-        """Samples request after request, ``at_once`` at a time, until there is none left.
+        """Sample requests until there are no more, ``at_once`` of them at a time.
 
         Args:
-            take: the next request with its number; None where there is none. Called in this thread.
+            take: returns the next request with its number, or None if there is none. Called in this thread.
             version: the weight version that must have sampled every token; None: the weights of the server's start.
-            deadline_s: for one request; an unfinished one is aborted at the server.
-            on_answer: called in this thread with the number of each request and its samples; None: they were late.
+            deadline_s: time limit of one request. The server aborts a request that is unfinished then.
+            on_answer: called in this thread with the number of each request and its samples, or None after the time
+                limit.
 
         Raises:
             StaleWeights: another version sampled a token.
@@ -383,7 +384,7 @@ class RolloutClient:
             self._sampling.discard((loop, task))
 
     def _async_http(self) -> httpx.AsyncClient:
-        """With no limit on connections, and none on time but for connecting."""
+        """An HTTP client without a limit on connections; only connecting has a time limit."""
         return httpx.AsyncClient(
             base_url=self.url,
             headers=self._headers,
@@ -563,7 +564,7 @@ def _check_logprobs(logprobs: Sequence[float]) -> None:
 class _Least(NamedTuple):
     """The accepted weight versions: ``version``, and with ``may_advance`` also later ones.
 
-    None: those that the server was started with, before any push.
+    None: the weights that the server was started with, before any push.
     """
 
     version: int | None
@@ -598,7 +599,7 @@ def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _
 
 
 def _number(version: str) -> int:
-    """0 before any push."""
+    """The weight version as a number; 0 before any push."""
     return 0 if version == _NEVER_PUSHED else int(version)
 
 

@@ -12,16 +12,19 @@ from megatron_chord.train.evaluate import Evaluation
 
 @dataclass(kw_only=True)
 class Best:
-    """Equal on every rank; plain JSON in a checkpoint. The evaluation before the first step does not count."""
+    """The best evaluation so far. Equal on every rank; plain JSON in a checkpoint.
+
+    The evaluation before the first step does not count.
+    """
 
     step: int | None = None
-    """Optimizer steps of the best weights; None before the first evaluation."""
+    """Number of steps after which the best weights were evaluated; None before the first evaluation."""
     value: float | None = None
     since: int = 0
-    """Evaluations after it, none of which was better."""
+    """Number of evaluations since then. None of them was better."""
 
     def note(self, step: int, value: float) -> bool:
-        """Whether this is the best so far; an equal value is not."""
+        """Record an evaluation. Returns whether it is better than all earlier ones."""
         if self.value is not None and value <= self.value:
             self.since += 1
             return False
@@ -32,13 +35,13 @@ class Best:
         return asdict(self)
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """None: a checkpoint of before there was any."""
+        """Restore the state from a checkpoint. ``saved`` is None in checkpoints of older versions."""
         if saved is not None:
             self.step, self.value, self.since = saved["step"], saved["value"], saved["since"]
 
 
 def value_of(evaluation: Evaluation, name: str) -> float:
-    """What ``checkpoint.keep_best`` compares: ``accuracy``, or that of one source.
+    """The value that ``checkpoint.keep_best`` compares: the accuracy over all problems, or that of one source.
 
     Raises:
         ValueError: none of the source's answers could be graded.

@@ -1,4 +1,4 @@
-"""What more steps, or another horizon, make of the learning rate of a run that is resumed."""
+"""Describes how a resumed run's learning rate changes if its number of steps or its decay steps changed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_chord.train.state import learning_rate_at
 
 
 def changed_course(before: Mapping[str, Any], run: RunConfig, *, step: int, since: int = 0) -> str | None:
-    """A sentence on the learning rate of the first step after a resume; None where its horizon is the same.
+    """A sentence that compares old and new learning rate of the next step. None if the schedule ends at the same step.
 
     Args:
-        before: the settings of the segment that is continued; empty where not known.
+        before: the settings of the segment that is continued; empty if they are not known.
         run: the settings of the new segment.
         step: how many steps are done.
         since: the step at which the schedule was restarted last.
@@ -30,6 +30,6 @@ def changed_course(before: Mapping[str, Any], run: RunConfig, *, step: int, sinc
     if old < run.steps and optim.min_lr == 0:
         keep += f" and optim.min_lr=RATE, a rate above 0 for the steps after {old}"
     return (
-        f"optim.schedule {optim.schedule} now comes down until step {new}, not {old}: the learning rate of step "
-        f"{step + 1} is {rates[1]:.3g}, not {rates[0]:.3g}. To keep the old course: {keep}"
+        f"optim.schedule {optim.schedule} now decays until step {new}, not {old}: the learning rate of step "
+        f"{step + 1} is {rates[1]:.3g}, not {rates[0]:.3g}. To keep the old schedule: {keep}"
     )

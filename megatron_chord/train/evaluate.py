@@ -26,19 +26,19 @@ from megatron_chord.sampling.rounds import (
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     accuracy: float
-    """Mean score over problems and samples; a grading that failed counts as no answer and is left out."""
+    """Mean score over problems and samples. Answers whose grading failed are left out."""
     num_problems: int
     num_errors: int
     response_length: float
-    """Mean, in tokens."""
+    """Mean length of the answers, in tokens."""
     truncated: float
     """Share of the answers that were cut off at the length limit."""
     interval: tuple[float, float]
-    """Holds 95 % of the mean scores of problems that are drawn again (``evaluation.metrics.bootstrap``)."""
+    """95 % bootstrap interval of the accuracy over problems (``evaluation.metrics.bootstrap``)."""
     accuracy_by_source: dict[str, float] = field(default_factory=dict[str, float])
-    """Of each source of ``data.evaluation``, where there are several."""
+    """Accuracy of each source of ``data.evaluation``; empty if there is only one."""
     reward_terms: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Mean of every term of the reward and of its named parts; empty where the reward is a single number."""
+    """Mean of every term of the reward and of its named parts; empty if the reward is a single number."""
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
         max_tokens=run.data.max_response_tokens,
         stop_token_ids=template.stop_token_ids,
     )
-    # The same draws at every evaluation: what differs between two is the weights.
+    # Every evaluation uses the same seeds, so that two evaluations differ only by the weights.
     asks = [
         RolloutRequest(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
         for index, problem in enumerate(problems)
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _means(graded: Sequence[GradedRollouts]) -> list[float]:
-    """Mean score of each problem with one."""
+    """Mean score of each problem that has a score."""
     scores = [[grade.score for grade in item.grades if grade.score is not None] for item in graded]
     return [sum(own) / len(own) for own in scores if own]
 

@@ -1,7 +1,7 @@
-"""``megatron_chord.train(run)``: a training from a script or a notebook.
+"""``megatron_chord.train(run)``: starts a training from a script or a notebook.
 
-Its ranks are processes of their own, as `megatron-chord train` starts them. So a script needs no ``__main__`` guard,
-and neither the libraries' state nor their memory stays behind in a notebook.
+The ranks are separate processes, as with `megatron-chord train`. So a script needs no ``__main__`` guard, and the
+training leaves no state and no memory of libraries in a notebook.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_chord.processes import PrivateFolder, die_with_parent
 from megatron_chord.train.metrics import read_metrics
 
 _SHOWN = 20
-"""Last lines of a failed run that its error repeats."""
+"""Number of last lines of a failed run that the error message repeats."""
 
 
 class RunFailed(RuntimeError):
-    """A training ended with another exit code than 0 (docs/running.md lists them)."""
+    """A training ended with an exit code other than 0 (docs/running.md lists them)."""
 
     def __init__(self, exit_code: int, told: str) -> None:
         super().__init__(f"the run ended with exit code {exit_code}{': ' if told else ''}{told}")
@@ -40,22 +40,22 @@ class Trained:
     """A run that has ended."""
 
     folder: Path
-    """Of the run: checkpoints, samples, the report, policy/."""
+    """Output folder of the run, with checkpoints, samples, the report and policy/."""
     steps: list[dict[str, Any]]
-    """A row for each training step, as in metrics.jsonl."""
+    """One row for each training step, as in metrics.jsonl."""
     evaluations: list[dict[str, Any]]
-    """A row for each evaluation: its `step`, and its `evaluation` with the accuracy."""
+    """One row for each evaluation: `step`, and `evaluation`, which contains the accuracy."""
 
     @property
     def policy(self) -> Path:
-        """The trained policy, a Hugging Face folder."""
+        """The Hugging Face folder of the trained policy."""
         return self.folder / "policy"
 
 
 def train(
     run: RunConfig, *, resume: str = "never", overwrite: bool = False, allow_changed: bool = False
 ) -> Trained:
-    """Train, in processes of their own, and wait for the end. What they print appears here.
+    """Train in separate processes and wait for their end. Their output is printed here.
 
     The arguments are those of `megatron-chord train`. A KeyboardInterrupt asks the run for a checkpoint; it then ends
     with ``RunFailed``, whose exit code is 75. Main thread only: the run is killed when the thread that started it ends.
@@ -78,14 +78,14 @@ def train(
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run a command to its end, and show what it prints: in a terminal as it is, elsewhere line by line."""
+    """Run a command to its end and print its output: unchanged in a terminal, otherwise line by line."""
     in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()
     process = subprocess.Popen(
         command,
         stdout=None if in_terminal else subprocess.PIPE,
         stderr=None if in_terminal else subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches it through this process alone, once
+        start_new_session=True,  # so that it gets Ctrl-C only once, from this process
         preexec_fn=partial(die_with_parent, os.getpid()),
     )
     last: list[str] = []

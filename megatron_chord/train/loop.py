@@ -173,7 +173,7 @@ def train(
 
 
 def _export(parts: RunContext, chat_template: str | None) -> None:
-    """``policy/``, of the last weights or the best ones. On every rank; these weights are then the state's."""
+    """Export the last or the best weights to ``policy/``. The state then has these weights. Called on every rank."""
     run, best = parts.run, parts.best.step
     _doing(parts.coordinator, "exporting the policy")
     with parts.state.groups.pulse.phase("saving"):
@@ -199,7 +199,7 @@ def _load_best(parts: RunContext, step: int) -> None:
 def _begin(
     claimed: Claim | None, coordinator: Coordinator | None, data: RunData | None, done: int, resume: Resume
 ) -> None:
-    """From here on the start is not refused any more: the folder becomes this run's. On the coordinator."""
+    """Take over the folder for this run, after all checks have passed. Called on the coordinator."""
     assert claimed is not None
     assert coordinator is not None
     assert data is not None
@@ -211,7 +211,7 @@ def _begin(
 
 
 def _find(folder: Path, resume: Resume, groups: ParallelGroups) -> Path | None:
-    """The checkpoint to go on from. On every rank."""
+    """The checkpoint from which the run continues; None to start from the beginning. Called on every rank."""
     if resume == "never":
         return None
     if resume == "auto":
@@ -220,7 +220,11 @@ def _find(folder: Path, resume: Resume, groups: ParallelGroups) -> Path | None:
 
 
 def _changed(run: RunConfig, method: Method, saved: Path, allowed: bool) -> list[str]:
-    """What differs from the settings that led to ``saved``, told in lines. ValueError where that is not allowed."""
+    """Lines about the settings that differ from those of the checkpoint ``saved``.
+
+    Raises:
+        ValueError: a difference is not allowed.
+    """
     done = checkpoint.step_of(saved)
     before = settings_before(run.output, done)
     remark = changed_course(before, run, step=done, since=_last_reset(method, run, done))
@@ -228,7 +232,7 @@ def _changed(run: RunConfig, method: Method, saved: Path, allowed: bool) -> list
 
 
 def _last_reset(method: Method, run: RunConfig, step: int) -> int:
-    """The last step before ``step`` at which the learning-rate schedule started anew."""
+    """The last step before ``step`` at which the learning-rate schedule was reset."""
     schedule = method.schedule(run)
     return 0 if schedule is None else max(filter(schedule.resets_optimizer, range(step)), default=0)
 

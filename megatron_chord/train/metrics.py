@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 DROPPED = "dropped.jsonl"
 _LEAVING_S = 3.0
-"""How long a run that ends early waits for its trackers."""
+"""Seconds that a run which ends early waits for its trackers."""
 
 
 class RunLog:
@@ -62,11 +62,11 @@ class RunLog:
             self._trackers.close(wait_s=END_S if kind is None else _LEAVING_S)
 
     def begin(self) -> None:
-        """Append to the folder's log; lines of steps from the first one on (an earlier run went further) go."""
+        """Open the folder's log to append. Lines of the first step and later ones, from an earlier run, are removed."""
         _keep_steps_before(self._path, self._first_step)
         for row in read_metrics(self._folder):
             if "evaluation" not in row:
-                self._judge.add(row)  # what it finds has been said
+                self._judge.add(row)  # its findings were printed by the earlier run
         self._samples.mkdir(exist_ok=True)
         for path in self._samples.glob("*-*.jsonl"):
             kind, step = path.stem.rsplit("-", 1)
@@ -139,7 +139,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, without a last line that was cut off by a crash."""
+    """The rows of a log, without a last line that is incomplete because of a crash."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:

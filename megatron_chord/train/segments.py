@@ -1,6 +1,7 @@
-"""The settings of a run's segments. A run that was resumed has several: one from each start to the next.
+"""The settings of a run's segments. Each start of a run begins a segment, so a resumed run has several.
 
-``config.yaml`` holds the newest. From the second on, ``configs/`` holds all, each under the step at which it begins.
+``config.yaml`` has the settings of the newest segment. If there is more than one, ``configs/`` has those of all
+segments, each in a file that is named after the segment's first step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _SAME_LEARNING = (
     "output",
     "parallel",
     "model.recompute",
-    "data.prompts.path",  # the cursors check what the files hold
+    "data.prompts.path",  # the cursors check the content of the files
     "data.demonstrations.path",
     "data.evaluation",
     "data.cache",
@@ -53,7 +54,7 @@ _SAME_LEARNING = (
     "tracking",
     "trace_steps",
 )
-"""Settings, and blocks of them, that change where and how a run computes, or what it reports, but not its updates."""
+"""Settings and blocks that change where and how a run computes or what it reports, but not what is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +70,14 @@ class Change:
 
 
 def horizon(settings: Mapping[str, Any]) -> int | None:
-    """The step at which the learning rate has come down; None where it is constant."""
+    """The step at which the learning rate reaches ``optim.min_lr``; None if it is constant."""
     if setting(settings, "optim.schedule", "constant") == "constant":
         return None
     return setting(settings, "optim.decay_steps", None) or setting(settings, "steps", None)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """What differs between two trees of settings. A setting that only one of them knows is left out."""
+    """The differences between two trees of settings. Settings that exist in only one of them are ignored."""
     return [
         Change(name=name, before=old, after=new, matters=_matters(name, before, after))
         for name, old, new in _differences(before, after)
@@ -86,9 +87,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 def check_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], *, allowed: bool, remarks: Sequence[str] = ()
 ) -> list[str]:
-    """Lines that tell a person what differs from the segment that is continued; none where nothing does.
+    """Lines for the user about the differences from the segment that is continued; empty if there are none.
 
-    ``remarks``: what else to say of these differences.
+    ``remarks``: further lines about these differences.
 
     Raises:
         ValueError: a difference changes what is learned, and is not ``allowed``.
@@ -99,7 +100,9 @@ def check_changes(
         listed = "\n".join(f"  {change}" for change in serious)
         raise ValueError(
             "settings that change what is learned are not those of the run that is resumed:\n"
-            + "\n".join([listed, *remarks, "Give the run's own, or allow it with --allow-changed"])
+            + "\n".join(
+                [listed, *remarks, "Use the settings of the run, or allow the change with --allow-changed"]
+            )
         )
     told = [
         f"resumed with another {change}{' (changes what is learned)' if change.matters else ''}"
@@ -109,7 +112,7 @@ def check_changes(
 
 
 def settings_before(folder: Path, step: int) -> dict[str, Any]:
-    """The settings of the run in ``folder`` under which training step ``step`` - 1 was done; empty where not known."""
+    """The settings with which the run in ``folder`` did training step ``step`` - 1; empty if they are not known."""
     segments = [path for first, path in _segments(folder) if first < step]
     path = segments[-1] if segments else folder / CONFIG
     try:
@@ -120,7 +123,7 @@ def settings_before(folder: Path, step: int) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, text: str, *, first_step: int) -> None:
-    """Begin a segment at ``first_step``. Segments that began there or later go: their steps are done again."""
+    """Begin a segment at ``first_step``. Segments that began there or later are removed: their steps are repeated."""
     current, kept = folder / CONFIG, folder / SEGMENTS
     if first_step == 0:
         shutil.rmtree(kept, ignore_errors=True)
@@ -136,7 +139,7 @@ def write_settings(folder: Path, text: str, *, first_step: int) -> None:
 
 
 def _segments(folder: Path) -> list[tuple[int, Path]]:
-    """(first step, file) in order."""
+    """(first step, file) of each segment, in order."""
     found = (folder / SEGMENTS).glob("step-*.yaml")
     return sorted((int(path.stem.removeprefix("step-")), path) for path in found)
 

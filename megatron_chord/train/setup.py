@@ -78,7 +78,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     for setting, path in hub_paths(run):
         name = unresolved_name(path)
         if name is not None:
-            raise ValueError(f"{setting}: {refusal(name, why_offline() or 'nothing has downloaded it')}")
+            raise ValueError(f"{setting}: {refusal(name, why_offline() or 'it was not downloaded')}")
     method = method_of(run)
     shape = read_shape(run.model.path)
     check_copies(open_model(run.model.path, shape.weights), shape.weights)
@@ -140,9 +140,12 @@ def _reads_as_text(reward: RewardConfig, prompt: Prompt) -> bool:
 
 
 def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observe] | None = None) -> RunData:
-    """Read, check and tokenise all rows. ValueError naming file, line and reason for rows that will not do.
+    """Read, check and tokenise all rows.
 
-    ``observe`` has what is called for each row of "prompts", "demonstrations" and "evaluation".
+    ``observe``: for "prompts", "demonstrations" and "evaluation" a function that is called for each row.
+
+    Raises:
+        ValueError: rows are faulty. The message has file, line and reason.
     """
     observe = observe or {}
     template = load_template(

@@ -33,7 +33,7 @@ def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[st
 
     parts, common = save_preprocess(state)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # other threads will copy, on other streams, what kernels of this one still write
+        torch.cuda.synchronize()  # this stream must finish its writes before other threads copy on other streams
     boxes: Boxes = {}
     objects: dict[str, bytes] = {}
     for part in _leaves(parts):

@@ -1,4 +1,7 @@
-"""Names of metrics in groups, as trackers show them. They sort by name, so reward and accuracy come first."""
+"""The names of metrics in trackers: each name begins with a group.
+
+Trackers sort by name, so the groups with reward and accuracy come first.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +46,20 @@ _STARTS = {
     "seconds/": "time",
     "sft_": "sft",
 }
-"""What a name begins with, and the group in its place. Users name sources and terms, so that their groups hold nothing
-else."""
+"""For each beginning of a metric's name, the group that replaces it. Metrics that contain the names of sources or
+terms, which users choose, have groups of their own."""
 
 
 def tagged(row: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of a row of metrics but its step, under its tag."""
+    """All numbers of a row of metrics except ``step``, by their names in trackers."""
     return {tag(name): value for name, value in scalars(row) if name != "step"}
 
 
 def tag(name: str) -> str:
-    """``reward/``, ``rollout/``, ``sft/``, ``time/`` or, for the numbers of an update, ``update/``."""
+    """The name of a metric in trackers.
+
+    Its group is reward, rollout, sft, time or, for the numbers of an update, update.
+    """
     if name in _REWARD:
         return _REWARD[name]
     for start, group in _STARTS.items():
@@ -65,7 +71,7 @@ def tag(name: str) -> str:
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, number) of a row; ``block/name`` for those of a block."""
+    """(name, number) for all numbers of a row; ``block/name`` for numbers in a block."""
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))

@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases, MLflow, SwanLab and Trackio behind one small interface.
 
-Each tracker runs in a thread of its own: one that is slow, or down, neither stops nor slows a run. metrics.jsonl is
-complete whatever becomes of them.
+Each tracker runs in a separate thread. So a tracker that is slow or not reachable neither stops nor slows a run, and
+metrics.jsonl is always complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_chord.settings_tree import flat
 TENSORBOARD = "tensorboard"
 PROJECT = "megatron_chord"
 _MOST_WAITING = 10_000
-"""Rows that wait for a tracker; later ones are lost to it."""
+"""Maximum number of rows that wait for a tracker. If there are more, the tracker is switched off."""
 END_S = 60.0
 """How long the end of a run waits for all trackers together."""
 ANSWERS_EVERY = 10
@@ -65,7 +65,7 @@ def answer_table(name: str, step: int, samples: Sequence[Mapping[str, Any]]) -> 
 class TrackedRun:
     folder: Path
     settings: Mapping[str, Any]
-    """As config.yaml has them."""
+    """The settings of the run, as in config.yaml."""
     first_step: int
 
     @property
@@ -83,7 +83,7 @@ Entry = Callable[[Tracker], None]
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """ValueError where a tracker's package is missing."""
+    """Raises ValueError if the package of a tracker is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"tracking: {name} is not installed here; pip install {name}")
@@ -98,7 +98,7 @@ class Trackers:
         self._threads = [_Thread(name, lambda open_=_OPEN[name]: open_(run), notify) for name in names]
 
     def log(self, step: int, values: Values) -> None:
-        """Returns at once."""
+        """Pass the values of a step to all trackers, without waiting for them."""
         for thread in self._threads:
             thread.put(lambda tracker: tracker.log(step, values))
 
@@ -108,14 +108,16 @@ class Trackers:
             thread.put(lambda tracker: tracker.log_answers(step, table))
 
     def close(self, *, wait_s: float = END_S) -> None:
-        """Wait for what is under way, so long at most."""
+        """Wait until all trackers have received all values, but at most ``wait_s`` seconds."""
         for thread in self._threads:
             thread.put(None)
         deadline = time.monotonic() + wait_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                self._notify(f"tracking: {thread.name} did not finish in {wait_s:.0f} s and is left behind")
+                self._notify(
+                    f"tracking: {thread.name} did not finish in {wait_s:.0f} s; the run ends without it"
+                )
 
 
 class _Thread(threading.Thread):
@@ -149,7 +151,7 @@ class _Thread(threading.Thread):
         if not self._has_failed:
             self._has_failed = True
             lines = reason.splitlines() or [""]
-            self._say(f"tracking: {self.name} is off from here on: {lines[0]}")
+            self._say(f"tracking: {self.name} is switched off: {lines[0]}")
 
 
 # ---- one small class each
@@ -187,7 +189,7 @@ class _WandB:
         )
 
     def log(self, step: int, values: Values) -> None:
-        # Its own steps only rise, and an evaluation shares its step with a training step.
+        # W&B's own step must increase, but an evaluation has the same step as a training step.
         self._run.log({**values, "step": step})
 
     def log_answers(self, step: int, table: AnswerTable) -> None:
@@ -211,7 +213,7 @@ class _MLflow:
         params = [
             mlflow.entities.Param(_plain(key), str(value)[:500]) for key, value in flat(run.settings).items()
         ]
-        for start in range(0, len(params), 100):  # as many as a request may hold
+        for start in range(0, len(params), 100):  # the maximum of one request
             self._client.log_batch(self._id, params=params[start : start + 100])
         self._tables: deque[dict[str, str]] = deque(maxlen=40)  # a tag has room for that many
 
@@ -276,7 +278,7 @@ class _Trackio:
 
 
 def _plain(name: str) -> str:
-    """MLflow takes no brackets."""
+    """The name without brackets, which MLflow does not allow."""
     return name.replace("[", ".").replace("]", "")
 
 

@@ -622,7 +622,7 @@ class TestOverrides:
             ("steps.x=1", "override 'steps.x=1': steps: expected a single value, got a mapping"),
             ("steps", "override 'steps': expected name=value"),
             ("=1", "override '=1': expected name=value"),
-            ("base=b.yaml", "override 'base=b.yaml': a base is named in a file only"),
+            ("base=b.yaml", "override 'base=b.yaml': base can only be set in a file, not as an override"),
         ],
     )
     def test_what_is_wrong(self, tmp_path: Path, override: str, finding: str) -> None:

@@ -223,7 +223,7 @@ def test_facts_and_notes_are_printed() -> None:
         "mean mu: 0.6",
         "demonstrations over the run: 1,800",
         "rollouts over the run: 3,200",
-        "- the optimizer and its learning-rate schedule start anew before step 600",
+        "- the optimizer and its learning-rate schedule are reset before step 600",
         "- dynamic sampling may draw up to 3 times as many rollouts",
     ):
         assert line in text.splitlines()

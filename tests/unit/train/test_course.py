@@ -40,14 +40,14 @@ def test_more_steps_say_what_the_rate_becomes() -> None:
     """Step 41 has 41/61 of the old course behind it and 41/101 of the new one."""
     old = plain_settings(given("optim.schedule=linear", "steps=60"))
     assert changed_course(old, given("optim.schedule=linear", "steps=100"), step=40) == (
-        "optim.schedule linear now comes down until step 100, not 60: the learning rate of step 41 is 0.000594, not "
-        "0.000328. To keep the old course: optim.decay_steps=60 and optim.min_lr=RATE, a rate above 0 for the steps "
+        "optim.schedule linear now decays until step 100, not 60: the learning rate of step 41 is 0.000594, not "
+        "0.000328. To keep the old schedule: optim.decay_steps=60 and optim.min_lr=RATE, a rate above 0 for the steps "
         "after 60"
     )
     floor = given("optim.schedule=linear", "steps=100", "optim.min_lr=1e-5")
     remark = changed_course(old, floor, step=40)
     assert remark is not None
-    assert remark.endswith("To keep the old course: optim.decay_steps=60")
+    assert remark.endswith("To keep the old schedule: optim.decay_steps=60")
 
 
 def test_the_same_horizon_says_nothing() -> None:

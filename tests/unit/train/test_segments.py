@@ -85,7 +85,7 @@ def test_more_steps_do_not_change_a_rate_with_a_horizon_of_its_own() -> None:
 
 
 def test_a_refusal_ends_with_the_remarks() -> None:
-    with pytest.raises(ValueError, match="seed: 0 -> 1\nabout the rate\nGive"):
+    with pytest.raises(ValueError, match="seed: 0 -> 1\nabout the rate\nUse"):
         check_changes(given(), given("seed=1"), allowed=False, remarks=["about the rate"])
     assert (
         check_changes(given(), given("seed=1"), allowed=True, remarks=["about the rate"])[-1]

@@ -182,8 +182,8 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
         trackers.log(row["step"], tagged(row))
     trackers.close()
     assert sorted(said) == [
-        "tracking: swanlab is off from here on: SystemExit: not logged in",
-        "tracking: wandb is off from here on: ConnectionError: no route",
+        "tracking: swanlab is switched off: SystemExit: not logged in",
+        "tracking: wandb is switched off: ConnectionError: no route",
     ]
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -209,8 +209,8 @@ def test_a_tracker_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest
     assert time.monotonic() - start < 5
     release.set()
     assert said == [
-        "tracking: wandb is off from here on: 3 rows wait for it",
-        "tracking: wandb did not finish in 0 s and is left behind",
+        "tracking: wandb is switched off: 3 rows wait for it",
+        "tracking: wandb did not finish in 0 s; the run ends without it",
     ]
 
 
@@ -235,7 +235,7 @@ def test_a_tracker_with_too_many_rows_waiting_writes_them_and_is_closed(
         trackers.log(step, {})
     release.set()
     trackers.close(wait_s=10)
-    assert said == ["tracking: wandb is off from here on: 3 rows wait for it"]
+    assert said == ["tracking: wandb is switched off: 3 rows wait for it"]
     assert done[-1] == "closed"
     assert done[:-1] == list(range(len(done) - 1))
     assert len(done) - 1 in (3, 4)  # the thread may have taken one out before the others were put in
