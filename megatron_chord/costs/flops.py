@@ -1,5 +1,7 @@
-"""FLOPs of a model on its tokens, by the convention of published figures: 2 for each multiplication and addition,
-causal attention counted once, nothing for norms, lookups and activation functions, nor for recomputation.
+"""FLOPs of a model, by the convention of published figures.
+
+A multiplication with an addition counts 2 FLOPs. Causal attention is counted once. Norms, lookups, activation functions
+and recomputation do not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kinds of GPUs, by vendors' figures: dense BF16 products, decimal bytes."""
+"""Kinds of GPUs with the figures of their vendors: dense BF16 products, decimal bytes."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ GPUS = {
 
 
 def gpu_by_driver_name(name: str) -> Gpu | None:
-    """The kind that the driver calls ``name``, exactly (an H100 PCIe is another kind); None where it is not known."""
+    """The GPU with exactly this driver name; None if it is not listed. An H100 PCIe is not an H100 SXM."""
     return next((gpu for gpu in GPUS.values() if gpu.driver_name == name), None)

@@ -1,4 +1,4 @@
-"""The answers of an evaluation on disk: one JSON line each, appended after grading, found again by a key.
+"""The answers of an evaluation on disk: one JSON line for each, appended after grading and found again by a key.
 
 An answer's key is a hash of the policy, the prompt's tokens, the seed and the sampling settings. So an interrupted
 evaluation continues where it was, and an answer of another policy or of other settings is never used by mistake.
@@ -34,7 +34,7 @@ class Answer:
     key: str
     problem: str
     sample: int
-    """From 0."""
+    """Number of the answer among those to its problem; the first is 0."""
     response: str
     tokens: int
     finish_reason: str
@@ -43,11 +43,11 @@ class Answer:
     error: str | None
     """Why the answer could not be graded."""
     graded_by: str
-    """``grading_of`` when it was graded."""
+    """The value of ``grading_of`` when it was graded."""
 
 
 def key_of(policy: str, dtype: str, request: GenerateRequest) -> str:
-    """Of the answer to a request. ``policy`` is a digest of its weights, ``dtype`` what they are served in."""
+    """The key of the answer to a request. ``policy`` is a digest of the weights, ``dtype`` that of the server."""
     asked = [
         policy,
         dtype,
@@ -83,7 +83,7 @@ def grading_of(benchmark: BenchmarkConfig) -> str:
 
 
 def _with_its_imports(path: Path) -> list[Path]:
-    """A Python file, and those of its folder that it imports, directly or through others."""
+    """A Python file, and the files in its folder that it imports, directly or through others."""
     found: set[Path] = set()
     waiting = [path]
     while waiting:

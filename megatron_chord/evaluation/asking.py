@@ -62,14 +62,14 @@ class SuiteGraders:
         return self.start(reward).grade_all(responses) if responses else []
 
     def mark(self, benchmark: BenchmarkConfig) -> str:
-        """``grading_of`` when it was first asked for: grader processes keep the code that they started with."""
+        """The value of ``grading_of`` at the first call. Grader processes keep the code that they started with."""
         with self._lock:
             if benchmark.name not in self._marks:
                 self._marks[benchmark.name] = grading_of(benchmark)
             return self._marks[benchmark.name]
 
     def start(self, reward: RewardConfig) -> Graders:
-        """The reward's processes. RuntimeError where they do not start."""
+        """Start the grader processes of a reward. Raises RuntimeError if they do not start."""
         name = repr(reward)
         with self._lock:
             if name not in self._graders:
@@ -98,7 +98,7 @@ def ask(
     A server that fails is replaced, at most ``settings.restarts`` times.
 
     Returns:
-        How many answers are missing because their requests were late.
+        the number of answers that are missing because their requests exceeded the time limit.
 
     Raises:
         RolloutError, ServerError: servers failed more often. The answers so far are in ``files``.
@@ -125,7 +125,7 @@ def ask(
 def _ask_once(
     left: dict[int, Question], late: set[int], servers: Servers, settings: ServerConfig, grading: _Grading
 ) -> None:
-    """Takes from ``left`` what is answered, and what is ``late``."""
+    """One attempt. Removes the answered questions from ``left``, and moves those that took too long to ``late``."""
     clients = servers.connect()
     grading.meter.begin()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -225,7 +225,7 @@ class _Grading:
                     batch.append(self._queue.get())
                 ended = None in batch
                 self._grade([item for item in batch if item is not None])
-        except Exception as error:  # told to the thread that asks
+        except Exception as error:  # ``check`` raises it in the thread that asks
             self.failure = error
 
     def _grade(self, batch: Sequence[tuple[Question, Rollout]]) -> None:
@@ -272,7 +272,7 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade, mark:
 def grade_again(
     answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: SuiteGraders
 ) -> list[Answer]:
-    """Answers that were graded with other settings or other code, with their grades by the benchmark's own."""
+    """Answers that were graded with other settings or other code, graded again with those of the benchmark."""
     assert benchmark.reward is not None
     responses = [
         response_of(prompt, answer.response, answer.finish_reason, answer.tokens)
@@ -287,13 +287,13 @@ def grade_again(
 
 
 class Meter:
-    """Progress and rate on the console: a bar on a terminal, else a line now and then. As a context manager."""
+    """Context manager that shows progress and rate: a bar on a terminal, otherwise a line at intervals."""
 
     def __init__(self, total: int, kept: int, say: Callable[[str], None]) -> None:
         """
         Args:
-            total: answers of the whole suite.
-            kept: of these, those that are there already.
+            total: number of answers of the whole suite.
+            kept: number of these that exist already.
         """
         self.say = say
         self._total, self._kept, self._done, self._tokens = total, kept, 0, 0
@@ -314,11 +314,11 @@ class Meter:
         self._task = self._bar.add_task("", total=total, completed=kept)
 
     def begin(self) -> None:
-        """Servers are ready: the rate is measured from here."""
+        """Start to measure the rate, because the servers are ready."""
         self._begun = self._begun or time.monotonic()
 
     def advance(self, tokens: int) -> None:
-        """One more answer of so many tokens. From any thread."""
+        """Count one more answer with this number of tokens. May be called from any thread."""
         with self._lock:
             self._done += 1
             self._tokens += tokens

@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `compare`: what they print, and how they end."""
+"""The commands `evaluate` and `compare`: their output and their exit codes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from megatron_chord.rollout.server import ServerError
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "suites"
 _INTERRUPTED, _REFUSED = 130, 2
 _SHOWN = 10
-"""Problems that flipped."""
+"""Number of flipped problems that are shown."""
 _WIDTH = 140
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """0: every answer is there. 1: some are missing, or the servers failed. 2: refused before any work."""
-    # Through the finally blocks, which stop the servers.
+    """Run `evaluate`. Returns 0 if all answers exist, 1 if some are missing or the servers failed, 2 if refused."""
+    # Leave through the finally blocks, which stop the servers.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     path = suite_path(args.suite)
     name = path.stem
@@ -66,7 +66,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def compare_command(args: argparse.Namespace) -> int:
-    """0: compared. 2: they cannot be."""
+    """Run `compare`. Returns 0, or 2 if the two evaluations cannot be compared."""
     try:
         found, remarks = compare(args.a, args.b)
     except ValueError as error:
@@ -106,7 +106,7 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def suite_path(suite: str) -> Path:
-    """A suite's file; ``paper`` is one of the examples."""
+    """The file of a suite. A name such as ``paper`` means a file in examples/suites."""
     example = EXAMPLES / f"{suite}.yaml"
     return example if "/" not in suite and not Path(suite).suffix and example.is_file() else Path(suite)
 
@@ -133,7 +133,7 @@ def _table(results: dict) -> Table:
 
 
 def _print(table: Table) -> None:
-    """Where the output is no terminal, in a line that is wide enough."""
+    """Print a table. If the output is not a terminal, the lines are as wide as the table needs."""
     console = Console()
     (console if console.is_terminal else Console(width=_WIDTH)).print(table)
 

@@ -20,9 +20,9 @@ class Comparison:
     metric: str
     a: float
     b: float
-    """Means over the problems that both have."""
+    """Means of A and B over the problems that both have."""
     difference: Interval
-    """Paired: of each problem the difference, over problems that are drawn again."""
+    """Paired bootstrap interval of the mean difference over problems."""
     num_problems: int
     gained: tuple[str, ...]
     """Problems that flipped to right: below one half for A, at least one half for B."""
@@ -31,7 +31,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, *, seed: int = 0, resamples: int = 2000) -> tuple[list[Comparison], list[str]]:
-    """All metrics that both evaluations have, and remarks on what only one has.
+    """Compare all metrics that both evaluations have. Also returns remarks on what only one of them has.
 
     Raises:
         ValueError: a folder holds no evaluation; the same problem has other messages or another truth; or they have no
@@ -70,7 +70,7 @@ def _compared(
     seed: int,
     resamples: int,
 ) -> list[Comparison]:
-    """Empty where no problem has the metric in both."""
+    """The comparison of one metric; empty if no problem has it in both evaluations."""
     values = [
         (a.problem, x, y)
         for a, b in pairs

@@ -58,13 +58,13 @@ def evaluate(
     server_key: str = "",
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Evaluate the policy at ``source`` on ``suite``, and write the results into ``output``.
+    """Evaluate the policy at ``source`` on ``suite``, and write the results to ``output``.
 
-    Answers that ``output`` holds already, to the same requests by the same weights, are kept. Main thread only.
+    Answers that are already in ``output`` are kept if request and weights are the same. Main thread only.
 
     Args:
-        servers: URLs of running servers, which get the policy's weights; where empty, servers are started here.
-        server_key: what these servers ask for.
+        servers: URLs of running servers, which get the policy's weights. Empty: servers are started here.
+        server_key: the API key of these servers.
 
     Returns:
         What ``results.json`` holds.
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def check_suite(suite: SuiteConfig) -> None:
-    """ValueError with every file that is missing, and every metric that a benchmark's reward does not allow."""
+    """Raises ValueError with all missing files, and all metrics that are impossible with a benchmark's reward."""
     findings: list[str] = []
     for item in suite.resolved():
         assert item.reward is not None
@@ -183,7 +183,7 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
 
 
 def _categories(item: BenchmarkConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Category of each problem, by its id. Every row of the file is a problem, in order."""
+    """The category of each problem, by its id. The rows of the file are the problems, in order."""
 
     def parse(row: Row) -> str:
         assert item.category is not None
@@ -310,7 +310,7 @@ def _results(
 def _grade_again_where_needed(
     item: Loaded, questions: Sequence[Question], file: AnswerFile, graders: SuiteGraders
 ) -> None:
-    """Kept answers that were graded with other settings or other code."""
+    """Grade kept answers again that were graded with other settings or other code."""
     mark = graders.mark(item.benchmark)
     stale = [
         (answer, question.prompt)
@@ -324,7 +324,7 @@ def _grade_again_where_needed(
 def _votes(
     benchmark: BenchmarkConfig, answers: Mapping[str, Sequence[Answer]], graders: SuiteGraders
 ) -> dict[str, list[int | None]]:
-    """For each problem the votes of the answers that have a score; no votes where no metric asks for them."""
+    """For each problem the votes of the answers that have a score. Empty if no metric needs votes."""
     scored = {
         problem: [(answer, answer.score) for answer in group if answer.score is not None]
         for problem, group in answers.items()
@@ -357,10 +357,10 @@ def _votes(
 
 @contextlib.contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    """An evaluation's folder that no other process writes to.
+    """Lock the folder of an evaluation.
 
     Raises:
-        ValueError: another one does.
+        ValueError: another process is writing to it.
     """
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as lock:

@@ -18,7 +18,7 @@ from megatron_chord.config_suite import METRIC
 K = TypeVar("K")
 Kind = Literal["avg", "pass", "maj"]
 _CHUNK = 1 << 22
-"""Drawn problems at a time."""
+"""Number of resampled problems that are processed at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Interval:
 
 
 def read_metric(name: str) -> Metric:
-    """The metric of that name.
+    """The metric with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is not that of a metric.
     """
     match = METRIC.fullmatch(name)
     if match is None:
@@ -64,7 +64,7 @@ def read_metric(name: str) -> Metric:
 
 
 def value_of(metric: Metric, answers: Sequence[Graded]) -> float | None:
-    """The metric of one problem; None where there are fewer answers than it needs.
+    """The metric of one problem; None if there are fewer answers than it needs.
 
     ``avg@k`` uses the first k answers, the others all of them.
     """
@@ -133,7 +133,7 @@ def maj_at(votes: Sequence[int | None], k: int) -> float:
 
 
 def _with_class(ways: list[list[int]], size: int, most: int, room: int) -> list[list[int]]:
-    """``ways`` with one more class of ``size`` answers, of which at most ``most`` are taken."""
+    """``ways`` after adding one more class of ``size`` answers, of which at most ``most`` are taken."""
     grown = [[0] * (room + 1) for _ in range(len(ways) + 1)]
     for tied, row in enumerate(ways):
         for taken, count in enumerate(row):

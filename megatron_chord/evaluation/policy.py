@@ -29,10 +29,11 @@ from megatron_chord.weights.torch_dist import METADATA
 _CONVERTED = ".converted"
 """Folder of the converted checkpoint. No run has a folder of this name, so it may be deleted."""
 _SOURCE = "source.json"
-"""In that folder: which checkpoint it was made of. Written last, so a folder without it is not whole."""
+"""File in that folder that names the checkpoint it was made of. It is written last, so a folder without it is not
+complete."""
 _DIGEST = "policy.json"
 _RECORDS = ("latest", "latest_checkpointed_iteration.txt")
-"""A folder with one of these files stands for the newest checkpoint in it."""
+"""A folder with one of these files means the newest checkpoint in it."""
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 _PIECE = 1 << 22
 
@@ -42,15 +43,15 @@ class Policy:
     folder: Path
     """Hugging Face folder."""
     source: Path
-    """As the user named it."""
+    """The path that the user gave."""
     digest: str
-    """Of the weights, the configuration and the tokenizer."""
+    """Digest of the weights, the configuration and the tokenizer."""
     chat_template: Path | None = None
-    """Of the run that the checkpoint belongs to, where it set one."""
+    """The chat template of the checkpoint's run, if the run set one."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Of that run (``data.template_arguments``). An exported policy's template has them as its defaults."""
+    """``data.template_arguments`` of that run. The template of an exported policy has them as defaults."""
     tools_as: ToolsAs = "auto"
-    """Of that run, or of the run that exported the policy (``data.tools_as``)."""
+    """``data.tools_as`` of that run, or of the run that exported the policy."""
 
     @property
     def was_converted(self) -> bool:
@@ -66,7 +67,7 @@ def label_of(path: Path) -> str:
 
 
 def run_folder(source: Path) -> Path | None:
-    """The run that a policy is of: ``RUN/policy``, ``RUN/checkpoints`` or ``RUN/checkpoints/step-N``; else None."""
+    """The run's folder of ``RUN/policy``, ``RUN/checkpoints`` or ``RUN/checkpoints/step-N``; otherwise None."""
     source = source.resolve()
     run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
     lies_so = source.parent.name == "checkpoints" or source.name in ("policy", "checkpoints")
@@ -74,9 +75,9 @@ def run_folder(source: Path) -> Path | None:
 
 
 def default_output(source: Path, suite_name: str) -> Path:
-    """``evaluations/SUITE/POLICY`` in the policy's run, whose report shows it; here where it is of no run.
+    """``evaluations/SUITE/POLICY`` in the folder of the policy's run, whose report shows it.
 
-    Also here where the run's folder is another user's.
+    It is in the current folder if the policy belongs to no run, or if the run's folder belongs to another user.
     """
     run = run_folder(source)
     base = run if run is not None and os.access(run, os.W_OK) else Path()
@@ -84,10 +85,10 @@ def default_output(source: Path, suite_name: str) -> Path:
 
 
 def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Policy:
-    """The policy at ``source``. A checkpoint is converted to ``output/.converted``, unless that holds it already.
+    """The policy at ``source``. A checkpoint is converted to ``output/.converted`` if that was not done before.
 
     Raises:
-        ValueError: it is neither kind of folder, or it cannot be converted.
+        ValueError: it is not a Hugging Face folder or a checkpoint, or it cannot be converted.
     """
     folder = hf_folder(source, output / _CONVERTED, say)
     run = None if folder == source else run_of(source)
@@ -105,7 +106,7 @@ def open_policy(source: Path, output: Path, say: Callable[[str], None]) -> Polic
 
 
 def hf_folder(source: Path, target: Path, say: Callable[[str], None]) -> Path:
-    """``source`` where it is a Hugging Face folder, else ``target``, into which the checkpoint is converted.
+    """Return ``source`` if it is a Hugging Face folder. Otherwise convert the checkpoint to ``target`` and return that.
 
     Raises:
         ValueError: it is neither kind of folder, or it cannot be converted.
@@ -125,7 +126,7 @@ def hf_folder(source: Path, target: Path, say: Callable[[str], None]) -> Path:
 
 
 def run_of(source: Path) -> RunConfig | None:
-    """The settings of the run that wrote this checkpoint or this exported policy; None where it is no run's."""
+    """The settings of the run that wrote this checkpoint or exported policy; None if no run did."""
     for folder in (source.resolve().parent, source.resolve().parent.parent):
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
@@ -133,7 +134,7 @@ def run_of(source: Path) -> RunConfig | None:
 
 
 def _tools_as_of_export(source: Path, say: Callable[[str], None]) -> ToolsAs:
-    """Of the run that the policy lies in: no file of the policy holds it."""
+    """``data.tools_as`` of the run in whose folder the policy is. No file of the policy itself has this setting."""
     run = run_folder(source)
     if run is None:
         return "auto"
@@ -147,7 +148,7 @@ def _tools_as_of_export(source: Path, say: Callable[[str], None]) -> ToolsAs:
 
 
 def _convert_if_new(source: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Convert, unless ``folder`` was made of this very checkpoint, by its path and its files' sizes and times."""
+    """Convert unless ``folder`` was made of the same checkpoint: same path, and same sizes and times of its files."""
     checkpoint = checkpoint_of(source).resolve()
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     stamps = [
@@ -179,7 +180,7 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _digest(folder: Path, record: Path, say: Callable[[str], None]) -> str:
-    """Of the contents of the folder's files. Files with the size and time of ``record`` are not read again."""
+    """Digest of the contents of the folder's files. Files with the size and time in ``record`` are not read again."""
     files = sorted(
         [*folder.glob("*.safetensors"), *(folder / name for name in _HASHED if (folder / name).is_file())]
     )

@@ -20,7 +20,7 @@ RESULTS, PROBLEMS, TABLE, ROW = "results.json", "problems.jsonl", "results.md", 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemResult:
-    """One problem's answers as numbers: a line of ``problems.jsonl``."""
+    """The grades and metrics of one problem: a line of ``problems.jsonl``."""
 
     benchmark: str
     problem: str
@@ -29,9 +29,9 @@ class ProblemResult:
     """Hash of the messages and the truth: equal for every policy."""
     truth: str
     scores: tuple[float | None, ...]
-    """Of each answer; None where the grading failed. Missing answers are not there."""
+    """The grade of each answer; None if its grading failed. Missing answers have no entry."""
     values: dict[str, float | None]
-    """Of each metric; None where too few answers could be graded."""
+    """The value of each metric; None if too few answers could be graded."""
 
 
 def problem_result(
@@ -41,7 +41,7 @@ def problem_result(
     answers: Sequence[Answer],
     votes: Sequence[int | None],
 ) -> ProblemResult:
-    """``votes``: of the answers that have a score, in order."""
+    """The result of one problem. ``votes`` are those of the answers that have a score, in order."""
     scores = [answer.score for answer in answers if answer.score is not None]
     graded = [Graded(score, vote) for score, vote in zip(scores, votes, strict=True)]
     asked = json.dumps([prompt.messages, prompt.truth], sort_keys=True)
@@ -123,7 +123,7 @@ def means(suite: SuiteConfig, problems: Sequence[ProblemResult]) -> dict[str, An
 
 
 def row_of(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The policy's row in a table of comparison: a number in [0, 1] for each metric and mean."""
+    """The policy's row in a comparison table: a number in [0, 1] for each metric and mean."""
     row: dict[str, float | None] = {}
     for name, benchmark in results["benchmarks"].items():
         row |= {f"{name} {metric}": found["value"] for metric, found in benchmark["metrics"].items()}
@@ -131,7 +131,7 @@ def row_of(results: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """The results as a Markdown page."""
     lines = [
         f"# {results['policy']['name']} on {results['suite']}",
         "",
@@ -171,7 +171,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def row_markdown(results: Mapping[str, Any]) -> str:
-    """The head and the policy's row of a table of comparison, in percent."""
+    """The header and the policy's row of a comparison table, in percent."""
     row = row_of(results)
     head = f"| policy | {' | '.join(row)} |\n|---|{'--:|' * len(row)}\n"
     return f"{head}| {results['policy']['name']} | {' | '.join(map(_percent, row.values()))} |\n"
@@ -193,10 +193,10 @@ def write(folder: Path, results: Mapping[str, Any], problems: Sequence[ProblemRe
 
 
 def read_problems(folder: Path) -> list[ProblemResult]:
-    """Of an evaluation's folder.
+    """Read the problem results from an evaluation's folder.
 
     Raises:
-        ValueError: it holds no finished evaluation.
+        ValueError: the folder has no finished evaluation.
     """
     path = folder / PROBLEMS
     if not path.is_file():

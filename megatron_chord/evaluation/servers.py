@@ -24,14 +24,14 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Servers(Protocol):
     @property
     def version(self) -> int | None:
-        """Of the weights that sample; None: those of the servers' start."""
+        """Version of the weights that sample; None: the weights with which the servers were started."""
         ...
 
     def connect(self) -> Sequence[RolloutClient]:
-        """Clients of servers that are ready, and hold the policy. May be called again after a failure.
+        """Clients of servers that are ready and have the policy's weights. May be called again after a failure.
 
         Raises:
-            ServerError: one is not ready in time.
+            ServerError: a server is not ready in time.
         """
         ...
 
@@ -39,7 +39,7 @@ class Servers(Protocol):
 
 
 class OwnServers:
-    """Started here, each on GPUs of its own; without a GPU on all cores."""
+    """Servers that are started here. Each has its own GPUs; without GPUs it uses all cores."""
 
     version = None
 
@@ -106,7 +106,7 @@ class OwnServers:
 
 
 class ListedServers:
-    """Running servers (docs/running.md says how to start them). They are given the policy's weights, with proof."""
+    """Running servers (docs/running.md says how to start them). They get the policy's weights, which are verified."""
 
     version = 0
 

@@ -1,4 +1,4 @@
-"""A policy that answers a person: what `megatron-chord generate` and `megatron-chord chat` ask of a vLLM server."""
+"""Answers of a policy to a person: the functions behind `megatron-chord generate` and `megatron-chord chat`."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from megatron_chord.sampling.rounds import sample_seed
 from megatron_chord.weights.folder import check_copies, open_model
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 2048, 1024
-"""Limits of a policy that is no run's."""
+"""Default limits for a policy that belongs to no run, in tokens."""
 _AT_ONCE_GPU, _AT_ONCE_CPU = 256, 16
-"""Requests that a server gets at a time."""
+"""Number of requests that a server gets at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """How a person wants to be answered. What is None is as in the policy's run, or a default."""
+    """The options of the user. An option that is None has the value of the policy's run, or else a default."""
 
     temperature: float | None = None
-    """0 takes the most likely token. Default 1."""
+    """Sampling temperature. 0: always the most likely token. The default is 1."""
     max_tokens: int | None = None
-    """Limit of an answer."""
+    """Longest answer, in tokens."""
     system_prompt: str | None = None
-    """Put before a conversation without a system message. An empty text: none."""
+    """System prompt for conversations that have no system message. An empty text: none."""
     tensor: int = 1
-    """GPUs of the server that is started."""
+    """Number of GPUs of the server that is started."""
     seed: int = 0
 
 
@@ -55,12 +55,12 @@ class Said:
     text: str
     num_tokens: int
     is_cut_off: bool
-    """It reached the limit of tokens."""
+    """Whether it reached the limit of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """A policy that is not on a server yet, and how it is asked."""
+    """A policy that is not on a server yet, with its template, sampling settings and limits."""
 
     folder: Path
     """Hugging Face folder."""
@@ -69,7 +69,7 @@ class Voice:
     temperature: float
     max_tokens: int
     max_length: int
-    """Tokens of a prompt and its answer together."""
+    """Largest number of tokens of a prompt and its answer together."""
     server: ServerConfig
     seed: int
 
@@ -80,15 +80,15 @@ class Voice:
 
 @dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """A policy on servers that are ready."""
+    """A policy on servers that are ready to answer."""
 
     voice: Voice
     clients: Sequence[RolloutClient]
     version: int | None
-    """Of the weights on the servers."""
+    """Version of the weights on the servers."""
 
     def answers(self, prompts: Sequence[Prompt], *, samples: int) -> list[list[Said]]:
-        """``samples`` answers to each prompt. An answer's seed follows from its prompt's id.
+        """``samples`` answers to each prompt. The id of a prompt determines the seed of its answers.
 
         Raises:
             RolloutError: a server failed.
@@ -162,10 +162,12 @@ class Speaker:
 
 @contextlib.contextmanager
 def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Iterator[Voice]:
-    """The policy ``source``: a Hugging Face folder, or a run's checkpoints/step-N, which is converted for the time.
+    """Open the policy ``source``: a Hugging Face folder, or checkpoints/step-N of a run.
+
+    A checkpoint is converted to a temporary folder.
 
     Raises:
-        ValueError: ``source`` or a wish will not do.
+        ValueError: ``source`` or an option cannot be used.
     """
     with contextlib.closing(PrivateFolder(Path(tempfile.gettempdir()))) as temporary:
         folder = hf_folder(source, temporary.path / "policy", say)
@@ -198,7 +200,7 @@ def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Ite
 def speaker(
     voice: Voice, *, say: Callable[[str], None], servers: Sequence[str] = (), server_key: str = ""
 ) -> Iterator[Speaker]:
-    """``voice`` on a server that is started here, or on running ones. Main thread only.
+    """Put ``voice`` on a server that is started here, or on running servers. Main thread only.
 
     Args:
         servers: URLs of running servers, which get the policy's weights.
@@ -230,7 +232,7 @@ def speaker(
 
 
 def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
-    """The prompts of a data file (docs/data.md; no true answers are needed), or of a text file, one a line.
+    """The prompts of a data file (docs/data.md; truths are not needed), or of a text file with one prompt per line.
 
     Raises:
         ValueError: the file cannot be read, or a prompt is too long or refused by the template.
@@ -280,9 +282,9 @@ def _temperature(run: RunConfig | None, wishes: Wishes) -> float:
 
 
 def _limits(run: RunConfig | None, wishes: Wishes, max_positions: int) -> tuple[int, int]:
-    """Tokens of an answer at most, and of a prompt and an answer together.
+    """The largest number of tokens of an answer, and of a prompt and its answer together.
 
-    ValueError when they leave no token for a prompt.
+    Raises ValueError if they leave no token for a prompt.
     """
     prompt = PROMPT_TOKENS if run is None else run.data.max_prompt_tokens
     answer = RESPONSE_TOKENS if run is None else run.data.max_response_tokens

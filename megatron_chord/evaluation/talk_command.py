@@ -1,4 +1,4 @@
-"""The commands `generate` and `chat`: what they ask for, print and write."""
+"""The commands `generate` and `chat`: their input, output and exit codes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HELP = "/new begins a new conversation, /quit or Ctrl-D ends"
 
 
 def talk_command(args: argparse.Namespace) -> int:
-    """0: done. 1: a server failed. 2: refused before a server was started."""
-    # Through the finally blocks, which stop the server.
+    """Run `generate` or `chat`. Returns 0, 1 if a server failed, or 2 if refused before a server was started."""
+    # Leave through the finally blocks, which stop the server.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     key = os.environ.get(KEY_VARIABLE, "")
     if args.server and not key:
@@ -53,7 +53,7 @@ def talk_command(args: argparse.Namespace) -> int:
 
 
 def chat(talker: Speaker, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
-    """Answer a person until ``read`` returns None. A message that cannot be answered is told, and forgotten."""
+    """Answer messages until ``read`` returns None. If a message cannot be answered, say why and drop it."""
     say(HELP)
     messages: list[Message] = []
     while (line := read()) is not None:
@@ -77,7 +77,7 @@ def chat(talker: Speaker, read: Callable[[], str | None], say: Callable[[str], N
 
 
 def _check_request(args: argparse.Namespace, voice: Voice) -> None:
-    """ValueError where all answers to a prompt would be equal, or could not be written."""
+    """Raises ValueError if all answers to a prompt would be equal, or if they could not be written."""
     if voice.temperature == 0 and args.samples > 1:
         raise ValueError(
             f"--samples {args.samples} at temperature 0 would be the same answer {args.samples} times: set "

@@ -18,7 +18,7 @@ KINDS = ("math", "exact", "tool_calls")
 
 
 def stated_answer(text: str, reward: RewardConfig) -> str | None:
-    """What a response states as its answer; None where it states none.
+    """The answer that a response states; None if it states none.
 
     Raises:
         ValueError: the reward is none of ``KINDS``.
@@ -36,7 +36,7 @@ def stated_answer(text: str, reward: RewardConfig) -> str | None:
 
 
 def _canonical(calls: Sequence[Call]) -> str:
-    """A truth that these calls meet, the same in any order of the calls and of their arguments."""
+    """A truth that these calls satisfy. It does not depend on the order of the calls and of their arguments."""
     texts = sorted(
         json.dumps({"name": call.name, "arguments": call.arguments}, sort_keys=True) for call in calls
     )
@@ -58,7 +58,7 @@ def votes_of(
     """The vote of each answer: 0 for right ones, another number for each class of equal wrong ones, None for none.
 
     Args:
-        equal: those pairs of ``to_compare`` that are equal.
+        equal: the pairs of ``to_compare`` whose answers are equal.
     """
     class_of = list(range(len(scores)))
     spelled: dict[str, int] = {}

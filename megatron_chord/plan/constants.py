@@ -14,7 +14,8 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Calibrated: chosen on the rows so named in benchmarks/planner.py. The others come from their sources alone."""
+    """The constants. "Calibrated" ones were fitted to the rows of that name in benchmarks/planner.py; all others come
+    only from their sources."""
 
     train_efficiency: float = 0.42
     """Model FLOP/s of a trainer on packed sequences over the GPU's peak, before the factors below. Calibrated."""
@@ -43,24 +44,24 @@ class Constants:
     decode_all_reduce_s: float = 30e-6
     """Seconds of one all-reduce in a decode step under tensor parallelism; there are two per layer. Calibrated."""
     sync_shared: tuple[float, float] = (2.0, 10e9)
-    """Of a weight push to servers on the same GPUs: seconds at once, bytes per second. Calibrated on 5 s (8B) and 14 s
+    """A weight push to servers on the same GPUs: fixed seconds, and bytes per second. Calibrated on 5 s (8B) and 14 s
     (70B) [RL-959]."""
     sync_apart: tuple[float, float] = (0.5, 40e9)
-    """Of a push to other GPUs, one sender over a 400 Gb/s port: seconds at once, bytes per second [RL-BWCALC]."""
+    """A push to other GPUs, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
     host_copy: float = 20e9
     """Bytes per second between a GPU and pinned main memory, all GPUs of a node at the same time. Assumed: a PCIe 5
     x16 port can do 64e9 alone."""
     step_overhead: float = 0.03
     """Share of a step in addition to its phases: drawing, grading, packing, logging. 2 to 4 % in [RL-959]."""
     cuda_bytes: float = 3e9
-    """Of a training process beside torch's tensors: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers. 3 to 5
-    once all else is released [SLIME-010]."""
+    """Memory of a training process in addition to torch's tensors: CUDA context, work spaces of cuBLAS and cuDNN,
+    NCCL's buffers. 3 to 5 GB remain when everything else is released [SLIME-010]."""
     fragmentation: float = 0.05
     """Additional share of activations and of the head's work space."""
     server_bytes: float = 3e9
-    """Of a vLLM process beside weights and KV cache: context, CUDA graphs, activations of prefill."""
+    """Memory of a vLLM process in addition to weights and KV cache: context, CUDA graphs, activations of prefill."""
     asleep_bytes: float = 3e9
-    """What a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
+    """Memory that a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
 
 
 CONSTANTS = Constants()

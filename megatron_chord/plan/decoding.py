@@ -22,17 +22,17 @@ from megatron_chord.plan.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """One of the equal servers."""
+    """One of several equal servers."""
 
     gpu: Gpu
     tensor: int
     kv_tokens: int
-    """Capacity of its KV cache."""
+    """Capacity of its KV cache, in tokens."""
     weight_bytes: float = 2
-    """Per parameter."""
+    """Bytes per parameter."""
     kv_dtype_bytes: float = 2
     flops_factor: float = 1.0
-    """Products in FP8 are twice as fast at their peak."""
+    """Whether products are in FP8, whose peak rate is twice as high."""
 
 
 def sampling_seconds(
@@ -73,7 +73,8 @@ class _DecodeStep:
         self._untouched = 1 - sizes.top_k / shape.experts.count if shape.experts else 0.0
         peak = constants.decode_flops * server.gpu.peak_flops * server.flops_factor
         self._product_s = 2 * active_count(shape) / (server.tensor * peak)
-        # Of one position of one sequence. All heads share a latent, so there its products take as long as its reading.
+        # Seconds for one position of one sequence. With a latent, shared by all heads, products may take longer than
+        # reading.
         part = kv_bytes_per_token(shape, server.kv_dtype_bytes) / cache_parts(shape, server.tensor)
         products = decode_attention_flops(shape) / server.tensor
         self._cache_s = max(part / bandwidth, products / (constants.decode_flops * server.gpu.peak_flops))
@@ -82,16 +83,16 @@ class _DecodeStep:
             self._fixed_s += 2 * shape.num_layers * constants.decode_all_reduce_s
 
     def seconds(self, running: float, length: float) -> float:
-        """One step of ``running`` sequences of ``length`` tokens."""
+        """Seconds of one decode step with ``running`` sequences of ``length`` tokens."""
         # Only experts that at least one sequence chose are read; all experts are assumed to be equally likely.
         weights = self._dense_s + self._experts_s * (1 - self._untouched**running)
         return max(weights, running * self._product_s) + running * length * self._cache_s + self._fixed_s
 
 
 def exponential_scale(mean: float, limit: float) -> float:
-    """Of the exponential distribution whose mean, cut off at ``limit``, is ``mean``; inf where that is the limit.
+    """The scale of the exponential distribution that has this ``mean`` when it is cut off at ``limit``.
 
-    A scale s has the cut-off mean s (1 - exp(-limit / s)).
+    A scale s gives the mean s (1 - exp(-limit / s)). The scale is inf if the mean is the limit.
     """
     if mean >= limit:
         return math.inf

@@ -44,7 +44,7 @@ class Cluster:
     nodes: int = 1
     gpus_per_node: int = 8
     rollout_nodes: int = 0
-    """Nodes that only sample; 0: trainer and servers share all of them."""
+    """Number of nodes that only sample. 0: trainer and servers share all nodes."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 1:
@@ -73,7 +73,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run on a cluster, without the trainer's layout."""
+    """A run on a cluster, before a layout of the trainer is chosen."""
 
     shape: ModelShape
     cluster: Cluster
@@ -88,9 +88,9 @@ class Case:
     """Share of each GPU's memory for vLLM."""
     cache_bytes: float | None = None
     overlap: bool = False
-    """Sampling for the next step runs beside training."""
+    """Whether the next step is sampled while this step trains."""
     offload: bool = False
-    """Optimizer state, gradients and reference leave the GPU while servers sample on it."""
+    """Whether optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
     constants: Constants = CONSTANTS
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the search may choose of the trainer's settings."""
+    """The trainer's settings that the search chooses."""
 
     parallel: ParallelConfig
     max_tokens: int
@@ -165,9 +165,9 @@ class Times:
     sync: float
     overlap: bool
     overhead: float
-    """Share of the rest."""
+    """Everything else: a share of the sum of the phases."""
     offload: float = 0.0
-    """Of optimizer state and reference, to main memory and back."""
+    """Time to move optimizer state and reference to main memory and back."""
 
     @property
     def trainer(self) -> float:
@@ -184,20 +184,20 @@ class Estimate:
     choice: Choice
     training: Training
     stages: tuple[StageMemory, ...]
-    """Those among which the fullest is (``_stages_to_see``)."""
+    """The pipeline stages among which is the one with the most memory (``_stages_to_see``)."""
     server: ServerMemory | None
     training_peak: float
     """Bytes on the fullest GPU while training."""
     sampling_peak: float
-    """Bytes on the fullest GPU while sampling, where trainer and servers share it; else of a server's GPU."""
+    """Bytes on the fullest GPU while sampling, if trainer and servers share GPUs; otherwise on a server's GPU."""
     saved: float
-    """Bytes of the fullest GPU that are in main memory while servers sample."""
+    """Bytes that the fullest GPU moves to main memory while servers sample."""
     problems: tuple[str, ...]
-    """What does not fit, and by how much; empty if everything fits."""
+    """Messages about what does not fit, and by how much; empty if everything fits."""
     times: Times
     speed: Speed
     mfu: float
-    """MFU of the training pass alone: model FLOP/s over the peak, recomputation not counted."""
+    """MFU of the training passes: model FLOP/s divided by the peak, without recomputation."""
     tokens_per_s: float
     """All tokens of a step divided by its time."""
 
@@ -216,7 +216,7 @@ def case_of(
     overlap: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Case:
-    """The case that the settings describe, with assumed lengths where none are given.
+    """The case that the settings describe. Lengths that are not given are assumed.
 
     Args:
         prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
@@ -358,12 +358,12 @@ def export_bytes(case: Case) -> float:
 
 
 def _beside(case: Case, stage: StageMemory) -> float:
-    """Of the trainer, while servers sample on the same GPU."""
+    """Bytes of the trainer on a GPU while servers sample on it."""
     return stage.beside_servers if case.offload else stage.static
 
 
 def _times(case: Case, how: Speed, sampling: float | None, saved: float, recomputing: float) -> Times:
-    """``recomputing``: FLOPs of training over those of the model alone."""
+    """The times of a step. ``recomputing``: FLOPs of training divided by those without recomputation."""
     work = case.work
     one = pass_seconds(
         case.shape,
@@ -385,8 +385,9 @@ def _times(case: Case, how: Speed, sampling: float | None, saved: float, recompu
 
 
 def _stages_to_see(shape: ModelShape, parallel: ParallelConfig) -> Sequence[int]:
-    """The first and the last: those between hold neither embedding nor head, and keep less than the first. All where
-    stages are of unequal length, or some layers have experts and others a dense MLP."""
+    """The stages that can be the fullest: the first and the last. The stages between have no embedding and no head, and
+    keep fewer activations than the first. All stages are returned if they have unequal lengths, or if only some layers
+    have experts."""
     if parallel.stages or (shape.experts is not None and shape.experts.dense_layers):
         return range(parallel.pipeline)
     return sorted({0, parallel.pipeline - 1})
@@ -432,7 +433,7 @@ def _beyond(needed: float, gpu: Gpu) -> str:
 
 
 def _demonstrations(run: RunConfig, method: Method) -> int:
-    """Of a step: drawn for themselves, or one for each prompt."""
+    """Number of demonstrations of a step: those of the batch, or one for each prompt."""
     if method.draws_demonstrations:
         return run.batch.demonstrations
     return run.batch.prompts if method.needs_demonstrations else 0

@@ -1,4 +1,4 @@
-"""Bytes on one training GPU, by part, for every pipeline stage; and the memory of a vLLM server on it.
+"""Estimates the memory of a training GPU by part, for every pipeline stage, and the memory of a vLLM server.
 
 Formulas and their sources: docs/planning.md, "Memory". Bytes are decimal (1 GB = 1e9).
 """
@@ -24,7 +24,7 @@ class Numerics:
 
     weights: float = 2
     gradients: float = 4
-    """``grad_reduce_in_fp32`` is on."""
+    """Gradients, in FP32 because ``grad_reduce_in_fp32`` is on."""
     optimizer: float = 12
     """FP32 master weights and Adam's two moments."""
     activation: float = 2
@@ -49,9 +49,9 @@ class Training:
     data: int
     """Data-parallel ranks, without the context axis."""
     micro_tokens: int
-    """Of the largest micro-batch, before the context axis cuts it."""
+    """Number of tokens of the largest micro-batch, before it is split over the context axis."""
     micro_batches: int
-    """Of each data-parallel rank in one optimizer update."""
+    """Number of micro-batches of each data-parallel rank in one optimizer update."""
     recompute: str
     """none, mlp or full."""
     numerics: Numerics = field(default_factory=Numerics)
@@ -60,18 +60,18 @@ class Training:
 
     @property
     def local_tokens(self) -> float:
-        """Of a micro-batch on one context-parallel rank."""
+        """Number of tokens of a micro-batch on one context-parallel rank."""
         return self.micro_tokens / self.parallel.context
 
     @property
     def sequence_cut(self) -> int:
-        """Over how many ranks of the tensor axis residuals and norms are cut along the sequence."""
+        """Number of tensor-parallel ranks over which residuals and norms are split along the sequence."""
         return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """One GPU of one pipeline stage at the peak of training; bytes."""
+    """Bytes on one GPU of one pipeline stage at the peak of training."""
 
     stage: int
     parameters: int
@@ -97,7 +97,7 @@ class StageMemory:
 
     @property
     def beside_servers(self) -> float:
-        """Bytes that then stay on the GPU. Gradients are freed."""
+        """Bytes that stay on the GPU while servers sample. Gradients are freed."""
         return self.static - self.saved - self.gradients
 
     @property
@@ -144,7 +144,8 @@ def stage_memory(
 
 
 def optimizer_bytes(count: Count, training: Training) -> float:
-    """Sharded over the ranks that hold the same weights, those of experts over the fewer that hold the same experts."""
+    """Bytes of optimizer state. It is sharded over the ranks with the same weights; for experts, over those with the
+    same experts, which are fewer."""
     parallel, per_parameter = training.parallel, training.numerics.optimizer
     if not parallel.distributed_optimizer:
         return per_parameter * count.total
@@ -155,7 +156,7 @@ def optimizer_bytes(count: Count, training: Training) -> float:
 
 
 def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
-    """Kept for the backward pass at the schedule's fullest moment, and the most that is computed again at once."""
+    """Bytes that are kept for the backward pass at the peak of the schedule, and the largest recomputed part."""
     chunks = [
         [layer_activations(shape, training, number) for number in chunk]
         for chunk in stage_chunks(shape.num_layers, training.parallel, stage)
@@ -172,16 +173,16 @@ def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """Of one layer, bytes per token of a context rank."""
+    """Activations of one layer, in bytes per token of a context-parallel rank."""
 
     kept: float
-    """From the forward pass to the backward pass."""
+    """Kept from the forward pass to the backward pass."""
     again: float = 0.0
     """Computed again in the backward pass."""
 
 
 def layer_activations(shape: ModelShape, training: Training, number: int = 0) -> LayerActivations:
-    """Of layer ``number``."""
+    """The activations of layer ``number``."""
     of, hidden, experts = Sizes.of(shape), shape.hidden_size, shape.experts
     full, gemm = training.numerics.activation, training.numerics.gemm_input
     # Inputs of both norms; inputs of the products behind them, which are those norms' outputs. Latents likewise.
@@ -205,7 +206,7 @@ def layer_activations(shape: ModelShape, training: Training, number: int = 0) ->
 
 
 def kept_at_once(chunks: Sequence[float], parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
-    """The most that is kept at once on one rank, of forward passes whose backward pass is still to come.
+    """The most that one rank keeps at the same time, for forward passes whose backward pass has not run yet.
 
     Megatron-Core 0.16.1, pipeline_parallel/schedules.py: after the warm-up of the 1F1B schedule or of the interleaved
     one, a forward and a backward pass take turns. A chunk has as many passes in a row as there are stages, then the
@@ -229,7 +230,7 @@ def kept_at_once(chunks: Sequence[float], parallel: ParallelConfig, stage: int, 
 
 
 def head_bytes(shape: ModelShape, training: Training) -> float:
-    """Work space of ``losses.logprobs`` in its backward pass, where every token of the micro-batch is trained."""
+    """Work space of ``losses.logprobs`` in its backward pass, if every token of the micro-batch is trained."""
     tensor, element = training.parallel.tensor, training.numerics.activation
     rows = padded_vocab_size(shape.vocab_size, tensor) / tensor
     # The weight's gradient is summed in FP32, and then rounded to the weights' type.
@@ -240,18 +241,19 @@ def head_bytes(shape: ModelShape, training: Training) -> float:
 
 
 def full_logits_bytes(vocab_rows: float, tokens: float) -> float:
-    """What a head that makes all logits keeps: BF16 logits, FP32 ones and their gradient."""
+    """Memory of a head that computes all logits at once: logits in BF16 and in FP32, and their gradient."""
     return tokens * vocab_rows * (2 + 4 + 4)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype_bytes: float = 2) -> float:
-    """What vLLM keeps of one token in all layers: keys and values, or the latent that they are made from."""
+    """Bytes that vLLM keeps for one token in all layers: keys and values, or the latent from which they are
+    computed."""
     return shape.num_layers * Sizes.of(shape).cache * dtype_bytes
 
 
 def cache_parts(shape: ModelShape, tensor: int) -> int:
-    """Into how many different parts a server of ``tensor`` GPUs cuts its KV cache. Beyond as many GPUs as there are
-    key-value heads vLLM keeps copies of them, and every GPU keeps the whole latent, which all heads share."""
+    """Number of parts into which a server of ``tensor`` GPUs splits its KV cache. If there are more GPUs than key-value
+    heads, vLLM keeps copies of the heads. A latent is shared by all heads, so every GPU keeps all of it."""
     return 1 if shape.has_latent_attention else min(tensor, shape.num_kv_heads)
 
 
@@ -272,7 +274,7 @@ def server_memory(
     cache_bytes: float | None = None,
     constants: Constants = CONSTANTS,
 ) -> ServerMemory:
-    """Weights and KV cache of a vLLM server within ``utilization`` of each of its GPUs.
+    """Weights and KV cache of a vLLM server that uses the share ``utilization`` of each of its GPUs.
 
     Args:
         weight_bytes: per parameter: 2 in BF16, 1 in FP8, 4 in FP32.

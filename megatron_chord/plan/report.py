@@ -1,4 +1,4 @@
-"""An estimate as text tables, and as plain values for JSON."""
+"""Formats an estimate as text tables and as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def search_table(found: Found) -> Table:
 
 
 def reasons(found: Found) -> Iterator[str]:
-    """Why nothing fits: the nearest misses, then what the trainer would refuse."""
+    """Why nothing fits: the layouts that are closest to fitting, then the reasons why the trainer refuses others."""
     yield "no layout fits"
     nearest: dict[tuple[int, ...], Estimate] = {}
     for one in found.too_large:
@@ -56,7 +56,7 @@ def reasons(found: Found) -> Iterator[str]:
 
 
 def layout(found: Estimate) -> str:
-    """TP4 PP2 DP8 and the like; axes of 1 are left out. PP2* has stages of unequal length."""
+    """A layout as text, such as TP4 PP2 DP8. Axes of size 1 are left out. PP2* has stages of unequal length."""
     parallel = found.choice.parallel
     axes = {
         "TP": str(parallel.tensor),
@@ -70,7 +70,7 @@ def layout(found: Estimate) -> str:
 
 
 def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
-    """Numbers in bytes, seconds and tokens."""
+    """The estimate as numbers in bytes, seconds and tokens."""
     parallel, server = found.choice.parallel, found.server
     return {
         "parameters": model_count(case.shape),

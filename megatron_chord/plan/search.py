@@ -17,20 +17,21 @@ _LEAST_BUDGET = 8192
 @dataclass(frozen=True, kw_only=True)
 class Found:
     fitting: tuple[Estimate, ...]
-    """Fastest first, in groups of a hundredth of the fastest step: the prediction is no better. In a group first those
-    whose experts stay within a node, then of the fewest chunks, context ranks and stages, then of equal stages, then of
-    least memory."""
+    """The layouts that fit, fastest first. Layouts whose times differ by less than a hundredth of the fastest count as
+    equal, because the prediction is no better. Among these, layouts whose experts stay within a node come first, then
+    those with the fewest chunks, context ranks and stages, then those with equal stages, then those that need the least
+    memory."""
     too_large: tuple[Estimate, ...]
-    """Layouts that the trainer would accept and the GPUs cannot hold, the nearest miss first."""
+    """Layouts that the trainer accepts but that do not fit the GPUs. The one that is closest to fitting comes first."""
     refused: tuple[str, ...]
-    """Why the trainer would refuse the others, each reason once."""
+    """The reasons why the trainer refuses other layouts, each reason once."""
 
 
 def search(case: Case, start: Choice) -> Found:
-    """Try tensor, pipeline, virtual pipeline, context and expert sizes, stages of equal length and such whose work is
-    balanced, token budgets and recomputation.
+    """Try sizes of all parallel axes, stages of equal length and stages of balanced work, token budgets and
+    recomputation.
 
-    The tensor axis stays within a node. All else of ``start`` is kept.
+    The tensor axis stays within a node. All other settings are those of ``start``.
     """
     sampling = case.sampling_seconds()
     fitting: list[Estimate] = []
@@ -52,7 +53,7 @@ def search(case: Case, start: Choice) -> Found:
 
 
 def best_block(found: Estimate) -> str:
-    """The layout as YAML to paste into a run; every axis is stated, so that a ``base`` file's do not stay."""
+    """The layout as YAML to paste into a run. It states every axis, so that no axis of a ``base`` file remains."""
     parallel = found.choice.parallel
     virtual = parallel.virtual_pipeline
     return "\n".join(
@@ -117,7 +118,7 @@ def _stages(case: Case, pipeline: int, recompute: str) -> Iterator[tuple[int | N
 
 
 def _budgets(case: Case, start: Choice) -> list[int]:
-    """The longest sample's, rounded up; twice that; and the settings' own if it holds the longest sample."""
+    """Token budgets to try: the longest sample rounded up, twice that, and that of the settings if the sample fits."""
     least = -(-max(case.work.longest, _LEAST_BUDGET) // 1024) * 1024
     own = [start.max_tokens] if start.max_tokens >= case.work.longest else []
     return sorted({least, 2 * least, *own})

@@ -1,4 +1,4 @@
-"""How long the trainer's passes over a step's tokens take. docs/planning.md, "Training"."""
+"""Estimates the time of the trainer's passes over a step's tokens. See docs/planning.md, "Training"."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class Speed:
     """Efficiency of the trainer's GPUs under a layout."""
 
     efficiency: float
-    """Model FLOP/s over the peak of all GPUs, without recomputation."""
+    """Model FLOP/s divided by the peak of all GPUs, without recomputation."""
     bubble: float
     """Share of the time that a pipeline stage waits."""
 
 
 def micro_batches(tokens: float, *, data: int, budget: int, multiple: int = 1) -> int:
-    """Of one data-parallel rank in an update of ``tokens``; a multiple of ``multiple``."""
+    """Number of micro-batches of one data-parallel rank in an update of ``tokens`` tokens; a multiple of
+    ``multiple``."""
     return math.ceil(max(1, math.ceil(tokens / (data * budget))) / multiple) * multiple
 
 
@@ -36,7 +37,8 @@ def speed(
     fp8: bool = False,
     constants: Constants = CONSTANTS,
 ) -> Speed:
-    """``slowdown``: of the fullest pipeline stage, against equal ones (``costs.balance``); all wait for it."""
+    """The efficiency of a layout. ``slowdown`` is that of the largest pipeline stage, for which all stages wait
+    (``costs.balance``)."""
     chunks = parallel.virtual_pipeline or 1
     waits, works = parallel.pipeline - 1, micro_batches * chunks
     bubble = waits / (works + waits)
@@ -50,8 +52,8 @@ def speed(
 
 
 def tensor_factor(tensor: int, constants: Constants = CONSTANTS) -> float:
-    """The value in the table. Between entries it is that of the next larger one; beyond, the last ratio per
-    doubling."""
+    """The factor in the table. Between two entries it is that of the larger one. Beyond the table the last ratio
+    applies to each doubling."""
     known = dict(constants.tensor_factor)
     for size in sorted(known):
         if tensor <= size:
@@ -70,5 +72,5 @@ def pass_seconds(
     efficiency: float,
     passes: float = 1.0,
 ) -> float:
-    """Of ``passes`` times the forward and backward pass over ``tokens`` tokens; a forward pass alone is a third."""
+    """Seconds of ``passes`` forward and backward passes over ``tokens`` tokens. A forward pass alone counts 1/3."""
     return passes * tokens * train_flops(shape, length) / (gpus * gpu.peak_flops * efficiency)

@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Of one step. Lengths are means over samples, in tokens."""
+    """The work of one step. Lengths are means over samples, in tokens."""
 
     prompts: int
     rollouts: int
-    """Samples per prompt."""
+    """Rollouts per prompt."""
     demonstrations: int
     prompt_tokens: float
     response_tokens: float
     demonstration_tokens: float
-    """Of a demonstration's response."""
+    """Mean length of a demonstration's response."""
     response_limit: int
     longest: int
-    """Most tokens that one sample can have."""
+    """Largest number of tokens that a sample can have."""
     updates: int = 1
-    """Optimizer updates that share the step's samples, each its own part."""
+    """Number of optimizer updates, among which the step's samples are divided."""
     epochs: int = 1
     passes: int = 0
-    """Forward passes beside the training pass: old log-probs, the reference's."""
+    """Number of forward passes in addition to the training pass: old log-probs, log-probs of the reference."""
 
     @property
     def sequences(self) -> int:
@@ -38,5 +38,5 @@ class Work:
 
     @property
     def length(self) -> float:
-        """Of a sample, on average."""
+        """Mean number of tokens of a sample."""
         return self.tokens / max(1, self.sequences + self.demonstrations)

@@ -22,7 +22,7 @@ class Chart:
     group: str
     title: str
     metrics: tuple[str, ...]
-    """Names in a row of metrics.jsonl; ``block/name`` for a number of a block."""
+    """Names of the metrics in metrics.jsonl; ``block/name`` for a number in a block."""
     help: str
     unit: Literal["", "%", "tokens", "s"] = ""
     log: bool = False
@@ -173,8 +173,8 @@ PHASES = ("waiting", "weight push", "sampling", "grading", "packing", "training"
 
 
 def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Those of ``CHARTS`` and ``BLOCKS`` that any run has numbers for, then one for each number or block that none of
-    them shows."""
+    """The charts of ``CHARTS`` and ``BLOCKS`` for which a run has numbers, then one chart for each other number or
+    block."""
     present = {name for run in runs for row in run.steps for name in _numbers(row)}
     shown = {name for chart in CHARTS for name in chart.metrics} | set(_OWN_PLACE)
     by_block: dict[str, list[str]] = {}
@@ -229,7 +229,7 @@ def totals(run: RunRecord) -> tuple[float, float]:
 
 
 def _totals(steps: Sequence[Row]) -> list[tuple[float, float]]:
-    """After each step."""
+    """Total tokens and hours after each step."""
     seconds = [float(row.get("seconds", {}).get("total", 0.0)) for row in steps]
     tokens = [float(row.get("tokens_per_s", 0.0)) * took for row, took in zip(steps, seconds, strict=True)]
     return [
@@ -255,7 +255,7 @@ def _series(numbers: Sequence[Sequence[float]]) -> dict[str, list[float | None]]
 
 
 def _phases(run: RunRecord, parts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Seconds of a step by phase; together they are the step's total."""
+    """Seconds of each phase of a step. Their sum is the total of the step."""
     ahead = setting(run.settings, "rollout.asynchronous") is not None
     rows = [[_phases_of(row.get("seconds", {}), ahead=ahead) for row in part] for part in parts]
     found = {
@@ -265,7 +265,8 @@ def _phases(run: RunRecord, parts: Sequence[Sequence[Row]]) -> dict[str, list[fl
 
 
 def _phases_of(seconds: Mapping[str, float], *, ahead: bool) -> dict[str, float]:
-    """``ahead``: rollouts were sampled while the step before trained, so the step only waited for them."""
+    """The phases of one step. ``ahead``: its rollouts were sampled while the previous step trained, so that this step
+    only waited for them."""
     collect, train, total = (float(seconds.get(name, 0.0)) for name in ("collect", "train", "total"))
     found = dict.fromkeys(PHASES, 0.0) | {"training": train, "other": max(0.0, total - collect - train)}
     if ahead:

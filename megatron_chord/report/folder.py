@@ -15,20 +15,20 @@ from megatron_chord.train.metrics import METRICS, read_metrics
 CONFIG = "config.yaml"
 Row = Mapping[str, Any]
 _Z = 1.96
-"""Standard errors on either side of a mean that hold 95 % of a normal distribution."""
+"""Half the width of a 95 % interval of a normal distribution, in standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     name: str
-    """Short, and different for each run of a report."""
+    """A short name that is different for each run of a report."""
     folder: Path
     settings: Mapping[str, Any]
-    """The resolved settings, as YAML has them; empty where the folder has no config.yaml."""
+    """The resolved settings of config.yaml; empty if the folder has no such file."""
     steps: Sequence[Row]
-    """One row of metrics a training step, in order."""
+    """The row of metrics of each training step, in order."""
     evaluations: Sequence[Row]
-    """Rows with ``step`` (training steps before it) and ``evaluation``, in order."""
+    """The rows of evaluations, in order. ``step`` is the number of training steps before the evaluation."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -42,10 +42,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def interval(evaluation: Row, *, samples: int) -> tuple[float, float]:
-    """The 95 % interval of an evaluation's accuracy: the one in the row, else Wilson's.
+    """The 95 % interval of an evaluation's accuracy: the one in the row, or else Wilson's.
 
-    Wilson's (J. Am. Stat. Assoc. 22, 1927) takes each graded answer as an independent draw of 0 or 1. With several
-    answers to a problem (``samples``) it counts problems, so that it is rather too wide than too narrow.
+    Wilson's interval (J. Am. Stat. Assoc. 22, 1927) treats each graded answer as an independent draw of 0 or 1. With
+    several answers to a problem (``samples``) it counts problems, so it is too wide rather than too narrow.
     """
     given = evaluation.get("interval")
     if isinstance(given, Sequence) and len(given) == 2:
@@ -83,7 +83,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many last parts as tell all of them apart."""
+    """The last part of each path, or as many last parts as are needed to make all names different."""
     longest = max((len(folder.parts) for folder in folders), default=1)
     for count in range(1, longest + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]

@@ -38,7 +38,7 @@ _WITHOUT_DEFAULT = (
 
 
 def write_report(folders: Sequence[Path], to: Path) -> Path:
-    """Write the page about the runs in ``folders`` to the file ``to``; it appears when it is complete.
+    """Write the page about the runs in ``folders`` to the file ``to``. The file is replaced only by a complete page.
 
     Raises:
         ValueError: a folder holds no run, or a file of it cannot be read.
@@ -108,7 +108,7 @@ def headline(run: RunRecord) -> dict[str, Any]:
 
 
 def _method(settings: Mapping[str, Any]) -> str:
-    """In a few words: ``chord, mu constant 0.5, weight phi``."""
+    """A short description of the method: ``chord, mu constant 0.5, weight phi``."""
     mu, weight = setting(settings, "method.mu.schedule"), setting(settings, "method.token_weight.kind")
     parts = [str(setting(settings, "method.name", ""))]
     if mu is not None:
@@ -120,7 +120,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Of several runs side by side; of one run beside the defaults."""
+    """The table of settings: of several runs side by side, or of one run beside the defaults."""
     columns = {run.name: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"this run": runs[0].settings, "default": _defaults()}
@@ -128,7 +128,7 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """Of all settings that have one."""
+    """The defaults of all settings that have one."""
     nothing = Path()
     run = RunConfig(
         output=nothing,
@@ -145,7 +145,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every setting of any run with its value in each; ``differs`` where they are not all the same."""
+    """All settings of the runs with the value in each run. ``differs`` says whether the values are not all the same."""
     flattened = [flat(one) for one in settings]
     names = dict.fromkeys(name for one in flattened for name in one)
     found: list[dict[str, Any]] = []
@@ -161,6 +161,6 @@ def _shown(value: Any) -> str:
 
 
 def _in_script(data: Any) -> str:
-    """JSON that is safe between script tags, whatever a model has written: it contains no ``<``."""
+    """JSON that is safe inside a script tag, because it contains no ``<``, even if a model's text does."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

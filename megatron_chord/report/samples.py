@@ -10,23 +10,24 @@ from typing import Any
 from megatron_chord.train.metrics import SAMPLES
 
 MOST_CHARACTERS = 1_500_000
-"""Of all runs of a report together."""
+"""Maximum number of characters, for all runs of a report together."""
 _MOST_STEPS = {"evaluation": 12, "step": 12}
 _MOST_PROMPTS = {"evaluation": 12, "step": 4}
 _MOST_ANSWERS = 8
 _LONGEST = 6000
-"""Characters of one text; of a longer one its beginning and its end are shown."""
+"""Maximum number of characters of one text. Of a longer text the beginning and the end are shown."""
 _LARGEST_FILE = 64 * 2**20
-"""Bytes of a file of samples that are read."""
+"""Maximum number of bytes that are read from a file of samples."""
 
 Answers = list[dict[str, Any]]
 
 
 def samples(folder: Path, *, most_characters: int) -> list[dict[str, Any]]:
-    """Of the run in ``folder``: ``kind`` (evaluation or step), ``step`` and ``prompts`` with their answers by reward.
+    """The chosen answers of the run in ``folder``: ``kind`` (evaluation or step), ``step``, and ``prompts`` with their
+    answers, sorted by reward.
 
-    The same prompts are chosen at every evaluation. Of training steps the prompts come first whose answers have
-    log-probs of their tokens, then those whose rewards differ most. A file that is half written is read up to there.
+    Every evaluation shows the same prompts. A training step first shows prompts whose answers have log-probs of their
+    tokens, then those whose rewards differ most. A file that is still being written is read up to its present end.
     """
     found: list[dict[str, Any]] = []
     left = most_characters
@@ -48,7 +49,7 @@ def samples(folder: Path, *, most_characters: int) -> list[dict[str, Any]]:
 
 
 def _entry(kind: str, file: Path, groups: Sequence[tuple[str, Answers]], most: int) -> dict[str, Any]:
-    """As many of the groups as fit, but at least one. Token log-probs are left out if they do not fit."""
+    """One entry with as many prompts as fit, but at least one. Token log-probs are left out if they do not fit."""
     number = int(file.stem.rsplit("-", 1)[1])
     entry: dict[str, Any] = {
         "kind": kind,

@@ -1,4 +1,4 @@
-"""Evaluations on a suite (``megatron-chord evaluate``) whose folders lie in a run's ``evaluations/``."""
+"""Reads the evaluations on suites (``megatron-chord evaluate``) in ``evaluations/`` of a run's folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESULTS = "results.json"
 
 
 def suite_rows(run: Path) -> list[dict[str, Any]]:
-    """One row for each metric of a benchmark, and for each mean over benchmarks, of every evaluation of the run.
+    """One row for each metric of a benchmark and for each mean over benchmarks, for every evaluation of the run.
 
     Values and bounds are in [0, 1]; None where nothing could be graded. ``step`` is a checkpoint's, otherwise None. A
     file that cannot be read is left out: it may be another program's.
