@@ -1,0 +1,164 @@
+"""What is run: methods, seeds and sizes, and the settings of each run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_chord.config import RunConfig
+from megatron_chord.config_io import load_config, plain_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD = ROOT / "examples" / "evidence"
+POLICY = "policy"
+"""Name of a policy's folder: in ``WORLD``, and in the folder of every run."""
+
+COMPARED = {
+    "chord_phi": "CHORD-phi, mu 0.9",
+    "chord_mu": "CHORD-mu, mu 0.9 to 0.05",
+    "grpo": "GRPO",
+    "sft": "SFT",
+    "sft_light_rl": "SFT-light + RL",
+    "sft_best_rl": "SFT-best + RL",
+    "constant_0.02": "mu 0.02, no token weight",
+    "constant_0.1": "mu 0.1, no token weight",
+    "constant_0.5": "mu 0.5, no token weight",
+    "p_weight": "weight p, mu 0.9",
+    "luffy": "LUFFY",
+    "sasr": "SASR",
+}
+"""The methods that a criterion speaks of: file in ``WORLD`` -> name in the tables."""
+REPORTED = {
+    "phi_decay": "phi, mu 0.9 to 0.05",
+    "reward_adaptive": "mu by reward, tau 0.7",
+    "bernoulli_entropy": "weight: Bernoulli entropy",
+    "entropy_norm": "weight: entropy",
+    "focal": "weight: (1-p)^2",
+    "margin": "weight: margin",
+    "power": "weight: phi with its peak at 1/4",
+}
+"""Open questions of the paper: reported without a criterion."""
+NAMES = COMPARED | REPORTED
+FIRST_STAGE = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
+"""Methods of two runs, and the file of the first one, whose policy the second starts from."""
+TUNING_SEED = 100
+"""Settings were chosen on this seed. It is not reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is run."""
+
+    name: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: tuple[str, ...] = ()
+    """Settings of every run, as NAME=VALUE."""
+    demonstrations: int = 128
+    """Drawn for each seed."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Seed by seed, so that an interrupted plan has whole seeds; the methods with a criterion come first."""
+        compared = [name for name in self.methods if name in COMPARED]
+        reported = [name for name in self.methods if name not in COMPARED]
+        return [Job(name, seed) for part in (compared, reported) for seed in self.seeds for name in part]
+
+
+@dataclass(frozen=True)
+class Job:
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+
+WHOLE = Size(name="whole", methods=tuple(NAMES), seeds=(0, 1, 2, 3, 4))
+QUICK = Size(name="quick", methods=("sft", "grpo", "chord_mu", "chord_phi"), seeds=(0, 1))
+SMALLEST = Size(
+    name="smallest",
+    methods=("grpo", "chord_phi"),
+    seeds=(0,),
+    settings=(
+        "steps=2",
+        "batch.prompts=2",
+        "batch.rollouts=4",
+        "batch.demonstrations=4",
+        "evaluation.problems=8",
+        "optim.warmup_steps=1",
+    ),
+    demonstrations=8,
+)
+"""For the test suite: everything happens, nothing is learned."""
+
+
+def draw_demonstrations(size: Size, seed: int, folder: Path) -> Path:
+    """Write the demonstrations of this seed. Every method of the seed has the same ones."""
+    rows = (WORLD / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    drawn = random.Random(seed).sample(rows, size.demonstrations)
+    path = folder / f"demonstrations-{seed}.jsonl"
+    path.write_text("".join(f"{row}\n" for row in drawn), encoding="utf-8")
+    return path
+
+
+def load_stages(
+    job: Job, size: Size, demonstrations: Path, *, output: Path, server: str
+) -> tuple[RunConfig, ...]:
+    """The settings of the job's runs, in order: one, or two for those in ``FIRST_STAGE``.
+
+    Raises:
+        ValueError: settings are not valid.
+    """
+    settings = [
+        f"seed={job.seed}",
+        f"data.demonstrations={demonstrations}",
+        f"rollout.servers=[{server}]",
+        "reward.workers=1",
+        *size.settings,
+    ]
+    before = FIRST_STAGE.get(job.method)
+    if before is not None:
+        first_output = output.with_name(f"{output.name}.{before}")
+        first = load_config(WORLD / f"{before}.yaml", [*settings, f"output={first_output}"])
+        settings.append(f"model.path={first_output / POLICY}")
+    path, settings = WORLD / f"{job.method}.yaml", [*settings, f"output={output}"]
+    last = load_config(path, settings)
+    if last.data.aligned:  # its prompts are the questions of the demonstrations
+        last = load_config(path, [*settings, f"data.prompts={demonstrations}"])
+    return (last,) if before is None else (first, last)
+
+
+def checkable(run: RunConfig) -> RunConfig:
+    """The run with the base policy in place of one that a first stage has yet to train."""
+    return replace(run, model=replace(run.model, path=WORLD / POLICY))
+
+
+def fingerprint(stages: Sequence[RunConfig]) -> str:
+    """A hash of all that decides what a job learns: settings, base policy and data. Not of paths and addresses."""
+    digest = hashlib.sha256((WORLD / POLICY / "model.safetensors").read_bytes())
+    for run in stages:
+        settings = plain_settings(run)
+        del settings["output"], settings["rollout"]["servers"]
+        for path in _data_files(run):
+            digest.update(path.read_bytes())
+        digest.update(json.dumps(_without_folders(settings), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _data_files(run: RunConfig) -> list[Path]:
+    sources = (*run.data.prompts, *(run.data.demonstrations or ()), *(run.data.evaluation or ()))
+    return [path for source in sources for path in source.path]
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and "/" in value else value
