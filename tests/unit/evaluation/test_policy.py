@@ -169,4 +169,4 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["evaluate", str(POLICY), "--suite", "arithmetic", "--server", "http://127.0.0.1:9"]) == 2
     assert "set VLLM_API_KEY" in capsys.readouterr().err
     assert main(["evaluate", str(POLICY), "--suite", "none.yaml"]) == 2
-    assert "none.yaml: cannot be read" in capsys.readouterr().err
+    assert "none.yaml: no such file" in capsys.readouterr().err
