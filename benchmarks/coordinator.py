@@ -1,4 +1,4 @@
-"""Time of the coordinator (rank 0) in a large step: plan the updates, and make the messages to all ranks.
+"""Time of the coordinator (rank 0) in a large step: read replies, plan the updates, make the messages to all ranks.
 
     python benchmarks/coordinator.py [--rollouts 16384 --ranks 1024 --replica 8]
 
@@ -7,6 +7,9 @@ A step has ``--rollouts`` sequences of 300 prompt tokens and, on average, 900 re
 are those of ``ParallelGroups.from_coordinator``: one for each data-parallel rank. The row "pickled for every rank" is
 what ``torch.distributed.scatter_object_list`` does: the same batches once for each rank of a replica.
 
+Replies are JSON as vLLM 0.32 sends it, of a prompt with 8 samples. They are read by ``rollout.replies``, with all of
+its checks, and for comparison by Python's own parser, without any check.
+
 All times are those of one thread, because the other ranks wait meanwhile. Everything is also measured with twice and
 four times as many rollouts: the last column is the time over that of half as many; 2.0 is linear.
 """
@@ -14,6 +17,7 @@ four times as many rollouts: the last column is the time over that of half as ma
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import resource
 import sys
@@ -30,6 +34,7 @@ from megatron_chord.data.packing import StepPlan, make_layout, plan_step
 from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term
 from megatron_chord.records import Part, TrainSample
+from megatron_chord.rollout.replies import AcceptedVersions, GenerateRequest, rollouts_of
 from megatron_chord.runtime.parallel import message
 
 TERMS = {"policy": Term(loss=lambda stats, tokens: None, pool="policy", zero_gradient_column="advantage")}  # pyright: ignore
@@ -70,9 +75,68 @@ def main() -> int:
         before = {name: seconds for name, (seconds, _) in found.items()}
         table.add_section()
     console.print(table)
+    console.print(receiving())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     console.print(f"peak memory of this process {peak:.1f} GB")
     return 0
+
+
+def receiving() -> Table:
+    rng = np.random.default_rng(0)
+    request = GenerateRequest(
+        prompt_ids=tuple(range(5, 5 + PROMPT)),
+        num_samples=GROUP,
+        seed=0,
+        temperature=1.0,
+        max_tokens=RESPONSE,
+        stop_token_ids=(2,),
+    )
+    content = reply(request, rng)
+    table = Table(title=f"replies of {len(content) / (GROUP * RESPONSE):.0f} bytes a token")
+    table.add_column("read by")
+    table.add_column("million tokens/s of one core", justify="right")
+    ways: dict[str, Callable[[], Any]] = {
+        "rollout.replies": lambda: rollouts_of(content, request, AcceptedVersions(7), may_be_aborted=False),
+        "json.loads alone": lambda: json.loads(content),
+    }
+    for name, read in ways.items():
+        start, count = time.process_time(), 0
+        while time.process_time() - start < 3:
+            read()
+            count += 1
+        speed = count * GROUP * RESPONSE / (time.process_time() - start)
+        table.add_row(name, f"{speed / 1e6:.2f}")
+    return table
+
+
+def reply(request: GenerateRequest, rng: np.random.Generator) -> bytes:
+    """JSON with the fields that vLLM 0.32 sends, random tokens and log-probs."""
+
+    def choice(index: int) -> dict[str, Any]:
+        token_ids = rng.integers(10, 150_000, request.max_tokens).tolist()
+        values = (-rng.exponential(0.5, request.max_tokens)).tolist()
+        entries = [
+            {"token_id": token, "logprob": value, "rank": 1}
+            for token, value in zip(token_ids, values, strict=True)
+        ]
+        return {
+            "index": index,
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": token_ids,
+            "routed_experts": None,
+            "sampling_mask": None,
+            "weight_versions": [{"version": "7", "start": 0, "end": len(token_ids)}],
+            "logprobs": {"content": [entry | {"top_logprobs": [entry]} for entry in entries]},
+        }
+
+    body = {
+        "request_id": "generate-tokens-0",
+        "model": "policy",
+        "prompt_token_ids": list(request.prompt_ids),
+        "choices": [choice(index) for index in range(request.num_samples)],
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def random_samples(rollouts: int) -> list[TrainSample]:

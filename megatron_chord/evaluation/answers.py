@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 from megatron_chord.config_suite import BenchmarkConfig
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.table import terms_of
-from megatron_chord.rollout.client import GenerateRequest
+from megatron_chord.rollout.replies import GenerateRequest
 
 SAMPLES = "samples"
 _REWARDS = Path(__file__).parents[1] / "rewards"

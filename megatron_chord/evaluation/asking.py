@@ -25,7 +25,8 @@ from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import RewardConfig
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.replies import GenerateRequest, RolloutError
 from megatron_chord.rollout.server import ServerError
 from megatron_chord.sampling.rounds import response_of
 

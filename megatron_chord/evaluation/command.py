@@ -17,7 +17,7 @@ from megatron_chord.evaluation.evaluate import evaluate
 from megatron_chord.evaluation.policy import default_output
 from megatron_chord.evaluation.results import TABLE
 from megatron_chord.rollout.auth import KEY_VARIABLE
-from megatron_chord.rollout.client import RolloutError
+from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.rollout.server import ServerError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "suites"

@@ -30,7 +30,7 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import check_sources, needs_of
-from megatron_chord.rollout.client import GenerateRequest
+from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.sampling.rounds import sample_seed
 from megatron_chord.weights.folder import check_copies, open_model
 

@@ -23,7 +23,8 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.processes import PrivateFolder
 from megatron_chord.records import Message, Prompt, Rollout
 from megatron_chord.rewards.response import RowNeeds
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.replies import GenerateRequest, RolloutError
 from megatron_chord.sampling.rounds import sample_seed
 from megatron_chord.weights.folder import check_copies, open_model
 

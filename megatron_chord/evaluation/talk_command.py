@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_chord.evaluation.talk import Said, Speaker, Voice, Wishes, prompts_of, speaker, voice_of
 from megatron_chord.records import Message, Prompt
 from megatron_chord.rollout.auth import KEY_VARIABLE
-from megatron_chord.rollout.client import RolloutError
+from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.rollout.server import ServerError
 
 HELP = "/new begins a new conversation, /quit or Ctrl-D ends"

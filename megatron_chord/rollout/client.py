@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import httpx
+import msgspec
 
-from megatron_chord.records import Rollout, Span
+from megatron_chord.records import Rollout
+from megatron_chord.rollout.replies import (
+    NEVER_PUSHED,
+    AcceptedVersions,
+    GenerateRequest,
+    RolloutError,
+    Transient,
+    VersionSpan,
+    check_logprobs,
+    checked_spans,
+    rollouts_of,
+)
 
 _GENERATE = "/inference/v1/generate"
 _ABORT = "/inference/v1/abort_requests"
@@ -31,42 +41,12 @@ _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? (\S
 _LOOK_S = 5.0
 """Seconds between two queries of how many tokens a server has computed."""
 _MODEL = "policy"
-_NEVER_PUSHED = "default"
-"""vLLM's name for the weights that a server was started with."""
 _RETRY_PAUSE_S = 0.2
-_WORST_LOGPROB = -9999.0
-"""vLLM sends this value instead of a log-prob that is NaN, minus infinity or missing."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 62) - 1
 
 
 PauseMode = Literal["abort", "wait", "keep"]
-
-
-class RolloutError(RuntimeError):
-    """The server could not be reached, refused the request, or sent a reply that is not a valid rollout."""
-
-
-class StaleWeights(RolloutError):
-    """Tokens were sampled by another weight version than the expected one."""
-
-
-class _Transient(RolloutError):
-    """A failure after which the request is sent again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
-    """One prompt to sample `num_samples` times. A sample ends only at one of `stop_token_ids` or at `max_tokens`."""
-
-    prompt_ids: tuple[int, ...]
-    num_samples: int
-    seed: int
-    temperature: float
-    """0 means greedy decoding. Log-probs are then those at temperature 1, and all samples are equal."""
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    top_p: float = 1.0
 
 
 class Stop:
@@ -160,9 +140,9 @@ class RolloutClient:
             StaleWeights: another version sampled a token.
             RolloutError: a request failed after all retries, the time limit passed, or the client was closed.
         """
-        least = _Least(version, may_advance)
+        accepted = AcceptedVersions(version, may_advance)
         try:
-            return asyncio.run(self._generate(requests, least, deadline_s, on_done, stop))
+            return asyncio.run(self._generate(requests, accepted, deadline_s, on_done, stop))
         except asyncio.CancelledError:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
@@ -189,7 +169,7 @@ class RolloutClient:
             RolloutError: a request failed for good, or the client was closed.
         """
         try:
-            asyncio.run(self._generate_each(take, _Least(version), at_once, deadline_s, on_answer))
+            asyncio.run(self._generate_each(take, AcceptedVersions(version), at_once, deadline_s, on_answer))
         except asyncio.CancelledError:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
@@ -202,13 +182,14 @@ class RolloutClient:
         }
         reply = self._json(self._request("POST", _GENERATE, json=body, timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}{_GENERATE}"):
-            _checked_spans(reply["choices"][0]["weight_versions"], 1, _Least(version))
+            spans = msgspec.convert(reply["choices"][0]["weight_versions"], list[VersionSpan])
+            checked_spans(spans, 1, AcceptedVersions(version))
             entries = reply["prompt_logprobs"][1:]
             scores = [
                 float(entry[str(token)]["logprob"])
                 for token, entry in zip(token_ids[1:], entries, strict=True)
             ]
-            _check_logprobs(scores)
+            check_logprobs(scores)
             return scores
 
     def health(self, *, timeout_s: float = 5.0) -> bool:
@@ -223,7 +204,7 @@ class RolloutClient:
         reply = self._json(self._request("GET", "/weight_info", timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}/weight_info"):
             version = reply["weight_version"]
-            return None if version == _NEVER_PUSHED else int(version)
+            return None if version == NEVER_PUSHED else int(version)
 
     def num_workers(self, *, timeout_s: float = 30.0) -> int:
         """Number of worker processes of the server: tensor-parallel size times data-parallel size."""
@@ -288,7 +269,7 @@ class RolloutClient:
     async def _generate(
         self,
         requests: Sequence[GenerateRequest],
-        version: _Least,
+        version: AcceptedVersions,
         deadline_s: float,
         on_done: Callable[[int], None] | None,
         stop: Stop | None,
@@ -342,7 +323,7 @@ class RolloutClient:
     async def _generate_each(
         self,
         take: Callable[[], tuple[int, GenerateRequest] | None],
-        version: _Least,
+        version: AcceptedVersions,
         at_once: int,
         deadline_s: float,
         on_answer: Callable[[int, tuple[Rollout, ...] | None], None],
@@ -440,7 +421,7 @@ class RolloutClient:
         self,
         http: httpx.AsyncClient,
         request: GenerateRequest,
-        version: _Least,
+        version: AcceptedVersions,
         running: set[str],
         stopped: asyncio.Event,
     ) -> tuple[Rollout, ...]:
@@ -449,7 +430,7 @@ class RolloutClient:
             running.add(name)
             try:
                 return await self._sample_once(http, request, version, name, stopped)
-            except _Transient as error:
+            except Transient as error:
                 if attempt == self._retries:
                     raise RolloutError(f"{error} (after {attempt + 1} attempts)") from error
                 await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
@@ -461,7 +442,7 @@ class RolloutClient:
         self,
         http: httpx.AsyncClient,
         request: GenerateRequest,
-        version: _Least,
+        version: AcceptedVersions,
         name: str,
         stopped: asyncio.Event,
     ) -> tuple[Rollout, ...]:
@@ -469,12 +450,12 @@ class RolloutClient:
         try:
             response = await http.post(_GENERATE, json={"request_id": name, **_body(request)})
         except httpx.TransportError as error:
-            raise _Transient(f"{where}: {type(error).__name__} {error}") from error
+            raise Transient(f"{where}: {type(error).__name__} {error}") from error
         if response.status_code != 200:
-            kind = _Transient if response.status_code >= 500 else RolloutError
+            kind = Transient if response.status_code >= 500 else RolloutError
             raise kind(f"{where}: {_refusal(response)}")
         with _malformed_as_rollout_error(where):
-            return _parse(self._json(response), request, version, may_be_aborted=stopped.is_set())
+            return rollouts_of(response.content, request, version, may_be_aborted=stopped.is_set())
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
@@ -488,7 +469,7 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
         "token_ids": list(request.prompt_ids),
         "return_token_ids": True,
         "sampling_params": {
-            "n": _num_to_sample(request),
+            "n": request.num_to_sample,
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_tokens": request.max_tokens,
@@ -500,107 +481,6 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
             "detokenize": False,
         },
     }
-
-
-def _num_to_sample(request: GenerateRequest) -> int:
-    """The number of samples to request. vLLM refuses n > 1 at temperature 0, where all samples are equal."""
-    return 1 if request.temperature == 0 else request.num_samples
-
-
-def _parse(
-    reply: Any, request: GenerateRequest, version: _Least, *, may_be_aborted: bool
-) -> tuple[Rollout, ...]:
-    """Parse and check the reply to `request`.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is not a valid reply to `request`.
-        StaleWeights: another weight version sampled a token.
-        _Transient: a sample was aborted.
-    """
-    if reply["prompt_token_ids"] != list(request.prompt_ids):
-        raise ValueError("the reply is to another prompt")
-    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-    num_expected = _num_to_sample(request)
-    if [choice["index"] for choice in choices] != list(range(num_expected)):
-        raise ValueError(f"{len(choices)} samples instead of {num_expected}")
-    rollouts = tuple(_parse_choice(choice, request, version) for choice in choices)
-    if not may_be_aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
-        raise _Transient("a sample was aborted")
-    return rollouts * (request.num_samples // num_expected)
-
-
-def _parse_choice(choice: Any, request: GenerateRequest, version: _Least) -> Rollout:
-    token_ids, reason = choice["token_ids"], choice["finish_reason"]
-    if reason not in ("stop", "length", "abort"):
-        raise ValueError(f"a sample finished for the reason {reason!r}")
-    least = 0 if reason == "abort" else 1
-    if not least <= len(token_ids) <= request.max_tokens:
-        raise ValueError(f"a sample of {len(token_ids)} tokens")
-    if not token_ids:
-        return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=version.version or 0)
-    if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
-        raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
-    content = choice["logprobs"]["content"]
-    if [entry["token_id"] for entry in content] != token_ids:
-        raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")
-    logprobs = tuple(float(entry["logprob"]) for entry in content)
-    _check_logprobs(logprobs)
-    spans = _checked_spans(choice["weight_versions"], len(token_ids), version)
-    return Rollout(
-        token_ids=tuple(token_ids),
-        logprobs=logprobs,
-        finish_reason=reason,
-        weight_version=min(version for version, _ in spans),
-        spans=spans if len(spans) > 1 else (),
-    )
-
-
-def _check_logprobs(logprobs: Sequence[float]) -> None:
-    for logprob in logprobs:
-        if not math.isfinite(logprob) or not _WORST_LOGPROB < logprob <= 1e-3:
-            raise ValueError(f"a log-prob of {logprob}")
-
-
-class _Least(NamedTuple):
-    """The accepted weight versions: ``version``, and with ``may_advance`` also later ones.
-
-    None: the weights that the server was started with, before any push.
-    """
-
-    version: int | None
-    may_advance: bool = False
-
-    def admits(self, version: str) -> bool:
-        if self.version is None:
-            return version == _NEVER_PUSHED
-        if not self.may_advance:
-            return version == str(self.version)
-        return version.isdecimal() and int(version) >= self.version
-
-    def __str__(self) -> str:
-        version = _NEVER_PUSHED if self.version is None else self.version
-        return f"{version}{' or later' if self.may_advance else ''}"
-
-
-def _checked_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, least: _Least) -> tuple[Span, ...]:
-    """Parse the spans of weight versions.
-
-    Raises:
-        StaleWeights: a version is not accepted.
-        ValueError: the spans do not cover the tokens without gaps and overlaps.
-    """
-    wrong = {span["version"] for span in spans if not least.admits(span["version"])}
-    if wrong:
-        raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {least}")
-    bounds = [0, *(span["end"] for span in spans)]
-    if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
-        raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
-    return tuple((_number(span["version"]), span["end"] - span["start"]) for span in spans)
-
-
-def _number(version: str) -> int:
-    """The weight version as a number; 0 before any push."""
-    return 0 if version == _NEVER_PUSHED else int(version)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from megatron_chord.records import Prompt, Rollout, Span
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient, Stop
+from megatron_chord.rollout.client import RolloutClient, Stop
+from megatron_chord.rollout.replies import GenerateRequest
 
 
 class TooManyGraderErrors(RuntimeError):

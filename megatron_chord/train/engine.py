@@ -20,9 +20,10 @@ from megatron_chord.config import RunConfig
 from megatron_chord.network import address_towards
 from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
-from megatron_chord.rollout.client import RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.fleet import Fleet, JobServers, ListedServers, OwnServer
 from megatron_chord.rollout.registry import JobRollout, Registry, read_key
+from megatron_chord.rollout.replies import RolloutError, StaleWeights
 from megatron_chord.rollout.server import ServerError, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_chord.rollout.client import RolloutError, StaleWeights
+from megatron_chord.rollout.replies import RolloutError, StaleWeights
 from megatron_chord.rollout.server import ServerError
 from megatron_chord.rollout.sync import SyncError
 from megatron_chord.sampling.rounds import TooManyGraderErrors

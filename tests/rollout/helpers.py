@@ -10,7 +10,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer
 
 START_S = 180.0

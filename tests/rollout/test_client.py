@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError, StaleWeights, Stop
+from megatron_chord.rollout.client import RolloutClient, Stop
+from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 
 KEY = "the key"
 REQUEST = GenerateRequest(

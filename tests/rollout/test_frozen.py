@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from megatron_chord.process_table import descendants
-from megatron_chord.rollout.client import GenerateRequest, RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 from tests.rollout.conftest import Servers
 from tests.support.listening import addresses
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rollout.client import PauseMode, RolloutClient, RolloutError, StaleWeights
+from megatron_chord.rollout.client import PauseMode, RolloutClient
+from megatron_chord.rollout.replies import RolloutError, StaleWeights
 from megatron_chord.rollout.server import RolloutServer
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import FileTransport

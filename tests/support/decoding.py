@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_chord.records import Rollout
-from megatron_chord.rollout.client import GenerateRequest, Stop
+from megatron_chord.rollout.client import Stop
+from megatron_chord.rollout.replies import GenerateRequest
 
 END = 2
 """The stop token."""

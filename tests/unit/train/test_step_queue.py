@@ -13,7 +13,7 @@ import pytest
 
 from megatron_chord.config import AsynchronousConfig, RunConfig
 from megatron_chord.methods.table import build
-from megatron_chord.rollout.client import RolloutError
+from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.schedules import Binary, ScheduleInput
 from megatron_chord.train.health import Health
 from megatron_chord.train.loop import RunContext, collect

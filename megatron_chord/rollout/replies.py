@@ -1,0 +1,183 @@
+"""Reads vLLM's replies to ``/inference/v1/generate`` and checks them.
+
+A reply is JSON of about 140 bytes a token. msgspec reads only the fields that are needed, straight into typed objects:
+`benchmarks/coordinator.py` compares it with Python's own parser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from megatron_chord.records import Rollout, Span
+
+NEVER_PUSHED = "default"
+"""vLLM's name for the weights that a server was started with."""
+_WORST_LOGPROB = -9999.0
+"""vLLM sends this value instead of a log-prob that is NaN, minus infinity or missing."""
+
+
+class RolloutError(RuntimeError):
+    """The server could not be reached, refused the request, or sent a reply that is not a valid rollout."""
+
+
+class StaleWeights(RolloutError):
+    """Tokens were sampled by another weight version than the expected one."""
+
+
+class Transient(RolloutError):
+    """A failure after which the request is sent again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One prompt to sample `num_samples` times. A sample ends only at one of `stop_token_ids` or at `max_tokens`."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    seed: int
+    temperature: float
+    """0 means greedy decoding. Log-probs are then those at temperature 1, and all samples are equal."""
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+
+    @property
+    def num_to_sample(self) -> int:
+        """The number of samples to request. vLLM refuses n > 1 at temperature 0, where all samples are equal."""
+        return 1 if self.temperature == 0 else self.num_samples
+
+
+class AcceptedVersions(NamedTuple):
+    """The accepted weight versions: ``version``, and with ``may_advance`` also later ones.
+
+    None: those that the server was started with, before any push.
+    """
+
+    version: int | None
+    may_advance: bool = False
+
+    def admits(self, version: str) -> bool:
+        if self.version is None:
+            return version == NEVER_PUSHED
+        if not self.may_advance:
+            return version == str(self.version)
+        return version.isdecimal() and int(version) >= self.version
+
+    def __str__(self) -> str:
+        version = NEVER_PUSHED if self.version is None else self.version
+        return f"{version}{' or later' if self.may_advance else ''}"
+
+
+class VersionSpan(msgspec.Struct, frozen=True):
+    """Tokens ``start`` to ``end`` (not included) were sampled by weight version ``version``."""
+
+    version: str
+    start: int
+    end: int
+
+
+class _Entry(msgspec.Struct, gc=False):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Entry]
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort"]
+    logprobs: _Logprobs | None = None
+    weight_versions: list[VersionSpan] | None = None
+
+
+class _Reply(msgspec.Struct):
+    prompt_token_ids: list[int]
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Reply)
+
+
+def rollouts_of(
+    content: bytes, request: GenerateRequest, accepted: AcceptedVersions, *, may_be_aborted: bool
+) -> tuple[Rollout, ...]:
+    """Parse and check the reply to `request`, which is JSON.
+
+    Raises:
+        ValueError: it is not a valid reply to `request`.
+        StaleWeights: another weight version sampled a token.
+        Transient: a sample was aborted.
+    """
+    reply = _DECODER.decode(content)
+    if reply.prompt_token_ids != list(request.prompt_ids):
+        raise ValueError("the reply is to another prompt")
+    choices = sorted(reply.choices, key=lambda choice: choice.index)
+    num_expected = request.num_to_sample
+    if [choice.index for choice in choices] != list(range(num_expected)):
+        raise ValueError(f"{len(choices)} samples instead of {num_expected}")
+    rollouts = tuple(_rollout_of(choice, request, accepted) for choice in choices)
+    if not may_be_aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
+        raise Transient("a sample was aborted")
+    return rollouts * (request.num_samples // num_expected)
+
+
+def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVersions) -> Rollout:
+    token_ids, reason = choice.token_ids, choice.finish_reason
+    least = 0 if reason == "abort" else 1
+    if not least <= len(token_ids) <= request.max_tokens:
+        raise ValueError(f"a sample of {len(token_ids)} tokens")
+    if not token_ids:
+        return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=accepted.version or 0)
+    if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
+        raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
+    content = choice.logprobs.content if choice.logprobs is not None else []
+    if [entry.token_id for entry in content] != token_ids:
+        raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")
+    logprobs = tuple([entry.logprob for entry in content])
+    check_logprobs(logprobs)
+    spans = checked_spans(choice.weight_versions or [], len(token_ids), accepted)
+    return Rollout(
+        token_ids=tuple(token_ids),
+        logprobs=logprobs,
+        finish_reason=reason,
+        weight_version=min(version for version, _ in spans),
+        spans=spans if len(spans) > 1 else (),
+    )
+
+
+def check_logprobs(logprobs: Sequence[float]) -> None:
+    """Raises ValueError if one is not finite, above 0, or vLLM's mark of a missing one."""
+    for logprob in logprobs:
+        if not _WORST_LOGPROB < logprob <= 1e-3 or not math.isfinite(logprob):
+            raise ValueError(f"a log-prob of {logprob}")
+
+
+def checked_spans(
+    spans: Sequence[VersionSpan], num_tokens: int, accepted: AcceptedVersions
+) -> tuple[Span, ...]:
+    """Weight version and number of tokens of each span.
+
+    Raises:
+        StaleWeights: a version is not accepted.
+        ValueError: the spans do not cover the tokens without gaps and overlaps.
+    """
+    wrong = {span.version for span in spans if not accepted.admits(span.version)}
+    if wrong:
+        raise StaleWeights(f"tokens sampled by weight version {', '.join(sorted(wrong))}, not {accepted}")
+    bounds = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != bounds[:-1] or bounds[-1] != num_tokens:
+        raise ValueError(f"weight versions {list(spans)} do not cover {num_tokens} tokens")
+    return tuple((_number(span.version), span.end - span.start) for span in spans)
+
+
+def _number(version: str) -> int:
+    """0 before any push."""
+    return 0 if version == NEVER_PUSHED else int(version)
