@@ -271,7 +271,7 @@ function charts() {
   data.runs.forEach((run, index) => {
     if (!Object.keys(run.curves.phases).length) return;
     place(grid("Speed"), single ? "Time of a step" : `Time of a step: ${run.name}`, "Seconds by phase. Waiting is for answers that are sampled ahead.", (chart) =>
-      chart.setOption({ ...base("", false), grid: { ...base().grid, top: 44 }, legend: { left: 0, right: 76, top: 0, itemHeight: 9, itemWidth: 9, icon: "circle", itemGap: 9, textStyle: { color: style("--quiet"), fontSize: 11 } }, series: phaseSeries(run) }, true));
+      chart.setOption({ ...base("", false), grid: { ...base().grid, top: 44 }, toolbox: { ...base().toolbox, top: 10 }, legend: { left: 0, right: 76, top: 0, itemHeight: 9, itemWidth: 9, icon: "circle", itemGap: 9, textStyle: { color: style("--quiet"), fontSize: 11 } }, series: phaseSeries(run) }, true));
   });
 }
 
