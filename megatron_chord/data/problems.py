@@ -53,9 +53,13 @@ def problem_of(seen: Observed) -> Problem:
 
 
 def text_key(text: str) -> bytes:
-    """A key that is equal for texts that differ only in letter case, white space or compatibility forms."""
-    plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
+    """A key of 16 bytes, equal for texts whose ``plain_text`` is equal."""
+    return hashlib.blake2b(plain_text(text).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def plain_text(text: str) -> str:
+    """``text`` without differences in letter case, white space and Unicode's compatibility forms."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def overlap(ones: Sequence[Problem], others: Sequence[Problem]) -> list[Pair]:

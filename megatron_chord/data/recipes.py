@@ -1,7 +1,7 @@
 """Converts downloaded public data sets to the files that a run reads, and counts what was left out and why.
 
 A recipe reads rows and returns lists of rows in this project's own fields. Every random draw is seeded. Splits have no
-common problem; problems are compared by their text without spaces and letter case.
+common problem. Problems are compared by `data.problems.text_key`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_chord.data.functions import with_schema_types
 from megatron_chord.data.layouts import Reading
+from megatron_chord.data.problems import plain_text, text_key
 from megatron_chord.data.rows import DataError, Row, RowError, parse_rows, truth_field
 from megatron_chord.rewards.answers import last_boxed
 
@@ -59,11 +60,6 @@ class Prepared:
         return [*counts, *written, *self.notes]
 
 
-def problem_key(text: str) -> str:
-    """A key that is equal for problems that differ only in spaces and letter case."""
-    return "".join(text.split()).casefold()
-
-
 def openr1(
     paths: Sequence[Path],
     *,
@@ -79,7 +75,7 @@ def openr1(
     from all problems that have one; RL prompts from the others with two or more of them and a whole number as answer.
     """
     out = Prepared()
-    seen: set[str] = set()
+    seen: set[bytes] = set()
 
     def parse(row: Row) -> dict[str, Any] | None:
         fields = row.fields
@@ -98,10 +94,10 @@ def openr1(
         if not kept:
             out.counts[f"left out: every right generation has more than {max_tokens} tokens"] += 1
             return None
-        if problem_key(problem) in seen:
+        if text_key(problem) in seen:
             out.counts["left out: the problem came before"] += 1
             return None
-        seen.add(problem_key(problem))
+        seen.add(text_key(problem))
         return {"at": row.position, "problem": problem, "answer": fields.get("answer"), "kept": kept}
 
     usable = [row for row in parse_rows(paths, parse) if row is not None]
@@ -133,7 +129,7 @@ def toolace(paths: Sequence[Path], *, sft: int = 500, rl: int = 5000, seed: int 
     ToolACE has no reasoning: a stronger model must first answer the rows of ``sft_questions``.
     """
     out = Prepared()
-    seen: set[str] = set()
+    seen: set[bytes] = set()
 
     def parse(row: Row) -> dict[str, Any] | None:
         out.counts["dialogues read"] += 1
@@ -142,7 +138,7 @@ def toolace(paths: Sequence[Path], *, sft: int = 500, rl: int = 5000, seed: int 
         except _Unfit as unfit:
             out.counts[f"left out: {unfit}"] += 1
             return None
-        key = problem_key(json.dumps([read["messages"], read["tools"]]))
+        key = text_key(json.dumps([read["messages"], read["tools"]]))
         if key in seen:
             out.counts["left out: the same request came before"] += 1
             return None
@@ -301,7 +297,7 @@ def math(
     """MATH: disjoint demonstrations and RL prompts, whose truth is the last box, without the problems of ``exclude``
     (MATH-500 is a part of MATH's test split)."""
     out = Prepared()
-    held_out = {problem_key(text) for text in parse_rows(exclude, _problem_text)} if exclude else set[str]()
+    held_out = {text_key(text) for text in parse_rows(exclude, _problem_text)} if exclude else set[bytes]()
 
     def parse(row: Row) -> dict[str, Any] | None:
         out.counts["problems read"] += 1
@@ -310,7 +306,7 @@ def math(
         if truth is None:
             out.counts["left out: no box in the solution"] += 1
             return None
-        if problem_key(problem) in held_out:
+        if text_key(problem) in held_out:
             out.counts["left out: held out (--exclude)"] += 1
             return None
         return {"problem": problem, "solution": solution, "answer": truth}
@@ -328,7 +324,7 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
     """
     out = Prepared()
     reading = Reading("prompts")
-    seen: Counter[str] = Counter()
+    seen: Counter[bytes] = Counter()
 
     def parse(row: Row) -> dict[str, Any] | None:
         out.counts["rows read"] += 1
@@ -337,8 +333,8 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
             return None
         own = reading.own_row(row)
         problem, truth = _problem_text(own), truth_field(own)
-        seen[problem_key(problem)] += 1
-        if seen[problem_key(problem)] > 1:
+        seen[text_key(problem)] += 1
+        if seen[text_key(problem)] > 1:
             out.counts["left out: the problem came before"] += 1
             return None
         return {"problem": problem, "answer": truth, **_kept(row, "subject")}
@@ -390,7 +386,7 @@ def gpqa(paths: Sequence[Path], *, seed: int = 42) -> Prepared:
         if missing := [name for name in ("Question", *names) if not isinstance(row.fields.get(name), str)]:
             raise RowError(f"expected GPQA's columns, {', '.join(missing)} is missing")
         question, choices = row.fields["Question"].strip(), [row.fields[name].strip() for name in names]
-        order = random.Random(f"{seed}/{problem_key(question)}").sample(range(4), 4)
+        order = random.Random(f"{seed}/{plain_text(question)}").sample(range(4), 4)
         return {
             "id": str(row.number),
             "problem": _with_choices(question, list("ABCD"), [choices[place] for place in order]),
@@ -468,9 +464,9 @@ def _with_choices(question: str, marks: Sequence[str], choices: Iterable[Any]) -
 
 def _split(rows: Rows, out: Prepared, *, sft: int, rl: int | None, seed: int) -> Prepared:
     """Disjoint by problem: ``sft`` demonstrations, and ``rl`` of the others as prompts (all where it is None)."""
-    first: dict[str, dict[str, Any]] = {}
+    first: dict[bytes, dict[str, Any]] = {}
     for row in rows:
-        first.setdefault(problem_key(row["problem"]), row)
+        first.setdefault(text_key(row["problem"]), row)
     out.counts["left out: the problem came before"] += len(rows) - len(first)
     shuffled = list(first.values())
     random.Random(seed).shuffle(shuffled)

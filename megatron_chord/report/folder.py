@@ -41,6 +41,23 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run wrote to ``path``; empty if there is no such file.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a YAML mapping.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, got {type(found).__name__}")
+    return found
+
+
 def interval(evaluation: Row, *, samples: int) -> tuple[float, float]:
     """The 95 % interval of an evaluation's accuracy: the one in the row, or else Wilson's.
 
@@ -66,20 +83,10 @@ def _read(folder: Path, name: str) -> RunRecord:
     return RunRecord(
         name=name,
         folder=folder,
-        settings=_settings(folder / CONFIG),
+        settings=read_settings(folder / CONFIG),
         steps=[row for row in rows if "evaluation" not in row],
         evaluations=[row for row in rows if "evaluation" in row],
     )
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

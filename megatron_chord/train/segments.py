@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_chord.report.folder import CONFIG
+from megatron_chord.report.folder import CONFIG, read_settings
 from megatron_chord.settings_tree import are_blocks, setting
 
 SEGMENTS = "configs"
@@ -112,14 +110,13 @@ def check_changes(
 
 
 def settings_before(folder: Path, step: int) -> dict[str, Any]:
-    """The settings with which the run in ``folder`` did training step ``step`` - 1; empty if they are not known."""
+    """The settings with which the run in ``folder`` did training step ``step`` - 1; empty if there is no such file.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a YAML mapping.
+    """
     segments = [path for first, path in _segments(folder) if first < step]
-    path = segments[-1] if segments else folder / CONFIG
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_settings(segments[-1] if segments else folder / CONFIG)
 
 
 def write_settings(folder: Path, text: str, *, first_step: int) -> None:
@@ -135,7 +132,10 @@ def write_settings(folder: Path, text: str, *, first_step: int) -> None:
         if not _segments(folder) and current.is_file():
             (kept / _name(0)).write_text(current.read_text(encoding="utf-8"), encoding="utf-8")
         (kept / _name(first_step)).write_text(text, encoding="utf-8")
-    current.write_text(text, encoding="utf-8")
+    # A process that is killed here must not leave half a file: a resumed run reads it.
+    written = current.with_suffix(".new")
+    written.write_text(text, encoding="utf-8")
+    written.replace(current)
 
 
 def _segments(folder: Path) -> list[tuple[int, Path]]:

@@ -13,7 +13,8 @@ import pytest
 from megatron_chord.config_io import load_suite
 from megatron_chord.data import recipes
 from megatron_chord.data.layouts import at_path
-from megatron_chord.data.recipes import problem_key, read_calls
+from megatron_chord.data.problems import text_key
+from megatron_chord.data.recipes import read_calls
 from megatron_chord.data.rows import DataError
 from tests.support.files import write_rows
 from tests.support.ranks import ROOT
@@ -68,7 +69,7 @@ def test_openr1_filters_and_splits(tmp_path: Path) -> None:
     assert made.counts["left out: the problem came before"] == 1
     shown, asked = made.files["sft"], made.files["rl"]
     assert (len(shown), len(asked)) == (3, 4)
-    assert not {problem_key(row["problem"]) for row in shown} & {problem_key(row["problem"]) for row in asked}
+    assert not {text_key(row["problem"]) for row in shown} & {text_key(row["problem"]) for row in asked}
     for row in shown:  # one of its own right generations
         number = row["problem"].removeprefix("Half of ").rstrip("?")
         if number.isdecimal():
@@ -195,6 +196,16 @@ def test_evaluation_sets_have_each_problem_once(tmp_path: Path) -> None:
     years = [{"problem": f"p{year}", "answer": 1.0, "url": f"https://x/{year}_AIME"} for year in (2022, 2024)]
     made = recipes.problems([write_rows(tmp_path / "amc.jsonl", *years)], url_has="2024")
     assert [(row["problem"], row["answer"]) for row in made.files["evaluation"]] == [("p2024", "1.0")]
+
+
+def test_problems_are_compared_without_unicodes_compatibility_forms(tmp_path: Path) -> None:
+    wide = [{"problem": text, "answer": "1"} for text in ("Find A (1)", "find Ａ\u00a0（１）")]
+    made = recipes.problems([write_rows(tmp_path / "wide.jsonl", *wide)])
+    assert [row["problem"] for row in made.files["evaluation"]] == ["Find A (1)"]
+    held_out = write_rows(tmp_path / "held_out.jsonl", wide[1])
+    rows = [{"problem": problem, "solution": "\\boxed{1}"} for problem in ("Find A (1)", "Find B")]
+    made = recipes.math([write_rows(tmp_path / "math.jsonl", *rows)], exclude=[held_out], sft=1)
+    assert made.counts["left out: held out (--exclude)"] == 1
 
 
 def test_the_papers_suite_reads_the_categories_of_prepared_files(tmp_path: Path) -> None:

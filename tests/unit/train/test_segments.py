@@ -136,10 +136,14 @@ def test_each_segment_keeps_its_settings(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_what_cannot_be_read_is_not_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["a: [", "- a", "", "a: \udcff"])
+def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str) -> None:
     assert settings_before(tmp_path, 1) == {}
-    (tmp_path / "config.yaml").write_text("a: [")
-    assert settings_before(tmp_path, 1) == {}
+    (tmp_path / "config.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"config\.yaml: (cannot be read|expected a mapping)"):
+        settings_before(tmp_path, 1)
+    write_settings(tmp_path, "a: 1", first_step=0)
+    assert settings_before(tmp_path, 1) == {"a": 1}
 
 
 def test_terms_of_a_reward_are_compared_one_by_one() -> None:
