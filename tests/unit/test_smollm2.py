@@ -1,0 +1,78 @@
+"""examples/smollm2/prepare.py: the tokenizer that it builds from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from examples.smollm2 import prepare
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["2 0", "20 2", "h e", "Ġ he"]
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def fields() -> dict[str, Any]:
+    """Metadata as in SmolLM2's file, with every byte and four merges, two of which join digits."""
+    tokens = [
+        *CONTROL,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(merge.replace(" ", "") for merge in MERGES),
+    ]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)),
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def saved(fields: dict[str, Any], folder: Path) -> Any:
+    prepare.build_tokenizer(fields).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_texts_and_digits_survive_the_folder(fields: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = saved(fields, tmp_path)
+    prepare.check_tokenizer(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("the 202 he<|im_end|>").input_ids)
+    assert pieces == ["t", "he", "Ġ", "2", "0", "2", "Ġhe", "<|im_end|>"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+
+def test_a_tokenizer_that_joins_digits_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = saved(fields, tmp_path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(ValueError, match=r"2026 becomes \['202', '6'\], expected one token for each digit"):
+        prepare.check_tokenizer(tokenizer)
+
+
+def test_another_kind_of_tokenizer_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer is \('gpt2', 'qwen2'\), expected \('gpt2', 'smollm'\)"):
+        prepare.build_tokenizer(fields | {"tokenizer.ggml.pre": "qwen2"})
+
+
+def test_bad_arguments_are_refused_before_any_download(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare.main([str(tmp_path)]) == 2
+    assert prepare.main([str(tmp_path / "out"), "--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {tmp_path} exists",
+        f"error: {tmp_path / 'none.gguf'} is no file",
+    ]
