@@ -18,7 +18,7 @@ def align(
     id.
 
     Raises:
-        DataError: prompts without one under ``unmatched="fail"``, or no prompt with one.
+        DataError: a prompt has no demonstration and ``unmatched`` is "fail", or no prompt has one.
     """
     answers: dict[tuple[int, ...], Demonstration] = {}
     for demonstration in demonstrations:

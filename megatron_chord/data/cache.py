@@ -1,4 +1,4 @@
-"""Tokenised demonstrations kept in files, so that a run that starts again maps them into memory in seconds.
+"""A cache of tokenised demonstrations. A run that starts again maps them from files into memory within seconds.
 
 An entry is a folder that is named by a hash of all that the demonstrations depend on: the bytes of the data files, the
 template, the tokenizer, the settings, this project's code for data and rewards, and the versions of the libraries. So
@@ -38,15 +38,15 @@ from megatron_chord.records import Compact, Demonstration
 Loaded = tuple[list[Demonstration], LoadReport]
 
 CACHED_FROM_BYTES = 8 << 20
-"""Smaller data sets are read again each time, which takes a second or two."""
+"""Smaller data sets are not cached, because reading them takes only a second or two."""
 KEPT_BYTES = 50 << 30
-"""Of all entries in a folder. Beyond it, those that were not used for the longest time are removed."""
+"""Size limit of all entries in a folder. Above it, those that were not used for the longest time are removed."""
 UNUSED_DAYS = 30.0
-"""An entry that was not used for so long is removed."""
+"""An entry that was not used for this long is removed."""
 IN_USE_DAYS = 7.0
-"""An entry that was used within this time is kept, whatever the size: a run may have it mapped into memory."""
+"""An entry that was used within this time is kept, even above the size limit: a run may have it mapped into memory."""
 WRITING_S = 3600.0
-"""A writer's folder in which nothing was written for so long is what a killed process left."""
+"""An unfinished folder in which nothing was written for this long was left by a killed process, and is removed."""
 _CONTENT = "demonstrations.json"
 _OURS = re.compile(r"[0-9a-f]{40}(?P<unfinished>\.writing-.*)?")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "pyarrow")
@@ -55,13 +55,14 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "pyarrow"
 def remembering(
     load: Callable[..., Loaded], folder: Path, settings: Mapping[str, Any], *, read: bool = True
 ) -> Callable[..., Loaded]:
-    """``load`` (``load_demonstrations``) with ``settings`` that first looks into ``folder`` and leaves an entry there.
+    """A function that returns the cached result of ``load`` (``load_demonstrations``), or calls it and caches the
+    result.
 
-    What cannot be read there is loaded, and what cannot be written is left out.
+    Errors of the cache in ``folder`` are ignored: the data are then loaded, or not cached.
 
     Args:
-        settings: keyword arguments of ``load``, plain JSON; the function that is returned takes further ones.
-        read: False writes entries, and reads none.
+        settings: keyword arguments of ``load``, plain JSON. The returned function takes further arguments.
+        read: if False, entries are written but not read.
     """
 
     def remembered(data: Path | Sequence[Path], template: ChatTemplate, **more: Any) -> Loaded:
@@ -72,12 +73,12 @@ def remembering(
         found = read_entry(entry) if read else None
         if found is None:
             found = load(data, template, **settings, **more)
-            with contextlib.suppress(OSError):  # a full disk is no reason not to train
+            with contextlib.suppress(OSError):  # a full disk does not stop the run
                 write_entry(entry, *found)
                 found = read_entry(entry) or found
                 prune(folder)
         else:
-            with contextlib.suppress(OSError):  # a cache that may only be read
+            with contextlib.suppress(OSError):  # the cache may be read-only
                 (entry / _CONTENT).touch()
         return found
 
@@ -85,10 +86,10 @@ def remembering(
 
 
 def write_entry(entry: Path, demonstrations: Sequence[Demonstration], report: LoadReport) -> None:
-    """Write a whole entry, or nothing where one that can be read is there.
+    """Write a complete entry, unless a readable one exists already.
 
     Raises:
-        OSError: the file system's; nothing is left behind.
+        OSError: an error of the file system; no file is left behind.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix=f"{entry.name}.writing-", dir=entry.parent))
@@ -119,7 +120,7 @@ def write_entry(entry: Path, demonstrations: Sequence[Demonstration], report: Lo
 
 
 def read_entry(entry: Path) -> Loaded | None:
-    """None where there is no whole entry. The tokens stay in the mapped files."""
+    """Read an entry; None if there is no complete one. The tokens stay in the mapped files."""
     try:
         content = json.loads((entry / _CONTENT).read_text(encoding="utf-8"))
         ends = np.cumsum(content["lengths"]).tolist()
@@ -149,9 +150,9 @@ def read_entry(entry: Path) -> Loaded | None:
 
 
 def prune(folder: Path) -> None:
-    """Remove entries that are old or too many, and what killed writers left. Other files are not touched.
+    """Remove old entries, the oldest entries above the size limit, and unfinished folders of killed processes.
 
-    What another process removes at the same time, or what may not be removed, is passed over.
+    Other files are not touched. Errors are ignored, for example if another process removes the same entry.
     """
     now = time.time()
     entries: list[tuple[float, int, Path]] = []
@@ -175,7 +176,7 @@ def prune(folder: Path) -> None:
 
 
 def _files(data: Path | Sequence[Path]) -> list[Path]:
-    """No files where they will not do: ``load`` says why."""
+    """The data files of the sources. Empty if the paths are faulty; ``load`` then reports the fault."""
     paths = [data] if isinstance(data, Path) else data
     try:
         return [file for path in paths for file in files_of(path, KINDS)]

@@ -18,9 +18,9 @@ T = TypeVar("T")
 N = TypeVar("N")
 
 ALONE_S = 1.0
-"""So long this thread works alone: few rows are done by then, and helpers take longer to start."""
+"""Seconds in which this thread works alone, because starting helpers would take longer than a few rows."""
 _AHEAD = 4
-"""Items under way for each core."""
+"""Maximum number of unfinished items for each core."""
 
 
 def on_all_cores(
@@ -30,12 +30,12 @@ def on_all_cores(
     *,
     cores: int | None = None,
 ) -> Iterator[tuple[N, Callable[[], Any]]]:
-    """For each item, in order, a name and a function that gives ``work``'s result or raises its exception.
+    """For each item, in order: a name, and a function that returns the result of ``work`` or raises its exception.
 
     Args:
-        prepare: called in the caller's thread, item after item: a name, and what ``work`` gets, or an exception that
-            the result raises.
-        cores: threads; all cores that this process may use where left out.
+        prepare: called in the caller's thread for one item after another. It returns the name and the argument of
+            ``work``, or an exception that the returned function raises.
+        cores: number of threads. Left out: all cores that this process may use.
     """
     count = len(os.sched_getaffinity(0)) if cores is None else cores
     spread_from = time.monotonic() + ALONE_S

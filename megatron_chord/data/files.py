@@ -1,4 +1,4 @@
-"""Which files a path in ``data`` means, and how each of them is opened."""
+"""Finds the files that a path in ``data`` means, and opens them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def kind_of(file: Path) -> str:
 
 
 def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
-    """The files of ``path``: itself, those of a folder, or those that match a pattern such as ``train-*.parquet``.
+    """The files of ``path``: the file itself, the files of a folder, or those that match a pattern.
 
-    The files of a folder or of a pattern come in the order of their names, and are of one kind.
+    The files of a folder or of a pattern are ordered by name and have the same kind.
 
     Raises:
-        ValueError: there are none, none of ``kinds``, or several kinds.
+        ValueError: there is no file, no file of ``kinds``, or there are files of several kinds.
     """
     if path.is_file():
         found = [path]
@@ -52,7 +52,7 @@ def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed where its name ends in .gz or .zst."""
+    """The file's bytes, decompressed if its name ends in .gz or .zst."""
     if file.suffix == ".gz":
         with gzip.open(file, "rb") as stream:
             yield stream  # type: ignore[misc]
@@ -82,5 +82,5 @@ class _Unpacked(io.RawIOBase):
 
 
 def _is_description(file: Path) -> bool:
-    """Files that ``datasets`` and the hub store next to the data."""
+    """Whether ``datasets`` or the hub writes a file with this name next to the data."""
     return file.name in ("dataset_info.json", "state.json", "dataset_infos.json", "dataset_dict.json")

@@ -21,9 +21,9 @@ from megatron_chord.data.token_texts import Pieces, pieces_of
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
 Grader = Callable[[str], "tuple[str, str] | None"]
-"""Name of a data source -> how its truths are read: a kind of ``rewards.reading`` and its marker; None: not read."""
+"""From the name of a data source to how its truths are read: a kind of ``rewards.reading`` and its marker, or None."""
 MAX_TRUTHS = 2000
-"""Number of different truths of each data set that are read."""
+"""Maximum number of different truths of each data set that are read."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Watcher:
                 self._examples[title] = seen
 
     def _chosen(self) -> list[tuple[str, Observed]]:
-        """At most ``num_examples``, none twice."""
+        """The rows to show, at most ``num_examples``, none of them twice."""
         first = self._examples.get("row 0")
         order = ["row 0", "longest", "shortest", *(f"row {index}" for index in range(1, self.num_examples))]
         chosen: dict[str, tuple[str, Observed]] = {}

@@ -86,7 +86,7 @@ class Reading:
     has_nulls: bool = False
     """Whether null keys were left out of nested columns."""
     tools_shown: set[str] = field(default_factory=set[str])
-    """What shows the rows' functions (``data.tools.Conversation``); empty for rows without functions."""
+    """How the rows' functions are shown (``data.tools.Conversation``); empty for rows without functions."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
@@ -121,7 +121,7 @@ class Reading:
         return replace(row, fields={name: value for name, value in own.items() if value is not None})
 
     def _way(self, fields: Fields) -> _Way | None:
-        """How the row is read; None if no layout is recognised.
+        """The way in which the row is read; None if no layout is recognised.
 
         Raises:
             FatalRowError: it can be read in several ways, which give different rows.
@@ -164,10 +164,12 @@ def load_rows(
     limits: str,
     max_dropped: float,
 ) -> tuple[list[T], LoadReport]:
-    """``rows.parse_rows`` of the rows in this project's fields. Over-long rows, for which it gives None, are left out.
+    """Parse the rows (``rows.parse_rows``) after converting them to this project's fields.
+
+    Over-long rows, for which the parser returns None, are left out.
 
     Raises:
-        DataError: as ``parse_rows``; or all rows are over-long, beyond ``limits``.
+        DataError: as for ``parse_rows``; or all rows are longer than ``limits``.
     """
     dropped: list[Fault] = []
     overlong: list[Fault] = []
@@ -206,7 +208,7 @@ def load_rows(
 
 
 def _with_functions(fields: Fields) -> dict[str, Any]:
-    """``fields`` with the functions as a list of schemas; without them where the list is empty."""
+    """``fields`` with the functions as a list of schemas, or without functions if the list is empty."""
     own = dict(fields)
     if "tool_defs" in own and "tools" not in own:
         own["tools"] = own.pop("tool_defs")
@@ -262,10 +264,10 @@ def _mapped(fields: Fields, mapping: Mapping[str, str], role: Role) -> dict[str,
 
 
 def at_path(fields: Fields, path: str) -> Any:
-    """The value at a dotted path: names of objects, places of lists (from 0), and JSON text on the way is read.
+    """The value at a dotted path of names and list indices (from 0). JSON text along the path is parsed.
 
     Raises:
-        RowError: naming how far the path leads.
+        RowError: the path does not exist. The message has the part that exists.
     """
     value: Any = fields
     done: list[str] = []
@@ -293,7 +295,7 @@ class _Way:
     name: str
     has: frozenset[str]
     looks_at: frozenset[str]
-    """``has``, and what is read beside it."""
+    """The columns of ``has``, and all other columns that are read."""
     convert: Callable[[Fields], Fields] | None
     """None: the row has this project's own fields already."""
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -302,7 +304,7 @@ class _Way:
         """The row in this project's fields.
 
         Raises:
-            RowError: a field that the layout needs is missing, or its value is of the wrong kind.
+            RowError: a field that the layout needs is missing, or its value has the wrong type.
         """
         if self.convert is None:
             return dict(fields)

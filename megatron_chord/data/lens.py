@@ -64,16 +64,16 @@ class TokenClass:
     tokens: float
     """Share of the trained tokens."""
     plain: float
-    """Share of the pull where each token has weight 1: plain SFT."""
+    """Share of the pull if each token has weight 1, as in plain SFT."""
     weighted: float
-    """Share of the pull under the run's weight."""
+    """Share of the pull with the run's weight."""
 
 
 @dataclass(frozen=True)
 class Lens:
     policy: str
     weighting: str
-    """What weighs the tokens, for the reader."""
+    """A description of the token weight, for people."""
     rows: tuple[LensedRow, ...]
 
     def all(self, name: str) -> np.ndarray:
@@ -125,12 +125,12 @@ def load_policy(folder: Path) -> Any:
 def look(
     model: Any, template: ChatTemplate, rows: Iterable[Observed], term: Term, *, policy: str, weighting: str
 ) -> Lens:
-    """The lens on ``rows``, demonstrations that are trained together in one update.
+    """Compute the lens of ``rows``, as if these demonstrations were trained together in one update.
 
     Args:
         term: a term of the objective. Its temperature, its loss and its values over the whole update are used.
-        policy: the model's name, for the reader.
-        weighting: as in ``Lens``.
+        policy: the name of the model, for people.
+        weighting: the description of the token weight, as in ``Lens``.
 
     Raises:
         ValueError: a token is beyond the model's vocabulary.

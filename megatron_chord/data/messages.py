@@ -1,8 +1,8 @@
 """Checks the chat messages of a row: the roles, the function calls and their results.
 
-A message has ``role`` and ``content``. An assistant's may have ``reasoning_content`` (its thinking, apart from the
-answer) and ``tool_calls``; after these come messages of the role ``tool``, one for each call. Only fields that are
-filled are kept, since some templates ask whether a field is there. Messages of the roles ``tool_call`` and
+A message has ``role`` and ``content``. An assistant's message may also have ``reasoning_content`` (its thinking,
+separate from the answer) and ``tool_calls``. Messages of the role ``tool`` follow it, one for each call. Only fields
+with a value are kept, because some templates check whether a field exists. Messages of the roles ``tool_call`` and
 ``tool_response`` (ms-swift's; ShareGPT's ``function_call`` and ``observation``) become calls and results.
 """
 
@@ -43,13 +43,13 @@ def question_messages(row: Row) -> tuple[Message, ...]:
 
 
 def chat_messages(row: Row) -> tuple[Message, ...]:
-    """`messages`, checked: an optional system message first, then user and assistant in turn.
+    """Check `messages`: an optional system message first, then user and assistant in turn.
 
-    After an assistant's calls come the results, then the assistant again. A call's arguments may be an object or its
-    JSON text; here they are an object, as templates expect.
+    After an assistant's calls come their results, then the assistant again. The arguments of a call may be an object or
+    its JSON text; in the result they are an object, which templates expect.
 
     Raises:
-        RowError: naming the message and what is wrong with it.
+        RowError: a message is wrong. The error says which, and what is wrong.
     """
     value = row.fields["messages"]
     if not isinstance(value, list) or not value:
@@ -195,7 +195,7 @@ def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(value: Any, name: str) -> dict[str, Any]:
-    """``{"id", "type": "function", "function": {"name", "arguments"}}``; the id only where there is one."""
+    """The call as ``{"id", "type": "function", "function": {"name", "arguments"}}``; without ``id`` if it has none."""
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"{name} must be a call, an object with a function's `name` and `arguments`")

@@ -20,9 +20,9 @@ from megatron_chord.records import Demonstration, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class MixedCursor:
-    """A position in the endless order of several data sets. Immutable, as ``Cursor`` is.
+    """A position in the endless order of several data sets. Immutable, like ``Cursor``.
 
-    An index counts through all data sets, one after the other.
+    Indices number the items of all data sets, one data set after the other.
     """
 
     name: str

@@ -22,13 +22,13 @@ class Observed:
     trainable: tuple[bool, ...] | Compact[bool] = ()
     """For a demonstration, one value for each token; empty for a prompt."""
     truth: str | None = None
-    """Of a prompt."""
+    """The ground truth of a prompt."""
     is_overlong: bool
     """Whether the row exceeds a limit and is left out."""
 
     @property
     def place(self) -> str:
-        """Unique in the data set."""
+        """The file and row number, which are unique in the data set."""
         named = self.source and self.source != self.file.partition(".")[0]
         return f"{self.source}/{self.file}:{self.number}" if named else f"{self.file}:{self.number}"
 

@@ -33,11 +33,11 @@ class PackedTerm:
     """[K] int64: the index of the token's sequence among the term's S sequences (each part of a sample is a
     sequence)"""
     lengths: np.ndarray
-    """[S] float32: tokens of each sequence, on all context-parallel ranks together"""
+    """[S] float32: number of tokens of each sequence, on all context-parallel ranks together"""
     held: np.ndarray
-    """[S] int64: tokens of each sequence on this rank; they are contiguous, in the order of the sequences"""
+    """[S] int64: number of tokens of each sequence on this rank. They are contiguous, in the order of the sequences"""
     columns: Mapping[str, np.ndarray]
-    """[K] float32 each: the constants by name"""
+    """The constants by name, [K] float32 each"""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what ``_received_term`` can compute."""

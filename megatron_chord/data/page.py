@@ -16,7 +16,7 @@ from megatron_chord.rewards.reading import DOUBTFUL, MEANING
 _BINS = 28
 _SHOWN = 12
 _KINDS = {(False, True): "o", (True, False): "a", (True, True): "s"}
-"""(is trained, is the template's own) -> class"""
+"""The CSS class of a token by (is trained, was written by the template)."""
 _LEGEND = (
     ("a", "text that is trained"),
     ("s", "the template's own, trained"),
@@ -26,7 +26,7 @@ _LEGEND = (
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write the page whole or not at all.
+    """Write the page completely, or not at all.
 
     Raises:
         OSError: the folder is missing or cannot be written to.
@@ -46,7 +46,7 @@ def page(inspection: Inspection, *, title: str, more: Sequence[tuple[str, str, s
     """The page's text.
 
     Args:
-        title: what the data belongs to, such as the YAML file's name.
+        title: name of the data, such as that of the YAML file.
         more: further sections, each (anchor, heading, HTML).
     """
     sections = [
@@ -76,7 +76,7 @@ def page(inspection: Inspection, *, title: str, more: Sequence[tuple[str, str, s
 
 
 def token_spans(pieces: Iterable[Piece]) -> str:
-    """One span a token; its class is what it is, ``data-i`` its id."""
+    """One HTML span for each token. Its class is the kind of token; ``data-i`` is the token id."""
     return "".join(
         span(piece, f' class="{kind}"' if (kind := _KINDS.get((piece.is_trained, piece.is_template))) else "")
         for piece in pieces
@@ -92,13 +92,13 @@ def span(piece: Piece, attributes: str) -> str:
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
-    """Of (class, meaning)."""
+    """The legend for pairs of (class, meaning)."""
     spans = "".join(f'<span class="{kind}">{escape(text)}</span>' for kind, text in entries)
     return f'<div class="legend">{spans}</div>'
 
 
 def heading_of(example: Example) -> str:
-    """What row it is and what became of its messages."""
+    """The heading of a row: its place, its length, and the messages that the template changed."""
     seen = example.seen
     trained = f", {sum(seen.trainable):,} of them trained" if seen.trainable else ""
     lines = [f"<h3>{escape(example.title.capitalize())}: <code>{escape(seen.place)}</code></h3>"]
@@ -112,7 +112,7 @@ def heading_of(example: Example) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML. A column whose heading begins with # is of numbers."""
+    """An HTML table. Cells are HTML. A column whose heading begins with # contains numbers."""
     numeric = [text.startswith("#") for text in head]
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -177,7 +177,7 @@ def _set(report: SetReport) -> Iterator[str]:
 
 
 def _chart(lengths: Lengths) -> str:
-    """A histogram, 320 units wide, with the limit as a line where it is not far off."""
+    """A histogram, 320 units wide. The limit is a line in it, unless it is far outside."""
     bins = lengths.bins(_BINS)
     most = max(rows for _, _, rows in bins)
     width, height = 320.0, 110.0

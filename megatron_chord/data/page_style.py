@@ -1,4 +1,4 @@
-"""Style and script of the page that ``data.page`` writes. Nothing in them asks a network."""
+"""Style and script of the page that ``data.page`` writes. They do not use the network."""
 
 STYLE = """
 :root {

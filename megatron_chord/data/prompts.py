@@ -1,4 +1,4 @@
-"""Problems with a ground truth: rows -> Prompt."""
+"""Reads prompts: each row with a problem and its ground truth gives one Prompt."""
 
 from __future__ import annotations
 

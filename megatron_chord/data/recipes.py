@@ -43,9 +43,9 @@ _WITHOUT_TRUTHS = ("irrelevance", "live_irrelevance")
 @dataclass
 class Prepared:
     files: dict[str, Rows] = field(default_factory=dict[str, Rows])
-    """By name, without ``.jsonl``."""
+    """The rows of each file, by the file's name without ``.jsonl``."""
     counts: Counter[str] = field(default_factory=Counter[str])
-    """What was read and what was left out, in the order in which it was met."""
+    """Counts of what was read and what was left out, in the order of their first occurrence."""
     notes: list[str] = field(default_factory=list[str])
 
     def write(self, folder: Path) -> None:
@@ -194,7 +194,7 @@ def toolace_row(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(turn: Any, role: str) -> str | None:
-    """A turn's text; None where it is no turn of ``role``."""
+    """The text of a turn; None if it is not a turn of ``role``."""
     if not isinstance(turn, dict) or turn.get("from") != role or not isinstance(turn.get("value"), str):
         return None
     return turn["value"]
@@ -437,7 +437,7 @@ def _bfcl_category(folder: Path, category: str) -> Rows:
 
 
 def is_whole_number(value: Any) -> bool:
-    """A text that Python's ``int()`` takes, as the published script asks."""
+    """Whether Python's ``int()`` accepts the text, which is the condition of the published script."""
     try:
         int(str(value))
     except ValueError:
@@ -446,7 +446,7 @@ def is_whole_number(value: Any) -> bool:
 
 
 def _kept(row: Row, name: str) -> dict[str, Any]:
-    """A field that goes on as it is, where the row has it."""
+    """A field of the row that is copied unchanged; empty if the row does not have it."""
     return {name: row.fields[name]} if name in row.fields else {}
 
 
@@ -463,7 +463,7 @@ def _with_choices(question: str, marks: Sequence[str], choices: Iterable[Any]) -
 
 
 def _split(rows: Rows, out: Prepared, *, sft: int, rl: int | None, seed: int) -> Prepared:
-    """Disjoint by problem: ``sft`` demonstrations, and ``rl`` of the others as prompts (all where it is None)."""
+    """Split rows without a common problem: ``sft`` demonstrations, and ``rl`` of the others as prompts (None: all)."""
     first: dict[bytes, dict[str, Any]] = {}
     for row in rows:
         first.setdefault(text_key(row["problem"]), row)

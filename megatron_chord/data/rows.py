@@ -31,9 +31,9 @@ QUESTION_FIELDS = ("messages", "problem", "question", "prompt")
 TOOL_FIELDS = ("tools", "functions")
 TRUTH_FIELDS = ("answer", "truth", "ground_truth")
 MAX_TEXT = 4_000_000
-"""Characters of one text: longer ones are refused before a tokenizer sees them."""
+"""Maximum number of characters of one text. Longer texts are refused before they are tokenised."""
 MAX_ROW_BYTES = 64 << 20
-"""Of one row, all its fields together: longer ones are not parsed."""
+"""Maximum number of bytes of one row. Longer rows are not parsed."""
 MAX_SHOWN = 20
 MAX_SAME = 5
 """Largest number of rows with the same fault that are listed separately; more are summarised in one line."""
@@ -42,7 +42,7 @@ MAX_ARRAY_BYTES = 2 << 30
 """Size limit of a JSON array, which is parsed as a whole."""
 _UNREADABLE = "the rows after it cannot be read"
 _BATCH_ROWS = 16
-"""Of a Parquet file, decoded at a time: a kilobyte of it may hold many copies of a string of many megabytes."""
+"""Number of rows of a Parquet file that are decoded at a time. A few bytes may decode to many copies of a long text."""
 
 
 class RowError(ValueError):
@@ -54,7 +54,7 @@ class FatalRowError(RowError):
 
 
 class WrittenNumber(float):
-    """A number of a JSON file with a point or an exponent. It keeps the text as which it is written."""
+    """A number with a point or an exponent in a JSON file. It also keeps its text."""
 
     text: str
 
@@ -78,7 +78,7 @@ class Row:
     file: str = ""
     """Name of the row's file; its path, where several files have this name."""
     has_nulls: bool = False
-    """Null keys were left out of its nested columns (Arrow gives every object of a column the keys of all)."""
+    """Whether null keys were removed from nested columns. Arrow gives every object of a column the keys of all."""
     given: Mapping[str, Any] | None = None
     """All fields as they are in the file, if ``fields`` were changed since."""
 
@@ -103,7 +103,7 @@ class LoadReport:
     reading: str = ""
     """How the rows were read, and which of their fields were not used."""
     tools_shown: frozenset[str] = frozenset()
-    """What shows functions or writes calls: the chat template or the system message."""
+    """Where functions and calls are written: by the chat template or in the system message."""
     dropped: tuple[Fault, ...] = ()
     """Rows that cannot be used and were left out (``data.max_dropped``)."""
     overlong: tuple[Fault, ...] = ()
@@ -134,8 +134,8 @@ def parse_rows(
     max_dropped: float = 0.0,
     dropped: list[Fault] | None = None,
 ) -> list[T]:
-    """``keep(spread(parse(row)))`` of every row, in order. Rows that cannot be read, or for which one of the three
-    functions raises RowError, are collected.
+    """The results ``keep(spread(parse(row)))`` of all rows, in order. A row that cannot be read, or for which one of
+    the three functions raises RowError, is a fault. Faults are collected.
 
     Args:
         data: a path, or several that are one data set.
@@ -144,9 +144,8 @@ def parse_rows(
         keep: called with the results in the rows' order.
         max_dropped: share of all rows that may be faulty. They are left out, and added to ``dropped``.
 
-    Raises:
-        DataError: naming ``position: reason`` of each faulty row, where they are more; or why the file cannot be read
-            at all.
+    Raises: DataError: more rows are faulty; the message has ``position: reason`` of each. Or the file cannot be read at
+        all.
     """
     name = called(data)
     try:
@@ -190,7 +189,7 @@ def _paths(data: Path | Sequence[Path]) -> Sequence[Path]:
 
 
 def only_one_of(row: Row, names: Iterable[str]) -> str:
-    """The single field of `names` that the row has. None or several of them are a fault."""
+    """The one field of `names` that the row has. It is a fault if it has none or several of them."""
     names = tuple(names)
     present = [name for name in names if name in row.fields]
     if len(present) == 1:
@@ -234,7 +233,7 @@ def truth_field(row: Row) -> str:
 
 
 def row_id(row: Row, seen: dict[str, str]) -> str:
-    """The row's own `id` or ``file:number``; `seen` maps the ids so far to their rows and is added to."""
+    """The row's own `id`, or ``file:number``. `seen` maps all ids so far to their rows; the id is added to it."""
     value = row.fields.get("id", f"{row.file}:{row.number}")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RowError(f"`id` must be a string or a whole number, got {kind_name(value)}")
@@ -245,7 +244,7 @@ def row_id(row: Row, seen: dict[str, str]) -> str:
 
 
 def checked_text(value: str, name: str) -> str:
-    """``value``; RowError where it is empty, too long or no Unicode text."""
+    """Return ``value``. Raises RowError if it is empty, too long, or not valid Unicode."""
     if len(value) > MAX_TEXT:
         raise RowError(f"{name} has {len(value)} characters, at most {MAX_TEXT} are read")
     if not value.strip():
@@ -258,7 +257,7 @@ def checked_text(value: str, name: str) -> str:
 
 
 def kind_name(value: Any) -> str:
-    """What a value is, for errors."""
+    """A description of the value's type, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return "nothing" if value in ([], "") else names.get(type(value), type(value).__name__)
 
@@ -290,7 +289,7 @@ def _with_progress(rows: Iterator[Row | Fault], *, description: str, total: int)
 
 
 def _attempt(parse: Callable[[Row], Any], row: Row | Fault) -> tuple[Row | Fault, Any]:
-    """The row, and what ``parse`` makes of it or the RowError of what is wrong with it."""
+    """The row, and the result of ``parse`` or the RowError that it raised."""
     if isinstance(row, Fault):
         return row, RowError(row.reason)
     try:
@@ -481,7 +480,7 @@ def _read_arrow(path: Path) -> Iterator[Row | Fault]:
 
 
 def _arrow_rows(path: Path, batches: Iterable[Any], *, json_columns: frozenset[str]) -> Iterator[Row | Fault]:
-    """Without the null keys of nested columns: Arrow gives each object of a column the keys of all others.
+    """The rows without null keys in nested columns, because Arrow gives each object of a column the keys of all others.
 
     An intended null, in the arguments of a call, cannot be distinguished from these. In JSON text it is kept.
     """
@@ -509,7 +508,7 @@ def _arrow_rows(path: Path, batches: Iterable[Any], *, json_columns: frozenset[s
 
 
 def _text_columns(schema: Any) -> list[str]:
-    """All columns but those of raw bytes, such as images, which nothing here reads."""
+    """All columns except those of raw bytes, such as images. Nothing here reads these."""
     import pyarrow.types
 
     is_bytes = (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_fixed_size_binary)
@@ -517,7 +516,7 @@ def _text_columns(schema: Any) -> list[str]:
 
 
 def _without_nulls(value: Any) -> tuple[Any, bool]:
-    """``value`` without the keys of objects that are null, and whether there were any. Elements of lists stay."""
+    """``value`` without object keys whose value is null, and whether there were any. Elements of lists are kept."""
     if isinstance(value, list):
         pairs = [_without_nulls(item) for item in value]
         return [item for item, _ in pairs], any(found for _, found in pairs)

@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def show(inspection: Inspection, console: Console) -> None:
-    """Print all of it."""
+    """Print the whole inspection."""
     for report in inspection.reports:
         console.print(Text(report))
     for one in inspection.sets:

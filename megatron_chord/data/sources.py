@@ -17,8 +17,8 @@ R = TypeVar("R", Prompt, Demonstration)
 @dataclass(frozen=True, kw_only=True)
 class LoadedSources(Generic[R]):
     records: list[R]
-    """The records, ordered by source. Each carries its source's label. With several sources, its id has the label,
-    too."""
+    """The records, ordered by source. Each has the label of its source. With several sources, its id also begins with
+    the label."""
     labels: list[str]
     """Of each source."""
     reports: list[LoadReport]
@@ -43,7 +43,7 @@ class LoadedSources(Generic[R]):
         ]
 
     def lines(self, title: str) -> list[str]:
-        """What became of each source's rows, for the start of a run."""
+        """Lines for the start of a run: how the rows of each source were read."""
         if len(self.reports) == 1:
             return [f"{title} {self.reports[0]}"]
         return [

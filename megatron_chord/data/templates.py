@@ -61,7 +61,7 @@ class ChatTemplate:
     opening: str = ""
     """Thinking block that prompts open and the policy continues, such as ``<think>\\n``."""
     tools_as: ToolsAs = "auto"
-    """What shows a row's functions (`data.tools`)."""
+    """How a row's functions are shown (`data.tools`)."""
     train_on: TrainOn = "all_turns"
     """Which of a demonstration's assistant turns are trained."""
     exported: str | None = None
@@ -195,7 +195,8 @@ class ChatTemplate:
         )
 
     def check_stop_tokens(self) -> None:
-        """ValueError where a stop token, or the tokenizer's end or padding token, is beyond the model's vocabulary."""
+        """Raises ValueError if a stop token, or the tokenizer's end or padding token, is not in the model's
+        vocabulary."""
         roles = dict.fromkeys(
             self.stop_token_ids, "a stop token (of the tokenizer or generation_config.json)"
         )
@@ -232,7 +233,7 @@ class ChatTemplate:
         )
 
     def _why(self, prompt: _Rendered, message: Message) -> str:
-        """What makes an answer change its prompt, and what to do about it."""
+        """The reason why an answer changes its prompt, and what to do about it."""
         if self.opening and prompt.text.endswith(self.opening):
             return (
                 "The prompt opens <think>, and the template does not write it into an assistant's turn, or cuts the "

@@ -53,7 +53,7 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
     """Functions for the chat template to show."""
     tools_shown: Literal["", "system_message", "template"] = ""
-    """What shows the functions or writes the calls; empty if there are none."""
+    """Where functions and calls are written (chat template or system message); empty if there are none."""
 
 
 def conversation(row: Row, template: ChatTemplate) -> Conversation:

@@ -1,7 +1,7 @@
 """DeepSeek-V3 and R1, and other models with the same architecture (Transformers' modeling_deepseek_v3.py).
 
-The layers for multi-token prediction that published folders hold after the model's own are neither read nor exported:
-no forward pass of the model runs through them, so nothing trains them. Transformers passes over them, too.
+Published folders also have layers for multi-token prediction, after those of the model. They are neither read nor
+exported, because no forward pass of the model uses them, so they are not trained. Transformers also skips them.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 def first_layers(config: Mapping[str, Any]) -> int:
-    """How many layers at the front have a dense MLP."""
+    """Number of layers at the beginning that have a dense MLP."""
     return min(require(config, "first_k_dense_replace"), require(config, "num_hidden_layers"))

@@ -50,7 +50,7 @@ PRE_MLP_NORM = Rule(
 
 
 def gated_mlp_rules(layers: tuple[int, ...] | None = None) -> tuple[Rule, ...]:
-    """Of the dense MLPs of these layers, or of all, without the norm before them."""
+    """The rules of the dense MLPs of these layers (None: all layers), without the norm before them."""
     return (
         Rule(
             megatron=layer("mlp.linear_fc1.weight"),
@@ -82,12 +82,12 @@ def decoder(
     """The model of this config.json.
 
     Args:
-        attention: ``grouped_attention`` of config.json's sizes where left out.
-        feed_forward: a dense gated MLP where left out.
+        attention: left out: ``grouped_attention`` with the sizes of config.json.
+        feed_forward: left out: a dense gated MLP.
         num_unread_layers: see ``WeightMap.num_unread_layers``.
 
     Raises:
-        ValueError: config.json lacks a size, or asks for what Megatron's model would compute differently.
+        ValueError: config.json lacks a size, or has a setting that Megatron's model would compute differently.
     """
     attention = attention or grouped_attention(config)
     feed_forward = feed_forward or gated_mlp()
@@ -158,10 +158,10 @@ def grouped_attention(
     """Grouped-query attention.
 
     Args:
-        head_dim: where left out, config.json's, or hidden size / heads.
-        num_kv_heads: where left out, config.json's.
-        qkv_bias: query, key and value have biases.
-        qk_norm: queries and keys pass a norm, head by head, before RoPE.
+        head_dim: left out: that of config.json, or hidden size / heads.
+        num_kv_heads: left out: that of config.json.
+        qkv_bias: whether query, key and value have biases.
+        qk_norm: whether queries and keys pass through a norm, head by head, before RoPE.
     """
     num_heads = require(config, "num_attention_heads")
     groups: int = num_kv_heads or require(config, "num_key_value_heads")

@@ -17,7 +17,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Kind:
     text: str
-    """What a value must be, for errors."""
+    """A test of a value's type, with a description for errors."""
     fits: Callable[[Any], bool]
 
 
@@ -118,18 +118,18 @@ ROPE_KINDS: dict[str, Kind] = {
     "truncate": SWITCH,
     "original_max_position_embeddings": Kind("a positive number", lambda v: _is_number(v) and v > 0),
 }
-"""Of the fields below ``rope_parameters`` (``rope_scaling`` before Transformers 5)."""
+"""Types of the fields in ``rope_parameters`` (``rope_scaling`` before Transformers 5)."""
 
 
 @dataclass(frozen=True)
 class Neutral:
-    """Absent, null or one of ``values``; every other value is refused."""
+    """A field that may be absent, null or one of ``values``. Every other value is refused."""
 
     reason: str
-    """What would be computed differently, and by which loader."""
+    """The reason: what would be computed differently, and by which loader."""
     values: tuple[Any, ...] = ()
     families: tuple[str, ...] = ()
-    """None: all."""
+    """The families to which it applies. Empty: all families."""
 
 
 _OTHER_ATTENTION = "vLLM would compute another attention"
@@ -327,7 +327,7 @@ UNREAD: dict[str, dict[str, str]] = {
     "deepseek_v2": dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), _MTP) | _LATENT,
     "deepseek_v3": _LATENT,
 }
-"""Fields that are irrelevant in some families alone, by family."""
+"""Fields that are irrelevant only in some families, by family."""
 
 ROPE_IRRELEVANT: dict[str, str] = dict.fromkeys(
     (
@@ -366,7 +366,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
 
 
 def one_name(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with second names replaced. ValueError where both names are there and differ."""
+    """The same config with second names replaced. Raises ValueError if both names are present and differ."""
     renamed = dict(config)
     for alias, name in ALIASES.get(config.get("model_type", ""), {}).items():
         value = renamed.pop(alias, None)

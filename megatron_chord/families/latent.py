@@ -17,7 +17,7 @@ from megatron_chord.weights.mapping import Rule, both, hf_layer, layer
 from megatron_chord.weights.transforms import Same
 
 _LATENT_EPSILON = 1e-6
-"""Of the latents' norms in Transformers, whatever ``rms_norm_eps`` says."""
+"""The epsilon of the latents' norms in Transformers, which ignore ``rms_norm_eps``."""
 
 
 def latent_attention(config: Mapping[str, Any], *, rope: Rope) -> Attention:

@@ -1,8 +1,8 @@
-"""A mixture of experts, in place of the dense MLP of every layer or of some.
+"""A mixture of experts, which replaces the dense MLP in all layers or in some.
 
 Megatron's names (megatron-core 0.16.1): ``local_experts.E.linear_fc1.weight`` of SequentialMLP
 (transformer/moe/experts.py:845, in both layer specs), ``linear_fc1.weightE`` of Transformer Engine's grouped linear
-layers. Experts are spread over the expert axis and never cut over the tensor axis.
+layers. Experts are distributed over the expert axis and never split over the tensor axis.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ class Scores:
     """How the router's logits become scores, and how the scores of the chosen experts become weights."""
 
     function: str = "softmax"
-    """Or sigmoid; the latter with a bias, in fp32 and never trained, that counts for the choice alone."""
+    """softmax or sigmoid. Sigmoid has a bias in fp32, which is not trained and only affects which experts are
+    chosen."""
     scale: float = 1.0
-    """Of all weights."""
+    """Factor of all weights."""
     groups: int = 1
-    """Of equally many experts, in their order."""
+    """Number of groups of experts. Each has the same number of experts, in their order."""
     chosen_groups: int = 1
-    """Groups from which a token's experts may come: those with the largest sums of their best scores."""
+    """Number of groups from which a token's experts may come: those with the largest sums of their best scores."""
     fp32: bool = False
-    """Logits are computed in fp32 whichever dtype the model has."""
+    """Whether logits are computed in fp32, independent of the model's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Hugging Face's, below a layer and below an expert."""
+    """The names in Hugging Face, below a layer and below an expert."""
 
     block: str = "mlp"
-    """The mixture in its layer."""
+    """Name of the mixture in its layer."""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -61,13 +62,13 @@ def mixture(
     scores: Scores | None = None,
     names: Names | None = None,
 ) -> FeedForward:
-    """Experts chosen by the largest scores, beside the dense MLPs of ``experts.dense_layers``.
+    """A mixture whose experts are chosen by the largest scores. ``experts.dense_layers`` keep dense MLPs.
 
     Args:
-        width: of one expert.
-        normalised: the chosen experts' scores are scaled to sum to 1.
-        scores: softmax over all experts where left out.
-        names: DeepSeek's where left out.
+        width: width of one expert.
+        normalised: whether the scores of the chosen experts are scaled so that their sum is 1.
+        scores: left out: softmax over all experts.
+        names: left out: DeepSeek's names.
     """
     scores, names = scores or Scores(), names or Names()
     num_layers = require(config, "num_hidden_layers")

@@ -1,6 +1,6 @@
-"""Readings of a config.json that families share. Each follows Transformers 5 where a setting may be left out.
+"""Functions that families share for reading a config.json. Defaults of missing settings are those of Transformers 5.
 
-Every function raises ValueError for what Megatron's model would compute differently.
+Every function raises ValueError for a setting that Megatron's model would compute differently.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_chord.families.shape import (
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of RoPE under Transformers 5's name for it, or 4's.
+    """RoPE's settings in config.json, under the name of Transformers 5 or of Transformers 4.
 
-    Where both are there, what Transformers 5 takes (modeling_rope_utils.py, convert_rope_params_to_dict).
+    If both are present, the result is that of Transformers 5 (modeling_rope_utils.py, convert_rope_params_to_dict).
     """
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 

@@ -19,7 +19,8 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's: long waves slowed down by ``factor``, short ones kept, those between interpolated."""
+    """Llama 3.1's scaling: low frequencies are divided by ``factor``, high ones are kept, and those between are
+    interpolated."""
 
     factor: float
     low_freq_factor: float
@@ -29,8 +30,11 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN's (arXiv 2309.00071, section 3.2): dimensions that turn less than ``beta_slow`` times over the original
-    positions slowed down by ``factor``, those that turn more than ``beta_fast`` times kept, a ramp between."""
+    """YaRN's scaling (arXiv 2309.00071, section 3.2).
+
+    The frequencies of dimensions that rotate less than ``beta_slow`` times over the original positions are divided by
+    ``factor``. Those of dimensions that rotate more than ``beta_fast`` times are kept. Between them is a linear ramp.
+    """
 
     factor: float
     beta_fast: float
@@ -46,11 +50,11 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Sizes of the mixture of experts that layers hold in place of a dense MLP."""
+    """Sizes of the mixture of experts that replaces the dense MLP of a layer."""
 
     count: int
     shared_ffn_size: int | None = None
-    """Width of the expert that sees every token."""
+    """Width of the shared expert, which every token passes through."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers that keep a dense MLP."""
 
@@ -66,7 +70,7 @@ class ModelShape:
     ffn_size: int
     max_positions: int
     tied: bool
-    """The output head is the input embedding."""
+    """Whether the output head is the input embedding."""
     rope: Rope
     experts: Experts | None
     """None for a dense model."""

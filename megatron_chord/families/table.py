@@ -1,4 +1,4 @@
-"""Which family reads which config.json. A new family is one module with a ``shape`` function, and one entry here."""
+"""The table of model families. A new family is one module with a function ``shape``, and one entry here."""
 
 from __future__ import annotations
 
@@ -100,9 +100,10 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def serving_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json must say instead, so that vLLM runs the model that the family reads in it.
+    """The values that config.json needs so that vLLM runs the same model as the family.
 
-    Transformers takes the model type for the architecture, and swish for another name of silu; vLLM does neither.
+    Transformers chooses the architecture by the model type, and accepts swish as another name of silu. vLLM does
+    neither.
     """
     changes: dict[str, Any] = {}
     architecture = CAUSAL_LM.get(config.get("model_type", ""))

@@ -100,7 +100,7 @@ def _choices(case: Case, start: Choice) -> Iterator[Choice]:
 
 
 def _stages(case: Case, pipeline: int, recompute: str) -> Iterator[tuple[int | None, tuple[int, ...] | None]]:
-    """Chunks of a pipeline stage, and ``parallel.stages``: equal ones, and those whose work is balanced."""
+    """Numbers of chunks per pipeline stage, with values of ``parallel.stages``: equal stages and balanced ones."""
     layers = case.shape.num_layers
     equal = [size for size in _divisors(layers // pipeline) if layers % (pipeline * size) == 0]
     for chunks in equal if pipeline > 1 else [1]:

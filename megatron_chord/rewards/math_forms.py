@@ -133,7 +133,7 @@ def _script(match: re.Match[str]) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without blanks, a final period or comma, and delimiters that enclose all of it."""
+    """The text without outer blanks, without a final period or comma, and without delimiters around all of it."""
     previous = None
     while text != previous:
         previous = text
@@ -420,7 +420,7 @@ class Based:
 
     @property
     def value(self) -> int | None:
-        """None where a digit is not one of the base."""
+        """The value of the number; None if a digit is not valid in its base."""
         try:
             return int(self.digits, self.base)
         except ValueError:
@@ -449,7 +449,7 @@ _OPTION = re.compile(
 
 
 def read_option(text: str) -> tuple[str, str] | None:
-    """(letter, what stands behind it) of ``(B)``, ``B.``, ``Option B``, ``(B) 12``."""
+    """(letter, text after it) of an option such as ``(B)``, ``B.``, ``Option B`` or ``(B) 12``."""
     bare = _words(text)
     match = _OPTION.fullmatch(bare)
     if match is None or _PART.search(match[5]):
@@ -518,7 +518,7 @@ _EQUALS = re.compile(r"=|\\approx(?![a-zA-Z])")
 
 
 def split_label(text: str) -> tuple[str | None, str]:
-    """``x = 4/2 = 2`` -> ("x", "2"); (None, text) where no name stands alone on the left."""
+    """``x = 4/2 = 2`` -> ("x", "2"). The result is (None, text) if the left side is not a single name."""
     match = _LABEL.match(text)
     if match is None:
         return None, text
@@ -603,7 +603,8 @@ _ATTACHED = {"m", "g", "s", "h", "l", "L"}
 class Quantity:
     text: str
     unit: str | None = None
-    """A known unit's short name with its power, such as cm^2; None without one or for nouns such as "apples"."""
+    """The short name of a known unit with its power, such as cm^2. None without a unit, or for a noun such as
+    "apples"."""
     is_percent: bool = False
 
 

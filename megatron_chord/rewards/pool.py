@@ -346,7 +346,7 @@ class _Call:
     start: int
     responses: Sequence[Response]
     attempts: int = 0
-    """That have failed."""
+    """Number of attempts that have failed."""
 
 
 class _Worker:

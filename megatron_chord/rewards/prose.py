@@ -1,4 +1,4 @@
-"""Truths that the mathematics grader can only compare as text, so that a right answer in other words gets 0."""
+"""Finds truths that the mathematics grader can only compare as text: a right answer in other words would get 0."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ _FOREIGN = re.compile(r"[?!;]\s|[^\W\d_a-zA-Zα-ωΑ-Ω]{2,}")
 def reads_as_text(truth: str, *, marker: str = "####") -> bool:
     """Whether a truth is a sentence, or a number with several words.
 
-    A single word (``Yes``, ``Friday``) is no such text: an answer of the same word is right. Neither is a choice with
-    its text (``C) 15``): its letter is right, and so is the text. Decided by the letters alone; nothing is parsed.
+    A single word (``Yes``, ``Friday``) does not count, because the same word is a right answer. A choice with its text
+    (``C) 15``) does not count either: both its letter and its text are right. Only the letters are looked at; nothing
+    is parsed.
     """
     marked = marked_answer(truth, marker)
     text = (truth if marked is None else marked).strip()

@@ -52,7 +52,8 @@ class TruthReading:
 
 
 def truth_reader(reward: RewardConfig, source: str) -> tuple[str, str] | None:
-    """(kind, marker) of the first reward that grades the prompts of ``source`` by their truth; None: there is none."""
+    """(kind, marker) of the first reward that grades the prompts of ``source`` by their truth; None if there is
+    none."""
     for term in terms_of(reward).values():
         if term.grades(source) and term.kind in ("math", "exact", "tool_calls"):
             return term.kind, getattr(term, "answer_marker", "####")
@@ -60,7 +61,7 @@ def truth_reader(reward: RewardConfig, source: str) -> tuple[str, str] | None:
 
 
 def readings(truths: Iterable[str], kind: str, marker: str) -> Iterator[TruthReading]:
-    """What the grader ``kind`` (``reward.kind``) reads of each truth, in order."""
+    """How the grader ``kind`` (``reward.kind``) reads each truth, in order."""
     if kind == "math":
         yield from _math_readings(truths, marker)
         return
@@ -149,7 +150,7 @@ def _answer(reading: TruthReading) -> None:
 
 
 def _read_math(math: Any, truth: str, marker: str) -> TruthReading:
-    """In the order in which ``rewards.math`` tries the forms of a truth."""
+    """How the mathematics grader reads a truth. The forms are tried in the same order as in ``rewards.math``."""
     from megatron_chord.rewards import math_forms as forms
 
     readers: tuple[tuple[str, Callable[[str], Any], Callable[[Any], str]], ...] = (

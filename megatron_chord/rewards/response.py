@@ -14,7 +14,7 @@ class Response:
     text: str
     """The answer, decoded, without special tokens."""
     truth: str = ""
-    """The row's true answer; empty where the row has none."""
+    """The ground truth of the row; empty if the row has none."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """The prompt as chat messages, each with ``role`` and ``content``."""
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -22,16 +22,16 @@ class Response:
     finish_reason: str = "stop"
     """stop: the policy ended the answer. length: the answer reached ``data.max_response_tokens``."""
     num_tokens: int = 0
-    """Of the answer, the stop token included."""
+    """Number of tokens of the answer, including the stop token."""
     source: str = ""
     """Name of the prompt's data source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowNeeds:
-    """What a reward reads of a prompt's row."""
+    """The parts of a prompt's row that a reward reads."""
 
     truth: bool = True
-    """The true answer: a row without one is faulty."""
+    """Whether it reads the ground truth. A row without one is then faulty."""
     fields: bool = False
-    """All fields of the row."""
+    """Whether it reads all fields of the row."""

@@ -5,10 +5,10 @@ This is the reward of CHORD's tool-use experiments (Trinity-RFT, customized_tool
 
 * ``{"name": ..., "arguments": {...}}``: the call itself, also with ``parameters`` for ``arguments``, with the arguments
   as JSON text, or as ``{"type": "function", "function": {...}}``. Arguments are equal when their JSON, keys sorted, is.
-* ``{function: {argument: [every accepted value]}}``, of the Berkeley Function-Calling Leaderboard, whose values are
-  compared as its checker does (ast_checker.py): strings but for case, blanks and some punctuation, numbers by value;
-  5 may stand for 5.0, but not 5.0 for 5.
-  An accepted ``""`` means that the argument may be left out. Objects within hold lists of accepted values again.
+  * ``{function: {argument: [every accepted value]}}``, of the Berkeley Function-Calling Leaderboard. Values are
+  compared as in its checker (ast_checker.py): strings without regard to case, blanks and some punctuation; numbers by
+  value, where 5 is accepted for 5.0, but not 5.0 for 5. An accepted ``""`` means that the argument may be left out.
+  Nested objects have lists of accepted values, too.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class TrueCall:
 
 
 def grade(text: str, truth: str, *, marker: str = "", think: Think = "optional") -> float:
-    """1.0 when `text` makes exactly the calls of `truth`, in any order; else 0.0.
+    """1.0 if `text` makes exactly the calls of `truth`, in any order; otherwise 0.0.
 
-    `tool_replies.read_calls` says which forms of a call are read, and what `think` asks for. A reply without any call
-    is right where the truth is an empty list, whatever it says. `marker` is not used.
+    `tool_replies.read_calls` says which forms of a call are read, and what `think` requires. If the truth is an empty
+    list, every reply without a call is right. `marker` is not used.
 
     Raises:
         ValueError: the truth cannot be read, so the answer cannot be graded.
@@ -54,7 +54,7 @@ def grade(text: str, truth: str, *, marker: str = "", think: Think = "optional")
 
 
 def read_truth(truth: str) -> list[TrueCall]:
-    """The calls of a JSON list, or a single call; ValueError says what is wrong with it."""
+    """The calls of a JSON list, or a single call. Raises ValueError with the reason if it is neither."""
     try:
         items = parsed_json(truth)
         if isinstance(items, str):

@@ -381,11 +381,11 @@ class StepContext:
 def reward_of(
     grade: Grade, text: str, *, length: int, truncated: bool, reward: RewardConfig, limit: int
 ) -> float:
-    """The training reward of an answer: its terms' scores and form (``reward.format``), weighted, and its length.
+    """The training reward of an answer: the weighted sum of its terms, changed by the rules for form and length.
 
     Args:
-        grade: with a score.
-        length: tokens of the answer; ``limit`` is data.max_response_tokens.
+        grade: a grade that has a score.
+        length: number of tokens of the answer; ``limit`` is data.max_response_tokens.
     """
     terms, total = terms_of(reward), 0.0
     for name, term in terms.items():

@@ -258,7 +258,8 @@ def graded_before(
 
 
 def response_to(ask: RolloutRequest, rollout: Rollout, text: str) -> Response:
-    """What a grader is given of an answer. ``text`` and ``num_tokens`` are of the whole one, its prefix included."""
+    """The argument of the grader for an answer. ``text`` and ``num_tokens`` are those of the whole answer with its
+    prefix."""
     length = len(ask.prefix) + len(rollout.token_ids)
     return response_of(ask.prompt, text, rollout.finish_reason, length)
 
@@ -315,9 +316,9 @@ def _assembled(
 
 
 def part_means(graded: Sequence[GradedRollouts]) -> dict[str, dict[str, float]]:
-    """``reward_terms``: the mean of every term and named part, over the rollouts that have it; unweighted.
+    """The metric ``reward_terms``: the unweighted mean of every term and named part, over the rollouts that have it.
 
-    Nothing where no grade has parts: the reward is a single number then.
+    It is empty if no grade has parts, because the reward is then a single number.
     """
     values: dict[str, list[float]] = {}
     for grade in (grade for item in graded for grade in item.grades):
