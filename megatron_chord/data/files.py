@@ -10,7 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_PACKED = (".gz", ".zst")
+_PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""Suffixes of compressed files, and their first bytes."""
+_OTHER_STARTS = (
+    (b"version https://git-lfs", "is a Git LFS pointer; fetch the data with `git lfs pull`"),
+    (_PACKED[".gz"], "is compressed with gzip, so its name must end in .gz"),
+    (_PACKED[".zst"], "is compressed with zstd, so its name must end in .zst"),
+    (b"PK\x03\x04", "is a ZIP archive; unpack it"),
+    (b"\xff\xfe", "is UTF-16; write it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16; write it as UTF-8"),
+    (b"<!doctype html", "is a web page"),
+    (b"<html", "is a web page"),
+)
+"""First bytes of files that are no data, whatever their case, and what to say of them."""
 
 
 def kind_of(file: Path) -> str:
@@ -33,7 +45,9 @@ def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
             file for file in path.iterdir() if kind_of(file) in kinds and not _is_description(file)
         )
         if not found:
-            raise ValueError(f"{path}: the folder holds no file ending in {' or '.join(kinds)}")
+            inside = ", ".join(sorted(file.name for file in path.iterdir() if file.is_dir())[:5])
+            hint = f"; its subfolders are not searched ({inside}): name one" if inside else ""
+            raise ValueError(f"{path}: the folder holds no file ending in {' or '.join(kinds)}{hint}")
     else:
         found = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else []
         if not found:
@@ -64,6 +78,20 @@ def opened(file: Path) -> Iterator[BinaryIO]:
     else:
         with file.open("rb") as stream:
             yield stream
+
+
+def why_no_data(file: Path) -> str | None:
+    """Why a file is not what its name says, as of its first bytes; None where nothing is known against it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(32).lower()
+    for first, reason in _OTHER_STARTS:
+        if start.startswith(first.lower()) and first != _PACKED.get(file.suffix):
+            return reason
+    return None
 
 
 class _Unpacked(io.RawIOBase):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_chord.data.cores import on_all_cores
-from megatron_chord.data.files import files_of, kind_of, opened
+from megatron_chord.data.files import files_of, kind_of, opened, why_no_data
 
 T = TypeVar("T")
 
@@ -152,6 +152,8 @@ def parse_rows(
         files = [file for path in _paths(data) for file in files_of(path, tuple(_READERS))]
     except ValueError as error:
         raise DataError(str(error)) from None
+    for file in files:
+        _refuse_other(file)
     has_twins = len({file.name for file in files}) < len(files)
     readers = [(file, *_READERS[kind_of(file)]) for file in files]
     parsed: list[T] = []
@@ -176,6 +178,15 @@ def parse_rows(
     if not parsed:
         raise DataError(f"{name}: holds no rows")
     return parsed
+
+
+def _refuse_other(file: Path) -> None:
+    try:
+        reason = why_no_data(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    if reason is not None:
+        raise DataError(f"{file}: {reason}")
 
 
 def called(data: Path | Sequence[Path]) -> str:
@@ -259,6 +270,7 @@ def checked_text(value: str, name: str) -> str:
 def kind_name(value: Any) -> str:
     """A description of the value's type, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names[WrittenNumber] = "float"
     return "nothing" if value in ([], "") else names.get(type(value), type(value).__name__)
 
 
@@ -336,6 +348,10 @@ def _read_json(path: Path) -> Iterator[Row | Fault]:
     """A JSON array of objects, or lines of JSON under the same suffix."""
     with opened(path) as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith((b"{\n", b"{\r")):
+        raise DataError(
+            f"{path}: expected an array of objects, or an object on each line; this is one object"
+        )
     if not start.startswith(b"["):
         yield from _read_lines(path)
         return

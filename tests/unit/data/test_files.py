@@ -109,13 +109,24 @@ def test_a_pattern_names_some_files_of_a_folder(tmp_path: Path) -> None:
         ({"a.csv": b"a,b\n1,2,3\n"}, "a.csv", "a.csv:2: has another number of values than the 2 columns"),
         ({"a.csv": b'a,b\n"1"2,3\n'}, "a.csv", "broken CSV"),
         ({"a.arrow": b"no arrow"}, "a.arrow", "not an Arrow stream"),
+        ({"d/train/a.jsonl": LINES}, "d", r"holds no file ending in .*not searched \(train\): name one"),
+        ({"a.parquet": b"version https://git-lfs.github.com/spec/v1\n"}, "a.parquet", "Git LFS pointer"),
+        ({"a.jsonl.gz": b"version https://git-lfs.github.com/spec/v1\n"}, "a.jsonl.gz", "Git LFS pointer"),
+        ({"a.jsonl": gzip.compress(LINES)}, "a.jsonl", r"compressed with gzip, so its name must end in \.gz"),
+        ({"a.zst": b"", "a.csv": b"\x28\xb5\x2f\xfd"}, "a.csv", r"its name must end in \.zst"),
+        ({"a.jsonl": b"PK\x03\x04..."}, "a.jsonl", "is a ZIP archive"),
+        ({"a.jsonl": LINES.decode().encode("utf-16")}, "a.jsonl", "a.jsonl: is UTF-16; write it as UTF-8"),
+        ({"a.csv": "\ufeffa,b\n".encode("utf-16-be")}, "a.csv", "is UTF-16"),
+        ({"a.jsonl": b"<!DOCTYPE html>\n"}, "a.jsonl", "is a web page"),
+        ({"a.json": b'{\n  "a": 1\n}\n'}, "a.json", "an object on each line; this is one object"),
+        ({"d/a.jsonl/x": b""}, "d", "cannot be read: Is a directory"),
     ],
 )
 def test_a_path_that_will_not_do_is_refused_with_its_reason(
     files: dict[str, bytes], path: str, reason: str, tmp_path: Path
 ) -> None:
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=reason):
         read_rows(tmp_path / path)
