@@ -1,25 +1,34 @@
-"""Time to read demonstrations, cold and warm, against the bare tokenizer on the same cores.
+"""Time and memory to read demonstrations, cold and warm, against the bare tokenizer on the same cores.
 
-    python benchmarks/data.py                      # 300 demonstrations of 8k tokens: a minute on two cores
-    python benchmarks/data.py --rows 46000         # the size of Openr1-Math-46k; 12 GB on disk
+    python benchmarks/data.py                            # 300 demonstrations of 8k tokens: a minute on two cores
+    python benchmarks/data.py --rows 1000 2000 4000      # how time and memory grow; 5 minutes
+    python benchmarks/data.py --rows 46000               # the size of Openr1-Math-46k; half an hour, 4 GB on disk
 
 The tokenizer is a byte-level BPE of 16,000 tokens with Qwen's pre-tokenizer, trained here on this project's own text;
-`--tokenizer FOLDER` takes another. **bare** is `encode_batch` of the rendered conversations on all cores, with the ids
-fetched. **cold** is `load_demonstrations` and the writing of the cache: JSON, checks, template, tokenizer, mask, files.
-**warm** finds them in the cache: hash of the data file, and the mapping. The first second is one thread's alone
-(`cores.ALONE_S`), which shows with few rows.
+`--tokenizer FOLDER` takes another. Each number of rows is measured in a process of its own:
+
+* **bare**: `encode_batch_fast`, the tokenizer's fastest call, on the rendered conversations, with the ids fetched, on
+  all cores. It runs before and after **cold**, and the mean counts, because other jobs may share the machine.
+  **offsets**: `encode_batch`, the usual call.
+* **cold**: `load_demonstrations` and the writing of the cache: JSON, checks, template, tokenizer, mask, files. In the
+  first second one thread works alone (`cores.ALONE_S`), which shows with few rows.
+* **CPU**: seconds of all cores, with the processes that render templates; it depends less on other jobs.
+* **warm**: found in the cache: hash of the data file, and the mapping.
+* **peak**: memory of the process during cold, and how much of it came on top of what was there before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,42 +41,54 @@ CHATML = (
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+@dataclass(frozen=True)
+class Time:
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    rows: int
+    tokens: int
+    bare: Time
+    offsets: Time
+    cold: Time
+    warm: Time
+    fingerprint: Time
+    before_bytes: int
+    peak_bytes: int
+
+
 def main() -> None:
     arguments = _arguments()
-    from megatron_chord.data.cache import remembering
-    from megatron_chord.data.cursor import fingerprint
-    from megatron_chord.data.demonstrations import load_demonstrations
-    from megatron_chord.data.templates import load_template
-
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        tokenizer = arguments.tokenizer or _train_tokenizer(folder / "tokenizer")
-        template = load_template(tokenizer)
-        file = folder / "demonstrations.jsonl"
-        _write_rows(file, template, arguments.rows, arguments.tokens)
-        settings = {"max_prompt_tokens": 4096, "max_response_tokens": 1 << 20, "overlong": "fail"}
-        load = remembering(load_demonstrations, folder / "cache", settings)
-        bare = _timed(partial(_bare, template, file))
-        (cold_rows, _), cold = _measured(lambda: load(file, template))
-        (warm_rows, _), warm = _measured(lambda: load(file, template))
-        prints = _timed(lambda: fingerprint(warm_rows))
-        assert warm_rows[-1] == cold_rows[-1]
-        tokens = sum(len(row.token_ids) for row in cold_rows)
-        cores = len(os.sched_getaffinity(0))
-        print(
-            f"{arguments.rows} demonstrations, {tokens:,} tokens, {file.stat().st_size / 1e6:.0f} MB, {cores} cores"
-        )
-        print(f"bare   {bare:8.2f} s  {tokens / bare / 1e6:.2f} M tokens/s")
-        print(f"cold   {cold:8.2f} s  {cold / bare:.2f} x bare")
-        print(f"warm   {warm:8.2f} s, and {prints:.2f} s for the cursor's fingerprint")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"peak memory of this process {peak:.2f} GB")
+    if arguments.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    print(
+        f"{time.strftime('%Y-%m-%d')}; {cores} cores, load {load:.1f}; {arguments.tokens} tokens a row",
+        flush=True,
+    )
+    print(
+        "   rows  M tokens |  bare s  offsets s  cold s  cold/bare  cold/offsets | CPU: bare s  cold s  cold/bare "
+        "| warm s  fingerprint s | peak MB  of this new"
+    )
+    results = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        tokenizer = arguments.tokenizer or _train_tokenizer(Path(folder) / "tokenizer")
+        for rows in arguments.rows:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                results.append(pool.apply(_measure, (tokenizer, rows, arguments.tokens, arguments.folder)))
+            print(_line(results[-1]), flush=True)
+    _print_whole(results, arguments.whole)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, nargs="+", default=[300], help="one measurement for each")
     parser.add_argument("--tokens", type=int, default=8000, help="of each demonstration")
+    parser.add_argument("--cores", type=int, help="use so many of this machine's")
+    parser.add_argument("--whole", type=int, default=46_000, help="number of rows to estimate")
     parser.add_argument(
         "--tokenizer", type=Path, help="Hugging Face folder with a fast tokenizer and a chat template"
     )
@@ -75,20 +96,103 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _timed(action: Callable[[], Any]) -> float:
-    return _measured(action)[1]
+def _measure(tokenizer: Path, rows: int, tokens: int, place: Path | None) -> Result:
+    from megatron_chord.data.cache import remembering
+    from megatron_chord.data.cursor import fingerprint
+    from megatron_chord.data.demonstrations import load_demonstrations
+    from megatron_chord.data.templates import load_template
+
+    template = load_template(tokenizer)
+    tokenizers: Any = template.tokenizer
+    backend = tokenizers.backend_tokenizer
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        file = Path(name) / "demonstrations.jsonl"
+        _write_rows(file, template, rows, tokens)
+        settings = {"max_prompt_tokens": 4096, "max_response_tokens": 1 << 20, "overlong": "fail"}
+        load = remembering(load_demonstrations, Path(name) / "cache", settings)
+
+        def cold() -> Any:
+            found = load(file, template)
+            template.renderer.rest()  # its processes are counted when they have ended
+            return found
+
+        before, _ = _measured(partial(_encoded, backend.encode_batch_fast, file))
+        offsets, _ = _measured(partial(_encoded, backend.encode_batch, file))
+        _forget_peak()
+        there = _memory("VmRSS")
+        cold_time, (cold_rows, _) = _measured(cold)
+        peak = _memory("VmHWM")
+        after, _ = _measured(partial(_encoded, backend.encode_batch_fast, file))
+        warm, (warm_rows, _) = _measured(lambda: load(file, template))
+        prints, _ = _measured(lambda: fingerprint(warm_rows))
+        assert warm_rows[-1] == cold_rows[-1]
+        return Result(
+            rows=rows,
+            tokens=sum(len(row.token_ids) for row in cold_rows),
+            bare=Time((before.wall_s + after.wall_s) / 2, (before.cpu_s + after.cpu_s) / 2),
+            offsets=offsets,
+            cold=cold_time,
+            warm=warm,
+            fingerprint=prints,
+            before_bytes=there,
+            peak_bytes=peak,
+        )
 
 
-def _measured(action: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+def _line(found: Result) -> str:
+    bare, cold = found.bare, found.cold
+    return (
+        f"{found.rows:7}  {found.tokens / 1e6:8.1f} |{bare.wall_s:8.2f}{found.offsets.wall_s:11.2f}{cold.wall_s:8.2f}"
+        f"{cold.wall_s / bare.wall_s:11.2f}{cold.wall_s / found.offsets.wall_s:14.2f} |{bare.cpu_s:12.2f}"
+        f"{cold.cpu_s:8.2f}{cold.cpu_s / bare.cpu_s:11.2f} |{found.warm.wall_s:7.2f}{found.fingerprint.wall_s:15.2f} |"
+        f"{found.peak_bytes / 1e6:8.0f}{(found.peak_bytes - found.before_bytes) / 1e6:13.0f}"
+    )
+
+
+def _print_whole(results: list[Result], rows: int) -> None:
+    last = results[-1]
+    if last.rows < rows:
+        times = rows / last.rows
+        walls = [one.wall_s * times for one in (last.bare, last.cold, last.warm)]
+        print(
+            f"{rows} rows, from {last.rows}: bare {walls[0]:.0f} s, cold {walls[1]:.0f} s, warm {walls[2]:.1f} s"
+        )
+    if len(results) > 1:
+        first = results[0]
+        new = (last.peak_bytes - last.before_bytes) - (first.peak_bytes - first.before_bytes)
+        each = new / (last.tokens - first.tokens)
+        print(f"peak memory grows by {each:.1f} bytes a token; the result itself has 5")
+
+
+def _measured(action: Callable[[], Any]) -> tuple[Time, Any]:
+    wall, cpu = time.perf_counter(), _cpu_s()
     result = action()
-    return result, time.perf_counter() - start
+    return Time(time.perf_counter() - wall, _cpu_s() - cpu), result
 
 
-def _bare(template: Any, file: Path, batch: int = 64) -> int:
-    """The rendered conversations through the bare tokenizer. Their making is not timed: it is a replaced string."""
+def _cpu_s() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since ``_forget_peak``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _encoded(encode: Callable[..., list[Any]], file: Path) -> int:
+    """Number of tokens of the rendered conversations. Rendering is a replaced string here."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    backend, total = template.tokenizer.backend_tokenizer, 0
+    return sum(len(one.ids) for texts in _batches(file) for one in encode(texts, add_special_tokens=False))
+
+
+def _batches(file: Path, batch: int = 64) -> Iterator[list[str]]:
     texts: list[str] = []
     with file.open() as lines:
         for line in lines:
@@ -97,13 +201,9 @@ def _bare(template: Any, file: Path, batch: int = 64) -> int:
                 f"<|im_start|>user\n{row['problem']}<|im_end|>\n<|im_start|>assistant\n{row['solution']}<|im_end|>\n"
             )
             if len(texts) == batch:
-                total += _encoded(backend, texts)
+                yield texts
                 texts = []
-    return total + _encoded(backend, texts)
-
-
-def _encoded(backend: Any, texts: list[str]) -> int:
-    return sum(len(one.ids) for one in backend.encode_batch(texts, add_special_tokens=False))
+    yield texts
 
 
 def _sources() -> list[str]:
