@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_chord.data.lens import Lens
     from megatron_chord.data.observed import Observed
     from megatron_chord.data.templates import ChatTemplate
-    from megatron_chord.train.stop import StopWish
+    from megatron_chord.train.stop import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -445,7 +445,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
-    from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopWish
+    from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopRequest
 
     if "RANK" not in os.environ:
         os.environ.update(rank_of_task(os.environ))
@@ -462,8 +462,8 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         _launch(run.parallel.ranks, args.argv)
     end_with_launcher()
     _quieten_libraries()
-    wish = StopWish()
-    termination = _Termination(wish, speaks=speaks)
+    request = StopRequest()
+    termination = _Termination(request, speaks=speaks)
     if FILE_VARIABLE in os.environ:
         # A rank of a job. Slurm sends SIGTERM to all of its processes; what it means is decided by the node's task.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -471,9 +471,10 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     else:
         signal.signal(signal.SIGTERM, termination.on_signal)
     signal.signal(signal.SIGINT, termination.on_interrupt)
-    wish.listen()
+    request.listen()
     from megatron_chord.train.halt import Halted
-    from megatron_chord.train.loop import Refused, train
+    from megatron_chord.train.loop import train
+    from megatron_chord.train.start import Refused
 
     try:
         train(
@@ -482,7 +483,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
             overwrite=args.overwrite,
             allow_changed=args.allow_changed,
             check_stop=termination.check,
-            stop_wanted=wish.there,
+            stop_wanted=request.is_made,
         )
     except Stopped as stopped:
         if speaks:
@@ -545,14 +546,14 @@ class _Termination:
 
     SIGTERM leaves through the finally blocks, which stop the rollout server. A second one leaves at once: the children
     die with this process, and the next run removes the folders that it leaves. The first Ctrl-C of a run that trains
-    only wishes for a stop, with a checkpoint. The next ones, and any before the first step, are as SIGTERM.
+    only requests a stop, with a checkpoint. The next ones, and any before the first step, are as SIGTERM.
     """
 
     SAME_S = 0.5
     """A launcher hands a signal on to ranks that had it already: within this time it is the same one."""
 
-    def __init__(self, wish: StopWish, *, speaks: bool) -> None:
-        self._wish = wish
+    def __init__(self, request: StopRequest, *, speaks: bool) -> None:
+        self._request = request
         self._speaks = speaks
         self._is_training = False
         self._code: int | None = None
@@ -567,10 +568,10 @@ class _Termination:
         raise SystemExit(self._code)
 
     def on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_training or self._wish.there():
+        if not self._is_training or self._request.is_made():
             return self.on_signal(number, frame)
         self._is_another()
-        self._wish.want()
+        self._request.make()
         if self._speaks:  # print is not allowed here: it may interrupt itself
             os.write(
                 2, b"\nCtrl-C: a checkpoint comes at the next safe point. Again: leave now, without one.\n"

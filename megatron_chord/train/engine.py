@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -31,6 +31,7 @@ from megatron_chord.train.offload import Offload
 from megatron_chord.train.state import TrainState
 from megatron_chord.train.stop import StopWanted
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -108,8 +109,8 @@ class RolloutEngine:
         coordinator."""
         return tuple(self._clients)
 
-    def attempt(self, action: Callable[[], T]) -> T:
-        """Run ``action``, which must itself push the weights that it needs.
+    def attempt(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``action``, which must itself push the weights that it needs, with the other arguments.
 
         If a server dies during the action, it is replaced, and the action is repeated from the beginning. This happens
         at most ``rollout.restarts`` times in a run.
@@ -118,7 +119,7 @@ class RolloutEngine:
             try:
                 if self._lost:
                     self._replace()
-                return action()
+                return action(*args, **kwargs)
             except StaleWeights:
                 raise
             except (RolloutError, SyncError, ServerError) as error:

@@ -33,7 +33,7 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-class StopWish:
+class StopRequest:
     def __init__(self) -> None:
         self._signalled = False
         path = os.environ.get(FILE_VARIABLE)
@@ -43,13 +43,13 @@ class StopWish:
         """Take SIGUSR1 as a stop request. Main thread only."""
         signal.signal(signal.SIGUSR1, self._on_signal)
 
-    def there(self) -> bool:
+    def is_made(self) -> bool:
         """Whether a stop was requested of this process. Once true, it stays true."""
         return self._signalled or (self._file is not None and self._file.exists())
 
-    def want(self) -> None:
+    def make(self) -> None:
         """Request a stop from within this process."""
         self._signalled = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.want()
+        self.make()

@@ -63,7 +63,7 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         engine.rest()
         seen.append(engine.observed())
         engine.kill_server()
-        engine.attempt(lambda: engine.push_weights(state, 1))
+        engine.attempt(engine.push_weights, state, 1)
         seen.append(engine.observed() | {"replaced": engine.generation})
     finally:
         engine.close()

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_chord.config import RunConfig
 from megatron_chord.train.folder import claim
-from megatron_chord.train.loop import _report
+from megatron_chord.train.start import _report
 from tests.support.tiny import tiny_run
 
 HOLDERS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"

@@ -15,8 +15,9 @@ from megatron_chord.config import AsynchronousConfig, RunConfig
 from megatron_chord.methods.table import build
 from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.schedules import Binary, ScheduleInput
+from megatron_chord.train.context import RunContext
 from megatron_chord.train.health import Health
-from megatron_chord.train.loop import RunContext, collect
+from megatron_chord.train.loop import collect
 from megatron_chord.train.step_queue import StepQueue
 from tests.support.tiny import tiny_run
 
@@ -54,10 +55,10 @@ class Script:
             self.events.append(f"push {version}")
         self._version = version
 
-    def attempt(self, action: Callable[[], Any]) -> Any:
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
         while True:
             try:
-                return action()
+                return action(*arguments)
             except RolloutError:
                 self.generation += 1
                 self._version = None
@@ -97,7 +98,7 @@ class Collecting:
     def __init__(self, run: RunConfig, script: Any) -> None:
         groups: Any = OneRank()
         state: Any = SimpleNamespace(groups=groups)
-        self._parts = RunContext(
+        self._context = RunContext(
             run=run,
             method=build(run.method),
             terms={},
@@ -108,13 +109,13 @@ class Collecting:
             mu_gradient=None,
             health=Health(),
         )
-        queue = self._parts.queue
+        queue = self._context.queue
         self.drain, self.restore, self.close = queue.drain, queue.restore, queue.close
 
     def take(self, now: ScheduleInput) -> Any:
         """As the loop does it in each step."""
-        collected = self._parts.engine.attempt(lambda: collect(self._parts, now))
-        self._parts.queue.remove(now.step)
+        collected = self._context.engine.attempt(collect, self._context, now)
+        self._context.queue.remove(now.step)
         return collected
 
 

@@ -1,4 +1,4 @@
-"""The wish that a run end soon: a signal or a file."""
+"""The request that a run stops: a signal or a file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.cli import _resuming
-from megatron_chord.train.stop import FILE_VARIABLE, StopWish
+from megatron_chord.train.stop import FILE_VARIABLE, StopRequest
 
 
-def test_a_file_is_a_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "stop"))
-    wish = StopWish()
-    assert not wish.there()
+    request = StopRequest()
+    assert not request.is_made()
     (tmp_path / "stop").touch()
-    assert wish.there()
+    assert request.is_made()
 
 
 def test_a_signal_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FILE_VARIABLE, raising=False)
     before = signal.getsignal(signal.SIGUSR1)
-    wish = StopWish()
+    request = StopRequest()
     try:
-        wish.listen()
-        assert not wish.there()
+        request.listen()
+        assert not request.is_made()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert wish.there()
+        assert request.is_made()
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -39,8 +39,8 @@ def test_a_signal_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
 TERMINATED = """
 import signal, sys, time
 from megatron_chord.cli import _Termination
-from megatron_chord.train.stop import StopWish
-termination = _Termination(StopWish(), speaks=True)
+from megatron_chord.train.stop import StopRequest
+termination = _Termination(StopRequest(), speaks=True)
 signal.signal(signal.SIGTERM, termination.on_signal)
 try:
     print("ready", flush=True)
@@ -73,15 +73,15 @@ def test_a_second_sigterm_ends_the_process_now() -> None:
 INTERRUPTED = """
 import signal, sys, time
 from megatron_chord.cli import _Termination
-from megatron_chord.train.stop import StopWish
-wish = StopWish()
-termination = _Termination(wish, speaks=True)
+from megatron_chord.train.stop import StopRequest
+request = StopRequest()
+termination = _Termination(request, speaks=True)
 signal.signal(signal.SIGINT, termination.on_interrupt)
 try:
     if sys.argv[1] == "training":
         termination.check()
     print("ready", flush=True)
-    while not wish.there():
+    while not request.is_made():
         time.sleep(0.01)
     print("wanted", flush=True)
     time.sleep(60)  # a step that takes its time
