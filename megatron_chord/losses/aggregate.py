@@ -55,27 +55,27 @@ def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> li
 
 
 def drop_zero_gradient_parts(
-    samples: Sequence[TrainSample], terms: Mapping[str, Term], *, enough: int = MIN_COMPARED_TOKENS
+    samples: Sequence[TrainSample], terms: Mapping[str, Term], *, min_tokens: int = MIN_COMPARED_TOKENS
 ) -> list[TrainSample]:
     """Remove the parts whose loss and gradient are 0 (``Term.zero_gradient_column``), then the samples that have no
     part left.
 
-    Trainer and rollout engine are compared on the tokens of every step. So if fewer than ``enough`` tokens of a term
-    would remain, some of the removed parts are kept until the term has ``enough`` tokens. The parts kept are those with
-    the most tokens relative to the length of their sample. Call this after ``with_scales``: removed parts still count
-    in the denominators of the averages.
+    Trainer and rollout engine are compared on the tokens of every step. So if fewer than ``min_tokens`` tokens of a
+    term would remain, some of the removed parts are kept until the term has ``min_tokens`` tokens. The parts kept are
+    those with the most tokens relative to the length of their sample. Call this after ``with_scales``: removed parts
+    still count in the denominators of the averages.
     """
 
     def has_zero_gradient(part: Part) -> bool:
         column = terms[part.term].zero_gradient_column
         return column is not None and not np.any(part.constants[column])
 
-    missing = dict.fromkeys(terms, enough)
+    missing = dict.fromkeys(terms, min_tokens)
     removable: list[tuple[float, Part]] = []
     for sample in samples:
         for part in sample.parts:
             if has_zero_gradient(part):
-                removable.append((min(len(part.positions), enough) / len(sample.token_ids), part))
+                removable.append((min(len(part.positions), min_tokens) / len(sample.token_ids), part))
             else:
                 missing[part.term] -= len(part.positions)
     kept_ids: set[int] = set()

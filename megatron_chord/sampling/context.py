@@ -133,7 +133,7 @@ class StepContext:
         """Prompts whose sampling was stopped in this step, and which this step did not continue."""
         self.num_continued = 0
         """Number of prompts in ``graded`` whose sampling began in an earlier step."""
-        self.calls: list[SamplingRound] = []
+        self.rounds: list[SamplingRound] = []
         """All sampling rounds of the step, in order. A checkpoint saves them as ``recorded``."""
         self._recorded = None if recorded is None else list(recorded)
         self._run = run
@@ -191,7 +191,7 @@ class StepContext:
             raise ValueError(
                 f"unfinished prompts have {other.pop()} rollouts each, but {samples} are requested"
             )
-        asks = [
+        requests = [
             RolloutRequest(
                 prompt=item.prompt,
                 seed=sample_seed(run.seed, "rollout", item.position),
@@ -202,16 +202,16 @@ class StepContext:
         ]
         sampling = self._sampling(samples)
         graded = self._answered(
-            asks,
+            requests,
             sampling,
-            lambda: self._sample(asks, sampling, enough=count if total > count else None),
+            lambda: self._sample(requests, sampling, stop_after=count if total > count else None),
             max_error_rate=run.reward.max_error_rate,
             count=count,
         )
         self._put_back(
             [
                 replace(asked[i], partial_rollouts=begun, num_stops=asked[i].num_stops + 1)
-                for i, begun in enumerate(self.calls[-1].sampled)
+                for i, begun in enumerate(self.rounds[-1].sampled)
                 if i not in graded
             ]
         )
@@ -245,7 +245,7 @@ class StepContext:
         """
         run = self._run
         name = f"rollout/{attempt}" if attempt else "rollout"
-        asks = [
+        requests = [
             RolloutRequest(
                 prompt=item.prompt,
                 seed=sample_seed(run.seed, name, item.position),
@@ -255,9 +255,9 @@ class StepContext:
         ]
         sampling = self._sampling(samples)
         graded = self._answered(
-            asks,
+            requests,
             sampling,
-            lambda: self._sample(asks, sampling),
+            lambda: self._sample(requests, sampling),
             max_error_rate=run.reward.max_error_rate,
         )
         self.graded += graded.values()
@@ -268,7 +268,7 @@ class StepContext:
 
         Any number of these gradings may fail; the method decides what to do with a demonstration without a grade.
         """
-        asks = [RolloutRequest(prompt=item.prompt, seed=0) for item in drawn]
+        requests = [RolloutRequest(prompt=item.prompt, seed=0) for item in drawn]
         answers = [
             (
                 Rollout(
@@ -280,18 +280,18 @@ class StepContext:
             )
             for item in drawn
         ]
-        return list(self._answered(asks, None, lambda: answers, max_error_rate=1.0).values())
+        return list(self._answered(requests, None, lambda: answers, max_error_rate=1.0).values())
 
     def _answered(
         self,
-        asks: Sequence[RolloutRequest],
+        requests: Sequence[RolloutRequest],
         sampling: Sampling | None,
         answers: Callable[[], Sequence[tuple[Rollout, ...]]],
         *,
         max_error_rate: float,
         count: int | None = None,
     ) -> dict[int, GradedRollouts]:
-        """The graded rollouts by index in ``asks``, in order.
+        """The graded rollouts by index in ``requests``, in order.
 
         They are sampled and graded now, or taken from the recorded rounds. With ``count``, only the first ``count``
         requests that are complete are returned.
@@ -308,30 +308,32 @@ class StepContext:
         else:
             if not self.has_more_recorded():
                 raise ValueError("the step requests more sampling rounds than the checkpoint has recorded")
-            sampled, recorded = answers_to(asks, sampling, self._recorded.pop(0))
+            sampled, recorded = answers_to(requests, sampling, self._recorded.pop(0))
         taken = [
             index
-            for index, ask in enumerate(asks)
-            if count is None or replace(ask, partial_rollouts=sampled[index]).is_answered
+            for index, request in enumerate(requests)
+            if count is None or replace(request, partial_rollouts=sampled[index]).is_answered
         ][:count]
         if recorded is None:
             graded = self._grade(
-                [asks[i] for i in taken],
+                [requests[i] for i in taken],
                 [sampled[i] for i in taken],
                 shaping,
                 max_error_rate=max_error_rate,
             )
         else:
             graded = graded_before(
-                [asks[i] for i in taken],
+                [requests[i] for i in taken],
                 [sampled[i] for i in taken],
                 [grade for i in taken for grade in recorded[i]],
                 template=self.template,
                 shaping=shaping,
             )
         found = dict(zip(taken, graded, strict=True))
-        grades = [found[i].grades if i in found else () for i in range(len(asks))]
-        self.calls.append(SamplingRound(sampling=sampling, asks=asks, sampled=sampled, grades=grades))
+        grades = [found[i].grades if i in found else () for i in range(len(requests))]
+        self.rounds.append(
+            SamplingRound(sampling=sampling, requests=requests, sampled=sampled, grades=grades)
+        )
         return found
 
     def _sampling(self, samples: int) -> Sampling:
@@ -344,23 +346,23 @@ class StepContext:
         )
 
     def _sample(
-        self, asks: Sequence[RolloutRequest], sampling: Sampling, *, enough: int | None = None
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, *, stop_after: int | None = None
     ) -> list[tuple[Rollout, ...]]:
         with self._timer.phase("sample"):
             return sample(
                 self._engine.clients,
-                asks,
+                requests,
                 sampling,
                 version=self.version,
                 deadline_s=self._run.timeouts.sampling_s,
                 may_advance=self._engine.may_advance,
-                on_done=lambda done: self._notify(f"sampling {done}/{enough or len(asks)} prompts"),
-                enough=enough,
+                on_done=lambda done: self._notify(f"sampling {done}/{stop_after or len(requests)} prompts"),
+                stop_after=stop_after,
             )
 
     def _grade(
         self,
-        asks: Sequence[RolloutRequest],
+        requests: Sequence[RolloutRequest],
         sampled: Sequence[tuple[Rollout, ...]],
         shaping: Shaping,
         *,
@@ -369,7 +371,7 @@ class StepContext:
         with self._timer.phase("grade"):
             self._notify("grading")
             return grade(
-                asks,
+                requests,
                 sampled,
                 template=self.template,
                 graders=self._engine.graders,

@@ -22,29 +22,31 @@ class SamplingRound:
 
     sampling: Sampling | None
     """None if the answers were given (demonstrations) and only graded."""
-    asks: Sequence[RolloutRequest]
+    requests: Sequence[RolloutRequest]
     sampled: Sequence[tuple[Rollout, ...]]
     grades: Sequence[tuple[Grade, ...]]
     """The grades of each request's rollouts. Empty for a request whose sampling was stopped."""
 
 
-def to_json(call: SamplingRound) -> dict[str, Any]:
+def to_json(sampled_round: SamplingRound) -> dict[str, Any]:
     return {
-        "sampling": _sampling_json(call.sampling),
+        "sampling": _sampling_json(sampled_round.sampling),
         "answers": [
             {
-                "prompt": ask.prompt.id,
-                "prefix": list(ask.prefix),
+                "prompt": request.prompt.id,
+                "prefix": list(request.prefix),
                 "rollouts": [asdict(rollout) for rollout in rollouts],
                 "grades": [asdict(grade) for grade in grades],
             }
-            for ask, rollouts, grades in zip(call.asks, call.sampled, call.grades, strict=True)
+            for request, rollouts, grades in zip(
+                sampled_round.requests, sampled_round.sampled, sampled_round.grades, strict=True
+            )
         ],
     }
 
 
 def answers_to(
-    asks: Sequence[RolloutRequest], sampling: Sampling | None, recorded: Mapping[str, Any]
+    requests: Sequence[RolloutRequest], sampling: Sampling | None, recorded: Mapping[str, Any]
 ) -> tuple[list[tuple[Rollout, ...]], list[tuple[Grade, ...]]]:
     """The rollouts and grades of every request, from JSON that ``to_json`` wrote.
 
@@ -56,7 +58,7 @@ def answers_to(
     if then != now:
         raise ValueError(f"recorded answers were sampled with {then}, but {now} is requested")
     asked = [(answer["prompt"], answer["prefix"]) for answer in recorded["answers"]]
-    wanted = [(ask.prompt.id, list(ask.prefix)) for ask in asks]
+    wanted = [(request.prompt.id, list(request.prefix)) for request in requests]
     if asked != wanted and [name for name, _ in asked] == [name for name, _ in wanted]:
         raise ValueError(f"recorded answers to the prompts {_names(asked)} were sampled with other prefixes")
     if asked != wanted:

@@ -84,14 +84,14 @@ def sample_seed(run_seed: int, name: str, position: int) -> int:
 
 def sample(
     clients: Sequence[RolloutClient],
-    asks: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     sampling: Sampling,
     *,
     version: int,
     deadline_s: float,
     may_advance: bool = False,
     on_done: Callable[[int], None] | None = None,
-    enough: int | None = None,
+    stop_after: int | None = None,
 ) -> list[tuple[Rollout, ...]]:
     """Sample the rollouts of every request, in the order of the requests. They are spread round-robin over the servers.
 
@@ -100,44 +100,44 @@ def sample(
             keep their version.
         may_advance: whether weights may be pushed during the call. If so, later versions are accepted, too.
         on_done: called with the number of complete requests, each time that one more is complete.
-        enough: if given, sampling stops as soon as this number of requests is complete, including all with
+        stop_after: if given, sampling stops as soon as this number of requests is complete, including all with
             ``is_awaited``. The other requests return their unfinished rollouts, with the finish reason `abort`, or an
             empty tuple if nothing was sampled.
 
     Raises:
         RolloutError: a request failed, also after retries. A step never continues with a part of its batch.
     """
-    answered = [ask.is_answered for ask in asks]
+    answered = [request.is_answered for request in requests]
 
-    def are_enough() -> bool:
-        awaited = (done for ask, done in zip(asks, answered, strict=True) if ask.is_awaited)
-        return enough is not None and sum(answered) >= enough and all(awaited)
+    def may_stop() -> bool:
+        awaited = (done for request, done in zip(requests, answered, strict=True) if request.is_awaited)
+        return stop_after is not None and sum(answered) >= stop_after and all(awaited)
 
-    if are_enough():
-        return [ask.partial_rollouts for ask in asks]
-    pieces = [piece for index, ask in enumerate(asks) for piece in _pieces(index, ask, sampling)]
-    missing = Counter(piece.ask for piece in pieces)
+    if may_stop():
+        return [request.partial_rollouts for request in requests]
+    parts = [part for index, request in enumerate(requests) for part in _parts_of(index, request, sampling)]
+    missing = Counter(part.index for part in parts)
     lock, stop = threading.Lock(), Stop()
 
-    def count(piece: _RequestPart) -> None:
+    def count(part: _RequestPart) -> None:
         with lock:
-            missing[piece.ask] -= 1
-            answered[piece.ask] = missing[piece.ask] == 0
-            has_another, num_answered, may_stop = answered[piece.ask], sum(answered), are_enough()
+            missing[part.index] -= 1
+            answered[part.index] = missing[part.index] == 0
+            has_another, num_answered, ends = answered[part.index], sum(answered), may_stop()
         if has_another and on_done is not None:
             on_done(num_answered)
-        if may_stop:
+        if ends:
             stop()
 
     def serve(server: int) -> list[tuple[Rollout, ...]]:
-        share = pieces[server :: len(clients)]
+        share = parts[server :: len(clients)]
         return clients[server].generate(
-            [piece.request for piece in share],
+            [part.http_request for part in share],
             version=version,
             deadline_s=deadline_s,
             may_advance=may_advance,
             on_done=lambda index: count(share[index]),
-            stop=stop if enough is not None else None,
+            stop=stop if stop_after is not None else None,
         )
 
     pool = ThreadPoolExecutor(len(clients))
@@ -146,14 +146,14 @@ def sample(
     finally:
         # Do not wait for the threads: after a signal the server is stopped next, which ends their requests.
         pool.shutdown(wait=False, cancel_futures=True)
-    found = [list(ask.partial_rollouts) for ask in asks]
-    for index, piece in enumerate(pieces):
+    found = [list(request.partial_rollouts) for request in requests]
+    for index, part in enumerate(parts):
         rollouts = shares[index % len(clients)][index // len(clients)]
-        if piece.sample is None:
-            found[piece.ask] = list(rollouts)
+        if part.sample is None:
+            found[part.index] = list(rollouts)
         else:
-            found[piece.ask][piece.sample] = _joined(
-                asks[piece.ask].partial_rollouts[piece.sample], rollouts[0]
+            found[part.index][part.sample] = _joined(
+                requests[part.index].partial_rollouts[part.sample], rollouts[0]
             )
     return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
 
@@ -162,34 +162,38 @@ def sample(
 class _RequestPart:
     """One HTTP request; a ``RolloutRequest`` has one or more of them."""
 
-    ask: int
+    index: int
     sample: int | None
     """Index of the rollout that is continued. None if all rollouts of the request are sampled from the beginning."""
-    request: GenerateRequest
+    http_request: GenerateRequest
 
 
-def _pieces(index: int, ask: RolloutRequest, sampling: Sampling) -> list[_RequestPart]:
-    def request(partial_rollouts: tuple[int, ...], num_samples: int, seed: int) -> GenerateRequest:
+def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_RequestPart]:
+    def http_request(partial_rollouts: tuple[int, ...], num_samples: int, seed: int) -> GenerateRequest:
         return GenerateRequest(
-            prompt_ids=ask.prompt.token_ids + ask.prefix + partial_rollouts,
+            prompt_ids=request.prompt.token_ids + request.prefix + partial_rollouts,
             num_samples=num_samples,
             seed=seed,
             temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens - len(ask.prefix) - len(partial_rollouts),
+            max_tokens=sampling.max_tokens - len(request.prefix) - len(partial_rollouts),
             stop_token_ids=sampling.stop_token_ids,
         )
 
-    if not ask.partial_rollouts:
-        return [_RequestPart(ask=index, sample=None, request=request((), sampling.num_samples, ask.seed))]
+    if not request.partial_rollouts:
+        return [
+            _RequestPart(
+                index=index, sample=None, http_request=http_request((), sampling.num_samples, request.seed)
+            )
+        ]
     return [
         _RequestPart(
-            ask=index,
+            index=index,
             sample=sample,
-            request=request(
-                rollout.token_ids, 1, sample_seed(ask.seed, f"from {len(rollout.token_ids)}", sample)
+            http_request=http_request(
+                rollout.token_ids, 1, sample_seed(request.seed, f"from {len(rollout.token_ids)}", sample)
             ),
         )
-        for sample, rollout in enumerate(ask.partial_rollouts)
+        for sample, rollout in enumerate(request.partial_rollouts)
         if rollout.finish_reason == "abort"
     ]
 
@@ -214,7 +218,7 @@ def _joined(partial_rollouts: Rollout, rest: Rollout) -> Rollout:
 
 
 def grade(
-    asks: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     *,
     template: ChatTemplate,
@@ -229,10 +233,10 @@ def grade(
     Raises:
         TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
     """
-    texts = _texts(asks, sampled, template)
+    texts = _texts(requests, sampled, template)
     responses = [
-        response_to(ask, rollout, text)
-        for ask, rollouts, group in zip(asks, sampled, texts, strict=True)
+        response_to(request, rollout, text)
+        for request, rollouts, group in zip(requests, sampled, texts, strict=True)
         for rollout, text in zip(rollouts, group, strict=True)
     ]
     grades = graders.grade_all(responses)
@@ -242,11 +246,11 @@ def grade(
             f"{len(errors)} of {len(grades)} gradings failed (reward.max_error_rate {max_error_rate}); "
             f"the first error: {errors[0]}"
         )
-    return _assembled(asks, sampled, texts, grades, shaping)
+    return _assembled(requests, sampled, texts, grades, shaping)
 
 
 def graded_before(
-    asks: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     grades: Sequence[Grade],
     *,
@@ -254,14 +258,14 @@ def graded_before(
     shaping: Shaping,
 ) -> list[GradedRollouts]:
     """Like ``grade``, but with existing grades: one for each rollout of every request, in order."""
-    return _assembled(asks, sampled, _texts(asks, sampled, template), grades, shaping)
+    return _assembled(requests, sampled, _texts(requests, sampled, template), grades, shaping)
 
 
-def response_to(ask: RolloutRequest, rollout: Rollout, text: str) -> Response:
+def response_to(request: RolloutRequest, rollout: Rollout, text: str) -> Response:
     """The argument of the grader for an answer. ``text`` and ``num_tokens`` are those of the whole answer with its
     prefix."""
-    length = len(ask.prefix) + len(rollout.token_ids)
-    return response_of(ask.prompt, text, rollout.finish_reason, length)
+    length = len(request.prefix) + len(rollout.token_ids)
+    return response_of(request.prompt, text, rollout.finish_reason, length)
 
 
 def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) -> Response:
@@ -278,33 +282,36 @@ def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) 
 
 
 def _texts(
-    asks: Sequence[RolloutRequest], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
+    requests: Sequence[RolloutRequest], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
 ) -> list[tuple[str, ...]]:
     return [
-        tuple(template.turn(ask.prompt.token_ids, ask.prefix + rollout.token_ids) for rollout in rollouts)
-        for ask, rollouts in zip(asks, sampled, strict=True)
+        tuple(
+            template.turn(request.prompt.token_ids, request.prefix + rollout.token_ids)
+            for rollout in rollouts
+        )
+        for request, rollouts in zip(requests, sampled, strict=True)
     ]
 
 
 def _assembled(
-    asks: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     sampled: Sequence[tuple[Rollout, ...]],
     texts: Sequence[tuple[str, ...]],
     grades: Sequence[Grade],
     shaping: Shaping | None,
 ) -> list[GradedRollouts]:
     graded, start = [], 0
-    for ask, rollouts, group in zip(asks, sampled, texts, strict=True):
+    for request, rollouts, group in zip(requests, sampled, texts, strict=True):
         here = tuple(grades[start : start + len(rollouts)])
-        lengths = [len(ask.prefix) + len(rollout.token_ids) for rollout in rollouts]
+        lengths = [len(request.prefix) + len(rollout.token_ids) for rollout in rollouts]
         rewards = tuple(
             grade.score if grade.score is None or shaping is None else shaping(grade, text, rollout, length)
             for grade, text, rollout, length in zip(here, group, rollouts, lengths, strict=True)
         )
         graded.append(
             GradedRollouts(
-                prompt=ask.prompt,
-                prefix=ask.prefix,
+                prompt=request.prompt,
+                prefix=request.prefix,
                 rollouts=rollouts,
                 texts=group,
                 grades=here,

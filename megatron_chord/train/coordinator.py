@@ -62,7 +62,7 @@ class _Answers:
     """The sampled answers from which a step was collected."""
 
     version: int
-    calls: Sequence[SamplingRound]
+    rounds: Sequence[SamplingRound]
 
 
 class Coordinator:
@@ -121,7 +121,7 @@ class Coordinator:
             },
             "unfinished": {"sampled_with": self._sampled_with(), "prompts": unfinished_to_json(sources)},
             "ahead": [
-                {"step": ahead, "version": answers.version, "calls": list(map(to_json, answers.calls))}
+                {"step": ahead, "version": answers.version, "calls": list(map(to_json, answers.rounds))}
                 for ahead, answers in sorted(self._answers.items())
             ],
         }
@@ -207,7 +207,7 @@ class Coordinator:
         collected = self._collect_by(context)
         self._progress[now.step] = _Progress(sources=context.sources, memory=collected.memory)
         if may_lag:
-            self._answers[now.step] = _Answers(version=version, calls=context.calls)
+            self._answers[now.step] = _Answers(version=version, rounds=context.rounds)
         if context.graded:
             self.log.write_samples(now.step, sample_rows(context.graded, self._data.template))
         with timer.phase("pack"):
@@ -215,7 +215,9 @@ class Coordinator:
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
             # Log-probs are compared in the step's first update. Later updates keep at least one token.
             trained = [
-                drop_zero_gradient_parts(samples, self._terms, enough=1 if index > 0 else MIN_COMPARED_TOKENS)
+                drop_zero_gradient_parts(
+                    samples, self._terms, min_tokens=1 if index > 0 else MIN_COMPARED_TOKENS
+                )
                 for index, samples in enumerate(scaled)
             ]
             plans = [

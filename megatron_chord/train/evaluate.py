@@ -57,19 +57,19 @@ def evaluate(
         stop_token_ids=template.stop_token_ids,
     )
     # Every evaluation uses the same seeds, so that two evaluations differ only by the weights.
-    asks = [
+    requests = [
         RolloutRequest(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
         for index, problem in enumerate(problems)
     ]
     sampled = sample(
         clients,
-        asks,
+        requests,
         sampling,
         version=version,
         deadline_s=run.timeouts.sampling_s,
     )
     graded = grade(
-        asks, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
+        requests, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
     )
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
     if not scores:

@@ -239,7 +239,13 @@ def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient,
     beside.start()
     done: list[int] = []
     first = sample(
-        [client, client], asks, sampling, version=pushed, deadline_s=DEADLINE_S, on_done=done.append, enough=2
+        [client, client],
+        asks,
+        sampling,
+        version=pushed,
+        deadline_s=DEADLINE_S,
+        on_done=done.append,
+        stop_after=2,
     )
     beside.join()
     assert done == [1, 2]

@@ -123,7 +123,7 @@ def test_idle_parts_are_left_out_but_counted() -> None:
         sample(part("policy", 2, advantage=np.array([0.0, 0.5]))),
         sample(part("policy", 1, advantage=np.zeros(1)), part("sft", 4, advantage=0.0)),
     ]
-    kept = drop_zero_gradient_parts(with_scales(samples, terms), terms, enough=4)
+    kept = drop_zero_gradient_parts(with_scales(samples, terms), terms, min_tokens=4)
     assert [[(part.term, len(part.positions), part.constants[SCALE]) for part in s.parts] for s in kept] == [
         [("policy", 2, 1 / 8)],
         [("policy", 2, 1 / 8)],
@@ -150,7 +150,7 @@ def test_of_idle_parts_alone_enough_tokens_stay(enough: int, expected: list[int]
         for tokens, length in ((4, 18), (12, 20), (1, 12))
     ]
     kept = drop_zero_gradient_parts(
-        with_scales([*samples, sample(part("sft", 5))], terms), terms, enough=enough
+        with_scales([*samples, sample(part("sft", 5))], terms), terms, min_tokens=enough
     )
     assert [len(part.positions) for s in kept for part in s.parts if part.term == "policy"] == expected
     assert [len(part.positions) for s in kept for part in s.parts if part.term == "sft"] == [5]
@@ -160,7 +160,7 @@ def test_idle_parts_stay_beside_too_few_others() -> None:
     terms = {"policy": replace(term("policy"), zero_gradient_column="advantage")}
     samples = [sample(part("policy", tokens, advantage=a)) for tokens, a in ((3, 1.0), (5, 0.0), (4, 0.0))]
     for enough, expected in ((3, [3]), (4, [3, 5]), (8, [3, 5]), (9, [3, 5, 4])):
-        kept = drop_zero_gradient_parts(with_scales(samples, terms), terms, enough=enough)
+        kept = drop_zero_gradient_parts(with_scales(samples, terms), terms, min_tokens=enough)
         assert [len(s.parts[0].positions) for s in kept] == expected
         assert {s.parts[0].constants[SCALE] for s in kept} == {1 / 12}
 

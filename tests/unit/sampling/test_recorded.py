@@ -36,7 +36,7 @@ def answers() -> list[GradedRollouts]:
 def through_a_file(given: list[GradedRollouts], sampling: Sampling | None) -> Any:
     call = SamplingRound(
         sampling=sampling,
-        asks=ASKS,
+        requests=ASKS,
         sampled=[item.rollouts for item in given],
         grades=[item.grades for item in given],
     )

@@ -49,7 +49,7 @@ def reasons(groups: Sequence[tuple[Rollout, ...]]) -> list[list[str]]:
 
 def test_it_stops_when_enough_prompts_are_answered() -> None:
     done: list[int] = []
-    groups = sampled(DecodingClient(LENGTHS), asks(), enough=2, on_done=done.append)
+    groups = sampled(DecodingClient(LENGTHS), asks(), stop_after=2, on_done=done.append)
     # 102 is answered at token 4 and 100 at token 5.
     assert lengths(groups) == [[3, 5], [2, 5], [4, 4], [5, 5]]
     assert reasons(groups) == [["stop", "stop"], ["stop", "abort"], ["stop", "stop"], ["abort", "abort"]]
@@ -63,7 +63,7 @@ def test_without_enough_everything_is_answered() -> None:
 
 
 def test_only_unfinished_answers_are_continued_and_each_token_keeps_its_own_weights() -> None:
-    first = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    first = sampled(DecodingClient(LENGTHS), asks(), stop_after=2)
     client = DecodingClient(LENGTHS)
     again = continued(asks(), first)
     second = sampled(client, again, version=3)
@@ -88,7 +88,9 @@ def test_an_answer_may_be_stopped_again_and_again() -> None:
     groups = [tuple[Rollout, ...](), ()]
     for version in (4, 4, 6):  # the same weights twice are one stretch
         groups = [
-            sampled(DecodingClient(LENGTHS), continued(long, [groups[0], ()]), version=version, enough=1)[0],
+            sampled(DecodingClient(LENGTHS), continued(long, [groups[0], ()]), version=version, stop_after=1)[
+                0
+            ],
             (),
         ]
     assert groups[0][0].spans == ((4, 10), (6, 2))
@@ -100,7 +102,7 @@ def test_what_enough_were_answered_before_is_not_sampled() -> None:
     client = DecodingClient(LENGTHS)
     answered = continued(asks()[:2], sampled(client, asks()[:2]))
     client.asked.clear()
-    groups = sampled(client, [*answered, *asks()[2:]], enough=2)
+    groups = sampled(client, [*answered, *asks()[2:]], stop_after=2)
     assert client.asked == []
     assert groups == [answered[0].partial_rollouts, answered[1].partial_rollouts, (), ()]
 
@@ -108,16 +110,16 @@ def test_what_enough_were_answered_before_is_not_sampled() -> None:
 def test_it_does_not_stop_before_what_is_awaited_is_answered() -> None:
     awaited = asks()
     awaited[1] = replace(awaited[1], is_awaited=True)
-    groups = sampled(DecodingClient(LENGTHS), awaited, enough=2)
+    groups = sampled(DecodingClient(LENGTHS), awaited, stop_after=2)
     assert lengths(groups) == [[3, 5], [2, 9], [4, 4], [9, 9]]
     answered = continued(asks()[:1], groups[:1])
-    groups = sampled(DecodingClient(LENGTHS), [*answered, *awaited[1:3]], enough=1)
+    groups = sampled(DecodingClient(LENGTHS), [*answered, *awaited[1:3]], stop_after=1)
     assert lengths(groups) == [[3, 5], [2, 9], [4, 4]], "enough are answered, but for it"
 
 
 def test_a_continuation_has_a_seed_of_its_own() -> None:
     """Where it would be the first one's, the random numbers would be those that have been used."""
-    first = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    first = sampled(DecodingClient(LENGTHS), asks(), stop_after=2)
     seeds: list[int] = []
     for _ in range(2):
         client = DecodingClient(LENGTHS)
@@ -136,7 +138,7 @@ def test_what_was_not_begun_is_asked_for_as_a_whole() -> None:
             waiting = Rollout(token_ids=(), logprobs=(), finish_reason="abort", weight_version=0)
             return [answered, *[(waiting, waiting)] * (len(requests) - 1)]
 
-    groups = sampled(Busy(LENGTHS), asks(), enough=1)
+    groups = sampled(Busy(LENGTHS), asks(), stop_after=1)
     assert groups[1:] == [(), (), ()]
     client = DecodingClient(LENGTHS)
     sampled(client, continued(asks()[1:], groups[1:]))
@@ -146,7 +148,7 @@ def test_what_was_not_begun_is_asked_for_as_a_whole() -> None:
 
 
 def test_rollouts_of_several_versions_survive_a_file() -> None:
-    groups = sampled(DecodingClient(LENGTHS), asks(), enough=2)
+    groups = sampled(DecodingClient(LENGTHS), asks(), stop_after=2)
     groups += sampled(DecodingClient(LENGTHS), continued(asks(), groups), version=3)
     for rollout in (rollout for group in groups for rollout in group):
         assert rollout_of(json.loads(json.dumps(asdict(rollout)))) == rollout
