@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 
@@ -59,8 +59,7 @@ def read_metric(name: str) -> Metric:
     match = METRIC.fullmatch(name)
     if match is None:
         raise ValueError(f"metric {name!r} is none of avg@K, pass@K and maj@K, such as avg@32")
-    kind: Kind = match[1]  # type: ignore[assignment]
-    return Metric(kind, int(match[2]))
+    return Metric(cast(Kind, match[1]), int(match[2]))
 
 
 def value_of(metric: Metric, answers: Sequence[Graded]) -> float | None:

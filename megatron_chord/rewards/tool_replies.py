@@ -29,6 +29,7 @@ _THINK_START, _THINK_END = "<think>", "</think>"
 _BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)  # or a whole string
 _SPECIAL_TOKENS = re.compile(r"<\|(?:python_tag|python_start|python_end|eom_id|eot_id|im_end|eot)\|>")
 _FENCE = re.compile(r"```(?:json|python|tool_code)?[ \t]*\n(.*)\n```", re.DOTALL)
+_CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _LOOKS_LIKE_CALL = re.compile(r'"(?:arguments|parameters|tool_calls)"\s*:|^\s*\[\s*[A-Za-z_][\w.-]*\s*\(')
 
 
@@ -148,7 +149,6 @@ class _Pythonic:
     _STRING = re.compile(r"'(?:[^'\\\n]|\\.)*+'|\"(?:[^\"\\\n]|\\.)*+\"", re.DOTALL)
     _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
     _BLANKS = re.compile(r"\s*")
-    _CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}  # noqa: RUF012
 
     def __init__(self, text: str) -> None:
         self._text, self._position, self._depth = text, 0, 0
@@ -207,9 +207,9 @@ class _Pythonic:
             self._position = number.end()
             return int(number[0]) if number[0].lstrip("+-").isdigit() else float(number[0])
         word = self._match(self._NAME)
-        if word not in self._CONSTANTS:
+        if word not in _CONSTANTS:
             raise ValueError("a name for a value")
-        return self._CONSTANTS[word]
+        return _CONSTANTS[word]
 
     def _sequence(self, closing: str, item: Any) -> list[Any]:
         found: list[Any] = []

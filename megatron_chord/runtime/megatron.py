@@ -51,7 +51,6 @@ def leave_out_notices() -> None:
 
 _NOTICES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
 
