@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_chord.config import RunConfig
 from megatron_chord.train.evaluate import Evaluation
 
 
@@ -31,6 +30,10 @@ class Best:
         self.step, self.value, self.since = step, value, 0
         return True
 
+    def is_exhausted(self, patience: int | None) -> bool:
+        """Whether ``patience`` evaluations in a row were no better (``evaluation.patience``); never if it is None."""
+        return patience is not None and self.since >= patience
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -51,8 +54,3 @@ def value_of(evaluation: Evaluation, name: str) -> float:
     if name not in evaluation.accuracy_by_source:
         raise ValueError(f"checkpoint.keep_best: no answer of {name} could be graded")
     return evaluation.accuracy_by_source[name]
-
-
-def is_exhausted(best: Best, run: RunConfig) -> bool:
-    """Whether ``evaluation.patience`` ends the run."""
-    return run.evaluation.patience is not None and best.since >= run.evaluation.patience

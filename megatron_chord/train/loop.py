@@ -26,7 +26,7 @@ from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
-from megatron_chord.train.best import is_exhausted, value_of
+from megatron_chord.train.best import value_of
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.context import RunContext
 from megatron_chord.train.evaluate import Evaluation
@@ -125,7 +125,7 @@ def _run_steps(
     run, groups, saved_step = context.run, context.state.groups, done
     saved_at, allowed_s = time.monotonic(), 60 * run.checkpoint.every_minutes
     for step in range(done, run.steps):
-        if is_exhausted(context.best, run):
+        if context.best.is_exhausted(run.evaluation.patience):
             context.say(
                 f"stopped early after {step} steps: {context.best.since} evaluations were no better than "
                 f"{context.best.value:.4f} after {context.best.step} steps (evaluation.patience)",
@@ -145,7 +145,7 @@ def _run_steps(
         except StopWanted:
             if saved_step < step:
                 _save(context, step, memory)
-            raise _stopped(run, step, first=done) from None
+            raise _stopped(step, run.steps, first=done) from None
         is_best = False
         if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
             try:
@@ -155,8 +155,8 @@ def _run_steps(
                     f"the evaluation after {step + 1} steps is left out: its server is lost",
                 )
                 _save(context, step + 1, memory)
-                raise _stopped(run, step + 1, first=done) from None
-        is_last = step + 1 == run.steps or is_exhausted(context.best, run)
+                raise _stopped(step + 1, run.steps, first=done) from None
+        is_last = step + 1 == run.steps or context.best.is_exhausted(run.evaluation.patience)
         if _is_due(run.checkpoint.every, step + 1) or is_best or is_last:
             _save(context, step + 1, memory)
             saved_step, saved_at = step + 1, time.monotonic()
@@ -166,13 +166,13 @@ def _evaluate_first(context: RunContext) -> None:
     try:
         _evaluate(context, 0)
     except StopWanted:
-        raise _stopped(context.run, 0, first=0) from None
+        raise _stopped(0, context.run.steps, first=0) from None
 
 
-def _stopped(run: RunConfig, step: int, *, first: int) -> Stopped:
-    """The end of a run whose first ``step`` steps are done. This process began at step ``first``."""
+def _stopped(step: int, steps: int, *, first: int) -> Stopped:
+    """The end of a run of which ``step`` of ``steps`` steps are done. This process began at step ``first``."""
     return Stopped(
-        f"stopped as requested: {step} of {run.steps} steps done",
+        f"stopped as requested: {step} of {steps} steps done",
         exit_code=EXIT_CODE if step > first else EXIT_CODE_IDLE,
     )
 

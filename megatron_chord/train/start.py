@@ -134,7 +134,7 @@ class _OnCoordinator:
         # The report is written after servers and logs are closed, also after an error.
         self._stack.callback(_report, self._claimed)
         self._stack.enter_context(self._claimed)
-        clear_leftovers(run, watch)
+        clear_leftovers(run.output, watch)
         checkpoint.clear_partial(run.output / CHECKPOINTS, print)
 
     def open(self, saved: Path | None) -> None:
@@ -208,13 +208,12 @@ def _changed(run: RunConfig, method: Method, done: int, allowed: bool) -> list[s
         ValueError: a difference is not allowed.
     """
     before = settings_before(run.output, done)
-    remark = changed_course(before, run, step=done, since=_last_reset(method, run, done))
+    remark = changed_course(before, run, step=done, since=_last_reset(method.schedule(run), done))
     return check_changes(before, plain_settings(run), allowed=allowed, remarks=[remark] if remark else [])
 
 
-def _last_reset(method: Method, run: RunConfig, step: int) -> int:
+def _last_reset(schedule: MuSchedule | None, step: int) -> int:
     """The last step before ``step`` at which the learning-rate schedule was reset."""
-    schedule = method.schedule(run)
     return 0 if schedule is None else max(filter(schedule.resets_optimizer, range(step)), default=0)
 
 
@@ -294,7 +293,7 @@ def _resume(context: RunContext, path: Path) -> tuple[int, Memory]:
     schedule, step = context.method.schedule(context.run), run_state["step"]
     if schedule is not None:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
-        restart_schedule(context.state, _last_reset(context.method, context.run, step))
+        restart_schedule(context.state, _last_reset(schedule, step))
     return run_state["step"], run_state["mu"]
 
 

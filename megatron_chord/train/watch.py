@@ -31,7 +31,7 @@ def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
     ``watchdog.beat_s`` is 0."""
     if run.watchdog.beat_s == 0:
         return None
-    folder = groups.once(lambda: _new_folder(run)) if groups.world_size > 1 else None
+    folder = groups.once(lambda: _new_folder(run.output)) if groups.world_size > 1 else None
     return Watch(
         groups.pulse,
         limits_of(run, rank=groups.rank, world_size=groups.world_size),
@@ -65,15 +65,15 @@ def limits_of(run: RunConfig, *, rank: int, world_size: int) -> Limits:
     return Limits(beat_s=watchdog.beat_s, silence_s=watchdog.silence_s, phases=phases)
 
 
-def clear_leftovers(run: RunConfig, watch: Watch | None) -> None:
+def clear_leftovers(output: Path, watch: Watch | None) -> None:
     """Remove the watchdog files of killed runs. Call it only after this run has locked its folder."""
-    for left in (run.output / _FOLDER).glob("*"):
+    for left in (output / _FOLDER).glob("*"):
         if watch is None or left != watch.folder:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _new_folder(run: RunConfig) -> Path:
+def _new_folder(output: Path) -> Path:
     """The folder of the job, or a new folder with a unique name, because another run may use the run's folder by
     mistake."""
     job = os.environ.get(FOLDER_VARIABLE)
-    return Path(job) if job else run.output / _FOLDER / uuid.uuid4().hex[:8]
+    return Path(job) if job else output / _FOLDER / uuid.uuid4().hex[:8]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.config_io import ConfigError, load_config
-from megatron_chord.train.best import Best, is_exhausted, value_of
+from megatron_chord.train.best import Best, value_of
 from megatron_chord.train.evaluate import Evaluation
 from tests.support.ranks import ROOT
 
@@ -41,9 +41,8 @@ def test_only_a_better_value_is_the_best() -> None:
 
 
 def test_patience() -> None:
-    run = load_config(RUN, ["evaluation.patience=2", "checkpoint.keep_best=accuracy"])
-    assert [is_exhausted(Best(since=since), run) for since in range(4)] == [False, False, True, True]
-    assert not is_exhausted(Best(since=99), load_config(RUN))
+    assert [Best(since=since).is_exhausted(2) for since in range(4)] == [False, False, True, True]
+    assert not Best(since=99).is_exhausted(None)
 
 
 def test_what_is_compared() -> None:
