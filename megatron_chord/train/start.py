@@ -103,37 +103,29 @@ def refusing() -> Iterator[None]:
         raise Refused(str(error)) from error
 
 
+@dataclass
 class _OnCoordinator:
-    """What only the coordinator has and does at the start. On the other ranks everything stays None."""
+    """What only the coordinator has and does at the start. On the other ranks the fields with a default stay None."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        shape: ModelShape,
-        method: Method,
-        groups: ParallelGroups,
-        how: Start,
-        stack: ExitStack,
-    ) -> None:
-        self._run = run
-        self._shape = shape
-        self._method = method
-        self._groups = groups
-        self._how = how
-        self._stack = stack
-        self._claimed: Claim | None = None
-        self.data: RunData | None = None
-        self.coordinator: Coordinator | None = None
+    run: RunConfig
+    shape: ModelShape
+    method: Method
+    groups: ParallelGroups
+    how: Start
+    stack: ExitStack
+    claimed: Claim | None = None
+    data: RunData | None = None
+    coordinator: Coordinator | None = None
 
     def read(self, watch: Watch | None) -> None:
         """Read the data and claim the run's folder. Remove what a killed run left there."""
-        run = self._run
+        run = self.run
         check_reward(run.reward)
-        self.data = load_data(run, self._shape)
-        self._claimed = claim(run, resume=self._how.resume, overwrite=self._how.overwrite)
+        self.data = load_data(run, self.shape)
+        self.claimed = claim(run, resume=self.how.resume, overwrite=self.how.overwrite)
         # The report is written after servers and logs are closed, also after an error.
-        self._stack.callback(_report, self._claimed)
-        self._stack.enter_context(self._claimed)
+        self.stack.callback(_report, self.claimed)
+        self.stack.enter_context(self.claimed)
         clear_leftovers(run.output, watch)
         checkpoint.clear_partial(run.output / CHECKPOINTS, print)
 
@@ -144,16 +136,16 @@ class _OnCoordinator:
             saved: the checkpoint from which the run continues.
         """
         assert self.data is not None
-        run, method = self._run, self._method
+        run, method = self.run, self.method
         first_step = checkpoint.step_of(saved) if saved is not None else 0
-        changed = _changed(run, method, first_step, self._how.allow_changed) if saved is not None else []
+        changed = _changed(run, method, first_step, self.how.allow_changed) if saved is not None else []
         if first_step > run.steps:
             raise ValueError(f"{saved} already has {first_step} steps, but steps is {run.steps}")
-        log = self._stack.enter_context(
+        log = self.stack.enter_context(
             RunLog(run.output, steps=run.steps, first_step=first_step, settings=plain_settings(run))
         )
-        pulse = self._groups.pulse
-        graders = self._stack.enter_context(
+        pulse = self.groups.pulse
+        graders = self.stack.enter_context(
             Graders(run.reward, on_grade=lambda: pulse.helped("collecting", "evaluating"))
         )
         for line in self.data.reports:
@@ -167,29 +159,29 @@ class _OnCoordinator:
             run,
             method,
             self.data,
-            layout=packing_layout(self._shape, parallel, self._groups.data.size, fp8),
+            layout=packing_layout(self.shape, parallel, self.groups.data.size, fp8),
             graders=graders,
             log=log,
-            stop_wanted=self._how.stop_wanted,
+            stop_wanted=self.how.stop_wanted,
             pulse=pulse,
         )
         if changed:
             log.say("\n".join(changed))
-        if self._how.resume == "auto" and saved is None:
+        if self.how.resume == "auto" and saved is None:
             log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
-        plan_lines(run, self._shape, method, self._groups.world_size, log.say)
+        plan_lines(run, self.shape, method, self.groups.world_size, log.say)
 
     def begin(self, step: int) -> None:
         """Take over the folder for this run, after all checks have passed. The run continues after ``step`` steps."""
-        assert self._claimed is not None
+        assert self.claimed is not None
         assert self.coordinator is not None
         assert self.data is not None
         log = self.coordinator.log
-        self._claimed.begin(first_step=step)
+        self.claimed.begin(first_step=step)
         log.begin()
-        write_left_out(self._claimed.folder, self.data.left_out)
-        if self._how.resume not in ("never", "auto"):
-            checkpoint.set_aside(self._claimed.folder / CHECKPOINTS, after=step, notify=log.say)
+        write_left_out(self.claimed.folder, self.data.left_out)
+        if self.how.resume not in ("never", "auto"):
+            checkpoint.set_aside(self.claimed.folder / CHECKPOINTS, after=step, notify=log.say)
 
 
 def _find(folder: Path, resume: Resume, groups: ParallelGroups) -> Path | None:
