@@ -118,6 +118,9 @@ def hf_folder(source: Path, target: Path, say: Callable[[str], None]) -> Path:
     if (source / "config.json").is_file():
         return source
     if not any((source / name).is_file() for name in (METADATA, *_RECORDS)):
+        of_run = [str(source / name) for name in ("policy", "checkpoints") if (source / name).is_dir()]
+        if (source / "config.yaml").is_file() and of_run:
+            raise ValueError(f"{source} is the folder of a run: give {' or '.join(of_run)}")
         raise ValueError(
             f"{source} is neither a Hugging Face folder (it has no config.json) nor a checkpoint (no {METADATA})"
         )

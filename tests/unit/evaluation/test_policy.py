@@ -165,6 +165,10 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         open_policy(tmp_path / "none", tmp_path, print)
     with pytest.raises(ValueError, match=r"neither a Hugging Face folder .* nor a checkpoint"):
         open_policy(tmp_path, tmp_path, print)
+    (tmp_path / "run" / "policy").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ValueError, match=r"/run is the folder of a run: give .*/run/policy$"):
+        open_policy(tmp_path / "run", tmp_path, print)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert main(["evaluate", str(POLICY), "--suite", "arithmetic", "--server", "http://127.0.0.1:9"]) == 2
     assert "set VLLM_API_KEY" in capsys.readouterr().err
