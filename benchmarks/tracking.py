@@ -14,6 +14,7 @@ a run's numbers are not those of the run without a tracker, or if a tracker fail
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from shared import circumstances
 from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
 from megatron_chord.network import free_port
+from megatron_chord.processes import die_with_parent
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
 WARMUP_STEPS = 2
@@ -79,7 +82,14 @@ def _offline(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "mlflow")]
     with (folder / "mlflow.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes more
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
     try:
         deadline = time.monotonic() + MLFLOW_START_S
         while not _answers(f"{url}/health"):
@@ -89,7 +99,7 @@ def _offline(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
         os.environ["MLFLOW_TRACKING_URI"] = url
         yield
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)
 
 
