@@ -150,7 +150,7 @@ def one_line(block: Any) -> str:
     settings = _plain(block)
     name = settings.pop("kind", None) or settings.pop("name", None)
     shown = [f"{key} {_told(value)}" for key, value in settings.items() if value is not None and value != []]
-    return (f"{name}: " if name else "") + ", ".join(shown)
+    return ": ".join(part for part in (name, ", ".join(shown)) if part)
 
 
 def _told(value: Any) -> str:

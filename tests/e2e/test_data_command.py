@@ -64,7 +64,7 @@ def test_the_lens_looks_at_demonstrations_with_the_run_s_weight(task: Path, tmp_
     result = data(str(task), "--policy", policy, "--policy-rows", "2", "--html", str(file), "--examples", "1")
     assert result.returncode == 0, result.stderr
     assert "2 demonstrations, " in result.stdout
-    assert "weight: method.token_weight phi" in result.stdout
+    assert "weight: method.token_weight phi\n" in result.stdout
     assert 'id="lens"' in file.read_text()
 
 

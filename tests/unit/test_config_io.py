@@ -460,6 +460,7 @@ def test_a_block_in_one_line_has_every_number() -> None:
     assert one_line(method).startswith(
         "chord: mu binary (switch_step 3, reset_optimizer off), token_weight focal (exponent 2.0), cutoff 1.0"
     )
+    assert one_line(config_methods.SimpleWeight(kind="phi")) == "phi"
     objective = one_line(config.ObjectiveConfig(kl=config.KLConfig()))
     assert "clip_low 0.2, clip_high 0.2, ratio_from rollout" in objective
     assert objective.endswith("entropy_bonus 0.0, kl (estimator k3, coefficient 0.001, reference none)")
