@@ -9,10 +9,10 @@
     python tools/convert.py inspect               FOLDER
     python tools/convert.py plan                  FOLDER          # from config.json alone
 
-A Megatron folder is a torch_dist checkpoint that Megatron-Core loads under any tensor, pipeline, expert or data
-parallel layout; a folder with `latest_checkpointed_iteration.txt` stands for the checkpoint that this file names. A
-training checkpoint of megatron-chord is one, too: the run's config.yaml names its model, elsewhere --hf does.
---dtype rounds all tensors.
+A Megatron folder is a torch_dist checkpoint, which Megatron-Core can load with any tensor, pipeline, expert or data
+parallel layout. If a folder has `latest_checkpointed_iteration.txt`, the checkpoint that this file names is used. A
+training checkpoint of megatron-chord is a Megatron folder, too: the run's config.yaml names its model, otherwise --hf
+does. --dtype rounds all tensors.
 `megatron-to-megatron` leaves the model of it: no optimizer state, one chunk of rows after the other.
 `to-fp8` writes 128 x 128 block-quantised weights with their scales, which vLLM loads as they are, from either kind.
 Exits with 0 when it did what was asked, 1 when `verify` found a difference, and 2 when something will not do; then
@@ -49,7 +49,7 @@ HF_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _end_on_signals(getattr(args, "target", None))
-    # All of it happens in main memory. With a GPU in sight Megatron-Core would put the whole model on it, whatever
+    # Everything happens in main memory. If a GPU were visible, Megatron-Core would put the whole model on it, whatever
     # device it is told (tensor_parallel/layers.py:873).
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception:  # 1, Python's own code for it, would say that two models differ
+    except Exception:  # Python's exit code 1 would mean that two models differ
         traceback.print_exc()
         print("error: a fault of this program, please report it", file=sys.stderr)
         return 2
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     helps = {
         "hf-to-megatron": "Hugging Face folder -> torch_dist checkpoint",
         "megatron-to-hf": "torch_dist checkpoint -> Hugging Face folder",
-        "megatron-to-megatron": "torch_dist checkpoint of any layout -> one that holds the model alone",
+        "megatron-to-megatron": "torch_dist checkpoint of any layout -> one with only the model",
         "to-fp8": "either kind -> Hugging Face folder with block-quantised FP8 weights",
     }
     for name, text in helps.items():
@@ -88,13 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         if name != "hf-to-megatron":
             command.add_argument("--hf", type=Path, help=HF_HELP)
         command.add_argument(
-            "--dtype", choices=DTYPES, help="round every tensor to it (default: all keep theirs)"
+            "--dtype",
+            choices=DTYPES,
+            help="round every tensor to this dtype (default: tensors keep their dtype)",
         )
         command.add_argument(
-            "--workers", type=_count, help="threads that read and write (default: one a core, at most 8)"
+            "--workers",
+            type=_count,
+            help="number of threads that read and write (default: one per core, at most 8)",
         )
     verify = commands.add_parser(
-        "verify", help="are two folders, of either kind, the same model, bit for bit?"
+        "verify", help="compare two folders of either kind: are they the same model, bit for bit?"
     )
     verify.add_argument("left", type=Path)
     verify.add_argument("right", type=Path)
@@ -103,11 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--logits",
         action="store_true",
-        help="also run both on the same tokens in fp32, by Transformers and Megatron-Core (needs the memory)",
+        help="also run both in fp32 on the same tokens, with Transformers and Megatron-Core (needs the memory)",
     )
     commands.add_parser("inspect", help="list a folder's tensors").add_argument("folder", type=Path)
     plan = commands.add_parser(
-        "plan", help="what a config.json asks for: each target tensor with its sources"
+        "plan", help="list the tensors of the model in a config.json, each with its sources"
     )
     plan.add_argument("folder", type=Path)
     return parser
@@ -124,7 +128,9 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.source} is {kind}: {args.command} is not for it")
     left_out = source.left_out if isinstance(source, HFSource) else []
     if left_out:
-        print(f"left out, as no part of the model: {len(left_out)} tensors ({left_out[0]}, ...)")
+        print(
+            f"left out, because they do not belong to the model: {len(left_out)} tensors ({left_out[0]}, ...)"
+        )
     size = sum(stored.size(source.dtype) for stored in source.layout.parameters)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.target.parent).free
@@ -236,10 +242,10 @@ def _tensors(folder: Path) -> list[tuple[str, tuple[int, ...], Any]]:
 
 
 def _end_on_signals(target: Path | None) -> None:
-    """One line, nothing left of ``target``, and 128 + the signal's number as the exit code.
+    """On a signal: remove ``target``, print one line, and exit with 128 + the number of the signal.
 
-    The handler ends the process itself. An exception would wait for the threads, be wrapped by torch, or be lost where
-    Python ignores it.
+    The handler ends the process itself. An exception would wait for the threads, be wrapped by torch, or be lost in a
+    place where Python ignores it.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     was_there = target is not None and target.exists()
@@ -265,7 +271,7 @@ def _warn(line: str) -> None:
 
 @contextmanager
 def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar with GB/s on a terminal; the function that moves it, from any thread."""
+    """A progress bar with GB/s on a terminal. Yields the function that advances it, which any thread may call."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -1,4 +1,4 @@
-"""A hook of MkDocs, which `make docs` runs: it completes docs/ to a site whose links all lead to pages of the site.
+"""A hook of MkDocs for `make docs`: it adds all files to which docs/ links, so that every link leads to a page.
 
 README.md, CONTRIBUTING.md, CHANGELOG.md and tests/README.md become pages of their own. A file outside docs/ to which a
 page links (an example, a module) becomes a page that shows its text; a folder becomes a list of its files.
@@ -20,7 +20,7 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "tests/README.md": "tests.md",
 }
-"""Path in the repository -> page of the site, beside those in docs/."""
+"""From a path in the repository to its page of the site, for pages that are not in docs/."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 IMAGES = (".png", ".svg")
 """In docs/; MkDocs takes them as they are."""
@@ -29,13 +29,13 @@ LIST_ITEM = re.compile(r"(\d+\. |[*-] )\S")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/, and what any page links to, until nothing is missing."""
+    """Add the pages outside docs/, and all files to which a page links, until none is missing."""
     waiting = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
     done: set[str] = set()
     while waiting:
         path = waiting.pop()
         if path in done or path.endswith(IMAGES) or not (ROOT / path).exists():
-            continue  # strict mode reports a link that leads nowhere
+            continue  # strict mode reports a dead link
         done.add(path)
         text = markdown_of(path)
         waiting += linked_from(path, text)
@@ -96,10 +96,10 @@ def is_prose(path: str) -> bool:
 
 
 def indented(text: str) -> str:
-    """Lists as Python-Markdown wants them, which reads less than CommonMark does.
+    """Rewrite lists for Python-Markdown, which is stricter than CommonMark.
 
-    It wants four spaces before what continues an item, where CommonMark wants as many as the item's marker has letters,
-    and an empty line before a list and after an item of several blocks.
+    Python-Markdown requires four spaces before the continuation of an item; CommonMark requires as many as the item's
+    marker is long. It also requires an empty line before a list and after an item of several blocks.
     """
     lines: list[str] = []
     width, is_fenced, has_blocks = 0, False, False

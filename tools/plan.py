@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Does a run fit its GPUs, and how long will a step take? From its YAML and the model's config.json alone.
+"""Does a run fit its GPUs, and how long will a step take? Only the YAML and the model's config.json are needed.
 
     python tools/plan.py RUN.yaml [NAME=VALUE ...] --gpu h100 --nodes 8
     python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # layouts that fit, the fastest first
     python tools/plan.py RUN.yaml --nodes 8 --rollout-nodes 4 --overlap     # half of them only sample
 
-Memory by part, the step's time by phase, KV capacity and disk. Nothing is measured here: docs/planning.md has the
-formulas, and how far they are from published runs. Exits with 0 when it fits (with --search: when any layout does), 1
-when not, and 2 when settings, model or cluster will not do.
+Prints memory by part, the time of a step by phase, the capacity of the KV cache, and disk space. Nothing is measured:
+docs/planning.md has the formulas and their errors for published runs. The exit code is 0 if the run fits (with
+--search: if any layout fits), 1 if not, and 2 if settings, model or cluster cannot be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chord.costs.gpus import GPUS
 
-if TYPE_CHECKING:  # they load torch, which --help need not wait for
+if TYPE_CHECKING:  # imported here, because they load torch, for which --help need not wait
     from megatron_chord.plan.estimate import Case, Estimate
     from megatron_chord.plan.search import Found
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Public data sets, as they are downloaded -> the files that a run reads, with counts of what was left out and why.
+"""Converts downloaded public data sets to the files that a run reads, and prints what was left out and why.
 
     python tools/prepare.py openr1 data/train-*.parquet --tokenizer Qwen2.5-7B-Instruct/ --out openr1
     python tools/prepare.py toolace data.json --out toolace
@@ -9,7 +9,7 @@
     python tools/prepare.py aime train.parquet --url-has 2024 --out aime24      # also: amc, math500, minerva, olympiad
     python tools/prepare.py mmlu_pro data/test-*.parquet --out mmlu_pro         # also: gpqa
 
-Every draw is seeded; the files of a recipe share no problem. docs/data.md says which filters each recipe has.
+Every random draw has a seed. The files of a recipe have no problem in common. docs/data.md lists the filters.
 """
 
 from __future__ import annotations

@@ -404,7 +404,10 @@ def test_layers_for_multi_token_prediction_are_passed_over_and_said_to_be(tmp_pa
     )
     result = convert("hf-to-megatron", model, tmp_path / "megatron")
     assert result.returncode == 0, result.stderr
-    assert "left out, as no part of the model: 1 tensors (model.layers.2.eh_proj.weight" in result.stdout
+    assert (
+        "left out, because they do not belong to the model: 1 tensors (model.layers.2.eh_proj.weight"
+        in result.stdout
+    )
 
 
 def damaged(model: Path, folder: Path, how: str) -> Path:
