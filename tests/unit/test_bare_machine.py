@@ -1,4 +1,4 @@
-"""With torch, Megatron-Core and pytest alone, tests for GPUs are skipped for what they lack and do not fail."""
+"""On a machine with only torch, Megatron-Core and pytest, tests for GPUs are skipped with a reason and do not fail."""
 
 from __future__ import annotations
 

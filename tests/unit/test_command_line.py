@@ -1,4 +1,4 @@
-"""What the command line answers to arguments that it cannot take."""
+"""The command line refuses wrong arguments with a helpful message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_chord.cli import main
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The line that says what is wrong."""
+    """The error line of the command."""
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2

@@ -454,7 +454,7 @@ def test_the_installed_metadata_says_what_pyproject_says(site: Site, monkeypatch
 
 
 def test_the_command_prints_a_report_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    """On this machine as it is; nvidia-smi is kept out of sight, so that torch is not asked either."""
+    """Run on this machine. nvidia-smi is not on PATH, so torch is not asked about devices either."""
     code = (
         "import sys; from megatron_chord.doctor import main; status = main();"
         "print('heavy:', sorted({'torch', 'vllm', 'megatron', 'transformers'} & set(sys.modules)), 'status', status)"

@@ -80,7 +80,7 @@ IN_TRITON = ("losses.logit_kernels_triton",)
 
 
 def violations(root: Path) -> list[str]:
-    """Every breach in the package folder ``root``, as ``file:line: what``."""
+    """All violations in the package folder ``root``, as ``file:line: what``."""
     return [
         f"{file.relative_to(root)}:{line}: {breach}"
         for file in sorted(root.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The files that an installation is made of agree: pyproject.toml, the locks, the Makefile and the Dockerfile."""
+"""The files that define an installation agree: pyproject.toml, the locks, the Makefile and the Dockerfile."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_locks_agree_with_each_other() -> None:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_what_is_asked_for_is_what_is_locked(lock: str) -> None:
-    """An .in file that was changed without `make lock`."""
+    """Fails if an .in file was changed without `make lock`."""
     for line in (ROOT / "requirements" / f"{lock}.in").read_text().splitlines():
         requirement = line.partition("#")[0].partition(";")[0].strip()
         if not requirement or requirement.startswith("-c"):
@@ -137,7 +137,7 @@ def test_without_fp8_nothing_is_compiled(tmp_path: Path) -> None:
 
 
 def test_no_target_mixes_the_two_stacks_in_one_folder(tmp_path: Path) -> None:
-    """PyPI's torch and the CPU's build would overwrite each other."""
+    """Fails if a target installs both: PyPI's torch and the CPU build of torch would overwrite each other."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     (tmp_path / ".for-gpus").touch()

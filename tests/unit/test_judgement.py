@@ -1,4 +1,4 @@
-"""Every warning provoked by a history of its own; none by the recorded quick start."""
+"""Each warning is raised for a history that deserves it, and none for the recorded quick start."""
 
 from __future__ import annotations
 

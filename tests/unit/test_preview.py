@@ -1,4 +1,4 @@
-"""`megatron-chord mu preview`: the numbers it prints, by hand."""
+"""The numbers that `megatron-chord mu preview` prints, compared with hand arithmetic."""
 
 from __future__ import annotations
 

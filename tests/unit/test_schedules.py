@@ -1,4 +1,4 @@
-"""mu at steps picked by hand, and what must hold at all of them."""
+"""mu at chosen steps, computed by hand, and properties that hold at all steps."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_the_odds_at_the_ends() -> None:
 
 
 def test_higher_odds_only_add_sft_steps() -> None:
-    """One draw per step: a step that is SFT stays SFT at a higher norm."""
+    """The random number depends only on the step, so a step that is SFT is also SFT with a higher gradient norm."""
     mu = GradientNorm(warmup_steps=1)
     less, more = (course(mu, 200, memory=norms(latest, 1.0)) for latest in (0.5, 2.0))
     assert all(a <= b for a, b in zip(less, more, strict=True))

@@ -25,9 +25,9 @@ def blocks(kind: type) -> Iterator[type]:
 
 
 def keys(kind: type, naming: str = "") -> Iterator[str]:
-    """What the listing of a block must hold, in order; ``naming`` is the key that comes first.
+    """The settings that the listing of a block must have, in order. ``naming`` is the key that comes first.
 
-    Of lists of the same blocks, the first alone tells their settings.
+    If several lists have the same blocks, only the first one lists their settings.
     """
     hints, told = typing.get_type_hints(kind), set()
     for field in sorted(dataclasses.fields(kind), key=lambda field: field.name != naming):

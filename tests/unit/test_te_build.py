@@ -69,7 +69,7 @@ def test_no_compiler(host: Host, tmp_path: Path) -> None:
 
 
 def test_a_compiler_that_is_too_old(host: Host, tmp_path: Path) -> None:
-    """It does not know C++20: the real compiler, kept to an older standard."""
+    """The real compiler is restricted to an older standard, so it does not know C++20."""
     old = tmp_path / "c++"
     old.write_text('#!/bin/sh\nexec /usr/bin/c++ "$@" -std=c++17\n')
     old.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Who trains and who samples, from what the batch script says. Expected places are counted by hand."""
+"""Which nodes train and which sample, by the variables of the batch script. Expected values are counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the comparison of the nodes' reports finds."""
+"""The comparison of the nodes' reports finds each fault and each difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How failures are written down."""
+"""Failures of a job are recorded in files, and the first failure is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that appears when it is complete: names, lock and what the dead leave."""
+"""A folder that appears only when it is complete: its names, its lock, and the leftovers of killed processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipeline stages of unequal length: which layers they hold, what is refused, and how even their work is."""
+"""Pipeline stages of unequal length: their layers, the lists that are refused, and the balance of their work."""
 
 from __future__ import annotations
 

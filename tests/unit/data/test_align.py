@@ -1,4 +1,4 @@
-"""Prompts find their demonstrations by their tokens, and those without one are named or left out."""
+"""Prompts are matched with demonstrations by their tokens. Prompts without one are an error or are left out."""
 
 from __future__ import annotations
 

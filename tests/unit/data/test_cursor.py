@@ -1,4 +1,4 @@
-"""Taking in any portions, with any number of stops, is taking straight on."""
+"""A cursor gives the same items, in whatever portions they are taken and however often it is saved and restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every public layout in the roles that make sense for it: the right question, truth and answer."""
+"""Every public layout gives the right question, truth and answer, as prompts and as demonstrations."""
 
 from __future__ import annotations
 

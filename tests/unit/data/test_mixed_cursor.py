@@ -1,4 +1,5 @@
-"""The order over several data sets: shares that hold from the first item on, and exact continuation."""
+"""The order over several data sets: shares are right from the first item on, and a restored cursor continues
+exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every sample is packed once, where it fits, with targets of its own; and the ranks get equal shares."""
+"""Every sample is packed exactly once, within the budget and with its own targets, and ranks get nearly equal work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of broken row is told with its line and its reason, all in one error."""
+"""Every kind of faulty row is reported with its line and its reason, and one error lists all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several sources of rows: each with its own mapping and system prompt, and told apart afterwards."""
+"""Several sources of rows: each has its own mapping and system prompt, and its records keep the source's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One path to token ids; masks proved against text written out by hand."""
+"""Prompts, demonstrations and evaluation get the same token ids. Masks are compared with text written by hand."""
 
 from __future__ import annotations
 

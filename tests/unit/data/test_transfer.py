@@ -1,4 +1,4 @@
-"""Arrays that travel in one buffer arrive as they were."""
+"""Arrays that are copied through one buffer are unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is doubtful about truths is counted and shown with an example."""
+"""Doubtful truths are counted, and an example of each kind is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers on disk: kept, found again by what was asked, and whole after a kill."""
+"""Answers on disk are kept, are found again by their request, and are complete after a kill."""
 
 from __future__ import annotations
 

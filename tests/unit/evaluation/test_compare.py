@@ -1,4 +1,4 @@
-"""Paired differences of two evaluations, by hand."""
+"""Paired differences of two evaluations, compared with hand arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be evaluated, under which name, and how it is told to be the same."""
+"""Which folders can be evaluated, the name of a policy, and how a policy is recognised as the same."""
 
 from __future__ import annotations
 

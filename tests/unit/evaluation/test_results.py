@@ -1,4 +1,4 @@
-"""Numbers of a benchmark from its answers, by hand."""
+"""The numbers of a benchmark, compared with hand arithmetic from its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suites: what is refused, what a benchmark takes from its suite, and the limits of a trial."""
+"""Suites: settings that are refused, settings that a benchmark takes from its suite, and the limits of a trial."""
 
 from __future__ import annotations
 

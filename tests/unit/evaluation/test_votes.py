@@ -1,4 +1,4 @@
-"""Which answers are equal, and what they vote for."""
+"""Equal answers get the same vote, and a response without an answer has no vote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each token is divided by: four ways, over pools of one term and of two, by hand."""
+"""The scale of each token for the four averages, for pools of one and of two terms, compared with hand arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token that no healthy head gives: p a last place above 1, a log-prob of -inf, or NaN.
+"""One broken token in a batch: p slightly above 1 by rounding, a log-prob of -inf, or NaN.
 
 Values and gradients are finite, or the loss is not, which stops the update. A NaN is never left out, or taken for 0
 or 1.

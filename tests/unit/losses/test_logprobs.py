@@ -144,7 +144,7 @@ def test_lower_precision(dtype: torch.dtype, relative: float, chunk: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradient_does_not_lose_small_chunks(dtype: torch.dtype) -> None:
-    """One weight gradient over 4000 chunks is added up in fp32: in bf16 the sum would stop growing at 256 terms."""
+    """The weight gradient of 4000 chunks is summed in fp32. In bf16 the sum would stop growing after 256 terms."""
     tokens = 4000
     hidden = torch.ones(tokens, 1, dtype=dtype)
     weight = torch.zeros(2, 1, dtype=dtype, requires_grad=True)

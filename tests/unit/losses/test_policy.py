@@ -1,4 +1,4 @@
-"""Advantages, every surrogate, importance weights and KL estimators, against numbers worked out by hand."""
+"""Advantages, all surrogates, importance weights and KL estimators, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -506,7 +506,7 @@ def test_the_correction_only_scales_the_surrogate(level: Any, ratio_from: Any) -
 @pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "unclipped"])
 @pytest.mark.parametrize("level", [None, "token", "sequence"])
 def test_without_an_advantage_there_is_neither_loss_nor_gradient(name: Any, level: Any) -> None:
-    """What ``Term.zero_gradient_column`` promises of the policy's term."""
+    """The policy term keeps the promise of ``Term.zero_gradient_column``."""
     correction = None if level is None else CorrectionConfig(level=level, high=2.0)
     clips = {} if name == "unclipped" else {"clip_low": 0.2, "clip_high": 0.28}
     objective = ObjectiveConfig(surrogate=name, correction=correction, ratio_from="recomputed", **clips)

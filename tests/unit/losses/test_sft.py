@@ -1,4 +1,4 @@
-"""Every token weight, and that they are constants: the gradient reaching the logit is known in closed form."""
+"""Every token weight is right and is a constant: the gradient of the logit is compared with its closed form."""
 
 from __future__ import annotations
 

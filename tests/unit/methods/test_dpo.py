@@ -413,7 +413,7 @@ def test_it_needs_demonstrations(tmp_path: Path) -> None:
 
 
 def test_sequences_without_a_token_here_add_nothing() -> None:
-    """As on a context-parallel rank: of pairs 2, 0, 2 and 1 the first and the last sequence lie elsewhere."""
+    """On a context-parallel rank the first and the last sequence, of pairs 2 and 1, may have no token."""
     values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]], dtype=torch.float64)
     sums = pair_sums(values, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 1, 0]), 4)
     assert sums.tolist() == [[3.0, 0.0, 4.0, 0.0], [30.0, 0.0, 40.0, 0.0]]

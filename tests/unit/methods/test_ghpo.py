@@ -1,4 +1,4 @@
-"""GHPO: which prompts are asked again, with which hint, and which group is trained."""
+"""GHPO: which prompts are sampled again, with which hint, and which group is trained."""
 
 from __future__ import annotations
 

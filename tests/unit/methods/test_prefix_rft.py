@@ -1,4 +1,4 @@
-"""Prefix-RFT: which tokens are given, what they and the continuation earn, and which of them are trained."""
+"""Prefix-RFT: which tokens are given, the advantages of prefix and continuation, and which tokens are trained."""
 
 from __future__ import annotations
 

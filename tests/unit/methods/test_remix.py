@@ -1,4 +1,4 @@
-"""ReMix: what is drawn from the memory, what is remembered, and the loss clipped around pi_k / pi_{k-i}."""
+"""ReMix: which groups are stored and chosen again, and the loss that is clipped around pi_k / pi_{k-i}."""
 
 from __future__ import annotations
 

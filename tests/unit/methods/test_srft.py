@@ -1,4 +1,4 @@
-"""SRFT: both entropy-weighted losses, the signs of the rollouts, and the settings that it has no use for."""
+"""SRFT: both entropy-weighted losses, the signs of the rollouts, and the settings that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods by name: settings that do not fit are refused with the reason, and what every method owes the loop."""
+"""Methods by name: settings that do not fit are refused with the reason, and every method fulfils its interface."""
 
 from __future__ import annotations
 

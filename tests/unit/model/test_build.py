@@ -1,4 +1,4 @@
-"""Settings of Megatron that cannot be laid over ours."""
+"""Settings of Megatron that must not be overridden."""
 
 from __future__ import annotations
 

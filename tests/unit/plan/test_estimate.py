@@ -1,4 +1,4 @@
-"""Whole estimates: the cluster examples, what does not fit and why, the search, the command line."""
+"""Complete estimates: the cluster examples, layouts that do not fit, the search, and the command line."""
 
 from __future__ import annotations
 

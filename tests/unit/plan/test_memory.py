@@ -160,7 +160,7 @@ def test_unequal_chunks_in_flight(stage: int, chunks: tuple[float, ...], micro_b
 
 
 def test_a_shorter_first_stage_keeps_less() -> None:
-    """80 layers over 4 stages, 14 on the first: of 4 micro-batches, their inputs of 2 x 8192 bytes a token."""
+    """80 layers over 4 stages, 14 on the first: it keeps the inputs of 4 micro-batches, 2 x 8192 bytes per token."""
     shape, parallel = shape_of("llama-3.1-70b"), ParallelConfig(pipeline=4, stages=(14, 22, 22, 22))
     found = stage_memory(shape, training(parallel), 0)
     assert found.activations == pytest.approx((4 * 14 * 2 * 8192 + 274432) * 16384)
@@ -183,7 +183,7 @@ def test_the_optimizer_is_whole_without_its_sharding() -> None:
 
 
 def test_the_optimizer_of_experts_is_sharded_over_fewer_ranks() -> None:
-    """32 ranks, expert 8: the 8 times smaller part of the experts is held by 4 ranks, all else by 32."""
+    """With 32 ranks and expert 8, 4 ranks hold the same experts, and 32 ranks hold the same other weights."""
     shape = shape_of("qwen3-30b-a3b")
     experts = 48 * 128 * 3 * 2048 * 768
     memory = stage_memory(shape, training(ParallelConfig(expert=8), data=32), 0)

@@ -1,4 +1,4 @@
-"""The planner beside published runs: benchmarks/planner.py as a test."""
+"""The planner is compared with published runs: benchmarks/planner.py as a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time against hand arithmetic and a naive simulation."""
+"""Predicted times are compared with hand arithmetic and with a naive simulation."""
 
 from __future__ import annotations
 

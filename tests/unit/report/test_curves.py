@@ -1,4 +1,4 @@
-"""Points of the curves, against hand arithmetic."""
+"""The points of the curves are compared with hand arithmetic."""
 
 from __future__ import annotations
 

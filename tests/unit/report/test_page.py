@@ -1,4 +1,4 @@
-"""The page, parsed; and, where there is a Chromium, drawn by it."""
+"""The report is parsed, and if Chromium is installed, it is rendered."""
 
 from __future__ import annotations
 

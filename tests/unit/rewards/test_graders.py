@@ -1,4 +1,4 @@
-"""Several rewards at once: their grades, their weights, and what becomes of one that fails."""
+"""Several rewards at once: their grades, their weights, and the result if one of them fails."""
 
 from __future__ import annotations
 

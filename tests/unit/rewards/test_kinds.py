@@ -1,4 +1,4 @@
-"""Which text each kind of reward takes for an answer."""
+"""Which text each kind of reward accepts as an answer."""
 
 from __future__ import annotations
 

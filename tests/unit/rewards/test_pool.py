@@ -1,4 +1,4 @@
-"""Real worker processes against text that loops, eats memory, runs code; and against losing them."""
+"""Real worker processes grade text that loops, uses too much memory or contains code, and lost workers are replaced."""
 
 from __future__ import annotations
 

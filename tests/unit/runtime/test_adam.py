@@ -1,4 +1,4 @@
-"""Clipping where neither Transformer Engine nor Apex is: the norm and the scaling, against numpy."""
+"""Gradient clipping without Transformer Engine and Apex: norm and scaling are compared with numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watch over ranks, on ranks that are small programs: who is named, how soon, and what is kept."""
+"""The watchdog, with small programs as ranks: which rank is named, how soon, and what is saved."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_world_of_one_watches_itself(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
-    """As by Ctrl-Z, or a scheduler that suspends jobs."""
+    """Ctrl-Z, or a scheduler that suspends jobs, stops all ranks at once. This is not a fault."""
     with Ranks(tmp_path, 2, seconds=8) as ranks:
         ranks.await_beats()
         for process in ranks.processes:
@@ -177,7 +177,7 @@ def test_only_what_the_main_thread_waits_for_counts_as_its_progress() -> None:
 
 
 def test_a_rank_that_was_stopped_while_it_wrote_is_still_reported(tmp_path: Path) -> None:
-    """A sign of life is written in place: stopped at the wrong moment, a process leaves half of it."""
+    """A heartbeat is written in place, so a process that is stopped at that moment leaves an incomplete file."""
     limits = Limits(beat_s=60, silence_s=120, phases={})
     watch = Watch(Pulse(), limits, rank=0, world_size=2, folder=tmp_path / "x", logs=tmp_path)
     try:

@@ -1,4 +1,4 @@
-"""The launcher of one machine's ranks, with ranks that are small programs: signals, exit codes, and what is left."""
+"""The launcher of one machine's ranks, with small programs as ranks: signals, exit codes, and leftover processes."""
 
 from __future__ import annotations
 

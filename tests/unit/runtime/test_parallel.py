@@ -1,4 +1,4 @@
-"""Which CUDA device a rank takes."""
+"""The CUDA device that a rank uses."""
 
 from __future__ import annotations
 

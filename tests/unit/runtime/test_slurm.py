@@ -1,4 +1,4 @@
-"""Slurm's description of a task -> torch's."""
+"""Slurm's variables of a task are translated to those of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers written into a checkpoint and read again are the same to the bit, and answer nothing but what was asked."""
+"""Answers from a checkpoint are equal bit for bit, and they are refused for requests that differ from the recorded."""
 
 from __future__ import annotations
 

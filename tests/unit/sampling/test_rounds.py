@@ -1,4 +1,4 @@
-"""Sampling that stops once enough prompts are answered, and goes on later where it stopped."""
+"""Sampling stops when enough prompts are complete, and is continued later from the tokens so far."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_it_does_not_stop_before_what_is_awaited_is_answered() -> None:
 
 
 def test_a_continuation_has_a_seed_of_its_own() -> None:
-    """Where it would be the first one's, the random numbers would be those that have been used."""
+    """With the seed of the first request, the continuation would use the same random numbers again."""
     first = sampled(DecodingClient(LENGTHS), asks(), stop_after=2)
     seeds: list[int] = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""When a step's rollouts are too far from what the trainer makes of them."""
+"""When the log-probs of a step's rollouts differ too much from the trainer's."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_beyond_a_limit_nothing_is_trained(tmp_path: Path) -> None:
 
 
 def test_one_wild_token_among_many_does_not_stop(tmp_path: Path) -> None:
-    """Its plain factor e^19 would be a mean of 3600 over 50000 tokens."""
+    """Without the limit on a token's factor, e^19 for one of 50000 tokens would give a mean of 3600."""
     for dtype in ("fp32", "bf16"):
         for tokens in (100, 50_000):
             check_agreement(run_of(tmp_path, dtype=dtype), measured([1e-5] * tokens + [19.0]), step=3, age=0)

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, when a run has had enough, and what the settings refuse."""
+"""Which evaluation is the best, when patience ends a run, and which settings are refused."""
 
 from __future__ import annotations
 

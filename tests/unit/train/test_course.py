@@ -1,4 +1,4 @@
-"""What the learning rate becomes when a resumed run is given more steps."""
+"""How the learning rate changes when a run is resumed with more steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def given(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("step", [0, 1, 7, 9, 10, 15])
 def test_the_rate_by_hand(step: int) -> None:
-    """Of the last update before the horizon it is still above ``min_lr``; afterwards it is ``min_lr``."""
+    """In the last update before ``decay_steps`` the rate is still above ``min_lr``; afterwards it is ``min_lr``."""
     progress = min((step + 1) / 11, 1)
     linear = OptimConfig(lr=1e-3, min_lr=1e-4, schedule="linear", decay_steps=10)
     assert learning_rate_at(linear, steps=20, step=step) == pytest.approx(1e-4 + 9e-4 * (1 - progress))
@@ -37,7 +37,7 @@ def test_a_restarted_schedule_has_the_same_horizon() -> None:
 
 
 def test_more_steps_say_what_the_rate_becomes() -> None:
-    """Step 41 has 41/61 of the old course behind it and 41/101 of the new one."""
+    """At step 41, 41/61 of the old schedule and 41/101 of the new one have passed."""
     old = plain_settings(given("optim.schedule=linear", "steps=60"))
     assert changed_course(old, given("optim.schedule=linear", "steps=100"), step=40) == (
         "optim.schedule linear now decays until step 100, not 60: the learning rate of step 41 is 0.000594, not "

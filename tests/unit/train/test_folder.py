@@ -1,4 +1,4 @@
-"""The run folder: taken by one run, and given back by a start that was refused."""
+"""The run folder: only one run can lock it, and a refused start leaves it unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of a run: warnings are said once, also when the run goes on after a stop."""
+"""The log of a run: each warning is printed once, also if the run is stopped and resumed."""
 
 from __future__ import annotations
 

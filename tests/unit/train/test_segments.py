@@ -1,4 +1,4 @@
-"""What a resumed run says of its changed settings, and the record that it keeps of them."""
+"""What a resumed run prints about changed settings, and the record of them in its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that a run leaves behind when it goes on from an older one."""
+"""Newer checkpoints are renamed when a run continues from an older one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What packing is told of a run's model."""
+"""The properties of a run's model that packing uses."""
 
 from __future__ import annotations
 

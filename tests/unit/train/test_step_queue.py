@@ -1,4 +1,4 @@
-"""The order of pushes, samplings and trainings, with a scripted engine that writes down what it is told."""
+"""The order of weight pushes, sampling and training, with a scripted engine that records its calls."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
 
 
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
-    """The evaluation has found it gone and replaced it."""
+    """The evaluation found the server lost and replaced it. Steps that it had completed are not sampled again."""
     ahead = Collecting(run_of(lag=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()

@@ -1,4 +1,4 @@
-"""The request that a run stops: a signal or a file."""
+"""Stop requests: by a signal or by a file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ finally:
 
 
 def test_a_second_sigterm_ends_the_process_now() -> None:
-    """But for one that a launcher hands on right after the first, which is the same."""
+    """An exception is a copy of the first signal that a launcher forwards immediately after it."""
     process = subprocess.Popen([sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Model FLOP/s against hand arithmetic."""
+"""Model FLOP/s are compared with hand arithmetic."""
 
 from __future__ import annotations
 

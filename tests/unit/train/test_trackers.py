@@ -1,4 +1,4 @@
-"""Trackers: what they are told, and that none of them stops or slows a run.
+"""Trackers: the values that they receive, and that no tracker stops or slows a run.
 
 TensorBoard is real. The others run where their packages are installed, without a network.
 """

@@ -1,4 +1,4 @@
-"""Steps whose sampling stops early: which prompts they train on, and what a checkpoint holds of the others."""
+"""Steps whose sampling stops early: which prompts they train, and how a checkpoint stores the others."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_tokens(at: int) -> None
 
 
 def test_a_step_that_is_repeated_draws_the_same() -> None:
-    """After a server's death."""
+    """A step is repeated when a server was lost; it must then draw the same prompts."""
     steps, undisturbed = Steps(run_of()), Steps(run_of())
     undisturbed.take(range(4))
     steps.take(range(3))

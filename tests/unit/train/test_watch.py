@@ -1,4 +1,4 @@
-"""The limits of a run's phases, by hand from its settings."""
+"""The watchdog's limits of a run's phases, compared with hand arithmetic from its settings."""
 
 from __future__ import annotations
 

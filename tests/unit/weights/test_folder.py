@@ -1,4 +1,4 @@
-"""Folders as people have them: read as Transformers reads them, or refused with the reason."""
+"""Published variants of folders are read as Transformers reads them, or refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-quantised FP8 by hand."""
+"""Block-quantised FP8 weights, compared with hand arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading fills every local parameter with its slices, a small piece at a time, and refuses before it writes."""
+"""Loading fills every local parameter with its slices, in small pieces. Faulty folders are refused before any copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders as they should not be, and as we write them."""
+"""Faulty Hugging Face folders are refused, and the folders that we write are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows end where Megatron-Core expects them; what was merged comes apart bit for bit; cutting and merging commute."""
+"""Transforms put rows where Megatron-Core expects them, are inverted bit for bit, and commute with slicing."""
 
 from __future__ import annotations
 
