@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     size = SMALLEST if chosen.smallest else QUICK if chosen.quick else WHOLE
     size = dataclasses.replace(
-        size, methods=tuple(chosen.methods or size.methods), seeds=tuple(chosen.seeds or size.seeds)
+        size,
+        methods=tuple(chosen.methods or size.methods),
+        seeds=tuple(chosen.seeds or size.seeds),
+        settings=(*size.settings, *chosen.settings),
     )
     place = Place(chosen.output / size.name)
     place.prepare(size)
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train_all(place, size, left, workers=chosen.workers, say=say)
         except Incomplete as error:
             failure = str(error)
+        except KeyboardInterrupt:
+            failure = "interrupted: the same command goes on, and keeps the runs that have finished"
         minutes = (time.monotonic() - begun) / 60 if len(left) == len(size.jobs) else None
         done = finished(place, size)
     report([done[job] for job in size.jobs if job in done], place.folder, minutes, publish=chosen.publish)
@@ -77,13 +82,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--smallest", action="store_true", help="two steps of two methods, for the tests: nothing is learned")
     add("--methods", nargs="+", choices=list(NAMES), metavar="NAME", help=f"of: {', '.join(NAMES)}")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of those of the plan")
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of every run, such as optim.lr=1e-3")
     add("--workers", type=int, default=cores, help="runs at a time (default: the number of cores)")
     add("--output", type=Path, default=Path("runs/paper_in_small"), help="folder (default: %(default)s)")
     add("--only-tables", action="store_true", help="train nothing")
     add("--publish", action="store_true", help="write the results into docs/ and benchmarks/results/")
     chosen = parser.parse_args(arguments)
-    if chosen.publish and (chosen.quick or chosen.smallest):
-        parser.error("--publish is for the whole plan: leave --quick and --smallest out")
+    if chosen.publish and (chosen.quick or chosen.smallest or chosen.settings):
+        parser.error("--publish is for the whole plan: leave --quick, --smallest and --settings out")
     if chosen.workers < 1:
         parser.error(f"--workers must be at least 1, got {chosen.workers}")
     return chosen

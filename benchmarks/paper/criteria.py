@@ -213,7 +213,7 @@ CRITERIA = (
         finding="CHORD-mu is better than SFT + RL, GRPO, LUFFY and SASR on the first ability",
         comparisons=tuple(
             difference("chord_mu", other, "first ability", first)
-            for other in ("grpo", "sft", "sft_light_rl", "sft_best_rl", "luffy", "sasr")
+            for other in ("grpo", "grpo_low_rate", "sft", "sft_light_rl", "sft_best_rl", "luffy", "sasr")
         ),
     ),
 )

@@ -22,6 +22,7 @@ COMPARED = {
     "chord_phi": "CHORD-phi, mu 0.9",
     "chord_mu": "CHORD-mu, mu 0.9 to 0.05",
     "grpo": "GRPO",
+    "grpo_low_rate": "GRPO, learning rate 1e-4",
     "sft": "SFT",
     "sft_light_rl": "SFT-light + RL",
     "sft_best_rl": "SFT-best + RL",
