@@ -38,6 +38,7 @@ from megatron_chord.cluster.outcome import (
 )
 from megatron_chord.cluster.ranks import Rank, start_ranks
 from megatron_chord.cluster.servers import NodeServers, ServerLost, count_servers
+from megatron_chord.cluster.stopped import StoppedRank
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.registry import JobRollout
@@ -80,6 +81,7 @@ class _Node:
         self._arguments = arguments
         self._num_servers = num_servers
         self._ranks: list[Rank] = []
+        self._stopped: StoppedRank | None = None
         self._servers: NodeServers | None = None
         self._sigterms = 0
         self._next_look = 0.0
@@ -123,6 +125,14 @@ class _Node:
                 ).to_variable()
             command = ["-m", "megatron_chord.cli", "train", *self._arguments, "--resume", "auto"]
             self._ranks = start_ranks(job, command, name="train", environment=environment)
+            if job.world_size == 1 and self._run.watchdog.beat_s > 0:
+                self._stopped = StoppedRank(
+                    self._ranks[0].pid,
+                    rank=0,
+                    node=job.name,
+                    beats=job.folder / _HEARTBEATS,
+                    limit_s=self._run.watchdog.silence_s,
+                )
 
     def _watch(self) -> int | None:
         """Check ranks and servers. Returns the exit code when it is known, else None."""
@@ -158,6 +168,13 @@ class _Node:
                     self._job.folder, f"rank{rank.number}", exit_code_of(status), message, rank.log
                 )
                 return exit_code_of(status)
+        stopped = self._stopped.look(time.monotonic()) if self._stopped is not None else None
+        if self._stopped is not None and stopped is not None:
+            self._stopped.print_stacks()
+            rank = self._ranks[0]
+            rank.complete_log()
+            record_failure(self._job.folder, f"rank{rank.number}", heartbeat.EXIT_CODE, stopped, rank.log)
+            return heartbeat.EXIT_CODE
         if None in statuses:
             return None
         if self._job.is_head:

@@ -30,6 +30,10 @@ class Rank:
         self._copier = copier
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def status(self) -> int | None:
         """``Popen.returncode``; None while it runs."""
         return self._process.poll()

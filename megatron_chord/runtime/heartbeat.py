@@ -10,6 +10,9 @@ writes this record to a file every few seconds, the heartbeat. It also checks fo
 That the watchdog's thread runs proves nothing about the main thread, so only the main thread's record counts. The rank
 that finds a fault reports it in one line, saves the stacks of all ranks that still run, and ends its process with
 ``EXIT_CODE``, also if the main thread waits in a collective. The launcher, or Slurm, then ends the other ranks.
+
+The file system may be what hangs, and with it the thread that writes the heartbeats. Therefore a second thread checks
+the phases' limits without any file (``_last_resort``).
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ _FRAMES = 4
 _READS = 20
 """Maximum number of attempts to read a file that is being written."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+_PRINT_S = 1.0
+"""Time that the last resort gives its message."""
 _STACKS_S = 10.0
 """Maximum time that the rank which found the fault waits for the stacks of the other ranks."""
 
@@ -140,12 +145,13 @@ class Watch:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._last_resort, name="last resort", daemon=True).start()
 
     def close(self) -> None:
-        """Stop the thread and remove this rank's heartbeat."""
+        """Stop the threads and remove this rank's heartbeat, unless its file system hangs."""
         self._closing.set()
-        self._thread.join()
-        if self.folder is not None:
+        self._thread.join(self._limits.silence_s)
+        if self.folder is not None and not self._thread.is_alive():
             # The last rank to leave removes the folders.
             with contextlib.suppress(OSError):
                 self._path(self._rank).unlink(missing_ok=True)
@@ -163,6 +169,33 @@ class Watch:
             found = self._verdict() or self._no_progress(now) or self._silence(now)
             if found is not None:
                 self._end(found)
+
+    def _last_resort(self) -> None:
+        """End this process if it is in a phase for ``silence_s`` longer than the phase may take.
+
+        The other thread would have ended it, so that thread hangs: most likely in a file system that does not respond.
+        This one therefore uses no file, and prints to standard error from a thread that it does not wait for.
+        """
+        last = awake_since = time.monotonic()
+        while not self._closing.wait(self._limits.beat_s):
+            now = time.monotonic()
+            if now - last > self._limits.silence_s / 2:
+                awake_since = now  # this process was stopped
+            last = now
+            note = self._pulse.read()
+            limit = self._limits.phases.get(note.phase)
+            still_s = now - max(note.moved, awake_since)
+            if limit is None or still_s <= limit + self._limits.silence_s:
+                continue
+            line = (
+                f"error: frozen: rank {self._rank} on {_node()} (process {os.getpid()}) has made no progress for "
+                f"{still_s:.0f} s (limit {limit:g} s), and its watchdog hangs, too: a file system that does not "
+                f"respond? It was {note.phase}, at {self._whereabouts()}\n"
+            )
+            threading.Thread(target=_print_with_stacks, args=(line,), daemon=True).start()
+            time.sleep(_PRINT_S)
+            kill_descendants()
+            os._exit(EXIT_CODE)
 
     def _forgive(self, now: float) -> None:
         """Restart the clocks of all ranks. Needed after this process itself was stopped or waited for its disk, because
@@ -318,11 +351,26 @@ class Watch:
         return self.folder / f"rank-{rank}.json"
 
 
+def _print_with_stacks(line: str) -> None:
+    os.write(2, line.encode())
+    with contextlib.suppress(OSError, ValueError):
+        faulthandler.dump_traceback(2, all_threads=True)
+
+
 def read_verdict(folder: Path) -> dict[str, Any] | None:
     """The fault that a rank has found: ``text``, ``by`` (its rank), ``stacks`` (a folder). None if there is none."""
     try:
         return json.loads((folder / _VERDICT).read_text())
     except (OSError, ValueError):  # missing, or being written
+        return None
+
+
+def read_beat(folder: Path, rank: int) -> dict[str, Any] | None:
+    """A rank's last heartbeat: ``phase``, ``at`` (where its main thread was) and more. None if there is none, or if it
+    is being written."""
+    try:
+        return json.loads((folder / f"rank-{rank}.json").read_text())
+    except (OSError, ValueError):
         return None
 
 

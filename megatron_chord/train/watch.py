@@ -31,7 +31,9 @@ def start_watch(run: RunConfig, groups: ParallelGroups) -> Watch | None:
     ``watchdog.beat_s`` is 0."""
     if run.watchdog.beat_s == 0:
         return None
-    folder = groups.once(lambda: _new_folder(run.output)) if groups.world_size > 1 else None
+    # In a job of one rank, the program that started the rank reads its heartbeat (``cluster.stopped``).
+    is_watched = groups.world_size > 1 or FOLDER_VARIABLE in os.environ
+    folder = groups.once(lambda: _new_folder(run.output)) if is_watched else None
     return Watch(
         groups.pulse,
         limits_of(run, rank=groups.rank, world_size=groups.world_size),

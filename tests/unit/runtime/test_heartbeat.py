@@ -116,6 +116,28 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
         assert not any(descendants(process.pid) for process in running), "what they started has ended too"
 
 
+def test_a_file_system_that_hangs_does_not_keep_a_frozen_rank_alive(tmp_path: Path) -> None:
+    """The heartbeat is a FIFO that nobody reads: the thread that opens it waits for ever, as on a lost file server."""
+    with Ranks(tmp_path, 2) as ranks:
+        ranks.await_beats()
+        beat = tmp_path / "beats" / "x" / "rank-1.json"
+        os.mkfifo(tmp_path / "fifo")
+        # Rank 1 stands until all is prepared, so that its next act is to write its heartbeat. Rank 0 would name it.
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        (tmp_path / "fifo").replace(beat)
+        (tmp_path / "still-1").touch()
+        ranks.processes[0].kill()
+        ranks.processes[0].wait()
+        ranks.processes[1].send_signal(signal.SIGCONT)
+        assert ranks.processes[1].wait(60) == EXIT_CODE
+        error = (tmp_path / "err-1").read_text()
+        assert "frozen: rank 1 on " in error
+        assert "its watchdog hangs, too" in error
+        assert "It was computing, at <string>:" in error
+        assert "in main_thread_stands_still" in error
+        assert not descendants(ranks.processes[1].pid)
+
+
 @pytest.mark.parametrize("still", [0, 1])
 def test_a_main_thread_that_stands_still_is_named_though_its_process_beats(
     tmp_path: Path, still: int
