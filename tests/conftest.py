@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-TOGETHER = ("tests/e2e/", "tests/slurm/")
-"""Folders whose files share what is dear to start: a vLLM server, a Slurm."""
+_SERVED = ("best", "evaluate", "lag", "methods", "rewards", "stages", "tails", "talk")
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "slurm": ("tests/slurm/",),
+    "server": tuple(f"tests/e2e/test_{name}.py" for name in _SERVED),
+}
+"""Files that share what takes long to start, and so run on one worker: a Slurm, the vLLM server of tests/e2e."""
+LONGEST_FIRST = (
+    "server",
+    "tests/e2e/test_run.py",
+    "slurm",
+    "tests/rollout/test_families.py",
+    "tests/e2e/test_frozen.py",
+    "tests/e2e/test_paper_in_small.py",
+    "tests/distributed/test_convert.py",
+    "tests/distributed/test_split_invariance.py",
+    "tests/rollout/test_sync.py",
+    "tests/e2e/test_kills.py",
+    "tests/rollout/test_server.py",
+    "tests/distributed/test_checkpoint.py",
+    "tests/distributed/test_families.py",
+    "tests/e2e/test_repeatable.py",
+    "tests/distributed/test_newest_megatron.py",
+    "tests/e2e/test_bad_input.py",
+)
+"""The files, and groups of ``TOGETHER``, that take longest. They start first, so that no worker waits at the end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,10 +55,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    class ByFileOrFolder(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return next(
-                (folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid)
-            )
+    class ByFileOrGroup(LoadFileScheduling):
+        def __init__(self, config: pytest.Config, log: Any) -> None:
+            super().__init__(config, log)
+            self.workqueue = _LongestFirst()
 
-    return ByFileOrFolder(config, log)
+        def _split_scope(self, nodeid: str) -> str:
+            groups = (group for group, files in TOGETHER.items() if nodeid.startswith(files))
+            return next(groups, super()._split_scope(nodeid))
+
+    return ByFileOrGroup(config, log)
+
+
+class _LongestFirst(OrderedDict[str, Any]):
+    """xdist's queue of files and groups, from which it takes the next by ``popitem``."""
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+        name = min(self, key=lambda name: ranks.get(name, len(ranks)))
+        return name, self.pop(name)
