@@ -58,12 +58,15 @@ TITLES = {
 """In the order of the table. A row comes after the one that it starts from."""
 STARTS_FROM = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
 NOT_FOR = {
-    "grpo": ("data.demonstrations",),
-    "sft_light_rl": ("data.demonstrations", "model.path"),
-    "sft_best_rl": ("data.demonstrations", "model.path"),
+    "sft_light": ("batch.prompts", "batch.rollouts"),
+    "sft_best": ("batch.prompts", "batch.rollouts"),
+    "grpo": ("data.demonstrations", "batch.demonstrations"),
+    "sft_light_rl": ("data.demonstrations", "batch.demonstrations", "model.path"),
+    "sft_best_rl": ("data.demonstrations", "batch.demonstrations", "model.path"),
+    "luffy": ("batch.demonstrations",),
 }
-"""Settings of all rows, or of all rows of a domain, that these rows do not take: they have no demonstrations, and they
-start from another row's policy."""
+"""Settings of all rows, or of all rows of a domain, that these rows do not take: SFT samples nothing, GRPO has no
+demonstrations, LUFFY has one with each prompt, and the rows of SFT + RL start from another row's policy."""
 PAPER_COLUMNS = ("amc avg@8", "aime24 avg@32", "aime25 avg@32", "mmlu_pro avg@1", "bfcl avg@1")
 PAPER = {
     BASE: ("43.8", "11.7", "6.66", "24.7", "46.2"),

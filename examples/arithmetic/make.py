@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,18 @@ THINGS = ["pens", "nuts", "eggs", "books", "coins", "shells", "stamps", "apples"
 GAINS = ("buys {}", "finds {}", "gets {}", "wins {}", "picks {}")
 REQUEST = "Show workings."
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri")
+TOOL = {
+    "name": "count",
+    "description": "How many are left.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "start": {"type": "integer"},
+            "changes": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["start", "changes"],
+    },
+}
 LOSSES = ("loses {}", "sells {}", "breaks {}", "drops {}", "gives away {}")
 
 
@@ -156,7 +169,7 @@ def distinct_stories(rng: random.Random, count: int) -> list[Story]:
     return list(stories.values())
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -170,8 +183,8 @@ def write_data(stories: list[Story], args: argparse.Namespace) -> None:
         )
     # Of other problems than the policy trains on, and, for methods that ask for them, of the very same.
     for name, file, solved in (
-        ("sft", "demonstrations", demonstrations),
-        ("demonstration", "demonstrations", train),
+        ("expert", "demonstrations", demonstrations),
+        ("demonstration", "demonstrations_aligned", train),
     ):
         write_jsonl(
             args.output / f"{file}.jsonl",
@@ -180,6 +193,31 @@ def write_data(stories: list[Story], args: argparse.Namespace) -> None:
                 for i, s in enumerate(solved)
             ],
         )
+    write_calls(train[: args.calls], heldout[: args.calls], args.output)
+
+
+def write_calls(train: list[Story], heldout: list[Story], folder: Path) -> None:
+    """The same diaries as requests for a tool call, for the tools half of tools/table.py."""
+    for name, stories in (("train", train), ("heldout", heldout)):
+        rows = [
+            {"id": f"{name}-{i}", "problem": s.text, "tools": [TOOL], "answer": [call(s)]}
+            for i, s in enumerate(stories)
+        ]
+        write_jsonl(folder / f"calls_{name}.jsonl", rows)
+    rows = [
+        {"id": f"call-{i}", "problem": s.text, "tools": [TOOL], "solution": call_text(s)}
+        for i, s in enumerate(train)
+    ]
+    write_jsonl(folder / "calls_demonstrations.jsonl", rows)
+
+
+def call(story: Story) -> dict[str, Any]:
+    changes = [right if sign == "+" else -right for _, sign, right, _ in story.sums]
+    return {"name": TOOL["name"], "arguments": {"start": story.sums[0][0], "changes": changes}}
+
+
+def call_text(story: Story) -> str:
+    return f"<think>{workings(story.sums)}</think>\n<tool_call>\n{json.dumps(call(story))}\n</tool_call>"
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
@@ -387,6 +425,11 @@ def parse() -> argparse.Namespace:
     add("--train", 2000, "training problems")
     add("--demonstrations", 1000, "demonstrations")
     add("--heldout", 200, "held-out problems")
+    add(
+        "--calls",
+        64,
+        "training problems and held-out problems that are also written as requests for a tool call",
+    )
     return parser.parse_args()
 
 

@@ -11,8 +11,10 @@ import pytest
 from megatron_chord.config_io import dump_config, load_config
 from megatron_chord.evaluation import results
 from megatron_chord.evaluation.evaluate import SUITE
+from megatron_chord.families.table import read_shape
 from megatron_chord.train.metrics import METRICS
 from megatron_chord.train.segments import write_settings
+from megatron_chord.train.setup import load_data
 from tests.support.files import write_rows
 from tests.support.ranks import ROOT
 from tools import table
@@ -115,6 +117,25 @@ def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
     assert luffy[0].path == (Path("/own.jsonl"),)
 
 
+def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None:
+    """Each row's settings are those of a run whose data can be read, and a tool-call row is graded as in the paper."""
+    rows = rows_of(tmp_path, QUICK)
+    assert len(rows) == 20
+    for name, row in rows.items():
+        if row.key == table.BASE:
+            continue
+        run, preset = load_config(row.preset, row.settings), load_config(row.preset)
+        assert (run.batch.prompts == 0) == (preset.batch.prompts == 0), name
+        assert (run.batch.demonstrations == 0) == (preset.batch.demonstrations == 0), name
+        assert (run.data.demonstrations is None) == (preset.data.demonstrations is None), name
+        if row.domain == "tools":
+            assert run.reward == preset.reward
+        if name == "luffy_tools":
+            shape = read_shape(run.model.path)
+            assert run.data.max_prompt_tokens + run.data.max_response_tokens <= shape.max_positions
+            assert load_data(run, shape).left_out == (), name
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -137,8 +158,9 @@ def test_each_model_is_asked_the_benchmarks_of_its_kind(tmp_path: Path) -> None:
     tools = ["bfcl_non_live avg@1", "bfcl_live avg@1", "bfcl avg@1"]
     assert table.columns_of(rows["chord_phi_tools"].suite) == tools
     assert set(table.PAPER_COLUMNS) <= {*math, *tools}
-    quick = rows_of(tmp_path, QUICK)["grpo_math"]
-    assert table.columns_of(quick.suite) == ["heldout avg@4", "heldout-greedy avg@1"]
+    quick = rows_of(tmp_path, QUICK)
+    assert table.columns_of(quick["grpo_math"].suite) == ["heldout avg@4"]
+    assert table.columns_of(quick["grpo_tools"].suite) == ["calls avg@2"]
 
 
 def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
@@ -149,7 +171,7 @@ def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
     train(row)
     evaluate(row, missing=1)
     assert table.training_state(row) == "done"
-    assert table.evaluation_state(row) == "2 answers missing"
+    assert table.evaluation_state(row) == "1 answers missing"
     evaluate(row, heldout=0.5)
     assert table.evaluation_state(row) == "done"
     longer = rows_of(tmp_path, QUICK, "steps=8")["grpo_math"]
@@ -249,7 +271,7 @@ def test_jobs_are_submitted_once(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     queue = tmp_path / "queue"
     queue.write_text("")
-    rows = [row for name, row in rows_of(tmp_path, QUICK).items() if "sft_light" in name]
+    rows = [row for name, row in rows_of(tmp_path, QUICK, "--row=math").items() if "sft_light" in name]
     assert table.submit(rows, "paper") == []
     said = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
     assert [words[0] for words in said[::2]] == [str(row.preset) for row in rows]
