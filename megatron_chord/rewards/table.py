@@ -29,8 +29,8 @@ class SumReward(WholeReward):
 
     kind: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...] = field(metadata={"from_list": True})
-    """Blocks as `reward` itself, each with its weight. Of those that grade a prompt the first says whether an answer is
-    right: it alone is the score that evaluations, dynamic sampling and methods go by."""
+    """The rewards that are added, each a block as `reward` itself, with its weight. The first one that grades a prompt
+    decides whether an answer is right. Evaluations, dynamic sampling and methods use only its score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,9 +20,9 @@ class OverlongConfig:
     data.max_response_tokens."""
 
     cache: int
-    """Over how many tokens the reward falls."""
+    """Number of tokens over which the reward falls."""
     penalty: float = 1.0
-    """What is taken from the reward at the limit."""
+    """Reduction of the reward at the limit."""
 
     def __post_init__(self) -> None:
         positive(**{"reward.overlong.cache": self.cache})
@@ -34,9 +34,9 @@ class WholeReward:
     """Settings that hold for a reward as a whole."""
 
     overlong: OverlongConfig | None = None
-    """Left out: long answers are not punished."""
+    """Lowers the reward of long responses. Left out: it does not depend on their length."""
     max_error_rate: float = 0.1
-    """Share of gradings that may fail in a step before the run stops."""
+    """The run stops if a larger share of the gradings of a step fails."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,12 +51,13 @@ class RewardKind(WholeReward):
 
     kind: str = ""
     weight: float = 1.0
-    """What the reward is multiplied by. 0: it is only measured."""
+    """The reward is multiplied by this. 0: it is measured, but not trained."""
     sources: tuple[str, ...] = ()
     """Names of the data sources whose prompts it grades. Left out: all."""
     format: FormatRule = "none"
-    """Form of the response in the training reward (evaluation never sees it). chord: -1 when cut off before a final
-    answer, -0.1 when wrong and without exactly one <think>..</think>. trinity: -0.1 without it, right or wrong."""
+    """Which form a response must have. It changes only the training reward, not evaluations. chord: -1 if the response
+    was cut off before a final answer, -0.1 if it is wrong and has not exactly one <think>..</think>. trinity: -0.1 if
+    it has not exactly one <think>..</think>, right or wrong."""
     workers: int = 2
     """Processes that grade answers."""
     timeout_s: float = 10.0

@@ -15,11 +15,11 @@ from megatron_chord.rewards.response import Response
 
 @dataclass(frozen=True, kw_only=True)
 class ExactReward(RewardKind):
-    """Equal text after the last marker: 1 or 0."""
+    """1 if the text after the last marker equals the truth, else 0."""
 
     kind: Literal["exact"] = "exact"
     answer_marker: str = "####"
-    """The answer is what follows this, up to the line's end."""
+    """The answer is the text after this marker, up to the end of the line."""
 
     EXAMPLE: ClassVar[Response] = Response(text="#### 1", truth="1")
 

@@ -35,12 +35,12 @@ class FunctionReward(RewardKind):
     """Left out: the function is called with one response. A number: it is called with a list of up to so many
     responses, and returns a list of as many results."""
     concurrency: int | None = None
-    """Of an `async` function: how many calls each worker makes at the same time. Left out: 8."""
+    """For an `async` function: number of calls that each worker makes at the same time. Left out: 8."""
     allow: tuple[Permission, ...] = ()
-    """What the function may do: network (sockets), subprocess (other programs), files (write files). Anything else of
-    these is an error, and the grading has no result."""
+    """What the function may do: network (open sockets), subprocess (start programs), files (write files). If it does
+    something that is not allowed, the grading fails."""
     environment: tuple[str, ...] = ()
-    """Environment variables that the function sees, such as OPENAI_API_KEY. The others are kept from it."""
+    """Environment variables of the run that the function sees, such as OPENAI_API_KEY. It sees no others."""
 
     RUNS_USERS_CODE: ClassVar[bool] = True
     NEEDS: ClassVar[RowNeeds] = RowNeeds(truth=False, fields=True)

@@ -14,12 +14,12 @@ from megatron_chord.rewards.response import Response
 
 @dataclass(frozen=True, kw_only=True)
 class MathReward(RewardKind):
-    """The answer in <answer>, the last box, after the marker or after "the answer is", else the last formula or number,
-    against the truth: 1 or 0. docs/grading.md has the forms."""
+    """1 if the answer equals the truth, else 0. The answer is in <answer>, in the last box, after the marker or after
+    "the answer is", else the last formula or number (docs/grading.md)."""
 
     kind: Literal["math"] = "math"
     answer_marker: str = "####"
-    """An answer without a box is what follows this, up to the line's end."""
+    """An answer without a box is the text after this marker, up to the end of the line."""
 
     EXAMPLE: ClassVar[Response] = Response(text="\\boxed{x+\\frac{1}{2}}", truth="x+0.5")
 

@@ -14,12 +14,13 @@ from megatron_chord.rewards.tool_replies import Think, read_calls
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCallsReward(RewardKind):
-    """Exactly the true calls, in the form of Qwen, Hermes, Llama 3 or OpenAI: 1 or 0."""
+    """1 if the reply makes exactly the true calls, in the form of Qwen, Hermes, Llama 3 or OpenAI, else 0."""
 
     kind: Literal["tool_calls"] = "tool_calls"
     think: Think = "optional"
-    """required: one </think> before the first call; the prompt may have opened it. optional: thinking that is begun
-    must end. forbidden: no <think> and no </think>. Calls within the thinking never count."""
+    """required: the reply must have one </think> before its first call; the prompt may already have the <think>.
+    optional: if the reply begins to think, it must also end. forbidden: no <think> and no </think>. Calls within the
+    thinking do not count."""
 
     EXAMPLE: ClassVar[Response] = Response(text="<think></think><tool_call>[]</tool_call>", truth="[]")
 
