@@ -21,9 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_chord.config import RunConfig
 from megatron_chord.process_table import descendants
 from megatron_chord.processes import die_with_parent
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from megatron_chord.train.loop import train
 
 from .plan import POLICY, WORLD, Job, Size, draw_demonstrations, fingerprint, load_stages
 from .record import read_record
@@ -101,70 +105,53 @@ def train_all(
 
 
 def _train(place: Place, size: Size, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
-    """(job, its error or None) of each that ended. Returns early when a worker is killed."""
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(place,),
-    )
-    with contextlib.closing(_Closing(pool)):
+    """(job, its error or None) of each that ended. When a worker is killed, the others end, too."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+        stack.callback(pool.shutdown, cancel_futures=True)
         futures: dict[Future[str | None], Job] = {pool.submit(_run, place, size, job): job for job in jobs}
         for future in as_completed(futures):
-            try:
+            with contextlib.suppress(BrokenProcessPool):
                 yield futures[future], future.result()
-            except BrokenProcessPool:
-                return
-
-
-class _Closing:
-    """Ends the pool without waiting for runs that have not begun."""
-
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------- in a worker
 
-_server_url = ""
+_server: RolloutServer | None = None
 _interrupted = False
 """Whether Ctrl-C was pressed. Jobs that this worker has been given already then end at once."""
 
 
-def _start(place: Place) -> None:
-    """Start the worker's server."""
-    global _server_url
-    import torch
-
-    from megatron_chord.rollout.server import ServerSettings, start_server
-
-    die_with_parent(None)
-    torch.set_num_threads(1)
-    server = start_server(
+def _running_server(place: Place) -> RolloutServer:
+    """The worker's server. It is started for the first job, and again if it has died."""
+    global _server
+    if _server is not None and _server.alive():
+        return _server
+    if _server is not None:
+        _server.stop()
+    _server = start_server(
         WORLD / POLICY,
         ServerSettings(dtype="fp32", max_model_len=96, kv_cache_bytes=128 << 20, cpu_threads=1),
         log=place.folder / "logs" / f"server-{os.getpid()}.log",
     )
-    multiprocessing.util.Finalize(None, server.stop, exitpriority=10)  # atexit does not run in a worker
-    server.wait_until_ready(300)
-    os.environ["VLLM_API_KEY"] = server.api_key
-    _server_url = server.url
+    multiprocessing.util.Finalize(None, _server.stop, exitpriority=10)  # atexit does not run in a worker
+    _server.wait_until_ready(300)
+    os.environ["VLLM_API_KEY"] = _server.api_key
+    return _server
 
 
 def _run(place: Place, size: Size, job: Job) -> str | None:
     """Train a job's runs and write its result. Returns the error, if there was one."""
     global _interrupted
-    from megatron_chord.train.loop import train
-
     if _interrupted:
         return "interrupted"
-    stages = place.load(job, size, _server_url)
+    die_with_parent(None)
+    torch.set_num_threads(1)
     begun, cpu = time.monotonic(), _cpu_seconds()
     with place.log(job).open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
+            stages = place.load(job, size, _running_server(place).url)
             for run in stages:
                 train(run, overwrite=True)
         except KeyboardInterrupt:
