@@ -34,7 +34,6 @@ from megatron_chord.config_io import dump_config, load_config, load_suite
 from megatron_chord.config_suite import SuiteConfig
 from megatron_chord.evaluation.command import suite_path
 from megatron_chord.evaluation.evaluate import SUITE
-from megatron_chord.evaluation.policy import label_of
 from megatron_chord.evaluation.results import RESULTS
 from megatron_chord.report.folder import read_runs
 from megatron_chord.train.folder import POLICY
@@ -195,7 +194,7 @@ def _row(
         steps=config.steps,
         run=folder,
         policy=policy,
-        evaluation=args.evaluations / suite_path(args.suite).stem / label_of(policy),
+        evaluation=args.evaluations / suite_path(args.suite).stem / f"{folder.name}-{POLICY}",
         suite=suite[0],
         suite_settings=suite[1],
         starts_from=start,

@@ -121,6 +121,8 @@ def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None
     """Each row's settings are those of a run whose data can be read, and a tool-call row is graded as in the paper."""
     rows = rows_of(tmp_path, QUICK)
     assert len(rows) == 20
+    # Both domains start from the same model here, and its answers to two suites are two evaluations.
+    assert len({row.evaluation for row in rows.values()}) == len({row.run for row in rows.values()}) == 20
     for name, row in rows.items():
         if row.key == table.BASE:
             continue
