@@ -102,8 +102,11 @@ class RunLog:
         self._progress.update(self._task, completed=row["step"] + 1)
 
     def write_samples(self, step: int, rows: list[dict[str, Any]], *, kind: str = "step") -> None:
-        """Write the rollouts of a step or of an evaluation. Before ``begin`` they are held, and written by it: a resume
-        collects the steps again that were sampled ahead, while its start can still be refused."""
+        """Write the rollouts of a step or of an evaluation.
+
+        Before ``begin`` they are kept in memory, and ``begin`` writes them. This happens when a resumed run collects
+        the steps that were sampled ahead: at that time its settings can still be refused.
+        """
         if self._held_samples is not None:
             self._held_samples.append((step, rows, kind))
             return

@@ -27,11 +27,11 @@ _MOST_WAITING = 10_000
 END_S = 60.0
 """How long the end of a run waits for all trackers together."""
 ANSWERS_EVERY = 10
-"""Training steps from one table of their answers to the next; every evaluation has one."""
+"""Number of training steps between two tables of answers. Every evaluation has a table."""
 _MOST_ANSWERS, _MOST_OF_A_PROMPT = 16, 4
-"""Rows of a table."""
+"""Maximum number of rows of a table."""
 _LONGEST = 2000
-"""Characters of a text in a table."""
+"""Maximum number of characters of a text in a table."""
 
 Values = Mapping[str, float]
 Cell = str | float | None
@@ -103,7 +103,7 @@ class Trackers:
             thread.put(lambda tracker: tracker.log(step, values))
 
     def log_answers(self, step: int, table: AnswerTable) -> None:
-        """Returns at once."""
+        """Pass the values of a step to all trackers, without waiting for them."""
         for thread in self._threads:
             thread.put(lambda tracker: tracker.log_answers(step, table))
 
@@ -130,7 +130,8 @@ class _Thread(threading.Thread):
         self.start()
 
     def put(self, item: Entry | None) -> None:
-        """A row, a table, or None for the end. The end has no limit: without it a thread never closes its tracker."""
+        """Pass a row, a table, or None to end. None is passed also if too many rows wait, so that the tracker is
+        closed."""
         if item is not None:
             if not self._has_failed and self._waiting.qsize() >= _MOST_WAITING:
                 self._fail(f"{_MOST_WAITING} rows wait for it")
@@ -170,7 +171,7 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def log_answers(self, step: int, table: AnswerTable) -> None:
-        """It has no tables."""
+        """Do nothing, because TensorBoard has no tables."""
 
     def close(self) -> None:
         self._writer.close()
