@@ -47,6 +47,7 @@ COMMON = {
     "sentencepiece": "0.2.3",
     "math-verify": "0.9.0",
     "httpx": "0.28.1",
+    "msgspec": "0.22.0",
     "pyarrow": "26.0.1",
     "pyyaml": "6.0.3",
     "rich": "15.0.0",
