@@ -47,6 +47,8 @@ LATEST = "latest"
 _PARTIAL = ".partial"
 _ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
+_EXTRA_STATE = re.compile(r"\b_extra_state\d*$")
+"""The end of the names of extra states: one for each module, and one for each expert of a grouped layer."""
 _FILES = 2
 """Number of files that each rank writes in parallel."""
 _READERS = 4
@@ -248,7 +250,8 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
         loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
         run_state = _together(groups, lambda: _run_state(checkpoint))
         for index, chunk in enumerate(state.chunks):
-            chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
+            weights = without_extra_state(loaded[f"model{index}"])
+            chunk.module.load_state_dict(weights, strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
         _align_steps(state.optimizer)
     if same_world:
@@ -258,6 +261,22 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
     return run_state
+
+
+def without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
+    """`weights` with every extra state of Transformer Engine replaced by an empty one.
+
+    An extra state is a pickle as a tensor of bytes. Transformer Engine 2.11 would load it with ``pickle.loads``, which
+    can execute anything (pytorch/module/base.py, set_extra_state); it passes an empty tensor over. Nothing is lost: for
+    the recipes blockwise and tensorwise it contains only the recipe, which comes from the settings at every forward
+    pass. Only delayed scaling, which no precision here uses, keeps scales in it.
+    """
+    return {
+        name: torch.empty(0, dtype=torch.uint8)
+        if _EXTRA_STATE.search(name) and isinstance(value, torch.Tensor)
+        else value
+        for name, value in weights.items()
+    }
 
 
 def _write_state(state: TrainState, folder: Path) -> None:

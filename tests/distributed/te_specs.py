@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.model import build, fp8, specs
-from megatron_chord.precision import Precision, preset
+from megatron_chord.precision import Fp8Training, Precision, preset
 from megatron_chord.runtime import parallel as runtime
+from megatron_chord.train.checkpoint import without_extra_state
 from tests.support import te_without_kernels
 
 
@@ -26,11 +32,51 @@ def models(folders: dict[str, Path], parallel: dict[str, Any], precision: Precis
     }
 
 
-def _described(
-    folder: Path, parallel: ParallelConfig, precision: Precision | None, spec: str
-) -> dict[str, Any]:
+@dataclass
+class Canary:
+    """What creates a file when it is unpickled."""
+
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int, bool, bool]]:
+    """Load models whose extra states are pickles that create the file ``canary``, one for each module (and expert).
+
+    Returns, by family: the number of extra states, whether the file exists after the load as the trainer does it, and
+    whether it exists after the same load without ``without_extra_state``.
+    """
+    fp8.set_environment("fp8_e2e")
+    te_without_kernels.load()
+    axes = ParallelConfig()
+    runtime.start(axes, seed=0)
+    results = {}
+    for family, folder in folders.items():
+        chunk = _built(folder, axes, preset("fp8_e2e").training, is_engine=True)[0]
+        evil = torch.frombuffer(bytearray(pickle.dumps(Canary(canary))), dtype=torch.uint8)
+        extra = {name: evil for name in chunk.state_dict() if name.endswith("_extra_state")}
+        for path, module in chunk.named_modules():
+            # A checkpoint has one for each expert of a grouped layer.
+            if f"{path}._extra_state" in extra:
+                for index in range(1, getattr(module, "num_gemms", 1)):
+                    extra[f"{path}._extra_state{index}"] = evil
+        weights = chunk.state_dict() | extra
+        chunk.load_state_dict(without_extra_state(weights), strict=True)
+        after_ours = canary.exists()
+        with contextlib.suppress(Exception):
+            chunk.load_state_dict(weights, strict=True)
+        results[family] = len(extra), after_ours, canary.exists()
+        canary.unlink(missing_ok=True)
+    return results
+
+
+def _built(
+    folder: Path, parallel: ParallelConfig, training: Fp8Training | None, *, is_engine: bool
+) -> tuple[Any, Any, ModelShape]:
+    """The only chunk of a model with one of the two specs, Megatron's configuration, and the shape."""
     shape = read_shape(folder)
-    is_engine, training = spec == "te", preset(precision).training
     original = specs.has_transformer_engine
     for module in (build, specs):
         module.has_transformer_engine = lambda: is_engine
@@ -43,6 +89,13 @@ def _described(
     finally:
         for module in (build, specs):
             module.has_transformer_engine = original
+    return chunk, config, shape
+
+
+def _described(
+    folder: Path, parallel: ParallelConfig, precision: Precision | None, spec: str
+) -> dict[str, Any]:
+    chunk, config, shape = _built(folder, parallel, preset(precision).training, is_engine=spec == "te")
     rules = {name: shape.weights.entry(name) for name in build.global_weights([chunk])}
     weights = build.global_weights([chunk])
     saved = chunk.sharded_state_dict(metadata={}).values()

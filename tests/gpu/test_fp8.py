@@ -122,6 +122,7 @@ def interrupted(folder: Path, precision: Precision, out: Path) -> dict[str, Any]
         results[f"{name}: FP8"] = any(computed_in_fp8(state).values())
     state = fresh_state(folder, precision)
     checkpoint.load(state, saved)
+    train(state, precision, range(2, 3))
     module = unwrapped(state.chunks[0]).decoder.layers[1].mlp.linear_fc1
     recipe = get_fp8_recipe(unwrapped(state.chunks[0]).config)
     results["recipe"] = (type(module.fp8_meta.get("recipe")).__name__, type(recipe).__name__)
