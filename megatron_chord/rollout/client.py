@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import threading
 import uuid
@@ -30,6 +31,7 @@ from megatron_chord.rollout.replies import (
     checked_spans,
     rollouts_of,
 )
+from megatron_chord.rollout.vllm_plugin import ABANDON
 
 _GENERATE = "/inference/v1/generate"
 _ABORT = "/inference/v1/abort_requests"
@@ -232,6 +234,26 @@ class RolloutClient:
     def wake_up(self, *, tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float = 300.0) -> None:
         """Allocate the GPU memory again. Weights are pushed after waking "weights" and before waking "kv_cache"."""
         self._request("POST", "/wake_up", params={"tags": list(tags)}, timeout_s=timeout_s)
+
+    def end_open_update(self, *, timeout_s: float) -> None:
+        """End the weight update that a killed trainer has left open, if there is one.
+
+        vLLM 0.32 refuses a new update while one is open. The server's weights may then be a mixture of old and new
+        ones, so a whole update must follow.
+
+        Raises:
+            RolloutError: the server does not respond, or the update is still open.
+        """
+        # vLLM answers this request with an error while an update is open. Otherwise it releases the earlier trainer.
+        release = functools.partial(
+            self._request, "POST", "/shutdown_weight_transfer_engine", timeout_s=timeout_s
+        )
+        try:
+            release()
+        except RolloutError:
+            with contextlib.suppress(RolloutError):
+                self.update_weights(ABANDON, timeout_s=timeout_s)
+            release()
 
     def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float) -> None:
         self._request(

@@ -10,7 +10,8 @@ servers:
 
 A server verifies the fingerprint of each tensor that it receives and, at the end, that no parameter is missing. If
 anything fails, every rank raises the same SyncError and the servers stay paused. Their weights are then a mixture of
-old and new ones, so the caller must restart the servers and call ``reconnect``.
+old and new ones, so the caller must restart the servers and call ``reconnect``, or push again. The first push also ends
+an update that a killed trainer has left open in a server.
 """
 
 from __future__ import annotations
@@ -239,6 +240,7 @@ class WeightSync:
         if self._settings.transport == "file" and self._folder is None:
             self._private = PrivateFolder(self._settings.folder)
             self._folder = self._private.path
+        self._call_servers(lambda client: client.end_open_update(timeout_s=self._time_left()))
         workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
         return {"workers": workers, "folder": None if self._folder is None else str(self._folder)}
 

@@ -5,8 +5,9 @@ loaders fuse and slice the tensors. Only vLLM imports this module (see ``vllm_pl
 
 vLLM loads layer by layer: it keeps a layer's tensors until it has all of them and then copies them. This has two
 consequences. A tensor that vLLM keeps must be copied out of a buffer that the sender will overwrite. And an update that
-failed cannot be repeated in the same process, because tensors of the failed update in incomplete layers would be mixed
-with new ones; the engine then refuses further updates until the server is restarted.
+failed, or whose trainer was killed, leaves tensors in incomplete layers, which must not be mixed with those of the next
+update. The engine refuses further updates of the same connection. A new connection begins with an update that first
+drops these tensors (``_drop_unfinished``).
 
 A server started with --quantization receives the same BF16 tensors. An update restores each layer's unquantised
 parameters, and vLLM quantises a layer again when it has all of its tensors, into the same memory as before
@@ -41,7 +42,7 @@ from megatron_chord.rollout.transports import (
     SenderGroup,
     join_sender_group,
 )
-from megatron_chord.rollout.vllm_plugin import UPDATE_LINE
+from megatron_chord.rollout.vllm_plugin import ABANDON, UPDATE_LINE
 from megatron_chord.timing import Timer
 
 logger = init_logger("vllm.megatron_chord")  # the server's log shows only loggers below "vllm"
@@ -97,6 +98,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._received: set[str] = set()
         self._loaded: set[str] = set()
         self._failed: str | None = None
+        self._is_unfinished = False
+        """Whether an update of an earlier connection has left layers open."""
         self._timer = Timer()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -109,6 +112,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"{init_info.quantization}"
             )
         self.shutdown()
+        self._is_unfinished |= self._failed is not None
+        self._failed = None
         self._init = init_info
         if init_info.transport == "file":
             if init_info.folder is None:
@@ -130,11 +135,17 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._init is None:
             raise RuntimeError("no trainer has initialised the weight transfer")
         if self._failed:
-            raise RuntimeError(f"an earlier weight update failed ({self._failed}); restart the server")
+            raise RuntimeError(
+                f"an earlier weight update of this connection failed ({self._failed}); initialise the weight transfer "
+                "again"
+            )
         self._failed = "it was never finished"
         self._received, self._loaded = set(), set()
         self._timer = Timer()
         with self._timer.phase("start"):
+            if self._is_unfinished:
+                _drop_unfinished(self.model, self.model_config)
+                self._is_unfinished = False
             if self.device.type == "cpu":
                 _forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
@@ -144,6 +155,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def update_weights(self, update_info: dict) -> None:
         # vLLM's own method calls torch.accelerator.synchronize(), which raises without an accelerator.
         try:
+            if update_info == ABANDON:
+                raise RuntimeError("a new trainer has abandoned it")
             self.receive_weights(self.parse_update_info(update_info))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -294,6 +307,18 @@ def _copy_what_is_kept(model: torch.nn.Module, buffer: Tensor) -> None:
     for layer in model.modules():
         for _, call in get_layerwise_info(layer).loaded_weights:
             call.arguments = tree_map_only(Tensor, own, call.arguments)
+
+
+def _drop_unfinished(model: torch.nn.Module, model_config: Any) -> None:
+    """Drop what an unfinished update has left in incomplete layers, and restore the tensors with which they compute.
+
+    vLLM's ``finalize_layerwise_reload`` puts the former tensors of a layer back if the layer has received nothing.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
+    finalize_layerwise_reload(model, model_config)
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:

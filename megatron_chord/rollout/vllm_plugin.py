@@ -19,6 +19,10 @@ UPDATE_LINE = "weights updated, seconds: "
 """Beginning of the line that a worker logs after every push. JSON with the seconds of each phase follows: start, read,
 check, load (vLLM's loaders), finish."""
 
+ABANDON = {"abandon": True}
+"""The body of /update_weights with which a trainer ends an update that an earlier trainer has left open. The answer is
+always an error, because only a failed bucket ends vLLM's update (v1/worker/gpu_worker.py, update_weights)."""
+
 
 def register() -> None:
     """Called by vLLM, possibly more than once in a process."""
