@@ -60,11 +60,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty at first, as on a fresh machine: vLLM then starts a process for each kind of model, which must end, too.
+    Later servers find what earlier ones have stored."""
+    return tmp_path_factory.mktemp("vllm_cache")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def fresh_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM without its cache starts processes that it starts no more later: it must live through the first time."""
+def fresh_machine(vllm_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm_cache")))
+        patch.setenv("VLLM_CACHE_ROOT", str(vllm_cache))
         yield
 
 
