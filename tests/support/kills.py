@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,8 @@ MARK = "KILLED_RUN"
 """Environment variable that every process of a run inherits, re-parented ones too."""
 MOMENTS = ("starting", "stepping", "saving", "saved")
 SHARED_MEMORY = Path("/dev/shm")
-_CACHES = "torchinductor_"
-"""Compiled kernels, which torch keeps in the temp folder for later runs on purpose."""
+_KERNELS = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+"""Where torch keeps compiled kernels for later runs. The runs do not compile them again for their own temp folder."""
 _POLL_S = 0.002
 
 
@@ -92,7 +93,7 @@ def run_through_kills(
             _await_end(process, mark, report, say)
         say(f"life {report.lives}: {report.kills[-1] if kill else 'to the end'}")
     report.left = [
-        *(str(path.relative_to(temp)) for path in temp.iterdir() if not path.name.startswith(_CACHES)),
+        *(str(path.relative_to(temp)) for path in temp.iterdir()),
         *(sorted(set(os.listdir(SHARED_MEMORY)) - shared) if looks_in_shared_memory else ()),
         *(str(path) for path in (output / "checkpoints").glob(".*.partial")),
     ]
@@ -163,7 +164,7 @@ def _started(
     with log.open("wb") as console:
         process = subprocess.Popen(
             [*command, *overrides, "--resume", "auto"],
-            env=cli_environment(TMPDIR=str(temp), **{MARK: mark}),
+            env=cli_environment(TMPDIR=str(temp), TORCHINDUCTOR_CACHE_DIR=str(_KERNELS), **{MARK: mark}),
             stdout=console,
             stderr=subprocess.STDOUT,
             start_new_session=True,
