@@ -34,6 +34,17 @@ STEPS = 4
 PRINTED = "printed.txt"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """The runs of this file share one core, so vLLM uses one thread. With one thread the bits of an answer do not
+    depend on the other requests in the batch (test_repeatable.py), and no thread spins while it waits for another."""
+    cores = os.sched_getaffinity(0)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(cores)[worker % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
@@ -57,7 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "batch": {"prompts": 4, "rollouts": 6, "demonstrations": 6, "max_tokens_per_gpu": 512},
         "method": {"mu": {"peak": 0.3}},
-        "rollout": {"kv_cache_bytes": 64 * 2**20, "repeatable": True},
+        "rollout": {"kv_cache_bytes": 64 * 2**20},
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4, "warmup_steps": 2, "weight_decay": 0.1},
         "evaluation": {"problems": 8, "every": 2},
@@ -202,10 +213,13 @@ def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: P
 
 
 def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straight: Path) -> None:
+    """Both servers are repeatable: on one thread that changes no bit of what the other runs' servers compute."""
     output = config.parent / "recovered"
-    with running(config, output) as process:
+    with running(config, output, "rollout.repeatable=true") as process:
         wait_for(lambda: steps_done(output) >= 1, process)
-        os.kill(server_of(process), signal.SIGKILL)
+        server = server_of(process)
+        assert "--max-num-active-seqs 1 " in command_line(server)
+        os.kill(server, signal.SIGKILL)
         assert process.wait(180) == 0, log_of(output)
     assert "rollout server lost, starting a new one" in log_of(output)
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
