@@ -13,7 +13,7 @@ import glob
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -489,10 +489,7 @@ class RolloutConfig:
                 "rollout.tensor": self.tensor,
             }
         )
-        require(
-            self.temperature <= 2,
-            f"rollout.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
-        )
+        _check_sampled("rollout.temperature", self.temperature)
         require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
         not_negative(**{"rollout.restarts": self.restarts})
         require(
@@ -617,6 +614,57 @@ class OptimConfig:
         return steps if self.decay_steps is None else self.decay_steps
 
 
+def _check_sampled(setting: str, temperature: float) -> None:
+    require(
+        temperature <= 2,
+        f"{setting} must be <= 2, got {temperature}: vLLM refuses to sample at a higher one",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSetConfig:
+    """One set of held-out problems with an interval and metrics of its own."""
+
+    name: str
+    """Of its metrics, such as evaluation/NAME/avg@8."""
+    path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
+    """Its problems, as `data.evaluation.path`."""
+    fields: dict[str, str] = field(default_factory=dict[str, str])
+    """Where a row has what is read, as `data.evaluation.fields`."""
+    system_prompt: str | None = None
+    """In place of `data.system_prompt` for this set."""
+    every: int | None = None
+    """Steps between its evaluations. Left out: `evaluation.every`."""
+    problems: int | None = None
+    """Only the first so many problems. Left out: `evaluation.problems`."""
+    temperature: float | None = None
+    """Of sampling. Left out: `evaluation.temperature`."""
+    samples: int | None = None
+    """Answers per problem. Left out: `evaluation.samples`."""
+    metrics: tuple[str, ...] = ()
+    """avg@K: mean score of the first K answers. pass@K: probability that one of K answers is right. Left out:
+    avg@samples."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name) is not None,
+            f"a set's name must consist of letters, digits and . _ + -, got {self.name!r}",
+        )
+        require(bool(self.path), f"{self.name}: a set needs a path")
+        for metric in self.metrics:
+            require(
+                re.fullmatch(r"(avg|pass)@[1-9][0-9]*", metric) is not None,
+                f"metrics of {self.name}: {metric!r} is neither avg@K nor pass@K, such as avg@8",
+            )
+
+    @property
+    def source(self) -> SourceConfig:
+        """Where its problems are read."""
+        return SourceConfig(
+            path=self.path, name=self.name, fields=self.fields, system_prompt=self.system_prompt
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 0
@@ -631,13 +679,57 @@ class EvaluationConfig:
     patience: int | None = None
     """The run ends early after this many evaluations in a row without a new best accuracy. `checkpoint.keep_best` says
     which accuracy is compared. Left out: the run does all of its steps."""
+    sets: tuple[EvaluationSetConfig, ...] | None = field(default=None, metadata={"from_list": True})
+    """Several sets of problems in place of `data.evaluation`, each with its own interval and metrics. A list as
+    `evaluation` is short for this."""
 
     def __post_init__(self) -> None:
         not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
         positive(**{"evaluation.samples": self.samples})
+        _check_sampled("evaluation.temperature", self.temperature)
         if self.patience is not None:
             positive(**{"evaluation.patience": self.patience})
         require(self.problems is None or self.problems > 0, "evaluation.problems must be > 0, or left out")
+        if self.sets is None:
+            return
+        require(bool(self.sets), "evaluation.sets lists no set")
+        names = [item.name for item in self.sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"evaluation.sets has several sets named {', '.join(twice)}")
+        for item in self.resolved():
+            assert item.every is not None
+            assert item.samples is not None
+            assert item.temperature is not None
+            not_negative(**{f"{item.name}: every": item.every, f"{item.name}: temperature": item.temperature})
+            positive(**{f"{item.name}: samples": item.samples})
+            _check_sampled(f"{item.name}: temperature", item.temperature)
+            require(item.problems is None or item.problems > 0, f"{item.name}: problems must be > 0")
+            require(
+                item.temperature > 0 or item.samples == 1,
+                f"{item.name}: {item.samples} samples at temperature 0 would be the same answer {item.samples} times: "
+                "set temperature, or samples to 1",
+            )
+            for metric in item.metrics:
+                require(
+                    int(metric.partition("@")[2]) <= item.samples,
+                    f"{item.name}: {metric} needs more answers than samples, which is {item.samples}",
+                )
+
+    def resolved(self) -> tuple[EvaluationSetConfig, ...]:
+        """The sets with everything that they leave out."""
+
+        def whole(item: EvaluationSetConfig) -> EvaluationSetConfig:
+            samples = self.samples if item.samples is None else item.samples
+            return replace(
+                item,
+                every=self.every if item.every is None else item.every,
+                problems=self.problems if item.problems is None else item.problems,
+                temperature=self.temperature if item.temperature is None else item.temperature,
+                samples=samples,
+                metrics=item.metrics or (f"avg@{samples}",),
+            )
+
+        return tuple(whole(item) for item in self.sets or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -650,8 +742,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     keep_best: str | None = None
     """Also keeps the checkpoint of the best evaluation. `accuracy` compares the accuracy over all held-out problems;
-    the name of a source in `data.evaluation` compares the accuracy on that source. A checkpoint is written after each
-    evaluation that is the best so far."""
+    the name of a source in `data.evaluation` compares the accuracy on that source; `amc.avg@8` compares this metric of
+    the set amc in `evaluation.sets`. A checkpoint is written after each evaluation that is the best so far."""
     export: Literal["last", "best"] = "last"
     """Which weights are exported to `policy/` at the end of the run. best: those of `keep_best`."""
 
@@ -808,7 +900,11 @@ class RunConfig:
             self._check_precision()
         self._check_best()
         require(
-            self.evaluation.every == 0 or self.data.evaluation is not None,
+            self.evaluation.sets is None or self.data.evaluation is None,
+            "data.evaluation and evaluation.sets both list held-out problems; give one of them",
+        )
+        require(
+            self.evaluation.every == 0 or bool(self.held_out()),
             f"evaluation.every {self.evaluation.every}: there is nothing to evaluate; give held-out problems in "
             "data.evaluation, or set evaluation.every to 0",
         )
@@ -821,16 +917,28 @@ class RunConfig:
                 "evaluation.patience needs checkpoint.keep_best, which says by what evaluations are compared",
             )
             return
+        sets = self.evaluation.resolved()
         sources = self.data.evaluation or ()
         require(
-            bool(sources) and self.evaluation.every > 0,
+            bool(sets) or (bool(sources) and self.evaluation.every > 0),
             "checkpoint.keep_best needs data.evaluation and evaluation.every: there is nothing to choose from",
         )
-        known = ["accuracy", *(source.label for source in sources)]
+        intervals = {f"{item.name}.{metric}": item.every for item in sets for metric in item.metrics}
+        known = [*intervals] if sets else ["accuracy", *(source.label for source in sources)]
         require(
             name in known,
             f"checkpoint.keep_best: {name!r} is none of {', '.join(dict.fromkeys(known))}",
         )
+        require(
+            intervals.get(name) != 0,
+            f"checkpoint.keep_best: {name} is never measured during the run; give its set `every`",
+        )
+
+    def held_out(self) -> tuple[SourceConfig, ...]:
+        """The sources of held-out problems: those of `data.evaluation`, or one for each of `evaluation.sets`."""
+        if self.evaluation.sets is not None:
+            return tuple(item.source for item in self.evaluation.sets)
+        return self.data.evaluation or ()
 
     def _check_precision(self) -> None:
         for name, dtype in {"model.dtype": self.model.dtype, "rollout.dtype": self.rollout.dtype}.items():
@@ -870,7 +978,15 @@ def hub_paths(run: RunConfig) -> Iterator[tuple[str, Path]]:
     yield "model.path", run.model.path
     if run.objective.kl is not None and run.objective.kl.reference is not None:
         yield "objective.kl.reference", run.objective.kl.reference
-    for role in ("prompts", "demonstrations", "evaluation"):
-        sources: tuple[SourceConfig, ...] | None = getattr(run.data, role)
-        for source in sources or ():
-            yield from ((f"data.{role}", path) for path in source.path)
+    for setting, sources in sources_by_setting(run).items():
+        for source in sources:
+            yield from ((setting, path) for path in source.path)
+
+
+def sources_by_setting(run: RunConfig) -> dict[str, tuple[SourceConfig, ...]]:
+    """All data sources of a run, by the setting that lists them."""
+    return {
+        "data.prompts": run.data.prompts,
+        "data.demonstrations": run.data.demonstrations or (),
+        "evaluation.sets" if run.evaluation.sets is not None else "data.evaluation": run.held_out(),
+    }

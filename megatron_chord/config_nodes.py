@@ -171,7 +171,9 @@ def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
     key = choice(kind)
     for member in members(kind):
         for field in dataclasses.fields(member):
-            if key is not None and field.metadata.get("from_list"):
+            if field.metadata.get("from_list"):
+                if key is None:
+                    return _mapping([(_key(field.name, node), node)], node)
                 return _chosen(member, key, field.name, node)
     return node
 

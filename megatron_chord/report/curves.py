@@ -286,10 +286,14 @@ def _phases_of(seconds: Mapping[str, float], *, ahead: bool) -> dict[str, float]
 
 def _evaluations(run: RunRecord, totals: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
     at = _where(run, totals)
-    samples = int(setting(run.settings, "evaluation.samples", 1))
+    sets = setting(run.settings, "evaluation.sets", None) or ()
+    first = sets[0] if sets else {}
+    samples = int(first.get("samples") or setting(run.settings, "evaluation.samples", 1))
     found: list[dict[str, Any]] = []
     for row in run.evaluations:
-        step, evaluation = row["step"], row["evaluation"]
+        step = row["step"]
+        # Of several sets the page draws the first one.
+        evaluation = row["evaluation"].get(first["name"], {}) if sets else row["evaluation"]
         if not _is_number(evaluation.get("accuracy")):
             continue
         low, high = interval(evaluation, samples=samples)

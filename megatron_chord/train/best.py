@@ -43,8 +43,27 @@ class Best:
             self.step, self.value, self.since = saved["step"], saved["value"], saved["since"]
 
 
+def value_in(found: Mapping[str, Evaluation], name: str) -> float | None:
+    """What ``checkpoint.keep_best`` compares, in the evaluations of one step by the names of their sets.
+
+    Returns:
+        None where it was not due at this step.
+
+    Raises:
+        ValueError: none of the answers could be graded.
+    """
+    if "" in found:
+        return value_of(found[""], name)
+    of, _, metric = name.rpartition(".")
+    if of not in found:
+        return None
+    if metric not in found[of].metrics:
+        raise ValueError(f"checkpoint.keep_best: no problem of {of} has {metric}: too many gradings failed")
+    return found[of].metrics[metric]
+
+
 def value_of(evaluation: Evaluation, name: str) -> float:
-    """The value that ``checkpoint.keep_best`` compares: the accuracy over all problems, or that of one source.
+    """``accuracy``, or that of one source of ``data.evaluation``.
 
     Raises:
         ValueError: none of the source's answers could be graded.

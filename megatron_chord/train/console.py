@@ -13,6 +13,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     evaluations = [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
     if not evaluations:
         return None
+    if "accuracy" not in evaluations[0][1]:
+        return _summary_of_sets(evaluations)
     table = Table(title="what the run learned")
     for name in ("weights", "held-out accuracy", "tokens per answer", "cut off"):
         table.add_column(name, justify="right")
@@ -22,6 +24,20 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
         table.add_row(when, f"{100 * result['accuracy']:.1f} %", f"{result['response_length']:.1f}", cut_off)
     gained = 100 * (evaluations[-1][1]["accuracy"] - evaluations[0][1]["accuracy"])
     table.caption = f"{gained:+.1f} points"
+    return table
+
+
+def _summary_of_sets(evaluations: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
+    """A line for each set (``evaluation.sets``), with its first and its last evaluation. Every set has both."""
+    table = Table(title="what the run learned")
+    for column in ("set", "metric", "before", "after", "points"):
+        table.add_column(column, justify="left" if column in ("set", "metric") else "right")
+    for name in evaluations[0][1]:
+        of_set = [found[name] for _, found in evaluations if name in found]
+        metrics = [metric for metric in of_set[0] if "@" in metric and metric in of_set[-1]]
+        for metric in metrics:
+            before, after = 100 * of_set[0][metric], 100 * of_set[-1][metric]
+            table.add_row(name, metric, f"{before:.1f} %", f"{after:.1f} %", f"{after - before:+.1f}")
     return table
 
 

@@ -21,7 +21,7 @@ from megatron_chord.sampling.recorded import SamplingRound, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, part_means
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
-from megatron_chord.train.evaluate import Evaluation, evaluate
+from megatron_chord.train.evaluate import Asked, Evaluation, evaluate
 from megatron_chord.train.metrics import RunLog
 from megatron_chord.train.sample_rows import sample_rows
 from megatron_chord.train.setup import RunData
@@ -261,17 +261,28 @@ class Coordinator:
         if self._stop_wanted():
             raise StopWanted
 
-    def evaluate(self, clients: Sequence[RolloutClient], version: int) -> Evaluation:
-        result, graded = evaluate(
-            self._run,
-            self._data.problems,
-            clients,
-            template=self._data.template,
-            graders=self._graders,
-            version=version,
-        )
-        self.log.write_samples(version, sample_rows(graded, self._data.template), kind="evaluation")
-        return result
+    def evaluate(
+        self, clients: Sequence[RolloutClient], version: int, sets: Sequence[Asked]
+    ) -> dict[str, Evaluation]:
+        """Evaluate these sets of problems, by their names. The weights of ``version`` must be on the servers."""
+        results: dict[str, Evaluation] = {}
+        answers: list[GradedRollouts] = []
+        for asked in sets:
+            problems = [
+                problem for problem in self._data.problems if not asked.name or problem.source == asked.name
+            ]
+            results[asked.name], graded = evaluate(
+                self._run,
+                problems,
+                clients,
+                asked=asked,
+                template=self._data.template,
+                graders=self._graders,
+                version=version,
+            )
+            answers += graded
+        self.log.write_samples(version, sample_rows(answers, self._data.template), kind="evaluation")
+        return results
 
 
 def _num_tokens(updates: Sequence[Sequence[TrainSample]]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.evaluation.metrics import bootstrap
+from megatron_chord.evaluation.metrics import Graded, bootstrap, read_metric, value_of
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
@@ -21,6 +22,53 @@ from megatron_chord.sampling.rounds import (
     sample,
     sample_seed,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One set of held-out problems, and how they are asked."""
+
+    name: str
+    """Of the set; empty for the problems of ``data.evaluation``."""
+    every: int
+    """Steps between its evaluations; 0: only before the first step and after the last."""
+    samples: int
+    temperature: float
+    metrics: tuple[str, ...] = ()
+
+
+def asked_sets(run: RunConfig) -> tuple[Asked, ...]:
+    """Everything that a run evaluates, in the order of its settings; empty where that is nothing."""
+    settings = run.evaluation
+    if settings.sets is None:
+        whole = Asked(
+            name="", every=settings.every, samples=settings.samples, temperature=settings.temperature
+        )
+        return (whole,) if run.data.evaluation is not None else ()
+    found: list[Asked] = []
+    for item in settings.resolved():
+        assert item.every is not None
+        assert item.samples is not None
+        assert item.temperature is not None
+        found.append(
+            Asked(
+                name=item.name,
+                every=item.every,
+                samples=item.samples,
+                temperature=item.temperature,
+                metrics=item.metrics,
+            )
+        )
+    return tuple(found)
+
+
+def due_sets(run: RunConfig, step: int) -> tuple[Asked, ...]:
+    """What is evaluated after ``step`` optimizer steps: everything before the first and after the last one."""
+    return tuple(
+        asked
+        for asked in asked_sets(run)
+        if step in (0, run.steps) or (asked.every > 0 and step % asked.every == 0)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +87,13 @@ class Evaluation:
     """Accuracy of each source of ``data.evaluation``; empty if there is only one."""
     reward_terms: Mapping[str, float] = field(default_factory=dict[str, float])
     """Mean of every term of the reward and of its named parts; empty if the reward is a single number."""
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Those that a set names, such as avg@8: each the mean over the problems whose answers were all graded."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its row in metrics.jsonl, with the named metrics beside the others."""
+        row = asdict(self)
+        return row | row.pop("metrics")
 
 
 def evaluate(
@@ -46,19 +101,22 @@ def evaluate(
     problems: Sequence[Prompt],
     clients: Sequence[RolloutClient],
     *,
+    asked: Asked,
     template: ChatTemplate,
     graders: Graders,
     version: int,
 ) -> tuple[Evaluation, list[GradedRollouts]]:
+    """Ask the ``problems`` as ``asked`` says. Raises TooManyGraderErrors if no answer could be graded."""
     sampling = Sampling(
-        num_samples=run.evaluation.samples,
-        temperature=run.evaluation.temperature,
+        num_samples=asked.samples,
+        temperature=asked.temperature,
         max_tokens=run.data.max_response_tokens,
         stop_token_ids=template.stop_token_ids,
     )
     # Every evaluation uses the same seeds, so that two evaluations differ only by the weights.
+    stream = f"evaluation/{asked.name}" if asked.name else "evaluation"
     requests = [
-        RolloutRequest(prompt=problem, seed=sample_seed(run.seed, "evaluation", index))
+        RolloutRequest(prompt=problem, seed=sample_seed(run.seed, stream, index))
         for index, problem in enumerate(problems)
     ]
     sampled = sample(
@@ -86,8 +144,23 @@ def evaluate(
         interval=(bounds.low, bounds.high),
         accuracy_by_source=_by_source(graded),
         reward_terms=part_means(graded).get("reward_terms", {}),
+        metrics=_metrics(graded, asked.metrics),
     )
     return result, graded
+
+
+def _metrics(graded: Sequence[GradedRollouts], names: Sequence[str]) -> dict[str, float]:
+    """Mean of each metric over the problems that have it; left out where none has."""
+    answers = [
+        [Graded(grade.score, None) for grade in item.grades if grade.score is not None] for item in graded
+    ]
+    found: dict[str, float] = {}
+    for name in names:
+        metric = read_metric(name)
+        values = [value for own in answers if (value := value_of(metric, own)) is not None]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def _means(graded: Sequence[GradedRollouts]) -> list[float]:

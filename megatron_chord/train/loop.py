@@ -12,9 +12,8 @@ resumed bit for bit. Requests that a lost server has not finished are sampled ag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from torch.profiler import record_function
@@ -26,10 +25,10 @@ from megatron_chord.runtime.rendezvous import world_size_of_environment
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train import checkpoint
-from megatron_chord.train.best import value_of
+from megatron_chord.train.best import value_in
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.context import RunContext
-from megatron_chord.train.evaluate import Evaluation
+from megatron_chord.train.evaluate import Asked, Evaluation, due_sets
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, POLICY, Resume
 from megatron_chord.train.halt import halting
@@ -147,7 +146,7 @@ def _run_steps(
                 _save(context, step, memory)
             raise _stopped(step, run.steps, first=done) from None
         is_best = False
-        if _is_due(run.evaluation.every, step + 1) or step + 1 == run.steps:
+        if due_sets(run, step + 1):
             try:
                 is_best = _evaluate(context, step + 1)
             except StopWanted:
@@ -248,41 +247,47 @@ def _push_and_start(context: RunContext, now: ScheduleInput, *, through: int) ->
 
 
 def _evaluate(context: RunContext, version: int) -> bool:
-    """Evaluate the weights after ``version`` optimizer steps on the held-out problems, if there are any.
+    """Evaluate the weights after ``version`` optimizer steps on the held-out problems that are due, if there are any.
 
     Returns:
         whether they are the best weights so far; false without ``checkpoint.keep_best``.
     """
     coordinator = context.coordinator
-    if context.run.data.evaluation is None:
+    sets = due_sets(context.run, version)
+    if not sets:
         return False
     _drain(context)
     with context.state.groups.pulse.phase("evaluating"):
-        result = context.engine.attempt(_push_and_measure, context, version)
+        found = context.engine.attempt(_push_and_measure, context, version, sets)
     if coordinator is not None:
-        coordinator.log.write({"step": version, "evaluation": asdict(result)})
-        coordinator.log.say(
-            f"evaluation after {version} steps: accuracy {100 * result.accuracy:.1f} % "
-            f"on {result.num_problems} problems"
-        )
+        rows = {name: result.to_json() for name, result in found.items()}
+        coordinator.log.write({"step": version, "evaluation": rows.get("", rows)})
+        for name, result in found.items():
+            numbers = {"accuracy": result.accuracy, **result.metrics}
+            told = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in numbers.items())
+            coordinator.log.say(
+                f"evaluation after {version} steps{f' on {name}' if name else ''}: {told} on {result.num_problems} "
+                "problems"
+            )
     name = context.run.checkpoint.keep_best
     if name is None or version == 0:
         return False
     try:
-        return context.best.note(version, value_of(result, name))
+        value = value_in(found, name)
+        return value is not None and context.best.note(version, value)
     except ValueError as error:
         context.say(f"this evaluation does not count for the best checkpoint: {error}")
         return False
 
 
-def _push_and_measure(context: RunContext, version: int) -> Evaluation:
+def _push_and_measure(context: RunContext, version: int, sets: Sequence[Asked]) -> dict[str, Evaluation]:
     """Push the weights and evaluate them. If a rollout server is lost, it is called again from the beginning."""
     context.engine.push_weights(context.state, version)
     context.doing("evaluating")
 
-    def measure() -> Evaluation:
+    def measure() -> dict[str, Evaluation]:
         assert context.coordinator is not None
-        return context.coordinator.evaluate(context.engine.clients, version)
+        return context.coordinator.evaluate(context.engine.clients, version, sets)
 
     return context.state.groups.once(measure)
 

@@ -16,6 +16,7 @@ from megatron_chord.config import (
     check_lengths,
     data_parallel_size,
     hub_paths,
+    sources_by_setting,
 )
 from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
@@ -93,11 +94,10 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
             "packed micro-batch must be a multiple of it (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
-    for name in ("prompts", "demonstrations", "evaluation"):
-        sources: tuple[SourceConfig, ...] | None = getattr(run.data, name)
-        for path in (path for source in sources or () for path in source.path):
+    for setting, sources in sources_by_setting(run).items():
+        for path in (path for source in sources for path in source.path):
             if not (path.exists() or glob.glob(str(path))):
-                raise ValueError(f"data.{name}: {path} does not exist")
+                raise ValueError(f"{setting}: {path} does not exist")
     if run.data.chat_template is not None and not run.data.chat_template.exists():
         raise ValueError(f"data.chat_template: {run.data.chat_template} does not exist")
     if run.objective.kl is not None and run.objective.kl.reference is not None:
@@ -107,7 +107,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
 
 def needs_servers(run: RunConfig, method: Method) -> bool:
     """Whether the run samples at any time, for the method or for evaluation."""
-    return method.uses_rollouts(run) or run.data.evaluation is not None
+    return method.uses_rollouts(run) or bool(run.held_out())
 
 
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
@@ -178,7 +178,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         ),
     )
     held_out = load_sources(
-        run.data.evaluation, template, partial(read_prompts, observe=observe.get("evaluation"))
+        run.held_out(), template, partial(read_prompts, observe=observe.get("evaluation"))
     )
     reports = [
         *asked.lines("prompts    "),
@@ -237,7 +237,11 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
             if run.data.demonstrations is not None
             else None,
         ),
-        problems=_first_of_each(held_out.records, run.evaluation.problems),
+        problems=_first_of_each(
+            held_out.records,
+            {item.name: item.problems for item in run.evaluation.resolved()},
+            run.evaluation.problems,
+        ),
         reports=tuple(reports),
         left_out=tuple(left_out),
     )
@@ -393,11 +397,15 @@ def _weights(sources: Sequence[SourceConfig]) -> dict[str, float]:
     return {source.label: source.weight for source in sources}
 
 
-def _first_of_each(problems: Sequence[Prompt], count: int | None) -> tuple[Prompt, ...]:
-    """The first ``count`` problems of each source; all if it is None."""
+def _first_of_each(
+    problems: Sequence[Prompt], counts: Mapping[str, int | None], other: int | None
+) -> tuple[Prompt, ...]:
+    """The first problems of each source: so many as ``counts`` has for it, else ``other``; all if that is None."""
     sources = dict.fromkeys(problem.source for problem in problems)
     return tuple(
         problem
         for source in sources
-        for problem in [problem for problem in problems if problem.source == source][:count]
+        for problem in [problem for problem in problems if problem.source == source][
+            : counts.get(source, other)
+        ]
     )

@@ -1,4 +1,4 @@
-"""A run whose evaluations get worse: it ends early, keeps its best checkpoint and exports it."""
+"""A run on two sets of problems that gets worse: it ends early, keeps its best checkpoint and exports it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ SETTINGS = [
     "optim.lr=1.0",
     "optim.warmup_steps=8",
     "optim.clip_grad=0",
-    "evaluation.every=1",
-    "evaluation.problems=16",
+    "data.evaluation=null",
+    "evaluation.sets=[{name: first, path: PROBLEMS, every: 1, problems: 16}, "
+    "{name: few, path: PROBLEMS, every: 2, problems: 2, samples: 2, temperature: 1.0, metrics: [avg@2, pass@2]}]",
     "evaluation.patience=2",
     "checkpoint.keep=1",
-    "checkpoint.keep_best=accuracy",
+    "checkpoint.keep_best=first.avg@1",
     "checkpoint.export=best",
     "rollout.max_logprob_gap=10",
     "rollout.max_probability_error=11",
@@ -37,11 +38,17 @@ SETTINGS = [
 def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path, server: RolloutServer) -> None:
     output = tmp_path / "out"
     config = ROOT / "examples" / "arithmetic" / "chord_phi.yaml"
+    problems = str(config.parent / "problems_heldout.jsonl")
+    settings = [text.replace("PROBLEMS", problems) for text in SETTINGS]
     done = run_cli(
-        "train", str(config), f"output={output}", f"rollout.servers=[{server.url}]", *SETTINGS, timeout_s=550
+        "train", str(config), f"output={output}", f"rollout.servers=[{server.url}]", *settings, timeout_s=550
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    evaluations = {row["step"]: row["evaluation"] for row in metrics_of(output) if "evaluation" in row}
+    both = {row["step"]: row["evaluation"] for row in metrics_of(output) if "evaluation" in row}
+    assert {step for step, sets in both.items() if "few" in sets} == {step for step in both if step % 2 == 0}
+    for few in (sets["few"] for sets in both.values() if "few" in sets):
+        assert few["avg@2"] == few["accuracy"] <= few["pass@2"]
+    evaluations = {step: sets["first"] for step, sets in both.items()}
     accuracy = {step: found["accuracy"] for step, found in evaluations.items() if step > 0}
     best = max(accuracy, key=lambda step: (accuracy[step], -step))
     assert max(accuracy) == best + 2 < 9, "two evaluations after the best one it has had enough"

@@ -136,7 +136,10 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
     ("override", "hint"),
     [
         ("lr=1e-6", "did you mean optim.lr?"),
-        ("temperature=1", "did you mean evaluation.temperature or rollout.temperature?"),
+        (
+            "temperature=1",
+            "did you mean evaluation.sets.temperature or evaluation.temperature or rollout.temperature?",
+        ),
         ("optimm.lr=1", "did you mean optim?"),
     ],
 )
