@@ -313,10 +313,10 @@ class Learned(Schedule):
     policy at rollout tokens in that step (metric ``entropy``). g is the derivative of the utility by mu (metric
     ``mu_gradient``).
 
-    We know this formula only from a summary of the paper, and none of its constants. Therefore ``rate`` and
-    ``entropy_rate`` are 0 (off) by default. The summary also says that high entropy should raise mu, which contradicts
-    its formula. We follow the formula; a negative ``entropy_rate`` does the opposite. The third version of the paper
-    was withdrawn at the authors' request during an inquiry, so its results prove nothing.
+    The formula is that of the authors' code (TSYJ-He/AMFT), where g has another sign and scale (docs/methods.md, note
+    9). ``rate`` and ``entropy_rate`` are 0 (off) by default. A summary of the paper says that high entropy should raise
+    mu, which contradicts the formula; a negative ``entropy_rate`` does that. The third version of the paper was
+    withdrawn at the authors' request during an inquiry, so its results prove nothing.
     """
 
     schedule: Literal["learned"] = "learned"
