@@ -87,6 +87,20 @@ class ClippedISWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrustRegionWeight:
+    """The weight is p / threshold where p is below threshold, otherwise 1 (TrSFT, arXiv 2512.17636)."""
+
+    kind: Literal["trust_region"] = "trust_region"
+    threshold: float = 0.1
+    """Tokens with at least this p are trained as in plain SFT; tokens below it as with the weight p. In (0, 1]."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.threshold <= 1, f"method.token_weight.threshold must lie in (0, 1], got {self.threshold}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FocalWeight:
     """The weight is (1-p)^exponent."""
 
@@ -147,6 +161,7 @@ TokenWeight = (
     SimpleWeight
     | PowerWeight
     | ClippedISWeight
+    | TrustRegionWeight
     | FocalWeight
     | BernoulliEntropyWeight
     | EntropyTopWeight

@@ -35,6 +35,7 @@ TOKEN_WEIGHTS: dict[str, WeightFunction] = {
     "phi": lambda p, stats, tokens, weight: p * (1 - p),
     "power": lambda p, stats, tokens, weight: weight.scale * p**weight.a * (1 - p) ** weight.b,
     "clipped_is": lambda p, stats, tokens, weight: p * (p <= weight.threshold),
+    "trust_region": lambda p, stats, tokens, weight: (p / weight.threshold).clamp(max=1),
     "focal": lambda p, stats, tokens, weight: (1 - p) ** weight.exponent,
     "bernoulli_entropy": lambda p, stats, tokens, weight: -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p),
     "entropy_top": lambda p, stats, tokens, weight: tokens["entropy_weight"],

@@ -18,6 +18,7 @@ from megatron_chord.config_methods import (
     MarginWeight,
     PowerWeight,
     SimpleWeight,
+    TrustRegionWeight,
 )
 from megatron_chord.records import TrainSample
 from tests.distributed import steps
@@ -121,6 +122,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one": {"token_weight": SimpleWeight(kind="one")},
     "p": {"token_weight": SimpleWeight(kind="p")},
     "power": {"token_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
+    "trust region": {"token_weight": TrustRegionWeight(threshold=0.01)},
     "clipped is": {"token_weight": ClippedISWeight(threshold=0.01)},
     "focal": {"token_weight": FocalWeight()},
     "bernoulli entropy": {"token_weight": BernoulliEntropyWeight()},

@@ -146,6 +146,7 @@ def sft_term(
             "phi": lambda: p * q,
             "power": lambda: weight.scale * p**weight.a * q**weight.b,
             "clipped_is": lambda: p if p <= weight.threshold else 0.0,
+            "trust_region": lambda: p / max(p, weight.threshold),
             "focal": lambda: q**weight.exponent,
             "bernoulli_entropy": lambda: -p * math.log(p) - q * math.log(q),
         }[weight.kind]()

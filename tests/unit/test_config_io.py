@@ -262,8 +262,8 @@ class TestBlocksOfSeveralKinds:
             ("mu: binary", "run.yaml:12: method.mu.switch_step is missing"),
             (
                 "token_weight: {a: 2}",
-                "run.yaml:12: method.token_weight.kind is missing; known: one, p, phi, power, clipped_is, focal, "
-                "bernoulli_entropy, entropy_top, entropy_norm, margin",
+                "run.yaml:12: method.token_weight.kind is missing; known: one, p, phi, power, clipped_is, "
+                "trust_region, focal, bernoulli_entropy, entropy_top, entropy_norm, margin",
             ),
             (
                 "token_weight: {kind: phi, a: 2}",

@@ -19,6 +19,7 @@ from megatron_chord.config_methods import (
     PowerWeight,
     SimpleWeight,
     TokenWeight,
+    TrustRegionWeight,
 )
 from megatron_chord.data.lens import Lens, load_policy, look
 from megatron_chord.data.lens_page import lens_section
@@ -132,6 +133,7 @@ def test_other_weights_and_a_cutoff(model: Any, template: ChatTemplate, rows: li
         (SimpleWeight(kind="p"), {"cutoff": 0.3}, np.where(p > 0.3, 0, p)),
         (PowerWeight(a=2, b=0.5, scale=3), {}, 3 * p**2 * (1 - p) ** 0.5),
         (ClippedISWeight(threshold=0.2), {}, np.where(p <= 0.2, p, 0)),
+        (TrustRegionWeight(threshold=0.2), {}, np.minimum(p / 0.2, 1)),
         (MarginWeight(), {}, 1 - np.abs(p - rest.max(1))),
         (EntropyTopWeight(share=0.25), {}, (entropy >= top).astype(float)),
     ]

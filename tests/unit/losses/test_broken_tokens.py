@@ -126,7 +126,14 @@ def assert_told(term: Term, advantages: Sequence[float] = (1.0, -1.0), *, finite
 def test_demonstration_tokens(weight: TokenWeight, cutoff: float) -> None:
     term = sft_term(weight=weight, cutoff=cutoff)
     # At p = 0 these weights are 0; the others make the loss of an impossible token infinite.
-    zero_at_0 = weight.kind in ("p", "phi", "power", "clipped_is", "bernoulli_entropy")
+    zero_at_0 = weight.kind in (
+        "p",
+        "phi",
+        "power",
+        "clipped_is",
+        "trust_region",
+        "bernoulli_entropy",
+    )
     assert_told(term, (1.0,), finite=("above 1", "-inf") if zero_at_0 else ("above 1",))
     for name in ("above 1", "-inf"):
         assert outcome(term, BROKEN[name], tokens_of(1.0))[1].isfinite().all(), name

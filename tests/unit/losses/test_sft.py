@@ -20,6 +20,7 @@ from megatron_chord.config_methods import (
     PowerWeight,
     SimpleWeight,
     TokenWeight,
+    TrustRegionWeight,
 )
 from megatron_chord.losses.sft import TOKEN_WEIGHTS, sft_loss, sft_term, top_threshold
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats, empty_output
@@ -51,6 +52,7 @@ WEIGHTS = [
     PowerWeight(),
     PowerWeight(a=0.0, b=0.5, scale=2.0),
     ClippedISWeight(),
+    TrustRegionWeight(),
     FocalWeight(),
     FocalWeight(exponent=0.5),
     BernoulliEntropyWeight(),
@@ -90,6 +92,9 @@ def grad_of(leaf: Tensor) -> list[float]:
         (ClippedISWeight(), [0.25, 0.0]),
         (ClippedISWeight(threshold=0.51), [0.25, 0.5]),
         (ClippedISWeight(threshold=1.0), [0.25, 0.5]),
+        (TrustRegionWeight(), [1.0, 1.0]),
+        (TrustRegionWeight(threshold=0.4), [0.625, 1.0]),
+        (TrustRegionWeight(threshold=1.0), [0.25, 0.5]),
         (FocalWeight(), [9 / 16, 1 / 4]),
         (FocalWeight(exponent=0.5), [math.sqrt(0.75), math.sqrt(0.5)]),
         (FocalWeight(exponent=0.0), [1.0, 1.0]),
@@ -132,6 +137,7 @@ def test_two_tokens_by_hand(weight: TokenWeight, expected: list[float]) -> None:
         (PowerWeight(a=0.5, b=0.5), 0.0, 0.0),
         (ClippedISWeight(), 0.0, 0.0),
         (ClippedISWeight(threshold=1.0), 1.0, 0.0),
+        (TrustRegionWeight(), 1.0, 0.0),
         (FocalWeight(), 0.0, 1.0),
         (FocalWeight(exponent=0.5), 0.0, 1.0),
         (BernoulliEntropyWeight(), 0.0, 0.0),
@@ -176,6 +182,7 @@ def of_weight(weight: TokenWeight, p: float) -> Callable[[TokenStats], TermOutpu
         (PHI, lambda p: p * (1 - p) ** 2),
         (PowerWeight(a=0.5, b=3.0, scale=2.0), lambda p: 2 * p**0.5 * (1 - p) ** 4),
         (ClippedISWeight(), lambda p: p * (1 - p) if p <= 0.4 else 0.0),
+        (TrustRegionWeight(), lambda p: p / max(p, 0.1) * (1 - p)),
         (FocalWeight(), lambda p: (1 - p) ** 3),
         (FocalWeight(exponent=0.5), lambda p: (1 - p) ** 1.5),
         (
