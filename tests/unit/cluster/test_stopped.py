@@ -18,8 +18,8 @@ LIMIT_S = 10.0
 PROGRAM = """
 import faulthandler, signal, sys, time
 faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-print("ready", flush=True)
 def main_thread():
+    print("ready", flush=True)
     time.sleep(100)
 main_thread()
 """
