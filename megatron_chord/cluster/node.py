@@ -49,11 +49,14 @@ from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
 CANCELLED_FILE = "cancelled"
+PREEMPTED_FILE = "preempted"
+_CANCEL_S = 0.3
+"""Seconds after SIGTERM in which the batch script may still write the file ``cancelled``."""
 _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
 _RANK_GRACE_S = 12.0
-"""Seconds between SIGTERM and SIGKILL. Slurm itself waits 30 s (KillWait)."""
+"""Seconds between the signal that ends a rank (``Rank.terminate``) and SIGKILL. Slurm itself waits 30 s (KillWait)."""
 _REFUSED = 2
 
 
@@ -84,6 +87,7 @@ class _Node:
         self._stopped: StoppedRank | None = None
         self._servers: NodeServers | None = None
         self._sigterms = 0
+        self._sigterm_at = 0.0
         self._next_look = 0.0
 
     def run(self) -> int:
@@ -150,13 +154,19 @@ class _Node:
         folder = self._job.folder
         if self._sigterms > 1 or (folder / CANCELLED_FILE).exists() or has_failure(folder):
             return True
-        if not (folder / STOP_FILE).exists():
+        is_early = time.monotonic() - self._sigterm_at < _CANCEL_S
+        if not is_early and not (folder / PREEMPTED_FILE).exists():
             self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
+            (folder / PREEMPTED_FILE).touch()
             (folder / STOP_FILE).touch()
         return False
 
     def _watch_ranks(self) -> int | None:
         statuses = [rank.status for rank in self._ranks]
+        if self._sigterms and -signal.SIGTERM in statuses:
+            # The SIGTERM of a preemption came before the rank could ignore it, so before its first step.
+            write_outcome(self._job.folder, stop.EXIT_CODE_IDLE)
+            return 0
         for rank, status in zip(self._ranks, statuses, strict=True):
             if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE):
                 message = f"rank {rank.number} on {self._job.name} {described(status)}"
@@ -200,6 +210,7 @@ class _Node:
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self._sigterms += 1
+        self._sigterm_at = self._sigterm_at or time.monotonic()
 
     def _say(self, text: str) -> None:
         print(f"[{self._job.name}] {text}", flush=True)

@@ -1,7 +1,8 @@
 """Stop requests: a request that a run ends at the next safe point, with a checkpoint, so that it can be continued.
 
 A stop is requested by SIGUSR1, by a first Ctrl-C (``cli``) or by a file (``FILE_VARIABLE``). A file is visible on all
-nodes of a job. SIGTERM is not a stop request: it ends a run at once and without a checkpoint.
+nodes of a job. SIGTERM is not a stop request: it ends a run at once and without a checkpoint. In a Slurm
+job the node's task decides what it means (``cluster.node``).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ finish() {
   # 75: stopped as requested. 76: the same, before a single step was done. Twice in a row: do not requeue, or it never ends.
   if ((code == 75 || code == 76)); then
     local before="${CHORD_JOB%-*}-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
-    if ((code == 76)) && [[ -f "$before" && "$(<"$before")" == 76 ]]; then
+    if ((code == 76)) && [[ ! -f "$CHORD_JOB/preempted" && -f "$before" && "$(<"$before")" == 76 ]]; then
       echo "stopped as requested, twice without a single step: is --time longer than --signal and the start?" >&2
     elif ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
       echo "stopped as requested after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
