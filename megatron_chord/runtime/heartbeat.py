@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -133,6 +134,8 @@ class Watch:
         self._logs = logs
         self._main = threading.main_thread().ident
         self._count = 0
+        self._ends_since = -math.inf
+        """When this thread began to end the process. It then waits for the stacks of other ranks."""
         self._awake_since = time.monotonic()
         others = range(1, world_size) if rank == 0 else (0,)
         self._seen: dict[int, tuple[dict[str, Any] | None, float]] = dict.fromkeys(
@@ -185,7 +188,8 @@ class Watch:
             note = self._pulse.read()
             limit = self._limits.phases.get(note.phase)
             still_s = now - max(note.moved, awake_since)
-            if limit is None or still_s <= limit + self._limits.silence_s:
+            is_ending = now - self._ends_since <= _STACKS_S + self._limits.silence_s
+            if limit is None or still_s <= limit + self._limits.silence_s or is_ending:
                 continue
             line = (
                 f"error: frozen: rank {self._rank} on {_node()} (process {os.getpid()}) has made no progress for "
@@ -194,6 +198,8 @@ class Watch:
             )
             threading.Thread(target=_print_with_stacks, args=(line,), daemon=True).start()
             time.sleep(_PRINT_S)
+            if self._closing.is_set():
+                return
             kill_descendants()
             os._exit(EXIT_CODE)
 
@@ -280,6 +286,7 @@ class Watch:
 
     def _end(self, found: dict[str, Any]) -> None:
         """Report the fault unless another rank has; save the stacks; end this process and all its children."""
+        self._ends_since = time.monotonic()
         if self.folder is not None and found["by"] == self._rank:
             try:
                 with (self.folder / _VERDICT).open("x") as file:
