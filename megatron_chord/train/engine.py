@@ -166,7 +166,9 @@ class RolloutEngine:
             try:
                 self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
             except RolloutError as error:
-                self._give_up(error)
+                # The loop looks for stops itself, and it may be saving a checkpoint now.
+                with contextlib.suppress(StopWanted):
+                    self._give_up(error)
         if self._offload is not None:
             self._groups.together(self._offload.back)
 

@@ -76,7 +76,10 @@ def train(
     how = Start(resume=resume, overwrite=overwrite, allow_changed=allow_changed, stop_wanted=stop_wanted)
     with halting(), ExitStack() as stack:
         stack.callback(runtime.stop)
-        started = start_run(run, shape, method, groups, how, stack)
+        try:
+            started = start_run(run, shape, method, groups, how, stack)
+        except StopWanted:
+            raise Stopped("stopped as requested before the first step", exit_code=EXIT_CODE_IDLE) from None
         context, done = started.context, started.step
         if done == 0:
             _evaluate_first(context)
