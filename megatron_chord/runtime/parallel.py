@@ -99,10 +99,11 @@ class ParallelGroups:
             the sends and the broadcast of ``_scatter``.
         """
         outcome: Any = None
-        per_rank: Sequence[Any] | None = None
+        messages: list[torch.Tensor] = []
         if self.is_coordinator:
             try:
                 common, per_rank = compute()
+                messages = [message(value) for value in per_rank or ()]
                 outcome = (None, common, per_rank is not None)
             except Exception as error:
                 if self.world_size == 1:
@@ -111,7 +112,7 @@ class ParallelGroups:
         error, common, has_parts = self._broadcast(outcome)
         if error is not None:
             raise error
-        return common, self._scatter(per_rank) if has_parts else None
+        return common, self._scatter(messages) if has_parts else None
 
     def once(self, compute: Callable[[], T]) -> T:
         """Run ``compute`` on the coordinator only. Every rank returns its result or raises its exception."""
@@ -141,16 +142,14 @@ class ParallelGroups:
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
-    def _scatter(self, values: Sequence[Any] | None) -> Any:
-        """This data-parallel rank's entry of the coordinator's ``values``.
+    def _scatter(self, messages: Sequence[torch.Tensor]) -> Any:
+        """This data-parallel rank's entry of what the coordinator has, which is in its ``messages``.
 
         The coordinator sends each entry once, to the first rank of its model replica, which broadcasts it within the
         replica. One broadcast on ``objects``, one send for each replica, one broadcast on ``replica``.
         """
         if self.world_size == 1:
-            assert values is not None
-            return values[0]
-        messages = [message(value) for value in values] if values is not None else []
+            return pickle.loads(messages[0].numpy().data)
         sizes = torch.tensor([len(text) for text in messages] or [0] * self.data.size)
         dist.broadcast(sizes, src=0, group=self.objects)
         first = self.first_of_replica[self.data.rank]
