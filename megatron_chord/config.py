@@ -650,6 +650,10 @@ class EvaluationSetConfig:
             re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name) is not None,
             f"a set's name must consist of letters, digits and . _ + -, got {self.name!r}",
         )
+        require(
+            self.name not in ("accuracy", "truncated"),
+            f"a set must not be named {self.name}, which is the name of a metric; choose another",
+        )
         require(bool(self.path), f"{self.name}: a set needs a path")
         for metric in self.metrics:
             require(
@@ -906,7 +910,7 @@ class RunConfig:
         require(
             self.evaluation.every == 0 or bool(self.held_out()),
             f"evaluation.every {self.evaluation.every}: there is nothing to evaluate; give held-out problems in "
-            "data.evaluation, or set evaluation.every to 0",
+            "data.evaluation or evaluation.sets, or set evaluation.every to 0",
         )
 
     def _check_best(self) -> None:
@@ -921,7 +925,8 @@ class RunConfig:
         sources = self.data.evaluation or ()
         require(
             bool(sets) or (bool(sources) and self.evaluation.every > 0),
-            "checkpoint.keep_best needs data.evaluation and evaluation.every: there is nothing to choose from",
+            "checkpoint.keep_best needs evaluations during the run, data.evaluation with evaluation.every or "
+            "evaluation.sets: there is nothing to choose from",
         )
         intervals = {f"{item.name}.{metric}": item.every for item in sets for metric in item.metrics}
         known = [*intervals] if sets else ["accuracy", *(source.label for source in sources)]

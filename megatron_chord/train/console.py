@@ -13,7 +13,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     evaluations = [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
     if not evaluations:
         return None
-    if "accuracy" not in evaluations[0][1]:
+    # A resumed run may have changed from data.evaluation to evaluation.sets: the rows as of the last one count.
+    is_plain = [isinstance(found.get("accuracy"), float) for _, found in evaluations]
+    evaluations = [item for item, plain in zip(evaluations, is_plain, strict=True) if plain == is_plain[-1]]
+    if not is_plain[-1]:
         return _summary_of_sets(evaluations)
     table = Table(title="what the run learned")
     for name in ("weights", "held-out accuracy", "tokens per answer", "cut off"):
@@ -28,12 +31,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def _summary_of_sets(evaluations: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
-    """A line for each set (``evaluation.sets``), with its first and its last evaluation. Every set has both."""
+    """The first and the last evaluation of each set (``evaluation.sets``) that was evaluated at least twice."""
     table = Table(title="what the run learned")
     for column in ("set", "metric", "before", "after", "points"):
         table.add_column(column, justify="left" if column in ("set", "metric") else "right")
-    for name in evaluations[0][1]:
+    for name in dict.fromkeys(name for _, found in evaluations for name in found):
         of_set = [found[name] for _, found in evaluations if name in found]
+        if len(of_set) < 2:
+            continue
         metrics = [metric for metric in of_set[0] if "@" in metric and metric in of_set[-1]]
         for metric in metrics:
             before, after = 100 * of_set[0][metric], 100 * of_set[-1][metric]

@@ -272,7 +272,9 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     rollout, timeouts = run.rollout, run.timeouts
     rollouts = run.batch.prompts * run.batch.rollouts
     grading = max(reward.timeout_s * rollouts / reward.workers for reward in terms_of(run.reward).values())
-    sampling = method.max_sampling_rounds(run) * (timeouts.sampling_s + grading)
+    # An evaluation asks its sets one after the other.
+    rounds = max(method.max_sampling_rounds(run), len(run.held_out()))
+    sampling = rounds * (timeouts.sampling_s + grading)
     once = timeouts.server_start_s + sampling * max(1, rollout.max_off_policy_steps) + timeouts.weight_push_s
     return max(run.timeouts.collective_s, once * (1 + rollout.restarts))
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -220,7 +221,9 @@ class _MLflow:
 
     def log(self, step: int, values: Values) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(name, float(value), now, step) for name, value in values.items()]
+        # MLflow refuses the @ of avg@8.
+        names = {name: re.sub(r"[^/\w.\- ]", "_", name) for name in values}
+        metrics = [self._metric(names[name], float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def log_answers(self, step: int, table: AnswerTable) -> None:

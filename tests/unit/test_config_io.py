@@ -186,8 +186,8 @@ def test_a_horizon_of_its_own(tmp_path: Path) -> None:
 
 def test_an_evaluation_interval_needs_problems(tmp_path: Path) -> None:
     finding = (
-        "run.yaml:11: evaluation.every 5: there is nothing to evaluate; give held-out problems in data.evaluation, "
-        "or set evaluation.every to 0"
+        "run.yaml:11: evaluation.every 5: there is nothing to evaluate; give held-out problems in data.evaluation "
+        "or evaluation.sets, or set evaluation.every to 0"
     )
     assert only_finding(tmp_path, "evaluation: {every: 5}\n") == finding
     assert load(tmp_path, "evaluation: {every: 5}\n", "data.evaluation=x.jsonl").evaluation.every == 5

@@ -97,7 +97,7 @@ def test_what_is_compared_among_sets() -> None:
         (["checkpoint.keep_best=amc"], "checkpoint.keep_best: 'amc' is none of accuracy, problems_heldout"),
         (
             ["checkpoint.keep_best=accuracy", "evaluation.every=0"],
-            "needs data.evaluation and evaluation.every",
+            "keep_best needs evaluations during the run",
         ),
         ([*SETS, "checkpoint.keep_best=amc"], "'amc' is none of amc.avg@8, amc.pass@4, heldout.avg@1"),
         ([*SETS, "checkpoint.keep_best=accuracy"], "'accuracy' is none of amc.avg@8"),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.config import ParallelConfig, PartialConfig
+from megatron_chord.config import EvaluationConfig, EvaluationSetConfig, ParallelConfig, PartialConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
-from megatron_chord.train.setup import packing_layout, plan_lines
+from megatron_chord.train.setup import coordinator_timeout_s, packing_layout, plan_lines
 from tests.support.tiny import tiny_run
 from tests.unit.plan.models import shape_of
 
@@ -101,3 +101,14 @@ def test_the_plan_says_what_becomes_of_unfinished_prompts(
     said: list[str] = []
     plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 1, said.append)
     assert [line for line in said if line.startswith("early stop")] == [expected]
+
+
+def test_ranks_wait_long_enough_for_an_evaluation_of_several_sets(tmp_path: Path) -> None:
+    """The coordinator asks one set after the other, and each may take as long as the sampling of a step."""
+    run = tiny_run(tmp_path)
+    names = [f"set{index}" for index in range(9)]
+    sets = tuple(EvaluationSetConfig(name=name, path=(Path(f"{name}.jsonl"),), every=1) for name in names)
+    several = replace(run, evaluation=EvaluationConfig(sets=sets), data=replace(run.data, evaluation=None))
+    longer = coordinator_timeout_s(several, method_of(several)) - coordinator_timeout_s(run, method_of(run))
+    rounds = len(sets) - method_of(run).max_sampling_rounds(run)
+    assert longer >= rounds * run.timeouts.sampling_s
