@@ -1,4 +1,4 @@
-"""One rank: the logits of random models by Megatron-Core, beside Transformers' own.
+"""A program of one rank: it compares Megatron-Core's logits of random models with those of Transformers.
 
 python -m tests.distributed.random_logits --first 1000 --count 250    # a table, and exit code 1 for a difference
 """
@@ -26,17 +26,17 @@ class Outcome:
     seed: int
     family: str
     refused: str | None = None
-    """Why, by us."""
+    """Why this project refuses the model."""
     failed: str | None = None
     """Why Transformers does not take the configuration."""
     difference: float | None = None
-    """The largest of any logit; None where nothing was computed."""
+    """The largest difference of a logit. It is None where no logits were computed."""
     largest: float | None = None
-    """Of Transformers' logits."""
+    """The largest absolute value of Transformers' logits."""
 
 
 def compare(seeds: Sequence[int], folder: Path) -> list[Outcome]:
-    """For each seed the largest difference of a logit, or the reason why the model is refused."""
+    """Return, for each seed, the largest difference of a logit, or the reason why the model is refused."""
     groups = steps.start_groups(ParallelConfig())
     return [_compared(seed, folder / str(seed), groups) for seed in seeds]
 

@@ -1,4 +1,5 @@
-"""One update is the same update however it is split: compared with the float64 oracle, values and gradients."""
+"""Compare an update that is split over ranks and micro-batches with the float64 oracle: its metrics and its
+gradients."""
 
 from __future__ import annotations
 
@@ -39,13 +40,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp4": {},
     },
 }
-"""By number of ranks."""
+"""The layouts by number of ranks, then by name."""
 
 
 def case(
     run: RunConfig, samples: Sequence[TrainSample], weights: Mapping[str, float], **extra: Any
 ) -> dict[str, Any]:
-    """What ``steps.updates`` computes; ``extra`` may hold the folders reference and old."""
+    """One case for ``steps.updates``. ``extra`` may hold the folders ``reference`` and ``old``."""
     return {"run": run, "samples": list(samples), "weights": dict(weights), **extra}
 
 
@@ -56,7 +57,7 @@ def with_layout(run: RunConfig, parallel: Mapping[str, Any], max_tokens: int) ->
 
 
 def assert_same_update(result: Any, expected: Any, what: str, *, relative: float = RELATIVE) -> None:
-    """Every metric that the oracle names, and every gradient."""
+    """Assert that every metric of the oracle and every gradient agrees."""
     (metrics, grads), (wanted, wanted_grads) = result, expected
     for name, value in wanted.items():
         assert metrics[name] == pytest.approx(value, rel=relative, abs=1e-7), f"{what}: {name}"
@@ -80,12 +81,12 @@ def assert_split_invariant(
     old: Path | None = None,
     relative: float = RELATIVE,
 ) -> None:
-    """Every objective in every layout, in one micro-batch a rank and in many, against the oracle.
+    """Compare every objective in every layout with the oracle, once in one micro-batch a rank and once in many.
 
     Args:
-        objectives: by name: the run, one update's samples, the terms' weights, and the oracle's terms.
-        layouts: parallel settings by number of ranks and name; each number is one start of processes.
-        old: the policy before the step's first update; this is a later one.
+        objectives: by name: the run, the samples of one update, the weights of the terms, and the oracle's terms.
+        layouts: parallel settings by number of ranks and by name. Processes start once for each number of ranks.
+        old: the folder of the policy before the step's first update. With it, the tested update is a later one.
     """
     expected = {
         name: oracle_update(
@@ -108,5 +109,5 @@ def assert_split_invariant(
 
 
 def total(grads: Mapping[str, torch.Tensor]) -> float:
-    """Largest gradient entry: to see that a test is not comparing zeros."""
+    """Return the largest gradient entry. A test uses it to see that it does not compare zeros."""
     return max(grad.abs().max().item() for grad in grads.values())

@@ -1,4 +1,4 @@
-"""What the tests of this folder run in each rank."""
+"""Functions that the tests of this folder run in each rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_chord.weights.reader import HFReader
 
 
 def start_groups(parallel: ParallelConfig) -> runtime.ParallelGroups:
-    """Groups for this layout; a second call in the same processes replaces the first's."""
+    """Build the groups of this layout. A second call in the same process replaces the groups of the first."""
     if torch.distributed.is_initialized():
         device = (
             torch.device("cuda", torch.cuda.current_device())
@@ -44,7 +44,7 @@ def build(
     groups: runtime.ParallelGroups | None = None,
     recompute: Literal["none", "mlp", "full"] = "none",
 ) -> TrainState:
-    """``groups`` of an earlier call, where the layout is the same."""
+    """Build a training state in FP32. ``groups`` may come from an earlier call with the same layout."""
     return build_state(
         read_shape(folder),
         ModelConfig(path=folder, dtype="fp32", recompute=recompute),
@@ -57,7 +57,7 @@ def build(
 
 
 def fill(state: TrainState, folder: Path) -> None:
-    """Give the state another folder's weights."""
+    """Replace the state's weights by those of another folder."""
     load(
         state.weights(),
         state.shape.weights,
@@ -69,7 +69,8 @@ def fill(state: TrainState, folder: Path) -> None:
 
 
 def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors laid out like the parameters (weights or gradients), whole and by Hugging Face name, on every rank."""
+    """Return whole tensors by Hugging Face name, on every rank. ``tensors`` are laid out like the parameters: weights
+    or gradients."""
     mine = dict(state.hf_tensors(tensors))
     merged: dict[str, torch.Tensor] = {}
     for part in state.groups.gather(mine):
@@ -78,10 +79,10 @@ def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
-    """For each case: metrics and whole gradients of one update by the case's ``run``.
+    """Return, for each case, the metrics and the whole gradients of one update of the case's ``run``.
 
-    With ``old`` in the case, what is computed beforehand is computed with that folder's weights, as it is for the
-    later updates of a step.
+    A case with ``old`` stands for a later update of a step: what the trainer computes before the update is then
+    computed with the weights of that folder.
     """
     results = []
     built: tuple[Any, TrainState] | None = None
@@ -91,7 +92,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         terms = build_method(run.method).terms(run)
         made_of = (parallel, case.get("reference"), run.model.recompute)
         if built is None or built[0] != made_of:
-            # Groups are dear: gloo keeps the threads of every group that it has made.
+            # The state is reused between cases: gloo keeps the threads of every group that was ever built.
             state = build(folder, parallel, reference=case.get("reference"), recompute=run.model.recompute)
             built = (made_of, state)
         state = built[1]
@@ -115,7 +116,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
 
 
 def packed_logits(folder: Path, cases: list[dict[str, Any]], sequences: list[list[int]]) -> list[list[Any]]:
-    """For each layout: full-vocabulary logits [S, V] of every sequence from one packed forward pass."""
+    """Return, for each layout, the full-vocabulary logits [S, V] of every sequence, from one packed forward pass."""
     return [
         logits_of(build(folder, ParallelConfig(distributed_optimizer=False, **case)), sequences)
         for case in cases
@@ -125,7 +126,8 @@ def packed_logits(folder: Path, cases: list[dict[str, Any]], sequences: list[lis
 def logits_and_exports(
     layouts: dict[str, dict[str, Any]], folders: list[Path], target: Path, sequences: list[list[int]]
 ) -> dict[str, list[Any]]:
-    """By layout: packed logits of every model. Each is exported to ``target/<layout>/<the folder's name>``."""
+    """Return, for each layout, the packed logits of every model. Also export each model to ``target/<layout>/<folder
+    name>``."""
     results: dict[str, list[Any]] = {}
     for name, layout in layouts.items():
         parallel = ParallelConfig(distributed_optimizer=False, **layout)
@@ -139,7 +141,8 @@ def logits_and_exports(
 
 
 def logits_of(state: TrainState, sequences: list[list[int]]) -> Any:
-    """Logits of each sequence from one packed forward pass; None but on the last pipeline stage."""
+    """Return the logits of each sequence from one packed forward pass. Only the last pipeline stage has them; others
+    get None."""
     import numpy as np
 
     from megatron_chord.data.packing import pack
@@ -187,7 +190,7 @@ def _logits_of(state: TrainState, batch: Any, lengths: list[int], to_device: Any
 
         return output, keep
 
-    count = groups.pipeline.size if len(state.chunks) > 1 else 1  # the interleaved schedule's least
+    count = groups.pipeline.size if len(state.chunks) > 1 else 1  # minimum of the interleaved schedule
     iterators = [iter([to_device(batch, groups)] * count) for _ in state.chunks]
     with torch.no_grad():
         get_forward_backward_func()(

@@ -1,4 +1,5 @@
-"""What ``test_te_specs`` runs in a process of its own: models of both layer specs, made but not computed with."""
+"""What ``test_te_specs`` runs in a process of its own: models of both layer specs, which are built but not computed
+with."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tests.support import te_without_kernels
 
 
 def models(folders: dict[str, Path], parallel: dict[str, Any], precision: Precision | None) -> dict[str, Any]:
-    """Of each family and spec, "te" and "local": what a checkpoint would hold, and where a push reads it."""
+    """Describe each family's model with the specs "te" and "local": what a checkpoint holds and where a push reads
+    it."""
     fp8.set_environment(precision)
     te_without_kernels.load()
     axes = ParallelConfig(**parallel)
@@ -34,7 +36,7 @@ def models(folders: dict[str, Path], parallel: dict[str, Any], precision: Precis
 
 @dataclass
 class Canary:
-    """What creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     path: Path
 
@@ -43,9 +45,10 @@ class Canary:
 
 
 def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int, bool, bool]]:
-    """Load models whose extra states are pickles that create the file ``canary``, one for each module (and expert).
+    """Load models whose extra states are pickles. Each pickle creates the file ``canary``. Each module (and expert) has
+    one.
 
-    Returns, by family: the number of extra states, whether the file exists after the load as the trainer does it, and
+    Returns, for each family: the number of extra states, whether the file exists after the trainer's own load, and
     whether it exists after the same load without ``without_extra_state``.
     """
     fp8.set_environment("fp8_e2e")
@@ -58,7 +61,7 @@ def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int
         evil = torch.frombuffer(bytearray(pickle.dumps(Canary(canary))), dtype=torch.uint8)
         extra = {name: evil for name in chunk.state_dict() if name.endswith("_extra_state")}
         for path, module in chunk.named_modules():
-            # A checkpoint has one for each expert of a grouped layer.
+            # A checkpoint has one extra state for each expert of a grouped layer.
             if f"{path}._extra_state" in extra:
                 for index in range(1, getattr(module, "num_gemms", 1)):
                     extra[f"{path}._extra_state{index}"] = evil
@@ -75,7 +78,7 @@ def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int
 def _built(
     folder: Path, parallel: ParallelConfig, training: Fp8Training | None, *, is_engine: bool
 ) -> tuple[Any, Any, ModelShape]:
-    """The only chunk of a model with one of the two specs, Megatron's configuration, and the shape."""
+    """Return the model's only chunk with one of the two specs, Megatron's configuration, and the shape."""
     shape = read_shape(folder)
     original = specs.has_transformer_engine
     for module in (build, specs):
@@ -112,7 +115,7 @@ def _described(
 
 
 def _recipe(config: Any) -> tuple[str, str, bool] | None:
-    """Class, format and whether scales are rounded to powers of 2."""
+    """Return the recipe's class, its format, and whether it rounds scales to powers of 2."""
     if config.fp8 is None:
         return None
     from megatron.core.fp8_utils import get_fp8_recipe

@@ -1,6 +1,7 @@
-"""Trainer against an engine of real weights: right ones pass, in bf16 too; one wrong tensor is noticed at once.
+"""The agreement check accepts an engine with the right weights, in BF16 too, and rejects one with a wrong tensor within
+one step.
 
-The engine is Transformers, which samples token by token with weights of its own.
+The engine is Transformers with weights of its own. It samples token by token.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WRONG = "model.layers.2.mlp.down_proj.weight"
 
 @dataclass
 class Pair:
-    """A trainer and its engine."""
+    """A trainer and the engine that samples for it."""
 
     run: RunConfig
     state: TrainState
@@ -54,7 +55,7 @@ class Pair:
         self.engine.load_state_dict(change(weights))
 
     def sample(self) -> list[TrainSample]:
-        """Rollouts without an advantage, and demonstrations."""
+        """Sample rollouts of zero advantage and draw random demonstrations."""
         ids = torch.randint(3, VOCAB, (ROLLOUTS, PROMPT), generator=self.generator)
         logprobs = []
         with torch.no_grad():
@@ -116,7 +117,7 @@ def make_pair(folder: Path, dtype: Any, axes: dict[str, Any], lr: float = 3e-4) 
 
 
 def thirty_steps(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
-    """By model, in bf16: what each step measured. The demonstrations move the weights."""
+    """Return, for each model in BF16, what each step measured. The demonstrations move the weights."""
     found = {}
     for name, folder in folders.items():
         pair, found[name] = make_pair(folder, "bf16", {}), []
@@ -128,7 +129,7 @@ def thirty_steps(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
 
 
 def wrong_tensors(folders: dict[str, Path], axes: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """By model and dtype: what the steps say whose engine has one tensor wrong, and one that has all of them right."""
+    """Return, for each model and dtype, what the steps say: of an engine with one wrong tensor, and of a right one."""
     said = {}
     for name, folder in folders.items():
         for dtype in ("bf16", "fp32"):
@@ -160,7 +161,8 @@ def wrong_tensor(pair: Pair) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Their sampled tokens' logits are around 2, or mostly between 16 and 32, where bf16 has multiples of 0.125."""
+    """Two models: in one the sampled tokens' logits are around 2, in the other mostly between 16 and 32. BF16 numbers
+    there are multiples of 0.125."""
     from safetensors.torch import load_file, save_file
 
     folders = {}
@@ -179,7 +181,7 @@ def test_equal_rewards_in_bf16_for_thirty_steps(models: dict[str, Path]) -> None
         for row in rows:
             assert MIN_COMPARED_TOKENS <= row["tokens"] < MIN_COMPARED_TOKENS + ANSWER
             assert 16 < row["logit"] / row["tokens"] < 32 or name == "small logits"
-    # A limit of 0.05 whatever the logits would have stopped it.
+    # A fixed limit of 0.05, which ignores the size of the logits, would have stopped this run.
     assert min(row["logprob_gap"] for row in found["large logits"]) > 0.05
 
 

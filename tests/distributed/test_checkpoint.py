@@ -1,6 +1,6 @@
-"""A resumed run is the uninterrupted one, in its own layout and in another; a damaged checkpoint is never loaded.
+"""A resumed run equals the uninterrupted one, in its own layout and in another. A damaged checkpoint is never loaded.
 
-And the optimizer step itself: clipping, AdamW, schedule and the parameters without weight decay, against torch's.
+The optimizer step is compared with torch: clipping, AdamW, the schedule, and the parameters without weight decay.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ OPTIM = OptimConfig(
     eps=1e-3,  # with 1e-8, Adam would enlarge the rounding of tiny gradients to whole steps
 )
 RATES = [1e-2, 1e-3 + 9e-3 * (2 + 2**0.5) / 4, 1e-3 + 9e-3 / 2, 1e-3 + 9e-3 * (2 - 2**0.5) / 4]
-"""OPTIM's over 4 steps: up to 1e-2 in one step, then (1 + cos) / 2 at 1/4, 2/4 and 3/4 of the way down to 1e-3."""
+"""The rates of OPTIM over 4 steps: one step up to 1e-2, then down to 1e-3 with (1 + cos) / 2 at 1/4, 2/4 and 3/4 of the
+way."""
 
 SAME_LAYOUT: dict[str, dict[str, Any]] = {
     "one": {"world": 1},
@@ -76,7 +77,7 @@ def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM
 
 
 def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:
-    """Of the samples that belong to this step. Its metrics."""
+    """Compute the gradients of this step's samples. Return the metrics."""
     terms = Chord().terms(tiny_run(Path("model"), entropy_bonus=0.01))
     samples = with_scales(make_samples(seed=step), terms)
     plan = plan_step(samples, max_tokens=60, layout=layout, pad_id=0)
@@ -102,7 +103,8 @@ def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
 def interrupted_and_not(
     folder: Path, layouts: dict[str, dict[str, Any]], out: Path
 ) -> dict[str, tuple[Outcome, Outcome]]:
-    """For each layout: 4 steps saving after 2, and the last 2 again from that checkpoint in a fresh state."""
+    """For each layout: train 4 steps and save after 2, then train the last 2 again from that checkpoint in a fresh
+    state."""
     results = {}
     for name, settings in layouts.items():
         state, layout = fresh_state(folder, settings)
@@ -114,7 +116,7 @@ def interrupted_and_not(
         checkpoint.save(state, {"step": STEPS}, out / name, keep=2)
 
         state, layout = fresh_state(folder, settings)
-        # RNG state is taken up as well; nothing here draws from it, so it is asked for a number.
+        # Loading also restores the RNG state. Training draws nothing from it, so the test draws one number.
         torch.manual_seed(7)
         loaded = checkpoint.load(state, saved)
         drawn = torch.rand(1).item()
@@ -125,7 +127,7 @@ def interrupted_and_not(
 
 
 def resume(folder: Path, cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Outcome]:
-    """The last 2 steps of each (checkpoint, layout)."""
+    """Train the last 2 steps from each pair of checkpoint and layout."""
     results = {}
     for name, (saved, settings) in cases.items():
         state, layout = fresh_state(folder, settings)
@@ -147,7 +149,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(model: Path, checkpoints: Path) -> dict[str, list[tuple[Outcome, Outcome]]]:
-    """Of every layout, what each rank has of the uninterrupted and of the resumed run."""
+    """For each layout: what each rank has of the uninterrupted run and of the resumed run."""
     results: dict[str, list[tuple[Outcome, Outcome]]] = {}
     for world_size in (1, 2):
         layouts = {name: kind for name, kind in SAME_LAYOUT.items() if kind["world"] == world_size}
@@ -164,12 +166,12 @@ def test_resuming_on_the_same_layout_is_bit_for_bit(runs: Any, layout: str) -> N
         assert through["weights"].keys() == resumed["weights"].keys() != set()
         for name, weight in through["weights"].items():
             assert torch.equal(resumed["weights"][name], weight), name
-        torch.manual_seed(0)  # what the run was started with
+        torch.manual_seed(0)  # the seed that the run was started with
         assert resumed["drawn"] == torch.rand(1).item()
 
 
 def test_every_layout_trains_the_same_model(runs: Any) -> None:
-    """Four steps of Adam with clipping agree over all layouts: gradient norms, rates and weights."""
+    """Four steps of Adam with clipping agree over all layouts in gradient norms, rates and weights."""
     through, _ = runs["one"][0]
     for layout in ("tp2", "dp2", "pp2_vpp2", "dp2_replicated_optimizer"):
         assert_same_run(runs[layout][0][0], through, layout)
@@ -198,7 +200,7 @@ def test_resuming_on_another_layout(model: Path, checkpoints: Path, runs: Any) -
 
 
 def assert_same_run(ours: Outcome, theirs: Outcome, what: str) -> None:
-    """To fp32 rounding."""
+    """Assert that two runs agree up to FP32 rounding."""
     for step, (row, expected) in enumerate(zip(ours["metrics"], theirs["metrics"], strict=True)):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-7), f"{what}, step {step}"
     assert ours["weights"].keys() == theirs["weights"].keys()
@@ -208,7 +210,7 @@ def assert_same_run(ours: Outcome, theirs: Outcome, what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Damage
+# Damaged checkpoints
 
 
 @pytest.fixture
@@ -310,7 +312,8 @@ def test_what_a_crash_leaves_behind_is_ignored(folder: Path) -> None:
 
 
 def save_again(folder: Path, out: Path) -> list[list[str]]:
-    """The checkpoints there after each of several saves; a partial folder of an earlier crash is in the way."""
+    """List the checkpoints after each of several saves. The partial folder of an earlier crash is there at the
+    start."""
     state, layout = fresh_state(folder, {})
     train(state, layout, range(1))
     there = []
@@ -321,7 +324,7 @@ def save_again(folder: Path, out: Path) -> list[list[str]]:
         there.append(sorted(path.name for path in out.iterdir()))
         assert checkpoint.find(out, print, state.groups) is not None
         assert not (saved / "half.distcp").exists()
-    # Fewer than before, while a newer one (say, a damaged one that was passed over) is there.
+    # Now fewer are kept than before, while a newer checkpoint is there. It may be a damaged one that was skipped.
     checkpoint.save(state, {"step": 6}, out, keep=1)
     there.append(sorted(path.name for path in out.iterdir()))
     return there
@@ -342,11 +345,11 @@ def test_the_newest_are_kept_and_never_is_the_one_just_written_dropped(model: Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Hostile and failing disks
+# Hostile contents and failing disks
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -366,7 +369,10 @@ def saved(canary: Canary) -> bytes:
 
 
 def plant(checkpoint_folder: Path, canary: Canary) -> dict[str, Path]:
-    """Copies of a checkpoint with the canary in one place each, and a manifest that agrees; by the file's name."""
+    """Copy a checkpoint once for each place that can hold the canary. The manifest of each copy agrees with its files.
+
+    Returns the changed file of each copy, by the name of the place.
+    """
     copies = {}
     description = read_metadata(checkpoint_folder)
     objects = {"rng": None, "tensor": None}
@@ -410,7 +416,11 @@ def plant(checkpoint_folder: Path, canary: Canary) -> dict[str, Path]:
 
 
 def refusals(folder: Path, out: Path) -> tuple[dict[str, tuple[str, str]], bool]:
-    """What loading says of each planted copy, and the file it should name; and whether anything was executed."""
+    """Load each planted copy. Return the messages with the files that they should name, and whether no canary was
+    unpickled.
+
+    The second value is also False if the canary does not work at all.
+    """
     canary = Canary(out.parent / "canary")
     state, layout = fresh_state(folder, {})
     train(state, layout, range(1))
@@ -421,7 +431,7 @@ def refusals(folder: Path, out: Path) -> tuple[dict[str, tuple[str, str]], bool]
             checkpoint.load(state, file.parent)
         said[name] = (str(refusal.value), str(file))
     harmless = not canary.path.exists()
-    with contextlib.suppress(Exception):  # that it would have run
+    with contextlib.suppress(Exception):  # the canary's effect is what is looked at
         pickle.loads(pickled(canary))
     return said, harmless and canary.path.exists()
 
@@ -437,7 +447,7 @@ def test_nothing_in_a_checkpoint_executes(model: Path, tmp_path: Path) -> None:
 
 
 def failing_saves(folder: Path, out: Path) -> dict[str, Any]:
-    """Saves where one rank's files may have only 20 kB, then one that may have all it wants."""
+    """Save while the files of one rank are limited to 20 kB, for each rank in turn. Then save without a limit."""
     state, layout = fresh_state(folder, {})
     train(state, layout, range(1))
     rank = state.groups.rank
@@ -495,7 +505,8 @@ def test_partial_checkpoints_are_cleared_and_whole_ones_stay(folder: Path) -> No
 
 
 def shared_finds(out: Path) -> dict[str, Any]:
-    """Files that this rank has read while all looked for a checkpoint, of two the newer one damaged."""
+    """Return the files that this rank reads while all ranks look for a checkpoint: first two whole ones, then the newer
+    one damaged."""
     groups = start_groups(ParallelConfig())
     read: list[str] = []
     digest = checkpoint._digest
@@ -537,7 +548,8 @@ def test_ranks_share_the_search_and_read_older_ones_only_in_need(folder: Path) -
 
 
 def recorded_steps(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, list[Outcome]]:
-    """Of each step: whole gradients before clipping, their norm and the rate as reported, whole weights after it."""
+    """Record for each step: whole gradients before clipping, their reported norm and rate, and whole weights after the
+    step."""
     results = {}
     for name, (folder, settings) in cases.items():
         state, layout = fresh_state(folder, settings)
@@ -553,7 +565,8 @@ def recorded_steps(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, l
     return results
 
 
-# The distributed optimizer's gradients are whole only where there is one data-parallel and context-parallel rank.
+# With the distributed optimizer, a rank has whole gradients only where the data-parallel and context-parallel size is
+# 1.
 OPTIMIZER_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}, "one_replicated_optimizer": {"distributed_optimizer": False}},
     2: {
@@ -569,7 +582,7 @@ OPTIMIZER_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 def test_a_step_is_torch_adamw_with_clipping_and_schedule(
     model: Path, tmp_path: Path, world_size: int
 ) -> None:
-    """torch's own clip_grad_norm_ and AdamW follow along, fed with our gradients of each step."""
+    """torch's own clip_grad_norm_ and AdamW get our gradients of each step and must reach the same weights."""
     models = {"untied": model, "tied": save_qwen2(tmp_path, tied=True)}
     cases = {
         f"{layout}, {kind}": (folder, settings)
@@ -619,6 +632,6 @@ def test_weight_decay_leaves_norms_and_biases_alone(model: Path) -> None:
     assert sum("norm" in name for name in before) == 9
     assert sum(name.endswith("bias") for name in before) == 12
     for name, weight in before.items():
-        # Matrices lose rate x decay = a quarter of themselves.
+        # A matrix loses rate x decay, which is a quarter of itself.
         factor = 1.0 if "norm" in name or name.endswith("bias") else 0.75
         assert torch.equal(after[name], factor * weight), name

@@ -1,4 +1,5 @@
-"""docs/performance.md states what one update sends over which group; counted here, on two ranks and the two layers."""
+"""The collectives of one update are those that docs/performance.md states: counted on two ranks with a model of two
+layers."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.support.ranks import ROOT, run_ranks
 from tests.support.tiny import save_model
 
 LAYERS, HIDDEN, KEYS = 2, 64, 32
-"""Of the model of tests.support.tiny: two key-value heads of 16."""
+"""Sizes of the model of tests.support.tiny. KEYS is two key-value heads of 16."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
     "data, plain optimizer": {"distributed_optimizer": False},
@@ -40,11 +41,11 @@ KINDS = {
     "recv": "receive",
 }
 Calls = dict[tuple[str, str, int], int]
-"""Of each (group, kind, numbers in a call); what the router decides on counts as 0 numbers."""
+"""The number of calls by (group, kind, numbers in a call). A call whose size the router decides counts as 0 numbers."""
 
 
 def stated() -> list[dict[str, str]]:
-    """The rows of the table in the documentation."""
+    """The rows of the table in docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text()
     header, _, *rows = text.split("<!-- collectives -->\n")[1].splitlines()
     names = [cell.strip() for cell in header.strip("|").split("|")]
@@ -54,7 +55,7 @@ def stated() -> list[dict[str, str]]:
 
 
 def value(formula: str, symbols: dict[str, int]) -> int:
-    """Of sums of products, like ``4 L + 2``; with at most one ``/``, which divides all of it."""
+    """Evaluate a sum of products such as ``4 L + 2``. It may hold one ``/``, which divides the whole sum."""
     formula, _, divisor = formula.partition("/")
     total = sum(math.prod(_factor(factor, symbols) for factor in term.split()) for term in formula.split("+"))
     return total // (_factor(divisor.strip(), symbols) if divisor else 1)
@@ -79,7 +80,7 @@ def expected(layout: str, symbols: dict[str, int]) -> Calls:
 
 
 def symbols_of(state: TrainState) -> dict[str, int]:
-    """What the table's letters stand for."""
+    """The values of the letters in the table."""
     run = preset(PRESETS["chord_phi"])
     outputs = [empty_output(term) for term in method_of(run).terms(run).values()]
     groups = state.groups
@@ -106,7 +107,7 @@ def symbols_of(state: TrainState) -> dict[str, int]:
 
 
 def counted(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Calls, dict[str, int]]]:
-    """For each layout: this rank's calls in one step of CHORD, and the table's symbols."""
+    """Return, for each layout, this rank's calls in one step of CHORD and the values of the table's letters."""
     from megatron.core import parallel_state
 
     run, found = preset(PRESETS["chord_phi"]), {}
@@ -124,7 +125,7 @@ def counted(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple
             "norm": state.optimizer.get_grad_stats_parallel_group(),
         }
         names = {group.group_name: axis for axis, group in known.items()} | {"0": "world"}
-        # The expert axis with the tensor axis, of one rank here.
+        # This group joins the expert and the tensor axis. The tensor axis has one rank here.
         names[parallel_state.get_expert_tensor_and_model_parallel_group().group_name] = "expert"
         sent = watched_step(run, state, parallel).sent
         calls = Counter(

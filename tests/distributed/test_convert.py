@@ -1,4 +1,5 @@
-"""tools/convert.py: bit for bit there and back, loaded by Megatron-Core itself, and refusals that leave nothing."""
+"""tools/convert.py converts there and back bit for bit, Megatron-Core itself loads the result, and a refusal leaves no
+file."""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def test_another_configuration_is_another_model(model: Path, tmp_path: Path) -> 
 
 
 def loaded_by_megatron(folder: Path, checkpoint: Path, layouts: list[dict[str, Any]]) -> list[Any]:
-    """Megatron's own loader fills models whose weights were no numbers; whole tensors by Hugging Face name."""
+    """Let Megatron's own loader fill models whose weights are NaN. Return whole tensors by Hugging Face name."""
     from megatron.core import dist_checkpointing
 
     results = []
@@ -120,7 +121,8 @@ FAMILIES = {
     "qwen3_moe_every_other": {"pipeline": 2},
     "deepseek_v3_untied": {"tensor": 2, "sequence_parallel": True, "expert": 2},
 }
-"""Of test_families: with another layout than one rank's in which Megatron is to load it."""
+"""Models of test_families, each with the layout in which Megatron loads it. Without one, the layout is two tensor
+ranks."""
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,12 +130,12 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_all(folder: Path) -> dict[str, list[str]]:
-    """Every family's models, there and back in one process; the differences by name."""
+    """Convert every family's models there and back in one process. Return the differences by model."""
     from megatron_chord.convert import directions
     from megatron_chord.convert.directions import differences, to_hf, to_megatron
     from megatron_chord.convert.sources import open_source
 
-    # So small that every parameter comes in several pieces, and every model in several files.
+    # Sizes so small that every parameter has several pieces and every model several files.
     directions.PIECE_BYTES, directions.SHARD_BYTES = 2000, 20_000
     found = {}
     for name, settings in MODELS.items():
@@ -169,7 +171,7 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def convert_bias(folder: Path) -> dict[str, Any]:
-    """A bf16 model there and back, with its bias in fp32 and in what other dtypes a folder may hold it."""
+    """Convert a BF16 model whose bias is FP32 there and back. Also convert it with the bias in other dtypes."""
     from megatron_chord.convert.directions import differences, to_hf, to_megatron
     from megatron_chord.convert.sources import open_source
 
@@ -218,12 +220,12 @@ def save_training(folder: Path, target: Path) -> None:
     state = steps.build(folder, ParallelConfig(tensor=2), OptimConfig())
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
-    apply_gradients(state)  # of nothing: it makes Adam's moments and leaves the weights alone
+    apply_gradients(state)  # the gradient is 0: Adam's moments are made and the weights stay
     checkpoint.save(state, {"step": 0}, target, keep=1)
 
 
 def changed(model: Path, folder: Path, **settings: Any) -> Path:
-    """The model with another config.json."""
+    """Copy the model and change settings in its config.json."""
     shutil.copytree(model, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -241,7 +243,7 @@ def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: P
     assert result.returncode == 0, result.stderr
     assert convert("verify", model, tmp_path / "policy").returncode == 0
     assert convert("verify", step, tmp_path / "policy", "--hf", model).returncode == 0
-    # The run's own config.yaml names the model.
+    # Now the run's own config.yaml names the model.
     (run / "config.yaml").write_text(dump_config(tiny_run(model)))
     result = convert("megatron-to-megatron", run / "checkpoints", tmp_path / "alone")
     assert result.returncode == 0, result.stderr
@@ -258,7 +260,7 @@ def test_a_training_checkpoint_of_two_ranks_is_exported(model: Path, tmp_path: P
 
 
 def sources(folder: Path, model: Path, megatron: Path) -> None:
-    """Where a source is found, what may contradict it, and what it is rounded to."""
+    """Check where a source is found, which config.json contradicts it, and what dtype it is rounded to."""
     from megatron_chord.convert.directions import differences, to_hf, to_megatron
     from megatron_chord.convert.sources import checkpoint_of, open_source
 
@@ -310,8 +312,8 @@ def test_where_a_source_is_found_and_what_it_is_rounded_to(
 
 
 def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
-    """Llama 3.1 70B: 80 layers of 8192 x (8192 + 2 x 1024 + 8192) + 3 x 8192 x 28672 + 2 x 8192, a final norm of 8192,
-    and 2 x 128256 x 8192 for embedding and head."""
+    """The parameters of Llama 3.1 70B are counted by hand: 80 layers of 8192 x (8192 + 2 x 1024 + 8192) + 3 x 8192 x
+    28672 + 2 x 8192, a final norm of 8192, and 2 x 128256 x 8192 for embedding and head."""
     config = {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -340,9 +342,12 @@ def test_the_plan_of_a_70b_model_from_its_config_alone(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_deepseek_v3_from_its_config_alone(tmp_path: Path) -> None:
-    """671B numbers, 61 layers of latent attention: 7168 x (1536 + 512 + 64) + 1536 x 128 x 192 + 512 x 128 x 256 +
-    128 x 128 x 7168, norms of 1536 + 512 + 2 x 7168; behind them 3 times 3 x 7168 x 18432, and 58 times
-    257 x 3 x 7168 x 2048 + 256 x 7168 + 256; 2 x 129280 x 7168 and 7168."""
+    """The 671B parameters of DeepSeek-V3 are counted by hand.
+
+    Each of 61 layers has latent attention: 7168 x (1536 + 512 + 64) + 1536 x 128 x 192 + 512 x 128 x 256 + 128 x 128 x
+    7168, and norms of 1536 + 512 + 2 x 7168. 3 layers have an MLP of 3 x 7168 x 18432, and 58 have experts: 257 x 3 x
+    7168 x 2048 + 256 x 7168 + 256. Embedding and head have 2 x 129280 x 7168, the final norm 7168.
+    """
     config = {
         "model_type": "deepseek_v3",
         "vocab_size": 129280,
@@ -472,7 +477,8 @@ def test_a_truncated_checkpoint_is_refused_and_leaves_nothing(megatron: Path, tm
 def test_a_full_disk_leaves_nothing_behind(
     model: Path, megatron: Path, tmp_path: Path, direction: str
 ) -> None:
-    """On a disk with room for the weights, as the check before finds, and 4 kB for what stands around them."""
+    """The disk has room for the weights, so the check before the conversion passes, and only 4 kB for all other
+    files."""
     source = model if direction == "hf-to-megatron" else megatron
     weights = (model / "model.safetensors").stat().st_size
     size = -(-weights // 4096) * 4096 + 4096
@@ -492,7 +498,8 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 def test_fp8_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
-    """Its numbers times its scales are within half of E4M3's widest spacing (32 of 448) of a block's largest number."""
+    """Numbers times scales differ from the weights by at most half of E4M3's widest spacing (32 of 448), relative to
+    the block's largest number."""
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 128, "vocab": 250}

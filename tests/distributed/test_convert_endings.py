@@ -1,6 +1,6 @@
-"""Conversions that are killed, interrupted, paused or started twice: the target is a whole model or is not there.
+"""A conversion that is killed, interrupted, paused or started twice leaves a whole model or no target.
 
-One process imports everything and forks the conversions, so that a random moment is one of the conversion itself.
+One process imports everything and forks the conversions, so that a random moment falls into the conversion itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = (
     *(("one of two", number) for number in (KILL, INTERRUPT, signal.SIGSTOP)),
     ("two", None),
 )
-"""What runs, and the signal that the first process gets at a random moment."""
+"""What runs in each round, and the signal that the first process gets at a random moment."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Conversion:
         os.kill(self.pid, number)
 
     def wait(self) -> tuple[int, list[str]]:
-        """Exit code, negative for a signal, and the lines of stdout and stderr."""
+        """Return the exit code (negative for a signal) and the lines of stdout and stderr."""
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status), self.said.read_text().splitlines()
 
@@ -81,13 +81,13 @@ def wait_for_hidden(folder: Path, at_most_s: float) -> None:
 
 
 def disturb(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Random disturbances of conversions in both directions; what became of each."""
+    """Disturb conversions of both directions at random moments. Return what happened to each."""
     import rich.progress  # noqa: F401
 
     from megatron_chord.convert import directions
 
     tool = load_tool()
-    # Many pieces and files: a conversion lasts long enough to be met everywhere in it.
+    # With many pieces and files a conversion lasts long enough for a signal to reach every part of it.
     directions.PIECE_BYTES, directions.SHARD_BYTES = 2000, 20_000
     model = save_qwen2(folder / "hf", layers=6)
     draw = random.Random(seed)
@@ -133,7 +133,7 @@ def disturb(folder: Path, seed: int) -> list[dict[str, Any]]:
                 "whole": whole,
             }
         )
-        if "target" not in left:  # the next one takes the place over
+        if "target" not in left:  # the next conversion replaces what is left
             found[-1]["next"] = run("next", *arguments)
             found[-1]["after"] = sorted(path.name for path in here.iterdir())
     return found
@@ -146,7 +146,7 @@ def test_whatever_ends_a_conversion_its_target_is_whole_or_not_there(tmp_path: P
         for code, lines in zip(case["codes"], case["lines"], strict=True):
             assert code in (0, 2, 128 + INTERRUPT, 128 + TERMINATE, -KILL), case
             told = [line for line in lines if "which a killed process had left" not in line]
-            # A signal may come right after the line that says what was written.
+            # A signal may arrive right after the line that reports the written target.
             endings = [line for line in told if not line.endswith(" GB")]
             assert len(told) - len(endings) <= 1, case
             assert len(endings) == (code not in (0, -KILL)), case

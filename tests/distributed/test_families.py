@@ -1,4 +1,5 @@
-"""Every family: read, computed, trained and written as Transformers does it, in layouts that cut it in every way."""
+"""Every family is read, computed, trained and written as Transformers does it, in layouts that split it along every
+axis."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_families_of_experts_are_read_computed_and_written_exactly(
 def assert_exact(
     folders: list[Path], layouts: dict[str, dict[str, Any]], world_size: int, target: Path
 ) -> None:
-    """Logits are Transformers', and what is exported is bit for bit what was read, of every model in every layout."""
+    """Assert that logits equal Transformers' and that exported weights equal the read ones bit for bit, for every model
+    and layout."""
     results = run_ranks(
         steps.logits_and_exports, world_size, layouts, folders, target, SEQUENCES, timeout_s=600
     )
@@ -149,7 +151,7 @@ def assert_exact(
         for ours, theirs in zip(transformers_logits(last), expected, strict=True):
             np.testing.assert_allclose(
                 ours, theirs, atol=1e-5, rtol=0
-            )  # how memory is aligned moves the last bits
+            )  # the last bits depend on how memory is aligned
 
 
 def assert_same_tensors(folder: Path, source: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_step_of_chord_is_the_references(name: str, tmp_path: Path) -> None:
 
 
 def test_experts_computed_again_give_the_same_step(tmp_path: Path) -> None:
-    """A mixture with dense layers and shared experts."""
+    """Recomputed experts give the same step. The model is a mixture with dense layers and shared experts."""
     folder = save_model(folder=tmp_path, **MOE["qwen2_moe_one_dense"])
     assert_same_step(folder, {"tp2_sp_ep2": TP2_SP | {"expert": 2}}, recompute="mlp")
 
@@ -211,7 +213,7 @@ def assert_same_step(folder: Path, layouts: dict[str, dict[str, Any]], **model: 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_experts_resume_in_other_layouts_as_if_never_interrupted(family: str, tmp_path: Path) -> None:
-    """Clipped AdamW steps, gradient norms and checkpoints do not depend on where the experts are."""
+    """Clipped AdamW steps, gradient norms and checkpoints do not depend on which ranks hold the experts."""
     folder = save_model(family, tmp_path / "model")
     ((through, _),) = [
         rank["one"] for rank in run_ranks(interrupted_and_not, 1, folder, {"one": {}}, tmp_path / "alone")

@@ -1,6 +1,7 @@
-"""One update never waits for the device but where it must, and never mixes host and device: every method, some layouts.
+"""One update waits for the device only where it must, and never mixes host and device tensors: every method, some
+layouts.
 
-No GPU is needed: ``tests.support.watch`` has a device without numbers stand in for it.
+No GPU is needed. ``tests.support.watch`` replaces it by a device without numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from tests.support.tiny import save_qwen2
 from tests.support.watch import Watch, stand_in_for_a_gpu
 
 WAITS = {
-    "megatron/core/optimizer/clip_grads.py": 1,  # the gradient norm, which decides on clipping
-    "megatron_chord/train/update.py": 1,  # the update's numbers
+    "megatron/core/optimizer/clip_grads.py": 1,  # the gradient norm, because clipping depends on it
+    "megatron_chord/train/update.py": 1,  # the numbers of the update
 }
 UPLOADS = {"megatron_chord/data/transfer.py": MICRO_BATCHES}
 
@@ -68,13 +69,13 @@ def test_every_method_waits_for_its_norm_and_its_numbers_alone(tmp_path: Path) -
     ids=["plain", "tp2_sp", "cp2", "dp2"],
 )
 def test_so_do_layouts(tmp_path: Path, ranks: int, axes: dict[str, Any], dtype: str) -> None:
-    """With the methods that compute something before the update or over whole sequences."""
+    """The methods are those that compute something before the update or over whole sequences."""
     names = ["chord_phi", "gspo", "dpo_mixed_pairs", "prefix_rft"]
     assert_waits(ranks, save_qwen2(tmp_path, layers=2), axes, dtype, names)
 
 
 def deliberate() -> tuple[Counter[str], Counter[str], str]:
-    """What the watch is there to notice."""
+    """Do each thing that the watch must notice."""
     groups = stand_in_for_a_gpu(ParallelConfig())
     there = torch.zeros(4, device=groups.device)
     with Watch() as watch:

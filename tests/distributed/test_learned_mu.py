@@ -1,4 +1,5 @@
-"""The two branches' gradients apart: their mixture is the step's gradient, and the slope of mu the float64 cosine."""
+"""The two branches' gradients are measured apart. Mixed, they are the step's gradient; mu's slope is the float64
+cosine."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {}, {"context": 2}]
 
 
 def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
-    """For each layout: the second of two measurements on the same weights: numbers, gradients, slope."""
+    """Measure twice on the same weights, for each layout. Return metrics and gradients of the second, and both
+    slopes."""
     results = []
     for layout in layouts:
         run = tiny_run(folder, parallel={"distributed_optimizer": False, **layout}, max_tokens=30)

@@ -1,4 +1,4 @@
-"""The packed Megatron model computes what Hugging Face Transformers computes from the same folder."""
+"""The packed Megatron model computes the logits that Transformers computes from the same folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_packed_logits_equal_transformers(
     compared = 0
     for per_layout in results:
         for logits in per_layout:
-            if logits is None:  # not the last pipeline stage
+            if logits is None:  # a stage other than the last has no logits
                 continue
             for ours, theirs in zip(logits, expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)

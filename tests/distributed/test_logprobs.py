@@ -1,5 +1,7 @@
-"""The log-prob head over a vocabulary that two ranks share, in equal parts, unequal ones, or with an empty one: with
-torch's sweeps over the logits, and with Triton's kernels in Triton's interpreter."""
+"""The log-prob head is right when two ranks share the vocabulary in equal or unequal parts, or when one part is empty.
+
+Both versions are tested: the sweeps in torch, and Triton's kernels in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.support.ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 19, 8, 21, 0.7
 SPLITS = {"halves": 10, "padded": 16, "second empty": VOCAB, "first empty": 0, "one row": 1}
-"""Rows of the first rank; the second holds the rest of 21. Padding rows never reach the head."""
+"""Rows of the first rank. The second rank holds the rest of the 21. The head never gets rows of padding."""
 
 
 def make_inputs(dtype: torch.dtype, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +28,7 @@ def make_inputs(dtype: torch.dtype, scale: float = 2.0) -> tuple[Tensor, Tensor,
     hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
     weight = scale * HIDDEN**-0.5 * torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
     targets = torch.randint(VOCAB, (TOKENS,))
-    # The first is the only row of its shard in the split "one row".
+    # The first target is the only row of its shard in the split "one row".
     targets[:2] = torch.tensor([0, VOCAB - 1])
     return hidden.to(dtype), weight.to(dtype), targets
 
@@ -36,7 +38,7 @@ def factors() -> Tensor:
 
 
 def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
-    """Values, this rank's gradients, and the collectives made, of every case."""
+    """Return, for every case: the values, this rank's gradients, and the collectives."""
     sweeps = importlib.import_module(f"megatron_chord.losses.logit_kernels_{sweep}")
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -111,7 +113,8 @@ PRECISIONS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def outcomes(request: pytest.FixtureRequest) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """(case, first rank's result, second rank's) of all cases, from one pair of processes."""
+    """For each case: the case, the first rank's result and the second rank's. One pair of processes computes all of
+    them."""
     dtypes = [dtype for dtype in PRECISIONS if request.param == "torch" or dtype != torch.float64]
     usual = {"cut": 10, "dtype": dtypes[0], "chunk": 7, "tokens": TOKENS, "vocab": VOCAB, "scale": 2.0}
     cases = [
@@ -121,7 +124,7 @@ def outcomes(request: pytest.FixtureRequest) -> list[tuple[dict[str, Any], dict[
         for chunk in (1, 7, 100)
         for rival in (False, True)
     ]
-    # Logits of a few hundred: one rank's share of the softmax underflows to 0.
+    # Logits of a few hundred: the part of the softmax that one rank holds underflows to 0.
     cases += [{**usual, "cut": cut, "scale": 2000.0, "rival": True} for cut in SPLITS.values()]
     cases += [{**usual, "cut": cut, "vocab": 1, "rival": True} for cut in (0, 1)]
     cases += [{**usual, "dtype": torch.float32, "tokens": 0, "rival": True}]
@@ -147,7 +150,7 @@ def test_shards_together_are_the_whole_head(outcomes: Any) -> None:
             ours["rival"] = ranks[0]["rival"]
             assert not ours["rival"].requires_grad
         for name, value in ours.items():
-            # Entropy is a difference of numbers as large as the log-probs; it and the rivals may be almost 0.
+            # Entropy is a difference of numbers as large as the log-probs. Entropy and rivals may be almost 0.
             scale = expected[name].abs().max()
             if name in ("entropy", "rival"):
                 scale = max(scale, expected["log-probs"].abs().max())

@@ -1,6 +1,6 @@
-"""mbridge, an independent converter, makes the same Megatron parameters of the same Hugging Face folder.
+"""mbridge, an independent converter, makes the same Megatron parameters from the same Hugging Face folder.
 
-Its models need Transformer Engine; its tables of names and layouts do not, and those are what is compared.
+mbridge's models need Transformer Engine. Its tables of names and layouts do not, and only these are compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.support.tiny import save_model
 MODELS = {"qwen2": {"family": "qwen2"}} | {
     name: settings
     for name, settings in (DENSE | MOE).items()
-    # mbridge knows no Mistral, no DeepSeek-V2, no dense layers among Qwen's experts, and no choice of one expert; its
-    # DeepSeek-V3 has settings that megatron-core 0.16.1 does not.
+    # mbridge does not know Mistral, DeepSeek-V2, dense layers among Qwen's experts, or routers that choose one expert.
+    # Its DeepSeek-V3 has settings that megatron-core 0.16.1 lacks.
     if settings["family"] not in ("mistral", "deepseek_v2", "deepseek_v3")
     and not settings.keys() & {"mlp_only_layers", "decoder_sparse_step"}
     and settings.get("num_experts_per_tok") != 1
@@ -27,9 +27,9 @@ MODELS = {"qwen2": {"family": "qwen2"}} | {
 
 
 def hf_names(bridge: Any, entry: Any) -> tuple[str, list[str]]:
-    """The name under which mbridge knows the parameter, and what it makes it of.
+    """Return mbridge's name of the parameter, and the Hugging Face tensors that mbridge makes it from.
 
-    Its tables are written for Transformer Engine's layers, of which those with experts do not fuse the norm.
+    mbridge's tables are written for Transformer Engine's layers. In layers with experts, these do not fuse the norm.
     """
     names = [
         name.replace("{layer}", str(entry.layer)).replace("{expert}", str(entry.expert))
@@ -44,7 +44,7 @@ def hf_names(bridge: Any, entry: Any) -> tuple[str, list[str]]:
 
 
 def compare(folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """By model: parameters compared, and what differs."""
+    """Return, for each model, the number of compared parameters and the names of those that differ."""
     from mbridge import AutoBridge
     from transformers import AutoConfig
 
@@ -54,7 +54,7 @@ def compare(folder: Path) -> dict[str, tuple[int, list[str]]]:
     for name, settings in MODELS.items():
         options = dict(settings)
         hf = save_model(options.pop("family"), folder / name, **options)
-        source = HFSource.of(hf)  # first: it builds the process groups that mbridge looks for
+        source = HFSource.of(hf)  # must be first: it builds the process groups that mbridge needs
         config = AutoConfig.from_pretrained(hf)
         config.rope_theta = 1e4  # mbridge reads it where Transformers 4 had it; no weight depends on it
         if getattr(config, "head_dim", 0) is None:

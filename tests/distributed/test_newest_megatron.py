@@ -1,7 +1,7 @@
-"""The newest supported Megatron-Core beside the pinned one: a part of the other tests, and checkpoints of each version.
+"""The newest supported Megatron-Core passes part of the other tests, and each version resumes checkpoints of the other.
 
-Its wheel is for Python 3.12. What is used of it runs on 3.11 too, so these tests need no second interpreter.
-docs/megatron.md has the result of all distributed tests on it.
+Its wheel is for Python 3.12. The parts that are used here also run on 3.11, so these tests need no second interpreter.
+docs/megatron.md has the result of all distributed tests with this version.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def test_a_part_of_the_other_tests_passes_on_it() -> None:
 
 
 def version_and(function: Any, *args: Any) -> tuple[str, bytes]:
-    """What ``function`` returns, and the version of Megatron-Core that this rank has imported.
+    """Return the version of Megatron-Core that this rank has imported, and the result of ``function``.
 
-    0.19.2 has tensors unpickled by a function of its own, which the other version lacks (safe_globals.py).
-    ``torch.save`` does not name it.
+    0.19.2 registers a function of its own for unpickling tensors (safe_globals.py), which the other version lacks. A
+    result that ``torch.save`` wrote does not name that function.
     """
     stream = io.BytesIO()
     torch.save(function(*args), stream)
@@ -69,7 +69,8 @@ def loaded(content: bytes) -> Any:
 
 @pytest.mark.parametrize("reads", ["newest", "pinned"])
 def test_each_version_goes_on_from_a_checkpoint_of_the_other(tmp_path: Path, reads: str) -> None:
-    """Experts over two stages and over two ranks: rank 0's parameter groups are not those of the others."""
+    """Experts are split over two stages and over two ranks. Rank 0's parameter groups then differ from the other
+    ranks'."""
     model = save_model("qwen3_moe", tmp_path / "model")
     settings = {"newest": newest.variables(), "pinned": {}}
     written = settings["pinned" if reads == "newest" else "newest"]

@@ -1,4 +1,4 @@
-"""Folders as people have them: each is read as Transformers reads it, or refused with the reason and exit code 2."""
+"""Folders that users really have are read as Transformers reads them, or refused with the reason and exit code 2."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def only(name: str) -> Change:
 
 
 def linked(folder: Path) -> None:
-    """As the hub's cache lays a snapshot out."""
+    """Replace the file by a link, as in a snapshot of the hub's cache."""
     (folder / "model.safetensors").rename(folder / "blob")
     (folder / "model.safetensors").symlink_to("blob")
 
@@ -152,7 +152,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 
 def read(folder: Path) -> tuple[dict[str, float], dict[str, tuple[int, str]]]:
-    """Of the loaded: the largest difference of the logits. Of the refused: exit code and stderr."""
+    """Return the largest logit difference of each folder that loads, and the exit code and stderr of each that is
+    refused."""
     from megatron_chord.convert import logits
     from megatron_chord.convert.sources import open_source
 

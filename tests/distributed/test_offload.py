@@ -1,4 +1,4 @@
-"""Training state that has been in the host's memory between updates is what it would have been, bit for bit."""
+"""Training state that was moved to host memory between updates stays the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tiny import save_model, save_qwen2
 
 STEPS = 3
 PIECE = 10_000
-"""Bytes: small, so that storages lie across the pieces' borders."""
+"""Bytes. It is so small that storages cross the borders of pieces."""
 
 
 def fresh(folder: Path, parallel: ParallelConfig, dtype: str, reference: Path | None = None) -> TrainState:
@@ -37,7 +37,7 @@ def fresh(folder: Path, parallel: ParallelConfig, dtype: str, reference: Path | 
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
-    """Weights, and what the optimizer and the reference hold."""
+    """Copies of the weights, and of what the optimizer and the reference hold."""
     held = {str(i): tensor for i, tensor in enumerate(map(as_tensor, offload.storages(state)))}
     return {name: tensor.clone() for name, tensor in (state.weights() | held).items()}
 
@@ -47,13 +47,14 @@ def as_tensor(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def views(state: TrainState) -> list[tuple[int, int, torch.Size]]:
-    """Of every gradient and weight: its storage, and where in it the tensor lies."""
+    """For each weight and gradient: its storage, and the tensor's offset and shape in it."""
     tensors = [t for p in state.parameters().values() for t in (p, p.main_grad)]  # type: ignore[attr-defined]
     return [(t.untyped_storage()._cdata, t.storage_offset(), t.shape) for t in tensors]
 
 
 def with_and_without(folder: Path, axes: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Three steps of DPO, which reads a reference, straight and with the state away between them."""
+    """Train three steps of DPO, which reads a reference: once straight, and once with the state moved away between
+    steps."""
     offload._PIECE = PIECE
     parallel, run = ParallelConfig(**axes), preset(PRESETS["dpo_mixed_pairs"])
     ends, while_away = [], []
@@ -104,7 +105,7 @@ def test_steps_are_the_same_with_the_state_away_between_them(
         assert rank["differ"] == []
         assert len(rank["away"]) == STEPS
         assert {size for sizes in rank["away"] for size in sizes} == {0}
-    # Reference and moments, and in BF16 the FP32 weights, which are cut over the replicas.
+    # The reference, the moments and, in BF16, the FP32 weights are moved. The replicas share moments and FP32 weights.
     count = sum(weight.numel() for weight in weights_of(folder))
     reference, state = {"fp32": (4, 8), "bf16": (2, 12)}[dtype]
     if family == "qwen2":
@@ -119,7 +120,7 @@ def weights_of(folder: Path) -> list[torch.Tensor]:
 
 
 def broken(folder: Path) -> tuple[str, bool]:
-    """An update whose gradient is NaN at one place of one rank; its error, and whether a weight has moved."""
+    """Apply an update whose gradient has NaN on one rank. Return its error, and whether the state is unchanged."""
     state = fresh(folder, ParallelConfig(), "fp32")
     before = everything(state)
     for chunk in state.chunks:

@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[float, str]] = {
     "chord_phi": (0.3, "phi"),
     "grpo": (0.0, "phi"),
 }
-"""mu of the update, and the weight of a demonstration's token."""
+"""For each method: mu of the update, and the weight of a demonstration's token."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def one_file() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
 def specified_update(one_file: Any, folder: Path, samples: Sequence[TrainSample], method: str) -> Any:
-    """The one file's loss, metrics and gradients in float64, by the trainer's names."""
+    """Compute loss, metrics and gradients with the one file, in float64. Names are the trainer's."""
     mu, weight = METHODS[method]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     rollouts, demonstrations = [], []

@@ -1,4 +1,4 @@
-"""The planner's memory against real ranks: weights, gradients, optimizer state and kept activations."""
+"""The planner's memory is that of real ranks: weights, gradients, optimizer state and kept activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.support.tiny import save_model
 
 
 def static_bytes(folder: Path, parallel: ParallelConfig) -> dict[str, int]:
-    """Of this rank's weights, gradients and optimizer state, as the trainer builds them in BF16; one Adam step done."""
+    """Count the bytes of this rank's weights, gradients and optimizer state, as the trainer builds them in BF16, after
+    one step."""
     state = build_state(
         read_shape(folder),
         ModelConfig(path=folder, dtype="bf16"),
@@ -53,7 +54,7 @@ def static_bytes(folder: Path, parallel: ParallelConfig) -> dict[str, int]:
     ("family", "sharded"), [("qwen2", True), ("qwen2", False), ("qwen3_moe", True), ("deepseek_v3", True)]
 )
 def test_static_bytes_are_the_trainers(family: str, sharded: bool, tmp_path: Path) -> None:
-    """Two data-parallel ranks in BF16; Megatron's buffers are padded by some bytes."""
+    """Two data-parallel ranks train in BF16. Megatron pads its buffers by some bytes."""
     folder = save_model(family, tmp_path, layers=2)
     parallel = ParallelConfig(ranks=2, distributed_optimizer=sharded)
     training = Training(parallel=parallel, data=2, micro_tokens=512, micro_batches=1, recompute="none")
@@ -61,7 +62,7 @@ def test_static_bytes_are_the_trainers(family: str, sharded: bool, tmp_path: Pat
     ranks = run_ranks(static_bytes, 2, folder, parallel)
     for name in ("weights", "gradients"):
         assert [found[name] for found in ranks] == pytest.approx([getattr(expected, name)] * 2, rel=0.01)
-    # A shard ends where a buffer does, not where a parameter does: ranks differ a little.
+    # A shard ends where a buffer ends, not where a parameter ends, so the ranks differ a little.
     mean = sum(found["optimizer"] for found in ranks) / 2
     assert mean == pytest.approx(expected.optimizer, rel=0.01)
 
@@ -70,7 +71,8 @@ TOKENS, LAYERS = 64, 3
 
 
 def kept_bytes(folder: Path) -> dict[str, int]:
-    """What a forward pass of TOKENS tokens keeps for the backward pass beside the weights, by model.recompute."""
+    """Count the bytes that a forward pass of TOKENS tokens keeps for the backward pass, by model.recompute, without
+    weights."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     kept = {}
@@ -101,7 +103,7 @@ def kept_bytes(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
 def test_recomputing_keeps_less(family: str, tmp_path: Path) -> None:
-    """Megatron's local layers keep more than the planner counts, but of what is computed again they keep nothing."""
+    """Recomputing saves at least what the planner counts. (Megatron's local layers keep more than it counts.)"""
     folder = save_model(family, tmp_path, layers=LAYERS)
     shape = read_shape(folder)
     (kept,) = run_ranks(kept_bytes, 1, folder)
@@ -119,5 +121,5 @@ def test_recomputing_keeps_less(family: str, tmp_path: Path) -> None:
 
     assert kept["none"] - kept["mlp"] >= counted("none") - counted("mlp") > 0
     assert kept["mlp"] - kept["full"] >= counted("mlp") - counted("full") > 0
-    final_norm = 2 * TOKENS * shape.hidden_size * 4  # its input and its input normalised
-    assert kept["full"] == pytest.approx(counted("full") + final_norm, rel=0.15)  # and positions' angles
+    final_norm = 2 * TOKENS * shape.hidden_size * 4  # the norm's input and its normalised input
+    assert kept["full"] == pytest.approx(counted("full") + final_norm, rel=0.15)  # and rotary angles

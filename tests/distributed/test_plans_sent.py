@@ -1,4 +1,4 @@
-"""The coordinator's plans reach every rank, and each crosses to a model replica once."""
+"""The coordinator's plans reach every rank, and each plan is sent once to each model replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random configurations: Megatron-Core's logits are Transformers', or the folder is refused with the reason."""
+"""For random configurations, Megatron-Core's logits equal Transformers', or the folder is refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEEDS = range(4 * len(FAMILIES))
 
 
 def test_random_models_are_computed_as_transformers_does_or_refused(tmp_path: Path) -> None:
-    """A sample; ``benchmarks/random_models.py`` draws as many as one likes."""
+    """This test takes a small sample of seeds. ``benchmarks/random_models.py`` takes any number."""
     (outcomes,) = run_ranks(compare, 1, SEEDS, tmp_path)
     for one in outcomes:
         assert one.difference is None or one.difference < TOLERANCE, one

@@ -1,4 +1,4 @@
-"""How a test runs in several ranks (tests/README.md explains this file), and what a failing rank does."""
+"""A test can run a function in several ranks, and a failing rank is reported. tests/README.md explains this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 
 
 def sum_over_ranks(start: int) -> int:
-    """At module level, because the other processes find it by its name."""
+    """It is at module level because the other processes find it by its name."""
     start_groups(ParallelConfig())
     value = torch.tensor(start + torch.distributed.get_rank())
     torch.distributed.all_reduce(value)
@@ -26,7 +26,7 @@ def fail_in_the_second(values: list[str]) -> int:
     start_groups(ParallelConfig())
     if torch.distributed.get_rank() == 1:
         raise ValueError(f"nothing to do with {values}")
-    torch.distributed.barrier()  # never ends, because the other rank does not come
+    torch.distributed.barrier()  # this would wait for ever, because the other rank does not call it
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where ranks listen: on MASTER_ADDR and the way there, and nowhere else."""
+"""Ranks listen on the addresses that lead to MASTER_ADDR, and on no other."""
 
 from __future__ import annotations
 

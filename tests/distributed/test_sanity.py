@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the update is left out on all ranks, and no checkpoint or export ever holds one."""
+"""An update with non-finite numbers is left out on all ranks, and no checkpoint or export ever holds such a number."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALLOWED = 2
 
 
 def with_advantage(samples: list[TrainSample], value: float) -> list[TrainSample]:
-    """The first rollout's advantage is ``value``."""
+    """Set the first rollout's advantage to ``value``."""
     first = samples[0].parts[0]
     part = replace(first, constants={**first.constants, "advantage": value})
     return [replace(samples[0], parts=(part,)), *samples[1:]]
@@ -105,7 +105,7 @@ def left_out(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, Any]
     found["skipped"] = (lost.num_skipped, lost.grad_norm, same(before, training.weights()))
     good = training.step(1.0)
     found["good"] = (good.num_skipped, same(before, training.weights()), training.health.skipped_in_a_row)
-    # The loss is finite; the gradient is not, of one parameter on the last rank.
+    # The loss is finite. The gradient of one parameter on the last rank is not.
     before = training.weights()
     parameter = next(iter(training.state.parameters().values()))
     is_last = training.state.groups.rank == training.state.groups.world_size - 1
@@ -115,7 +115,7 @@ def left_out(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, Any]
     found["one too many"] = error_of(lambda: training.step(1.0))
     found["still"] = same(before, training.weights())
     hook.remove()
-    # What is remembered goes through JSON.
+    # The health record is saved as JSON in a checkpoint.
     health = Health()
     health.restore(json.loads(json.dumps(training.health.to_json())))
     found["health"] = health == training.health
@@ -145,7 +145,8 @@ def never_saved(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, A
         error_of(lambda: export_policy(state, folder, output / "policy")),
     )
     found["after"] = everything()
-    # As a version wrote it that did not look; of data-parallel ranks the first one's weights are written.
+    # Write a checkpoint without the check, as an older version did. Only the first data-parallel rank's weights are
+    # written.
     weight.data.flatten()[0] = torch.nan if is_last or not axes else kept
     check = checkpoint.check_finite
     checkpoint.check_finite = lambda *args, **kwargs: None
@@ -156,7 +157,7 @@ def never_saved(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, A
     found["found"] = checkpoint.find(output / "checkpoints", said.append, groups)
     found["said"] = groups.once(lambda: said)
     weight.data.flatten()[0] = kept
-    # A moment that is not finite breaks the next update.
+    # A moment that is not finite would break the next update.
     inner = state.optimizer.chained_optimizers[0].optimizer
     moment = next(iter(inner.state.values()))["exp_avg"]
     moment.flatten()[0] = torch.inf if is_last else 0.0
@@ -205,7 +206,7 @@ def test_an_update_that_is_not_finite_is_left_out(
     files = sorted((tmp_path / "nonfinite" / folders[0]).iterdir())
     assert len(files) == (ranks if not axes else 1), "one of each data-parallel rank"
     batches = [batch for file in files for batch in json.loads(file.read_text())["micro_batches"]]
-    # Every token of every sample is there, and what is not a number says so.
+    # Every token of every sample is in the dump, and NaN is written as "nan".
     sent = sorted(token for sample in make_samples() for token in sample.token_ids.tolist())
     assert sorted(token for batch in batches for token in batch["token_ids"] if token) == sent
     advantages = [a for batch in batches for a in batch["terms"]["policy"]["constants"]["advantage"]]
@@ -236,7 +237,7 @@ def test_what_is_not_finite_is_never_saved_nor_resumed(
 
 
 def test_a_run_of_broken_weights_ends_with_a_message(tmp_path: Path) -> None:
-    """Both updates of the run are left out, and then there is nothing to save."""
+    """Both updates of the run are left out. Then the weights cannot be saved."""
     from safetensors.torch import load_file, save_file
 
     data = {

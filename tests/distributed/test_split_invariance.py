@@ -1,4 +1,4 @@
-"""CHORD's objective, with every option of its policy and SFT branch, in every layout."""
+"""CHORD's objective equals the oracle's in every layout, with every option of its policy and SFT branch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONSTANT_LENGTH = 16
 
 
 def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
-    """The run of these settings with its oracle."""
+    """The run with these settings, and its oracle terms."""
     run = tiny_run(folder, **settings)
     terms = {
         "policy": policy_term(run.objective, length=CONSTANT_LENGTH),
@@ -81,7 +81,7 @@ def test_recomputed_activations_give_the_same_step(untied: Path) -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    # policy branch
+    # the policy branch
     "asymmetric clip": {"clip_low": 0.1, "clip_high": 0.28, "temperature": 0.7},
     "dual clip": {"dual_clip": 3.0},
     "gspo": {"surrogate": "gspo", "aggregation": "seq-mean-token-mean", "clip_low": 0.02, "clip_high": 0.03},
@@ -118,7 +118,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             ("geometric", "clamp", "current"),
         )
     },
-    # SFT branch
+    # the SFT branch
     "one": {"token_weight": SimpleWeight(kind="one")},
     "p": {"token_weight": SimpleWeight(kind="p")},
     "power": {"token_weight": PowerWeight(a=0.5, b=2.0, scale=4.0)},
@@ -145,7 +145,7 @@ def test_every_option_in_layouts_that_cut_sequences_vocabulary_and_batch(untied:
 
 
 def test_a_later_update_of_a_step(untied: Path, tmp_path: Path) -> None:
-    """The policy has moved since the log-probs were computed that ratios, corrections and quantiles start from."""
+    """Ratios, corrections and quantiles start from log-probs of the old policy. The policy has moved since then."""
     old = save_qwen2(tmp_path, seed=2)
     later: dict[str, dict[str, Any]] = {
         "ppo": {"ratio_from": "recomputed", "dual_clip": 1.5},
@@ -187,7 +187,8 @@ def test_micro_batches_without_a_kind(
 
 
 def test_mu_0_is_grpo_and_mu_1_is_sft(untied: Path) -> None:
-    """Tokens of the other kind share the pass and add nothing (that they add an exact 0 is a test of the losses)."""
+    """Tokens of the other kind share the forward pass and add nothing. (tests/unit/losses proves that they add exactly
+    0.)"""
     samples = make_samples()
     run = tiny_run(untied)
     cases = [case(run, samples, {"policy": 1 - mu, "sft": mu}) for mu in (0.0, 1.0)]

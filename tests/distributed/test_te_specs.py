@@ -1,6 +1,6 @@
-"""Transformer Engine's layer spec against Megatron's local one: the same model, differing in its modules only.
+"""Transformer Engine's layer spec builds the same model as Megatron's local spec: only the modules differ.
 
-Transformer Engine's Python code is real; only its kernels are missing, so nothing is computed (``tests/gpu`` does).
+Transformer Engine's Python code is real. Its kernels are missing, so nothing is computed here; ``tests/gpu`` does that.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ LINEAR = {
     "router": "TopKRouter",
     "output_layer": "ColumnParallelLinear",
 }
-"""The modules of a layer that compute, by the end of their names: those of Transformer Engine can do so in FP8."""
+"""The modules of a layer that compute, by the end of their names. With Transformer Engine they can compute in FP8."""
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Transformer Engine's plain distribution (0.7 MB), in a folder of its own: Megatron must not find it elsewhere."""
+    """Install Transformer Engine's plain distribution (0.7 MB) in a folder of its own, so that Megatron finds it only
+    here."""
     folder = tmp_path_factory.mktemp("engine")
     need = next(need for need in requirements() if need.name == "transformer-engine")
     command = [
@@ -73,7 +74,7 @@ def found(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("precision", "recipe"),
     [
         (None, None),
-        # fp32 scales, not powers of 2
+        # the scales are FP32, not powers of 2
         ("fp8_e2e", ("Float8BlockScaling", "E4M3", False)),
         ("fp8_tensorwise", ("Float8CurrentScaling", "HYBRID", False)),
     ],
@@ -94,11 +95,12 @@ def test_cut_over_a_tensor_axis(folders: dict[str, Path]) -> None:
 
 
 def test_extra_states_of_a_checkpoint_do_not_execute(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Transformer Engine's modules unpickle them freely. The load without our filter shows that the test can fail."""
+    """Transformer Engine's modules unpickle extra states without a check. A load without our filter shows that the test
+    can fail."""
     chosen = {name: folders[name] for name in ("qwen2", "mixtral")}
     (results,) = run_ranks(te_specs.load_canaries, 1, chosen, tmp_path / "canary")
     for name, (count, after_ours, after_plain) in results.items():
-        assert count >= 8, name  # four in each of two layers
+        assert count >= 8, name  # four modules in each of two layers
         assert (after_ours, after_plain) == (False, True), name
 
 
@@ -113,7 +115,7 @@ def assert_the_same_model(name: str, by_spec: dict[str, Any]) -> None:
         )
         assert of_kind <= {kind}, (name, ending)
         assert of_kind or not wanted, (name, ending)
-    # What Transformer Engine's modules save beside their weights is in the checkpoint.
+    # A checkpoint also holds what Transformer Engine's modules save beside their weights.
     linear = {
         path for path, kind in engine["modules"].items() if kind.endswith("ParallelLinear") and "TE" in kind
     }
@@ -128,5 +130,5 @@ def assert_the_same_model(name: str, by_spec: dict[str, Any]) -> None:
 
 
 def _any_layer(path: str) -> str:
-    """Megatron saves a part of all layers under one name where the layers are alike."""
+    """Replace a layer's number by a common name. Megatron saves equal parts of all layers under one name."""
     return re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.{}.", path)

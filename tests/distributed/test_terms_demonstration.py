@@ -1,4 +1,4 @@
-"""The terms of LUFFY, RL-PLUS and SRFT in layouts that cut sequences, vocabulary and batch."""
+"""The terms of LUFFY, RL-PLUS and SRFT equal the oracle's in layouts that split sequences, vocabulary and batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 
 
 def guided_samples(column: str, *, seed: int = 0) -> list[TrainSample]:
-    """6 rollouts with ``column`` (advantage, or sign) and 4 demonstrations with their advantage, of uneven lengths."""
+    """6 rollouts with ``column`` (advantage or sign) and 4 demonstrations with their advantage. All lengths differ."""
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(10):

@@ -1,4 +1,4 @@
-"""Prefix-RFT's and HPT's terms against naive versions, in layouts that cut sequences, vocabulary and batch."""
+"""The terms of Prefix-RFT and HPT equal naive versions in layouts that split sequences, vocabulary and batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def prefix_rft(model: Path, **objective: Any) -> Any:
 
 
 def hybrids() -> list[TrainSample]:
-    """Of uneven prefixes and continuations; one without a prefix, one much longer than a micro-batch likes."""
+    """Hybrid samples with prefixes and continuations of many lengths. One has no prefix, one is longer than most
+    micro-batches."""
     rng = np.random.default_rng(5)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ def hybrids() -> list[TrainSample]:
 
 
 def prefix_term(aggregation: str) -> OracleTerm:
-    """In a single update the ratio is p / sg(p): 1, with the gradient of log p."""
+    """With a single update the ratio is p / sg(p), which is 1. Its gradient is that of log p."""
 
     def kept(token: Token, everything: list[SequenceTokens]) -> float:
         entropies = sorted((t.old_entropy for s in everything for t in s.tokens), reverse=True)
@@ -104,7 +105,8 @@ def prefix_term(aggregation: str) -> OracleTerm:
 
 
 def hpt(model: Path) -> Any:
-    """7 prompts, 2 of them by SFT: 5/7 of the mean over rollouts' tokens, 0.5 x 2/7 of that over demonstrations'."""
+    """2 of 7 prompts use SFT: the loss is 5/7 of the mean over rollout tokens and 0.5 x 2/7 of that over demonstration
+    tokens."""
     run = tiny_run(model, method="hpt", settings={"sft_coefficient": 0.5}, temperature=0.8)
     samples = make_samples(num_policy=10, num_sft=2, seed=4)
     weights = HPT(settings=HPTConfig(sft_coefficient=0.5)).weights([False] * 5 + [True] * 2)

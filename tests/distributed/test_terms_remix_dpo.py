@@ -1,4 +1,4 @@
-"""ReMix's and DPO's terms against naive versions, in layouts that cut sequences, vocabulary, batch and pairs."""
+"""The terms of ReMix and DPO equal naive versions in layouts that split sequences, vocabulary, batch and pairs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def as_stale(sample: TrainSample, *, age: float) -> TrainSample:
 
 
 def stale_term() -> OracleTerm:
-    """The clip's centre is pi_k / pi_{k-i}; in a step's first update that is the ratio itself, and nothing is cut."""
+    """The clip is centred at pi_k / pi_{k-i}. In a step's first update this is the ratio itself, so nothing is
+    clipped."""
 
     def ratio(token: Token) -> Tensor:
         return torch.exp(token.logp - token.constants["stale_logprob"])
@@ -131,7 +132,8 @@ def random_pair(seed: int) -> Pair:
 
 
 def dpo_term() -> OracleTerm:
-    """The whole loss of a pair stands at the first token of its chosen answer; 2 undoes two sequences to a pair."""
+    """The first token of the chosen answer gets the whole loss of its pair. The factor 2 is there because a pair is two
+    sequences."""
 
     def sides(token: Token, everything: list[SequenceTokens]) -> tuple[SequenceTokens, SequenceTokens]:
         pair = [s for s in everything if s.tokens[0].constants["pair"] == token.constants["pair"]]

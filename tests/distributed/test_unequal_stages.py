@@ -1,4 +1,4 @@
-"""Pipeline stages of unequal length compute, train, save and export what equal ones do: 5 layers over 2 or 3 stages."""
+"""Pipeline stages of unequal length compute, train, save and export as equal ones do: 5 layers over 2 or 3 stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = 5
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"family": "qwen2"},
     "tied": {"family": "qwen2", "tied": True},
-    # Layers 0 and 1 have no experts: with stages (2, 3) a whole stage has none, with (1, 1, 2, 1) a chunk.
+    # Layers 0 and 1 have no experts. With stages (2, 3) one whole stage has none, with (1, 1, 2, 1) one chunk has none.
     "latent_experts": {"family": "deepseek_v3", "first_k_dense_replace": 2},
 }
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -62,7 +62,8 @@ def test_weights_are_read_computed_and_written_exactly(
 
 @pytest.mark.parametrize("name", ["untied", "latent_experts"])
 def test_runs_resume_and_change_their_stages(models: dict[str, Path], name: str, tmp_path: Path) -> None:
-    """Bit for bit on the same stages; to rounding as one rank's run, and from unequal stages to others and to one."""
+    """On the same stages a resumed run is equal bit for bit. On other stages it equals one rank's run up to
+    rounding."""
     folder = models[name]
     (alone,) = run_ranks(interrupted_and_not, 1, folder, {"one": {}}, tmp_path)
     through, _ = alone["one"]

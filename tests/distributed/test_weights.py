@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron shards -> Hugging Face, bit for bit, in every layout; and Transformers loads the result."""
+"""Weights go from Hugging Face to Megatron shards and back bit for bit, in every layout. Transformers loads the
+result."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def transformers_logits(folder: Path) -> torch.Tensor:
 def test_fp32_training_of_a_bf16_folder_and_an_export_that_replaces(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """bf16 read as fp32 and written as fp32 is the same numbers; what was at the target before is gone."""
+    """A BF16 folder that is read as FP32 and written as FP32 keeps its numbers. The export replaces the old target."""
     source, target = models["untied_203_bf16"], tmp_path / "exported"
     target.mkdir()
     (target / "model-00001-of-00009.safetensors").write_bytes(b"from an earlier run")

@@ -1,4 +1,4 @@
-"""A step of any method for tests that watch it from below (``tests.support.watch``): its samples, and its training."""
+"""One step of any method for tests that watch its calls (``tests.support.watch``): its samples and its training."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ PRESETS = {
     if path.stem not in ("common", "aligned")
 }
 MICRO_BATCHES = 3
-"""Of each data-parallel rank."""
+"""The number of micro-batches of each data-parallel rank."""
 LENGTH = 16
-"""Tokens of a sample; a micro-batch has two."""
+"""Tokens of a sample. A micro-batch has two samples."""
 TRAINED = 3
 """Tokens of a sample that each term trains."""
 
 
 def preset(path: Path) -> RunConfig:
-    """With one update a step, and no limit on how far the random rollouts are from the random policy."""
+    """Load a preset. Set one update a step, and remove the limits on log-prob gaps, because rollouts and policy are
+    random."""
     run = load_config(path)
     return replace(
         run,
@@ -47,9 +48,9 @@ def preset(path: Path) -> RunConfig:
 
 
 def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
-    """Random samples, each with a part of every term, and every constant that any term reads.
+    """Random samples. Each has a part of every term and every constant that any term reads.
 
-    Rollout log-probs are those of rollouts alone: a term that has them is compared with the engine.
+    Only rollout parts get rollout log-probs, because a term that has them is compared with the engine.
     """
     rng = np.random.default_rng(0)
     samples = []
@@ -76,7 +77,7 @@ def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
 
 
 def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) -> Watch:
-    """One step of ``run``'s method, by ``train_step``."""
+    """Train one step of ``run``'s method with ``train_step`` and watch it."""
     method = method_of(run)
     terms = method.terms(run)
     samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size)
