@@ -1,4 +1,5 @@
-"""Real vLLM servers on a tiny random policy, as few as possible: each takes about 20 s to start."""
+"""Real vLLM servers with a tiny random policy. A server takes about 20 s to start, so tests share as few as
+possible."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tests.rollout.helpers import START_S, make_model
 
 
 class Servers:
-    """One running server at a time, replaced when a test has broken it."""
+    """One running server at a time. A new one replaces it after a test has broken it."""
 
     def __init__(self, model: Path, tied_model: Path, logs: Path) -> None:
         self._model = model
@@ -23,7 +24,8 @@ class Servers:
         self._broken = True
 
     def healthy(self, *, tied: bool = False) -> RolloutServer:
-        """`tied`: of the model whose lm_head is its embedding, where a new server has to be started."""
+        """Return a healthy server. If a new one must start, ``tied`` gives it the model whose lm_head is its
+        embedding."""
         if self._broken:
             self.stop()
             server = start_server(
@@ -39,13 +41,13 @@ class Servers:
         return self._started[-1]
 
     def to_be_broken(self) -> RolloutServer:
-        """A healthy one that no later test may use."""
+        """Return a healthy server that the test may break. No later test uses it."""
         server = self.healthy()
         self._broken = True
         return server
 
     def running(self) -> RolloutServer:
-        """Broken or not: for a test that kills it."""
+        """Return a running server, broken or not, for a test that kills it."""
         server = self._started[-1] if self._started and self._started[-1].alive() else self.healthy()
         self._broken = True
         return server
@@ -62,8 +64,10 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty at first, as on a fresh machine: vLLM then starts a process for each kind of model, which must end, too.
-    Later servers find what earlier ones have stored."""
+    """A cache that is empty at first, as on a fresh machine. vLLM then starts one more process for each kind of model.
+
+    These processes must end, too. Later servers find what earlier servers have stored.
+    """
     return tmp_path_factory.mktemp("vllm_cache")
 
 

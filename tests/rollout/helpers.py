@@ -1,4 +1,4 @@
-"""A tiny random policy, requests for it, and what Transformers says of its rollouts."""
+"""A tiny random policy, requests for it, and the log-probs that Transformers gives to its rollouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLED = re.compile(r"^vllm:generation_tokens_total(?:{[^}]*})? (\S+)", re.MUL
 
 
 def make_model(seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
-    """Random weights, large enough that two models disagree by whole units of log-prob."""
+    """A model with random weights. They are so large that two models' log-probs differ by more than 1."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -43,7 +43,7 @@ def make_model(seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
 
 
 def weights_of(model: Qwen2ForCausalLM) -> list[tuple[str, torch.Tensor]]:
-    """Name and tensor of each parameter; no lm_head where it is tied."""
+    """Yield the name and the tensor of each parameter. A tied model has no lm_head."""
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
@@ -63,13 +63,13 @@ def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -
 
 
 def num_sampled(server: RolloutServer) -> float:
-    """Tokens that the server has sampled since it began, by its own count."""
+    """Return how many tokens the server has sampled since it started, by its own count."""
     reply = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {server.api_key}"})
     return sum(map(float, _SAMPLED.findall(reply.raise_for_status().text)))
 
 
 def await_sampling(server: RolloutServer, *, since: float, timeout_s: float = 60) -> None:
-    """Until the server has sampled more than ``since`` tokens."""
+    """Wait until the server has sampled more than ``since`` tokens."""
     deadline = time.monotonic() + timeout_s
     while num_sampled(server) <= since:
         assert time.monotonic() < deadline, f"nothing was sampled within {timeout_s} s"
@@ -78,7 +78,7 @@ def await_sampling(server: RolloutServer, *, since: float, timeout_s: float = 60
 
 @torch.no_grad()
 def expected_logprobs(model: Qwen2ForCausalLM, request: GenerateRequest, rollout: Rollout) -> torch.Tensor:
-    """Of the rollout's tokens, by Transformers."""
+    """Return Transformers' log-prob of each of the rollout's tokens."""
     ids = torch.tensor([request.prompt_ids + rollout.token_ids])
     logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
     logprobs = torch.log_softmax(logits / (request.temperature or 1.0), dim=-1)
@@ -88,14 +88,14 @@ def expected_logprobs(model: Qwen2ForCausalLM, request: GenerateRequest, rollout
 def largest_gap(
     model: Qwen2ForCausalLM, asked: list[GenerateRequest], replies: list[tuple[Rollout, ...]]
 ) -> float:
-    """Largest |vLLM - Transformers| log-prob over all sampled tokens."""
+    """Return the largest |vLLM - Transformers| log-prob over all sampled tokens."""
     return float(_gaps(model, asked, replies).max())
 
 
 def mean_gap(
     model: Qwen2ForCausalLM, asked: list[GenerateRequest], replies: list[tuple[Rollout, ...]]
 ) -> float:
-    """Mean |vLLM - Transformers| log-prob over all sampled tokens."""
+    """Return the mean |vLLM - Transformers| log-prob over all sampled tokens."""
     return float(_gaps(model, asked, replies).mean())
 
 

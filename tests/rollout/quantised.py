@@ -1,6 +1,6 @@
-"""What ``test_quantised`` runs in a process of its own: layers that vLLM quantises, updated by the worker engine.
+"""What ``test_quantised`` runs in a process of its own: the worker engine updates layers that vLLM quantises.
 
-Everything but the matrix kernel is vLLM's own; there is none for blocks of FP8 on this kind of CPU.
+Everything is vLLM's own except the matrix kernel. vLLM has no kernel for blocks of FP8 on this kind of CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from megatron_chord.rollout.transports import FileTransport
 
 
 def push(folder: Path) -> dict[str, Any]:
-    """Load layers as at a server's start, then update them twice; and what becomes of updates that lack something."""
+    """Load layers as at a server's start, then update them twice. Also record the errors of updates that are
+    incomplete."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.config.quantization import resolve_quantization_config
     from vllm.distributed.parallel_state import (
@@ -40,7 +41,7 @@ def push(folder: Path) -> dict[str, Any]:
     class Model(torch.nn.Module):
         def __init__(self, quantization: OnlineQuantizationConfig) -> None:
             super().__init__()
-            # 200 is no multiple of 128: blocks at the edge are smaller
+            # 200 is not a multiple of 128, so the blocks at the edge are smaller
             self.gate_up = MergedColumnParallelLinear(
                 200, [256, 256], bias=False, quant_config=quantization, prefix="gate_up", disable_tp=True
             )
@@ -112,7 +113,7 @@ def push(folder: Path) -> dict[str, Any]:
 
 
 def unknown_names() -> list[str]:
-    """What a precision sets in vLLM that this vLLM does not know."""
+    """Return the names that a precision sets in vLLM and that this vLLM does not know."""
     from vllm import envs
     from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
 
@@ -123,7 +124,7 @@ def unknown_names() -> list[str]:
 
 def weights_of(version: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(version)
-    # `up` is sent in the buffer that `gate` was in, while vLLM still waits for it to fill their layer.
+    # `up` is sent in the buffer that held `gate`, while vLLM still waits for the rest of their layer.
     sizes = {"gate.weight": (256, 200), "norm.weight": (200,), "up.weight": (256, 200)}
     return {
         name: torch.randn(size, generator=generator, dtype=torch.float32).bfloat16()
@@ -132,7 +133,7 @@ def weights_of(version: int) -> dict[str, Tensor]:
 
 
 def held(model: torch.nn.Module) -> dict[str, tuple[str, np.ndarray]]:
-    """Type and values of the parameters as they are now."""
+    """Return the dtype and a copy of the values of each parameter."""
     return {
         name: (str(parameter.dtype), parameter.data.float().numpy().copy())
         for name, parameter in model.named_parameters()

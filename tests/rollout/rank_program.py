@@ -1,4 +1,4 @@
-"""What each trainer rank runs in the test of several exporters: two stages, the first of two tensor-parallel ranks."""
+"""What each trainer rank runs in the test of several exporters: two stages, of which the first has two tensor ranks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ EXPORTERS = (0, 2)
 class Result:
     num_bytes: int
     gaps: dict[str, float]
-    """Of rank 0: largest difference to Transformers after the pushes through each transport."""
+    """Rank 0 only: the largest difference from Transformers after the pushes through each transport."""
     failure: str
-    """What the last push raised, in which the second stage's iterator fails half way."""
+    """The error of the last push. In it the second stage's iterator fails half way."""
     failure_s: float
 
 
@@ -60,7 +60,8 @@ def main(url: str, key: str) -> Result:
 def _export(
     seed: int, stage_group: dist.ProcessGroup, fail_at: str | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stage 0 gathers each tensor from two ranks, its leader yields it; stage 1 is one rank."""
+    """Yield this rank's weights. In stage 0 two ranks gather each tensor and the leader yields it. Stage 1 is one
+    rank."""
     rank = dist.get_rank()
     for name, tensor in weights_of(make_model(seed)):
         in_first_stage = "embed_tokens" in name or ".layers.0." in name

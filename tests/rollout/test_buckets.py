@@ -1,4 +1,4 @@
-"""Buckets come out as they went in, and only from where they may."""
+"""Buckets arrive unchanged, and a receiver reads them only from the run's folder."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_flat_buffer_round_trip() -> None:
 
 
 def test_file_round_trips(tmp_path: Path) -> None:
-    """Two buffers in turn, which stay mapped when their names are gone; a larger bucket gets a larger one."""
+    """Two buffers are used in turn and stay mapped after their names are removed. A larger bucket gets a larger
+    buffer."""
     transport, files = FileTransport(tmp_path, sender=1), BucketFiles(tmp_path)
     seen = set()
     for size in (5, 5, 5, 3, 70, 70, 5):
@@ -109,7 +110,7 @@ def test_a_file_elsewhere_or_too_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_space_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """Not a SIGBUS at the first write to a page that does not fit."""
+    """A full disk is an OSError, not a SIGBUS at the first write to a page that does not fit."""
     huge = 2 * os.statvfs("/dev/shm").f_frsize * os.statvfs("/dev/shm").f_blocks
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         with pytest.raises(OSError, match="No space left"):

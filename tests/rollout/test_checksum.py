@@ -1,4 +1,5 @@
-"""Every kind of damage that a transfer can do changes the checksum; how the tensor is stored does not."""
+"""The checksum changes with every kind of damage that a transfer can do, and does not depend on how a tensor is
+stored."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8
 
 
 def plain_checksum(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Word by word with Python's integers."""
+    """Compute the checksum word by word with Python's integers."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     data += b"\0" * (-len(data) % 8)
     rows = [data[start : start + 8 * module._ROW] for start in range(0, len(data), 8 * module._ROW)]
@@ -28,7 +29,8 @@ def weighted(row: bytes) -> int:
 
 
 def splitmix64() -> Iterator[int]:
-    """Of seed 0, as in the reference (https://prng.di.unimi.it/splitmix64.c); its last bit set."""
+    """Yield the numbers of SplitMix64 for seed 0 (https://prng.di.unimi.it/splitmix64.c), each with its last bit
+    set."""
     state = 0
     while True:
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -68,7 +70,7 @@ def test_equals_the_plain_definition_over_several_rows(monkeypatch: pytest.Monke
 
 
 def test_multipliers_are_those_published() -> None:
-    """SplitMix64's first number for seed 0; it is odd as it is."""
+    """SplitMix64's first number for seed 0 is odd, so it is used as published."""
     assert module._multipliers(torch.device("cpu"))[0].item() == signed(0xE220A8397B1DCDAF)
 
 
@@ -96,7 +98,7 @@ def test_every_flipped_bit_changes_it() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 17), (3, 64), (5, 127)])
 def test_two_flipped_signs_do_not_cancel(first: int, second: int) -> None:
-    """Nor two values of opposite sign that changed places: the case that one weighted sum misses."""
+    """Two exchanged values of opposite sign do not cancel either. A single weighted sum would miss them."""
     tensor = torch.ones(256)
     damaged = tensor.clone()
     damaged[[2 * first + 1, 2 * second + 1]] *= -1

@@ -1,4 +1,4 @@
-"""A server's answers that must never become data: each scripted answer comes from a real HTTP server."""
+"""A server's wrong answers never become data. A real HTTP server sends each scripted answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GOOD: dict[str, Any] = {
 
 
 class Script:
-    """Answers in the order given, the last one again and again: (status, body), or None to hang up."""
+    """Answers in the given order; the last one is repeated. An answer is (status, body), or None to hang up."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, Any] | None] = []
@@ -85,7 +85,7 @@ def client(script: Script) -> Iterator[RolloutClient]:
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # as many connections at a time as a test opens; 5 would reset some of them
+        request_queue_size = 128  # for a test that opens many connections at once; 5 would reset some
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -157,7 +157,7 @@ def test_a_good_reply(client: RolloutClient, script: Script) -> None:
 
 
 def test_seeds_of_neighbouring_requests_are_far_apart(client: RolloutClient, script: Script) -> None:
-    """vLLM gives the j-th of n samples the seed plus j."""
+    """vLLM samples the j-th of n answers with the seed plus j, so close seeds would share answers."""
     script.answers = [(200, GOOD)]
     client.generate([replace(REQUEST, seed=seed) for seed in range(50)], version=7, deadline_s=10)
     seeds = sorted(body["sampling_params"]["seed"] for body in script.received)
@@ -197,7 +197,7 @@ def test_stale_weights(client: RolloutClient, script: Script, spans: list[dict[s
 def test_weights_that_may_advance(
     client: RolloutClient, script: Script, versions: list[str], oldest: int | None
 ) -> None:
-    """The oldest is recorded; none may be older than the one asked for."""
+    """The oldest version of a rollout is recorded. No version may be older than the requested one."""
     bounds = [0, *range(1, len(versions)), 3]
     spans = [
         {"version": version, "start": bounds[i], "end": bounds[i + 1]} for i, version in enumerate(versions)
@@ -226,7 +226,8 @@ def test_closing_ends_what_is_being_sampled_in_another_thread(client: RolloutCli
 def test_a_stop_aborts_these_requests_and_returns_what_there_is(
     client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request is answered and is enough; the server has heard nothing of the last when it is told first."""
+    """The first request is answered and is enough. At the first stop call, the server has not yet heard of the last
+    request."""
     stop, aborted = Stop(), threading.Event()
     calls: list[list[str]] = []
     names: list[str] = []
@@ -234,7 +235,7 @@ def test_a_stop_aborts_these_requests_and_returns_what_there_is(
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
         if "request_ids" in body:
             calls.append(body["request_ids"])
-            if len(calls) == 3:  # two came too early
+            if len(calls) == 3:  # the first two calls came too early
                 aborted.set()
             return 200, {}
         if body["sampling_params"]["max_tokens"] == 3:

@@ -1,6 +1,8 @@
-"""Servers that share the trainer's devices: awaited before there is a model, asleep until they are needed, replaced.
+"""Servers on the trainer's devices are awaited before the model is built, sleep until they are needed, and are
+replaced.
 
-A server without a GPU keeps its memory, but takes part in all else: it says whether it sleeps, and is woken in parts.
+A server without a GPU keeps its memory. All else is real: it reports whether it sleeps, and its parts are woken in
+turn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tests.support.tiny import save_model, tiny_run
 
 
 class _Shared(RolloutEngine):
-    """What the engine is where CUDA is available."""
+    """The engine as it is where CUDA is available."""
 
     def _on_trainers_gpus(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Every family's exported folder as a stranger loads it: by stock AutoTokenizer, Transformers and vLLM."""
+"""Stock AutoTokenizer, Transformers and vLLM load every family's exported folder, without any code of this project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny import save_model
 ALL = DENSE | MOE
 MESSAGES = [{"role": "user", "content": "12 + 7?\n\nTwo  spaces, été."}]
 TOKENS = 12
-# The program of someone who has vLLM and a folder. On a GPU only the last two arguments of LLM would go.
+# The program of a user who has vLLM and a folder. On a GPU the last two arguments of LLM are not needed.
 SERVE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -36,7 +36,8 @@ print("ANSWER", json.dumps([reply.prompt_token_ids, list(reply.outputs[0].token_
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Bytes, some merges and a chat template, in Qwen's pipeline; other model types read it from the file."""
+    """Save a byte-level tokenizer with some merges and a chat template. It uses Qwen's pipeline; all model types can
+    read it."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -61,7 +62,7 @@ def add_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Source and exported folders, by family. Configs name a class that vLLM would not serve."""
+    """The folders of source and exported models, by family. Their config.json names a class that vLLM cannot serve."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("exported")
     for family, settings in ALL.items():
         folder = save_model(family, source / family, **SIZES, **settings)
@@ -74,7 +75,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def answer_of_transformers(folder: Path) -> tuple[list[int], list[int], str]:
-    """Ids of the prompt, and greedy ids and text."""
+    """Return the prompt's ids, and the ids and text of the greedy answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -129,5 +130,5 @@ def test_stock_vllm_answers_the_same_text(family: str, exported: tuple[Path, Pat
     prompt, ids, text = json.loads(line.removeprefix("ANSWER "))
     expected_prompt, expected_ids, expected_text = answer_of_transformers(folder)
     assert (prompt, ids) == (expected_prompt, expected_ids)
-    # vLLM holds bytes back that are no character yet.
+    # vLLM does not return bytes that do not yet form a character.
     assert text == expected_text.rstrip("\ufffd")

@@ -1,4 +1,5 @@
-"""vLLM serves each family's exported folder: the same greedy tokens as Transformers, and pushed weights take effect."""
+"""vLLM samples Transformers' greedy tokens from each family's exported folder, and from weights that are pushed to
+it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.support.tiny import LLAMA3_ROPE, save_model
 TOLERANCE = 1e-4
 DEADLINE_S = 120.0
 TOKENS = 24
-# vLLM's attention has no kernel for heads of 16 on a CPU.
+# On a CPU vLLM's attention has no kernel for heads of size 16.
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -33,7 +34,7 @@ SIZES: dict[str, Any] = {
     "layers": 2,
     "vocab": VOCAB,
 }
-# Of latent attention, vLLM's kernel for CPUs has these sizes alone.
+# vLLM's CPU kernel for latent attention supports only these sizes.
 LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 DENSE: dict[str, dict[str, Any]] = {
     "qwen2": {"tied": True},
@@ -53,7 +54,7 @@ LAYOUT: dict[str, Any] = {"tensor": 2, "sequence_parallel": True}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a folder of each family, exported from two tensor-parallel ranks that share the experts between them."""
+    """One folder for each family, exported from two tensor-parallel ranks that share the experts."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("exported")
     folders = {
         name: save_model(name, source / name, **SIZES, **settings) for name, settings in (DENSE | MOE).items()
@@ -107,7 +108,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def test_a_folder_without_the_models_prefix_is_served_once_its_weights_are_pushed(tmp_path: Path) -> None:
-    """vLLM knows neither such names nor swish nor the class that config.json names."""
+    """vLLM does not know such tensor names, the activation swish, or the class that config.json names."""
     settings: dict[str, Any] = SIZES | {"tied": True}
     model = transformers_model(save_model("qwen3", tmp_path / "whole", **settings))
     folder = save_model("qwen3", tmp_path / "bare", **settings)
@@ -140,7 +141,8 @@ def test_a_folder_without_the_models_prefix_is_served_once_its_weights_are_pushe
 
 
 def served(server: RolloutServer, prompt: tuple[int, ...]) -> list[int]:
-    """The server's greedy tokens by the weights that it read from the folder, of which a RolloutClient takes none."""
+    """Return the server's greedy tokens with the weights from its folder. A RolloutClient would refuse these
+    weights."""
     sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
     body = {"model": "policy", "token_ids": list(prompt), "sampling_params": sampling}
     headers = {"Authorization": f"Bearer {server.api_key}"}
@@ -159,7 +161,7 @@ def transformers_model(folder: Path) -> Any:
 
 @torch.no_grad()
 def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
-    """The most probable continuation, recomputed from the start for each token."""
+    """Return the most probable continuation. Each token is computed from the start, without a cache."""
     ids = list(prompt)
     for _ in range(TOKENS):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))

@@ -1,4 +1,4 @@
-"""A server that is stopped, whole or in its engine alone, while it has requests."""
+"""A stopped server is noticed while it has requests: the whole server, or its engine process alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def test_the_tokens_that_count_as_life_are_vllms_own(servers: Servers) -> None:
-    """Two prompts of 2 tokens with two answers of 50 each: 8 tokens read, and 200 sampled."""
+    """Two prompts of 2 tokens, each with two answers of 50: the server reads 8 tokens and samples 200."""
     server = servers.healthy()
 
     def num_tokens() -> float:
@@ -58,7 +58,7 @@ def test_the_tokens_that_count_as_life_are_vllms_own(servers: Servers) -> None:
 
     with contextlib.closing(RolloutClient(server.url, server.api_key)) as client:
         before = num_tokens()
-        # Weights were never pushed, so the answers are refused; that they were computed is what is looked at.
+        # The answers are refused, because weights were never pushed. The test only looks at the count of tokens.
         with pytest.raises(StaleWeights):
             client.generate([request(50)] * 2, version=0, deadline_s=300)
         assert num_tokens() - before == 8 + 200

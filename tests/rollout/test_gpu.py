@@ -1,5 +1,7 @@
-"""The transports on GPUs, to a server that samples in fp32: IPC on one GPU and from another one of the node, gloo
-through main memory, NCCL between two. And FP8 rollouts."""
+"""Weights reach a server on GPUs through every transport, and rollouts are computed in FP8.
+
+The transports are IPC within one GPU and between two of a node, gloo through main memory, and NCCL between two GPUs.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
-"""Of tests that start a server. The others run on a GPU without one."""
-TOLERANCE = 2e-2  # different kernels, and TF32 where vLLM uses it; other weights are off by whole units
+"""For tests that start a server. The other tests need only a GPU."""
+TOLERANCE = 2e-2  # kernels differ, and vLLM may use TF32; other weights differ by more than 1
 
 
 PLACES: dict[str, tuple[TransportName, str | None]] = {
@@ -46,7 +48,7 @@ PLACES: dict[str, tuple[TransportName, str | None]] = {
     "gloo": ("gloo", None),
     "broadcast": ("broadcast", "1"),
 }
-"""Transport, and the server's CUDA_VISIBLE_DEVICES; the weights are on GPU 0."""
+"""The transport, and the server's CUDA_VISIBLE_DEVICES. The weights are on GPU 0."""
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -114,7 +116,8 @@ def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None
 
 
 def test_a_staging_buffer_is_exported_once_to_each_worker() -> None:
-    """Of buckets of 4, 4, 2, 4, 9 and 4 MiB each second one finds its buffer exported, but for the one that grew."""
+    """Buckets of 4, 4, 2, 4, 9 and 4 MiB use two buffers in turn. A buffer is exported again only after it has
+    grown."""
     transport = IpcTransport(0, 2, torch.device("cuda", 0))
     fields = []
     for mib in (4, 4, 2, 4, 9, 4):

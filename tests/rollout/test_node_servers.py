@@ -1,4 +1,4 @@
-"""A server that dies beside ranks on GPUs is started again only when the trainer misses it. On real servers."""
+"""A dead server beside ranks on GPUs starts again only when the trainer gives it up. The servers are real."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
         port=0,
         num_rollout_nodes=0,
         ranks_per_node=1,
-        gpus=("0",),  # where there is none, a server does without
+        gpus=("0",),  # on a machine without this GPU the server runs without one
         servers_per_node=None,
     )
     registry, said = Registry(tmp_path), list[str]()

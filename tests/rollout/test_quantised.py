@@ -1,4 +1,4 @@
-"""BF16 tensors that are pushed to quantised layers are quantised anew, in place, and none may be missing."""
+"""BF16 tensors that are pushed to quantised layers are quantised again in place, and a missing tensor is an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ E4M3_MAX = 448.0
 
 
 def dequantised(held: dict[str, Tensor]) -> Tensor:
-    """[512, 200] fp32 from E4M3 and the scale of each 128 x 128 block."""
+    """Return FP32 weights [512, 200] from E4M3 numbers and the scale of each 128 x 128 block."""
     weight, scale = held["gate_up.weight"], held["gate_up.weight_scale_inv"]
     rows, columns = (torch.arange(size) // 128 for size in weight.shape)
     return weight * scale[rows][:, columns]
@@ -33,7 +33,8 @@ def test_pushed_weights_are_quantised_in_place(tmp_path: Path) -> None:
         exact = torch.cat([sent["gate.weight"], sent["up.weight"]]).float()
         largest = exact[:128, :128].abs().max()
         torch.testing.assert_close(held["gate_up.weight_scale_inv"][0, 0], largest / E4M3_MAX)
-        # three bits of mantissa: half a step is 1/16 of the value, or of the smallest normal number times the scale
+        # E4M3 has 3 bits of mantissa: half a step is 1/16 of the value, or of the smallest normal number times the
+        # scale
         error = (dequantised(held) - exact).abs()
         assert (error <= exact.abs() / 16 * 1.01 + largest / E4M3_MAX * 2**-9).all()
     assert results["same memory"], "CUDA graphs keep pointing at it"

@@ -1,4 +1,4 @@
-"""The folder in which a job's nodes and its trainer speak of servers, and the key beside it."""
+"""The nodes and the trainer of a job announce servers in one folder, which also holds the key."""
 
 from __future__ import annotations
 

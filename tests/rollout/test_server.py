@@ -1,4 +1,4 @@
-"""A server that does not start says why, and none outlives the process that started it."""
+"""A server that does not start says why, and no server outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ TRAINER = textwrap.dedent(
 
 
 def start_trainer(model: Path, log: Path, wait_for: str) -> tuple[subprocess.Popen[str], dict]:
-    """A process that starts a server; returns when the server has been started ("started") or answers ("ready")."""
+    """Start a process that starts a server. Return when the server has started ("started") or when it answers
+    ("ready")."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(model), str(log), wait_for],
         stdout=subprocess.PIPE,
@@ -87,7 +88,7 @@ def test_no_server_survives_a_trainer_killed_while_it_starts(model_folder: Path,
     try:
         trainer.kill()
         trainer.wait()
-        # Python imports vLLM for some seconds before anything of ours runs.
+        # Python imports vLLM for some seconds before any code of this project runs.
         assert wait_until_gone(server["pid"], deadline_s=90) == []
     finally:
         kill_session(server["pid"])
@@ -99,7 +100,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_a_server_that_exits_while_starting_shows_its_log(model_folder: Path, tmp_path: Path) -> None:
-    too_long = replace(SETTINGS, max_model_len=10**7)  # for the model's positions
+    too_long = replace(SETTINGS, max_model_len=10**7)  # more than the model's number of positions
     log = tmp_path / "vllm.log"
     with start_server(model_folder, too_long, log=log) as server:
         assert not server.alive()

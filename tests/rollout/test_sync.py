@@ -1,6 +1,7 @@
 """Weights reach a real vLLM server exactly, or the push fails on every rank and the server is not used again.
 
-The reference is Transformers on the same weights: random models whose log-probs differ by whole units.
+The reference is Transformers with the same weights. The models are random, so that their log-probs differ by more than
+1.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def client(server: RolloutServer) -> Iterator[RolloutClient]:
 
 @pytest.fixture
 def pushed(client: RolloutClient) -> int:
-    """A version that the server holds, of the model with seed 0."""
+    """Push the model with seed 0 and return its version."""
     version = 1000
     sync = make_sync(client, "file")
     sync.push(weights_of(make_model(0)), version)
@@ -119,7 +120,7 @@ def test_logprobs_equal_those_of_transformers_after_every_push(
             assert client.weight_version() == version
             replies = client.generate(with_temperature, version=version, deadline_s=DEADLINE_S)
             assert largest_gap(model, with_temperature, replies) < TOLERANCE
-            # The bound means something: other weights, or another temperature, are far off.
+            # The bound is tight enough: other weights or another temperature give much larger gaps.
             assert largest_gap(make_model(version + 1), with_temperature, replies) > 1
             forgotten = [replace(request, temperature=1.0) for request in requests(3, temperature=0.7)]
             assert largest_gap(model, forgotten, replies[3:6]) > 0.1
@@ -188,7 +189,7 @@ def test_an_aborted_sample_is_sampled_again(
 def test_requests_that_are_kept_go_on_with_the_new_weights(
     server: RolloutServer, client: RolloutClient, pushed: int
 ) -> None:
-    """Each token has the log-prob of the weights that sampled it: first the old ones', then the new ones'."""
+    """Each token has the log-prob of the weights that sampled it: the old weights first, then the new weights."""
     asked = [replace(request, num_samples=32, max_tokens=400, stop_token_ids=()) for request in requests(2)]
     sampled: list[list[tuple[Rollout, ...]]] = []
     begun = threading.Thread(
@@ -221,7 +222,7 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(
 
 
 def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient, pushed: int) -> None:
-    """Two of four prompts are enough. The others keep their tokens; nobody else's requests are stopped."""
+    """Two of four prompts are enough. The others keep their tokens, and requests of other clients are not stopped."""
     sampling = Sampling(num_samples=4, temperature=1.0, max_tokens=400, stop_token_ids=())
     generator = torch.Generator().manual_seed(5)
 
@@ -230,8 +231,8 @@ def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient,
         prompt = Prompt(id=str(index), messages=(), truth="", token_ids=tuple(ids[:12]))
         return RolloutRequest(prompt=prompt, seed=index, prefix=tuple(ids[12:]))
 
-    # Without stop tokens an answer is as long as the limit lets it be. Either client has asked for a long one before
-    # its short one, so that both long ones have begun when both short ones are there.
+    # Without stop tokens an answer reaches its limit. Each client sends a long request before its short one, so both
+    # long ones have begun when both short ones end.
     asks = [ask(0, 0), ask(1, 0), ask(2, 360), ask(3, 350)]
     others = [replace(request, max_tokens=200, stop_token_ids=()) for request in requests(2)]
     undisturbed: list[list[tuple[Rollout, ...]]] = []
@@ -353,7 +354,7 @@ def test_a_damaged_bucket_fails_the_push_and_a_new_server_serves_again(
             sync.push(weights_of(model), 0)
     assert sync._folder is not None
     assert list(sync._folder.iterdir()) == []
-    # Half of the layers are new. The next push begins with a new connection and replaces all of them.
+    # Half of the layers are new now. The next push begins with a new connection and replaces all of them.
     again = client_of(old)
     sync.push(weights_of(model), 1)
     assert (
@@ -361,7 +362,7 @@ def test_a_damaged_bucket_fails_the_push_and_a_new_server_serves_again(
         < TOLERANCE
     )
 
-    # vLLM's CPU build keeps a packed copy of a tied lm_head, which must follow the embedding.
+    # vLLM's CPU build keeps a packed copy of a tied lm_head. The copy must be updated with the embedding.
     new = client_of(servers.healthy(tied=True))
     sync.reconnect([new])
     for version in (2, 3):
@@ -374,7 +375,7 @@ def test_a_damaged_bucket_fails_the_push_and_a_new_server_serves_again(
 
 
 def test_a_push_follows_that_of_a_killed_trainer(server: RolloutServer, client: RolloutClient) -> None:
-    """The killed one has sent half of a layer. vLLM itself would refuse every further update until its restart."""
+    """The killed trainer has sent half of a layer. vLLM alone would refuse every further update until it restarts."""
     command = [sys.executable, "-m", "tests.rollout.killed_push", server.url]
     killed = subprocess.run(command, env=os.environ | {"CHORD_TEST_KEY": server.api_key}, timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -390,7 +391,8 @@ def test_a_push_follows_that_of_a_killed_trainer(server: RolloutServer, client: 
 
 
 def test_a_missing_part_of_a_fused_parameter_fails_the_push(servers: Servers) -> None:
-    """vLLM itself counts qkv_proj as loaded as soon as one of the three is, and only logs a layer without any."""
+    """vLLM alone counts qkv_proj as loaded as soon as one of its three parts is, and only logs a layer without any
+    weight."""
     left_out = ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
     sync = make_sync(client_of(servers.healthy(tied=True)), "file")
     tensors = [item for item in weights_of(make_model(0, tied=True)) if item[0] not in left_out]
