@@ -1,4 +1,4 @@
-"""Where tests run: without a GPU unless ``-m gpu`` asks for it, and dealt out to workers by ``--dist loadfile``."""
+"""Tests run without a GPU unless ``-m gpu`` asks for it, and ``--dist loadfile`` gives them to workers file by file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "slurm": ("tests/slurm/",),
     "server": tuple(f"tests/e2e/test_{name}.py" for name in _SERVED),
 }
-"""Files that share what takes long to start, and so run on one worker: a Slurm, the vLLM server of tests/e2e."""
+"""Files that share something slow to start run on one worker: Slurm, or the vLLM server of tests/e2e."""
 LONGEST_FIRST = (
     "server",
     "tests/e2e/test_run.py",
@@ -33,18 +33,20 @@ LONGEST_FIRST = (
     "tests/distributed/test_newest_megatron.py",
     "tests/e2e/test_bad_input.py",
 )
-"""The files, and groups of ``TOGETHER``, that take longest. They start first, so that no worker waits at the end."""
+"""The slowest files, and groups of ``TOGETHER``. They start first, so that no worker is left with a long file at the
+end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a GPU the other tests would put several ranks on one device, or compute in TF32."""
+    """Hide GPUs from the other tests. They would put several ranks on one device, or compute in TF32."""
     chosen: str = config.option.markexpr
     if "gpu" not in chosen or "not gpu" in chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """A GPU machine may have pytest alone: then tests run without pytest-timeout's limit, one after another."""
+    """Define pytest-timeout's setting where the plugin is missing. A GPU machine may have pytest alone; tests then have
+    no limit."""
     if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "Read by pytest-timeout, which is not installed.")
 
@@ -68,7 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 class _LongestFirst(OrderedDict[str, Any]):
-    """xdist's queue of files and groups, from which it takes the next by ``popitem``."""
+    """xdist's queue of files and groups. xdist takes the next one with ``popitem``."""
 
     def popitem(self, last: bool = True) -> tuple[str, Any]:
         ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}

@@ -1,4 +1,7 @@
-"""What cannot work is refused before any work, with the place and the reason. No server, no model, no ranks."""
+"""Settings and files that cannot work are refused before any work, with the place and the reason.
+
+These tests start no server, no model and no ranks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(config: Path, *overrides: str, command: str = "check") -> str:
-    """What a command prints when it refuses to work. `train` starts as a user starts it."""
+    """Return what a command prints when it refuses to work. `train` starts as a user starts it."""
     run = run_cli if command == "train" else run_cli_forked
     result = run(command, str(config), *overrides)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -120,7 +123,8 @@ def test_broken_rows_are_named_with_their_lines(task: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_token_that_the_model_does_not_know(task: Path, tmp_path: Path, command: str) -> None:
-    """One rank ended in a traceback; three tensor ranks trained it, with an embedding of 0 and its logit masked."""
+    """Without this check one rank ends in a traceback. Three tensor ranks train the token with a zero embedding and a
+    masked logit."""
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path / "policy"

@@ -1,4 +1,4 @@
-"""A run on two sets of problems that gets worse: it ends early, keeps its best checkpoint and exports it."""
+"""A run that gets worse on its two evaluation sets ends early, keeps its best checkpoint and exports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_chord.rollout.server import RolloutServer
 from tests.support.ranks import ROOT
 from tests.support.task import cli_environment, metrics_of, run_cli
 
-# After one small step the policy is about as good as it was. From the second step on the rate destroys it.
+# The first step is small and hardly changes the policy. From the second step on the high rate destroys it.
 SETTINGS = [
     "steps=9",
     "batch.prompts=2",

@@ -1,4 +1,4 @@
-"""`megatron-chord data`, as a user starts it: on a machine without Megatron-Core, vLLM or a GPU."""
+"""`megatron-chord data` works as a user starts it, on a machine without Megatron-Core, vLLM or a GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_data_is_shown_without_megatron_and_without_colours(task: Path) -> N
     text = result.stdout
     assert "\x1b" not in text
     assert "prompts: 16 of 16 rows" in text
-    assert "demonstrations: 5 of 16 rows" in text  # "#### 2i+1" is a byte longer from i = 5 on
+    assert "demonstrations: 5 of 16 rows" in text  # "#### from i = 5 on, "#### 2i+1" is a byte longer
     assert "11 over it (data.max_response_tokens)" in text
     assert "5 of 5 problems of demonstrations are in prompts, too" in text
     assert (

@@ -1,4 +1,5 @@
-"""`megatron-chord evaluate` on a real server: killed and resumed, late requests, two policies."""
+"""`megatron-chord evaluate` on a real server: it resumes after a kill, counts late requests as missing, compares
+policies."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ EXAMPLE = ROOT / "examples" / "arithmetic"
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """The shape of the paper's suite: sampled sets, a greedy one, categories, a mean; one request at a time."""
+    """A suite like the paper's: sampled sets, a greedy one, categories and a mean. It sends one request at a time."""
     rows = [json.loads(line) for line in (EXAMPLE / "problems_heldout.jsonl").read_text().splitlines()[:12]]
     lines = [row | {"kind": "even" if i % 2 == 0 else "odd"} for i, row in enumerate(rows)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -43,7 +44,7 @@ def suite(tmp_path: Path) -> Path:
             {"name": "greedy", "file": "problems.jsonl", "sampling": {"max_tokens": 48}},
         ],
         "means": [{"name": "all", "of": ["greedy"]}],
-        # What a request gets then depends on no other request.
+        # With one request at a time, an answer does not depend on other requests.
         "server": {"dtype": "fp32", "requests": 1},
         "resamples": 100,
     }
@@ -89,7 +90,7 @@ def test_killed_and_resumed_gives_the_numbers_of_an_uninterrupted_one(
     assert samples.read_bytes().startswith(kept)
     assert samples.read_bytes().count(b"\n") == 36, "what was kept is not asked again"
 
-    # The numbers are those of the answers on disk.
+    # The numbers agree with the answers on disk.
     answers = [json.loads(line) for line in samples.read_text().splitlines()]
     found = whole["benchmarks"]["sampled"]
     assert 0 < found["metrics"]["avg@3"]["value"] < 1, "grades that are all equal would prove little"
@@ -100,7 +101,7 @@ def test_killed_and_resumed_gives_the_numbers_of_an_uninterrupted_one(
         "odd": 6,
     }
 
-    # The same question again costs nothing.
+    # The same command again samples nothing.
     assert run(suite, killed, server) == whole
     assert samples.read_bytes().count(b"\n") == 36
 

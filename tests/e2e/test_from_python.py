@@ -1,4 +1,5 @@
-"""Training from Python: the cells of the example notebook, and a plain script, without a ``__main__`` guard."""
+"""Training from Python works in the cells of the example notebook and in a plain script without a ``__main__``
+guard."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def code_cells() -> list[dict[str, Any]]:
 
 
 def test_the_cells_of_the_notebook_run_in_one_process(tmp_path: Path) -> None:
-    """As a script without a guard, in the notebook's folder, with fewer steps. Real ranks and a real vLLM server."""
+    """The cells run as a script without a guard, in the notebook's folder, with fewer steps. Ranks and server are
+    real."""
     parts = {cell["id"]: "".join(cell["source"]) for cell in code_cells()}
     parts["settings"] += f"\nchanges += {[f'output={tmp_path}/run', *SMALL]!r}"
     parts["train"] += AFTER_TRAINING

@@ -1,7 +1,8 @@
-"""A run whose processes are stopped one after the other, as a hung disk or driver would: noticed, named, replaced or
-ended, and resumed. It also shows where a run listens.
+"""Stopped processes of a run, as with a hung disk or driver, are noticed and named. The run replaces them or ends and
+resumes.
 
-Two real Megatron-Core ranks, a real vLLM server, a grader. ``benchmarks/frozen.py`` goes through all phases.
+The run has two real Megatron-Core ranks, a real vLLM server and a grader. The test also checks on which addresses it
+listens. ``benchmarks/frozen.py`` stops processes in all phases.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.support.task import metrics_of, run_cli
 
 SILENCE_S = 6.0
 SERVER_S = 40.0
-"""A new server compiles at its first request, and computes no token meanwhile."""
+"""Seconds. A new server compiles at its first request and computes no token meanwhile."""
 
 
 def write_config(folder: Path) -> Path:
@@ -69,7 +70,7 @@ def test_a_frozen_server_grader_and_rank(tmp_path: Path) -> None:
         assert len(ranks) == 2
         assert addresses([process.pid, *family]) == {"127.0.0.1"}
 
-        # Not one grading may fail in this run: what was stopped was no text's fault, and is graded again.
+        # The stopped grading is not the text's fault: it is repeated, and no row counts a grader error.
         os.kill(grader, signal.SIGSTOP)
         done = steps_done(output)
         wait_for(lambda: not is_alive(grader) and steps_done(output) > done + 1, process)

@@ -1,4 +1,5 @@
-"""A run of two ranks that is killed twice is the undisturbed run. With a server: benchmarks/kills.py."""
+"""A run of two ranks that is killed twice ends like an undisturbed run. ``benchmarks/kills.py`` does this with a
+server."""
 
 from __future__ import annotations
 

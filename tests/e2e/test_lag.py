@@ -1,4 +1,5 @@
-"""Rollouts of later steps sampled while a step trains: what samples them, what a resume does, which methods can."""
+"""Rollouts of later steps are sampled while a step trains: by which weights, what a resume does, which methods allow
+it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Stopped(Exception):
 
 
 def stop_before(step: int) -> Callable[[], None]:
-    """What a signal does: called before every step of a run from its beginning."""
+    """Return a check that raises before step ``step``, as a signal does. It is called before every step of a run."""
     calls = iter(range(step + 1))
 
     def check() -> None:
@@ -42,7 +43,8 @@ def stop_before(step: int) -> Callable[[], None]:
 
 
 def train_in_turn(url: str, runs: list[tuple[Path, Path, dict[str, str], int | str]]) -> None:
-    """(file, output folder, settings, the step before which it is stopped or how it resumes) of each run."""
+    """Train each run. It is a file, an output folder, settings, and the step before which it stops or how it
+    resumes."""
     from megatron_chord.train.loop import train
 
     for file, output, settings, how in runs:
@@ -72,11 +74,11 @@ def samples(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def test_a_step_is_sampled_by_the_weights_of_the_step_before(server: RolloutServer, tmp_path: Path) -> None:
-    """Steps 0 and 1 by the weights of the start, so that they are those of a policy that never moves."""
+    """Steps 0 and 1 are sampled by the start weights. Their answers equal those of a policy that never moves."""
     lagging, still = tmp_path / "lagging", tmp_path / "still"
     runs = [
         (COMMON, lagging, EVALUATED, "never"),
-        # A rate this small moves no fp32 weight: what the policy would have sampled, had it stayed as it was.
+        # This rate is too small to move an FP32 weight, so the run samples what an unchanged policy samples.
         (COMMON, still, {"rollout.asynchronous": "null", "optim.lr": "1e-30"}, "never"),
     ]
     run_ranks(train_in_turn, 1, server.url, runs)
@@ -118,9 +120,9 @@ METHODS: dict[str, tuple[Path, dict[str, str]]] = {
 
 @pytest.fixture(scope="module")
 def folders(server: RolloutServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For every method a run, and another that was stopped before step 2 and resumed in another process.
+    """For every method: a straight run, and a run that stopped before step 2 and resumed in another process.
 
-    Step 2 had been sampled by then, by weights 1, which are no more.
+    Before the stop, weights 1 had sampled step 2. After the resume these weights do not exist any more.
     """
     folder = tmp_path_factory.mktemp("lag")
     begun: list[tuple[Path, Path, dict[str, str], int | str]] = []

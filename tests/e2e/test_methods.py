@@ -1,6 +1,6 @@
-"""Every file of examples/methods trains on real rollouts, and its metrics line names what is its own.
+"""Every file of examples/methods trains on real rollouts, and its rows of metrics have the method's own metrics.
 
-One vLLM server samples for all of them; each run pushes its own weights to it before the first sampling.
+One vLLM server samples for all runs. Each run pushes its own weights to it before its first sampling.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OWN: dict[str, set[str]] = {
     "remix": {"policy_loss", "stale_loss", "stale_ratio", "stale_age"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
-"""By file: what some step's row of metrics.jsonl must hold."""
+"""By file: the metrics that some row of metrics.jsonl must have."""
 
 SMALL = {
     "batch.prompts": "4",
@@ -69,11 +69,11 @@ SHORTER = {
     "chord_mu": {"method.mu.decay_steps": "2"},
     "remix": {"method.mix_steps": "3", "method.stale_share": "0.6"},
 }
-"""So that three steps see every stage."""
+"""Settings that bring every stage of a method into three steps."""
 
 
 def train_all(files: list[Path], url: str, out: Path, changes: dict[str, dict[str, str]]) -> None:
-    """In a process of its own, one run after the other."""
+    """Train one run after the other. The caller starts a process for it."""
     from megatron_chord.train.loop import train
 
     for file in files:
@@ -109,7 +109,7 @@ def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("server_key")
 def test_methods_whose_terms_talk_across_ranks_train_on_two(server: RolloutServer, tmp_path: Path) -> None:
-    """The same draws and, to rounding, the same numbers as on one rank."""
+    """Two ranks sample the same answers as one rank and get the same numbers up to rounding."""
     names = ["dpo_mixed_pairs", "prefix_rft", "luffy"]
     changes = {name: {**SHORTER.get(name, {}), "steps": "2"} for name in names}
     for name in names:

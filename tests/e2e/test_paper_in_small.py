@@ -1,4 +1,5 @@
-"""``benchmarks/paper_in_small.py`` on real servers and ranks: its smallest plan, and the same command again."""
+"""``benchmarks/paper_in_small.py`` runs its smallest plan on real servers and ranks. The same command again resumes
+it."""
 
 from __future__ import annotations
 

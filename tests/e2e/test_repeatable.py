@@ -1,4 +1,4 @@
-"""A rollout's log-probs do not depend on what else a repeatable server processes at the same time."""
+"""On a repeatable server a rollout's log-probs do not depend on the other requests of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_REQUESTS = 8
 
 
 def sample(server: RolloutServer, index: int) -> list[Any]:
-    """(token ids, log-probs) of four answers to a prompt of its own."""
+    """Return (token ids, log-probs) of four answers to a prompt that only this index has."""
     reply = httpx.post(
         f"{server.url}/inference/v1/generate",
         headers={"Authorization": f"Bearer {server.api_key}"},
@@ -34,7 +34,7 @@ def sample(server: RolloutServer, index: int) -> list[Any]:
 
 
 def test_a_request_alone_and_among_others_gets_the_same_bits(tmp_path: Path) -> None:
-    """With one thread a server on a CPU gives the same bits either way, with two only where it is repeatable."""
+    """Two CPU threads need a repeatable server for this. With one thread every server gives the same bits."""
     settings = ServerSettings(
         dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, repeatable=True, cpu_threads=2
     )

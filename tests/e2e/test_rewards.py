@@ -1,7 +1,7 @@
-"""The rewards of examples/rewards train on the quick start's task: all of them at once, as in several.yaml.
+"""The rewards of examples/rewards train the quick start's task, all of them at once as in several.yaml.
 
-The judge is the quick start's policy behind an OpenAI-compatible server of this file's, since the servers that sample
-have no tokenizer. The reward model is a random one behind the example's own server.
+The judge is the quick start's policy behind an OpenAI-compatible server of this file, because the rollout servers have
+no tokenizer. The reward model is random and runs behind the example's own server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TERMS = {"exact", "sums_are_right", "judge", "reward_model"}
 
 
 class Judge(BaseHTTPRequestHandler):
-    """POST chat/completions as OpenAI has it, answered greedily by a model of Transformers."""
+    """Answers POST chat/completions as OpenAI's API does. A Transformers model answers greedily."""
 
     key = "judge-key"
     model: Any = Qwen2ForCausalLM.from_pretrained(POLICY).eval()
@@ -59,12 +59,12 @@ class Judge(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """No line a request."""
+        """Print no line for a request."""
 
 
 @contextlib.contextmanager
 def serving(server: ThreadingHTTPServer) -> Iterator[str]:
-    """Its address, while a thread answers."""
+    """Yield the server's address while a thread serves it."""
     with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -93,7 +93,7 @@ def reward_model(tmp_path: Path) -> Iterator[str]:
 
 
 def train_with(overrides: list[str]) -> None:
-    """In a process of its own."""
+    """Train in this process. The caller starts the process."""
     from megatron_chord.train.loop import train
 
     train(load_config(EXAMPLES / "several.yaml", overrides))

@@ -1,6 +1,7 @@
-"""Whole runs as a user starts them: exact resume, a lost server replaced, nothing left behind by a kill.
+"""Whole runs as a user starts them: a resume is exact, a lost server is replaced, and a kill leaves nothing behind.
 
-Real Megatron-Core ranks over gloo and a real vLLM server, on the quick start's policy (its rewards are not all zero).
+The runs use real Megatron-Core ranks over gloo, a real vLLM server and the quick start's policy, which gets some
+rewards.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(config: Path) -> Path:
-    """The output of an uninterrupted run. Beside it is what it printed, as for a terminal."""
+    """The output of an uninterrupted run. The file beside it holds what the run printed, as for a terminal."""
     result = run_cli("train", str(config), FORCE_COLOR="1")
     assert result.returncode == 0, result.stdout + result.stderr
     (config.parent / PRINTED).write_text(result.stdout)
@@ -112,7 +113,7 @@ def test_metrics_samples_and_policy_of_a_run(straight: Path) -> None:
             0.75 * row["reward"]["train"] + 0.25 * row["reward"]["more"]
         )
         assert row["accuracy"] == row["reward"]
-        # The loss is the mix of its branches, each a mean over its own tokens.
+        # The loss is the weighted sum of its branches. Each branch is a mean over its own tokens.
         assert row["loss"] == pytest.approx(0.7 * row["policy_loss"] + 0.3 * row["sft_loss"], rel=1e-5)
         assert 0 < row["sft_phi"] <= 0.25
         assert {"sample", "grade", "train", "sync", "total"} <= row["seconds"].keys()
@@ -152,7 +153,8 @@ def test_resume_is_the_uninterrupted_run(config: Path, straight: Path) -> None:
 
 
 def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> None:
-    """The step that was being sampled is given up, and taken again the same. Then checkpoints come by the clock."""
+    """The run gives up the step that it was sampling and repeats it equally later. The resumed run saves checkpoints by
+    the clock."""
     output = config.parent / "stopped"
     with in_terminal(config, output, "checkpoint.every=0", "checkpoint.keep=9") as (process, keys):
         wait_for(lambda: steps_done(output) >= 1, process)
@@ -185,15 +187,17 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
     ("offload", "sleeps", "wakes"),
     [
         (False, STEPS, STEPS),
-        # Once more before either of two checkpoints, which come after an evaluation and need the optimizer's state.
+        # Each of two checkpoints follows an evaluation and needs the optimizer state, so the server sleeps twice more.
         (True, STEPS + 2, STEPS + 1),
     ],
 )
 def test_servers_and_trainers_that_make_room_change_nothing(
     offload: bool, sleeps: int, wakes: int, config: Path, straight: Path
 ) -> None:
-    """Asleep, a server has neither weights nor KV cache to sample with; on a CPU vLLM only stops scheduling. With
-    ``rollout.offload`` the trainer has no optimizer state while it samples, here as with GPUs."""
+    """Asleep, a server has no weights and no KV cache; on a CPU vLLM only stops scheduling.
+
+    With ``rollout.offload`` the trainer has no optimizer state while it samples, on a CPU as on a GPU.
+    """
     output = config.parent / f"sleeping-{offload}"
     settings = ("rollout.sleep=true", f"rollout.offload={str(offload).lower()}")
     result = run_cli("train", str(config), f"output={output}", *settings)
@@ -213,7 +217,7 @@ def test_a_finished_folder_is_not_overwritten_silently(config: Path, straight: P
 
 
 def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straight: Path) -> None:
-    """Both servers are repeatable: on one thread that changes no bit of what the other runs' servers compute."""
+    """Both servers are repeatable. With one thread this does not change the bits, so other runs can be compared."""
     output = config.parent / "recovered"
     with running(config, output, "rollout.repeatable=true") as process:
         wait_for(lambda: steps_done(output) >= 1, process)
@@ -226,7 +230,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
 
 
 def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> None:
-    """What it had not finished is sampled anew, by the weights there are then; every step is trained."""
+    """New weights sample again what the server had not finished. Every step is trained."""
     output = config.parent / "recovered_ahead"
     with running(config, output, "rollout.asynchronous.max_off_policy_steps=1") as process:
         wait_for(lambda: steps_done(output) >= 1, process)
@@ -295,7 +299,7 @@ def running(config: Path, output: Path, *overrides: str) -> Iterator[subprocess.
 
 @contextlib.contextmanager
 def in_terminal(config: Path, output: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A run in a terminal of its own, and the file to type into."""
+    """Start a run in a terminal of its own. Yield the process and the file descriptor of the keyboard."""
     keys, screen = pty.openpty()
     output.mkdir(exist_ok=True)
     process = subprocess.Popen(
@@ -313,7 +317,7 @@ def in_terminal(config: Path, output: Path, *overrides: str) -> Iterator[tuple[s
         with (
             (output / "console").open("wb") as console,
             contextlib.suppress(OSError),
-        ):  # when all have closed it
+        ):  # ends when all have closed it
             while text := os.read(keys, 65536):
                 console.write(text)
                 console.flush()

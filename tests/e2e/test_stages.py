@@ -1,4 +1,4 @@
-"""Runs in stages: SFT-then-RL is two runs, bit for bit; schedules and methods with a memory resume exactly."""
+"""SFT-then-RL in one run equals two runs bit for bit. Schedules and methods with a memory resume exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("server_key")
 
 
 def train_in_turn(url: str, runs: list[tuple[Path, dict[str, str], Any]]) -> None:
-    """(output folder, settings, resume) of each run."""
+    """Train each run, given as (output folder, settings, resume)."""
     from megatron_chord.train.loop import train
 
     for output, settings, resume in runs:
@@ -70,7 +70,7 @@ def test_binary_mu_is_an_sft_run_and_then_a_grpo_run(server: RolloutServer, tmp_
 
 
 def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer, tmp_path: Path) -> None:
-    """The schedule of the first stage's rate depends on the run's length: it is resumed, not run again."""
+    """The first stage's learning rate depends on the length of the run, so the stage is resumed from the long run."""
     one, resumed, exported, second = (tmp_path / name for name in ("one", "resumed", "exported", "second"))
     rates = {"optim.schedule": "cosine", "optim.warmup_steps": "1", "optim.weight_decay": "0.1"}
     binary = {**rates, "method.mu": "{schedule: binary, switch_step: 2, reset_optimizer: true}"}

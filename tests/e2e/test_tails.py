@@ -1,7 +1,7 @@
-"""Runs whose sampling stops early, on a real server: what they train on, what a resume goes on with.
+"""Runs that stop sampling early, on a real server: what they train on, and what they continue with after a resume.
 
-The policy's weights hardly move (a rate of 1e-30), so that every token, whichever step sampled it, must have the
-log-prob that the trainer gives it in the step that trains it.
+The rate of 1e-30 hardly moves the weights. So every token must have the log-prob that the trainer computes for it,
+whichever step sampled the token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STILL = {
     "steps": str(STEPS),
     "rollout.asynchronous": "null",
     "rollout.partial.extra_prompts": "0.5",
-    "rollout.temperature": "1.5",  # so that answers are of many lengths
+    "rollout.temperature": "1.5",  # this gives answers of many lengths
     "data.max_prompt_tokens": "60",
     "data.max_response_tokens": "100",
     "optim.lr": "1e-30",
@@ -48,7 +48,7 @@ CARRYING = [name for name in RUNS if name != "drop"]
 
 @pytest.fixture(scope="module")
 def folders(server: RolloutServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run, stopped before a step and resumed in another process."""
+    """The folders of all runs. Each run stopped before a step and resumed in another process."""
     folder = tmp_path_factory.mktemp("tails")
     runs = [(file, folder / name, {**STILL, **settings}) for name, (file, settings) in RUNS.items()]
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def prompts_of(folder: Path, step: int) -> list[str]:
-    """Of a step's groups: all their rollouts stand together."""
+    """Return the prompts of a step's groups, and check that the rollouts of each group are consecutive."""
     rows = samples(folder, step)
     names = [row["prompt_id"] for row in rows[::4]]
     assert [row["prompt_id"] for row in rows] == [name for name in names for _ in range(4)]

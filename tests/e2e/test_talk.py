@@ -1,4 +1,4 @@
-"""`megatron-chord generate` and `chat` on a real server."""
+"""`megatron-chord generate` and `chat` give Transformers' greedy answers on a real server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTIONS = ("Tom has 3 apples and buys 4 more. How many apples has he?", "What 
 
 
 def greedy(*turns: str) -> str:
-    """The answer to a conversation, user first, by plain Transformers."""
+    """Return the greedy answer of plain Transformers to a conversation that begins with the user."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""A trace on request: which steps are in it, and that nothing is written without one."""
+"""A requested trace contains the requested steps, and a run without a request writes no trace."""
 
 from __future__ import annotations
 

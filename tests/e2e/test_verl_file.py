@@ -1,4 +1,4 @@
-"""A file as verl's GSM8K script writes it, brought to a training step by the README's two commands."""
+"""The README's two commands bring a file from verl's GSM8K script to a training step."""
 
 from __future__ import annotations
 
