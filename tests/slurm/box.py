@@ -1,7 +1,7 @@
-"""A real Slurm on this machine: one controller, several node daemons with an address each, pretended GPUs.
+"""A real Slurm on this machine: one controller, several node daemons with an address each, and GPUs in name only.
 
-Every virtual node has its own loopback address (127.0.1.1, 127.0.1.2, ...), so that what should listen on a node's own
-address, or reach another's, can be told from what listens everywhere.
+Every virtual node has its own loopback address (127.0.1.1, 127.0.1.2, ...). So a test can tell a listener on a node's
+own address from one on all addresses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Box:
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
-        """RuntimeError with the controller's log when the nodes are not idle in time."""
+        """Start the daemons. Raise RuntimeError with the controller's log if the nodes are not idle in time."""
         for name in ("run", "state", "spool", "log"):
             (self.folder / name).mkdir(parents=True)
         for index in range(self.nodes):
@@ -135,7 +135,7 @@ class Box:
     def run(
         self, *command: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """A client command, such as sbatch."""
+        """Run a client command, such as sbatch."""
         return subprocess.run(
             command,
             env=self.environment | (env or {}),
@@ -150,7 +150,7 @@ class Box:
         return self.run(*command, check=check).stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What ``scontrol show job`` says of it."""
+        """Return what ``scontrol show job`` says of the job."""
         text = self.output("scontrol", "show", "job", "-o", job_id)
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
@@ -171,7 +171,7 @@ class Box:
 
 
 def address_of(node: int) -> str:
-    """The loopback address of virtual node ``node``."""
+    """Return the loopback address of virtual node ``node``."""
     return f"127.0.1.{node + 1}"
 
 

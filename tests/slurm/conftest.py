@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: Debian's packages, installed where they are missing and this user may."""
+"""A real Slurm for the tests. Debian's packages are installed if they are missing and this user may install them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 from tests.slurm.box import Box, missing_programs
 
 NODES = 8
-"""As many as the largest script asks for."""
+"""The largest script asks for this many nodes."""
 
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
-    """Slurm's programs are there. Skips with the reason where they cannot be installed."""
+    """Make sure that Slurm's programs are there. Skip with the reason where they cannot be installed."""
     missing = missing_programs()
     if not missing:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip(f"no {', '.join(missing)}, and installing slurm-wlm needs root and apt-get")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no services started
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # start no services
     for arguments in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm"]):
         done = subprocess.run(
             ["apt-get", "-qq", *arguments],

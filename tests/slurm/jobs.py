@@ -1,4 +1,4 @@
-"""Jobs of slurm/*.sh on the box: submitted, watched, disturbed, and looked for afterwards."""
+"""Jobs of slurm/*.sh on the box: submit them, watch them, disturb them, and look for what they leave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
-    """A run of the quick start's policy. With mu 1 it trains on demonstrations alone and needs no server."""
+    """Write a run of the quick start's policy. With mu 1 it trains on demonstrations alone and needs no server."""
     config = {
         "output": str(folder / "out"),
         "steps": 8,
@@ -45,7 +45,7 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
 
 
 class Submitted:
-    """One job of a script, by default with a tiny model and the CPU stack."""
+    """One submitted job of a script. By default it has a tiny model and the CPU stack."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Submitted:
         return path.read_text() if path.is_file() else ""
 
     def restart(self, number: int) -> Path:
-        """The job's folder of one life."""
+        """Return the job's folder for its restart ``number``. 0 is the first start."""
         return self.folder / "jobs" / self.id / f"restart-{number}"
 
     def steps_done(self) -> int:
@@ -102,7 +102,7 @@ class Submitted:
             time.sleep(0.2)
 
     def wait(self, timeout_s: float = 240) -> tuple[str, int]:
-        """The state that the job ended in, and its exit code."""
+        """Wait until the job ends. Return its state and its exit code."""
         deadline = time.monotonic() + timeout_s
         while self.state() not in _ENDED:
             assert time.monotonic() < deadline, f"the job does not end:\n{self.output[-6000:]}"
@@ -110,7 +110,7 @@ class Submitted:
         return self.state(), int(self.box.job(self.id)["ExitCode"].partition(":")[0])
 
     def processes(self, *words: str) -> list[int]:
-        """Live processes of the job, on any node, whose command line holds all the words."""
+        """Return the live processes of the job, on any node, whose command line holds all the words."""
         mark = f"CHORD_JOB={self.folder}/jobs/{self.id}/".encode()
         found = []
         for entry in Path("/proc").iterdir():
@@ -123,7 +123,7 @@ class Submitted:
         return found
 
     def left_behind(self, timeout_s: float = 20) -> list[int]:
-        """Processes that do not go away once the job has ended."""
+        """Return the processes that still run ``timeout_s`` after the job has ended."""
         deadline = time.monotonic() + timeout_s
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -131,7 +131,7 @@ class Submitted:
 
 
 def rank_process(job: Submitted, rank: int) -> int:
-    """The process of a training rank."""
+    """Return the process of a training rank."""
     for pid in job.processes("megatron_chord.cli", "train"):
         with contextlib.suppress(OSError):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -1,6 +1,6 @@
-"""Jobs on a real Slurm: real Megatron-Core ranks over gloo, real vLLM servers, several nodes; what disturbs them.
+"""Jobs on a real Slurm with several nodes survive disturbances: real Megatron-Core ranks over gloo, real vLLM servers.
 
-Only the GPUs are pretended, and the nodes are daemons on one machine, each with an address of its own.
+Only the GPUs are not real. The nodes are daemons on one machine, each with its own address.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.task import metrics_of
 
 
 def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None:
-    """Lose the server, stop on the signal, go back to the queue, resume, finish."""
+    """A job loses its server, stops at the signal, goes back to the queue, resumes and finishes."""
     write_run(tmp_path, steps=400)
     job = Submitted(box, tmp_path, nodes=3, CHORD_ROLLOUT_NODES="1")
     job.wait_for(lambda: job.steps_done() >= 1)
@@ -47,7 +47,7 @@ def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None
     assert (job.restart(0) / "outcome").read_text() == "75\n"
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{stopped_at:06d}\n"
 
-    # The next life reads the run's file again: it is to end soon.
+    # The restarted job reads the run's file again. This makes it end soon.
     write_run(tmp_path, steps=stopped_at + 2)
     assert job.wait() == ("COMPLETED", 0), job.output[-6000:]
     assert f"{stopped_at} of {stopped_at + 2} steps done" in job.output
@@ -61,7 +61,7 @@ def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None
 
 
 def check_security(job: Submitted) -> None:
-    """The server listens on its node's address alone, behind a key that only this user can read."""
+    """The server listens only on its node's address, and needs a key that only this user can read."""
     key_file = job.restart(0) / "key"
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
     assert stat.S_IMODE(job.restart(0).stat().st_mode) == 0o700
@@ -83,7 +83,7 @@ def announced(job: Submitted, server: int) -> dict:
 
 
 def test_a_lost_node(box: Box, tmp_path: Path) -> None:
-    """Slurm requeues the job; on other nodes it goes on from its last checkpoint."""
+    """Slurm requeues the job. On other nodes the job continues from its last checkpoint."""
     settings = {"mu": 1.0, "checkpoint": {"every": 20}}
     write_run(tmp_path, steps=4000, **settings)
     job = Submitted(box, tmp_path, nodes=2)
@@ -106,13 +106,13 @@ def test_a_lost_node(box: Box, tmp_path: Path) -> None:
 
 
 def nodes_of(job: Submitted, restart: int) -> list[str]:
-    """The job's nodes in a life of its, in rank order."""
+    """Return the job's nodes after the given restart, in rank order."""
     line = next(line for line in job.output.splitlines() if f", restart {restart}: " in line)
     return re.findall(r"(n\d+)=", line)
 
 
 def test_a_preempted_job(box: Box, tmp_path: Path) -> None:
-    """It writes a checkpoint although Slurm ends its server as well, and goes back to the queue."""
+    """The job writes a checkpoint although Slurm also ends its server. Then it goes back to the queue."""
     write_run(tmp_path, steps=4000)
     job = Submitted(box, tmp_path, nodes=1, options=["--partition=spare"])
     job.wait_for(lambda: job.steps_done() >= 1)
@@ -130,7 +130,7 @@ def test_a_preempted_job(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_job(box: Box, tmp_path: Path) -> None:
-    """It ends at once: nobody waits for a checkpoint."""
+    """The job ends at once and does not wait for a checkpoint."""
     write_run(tmp_path, mu=1.0, steps=4000)
     job = Submitted(box, tmp_path, nodes=1)
     job.wait_for(lambda: job.steps_done() >= 1)
@@ -141,8 +141,8 @@ def test_a_cancelled_job(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
-    """Ranks and server on one node. The job ends with the rank's exit code and says which it was, though its peer
-    fails as well."""
+    """Ranks and server share one node. The job ends with the killed rank's exit code and names it, though its peer also
+    fails."""
     write_run(tmp_path, steps=400)
     job = Submitted(box, tmp_path, nodes=1, CHORD_RANKS_PER_NODE="2")
     job.wait_for(lambda: job.steps_done() >= 1)
@@ -154,7 +154,7 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
-    """Of two nodes. The other rank names it; the job ends with the code for that, and resumes when submitted again."""
+    """One of two ranks freezes. The other names it, the job ends with the code for a freeze, a new job resumes."""
     settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 6.0}}
     write_run(tmp_path, steps=4000, **settings)
     job = Submitted(box, tmp_path, nodes=2)
@@ -172,7 +172,7 @@ def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank_that_is_alone(box: Box, tmp_path: Path) -> None:
-    """No other rank can name it. The node's program does, and has it print its stacks."""
+    """No other rank can name the frozen rank. The node's program names it and makes it print its stacks."""
     write_run(tmp_path, steps=4000, mu=1.0, watchdog={"beat_s": 0.5, "silence_s": 6.0})
     job = Submitted(box, tmp_path, nodes=1)
     job.wait_for(lambda: job.steps_done() >= 1)
@@ -188,7 +188,8 @@ def test_a_frozen_rank_that_is_alone(box: Box, tmp_path: Path) -> None:
 
 
 def test_settings_that_will_not_do(box: Box, tmp_path: Path) -> None:
-    """The preflight refuses them before anything starts. The nodes get the job's variables, whatever sbatch exports."""
+    """The preflight refuses the settings before anything starts. Nodes get the job's variables, whatever sbatch
+    exports."""
     write_run(tmp_path)
     names = "CHORD_HOME,CHORD_PYTHON,CHORD_JOBS,CHORD_RUN,CHORD_RANKS_PER_NODE"
     job = Submitted(box, tmp_path, "parallel.tensor=3", nodes=1, options=[f"--export={names}"])
@@ -208,7 +209,7 @@ def test_a_port_that_is_taken(box: Box, tmp_path: Path) -> None:
 
 
 def test_srun_starts_ranks_by_itself(box: Box, tmp_path: Path) -> None:
-    """In an allocation, without our launcher: one task a rank."""
+    """srun in an allocation starts one task for each rank, without this project's launcher."""
     write_run(tmp_path, mu=1.0, steps=2)
     train = [sys.executable, "-m", "megatron_chord.cli", "train", str(tmp_path / "run.yaml")]
     done = subprocess.run(
@@ -236,7 +237,7 @@ def test_conversion(box: Box, tmp_path: Path) -> None:
 
 
 def test_evaluation(box: Box, tmp_path: Path) -> None:
-    """The time is nearly up while the server loads: the job goes back to the queue, and then does its work."""
+    """The job's time is nearly over while the server loads. The job goes back to the queue and then evaluates."""
     script, out = ROOT / "slurm" / "evaluate.sh", tmp_path / "evaluation"
     arguments = (str(EXAMPLE / "policy"), "--suite", "arithmetic", "--output", str(out), "problems=2")
     job = Submitted(box, tmp_path, *arguments, nodes=1, script=script)
@@ -256,7 +257,7 @@ def test_evaluation(box: Box, tmp_path: Path) -> None:
     ids=["as it is", "gres with a type", "gpus-per-node", "gpus-per-node with a type"],
 )
 def test_slurm_accepts_every_script(box: Box, script: Path, gpus: tuple[str, ...]) -> None:
-    """Also where the site wants its GPUs asked for otherwise (docs/cluster.md)."""
+    """Slurm also accepts the scripts where a site wants another form of the request for GPUs (docs/cluster.md)."""
     done = box.run("sbatch", "--test-only", *gpus, str(script), check=False)
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr

@@ -1,4 +1,4 @@
-"""The scripts as text, and the commands they run, where no Slurm is needed."""
+"""The text of the scripts, and the commands that they run. These tests need no Slurm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_scripts_differ_in_name_and_nodes_only(script: Path) -> None:
 
 
 def launch(tmp_path: Path, body: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `body` after sourcing the launcher, with an srun that prints what it was given."""
+    """Run `body` after sourcing the launcher. Its srun prints the arguments that it was given."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir(exist_ok=True)
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
