@@ -1,6 +1,6 @@
-"""FP8 training on one GPU: it is FP8 that computes, its loss follows BF16's, its checkpoints resume, its memory.
+"""FP8 training on one GPU: it computes in FP8, its loss follows BF16's, its checkpoints resume, its memory is bounded.
 
-Each run has a process of its own: Transformer Engine reads its settings when it is imported.
+Each run has a process of its own, because Transformer Engine reads its settings when it is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_model, tiny_run
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
-"""Every matrix of every layer has sizes that are multiples of 128."""
+"""With these sizes every matrix of every layer has sizes that are multiples of 128."""
 LARGE = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -73,7 +73,7 @@ def fresh_state(folder: Path, precision: Precision | None) -> TrainState:
 
 
 def train(state: TrainState, precision: Precision | None, steps: range) -> list[float]:
-    """Plain SFT on the same eight demonstrations again and again; the loss of each step."""
+    """Train plain SFT on the same eight demonstrations in every step. Return the loss of each step."""
     terms = Chord().terms(tiny_run(Path("model")))
     layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
     losses = []
@@ -89,7 +89,7 @@ def train(state: TrainState, precision: Precision | None, steps: range) -> list[
 
 
 def computed_in_fp8(state: TrainState) -> dict[str, bool]:
-    """By layer and matrix, whether Transformer Engine's last pass was in FP8."""
+    """Return, by layer and matrix, whether Transformer Engine's last pass was in FP8."""
     layers = unwrapped(state.chunks[0]).decoder.layers
     return {
         f"{index}.{name}": bool(getattr(module, "fp8", False))
@@ -106,7 +106,7 @@ def curve(folder: Path, precision: Precision | None) -> tuple[list[float], dict[
 
 
 def interrupted(folder: Path, precision: Precision, out: Path) -> dict[str, Any]:
-    """4 steps with a checkpoint after 2; the last 2 again from it, and once more in BF16."""
+    """Train 4 steps with a checkpoint after 2. Train the last 2 again from it, and once more in BF16."""
     from megatron.core.fp8_utils import get_fp8_recipe
 
     state = fresh_state(folder, precision)
@@ -130,7 +130,7 @@ def interrupted(folder: Path, precision: Precision, out: Path) -> dict[str, Any]
 
 
 def peak_memory(folder: Path, precision: Precision | None) -> int:
-    """Bytes at the peak of an update of 16384 tokens."""
+    """Return the peak memory in bytes of an update of 16384 tokens."""
     import numpy as np
 
     from megatron_chord.records import Part, TrainSample
@@ -198,5 +198,5 @@ def test_memory(tmp_path: Path, record_property: Any) -> None:
     peaks = {name: run_ranks(peak_memory, 1, folder, name)[0] for name in (None, *FP8)}
     record_property("peak_gib", {str(name): peak / 2**30 for name, peak in peaks.items()})
     for precision in FP8:
-        # FP8 copies of the weights, at most 2 bytes each; what is kept for the backward pass is halved in part.
+        # FP8 adds copies of the weights, at most 2 bytes each, and halves part of what is kept for the backward pass.
         assert peaks[precision] < 1.15 * peaks[None], peaks

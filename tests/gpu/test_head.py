@@ -1,4 +1,4 @@
-"""The log-prob head on a GPU: Triton's kernels against float64, and against torch's sweeps at a real vocabulary."""
+"""The log-prob head on a GPU: Triton's kernels equal float64, and equal torch's sweeps at a real vocabulary."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def run(inputs: tuple[Tensor, Tensor, Tensor], kernels: LogitKernels | None, chu
 
 @pytest.mark.parametrize("chunk", [100, 600])
 def test_the_head_with_kernels_equals_that_with_torch(chunk: int) -> None:
-    """In bf16, of the same rounded logits: values to fp32's last places, gradients to a last place of bf16."""
+    """From the same rounded BF16 logits, values agree to the last places of FP32 and gradients to a last place of
+    BF16."""
     inputs = make_inputs(tokens=600, hidden=512, dtype=torch.bfloat16)
     ours, theirs = run(inputs, None, chunk), run(inputs, logit_kernels_torch, chunk)
     for name in ("log-probs", "entropy", "rival"):
@@ -70,7 +71,7 @@ def test_the_head_with_kernels_equals_that_with_torch(chunk: int) -> None:
 
 
 def test_more_logits_than_32_bits_can_count() -> None:
-    """The last of 2.2e9 logits give what they give in a matrix of their own."""
+    """The last of 2.2e9 logits give the same results as in a matrix of their own."""
     tokens, last = 2**31 // VOCAB + 300, slice(-200, None)
     torch.manual_seed(0)
     logits = torch.empty(tokens, VOCAB, device="cuda", dtype=torch.bfloat16).normal_()
@@ -91,7 +92,7 @@ def test_more_logits_than_32_bits_can_count() -> None:
 
 
 def test_one_weight_gradient_does_not_lose_small_chunks() -> None:
-    """As in tests/unit/losses/test_logprobs.py: 4000 chunks of +1/2 and -1/2, added up in fp32."""
+    """Like the test in tests/unit/losses/test_logprobs.py: 4000 chunks of +1/2 and -1/2 are added in FP32."""
     hidden = torch.ones(4000, 8, dtype=torch.bfloat16, device="cuda")
     weight = torch.zeros(2, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     logprobs, *_ = token_logprobs(
@@ -104,7 +105,7 @@ def test_one_weight_gradient_does_not_lose_small_chunks() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     inputs = make_inputs(tokens=64, hidden=64, dtype=torch.bfloat16)
-    run(inputs, None, chunk=32)  # compiled, and memory is there
+    run(inputs, None, chunk=32)  # compiles the kernels and allocates memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""What ``rollout.offload`` frees on a GPU, and that it comes back as it was."""
+"""``rollout.offload`` frees memory of a GPU, and the state comes back unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_memory_is_freed_for_other_processes(tmp_path: Path) -> None:
     offload.away()
     away = time.perf_counter() - begin
     more, _ = torch.cuda.mem_get_info()
-    # FP32 weights and two moments; FP32 gradients. What the allocator cannot give back is some 2 MB a block.
+    # Freed are FP32 weights, two moments and FP32 gradients. The allocator cannot return some 2 MB of each block.
     assert more - free == pytest.approx((12 + 4) * count, rel=0.05)
     begin = time.perf_counter()
     offload.back()

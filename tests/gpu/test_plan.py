@@ -1,4 +1,4 @@
-"""The planner's memory against torch's own count of one training step on a GPU."""
+"""The planner's memory agrees with torch's own count for one training step on a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ SIZES: dict[str, Any] = {
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
-    """Without Transformer Engine layers keep more than its fused ones: only the recomputed step is compared then."""
+    """Layers without Transformer Engine keep more than its fused layers. Without it only the recomputed step is
+    compared."""
     if recompute == "none" and not has_transformer_engine():
         pytest.skip("the formula is that of Transformer Engine's layers")
     folder = save_model("qwen2", tmp_path, layers=8, vocab=65536, **SIZES)
@@ -58,7 +59,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
     ids = np.arange(TOKENS, dtype=np.int64) % 65536
     part = dataclasses.replace(sample.parts[0], positions=np.arange(1, TOKENS))
     long = dataclasses.replace(sample, token_ids=ids, parts=(part,))
-    for _ in range(2):  # Adam's moments are made in the first
+    for _ in range(2):  # the first step makes Adam's moments
         plan = plan_step(
             with_scales([long, long], terms),
             max_tokens=TOKENS,
@@ -76,7 +77,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
 
 
 def test_the_kind_of_gpu_is_known_by_its_name() -> None:
-    """Memory as torch sees it: decimal bytes, some of the vendor's figure (or of the same number of GiB) reserved."""
+    """torch counts bytes. It sees the vendor's figure, in GB or in GiB, without a small reserved part."""
     gpu = own_gpu()
     if gpu is None:
         pytest.skip(f"{torch.cuda.get_device_name()} is not among the kinds of costs/gpus.py")

@@ -1,4 +1,4 @@
-"""The first checks to run on a GPU: the same CHORD step, in the layer spec that the machine has."""
+"""The first checks to run on a GPU: one CHORD step is right in the layer spec that the machine has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 RELATIVE = 5e-3
-"""Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa)."""
+"""Transformer Engine multiplies FP32 matrices in TF32, which has 10 bits of mantissa."""
 SEQUENCES = [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,8 @@ def test_one_step_equals_float64_transformers(tmp_path: Path, name: str) -> None
 
 
 def updates_by_spec(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """The same update with Transformer Engine's layers and with Megatron's local ones, and its sequences' logits."""
+    """Compute the same update and its sequences' logits with Transformer Engine's layers and with Megatron's local
+    layers."""
     results = {}
     for spec in ("te", "local"):
         for module in (build, specs):
