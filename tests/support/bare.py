@@ -1,7 +1,7 @@
-"""A pytest plugin (``-p tests.support.bare``): a GPU machine on which hardly anything is installed.
+"""A pytest plugin (``-p tests.support.bare``) that imitates a GPU machine with hardly any package installed.
 
-What is optional cannot be imported, and torch says that there is a CUDA device, so that tests get as far as they would
-there before they touch it.
+Optional packages cannot be imported, and torch reports a CUDA device. Tests then run as they would there until they use
+the device.
 """
 
 from __future__ import annotations

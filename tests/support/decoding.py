@@ -1,4 +1,4 @@
-"""A client whose engine writes one token of every answer at a time, each as long as a test says."""
+"""A rollout client whose engine writes one token of every answer at a time. A test gives the length of each answer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ END = 2
 
 
 class DecodingClient:
-    """Prompts are one token, the key to ``lengths``: of each of their answers, END included.
+    """A prompt is one token, the key to ``lengths``: the length of each of its answers, with END.
 
-    Answer j is 10 + j, then 50, 50, ..., then END. A token's log-prob says who sampled it, and where in the answer:
-    -(version + place / 1000).
+    Answer j is 10 + j, then 50, 50, ..., then END. A token's log-prob is -(version + place / 1000), so it tells which
+    version sampled the token and at which place of the answer.
     """
 
     def __init__(self, lengths: Mapping[int, Sequence[int]]) -> None:

@@ -1,5 +1,7 @@
-"""One process stands in for any rank of a large run: Megatron's real groups over torch's fake process group, whose
-collectives do nothing. Enough to build a rank's model on the meta device and look at it."""
+"""One process acts as any rank of a large run. It has Megatron's real groups over torch's fake process group.
+
+The fake group's collectives do nothing. That is enough to build a rank's model on the meta device and inspect it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from megatron_chord.runtime.parallel import axis_sizes
 
 @contextmanager
 def rank_of(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator[None]:
-    """Megatron's parallel state as rank ``rank`` of ``world_size`` has it."""
+    """Set Megatron's parallel state to that of rank ``rank`` of ``world_size``."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -40,7 +42,7 @@ def rank_of(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator
 
 
 def chunks_on_meta(shape: ModelShape, parallel: ParallelConfig) -> list[Any]:
-    """This rank's model chunks, by the trainer's own construction, without memory."""
+    """Build this rank's model chunks as the trainer does, without memory."""
     config = transformer_config(shape, ModelConfig(path=Path("."), dtype="bf16"), parallel)
     with torch.device("meta"):
         return build_chunks(config, shape)

@@ -1,4 +1,4 @@
-"""Files that tests write."""
+"""Functions that write files for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def write_rows(path: Path, *rows: object) -> Path:
-    """JSON lines, one row a line."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

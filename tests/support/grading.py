@@ -1,4 +1,4 @@
-"""Gradings of plain pairs of text and truth."""
+"""Functions that grade plain pairs of text and truth."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from megatron_chord.rewards.response import Response
 
 
 def grades_of(pool: GraderPool, items: Sequence[tuple[str, str]]) -> list[Grade]:
-    """Of pairs of text and truth."""
+    """Return the grade of each pair of text and truth."""
     return pool.grade_all([Response(text=text, truth=truth) for text, truth in items])

@@ -1,7 +1,7 @@
-"""Triton without a GPU, for tests: its kernels in its interpreter, on CPU tensors, or compiled and not run.
+"""Triton without a GPU, for tests: kernels run in its interpreter on CPU tensors, or are compiled and not run.
 
-``make test`` puts Triton beside the environment, not into it: vLLM, torch and Transformer Engine look for Triton, and
-what these do without a GPU is to be tested without it, as users have it. Only the processes started here find it.
+``make test`` puts Triton beside the environment, not into it. vLLM, torch and Transformer Engine look for Triton, and
+tests must see what these do without it, as on a user's machine. Only processes that are started here find Triton.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER = Path(sys.prefix) / "triton"
 def run_with_triton(
     function: Callable[..., Any], *args: Any, ranks: int = 1, interpret: bool = True
 ) -> list[Any]:
-    """``run_ranks`` with Triton; without ``interpret`` its kernels are compiled, which needs no GPU until they run."""
+    """Run ``run_ranks`` with Triton. Without ``interpret`` kernels are compiled, which needs no GPU until they run."""
     if find_spec("triton") is None and not FOLDER.is_dir():
         pytest.skip(f"Triton is neither installed nor in {FOLDER}, where `make test` puts it")
     found = {"TRITON_INTERPRET": str(int(interpret))}
@@ -42,10 +42,11 @@ def _interpreted(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def accept_numpy_2_4() -> None:
-    """Let the interpreter of Triton before 3.7 take a kernel's argument as a bound of ``range`` under NumPy 2.4.
+    """Let Triton's interpreter before 3.7 accept a kernel's argument as a bound of ``range`` under NumPy 2.4.
 
-    It keeps an argument as an array of one number and calls ``int`` on that array (``_patch_lang_tensor`` in
-    triton/runtime/interpreter.py). NumPy 2.4 refuses this for arrays with a dimension. Triton 3.7 squeezes the array.
+    The interpreter keeps an argument as an array of one number and calls ``int`` on that array (``_patch_lang_tensor``
+    in triton/runtime/interpreter.py). NumPy 2.4 refuses this for arrays with a dimension. Triton 3.7 squeezes the
+    array.
     """
     from triton.runtime import interpreter
 
@@ -54,7 +55,7 @@ def accept_numpy_2_4() -> None:
         return
 
     def patched(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)  # what the kernel's end undoes
+        patch(tensor, *scope)  # Triton undoes this patch when the kernel ends
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again, and resumed: by whom, when, and what they leave behind."""
+"""Run a training that is killed again and again and resumed, and report what it leaves behind."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from megatron_chord.process_table import descendants
 from tests.support.task import cli_environment
 
 MARK = "KILLED_RUN"
-"""Environment variable that every process of a run inherits, re-parented ones too."""
+"""An environment variable that every process of a run inherits, also after its parent has ended."""
 MOMENTS = ("starting", "stepping", "saving", "saved")
 SHARED_MEMORY = Path("/dev/shm")
 _KERNELS = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-"""Where torch keeps compiled kernels for later runs. The runs do not compile them again for their own temp folder."""
+"""The folder where torch keeps compiled kernels for later runs. Without it, each run compiles them for its own temp
+folder."""
 _POLL_S = 0.002
 
 
 @dataclass(frozen=True)
 class Kill:
     victim: str
-    """launcher, rank0, rank1 or server; the launcher is the trainer itself in a run of one rank."""
+    """launcher, rank0, rank1 or server. In a run of one rank the launcher is the trainer itself."""
     moment: str
-    """One of ``MOMENTS``: since the start, since a step was finished, since a save began, since one was finished."""
+    """One of ``MOMENTS``: after the start, after a step is finished, after a save begins, after a save is finished."""
     delay: float
-    """Seconds after it."""
+    """Seconds after the moment."""
 
 
 @dataclass
@@ -43,14 +44,14 @@ class Report:
     kills: list[str] = field(default_factory=list)
     lives: int = 0
     early: int = 0
-    """Lives that came to their end before they were to be killed."""
+    """Lives that ended before they could be killed."""
     survivors: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    """In the temp folder or shared memory after the last life."""
+    """Files in the temp folder or in shared memory after the last life."""
 
 
 def draw(seed: int, count: int, victims: Sequence[str]) -> list[Kill]:
-    """Victims and moments in turn, so that few kills meet all of both; delays at random."""
+    """Draw kills with random delays. Victims and moments take turns, so that few kills cover all of both."""
     random_ = random.Random(seed)
     most = {"starting": 12.0, "stepping": 1.0, "saving": 0.06, "saved": 0.3}
     moments = [MOMENTS[(index + index // len(MOMENTS)) % len(MOMENTS)] for index in range(count)]
@@ -70,12 +71,12 @@ def run_through_kills(
     say: Callable[[str], None] = print,
     timeout_s: float = 400.0,
 ) -> Report:
-    """Start the run, kill it, resume it, ..., and let its last life come to its end.
+    """Start the run, kill it, resume it, and so on. The last life runs to the end.
 
-    Others' new files in shared memory would be taken for this run's (``looks_in_shared_memory``).
+    With ``looks_in_shared_memory``, new files of other programs in shared memory count as files of this run.
 
     Raises:
-        AssertionError: a life that was not killed ended with another code than 0, or did not get on.
+        AssertionError: a life that was not killed ended with an exit code other than 0, or made no progress.
     """
     report = Report()
     shared = set(os.listdir(SHARED_MEMORY))
@@ -123,7 +124,7 @@ def _strike(
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     report.kills.append(f"{name} {kill.delay:.3f} s after {kill.moment}")
-    # A lost server is replaced; the run goes on, and is let go on until another step is done.
+    # The run replaces a lost server. It continues until one more step is done; then it is killed.
     done = _rows(output)
     while name == "server" and process.poll() is None and _rows(output) <= done:
         assert time.monotonic() < deadline, f"no step after the server's end:\n{log.read_text()[-3000:]}"
@@ -188,7 +189,7 @@ def _finished_saves(output: Path) -> set[str]:
 
 
 def _rows(output: Path) -> int:
-    """The number of the last step that is done."""
+    """Return how many steps are done."""
     path = output / "metrics.jsonl"
     if not path.is_file():
         return 0
@@ -199,7 +200,7 @@ def _rows(output: Path) -> int:
 def _row(line: str) -> dict:
     try:
         return json.loads(line)
-    except ValueError:  # being written
+    except ValueError:  # the line is still being written
         return {}
 
 
@@ -219,7 +220,7 @@ def _victim(name: str, process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _marked(mark: str) -> dict[int, str]:
-    """Live processes of a run, zombies aside: id and command."""
+    """Return the live processes of a run without zombies: the command by process id."""
     wanted, found = f"{MARK}={mark}".encode(), {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

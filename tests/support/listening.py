@@ -1,4 +1,4 @@
-"""Which addresses processes listen on, as ``ss -ltnp`` would say it, from /proc."""
+"""The addresses on which processes listen, read from /proc as ``ss -ltnp`` does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _LISTEN = "0A"
 
 
 def addresses(pids: Iterable[int]) -> set[str]:
-    """IPv4 and IPv6 addresses of all TCP sockets on which the processes listen."""
+    """Return the IPv4 and IPv6 addresses of all TCP sockets on which the processes listen."""
     wanted: set[str] = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             for link in list(Path(f"/proc/{pid}/fd").iterdir()):
-                with contextlib.suppress(OSError):  # closed meanwhile
+                with contextlib.suppress(OSError):  # the file was closed meanwhile
                     wanted.add(os.readlink(link))
     found: set[str] = set()
     for table in ("tcp", "tcp6"):
@@ -29,7 +29,7 @@ def addresses(pids: Iterable[int]) -> set[str]:
 
 
 def _address(text: str) -> str:
-    """The kernel prints the address as 32-bit words of this machine's byte order."""
+    """Decode an address. The kernel prints it as 32-bit words in this machine's byte order."""
     words = [bytes.fromhex(text[i : i + 8])[::-1] for i in range(0, len(text), 8)]
     family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
     return socket.inet_ntop(family, b"".join(words))

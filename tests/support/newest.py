@@ -1,6 +1,6 @@
 """The newest supported Megatron-Core, for tests.
 
-`make test` puts it beside the environment, as it does with Triton, without which it cannot be imported.
+`make test` puts it beside the environment, together with Triton, which its import needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = Path(sys.prefix) / "megatron"
 
 
 def variables() -> dict[str, str]:
-    """What a process needs in its environment to find it before the one that is installed."""
+    """Return the environment variables with which a process finds it before the installed version."""
     if not (FOLDER / f"megatron_core-{VERSION}.dist-info").is_dir():
         pytest.skip(f"there is no megatron-core {VERSION} in {FOLDER}, where `make test` puts it")
     return {

@@ -1,7 +1,7 @@
-"""One optimizer update written out with Transformers in float64: one sample at a time, full logits, no tensor tricks.
+"""One optimizer update with Transformers in float64: one sample at a time, with full logits and plain loops.
 
-Independent of the package's losses: formulas are those of the papers, token by token, with Python's own loops. What is
-constant (old log-probs, weights, advantages) enters as a number, what is differentiated as a 0-dimensional tensor.
+It does not use the package's losses. Its formulas are those of the papers, token by token. Constants (old log-probs,
+weights, advantages) are numbers. What is differentiated is a 0-dimensional tensor.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Token:
     """One trained token."""
 
     logp: Tensor
-    """differentiable"""
+    """Differentiable."""
     entropy: Tensor
-    """differentiable"""
+    """Differentiable."""
     rival: float
-    """the best other token's log-prob"""
+    """The log-prob of the best other token."""
     constants: dict[str, float]
     old_logp: float
-    """of the policy before the update (in one update from the same weights: its own log-prob)"""
+    """The log-prob by the policy before the update. In a single update from the same weights it equals ``logp``."""
     old_entropy: float
     reference_logp: float = math.nan
 
@@ -51,7 +51,10 @@ class SequenceTokens:
 
 @dataclass(kw_only=True)
 class OracleTerm:
-    """``loss(token, its sequence, all of the term's sequences)``: a tensor; and numbers to report as means."""
+    """A term of the loss. ``loss(token, its sequence, all of the term's sequences)`` returns a tensor.
+
+    ``means`` and ``losses`` are further numbers that the trainer reports.
+    """
 
     loss: Callable[[Token, SequenceTokens, list[SequenceTokens]], Tensor]
     pool: str
@@ -76,7 +79,10 @@ def oracle_update(
     reference: Path | None = None,
     old: Path | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Loss and metrics, and gradients by Hugging Face name. ``old``: the policy before the step's first update."""
+    """Return the loss with its metrics, and the gradients by Hugging Face name.
+
+    ``old`` is the folder of the policy before the step's first update.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -146,7 +152,7 @@ def oracle_update(
     grads = {
         name: (p.grad if p.grad is not None else torch.zeros_like(p)) for name, p in model.named_parameters()
     }
-    # Transformers holds all experts of a layer in one parameter; folders do not.
+    # Transformers holds all experts of a layer in one parameter; Hugging Face folders hold one for each expert.
     return {"loss": loss.item(), **metrics}, revert_weight_conversion(model, grads)
 
 

@@ -1,4 +1,4 @@
-"""The policy and the SFT term for ``tests.support.oracle``, written from the papers, one token at a time."""
+"""The policy term and the SFT term for ``tests.support.oracle``, written from the papers, one token at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _old(token: Token, objective: ObjectiveConfig) -> float:
 
 
 def _ratio(token: Token, sequence: SequenceTokens, objective: ObjectiveConfig) -> Tensor:
-    """Differentiable."""
+    """Return the ratio, which is differentiable."""
     if objective.surrogate != "gspo":
         return torch.exp(torch.clamp(token.logp - _old(token, objective), -20, 20))
     gaps = [other.logp.item() - _old(other, objective) for other in sequence.tokens]
@@ -27,7 +27,7 @@ def _ratio(token: Token, sequence: SequenceTokens, objective: ObjectiveConfig) -
 def _surrogate(
     token: Token, sequence: SequenceTokens, objective: ObjectiveConfig
 ) -> tuple[Tensor, bool, bool]:
-    """Loss, whether the clip is active, whether the dual clip is."""
+    """Return the loss, whether the clip is active, and whether the dual clip is active."""
     a, ratio = token.constants["advantage"], _ratio(token, sequence, objective)
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     if objective.surrogate == "unclipped":
@@ -44,7 +44,7 @@ def _surrogate(
 
 
 def _correction(token: Token, sequence: SequenceTokens, objective: ObjectiveConfig) -> tuple[float, bool]:
-    """Weight, whether it was cut or masked."""
+    """Return the weight, and whether it was cut or masked."""
     c = objective.correction
     if c is None:
         return 1.0, False
@@ -65,7 +65,7 @@ def _correction(token: Token, sequence: SequenceTokens, objective: ObjectiveConf
 
 
 def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "policy") -> OracleTerm:
-    """``objective``'s policy branch; columns advantage and rollout_logprob."""
+    """The policy branch of ``objective``. It reads the constants advantage and rollout_logprob."""
 
     def surrogate(token: Token, sequence: SequenceTokens) -> tuple[Tensor, bool, bool]:
         return _surrogate(token, sequence, objective)
@@ -122,7 +122,7 @@ def sft_term(
     length: int = 1,
     temperature: float = 1.0,
 ) -> OracleTerm:
-    """-w log p with ``weight`` a settings class of ``method.token_weight``."""
+    """The SFT branch: -w log p, where ``weight`` is a settings class of ``method.token_weight``."""
 
     def entropy_rank(token: Token, everything: list[SequenceTokens]) -> int:
         return sum(t.old_entropy > token.old_entropy for s in everything for t in s.tokens)

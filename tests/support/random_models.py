@@ -1,6 +1,6 @@
-"""Random configurations of every family, drawn from a seed: what config.json may say, sane and not.
+"""Random configurations of every family, drawn from a seed. Some have unusual values.
 
-Half of the settings that a family refuses come up now and then, so that a silent difference would show, too.
+Half of the settings that a family refuses are drawn now and then. A difference that no error reports would then show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POSITIONS = 64
 
 
 def draw_config(seed: int) -> dict[str, Any]:
-    """A whole config.json, of one family after the other."""
+    """Draw a whole config.json. Consecutive seeds go through the families."""
     rng = random.Random(seed)
     family = FAMILIES[seed % len(FAMILIES)]
     heads = rng.choice((1, 2, 4, 6))
@@ -80,7 +80,7 @@ _RARE: tuple[tuple[str, Any], ...] = (
 
 
 def _rope(rng: random.Random, family: str) -> dict[str, Any]:
-    """In the spelling of Transformers 4 or 5."""
+    """Draw RoPE settings, spelt as in Transformers 4 or 5."""
     base = rng.choice((500.0, 1e4, 1e6))
     yarn = {
         "factor": rng.choice((2.0, 4)),
@@ -202,7 +202,7 @@ _OF_FAMILY = {
 
 
 def save_random_model(seed: int, folder: Path) -> dict[str, Any]:
-    """The folder of ``draw_config(seed)``, with random weights; its config.json is what was drawn, to the letter.
+    """Save the model of ``draw_config(seed)`` with random weights. Its config.json is exactly what was drawn.
 
     Raises whatever Transformers raises for a configuration that it does not take.
     """

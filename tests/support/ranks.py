@@ -1,4 +1,4 @@
-"""Runs a function in several real processes joined by gloo, for tests of what happens across ranks.
+"""Run a function in several real processes joined by gloo, for tests of what happens across ranks.
 
 The processes are forked from a server that has imported torch, Transformers and Megatron-Core once. A fresh interpreter
 would spend two seconds of CPU time on these imports in every rank of every test.
@@ -28,16 +28,17 @@ from megatron_chord.network import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_VARIABLES = ("PYTHONPATH", "TRITON_INTERPRET")
-"""What decides which modules a process imports. A test that changes one of them gets fresh interpreters."""
+"""The variables that decide which modules a process imports. A test that changes one of them gets fresh
+interpreters."""
 _AT_FIRST = {name: os.environ[name] for name in IMPORT_VARIABLES if name in os.environ}
-"""Before any test changed them."""
+"""The values of these variables before any test changed them."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
-    """``function(*args)`` in ``world_size`` new processes; their results in rank order.
+    """Run ``function(*args)`` in ``world_size`` new processes. Return their results in rank order.
 
-    The function must be a module-level one of an importable test module; arguments and results are pickled. When a
-    rank fails, the others are stopped and the tracebacks are raised, that of the first to fail first.
+    The function must be a module-level one of an importable test module. Arguments and results are pickled. If a rank
+    fails, the others are stopped and the tracebacks are raised in the order of the failures.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -65,9 +66,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def run_cli_forked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`megatron-chord` in one forked process: without the seconds of imports that ``task.run_cli`` takes.
+    """Run `megatron-chord` in one forked process, without the seconds of imports that ``task.run_cli`` takes.
 
-    For commands that start no server and no ranks.
+    It is for commands that start no server and no ranks.
     """
     return run_ranks(_command_line, 1, arguments)[0]
 
@@ -95,7 +96,7 @@ def _command_line(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str
 
 def _start(folder: Path, call: bytes, environment: Mapping[str, str]) -> BaseProcess:
     imports = tuple(environment.get(name) for name in IMPORT_VARIABLES)
-    # The server adapts Megatron-Core's imports to a machine without CUDA.
+    # The fork server adapts Megatron-Core's imports to a machine without CUDA, so it cannot serve tests on a GPU.
     can_fork = environment.get("CUDA_VISIBLE_DEVICES") == "" and imports == _served_imports()
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     with mock.patch.dict(os.environ, environment, clear=True):
@@ -106,7 +107,8 @@ def _start(folder: Path, call: bytes, environment: Mapping[str, str]) -> BasePro
 
 @functools.cache
 def _served_imports() -> tuple[str | None, ...]:
-    """Start the server as no test has changed the environment; returns what its imports depend on."""
+    """Start the fork server with the environment as no test has changed it. Return the values of IMPORT_VARIABLES
+    there."""
     environment = _AT_FIRST | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{_AT_FIRST.get('PYTHONPATH', '')}",
@@ -134,7 +136,8 @@ def _result(folder: Path, rank: int, process: BaseProcess, timeout_s: float) -> 
 
 
 def _failures(folder: Path) -> list[str]:
-    """Tracebacks of the ranks that have failed, the first to fail first: the others often fail because it is gone."""
+    """Return the tracebacks of the ranks that failed, in the order of the failures: later ones often follow from the
+    first."""
     paths = sorted(folder.glob("result-*.pickle"), key=lambda path: path.stat().st_mtime_ns)
     outcomes = {path.stem.removeprefix("result-"): pickle.loads(path.read_bytes()) for path in paths}
     return [f"rank {rank} failed:\n{value}" for rank, (succeeded, value) in outcomes.items() if not succeeded]
@@ -145,11 +148,11 @@ def _text(path: Path, length: int) -> str:
 
 
 def _rank(folder: Path, call: bytes, environment: dict[str, str]) -> None:
-    """One rank's process: the function's result, or its traceback, goes to a file."""
+    """Run one rank's process. Write the function's result, or its traceback, to a file."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    # multiprocessing gives a new interpreter its parent's sys.path, without what a test has put into PYTHONPATH.
+    # multiprocessing gives a new interpreter its parent's sys.path. That lacks what a test has put into PYTHONPATH.
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     rank = environment["RANK"]
     with (folder / f"out-{rank}").open("wb") as out:

@@ -1,4 +1,4 @@
-"""What the server of ``tests.support.ranks`` imports before it forks. None of it starts a thread."""
+"""The modules that the server of ``tests.support.ranks`` imports before it forks. None of them starts a thread."""
 
 import torch.distributed  # noqa: F401
 import transformers.models.auto.modeling_auto

@@ -1,9 +1,9 @@
-"""Which fields of a config.json Transformers and vLLM read for each family, taken from their installed sources.
+"""Find the fields of a config.json that Transformers and vLLM read for each family, from their installed sources.
 
     python -m tests.support.read_fields           # the whole table
 
-Read are a family's own modules and what they share: RoPE, masks, caches, attention, and how vLLM reads a model's
-config. Nothing is imported but Transformers' configuration classes: the sources are parsed.
+The search covers a family's own modules and what families share: RoPE, masks, caches, attention, and how vLLM reads a
+model's config. The sources are parsed; only Transformers' configuration classes are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 _CONFIGS = {"config", "hf_config", "text_config", "hf_text_config", "cfg"}
 _ROPES = {"rope_parameters", "rope_parameters_dict", "rope_scaling"}
 ROPE = "rope_parameters."
-"""Prefix of the fields below ``rope_parameters``."""
+"""The prefix of the fields below ``rope_parameters``."""
 _TRANSFORMERS_SHARED = (
     "modeling_rope_utils.py",
     "masking_utils.py",
@@ -46,11 +46,12 @@ _VLLM_MODULES = {
     "deepseek_v2": ("deepseek_v2",),
     "deepseek_v3": ("deepseek_v2",),
 }
-"""A family's own and those whose layers it builds on."""
+"""vLLM's modules of each family: its own, and those whose layers it builds on."""
 
 
 def read_fields(family: str) -> dict[str, list[str]]:
-    """Field -> where it is read, as ``package/path:line``; fields of RoPE begin with ``rope_parameters.``."""
+    """Return the places that read each field, as ``package/path:line``. Fields of RoPE begin with
+    ``rope_parameters.``."""
     transformers, vllm = _package("transformers"), _package("vllm")
     sources = [transformers / f"models/{family}/modeling_{family}.py"]
     sources += [transformers / name for name in _TRANSFORMERS_SHARED]
@@ -80,7 +81,7 @@ def _reads(source: Path) -> list[tuple[str, int]]:
 
 
 def _of_node(node: ast.AST) -> Iterator[tuple[str, int]]:
-    """What one expression reads: of a config, then of its RoPE parameters."""
+    """Yield what one expression reads of a config or of its RoPE parameters."""
     match node:
         case ast.Attribute(value=value, attr=field) if _is_one_of(value, _CONFIGS):
             yield field, node.lineno

@@ -1,4 +1,4 @@
-"""A ``StepContext`` whose answers a test writes down, and what stands in them."""
+"""A ``StepContext`` whose answers a test writes down, and helpers for what the answers contain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def prompt(name: str, *, tokens: Sequence[int] = (5, 6), text: str = "?") -> Pro
 def graded(
     of: Prompt, scores: Sequence[Score], *, prefix: tuple[int, ...] = (), finish_reason: Any = "stop"
 ) -> GradedRollouts:
-    """Answers of two tokens, 20 and 21, 30 and 31, ...; rewards are the scores."""
+    """Return answers of two tokens (20 and 21, 30 and 31, ...) whose rewards are the scores."""
     rollouts = tuple(
         Rollout(
             token_ids=(20 + 10 * i, 21 + 10 * i),
@@ -46,17 +46,17 @@ def graded(
 
 @dataclass(kw_only=True)
 class ScriptedContext:
-    """What a method may ask for in a step."""
+    """Everything that a method may ask for in a step."""
 
     scores: Mapping[tuple[str, str], Sequence[Score]]
-    """By attempt and prompt id, of its rollouts."""
+    """The scores of the rollouts, by attempt and prompt id."""
     demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     step: int = 0
     template: Any = None
     asked: list[tuple[str, Sequence[DrawnPrompt], int]] = field(
         default_factory=list[tuple[str, Sequence[DrawnPrompt], int]]
     )
-    """Attempt, prompts and number of samples of every call of ``rollouts``."""
+    """The attempt, the prompts and the number of samples of every call of ``rollouts``."""
 
     @property
     def now(self) -> ScheduleInput:
@@ -91,11 +91,11 @@ class ScriptedContext:
 
 
 class WordTemplate(SimpleNamespace):
-    """Tokens are characters, of all messages one after the other."""
+    """A template whose tokens are the characters of all messages in order."""
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]], *, tools: Sequence[Any]) -> tuple[int, ...]:
         return tuple(ord(letter) for message in messages for letter in message["content"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Without the stop token 0."""
+        """Decode the tokens. The stop token 0 is left out."""
         return "".join(chr(token) for token in token_ids if token)

@@ -1,7 +1,7 @@
-"""Chat templates as models have them, each with a tokenizer that knows its marks.
+"""Chat templates as published models have them, each with a tokenizer that has the template's markers as tokens.
 
-The Jinja files lie in the wheels of trl and axolotl, which `make test` unpacks beside the environment. The tokenizers
-are made here: a token for each byte and one for each mark, so that the tokens of a text are those of its pieces.
+The Jinja files are in the wheels of trl and axolotl, which `make test` unpacks beside the environment. The tokenizers
+are made here: one token for each byte and one for each marker. So a text's tokens are those of its pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 FOLDER = Path(os.environ.get("MEGATRON_CHORD_TEMPLATES", Path(sys.prefix) / "templates"))
 
 Pieces = Sequence[tuple[str, bool]]
-"""A conversation written by hand: each piece of its text, and whether it is trained."""
+"""A conversation that was written by hand. Each piece is a part of its text, and whether that part is trained."""
 
 _THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 MARKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,11 +33,11 @@ MARKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "mistral": (("</s>", "<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ()),
 }
-"""Of each family its control tokens, end of turn and beginning of text first, and its marks that are text."""
+"""For each family: its control tokens (end of turn and beginning of text first), and its markers that are text."""
 
 
 def jinja(name: str) -> Path:
-    """The file of ``trl/NAME`` or ``axolotl/NAME``."""
+    """Return the file of ``trl/NAME`` or ``axolotl/NAME``."""
     package, stem = name.split("/")
     inside = {"trl": "trl/chat_templates", "axolotl": "axolotl/utils/chat_templates/templates"}[package]
     file = FOLDER / inside / f"{stem}.jinja"
@@ -47,7 +47,7 @@ def jinja(name: str) -> Path:
 
 
 def save_tokenizer(folder: Path, family: str) -> Path:
-    """A tokenizer with the marks of ``family``, without a template."""
+    """Save a tokenizer with the markers of ``family``, without a template."""
     control, text = MARKS[family]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))

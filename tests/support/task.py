@@ -21,7 +21,7 @@ CHATML = (
 
 
 def make_task(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
-    """Write everything below ``folder`` and return the path of run.yaml; ``settings`` replace whole YAML blocks."""
+    """Write everything below ``folder`` and return the path of run.yaml. ``settings`` replace whole YAML blocks."""
     save_policy(folder / "policy", seed=seed)
     rows = [
         {
@@ -58,7 +58,7 @@ def make_task(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
 
 
 def save_policy(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
-    """A random Qwen2 with heads that vLLM's CPU attention knows, and a byte-level tokenizer."""
+    """Save a random Qwen2, with a head size that vLLM's CPU attention supports, and a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -91,7 +91,7 @@ def save_policy(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
 
 
 def run_cli(*arguments: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-    """`megatron-chord` as a user starts it."""
+    """Run `megatron-chord` as a user starts it."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_chord.cli", *arguments],
         env=cli_environment(**env),

@@ -1,7 +1,7 @@
-"""Transformer Engine's Python code on a machine without CUDA: its compiled parts are there in name only.
+"""Transformer Engine's Python code on a machine without CUDA. Its compiled parts exist only as empty modules.
 
-Specs, recipes, layers' parameters and their names are Python, and real; whatever would compute is not. A program that
-calls ``load`` must do so before anything imports Transformer Engine or Megatron-Core.
+Specs, recipes, layers' parameters and their names are Python code, so they are real. Nothing can compute. A program
+must call ``load`` before anything imports Transformer Engine or Megatron-Core.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ABSENT = (
     "triton.language.standard",
     "transformer_engine.pytorch.onnx_extensions",
 )
-"""Compiled parts, and the export to ONNX, which needs distributions of its own."""
+"""Compiled parts, and the export to ONNX, which needs other distributions."""
 
 
 class _Absent:
-    """Stands for anything of a compiled part that the Python code names, decorates or annotates with."""
+    """A placeholder for everything of a compiled part that the Python code names, decorates or annotates with."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -52,15 +52,15 @@ class _Absent:
 
 
 class _AbsentModule(types.ModuleType):
-    __version__ = "3.5.0"  # Triton's, which is compared with
+    __version__ = "3.5.0"  # Triton's version: Transformer Engine compares it
     __getattr__ = _Absent.__getattr__
     __path__ = ()
 
 
 def load() -> None:
-    """Import Transformer Engine, from wherever ``sys.path`` has its plain distribution."""
+    """Import Transformer Engine from the folder on ``sys.path`` that has its plain distribution."""
     importlib.import_module("torch._inductor.compile_fx")  # it looks for triton, which must then be absent
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own build imports it without the core library
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own build imports it this way, without the core library
     for name in ABSENT:
         sys.modules[name] = _AbsentModule(name)
     spec = importlib.util.find_spec("transformer_engine")
@@ -80,7 +80,8 @@ def load() -> None:
 
 @contextlib.contextmanager
 def as_if_on_hopper() -> Iterator[None]:
-    """Layers refuse to be made without CUDA and ask what the device is, although their parameters may lie anywhere."""
+    """Let torch report a Hopper GPU. Without it layers cannot be built, although their parameters may be on any
+    device."""
     import torch
 
     answers: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Tiny models, settings and batches with which the tests compare."""
+"""Tiny models, settings and batches for the tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 5.0,
     "original_max_position_embeddings": 256,
 }
-"""Of the 8 (or 16) frequencies of a head of 16 (or 32), some are kept, some slowed down and some interpolated."""
+"""A head of 16 (or 32) has 8 (or 16) frequencies: some are kept, some are slowed down and some are interpolated."""
 
 YARN_ROPE = {
     "rope_type": "yarn",
@@ -51,7 +51,7 @@ YARN_ROPE = {
     "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 128,
 }
-"""Of the 8 frequencies of a rotated part of 16, some are kept, some slowed down and some between."""
+"""A rotated part of 16 has 8 frequencies: some are kept, some are slowed down and some are between."""
 
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -61,7 +61,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 28,
     "rope_parameters": YARN_ROPE,
 }
-"""All sizes of latent attention differ."""
+"""All sizes of latent attention differ from each other."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -108,7 +108,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
     },
 }
-"""What each family's tiny config.json says beyond the sizes that all have."""
+"""What each family's tiny config.json has in addition to the sizes that all families share."""
 
 
 def save_model(
@@ -121,7 +121,7 @@ def save_model(
     vocab: int = VOCAB,
     **settings: Any,
 ) -> Path:
-    """A random model in Hugging Face format, with norms and biases away from their initial values."""
+    """Save a random model in Hugging Face format. Its norms and biases differ from their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -160,9 +160,9 @@ def tiny_run(
     temperature: float = 1.0,
     **objective: Any,
 ) -> RunConfig:
-    """Settings of a run whose objective is what a test is about; nothing in it is ever read from disk but the model.
+    """Settings of a run whose objective is tested. Only the model is read from disk.
 
-    ``objective`` may hold settings of the method, too, where ``ObjectiveConfig`` has none of the same name.
+    ``objective`` may also hold settings of the method, if ``ObjectiveConfig`` has none of the same name.
     """
     kind = {kind.name: kind for kind in get_args(config.MethodConfig)}[method]
     names = {field.name for field in fields(kind)} - {field.name for field in fields(ObjectiveConfig)}
@@ -189,7 +189,7 @@ def tiny_run(
 def make_samples(
     *, num_policy: int = 6, num_sft: int = 5, seed: int = 0, vocab: int = VOCAB
 ) -> list[TrainSample]:
-    """Random samples of CHORD's two terms, of uneven lengths, whose ratios clip on either side."""
+    """Random samples of CHORD's two terms with many lengths. Ratios are clipped on both sides."""
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(num_policy + num_sft):

@@ -1,8 +1,8 @@
-"""Watches an update from below: what waits for the device, what is copied to it, what is sent over which group.
+"""Watch an update's calls: which calls wait for the device, what is copied to it, and what is sent over which group.
 
-torch's meta device stands in for a GPU (``stand_in_for_a_gpu``): its tensors have shapes and no numbers, what
-mixes it with the CPU raises, and so does what needs its numbers on the host, which is what would wait for a
-GPU. ``Watch`` answers these instead, with zeros, and notes who asked.
+torch's meta device replaces a GPU (``stand_in_for_a_gpu``). Its tensors have shapes and no numbers. An operation that
+mixes it with the CPU raises. So does an operation that needs its numbers on the host, which would wait for a real GPU.
+``Watch`` answers the latter with zeros and notes who asked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ META = torch.device("meta")
 
 
 def stand_in_for_a_gpu(parallel: ParallelConfig) -> runtime.ParallelGroups:
-    """Real groups over gloo, with a device that computes nothing. For a process of its own: nothing is put back."""
+    """Build real groups over gloo with a device that computes nothing. Use it in a process of its own: it restores
+    nothing."""
     cpu._CPU = META
     groups = runtime.start(parallel, seed=0)
     torch.Tensor.cuda = lambda self, *_, **__: self.to(META)  # type: ignore[method-assign, assignment]
@@ -38,13 +39,13 @@ def stand_in_for_a_gpu(parallel: ParallelConfig) -> runtime.ParallelGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """One call of a collective, or of a message, on this rank."""
+    """One call of a collective or of a message, on this rank."""
 
     kind: str
-    """As in torch's ``c10d`` operators."""
+    """The name of torch's ``c10d`` operator."""
     group: str
     numel: int
-    """Of all tensors that the call names as its inputs."""
+    """The number of elements of all input tensors of the call."""
     on_device: bool
 
 
@@ -52,9 +53,9 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
-        """By the source file that asked for numbers of the device."""
+        """The number of waits, by the source file that asked for numbers of the device."""
         self.uploads: Counter[str] = Counter()
-        """Copies of host memory to the device, likewise."""
+        """The number of copies from host memory to the device, by source file."""
         self.sent: list[Sent] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +94,7 @@ class Watch(TorchDispatchMode):
 
 
 _INPUTS = ("input_tensors", "inputs", "input_tensor", "input", "tensors", "tensor")
-"""What torch's ``c10d`` operators call what a rank sends; of a receipt, where it goes."""
+"""The names that torch's ``c10d`` operators give to what a rank sends. For a receive, it is where the data goes."""
 
 
 def _answered(func: Any, args: Any) -> Any:
@@ -104,7 +105,7 @@ def _answered(func: Any, args: Any) -> Any:
 
 
 def _asker() -> str:
-    """The innermost file of the project or of Megatron on the stack, from its package on."""
+    """Return the innermost file of the project or of Megatron on the stack. The path begins at its package."""
     for frame in reversed(traceback.extract_stack()):
         for package in ("megatron_chord/", "megatron/core/"):
             if package in frame.filename:
