@@ -528,12 +528,13 @@ class RolloutConfig:
 
     @property
     def max_off_policy_steps(self) -> int:
-        """How many steps ahead are sampled; 0 without ``asynchronous``."""
+        """How many steps ahead rollouts are sampled. It is 0 without ``asynchronous``."""
         return 0 if self.asynchronous is None else self.asynchronous.max_off_policy_steps
 
     @property
     def in_flight(self) -> Literal["drain", "keep"]:
-        """As ``asynchronous.in_flight``; without it no request is unfinished when weights are pushed."""
+        """The value of ``asynchronous.in_flight``. Without ``asynchronous`` no request is unfinished when weights are
+        pushed."""
         return "drain" if self.asynchronous is None else self.asynchronous.in_flight
 
     @property
@@ -543,7 +544,7 @@ class RolloutConfig:
 
     @property
     def max_carries(self) -> int | None:
-        """As ``partial.max_carries``."""
+        """The value of ``partial.max_carries``."""
         return None if self.partial is None else self.partial.max_carries
 
     @property
@@ -552,7 +553,7 @@ class RolloutConfig:
         return self.asynchronous is not None or self.carries
 
     def extra_of(self, count: int) -> int:
-        """How many prompts are sampled beyond ``count``; 0 without ``partial``."""
+        """Return how many prompts are sampled in addition to ``count``. It is 0 without ``partial``."""
         return 0 if self.partial is None else math.ceil(round(self.partial.extra_prompts * count, 6))
 
 
@@ -610,7 +611,7 @@ class OptimConfig:
             )
 
     def horizon(self, steps: int) -> int:
-        """The step at which the rate of a run of ``steps`` has come down."""
+        """The step at which the learning rate of a run of ``steps`` steps reaches its end value."""
         return steps if self.decay_steps is None else self.decay_steps
 
 
@@ -626,24 +627,24 @@ class EvaluationSetConfig:
     """One set of held-out problems with an interval and metrics of its own."""
 
     name: str
-    """Of its metrics, such as evaluation/NAME/avg@8."""
+    """Name of the set. Its metrics carry it, as in evaluation/NAME/avg@8."""
     path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
-    """Its problems, as `data.evaluation.path`."""
+    """A file, a folder of shards, a pattern or a list of these, as in `data.evaluation.path`."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
-    """Where a row has what is read, as `data.evaluation.fields`."""
+    """Names of the columns that hold each field, as in `data.evaluation.fields`."""
     system_prompt: str | None = None
-    """In place of `data.system_prompt` for this set."""
+    """System prompt for the rows of this set. Left out: `data.system_prompt`."""
     every: int | None = None
-    """Steps between its evaluations. Left out: `evaluation.every`."""
+    """Number of steps between evaluations of this set. Left out: `evaluation.every`."""
     problems: int | None = None
-    """Only the first so many problems. Left out: `evaluation.problems`."""
+    """How many problems of the set are used, from the first on. Left out: `evaluation.problems`."""
     temperature: float | None = None
-    """Of sampling. Left out: `evaluation.temperature`."""
+    """Sampling temperature of this set. Left out: `evaluation.temperature`."""
     samples: int | None = None
-    """Answers per problem. Left out: `evaluation.samples`."""
+    """Number of answers per problem of this set. Left out: `evaluation.samples`."""
     metrics: tuple[str, ...] = ()
-    """avg@K: mean score of the first K answers. pass@K: probability that one of K answers is right. Left out:
-    avg@samples."""
+    """Metrics of this set. avg@K is the mean score of the first K answers. pass@K is the probability that at least one
+    of K answers is right. Left out: avg@samples."""
 
     def __post_init__(self) -> None:
         require(
@@ -663,7 +664,7 @@ class EvaluationSetConfig:
 
     @property
     def source(self) -> SourceConfig:
-        """Where its problems are read."""
+        """Where the set's problems are read."""
         return SourceConfig(
             path=self.path, name=self.name, fields=self.fields, system_prompt=self.system_prompt
         )
@@ -684,8 +685,8 @@ class EvaluationConfig:
     """The run ends early after this many evaluations in a row without a new best accuracy. `checkpoint.keep_best` says
     which accuracy is compared. Left out: the run does all of its steps."""
     sets: tuple[EvaluationSetConfig, ...] | None = field(default=None, metadata={"from_list": True})
-    """Several sets of problems in place of `data.evaluation`, each with its own interval and metrics. A list as
-    `evaluation` is short for this."""
+    """Several sets of problems instead of `data.evaluation`, each with its own interval and metrics. If `evaluation`
+    itself is a list, the list is this setting."""
 
     def __post_init__(self) -> None:
         not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
@@ -720,7 +721,7 @@ class EvaluationConfig:
                 )
 
     def resolved(self) -> tuple[EvaluationSetConfig, ...]:
-        """The sets with everything that they leave out."""
+        """Return the sets, each with the settings that it leaves out."""
 
         def whole(item: EvaluationSetConfig) -> EvaluationSetConfig:
             samples = self.samples if item.samples is None else item.samples
@@ -953,7 +954,7 @@ class RunConfig:
 
 
 def check_lengths(data: DataConfig, max_positions: int) -> None:
-    """ValueError when a sample could be longer than the model's positions."""
+    """Raise ValueError if a sample could be longer than the model's number of positions."""
     longest = data.max_prompt_tokens + data.max_response_tokens
     require(
         longest <= max_positions,
@@ -963,7 +964,8 @@ def check_lengths(data: DataConfig, max_positions: int) -> None:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Data-parallel ranks of `world_size` processes; ValueError when the axes do not divide it."""
+    """Return the number of data-parallel ranks of `world_size` processes. Raise ValueError if the axes do not divide
+    it."""
     product = parallel.tensor * parallel.pipeline * parallel.context
     require(
         world_size % product == 0,

@@ -43,12 +43,12 @@ class HubName:
 
     @property
     def unresolved(self) -> Path:
-        """The path that a run's settings have for a name that is not in the cache."""
+        """The path that a run's settings hold for a name that is not in the cache."""
         return Path(f"hf:/{self.kind}s") / str(self).removeprefix("hf://datasets/")
 
     @property
     def command(self) -> str:
-        """The command that downloads it by hand."""
+        """The command with which a user downloads the name by hand."""
         parts = ["hf", "download", self.repo]
         if self.kind == "dataset":
             parts += ["--repo-type", "dataset"]
@@ -60,7 +60,7 @@ class HubName:
 
 
 def read_name(text: str, kind: Kind) -> HubName | None:
-    """``text`` as a name on the hub; None if it is a path."""
+    """Read ``text`` as a name on the hub. Return None if it is a path."""
     if kind == "dataset":
         start = re.match(r"hf:/+datasets/", text)
         if start is None:
@@ -76,7 +76,7 @@ def read_name(text: str, kind: Kind) -> HubName | None:
 
 
 def unresolved_name(path: Path) -> HubName | None:
-    """The name of which ``path`` is the placeholder ``HubName.unresolved``; None for any other path."""
+    """Return the name whose placeholder (``HubName.unresolved``) is ``path``. Return None for any other path."""
     match = _UNRESOLVED.fullmatch(str(path))
     if match is None:
         return None
@@ -86,7 +86,8 @@ def unresolved_name(path: Path) -> HubName | None:
 
 
 def repository_name(path: Path) -> str | None:
-    """NAME, if ``path`` belongs to the data set OWNER/NAME of the hub, downloaded or not. Otherwise None."""
+    """Return NAME if ``path`` belongs to the data set OWNER/NAME of the hub, downloaded or not. Otherwise return
+    None."""
     name = unresolved_name(path)
     if name is not None:
         return name.repo.partition("/")[2]
@@ -142,8 +143,11 @@ def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def _listed_files(name: HubName, snapshot: Path, env: Mapping[str, str]) -> list[Path]:
-    """Where the data files of the repository that ``name`` means would be. Empty if the cache has no list of its files,
-    which huggingface_hub keeps when it downloads a pattern."""
+    """Return the paths that the data files of the repository of ``name`` have in the cache.
+
+    huggingface_hub keeps a list of the repository's files when it downloads a pattern. Without that list the result is
+    empty.
+    """
     if not (snapshot.parents[1] / "trees").is_dir():
         return []
     from huggingface_hub import get_cached_repo_tree
@@ -160,13 +164,14 @@ def _listed_files(name: HubName, snapshot: Path, env: Mapping[str, str]) -> list
 
 
 def _is_meant(path: str, inside: str) -> bool:
-    """Whether ``inside`` matches a repository's file, or the folder that it lies in."""
+    """Return whether ``inside`` matches a file of a repository, or the folder in which the file lies."""
     parts, patterns = path.split("/"), inside.split("/")
     return len(parts) - len(patterns) in (0, 1) and all(map(fnmatch, parts, patterns))
 
 
 def _is_whole_model(snapshot: Path) -> bool:
-    """Whether the folder has a config and all files of weights that its index or the names of the others require."""
+    """Return whether the folder has a config and all weight files that its index, or the names of the others,
+    require."""
     weights = list(snapshot.glob("*.safetensors"))
     if not weights or not (snapshot / "config.json").exists():
         return False
@@ -177,8 +182,10 @@ def _is_whole_model(snapshot: Path) -> bool:
 
 
 def _has_all_shards(files: Sequence[Path], pattern: str) -> bool:
-    """Whether for each file such as ``NAME-1-of-4`` the others that match the pattern exist too. Numbers may begin at 0
-    or at 1."""
+    """Return whether all shards are there: for each file such as ``NAME-1-of-4``, the others that match the pattern.
+
+    Numbers may begin at 0 or at 1.
+    """
     present = {file for file in files if file.exists()}
     for file in present:
         shard = _SHARD.fullmatch(file.name)
@@ -197,7 +204,7 @@ def _has_all_shards(files: Sequence[Path], pattern: str) -> bool:
 
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
-    """The folder where huggingface_hub keeps its downloads."""
+    """Return the folder where huggingface_hub keeps its downloads."""
     if folder := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
         return Path(folder).expanduser()
     if folder := env.get("HF_HOME"):
@@ -206,7 +213,7 @@ def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
-    """Why nothing may be downloaded here; None if downloads are allowed."""
+    """Return the reason why nothing may be downloaded here. Return None if downloads are allowed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if env.get(name, "").lower() in ("1", "true", "yes", "on"):
             return f"{name} is set"
@@ -216,7 +223,7 @@ def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def refusal(name: HubName, reason: str) -> str:
-    """The error message for a name that is not in the cache and cannot be downloaded."""
+    """Return the error message for a name that is not in the cache and cannot be downloaded."""
     return (
         f"{name} is neither a path nor (whole) in the Hugging Face cache {cache_folder()}, and {reason}. Download it "
         f"first: {name.command}"

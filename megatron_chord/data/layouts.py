@@ -52,7 +52,7 @@ _CHAT_ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""Of a turn in ``conversations`` -> role of a message (``data.messages``)."""
+"""The role of a message (``data.messages``) for each value of ``from`` in ``conversations``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,14 @@ class Layout:
     fits: Callable[[Fields], bool] = lambda fields: True
     """A test that distinguishes it from other layouts with the same columns."""
     as_prompt: Callable[[Fields], Fields] | None = None
-    """The row's question and truth under this project's names; None: such rows have no truth."""
+    """Returns the row's question and truth under this project's names. None: such rows have no truth."""
     as_demonstration: Callable[[Fields], Fields] | None = None
-    """The row's question and answer under this project's names; None: such rows have no answer to imitate."""
+    """Returns the row's question and answer under this project's names. None: such rows have no answer to imitate."""
     uses: frozenset[str] = frozenset()
     """Columns that are read in addition to those of ``has``."""
     mapping: Mapping[Role, Mapping[str, str]] = field(default_factory=dict["Role", "Mapping[str, str]"])
-    """The ``fields`` in YAML that give the same reading; ``?`` is messages or problem. None: no mapping gives it."""
+    """For each role, the ``fields`` in YAML that read a row in the same way. ``?`` is messages or problem. A role is
+    missing if no ``fields`` can do it."""
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Reading:
 
     role: Role
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
-    """This project's field -> its dotted path in the row. Used in place of a recognised layout."""
+    """The dotted path in the row for each of this project's fields. With a mapping no layout is recognised."""
     layouts: list[str] = field(default_factory=list[str])
     """Names of the rows' layouts, other than the project's own, in the order in which they were met."""
     unused: set[str] = field(default_factory=set[str])
@@ -94,7 +95,7 @@ class Reading:
             raise DataError(f"the fields of {self.role} name {', '.join(unknown)}; known fields: {known}")
 
     def own_row(self, row: Row) -> Row:
-        """``row`` with this project's fields.
+        """Return ``row`` with this project's fields.
 
         Raises:
             RowError: its layout has no data for this role, or a value in it has the wrong type.
@@ -121,7 +122,7 @@ class Reading:
         return replace(row, fields={name: value for name, value in own.items() if value is not None})
 
     def _way(self, fields: Fields) -> _Way | None:
-        """The way in which the row is read; None if no layout is recognised.
+        """Return the way in which the row is read. Return None if no layout is recognised.
 
         Raises:
             FatalRowError: it can be read in several ways, which give different rows.
@@ -208,7 +209,7 @@ def load_rows(
 
 
 def _with_functions(fields: Fields) -> dict[str, Any]:
-    """``fields`` with the functions as a list of schemas, or without functions if the list is empty."""
+    """Return ``fields`` with the functions as a list of schemas, or without functions if the list is empty."""
     own = dict(fields)
     if "tool_defs" in own and "tools" not in own:
         own["tools"] = own.pop("tool_defs")
@@ -219,7 +220,7 @@ def _with_functions(fields: Fields) -> dict[str, Any]:
 
 
 def _with_system(fields: Fields, role: Role) -> Fields:
-    """The row with its column `system` as the system message."""
+    """Return the row with its column `system` as the system message."""
     system = fields.get("system")
     own = {name: value for name, value in fields.items() if name != "system"}
     if system is None:
@@ -247,9 +248,9 @@ def _with_system(fields: Fields, role: Role) -> Fields:
 
 
 def _mapped(fields: Fields, mapping: Mapping[str, str], role: Role) -> dict[str, Any]:
-    """The values at the paths of ``mapping``. Turns of ``from`` and ``value`` become messages.
+    """Return the values at the paths of ``mapping``. Turns with ``from`` and ``value`` become messages.
 
-    In a demonstration the question and the answer may be a chat or a text each.
+    In a demonstration, the question and the answer may each be a chat or a text.
     """
     own = {name: at_path(fields, path) for name, path in mapping.items()}
     messages = own.get("messages")
@@ -295,9 +296,9 @@ class _Way:
     name: str
     has: frozenset[str]
     looks_at: frozenset[str]
-    """The columns of ``has``, and all other columns that are read."""
+    """The columns of ``has``, and all other columns that the layout reads."""
     convert: Callable[[Fields], Fields] | None
-    """None: the row has this project's own fields already."""
+    """Converts a row to this project's fields. None: the row already has them."""
     mapping: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def converted(self, fields: Fields) -> dict[str, Any]:
@@ -333,7 +334,7 @@ class _Way:
         return asked, [str(item).strip() for item in given]
 
     def choice(self, role: Role, fields: Fields, other: _Way) -> str:
-        """The mapping to write in YAML so that the row is read in this way and not in the ``other``."""
+        """Return the mapping to write in YAML so that the row is read in this way and not in the ``other``."""
         mapping = {
             ("messages" if isinstance(fields.get(path), list) else "problem") if own == "?" else own: path
             for own, path in self.mapping.items()
@@ -374,7 +375,7 @@ def _way_of(layout: Layout, fields: Fields, role: Role) -> _Way | None:
 
 
 def _own_way(fields: Fields, role: Role) -> _Way | None:
-    """The row has this project's own fields for ``role``."""
+    """Return the way to read a row that already has this project's own fields for ``role``."""
     questions = [name for name in QUESTION_FIELDS if name in fields]
     if len(questions) != 1 or not isinstance(
         fields[questions[0]], list if questions == ["messages"] else str
@@ -396,7 +397,7 @@ def _ends_with_assistant(messages: Any) -> bool:
 
 
 def _question(value: Any, name: str) -> dict[str, Any]:
-    """The fields of a question that is a chat or a text."""
+    """Return the fields of a question that is a chat or a text."""
     if isinstance(value, list):
         return {"messages": value}
     if isinstance(value, str):
@@ -405,7 +406,7 @@ def _question(value: Any, name: str) -> dict[str, Any]:
 
 
 def _answered(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, Any]:
-    """A demonstration of a question and its answer, each a chat or a text."""
+    """Return the fields of a demonstration: a question and its answer, each a chat or a text."""
     asked = _question(question, names[0])
     if isinstance(answer, str):
         if "problem" in asked:
@@ -418,7 +419,7 @@ def _answered(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, A
 
 
 def _inside(fields: Fields, column: str, key: str) -> Any:
-    """``fields[column][key]``, where the column may also be JSON text."""
+    """Return ``fields[column][key]``. The column may also be JSON text."""
     value = fields.get(column)
     if isinstance(value, str):
         try:
@@ -441,12 +442,12 @@ def _has_inside(column: str, *keys: str) -> Callable[[Fields], bool]:
 
 
 def _ground_truth(fields: Fields) -> Any:
-    """verl's truth. If it is a list (or a NumPy array), it must have one entry."""
+    """Return verl's truth. If it is a list (or a NumPy array), it must have one entry."""
     return _one_truth(_inside(fields, "reward_model", "ground_truth"), "reward_model.ground_truth")
 
 
 def _one_truth(value: Any, name: str) -> Any:
-    """A truth that may be a list of one, or the JSON text of such a list (Skywork-OR1)."""
+    """Return a truth that may be a list of one entry, or the JSON text of such a list (Skywork-OR1)."""
     if isinstance(value, str) and value.startswith('["'):
         try:
             value = strict_json(value)
@@ -460,7 +461,7 @@ def _one_truth(value: Any, name: str) -> Any:
 
 
 def _after_hashes(fields: Fields) -> str:
-    """GSM8K's final number, without the commas between its thousands."""
+    """Return GSM8K's final number without the commas between its thousands."""
     return str(fields["answer"]).rsplit("####", 1)[1].strip().replace(",", "")
 
 
@@ -477,7 +478,8 @@ def _verl_prompt(fields: Fields) -> dict[str, Any]:
 
 
 def _verl_demonstration(fields: Fields) -> dict[str, Any]:
-    """The answer to `prompt`, which RL shows, too; not to `extra_info.question`, which may lack an instruction."""
+    """Return the answer to `prompt`, which RL shows too. `extra_info.question` may lack an instruction, so it is not
+    used."""
     return _answered(
         fields["prompt"], _inside(fields, "extra_info", "answer"), ("prompt", "extra_info.answer")
     )
@@ -495,7 +497,8 @@ def _has_no_truth(fields: Fields) -> bool:
 
 
 def _boxed_or_all(fields: Fields) -> Any:
-    """The truth in the `solution` of TRL and ms-swift: the content of its box if it has one, else the whole text."""
+    """Return the truth in the `solution` of TRL and ms-swift: the content of its box if it has one, else the whole
+    text."""
     text = fields["solution"]
     return (last_boxed(text) if isinstance(text, str) else None) or text
 
@@ -512,7 +515,7 @@ def _sharegpt(fields: Fields) -> dict[str, Any]:
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})
-    # Hermes' system message shows the functions already.
+    # Hermes' system message already shows the functions.
     shown = bool(messages) and messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]
     return {"messages": messages, **({"tools": None} if shown else {})}
 
@@ -543,7 +546,8 @@ def _xlam(fields: Fields) -> dict[str, Any]:
 
 
 def _open_instruct(fields: Fields) -> dict[str, Any]:
-    """The messages without a last turn of the assistant. The layout's `tools` are only names and are not used."""
+    """Return the messages without a last turn of the assistant. The layout's `tools` are only names and are not
+    used."""
     messages = fields["messages"]
     if _ends_with_assistant(messages):
         messages = messages[:-1]
@@ -563,7 +567,7 @@ def _numina15(fields: Fields) -> dict[str, Any]:
 
 
 def _olympiad(fields: Fields) -> dict[str, Any]:
-    """The context comes before the question; several final answers are one list."""
+    """Return the row's fields. The context is put before the question, and several final answers become one list."""
     answers = fields["final_answer"]
     if not isinstance(answers, list) or not answers:
         raise RowError("`final_answer` must be a list of answers")
@@ -585,8 +589,8 @@ def _swift(fields: Fields) -> dict[str, Any]:
 
 
 def _correct_generation(fields: Fields) -> dict[str, Any]:
-    """The first answer that math-verify found right; if there is none, the first that `correctness_llama` found
-    right."""
+    """Return the first answer that math-verify found right. If there is none, return the first that `correctness_llama`
+    found right."""
     if not isinstance(fields["generations"], list):
         raise RowError(f"`generations` must be a list of texts, got {kind_name(fields['generations'])}")
     for column in ("correctness_math_verify", "correctness_llama"):

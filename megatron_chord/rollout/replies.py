@@ -55,7 +55,7 @@ class GenerateRequest:
 class AcceptedVersions(NamedTuple):
     """The accepted weight versions: ``version``, and with ``may_advance`` also later ones.
 
-    None: those that the server was started with, before any push.
+    ``version`` None accepts the weights that the server was started with, before any push.
     """
 
     version: int | None
@@ -154,7 +154,7 @@ def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVer
 
 
 def check_logprobs(logprobs: Sequence[float]) -> None:
-    """Raises ValueError if one is not finite, above 0, or vLLM's mark of a missing one."""
+    """Raise ValueError if a log-prob is not finite, is above 0, or is vLLM's value for a missing one."""
     for logprob in logprobs:
         if not _WORST_LOGPROB < logprob <= 1e-3 or not math.isfinite(logprob):
             raise ValueError(f"a log-prob of {logprob}")
@@ -163,7 +163,7 @@ def check_logprobs(logprobs: Sequence[float]) -> None:
 def checked_spans(
     spans: Sequence[VersionSpan], num_tokens: int, accepted: AcceptedVersions
 ) -> tuple[Span, ...]:
-    """Weight version and number of tokens of each span.
+    """Return the weight version and the number of tokens of each span.
 
     Raises:
         StaleWeights: a version is not accepted.
@@ -179,5 +179,5 @@ def checked_spans(
 
 
 def _number(version: str) -> int:
-    """0 before any push."""
+    """Return the weight version as a number. It is 0 before any push."""
     return 0 if version == NEVER_PUSHED else int(version)

@@ -60,7 +60,8 @@ class ParallelGroups:
     """The ranks with this data-parallel rank as a gloo group. Together they hold one copy of the model (two or more
     with context parallelism), and train the same batches."""
     first_of_replica: tuple[int, ...]
-    """By data-parallel rank, the first global rank that has it. That of data-parallel rank 0 is the coordinator."""
+    """The first global rank of each data-parallel rank, in their order. That of data-parallel rank 0 is the
+    coordinator."""
     pulse: Pulse = field(default_factory=Pulse)
     """Phase and progress of this rank's main thread, for the watchdog (``runtime.heartbeat``)."""
 
