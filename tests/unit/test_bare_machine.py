@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_gpu_tests_are_collected_and_skipped_without_vllm() -> None:
-    """Every module is imported; what starts a server is then run, and says why it does not."""
+    """Every module is imported. A test that would start a server says why it is skipped."""
     command = [
         sys.executable,
         "-m",
@@ -33,5 +33,5 @@ def test_gpu_tests_are_collected_and_skipped_without_vllm() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("needs vLLM") == 2, done.stdout  # a line for each test
+    assert done.stdout.count("needs vLLM") == 2, done.stdout  # one line for each test
     assert "6 skipped, " in done.stdout, done.stdout

@@ -10,7 +10,7 @@ from megatron_chord.cli import main
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The error line of the command."""
+    """Return the error line of the command."""
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2

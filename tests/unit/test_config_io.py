@@ -200,7 +200,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 
 
 class TestBlocksOfSeveralKinds:
-    """``method.mu`` and ``method.token_weight``."""
+    """The blocks ``method.mu`` and ``method.token_weight`` have several forms."""
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -299,7 +299,7 @@ class TestBlocksOfSeveralKinds:
 
 
 class TestMethod:
-    """The block ``method`` is one dataclass of several, chosen by its name."""
+    """The block ``method`` is one of several dataclasses. Its name chooses the dataclass."""
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -426,7 +426,8 @@ def test_an_old_value_is_answered_with_the_new_one(tmp_path: Path, setting: str,
 
 
 class TestPlaces:
-    """Rules that are checked after reading name their settings; these are looked up in file and overrides."""
+    """A rule that is checked after reading names its settings. The error finds their places in the file and the
+    overrides."""
 
     @pytest.mark.parametrize(
         ("message", "place"),

@@ -1,6 +1,6 @@
-"""Every link in the documentation leads somewhere, and every command in a code block could be given.
+"""Every link in the documentation leads somewhere, and every command in a code block is valid.
 
-A block whose commands this test does not know says in a comment above it why they are not run::
+A comment above a block says why its commands are not run, if this test does not know them::
 
     <!-- not run: needs a container engine -->
 """
@@ -29,7 +29,7 @@ PAGES = [
     *sorted((ROOT / "benchmarks").glob("**/README.md")),
 ]
 OWN = ("make", "megatron-chord", "python", "sbatch", "grep", "source", "export")
-"""Commands that this test knows. Programs of the environment are known too."""
+"""Commands that this test knows. It also knows the programs of the environment."""
 PROGRAMS = {
     "megatron-chord": cli.main,
     "tools/convert.py": convert.main,
@@ -37,7 +37,7 @@ PROGRAMS = {
     "tools/prepare.py": prepare.main,
 }
 FOLDERS = ("examples", "slurm", "tools", "benchmarks", "docker", "megatron_chord", "tests")
-"""A word of a command that begins with one of them is a path in the repository."""
+"""A word of a command that begins with one of these folders is a path in the repository."""
 NAME_OF_PAGE = {path: path.relative_to(ROOT).as_posix() for path in PAGES}
 
 
@@ -45,7 +45,7 @@ NAME_OF_PAGE = {path: path.relative_to(ROOT).as_posix() for path in PAGES}
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Return the anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -80,7 +80,7 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands in the page's code blocks, one a string, without their comments."""
+    """Return the commands in the page's code blocks as strings, without their comments."""
     text = page.read_text()
     found: list[str] = []
     for comment, block in re.findall(
@@ -137,7 +137,7 @@ def test_a_wrong_command_is_found(command: str) -> None:
 
 
 def check(command: str) -> None:
-    """Raises what is wrong with the command."""
+    """Raise an error if something is wrong with the command."""
     words = [word for word in shlex.split(command.replace("[", "").replace("]", "")) if word != "..."]
     for word in words:
         path = word.rpartition("=")[2].partition(" ")[0]
@@ -178,7 +178,7 @@ def check_python(arguments: Sequence[str]) -> None:
         check_parse(PROGRAMS[source], rest)
         check_settings(rest)
     else:
-        # A benchmark imports what it measures: its options are looked for in its text and in its folder's helpers.
+        # A benchmark imports what it measures. Its options are searched in its text and in its folder's helpers.
         texts = [file.read_text() for file in [ROOT / source, *(ROOT / source).parent.glob("*.py")]]
         shared = [text for text in texts[1:] if "if __name__" not in text]
         for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
@@ -186,7 +186,7 @@ def check_python(arguments: Sequence[str]) -> None:
 
 
 def check_parse(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
-    """Ask the program for its help with the command's words: argparse refuses unknown ones, and nothing is run."""
+    """Ask the program for its help with the command's words. argparse refuses unknown words, and nothing runs."""
     options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     words = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments), "--help"]
     shown, refused = io.StringIO(), io.StringIO()
@@ -202,7 +202,7 @@ def check_parse(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) 
 
 
 def check_settings(arguments: Sequence[str]) -> None:
-    """Read the run's file with the settings that the command changes, where it names a file that is there."""
+    """If the run's file exists, read it with the settings that the command changes."""
     files = [word for word in arguments if word.endswith(".yaml") and (ROOT / word).is_file()]
     for file in files:
         load = load_suite if file.startswith("examples/suites/") else load_config

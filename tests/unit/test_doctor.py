@@ -1,4 +1,4 @@
-"""doctor on fabricated installations: real dist-info folders, alone on sys.path."""
+"""``doctor`` on made-up installations: real dist-info folders, which are alone on sys.path."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    sysconfig.get_config_vars()  # it imports a module of Python's own at its first call
+    sysconfig.get_config_vars()  # it imports a module of Python at its first call
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the process that asks torch
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the process that imports torch
     return Site(tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_cuda_torch_without_a_gpu(site: Site) -> None:
 def test_an_installation_for_gpus_does_not_fail_where_there_is_no_gpu(
     site: Site, slurm: tuple[str, ...]
 ) -> None:
-    """On a login node, and where an image is built, without Slurm."""
+    """A login node, or the build of an image, has no GPU and no Slurm."""
     site.add_gpu_stack(**FP8)
     here = Machine(num_cores=8, memory=GIB, shared_memory=GIB, open_files=4096, slurm=slurm)
     findings = report(here)
@@ -245,7 +245,7 @@ def test_kernels_need_a_compiler(site: Site, tmp_path: Path, monkeypatch: pytest
     (site.folder / "torch" / "__init__.py").write_text(WORKING_TORCH)
     assert failing(report(NODE)) == []
     assert failing(report(replace(NODE, c_compiler=""))) == ["C compiler"]
-    # A compiler alone will not do, nor will headers alone.
+    # A compiler alone is not enough, nor are headers alone.
     (tmp_path / "gcc").touch(mode=0o755)
     (tmp_path / "include").mkdir()
     monkeypatch.delenv("CC", raising=False)
@@ -433,7 +433,7 @@ def test_version_ranges(versions: str, version: str, fits: bool) -> None:
 
 
 def test_the_installed_metadata_says_what_pyproject_says(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranges are the same whether or not the package was installed together with its checkout."""
+    """The ranges are the same whether the package was installed with its checkout or without."""
     from megatron_chord import doctor
 
     here = {(need.name, need.versions, need.extra) for need in requirements()}
@@ -441,7 +441,7 @@ def test_the_installed_metadata_says_what_pyproject_says(site: Site, monkeypatch
     info.mkdir()
     lines = ["Metadata-Version: 2.4", "Name: megatron_chord", "Version: 0.1.0", "Requires-Python: >=3.11"]
     for name, versions, extra in sorted(here - {("python", ">=3.11", "")}):
-        # setuptools sorts the specifiers and quotes the marker so
+        # setuptools sorts the specifiers and quotes the marker in this way
         backwards = ",".join(sorted(versions.split(",")))
         lines.append(f"Requires-Dist: {name}[all]{backwards}" + (f'; extra == "{extra}"' if extra else ""))
     (info / "METADATA").write_text("\n".join(lines) + "\n")
@@ -455,7 +455,7 @@ def test_the_installed_metadata_says_what_pyproject_says(site: Site, monkeypatch
 
 
 def test_the_command_prints_a_report_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    """Run on this machine. nvidia-smi is not on PATH, so torch is not asked about devices either."""
+    """The command runs on this machine. nvidia-smi is not on PATH, so torch is not asked for devices either."""
     code = (
         "import sys; from megatron_chord.doctor import main; status = main();"
         "print('heavy:', sorted({'torch', 'vllm', 'megatron', 'transformers'} & set(sys.modules)), 'status', status)"

@@ -1,4 +1,4 @@
-"""`make test-fast` names tests that exist, and says what it leaves out."""
+"""`make test-fast` names tests that exist, and lists the tests that it leaves out."""
 
 from __future__ import annotations
 

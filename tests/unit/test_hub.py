@@ -1,4 +1,4 @@
-"""Names on the hub, in a cache with the layout that huggingface_hub gives it: blobs, refs and snapshots of links."""
+"""Names on the hub are found in a cache with huggingface_hub's layout: blobs, refs, and snapshots of links."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ batch: {prompts: 2, rollouts: 2, demonstrations: 2}
 
 
 def put(cache: Path, folder: str, files: dict[str, Path], revision: str = "main") -> Path:
-    """A repository in the cache; its snapshot."""
+    """Put a repository into the cache. Return its snapshot."""
     repository = cache / folder
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / revision).write_text(COMMIT)
@@ -215,7 +215,7 @@ def test_a_data_set_of_several_files_of_which_one_is_there_needs_a_path(cache: P
 
 
 def list_files(cache: Path, repository: str, *names: str) -> None:
-    """The list of a repository's files, as huggingface_hub keeps it beside the snapshots."""
+    """Write the list of a repository's files, as huggingface_hub keeps it beside the snapshots."""
     file = cache / repository / "trees" / f"{COMMIT}.json"
     file.parent.mkdir()
     entries = {name: {"size": 1, "blob_id": "0" * 40} for name in names}

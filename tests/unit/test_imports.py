@@ -1,6 +1,7 @@
-"""Imports point to the same or a lower layer (docs/design.md), and each foreign library stays where it belongs.
+"""Imports lead to the same layer or a lower one (docs/design.md), and each third-party library is imported only where
+allowed.
 
-Read from the source, so an import inside a function or under TYPE_CHECKING counts like any other.
+The test reads the source, so an import inside a function or under TYPE_CHECKING also counts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LAYERS = (
 )
 LAYER = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MEGATRON = ("runtime", "model", "convert", "train")
-"""The parts that may import Megatron-Core. ``weights`` takes its models as plain torch modules."""
+"""The parts that may import Megatron-Core. ``weights`` gets its models as plain torch modules."""
 NO_TORCH = (
     "config",
     "config_checks",
@@ -74,13 +75,14 @@ NO_TORCH = (
     "plan",
 )
 IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
-"""What runs inside vLLM's processes. vLLM finds the engine by name: an import of it would load vLLM in the trainer."""
+"""Modules that run inside vLLM's processes. vLLM finds the engine by name: importing it would load vLLM in the
+trainer."""
 IN_TRITON = ("losses.logit_kernels_triton",)
-"""Kernels, imported where there is a GPU."""
+"""The kernels. They are imported only where there is a GPU."""
 
 
 def violations(root: Path) -> list[str]:
-    """All violations in the package folder ``root``, as ``file:line: what``."""
+    """Return all violations in the package folder ``root``, as ``file:line: what``."""
     return [
         f"{file.relative_to(root)}:{line}: {breach}"
         for file in sorted(root.rglob("*.py"))
@@ -90,12 +92,12 @@ def violations(root: Path) -> list[str]:
 
 
 def _module(file: Path, root: Path) -> str:
-    """losses/policy.py -> losses.policy; the package's own __init__.py -> the empty string."""
+    """losses/policy.py becomes losses.policy. The package's own __init__.py becomes the empty string."""
     return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
 def _imports(file: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every module that the file imports or may import by ``from``."""
+    """Yield (line, absolute dotted name) of every module that the file imports, or may import by ``from``."""
     package = [PACKAGE, *file.relative_to(root).parent.parts]
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):

@@ -18,12 +18,12 @@ from megatron_chord.doctor import Requirement, requirements
 ROOT = Path(__file__).parents[2]
 LOCKS = ("cpu", "test", "docs", "triton", "gpu", "fp8")
 OF_EXTRA = {"": ("cpu", "gpu"), "cpu": ("cpu",), "gpu": ("gpu",), "fp8": ("fp8",), "test": ("test",)}
-"""Which locks hold the packages of an extra; the empty name is for what every run needs."""
+"""The locks that hold the packages of each extra. The empty name stands for what every run needs."""
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 
 
 def pinned(lock: str) -> dict[str, set[str]]:
-    """Name -> versions; there are several where they differ between Pythons or systems."""
+    """Return the versions by name. There are several where Pythons or systems differ."""
     versions: dict[str, set[str]] = {}
     for name, version in re.findall(r"^([a-z0-9-]+)==(\S+)", text(lock), re.MULTILINE):
         versions.setdefault(name, set()).add(version)
@@ -43,7 +43,7 @@ def one(lock: str, name: str) -> str:
 def test_each_requirement_of_the_project_is_locked(need: Requirement) -> None:
     for lock in OF_EXTRA.get(need.extra, ()):
         if (need.name, lock) == ("torch", "cpu"):
-            continue  # The Makefile installs the CPU's build of the version in pyproject.toml.
+            continue  # The Makefile installs the CPU build of the version in pyproject.toml.
         versions = pinned(lock).get(need.name, set()) | (
             pinned("cpu").get(need.name, set()) if lock == "test" else set()
         )
@@ -96,7 +96,7 @@ def test_the_gpu_lock_has_what_the_build_of_transformer_engine_needs() -> None:
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """With nothing of the environment but PATH: `make test` hands its own options on."""
+    """Run make with only PATH in the environment, because `make test` passes its own options on."""
     command, environment = ["make", *arguments], {"PATH": os.environ["PATH"]}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -108,7 +108,7 @@ def dry_run(*arguments: str, cwd: Path = ROOT) -> str:
 
 
 def steps(output: str) -> list[str]:
-    """The commands that install or check, in their order."""
+    """Return the commands that install or check, in their order."""
     commands = re.findall(
         r"te_build --first|te_build \S+python -m pip|-r requirements/\S+|--editable|pip \S+ check", output
     )
@@ -157,7 +157,7 @@ def test_no_target_mixes_the_two_stacks_in_one_folder(tmp_path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, rest) without comments; continued lines are joined."""
+    """Return (instruction, rest) of each instruction, without comments. Continued lines are joined."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [
@@ -169,7 +169,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def copied(stage: str) -> list[str]:
-    """Sources of COPY in the stages up to and with ``stage``."""
+    """Return the sources of COPY in all stages up to ``stage``."""
     sources: list[str] = []
     current = ""
     for word, rest in instructions():
@@ -199,7 +199,7 @@ def test_the_images_cuda_and_python_are_the_locks() -> None:
     ("stage", "target"), [("packages", ".gpu-packages"), ("transformer-engine", ".gpu-fp8")]
 )
 def test_a_stage_has_the_files_that_its_command_needs(tmp_path: Path, stage: str, target: str) -> None:
-    """Each stage copies only some files, so that a change of the others leaves its layer as it is."""
+    """Each stage copies only some files. A change of the other files then keeps its layer."""
     for source in copied(stage):
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / source, tmp_path / source)

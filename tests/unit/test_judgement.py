@@ -1,4 +1,4 @@
-"""Each warning is raised for a history that deserves it, and none for the recorded quick start."""
+"""Each warning is raised for a history that has the fault, and none for the recorded quick start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses and interfaces, against what the kernel says elsewhere."""
+"""Addresses and interfaces agree with other sources of the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and children of a process that is killed, in real processes."""
+"""Real processes are killed. Their folders and children must go away."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def owner(place: Path, shared: str = "nothing") -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process that has a private folder in ``place`` and a child that outlives it."""
+    """A process with a private folder in ``place`` and a child that outlives it."""
     command, pipe = [sys.executable, "-c", OWNER, str(place), shared], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         child = None
@@ -67,7 +67,7 @@ def test_the_folder_of_a_live_process_stays(tmp_path: Path) -> None:
         remove_stale(tmp_path)
         assert (path / "something").is_file()
         assert process.stdin is not None
-        process.stdin.close()  # a clean end; its child holds stdout open, so nothing may read that to its end
+        process.stdin.close()  # a clean end; the child holds stdout open, so do not read to its end
         process.wait(30)
         assert not path.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["somebody-else's"]

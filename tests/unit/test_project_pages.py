@@ -1,4 +1,4 @@
-"""The pages for contributors are true: paths exist, commands find an answer, examples run; CITATION.cff is valid."""
+"""The pages for contributors are true: paths exist, commands find an answer, examples run. CITATION.cff is valid."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ANSWERS = {
     "Where are weights pushed to vLLM?": r"(?s)loop\.py.*push_weights\(.*_sync\.push\(",
     "Where does a reward come from?": r"TermConfig =",
 }
-"""Question in CONTRIBUTING.md -> what must be among the lines that its command finds."""
+"""For each question in CONTRIBUTING.md, what must be among the lines that its command finds."""
 LONGEST_ANSWER = 10
-"""Lines. A longer answer is not one that a person reads."""
+"""The largest number of lines of an answer. Nobody reads a longer one."""
 
 
 @pytest.mark.parametrize("question", ANSWERS)

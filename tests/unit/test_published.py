@@ -1,4 +1,4 @@
-"""The presets of the paper's table: every row is there, for mathematics and for tool calls, with the paper's sizes."""
+"""The presets have every row of the paper's table, for mathematics and for tool calls, with the paper's sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = (
     "chord_mu",
     "chord_phi",
 )
-# Prompts, rollouts and demonstrations of a step (arXiv 2508.11408, A.1), and the rows of its demonstrations.
+# Prompts, rollouts and demonstrations of a step (arXiv 2508.11408, A.1), and the number of rows of demonstrations.
 SIZES = {"math_qwen7b": (32, 8, 64, 5000), "tools_llama3b": (96, 8, 96, 500)}
 
 
@@ -45,12 +45,12 @@ def test_a_row_has_the_papers_sizes(row: str, domain: str) -> None:
     assert samples == (row not in ("sft_light", "sft_best"))
     if samples:
         assert run.batch.prompts == prompts
-        # LUFFY's group of eight is seven rollouts and the prompt's own demonstration.
+        # LUFFY's group of eight has seven rollouts and the prompt's own demonstration.
         assert run.batch.rollouts == (7 if row == "luffy" else rollouts)
     if row in ("sft_light", "sft_best", "sasr", "chord_mu", "chord_phi"):
         assert run.batch.demonstrations == demonstrations
     assert run.output.name == f"{row}_{domain}"
-    if row not in ("luffy", "sasr"):  # these have aggregations of their own
+    if row not in ("luffy", "sasr"):  # these methods have aggregations of their own
         assert run.objective == ObjectiveConfig()
     assert run.data.max_response_tokens == 16384
 

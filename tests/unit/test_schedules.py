@@ -1,4 +1,4 @@
-"""mu at chosen steps, computed by hand, and properties that hold at all steps."""
+"""mu at some steps is computed by hand, and some properties hold at all steps."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_default_is_chord_phi() -> None:
         (6, 0.05 + 0.425 * (1 + math.sqrt(0.5)), 0.6875),
         (8, 0.475, 0.475),
         (10, 0.05 + 0.425 * (1 - math.sqrt(0.5)), 0.2625),
-        # And then the valley.
+        # After that, the valley.
         (12, 0.05, 0.05),
         (13, 0.05, 0.05),
         (10**6, 0.05, 0.05),
@@ -130,7 +130,7 @@ def test_it_may_rise() -> None:
 
 @pytest.mark.parametrize("kind", [WarmupCosine, Linear])
 def test_mu_0_and_1_are_exact(kind: type[WarmupCosine | Linear]) -> None:
-    """A step of exactly 0 or 1 skips a branch's work."""
+    """At a step of exactly 0 or 1 a branch is skipped."""
     for valley in (0.0, 0.05, 0.1, 1 / 3):
         assert at(kind(peak=1.0, valley=valley, decay_steps=3), 0) == 1.0
         assert at(kind(peak=0.0, valley=valley, decay_steps=3), 0) == 0.0
@@ -346,7 +346,7 @@ def everything() -> list[MuSchedule]:
 
 
 def run(mu: Schedule, seed: int, steps: int = 30) -> Iterator[float]:
-    """mu over a run that measures something else at every step."""
+    """Return mu over a run whose measurements differ at every step."""
     memory: Mapping[str, float] = {}
     for step in range(steps):
         wave = math.sin(1.7 * step + seed)

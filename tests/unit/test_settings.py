@@ -25,7 +25,7 @@ def blocks(kind: type) -> Iterator[type]:
 
 
 def keys(kind: type, naming: str = "") -> Iterator[str]:
-    """The settings that the listing of a block must have, in order. ``naming`` is the key that comes first.
+    """Return the settings that the listing of a block must have, in order. ``naming`` is the key that comes first.
 
     If several lists have the same blocks, only the first one lists their settings.
     """
@@ -41,7 +41,7 @@ def keys(kind: type, naming: str = "") -> Iterator[str]:
 
 
 def under(start: str, indent: int) -> list[str]:
-    """The lines of a block, from its first line on, up to one that is less indented."""
+    """Return the lines of a block, from its first line to the next line with less indentation."""
     lines = LISTING[LISTING.index(start) + 1 :]
     end = next((i for i, line in enumerate(lines) if line and not line.startswith(" " * indent)), len(lines))
     return [line.strip() for line in lines[:end]]
@@ -136,7 +136,7 @@ def test_lines_fit() -> None:
 
 
 def test_the_page_is_what_the_dataclasses_say() -> None:
-    """After a change: megatron-chord settings --markdown > docs/settings.md."""
+    """If this fails after a change: megatron-chord settings --markdown > docs/settings.md."""
     assert (ROOT / "docs" / "settings.md").read_text() == settings.markdown()
 
 

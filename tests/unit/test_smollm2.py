@@ -1,4 +1,4 @@
-"""examples/smollm2/prepare.py: the tokenizer that it builds from the metadata of a GGUF file."""
+"""examples/smollm2/prepare.py builds the right tokenizer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def fields() -> dict[str, Any]:
-    """Metadata as in SmolLM2's file, with every byte and four merges, two of which join digits."""
+    """Metadata like that of SmolLM2's file, with every byte and four merges. Two of the merges join digits."""
     tokens = [
         *CONTROL,
         *sorted(pre_tokenizers.ByteLevel.alphabet()),

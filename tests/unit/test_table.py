@@ -1,4 +1,4 @@
-"""tools/table.py on real folders: what is done, what comes next, and the table."""
+"""tools/table.py on real folders: which runs are done, which come next, and the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = f"@{ROOT}/examples/published/quick_start.txt"
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # the paths of quick_start.txt start there
+    monkeypatch.chdir(ROOT)  # paths in quick_start.txt begin there
 
 
 def rows_of(tmp_path: Path, *arguments: str) -> dict[str, table.Row]:
@@ -34,7 +34,7 @@ def rows_of(tmp_path: Path, *arguments: str) -> dict[str, table.Row]:
 
 
 def train(row: table.Row, *, steps: int | None = None, policy: bool = True) -> None:
-    """Leaves what a run leaves, after ``steps`` (all of them)."""
+    """Write what a run leaves after ``steps`` steps (all of them by default)."""
     config = load_config(row.preset, [*row.settings, f"output={row.run}"])
     row.run.mkdir(parents=True, exist_ok=True)
     write_settings(row.run, dump_config(config), first_step=0)
@@ -47,7 +47,7 @@ def train(row: table.Row, *, steps: int | None = None, policy: bool = True) -> N
 
 
 def evaluate(row: table.Row, *, missing: int = 0, **values: float) -> None:
-    """Leaves what an evaluation leaves. ``values``: of the first metric of a benchmark, or of a mean."""
+    """Write what an evaluation leaves. ``values`` belong to the first metric of a benchmark, or to a mean."""
     benchmarks = {
         item.name: {
             "metrics": {
@@ -81,7 +81,7 @@ def test_a_row_comes_after_the_one_that_it_starts_from(tmp_path: Path) -> None:
         for domain in ("math", "tools"):
             start, rl = rows[f"sft_{kind}_{domain}"], rows[f"sft_{kind}_rl_{domain}"]
             assert order.index(f"sft_{kind}_{domain}") < order.index(f"sft_{kind}_rl_{domain}")
-            # The domain's model is not the one that it starts from.
+            # The domain's model is not the model that it starts from.
             config = load_config(rl.preset, rl.settings)
             assert config.model.path == start.policy.resolve()
     assert rows["base_math"].policy == Path("/models/q")
@@ -118,10 +118,10 @@ def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
 
 
 def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None:
-    """Each row's settings are those of a run whose data can be read, and a tool-call row is graded as in the paper."""
+    """The settings of each row belong to a run whose data can be read. A tool-call row is graded as in the paper."""
     rows = rows_of(tmp_path, QUICK)
     assert len(rows) == 20
-    # Both domains start from the same model here, and its answers to two suites are two evaluations.
+    # Both domains start from the same model here. Its answers to the two suites are two evaluations.
     assert len({row.evaluation for row in rows.values()}) == len({row.run for row in rows.values()}) == 20
     for name, row in rows.items():
         if row.key == table.BASE:

@@ -1,4 +1,5 @@
-"""What the build of Transformer Engine needs: on made-up installations and hosts, with this machine's real compiler."""
+"""The requirements of Transformer Engine's build, on made-up installations and hosts, with this machine's real
+compiler."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ WHEELS = Path("lib/site-packages")
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """64 cores, with the packages of gpu.txt alone on sys.path."""
+    """A host with 64 cores. Only the packages of gpu.txt are on sys.path."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    sysconfig.get_config_vars()  # it imports a module of Python's own at its first call
+    sysconfig.get_config_vars()  # it imports a module of Python at its first call
     site = tmp_path / WHEELS
     for name in ("torch", *te_build.MODULES):
         info = site / f"{name}-1.0.dist-info"

@@ -29,14 +29,14 @@ UNIONS: dict[str, tuple[str, Any]] = {
 
 
 def misspelt(name: str) -> str:
-    """``name`` with its second and third letter swapped; with one letter more if it is short."""
+    """Return ``name`` with its second and third letter exchanged. A short name gets one more letter."""
     if len(name) < 4 or name[1] == name[2]:
         return f"{name}x"
     return name[0] + name[2] + name[1] + name[3:]
 
 
 def plain_blocks() -> Iterator[tuple[str, str, str]]:
-    """(block, no choice of its form, name of a setting in it) of the blocks with one form."""
+    """Return (block, no choice of form, name of a setting in it) of the blocks with one form."""
     for path in setting_names(RunConfig):
         block, _, name = path.rpartition(".")
         if not any(f"{path}.".startswith(f"{union}.") for union in UNIONS):
@@ -44,7 +44,7 @@ def plain_blocks() -> Iterator[tuple[str, str, str]]:
 
 
 def forms() -> Iterator[tuple[str, str, str]]:
-    """(block, choice of its form, name of a setting in it) of the blocks with several forms."""
+    """Return (block, choice of its form, name of a setting in it) of the blocks with several forms."""
     for block, (key, union) in UNIONS.items():
         for form in typing.get_args(union):
             hint = typing.get_type_hints(form)[key]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` rehearsed on a CPU: real parts in tiny shapes, and what becomes of parts that fail."""
+"""``python -m benchmarks.gpu`` works on a CPU with real parts in tiny shapes, also when a part fails."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def part(name: str, code: str, limit: int = 60) -> Part:
 
 
 def is_running(pid: int) -> bool:
-    """False for a process that has ended, also where nobody has asked for its exit status yet."""
+    """Return whether the process runs. A zombie does not run."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -97,7 +97,8 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path) -> None:
-    """Its rows stay, its processes do not, and a part that does not fit the budget is left out for one that does."""
+    """A failed part keeps its rows but no process. A part that exceeds the budget is left out, and a shorter part still
+    runs."""
     rows = Path(tmp_path / "hangs.jsonl")
     hangs = (
         f"import pathlib, subprocess, time; from benchmarks.gpu.rows import Rows;"
@@ -146,7 +147,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path) -> None:
 
 
 def test_shares_are_of_the_ceiling_that_bounds_a_time(tmp_path: Path) -> None:
-    """300 FLOPs in 2 s beside 600 a second is a quarter; without a ceiling there is no share."""
+    """300 FLOPs in 2 s, where 600 per second are possible, are a quarter. Without a ceiling there is no share."""
     ceiling, own = Rows(tmp_path / "rows", "ceilings"), Rows(tmp_path / "rows", "head")
     ceiling.measured("products", 0.5, amount=300, ceiling="products")
     own.measured("ours", 2.0, amount=300, ceiling="products")
@@ -183,7 +184,7 @@ def test_kernels_are_grouped_by_their_names() -> None:
 
 
 def test_every_part_can_be_started() -> None:
-    """Its module and its test files exist, and no two parts share a name."""
+    """The module and the test files of each part exist, and no two parts share a name."""
     for one in PARTS:
         assert one.command[0] == "-m" or (ROOT / one.command[0]).is_file()
         for word in one.command:

@@ -1,4 +1,5 @@
-"""``benchmarks/paper_in_small.py``: criteria, records, tables and what of an earlier plan is used again."""
+"""``benchmarks/paper_in_small.py``: criteria, records and tables, and which results of an earlier plan are used
+again."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def record(**accuracy: float) -> dict[str, Any]:
-    """A run of 100 steps, with the last accuracy by source."""
+    """A run of 100 steps whose last evaluation has the given accuracy for each source."""
     start = {
         source: {"accuracy": 0.4, "length": 8.0, "murmurs": 0.0, "steps_style": 0.1} for source in accuracy
     }
@@ -39,7 +40,7 @@ def record(**accuracy: float) -> dict[str, Any]:
 
 
 def records(**last: list[float]) -> Records:
-    """The accuracy of the first ability at the end, by method and seed."""
+    """Records by method and seed. ``last`` has the first ability's accuracy at the end."""
     return {
         name: {seed: record(first=number, second=0.9, transfer=0.9) for seed, number in enumerate(numbers)}
         for name, numbers in last.items()
@@ -67,7 +68,7 @@ def test_the_interval_of_equal_differences_is_their_value() -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    """Unpaired, the two methods' accuracies would overlap."""
+    """Without pairing, the two methods' accuracies would overlap."""
     assert judge(better(), records(a=[0.3, 0.6, 0.9], b=[0.2, 0.5, 0.8])).verdict == "met"
 
 
@@ -104,7 +105,7 @@ def test_a_criterion_is_met_only_when_all_comparisons_are() -> None:
 
 
 def test_every_criterion_reads_its_methods_runs() -> None:
-    """Each method of a criterion has runs in the plan, and each of its numbers can be computed from them."""
+    """The plan has runs of every method of a criterion, and each number of the criterion can be computed from them."""
     runs = records(**{name: [0.5, 0.5] for name in NAMES})
     for by_seed in runs.values():
         for run in by_seed.values():
@@ -133,7 +134,7 @@ def test_a_second_stage_starts_from_the_policy_of_the_first(tmp_path: Path) -> N
 
 
 def test_a_record_has_what_the_run_measured_by_source(tmp_path: Path) -> None:
-    """Answers may hold any character: a line separator inside of one does not end its row."""
+    """Answers may contain any character. A line separator inside an answer does not end its row."""
     (tmp_path / "samples").mkdir()
     answers = [
         {"prompt_id": "first/heldout-0", "response": "{1+2=3\u2028ab}#3", "score": 1.0, "num_tokens": 10},

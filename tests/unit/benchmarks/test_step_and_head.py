@@ -1,4 +1,4 @@
-"""What ``benchmarks/step.py`` and ``benchmarks/logprob_head.py`` judge by: sizes, dtypes and limits."""
+"""The sizes, dtypes and limits with which ``benchmarks/step.py`` and ``benchmarks/logprob_head.py`` judge a result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize(("name", "published"), [("7b", 7_615_616_512), ("70b", 70_553_706_496)])
 def test_shapes_have_the_published_numbers_of_parameters(name: str, published: int) -> None:
-    """As the model cards of Qwen2.5-7B and Llama-3-70B count them, from the index files of their weights."""
+    """The model cards of Qwen2.5-7B and Llama-3-70B have these numbers, from the index files of their weights."""
     assert model_count(FAMILIES[SHAPES[name]["model_type"]](model_config(name))) == published
 
 
@@ -35,7 +35,7 @@ def test_weights_are_on_disk_in_the_dtype_that_was_asked_for(tmp_path: Path, dty
 
 
 def test_the_head_may_take_its_gradients_and_a_tile_but_no_logits() -> None:
-    """7B on a GPU: BF16 gradients of [152064 + 8192, 3584] and the same in FP32 are 3.45 GB, one tile 0.27 GB."""
+    """For 7B on a GPU, the gradients of [152064 + 8192, 3584] in BF16 and FP32 are 3.45 GB, and one tile is 0.27 GB."""
     sizes = {"tokens": 8192, "vocab": 152_064, "hidden": 3584, "itemsize": 2, "tile_bytes": 2**28}
     limit = head_limit(**sizes)
     assert limit == pytest.approx(1.1 * (160_256 * 3584 * 6 + 2**28) + 0.5e9)
@@ -45,7 +45,7 @@ def test_the_head_may_take_its_gradients_and_a_tile_but_no_logits() -> None:
 
 
 def test_a_head_of_another_size_keeps_its_limit() -> None:
-    """The weight's gradient alone, [20000, 2048] in FP32 and BF16, is 0.25 GB of the 0.8 GB."""
+    """The weight's gradient [20000, 2048] in FP32 and BF16 is 0.25 of the 0.8 GB."""
     command = [sys.executable, str(ROOT / "benchmarks/logprob_head.py"), "--peers", "--naive-tokens", "0"]
     sizes = ["--tokens", "64", "--vocab", "20000", "--hidden", "2048", "--dtype", "bf16"]
     done = subprocess.run(
@@ -56,7 +56,7 @@ def test_a_head_of_another_size_keeps_its_limit() -> None:
 
 
 def test_a_step_says_its_tflops(tmp_path: Path) -> None:
-    """One layer of hidden size 64: 64 x 192 + 64 x 64 + 3 x 64 x 256 weights, and 500 x 64 of the head."""
+    """A layer of hidden size 64 has 64 x 192 + 64 x 64 + 3 x 64 x 256 weights, and the head has 500 x 64."""
     save_model(tmp_path, qwen2_config(hidden=64, layers=1, vocab=500))
     sizes = ["--hidden", "64", "--layers", "1", "--vocab", "500", "--rollouts", "3", "--demonstrations", "1"]
     command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--child", "ours", "--model", str(tmp_path)]

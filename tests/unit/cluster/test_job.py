@@ -45,7 +45,7 @@ def test_one_rollout_node_of_four() -> None:
 
 def test_servers_see_their_own_gpus_first() -> None:
     beside_ranks, alone = job("a1"), job("a4", CHORD_ROLLOUT_NODES="1")
-    # The others follow, so that a server can open the CUDA IPC handles of the ranks there.
+    # The other servers follow, so that a server can open the CUDA IPC handles of the ranks on its node.
     assert beside_ranks.server_devices(1, tensor=2) == "2,3,0,1,4,5,6,7"
     assert alone.server_devices(1, tensor=2) == "2,3"
     some = job("a1", num_gpus=2, CUDA_VISIBLE_DEVICES="GPU-x,GPU-y")
@@ -69,7 +69,7 @@ def test_how_weights_travel(nodes: str, rollout_nodes: str, num_gpus: int, trans
 
 
 def test_without_gpus_a_node_has_one_rank_and_one_server() -> None:
-    # Slurm may speak of GPUs that CUDA does not find.
+    # Slurm may report GPUs that CUDA does not find.
     node = job("a2", num_gpus=0, CUDA_VISIBLE_DEVICES="0,1,2,3")
     assert (node.ranks_per_node, node.world_size, node.num_servers(tensor=1)) == (1, 4, 4)
     assert node.gpus == ()
@@ -107,7 +107,7 @@ def test_without_a_peer_outside_a_loopback_address_will_do() -> None:
 
 
 def test_a_debian_name_for_oneself_is_not_the_address_of_a_job() -> None:
-    """/etc/hosts may give a machine's own name a loopback address, which its peers cannot reach."""
+    """/etc/hosts may map a machine's own name to a loopback address, which other machines cannot reach."""
     one = job("a1", nodes="a1=127.0.1.1 a2=192.0.2.7")
     try:
         address = one.numeric_address()

@@ -1,4 +1,4 @@
-"""The only rank of a job, stopped and continued; the clock is the test's."""
+"""The job's only rank is stopped and continued. The test sets the clock."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_discarding_takes_this_process_s_folders_alone(tmp_path: Path) -> None:
     (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
     with pytest.raises(FileNotFoundError), appearing(tmp_path / "b"), appearing(tmp_path / "a") as folder:  # noqa: PT012
         (folder / "file").write_text("content")
-        (tmp_path / ".a.host-123-89abcdef.partial").mkdir()  # what another process would be writing
+        (tmp_path / ".a.host-123-89abcdef.partial").mkdir()  # what another process writes at this time
         discard(tmp_path / "a")
         assert not folder.exists()
     assert names(tmp_path) == [".a.host-123-89abcdef.partial"]

@@ -23,7 +23,8 @@ def test_layers_of_a_stage() -> None:
 
 
 def test_parameters_of_unequal_stages() -> None:
-    """DeepSeek-V2-Lite: layer 0, which is dense, on the first stage with the embedding, all others on the last."""
+    """DeepSeek-V2-Lite: the first stage has the embedding and layer 0, which is dense. The last stage has all other
+    layers."""
     shape = shape_of("deepseek-v2-lite")
     whole = rank_count(shape, ParallelConfig(), 0).total
     counts = [rank_count(shape, ParallelConfig(pipeline=2, stages=(1, 26)), stage) for stage in range(2)]
@@ -40,7 +41,7 @@ def test_layers_and_head_are_the_model(name: str) -> None:
     assert together == pytest.approx(train_flops(shape, 3000.0), rel=1e-12)
 
 
-# In layers: the head's 8 x 128256 x 8192 FLOPs are 1.637 of Llama-70B's 6 x 855,638,016; DeepSeek-V3's are 2.111.
+# The head in layers: 8 x 128256 x 8192 FLOPs are 1.637 of Llama-70B's 6 x 855,638,016, and 2.111 for DeepSeek-V3.
 BALANCED: list[tuple[str, int, tuple[int, ...], float]] = [
     ("llama-3.1-70b", 4, (20, 20, 21, 19), 21 / (20 + 1.637)),
     ("deepseek-v3", 4, (16, 16, 16, 13), 16 / (61 / 4 + 2.111)),
@@ -52,7 +53,7 @@ def test_balanced_by_hand(name: str, pipeline: int, stages: tuple[int, ...], rat
     shape, work = shape_of(name), {"length": 0.0, "recompute": "none"}
     assert balanced_stages(shape, pipeline=pipeline, **work) == stages  # type: ignore[arg-type]
     parallel = ParallelConfig(pipeline=pipeline, stages=stages)
-    # 3 of DeepSeek-V3's layers are dense; their 9 x 7168 x 2048 of an MLP are 1 % off the experts' and router's.
+    # 3 of DeepSeek-V3's layers are dense. Their MLP of 9 x 7168 x 2048 differs by 1 % from the experts and the router.
     assert slowdown(shape, parallel, **work) == pytest.approx(ratio, rel=2e-3)  # type: ignore[arg-type]
     assert slowdown(shape, ParallelConfig(pipeline=pipeline), **work) == 1.0  # type: ignore[arg-type]
 
@@ -60,7 +61,7 @@ def test_balanced_by_hand(name: str, pipeline: int, stages: tuple[int, ...], rat
 def test_recomputation_and_long_sequences_make_the_head_smaller() -> None:
     shape = shape_of("llama-3.1-70b")
     parallel = ParallelConfig(pipeline=2, stages=(41, 39))
-    # Attention: 3 x 2 x 8192 FLOPs a layer for each token of the sequence.
+    # Attention has 3 x 2 x 8192 FLOPs a layer for each token of the sequence.
     layer, head = 6 * 855_638_016 + 6 * 8192 * 10_000, 8 * 128256 * 8192
     found = slowdown(shape, parallel, length=10_000, recompute="full")
     layer *= 4 / 3
@@ -68,7 +69,7 @@ def test_recomputation_and_long_sequences_make_the_head_smaller() -> None:
 
 
 def test_chunks_share_a_stage() -> None:
-    """6 stages' worth of layers each: 13 layers over 2 stages of 2 chunks, the head being less than a layer."""
+    """A stage's two chunks have almost equal numbers of layers, and the head counts as part of the last stage."""
     shape = shape_of("deepseek-v2-lite")
     found = balanced_stages(shape, pipeline=2, chunks=2, length=0.0, recompute="none")
     assert sum(found) == 27

@@ -1,4 +1,4 @@
-"""FLOPs against hand arithmetic."""
+"""FLOPs are compared with hand arithmetic."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from tests.unit.plan.models import shape_of
 
 
 def test_attention_cost_of_qwen2_5_7b() -> None:
-    """1.4e-5: a sequence of 70 thousand tokens spends as much on attention as on the products with the weights."""
-    # Of each of 28 layers: query and output 3584 x 3584, key and value 3584 x 512, three of 3584 x 18944; and the head.
+    """The cost is 1.4e-5. A sequence of 70 thousand tokens then spends as much on attention as on products with
+    weights."""
+    # Each of 28 layers has query and output of 3584 x 3584, key and value of 3584 x 512, and three of 3584 x 18944.
+    # Then the head.
     weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584
-    # Forward, causal: half of n^2 positions, 2 FLOPs for each channel in scores and in values.
+    # Causal forward pass: half of n^2 positions, 2 FLOPs for each channel in scores and in values.
     of_pair = 28 * 2 * (3584 + 3584) / 2
     cost = attention_cost(shape_of("qwen2.5-7b"))
     assert cost == pytest.approx(of_pair / (2 * weights))
@@ -31,7 +33,7 @@ def test_latent_attention() -> None:
     shape = shape_of("deepseek-v3")
     of_position = 3 * 61 * 128 * (192 + 128)
     assert train_flops(shape, 4096) == pytest.approx(6 * 36_624_596_992 + 4096 * of_position)
-    # Decoding, a head's scores are with the 512 + 64 numbers that are cached, its values are the 512.
+    # In decoding, a head's scores use the 512 + 64 cached numbers, and its values use the 512.
     assert decode_attention_flops(shape) == 2 * 61 * 128 * (576 + 512)
 
 
@@ -40,8 +42,11 @@ def test_grouped_attention_decodes_with_all_queries() -> None:
 
 
 def test_recomputation() -> None:
-    """Qwen2.5-7B: three products of 3584 x 18944 in each of 28 layers. DeepSeek-V3: 3 dense MLPs of width 18432, and in
-    58 layers 8 experts and a shared one of width 2048, and the router's 256 rows."""
+    """Qwen2.5-7B recomputes three products of 3584 x 18944 in each of 28 layers.
+
+    DeepSeek-V3 recomputes 3 dense MLPs of width 18432. In 58 layers it recomputes 8 experts and a shared one of width
+    2048, and the router's 256 rows.
+    """
     qwen, deepseek = shape_of("qwen2.5-7b"), shape_of("deepseek-v3")
     assert recomputed_flops(qwen, 2000, "none") == 0
     assert recomputed_flops(qwen, 2000, "full") == pytest.approx(train_flops(qwen, 2000) / 3)

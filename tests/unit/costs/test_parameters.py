@@ -1,4 +1,5 @@
-"""Counts against published sizes, Hugging Face folders, Megatron's own models on the meta device."""
+"""Numbers of parameters agree with published sizes, with Hugging Face folders and with Megatron's models on the meta
+device."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from tests.support.tiny import save_model
 from tests.unit.plan.models import CONFIGS, EXAMPLES, shape_of
 from tests.unit.plan.per_rank import Asked, Held, conversion_plans, held
 
-# The published checkpoints': total_size of model.safetensors.index.json, in BF16 two bytes a parameter.
+# Sizes of the published checkpoints: total_size in model.safetensors.index.json. BF16 has two bytes a parameter.
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
@@ -49,23 +50,23 @@ def test_experts_and_active_parameters() -> None:
     shape = shape_of("qwen3-30b-a3b")
     # 48 layers x 128 experts x 3 projections of 2048 x 768.
     assert expert_count(shape) == 48 * 128 * 3 * 2048 * 768
-    # Named "A3B": 3.3 billion, of which the embedding's lookup (151936 x 2048) multiplies nothing.
+    # The name says "A3B": 3.3 billion. The embedding (151936 x 2048) is only looked up and multiplies nothing.
     assert active_count(shape) / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)
     assert expert_count(shape_of("qwen2.5-7b")) == 0
 
 
 def test_deepseek_v3_by_hand() -> None:
-    """671 billion, of which 37 are active; without the layer for multi-token prediction."""
+    """671 billion parameters, 37 billion of them active, without the layer for multi-token prediction."""
     hidden, heads = 7168, 128
     matrices = (
-        hidden * 1536  # queries down, and up: 128 + 64 a head
+        hidden * 1536  # queries: the projection down and the projection up, with 128 + 64 a head
         + 1536 * heads * 192
-        + hidden * (512 + 64)  # keys and values down, with the keys' rotated part; and up: 128 + 128 a head
+        + hidden * (512 + 64)  # keys and values with rotated keys: down; and up: 128 + 128
         + 512 * heads * 256
         + heads * 128 * hidden
     )
     assert matrices == 187_105_280
-    attention = matrices + 1536 + 512 + 2 * hidden  # with the latents' norms and the layer's two
+    attention = matrices + 1536 + 512 + 2 * hidden  # and norms of the latents and the layer
     expert, dense, router = 3 * hidden * 2048, 3 * hidden * 18432, 256 * hidden
     head = 129280 * hidden
     whole = 2 * head + hidden + 61 * attention + 3 * dense + 58 * (257 * expert + router + 256)
@@ -77,14 +78,14 @@ def test_deepseek_v3_by_hand() -> None:
     assert active_count(shape) == active == 36_624_596_992
     assert (active + head) / 1e9 == pytest.approx(
         37, rel=0.02
-    )  # the published figure counts the embedding, too
-    # On every rank of vLLM's tensor axis: norms, routers with their biases, projections down.
+    )  # the published figure also counts the embedding
+    # Every rank of vLLM's tensor axis holds norms, routers with their biases, and projections down.
     uncut = 61 * (hidden * (1536 + 576) + 1536 + 512 + 2 * hidden) + hidden + 58 * (router + 256)
     assert uncut_count(shape) == uncut
 
 
 def test_stages_with_and_without_dense_layers() -> None:
-    """DeepSeek-V2-Lite, 27 layers of which the first is dense: nine a stage, or three at three places."""
+    """DeepSeek-V2-Lite has 27 layers, the first of them dense. A stage has nine, or three in each of three chunks."""
     shape = shape_of("deepseek-v2-lite")
     hidden, width = 2048, 1408
     attention = hidden * 16 * 192 + hidden * 576 + 512 * 16 * 256 + 16 * 128 * hidden + 512 + 2 * hidden
@@ -157,12 +158,14 @@ def test_experts_over_a_large_world() -> None:
 
 
 def test_dry_run_of_70b() -> None:
-    """chord_llama70b.yaml on 64 ranks: what Megatron builds is what the planner counts, and adds up to the model."""
+    """chord_llama70b.yaml on 64 ranks: the planner counts what Megatron builds, and the ranks together hold the whole
+    model."""
     folder = CONFIGS / "llama-3.1-70b"
     run = load_config(EXAMPLES / "chord_llama70b.yaml", [f"model.path={folder}"])
     parallel, shape = run.parallel, read_shape(folder)
     assert (parallel.tensor, parallel.pipeline, parallel.context) == (4, 4, 1)
-    # Megatron numbers ranks along tensor, then data, then pipeline: the first replica's grid, and the very last rank.
+    # Megatron numbers ranks along tensor, then data, then pipeline. Here are the ranks of the first replica and the
+    # very last.
     grid = tuple(tensor + 16 * stage for stage in range(4) for tensor in range(4))
     ((found,),) = run_ranks(held, 1, Asked(folder, parallel, (*grid, 63), 64))
     assert [(one.stage, one.tensor) for one in found[:16]] == [(s, t) for s in range(4) for t in range(4)]
@@ -170,7 +173,7 @@ def test_dry_run_of_70b() -> None:
         assert rank_count(shape, parallel, one.stage).total == _size(one)
     assert found[16].shapes == found[15].shapes
     assert _assembled(found[:16], shape) == 70_553_706_496
-    # The same parameters, whole, as the conversion of its checkpoint would write.
+    # The conversion of the checkpoint would write the same parameters, whole.
     ((plan,),) = run_ranks(conversion_plans, 1, folder)
     assert set().union(*(one.shapes for one in found)) == set(plan)
     assert sum(map(math.prod, plan.values())) == 70_553_706_496
@@ -181,8 +184,10 @@ def _size(one: Held) -> int:
 
 
 def _assembled(grid: list[Held], shape: ModelShape) -> int:
-    """Numbers of the whole model from a tensor x pipeline grid: cut parameters added up, replicated ones once, without
-    the vocabulary's padding rows."""
+    """Count the whole model's parameters from a grid of tensor x pipeline ranks.
+
+    Parts of split parameters are added. Replicated parameters count once. The vocabulary's padding rows do not count.
+    """
     total = 0
     for name in set().union(*(one.shapes for one in grid)):
         rule = shape.weights.entry(name).rule

@@ -1,4 +1,4 @@
-"""Two real tokenizers, made here: a byte-level BPE with Qwen's chat markup, and a SentencePiece model alone."""
+"""Two real tokenizers that are made here: a byte-level BPE with Qwen's chat markup, and a plain SentencePiece model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nothing but tokenizer.model and config.json, of a model type that transformers ties to another tokenizer."""
+    """A folder with only tokenizer.model and config.json. Transformers ties its model type to another tokenizer."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -81,7 +81,7 @@ def plain(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def math_data() -> Path:
-    """Folder of gsm8k_test.jsonl and its like."""
+    """The folder of files such as gsm8k_test.jsonl."""
     default = Path(__file__).parents[4] / "shared" / "data"
     folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "math"
     if not folder.is_dir():

@@ -35,7 +35,7 @@ def names(found: tuple[list[Prompt], dict[str, Demonstration]]) -> tuple[list[st
 
 @pytest.mark.parametrize("unmatched", ["fail", "drop"])
 def test_a_prompt_ends_where_the_expert_begins(unmatched: str) -> None:
-    # Both demonstrations are the same tokens; they differ in where the prompt ends.
+    # Both demonstrations have the same tokens. They differ in the place where the prompt ends.
     found = align([TWO, ONE], [OF_ONE, OF_TWO], unmatched=unmatched)  # type: ignore[arg-type]
     assert names(found) == (["two", "one"], {"one": "of one", "two": "of two"})
     assert found[1]["one"] is OF_ONE

@@ -33,7 +33,7 @@ ROWS = [
 
 
 class Counting:
-    """``load_demonstrations`` that counts its calls."""
+    """``load_demonstrations``, with a count of its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -90,7 +90,7 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
     assert read(more={"max_prompt_tokens": 61}) == 1
     assert read(fields={"problem": "problem", "solution": "solution"}, more={"max_dropped": 0.9}) == 1
     other = shutil.copy(rows, tmp_path / "other.jsonl")
-    assert read(data=Path(other)) == 1  # rows are named after their file
+    assert read(data=Path(other)) == 1  # rows are named by their file
     rows.write_bytes(rows.read_bytes().replace(b"1+1", b"1+3"))
     assert (read(), read()) == (1, 0)
 

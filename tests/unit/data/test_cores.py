@@ -57,7 +57,7 @@ def test_several_threads_work_and_items_are_read_only_a_little_ahead() -> None:
 
     def work(item: int) -> int:
         if 2 <= item < 5:
-            together.wait()  # passes only when three threads are here
+            together.wait()  # this line passes only when three threads have come
         return item
 
     results = on_all_cores(items(), lambda item: (str(item), item), work, cores=3)

@@ -1,4 +1,4 @@
-"""A cursor gives the same items, in whatever portions they are taken and however often it is saved and restored."""
+"""A cursor gives the same items for any sizes of the portions and any number of saves and restores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The same three rows in every container that people have on disk, and what is said of paths that will not do."""
+"""The same three rows are read from every container that users have. A path that cannot be read is an error that says
+why."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def shards(path: Path) -> None:
 
 
 def saved(path: Path) -> None:
-    """As ``datasets.Dataset.save_to_disk`` lays it out."""
+    """Save the rows as ``datasets.Dataset.save_to_disk`` does."""
     path.mkdir()
     table = pa.Table.from_pylist(ROWS)
     with (
@@ -148,7 +149,7 @@ def test_a_broken_page_of_a_parquet_file_is_no_traceback(place: int, tmp_path: P
     file = tmp_path / "a.parquet"
     parquet(file)
     content = bytearray(file.read_bytes())
-    content[place] ^= 0xFF  # of the head of the first page
+    content[place] ^= 0xFF  # bytes of the header of the first page
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.parquet: (broken Parquet|cannot be read or unpacked)"):
         read_rows(file)

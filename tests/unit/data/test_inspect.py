@@ -103,7 +103,7 @@ def test_problems_of_evaluation_are_found_in_the_training_sets(inspection: Inspe
     assert [pair.other for pair in found["prompts", "demonstrations"].pairs] == ["d.jsonl:1"]
     (near,) = found["prompts", "evaluation"].pairs
     assert (near.place, near.other) == ("b.jsonl:2", "e.jsonl:2")
-    assert near.shared == 1.0  # the shorter one is a part of the other
+    assert near.shared == 1.0  # the shorter text is a part of the other
     (equal,) = found["demonstrations", "evaluation"].pairs
     assert (equal.place, equal.other, equal.shared) == ("d.jsonl:2", "e.jsonl:1", 1.0)
     assert found["prompts", "evaluation"].is_contamination
@@ -173,4 +173,4 @@ def test_an_instruction_that_all_rows_have_makes_no_two_problems_the_same() -> N
 def test_a_changed_word_leaves_a_problem_nearly_the_same() -> None:
     one, other = (problem_of(asked(text, i)) for i, text in enumerate([LONG, LONG.replace("now", "then")]))
     (pair,) = overlap([one], [other])
-    assert pair.shared == (len(one.runs) - 2) / len(one.runs)  # the last but one word is in the last two runs
+    assert pair.shared == (len(one.runs) - 2) / len(one.runs)  # the last word but one is in the last two runs

@@ -226,7 +226,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], str | None, s
     ),
     "own": ({"problem": "6*7?", "answer": "42", "solution": ANSWER}, (ASKED,), "42", ANSWER),
 }
-"""By layout: a row, its question, its truth (None: unfit as a prompt), its answer (None: unfit as a demonstration)."""
+"""For each layout: a row, its question, its truth (None: not usable as a prompt), and its answer (None: not usable as a
+demonstration)."""
 
 
 WEATHER = {"name": "w.get", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -300,7 +301,7 @@ TOOL_CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], Any]] = 
         [CALL],
     ),
 }
-"""Rows for tool use: a row, its question without the functions, its true calls. The function is always WEATHER."""
+"""Rows for tool use: a row, its question without the functions, and its true calls. The function is always WEATHER."""
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:

@@ -1,4 +1,5 @@
-"""The lens against an independent computation in float64: Transformers' logits, a softmax, the formulas by hand."""
+"""The lens agrees with an independent float64 computation: Transformers' logits, a softmax, and the formulas by
+hand."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def rows(template: ChatTemplate) -> list[Observed]:
 
 @pytest.fixture(scope="module")
 def model(folder: Path, rows: list[Observed]) -> Any:
-    """A policy that knows some tokens and is surprised by others."""
+    """A policy for which some demonstration tokens are probable and others are not."""
     model = load_policy(folder)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(40):
@@ -85,7 +86,7 @@ def lens_of(
 
 
 def distributions(model: Any, rows: list[Observed], temperature: float = 1.0) -> list[np.ndarray]:
-    """[K, V] float64: the policy's, before each trained token."""
+    """The policy's float64 distributions [K, V] before each trained token."""
     import copy
 
     double = copy.deepcopy(model).double()

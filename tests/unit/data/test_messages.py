@@ -1,4 +1,4 @@
-"""Messages with calls of functions, their results and thinking apart from the answer."""
+"""Messages with function calls, their results, and thinking that is separate from the answer."""
 
 from __future__ import annotations
 

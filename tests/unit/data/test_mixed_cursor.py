@@ -1,5 +1,4 @@
-"""The order over several data sets: shares are right from the first item on, and a restored cursor continues
-exactly."""
+"""Over several data sets, shares are right from the first item on, and a restored cursor continues exactly."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def sources_of(indices: list[int], weights: dict[str, float]) -> str:
 @pytest.mark.parametrize(
     ("weights", "order"),
     [
-        # Due at 1/6, 3/6, 5/6, ... and at 1/2, 3/2, ...: equal times go to the first.
+        # Items are due at 1/6, 3/6, 5/6, ... and at 1/2, 3/2, ... Of equal times the first data set wins.
         ({"a": 3, "b": 1}, "aabaaabaaaba"),
         ({"a": 1, "b": 1}, "abababab"),
         ({"a": 0.5, "b": 0.25, "c": 0.25}, "abcaabcaabca"),

@@ -44,9 +44,9 @@ Row = tuple[int, str, int, tuple[tuple[str, float], ...]]
 
 
 def random_samples(rng: np.random.Generator, count: int) -> list[TrainSample]:
-    """Samples whose every trained token can be recognised: its id and its constants are its own.
+    """Samples in which every trained token is unique: no other has its id and its constants.
 
-    Their parts are of one to three terms, mixed within the sample, in any order, and some of them empty.
+    Their parts have one to three terms, which are mixed within the sample, in any order. Some parts are empty.
     """
     samples = []
     for index in range(count):
@@ -74,7 +74,7 @@ def sequences_of(batch: PackedBatch) -> list[np.ndarray]:
 
 
 def trained_rows(batch: PackedBatch) -> list[Row]:
-    """(target, term, tokens of its part, constants) of each trained token."""
+    """Return (target, term, number of tokens of its part, constants) for each trained token."""
     return [
         (
             int(batch.targets[term.index[k]]),
@@ -107,7 +107,7 @@ def expected_rows(samples: list[TrainSample]) -> list[Row]:
 
 
 def trained_sequences(*batches: PackedBatch) -> set[tuple[str, frozenset[int]]]:
-    """Which targets of a term share a sequence, over batches that number their sequences alike."""
+    """Return the targets of each sequence of a term. The batches must number their sequences in the same way."""
     found: dict[tuple[str, int], set[int]] = {}
     for batch in batches:
         for name, term in batch.terms.items():
@@ -130,7 +130,7 @@ def batches_of(plan: StepPlan) -> list[PackedBatch]:
 
 
 def check_terms(batch: PackedBatch) -> None:
-    """Every trained token is in exactly one term, and columns fit."""
+    """Check that every trained token is in exactly one term, and that columns have the right shape and dtype."""
     index = [term.index for term in batch.terms.values()]
     assert np.sort(np.concatenate([np.zeros(0, np.int64), *index])).tolist() == list(
         range(len(batch.targets))
@@ -146,7 +146,7 @@ def check_terms(batch: PackedBatch) -> None:
 
 
 def check_travels(batch: PackedBatch) -> None:
-    """A rank receives the same arrays with the same types."""
+    """Check that a rank receives the same arrays with the same dtypes."""
     received = pickle.loads(pickle.dumps(batch))
     for name in ("token_ids", "position_ids", "cu_seqlens", "loss_positions", "targets"):
         assert_equal(getattr(received, name), getattr(batch, name))
@@ -217,7 +217,7 @@ def test_plans_of_random_steps(name: str, max_tokens: int) -> None:
         assert sorted(row for batch in batches for row in trained_rows(batch)) == sorted(expected)
         assert set().union(*(trained_sequences(batch) for batch in batches)) == expected_sequences(samples)
         assert plan.counts == Counter(term for _, term, _, _ in expected)
-        # Every micro-batch has every term of the step, with all of its columns, in the same order.
+        # Every micro-batch has every term of the step with all of its columns, in the same order.
         shapes = [{name: list(term.columns) for name, term in batch.terms.items()} for batch in batches]
         assert all(list(shape.items()) == list(shapes[0].items()) for shape in shapes)
         assert {name: set(columns) for name, columns in shapes[0].items()} == {
@@ -250,7 +250,7 @@ def test_context_shards_partition_tokens_and_loss_positions(name: str) -> None:
                 assert term.lengths is batch.terms[name].lengths
             assert len(shard.token_ids) == len(batch.token_ids) // context
             assert shard.cu_seqlens is batch.cu_seqlens
-            # A sample's ids count up, so the token that predicts a target is the target less one.
+            # The ids of a sample count up, so the token that predicts a target is the target minus one.
             assert (shard.token_ids[shard.loss_positions] == shard.targets - 1).all()
 
 
@@ -275,7 +275,7 @@ def test_context_order_is_a_partition_with_equal_work(context: int) -> None:
 
 
 def two_samples() -> list[TrainSample]:
-    """The first trains three tokens of one term around one of another, the second two tokens of the latter."""
+    """Two samples: the first has three "sft" tokens around a "policy" token, the second two "policy" tokens."""
     first = TrainSample(
         token_ids=np.array([5, 6, 7, 8, 9]),
         parts=(
@@ -308,7 +308,8 @@ def columns_in(batch: PackedBatch) -> dict[str, dict[str, list[float]]]:
 
 
 def test_two_samples_by_hand() -> None:
-    # Sequences of a multiple of 4 in a batch of a multiple of 8: three pads after 9, one after 12, and a tail of 4.
+    # Sequences are padded to a multiple of 4 and batches to a multiple of 8: three pads after 9, one after 12, then the
+    # rest.
     samples = two_samples()
     layout = Layout(sequence_multiple=4, batch_multiple=8)
     batch = pack(samples, columns=columns_of(samples), layout=layout, pad_id=1)
@@ -338,12 +339,12 @@ def test_context_shards_by_hand() -> None:
     samples = two_samples()
     layout = Layout(sequence_multiple=4, batch_multiple=4)
     batch = pack(samples, columns=columns_of(samples), layout=layout, pad_id=1)
-    # Rank 0 holds tokens 0 1 6 7 and 8 11, rank 1 those between them.
+    # Rank 0 holds tokens 0 1 6 7 and 8 11, rank 1 holds those between.
     outer, inner = context_shard(batch, 2, 0), context_shard(batch, 2, 1)
     assert outer.token_ids.tolist() == [5, 6, 1, 1, 10, 1]
     assert inner.token_ids.tolist() == [7, 8, 9, 1, 11, 12]
     assert outer.position_ids.tolist() == [0, 1, 6, 7, 0, 3]
-    # Whoever holds the token before it trains the target.
+    # The rank that holds the token before a target trains the target.
     assert (outer.loss_positions.tolist(), outer.targets.tolist()) == ([0, 1, 4], [6, 7, 11])
     assert (inner.loss_positions.tolist(), inner.targets.tolist()) == ([0, 1, 4], [8, 9, 12])
     assert columns_in(outer) == {
@@ -368,7 +369,7 @@ def test_terms_and_counts_of_a_step() -> None:
     assert list(columns_of(samples)) == list(columns_of(samples[::-1])) == ["policy", "sft"]
     assert token_counts(samples) == {"sft": 3, "policy": 3}
     assert columns_of([]) == token_counts([]) == {}
-    # One micro-batch for each sample: that of the second has no demonstration token.
+    # There is one micro-batch for each sample. That of the second sample has no demonstration token.
     plan = plan_step(samples, max_tokens=5, layout=Layout(data=2), pad_id=PAD)
     assert plan.counts == {"sft": 3, "policy": 3}
     (first,), (second,) = plan.micro_batches
@@ -431,12 +432,12 @@ def test_exactly_full_bins() -> None:
 
 
 def test_bins_are_balanced_by_work_within_their_room() -> None:
-    # By tokens alone 8 | 4 4; with n + n^2 / 4 the 8 is worth 24 and each 4 is worth 8: still 8 | 4 4, and the two 2s
-    # (3 each) go to the 4s.
+    # By tokens alone the bins are 8 | 4 4. With n + n^2 / 4, the 8 counts 24 and each 4 counts 8, so the bins stay, and
+    # both 2s (3 each) go to the 4s.
     lengths = [8, 4, 4, 2, 2]
     work = [n + n * n / 4 for n in lengths]
     assert sorted(balanced_bins(lengths, work, capacity=16, multiple=2)) == [[0], [1, 2, 3, 4]]
-    # Without room there, they go where there is some.
+    # If that bin has no room, they go to the other.
     assert sorted(balanced_bins(lengths, work, capacity=10, multiple=2)) == [[0, 4], [1, 2, 3]]
 
 
@@ -447,7 +448,7 @@ def test_dealing_goes_to_and_fro() -> None:
 
 @pytest.mark.parametrize("data", [1, 8])
 def test_balance_of_long_tails(data: int) -> None:
-    """Responses as of reasoning models: 6k tokens on average, cut at 16k; a 7B model's attention cost."""
+    """Lengths like those of reasoning models (6k tokens on average, at most 16k), with a 7B model's attention cost."""
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(np.log(5000), 0.75, 512) + 200, 300, 16384).astype(int).tolist()
     assert 5500 < np.mean(lengths) < 6700
@@ -461,7 +462,8 @@ def test_balance_of_long_tails(data: int) -> None:
 
 @pytest.mark.parametrize(("data", "max_tokens"), [(1, 4096), (4, 4096), (8, 2048)])
 def test_balance_on_lengths_like_gsm8k(data: int, max_tokens: int) -> None:
-    """192 samples of 260 tokens in the median, the longest three to five times that; 6 to 15 of them to a bin."""
+    """192 samples with a median of 260 tokens. The longest has three to five times as many, and a bin holds 6 to 15
+    samples."""
     rng = np.random.default_rng(0)
     for _ in range(10):
         prompt = rng.lognormal(np.log(90), 0.35, 192)
@@ -473,5 +475,5 @@ def test_balance_on_lengths_like_gsm8k(data: int, max_tokens: int) -> None:
         assert sums.max() / sums.mean() < 1.1
         ranks = np.array([sums[rank::data].sum() for rank in range(data)])
         assert ranks.max() / ranks.mean() < 1.03
-        # Not many more bins than the tokens need: the next multiple of the ranks, or the one after.
+        # The bins are hardly more than the tokens need: the next multiple of the ranks, or the one after it.
         assert len(bins) <= (-(-sum(lengths) // (max_tokens * data)) + 1) * data

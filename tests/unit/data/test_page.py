@@ -15,7 +15,7 @@ HOSTILE = "1 < 2 & \"3\" > '2'\t<script>alert(1)</script>\n<img src=http://x.y/z
 
 
 class Reader(HTMLParser):
-    """The page's elements, and the text of each ``pre``."""
+    """Collects the page's elements and the text of each ``pre``."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -67,7 +67,7 @@ def read(text: str) -> Reader:
 def test_text_of_the_data_stays_text(inspection: Inspection) -> None:
     found = read(page(inspection, title="<b>run.yaml"))
     tags = [tag for tag, _ in found.elements]
-    assert tags.count("script") == 1  # the page's own
+    assert tags.count("script") == 1  # the page's own script
     assert not {"img", "b"} & {tag for tag, attrs in found.elements if "src" in attrs}
     assert "onerror" not in {name for _, attrs in found.elements for name in attrs}
     shown = found.texts[0].replace("↵", "").replace("→", "").replace("·", "")

@@ -1,4 +1,4 @@
-"""tools/prepare.py on small files of the layout that is downloaded."""
+"""tools/prepare.py on small files that have the layout of the downloaded ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_openr1_filters_and_splits(tmp_path: Path) -> None:
     shown, asked = made.files["sft"], made.files["rl"]
     assert (len(shown), len(asked)) == (3, 4)
     assert not {text_key(row["problem"]) for row in shown} & {text_key(row["problem"]) for row in asked}
-    for row in shown:  # one of its own right generations
+    for row in shown:  # the row has a right generation of its own
         number = row["problem"].removeprefix("Half of ").rstrip("?")
         if number.isdecimal():
             assert row["solution"] in (f"a{int(number) // 2}", f"b{int(number) // 2}")

@@ -1,4 +1,4 @@
-"""Chat templates as Transformers renders them, and templates that would take all time or memory."""
+"""Chat templates give what Transformers gives. Templates that would take too much time or memory are refused."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from megatron_chord.data.rows import (
 
 
 def faults(path: Path, parse=lambda row: row) -> list[str]:
-    """The error's lines after the first, without the path."""
+    """The lines of the error after the first, without the path."""
     with pytest.raises(DataError) as caught:
         parse_rows(path, parse)
     first, *lines = str(caught.value).splitlines()
@@ -275,7 +275,7 @@ def test_rows_beyond_the_bound_are_not_parsed_and_the_others_are(
         "c",
         "d" * 24,
         "e" * 25,
-    ]  # {"problem": "..."} is 15 bytes and the text, and a newline
+    ]  # {"problem": "..."} has 15 bytes beside the text, and a newline
     lines = tmp_path / "a.jsonl"
     lines.write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
     assert faults(lines) == [f"{number}: the line is longer than 40 bytes" for number in (2, 5)]

@@ -1,4 +1,4 @@
-"""AutoTokenizer on folders that it reads as training does, and on folders that it does not."""
+"""AutoTokenizer reads some folders as training does. For other folders the difference is reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_sentencepiece_in_a_model_type_with_another_tokenizer(
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer"])
 def test_a_tokenizer_class_of_another_kind(chatml_folder: Path, tmp_path: Path, kind: str) -> None:
-    """LlamaTokenizer turns spaces into SentencePiece's sign, which these pieces lack; Qwen's splits text otherwise."""
+    """LlamaTokenizer replaces spaces by SentencePiece's sign, which these tokens lack. Qwen's tokenizer splits text in
+    another way."""
     folder = tmp_path / "model"
     shutil.copytree(chatml_folder, folder)
     file = folder / "tokenizer_config.json"

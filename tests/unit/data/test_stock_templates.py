@@ -1,4 +1,4 @@
-"""Ids and masks under the chat templates that models come with, against lists that are written by hand."""
+"""Ids and masks under the chat templates of published models equal lists that are written by hand."""
 
 from __future__ import annotations
 
@@ -246,7 +246,8 @@ def test_what_would_train_something_else_is_refused(
 
 
 def test_a_template_that_cuts_thinking_out_of_answers_is_refused(load: Load, tmp_path: Path) -> None:
-    """R1-Distill's as it was first published: its prompts did not open <think>, so nothing else shows the loss."""
+    """R1-Distill's first published template. Its prompts did not open <think>, so nothing else shows that thinking is
+    lost."""
     jinja = (
         stock.jinja("trl/deepseek_r1_distill")
         .read_text()

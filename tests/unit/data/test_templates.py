@@ -41,7 +41,7 @@ def test_chatml_ids_and_mask(chatml: ChatTemplate) -> None:
     answer = encoded(chatml, "The answer is 4.<|im_end|>")
     assert chatml.prompt_ids([USER]) == tuple(prompt)
     token_ids, trainable = chatml.demonstration([USER, ANSWER])
-    assert token_ids == (*prompt, *answer)  # the newline after <|im_end|> is cut
+    assert token_ids == (*prompt, *answer)  # the newline after <|im_end|> is cut off
     assert trainable == (False,) * len(prompt) + (True,) * len(answer)
     assert chatml.stop_token_ids == (2,)
     assert token_ids[-1] == 2
@@ -73,7 +73,7 @@ def test_sentencepiece_folder_gives_the_ids_of_sentencepiece(
         (False,) * len(prompt) + (True,) * len(answer),
     )
     assert plain.decode(answer).strip() == "The answer is 4."
-    # Pieces that the model's maker defined ("\n") are text, though transformers calls them special.
+    # Pieces that the model's maker defined ("\n") are text, although Transformers calls them special.
     assert plain.decode([*reference.encode("4\n[6]"), reference.eos_id()]) == "4\n[6]"
 
 
@@ -115,7 +115,7 @@ def test_system_prompt_goes_first_unless_the_row_has_its_own(chatml_folder: Path
     assert template.tokenizer.decode(template.demonstration([USER, ANSWER])[0]).startswith(start)
     assert "brief" not in template.tokenizer.decode(template.prompt_ids([own, USER]))
     conversation = template.conversation([USER])
-    assert template.conversation(conversation) == conversation  # applying it twice adds nothing
+    assert template.conversation(conversation) == conversation  # a second call adds nothing
 
 
 def test_decode_leaves_control_tokens_out(chatml: ChatTemplate) -> None:
@@ -230,7 +230,7 @@ def test_code_of_a_model_folder_is_not_run(chatml_folder: Path, tmp_path: Path) 
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    load_template(folder)  # by its tokenizer.json
+    load_template(folder)  # as tokenizer.json says
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_template(folder)
@@ -238,12 +238,12 @@ def test_code_of_a_model_folder_is_not_run(chatml_folder: Path, tmp_path: Path) 
 
 
 VOCAB = 400
-"""Ids that the model of ``chatml_folder`` knows."""
+"""The number of ids that the model of ``chatml_folder`` has."""
 
 
 @pytest.fixture
 def added(chatml_folder: Path, tmp_path: Path) -> Path:
-    """A folder whose tokenizer has one token more than the model: <think>, id 400."""
+    """A folder whose tokenizer has one token more than the model: <think> with id 400."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(chatml_folder)

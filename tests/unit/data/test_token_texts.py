@@ -1,4 +1,4 @@
-"""Which tokens the template wrote: against lists that were written by hand."""
+"""The tokens that the template wrote equal lists that are written by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rendered(template: ChatTemplate, *messages: Message) -> Pieces:
 
 
 def runs(found: Pieces) -> list[tuple[str, str]]:
-    """Neighbouring tokens of a kind together: t is trained, m a message's text."""
+    """Join neighbouring tokens of the same kind: t is trained, m is a message's text."""
     joined: list[tuple[str, str]] = []
     for piece in found.pieces:
         kind = ("t" if piece.is_trained else "-") + ("-" if piece.is_template else "m")
@@ -95,13 +95,13 @@ def test_a_prompt_has_no_trained_token(chatml: ChatTemplate) -> None:
 def test_the_texts_of_the_tokens_are_the_text(name: str, request: pytest.FixtureRequest) -> None:
     template: ChatTemplate = request.getfixturevalue(name)
     text = "Question 7: what is 7 plus 21?\nAnswer: 28"
-    if name == "chatml":  # bytes: every character is there
+    if name == "chatml":  # tokens are bytes, so every character exists
         text += " é 🦆 漢字, e\u0301 and a broken \ufffd end 🦆"
     ids = template.tokenizer(text, add_special_tokens=False).input_ids
     texts = token_texts(template, ids)
     assert len(texts) == len(ids)
     assert "".join(texts) == text
-    cut = token_texts(template, ids[:-1])  # in the midst of the last character
+    cut = token_texts(template, ids[:-1])  # in the middle of the last character
     assert len(cut) == len(ids) - 1
     assert cut[:-4] == texts[:-5]
 

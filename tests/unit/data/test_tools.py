@@ -156,14 +156,14 @@ def test_parquet_holds_them_as_text_or_nested(tmp_path: Path, chatml: ChatTempla
     for name in ("tools", "truth"):
         (prompt,) = load(written({**text, name: ROW[name]}), chatml)
         assert (prompt.token_ids, prompt.truth) == (expected.token_ids, expected.truth)
-    # Without tools such columns are nobody's.
+    # Without tools these columns are unused.
     (plain,) = load(written({"problem": "2+2?", "answer": "4", "ground_truth": [CALL]}), chatml)
     assert plain.truth == "4"
 
 
 @pytest.fixture(scope="module")
 def tool_data() -> Path:
-    """Folder of bfcl_parallel.jsonl and its like."""
+    """The folder of files such as bfcl_parallel.jsonl."""
     default = Path(__file__).parents[4] / "shared" / "data"
     folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "tool_calling"
     if not folder.is_dir():

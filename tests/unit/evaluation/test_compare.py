@@ -36,7 +36,7 @@ def write(
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:
-    # Both vary much between problems; B is better by 0.25 on every one, so the paired interval has no width.
+    # Both scores vary much between problems. B is better by 0.25 on every problem, so the paired interval has no width.
     a = write(tmp_path / "a", [0.0, 0.5, 0.75, 0.25])
     b = write(tmp_path / "b", [0.25, 0.75, 1.0, 0.5])
     ((found,), remarks) = compare(a, b)

@@ -1,4 +1,4 @@
-"""Metrics of evaluation, against hand computations and against the sum over all subsets."""
+"""Metrics of evaluation agree with hand computations and with the sum over all subsets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_avg_is_the_mean_of_the_first_k_grades() -> None:
     [
         (8, 3, 1, 3 / 8),
         (8, 3, 2, 1 - (5 * 4) / (8 * 7)),  # 1 - C(5,2)/C(8,2) = 18/28
-        (8, 3, 6, 1.0),  # five wrong answers cannot fill six places
+        (8, 3, 6, 1.0),  # five wrong answers do not fill six places
         (4, 0, 2, 0.0),
         (4, 4, 4, 1.0),
         (5, 1, 4, 4 / 5),
@@ -51,16 +51,17 @@ def test_pass_is_the_share_of_all_subsets_with_a_right_answer() -> None:
 
 
 def test_maj_by_hand() -> None:
-    # Three wrong (a), two right, one wrong (c): 20 subsets of 3. The truth wins alone in {r,r,a} x 3 and {r,r,c} x 1.
-    # It ties three ways in {r,a,c}: 2 x 3 x 1 = 6 subsets, each worth 1/3. (4 + 2) / 20.
+    # Three wrong (a), two right, one wrong (c): 20 subsets of 3. Only in {r,r,a} x 3 and {r,r,c} x 1 does the truth win
+    # alone.
+    # It ties with two others in {r,a,c}: 2 x 3 x 1 = 6 subsets of 1/3 each. (4 + 2) / 20.
     assert maj_at([1, 1, 1, 0, 0, 2], 3) == pytest.approx(0.30, abs=1e-15)
-    # k = 1 is the share of right answers, silent ones included.
+    # k = 1 gives the share of right answers. Responses without an answer count.
     assert maj_at([0, None, 1, 0], 1) == 0.5
-    # All four: two right against one wrong; the silent one does not vote.
+    # All four: two right votes against one wrong. The response without an answer does not vote.
     assert maj_at([0, None, 1, 0], 4) == 1.0
-    # Nobody votes for the truth.
+    # The truth gets no vote.
     assert maj_at([1, 2, None], 2) == 0.0
-    # A right answer among silent ones wins wherever it is drawn: 3 of the 6 pairs.
+    # A right answer among responses without an answer wins wherever it is drawn: in 3 of the 6 pairs.
     assert maj_at([0, None, None, None], 2) == 0.5
 
 
@@ -122,7 +123,7 @@ def test_the_interval_of_a_share_is_the_binomials() -> None:
 def test_groups_are_weighed_by_problems_or_alike() -> None:
     groups = [[1.0] * 30, [0.0] * 10]
     by_problems = bootstrap(groups, seed=1)
-    # Each group is drawn by itself, so a mean of constant groups does not vary.
+    # Each group is drawn separately, so a mean of constant groups does not vary.
     assert (by_problems.value, by_problems.low, by_problems.high) == (0.75, 0.75, 0.75)
     assert bootstrap(groups, seed=1, weigh="groups").value == 0.5
     with pytest.raises(ValueError, match="the mean of no problems"):

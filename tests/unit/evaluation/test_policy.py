@@ -49,7 +49,7 @@ def test_results_are_where_the_report_of_the_run_finds_them(
         run / "evaluations/paper/x-step-000100",
         run / "evaluations/paper/x-step-000101",
     ]
-    # `models` is no run.
+    # `models` is not a run.
     assert default_output(Path("models/policy"), "paper") == Path("evaluations/paper/models-policy")
     assert default_output(Path("x"), "paper") == Path("evaluations/paper/x")
     monkeypatch.chdir(run / "policy")
@@ -75,8 +75,8 @@ def test_the_digest_is_of_contents(tmp_path: Path) -> None:
 def test_a_converted_policy_is_of_this_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The output folder may be a run's: its own `policy/` is neither evaluated nor deleted."""
-    # The real conversion, without the process that keeps it off the GPUs.
+    """The output folder may belong to a run. Its own `policy/` is neither evaluated nor deleted."""
+    # The real conversion, without the extra process that keeps it off the GPUs.
     request.addfinalizer(runtime.stop)
     monkeypatch.setattr(policy, "_convert", lambda source, target: to_hf(open_source(source), target))
     other = tmp_path / "other"
@@ -102,7 +102,7 @@ def test_a_converted_policy_is_of_this_checkpoint(
     assert said[-1] == f"converting {second}"
     assert tensors_of(changed.folder) == tensors_of(other) != tensors_of(POLICY)
     assert changed.digest != found.digest
-    # The same path with new weights, as after a run that was started afresh.
+    # The path is the same but the weights are new, as after a run that started again.
     shutil.rmtree(second)
     first.rename(second)
     assert open_policy(second, run, said.append).digest == found.digest

@@ -126,7 +126,7 @@ def test_the_paper_s_suite_has_its_protocol() -> None:
 
 
 def test_the_commands_of_the_papers_suite_write_its_files() -> None:
-    """As tools/prepare.py reads them, in the repository's folder."""
+    """The commands have the form in which tools/prepare.py reads them, and run in the repository's folder."""
     for item in load_suite(ROOT / "examples" / "suites" / "paper.yaml").resolved():
         assert item.prepare is not None
         python, script, *arguments = shlex.split(item.prepare)

@@ -1,4 +1,4 @@
-"""How `generate` and `chat` ask, before there is a server. tests/e2e/test_talk.py has the answers."""
+"""The requests of `generate` and `chat`, without a server. tests/e2e/test_talk.py tests the answers."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_classes_join_over_a_third_answer() -> None:
 
 
 def test_a_reward_for_named_sources_compares_answers_too() -> None:
-    """The reward grades the prompts of this benchmark alone, so a comparison must say that it is one of them."""
+    """The reward grades only prompts with this benchmark's name, so the comparison must pass the name on."""
     benchmark = BenchmarkConfig(
         name="mine", file="x", metrics=("maj@3",), reward=ExactReward(workers=1, sources=("mine",))
     )

@@ -1,4 +1,4 @@
-"""Each family's table and settings against Transformers' own, and the reason why a config.json is refused."""
+"""Each family's table and settings agree with Transformers. A refused config.json gets the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL = sorted(FAMILIES)
 
 
 def config(family: str, **changes: Any) -> dict[str, Any]:
-    """A config.json as Transformers 5 writes it; ``ABSENT`` for a change leaves the key out."""
+    """A config.json as Transformers 5 writes it. The value ``ABSENT`` leaves a key out."""
     from transformers import AutoConfig
 
     sizes: dict[str, Any] = {
@@ -66,7 +66,7 @@ def test_the_names_are_those_of_the_folder(family: str, tied: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("family", ALL)
 def test_both_layer_specs_name_the_same_tensors(family: str) -> None:
-    """Each rule's Megatron names, with numbers filled in, lead back to the rule's tensors."""
+    """Each rule's Megatron names, with numbers filled in, find the rule's tensors again."""
     shape = shape_of(family, num_hidden_layers=12)
     for rule in shape.weights.rules:
         for layer in rule.layers or (2, 11):
@@ -163,7 +163,7 @@ def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(
         LlamaConfig(**stated), torch.device("cpu")
     )
     rope = FAMILIES["llama"](stated).rope
-    # As Megatron-Core begins (rotary_pos_embedding.py:85).
+    # Megatron-Core begins in the same way (rotary_pos_embedding.py:85).
     plain = 1.0 / (rope.base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     assert rope.scaling is not None
     assert torch.equal(scaled_frequencies(plain, rope), expected)
@@ -187,7 +187,7 @@ DEEPSEEK_V3_ROPE = {
     [
         (YARN_ROPE, 16, 1e4),
         (DEEPSEEK_V3_ROPE, 64, 1e4),
-        (DEEPSEEK_V3_ROPE | {"factor": 32.0, "beta_fast": 1.0}, 64, 5e4),  # Kimi K2's: no ramp
+        (DEEPSEEK_V3_ROPE | {"factor": 32.0, "beta_fast": 1.0}, 64, 5e4),  # Kimi K2 has no ramp
         (DEEPSEEK_V3_ROPE | {"beta_fast": 7, "beta_slow": 0.5}, 64, 1e4),
         (DEEPSEEK_V3_ROPE | {"mscale": 0.707, "mscale_all_dim": 0.707}, 128, 1e4),
     ],
@@ -207,12 +207,12 @@ def test_yarn_is_that_of_transformers_bit_for_bit(rope: dict[str, Any], head_dim
     loaded = DeepseekV3Config(**stated)
     embedding = theirs.DeepseekV3RotaryEmbedding(loaded)
     assert embedding.attention_scaling == 1.0
-    # As Megatron-Core begins (rotary_pos_embedding.py:85).
+    # Megatron-Core begins in the same way (rotary_pos_embedding.py:85).
     plain = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     assert torch.equal(scaled_frequencies(plain, shape.rope), embedding.inv_freq)
     assert not torch.equal(plain, embedding.inv_freq)
 
-    # The softmax's scale as Megatron computes it (multi_latent_attention.py:141).
+    # Megatron computes this scale of the softmax (multi_latent_attention.py:141).
     settings = shape.transformer
     stretch = 0.1 * settings["mscale_all_dim"] * math.log(settings["rotary_scaling_factor"]) + 1.0
     width = settings["qk_head_dim"] + settings["qk_pos_emb_head_dim"]
@@ -267,7 +267,7 @@ def refusals() -> Iterator[Any]:
     for family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         yield case(family, "sliding-window", use_sliding_window=True, layer_types=ABSENT)
         yield case(family, "sliding-window", layer_types=["full_attention", "sliding_attention"])
-        # vLLM, and Transformers' Qwen3-MoE, give every layer the window, whatever layer_types says.
+        # vLLM, and Qwen3-MoE in Transformers, give every layer the window. They ignore layer_types.
         full = ["full_attention"] * LAYERS
         yield case(
             family,
@@ -333,7 +333,7 @@ def test_what_megatron_lacks_is_named(family: str, tmp_path: Path) -> None:
 
 
 def test_megatron_still_lacks_it() -> None:
-    """Part of what the reasons say, read off Megatron-Core's own classes: a release that adds it fails here."""
+    """Megatron-Core's classes still lack what some of the reasons name. A release that adds it fails here."""
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -363,7 +363,7 @@ def test_what_transformers_fills_in() -> None:
 
 
 def test_which_layers_stay_dense() -> None:
-    """As Transformers' Qwen3MoeDecoderLayer and DeepseekV3DecoderLayer have it."""
+    """The rule of Transformers' Qwen3MoeDecoderLayer and DeepseekV3DecoderLayer decides which layers are dense."""
     for changes, dense in (
         ({"decoder_sparse_step": 2}, (0, 2, 4)),
         ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2, 3, 4)),

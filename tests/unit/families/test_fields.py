@@ -1,4 +1,4 @@
-"""Every field of a config.json that Transformers or vLLM reads for a family is read here, refused or declared."""
+"""This project reads, refuses or declares every field of a config.json that Transformers or vLLM reads for a family."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.tiny import LLAMA3_ROPE, YARN_ROPE
 from tests.unit.families.test_families import ABSENT, ALL, LATENT, config
 
 SPELLINGS = {"rope_scaling", "rope_parameters", "rope_theta", "type", "rope_type", "architectures"}
-"""Read under one of several names, and here under all."""
+"""Fields that have several names. They are read under one of them, and count as read under all."""
 
 
 class Recorded(dict[str, Any]):
-    """Keeps the names of the fields that were asked for."""
+    """A config.json that records the names of the fields that are read."""
 
     def __init__(self, values: Mapping[str, Any], asked: set[str], prefix: str = "") -> None:
         nested = {
@@ -42,7 +42,7 @@ class Recorded(dict[str, Any]):
 
 
 def asked_for(family: str) -> set[str]:
-    """Fields that the family reads, over configurations that lead it through all of its settings."""
+    """Return the fields that the family reads, over configurations that together use all of its settings."""
     asked: set[str] = set()
     ropes = (YARN_ROPE,) if family in LATENT else ({"rope_type": "linear", "factor": 2.0}, LLAMA3_ROPE)
     for rope in ({"rope_type": "default"}, *ropes):
@@ -82,11 +82,11 @@ def test_every_field_that_a_loader_reads_is_accounted_for(family: str) -> None:
 
 
 def test_what_is_declared_is_read_by_a_loader() -> None:
-    """An entry that no release reads any more is to be deleted."""
+    """If no release reads a declared field any more, its entry must be deleted."""
     read = {name for family in ALL for name in read_fields(family)}
     declared = {*fields.IRRELEVANT, *(ROPE + name for name in fields.ROPE_NEUTRAL | fields.ROPE_IRRELEVANT)}
     assert not declared - read
-    by_lists = {"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"}  # vLLM asks for them in a loop
+    by_lists = {"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"}  # vLLM reads them in a loop
     assert not set(fields.NEUTRAL) - read - by_lists
 
 

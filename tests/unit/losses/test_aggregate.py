@@ -135,9 +135,9 @@ def test_idle_parts_are_left_out_but_counted() -> None:
     ("enough", "expected"),
     [
         (0, []),
-        (1, [1]),  # each would do, and the shortest sequence costs least
+        (1, [1]),  # each sequence would do, and the shortest costs least
         (4, [4]),
-        (5, [12]),  # 5 of 20 are more than 4 of 18, or 1 of 12: the most for what they cost
+        (5, [12]),  # 5 of 20 are a larger share than 4 of 18 or 1 of 12, so they are the best for their cost
         (13, [4, 12]),
         (17, [4, 12, 1]),
         (100, [4, 12, 1]),

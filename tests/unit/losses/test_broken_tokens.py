@@ -1,7 +1,7 @@
-"""One broken token in a batch: p slightly above 1 by rounding, a log-prob of -inf, or NaN.
+"""A batch has one broken token: p slightly above 1 by rounding, a log-prob of -inf, or NaN.
 
-Values and gradients are finite, or the loss is not, which stops the update. A NaN is never left out, or taken for 0
-or 1.
+Either all values and gradients are finite, or the loss is not, which stops the update. NaN is never left out or
+replaced by 0 or 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ABOVE_1 = math.log1p(torch.finfo(torch.float32).eps)
 BROKEN = {"above 1": ABOVE_1, "-inf": -math.inf, "NaN": math.nan}
 SIZES = (3, 1)
 PLACE = 1
-"""The broken token, among two good ones in the first sequence."""
+"""The broken token. The first sequence has a good token on each side of it."""
 
 POLICIES = {
     f"{surrogate} {ratio_from} {correction} {dual_clip} {kl}": ObjectiveConfig(
@@ -55,7 +55,7 @@ POLICIES = {
     )
     if not (correction and ratio_from == "rollout")
     if not (dual_clip and surrogate in ("cispo", "unclipped"))
-    # KL is added to the rest: once with each is enough.
+    # KL is only added to the loss, so one case with each estimator is enough.
     if kl is None or (correction is None and ratio_from == "recomputed" and dual_clip is None)
 }
 WEIGHTS: list[TokenWeight] = [
@@ -100,7 +100,7 @@ def tokens_of(advantage: float, **columns: Tensor) -> TermTokens:
 
 
 def outcome(term: Term, broken: float, tokens: TermTokens) -> tuple[float, Tensor]:
-    """The loss, and the gradient of the log-probs."""
+    """Return the loss and the gradient of the log-probs."""
     logprobs = torch.tensor([-0.5, broken, -0.9, -0.3], requires_grad=True)
     entropy = torch.tensor([0.5, 0.0, 0.7, 0.2], requires_grad=True)
     stats = TokenStats(logprobs, entropy, torch.tensor([-1.0, -2.0, -1.5, -3.0]))
@@ -125,7 +125,7 @@ def assert_told(term: Term, advantages: Sequence[float] = (1.0, -1.0), *, finite
 @pytest.mark.parametrize("cutoff", [1.0, 0.5])
 def test_demonstration_tokens(weight: TokenWeight, cutoff: float) -> None:
     term = sft_term(weight=weight, cutoff=cutoff)
-    # At p = 0 these weights are 0; the others make the loss of an impossible token infinite.
+    # At p = 0 these weights are 0. The other weights make the loss of an impossible token infinite.
     zero_at_0 = weight.kind in (
         "p",
         "phi",
@@ -159,7 +159,7 @@ def test_other_methods(name: str) -> None:
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mode", ["truncate", "clamp", "mask", "reject"])
 def test_a_constant_that_is_nan_is_told_too(level: Any, mode: Any) -> None:
-    """Of the rollout engine, or of the forward pass before the update."""
+    """The NaN comes from the rollout engine, or from the forward pass before the update."""
     for column in ("rollout_logprob", "old_logprob"):
         settings = ObjectiveConfig(
             ratio_from="recomputed", correction=CorrectionConfig(level=level, mode=mode, high=2.0)

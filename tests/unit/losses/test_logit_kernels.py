@@ -1,7 +1,7 @@
-"""Both sweeps reduce and differentiate a shard's logits as float64 and autograd do on the whole vocabulary.
+"""Both sweeps reduce and differentiate a shard's logits as float64 and autograd do for the whole vocabulary.
 
-Triton's kernels run in its interpreter. That rounds to bf16 towards 0, where GPUs round to nearest: an error below
-one unit of bf16's last place (2^-7 of the number), not half of one.
+Triton's kernels run in its interpreter. The interpreter rounds to BF16 towards 0, while GPUs round to nearest. Its
+error is below one unit of BF16's last place (2^-7 of the number), not half of one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from megatron_chord.losses.logit_kernels import LogitKernels, Reduced
 from tests.support.interpreter import accept_numpy_2_4, run_with_triton
 
 BLOCKS = (2048, 4096)
-"""Columns that a kernel's program takes at a time (``test_the_kernels_have_these_blocks``)."""
+"""The columns that a kernel's program processes at a time (``test_the_kernels_have_these_blocks``)."""
 
 LAST_PLACE = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-11}
-"""An upper bound of rounding errors, relative; fp32's are counted with those of the arithmetic."""
+"""An upper bound of the relative rounding error. FP32's rounding is counted as an error of the arithmetic."""
 
 CASE: dict[str, Any] = {
     "tokens": 5,
-    "widths": (37,),  # of the shards, in order
+    "widths": (37,),  # widths of the shards, in order
     "dtype": torch.float32,
     "scale": 1.0,
     "spread": 3.0,  # standard deviation of the logits
     "rival": True,
-    "parts": (True, True),  # is there a gradient of the log-probs, of the entropies?
+    "parts": (True, True),  # whether log-probs and entropies have gradients
     "apart": 0,  # columns between the end of a row and the beginning of the next
 }
 CASES: list[dict[str, Any]] = [
@@ -38,7 +38,8 @@ CASES: list[dict[str, Any]] = [
     *({**CASE, "widths": (width,)} for width in (1, 2, 8, 4095, 4096, 4097, 10_001)),
     *({**CASE, "widths": widths} for widths in ((1, 36), (36, 1), (4096, 4097), (20, 30, 40))),
     *({**CASE, "tokens": tokens, "widths": (100, 100)} for tokens in (1, 2, 33)),
-    # Qwen's vocabularies: one whole, the other padded and over eight ranks, the last rank's rows fewer.
+    # Qwen's vocabularies: one is whole, the other is padded and split over eight ranks, of which the last has fewer
+    # rows.
     {**CASE, "tokens": 2, "widths": (151_936,), "dtype": torch.bfloat16},
     {**CASE, "tokens": 2, "widths": (19_008,) * 7 + (18_880,), "dtype": torch.bfloat16},
     *({**CASE, "dtype": dtype, "widths": (3000, 2000)} for dtype in (torch.bfloat16, torch.float16)),
@@ -50,15 +51,15 @@ CASES: list[dict[str, Any]] = [
     *({**CASE, "parts": parts} for parts in ((True, False), (False, True))),
     *({**CASE, "rival": False, "widths": widths} for widths in ((37,), (3000, 2000))),
     *({**CASE, "apart": apart, "widths": (37, 63)} for apart in (1, 8, 5000)),
-    # Almost all of the probability on one token, most of it 0 in fp32, and all of it equal.
+    # Cases: one token has almost all probability; most probabilities are 0 in FP32; all are equal.
     *({**CASE, "spread": spread, "widths": (2500, 2500)} for spread in (30.0, 1e4, 0.0)),
-    # A row lies beyond 2^31 numbers, though hardly any of its memory is ever used.
+    # A row begins beyond 2^31 numbers. Hardly any of the memory between is used.
     {**CASE, "tokens": 3, "widths": (5000,), "apart": 2**30 - 5000, "dtype": torch.bfloat16},
 ]
 
 
 def make_inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits over the whole vocabulary, targets, and the gradients of log-probs and entropies [2, tokens]."""
+    """Return logits over the whole vocabulary, targets, and gradients of log-probs and entropies [2, tokens]."""
     tokens, vocab = case["tokens"], sum(case["widths"])
     generator = torch.Generator().manual_seed(tokens + vocab)
     logits = case["spread"] * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)
@@ -68,13 +69,13 @@ def make_inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def column(case: dict[str, Any]) -> float | Tensor:
-    """The scale, to multiply logits [tokens, width] by."""
+    """Return the scale in the shape that multiplies logits [tokens, width]."""
     scale = case["scale"]
     return scale if isinstance(scale, float) else torch.tensor(scale, dtype=torch.float64)[:, None]
 
 
 def sweep_shards(kernels: LogitKernels, case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """What the sweep makes of each shard, and their gradients side by side."""
+    """Return the sweep's reductions of each shard, and the gradients of all shards side by side."""
     logits, targets, grads = (part.to(device) for part in make_inputs(case))
     expected = reference(case)
     scale = case["scale"] if isinstance(case["scale"], float) else torch.tensor(case["scale"], device=device)
@@ -83,7 +84,7 @@ def sweep_shards(kernels: LogitKernels, case: dict[str, Any], device: str = "cpu
         stride = width + case["apart"]
         memory = torch.empty(case["tokens"] * stride, dtype=case["dtype"], device=device)
         if len(memory) < 2**30:
-            memory.fill_(torch.nan)  # what lies between the rows must not count
+            memory.fill_(torch.nan)  # numbers between the rows must not count
         shard = memory.as_strided((case["tokens"], width), (stride, 1))
         rows = targets - first
         shard.copy_(logits[:, first : first + width])
@@ -105,7 +106,7 @@ def in_triton(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def in_triton_3_6(case: dict[str, Any]) -> dict[str, Any]:
-    """With NumPy 2.4, which takes no array with a dimension for a whole number."""
+    """Run one case with NumPy 2.4, which does not accept an array with a dimension as a whole number."""
     from triton.runtime import interpreter
 
     def as_3_6_does(tensor: Any, scope: Any) -> None:
@@ -124,7 +125,7 @@ def in_triton_3_6(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the whole vocabulary, in float64: lse, entropy, and the gradient with respect to the logits."""
+    """Return lse, entropy and the logits' gradient for the whole vocabulary, in float64."""
     logits, targets, grads = make_inputs(case)
     logits = logits.double().requires_grad_()
     full = torch.log_softmax(logits * column(case), -1)
@@ -153,7 +154,7 @@ def test_a_shard_is_reduced_as_float64_does(outcomes: Any) -> None:
 def assert_reduced(case: dict[str, Any], shards: list[tuple[Tensor | None, ...]]) -> None:
     logits, targets, _ = make_inputs(case)
     z = logits.double() * column(case)
-    # fp32 keeps 24 bits: of z itself, and of sums of a few thousand terms some less.
+    # FP32 keeps 24 bits. The values of z lose some, and sums of a few thousand terms lose more.
     tolerance = 2**-21 * max(1.0, z.abs().max().item())
     first = 0
     for width, found in zip(case["widths"], shards, strict=True):
@@ -207,7 +208,7 @@ def test_the_interpreter_of_triton_3_6_counts_under_numpy_2_4() -> None:
 
 
 def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
-    """The PTX of both kernels in bf16. Raises where Triton, or NVIDIA's assembler, refuses one."""
+    """Return the PTX of both kernels in BF16. Raises if Triton or NVIDIA's assembler refuses a kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
@@ -230,7 +231,7 @@ def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
             names = kernel.arg_names
             constants = {name: value for name, value in {**values, "BLOCK": block}.items() if name in names}
             signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-            # As Triton finds of pointers, and of a chunk's stride. Its width need be no multiple of anything.
+            # Triton finds these alignments of pointers and of a chunk's stride. The width may be any number.
             multiples = [name for name in names if types.get(name, "").startswith("*") or name == "stride"]
             compiled = compile_for(
                 ASTSource(
@@ -248,7 +249,8 @@ def compile_kernels(capabilities: tuple[int, ...]) -> dict[str, str]:
 
 
 def test_the_kernels_compile_for_gpus(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For A100, H100 and B200. Logits are read, and written, 16 bytes a thread, or memory would not keep up."""
+    """The kernels compile for A100, H100 and B200. They read and write 16 bytes a thread; with less, memory would be
+    too slow."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (texts,) = run_with_triton(compile_kernels, (80, 90, 100), interpret=False)
     assert len(texts) == 6

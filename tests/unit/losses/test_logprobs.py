@@ -1,4 +1,4 @@
-"""The chunked head computes log_softmax, its entropy, rivals and gradients, and never makes the whole logits."""
+"""The chunked head computes log_softmax, entropy, rivals and gradients, and never makes all logits at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 
 def make_inputs(
     dtype: torch.dtype = torch.float64, tokens: int = TOKENS, vocab: int = VOCAB
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets; logits of a standard deviation of about 2."""
+    """Return hidden states, weight and targets. The logits have a standard deviation of about 2."""
     torch.manual_seed(tokens + vocab)
     hidden = torch.randn(tokens, HIDDEN, dtype=torch.float64)
     weight = 2 * HIDDEN**-0.5 * torch.randn(vocab, HIDDEN, dtype=torch.float64)
@@ -43,7 +43,7 @@ def make_inputs(
 
 
 def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) -> dict[str, Tensor]:
-    """Values, and gradients of a random weighting of the log-probs, of the entropies, or of both."""
+    """Return values, and gradients of a random weighting of the log-probs, the entropies, or both."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logprobs, entropy, rival, _ = head(hidden, weight, targets)
     generator = torch.Generator().manual_seed(5)
@@ -66,7 +66,7 @@ def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) 
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float) -> None:
-    """Errors below ``relative`` times the largest value of each tensor."""
+    """Assert that errors are below ``relative`` times the largest value of each tensor."""
     for name, expected in theirs.items():
         error = (ours[name].double() - expected).abs()
         assert error.numel() == expected.numel() > 0
@@ -90,7 +90,7 @@ def test_values_and_gradients(part: str, chunk: int | None, temperature: float) 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("chunk", [1, 7, None])
 def test_tokens_with_temperatures_of_their_own(dtype: torch.dtype, chunk: int | None) -> None:
-    """Each token's values are those of its own temperature; gradients are sums over tokens of both."""
+    """Each token has the values of its own temperature. Gradients are sums over tokens of both temperatures."""
     inputs = make_inputs(dtype)
     temperature = torch.tensor([1.0, 0.6] * TOKENS)[:TOKENS]
 
@@ -102,7 +102,7 @@ def test_tokens_with_temperatures_of_their_own(dtype: torch.dtype, chunk: int | 
 
     theirs = run(reference, *(part.double() if part.is_floating_point() else part for part in inputs), "both")
     assert_close(run(head, *inputs, "both"), theirs, relative=1e-7 if dtype == torch.float64 else 1e-6)
-    # All equal, they are the one number's, to the bit.
+    # Equal temperatures give the same bits as one number.
     same = torch.full((TOKENS,), 0.5)
     ours = run(lambda *parts: token_logprobs(*parts, temperature=same, rival=True), *inputs, "both")
     one = run(lambda *parts: token_logprobs(*parts, temperature=0.5, rival=True), *inputs, "both")
@@ -120,7 +120,7 @@ def test_the_targets_logits() -> None:
 @pytest.mark.parametrize("part", ["log-probs", "entropy", "both"])
 @pytest.mark.parametrize("vocab", [CACHED_ROWS, CACHED_ROWS + 1, 2 * CACHED_ROWS + 300])
 def test_tiles_of_the_vocabulary(part: str, vocab: int) -> None:
-    """Targets on both sides of every border, and a last tile of 1 and of 300 rows."""
+    """Targets are on both sides of every border between tiles. The last tile has 1 or 300 rows."""
     hidden, weight, targets = make_inputs(vocab=vocab)
     borders = torch.tensor([CACHED_ROWS - 1, CACHED_ROWS, 2 * CACHED_ROWS - 1, 2 * CACHED_ROWS])
     targets[2:6] = borders.clamp(max=vocab - 1)
@@ -131,7 +131,8 @@ def test_tiles_of_the_vocabulary(part: str, vocab: int) -> None:
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_lower_precision(dtype: torch.dtype, relative: float, chunk: int) -> None:
-    """Against float64 on the same rounded inputs. Reductions are fp32 even where the logits are rounded to bf16."""
+    """The reference is float64 on the same rounded inputs. Reductions are in FP32 even where logits are rounded to
+    BF16."""
     hidden, weight, targets = make_inputs(dtype)
     ours = run(
         lambda *inputs: token_logprobs(*inputs, chunk=chunk, rival=True), hidden, weight, targets, "both"
@@ -151,7 +152,7 @@ def test_weight_gradient_does_not_lose_small_chunks(dtype: torch.dtype) -> None:
     logprobs, *_ = token_logprobs(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk=1)
     logprobs.sum().backward()
     assert weight.grad is not None
-    # Both p are 1/2, so dl/dz is +1/2 and -1/2 at each of the 4000 tokens; 2000 is a bf16 number.
+    # Both p are 1/2, so dl/dz is +1/2 and -1/2 at each of the 4000 tokens. 2000 is a BF16 number.
     assert weight.grad.flatten().tolist() == [2000.0, -2000.0]
 
 
@@ -192,7 +193,7 @@ def test_no_tokens() -> None:
 
 
 def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
-    # Logits 3000, 2000 and 0: p is 1, 0, 0 and log p is 0, -1000, -3000, though exp(3000) has no fp32 number.
+    # Logits 3000, 2000 and 0: p is 1, 0, 0 and log p is 0, -1000, -3000, although exp(3000) is beyond FP32.
     hidden = torch.tensor([[1000.0]] * 3, requires_grad=True)
     weight = torch.tensor([[3.0], [2.0], [0.0]], requires_grad=True)
     logprobs, entropy, rival, _ = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), rival=True)
@@ -209,8 +210,10 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
 
 
 def test_rows_of_one_shard_alone() -> None:
-    """Rows 10 to 29 without a group: targets there get the shard's log_softmax, the others a logit of 0 and, as rival,
-    the best row of all."""
+    """A shard with rows 10 to 29 is computed without a group. Targets in it get the shard's log_softmax.
+
+    Other targets get a logit of 0 and, as rival, the best row of all.
+    """
     hidden, weight, targets = make_inputs()
     shard = weight[10:30]
     here = (targets >= 10) & (targets < 30)
@@ -246,13 +249,13 @@ def test_rivals_change_nothing_else(vocab: int, chunk: int) -> None:
 
 
 def test_rivals_of_best_worst_and_tied_targets() -> None:
-    # p is 1/8, 3/8, 3/8, 1/8: the rival of a best token is the other best one, and that of the others one of the two.
+    # p is 1/8, 3/8, 3/8, 1/8. The rival of a best token is the other best one. The others' rival is one of the two.
     weight = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64).log()[:, None]
     targets = torch.tensor([0, 1, 2, 3])
     rival = token_logprobs(torch.ones(4, 1, dtype=torch.float64), weight, targets, rival=True).rival
     assert rival is not None
     torch.testing.assert_close(rival.exp(), torch.full((4,), 3 / 8, dtype=torch.float64))
-    # And the second best where there is only one best: p is 1/10, 6/10, 3/10.
+    # With a single best token, its rival is the second best: p is 1/10, 6/10, 3/10.
     weight = torch.tensor([1.0, 6.0, 3.0], dtype=torch.float64).log()[:, None]
     rival = token_logprobs(torch.ones(3, 1, dtype=torch.float64), weight, torch.arange(3), rival=True).rival
     assert rival is not None
@@ -268,7 +271,7 @@ def test_the_only_token_has_no_rival() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned, forward or backward."""
+    """Records the number of elements of the largest tensor that any operation returned, forward or backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,13 +291,14 @@ def test_the_whole_logits_are_never_made() -> None:
     with LargestTensor() as largest:
         run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=True), *inputs, "both")
     assert largest.elements == chunk * vocab
-    with LargestTensor() as largest:  # the probe sees them where they are made
+    with LargestTensor() as largest:  # the naive head shows that the probe finds such a tensor
         run(naive, *inputs, "both")
     assert largest.elements == tokens * vocab
 
 
 class Matrices(TorchDispatchMode):
-    """The most tensors of ``elements`` fp32 numbers or more that lived at once, and the products that made some."""
+    """Records how many tensors of ``elements`` FP32 numbers or more existed at once, and the products that made
+    them."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -320,7 +324,7 @@ def test_two_matrices_live_at_a_time(rival: bool, part: str) -> None:
         run(lambda *parts: token_logprobs(*parts, chunk=chunk, rival=rival), *inputs, part)
     assert matrices.most == 2
     assert matrices.products == 2 * tokens // chunk  # one per chunk forward, one backward
-    with Matrices(tokens * vocab) as matrices:  # the probe sees them where there are more
+    with Matrices(tokens * vocab) as matrices:  # the naive head shows that the probe finds more of them
         run(naive, *inputs, part)
     assert matrices.most > 2
 
@@ -330,9 +334,10 @@ def test_the_default_chunk_keeps_to_its_budget() -> None:
     assert logit_kernels_torch.bytes_per_logit(torch.float32) == 8
     assert chunk_tokens(152_064, bytes_per_logit=8) == 220
     assert chunk_tokens(10, 8_000, bytes_per_logit=8) == 100
-    # In bf16 the logits stay beside them: 268435456 / (10 * 152064) = 176.53
+    # In BF16 the logits stay in memory too: 268435456 / (10 * 152064) = 176.53
     assert logit_kernels_torch.bytes_per_logit(torch.bfloat16) == 10
     assert chunk_tokens(152_064, bytes_per_logit=10) == 176
-    # Never fewer than 16, or a small budget would make thousands of thin products; and a shard may have no rows.
+    # A chunk has at least 16 tokens, because a small budget would make thousands of thin products. A shard may have no
+    # rows.
     assert chunk_tokens(10**9, bytes_per_logit=8) == 16
     assert chunk_tokens(0, bytes_per_logit=8) == CHUNK_BYTES // 8

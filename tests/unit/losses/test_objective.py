@@ -1,4 +1,5 @@
-"""The sum of terms over a packed batch: hand arithmetic, both ends of mu bit for bit, and any split of a step."""
+"""The sum of terms over a packed batch equals hand arithmetic and equals each branch at mu 0 and 1, for any split of a
+step."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def chord_terms(
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens; ``term[i]`` is the one that token i belongs to, and ``columns`` has those of all terms."""
+    """T tokens. Token i belongs to the term ``term[i]``. ``columns`` has the columns of all terms."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -44,7 +45,7 @@ class Batch:
     columns: dict[str, Tensor]
 
     def tokens_of(self, name: str) -> TermTokens:
-        """Each token as a sequence of its own."""
+        """Return the term's tokens. Each token is a sequence of its own."""
         index = torch.tensor([i for i, term in enumerate(self.term) if term == name], dtype=torch.int64)
         return TermTokens(
             index=index,
@@ -65,7 +66,7 @@ class Batch:
 
 
 def make_batch(tokens: int = 40, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
-    """About as many demonstration tokens as policy tokens, in random order; some ratios clip on either side."""
+    """About half of the tokens are demonstration tokens, in random order. Some ratios are clipped on each side."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(8, tokens, generator=generator, dtype=dtype)
     logprobs = -draws[0].abs() - 0.05
@@ -90,15 +91,16 @@ def make_batch(tokens: int = 40, seed: int = 0, dtype: torch.dtype = torch.float
 class Result:
     share: ObjectiveOutput
     logprobs: Tensor
-    """Gradient."""
+    """The gradient of the log-probs."""
     entropy: Tensor
-    """Gradient, 0 where unused."""
+    """The gradient of the entropies. It is 0 where they are unused."""
 
 
 def run(
     batch: Batch, weights: Mapping[str, float], terms: Mapping[str, Term], names: list[str] | None = None
 ) -> Result:
-    """``names`` are those of the terms that the objective is given, all by default."""
+    """Compute the objective and its gradients. ``names`` are the terms that it gets; by default it gets all of
+    ``terms``."""
     logprobs = batch.logprobs.clone().requires_grad_()
     entropy = batch.entropy.clone().requires_grad_()
     tokens = {name: batch.tokens_of(name) for name in names or terms}
@@ -111,7 +113,8 @@ def run(
 
 
 def values_of(share: ObjectiveOutput) -> dict[str, float]:
-    """Without what the check of trainer against rollout engine reads; that is a test of ``losses.policy``."""
+    """Return all values except those of the check between trainer and engine, which tests of ``losses.policy``
+    cover."""
     values = {"loss": share.loss.item()}
     for sums in share.sums.values():
         values |= {name: value.item() for name, value in sums.items() if name not in COMPARED}
@@ -119,7 +122,8 @@ def values_of(share: ObjectiveOutput) -> dict[str, float]:
 
 
 def compared_of(term: str) -> tuple[str, ...]:
-    """What is summed of a term beside its own numbers: the batches here have rollout log-probs for both terms."""
+    """The sums of a term for the check between trainer and engine. In these batches both terms have rollout
+    log-probs."""
     return COMPARED
 
 
@@ -149,10 +153,10 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
     assert values_of(result.share) == pytest.approx(
         {
             "loss": 0.75 * (0.1 * (-2.4 - 0.05) + 0.05 * (1.0 - 0.025)) + 0.25 * 0.2 * LN2 / 4,
-            # Summed with their scale, without the term's weight.
+            # The metrics are sums with their scale, without the term's weight.
             "policy_loss": 0.1 * -2.4 + 0.05 * 1.0,
             "sft_loss": 0.2 * LN2 / 4,
-            # Sums, to be divided by the term's tokens.
+            # The metrics are sums that must be divided by the term's tokens.
             "sft_nll": LN2,
             "sft_p": 0.5,
             "sft_phi": 0.25,
@@ -162,7 +166,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
             "logprob_gap": math.log(1.5),
             "probability_error": 1.0 + 1.5,
             "logprob_gap_max": math.log(1.5),
-            "ratio_max": 1.0,  # of the token with A < 0
+            "ratio_max": 1.0,  # the token with A < 0
         },
         rel=1e-13,
     )
@@ -171,7 +175,7 @@ def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
 
 
 def test_three_terms_with_weights_beyond_0_and_1() -> None:
-    """Losses l^2, 3 l and H; a term's metrics know nothing of its weight."""
+    """The losses are l^2, 3 l and H. A term's metrics do not depend on its weight."""
 
     def term(name: str, loss: Callable[[TokenStats], Tensor]) -> Term:
         def output(stats: TokenStats, tokens: TermTokens) -> TermOutput:
@@ -273,7 +277,8 @@ def test_mu_1_is_sft_to_the_bit(dtype: torch.dtype, kind: Any) -> None:
 
 
 def test_phi_is_detached_in_the_whole_objective() -> None:
-    """A rare demonstration token is pulled up; with phi's own gradient it would be pushed down (see test_sft)."""
+    """A rare demonstration token becomes more probable. With phi's own gradient it would become less probable (see
+    test_sft)."""
     batch = Batch(
         torch.tensor([0.01, 0.1], dtype=torch.float64).log(),
         torch.zeros(2),
@@ -372,7 +377,7 @@ def test_any_split_of_a_step_adds_up_to_the_whole(seed: int, settings: str) -> N
 
 
 def test_sequences_of_several_tokens_split_between_them() -> None:
-    """GSPO over sequences of 3, 1 and 4 tokens, whole and one sequence at a time."""
+    """GSPO has sequences of 3, 1 and 4 tokens. They are computed together, and one sequence at a time."""
     sizes = [3, 1, 4]
     batch = make_batch(tokens=8)
     term = chord_terms(ObjectiveConfig(surrogate="gspo", clip_low=0.1, clip_high=0.1))["policy"]
@@ -403,7 +408,8 @@ def test_sequences_of_several_tokens_split_between_them() -> None:
 
 
 def test_every_term_with_rollout_logprobs_is_compared_whatever_it_reports() -> None:
-    """The loss knows nothing of the check. Log-probs -1 and -2, the engine's -1.5 and -2, and a token of no rollout."""
+    """The loss itself does not report the check. Log-probs are -1 and -2, the engine's -1.5 and -2; one token is no
+    rollout."""
 
     def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
         return TermOutput(-stats.logprobs, {}, {}, {})

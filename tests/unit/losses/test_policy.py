@@ -39,7 +39,7 @@ class Result(NamedTuple):
 def run_surrogate(
     ratios: list[float], tokens: TermTokens, objective: ObjectiveConfig, *, p: float = 0.25
 ) -> Result:
-    """Tokens whose probability is ``p`` and was p / ratio."""
+    """Run the surrogate on tokens whose probability is ``p`` now and was p / ratio before."""
     logprobs = torch.full((len(ratios),), math.log(p), dtype=torch.float64, requires_grad=True)
     old = (logprobs - torch.tensor(logs(ratios), dtype=torch.float64)).requires_grad_()
     old.retain_grad()
@@ -60,7 +60,7 @@ def test_advantages_with_the_unbiased_standard_deviation() -> None:
 
 
 def test_advantages_without_standard_deviation() -> None:
-    # Mean 0.5. eps plays no part.
+    # The mean is 0.5. eps has no effect.
     assert group_advantages([[2.0, 0.0, 0.0, 0.0]], kind="group_mean", eps=7.0) == [(1.5, -0.5, -0.5, -0.5)]
 
 
@@ -103,25 +103,25 @@ def test_equal_rewards_give_exactly_0(kind: str, reward: float, size: int) -> No
     ("ratio", "advantage", "loss", "grad", "is_clipped"),
     [
         # Clip range [0.8, 1.28]. Where it is not clipped, d loss / d log p = -r A.
-        # Above: the gain of a good token stops at 1.28, a bad one is pushed down with all of its ratio.
+        # Above the range, a good token gains nothing beyond 1.28, and a bad one is pushed down with its whole ratio.
         (1.4, 1.0, -1.28, 0.0, True),
         (1.4, -1.0, 1.4, 1.4, False),
         (1.29, 2.0, -2.56, 0.0, True),
         (1.29, -2.0, 2.58, 2.58, False),
-        # Below: a good token is pulled up, a bad one is left alone at 0.8.
+        # Below the range, a good token is pulled up, and a bad one is unchanged at 0.8.
         (0.5, 2.0, -1.0, -1.0, False),
         (0.5, -2.0, 1.6, 0.0, True),
         (0.79, 2.0, -1.58, -1.58, False),
         (0.79, -2.0, 1.6, 0.0, True),
-        # Inside, whatever the sign; a symmetrical range of 0.2 would clip the first two.
+        # Inside the range nothing is clipped. A symmetrical range of 0.2 would clip the first two.
         (1.27, 2.0, -2.54, -2.54, False),
         (1.27, -2.0, 2.54, 2.54, False),
         (0.81, 2.0, -1.62, -1.62, False),
         (0.81, -2.0, 1.62, 1.62, False),
-        # r = 1: the plain policy gradient.
+        # r = 1 gives the plain policy gradient.
         (1.0, 0.7, -0.7, -0.7, False),
         (1.0, -0.7, 0.7, 0.7, False),
-        # No advantage: nothing, and no clip to report.
+        # Without advantage there is no loss and no reported clip.
         (1.4, 0.0, 0.0, 0.0, False),
     ],
 )
@@ -138,7 +138,7 @@ def test_ppo_of_one_token_which_is_also_gspo_of_a_sequence_of_one(
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "grad", "is_clipped", "is_dual"),
     [
-        # Clip range [0.8, 1.28], c = 3: a bad token's loss stops at 3 |A|.
+        # Clip range [0.8, 1.28], c = 3: the loss of a bad token is at most 3 |A|.
         (4.0, -2.0, 6.0, 0.0, False, True),
         (3.01, -1.0, 3.0, 0.0, False, True),
         (2.99, -1.0, 2.99, 2.99, False, False),
@@ -165,8 +165,8 @@ def test_dual_clip_of_one_token(
 
 
 def test_gspo_of_three_sequences() -> None:
-    # Ratios whose geometric means are 1.1, 2 and 1/2, far from their own values: only the sequence's counts. Each
-    # token's gradient is -s A, or nothing where its sequence is clipped.
+    # The geometric means of the ratios are 1.1, 2 and 1/2, far from the single ratios. Only the sequence's ratio
+    # counts. Each token's gradient is -s A, or 0 where its sequence is clipped.
     tokens = tokens_of((2, 3, 3), advantage=[3.0] * 2 + [-1.0] * 3 + [-2.0] * 3)
     ratios = [1.21, 1.0, 8.0, 1.0, 1.0, 1.0, 1 / 8, 1.0]
     result = run_surrogate(ratios, tokens, replace(DAPO, surrogate="gspo"))
@@ -182,7 +182,8 @@ def test_gspo_of_three_sequences() -> None:
 @pytest.mark.parametrize(
     ("ratio", "advantage", "factor", "is_clipped"),
     [
-        # loss = -factor A l, gradient -factor A, with r held to [0.8, 1.28]: cut values, never a cut gradient.
+        # loss = -factor A l, gradient = -factor A, where r is limited to [0.8, 1.28]. Values are clipped, gradients
+        # never.
         (1.4, 1.0, 1.28, True),
         (1.4, -1.0, 1.28, True),
         (0.5, 2.0, 0.8, True),
@@ -210,7 +211,7 @@ def test_unclipped_of_one_token(ratio: float, advantage: float) -> None:
 
 
 def random_tokens(dtype: torch.dtype, sequences: list[int]) -> tuple[Tensor, Tensor, TermTokens]:
-    """Log-probs (a leaf), old ones, and tokens with advantages of both signs; ratios on all sides of every clip."""
+    """Log-probs (a leaf), old ones, and tokens with advantages of both signs. Ratios are on all sides of every clip."""
     generator = torch.Generator().manual_seed(0)
     count = sum(sequences)
     logprobs, noise, advantages = torch.randn(3, count, generator=generator, dtype=dtype).unbind()
@@ -264,7 +265,7 @@ def test_gspo_of_sequences_of_one_token_is_ppo(dual_clip: float | None) -> None:
 
 
 def test_gspo_clips_whole_sequences_in_fp32() -> None:
-    """With its published clips a sequence's ratio must not depend on how probable each token is."""
+    """With GSPO's narrow published clips, a sequence's ratio must not depend on how probable each token is."""
     generator = torch.Generator().manual_seed(0)
     objective = ObjectiveConfig(surrogate="gspo", clip_low=3e-4, clip_high=4e-4)
     logprobs = -20 * torch.rand(200, generator=generator)
@@ -291,7 +292,7 @@ def test_one_broken_token_does_not_overflow(
         ObjectiveConfig(surrogate=name, clip_low=0.2 if name == "unclipped" else 1.0),
     )
     out.loss.sum().backward()
-    # The log-ratio is held at +-20, the clip range is [0, 1.2].
+    # The log-ratio is limited to +-20, and the clip range is [0, 1.2].
     ratio = math.exp(math.copysign(20, difference))
     within = min(ratio, 1.2)
     expected = {
@@ -375,7 +376,7 @@ def test_correction_weights_of_a_broken_sequence_are_finite(level: Any, gap: flo
         ("k1", 0.25, 0.5, -LN2, 1.0),
         ("k2", 0.25, 0.5, LN2**2 / 2, -LN2),
         ("k3", 0.25, 0.5, 1 - LN2, -1.0),
-        # Equal policies.
+        # Both policies are equal.
         ("k1", 0.3, 0.3, 0.0, 1.0),
         ("k2", 0.3, 0.3, 0.0, 0.0),
         ("k3", 0.3, 0.3, 0.0, 0.0),
@@ -404,7 +405,7 @@ def test_k3_is_never_negative_and_finite_for_a_broken_token() -> None:
 
 
 def grads_of(stats: TokenStats) -> tuple[list[float], list[float]]:
-    """Of the log-probs and the entropies; 0 where unused."""
+    """Return the gradients of log-probs and entropies. They are 0 where unused."""
 
     def grad(leaf: Tensor) -> list[float]:
         return [0.0] * len(leaf) if leaf.grad is None else leaf.grad.tolist()
@@ -413,7 +414,7 @@ def grads_of(stats: TokenStats) -> tuple[list[float], list[float]]:
 
 
 def test_ratio_from() -> None:
-    # p = 0.3, p of the rollout engine 0.2, of the trainer before the update 0.25: ratios 1.5, 1 and 1.2.
+    # p = 0.3; the rollout engine has 0.2, the trainer before the update 0.25. The ratios are 1.5, 1 and 1.2.
     tokens = tokens_of(advantage=2.0, rollout_logprob=math.log(0.2), old_logprob=math.log(0.25))
     found = {}
     sources: tuple[Literal["rollout", "current", "recomputed"], ...] = ("rollout", "current", "recomputed")
@@ -506,7 +507,7 @@ def test_the_correction_only_scales_the_surrogate(level: Any, ratio_from: Any) -
 @pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "unclipped"])
 @pytest.mark.parametrize("level", [None, "token", "sequence"])
 def test_without_an_advantage_there_is_neither_loss_nor_gradient(name: Any, level: Any) -> None:
-    """The policy term keeps the promise of ``Term.zero_gradient_column``."""
+    """The policy term does what ``Term.zero_gradient_column`` promises."""
     correction = None if level is None else CorrectionConfig(level=level, high=2.0)
     clips = {} if name == "unclipped" else {"clip_low": 0.2, "clip_high": 0.28}
     objective = ObjectiveConfig(surrogate=name, correction=correction, ratio_from="recomputed", **clips)

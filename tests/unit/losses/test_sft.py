@@ -1,4 +1,4 @@
-"""Every token weight is right and is a constant: the gradient of the logit is compared with its closed form."""
+"""Every token weight has the right value and is constant: the logit's gradient equals its closed form."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def grad_of(leaf: Tensor) -> list[float]:
 @pytest.mark.parametrize(
     ("weight", "expected"),
     [
-        # At p = 1/4 with a rival of 1/2, and at p = 1/2 with a rival of 1/4: margins -1/4 and 1/4.
+        # p = 1/4 with a rival of 1/2, and p = 1/2 with a rival of 1/4: the margins are -1/4 and 1/4.
         (ONE, [1.0, 1.0]),
         (P, [0.25, 0.5]),
         (PHI, [3 / 16, 1 / 4]),
@@ -151,7 +151,7 @@ def test_two_tokens_by_hand(weight: TokenWeight, expected: list[float]) -> None:
 def test_certain_and_impossible_tokens_are_finite(
     weight: TokenWeight, certain: float, impossible: float, cutoff: float
 ) -> None:
-    # p = 1 with a rival of probability 0; and p = 0 in fp32, -log p = 10000, with a rival that is certain.
+    # Cases: p = 1 with a rival of probability 0, and p = 0 in FP32 (-log p = 10000) with a certain rival.
     logprobs = torch.tensor([0.0, -1e4], requires_grad=True)
     stats = TokenStats(logprobs, torch.zeros(2), torch.tensor([-torch.inf, 0.0]))
     out = sft_loss(stats, tokens_of((2,), entropy_weight=1.0), weight=weight, cutoff=cutoff)
@@ -164,7 +164,8 @@ def test_certain_and_impossible_tokens_are_finite(
 
 
 def of_weight(weight: TokenWeight, p: float) -> Callable[[TokenStats], TermOutput]:
-    """Of the tokens that ``push_on_target`` makes: the best other one has half of the rest."""
+    """Return the loss for the tokens of ``push_on_target``. The best other token has half of the remaining
+    probability."""
 
     def loss(stats: TokenStats) -> TermOutput:
         rival = torch.tensor([(1 - p) / 2], dtype=torch.float64).log()
@@ -213,7 +214,7 @@ def test_a_rare_expert_token_is_pulled_up_because_phi_is_detached(p: float) -> N
     wrong = push_on_target(p, without_stop_gradient)
     assert wrong == pytest.approx(p * (1 - p) * ((1 - 2 * p) * math.log(p) + 1 - p), rel=1e-9)
     assert wrong < 0 < push_on_target(p, of_weight(PHI, p))
-    # The sign changes at 0.2356, so the two could not be told apart by their sign above it.
+    # The sign changes at 0.2356. Above it the sign does not distinguish the two.
     assert push_on_target(0.2357, without_stop_gradient) > 0
 
 
@@ -239,14 +240,14 @@ def test_no_push_above_the_cutoff(weight: SimpleWeight) -> None:
     out = sft_loss(stats, tokens_of((5,)), weight=weight, cutoff=cutoff)
     out.loss.sum().backward()
     weights = [{"one": 1.0, "p": p, "phi": p * (1 - p)}[weight.kind] for p in probabilities]
-    # The loss keeps its weight, from the token's own p, at the cutoff's log-probability.
+    # At the cutoff's log-prob, the loss keeps its weight from the token's own p.
     assert out.loss.tolist() == pytest.approx(
         [-w * math.log(min(p, cutoff)) for w, p in zip(weights, probabilities, strict=True)], rel=1e-13
     )
     grad = grad_of(stats.logprobs)
     assert grad[:2] == pytest.approx([-w for w in weights[:2]], rel=1e-13)
     assert grad[2:] == [0.0] * 3
-    # What is reported is the token's own.
+    # The reported value is the token's own.
     assert out.means["sft_nll"].tolist() == pytest.approx([-math.log(p) for p in probabilities])
     assert out.means["token_weight"].tolist() == pytest.approx(weights)
 
@@ -259,7 +260,7 @@ def test_a_token_at_the_cutoff_is_still_pushed() -> None:
 
 
 class Ranks:
-    """One rank, or one beside others that hold ``theirs``."""
+    """One rank, or one beside other ranks that hold ``theirs``."""
 
     def __init__(self, theirs: Sequence[float] = ()) -> None:
         self._theirs = torch.tensor(theirs)
@@ -288,11 +289,11 @@ def prepared(
 @pytest.mark.parametrize(
     ("share", "theirs", "expected"),
     [
-        # Of the entropies 0.1, 0.4 | 0.3, 0.2, 0.5: the upper 2, 1 and 5.
+        # Of the entropies 0.1, 0.4 | 0.3, 0.2, 0.5, the top 2, 1 and 5 are kept.
         (0.4, [], [[0.0, 1.0], [], [0.0, 0.0, 1.0]]),
         (0.05, [], [[0.0, 0.0], [], [0.0, 0.0, 1.0]]),
         (1.0, [], [[1.0, 1.0], [], [1.0, 1.0, 1.0]]),
-        # Other ranks hold what is most uncertain; or nearly all tokens, all of them certain.
+        # Other ranks hold the most uncertain tokens, or nearly all tokens, which are certain.
         (0.4, [0.9, 0.8, 0.7], [[0.0, 0.0], [], [0.0, 0.0, 1.0]]),
         (0.05, [0.9], [[0.0, 0.0], [], [0.0, 0.0, 0.0]]),
         (0.05, [0.0] * 95, [[1.0, 1.0], [], [1.0, 1.0, 1.0]]),
@@ -330,11 +331,11 @@ def test_nothing_to_prepare(weight: TokenWeight) -> None:
         ([3.0, 1.0, 2.0], 1.0, 1.0),
         ([3.0, 1.0, 2.0], 1e-9, 3.0),
         ([7.0], 0.05, 7.0),
-        # 0.07 x 100 is 7.000000000000001 in floating point: still the 7th.
+        # 0.07 x 100 is 7.000000000000001 in floating point. It must still be the 7th.
         ([float(i) for i in range(100)], 0.07, 93.0),
         ([float(i) for i in range(40)], 0.05, 38.0),
         ([float(i) for i in range(41)], 0.05, 38.0),
-        # Ties count one by one: the second largest of 5, 5, 5, 1 is 5.
+        # Equal entropies count separately: the second largest of 5, 5, 5, 1 is 5.
         ([5.0, 1.0, 5.0, 5.0], 0.5, 5.0),
         ([5.0, 1.0, 5.0, 5.0], 1.0, 1.0),
         ([], 0.5, math.inf),

@@ -1,4 +1,4 @@
-"""One step's draws with a scripted engine, and a token's loss, for methods that put demonstrations into groups."""
+"""One step's draws with a scripted engine, and one token's loss, for methods that put demonstrations into groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_chord.timing import Timer
 from tests.support.tiny import tiny_run
 
 WRONG, RIGHT, BROKEN = 50, 51, 59
-"""Last token of an answer: rewards 0 and 1, and a grading that fails."""
+"""The last token of an answer: reward 0, reward 1, or a grading that fails."""
 GRADES = {WRONG: Grade(0.0), RIGHT: Grade(1.0), BROKEN: Grade(None, "broken")}
 PROBABILITIES = [1e-6, 1e-3, 0.05, 1 / 12, 0.1, 0.2, 0.24, 1 / 3, 0.5, 0.7, 0.9, 0.99, 1 - 1e-6]
 
@@ -31,7 +31,7 @@ PROBABILITIES = [1e-6, 1e-3, 0.05, 1 / 12, 0.1, 0.2, 0.24, 1 / 3, 0.5, 0.7, 0.9,
 def guided_run(
     method: str, *, prompts: int = 1, settings: dict[str, Any] | None = None, **objective: Any
 ) -> RunConfig:
-    """A run whose prompts have demonstrations, and that bears failed gradings."""
+    """A run whose prompts have demonstrations. It tolerates failed gradings."""
     run = tiny_run(Path("model"), method=method, settings=settings, **objective)
     return replace(
         run,
@@ -42,7 +42,7 @@ def guided_run(
 
 
 def answer(last: int, *, length: int = 2, finish: Literal["stop", "length"] = "stop") -> Rollout:
-    """Of ``length`` tokens."""
+    """An answer of ``length`` tokens."""
     return Rollout(
         token_ids=(*range(20, 19 + length), last),
         logprobs=(-1.5,) * length,
@@ -54,7 +54,7 @@ def answer(last: int, *, length: int = 2, finish: Literal["stop", "length"] = "s
 def scripted_draw(
     run: RunConfig, answers: Sequence[Sequence[Rollout]], demonstrations: Sequence[int]
 ) -> StepContext:
-    """A draw from as many prompts as there are ``answers``; a demonstration is 30, 31 and its last token."""
+    """A step context with as many prompts as ``answers``. A demonstration is 30, 31 and its last token."""
     prompts = [
         Prompt(id=str(i), messages=({"role": "user", "content": ""},), truth="", token_ids=(100 + i, 3))
         for i in range(len(answers))
@@ -106,7 +106,7 @@ class _Client:
 
 
 def constants(samples: Sequence[TrainSample], term: str, name: str) -> dict[int, list[float]]:
-    """Of each sample of a term, in order, by the prompt's number."""
+    """Return a constant of each sample of a term, in order, by the prompt's number."""
     found: dict[int, list[float]] = {}
     for sample in samples:
         (part,) = sample.parts
@@ -116,7 +116,7 @@ def constants(samples: Sequence[TrainSample], term: str, name: str) -> dict[int,
 
 
 def tokens_of(sequences: Sequence[int] = (1,), **columns: float | Sequence[float]) -> TermTokens:
-    """A term's tokens in sequences of these lengths; a single number is a column for all."""
+    """A term's tokens in sequences of these lengths. A single number stands for a whole column."""
     count = sum(sequences)
 
     def column(values: float | Sequence[float]) -> Tensor:
@@ -132,7 +132,7 @@ def tokens_of(sequences: Sequence[int] = (1,), **columns: float | Sequence[float
 
 
 def stats_of(p: Sequence[float], entropy: Sequence[float] | None = None) -> TokenStats:
-    """Of tokens with these probabilities; log-probs and entropies are leaves."""
+    """Statistics of tokens with these probabilities. Log-probs and entropies are leaves."""
     return TokenStats(
         torch.tensor(p, dtype=torch.float64).log().requires_grad_(),
         torch.tensor(entropy or [0.0] * len(p), dtype=torch.float64).requires_grad_(),
@@ -141,7 +141,7 @@ def stats_of(p: Sequence[float], entropy: Sequence[float] | None = None) -> Toke
 
 
 def push_on_target(p: float, loss: Callable[[TokenStats], TermOutput]) -> float:
-    """-d loss / d z of the target's logit, through a log_softmax over four tokens in which it has probability p."""
+    """Return -d loss / d z of the target's logit. A log_softmax over four tokens gives the target the probability p."""
     others = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64) * (1 - p)
     logits = torch.cat([torch.tensor([p], dtype=torch.float64), others]).log().requires_grad_()
     logprobs = torch.log_softmax(logits, 0)
@@ -152,6 +152,6 @@ def push_on_target(p: float, loss: Callable[[TokenStats], TermOutput]) -> float:
 
 
 def entropy_of(p: float) -> float:
-    """Of the distribution that ``push_on_target`` makes."""
+    """Return the entropy of the distribution in ``push_on_target``."""
     parts = torch.tensor([p, *(share * (1 - p) for share in (0.5, 0.3, 0.2))], dtype=torch.float64)
     return -(parts * parts.log()).sum().item()

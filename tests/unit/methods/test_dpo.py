@@ -1,4 +1,4 @@
-"""DPO on mixed pairs: which pairs are made, and the loss per token against the plain formula and autograd."""
+"""DPO on mixed pairs makes the right pairs, and its loss per token equals the plain formula and autograd."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answer(*tokens: int, sampled: bool = True) -> Rollout:
 
 
 def group(*rewards: float, name: str = "q") -> RolloutGroup:
-    """Answers of one token each: 10, 11, ..."""
+    """A group of answers with one token each: 10, 11, ..."""
     return RolloutGroup(
         prompt=Prompt(id=name, messages=(), truth="", token_ids=(5, 6)),
         rollouts=tuple(answer(10 + i) for i in range(len(rewards))),
@@ -62,7 +62,7 @@ def demonstration(of: RolloutGroup, reward: float | None) -> GradedRollouts:
     ("rewards", "chosen", "rejected"),
     [
         ((0.0, 1.0, 0.5), 11, 10),
-        # The first of equals.
+        # The first of equal rollouts is taken.
         ((0.0, 1.0, 0.0, 1.0), 11, 10),
         ((1.0, 0.0, 1.0, -1.0), 10, 13),
     ],
@@ -84,7 +84,7 @@ def test_the_demonstration_against_the_worst_rollout() -> None:
     assert pair is not None
     assert (pair.chosen.token_ids, pair.rejected.token_ids) == ((90, 91), (11,))
     assert pair.is_offpolicy
-    # Rollouts that are all alike are no hindrance.
+    # Rollouts may all have equal rewards.
     all_wrong = group(0.0, 0.0)
     assert demonstration_pair(all_wrong, demonstration(all_wrong, 1.0)) is not None
 
@@ -99,7 +99,7 @@ def test_a_demonstration_that_is_not_better_gives_no_pair(reward: float | None) 
 def test_the_share_of_off_policy_pairs_is_fixed(share: float) -> None:
     chosen = [is_offpolicy(position, share) for position in range(1000)]
     assert sum(chosen) == round(1000 * share)
-    # And even: in any window the number is that of any other, give or take one.
+    # The share is even: the number differs by at most one between windows.
     windows = {sum(chosen[start : start + 20]) for start in range(980)}
     assert max(windows) - min(windows) <= 1
 
@@ -152,7 +152,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = dpo_run(tmp_path)
     context: Any = SimpleNamespace(now=ScheduleInput(step=0), graded_demonstrations=demonstrations)
     collected = method_of(run).collect(context, run)
-    # Odd positions are off-policy: 4 rollouts, 5 demonstration, 6 a tie, 7 demonstration.
+    # Pairs at odd positions are off-policy: 4 rollouts, 5 demonstration, 6 a tie, 7 demonstration.
     assert asked == [5, 7]
     assert [int(sample.parts[0].constants["is_rollout"]) for sample in collected.samples] == [
         1,
@@ -176,7 +176,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Alone:
-    """``AcrossRanks`` of a world of one."""
+    """``AcrossRanks`` with a single rank."""
 
     def sum(self, values: Tensor) -> Tensor:
         return values.clone()
@@ -186,7 +186,7 @@ class Alone:
 
 
 class Summing:
-    """``AcrossRanks`` that adds what another rank would have contributed."""
+    """``AcrossRanks`` that adds another rank's contribution."""
 
     def __init__(self) -> None:
         self.contributions: list[Tensor] = []
@@ -229,7 +229,7 @@ def batch_of(
 
 @pytest.fixture
 def pairs() -> tuple[list[TrainSample], list[Tensor], list[Tensor]]:
-    """Three pairs of uneven lengths, one of them off-policy, with log-probs in float64."""
+    """Three pairs of different lengths, one of them off-policy, with log-probs in float64."""
     prompt = Prompt(id="q", messages=(), truth="", token_ids=(5,))
     made = [
         dpo.Pair(prompt=prompt, chosen=answer(1, 2, 3), rejected=answer(4), is_offpolicy=False),
@@ -266,7 +266,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(pairs: Any, beta: flo
     tokens = replace(batch, columns={**batch.columns, **added})
     output = dpo_loss(TokenStats(torch.cat(logprobs), torch.zeros_like(batch["scale"]), None), tokens)
     loss = (batch["scale"] * output.loss).sum()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the columns are float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the columns are FP32
     for found, want in zip(torch.autograd.grad(loss, logprobs), wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
     ratios = [(p - q).sum().item() for p, q in zip(logprobs, reference, strict=True)]
@@ -278,7 +278,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(pairs: Any, beta: flo
         "dpo_accuracy": pytest.approx(sum(m > 0 for m in margins) / 3, rel=1e-6),
     }
     gaps = (torch.cat(logprobs) - batch["rollout_logprob"]).abs()[batch["is_rollout"] == 1]
-    assert len(gaps) == 9  # of 11 tokens, two are the demonstration's
+    assert len(gaps) == 9  # two of the 11 tokens are the demonstration's
     assert output.means["logprob_gap"].mean().item() == pytest.approx(gaps.mean().item(), rel=1e-6)
     assert output.maxima["logprob_gap_max"].max().item() == pytest.approx(gaps.max().item(), rel=1e-6)
 
@@ -320,7 +320,7 @@ def test_a_pair_may_lie_in_two_micro_batches_of_two_ranks(pairs: Any) -> None:
     whole = batch_of(samples, logprobs, reference)
     (expected,) = pair_columns([whole], Alone(), beta=0.3, max_pairs=4)
     starts = np.cumsum([0, *(len(p) for p in logprobs)])
-    # Rank 0: two micro-batches; rank 1: one. No pair is whole in any.
+    # Rank 0 has two micro-batches, rank 1 has one. No micro-batch has a whole pair.
     ranks = [[[0, 2], [5]], [[1, 3, 4]]]
     across, batches = [Summing(), Summing()], []
     for rank, mine in enumerate(ranks):
@@ -413,7 +413,7 @@ def test_it_needs_demonstrations(tmp_path: Path) -> None:
 
 
 def test_sequences_without_a_token_here_add_nothing() -> None:
-    """On a context-parallel rank the first and the last sequence, of pairs 2 and 1, may have no token."""
+    """On a context-parallel rank, the first and the last sequence (pairs 2 and 1) may have no token."""
     values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]], dtype=torch.float64)
     sums = pair_sums(values, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 1, 0]), 4)
     assert sums.tolist() == [[3.0, 0.0, 4.0, 0.0], [30.0, 0.0, 40.0, 0.0]]

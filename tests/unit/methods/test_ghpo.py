@@ -63,7 +63,7 @@ def test_the_hint_stands_after_the_last_message_and_is_rendered_as_every_prompt_
     assert plain.messages[-1]["content"] == "2+2?"
 
 
-# ---- who gets one
+# ---- which prompts get a hint
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
     prompts = [text(sample.token_ids[:-2]) for sample in collected.samples]
     assert prompts == ["s?\ncue\nabcdef"] * 2 + ["\x05\x06"] * 2 + ["s?\ncue\nab"] * 2
     assert [sample.parts[0].constants["advantage"] for sample in collected.samples] == [0.5, -0.5] * 3
-    # Hints are prompt: only the two answer tokens are trained.
+    # A hint is part of the prompt: only the two answer tokens are trained.
     assert [len(sample.parts[0].positions) for sample in collected.samples] == [2] * 6
     assert {sample.parts[0].term for sample in collected.samples} == {"policy"}
     assert collected.weights == {"policy": 1.0}
-    # Rewards of the unhinted rollouts: one of six. Two of three prompts were helped, at the stages 3 and 1.
+    # Rewards of the rollouts without hints: one of six. Hints helped two of three prompts, at the stages 3 and 1.
     assert collected.stats["reward_mean"] == pytest.approx(1 / 6)
     assert collected.stats["hinted_groups"] == pytest.approx(2 / 3)
     assert collected.stats["hint_stage"] == 2.0
@@ -154,7 +154,7 @@ def test_no_hints_before_the_start() -> None:
 
 
 def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
-    # "s?\ncue\nab" has 9 tokens, with "abcd" 11.
+    # "s?\ncue\nab" has 9 tokens, and with "abcd" it has 11.
     context = draw_of(SCORES)
     collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(limit=10))
     assert [attempt for attempt, *_ in context.asked] == ["", "hint1"]

@@ -31,8 +31,8 @@ def draw_of(scores: dict[tuple[str, str], Any]) -> Any:
 
 
 def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
-    # Three prompts, one of them at or below the gate of 0: weights 2/3 and 1/3. The group (1, 0) has the unbiased
-    # standard deviation sqrt(1/2), so its advantages are +- 0.5 sqrt(2); that of (1, 1) has none.
+    # One of three prompts is at or below the gate of 0, so the weights are 2/3 and 1/3. The group (1, 0) has the
+    # unbiased standard deviation sqrt(1/2) and advantages of +- 0.5 sqrt(2). The group (1, 1) has none.
     collected = HPT().collect(draw_of(SCORES), run_of(advantage_eps=1e-9))
     assert collected.weights == {"policy": pytest.approx(2 / 3), "sft": pytest.approx(1 / 3)}
     found = [
@@ -72,7 +72,7 @@ def test_a_step_of_one_kind(score: float, terms: set[str], weights: dict[str, fl
 
 
 def test_prompts_whose_grading_failed_are_in_neither_branch() -> None:
-    # b has no group of two left, so the step has two prompts: one of each kind.
+    # b has no group of two any more, so the step has two prompts: one for each branch.
     collected = HPT().collect(draw_of(SCORES | {("", "b"): (None, 1.0)}), run_of())
     assert collected.weights == {"policy": 0.5, "sft": 0.5}
     assert collected.stats["dropped_groups"] == 1

@@ -1,4 +1,5 @@
-"""LUFFY: advantages of rollouts and demonstration together, and the shaped ratio, by hand and by its gradient."""
+"""LUFFY's advantages over rollouts and demonstration, and its shaped ratio, agree with hand arithmetic and
+gradients."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ def test_dynamic_sampling_judges_the_rollouts_alone() -> None:
     order = scripted_draw(run, [MIXED] * 2, [RIGHT] * 2).sources.prompt_cursor.take(2)[0]
     answers = [ALL_WRONG if index == order[0] else MIXED for index in range(2)]
     collected = Luffy().collect(scripted_draw(run, answers, [RIGHT] * 2), run)
-    # The first prompt's group would train on 0 0 0 | 1.
+    # Without the demonstration the first prompt's group is 0 0 0 | 1.
     assert list(constants(collected.samples, "policy", "advantage")) == [order[1]]
     assert list(constants(collected.samples, "demonstration", "advantage")) == [order[1]]
     assert collected.stats["sampling_rounds"] == 2

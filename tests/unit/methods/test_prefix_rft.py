@@ -50,7 +50,7 @@ def run_of(*, rollouts: int = 3, prompts: int = 3, **changes: Any) -> RunConfig:
         (0.59, 10, 5),
         (0.05, 10, 0),
         (0.95, 10, 9),
-        # 19 of 20: all but the stop token.
+        # 19 of 20 tokens: all but the stop token.
         (0.95, 20, 19),
         (0.95, 1, 0),
         (0.999999, 3, 2),
@@ -66,7 +66,7 @@ def test_shares_are_uniform_and_a_function_of_seed_and_position() -> None:
     assert shares != [prefix_share(8, position, low=0.2, high=0.8) for position in range(2000)]
     assert min(shares) >= 0.2
     assert max(shares) <= 0.8
-    # Mean 0.5; standard deviation of one 0.6 / sqrt(12) = 0.173, of the mean of 2000 0.0039.
+    # The mean is 0.5. One draw has the standard deviation 0.6 / sqrt(12) = 0.173, the mean of 2000 has 0.0039.
     assert abs(sum(shares) / 2000 - 0.5) < 4 * 0.0039
     for low in (0.2, 0.4, 0.6):
         assert abs(sum(low <= share < low + 0.2 for share in shares) - 2000 / 3) < 4 * 21.1
@@ -170,7 +170,7 @@ def test_a_step() -> None:
 
 
 def test_hybrids_follow_the_groups_that_are_left() -> None:
-    """b has no group, so it gets no hybrid; a and c get their own."""
+    """b has no group, so it has no hybrid. a and c have one each."""
     scores: dict[tuple[str, str], Any] = {
         ("", "a"): (1.0, 0.0),
         ("", "b"): (None, 0.0),
@@ -233,7 +233,8 @@ def test_only_the_most_uncertain_of_the_whole_update_are_kept() -> None:
 @pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo", "unclipped"])
 @pytest.mark.parametrize("ratio_from", ["rollout", "current"])
 def test_a_prefix_is_on_policy_in_its_ratio(surrogate: Any, ratio_from: Any) -> None:
-    """d L / d l = -A whatever l is: the demonstration's probabilities do not enter; the filtered token has none."""
+    """d L / d l = -A for every l: the demonstration's probabilities have no effect. The filtered token has no
+    gradient."""
     logprobs = torch.tensor([-0.1, -7.0, -2.0], requires_grad=True)
     tokens = tokens_of(advantage=[0.5, -0.25, 0.5], kept=[1.0, 1.0, 0.0])
     objective = ObjectiveConfig(surrogate=surrogate, ratio_from=ratio_from)
@@ -249,7 +250,8 @@ def test_a_prefix_is_on_policy_in_its_ratio(surrogate: Any, ratio_from: Any) -> 
 
 
 def test_with_recomputed_ratios_the_prefix_is_clipped_as_the_objective_says() -> None:
-    # Ratios e^0.5 = 1.649 and 1.0 against the policy before the step: the first is clipped at 1.2, and 3 caps A < 0.
+    # The ratios to the policy before the step are e^0.5 = 1.649 and 1.0: the first is clipped at 1.2, and 3 limits A <
+    # 0.
     logprobs = torch.tensor([-0.5, -1.0, -1.0], requires_grad=True)
     tokens = tokens_of(advantage=[1.0, 1.0, -1.0], kept=[1.0, 1.0, 1.0], old_logprob=[-1.0, -1.0, -3.0])
     objective = ObjectiveConfig(ratio_from="recomputed", dual_clip=3.0)

@@ -1,4 +1,4 @@
-"""ReMix: which groups are stored and chosen again, and the loss that is clipped around pi_k / pi_{k-i}."""
+"""ReMix: which groups are stored and chosen again, and the loss with its clip around pi_k / pi_{k-i}."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_number_of_stale_groups_is_binomial_and_a_function_of_seed_and_step(
 
 
 def memory_of(*sizes: int) -> list[Any]:
-    """Steps 0, 1, ..., each with so many groups; a group is here but its name."""
+    """A memory of steps 0, 1, ... with so many groups each. A group is only a name here."""
     return [{"step": step, "groups": [f"{step}.{i}" for i in range(size)]} for step, size in enumerate(sizes)]
 
 
@@ -67,7 +67,7 @@ def test_no_group_is_chosen_twice_in_a_step_and_every_group_is_chosen_equally_of
         for sampled_at, name in chosen:
             assert str(name).startswith(f"{sampled_at}.")
             times[str(name)] += 1
-    # Each 1000 x 2/5 = 400 times, standard deviation 15.5.
+    # Each is chosen 1000 x 2/5 = 400 times, with a standard deviation of 15.5.
     assert all(abs(count - 400) < 4 * 15.5 for count in times.values()), times
 
 
@@ -85,7 +85,7 @@ def test_it_holds_the_fresh_groups_of_the_last_steps_only() -> None:
     for step in range(6):
         memory = remember(memory, [group(str(step))], step, 2, OBJECTIVE)
         assert [entry["step"] for entry in memory] == list(range(max(0, step - 1), step + 1))
-    # With one step's lag the next step may draw from the present one alone.
+    # With a lag of one step, the next step may only draw from the present one.
     assert [entry["step"] for entry in remember(memory, [], 6, 1, OBJECTIVE)] == [6]
 
 
@@ -137,7 +137,7 @@ def test_a_stale_sample_knows_its_age_and_the_log_probs_it_was_sampled_with() ->
 
 
 class FakeSampling:
-    """``sample_groups`` without an engine: as many groups as are asked for, told apart by step."""
+    """``sample_groups`` without an engine. It returns the requested number of groups, whose names have the step."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -220,7 +220,7 @@ def one_token(
     objective: ObjectiveConfig,
     reference: float = 0.5,
 ) -> tuple[float, float, Any]:
-    """Loss, its derivative with respect to log p, and the metrics of one token of these probabilities."""
+    """Return the loss, its derivative with respect to log p, and the metrics of one token with these probabilities."""
     logprobs = torch.tensor([math.log(new)], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
     columns = {
@@ -245,17 +245,19 @@ def one_token(
 @pytest.mark.parametrize(
     ("new", "advantage", "loss", "grad", "is_clipped"),
     [
-        # Sampled at 0.2, the policy before the update has 0.5: c = 2.5, the clip range is [2.3, 2.78].
-        # At the first update r = c: the policy gradient with importance weight 2.5, not cut as around 1.
+        # The token was sampled at 0.2, and the policy before the update has 0.5: c = 2.5, the clip range is [2.3,
+        # 2.78].
+        # In the first update r = c: the policy gradient has the importance weight 2.5. A clip around 1 would cut it.
         (0.5, 1.0, -2.5, -2.5, False),
         (0.5, -1.0, 2.5, 2.5, False),
-        # r = 0.6 / 0.2 = 3 is above 2.78: a good token gains no more, a bad one is pushed down with all its ratio.
+        # r = 0.6 / 0.2 = 3 is above 2.78: a good token gains nothing more, a bad one is pushed down with its whole
+        # ratio.
         (0.6, 1.0, -2.78, 0.0, True),
         (0.6, -1.0, 3.0, 3.0, False),
         # r = 2 is below 2.3.
         (0.4, 2.0, -4.0, -4.0, False),
         (0.4, -2.0, 4.6, 0.0, True),
-        # r = 2.75 is inside, where a symmetrical range of 0.2 would clip.
+        # r = 2.75 is inside. A symmetrical range of 0.2 would clip it.
         (0.55, 1.0, -2.75, -2.75, False),
         (0.6, 0.0, 0.0, 0.0, False),
     ],

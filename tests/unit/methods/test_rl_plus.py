@@ -1,4 +1,4 @@
-"""RL-PLUS: the mixture ratio and the exploration advantage, by hand and by their gradient."""
+"""RL-PLUS: the mixture ratio and the exploration advantage agree with hand arithmetic and gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_its_groups_are_those_of_luffy() -> None:
         (0.75, 1 / 3, 0.5, 1.5, 0.5),
         (0.75, 1 / 3, 2.0, 1.5, 0.0625),
         (0.75, 1 / 3, 0.0, 1.5, 1.0),
-        # At p_old = 0 the ratio is bounded by 4, at p_old = 1 it is p.
+        # At p_old = 0 the ratio is at most 4, at p_old = 1 it is p.
         (0.36, 0.0, 0.5, 1.44, 0.8),
         (0.36, 1.0, 0.5, 0.36, 0.8),
     ],
@@ -78,7 +78,7 @@ def test_the_focal_factor_and_the_old_policy_have_no_gradient() -> None:
     output = mixture_loss(stats, tokens, gamma=0.5, ratio_from="recomputed")
     output.loss.sum().backward()
     assert stats.logprobs.grad is not None
-    # d(r_m)/d log p = r_m: only the ratio moves.
+    # d(r_m)/d log p = r_m: only the ratio has a gradient.
     assert stats.logprobs.grad.item() == pytest.approx(-1.5 * 0.5, rel=1e-12)
     assert stats.entropy.grad is None
     assert not any(value.requires_grad for value in [*output.losses.values(), *output.means.values()])

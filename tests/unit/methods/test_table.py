@@ -1,4 +1,4 @@
-"""Methods by name: settings that do not fit are refused with the reason, and every method fulfils its interface."""
+"""Methods by name: settings that do not fit are refused with the reason, and every method has the whole interface."""
 
 from __future__ import annotations
 

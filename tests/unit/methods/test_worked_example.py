@@ -1,4 +1,4 @@
-"""docs/methods.md: its worked example is run, its tables and YAML are compared with the code and the presets."""
+"""The worked example of docs/methods.md runs, and its tables and YAML agree with the code and the presets."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ PRESETS = {
     if path.stem not in ("common", "aligned")
 }
 SHARED = {"output", "base", "data", "parallel"}
-"""What a preset may set without a word in the table."""
+"""The blocks that a preset may set although the table does not mention them."""
 
 ANSWERS = [[answer(RIGHT), answer(WRONG), answer(WRONG)], [answer(WRONG)] * 3]
 
 
 def blocks(language: str) -> list[str]:
-    """Fenced blocks; those within a list without its indentation."""
+    """Return the fenced blocks. Blocks within a list lose their indentation."""
     found = re.finditer(rf"^( *)```{language}\n(.*?)^\1```$", DOC, re.DOTALL | re.MULTILINE)
     return [re.sub(rf"^{match[1]}", "", match[2], flags=re.MULTILINE) for match in found]
 
 
 def rows() -> list[list[str]]:
-    """Of the table of methods."""
+    """Return the rows of the table of methods."""
     _, _, after = DOC.partition("| method and preset |")
     lines = after.split("\n\n", 1)[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def words() -> set[str]:
-    """Names within code, inline or fenced."""
+    """Return the names within code, inline or fenced."""
     code = re.findall(r"```.*?```|`[^`\n]+`", DOC, re.DOTALL)
     return {word for text in code for word in re.findall(r"\w+", text) + re.findall(r"\w+(?:-\w+)+", text)}
 
@@ -89,7 +89,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
 
 
 def tokens_of_term(samples: Sequence[TrainSample], term: str, start: int) -> TermTokens:
-    """All of a term's tokens in one micro-batch, from its token ``start`` on."""
+    """Return all of a term's tokens in one micro-batch, from its token ``start`` on."""
     parts = [part for sample in samples for part in sample.parts if part.term == term]
     columns = {
         name: [float(part.constants[name]) for part in parts for _ in part.positions]
@@ -106,11 +106,11 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
     assert type(method) is example
     collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
 
-    # Rewards 1 0 0 and 0 0 0: the demonstrations' are not among them.
+    # The rewards are 1 0 0 and 0 0 0. Those of demonstrations are not among them.
     policy = constants(collected.samples, "policy", "advantage")
     assert policy == {0: pytest.approx([2 / 3, -1 / 3, -1 / 3]), 1: [0.0] * 3}
     demonstrations = [sample for sample in collected.samples if sample.parts[0].term == "sft"]
-    # The order of draws is the cursor's.
+    # The cursor decides the order of the prompts.
     assert sorted(sample.token_ids.tolist() for sample in demonstrations) == [
         [100, 3, 30, 31, RIGHT],
         [101, 3, 30, 31, RIGHT],
@@ -135,7 +135,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
     tokens = {"policy": tokens_of_term(scaled, "policy", 0), "sft": tokens_of_term(scaled, "sft", 12)}
     advantages = tokens["policy"]["advantage"].tolist()
 
-    # The engine's log-probs are -1.5. Tokens with A > 0 have become 1.1 times as likely, the others stay.
+    # The engine's log-probs are -1.5. Tokens with A > 0 became 1.1 times as likely, the others did not change.
     ratios = [1.1 if advantage > 0 else 1.0 for advantage in advantages]
     stats = stats_of([ratio * math.exp(-1.5) for ratio in ratios] + [0.5] * 6)
     share = objective(stats, tokens, terms, collected.weights)
@@ -199,7 +199,7 @@ def test_the_table_has_a_row_for_every_preset_and_every_method() -> None:
 
 
 def settings_of(row: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By block, what the row's YAML says."""
+    """Return the settings of the row's YAML, by block."""
     found: dict[str, dict[str, Any]] = {"method": {}, "objective": {}}
     for text in re.findall(r"`([^`]+)`", row[1]):
         ((name, value),) = yaml.safe_load(text).items()
@@ -228,7 +228,8 @@ def test_every_note_that_the_table_cites_is_there_and_every_note_is_cited() -> N
 
 
 def test_every_name_of_the_objective_is_explained() -> None:
-    """Schedules, token weights and their settings, values that can be chosen, and the methods' own settings."""
+    """The text has the names of all schedules, token weights, their settings and values, and the methods' own
+    settings."""
     kinds: list[Any] = [config.ObjectiveConfig, config.KLConfig, config.CorrectionConfig]
     kinds += [
         *get_args(MuSchedule),

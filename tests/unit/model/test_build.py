@@ -1,4 +1,4 @@
-"""Settings of Megatron that must not be overridden."""
+"""Settings of Megatron that nobody may override."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny import save_qwen2
 
 @pytest.mark.parametrize("name", ["cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"])
 def test_cuda_graphs_are_refused(name: str, tmp_path: Path) -> None:
-    """They keep the shapes and addresses of one pass; neither lasts here."""
+    """CUDA graphs keep the shapes and addresses of one pass. Here both change from pass to pass."""
     with pytest.raises(ValueError, match=f"{name} cannot be set: packed micro-batches differ in length"):
         check_overrides({name: "local"}, read_shape(save_qwen2(tmp_path, layers=1)))
 

@@ -1,6 +1,6 @@
-"""Which published models can be trained in FP8 over which tensor axis, how packed batches are padded, what is set.
+"""Which published models can train in FP8 over which tensor axis, how packed batches are padded, and what is set.
 
-Sizes are those of the published config.json files; the table's verdicts were worked out by hand.
+Sizes come from the published config.json files. The expected verdicts were worked out by hand.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def test_shapes_that_are_not_even_multiples_of_16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("precision", "axes", "expected"),
     [
-        # NeMo-RL's worked examples of its rule
+        # worked examples of NeMo-RL for its own rule
         ("fp8_e2e", {"tensor": 4, "context": 2, "sequence_parallel": True}, 2048),
         ("fp8_e2e", {"tensor": 4, "context": 1, "sequence_parallel": True}, 512),
         # 128 x 1, 128 x 1 (no sequence parallelism), 128 x 2 x 2, 16 x 1, 16 x (2 x 2) x 4
@@ -131,9 +131,9 @@ def test_shapes_that_are_not_even_multiples_of_16(tmp_path: Path) -> None:
         ("fp8_e2e", {"context": 2}, 512),
         ("fp8_tensorwise", {}, 16),
         ("fp8_tensorwise", {"tensor": 4, "context": 2, "sequence_parallel": True}, 256),
-        # stages and data ranks change nothing
+        # stages and data ranks have no effect
         ("fp8_e2e", {"pipeline": 4, "data": 8, "tensor": 4, "sequence_parallel": True}, 512),
-        # no FP8 in the trainer: what sequence and context parallelism ask for
+        # without FP8 in the trainer: what sequence and context parallelism need
         ("fp8_rollout", {"tensor": 4, "context": 2, "sequence_parallel": True}, 8),
         ("bf16", {}, 1),
         (None, {"tensor": 4, "sequence_parallel": True}, 4),

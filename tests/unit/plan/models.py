@@ -1,4 +1,4 @@
-"""Published models by their config.json files, beside this one; only the sizes are kept."""
+"""The config.json files of published models, beside this file. They keep only the sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLUSTER_RUNS = {
     "chord_qwen72b": ("qwen2.5-72b", 8),
     "chord_qwen3_30b_a3b": ("qwen3-30b-a3b", 4),
 }
-"""Each run's model, and its nodes of 8 H100."""
+"""For each run: its model, and its number of nodes with 8 H100."""
 
 
 def shape_of(name: str) -> ModelShape:

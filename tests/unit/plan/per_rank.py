@@ -1,4 +1,4 @@
-"""What ranks of a large run hold, as Megatron builds them; run in processes of their own."""
+"""What single ranks of a large run hold, as Megatron builds them. The functions run in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from tests.support.fake_world import chunks_on_meta, rank_of
 
 @dataclass(frozen=True)
 class Held:
-    """Of one rank."""
+    """What one rank holds."""
 
     stage: int
     tensor: int
     expert: int
     replicas: int
-    """Ranks that hold the same weights but for experts', which ``expert_replicas`` hold."""
+    """The number of ranks that hold the same weights, without experts. ``expert_replicas`` is the number for
+    experts."""
     expert_replicas: int
     shapes: dict[str, tuple[int, ...]]
-    """By global name."""
+    """The shape of each parameter, by global name."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Ranks of one layout of one model."""
+    """The ranks of one layout of one model."""
 
     folder: Path
     parallel: ParallelConfig
@@ -37,7 +38,7 @@ class Asked:
 
 
 def held(*asked: Asked) -> list[list[Held]]:
-    """What each of the ranks holds, for each of the layouts."""
+    """Return what each of the ranks holds, for each of the layouts."""
     return [[_held(read_shape(one.folder), one, rank) for rank in one.ranks] for one in asked]
 
 
@@ -58,8 +59,11 @@ def _held(shape: ModelShape, asked: Asked, rank: int) -> Held:
 
 
 def warm_ups(*asked: tuple[ParallelConfig, int]) -> list[list[int]]:
-    """Forward passes of one chunk before the first backward pass, by stage, as Megatron's schedule counts them, for
-    each layout and its number of micro-batches."""
+    """Return the number of forward passes before the first backward pass, for each layout and stage.
+
+    Each layout comes with its number of micro-batches. Megatron's schedule counts the passes; a pass is one of one
+    chunk.
+    """
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
     found = []
@@ -73,7 +77,7 @@ def warm_ups(*asked: tuple[ParallelConfig, int]) -> list[list[int]]:
 
 
 def conversion_plans(*folders: Path) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes of the whole model's parameters, without padding, as ``tools/convert.py plan`` lists them."""
+    """Return the shapes of the whole model's parameters, without padding, as ``tools/convert.py plan`` lists them."""
     from megatron_chord.convert.directions import plan_of
 
     return [{stored.entry.megatron: stored.shape for stored in plan_of(folder)} for folder in folders]

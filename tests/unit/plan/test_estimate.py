@@ -72,14 +72,14 @@ def test_a_step_is_its_phases() -> None:
 def test_work_follows_the_settings() -> None:
     run = run_of("chord_qwen7b")
     case = case_of(run, h100(), prompt_tokens=200, response_tokens=3000, demonstration_tokens=5000)
-    # 32 x 8 rollouts of 3200 tokens and 64 demonstrations of 5200.
+    # 32 x 8 rollouts of 3200 tokens, and 64 demonstrations of 5200.
     assert case.work.tokens == 256 * 3200 + 64 * 5200
     assert case.work.passes == 0
     kl = case_of(run_of("chord_qwen7b", "objective.kl.coefficient=0.01"), h100())
     assert (kl.work.passes, kl.reference) == (1, True)
     both = run_of("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
     assert case_of(both, h100()).work.passes == 2
-    # LUFFY trains on each of 16 prompts' own demonstration.
+    # LUFFY trains on the own demonstration of each of 16 prompts.
     assert (
         case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.demonstrations == 16
     )
@@ -136,7 +136,8 @@ def test_separate_nodes_do_not_share_memory() -> None:
 
 
 def test_offloading_leaves_only_weights_beside_the_servers() -> None:
-    """Llama-3.1-70B on 64 H100, TP4 x PP4: 12 bytes of optimizer state a parameter, over 4 data-parallel ranks."""
+    """Llama-3.1-70B on 64 H100 with TP4 x PP4: 12 bytes of optimizer state a parameter, split over 4 data-parallel
+    ranks."""
     with_it, without = (
         estimate(case_of(run, h100(8)), choice_of(run))
         for run in (run_of("chord_llama70b", *more) for more in ((), ("rollout.offload=false",)))
@@ -153,13 +154,14 @@ def test_offloading_leaves_only_weights_beside_the_servers() -> None:
 
 
 def test_the_fullest_stage_may_lie_between() -> None:
-    """DeepSeek-V2-Lite over 3 stages: the first has the dense layer, and of the others the last the head."""
+    """DeepSeek-V2-Lite over 3 stages: the first has the dense layer and the last the head, so the middle one is the
+    fullest."""
     run = run_of("chord_qwen3_30b_a3b", f"model.path={CONFIGS / 'deepseek-v2-lite'}")
     parallel = dataclasses.replace(run.parallel, tensor=1, pipeline=3, sequence_parallel=False, expert=1)
     choice = dataclasses.replace(choice_of(run), parallel=parallel)
     found = estimate(case_of(run, h100(3)), choice)
     assert [stage.stage for stage in found.stages] == [0, 1, 2]
-    # A layer's experts (66 x 3 x 2048 x 1408) against the dense layer's MLP and the embedding.
+    # A layer's experts (66 x 3 x 2048 x 1408) are compared with the dense layer's MLP and the embedding.
     first, second, _ = (stage.parameters for stage in found.stages)
     assert second - first == 66 * 3 * 2048 * 1408 + 64 * 2048 - 3 * 2048 * 10944 - 102400 * 2048
 
@@ -244,7 +246,7 @@ def test_the_block_is_the_layout(tmp_path: Path) -> None:
 
 
 def test_the_search_deals_layers_out_unequally(tmp_path: Path) -> None:
-    """27 layers, over 2, 4 and 8 stages only with a list; the block gives the same layout again."""
+    """27 layers fit 2, 4 and 8 stages only with a list. The printed block gives the same layout again."""
     overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}",)
     run = run_of("chord_qwen3_30b_a3b", *overrides)
     case = case_of(run, h100(4, rollout_nodes=2))

@@ -1,4 +1,4 @@
-"""Memory against hand arithmetic, Megatron's own schedules and published layouts."""
+"""Memory agrees with hand arithmetic, Megatron's own schedules and published layouts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def training(parallel: ParallelConfig, **others: object) -> Training:
     return Training(parallel=parallel, **defaults | others)  # type: ignore[arg-type]
 
 
-# Weights, gradients, optimizer state and activations in GB of stage 0, FP32 gradients, every layer recomputed; worked
-# out by hand from the models' sizes (2, 4 and 12 / (DP x CP) bytes a parameter).
+# GB of weights, gradients, optimizer state and activations of stage 0, with FP32 gradients and all layers recomputed.
+# They were worked out by hand from the models' sizes (2, 4 and 12 / (DP x CP) bytes a parameter).
 LAYOUTS = [
     ("qwen2.5-7b", {}, 8, 16384, (15.2, 30.5, 11.4, 5.9)),
     ("qwen2.5-7b", {"tensor": 2}, 4, 16384, (7.6, 15.2, 11.4, 2.9)),
@@ -62,7 +62,7 @@ def whole_layer(shape: ModelShape, asked: Training, number: int = 0) -> float:
 
 
 def test_bytes_of_a_layer() -> None:
-    """8h + 2(q + 2k) + 2q + 6f bytes a token in BF16."""
+    """A layer has 8h + 2(q + 2k) + 2q + 6f bytes a token in BF16."""
     one = training(ParallelConfig())
     # Qwen2.5-7B: h 3584, q 3584, k 512, f 18944. Llama-70B: 8192, 8192, 1024, 28672.
     assert whole_layer(shape_of("qwen2.5-7b"), one) == 8 * 3584 + 2 * 4608 + 2 * 3584 + 6 * 18944
@@ -70,13 +70,14 @@ def test_bytes_of_a_layer() -> None:
     assert whole_layer(shape_of("llama-3.1-70b"), one) == 274432
     cut = training(ParallelConfig(tensor=4, sequence_parallel=True))
     assert whole_layer(shape_of("llama-3.1-70b"), cut) == 274432 / 4
-    # Without sequence parallelism residuals and norms are whole on every rank: 8h.
+    # Without sequence parallelism every rank holds whole residuals and norms: 8h.
     whole = training(ParallelConfig(tensor=4))
     assert whole_layer(shape_of("llama-3.1-70b"), whole) == (274432 - 8 * 8192) / 4 + 8 * 8192
 
 
 def test_bytes_of_a_layer_whose_mlp_is_computed_again() -> None:
-    """Qwen2.5-7B: of 158,720 bytes a token 6f. Qwen3-30B-A3B: its experts and all that travels to them and back."""
+    """Qwen2.5-7B saves 6f of 158,720 bytes a token. Qwen3-30B-A3B saves its experts and all that is sent to them and
+    back."""
     mlp = training(ParallelConfig(), recompute="mlp")
     found = layer_activations(shape_of("qwen2.5-7b"), mlp)
     assert (found.kept, found.again) == (158720 - 6 * 18944, 6 * 18944)
@@ -87,14 +88,18 @@ def test_bytes_of_a_layer_whose_mlp_is_computed_again() -> None:
 
 
 def test_bytes_of_a_layer_of_experts() -> None:
-    """Qwen3-30B-A3B: 8 of 128 experts of width 768 see each token: 8 copies in, 8 results out, 6 x 768 within."""
+    """Qwen3-30B-A3B: each token goes to 8 of 128 experts of width 768. That is 8 copies in, 8 results out, and 6 x 768
+    inside."""
     found = whole_layer(shape_of("qwen3-30b-a3b"), training(ParallelConfig()))
     assert found == 8 * 2048 + 2 * (4096 + 2 * 512) + 2 * 4096 + 8 * (6 * 768 + 2 * 2048 + 2 * 2048)
 
 
 def test_bytes_of_latent_attention() -> None:
-    """DeepSeek-V3: latents of 1536 and 512 before and after their norms, 128 heads of 192 (query, key) and 128 (value,
-    output); MLPs of 18432, or a shared expert and 8 of 256, each of width 2048."""
+    """DeepSeek-V3 has latents of 1536 and 512 before and after their norms, and 128 heads of 192 (query, key) and 128
+    (value, output).
+
+    Its MLPs have a width of 18432, or there is a shared expert and 8 of 256, each of width 2048.
+    """
     shape, h = shape_of("deepseek-v3"), 7168
     attention = 8 * h + 4 * (1536 + 512) + 2 * 128 * (192 + 192 + 128 + 128)
     dense = attention + 6 * 18432
@@ -113,7 +118,7 @@ def test_bytes_of_latent_attention() -> None:
 
 
 def test_passes_in_flight_are_megatrons() -> None:
-    """The warm-up and the one that follows it, as Megatron's schedule counts."""
+    """The passes are the warm-up and the one after it, as Megatron's schedule counts them."""
     asked = [
         (ParallelConfig(pipeline=stages, virtual_pipeline=chunks), micro_batches)
         for stages, chunks in ((2, None), (4, None), (4, 2), (4, 5), (8, 5), (2, 10))
@@ -133,7 +138,8 @@ def test_passes_in_flight_are_megatrons() -> None:
 @pytest.mark.parametrize("chunks", [(3.0, 1.0), (1.0, 3.0), (2.0, 5.0, 1.0)])
 @pytest.mark.parametrize("stage", range(4))
 def test_unequal_chunks_in_flight(stage: int, chunks: tuple[float, ...], micro_batches: int) -> None:
-    """Against the schedule played through pass by pass, with what each leaves behind in a dictionary."""
+    """The expected numbers come from playing the schedule pass by pass, with a dictionary of what each pass leaves
+    behind."""
     stages, count = 4, len(chunks)
     order = [
         (first + number, chunk)
@@ -160,7 +166,8 @@ def test_unequal_chunks_in_flight(stage: int, chunks: tuple[float, ...], micro_b
 
 
 def test_a_shorter_first_stage_keeps_less() -> None:
-    """80 layers over 4 stages, 14 on the first: it keeps the inputs of 4 micro-batches, 2 x 8192 bytes per token."""
+    """80 layers over 4 stages, with 14 on the first: it keeps the inputs of 4 micro-batches, 2 x 8192 bytes per
+    token."""
     shape, parallel = shape_of("llama-3.1-70b"), ParallelConfig(pipeline=4, stages=(14, 22, 22, 22))
     found = stage_memory(shape, training(parallel), 0)
     assert found.activations == pytest.approx((4 * 14 * 2 * 8192 + 274432) * 16384)
@@ -178,7 +185,7 @@ def test_the_optimizer_is_whole_without_its_sharding() -> None:
     whole = stage_memory(shape, training(ParallelConfig(distributed_optimizer=False), data=8), 0)
     assert whole.optimizer == 12 * 7_615_616_512
     fp32 = stage_memory(shape, training(ParallelConfig(), data=8, numerics=Numerics.of("fp32")), 0)
-    assert fp32.optimizer == 8 / 8 * 7_615_616_512  # no second copy of the weights
+    assert fp32.optimizer == 8 / 8 * 7_615_616_512  # there is no second copy of the weights
     assert fp32.weights == 4 * 7_615_616_512
 
 
@@ -200,7 +207,8 @@ def test_a_reference_costs_its_weights() -> None:
 
 
 def test_the_head_works_in_chunks() -> None:
-    """TP2: 76032 rows of 3584; FP32 sum and BF16 copy of the weight's gradient; four BF16 [tokens, h] matrices."""
+    """TP2 has 76032 rows of 3584. There are an FP32 sum and a BF16 copy of the weight's gradient, and four BF16
+    [tokens, h] matrices."""
     parallel = ParallelConfig(tensor=2, sequence_parallel=True)
     found = head_bytes(shape_of("qwen2.5-7b"), training(parallel, micro_tokens=8192))
     assert found == CHUNK_BYTES + 6 * 76032 * 3584 + 4 * 2 * 8192 * 3584
@@ -210,7 +218,7 @@ def test_the_head_works_in_chunks() -> None:
     assert stages[0].head == 0 < stages[1].head
 
 
-# 0.60 and 0.85 of 80 GB, less BF16 weights and 3 GB a GPU, over the bytes of a token; in thousands of tokens.
+# 0.60 and 0.85 of 80 GB, minus BF16 weights and 3 GB a GPU, divided by the bytes of a token, in thousands of tokens.
 CAPACITY = [
     ("qwen2.5-7b", 1, 0.60, 2, 519),
     ("qwen2.5-7b", 1, 0.85, 2, 868),
@@ -241,7 +249,7 @@ def test_kv_capacity(
 def test_kv_bytes() -> None:
     assert kv_bytes_per_token(shape_of("qwen2.5-7b")) == 57344
     assert kv_bytes_per_token(shape_of("llama-3.1-70b")) == 327680
-    # 4 key-value heads over 8 GPUs: every head is there twice.
+    # 4 key-value heads over 8 GPUs: every head is stored twice.
     four = server_memory(shape_of("qwen3-30b-a3b"), GPUS["h100"], tensor=4, utilization=0.5, cache_bytes=1e9)
     eight = server_memory(shape_of("qwen3-30b-a3b"), GPUS["h100"], tensor=8, utilization=0.5, cache_bytes=1e9)
     assert four.tokens == eight.tokens
@@ -254,7 +262,7 @@ def test_every_gpu_keeps_the_whole_latent() -> None:
     for tensor in (1, 16):
         found = server_memory(shape, GPUS["h200"], tensor=tensor, utilization=0.9, cache_bytes=70272e5)
         assert found.tokens == 100_000
-    # 1,030,919,680 parameters (tests/unit/costs) are on every GPU, the others are cut.
+    # Every GPU holds 1,030,919,680 parameters (tests/unit/costs). The other parameters are split.
     assert found.weights == pytest.approx(2 * (1_030_919_680 + (671_026_419_200 - 1_030_919_680) / 16))
 
 

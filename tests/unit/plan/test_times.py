@@ -31,8 +31,8 @@ def work(**changes: float) -> Work:
     return Work(**values | changes)  # type: ignore[arg-type]
 
 
-# GFLOP of one token's training in sequences of 2048, 8192 and 16384: 6 x (parameters less the input embedding) +
-# 6 x layers x query width x length.
+# GFLOP of one token's training in sequences of 2048, 8192 and 16384: 6 x (parameters without the input embedding) + 6 x
+# layers x query width x length.
 FLOPS = [
     ("qwen2.5-7b", (43.7, 47.4, 52.3)),
     ("llama-3.1-8b", (46.6, 51.5, 57.9)),
@@ -50,7 +50,7 @@ def test_flops_of_a_token(name: str, expected: tuple[float, ...]) -> None:
 
 
 def test_flops_are_the_published_convention() -> None:
-    """Tokens and TFLOP per second and GPU that NVIDIA publishes for one run, Llama3-8B and 70B at 8192 [MB-ARCH]."""
+    """NVIDIA publishes tokens and TFLOP per second and GPU for the same run, Llama3-8B and 70B at 8192 [MB-ARCH]."""
     assert 14451 * train_flops(shape_of("llama-3.1-8b"), 8192) / 1e12 == pytest.approx(744, rel=1e-3)
     assert 1602 * train_flops(shape_of("llama-3.1-70b"), 8192) / 1e12 == pytest.approx(719, rel=2e-3)
 
@@ -99,7 +99,8 @@ def test_number_of_micro_batches() -> None:
 
 
 def test_all_responses_at_the_limit() -> None:
-    """Every one of 1000 steps reads 8B weights and two sequences' keys and values; the sum over lengths by hand."""
+    """Each of 1000 steps reads 8B weights, and keys and values of two sequences. The sum over lengths is computed by
+    hand."""
     server = Server(gpu=GPUS["h100"], tensor=1, kv_tokens=10**9)
     found = sampling_seconds(shape_of("llama-3.1-8b"), server, work(), servers=1)
     bandwidth = 0.7 * 3.35e12
@@ -118,12 +119,12 @@ def test_tensor_parallel_decoding_waits_for_its_all_reduces() -> None:
         for size in (1, 8)
     )
     fixed = 1000 * 6e-3
-    # Sizes are divided by 8; 2 x 80 all-reduces of 30 us are added. Prefill is too short to see.
+    # Sizes are divided by 8, and 2 x 80 all-reduces of 30 us are added. The prefill is too short to matter.
     assert eight == pytest.approx((one - fixed) / 8 + fixed + 1000 * 160 * 30e-6, rel=1e-3)
 
 
 def test_what_does_not_fit_the_cache_waits() -> None:
-    """64 sequences of 100 tokens, one step: half of them at a time reads the weights twice, the cache once."""
+    """64 sequences take one decoding step. A cache for half of them reads the weights twice, and the cache once."""
     one_step = work(rollouts=64, response_limit=1, response_tokens=1)
     roomy, tight = (
         sampling_seconds(
@@ -145,7 +146,7 @@ def test_servers_share_the_samples() -> None:
 
 
 def test_experts_are_read_as_they_are_chosen() -> None:
-    """One sequence reads 8 of 128 experts; a thousand sequences read nearly all."""
+    """One sequence reads 8 of 128 experts. A thousand sequences read nearly all of them."""
     shape, gpu = shape_of("qwen3-30b-a3b"), GPUS["h100"]
     experts = 48 * 128 * 3 * 2048 * 768
     others = 30_532_122_624 - experts
@@ -161,7 +162,8 @@ def test_experts_are_read_as_they_are_chosen() -> None:
 
 @pytest.mark.parametrize(("tensor", "bound"), [(1, "products"), (8, "reading")])
 def test_decoding_from_a_latent(tensor: int, bound: str) -> None:
-    """DeepSeek-V3's 128 heads share what is read: alone a GPU takes longer over products, eight over reading it."""
+    """DeepSeek-V3's 128 heads share what they read. One GPU takes longer for products, eight GPUs take longer for
+    reading."""
     shape, gpu = shape_of("deepseek-v3"), GPUS["h100"]
 
     def seconds(length: int) -> float:
@@ -179,7 +181,7 @@ def test_decoding_from_a_latent(tensor: int, bound: str) -> None:
 
 @pytest.mark.parametrize(("mean", "limit"), [(398, 3969), (795, 3969), (3124, 3969), (10, 10_000)])
 def test_scale_of_the_lengths(mean: float, limit: int) -> None:
-    """Against drawn lengths: exponential, cut off at the limit."""
+    """The scale agrees with drawn lengths: an exponential distribution that is cut off at the limit."""
     draw, scale = random.Random(0), exponential_scale(mean, limit)
     lengths = [min(draw.expovariate(1 / scale), limit) for _ in range(200_000)]
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.01)

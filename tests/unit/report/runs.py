@@ -1,4 +1,4 @@
-"""Folders of runs for the tests: the recorded quick start, and made-up ones of any length."""
+"""Folders of runs for the tests: the recorded quick start, and made-up runs of any length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows_of_quickstart() -> list[dict[str, Any]]:
 
 
 def made_up_rows(steps: int) -> list[dict[str, Any]]:
-    """The quick start's numbers again and again, with small changes, so that their digits take space."""
+    """Rows with the quick start's numbers, repeated with small changes, so that their digits take space."""
     rows = [row for row in rows_of_quickstart() if "evaluation" not in row]
     return [
         _changed(rows[step % len(rows)], 1 + 0.1 * math.sin(step)) | {"step": step} for step in range(steps)
@@ -66,7 +66,7 @@ def make_run(
     samples: dict[str, Sequence[dict[str, Any]]] | None = None,
     settings: str = SETTINGS,
 ) -> Path:
-    """``samples``: the answers by the name of their file, such as ``step-000000``."""
+    """Write a run's folder. ``samples`` has the answers by the name of their file, such as ``step-000000``."""
     (folder / "samples").mkdir(parents=True)
     (folder / "config.yaml").write_text(settings)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -73,7 +73,7 @@ def test_numbers_that_no_chart_shows_get_their_own() -> None:
 
 
 def test_the_numbers_of_sources_and_terms_have_curves() -> None:
-    """A source without prompts in a step has no number there; a run may lack a source of another."""
+    """A source without prompts in a step has no number for it. A run may lack a source that another has."""
     first = {
         "prompts": {"a": 2, "mean": 1},
         "reward": {"a": 0.25, "mean": 1.0},
@@ -119,7 +119,7 @@ def test_evaluations_stand_at_the_tokens_of_their_step() -> None:
 
 @pytest.mark.parametrize(("p", "n"), [(0.26, 200), (0.0, 50), (1.0, 50), (0.5, 3)])
 def test_the_interval_is_where_wilsons_test_no_longer_refuses(p: float, n: int) -> None:
-    """Its ends q are the roots of (p - q)^2 = z^2 q (1 - q) / n."""
+    """The ends q of the interval are the roots of (p - q)^2 = z^2 q (1 - q) / n."""
     z2 = 1.96**2
     ends = sorted(np.roots([1 + z2 / n, -(2 * p + z2 / n), p * p]).real)
     evaluation = {"accuracy": p, "num_problems": n, "num_errors": 0}

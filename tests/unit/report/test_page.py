@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_stands_alone(run: Path) -> None:
     parsed = Page(page(read_runs([run])))
-    assert len(parsed.scripts) == 3  # the data, the library and the page's own
+    assert len(parsed.scripts) == 3  # the data, the library and the page's own script
     loads = [(tag, at) for tag, at in parsed.tags if {"src", "srcset", "data", "action"} & set(at)]
     assert loads == []
     links = [at["href"] for tag, at in parsed.tags if "href" in at]
@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
 
 
 def evaluated(folder: Path, grades: list[list[float]], policy: str = "run/policy") -> None:
-    """Write what ``megatron-chord evaluate`` writes of a suite with one benchmark, of these grades."""
+    """Write what ``megatron-chord evaluate`` writes for a suite with one benchmark and these grades."""
     sums = BenchmarkConfig(
         name="sums",
         file=folder / "sums.jsonl",

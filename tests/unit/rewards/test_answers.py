@@ -43,4 +43,4 @@ def test_box_comes_before_marker() -> None:
 def test_time_is_linear(text: str) -> None:
     start = time.monotonic()
     assert last_boxed(text) is None
-    assert time.monotonic() - start < 10  # quadratic would take hours
+    assert time.monotonic() - start < 10  # a quadratic reader would take hours

@@ -1,4 +1,4 @@
-"""The tool-call grader against BFCL's own checker. The benchmark takes every row; here it is each twentieth."""
+"""The tool-call grader agrees with BFCL's own checker on every twentieth row. The benchmark takes every row."""
 
 from __future__ import annotations
 

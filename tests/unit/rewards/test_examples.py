@@ -1,4 +1,4 @@
-"""The examples of rewards: programs are run and contained, and every file names a function that can be loaded."""
+"""The examples of rewards run programs safely, and every file names a function that can be loaded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_function_of_the_page_grades(tmp_path: Path) -> None:
 def test_the_kind_of_the_page_is_a_kind() -> None:
     (kind,) = (block for block in blocks() if "RewardKind)" in block)
     module = types.ModuleType("contains")
-    sys.modules[module.__name__] = module  # a dataclass looks for its module
+    sys.modules[module.__name__] = module  # a dataclass looks up its module
     try:
         exec(compile(kind, "contains.py", "exec"), vars(module))
     finally:

@@ -43,7 +43,7 @@ def test_published_rewards(
     assert [reward(1.0, GOOD), reward(1.0, BAD)] == [right_good, right_bad]
     assert [reward(0.0, GOOD), reward(0.0, BAD)] == [wrong_good, wrong_bad]
     assert reward(0.0, "<think>hm", truncated=True, answered=False) == cut_off
-    # Only both together are the worst case: a full stop without an answer, or an answer before the cut, are not.
+    # Only both together are the worst case. A full stop without an answer, or an answer before the cut, is not.
     assert reward(0.0, GOOD, answered=False) == wrong_good
     assert reward(0.0, GOOD, truncated=True) == wrong_good
     assert reward(1.0, GOOD, truncated=True) == right_good

@@ -230,7 +230,7 @@ def test_lists(path: Path) -> None:
 def test_network_only_where_it_is_allowed(path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        # It catches the exception, and returns 0: still no wrong answer.
+        # It catches the exception and returns 0. That is still not a wrong answer.
         error = only_error(path, "connects", port)
         assert error == "the grader tried socket.getaddrinfo; reward.allow has no network"
         assert graded(path, "connects", [port], allow=("network",)) == [Grade(1.0)]

@@ -1,4 +1,4 @@
-"""Hostile strings through each grader's real workers. `benchmarks/fuzz_graders.py` takes 10,000 of each."""
+"""Each grader's real workers survive hostile strings. `benchmarks/fuzz_graders.py` uses 10,000 for each."""
 
 from __future__ import annotations
 

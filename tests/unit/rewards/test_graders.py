@@ -89,11 +89,11 @@ def test_the_weighted_sum_by_hand(path: Path) -> None:
     grade = Grade(
         0.0, None, {"math": 0.0, "brief": 1.5, "brief.short": 1.0, "brief.calm": 0.5, "tool_calls": 1.0}
     )
-    # Wrong and without <think>: 2 x -0.1; 0.2 x 1.5; 0 x 1.
+    # Wrong and without <think>: 2 x -0.1, 0.2 x 1.5 and 0 x 1.
     assert total(reward, grade) == pytest.approx(-0.2 + 0.3)
-    # Cut off before an answer: 2 x -1; and 25 of the 50 last tokens cost half of 0.5.
+    # Cut off before an answer: 2 x -1, and 25 of the 50 last tokens cost half of 0.5.
     assert total(reward, grade, length=75, truncated=True) == pytest.approx(-2 + 0.3 - 0.25)
-    # The answer is stated, where mathematics looks for one, so it is just a wrong one.
+    # The answer is stated where the mathematics reward looks for it, so it is only wrong.
     assert total(reward, grade, "\\boxed{1}", truncated=True) == pytest.approx(-0.2 + 0.3)
     of_other_source = Grade(1.5, None, {"brief": 1.5})
     assert total(reward, of_other_source) == pytest.approx(0.3)
@@ -105,7 +105,7 @@ def test_a_single_reward_has_a_weight_a_form_and_a_length_too(path: Path) -> Non
     )
     assert total(function, Grade(0.8, None, {"short": 0.8})) == pytest.approx(0.4)
     assert total(function, Grade(0.0), "<think></think>") == 0
-    # A function alone knows what an answer is: what was cut off counts as none.
+    # A function cannot tell whether there is an answer, so a cut-off response counts as none.
     assert total(function, Grade(0.0), "#### 1", truncated=True, length=100) == pytest.approx(-0.5 - 1)
 
 
@@ -145,7 +145,7 @@ def test_names_of_terms_are_unique(path: Path) -> None:
 
 
 def test_no_term_takes_the_name_of_another(path: Path) -> None:
-    """Labels that look like the numbered name of another term."""
+    """A label that looks like another term's numbered name gets another name."""
 
     def names(*labels: str) -> list[str]:
         terms = tuple(

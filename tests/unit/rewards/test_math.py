@@ -1,4 +1,4 @@
-"""Which part of a response is the answer, and what counts as equal."""
+"""Which part of a response is the answer, and which answers count as equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_chord.rewards.math import grade
 @pytest.mark.parametrize(
     ("text", "truth", "score"),
     [
-        # Where the answer stands: box, then marker, then last number.
+        # The place of the answer: the box, then the marker, then the last number.
         (r"first \boxed{1}, no: \boxed{2}", "2", 1.0),
         (r"first \boxed{2}, no: \boxed{1}", "2", 0.0),
         (r"\boxed{2} #### 3, or 4", "2", 1.0),
@@ -29,7 +29,7 @@ from megatron_chord.rewards.math import grade
         ("nothing to see", "0", 0.0),
         ("", "0", 0.0),
         (r"\boxed{}", "0", 0.0),
-        # What is equal.
+        # Equal answers.
         (r"\boxed{142}", "142.0", 1.0),
         (r"\boxed{0.5}", "1/2", 1.0),
         (r"\boxed{0.3333333}", r"\frac{1}{3}", 1.0),

@@ -1,4 +1,4 @@
-"""Forms of an answer that math-verify reads wrongly or not at all: each with the grade a person would give."""
+"""Forms of an answer that math-verify reads wrongly or not at all, each with the grade that a person would give."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ def test_different_answers(answer: str, truth: str) -> None:
     ],
 )
 def test_what_would_take_minutes_is_wrong_at_once(answer: str, truth: str) -> None:
-    assert not equal(answer, truth)  # without a limit some take hours
+    assert not equal(answer, truth)  # without a limit some of them take hours
 
 
 def test_numbers_too_large_to_compute_are_compared_as_written() -> None:

@@ -63,14 +63,15 @@ def test_late_gradings_are_killed_side_by_side(hasty: GraderPool) -> None:
     before = set(hasty.worker_pids())
     start = time.monotonic()
     grades = grades_of(hasty, [(LOOPS, "18")] * 4)
-    assert 4 <= time.monotonic() - start < 7.9  # one after the other would take 8
+    assert 4 <= time.monotonic() - start < 7.9  # one after the other they would take 8
     assert grades == [Grade(None, "killed after 2 s")] * 4
     wait_until_dead(list(before))
-    assert grades_of(hasty, [("\\boxed{18}", "18")] * 4) == [Grade(1.0)] * 4  # by their replacements
+    assert grades_of(hasty, [("\\boxed{18}", "18")] * 4) == [Grade(1.0)] * 4  # the replacements did this
 
 
 def test_an_answer_is_graded_again_when_its_grader_was_stopped(hasty: GraderPool) -> None:
-    """From outside, which says nothing of the text. The second text is more than a socket holds."""
+    """A stop from outside says nothing about the text, so the answer is graded again. The second text is larger than a
+    socket's buffer."""
     grades_of(hasty, [("18", "18")] * 4)
     stopped = hasty.worker_pids()
     for pid in stopped:
@@ -140,7 +141,7 @@ def test_text_is_not_executed(
 
 
 def test_pool_works_from_threads_that_come_and_go() -> None:
-    # The kernel's parent-death signal means the thread that started the child.
+    # The kernel's parent-death signal refers to the thread that started the child.
     made: list[GraderPool] = []
     maker = threading.Thread(
         target=lambda: made.append(GraderPool(ExactReward(workers=1, timeout_s=20, memory_mb=300)))
@@ -224,7 +225,7 @@ def test_workers_die_with_their_parent(how: str) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(is_alive(pid) for pid in pids)
-        time.sleep(0.3)  # one of them is in the loop by now
+        time.sleep(0.3)  # one of them is in the loop now
         if how == "exit":
             parent.stdin.write("\n")
             parent.stdin.flush()
@@ -246,7 +247,7 @@ def test_math500_truths_grade_as_themselves(pool: GraderPool) -> None:
         pool,
         [(f"\\boxed{{{truths[i - 1]}}}", truth) for i, truth in enumerate(truths) if truths[i - 1] != truth],
     )
-    assert [grade for grade in others if grade.score is None] == []  # the sandbox is in nobody's way
+    assert [grade for grade in others if grade.score is None] == []  # the sandbox does not slow others down
     assert sum(grade.score or 0 for grade in others) <= 2
 
 

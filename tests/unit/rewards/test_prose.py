@@ -1,4 +1,4 @@
-"""Which truths the mathematics grader can compare only as text."""
+"""The mathematics grader can compare these truths only as text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_truths_that_the_grader_reads(truth: str, answer: str) -> None:
 @pytest.mark.parametrize(("truth", "answer"), PROSE.items())
 def test_truths_that_are_text_give_a_right_answer_nothing(truth: str, answer: str) -> None:
     assert reads_as_text(truth)
-    with contextlib.suppress(ValueError):  # the grader cannot read it at all
+    with contextlib.suppress(ValueError):  # the grader cannot read it
         assert grade(f"\\boxed{{{answer}}}", truth) == 0.0
 
 

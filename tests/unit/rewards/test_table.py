@@ -16,7 +16,7 @@ FOLDER = Path(megatron_chord.rewards.kinds.__file__).parent
 
 
 def test_every_file_of_a_kind_has_its_entry() -> None:
-    """A kind that is written and not entered could not be chosen in YAML."""
+    """A kind that has a file but no entry could not be chosen in YAML."""
     written = {
         node.name
         for file in FOLDER.glob("*.py")
@@ -42,7 +42,7 @@ def test_a_kind_reaches_its_worker_as_it_is(name: str) -> None:
 
 
 def sample_of(kind: type[RewardKind]) -> RewardKind:
-    """With settings of its own where it has required ones."""
+    """Return a sample of a kind, with settings of its own where the kind requires some."""
     own: dict[str, Any] = {}
     if kind is FunctionReward:
         own = {"path": Path("my.py"), "name": "score", "allow": ("network", "files"), "batch_size": 4}

@@ -191,7 +191,7 @@ def test_equal_calls_are_counted() -> None:
         ("<think>x", 0.0),  # cut off
         (C, 0.0),
         ("[mail(to='Bob')]", 0.0),
-        ("[mail(to=Bob)]", 0.0),  # tried, and failed
+        ("[mail(to=Bob)]", 0.0),  # the call was attempted and failed
         (f"I call {C}", 0.0),
         (f"<tool_call>{C}</tool_call>", 0.0),
         ("<tool_call>oops", 0.0),
@@ -230,8 +230,8 @@ def test_forms_of_a_truth(truth: object) -> None:
         ({"b": 1}, {"a": [1, ""]}, False),
         (["a"], {"a": [1]}, False),
         ({"a": ""}, {"a": ["x", ""]}, True),
-        ({"a": ""}, {"a": [1, ""]}, False),  # no text for a number
-        ({"a": "-"}, {"a": ["x", ""]}, True),  # the leaderboard reads no dash
+        ({"a": ""}, {"a": [1, ""]}, False),  # a text is not accepted as a number
+        ({"a": "-"}, {"a": ["x", ""]}, True),  # the leaderboard does not read a dash
         ({"a": "-"}, {"a": ["x"]}, False),
         ({"a": ""}, {"a": [None, ""]}, False),
         ({"a": ""}, {"a": ["x"]}, False),
@@ -253,7 +253,7 @@ def test_forms_of_a_truth(truth: object) -> None:
         ({"a": [2, 1]}, {"a": [[1, 2]]}, False),
         ({"a": [1]}, {"a": [[1, 2]]}, False),
         ({"a": [[1, "X"]]}, {"a": [[[1, "x"]]]}, True),
-        ({"a": []}, {"a": []}, True),  # nothing is accepted but nothing
+        ({"a": []}, {"a": []}, True),  # only an empty value is accepted
         ({"a": [1]}, {"a": []}, False),
         ({"a": {"b": 1}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, True),
         ({"a": {"b": 1, "c": 4}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
@@ -383,7 +383,7 @@ def bfcl() -> Path:
 
 
 def chosen(accepted: list[Any], *, last: bool) -> Any:
-    """The first or the last accepted value, with nested choices taken, too."""
+    """Take the first or the last accepted value, also in nested choices."""
     value = ([option for option in accepted if option != ""] or accepted or [[]])[-1 if last else 0]
     return taken(value, last=last)
 

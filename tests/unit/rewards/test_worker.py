@@ -1,4 +1,4 @@
-"""What a worker forbids. Each case runs in its own process, because an audit hook cannot be removed."""
+"""The actions that a worker forbids. Each case runs in its own process, because an audit hook cannot be removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watchdog, with small programs as ranks: which rank is named, how soon, and what is saved."""
+"""The watchdog names the right rank in time and saves stacks. Small programs act as ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Ranks:
             process.wait()
 
     def await_beats(self) -> None:
-        """Until each rank has been in its loop."""
+        """Wait until each rank has been in its loop."""
         deadline = time.monotonic() + 60
         while not all("computing" in self.beat(rank) for rank in range(len(self.processes))):
             assert time.monotonic() < deadline
@@ -89,7 +89,7 @@ class Ranks:
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: int) -> None:
-    """Rank 0 looks at all; all look at rank 0."""
+    """Rank 0 watches all ranks, and all ranks watch rank 0."""
     with Ranks(tmp_path, 3) as ranks:
         ranks.await_beats()
         stopped = ranks.processes[frozen]
@@ -117,12 +117,13 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
 
 
 def test_a_file_system_that_hangs_does_not_keep_a_frozen_rank_alive(tmp_path: Path) -> None:
-    """The heartbeat is a FIFO that nobody reads: the thread that opens it waits for ever, as on a lost file server."""
+    """The heartbeat is a FIFO that nobody reads. The thread that opens it waits for ever, as on a lost file server."""
     with Ranks(tmp_path, 2) as ranks:
         ranks.await_beats()
         beat = tmp_path / "beats" / "x" / "rank-1.json"
         os.mkfifo(tmp_path / "fifo")
-        # Rank 1 stands until all is prepared, so that its next act is to write its heartbeat. Rank 0 would name it.
+        # Rank 1 is stopped until all is prepared, so the next thing that it does is to write its heartbeat. Rank 0 is
+        # killed, because it would name rank 1.
         ranks.processes[1].send_signal(signal.SIGSTOP)
         (tmp_path / "fifo").replace(beat)
         (tmp_path / "still-1").touch()

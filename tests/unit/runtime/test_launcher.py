@@ -25,7 +25,7 @@ READY = "pathlib.Path(sys.argv[1], str(rank)).touch()\n"
 
 @contextmanager
 def launched(folder: Path, program: str, ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """Ranks that run ``program``; entered when all have said that they are ready."""
+    """Start ranks that run ``program``. The context begins when all of them have printed that they are ready."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Slurm's variables of a task are translated to those of torch."""
+"""A task's Slurm variables become torch's variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers from a checkpoint are equal bit for bit, and they are refused for requests that differ from the recorded."""
+"""Answers from a checkpoint are equal bit for bit, and are refused for requests that differ from the recorded ones."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_only_unfinished_answers_are_continued_and_each_token_keeps_its_own_weig
 def test_an_answer_may_be_stopped_again_and_again() -> None:
     long = asks([103, 100])
     groups = [tuple[Rollout, ...](), ()]
-    for version in (4, 4, 6):  # the same weights twice are one stretch
+    for version in (4, 4, 6):  # the same weights twice count as one span
         groups = [
             sampled(DecodingClient(LENGTHS), continued(long, [groups[0], ()]), version=version, stop_after=1)[
                 0
@@ -130,7 +130,7 @@ def test_a_continuation_has_a_seed_of_its_own() -> None:
 
 
 def test_what_was_not_begun_is_asked_for_as_a_whole() -> None:
-    """A request that was stopped while it waited in the server's queue."""
+    """The request was stopped while it waited in the server's queue, so it is sent again as a whole."""
 
     class Busy(DecodingClient):
         def generate(self, requests: Any, **settings: Any) -> Any:

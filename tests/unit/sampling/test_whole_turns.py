@@ -1,4 +1,4 @@
-"""Prompts that open <think> themselves: graders and rules of form read the assistant's whole turn."""
+"""If prompts open <think> themselves, graders and rules of form read the assistant's whole turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import stock
 QUESTION: Message = {"role": "user", "content": "What does an open <think> tag do? 2 + 2?"}
 CALL = '<tool_call>[{"name": "add", "arguments": {"a": 2}}]</tool_call>'
 TRUTH = '[{"name": "add", "arguments": {"a": 2}}]'
-# As R1-Distill's: its marks are no control tokens for its tokenizer, and an answer without one follows a tool's result.
+# Like R1-Distill's template: its markers are not control tokens, and an answer without one follows a tool's result.
 REASONER = (
     "{% for m in messages %}{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}{{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -50,7 +50,7 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
     with GraderPool(ToolCallsReward(think="required", workers=1, timeout_s=30)) as pool:
         (graded,) = grade(asks, [rollouts], template=reasoner, graders=pool, max_error_rate=0)
     assert graded.texts == tuple(f"<think>\n{text}" for text in answers)
-    # The second never closes its block, the third opens one more.
+    # The second answer never closes its block, and the third opens another.
     assert graded.rewards == (1.0, 0.0, 0.0)
 
     reward = MathReward(workers=1, timeout_s=30, format="chord")

@@ -1,4 +1,4 @@
-"""When the log-probs of a step's rollouts differ too much from the trainer's."""
+"""The check fails when the log-probs of a step's rollouts differ too much from the trainer's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_of(folder: Path, precision: Any = None, dtype: Any = "bf16", **rollout: 
 
 
 def measured(gaps: Sequence[float], logit: float = 0.0) -> UpdateResult:
-    """Of tokens whose log-probs differ by ``gaps``."""
+    """Measurements of tokens whose log-probs differ by ``gaps``."""
     ours = torch.full((len(gaps),), -20.0, dtype=torch.float64)
     stats = TokenStats(ours, ours, None, torch.full_like(ours, -logit))
     sums = comparison(stats, ours + torch.tensor(gaps, dtype=torch.float64))
@@ -40,7 +40,7 @@ def measured(gaps: Sequence[float], logit: float = 0.0) -> UpdateResult:
 
 
 def spread(mean: float, tokens: int) -> list[float]:
-    """Gaps of this mean, half of them 0: their standard deviation is the mean's size."""
+    """Gaps with this mean. Half of them are 0, so their standard deviation equals the mean."""
     return [0.0, 2 * mean] * (tokens // 2)
 
 
@@ -66,7 +66,7 @@ def test_limits_by_precision(tmp_path: Path) -> None:
 
 
 def test_rounding_of_logits_is_what_bf16_makes_of_them(tmp_path: Path) -> None:
-    """Two engines that round the same logits to bf16 after errors of their own: the allowance covers their gap."""
+    """Two engines round the same logits to BF16 after errors of their own. The allowance covers their gap."""
     generator = torch.Generator().manual_seed(0)
     allowance = limits(run_of(tmp_path), age=0, logit=24.0).gap - 5e-2
     logits = 16 + 16 * torch.rand(100_000, generator=generator, dtype=torch.float64)
@@ -89,13 +89,14 @@ def test_mean_and_standard_error() -> None:
 
 
 def test_what_a_few_tokens_show_is_not_enough_to_stop(tmp_path: Path) -> None:
-    """The evidence: 0.113 on average over 19 to 36 tokens in bf16, of a model whose weights were right."""
+    """The case that was seen: a mean gap of 0.113 over 19 to 36 tokens in BF16, with a model whose weights were
+    right."""
     run = run_of(tmp_path)
     for tokens in (20, 36):
         check_agreement(run, measured(spread(0.113, tokens), logit=20.0), step=2, age=0)
     with pytest.raises(LogprobMismatch, match="the same 2000 tokens"):
         check_agreement(run, measured(spread(0.13, 2000), logit=20.0), step=2, age=0)
-    # On so few tokens only what is beyond all doubt stops.
+    # With so few tokens, only a gap beyond all doubt stops the run.
     check_agreement(run, measured([0.19]), step=2, age=0)
     check_agreement(run, measured([0.11, 0.11]), step=2, age=0)
     with pytest.raises(LogprobMismatch):

@@ -34,7 +34,7 @@ def test_a_refused_start_leaves_the_folder_free(run: RunConfig) -> None:
         (run.output / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="already has a run"):
         claim(run, resume="never", overwrite=False)
-    with claim(run, resume="auto", overwrite=False):  # refused, too
+    with claim(run, resume="auto", overwrite=False):  # this is refused, too
         (run.output / "traces").mkdir()
     names = sorted(path.name for path in run.output.iterdir())
     assert names == [".lock", "config.yaml", "metrics.jsonl", "notes.txt"]
@@ -63,7 +63,7 @@ def test_a_run_ends_with_a_report_or_with_a_line_that_says_why_not(
     run: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with claim(run, resume="never", overwrite=False) as claimed:
-        _report(claimed)  # of a start that was refused there is none
+        _report(claimed)  # a start that was refused leaves none
         claimed.begin()
         (run.output / "metrics.jsonl").write_text('{"step": 0, "reward_mean": 0.5}\n')
     _report(claimed)

@@ -39,7 +39,7 @@ def test_a_start_that_is_refused_leaves_the_record_as_it_was(tmp_path: Path) -> 
         log.write_samples(3, [{"response": "x"}])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with RunLog(tmp_path, steps=9, first_step=2, settings={}):
-        pass  # refused after this: begin never comes
+        pass  # the start is refused after this, so begin is never called
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with RunLog(tmp_path, steps=9, first_step=2, settings={}) as log:
         log.begin()

@@ -1,4 +1,4 @@
-"""Rows of samples/: the prompt as the model saw it, and the log-probs of single tokens, in bounded number."""
+"""A row of samples/ has the prompt as the model saw it, and the log-probs of a limited number of single tokens."""
 
 from __future__ import annotations
 

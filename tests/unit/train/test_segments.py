@@ -95,7 +95,7 @@ def test_a_refusal_ends_with_the_remarks() -> None:
 
 def test_the_same_settings_say_nothing() -> None:
     assert check_changes(given(), given(), allowed=False) == []
-    assert check_changes({}, given(), allowed=False) == []  # what was saved is not known
+    assert check_changes({}, given(), allowed=False) == []  # the saved settings are unknown
 
 
 def test_a_setting_that_only_one_version_knows_is_no_change() -> None:
@@ -129,7 +129,7 @@ def test_each_segment_keeps_its_settings(tmp_path: Path) -> None:
     assert settings_before(tmp_path, 40) == {"lr": 1.0}
     assert settings_before(tmp_path, 41) == {"lr": 2.0}
     assert settings_before(tmp_path, 99) == {"lr": 3.0}
-    start(4.0, 50)  # from an earlier checkpoint: the segment from step 60 on is of no step any more
+    start(4.0, 50)  # an earlier checkpoint: the segment from step 60 on is dropped
     assert kept() == {"step-000000.yaml": 1.0, "step-000040.yaml": 2.0, "step-000050.yaml": 4.0}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 4.0}
     start(5.0, 0)

@@ -19,7 +19,7 @@ from tests.unit.plan.models import shape_of
 
 
 def test_packing_knows_what_long_sequences_cost() -> None:
-    """Qwen2.5-7B: 28 layers of 3584 channels in scores and as many in values, over 2 x 7.07 billion."""
+    """Qwen2.5-7B has 28 layers with 3584 channels in scores and as many in values, over 2 x 7.07 billion."""
     weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584
     layout = packing_layout(shape_of("qwen2.5-7b"), ParallelConfig(tensor=2, sequence_parallel=True), 4)
     assert layout.attention_cost == pytest.approx(28 * 2 * 3584 / (2 * weights))
@@ -27,7 +27,8 @@ def test_packing_knows_what_long_sequences_cost() -> None:
 
 
 def test_a_long_sequence_weighs_more_than_its_tokens() -> None:
-    """Two ranks: one sequence of 32768 tokens is more work than 18 of 2048, so it gets none of them beside it."""
+    """One sequence of 32768 tokens is more work than 18 of 2048, so of two ranks its rank gets none of the short
+    ones."""
 
     def sample(length: int) -> TrainSample:
         part = Part(term="sft", positions=np.arange(1, length), constants={})
@@ -37,7 +38,7 @@ def test_a_long_sequence_weighs_more_than_its_tokens() -> None:
     samples = [sample(32768), *(sample(2048) for _ in range(18))]
     plan = plan_step(samples, max_tokens=65536, layout=layout, pad_id=0)
     tokens = [sum(len(batch.token_ids) for batch in batches) for batches in plan.micro_batches]
-    # 32768 (1 + 1.42e-5 x 32768) = 48000 tokens' worth, 2048 (1 + 1.42e-5 x 2048) = 2108: the 18 are 37900.
+    # 32768 (1 + 1.42e-5 x 32768) counts as 48000 tokens, 2048 (1 + 1.42e-5 x 2048) as 2108: the 18 count as 37900.
     assert tokens == [32768, 18 * 2048]
 
 

@@ -25,7 +25,7 @@ STEPS = 4
 
 
 class OneRank:
-    """``ParallelGroups`` of a world of one."""
+    """``ParallelGroups`` with a single rank."""
 
     def from_coordinator(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         common, per_rank = compute()
@@ -36,7 +36,8 @@ class OneRank:
 
 
 class Script:
-    """Engine and coordinator in one: every push and every collection is an event, in the order they begin."""
+    """The engine and the coordinator in one. Every push and every collection is an event, in the order of their
+    starts."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -44,9 +45,9 @@ class Script:
         self.clients = ("client",)
         self.failures: dict[int, list[Exception]] = {}
         self.gates: dict[int, threading.Event] = {}
-        """A collection waits for its step's."""
+        """The gate that the collection of each step waits for."""
         self.waiting = threading.Event()
-        """One does."""
+        """Set when a collection waits at its gate."""
         self._version: int | None = None
         self.log = SimpleNamespace(doing=lambda what: None)
 
@@ -113,7 +114,7 @@ class Collecting:
         self.drain, self.restore, self.close = queue.drain, queue.restore, queue.close
 
     def take(self, now: ScheduleInput) -> Any:
-        """As the loop does it in each step."""
+        """Take a step as the training loop does."""
         collected = self._context.engine.attempt(collect, self._context, now)
         self._context.queue.remove(now.step)
         return collected
@@ -121,7 +122,7 @@ class Collecting:
 
 @pytest.fixture
 def trained(script: Script) -> Iterator[Callable[..., list[Any]]]:
-    """Runs the steps; a training lasts until all that was begun has ended."""
+    """Train the steps. A training lasts until everything that has begun has ended."""
     opened: list[Collecting] = []
 
     def train(run: RunConfig, first: int = 0, *, record: Any = None) -> list[Any]:
@@ -193,7 +194,8 @@ def test_a_longer_lag_queues_so_many_steps(script: Script, trained: Any) -> None
 
 
 def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) -> None:
-    """mu is 1 for two steps: the first step of RL is sampled while the last of SFT trains, by its weights."""
+    """mu is 1 for two steps. The first step of RL is sampled while the last SFT step trains, by the weights of that
+    step's start."""
     trained(run_of(lag=1, mu=Binary(switch_step=2)))
     assert without_trainings(script.events) == [
         "0 drawn by 0",
@@ -225,7 +227,7 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
 
 
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
-    """The evaluation found the server lost and replaced it. Steps that it had completed are not sampled again."""
+    """The evaluation found the server lost and replaced it. Steps that were complete by then are not sampled again."""
     ahead = Collecting(run_of(lag=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()

@@ -83,5 +83,5 @@ def test_speed_counts_every_pass_of_the_step() -> None:
     row = speed_row(context, INPUTS, {"total": 8.0, "train": 4.0})
     assert row["tokens_per_s"] == 12.5
     assert row["seconds"] == {"total": 8.0, "train": 4.0, "sync": 0.5}
-    # 3 epochs of forward and backward over 100 tokens of mean length 10, in 4 s, on 2 ranks.
+    # 3 epochs of forward and backward over 100 tokens with a mean length of 10, in 4 s, on 2 ranks.
     assert row["tflops_per_gpu"] == pytest.approx(3 * 100 * train_flops(shape, 10.0) / 4 / 2 / 1e12)

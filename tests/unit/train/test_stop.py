@@ -1,4 +1,4 @@
-"""Stop requests: by a signal or by a file."""
+"""A signal or a file can request a stop."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ finally:
 
 
 def test_a_second_sigterm_ends_the_process_now() -> None:
-    """An exception is a copy of the first signal that a launcher forwards immediately after it."""
+    """A second SIGTERM ends the process. A copy of the first one, which a launcher forwards immediately, does not."""
     process = subprocess.Popen([sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -1,6 +1,6 @@
-"""Trackers: the values that they receive, and that no tracker stops or slows a run.
+"""Trackers receive the right values, and no tracker stops or slows a run.
 
-TensorBoard is real. The others run where their packages are installed, without a network.
+TensorBoard is real. The other trackers are tested where their packages are installed, without a network.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COLUMNS = ["step", "prompt", "answer", "truth", "reward", "tokens", "finish"]
 
 
 def tracked(folder: Path, name: str) -> list[str]:
-    """Send ``ROWS`` and a table of ``SAMPLES`` to a tracker, and what was said meanwhile."""
+    """Send ``ROWS`` and a table of ``SAMPLES`` to a tracker. Return what was printed meanwhile."""
     said: list[str] = []
     run = TrackedRun(folder=folder, settings=SETTINGS, first_step=0)
     trackers = Trackers([name], run, said.append)
@@ -85,7 +85,7 @@ def test_every_evaluation_and_every_tenth_step_has_a_table(
 
     monkeypatch.setitem(module._OPEN, "wandb", lambda run: Keeps())
     with RunLog(tmp_path, steps=30, first_step=0, settings={"tracking": ["wandb"]}) as log:
-        log.write_samples(0, SAMPLES)  # sampled before the start could no longer be refused
+        log.write_samples(0, SAMPLES)  # it was sampled before the start could no longer be refused
         log.begin()
         for step in range(1, 21):
             log.write_samples(step, SAMPLES)
@@ -238,7 +238,7 @@ def test_a_tracker_with_too_many_rows_waiting_writes_them_and_is_closed(
     assert said == ["tracking: wandb is switched off: 3 rows wait for it"]
     assert done[-1] == "closed"
     assert done[:-1] == list(range(len(done) - 1))
-    assert len(done) - 1 in (3, 4)  # the thread may have taken one out before the others were put in
+    assert len(done) - 1 in (3, 4)  # the thread may take one out before the others are put in
 
 
 def test_a_package_that_is_missing_is_named_before_the_run() -> None:
@@ -270,7 +270,8 @@ def test_mlflow_has_every_number_and_the_settings(tmp_path: Path, monkeypatch: p
 
 
 def leveldb_records(log: bytes) -> list[bytes]:
-    """Of LevelDB's log format: blocks of 32 KiB; a record's parts have a checksum, a length and a kind."""
+    """Read records in LevelDB's log format: blocks of 32 KiB, in which a record's parts have a checksum, a length and a
+    kind."""
     found, parts, at = [], b"", 0
     while at + 7 <= len(log):
         left = 32768 - (at + 7) % 32768  # the file's own header is in the first block
@@ -280,7 +281,7 @@ def leveldb_records(log: bytes) -> list[bytes]:
         length, kind = struct.unpack("<HB", log[at + 4 : at + 7])
         parts += log[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             found.append(parts)
             parts = b""
     return found

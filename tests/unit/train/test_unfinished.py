@@ -1,4 +1,4 @@
-"""Steps whose sampling stops early: which prompts they train, and how a checkpoint stores the others."""
+"""Steps that stop sampling early: which prompts they train, and how a checkpoint stores the other prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = [
     Prompt(id=str(i), messages=({"content": "?"},), truth="", token_ids=(100 + i,)) for i in range(COUNT)
 ]
 LENGTHS = {100 + i: (3 + i % 5, 4 + i % 3 if i % 7 else 38) for i in range(COUNT)}
-"""One prompt of seven has an answer some eight times as long as the others'."""
+"""One of seven prompts has an answer that is about eight times as long as the others'."""
 LONG = {PROMPTS[i].id for i in range(0, COUNT, 7)}
 
 
@@ -50,7 +50,7 @@ def run_of(
 
 
 class Steps:
-    """The coordinator's side of a run; a step's weights are its number."""
+    """The coordinator's side of a run. The weights of a step have the step's number as version."""
 
     def __init__(self, run: RunConfig, checkpoint: Any = None) -> None:
         self.run = run
@@ -116,7 +116,7 @@ class Steps:
         return json.dumps(self.coordinator.run_state(step, {}))
 
     def prompts(self, step: int) -> list[str]:
-        """Those of its groups."""
+        """Return the prompts of its groups."""
         rows = self.rows[step]
         assert all(
             first["prompt_id"] == second["prompt_id"]
@@ -198,7 +198,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_tokens(at: int) -> None
 
 
 def test_a_step_that_is_repeated_draws_the_same() -> None:
-    """A step is repeated when a server was lost; it must then draw the same prompts."""
+    """A lost server makes the run repeat a step. The step must then draw the same prompts."""
     steps, undisturbed = Steps(run_of()), Steps(run_of())
     undisturbed.take(range(4))
     steps.take(range(3))
@@ -208,7 +208,7 @@ def test_a_step_that_is_repeated_draws_the_same() -> None:
 
 
 def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
-    """With a lag: two steps by the weights of the first, then one each."""
+    """Sampling is one step ahead: the first weights sample two steps, and each later version samples one."""
     straight = Steps(run_of(ahead=True))
     straight.collect(0)
     for step in range(1, 6):
@@ -238,7 +238,7 @@ def test_dropped_prompts_are_counted_and_not_asked_again() -> None:
     assert set(trained) < steps.first_prompts(9 * 6)
     assert all(step.stats["unfinished_tokens"] > 0 for step in inputs)
     assert "staleness_max" not in inputs[0].stats, "nothing is older than its step"
-    # The bias that the documentation warns of.
+    # This is the bias that the documentation warns of.
     asked = steps.first_prompts(9 * 6)
     of_long, of_short = (
         len(names & set(trained)) / len(names & asked)

@@ -29,7 +29,7 @@ def transformers_logits(folder: Path) -> torch.Tensor:
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the model, by its own name."""
+    """Return every tensor of the model, by its own name."""
     weights = read_shape(folder).weights
     reader = open_model(folder, weights)
     check_copies(reader, weights)
@@ -43,7 +43,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> No
 
 
 def test_a_tied_folder_may_repeat_the_embedding_as_head(tmp_path: Path) -> None:
-    """As Qwen3-0.6B and 1.7B are published."""
+    """Qwen3-0.6B and 1.7B are published in this form."""
     folder = save_model("qwen3", tmp_path, tied=True, layers=1)
     tensors, logits = load_file(folder / WEIGHTS), transformers_logits(folder)
     embedding = tensors["model.embed_tokens.weight"]
@@ -67,7 +67,7 @@ def test_a_tied_folder_may_repeat_the_embedding_as_head(tmp_path: Path) -> None:
 
 
 def test_transformers_computes_with_both_where_they_differ(tmp_path: Path) -> None:
-    """Why such a folder is refused: its head is not the embedding that vLLM would take."""
+    """This is why such a folder is refused: its head differs from the embedding, which vLLM would use."""
     folder = save_model("qwen3", tmp_path, tied=True, layers=1)
     tensors, logits = load_file(folder / WEIGHTS), transformers_logits(folder)
     rewrite(folder, tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
@@ -76,7 +76,7 @@ def test_transformers_computes_with_both_where_they_differ(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe", "deepseek_v3"])
 def test_a_folder_without_the_models_prefix_is_the_same_model(family: str, tmp_path: Path) -> None:
-    """As ``AutoModel.save_pretrained`` writes it; with frequencies, as older folders hold them."""
+    """``AutoModel.save_pretrained`` writes such a folder. It also holds frequencies, as older folders do."""
     folder = save_model(family, tmp_path, tied=True, layers=2)
     expected, logits = load_file(folder / WEIGHTS), transformers_logits(folder)
     bare = {name.removeprefix("model."): tensor for name, tensor in expected.items()}

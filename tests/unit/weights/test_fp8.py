@@ -1,4 +1,4 @@
-"""Block-quantised FP8 weights, compared with hand arithmetic."""
+"""Block-quantised FP8 weights agree with hand arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from megatron_chord.weights.fp8 import quantise
 
 
 def test_a_block_by_hand() -> None:
-    # The largest magnitude 896 = 2 x 448 gives a scale of 2; 448, 3 and 0.5 become 224, 1.5 and 0.25, exact in E4M3.
+    # The largest magnitude 896 = 2 x 448 gives a scale of 2. 448, 3 and 0.5 become 224, 1.5 and 0.25, which E4M3 has
+    # exactly.
     weight = torch.zeros(3, 4)
     weight[0, 0], weight[1, 2], weight[2, 3], weight[0, 1] = -896.0, 448.0, 3.0, 0.5
     numbers, scales = quantise(weight)

@@ -68,7 +68,8 @@ def random_tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def local_parameters(size: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What one tensor-parallel rank of Megatron's model holds, filled with NaN. 24 or 32 rows of vocabulary in all."""
+    """The parameters of one tensor-parallel rank of Megatron's model, filled with NaN. The vocabulary has 24 or 32 rows
+    in all."""
     rows = {1: 24, 2: 32, 4: 32}[size] // size
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": (rows, HIDDEN),
@@ -110,7 +111,7 @@ def test_every_parameter_of_a_rank(tmp_path: Path, size: int, rank: int) -> None
     for layer in range(LAYERS):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for kind in ("weight", "bias"):
-            # Group by group: two query heads, their key head, their value head, of DIM rows each.
+            # Rows go group by group: two query heads, their key head and their value head, with DIM rows each.
             heads = [
                 tensors[f"{theirs}self_attn.{letter}_proj.{kind}"].split(DIM)[head]
                 for group in range(rank * GROUPS // size, (rank + 1) * GROUPS // size)
@@ -134,7 +135,7 @@ def test_every_parameter_of_a_rank(tmp_path: Path, size: int, rank: int) -> None
 
 
 def test_a_rank_may_hold_nothing_but_padding(tmp_path: Path) -> None:
-    """21 tokens on four ranks of 8 rows: the third holds 5, the fourth none."""
+    """21 tokens are on four ranks of 8 rows: the third rank holds 5, the fourth none."""
     tensors = random_tensors()
     reader = write_folder(tmp_path, tensors)
     for rank, held in [(2, 5), (3, 0)]:
@@ -153,7 +154,7 @@ def test_dtypes_are_converted(tmp_path: Path) -> None:
 
 
 class RecordingReader(HFReader):
-    """Keeps the elements of every tensor it hands out."""
+    """A reader that keeps the number of elements of every tensor that it returns."""
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         tensor = super().read(name, axis, start, stop)
@@ -174,10 +175,10 @@ def test_only_this_ranks_slices_are_read_each_once(tmp_path: Path) -> None:
     for name, elements in READ:
         replicated = "norm" in name
         vocabulary = "embed" in name or "lm_head" in name
-        # The second rank of a vocabulary of 21 in two times 16 rows holds 5.
+        # A vocabulary of 21 is on two ranks of 16 rows. The second holds 5.
         expected = whole[name] if replicated else 5 * HIDDEN if vocabulary else whole[name] // 2
         assert elements == expected, name
-    # So at no time is more than the largest local parameter read beside the parameters themselves.
+    # So the largest local parameter is the most that is read at any time.
     assert max(elements for _, elements in READ) <= max(p.numel() for p in parameters.values())
 
 
@@ -217,7 +218,7 @@ def test_wrong_shapes_are_listed_all_at_once_and_nothing_is_written(tmp_path: Pa
         "output_layer.weight",
     ]
     assert any("(16,), from model.norm.weight: (17,)" in line for line in findings)
-    # Megatron's 24 rows could be filled from these, and 20 rows padded: neither would be this model.
+    # Megatron's 24 rows could be filled from the larger one, and 20 rows could be padded. Neither would be this model.
     assert any("a vocabulary of 21, but lm_head.weight has 25 rows" in line for line in findings)
     assert all(parameter.isnan().all() for parameter in parameters.values())
 

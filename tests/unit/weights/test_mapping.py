@@ -1,4 +1,4 @@
-"""The table names every tensor of a model once, on both sides."""
+"""The table names every tensor of a model exactly once, under Hugging Face's and under Megatron's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron_chord.families.table import FAMILIES
 from megatron_chord.weights.mapping import WeightMap, check_accounting, padded_vocab_size
 
-LAYERS = 12  # two digits, so that layer 1 and layer 11 are told apart
+LAYERS = 12  # two digits, so that layers 1 and 11 differ
 
 
 def qwen2_config(**changes: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_the_names_are_those_of_transformers(tied: bool) -> None:
 
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**qwen2_config(tie_word_embeddings=tied)))
-    expected = {name for name, _ in model.named_parameters()}  # a tied head is no second parameter
+    expected = {name for name, _ in model.named_parameters()}  # a tied head is not a second parameter
     names = list(qwen2_map(tie_word_embeddings=tied).hf_names())
     assert len(names) == len(set(names))
     assert set(names) == expected
@@ -55,7 +55,7 @@ def test_entries_by_hand(layer: int) -> None:
         f"model.layers.{layer}.mlp.gate_proj.weight",
         f"model.layers.{layer}.mlp.up_proj.weight",
     )
-    # The same norm under the local layer spec's name and under Transformer Engine's.
+    # The norm has one name in the local layer spec and another in Transformer Engine's.
     for name in ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"):
         entry = weights.entry(f"decoder.layers.{layer}.{name}")
         assert entry.hf == (f"model.layers.{layer}.input_layernorm.weight",)

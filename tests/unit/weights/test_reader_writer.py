@@ -1,4 +1,4 @@
-"""Faulty Hugging Face folders are refused, and the folders that we write are right."""
+"""Faulty Hugging Face folders are refused, and written folders are right."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_an_index_of_another_form(tmp_path: Path, text: str) -> None:
 
 
 def test_a_single_file_beside_an_old_index_is_refused(tmp_path: Path) -> None:
-    """Transformers reads the single file (modeling_utils.py, _get_resolved_checkpoint_files), vLLM the index's."""
+    """Transformers reads the single file (modeling_utils.py, _get_resolved_checkpoint_files). vLLM reads the index's
+    files."""
     for name, value in (("model", 1), ("x", 2)):
         save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
     write_index(tmp_path, a="x.safetensors")
@@ -162,7 +163,7 @@ def test_a_shard_ends_where_its_header_or_its_alignment_does(tmp_path: Path) -> 
     odd = {"three": numbered(3, dtype=torch.bfloat16), "four": numbered(4)}
     placed = write_shards(odd.items(), tmp_path, prefix="odd")
     assert [file for file, _ in placed.values()] == ["odd-00001.safetensors", "odd-00002.safetensors"]
-    many = {f"{'long' * 100}.{index}": numbered(1) for index in range(300)}  # 300 x 500 bytes of header
+    many = {f"{'long' * 100}.{index}": numbered(1) for index in range(300)}  # a header of 300 x 500 bytes
     placed = write_shards(many.items(), tmp_path, prefix="many")
     files = sorted({file for file, _ in placed.values()})
     assert len(files) == 3
@@ -182,7 +183,7 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
     (source / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "bfloat16"}')
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
-    # What describes weights that are not here would be taken for the exported ones'.
+    # A file that describes other weights would be taken for a description of the exported weights.
     stale = [
         "pytorch_model.bin.index.json",
         "adapter_config.json",
@@ -198,7 +199,7 @@ def test_a_finished_folder_reads_back_and_holds_the_other_files(tmp_path: Path, 
     for name in stale:
         (source / name).write_text(name)
     (source / "runs").mkdir()
-    # Neither the source's weights nor its index, which names files that are not here.
+    # Neither the source's weights are copied nor its index, which names files that are not here.
     save_file({"old": numbered(1)}, source / "model-00001-of-00001.safetensors")
     write_index(source, old="model-00001-of-00001.safetensors")
     placed = write_shards(TENSORS.items(), folder, prefix="model", shard_bytes=limit)

@@ -1,4 +1,4 @@
-"""Transforms put rows where Megatron-Core expects them, are inverted bit for bit, and commute with slicing."""
+"""Transforms put rows where Megatron-Core expects them, can be inverted bit for bit, and commute with slicing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_chord.weights.transforms import GroupedQKV, Same, Stacked, Transfo
 
 
 def numbered(first: int, rows: int) -> Tensor:
-    """[rows, 3], row i holding first + i."""
+    """A tensor [rows, 3] whose row i holds first + i."""
     return (first + torch.arange(rows))[:, None].expand(rows, 3).contiguous()
 
 
 def test_grouped_qkv_by_hand() -> None:
-    # 4 query heads in 2 groups, head dim 2: group 0 holds query heads 0 and 1, key 0, value 0.
+    # 4 query heads in 2 groups with head dim 2: group 0 holds query heads 0 and 1, key 0 and value 0.
     merged = GroupedQKV(queries_per_group=2, head_dim=2).merge(
         [numbered(0, 8), numbered(100, 4), numbered(200, 4)]
     )
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Transform, list[tuple[int, ...]]]] = {
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Any bit pattern there is: infinities, denormals and NaNs with payloads must survive too."""
+    """Any possible bit pattern. Infinities, denormals and NaNs with payloads must survive, too."""
     bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
     limits = torch.iinfo(bits)
     return torch.randint(limits.min, limits.max, shape, dtype=bits).view(dtype)
@@ -93,7 +93,7 @@ def test_cut_merge_split_gather_is_the_identity(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_rank_of_qkv_holds_whole_groups(size: int) -> None:
-    """Megatron cuts the merged parameter in equal parts of rows; merging cut tensors gives the same parts."""
+    """Megatron splits the merged parameter into equal parts of rows. Merging split tensors gives the same parts."""
     transform, shapes = CASES["qkv"]
     parts = [random_bits(shape, torch.float32) for shape in shapes]
     whole = transform.merge(parts)
@@ -110,7 +110,8 @@ def test_parts_of_the_wrong_number_or_shape_are_refused() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_made_of_rows(name: str) -> None:
-    """Pieces between any two multiples of the unit, from the rows that ``rows`` names, are the parameter's rows."""
+    """A piece between any two multiples of the unit, made from the rows that ``rows`` names, equals the parameter's
+    rows."""
     transform, shapes = CASES[name]
     parts = [random_bits(shape, torch.float32) for shape in shapes]
     whole = transform.merge(parts)
