@@ -1,4 +1,4 @@
-"""The agreement check on a real pretrained model in bf16, where every reward is 0; then with one wrong tensor.
+"""Test the agreement check with a real pretrained model in BF16: first with rewards of 0, then with one wrong tensor.
 
     python tools/prepare.py bfcl BFCL/bfcl_eval/data --out bfcl --categories simple_python
     python examples/smollm2/prepare.py smollm2
@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "all tensors of the start": ("stale", ""),
     "one tensor of the start": ("stale", "model.embed_tokens.weight"),
 }
-"""By name: what is done to a pushed tensor, and the beginning of the tensors' names."""
+"""The faults by name: how a pushed tensor is changed, and how the names of changed tensors begin."""
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def healthy(args: argparse.Namespace) -> bool:
-    """Print the figures of each step. Whether there are all steps and every reward is 0."""
+    """Print the figures of each step. Return whether all steps ran and every reward is 0."""
     lines = (args.output / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]
     print("step  reward  compared tokens  mean gap  largest gap  loss of the demonstrations")
@@ -98,7 +98,7 @@ def healthy(args: argparse.Namespace) -> bool:
 
 
 def noticed(args: argparse.Namespace, name: str) -> bool:
-    """Run one step with a fault, from the last checkpoint. Whether the comparison stopped it."""
+    """Run one step with a fault, from the last checkpoint. Return whether the comparison stopped it."""
     result = subprocess.run(
         [sys.executable, *sys.argv, "--fault", name], capture_output=True, text=True, check=False
     )

@@ -1,8 +1,8 @@
-"""The tool-call grader beside BFCL's own checker (bfcl-eval 2026.3.23), on BFCL's single-turn Python categories.
+"""Compare the tool-call grader with BFCL's own checker (bfcl-eval 2026.3.23) on BFCL's single-turn Python categories.
 
 For each row, replies that are right and replies that are wrong in one way (another name, a value changed, an argument
-left out or added, a type changed, a call twice, prose, ...) are graded by both. The two must agree, but for the kinds
-of `REASONS`. The package is not installed beside this project, whose NumPy it contradicts:
+left out or added, a type changed, a call twice, prose, ...) are graded by both. The two must agree, except for the
+kinds of `REASONS`. The package needs another NumPy than this project, so it is installed in a folder of its own:
 
     pip install --no-deps --target FOLDER bfcl-eval==2026.3.23
     python benchmarks/bfcl_agreement.py FOLDER          # 1 minute; make test puts the package into .venv/bfcl
@@ -45,13 +45,13 @@ REASONS = {
     "first accepted, reversed": "BFCL gives each true call the first call that fits; the grader finds any pairing",
 }
 MOST_EXPLAINED = 0.03
-"""Share of the replies of a kind that its reason may explain: a reason is for exceptions."""
+"""The largest share of a kind's replies that its reason may explain. Reasons are for exceptions."""
 Call = dict[str, Any]
 Checker = Callable[[list[Call], list[Call], list[Call], str], bool]
 
 
 def load_checker(folder: Path) -> Checker:
-    """BFCL's AST checker, imported without the vendors' clients that its table of models asks for."""
+    """Import BFCL's AST checker without the vendors' clients that its table of models needs."""
     sys.path.insert(0, str(folder))
 
     class _Model:
@@ -77,7 +77,7 @@ def load_checker(folder: Path) -> Checker:
 
 
 def load_rows(folder: Path, category: str) -> Iterator[tuple[str, list[Call], list[Call]]]:
-    """(id, functions, truth) of each row; an irrelevant request's truth is empty."""
+    """Return (id, functions, truth) of each row. The truth of an irrelevant request is empty."""
     data = folder / "bfcl_eval" / "data"
     name = f"BFCL_v4_{category}.json"
     answers = data / "possible_answer" / name
@@ -93,7 +93,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def replies(truth: list[Call], functions: list[Call]) -> Iterator[tuple[str, list[Call]]]:
-    """(what was done to them, calls): first those that follow the truth, then one change at a time."""
+    """Yield (kind of change, calls): first the replies that follow the truth, then replies with one change each."""
     for name, pick in (("first accepted", 0), ("last accepted", -1)):
         calls = [_call(call, pick) for call in truth]
         yield name, calls
@@ -189,7 +189,8 @@ def _values(value: Any) -> Iterator[tuple[str, Any]]:
 def compare(
     folder: Path, category: str, check: Checker, *, every: int = 1
 ) -> tuple[Counter[str], list[str], list[str]]:
-    """Of one category: (replies by kind, a line for each disagreement, rows whose own truth BFCL refuses)."""
+    """Compare one category. Return replies by kind, a line for each disagreement, and the rows whose truth BFCL
+    refuses."""
     asked: Counter[str] = Counter()
     lines, refused = [], []
     for row, functions, truth in itertools.islice(load_rows(folder, category), None, None, every):

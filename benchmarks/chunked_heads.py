@@ -1,16 +1,16 @@
-"""What our log-prob head is compared with, each as a function of the same arguments.
+"""Other log-prob heads, with which ours is compared. Each is a function of the same arguments.
 
 ``hidden`` [T, H] and ``weight`` [V, H] with gradients, ``targets`` [T] -> log-probs [T], and entropies [T] or none.
 
-* **checkpointed chunks**: what one writes with torch alone: ``log_softmax`` of 1024 tokens at a time under
-  ``torch.utils.checkpoint``, so that the backward pass computes a chunk's logits again.
+* **checkpointed chunks** use torch alone: ``log_softmax`` of 1024 tokens at a time under ``torch.utils.checkpoint``, so
+  that the backward pass computes a chunk's logits again.
 * **TRL**: ``trl.kernels.chunked_logprob.ChunkedLogProbFunction`` as its GRPOTrainer calls it: tiles of 4096 tokens and
   32,768 columns; Triton on a GPU, torch without one.
-* **Liger**: what ``LigerFusedLinearGRPOLoss`` computes log-probs with: tiles of 2048 tokens and 4096 columns. It gives
-  no entropy, so it does less.
+* **Liger**: the log-prob computation of ``LigerFusedLinearGRPOLoss``, with tiles of 2048 tokens and 4096 columns. It
+  gives no entropy, so it does less.
 
 TRL and Liger are optional: ``available()`` names what is installed. None of these (``HEADS``) holds the whole logits.
-``naive`` does; ``products`` are the matrix products alone.
+``naive`` holds them. ``products`` computes only the matrix products.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 CHUNK_TOKENS = 1024
 TRL_COLUMNS = 32_768
-"""trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of trl 1.16.0; importing that module would load all of TRL."""
+"""trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of trl 1.16.0. Importing that module would load all of TRL."""
 LIGER_COLUMNS = 4096
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole logits [T, V], and what autograd keeps of them."""
+    """Compute the whole logits [T, V]. autograd keeps what it needs of them."""
     full = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
     return full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
 
 
 def products(hidden: Tensor, weight: Tensor, tile: tuple[int, int]) -> float:
-    """The matrix products that no chunked head can do without; ``tile``: tokens, and rows of the weight."""
+    """Compute only the matrix products that every chunked head needs. ``tile`` is a number of tokens and of weight
+    rows."""
     grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
     total = 0.0
     for piece in hidden.split(tile[0]):
@@ -84,7 +85,7 @@ PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
 
 
 def available() -> list[str]:
-    """Names of HEADS whose package is installed."""
+    """Return the names of HEADS whose package is installed."""
     return [
         name for name in HEADS if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]) is not None
     ]

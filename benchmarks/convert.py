@@ -1,12 +1,12 @@
-"""tools/convert.py beside a plain copy of the same bytes: GB/s of each direction and peak memory.
+"""Compare tools/convert.py with a plain copy of the same bytes: GB/s of each direction, and peak memory.
 
     python benchmarks/convert.py [--gb 10] [--folder /var/tmp]
 
-Makes a Llama-shaped model of random bf16 weights of about ``--gb`` (10^9 bytes) in shards of 2 GB, then, each in a
-process of its own: copies its folder, converts it to Megatron-Core's torch_dist and back, and verifies the result.
-Peak memory is the process's resident set at its highest, program, libraries and the mapped pages of the files that it
-reads included; the last the system takes back when it needs them. Needs four times the
-size on disk. Every file is flushed to disk before the clock stops; reads may come from the page cache, for all alike.
+The program makes a Llama-shaped model of random BF16 weights of about ``--gb`` (10^9 bytes) in shards of 2 GB. Then it
+copies the folder, converts it to Megatron-Core's torch_dist and back, and verifies the result. Each of these runs in a
+process of its own. Peak memory is the highest resident set of the process. It includes the program, the libraries, and
+the mapped pages of the files that it reads, which the system can take back. The disk must have room for four times the
+size. Every file is flushed to disk before the clock stops. All reads may come from the page cache.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        # In a child: what this process has in memory would be counted as each child's, which begins as its copy.
+        # A child makes the model. Each child starts as a copy of this process, so this process must stay small.
         made = [sys.executable, __file__, "--make", str(folder / "hf"), "--gb", str(arguments.gb)]
         subprocess.run(made, check=True)
         size = sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
@@ -99,7 +99,7 @@ def make_model(folder: Path, gb: float) -> None:
         numbers = torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16, generator=generator)
         return numbers.bitwise_and_(-32257).view(
             torch.bfloat16
-        )  # without the exponent's top bits: always finite
+        )  # without the top bits of the exponent, so that numbers are finite
 
     names = read_shape(folder).weights.hf_names()
     placed = write_shards(
@@ -110,7 +110,7 @@ def make_model(folder: Path, gb: float) -> None:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds until the written files are on disk, and peak memory in bytes, of a child process."""
+    """Run a child process. Return the seconds until its files are on disk, and its peak memory in bytes."""
     begun = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)

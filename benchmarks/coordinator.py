@@ -110,7 +110,7 @@ def receiving() -> Table:
 
 
 def reply(request: GenerateRequest, rng: np.random.Generator) -> bytes:
-    """JSON with the fields that vLLM 0.32 sends, random tokens and log-probs."""
+    """A reply as JSON with the fields that vLLM 0.32 sends, with random tokens and log-probs."""
 
     def choice(index: int) -> dict[str, Any]:
         token_ids = rng.integers(10, 150_000, request.max_tokens).tolist()
@@ -140,7 +140,7 @@ def reply(request: GenerateRequest, rng: np.random.Generator) -> bytes:
 
 
 def random_samples(rollouts: int) -> list[TrainSample]:
-    """Sequences of rollouts with constants as CHORD's policy term has them. Every eighth group has equal rewards."""
+    """Random sequences with the constants of CHORD's policy term. Every eighth group has equal rewards."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(RESPONSE) - 0.18, 0.6, rollouts), 8, 8 * RESPONSE).astype(int)
     advantages = rng.standard_normal(rollouts)
@@ -163,7 +163,7 @@ def random_samples(rollouts: int) -> list[TrainSample]:
 
 
 def measured(samples: list[TrainSample], arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
-    """By work, seconds and bytes."""
+    """Return seconds and bytes of each kind of work."""
     layout = make_layout(
         data=arguments.ranks // arguments.replica,
         tensor=arguments.replica,

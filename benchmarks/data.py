@@ -115,7 +115,7 @@ def _measure(tokenizer: Path, rows: int, tokens: int, place: Path | None) -> Res
 
         def cold() -> Any:
             found = load(file, template)
-            template.renderer.rest()  # its processes are counted when they have ended
+            template.renderer.rest()  # its processes count only after they have ended
             return found
 
         before, _ = _measured(partial(_encoded, backend.encode_batch_fast, file))
@@ -174,13 +174,13 @@ def _measured(action: Callable[[], Any]) -> tuple[Time, Any]:
 
 
 def _cpu_s() -> float:
-    """Of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and of its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since ``_forget_peak``."""
+    """Return bytes of this process: VmRSS now, and VmHWM, the maximum since ``_forget_peak``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
@@ -190,7 +190,7 @@ def _forget_peak() -> None:
 
 
 def _encoded(encode: Callable[..., list[Any]], file: Path) -> int:
-    """Number of tokens of the rendered conversations. Rendering is a replaced string here."""
+    """Return the number of tokens of the rendered conversations. Rendering only replaces a part of a string here."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     return sum(len(one.ids) for texts in _batches(file) for one in encode(texts, add_special_tokens=False))
 
@@ -242,7 +242,7 @@ def _train_tokenizer(folder: Path) -> Path:
 
 
 def _write_rows(file: Path, template: Any, rows: int, tokens: int) -> None:
-    """Paragraphs of this project's text in random order, about ``tokens`` tokens a row."""
+    """Write paragraphs of this project's text in random order, with about ``tokens`` tokens a row."""
     pieces = [
         piece for text in _sources() for piece in text.split("\n\n") if "<" not in piece and piece.strip()
     ]

@@ -1,11 +1,11 @@
-"""Stops every process of a run in every phase with SIGSTOP, and tabulates who was named, how soon, and that it resumed.
+"""Stop every process of a run in every phase with SIGSTOP. Print who was named, how soon, and whether the run resumed.
 
     python benchmarks/frozen.py --output FOLDER [--who rank grader server]
 
-One run in two ranks, on the quick start's policy. Each rank is stopped in each phase; each time the run must name the
-rank, end with exit code 79, and go on with ``--resume auto``, which the next case does. Then the server and the grader
-are stopped in a run that must survive it. A phase of this small model lasts milliseconds: the process may have got into
-the next one when the signal comes, so the phase that was named is listed beside the one that was aimed at.
+The run has two ranks and the quick start's policy. Each rank is stopped in each phase. Each time the run must name the
+rank, end with exit code 79, and continue with ``--resume auto``, which the next case uses. Then the server and the
+grader are stopped in a run that must survive this. A phase of this small model lasts milliseconds, so the process may
+be in the next phase when the signal arrives. The table therefore has both the intended phase and the reported one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
 BEAT_S = 0.1
 SILENCE_S = 8.0
 SERVER_S = 40.0
-"""A new server compiles at its first request, and computes no token meanwhile."""
+"""Seconds. A new server compiles at its first request and computes no token meanwhile."""
 PUSH_S = 20.0
 GRADING_S = 4.0
 PHASES = ("loading", "waiting for servers", "collecting", "computing", "evaluating", "saving", "pushing")
 HELPERS = {"grader": "rewards.worker", "server": "vllm.entrypoints"}
-"""By name, words of the process's command."""
+"""For each helper, the words by which its command is found."""
 HELPED = ("collecting", "evaluating", "computing", "pushing")
 """The phases in which a helper is stopped."""
 WAIT_S = 180.0
@@ -72,7 +72,7 @@ def write_run(folder: Path) -> Path:
 
 
 class Run:
-    """A run under way, as its files and /proc show it."""
+    """A running run, as its files and /proc show it."""
 
     def __init__(self, config: Path) -> None:
         self.output = config.parent / "out"
@@ -104,7 +104,7 @@ class Run:
         return 0
 
     def phase(self, rank: int) -> tuple[int, str]:
-        """A rank's process and its phase; 0 while there is none."""
+        """Return a rank's process and its phase. The process is 0 while there is none."""
         for path in (self.output / ".heartbeats").glob(f"*/rank-{rank}.json"):
             with contextlib.suppress(OSError, ValueError):
                 beat = json.loads(path.read_text())

@@ -1,8 +1,8 @@
-"""Hostile text through every grader: nothing may hang, run, or be left behind, and no worker may be lost for good.
+"""Send hostile text through every grader: nothing may hang, run or be left behind, and no worker may be lost for ever.
 
-The strings are made of what has broken graders: code, brackets by the ten thousand, powers of powers, half tags, odd
-Unicode, repeated pieces of every form that is read, and mutations of right answers. Each is graded in the real worker
-processes; a canary file is what the code in them would write.
+The strings are of kinds that have broken graders: code, ten thousands of brackets, powers of powers, incomplete tags,
+odd Unicode, repeated pieces of every form that is read, and mutations of right answers. Each is graded in the real
+worker processes. The code in the strings would write a canary file if it ran.
 
     python benchmarks/fuzz_graders.py [--count 10000] [--seed 0]           # 10 minutes on two cores
 """
@@ -91,7 +91,7 @@ WRAPPERS: list[Callable[[str], str]] = [
 
 
 def hostile(rng: random.Random, canary: str, truth: str) -> str:
-    """One string; the same for the same state of `rng`."""
+    """Return one string. Equal states of `rng` give equal strings."""
     kind = rng.randrange(6)
     if kind == 0:
         text = rng.choice(CODE).format(c=canary)
@@ -127,7 +127,8 @@ def hostile(rng: random.Random, canary: str, truth: str) -> str:
 def fuzz(
     kind: str, *, count: int, seed: int, timeout_s: float, workers: int
 ) -> tuple[list[Grade], float, list[Path]]:
-    """(grades in order, seconds, canaries found) of `count` strings through the grader `kind`."""
+    """Send `count` strings through the grader `kind`. Return grades in order, seconds, and the canaries that were
+    found."""
     rng = random.Random(f"{seed} {kind}")
     with tempfile.TemporaryDirectory() as folder:
         canary = Path(folder) / "canary"

@@ -1,8 +1,8 @@
-"""Precision and recall of the mathematics grader, and of bare math-verify, over every truth of public benchmarks.
+"""Measure precision and recall of the mathematics grader, and of math-verify alone, on public benchmarks.
 
-Each truth is written in other ways that mean the same, and in ways that a careless grader takes for it (off by one,
-another sign, a swapped pair, another base, an open end for a closed one). Which is which follows from the rewriting
-alone: no grader is asked. GSM8K's many equal truths are graded once and count as often as they occur.
+Each truth is rewritten in ways that mean the same, and in ways that only a careless grader accepts (off by one, another
+sign, a swapped pair, another base, an open end for a closed one). The kind of rewriting decides whether an answer is
+right, so no grader is asked. GSM8K has many equal truths: each is graded once and counts as often as it occurs.
 
     python benchmarks/grading.py [FOLDER]     # of the data sets, default MEGATRON_CHORD_DATA; 4 minutes on one core
 """
@@ -44,7 +44,7 @@ _UNIT = re.compile(r"(.*\S)\s*\\(?:text|mbox)\{ ?([a-z]+) ?\}(\^2)?")
 
 
 def rewritten(truth: str) -> Forms:
-    """(name of the rewriting, an answer that is right), without what does not apply to this truth."""
+    """Yield (name of the rewriting, a right answer). Rewritings that do not apply to this truth are left out."""
     yield "as it is", truth
     yield "spaced", f"\\, {truth} \\;"
     if "\\frac" in truth:
@@ -167,7 +167,7 @@ def _text_forms(truth: str) -> Forms:
 
 
 def near_misses(truth: str) -> Forms:
-    """(name of the mistake, an answer that is wrong)."""
+    """Yield (name of the mistake, a wrong answer)."""
     yield from _integer_misses(truth)
     yield from _number_misses(truth)
     yield from _other_misses(truth)
@@ -279,7 +279,8 @@ def _finite(value: Fraction) -> str | None:
 
 
 def sentences(answer: str, number: int) -> str:
-    """A response that gives the answer; which one of several goes by `number`, so that each form meets each."""
+    """Return a response that gives the answer. `number` chooses one of several forms, so that each form occurs with
+    each."""
     is_bare_text = re.fullmatch(r"[A-Z]\.|.*\bbase\b.*|[^\\$]*[a-z]{3,}[^\\$]*", answer)
     return [
         f"Adding both, we get $\\boxed{{{answer}}}$.",
@@ -293,7 +294,7 @@ def sentences(answer: str, number: int) -> str:
 
 
 def bare(text: str, truth: str) -> bool:
-    """math-verify as its README uses it."""
+    """Grade with math-verify as its README shows."""
     gold = parse(f"${truth}$", parsing_timeout=None)  # type: ignore[arg-type]
     return verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None)  # type: ignore[arg-type]
 

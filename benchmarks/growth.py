@@ -1,12 +1,13 @@
-"""How each part grows: with tokens, vocabulary, group size, ranks, bytes and samples. One table each.
+"""Measure how each part grows with tokens, vocabulary, group size, ranks, bytes and samples, in one table each.
 
     python benchmarks/growth.py [TABLE ...] [--rounds 2]      # all tables: 15 minutes on two cores
 
-In a table one thing doubles from row to row (as nearly as samples allow) and the rest stays. **exponent** is the slope
-between a row and the one above it on logarithmic axes: 1 is linear growth, 0 none, 2 quadratic; the last line fits all
-rows. A part with a fixed share stays below 1 while that share counts. Each row is measured by the program named, in
-processes of their own, all rows in turn for ``--rounds`` rounds, and the fastest round counts. Seconds are CPU time, of
-the slowest rank where there are several; of a push they are elapsed time. Memory is the extra peak of these programs.
+In a table one quantity doubles from row to row (as nearly as samples allow), and the rest stays. **exponent** is the
+slope between a row and the row above it on logarithmic axes: 1 is linear growth, 0 none, 2 quadratic. The last line
+fits all rows. A part with a fixed share stays below 1 while that share matters. The named program measures each row in
+processes of their own. All rows take turns for ``--rounds`` rounds, and the fastest round counts. Seconds are CPU
+time, that of the slowest rank if there are several. For a push they are elapsed time. Memory is the extra peak of
+these programs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from megatron_chord.records import Part, TrainSample
 
 HERE = Path(__file__).resolve().parent
 MODEL = {"hidden": 512, "layers": 2, "vocab": 4096}
-"""The step's: small, so that the fixed costs of a step show, if there are any; 2 key-value heads for 2 tensor ranks."""
+"""The model of the step, so small that fixed costs of a step would show. 2 key-value heads allow 2 tensor ranks."""
 SHAPE = ", ".join(f"{name} {value}" for name, value in MODEL.items())
 
 
@@ -42,7 +43,7 @@ SHAPE = ", ".join(f"{name} {value}" for name, value in MODEL.items())
 class Row:
     label: str
     amount: float
-    """Of what grows."""
+    """The amount of what grows."""
     seconds: float
     extra_bytes: float | None = None
     remark: str = ""
@@ -52,11 +53,11 @@ class Row:
 class Series:
     title: str
     what: str
-    """What grows, and its unit."""
+    """What grows, with its unit."""
     points: Sequence[Any]
     measure: Callable[[Any, Path], Row]
     is_scale: bool = True
-    """The rows are amounts of one thing, so that growth has an exponent."""
+    """Whether the rows are amounts of one thing. Only then growth has an exponent."""
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def head(tokens: int, vocab: int, ranks: int = 1) -> tuple[float, float]:
-    """CPU seconds and extra bytes of the log-prob head, of the slowest and the fullest rank."""
+    """Return CPU seconds and extra bytes of the log-prob head: those of the slowest rank and of the fullest rank."""
     options = {"child": "chunked", "tokens": tokens, "vocab": vocab, "hidden": 256}
     found = children("logprob_head.py", options, ranks)
     return max(row["seconds"] for row in found), max(row["extra_bytes"] for row in found)
@@ -131,7 +132,8 @@ def step_by_tokens(samples: int, model: Path) -> Row:
 
 
 def step_by_group(group: int, model: Path) -> Row:
-    """2 prompts; the remark says what would be left if the rollouts of a prompt passed it once."""
+    """Measure a step with 2 prompts. The remark says what would be left if all rollouts of a prompt shared one pass of
+    it."""
     (found,) = step(model, rollouts=2 * group, demonstrations=0, group=group)
     drawn = make_samples(rollouts=2 * group, demonstrations=0, group=group, vocab=MODEL["vocab"])
     prompts = {tuple(sample.token_ids[: sample.parts[0].positions[0]].tolist()) for sample in drawn}
@@ -182,7 +184,7 @@ def push_by_bytes(hidden: int, _: Path) -> Row:
 
 
 def packing_by_samples(count: int, _: Path) -> Row:
-    """From samples to the micro-batches of 8 data-parallel ranks, their arrays included."""
+    """Measure the way from samples to the micro-batches of 8 data-parallel ranks, with their arrays."""
     rng = np.random.default_rng(0)
     samples = []
     for length in np.clip(rng.lognormal(np.log(250), 0.4, count), 40, 2048).astype(int):
@@ -250,7 +252,7 @@ SERIES = {
 
 
 def children(program: str, options: Mapping[str, Any], ranks: int) -> list[dict[str, Any]]:
-    """What a benchmark's child processes report, by rank."""
+    """Return what the child processes of a benchmark report, by rank."""
     command = [sys.executable, str(HERE / program)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return in_ranks(command, ranks)
@@ -287,7 +289,7 @@ def show(series: Series, rows: Sequence[Row], console: Console) -> None:
 
 
 def slope(rows: Sequence[Row | None], name: str) -> str:
-    """Of a least-squares line through the logarithms; nothing without a row above."""
+    """Return the slope of a least-squares line through the logarithms. Return nothing if there is no row above."""
     known = [row for row in rows if row is not None]
     if len(known) < 2:
         return ""

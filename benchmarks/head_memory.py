@@ -1,11 +1,11 @@
-"""How much memory a chunked log-prob head may need beyond its inputs: the limit that benchmarks hold it to."""
+"""The limit of the memory that a chunked log-prob head may need beyond its inputs. Benchmarks check it."""
 
 from __future__ import annotations
 
 LIBRARIES = 0.5e9
-"""Bytes that libraries take for themselves: work space of matrix products, threads, code that is loaded late."""
+"""Bytes that libraries use for themselves: work space of matrix products, threads, and code that is loaded late."""
 UNUSED = 0.1
-"""Share that allocators leave unused between tensors."""
+"""The share that allocators leave unused between tensors."""
 
 
 def head_limit(*, tokens: int, vocab: int, hidden: int, itemsize: int, tile_bytes: int) -> float:

@@ -1,11 +1,11 @@
-"""Runs that are killed 30 times at random moments and resumed, beside the same runs undisturbed.
+"""Kill runs 30 times at random moments and resume them, and compare them with the same runs undisturbed.
 
     python benchmarks/kills.py [--seed 1] [--rl 12 --rl-two-ranks 8 --sft-two-ranks 10]
 
-SIGKILL of the trainer (or its launcher), of each of two ranks, and of the server; while the run starts, within a step,
-within a save and after it. Everything runs on one core, with rollout.repeatable. At the end
-nothing may be left in the process table, the temp folder, ``/dev/shm`` and the checkpoints' folder, and metrics and
-exported policy must be those of the undisturbed run, bit for bit. Exits with 0 when all of it holds.
+SIGKILL goes to the trainer (or its launcher), to each of two ranks, and to the server: while the run starts, within a
+step, within a save and after it. Everything runs on one core, with rollout.repeatable. At the end nothing may be left
+in the process table, the temp folder, ``/dev/shm`` and the checkpoints' folder. Metrics and exported policy must equal
+those of the undisturbed run bit for bit. The exit code is 0 if all of this holds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def compare(folder: Path, name: str, count: int, seed: int) -> bool:
-    """Whether all of it holds for one kind of run."""
+    """Compare one kind of run. Return whether everything holds."""
     victims, overrides = CASES[name]["victims"], CASES[name]["overrides"]
     config = write_config(folder, steps=count + 4)
     print(f"{name}: undisturbed")

@@ -1,22 +1,22 @@
-"""The log-prob head against the naive one: time and memory of one forward and backward pass.
+"""Compare the log-prob head with others: time and memory of one forward and backward pass.
 
     python benchmarks/logprob_head.py [--tokens 8192 --vocab 152064 --hidden 256 --dtype fp32 --device cpu]
 
 Both compute log softmax(hidden @ weight.T) at the targets and its entropy, and the gradients of both (``--loss
 logprobs``: of the log-probs alone, as in training without an entropy bonus) with respect to hidden states and weight.
-The naive head makes the whole logits [tokens, vocabulary] and lets autograd keep what it keeps. A third row times the
-matrix products alone that a chunked head cannot do without (logits, logits again in the backward pass, two gradients):
-the bound. On a GPU one more row is the chunked head with torch's operations in place of Triton's kernels. Then come
-other people's chunked heads (``chunked_heads.py``): torch's own checkpointing, and those of TRL and Liger where
-installed. Each runs in a process of its own, so that none profits from what is left, in turn for
-``--rounds`` rounds, of which the fastest counts.
+The naive head makes the whole logits [tokens, vocabulary], and autograd keeps what it needs of them. A third row is
+the bound: the time of only the matrix products that a chunked head needs (logits, logits again in the backward pass,
+two gradients). On a GPU one more row is the chunked head with torch's operations in place of Triton's kernels. Then
+come other chunked heads (``chunked_heads.py``): torch's own checkpointing, and those of TRL and Liger if they are
+installed. Each runs in a process of its own, so that none profits from another's leftovers. All take turns for
+``--rounds`` rounds, and the fastest round counts.
 
-Extra peak memory is what the pass needed beyond its inputs, the gradients included: the resident set's high-water mark
-(VmHWM) less the resident set before the pass on a CPU, torch's allocation counters on a GPU. Seconds are CPU time on a
-CPU (of all threads together), which other processes disturb little, and elapsed time on a GPU. The naive head runs with
-``--naive-tokens`` tokens (0: not at all) where the whole number would not fit; its numbers are then also shown scaled
-to all tokens (seconds, and memory but for the gradient of the weight, in proportion to the tokens), and marked so.
-Exits with 1 when the chunked head needs more than the limit, or heads that took the same tokens disagree.
+Extra peak memory is what the pass needed beyond its inputs, with the gradients. On a CPU it is the peak of the
+resident set (VmHWM) minus the resident set before the pass. On a GPU torch's allocation counters give it. Seconds are
+CPU time of all threads on a CPU, which other processes disturb little, and elapsed time on a GPU. If the whole number
+of tokens would not fit, the naive head runs with ``--naive-tokens`` tokens (0: not at all). Its numbers are then also
+scaled to all tokens and marked so: seconds, and memory without the gradient of the weight, in proportion to the
+tokens. The exit code is 1 if the chunked head needs more than the limit, or if heads with the same tokens disagree.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
     runs = {"chunked": (tokens, 1), "products": (tokens, 1)}
     runs |= {"ranks": (tokens, arguments.tensor)} if arguments.tensor > 1 else {}
     runs |= {"naive": (naive_tokens, 1)} if naive_tokens else {}
-    if arguments.device == "cuda":  # on a CPU they are what the chunked head itself has
+    if arguments.device == "cuda":  # on a CPU the chunked head uses these anyway
         runs["torch-sweeps"] = (tokens, 1)
     runs |= dict.fromkeys(arguments.peers, (tokens, 1))
     rounds = [
@@ -104,9 +104,9 @@ def parse() -> argparse.Namespace:
 
 
 def in_children(head: str, tokens: int, ranks: int) -> dict[str, Any]:
-    """As many processes with a shard of the vocabulary each; what the slowest took, and the fullest needed.
+    """Run one process for each shard of the vocabulary. Return the slowest's time and the fullest's memory.
 
-    The later of two values of one option counts, so the children's own follow ours.
+    The later of two values of an option counts, so the options of the children come after ours.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--child", head, "--tokens", str(tokens)]
     rows = in_ranks(command, ranks)
@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
     budget = arguments.chunk_mb * 2**20 if arguments.chunk_mb else None
     tile = tile_for(like, arguments.vocab // ranks, kernels, budget)
     sizes = (arguments.tokens, arguments.vocab, tile)
-    # Libraries load their kernels; on a GPU also those that are chosen, or compiled, by size.
+    # Libraries load their kernels now. On a GPU, kernels are also chosen or compiled by size.
     run_head(arguments, head, *(sizes if like.is_cuda else (32, 1000, (16, 500))))
     extra, value, seconds = run_head(arguments, head, *sizes)
     return {
@@ -141,7 +141,7 @@ def measure(arguments: argparse.Namespace, head: str) -> dict[str, Any]:
 def run_head(
     arguments: argparse.Namespace, head: str, tokens: int, vocab: int, tile: tuple[int, int]
 ) -> tuple[int, float, float]:
-    """Extra peak bytes, the mean log-prob (to see that both heads agree) and seconds."""
+    """Return extra peak bytes, the mean log-prob (which must be equal for both heads) and seconds."""
     torch.manual_seed(0)
     dtype, device = DTYPES[arguments.dtype], torch.device(arguments.device)
     group = dist.group.WORLD if dist.is_initialized() else None
@@ -186,7 +186,7 @@ def run_head(
 
 
 def reset_peak(device: torch.device) -> int:
-    """Bytes in use now, from where the peak is counted."""
+    """Start the count of the peak. Return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,12 +1,12 @@
-"""Every method of examples/methods on the quick start's task, at equal budget: what each learns and what it costs.
+"""Train every method of examples/methods on the quick start's task, at equal budget: what each learns and costs.
 
     python benchmarks/methods.py [NAME ...] [--seeds 1] [--steps 40] [--output FILE]
 
-Each file of examples/methods (or those named) is trained as it stands, one after the other in this process, against
-one vLLM server, to which every run pushes its own weights. Accuracy is that of greedy answers to the 200 held-out
-problems. ``tokens`` are those trained on (prompts included) and ``rollouts`` those sampled for training: methods spend
-different amounts of either in a step. One seed on one toy task ranks nothing in general: it shows that each method
-runs, learns, and what a step of it costs.
+Each file of examples/methods (or each named one) is trained without changes, one after the other in this process, with
+one vLLM server to which every run pushes its own weights. Accuracy is that of greedy answers to the 200 held-out
+problems. ``tokens`` are the trained tokens with prompts, ``rollouts`` those sampled for training. Methods spend
+different amounts of both in a step. One seed on one toy task does not rank methods in general. It shows that each
+method runs and learns, and what a step of it costs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - set(SHARED))
     arguments = parse(names)
     chosen = arguments.names or names
-    for name in chosen:  # all of them, before the first one trains
+    for name in chosen:  # check all before the first trains
         try:
             check_run(run_of(name, 0, Path("unused"), "http://127.0.0.1:1", arguments.steps), world_size=1)
         except ValueError as error:
@@ -98,7 +98,7 @@ def run_of(name: str, seed: int, output: Path, url: str, steps: int) -> RunConfi
 
 
 def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[str, Any]:
-    """Train one file; the numbers of its row."""
+    """Train one file. Return the numbers of its row."""
     run = run_of(name, seed, output, url, steps)
     begun = time.monotonic()
     with (output.parent / f"{output.name}.log").open("w") as log, contextlib.redirect_stdout(log):

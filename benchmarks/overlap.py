@@ -1,13 +1,13 @@
-"""The time of a step when its rollouts are sampled before it trains, and while the step before trains.
+"""Measure the time of a step whose rollouts are sampled before it trains, or while the previous step trains.
 
     python benchmarks/overlap.py [--steps 12] [--repeats 2] [--prompts 16] [--rollouts 8] [--threads 1] [--output FILE]
 
-The quick start's policy and problems, against one vLLM server to which every run pushes its own weights:
-without ``rollout.asynchronous``, with it, and with its ``in_flight: keep``, in turn and ``--repeats`` times, each in a
-process of its own with ``--threads`` threads for the trainer and as many for the server. Medians over the steps of all
-repeats, the first two of each run left out. ``best`` is what perfect overlap would give: the longer of sampling and
-training without it, and the push of weights, which neither can overlap with. It cannot be had where both want the same
-cores.
+The runs use the quick start's policy and problems, and one vLLM server to which every run pushes its own weights. They
+are without ``rollout.asynchronous``, with it, and with its ``in_flight: keep``, in turn and ``--repeats`` times. Each
+runs in a process of its own, with ``--threads`` threads for the trainer and as many for the server. The numbers are
+medians over the steps of all repeats, without the first two steps of each run. ``best`` is what perfect overlap would
+give: the longer of sampling and training without overlap, plus the push of weights, which overlaps with neither. It
+cannot be reached if both need the same cores.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def seconds(steps: Steps, *names: str) -> float:
-    """Median over steps of the sum of these phases."""
+    """Return the median over steps of the sum of these phases."""
     return statistics.median(sum(row["seconds"][name] for name in names) for row in steps)
 
 

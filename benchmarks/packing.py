@@ -1,12 +1,12 @@
-"""Packing against padding, on lengths as of GSM8K and as of long reasoning: tokens passed, and balance over ranks.
+"""Compare packing with padding, on lengths like GSM8K's and like long reasoning: tokens passed, and balance over ranks.
 
     python benchmarks/packing.py [--samples 1024 --ranks 8 --max-tokens 32768]
 
-For both, samples are put into micro-batches of at most ``--max-tokens`` tokens, padding included. Padding takes them as
-drawn, or sorted by length; packing aligns sequences and micro-batches as tensor parallel 4 with sequence parallelism
-and context parallel 2 want it. **Efficiency** is real tokens over tokens passed through the model. Packed micro-batches
-number a multiple of the ranks, and are as full as that lets them be. **Imbalance** is the most loaded rank's work over
-the mean, with attention counted as a 7B model's (a sequence of n tokens costs n + 1.5e-5 n^2).
+Both put samples into micro-batches of at most ``--max-tokens`` tokens, with padding. Padding takes samples as drawn, or
+sorted by length. Packing aligns sequences and micro-batches as tensor parallel 4 with sequence parallelism and context
+parallel 2 need it. **Efficiency** is real tokens divided by tokens passed through the model. The number of packed
+micro-batches is a multiple of the ranks; they are as full as this allows. **Imbalance** is the work of the most loaded
+rank divided by the mean, with a 7B model's attention (a sequence of n tokens costs n + 1.5e-5 n^2).
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def main() -> int:
 
 
 def padded(lengths: list[int], arguments: argparse.Namespace) -> tuple[int, float, float]:
-    """Number of micro-batches of samples in order, dealt out to the ranks in turn; efficiency and imbalance."""
+    """Put samples into micro-batches in order, and give these to the ranks in turn.
+
+    Returns the number of micro-batches, the efficiency and the imbalance.
+    """
     groups: list[list[int]] = [[]]
     for length in lengths:
         if groups[-1] and (len(groups[-1]) + 1) * max(*groups[-1], length) > arguments.max_tokens:

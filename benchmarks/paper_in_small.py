@@ -4,10 +4,10 @@
     python benchmarks/paper_in_small.py --quick        # two seeds of four methods: about 10 minutes on two cores
     python benchmarks/paper_in_small.py --only-tables  # of the runs that have finished
 
-Every run is a training by the real trainer (Megatron-Core, vLLM) on the world of ``examples/evidence``; two run at a
-time. A run that has finished is kept in ``OUTPUT/results``. The same command goes on where an earlier one ended: it
-trains what is missing, and what was trained with other settings, another base policy or other data. ``--publish`` puts
-tables and figures into ``docs/evidence.md``, and all numbers into ``benchmarks/results``.
+Every run is a training by the real trainer (Megatron-Core, vLLM) on the world of ``examples/evidence``. Two runs go at
+a time. A finished run is kept in ``OUTPUT/results``. The same command continues where an earlier one ended: it trains
+what is missing, and what was trained with other settings, another base policy or other data. ``--publish`` puts tables
+and figures into ``docs/evidence.md``, and all numbers into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     place = Place(chosen.output / size.name)
     place.prepare(size)
-    for method in size.methods:  # all of them, before the first one trains
+    for method in size.methods:  # check all before the first trains
         try:
             for run in place.load(Job(method, size.seeds[0]), size):
                 check_run(checkable(run), world_size=1)
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report(results: Sequence[dict[str, Any]], folder: Path, minutes: float | None, *, publish: bool) -> None:
-    """Tables on the console and in ``folder``; with ``publish`` also in the documentation."""
+    """Write tables to the console and into ``folder``, and with ``publish`` also into the documentation."""
     from paper import page
 
     records: dict[str, dict[int, dict[str, Any]]] = {}

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""The planner beside published runs: predicted, published, error, and which rows its constants were chosen on.
+"""Compare the planner with published runs: predicted, published, error, and the use of each row for its constants.
 
     python benchmarks/planner.py
 
-Below it each of the calibrated runs once more, predicted with the two main constants fitted to the other five alone:
-how much that one run decides. Exits with 1 when a row of the table is off by more than 20 %. Sources: docs/planning.md.
+Below the table, each calibrated run is predicted again, with the two main constants fitted to only the other five.
+This shows how much the one run decides. The exit code is 1 if a row of the table is wrong by more than 20 %.
+docs/planning.md has the sources.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from megatron_chord.precision import Precision
 LIMIT = 0.20
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
 Use = Literal["calibrated", "held back", "fitted without it"]
-"""Calibrated: constants were chosen with the row in view. Held back: it was not looked at."""
+"""How a row was used. calibrated: constants were chosen with it. held back: it was not looked at for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +94,11 @@ def _shape(name: str) -> ModelShape:
 
 ONE_GPU = ParallelConfig()
 PROMPT_TOKENS = 127
-"""Per sample; from comparing the published columns."""
+"""Tokens of a prompt, derived from comparing the published columns."""
 MOST_TOKENS = 4096
-"""Prompt and response."""
+"""Tokens of a prompt and its response, at most."""
 PACK = 16384
-"""Tokens of a packed micro-batch; not published."""
+"""Tokens of a packed micro-batch. This number is not published."""
 
 
 def _grpo(
@@ -235,7 +236,8 @@ def _grpo_rows() -> list[Row]:
 
 
 def refitted_rows() -> list[Row]:
-    """Each calibrated run by ``train_efficiency`` and ``decode_step_s`` that fit the other five best, on a grid."""
+    """Predict each calibrated run with the ``train_efficiency`` and ``decode_step_s`` that fit the other five best, on
+    a grid."""
     runs = [run for run in _RUNS if run[2] == "calibrated"]
     steps: dict[tuple[float, float], list[float]] = {}
     for milliseconds in range(2, 13):
@@ -277,7 +279,7 @@ def refitted_rows() -> list[Row]:
 
 
 def _phase_rows() -> list[Row]:
-    """The phases of the first two runs [RL-959], and a checkpoint's size [DGXC]."""
+    """The phases of the first two runs [RL-959], and the size of a checkpoint [DGXC]."""
     published = {
         "8B, 8 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 58},
         "70B, 64 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 84},
@@ -334,7 +336,7 @@ _GOLD = (
     ("7B GPT, TP4 PP1 DP2", ParallelConfig(tensor=4), 2, 20.66, 57.14, 1.115),
     ("7B GPT, TP1 PP4 VPP8 DP2", ParallelConfig(pipeline=4, virtual_pipeline=8), 1, 24.81, 60.72, 1.151),
 )
-"""Name, layout, sequences of a micro-batch, GB held, peak GB, seconds an iteration."""
+"""Name, layout, sequences of a micro-batch, GB held, peak GB, and seconds an iteration."""
 
 
 def _iteration_rows() -> list[Row]:
@@ -358,7 +360,7 @@ def _iteration_rows() -> list[Row]:
 
 
 def _memory_rows() -> list[Row]:
-    """torch's allocations of rank 0, so without CUDA's own; and the 70B SFT runs in FP8 [MB-SKILL-MEM]."""
+    """Memory that torch allocates on rank 0, without CUDA's own. Then the 70B SFT runs in FP8 [MB-SKILL-MEM]."""
     found = []
     inside = dataclasses.replace(CONSTANTS, cuda_bytes=0.0, fragmentation=0.0)
     for name, parallel, sequences, held, peak, _ in _GOLD:
@@ -371,7 +373,7 @@ def _memory_rows() -> list[Row]:
             recompute="none",
         )
         memory = stage_memory(shape, training, 0, inside)
-        # Learned positions, whole on every rank of the first stage: no family here has them.
+        # Learned positions are whole on every rank of the first stage. No family here has them.
         static = memory.static + (2 + 4 + 12 / 2) * 8192 * shape.hidden_size
         is_last = parallel.pipeline == 1
         logits = full_logits_bytes(shape.vocab_size / parallel.tensor, tokens) if is_last else 0.0
@@ -389,7 +391,7 @@ def _memory_rows() -> list[Row]:
                     use="held back",
                 )
             )
-    # FP8 weights (kept as FP8 with a transposed copy made for a moment), BF16 gradients.
+    # FP8 weights (kept as FP8; a transposed copy exists for a moment) and BF16 gradients.
     numerics = Numerics(weights=1, gradients=2, gemm_input=1)
     for name, parallel, data, published in (
         ("70B SFT FP8, TP4 PP4 VPP5 DP2", ParallelConfig(tensor=4, pipeline=4, virtual_pipeline=5), 2, 58.8),

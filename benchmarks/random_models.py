@@ -1,8 +1,8 @@
-"""Random models of every family: logits by Megatron-Core beside Transformers', or the reason why they are refused.
+"""Compare Megatron-Core's logits of random models with Transformers', or print the reason why a model is refused.
 
     python benchmarks/random_models.py --first 1000 --count 250
 
-Exit code 1 where a logit differs by more than 1e-4 (fp32, one rank). The models are tiny and drawn from the seed
+The exit code is 1 if a logit differs by more than 1e-4 (FP32, one rank). The models are tiny and drawn from the seed
 (tests/support/random_models.py); 250 of them take some minutes on one core.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/report.py [--steps 1000 10000]
 
-The numbers of the steps are random, with as many names as a run with everything turned on has; each of the last steps
+The numbers of the steps are random. They have as many names as in a run that uses everything. Each of the last steps
 has 512 answers of 1,000 tokens.
 """
 

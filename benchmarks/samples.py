@@ -7,17 +7,17 @@ import numpy as np
 from megatron_chord.records import Part, TrainSample
 
 SPREAD = 0.1
-"""Standard deviation of the rollouts' log-probs around those of a model that knows nothing."""
+"""The standard deviation of the rollouts' log-probs around those of a model that knows nothing."""
 
 
 def make_samples(
     *, rollouts: int, demonstrations: int, vocab: int, group: int = 1, tails: bool = False
 ) -> list[TrainSample]:
-    """With lengths as GSM8K's, in a random order that is the same every time.
+    """Samples with lengths like those of GSM8K, in a random order that is always the same.
 
     Args:
-        group: rollouts that share a prompt.
-        tails: long-tailed lengths of responses: mean 500, cut at 2000.
+        group: number of rollouts that share a prompt.
+        tails: long-tailed lengths of responses, with a mean of 500 and a maximum of 2000.
     """
     rng = np.random.default_rng(0)
     samples, prompt_ids = [], np.empty(0, np.int64)
@@ -34,11 +34,11 @@ def make_samples(
 
 
 def fill_tokens(tokens: int, *, longest: int, mean: int, vocab: int) -> list[TrainSample]:
-    """As many samples as have ``tokens`` tokens together, or a few more; every eighth one is a demonstration's.
+    """As many samples as have ``tokens`` tokens together, or a few more. Every eighth one is a demonstration.
 
     Args:
         longest: tokens of the longest sample.
-        mean: of the responses' lengths, which are exponentially distributed.
+        mean: mean length of the responses, which is exponentially distributed.
     """
     rng = np.random.default_rng(0)
     samples: list[TrainSample] = []
@@ -54,7 +54,7 @@ def fill_tokens(tokens: int, *, longest: int, mean: int, vocab: int) -> list[Tra
 def make_sample(
     rng: np.random.Generator, prompt_ids: np.ndarray, response: int, *, vocab: int, is_demonstration: bool
 ) -> TrainSample:
-    """The prompt with a random response of so many tokens."""
+    """One sample: the prompt with a random response of the given length."""
     prompt = len(prompt_ids)
     constants = {
         "advantage": float(rng.normal()),

@@ -42,10 +42,10 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-"""What a rehearsal on a CPU puts in place of the sizes."""
+"""The sizes that a rehearsal on a CPU uses instead."""
 
 
 def model_config(name: str, *, layers: int | None = None, tiny: bool = False) -> dict[str, Any]:
-    """A config.json of the shape; ``layers`` in place of its own number, ``tiny`` in place of its sizes."""
+    """Return a config.json of the shape. ``layers`` replaces its number of layers, and ``tiny`` replaces its sizes."""
     config = SHAPES[name] | (TINY if tiny else {})
     return config if layers is None else config | {"num_hidden_layers": layers}

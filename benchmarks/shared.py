@@ -1,5 +1,5 @@
-"""What several benchmarks need: a random model, processes as ranks, how much memory one takes, and what a result was
-got with."""
+"""Functions for several benchmarks: a random model, processes as ranks, the memory of a process, and the machine and
+versions of a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from megatron_chord.network import free_port
 
 
 def circumstances(*packages: str) -> str:
-    """Day, machine and its load of the last 5 minutes, versions of torch, megatron-core and ``packages``, command."""
+    """Return the day, the machine with its load of the last 5 minutes, the versions of torch, megatron-core and
+    ``packages``, and the command."""
     versions = [
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", *packages)
     ]
@@ -28,7 +29,7 @@ def circumstances(*packages: str) -> str:
 
 
 def in_ranks(command: Sequence[str], ranks: int) -> list[dict[str, Any]]:
-    """The command in as many processes, told their rank as torchrun would; the JSON of each last line, by rank."""
+    """Run the command in so many processes with torchrun's variables. Return the JSON of each last line, by rank."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     running = [
         subprocess.Popen(
@@ -43,12 +44,12 @@ def in_ranks(command: Sequence[str], ranks: int) -> list[dict[str, Any]]:
 
 
 def save_qwen2(folder: Path, *, hidden: int, layers: int, vocab: int) -> Any:
-    """A random fp32 model of Qwen2's shape in Hugging Face format; also returned, as Transformers' module."""
+    """Save a random FP32 model of Qwen2's shape in Hugging Face format. Return it as Transformers' module."""
     return save_model(folder, qwen2_config(hidden=hidden, layers=layers, vocab=vocab))
 
 
 def qwen2_config(*, hidden: int, layers: int, vocab: int) -> dict[str, Any]:
-    """A config.json of Qwen2's family in which the hidden size decides the other widths."""
+    """Return a config.json of Qwen2's family. The hidden size decides the other widths."""
     return {
         "model_type": "qwen2",
         "vocab_size": vocab,
@@ -63,10 +64,10 @@ def qwen2_config(*, hidden: int, layers: int, vocab: int) -> dict[str, Any]:
 
 
 def save_model(folder: Path, config: Mapping[str, Any], dtype: str = "fp32") -> Any:
-    """A random model of this config.json in Hugging Face format; also returned, as Transformers' module.
+    """Save a random model with this config.json in Hugging Face format. Return it as Transformers' module.
 
     Args:
-        dtype: of the weights, fp32 or bf16: in memory while they are made, and on disk.
+        dtype: of the weights, fp32 or bf16, in memory while they are made and on disk.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,12 +80,12 @@ def save_model(folder: Path, config: Mapping[str, Any], dtype: str = "fp32") -> 
 
 
 def reset_high_water_mark() -> None:
-    """Start VmHWM again from what is resident now."""
+    """Reset VmHWM to the present resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

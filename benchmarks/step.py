@@ -1,27 +1,27 @@
-"""A whole CHORD step beside the same step written with plain Transformers and AdamW: time and peak memory.
+"""Compare a whole CHORD step with the same step in plain Transformers and AdamW: time and peak memory.
 
     python benchmarks/step.py [--hidden 256 --layers 4 --vocab 32768 --rollouts 48 --demonstrations 16]
     python benchmarks/step.py --shape 7b --layers 4 --dtype bf16     # on a GPU
     python benchmarks/step.py --grpo          # mu = 0, rollouts alone: also beside TRL's GRPOTrainer, if installed
 
-One optimizer update of L = 0.8 L_GRPO + 0.2 L_SFT-phi on one process, in fp32, from the same random Qwen2-shaped model
-and the same samples, with lengths as GSM8K's (or, with ``--tails``, long-tailed ones): all passes, clipping, AdamW.
-Ours packs all samples and projects trained tokens alone, in chunks. The others pad micro-batches of the same token
-budget: once with the samples as drawn, once sorted by length, which is the best padding can do.
+Each makes one optimizer update of L = 0.8 L_GRPO + 0.2 L_SFT-phi in one process, in FP32, with all passes, clipping
+and AdamW. The random Qwen2-shaped model and the samples are the same for all. Lengths are like GSM8K's, or long-tailed
+with ``--tails``. Ours packs all samples and projects only trained tokens, in chunks. The others pad micro-batches with
+the same token budget: once with the samples as drawn, once sorted by length, which is the best that padding can do.
 
 * **its matrix products alone** is the bound: the layers' and the head's products of as many tokens, forward and
   backward, without attention, norms, softmax, clipping and AdamW.
-* **plain** makes whole logits: what one writes first.
+* **plain** makes whole logits, as in a first implementation.
 * **TRL** has no SFT term, so it is compared at mu = 0. Its loss is ``GRPOTrainer.compute_loss`` of a prepared
   batch (``loss_type="dapo"``: a mean over the update's tokens, as ours) with the rollouts' log-probs as the old ones;
   optimizer and clipping are the plain step's. Its head is chunked. On a CPU it projects all tokens; **completions
   alone** is what it does on a GPU, switched on here. Its trainer pads to the longest of all samples; here each
   micro-batch is padded to its own.
 
-Each runs in a process of its own, in turn for ``--rounds`` rounds; the first update warms up, the median of the next
-ones counts, and the fastest round. Seconds are CPU time of all threads (elapsed on a GPU). Extra peak memory is what
-updates needed beyond model, gradients and optimizer. TFLOP/s, and on a known GPU MFU, count the model's own products
-(``costs/flops.py``) over elapsed time. The losses of all are printed: they are the same number.
+Each runs in a process of its own, in turn for ``--rounds`` rounds. The first update warms up, and the median of the
+next ones counts, in the fastest round. Seconds are CPU time of all threads (elapsed time on a GPU). Extra peak memory
+is what updates needed beyond model, gradients and optimizer. TFLOP/s, and MFU on a known GPU, are the model's own
+products (``costs/flops.py``) divided by elapsed time. The losses of all are printed. They must be equal.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from megatron_chord.train.throughput import own_gpu, throughput
 GB = 1e9
 MU, LR, CLIP = 0.2, 1e-5, 0.2
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-"""Of the losses, which are sums of rounded log-probs."""
+"""The allowed relative difference of losses, which are sums of rounded log-probs."""
 KINDS = {
     "ours": "megatron_chord",
     "products": "its matrix products alone",
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights, also on disk"
     )
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)  # for growth.py's children
+    parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)  # growth.py uses it
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the model's config.json says."""
+    """Return the model's config.json."""
     if arguments.shape:
         return model_config(arguments.shape, layers=arguments.layers)
     return qwen2_config(hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seconds.append(clock() - start)
         elapsed.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
-    runtime.stop()  # or gloo's threads can abort the process as it ends
+    runtime.stop()  # otherwise gloo's threads can abort the process when it ends
     lengths = [len(sample.token_ids) for sample in samples]
     rate = throughput(
         read_shape(arguments.model),
@@ -249,7 +249,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
 
 
 def products(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
-    """The products that packed micro-batches cannot do without; the head's in chunks of 1024 tokens."""
+    """Compute only the products that packed micro-batches need. Those of the head are in chunks of 1024 tokens."""
     from transformers import AutoConfig
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -285,7 +285,7 @@ def products(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple
 
 
 def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
-    """What one writes first: padded micro-batches, whole logits, torch's AdamW."""
+    """The first implementation that one would write: padded micro-batches, whole logits, torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -326,7 +326,7 @@ def plain(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[An
 
 
 def trl(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any, int]:
-    """TRL's GRPO loss of prepared batches, its gradients, clipping and torch's AdamW."""
+    """TRL's GRPO loss of prepared batches with its gradients, then clipping and torch's AdamW."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -337,7 +337,7 @@ def trl(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any,
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if has_cuda else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    # Nothing is sampled or graded: tokenizer, reward and data only have to be there.
+    # Nothing is sampled or graded. The tokenizer, the reward and the data only have to exist.
     words = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1, "a": 2}, unk_token="a"))
     trainer: Any = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype),
@@ -365,7 +365,7 @@ def trl(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any,
     )
     model = trainer.model.to(device).train()
     trainer.current_gradient_accumulation_steps = (
-        1  # Trainer.train sets it; num_items_in_batch is the whole update's
+        1  # Trainer.train sets this; num_items_in_batch is that of the whole update
     )
     if arguments.child == "trl-completions":
         utils._use_triton = lambda _: True  # of its head: which tokens, not how
@@ -389,7 +389,7 @@ def trl(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any,
 
 
 def trl_batches(samples: list[TrainSample], budget: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """Prompts padded on the left, responses on the right, as GRPOTrainer's own batches are."""
+    """Batches like GRPOTrainer's own: prompts are padded on the left, responses on the right."""
 
     def width(group: list[TrainSample]) -> int:
         return max(map(prompt_length, group)) + max(map(response_length, group))
@@ -434,7 +434,7 @@ def response_length(sample: TrainSample) -> int:
 def in_micro_batches(
     samples: list[TrainSample], budget: int, width: Callable[[list[TrainSample]], int]
 ) -> list[list[TrainSample]]:
-    """Samples in order, as many to a micro-batch as keep it, padded to its width, within the budget."""
+    """Put samples in order into micro-batches. Each has as many as fit into the budget when they are padded."""
     groups: list[list[TrainSample]] = [[]]
     for sample in samples:
         group = [*groups[-1], sample]

@@ -1,4 +1,4 @@
-"""A push of weights into a real vLLM server, taken apart, beside a plain copy of the same bytes in memory.
+"""Measure the parts of a push of weights to a real vLLM server, and compare it with a plain copy of the bytes.
 
     python benchmarks/sync.py [--hidden 512 --layers 8 --vocab 32768] [--pushes 9] [--transport file]
 
@@ -101,7 +101,7 @@ def make_state(folder: Path) -> TrainState:
 def push(
     state: TrainState, server: RolloutServer, settings: SyncSettings, pushes: int
 ) -> tuple[list[SyncReport], list[float]]:
-    """Of ``pushes`` after a first one, each with other numbers; and the seconds of a copy after each."""
+    """Push weights once, and then ``pushes`` times with other numbers. Also time a copy after each push."""
     client = RolloutClient(server.url, server.api_key)
     sync = WeightSync([client], settings, exporters=[0], group=None, device=state.groups.device)
     reports, copies = [], []
@@ -117,7 +117,7 @@ def push(
 
 
 def copy_seconds(num_bytes: int, device: torch.device) -> float:
-    """Of one buffer into another whose pages are there already."""
+    """Time the copy of one buffer into another whose pages already exist."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     start = time.perf_counter()

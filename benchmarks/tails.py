@@ -1,17 +1,18 @@
-"""The time of a step whose sampling waits for the longest answer, and of one that stops when it has enough.
+"""Measure the time of a step that waits for the longest answer, and of one that stops sampling when it has enough.
 
     python benchmarks/tails.py [--steps 12] [--repeats 2] [--prompts 8] [--rollouts 4] [--threads 1] [--output FILE]
 
-The quick start's problems and its policy, whose logits are divided by ``--flatten``: its answers then have a long
-tail. All against one vLLM server, to which every run pushes its own weights. No ``rollout.partial``, and its
-``extra_prompts`` 0.25 and 0.5 with what is unfinished carried over, and 0.5 with it dropped, in turn and ``--repeats``
-times, each in a process of its own. Every step trains the same number of rollouts. Medians over the steps of all
-repeats, the first ``WARMUP_STEPS`` of each run left out, in which the first long answers are carried over and none has
-come back yet.
+The runs use the quick start's problems and its policy. The policy's logits are divided by ``--flatten``, which gives
+its answers a long tail. There is one vLLM server, to which every run pushes its own weights. The settings are: no
+``rollout.partial``; its ``extra_prompts`` at 0.25 and 0.5 with unfinished answers carried over; and 0.5 with them
+dropped. They run in turn and ``--repeats`` times, each in a process of its own. Every step trains the same number of
+rollouts. The numbers are medians over the steps of all repeats, without the first ``WARMUP_STEPS`` of each run: in
+these the first long answers are carried over and none has come back yet.
 
-The batch is small, so that a token takes about as long beside many others as beside few, which is what early stop lives
-on: a GPU's servers are so with hundreds of answers, a CPU's with tens. The learning rate moves nothing, so that all
-runs sample from the same distribution of lengths; the trained lengths then say what early stop leaves out.
+The batch is small, so that a token takes about as long with many other answers as with few. Early stop needs this. GPU
+servers are like this with hundreds of answers, a CPU server with tens. The learning rate is too small to move a
+weight, so all runs sample from the same distribution of lengths. The trained lengths then show what early stop leaves
+out.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Of one setting's runs, without their first steps."""
+    """The results of one setting's runs, without their first steps."""
 
     steps: list[dict[str, Any]]
     lengths: list[int]
-    """Of the rollouts trained on."""
+    """The lengths of the rollouts that were trained."""
 
 
 def main() -> int:
@@ -78,7 +79,7 @@ def main() -> int:
 
 
 def flattened(policy: Path, folder: Path, *, by: float) -> Path:
-    """A copy whose logits are divided; beyond a temperature of 2, which is vLLM's highest."""
+    """A copy of the policy with divided logits. vLLM's highest temperature of 2 would not be enough."""
     shutil.copytree(policy, folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] /= by
@@ -87,12 +88,12 @@ def flattened(policy: Path, folder: Path, *, by: float) -> Path:
 
 
 def seconds(found: Found, name: str) -> float:
-    """Median over steps."""
+    """Return the median over steps."""
     return statistics.median(row["seconds"][name] for row in found.steps)
 
 
 def mean(found: Found, name: str) -> float:
-    """Of a metric over steps; 0 where it is not reported."""
+    """Return the mean of a metric over steps. A step that does not report it counts as 0."""
     return statistics.fmean(row.get(name, 0) for row in found.steps)
 
 

@@ -1,14 +1,14 @@
-"""A run with each tracker beside the same run without: equal numbers, and the time of a step.
+"""Compare a run with each tracker with the same run without one: equal numbers, and the time of a step.
 
     pip install '.[wandb,swanlab,trackio]' mlflow
     python benchmarks/tracking.py [--steps 12] [--repeats 2] [--threads 1] [--trackers wandb mlflow ...] [--output FILE]
 
-The quick start's policy and problems, against one vLLM server that makes answers independent of the other requests:
-without a tracker, with each one, and with all of them, in turn and ``--repeats`` times. MLflow writes to a real
-``mlflow server`` on this machine, wandb and SwanLab are offline, Trackio writes its local database. Step i of a run is
-compared with step i of the run without a tracker of the same repeat, which does the same work. ``step`` is the median
-of these ratios, ``run`` the ratio of whole runs, from the start of the trackers until they have ended. Exit status 1 if
-a run's numbers are not those of the run without a tracker, or if a tracker failed.
+The runs use the quick start's policy and problems, and one vLLM server whose answers do not depend on other requests.
+They are without a tracker, with each one, and with all of them, in turn and ``--repeats`` times. MLflow writes to a
+real ``mlflow server`` on this machine, wandb and SwanLab are offline, Trackio writes its local database. Step i of a
+run is compared with step i of the run without a tracker of the same repeat, which does the same work. ``step`` is the
+median of these ratios, ``run`` the ratio of whole runs, from the start of the trackers until they have ended. The exit
+code is 1 if a run's numbers differ from those of the run without a tracker, or if a tracker failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_chord.processes import die_with_parent
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
 WARMUP_STEPS = 2
 TIMED = ("seconds", "tokens_per_s", "tflops_per_gpu", "mfu")
-"""What may differ between two runs that compute the same."""
+"""The metrics that may differ between two runs that compute the same."""
 MLFLOW_START_S = 120
 
 Steps = list[dict[str, Any]]
@@ -86,7 +86,7 @@ def _offline(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes more
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # else 8 processes more
             start_new_session=True,
             preexec_fn=partial(die_with_parent, os.getpid()),
         )

@@ -1,5 +1,4 @@
-"""Short trainings on the quick start's problems, in turn against one vLLM server: for ``overlap``, ``tails``
-and ``tracking``."""
+"""Short trainings on the quick start's problems, with one vLLM server, for ``overlap``, ``tails`` and ``tracking``."""
 
 from __future__ import annotations
 
@@ -50,7 +49,9 @@ def trainings(
     max_tokens: int,
     repeatable: bool = False,
 ) -> Iterator[tuple[str, Path]]:
-    """Train with the settings of each kind in turn, ``--repeats`` times; each run's kind and output folder when done.
+    """Train with the settings of each kind in turn, ``--repeats`` times. Yield the kind and the output folder of each
+    finished run.
+
     Beside the folder is a file ``.log`` with what the run printed.
 
     Args:
@@ -106,7 +107,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def show(table: Table, lines: Sequence[str], output: Path | None) -> None:
-    """On the terminal and, where asked for, in a file."""
+    """Print to the terminal, and to a file if one is given."""
 
     def write(console: Console) -> None:
         console.print(table)

@@ -1,11 +1,11 @@
-"""Half an hour on one GPU: what the project computes there, how fast, and beside what the GPU can do.
+"""Measure on one GPU in half an hour: what the project computes, how fast, and what the GPU could do at most.
 
     python -m benchmarks.gpu [--budget 1800] [--parts NAME,NAME] [--out FOLDER]     # from the project's root
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --tiny                     # a rehearsal on a CPU
     python -m benchmarks.gpu --table FOLDER [FOLDER]    # finished runs again
 
-benchmarks/gpu/README.md leads through it. Exits with 1 when anything failed.
+benchmarks/gpu/README.md explains each step. The exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def chosen(names: str | None, parser: argparse.ArgumentParser) -> list[Part]:
-    """In the table's order; the ceilings are always among them, since all times are shares of them."""
+    """Return the chosen parts in the table's order. The ceilings are always among them, because all shares refer to
+    them."""
     if names is None:
         return list(PARTS)
     wanted = {name.strip() for name in names.split(",")} - {""}

@@ -28,7 +28,7 @@ def products(rows: Rows, size: int) -> None:
 
 
 def fp8_products(rows: Rows, size: int) -> None:
-    """One scale for each matrix."""
+    """Matrix products with one scale for each matrix."""
     case = f"FP8 products of {size}"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FP8_CAPABILITY:
         rows.not_run(case, "needs a CUDA device of capability 8.9")

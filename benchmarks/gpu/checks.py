@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu.rows import Rows, parser_of
 
 STRICT = "addopts=--strict-markers -ra"
-"""Without --strict-config: a machine may lack the plugins whose settings pyproject.toml holds."""
+"""--strict-config is left out, because a machine may lack the plugins whose settings pyproject.toml holds."""
 
 
 class Recorder:

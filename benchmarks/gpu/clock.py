@@ -1,4 +1,4 @@
-"""Time of a function on a GPU by CUDA events, elsewhere by the clock."""
+"""Measure the time of a function: with CUDA events on a GPU, elsewhere with the clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def synchronize() -> None:
 
 
 def seconds_of(function: Callable[[], object], *, repeats: int = 5) -> float:
-    """Median of ``repeats`` calls after two that warm up; without CUDA one call after one."""
+    """Return the median of ``repeats`` calls after two that warm up. Without CUDA, time one call after one that warms
+    up."""
     if not torch.cuda.is_available():
         function()
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs parts one after another, each in a process of its own under its limit; keeps rows, logs and the table.
+"""Run parts one after another, each in a process of its own with its time limit. Keep rows, logs and the table.
 
 A run's folder has ``rows.jsonl`` (all rows, complete), ``table.txt``, and of each part ``NAME.log``, ``NAME.jsonl``
 (its rows as it wrote them) and, of updates, ``NAME-profile.txt``.
@@ -24,7 +24,7 @@ from benchmarks.gpu.rows import Row, ceilings, completed, make_row, read_rows
 ROWS = "rows.jsonl"
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 WHOLE = "the part"
-"""Case of a row that says what became of a whole part."""
+"""The case of a row that describes a whole part."""
 
 
 def run_parts(
@@ -36,11 +36,12 @@ def run_parts(
     tiny: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """All rows, which ``folder/rows.jsonl`` then holds, too. A part that fails leaves a row that says why.
+    """Run the parts. Return all rows, which are then also in ``folder/rows.jsonl``. A failed part has a row with the
+    reason.
 
     Args:
-        folder: exists, and holds no rows yet.
-        budget: seconds for all parts together. One whose limit is longer than what is left is not started.
+        folder: exists, and has no rows yet.
+        budget: seconds for all parts together. A part whose limit is longer than the rest of the budget is not started.
         say: gets a line before and after each part.
     """
     circumstances = {
@@ -91,7 +92,7 @@ def _outcome(rows: Iterable[Row]) -> str:
 
 
 def _run(part: Part, folder: Path, tiny: bool) -> list[Row]:
-    """The part's rows, and one of the whole part."""
+    """Run a part. Return its rows, and one for the whole part."""
     own, log = folder / f"{part.name}.jsonl", folder / f"{part.name}.log"
     command = [sys.executable, *part.command]
     if part.writes_rows:
@@ -115,7 +116,7 @@ def _run(part: Part, folder: Path, tiny: bool) -> list[Row]:
 
 
 def _wait(command: Sequence[str], environment: dict[str, str], output: int, limit: float) -> int | None:
-    """The exit status; none where it had to be stopped, with all processes that it started."""
+    """Return the exit status. Return None if the process had to be stopped, with all processes that it started."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -136,7 +137,7 @@ def _wait(command: Sequence[str], environment: dict[str, str], output: int, limi
 
 
 def _last_error(log: Path) -> str:
-    """The last line of the log that looks like an error, or its last line."""
+    """Return the last line of the log that looks like an error, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith(("E ", "FAILED"))]
     return (errors or lines or ["its log is empty"])[-1][:300]

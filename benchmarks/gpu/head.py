@@ -1,4 +1,4 @@
-"""The log-prob head at the shapes of real models: ours with several chunk budgets, and what it is compared with.
+"""Measure the log-prob head at the shapes of real models: ours with several chunk budgets, and other heads.
 
 The bound is the four products of the whole logits (logits, logits again, two gradients), and each head's share of the
 ceiling counts the products that it makes: the naive head keeps its logits and makes three.
@@ -23,7 +23,7 @@ from megatron_chord.losses.logprobs import CHUNK_BYTES, kernels_for, tile_for, t
 BUDGETS = (CHUNK_BYTES, 2 * CHUNK_BYTES, 4 * CHUNK_BYTES, 8 * CHUNK_BYTES)
 ENTROPY = 0.01
 AGREE = 0.02
-"""Of mean log-probs of BF16 logits."""
+"""The allowed difference of mean log-probs of BF16 logits."""
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -50,7 +50,7 @@ def measure_shape(rows: Rows, name: str, tokens: int, hidden_size: int, vocab: i
     for label, head in heads(inputs).items():
         try:
             measured = measure_head(head, inputs)
-        except Exception as error:  # out of memory, or whatever a peer of another version raises
+        except Exception as error:  # out of memory, or any error of another version's head
             rows.failed(f"{name}: {label}", f"{type(error).__name__}: {error}"[:300])
             continue
         value = measured["mean_logprob"]
@@ -77,7 +77,7 @@ def make_inputs(tokens: int, hidden_size: int, vocab: int) -> Inputs:
 
 
 def heads(inputs: Inputs) -> dict[str, chunked_heads.Head]:
-    """By label; the first is what a run uses."""
+    """Return the heads by label. The first one is what a run uses."""
     found = {f"ours, {budget >> 20} MiB": ours(inputs, budget) for budget in BUDGETS}
     found["ours, torch's sweeps"] = ours(inputs, CHUNK_BYTES, logit_kernels_torch)
     found["naive"] = chunked_heads.naive
@@ -129,7 +129,7 @@ def measure_head(head: chunked_heads.Head, inputs: Inputs) -> dict[str, float]:
 
 
 def extra_memory(both: Callable[[], None], inputs: Inputs) -> dict[str, float]:
-    """Beyond the inputs, gradients included; and what the project allows its own head."""
+    """Return the memory beyond the inputs, with gradients, and the limit that the project sets for its own head."""
     if not torch.cuda.is_available():
         return {}
     hidden, weight, _ = inputs

@@ -1,4 +1,4 @@
-"""What a profile's time went into: names of kernels (and, on a CPU, of torch's operations) in groups."""
+"""Group the time of a profile by the names of kernels (on a CPU also of torch's operations)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("copies", r"memcpy|memset|copy|aten::(zero_|fill_|cat)|fillfunctor|catarray"),
     ("elementwise", r"elementwise|vectorized|aten::(add|mul|sub|div|exp|neg|where)"),
 )
-"""The first whose pattern is found in the name counts."""
+"""The groups. The first one whose pattern is in the name counts."""
 OTHER = "other"
 
 
@@ -27,7 +27,7 @@ def group_of(name: str) -> str:
 
 
 def grouped(events: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Seconds of each group that took any, the longest first, of names and their seconds."""
+    """Return the seconds of each group that took any, the longest first."""
     found: dict[str, float] = {}
     for name, seconds in events:
         group = group_of(name)
@@ -36,10 +36,10 @@ def grouped(events: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def own_times(profile: Any) -> list[tuple[str, float]]:
-    """Of a ``torch.profiler.profile``: kernels and their seconds on the device, on a CPU operations and their own.
+    """Return names and seconds of a ``torch.profiler.profile``: of kernels on the device, or of operations on a CPU.
 
-    Operations on the host carry their kernels' times a second time, so with CUDA only what ran on the device counts:
-    kernels, and not the ranges around them that someone named.
+    An operation on the host has its kernels' times, too. So with CUDA only what ran on the device counts: kernels,
+    without the named ranges around them.
     """
     from torch.autograd import DeviceType
 

@@ -1,5 +1,5 @@
-"""What a run's rows say of the machine. As a program it prints it as JSON: the driver asks it in a process of its own,
-since a broken CUDA installation may hang or abort."""
+"""The description of the machine in a run's rows. As a program this module prints it as JSON: the driver runs it in a
+process of its own, because a broken CUDA installation may hang or abort."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ TIMEOUT_S = 180
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     gpu: str
-    """What the driver calls it; the processor and its cores where there is none."""
+    """The name that the driver gives the GPU. Without a GPU: the processor and its cores."""
     has_cuda: bool
     capability: tuple[int, ...]
     cuda: str
-    """That torch was built for; empty for a CPU build."""
+    """The CUDA version that torch was built for. It is empty for a CPU build."""
     has_transformer_engine: bool
     versions: dict[str, str]
     commit: str
-    """With -dirty where tracked files differ from it; unknown where the tree came without git."""
+    """The commit, with -dirty if tracked files differ from it. It is unknown if the tree came without git."""
 
     def lacks(self, needs: tuple[str, ...]) -> list[str]:
         present = {
@@ -49,7 +49,7 @@ class Machine:
 
 
 def ask() -> Machine:
-    """Of this machine.
+    """Describe this machine.
 
     Raises:
         RuntimeError: torch cannot be imported, or CUDA does not answer.

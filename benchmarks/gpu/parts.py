@@ -1,4 +1,4 @@
-"""The parts of a run in the order of their value, each with its limit: what every run uses comes first."""
+"""The parts of a run, each with its time limit. The most useful come first: what every run uses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Part:
     name: str
     what: str
     limit: int
-    """Seconds, after which it is stopped."""
+    """Seconds after which the part is stopped."""
     command: tuple[str, ...]
-    """After ``python``; a module of this package is told where its rows go."""
+    """Arguments after ``python``. A module of this package also gets the file for its rows."""
     needs: tuple[Need, ...] = ()
     profiled: bool = False
-    """It takes ``--profile FILE``."""
+    """Whether the part takes ``--profile FILE``."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property

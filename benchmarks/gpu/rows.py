@@ -1,9 +1,9 @@
-"""Rows: what one part of a run measured, checked or could not do. One JSON object a line.
+"""Rows of results: what one part of a run measured, checked or could not do. A row is one line of JSON.
 
-``part`` and ``case`` say what a row is of. ``status`` is ok, failed or not run, the latter two with a ``reason``. A
-measured row has ``seconds`` and, where a ceiling bounds it, the ``amount`` of work (FLOPs or bytes) and the
-``ceiling``'s name. ``details`` are further numbers and words. The driver adds ``rate`` and ``share`` (of the ceiling
-that the same run measured) and what the run was: date, GPU, versions, commit, command.
+``part`` and ``case`` name what a row is about. ``status`` is ok, failed or not run; the latter two have a ``reason``.
+A measured row has ``seconds``. If a ceiling limits it, it also has the ``amount`` of work (FLOPs or bytes) and the
+``ceiling``'s name. ``details`` are further numbers and words. The driver adds ``rate``, ``share`` (of the ceiling that
+the same run measured) and a description of the run: date, GPU, versions, commit, command.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ UNITS: dict[Ceiling, str] = {
     "from the host": "TB/s",
 }
 CEILINGS = "ceilings"
-"""The part that measures them: each of its rows is the ceiling that it names."""
+"""The part that measures the ceilings. Each of its rows is the ceiling with the row's name."""
 
 
 class Rows:
-    """The file to which one part appends what it found, at once, so that a part that is stopped leaves what it has."""
+    """The file to which one part appends each row at once, so that a part that is stopped keeps what it measured."""
 
     def __init__(self, path: Path, part: str) -> None:
         self._path, self._part = path, part
@@ -42,11 +42,11 @@ class Rows:
         ceiling: Ceiling | None = None,
         **details: Any,
     ) -> None:
-        """``amount``: FLOPs, or bytes read plus bytes written, that ``ceiling`` bounds."""
+        """Add a measured time. ``amount`` is the FLOPs, or the bytes read plus written, that ``ceiling`` limits."""
         self._write(case, "ok", seconds=seconds, amount=amount, ceiling=ceiling, details=details)
 
     def found(self, case: str, **details: Any) -> None:
-        """Numbers that are no times."""
+        """Add numbers that are not times."""
         self._write(case, "ok", details=details)
 
     def failed(self, case: str, reason: str, **details: Any) -> None:
@@ -66,7 +66,7 @@ def make_row(part: str, case: str, status: str, **fields: Any) -> Row:
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """With what the driver tells every part."""
+    """Return a parser with the options that the driver gives every part."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", type=Path, required=True, help="file to which rows are appended")
     parser.add_argument("--part", required=True, help="name of this part in its rows")
@@ -75,7 +75,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Of a file of rows; none where it does not exist. A last line that was cut short is left out."""
+    """Return the rows of a file, or none if it does not exist. An incomplete last line is left out."""
     if not path.is_file():
         return []
     rows: list[Row] = []
@@ -90,7 +90,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def ceilings(rows: Iterable[Row]) -> dict[str, float]:
-    """FLOP/s or bytes per second of each ceiling that these rows measured."""
+    """Return FLOP/s or bytes per second of each ceiling that these rows measured."""
     return {
         row["ceiling"]: row["amount"] / row["seconds"]
         for row in rows
@@ -99,7 +99,7 @@ def ceilings(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def completed(row: Row, bounds: Mapping[str, float], circumstances: Mapping[str, Any]) -> Row:
-    """With ``rate`` and, where its ceiling was measured, ``share``; and with what the run was."""
+    """Return rows with ``rate``, with ``share`` if their ceiling was measured, and with the description of the run."""
     derived: Row = {}
     if row.get("amount") and row.get("seconds"):
         derived["rate"] = row["amount"] / row["seconds"]

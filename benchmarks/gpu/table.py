@@ -18,7 +18,7 @@ WIDTH = 150
 
 
 def rows_of(folders: Sequence[Path]) -> list[Row]:
-    """All rows of finished runs.
+    """Return all rows of finished runs.
 
     Raises:
         ValueError: a folder has no rows.
@@ -75,7 +75,7 @@ def _text(value: Any) -> str:
 
 
 def _footer(rows: Sequence[Row]) -> list[str]:
-    """What the runs were, each once, and how many parts did what."""
+    """Return the description of each run once, and the number of parts by status."""
     runs: dict[str, None] = {}
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())

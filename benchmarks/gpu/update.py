@@ -1,6 +1,6 @@
 """A whole CHORD update of a 7B- or 70B-shaped model with as many of its layers as fit, on random weights.
 
-Its time, MFU and time by kernel, its memory and time beside the planner's, and what offload moves.
+The rows have its time, MFU, time by kernel, memory and time compared with the planner's, and what offload moves.
 """
 
 from __future__ import annotations
@@ -51,13 +51,18 @@ from megatron_chord.train.update import Terms, Update, apply_gradients, compute_
 
 MU = 0.2
 FILL = 0.97
-"""Share of the micro-batches' budget that the samples have."""
+"""The share of the micro-batches' budget that the samples fill."""
 ROOM, LOCAL_ROOM = 0.9, 0.75
-"""Share of the free memory that the planner's total may take, when layers are chosen. It counts the activations of
-Transformer Engine's fused layers; the local ones keep more, unless they are recomputed as a whole."""
+"""The share of free memory that the planner's total may take when layers are chosen.
+
+The total counts the activations of Transformer Engine's fused layers. Local layers keep more, unless they are
+recomputed as a whole.
+"""
 OPTIMIZER_BYTES = 30
-"""Of a parameter, that AdamW reads and writes: gradient, weight and two moments in FP32 read, the latter three
-written, and the BF16 weight written."""
+"""Bytes a parameter that AdamW reads and writes.
+
+It reads gradient, weight and two moments in FP32. It writes the latter three, and the BF16 weight.
+"""
 
 
 def main() -> None:
@@ -121,7 +126,8 @@ def parse() -> argparse.Namespace:
 
 
 def choose_shape(arguments: argparse.Namespace) -> ModelShape:
-    """With ``--layers``, or the most layers whose training the planner sees in the free memory."""
+    """Return the shape with ``--layers``, or with the most layers whose training fits the free memory by the
+    planner."""
     config = model_config(arguments.shape, tiny=arguments.tiny)
     family = FAMILIES[config["model_type"]]
     if arguments.layers is not None or not torch.cuda.is_available():
@@ -137,7 +143,7 @@ def choose_shape(arguments: argparse.Namespace) -> ModelShape:
 
 
 def make_run(arguments: argparse.Namespace) -> RunConfig:
-    """Settings of a run that reads no file."""
+    """Return the settings of a run that reads no file."""
     nothing = Path("unused")
     return RunConfig(
         output=nothing,
@@ -165,7 +171,7 @@ def fill_at_random(weights: Mapping[str, Tensor]) -> None:
 
 
 def update(state: TrainState, plan: StepPlan, terms: Terms) -> tuple[float, float, float]:
-    """Loss, gradient norm and seconds of the optimizer."""
+    """Train one update. Return the loss, the gradient norm and the seconds of the optimizer."""
     batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
     weights = {"policy": 1 - MU, "sft": MU}
     measured = compute_gradients(
@@ -238,7 +244,7 @@ def measure_update(
 
 
 def planned_memory(arguments: argparse.Namespace, shape: ModelShape, micro_batches: int) -> float:
-    """Bytes that torch allocates, by the planner: its total without CUDA's own and without fragmentation."""
+    """Return the bytes that torch allocates by the planner: its total without CUDA's own and without fragmentation."""
     training = Training(
         parallel=ParallelConfig(),
         data=1,
@@ -289,15 +295,15 @@ def compare_with_planner(
 
 
 def group_flops(shape: ModelShape, recompute: str, lengths: list[int], trained: int) -> dict[str, float]:
-    """FLOPs that the kernels of two groups make: all matrix products, and attention without its own recomputation.
+    """Return the FLOPs of two groups of kernels: all matrix products, and attention without its own recomputation.
 
-    The head projects trained tokens alone, and once more in the backward pass.
+    The head projects only trained tokens, and once more in the backward pass.
     """
     tokens = sum(lengths)
     mean = sum(length**2 for length in lengths) / tokens
     layers = train_flops(shape, 0.0) - head_flops(shape) + recomputed_flops(shape, 0.0, recompute)
     if recompute == "full":
-        layers -= head_flops(shape) / 3  # a third of the whole model's; the head is not in it
+        layers -= head_flops(shape) / 3  # a third of the whole model's; the head is not part of it
     attention = train_flops(shape, mean) - train_flops(shape, 0.0)
     return {
         "products": tokens * layers + trained * 4 / 3 * head_flops(shape),
@@ -308,10 +314,10 @@ def group_flops(shape: ModelShape, recompute: str, lengths: list[int], trained: 
 def profile_update(
     rows: Rows, path: Path | None, once: Callable[[], object], seconds: float, work: Mapping[str, float]
 ) -> None:
-    """One row for each group of kernels, and the profiler's own table in a file.
+    """Add one row for each group of kernels. Write the profiler's own table to a file.
 
     Args:
-        work: FLOPs of those groups that matrix products bound.
+        work: FLOPs of the groups that matrix products limit.
     """
     if path is None:
         return
@@ -337,7 +343,7 @@ def profile_update(
 
 
 def measure_offload(rows: Rows, state: TrainState) -> None:
-    """The second time, when the host's memory is there. Bytes are those of the optimizer's state."""
+    """Measure the second move, when the host's memory exists. Bytes are those of the optimizer's state."""
     moved = sum(storage.nbytes() for storage in storages(state))
     offload, ways = Offload(state), {}
     for _ in range(2):

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def matrices(*, tiny: bool) -> list[tuple[str, Tensor]]:
-    """Of one layer of the 7B shape, in BF16."""
+    """The matrices of one layer of the 7B shape, in BF16."""
     config = model_config("7b", tiny=tiny)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     sizes = {"q": (hidden, hidden), "o": (hidden, hidden), "gate": (inner, hidden), "down": (hidden, inner)}

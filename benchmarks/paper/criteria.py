@@ -19,15 +19,16 @@ from megatron_chord.evaluation.metrics import Interval, bootstrap
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Mapping[int, Record]]
-"""By method and seed."""
+"""The records by method and seed."""
 Number = Callable[[Mapping[str, Record]], float]
-"""Of the runs of one seed, by method."""
+"""A number from the runs of one seed, given by method."""
 Verdict = Literal["met", "not met", "not run"]
 
 NOISE = 0.05
 """Two accuracies that differ by less are "the same within noise"."""
 DIP, BEST = 0.1, 0.5
-"""Where SFT's curve is read, as a share of its steps: while it shifts, and about its best (tuning seed)."""
+"""The shares of SFT's steps at which its curve is read: during the dip, and near its best (found on the tuning
+seed)."""
 EARLY, MIDDLE = (0.0, 0.2), (0.2, 0.6)
 """Parts of a run's steps for which an entropy is averaged."""
 
@@ -62,11 +63,11 @@ class Comparison:
     text: str
     methods: tuple[str, ...]
     number: Number
-    """Given the seed's runs of ``methods``."""
+    """Computed from the seed's runs of ``methods``."""
     above: float | None = 0.0
-    """The interval must lie above this."""
+    """The lower bound of the interval. None: no bound."""
     below: float | None = None
-    """The interval must lie below this."""
+    """The upper bound of the interval. None: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Criterion:
 class Result:
     comparison: Comparison
     interval: Interval | None
-    """None: not run."""
+    """None: the runs are missing."""
     seeds: tuple[int, ...]
     verdict: Verdict
 
@@ -88,7 +89,7 @@ class Result:
 def difference(
     more: str, less: str, what: str, read: Callable[[Record], float], bound: float = 0.0
 ) -> Comparison:
-    """``read`` of one method's run minus that of the other's."""
+    """Return ``read`` of one method's run minus that of the other's."""
     return Comparison(
         text=f"{what}: {more} - {less}",
         methods=(more, less),
@@ -108,7 +109,7 @@ def same(one: str, other: str, what: str, read: Callable[[Record], float]) -> Co
 
 
 def within(method: str, text: str, number: Callable[[Record], float]) -> Comparison:
-    """A number of one method's run, above 0."""
+    """A comparison that holds if a number of one method's run is above 0."""
     return Comparison(text=f"{text}: {method}", methods=(method,), number=lambda runs: number(runs[method]))
 
 
@@ -133,7 +134,7 @@ def murmurs_halfway(record: Record) -> float:
 
 
 def loss_falls(record: Record) -> float:
-    """By how much the training loss falls from SFT's best step to the end."""
+    """Return by how much the training loss falls from SFT's best step to the end."""
     return mean_of_steps(record, "sft_nll", (BEST - 0.05, BEST + 0.05)) - mean_of_steps(
         record, "sft_nll", (0.9, 1.0)
     )
@@ -220,7 +221,7 @@ CRITERIA = (
 
 
 def judge(comparison: Comparison, records: Records) -> Result:
-    """A comparison needs at least two seeds that have all of its methods; with fewer it is "not run"."""
+    """Judge a comparison. It needs at least two seeds that have all of its methods. With fewer it is "not run"."""
     runs = [records.get(method, {}) for method in comparison.methods]
     seeds = tuple(sorted(set.intersection(*(set(by_seed) for by_seed in runs))))
     if len(seeds) < 2:
@@ -236,6 +237,6 @@ def judge(comparison: Comparison, records: Records) -> Result:
 
 
 def verdict(results: Sequence[Result]) -> Verdict:
-    """Of a criterion: met when all comparisons are, not run when one of them could not be made."""
+    """Return the verdict of a criterion: met if all comparisons are met, not run if one of them could not be made."""
     found = {result.verdict for result in results}
     return "not run" if "not run" in found else "not met" if "not met" in found else "met"

@@ -12,7 +12,7 @@ from .plan import NAMES
 
 SHOWN = ("grpo", "sft_best_rl", "chord_mu", "chord_phi", "p_weight")
 WINDOW = 5
-"""Steps over which the entropy is averaged."""
+"""The number of steps over which the entropy is averaged."""
 Curve = tuple[list[float], list[float]]
 
 
@@ -75,7 +75,7 @@ def _figure(path: Path, title: str, records: Records, curve: Callable[[Record], 
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Mean over the curves at the steps that all of them have."""
+    """Return the mean over the curves, at the steps that all of them have."""
     common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
     tables = [dict(zip(steps, values, strict=True)) for steps, values in curves]
     return common, [statistics.fmean(table[step] for table in tables) for step in common]

@@ -92,7 +92,7 @@ def _number(values: Sequence[float], digits: int = 1) -> str:
 
 
 def provenance(records: Records, minutes: float | None) -> str:
-    """When, with what and how long."""
+    """Return when, with which versions and how long the runs ran."""
     runs = [run for by_seed in records.values() for run in by_seed.values()]
     if not runs:
         return f"The whole benchmark was {NOT_RUN}."

@@ -16,7 +16,7 @@ from megatron_chord.config_io import load_config, plain_settings
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "examples" / "evidence"
 POLICY = "policy"
-"""Name of a policy's folder: in ``WORLD``, and in the folder of every run."""
+"""The name of a policy's folder, in ``WORLD`` and in the folder of every run."""
 
 COMPARED = {
     "chord_phi": "CHORD-phi, mu 0.9",
@@ -33,7 +33,7 @@ COMPARED = {
     "luffy": "LUFFY",
     "sasr": "SASR",
 }
-"""The methods that a criterion speaks of: file in ``WORLD`` -> name in the tables."""
+"""The methods in the criteria: the file in ``WORLD``, and the name in the tables."""
 REPORTED = {
     "phi_decay": "phi, mu 0.9 to 0.05",
     "reward_adaptive": "mu by reward, tau 0.7",
@@ -43,17 +43,17 @@ REPORTED = {
     "margin": "weight: margin",
     "power": "weight: phi with its peak at 1/4",
 }
-"""Open questions of the paper: reported without a criterion."""
+"""Open questions of the paper. They are reported without a criterion."""
 NAMES = COMPARED | REPORTED
 FIRST_STAGE = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
-"""Methods of two runs, and the file of the first one, whose policy the second starts from."""
+"""The methods that consist of two runs, and the file of the first run. The second run starts from its policy."""
 TUNING_SEED = 100
-"""Settings were chosen on this seed. It is not reported."""
+"""The seed on which settings were chosen. It is not reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is run."""
+    """The extent of a plan."""
 
     name: str
     methods: tuple[str, ...]
@@ -61,11 +61,11 @@ class Size:
     settings: tuple[str, ...] = ()
     """Settings of every run, as NAME=VALUE."""
     demonstrations: int = 128
-    """Drawn for each seed."""
+    """The number of demonstrations that are drawn for each seed."""
 
     @property
     def jobs(self) -> list[Job]:
-        """Seed by seed, so that an interrupted plan has whole seeds; the methods with a criterion come first."""
+        """Yield jobs seed by seed, so that an interrupted plan has whole seeds. Methods with a criterion come first."""
         compared = [name for name in self.methods if name in COMPARED]
         reported = [name for name in self.methods if name not in COMPARED]
         return [Job(name, seed) for part in (compared, reported) for seed in self.seeds for name in part]
@@ -96,7 +96,7 @@ SMALLEST = Size(
     ),
     demonstrations=8,
 )
-"""For the test suite: everything happens, nothing is learned."""
+"""For the test suite: every part runs, and nothing is learned."""
 
 
 def draw_demonstrations(size: Size, seed: int, folder: Path) -> Path:
@@ -136,12 +136,13 @@ def load_stages(
 
 
 def checkable(run: RunConfig) -> RunConfig:
-    """The run with the base policy in place of one that a first stage has yet to train."""
+    """Return the run with the base policy in place of a policy that a first stage has not trained yet."""
     return replace(run, model=replace(run.model, path=WORLD / POLICY))
 
 
 def fingerprint(stages: Sequence[RunConfig]) -> str:
-    """A hash of all that decides what a job learns: settings, base policy and data. Not of paths and addresses."""
+    """Return a hash of everything that decides what a job learns: settings, base policy and data, without paths and
+    addresses."""
     digest = hashlib.sha256((WORLD / POLICY / "model.safetensors").read_bytes())
     for run in stages:
         settings = plain_settings(run)

