@@ -13,10 +13,10 @@ A Megatron folder is a torch_dist checkpoint, which Megatron-Core can load with 
 parallel layout. If a folder has `latest_checkpointed_iteration.txt`, the checkpoint that this file names is used. A
 training checkpoint of megatron-chord is a Megatron folder, too: the run's config.yaml names its model, otherwise --hf
 does. --dtype rounds all tensors.
-`megatron-to-megatron` leaves the model of it: no optimizer state, one chunk of rows after the other.
-`to-fp8` writes 128 x 128 block-quantised weights with their scales, which vLLM loads as they are, from either kind.
-Exits with 0 when it did what was asked, 1 when `verify` found a difference, and 2 when something will not do; then
-nothing has been written. Ctrl-C ends it at once with 130, SIGTERM with 143, SIGHUP with 129, and nothing is left.
+`megatron-to-megatron` writes only the model, without optimizer state, one chunk of rows after the other.
+`to-fp8` writes 128 x 128 block-quantised weights with their scales, from either kind of folder. vLLM loads them as they
+are. The exit code is 0 after success, 1 if `verify` found a difference, and 2 for an error; then nothing was written.
+Ctrl-C ends the program at once with 130, SIGTERM with 143, SIGHUP with 129. No file is left then.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ HF_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _end_on_signals(getattr(args, "target", None))
-    # Everything happens in main memory. If a GPU were visible, Megatron-Core would put the whole model on it, whatever
-    # device it is told (tensor_parallel/layers.py:873).
+    # Everything happens in main memory. If a GPU were visible, Megatron-Core would put the whole model on it and ignore
+    # the requested device (tensor_parallel/layers.py:873).
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -257,7 +257,7 @@ def _end_on_signals(target: Path | None) -> None:
         if target is not None and not was_there:
             discard(target)
             line += f": {target} is complete" if target.exists() else f": {target} has not been written"
-        show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""  # the progress bar hides it
+        show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
         os.write(2, f"{show_cursor}{line}\n".encode())
         os._exit(128 + number)
 

@@ -23,7 +23,7 @@ PAGES = {
 """From a path in the repository to its page of the site, for pages that are not in docs/."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 IMAGES = (".png", ".svg")
-"""In docs/; MkDocs takes them as they are."""
+"""Images in docs/. MkDocs copies them unchanged."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json", "": "text", ".txt": "text"}
 LIST_ITEM = re.compile(r"(\d+\. |[*-] )\S")
 
@@ -74,12 +74,12 @@ def linked_from(path: str, text: str) -> list[str]:
 
 
 def target_of(path: str, link: str) -> str:
-    """The path in the repository that ``link`` means on ``path``."""
+    """Return the path in the repository to which ``link`` on the page ``path`` leads."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
 
 
 def site_text(path: str, text: str) -> str:
-    """The page's text with links between pages of the site, and lists as Python-Markdown reads them."""
+    """Return the page's text with links between pages of the site, and with lists as Python-Markdown reads them."""
     if not is_prose(path):
         return text
     folder = posixpath.dirname(page_of(path))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chord.costs.gpus import GPUS
 
-if TYPE_CHECKING:  # imported here, because they load torch, for which --help need not wait
+if TYPE_CHECKING:  # these load torch, and --help must not wait for it
     from megatron_chord.plan.estimate import Case, Estimate
     from megatron_chord.plan.search import Found
 

@@ -23,7 +23,7 @@ from megatron_chord.data import recipes
 from megatron_chord.data.rows import DataError
 
 SPLITS = {"openr1": (5000, 20000), "toolace": (500, 5000), "gsm8k": (2000, None), "math": (2000, None)}
-"""Demonstrations and RL prompts by default (None: all that are left): the paper's for the first two."""
+"""The default numbers of demonstrations and of RL prompts (None: all that are left). The first two are the paper's."""
 EVALUATIONS = ("aime", "amc", "math500", "minerva", "olympiad")
 LICENCES = {
     "openr1": "OpenR1-Math-220k: Apache-2.0",

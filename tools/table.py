@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The table of the CHORD paper: which rows are done, run what is missing, and print ours beside the paper's numbers.
+"""Reproduce the table of the CHORD paper: show the state of each row, run what is missing, print both numbers.
 
     python tools/table.py                            # what is done and what is missing, and the table; starts nothing
     python tools/table.py --run math:model.path=PATH math:data.prompts=PATH math:data.demonstrations=PATH ...
@@ -7,11 +7,10 @@
     python tools/table.py --run @examples/published/quick_start.txt      # all rows with the quick start's policy
 
 A row is a preset in examples/published/. Its run is in runs/ROW, and its evaluation in evaluations/SUITE/ROW-policy. To
-make a row's evaluation by hand, give `megatron-chord evaluate` this folder as --output. A run that has ended on the way
-goes on from its newest checkpoint, an evaluation from the answers that it has. So the same command goes on with the
-table.
+evaluate a row by hand, give `megatron-chord evaluate` this folder as --output. An interrupted run continues from its
+newest checkpoint, an interrupted evaluation from the answers that it has. So the same command continues the table.
 
-Exits with 0; with 1 when a row failed; with 2 when the settings will not do. docs/reproduce.md says more.
+The exit code is 0 after success, 1 if a row failed, and 2 if settings cannot be used. docs/reproduce.md says more.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ TITLES = {
     "chord_mu": "CHORD-mu",
     "chord_phi": "CHORD-phi",
 }
-"""In the order of the table. A row comes after the one that it starts from."""
+"""The rows, in the order of the table. A row comes after the row that it starts from."""
 STARTS_FROM = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
 NOT_FOR = {
     "sft_light": ("batch.prompts", "batch.rollouts"),
@@ -64,8 +63,11 @@ NOT_FOR = {
     "sft_best_rl": ("data.demonstrations", "batch.demonstrations", "model.path"),
     "luffy": ("batch.demonstrations",),
 }
-"""Settings of all rows, or of all rows of a domain, that these rows do not take: SFT samples nothing, GRPO has no
-demonstrations, LUFFY has one with each prompt, and the rows of SFT + RL start from another row's policy."""
+"""Settings of all rows, or of all rows of a domain, that these rows do not take.
+
+SFT samples nothing. GRPO has no demonstrations. LUFFY has one demonstration for each prompt. Rows of SFT + RL start
+from another row's policy.
+"""
 PAPER_COLUMNS = ("amc avg@8", "aime24 avg@32", "aime25 avg@32", "mmlu_pro avg@1", "bfcl avg@1")
 PAPER = {
     BASE: ("43.8", "11.7", "6.66", "24.7", "46.2"),
@@ -77,22 +79,23 @@ PAPER = {
     "chord_mu": ("60.8", "18.1", "17.9", "43.3", "77.6"),
     "chord_phi": ("62.5", "18.2", "17.2", "56.2", "78.5"),
 }
-"""Percent, by column (arXiv 2508.11408, Table 1). docs/reproduce.md says how far these numbers are verified."""
+"""The paper's numbers in percent, by column (arXiv 2508.11408, Table 1). docs/reproduce.md says how far they are
+verified."""
 DONE = "done"
 
 
 class TableError(ValueError):
-    """What was asked for will not do."""
+    """A request of the user that cannot be fulfilled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """``WHO:NAME=VALUE`` of the command line."""
+    """One ``WHO:NAME=VALUE`` of the command line."""
 
     who: str
-    """A row, a domain, both (chord_phi_math), or nothing: all rows."""
+    """A row, a domain, or both (chord_phi_math). Empty: all rows."""
     text: str
-    """NAME=VALUE."""
+    """The setting as NAME=VALUE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +105,13 @@ class Row:
     key: str
     domain: str
     settings: tuple[str, ...]
-    """Of its training, as NAME=VALUE."""
+    """Settings of the training, as NAME=VALUE."""
     steps: int
-    """Of its training."""
+    """Number of steps of the training."""
     run: Path
-    """Folder of its run."""
+    """The folder of the training run."""
     policy: Path
-    """What is evaluated."""
+    """The folder of the policy that is evaluated."""
     evaluation: Path
     suite: SuiteConfig
     suite_settings: tuple[str, ...]
@@ -131,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sbatch:
             failed = submit(rows, args.suite)
         elif args.run:
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run, see _call
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # see _call
             failed = run(rows, args.suite)
-    except (ValueError, OSError) as error:  # settings are refused with a ValueError
+    except (ValueError, OSError) as error:  # refused settings raise a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -152,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """The rows that are asked for, both domains of a line one after the other.
+    """Return the requested rows. The two domains of a line follow each other.
 
     Raises:
         ValueError: a setting is for no row, or a preset or the suite cannot be read with the settings.
@@ -183,7 +186,7 @@ def _row(
     folder = args.runs / f"{key}_{DOMAINS[domain]}"
     if start is not None:
         chosen = [f"model.path={start.policy.resolve()}", *chosen]
-    # The model that the other rows start from is the one of GRPO's preset.
+    # The other rows start from the model in GRPO's preset.
     preset = "grpo" if key == BASE else key
     config = load_config(PRESETS / f"{preset}_{DOMAINS[domain]}.yaml", [*chosen, f"output={folder}"])
     policy = config.model.path if key == BASE else folder / POLICY
@@ -202,7 +205,7 @@ def _row(
 
 
 def _suite_for(domain: str, settings: Sequence[Setting], suite: str) -> tuple[SuiteConfig, tuple[str, ...]]:
-    """What a domain is asked, and the settings that make it of the suite's file."""
+    """Return the suite of a domain, and the settings that make it from the suite's file."""
     path, chosen = suite_path(suite).resolve(), [item.text for item in settings if item.who == "suite"]
     whole = load_suite(path, chosen)
     only = benchmarks_of(whole, domain)
@@ -213,12 +216,12 @@ def _suite_for(domain: str, settings: Sequence[Setting], suite: str) -> tuple[Su
 
 
 def names_of(key: str, domain: str) -> set[str]:
-    """What a row of the table is called in settings and in --row."""
+    """Return all names that a row of the table has in settings and in --row."""
     return {key, domain, f"{key}_{domain}", f"{key}_{DOMAINS[domain]}"}
 
 
 def read_setting(text: str) -> Setting:
-    """``WHO:NAME=VALUE`` or ``NAME=VALUE``.
+    """Read ``WHO:NAME=VALUE`` or ``NAME=VALUE``.
 
     Raises:
         TableError: it is neither, or there is no row WHO.
@@ -238,7 +241,7 @@ def _names() -> str:
 
 
 def settings_for(key: str, domain: str, settings: Sequence[Setting]) -> list[str]:
-    """A row's own settings, the more general ones first, so that a later one replaces an earlier one."""
+    """Return a row's settings. More general settings come first, so that a later one replaces an earlier one."""
 
     def closeness(item: Setting) -> int:
         return ("", domain, key).index(item.who) if item.who in ("", domain, key) else 3
@@ -253,9 +256,10 @@ def settings_for(key: str, domain: str, settings: Sequence[Setting]) -> list[str
 
 
 def benchmarks_of(suite: SuiteConfig, domain: str) -> list[str]:
-    """The benchmarks that a domain is asked: those with the reward ``tool_calls``, or the others.
+    """Return the benchmarks of a domain: those with the reward ``tool_calls``, or the others.
 
-    Empty, which is all, where the suite has only one of the two kinds, or names its benchmarks itself (``only``).
+    The list is empty, which means all, if the suite has only one of the two kinds, or names its benchmarks itself
+    (``only``).
     """
     calls = [item.name for item in suite.resolved() if getattr(item.reward, "kind", "") == "tool_calls"]
     others = [item.name for item in suite.resolved() if item.name not in calls]
@@ -268,7 +272,7 @@ def benchmarks_of(suite: SuiteConfig, domain: str) -> list[str]:
 
 
 def training_state(row: Row) -> str:
-    """``done``, or how far the run is."""
+    """Return ``done``, or how far the run is."""
     if row.key == BASE:
         return DONE if (row.policy / "config.json").is_file() else f"no model in {row.policy}"
     try:
@@ -280,7 +284,7 @@ def training_state(row: Row) -> str:
 
 
 def evaluation_state(row: Row) -> str:
-    """``done``, or why the evaluation cannot be used as it is."""
+    """Return ``done``, or the reason why the evaluation cannot be used as it is."""
     results = _results(row)
     if results is None:
         return "missing"
@@ -288,7 +292,7 @@ def evaluation_state(row: Row) -> str:
     if not suite.is_file() or _settings_of(suite.read_text("utf-8")) != _settings_of(dump_config(row.suite)):
         return "of another suite"
     since = (row.evaluation / RESULTS).stat().st_mtime
-    if suite.stat().st_mtime > since:  # it is written first, the results last
+    if suite.stat().st_mtime > since:  # the suite is written first, the results last
         return "not finished"
     if any(path.stat().st_mtime > since for path in weights):
         return "of an older policy"
@@ -302,13 +306,13 @@ def _results(row: Row) -> Mapping | None:
 
 
 def _settings_of(suite: str) -> Mapping:
-    """What changes answers: all settings, but of the servers only ``dtype``."""
+    """Return the settings that can change answers: all of them, but of the servers only ``dtype``."""
     settings = yaml.safe_load(suite)
     return settings | {"server": settings["server"]["dtype"]}
 
 
 def states_of(rows: Sequence[Row]) -> list[str]:
-    """A line for each row."""
+    """Return one line for each row."""
     width = max((len(row.name) for row in rows), default=0)
     lines = [f"{'row':{width}}  {'training':18}  evaluation"]
     return lines + [f"{row.name:{width}}  {training_state(row):18}  {evaluation_state(row)}" for row in rows]
@@ -318,7 +322,7 @@ def states_of(rows: Sequence[Row]) -> list[str]:
 
 
 def columns_of(suite: SuiteConfig) -> list[str]:
-    """Of each benchmark its first metric, as ``NAME METRIC``; means stand for the benchmarks that they are over."""
+    """Return the first metric of each benchmark, as ``NAME METRIC``. A mean replaces the benchmarks that it is over."""
     means = suite.asked_means()
     covered = {name for mean in means for name in mean.of}
     single = [f"{item.name} {item.metrics[0]}" for item in suite.resolved() if item.name not in covered]
@@ -326,7 +330,7 @@ def columns_of(suite: SuiteConfig) -> list[str]:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each method, the columns of mathematics before those of tool calls."""
+    """Return Markdown with one line for each method. The columns of mathematics come before those of tool calls."""
     columns = {
         (row.domain, column): None for domain in DOMAINS for row in rows if row.domain == domain
         for column in columns_of(row.suite)
@@ -346,7 +350,7 @@ def table_of(rows: Sequence[Row]) -> str:
 
 
 def _numbers(row: Row) -> Mapping[str, float | None]:
-    """In [0, 1], by column; none as long as the run or the evaluation is not done."""
+    """Return the numbers in [0, 1], by column. There are none until the run and the evaluation are done."""
     if training_state(row) != DONE or evaluation_state(row) != DONE:
         return {}
     results = _results(row)
@@ -365,12 +369,12 @@ def _cell(value: float | None, key: str, column: str) -> str:
 
 
 def train_command(row: Row) -> list[str]:
-    """What `megatron-chord train` gets, without the command itself."""
+    """Return the arguments of `megatron-chord train`, without the command itself."""
     return [str(row.preset), *row.settings, f"output={row.run.resolve()}"]
 
 
 def evaluate_command(row: Row, suite: str) -> list[str]:
-    """What `megatron-chord evaluate` gets."""
+    """Return the arguments of `megatron-chord evaluate`."""
     path = str(suite_path(suite).resolve())
     return [
         str(row.policy.resolve()),
@@ -383,10 +387,10 @@ def evaluate_command(row: Row, suite: str) -> list[str]:
 
 
 def run(rows: Sequence[Row], suite: str) -> list[str]:
-    """Trains and evaluates what is missing, one after the other, on this machine.
+    """Train and evaluate what is missing, one after the other, on this machine.
 
     Returns:
-        What failed. The rows that do not start from it are run all the same.
+        A message for each failure. Rows that do not start from a failed row still run.
     """
     failed: list[str] = []
     for number, row in enumerate(rows, start=1):
@@ -407,13 +411,13 @@ def run(rows: Sequence[Row], suite: str) -> list[str]:
 
 
 class _Failed(Exception):
-    """A row that is left as it is."""
+    """A row that cannot be completed now."""
 
 
 def _call(title: str, *arguments: str) -> None:
-    """Runs megatron-chord, and waits until it has ended, also when this process is asked to end.
+    """Run megatron-chord and wait until it has ended, also if this process is asked to end.
 
-    A Ctrl-C in the terminal reaches both, SIGTERM only this one, which hands it on.
+    Ctrl-C in the terminal reaches both processes. SIGTERM reaches only this one, which passes it on.
     """
     print(f"\n=== {title}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "megatron_chord.cli", *arguments], env=_environment())
@@ -431,7 +435,7 @@ def _call(title: str, *arguments: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """This package, wherever the command is started."""
+    """The environment in which megatron-chord is this package, from whatever folder it starts."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -441,19 +445,19 @@ def _environment() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is given to sbatch."""
+    """One job for sbatch."""
 
     name: str
-    """The same for the same work, so that a job that waits or runs is not submitted again."""
+    """Equal work has an equal name, so that a job that waits or runs is not submitted again."""
     script: str
     arguments: tuple[str, ...]
     after: Job | None = None
-    """The job that must have ended well before."""
+    """The job that must first end successfully."""
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
-    """The jobs for what is missing, each after the one that it waits for. None for an original model that is not there.
+    """Yield the jobs for what is missing, each after the job that it waits for. A missing original model has no job.
 
     Raises:
         TableError: a row starts from another one that is neither done nor among ``rows``.
@@ -483,12 +487,12 @@ def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
 
 
 def submit(rows: Sequence[Row], suite: str) -> list[str]:
-    """Submits the jobs that are not in the queue yet, and says so.
+    """Submit the jobs that are not in the queue yet, and print them.
 
     Returns:
-        What sbatch refused, and the original models that are not there.
+        What sbatch refused, and the original models that are missing.
     """
-    jobs = list(jobs_of(rows, suite))  # all of them, before any is submitted
+    jobs = list(jobs_of(rows, suite))  # compute all jobs before the first is submitted
     ids = queued(_read("squeue", "--me", "--noheader", "--format=%i %j"))
     failed = [
         f"{row.name}: {training_state(row)}"
@@ -517,7 +521,7 @@ def submit(rows: Sequence[Row], suite: str) -> list[str]:
 
 
 def queued(text: str) -> dict[str, str]:
-    """Job ids by name, from squeue's lines."""
+    """Return the job ids by name, from the lines of squeue."""
     pairs = [line.split(maxsplit=1) for line in text.splitlines()]
     return {pair[1].strip(): pair[0] for pair in pairs if len(pair) == 2}
 
@@ -549,7 +553,7 @@ def _read(program: str, *arguments: str, **variables: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lines of an @FILE are one argument each; empty lines and comments are none."""
+    """Each line of an @FILE is one argument. Empty lines and comments are skipped."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         line = arg_line.strip()
