@@ -2,13 +2,13 @@
 
     python benchmarks/sync.py [--hidden 512 --layers 8 --vocab 32768] [--pushes 9] [--transport file]
 
-A random Qwen2-shaped policy, held by Megatron-Core in this one process, is pushed again and again to a server on the
-same machine, with other numbers each time: paused, exported tensor by tensor, sent in buckets, each tensor's
-fingerprint checked as it arrives, finished, resumed. The copy is torch's, of one buffer of as many bytes, after each
-push. The fastest of each counts, since whatever else runs on the machine only adds; the medians are printed, too. The
-first push, which sets the transport up, is shown apart. The parts are those of the fastest push: the trainer's add up
-to it, the server's lie within them. On a machine with GPUs the transport is ``broadcast`` (NCCL) unless told
-otherwise, and the server needs a GPU of its own.
+Megatron-Core holds a random Qwen2-shaped policy in this one process. The policy is pushed again and again to a server
+on the same machine, with other numbers each time. A push pauses the server, exports tensor by tensor, sends buckets,
+checks the fingerprint of each arriving tensor, finishes, and resumes the server. After each push, torch copies one
+buffer of as many bytes. The fastest push and the fastest copy count, because other programs on the machine only add
+time. The medians are printed, too. The first push sets the transport up and is shown separately. The parts are those
+of the fastest push: the trainer's parts add up to its time, and the server's parts lie within them. With GPUs the
+default transport is ``broadcast`` (NCCL), and the server needs a GPU of its own.
 """
 
 from __future__ import annotations
