@@ -105,7 +105,7 @@ def test_steps_are_the_same_with_the_state_away_between_them(
         assert rank["differ"] == []
         assert len(rank["away"]) == STEPS
         assert {size for sizes in rank["away"] for size in sizes} == {0}
-    # The reference, the moments and, in BF16, the FP32 weights are moved. The replicas share moments and FP32 weights.
+    # The reference, the moments and, in BF16, the FP32 weights are moved. The latter two are split over the replicas.
     count = sum(weight.numel() for weight in weights_of(folder))
     reference, state = {"fp32": (4, 8), "bf16": (2, 12)}[dtype]
     if family == "qwen2":

@@ -69,7 +69,7 @@ def test_recomputation_and_long_sequences_make_the_head_smaller() -> None:
 
 
 def test_chunks_share_a_stage() -> None:
-    """A stage's two chunks have almost equal numbers of layers, and the head counts as part of the last stage."""
+    """A stage's two chunks have almost equal numbers of layers, and the head counts as layers of the last stage."""
     shape = shape_of("deepseek-v2-lite")
     found = balanced_stages(shape, pipeline=2, chunks=2, length=0.0, recompute="none")
     assert sum(found) == 27

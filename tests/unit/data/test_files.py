@@ -149,7 +149,7 @@ def test_a_broken_page_of_a_parquet_file_is_no_traceback(place: int, tmp_path: P
     file = tmp_path / "a.parquet"
     parquet(file)
     content = bytearray(file.read_bytes())
-    content[place] ^= 0xFF  # bytes of the header of the first page
+    content[place] ^= 0xFF  # a byte of the first page's header
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.parquet: (broken Parquet|cannot be read or unpacked)"):
         read_rows(file)

@@ -55,7 +55,7 @@ POLICIES = {
     )
     if not (correction and ratio_from == "rollout")
     if not (dual_clip and surrogate in ("cispo", "unclipped"))
-    # KL is only added to the loss, so one case with each estimator is enough.
+    # KL is only added to the loss, so one case with each surrogate is enough.
     if kl is None or (correction is None and ratio_from == "recomputed" and dual_clip is None)
 }
 WEIGHTS: list[TokenWeight] = [

@@ -154,7 +154,7 @@ def test_a_shard_is_reduced_as_float64_does(outcomes: Any) -> None:
 def assert_reduced(case: dict[str, Any], shards: list[tuple[Tensor | None, ...]]) -> None:
     logits, targets, _ = make_inputs(case)
     z = logits.double() * column(case)
-    # FP32 keeps 24 bits. The values of z lose some, and sums of a few thousand terms lose more.
+    # FP32 keeps 24 bits of z itself, and some fewer of sums of a few thousand terms.
     tolerance = 2**-21 * max(1.0, z.abs().max().item())
     first = 0
     for width, found in zip(case["widths"], shards, strict=True):

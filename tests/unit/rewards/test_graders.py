@@ -105,7 +105,7 @@ def test_a_single_reward_has_a_weight_a_form_and_a_length_too(path: Path) -> Non
     )
     assert total(function, Grade(0.8, None, {"short": 0.8})) == pytest.approx(0.4)
     assert total(function, Grade(0.0), "<think></think>") == 0
-    # A function cannot tell whether there is an answer, so a cut-off response counts as none.
+    # Only the function knows what an answer is, so a cut-off response counts as one without an answer.
     assert total(function, Grade(0.0), "#### 1", truncated=True, length=100) == pytest.approx(-0.5 - 1)
 
 
@@ -145,7 +145,7 @@ def test_names_of_terms_are_unique(path: Path) -> None:
 
 
 def test_no_term_takes_the_name_of_another(path: Path) -> None:
-    """A label that looks like another term's numbered name gets another name."""
+    """A label that looks like a numbered name keeps it. A term that needs a number takes the next free one."""
 
     def names(*labels: str) -> list[str]:
         terms = tuple(

@@ -253,7 +253,7 @@ def test_forms_of_a_truth(truth: object) -> None:
         ({"a": [2, 1]}, {"a": [[1, 2]]}, False),
         ({"a": [1]}, {"a": [[1, 2]]}, False),
         ({"a": [[1, "X"]]}, {"a": [[[1, "x"]]]}, True),
-        ({"a": []}, {"a": []}, True),  # only an empty value is accepted
+        ({"a": []}, {"a": []}, True),  # only an empty list is accepted
         ({"a": [1]}, {"a": []}, False),
         ({"a": {"b": 1}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, True),
         ({"a": {"b": 1, "c": 4}}, {"a": [{"b": [1, 2], "c": ["", 3]}]}, False),
