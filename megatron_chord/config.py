@@ -627,7 +627,7 @@ class EvaluationSetConfig:
     """One set of held-out problems with an interval and metrics of its own."""
 
     name: str
-    """Name of the set. Its metrics carry it, as in evaluation/NAME/avg@8."""
+    """Name of the set in its metrics, as in evaluation/NAME/avg@8."""
     path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
     """A file, a folder of shards, a pattern or a list of these, as in `data.evaluation.path`."""
     fields: dict[str, str] = field(default_factory=dict[str, str])

@@ -31,7 +31,7 @@ class Asked:
     name: str
     """Of the set; empty for the problems of ``data.evaluation``."""
     every: int
-    """Steps between its evaluations; 0: only before the first step and after the last."""
+    """Number of steps between its evaluations. 0: only before the first step and after the last step."""
     samples: int
     temperature: float
     metrics: tuple[str, ...] = ()
