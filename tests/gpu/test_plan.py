@@ -67,7 +67,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
             pad_id=0,
         )
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
-        update = Update(weights={"policy": 0.0, "expert": 1.0}, counts=plan.counts)
+        update = Update(weights={"policy": 0.0, "sft": 1.0}, counts=plan.counts)
         compute_gradients(state, batches, update, terms, temperature=1.0)
         apply_gradients(state)
     peak = torch.cuda.max_memory_allocated() - before
