@@ -144,8 +144,8 @@ def parse_rows(
         keep: called with the results in the rows' order.
         max_dropped: share of all rows that may be faulty. They are left out, and added to ``dropped``.
 
-    Raises: DataError: more rows are faulty; the message has ``position: reason`` of each. Or the file cannot be read at
-        all.
+    Raises:
+        DataError: more rows are faulty; the message has ``position: reason`` of each. Or the file cannot be read.
     """
     name = called(data)
     try:

@@ -5,7 +5,7 @@ This is the reward of CHORD's tool-use experiments (Trinity-RFT, customized_tool
 
 * ``{"name": ..., "arguments": {...}}``: the call itself, also with ``parameters`` for ``arguments``, with the arguments
   as JSON text, or as ``{"type": "function", "function": {...}}``. Arguments are equal when their JSON, keys sorted, is.
-  * ``{function: {argument: [every accepted value]}}``, of the Berkeley Function-Calling Leaderboard. Values are
+* ``{function: {argument: [every accepted value]}}``, of the Berkeley Function-Calling Leaderboard. Values are
   compared as in its checker (ast_checker.py): strings without regard to case, blanks and some punctuation; numbers by
   value, where 5 is accepted for 5.0, but not 5.0 for 5. An accepted ``""`` means that the argument may be left out.
   Nested objects have lists of accepted values, too.

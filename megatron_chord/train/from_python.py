@@ -44,7 +44,8 @@ class Trained:
     steps: list[dict[str, Any]]
     """One row for each training step, as in metrics.jsonl."""
     evaluations: list[dict[str, Any]]
-    """One row for each evaluation: `step`, and `evaluation`, which contains the accuracy."""
+    """One row for each evaluation: `step`, and `evaluation`, which contains the accuracy, or with `evaluation.sets` the
+    accuracy and the metrics of each set by its name."""
 
     @property
     def policy(self) -> Path:

@@ -104,7 +104,7 @@ class Trackers:
             thread.put(lambda tracker: tracker.log(step, values))
 
     def log_answers(self, step: int, table: AnswerTable) -> None:
-        """Pass the values of a step to all trackers, without waiting for them."""
+        """Pass a table of answers to all trackers, without waiting for them."""
         for thread in self._threads:
             thread.put(lambda tracker: tracker.log_answers(step, table))
 
