@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from benchmarks.shared import circumstances
+from shared import circumstances
 
 LAYER = "model.layers.15."
 FAULTS: dict[str, tuple[str, str]] = {

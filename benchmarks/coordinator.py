@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from shared import circumstances
 
-from benchmarks.shared import circumstances
 from megatron_chord.data.packing import StepPlan, make_layout, plan_step
 from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term

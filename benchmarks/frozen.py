@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
+from shared import circumstances
 
-from benchmarks.shared import circumstances
 from megatron_chord.process_table import descendants, state_of
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 
