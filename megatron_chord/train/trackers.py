@@ -221,9 +221,7 @@ class _MLflow:
 
     def log(self, step: int, values: Values) -> None:
         now = int(time.time() * 1000)
-        # MLflow refuses the @ of avg@8.
-        names = {name: re.sub(r"[^/\w.\- ]", "_", name) for name in values}
-        metrics = [self._metric(names[name], float(value), now, step) for name, value in values.items()]
+        metrics = [self._metric(_plain(name), float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def log_answers(self, step: int, table: AnswerTable) -> None:
@@ -282,8 +280,8 @@ class _Trackio:
 
 
 def _plain(name: str) -> str:
-    """The name without brackets, which MLflow does not allow."""
-    return name.replace("[", ".").replace("]", "")
+    """The name as MLflow allows it: without the brackets of a setting in a list, and without the @ of avg@8."""
+    return re.sub(r"[^/\w.\- ]", "_", name.replace("[", ".").replace("]", ""))
 
 
 _OPEN: dict[str, Callable[[TrackedRun], Tracker]] = {
