@@ -34,11 +34,13 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 quickstart: $(INSTALLED)
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
 
-# Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py).
+# Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py). A test
+# that fails runs once more, because a process can be too slow on a loaded machine. -rR lists the tests that ran twice.
+PYTEST := $(BIN)/python -m pytest --reruns 1 -raR
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	$(BIN)/python -m pytest -q -n auto tests/unit
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 tests --ignore tests/unit
+	$(PYTEST) -q -n auto tests/unit
+	$(PYTEST) -n 2 --dist loadfile --durations 15 tests --ignore tests/unit
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
