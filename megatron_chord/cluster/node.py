@@ -142,7 +142,7 @@ class _Node:
         """Check ranks and servers. Returns the exit code when it is known, else None."""
         if self._sigterms and self._must_end():
             return 128 + signal.SIGTERM
-        # Slurm's SIGTERM has ended the servers, too. A job that stops needs no new ones.
+        # A job that stops needs no new servers.
         if self._servers is not None and not self._sigterms:
             self._servers.watch()
         if self._job.trains:
@@ -159,6 +159,9 @@ class _Node:
             self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
             (folder / PREEMPTED_FILE).touch()
             (folder / STOP_FILE).touch()
+            if self._servers is not None:
+                # vLLM has the SIGTERM, too. It ends its engine, then waits for open requests that nobody answers.
+                self._servers.kill()
         return False
 
     def _watch_ranks(self) -> int | None:

@@ -42,6 +42,8 @@ _METRICS = "/metrics"
 _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? (\S+)", re.MULTILINE)
 _LOOK_S = 5.0
 """Seconds between two queries of how many tokens a server has computed."""
+_REFUSED = 2
+"""Number of refused queries in a row after which a server counts as ended."""
 _MODEL = "policy"
 _RETRY_PAUSE_S = 0.2
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -397,13 +399,24 @@ class RolloutClient:
         )
 
     async def _watch(self, http: httpx.AsyncClient, silence_s: float, num_done: Callable[[], int]) -> None:
-        """Watch the server's progress until cancelled. Raises RolloutError if there was none for ``silence_s``."""
+        """Watch the server's progress until cancelled.
+
+        Raises RolloutError if there was none for ``silence_s``, or if the server refuses connections twice in a row: a
+        vLLM that shuts down closes its port, and can wait without end for requests that its engine no longer answers.
+        """
         loop = asyncio.get_running_loop()
         pause_s = min(_LOOK_S, silence_s / 4)
-        last, moved = (num_done(), await self._num_tokens(http, pause_s)), loop.time()
+        last, moved = (num_done(), None), loop.time()
+        num_refused = 0
         while True:
-            await asyncio.sleep(pause_s)
-            num_tokens = await self._num_tokens(http, pause_s)
+            try:
+                num_tokens = await self._num_tokens(http, pause_s)
+                num_refused = 0
+            except httpx.ConnectError as error:
+                num_tokens = None
+                num_refused += 1
+                if num_refused == _REFUSED:
+                    raise RolloutError(f"{self.url}: the server shuts down: it refuses connections") from error
             now = (num_done(), last[1] if num_tokens is None else num_tokens)
             if now != last:
                 last, moved = now, loop.time()
@@ -412,11 +425,18 @@ class RolloutClient:
                     f"{self.url}: frozen: it has requests, but has finished none and computed no token for "
                     f"{loop.time() - moved:.0f} s (watchdog.server_s)"
                 )
+            await asyncio.sleep(pause_s)
 
     async def _num_tokens(self, http: httpx.AsyncClient, timeout_s: float) -> float | None:
-        """Number of tokens that the server has read and sampled since its start; None if it does not answer in time."""
+        """Number of tokens that the server has read and sampled since its start; None if it does not answer in time.
+
+        Raises:
+            httpx.ConnectError: nothing listens on the server's port.
+        """
         try:
             response = await http.get(_METRICS, timeout=timeout_s)
+        except httpx.ConnectError:
+            raise
         except httpx.TransportError:
             return None
         return sum(map(float, _TOKENS.findall(response.content))) if response.status_code == 200 else None

@@ -218,6 +218,12 @@ class RolloutServer:
         errors = [line for line in lines[:-_LOG_LINES] if _ERROR_LINE.search(line)]
         return "\n".join([*errors[-_LOG_ERRORS:], *lines[-_LOG_LINES:]])
 
+    def kill(self) -> None:
+        """End all processes of the server at once, so that its open requests fail. Call ``stop`` afterwards."""
+        self._note_shared_memory()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """End the server and all of its processes: first by SIGTERM, after 20 s by SIGKILL. May be called
         repeatedly."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from megatron_chord.cluster.job import Job, Node
 from megatron_chord.cluster.servers import NodeServers
 from megatron_chord.config import RolloutConfig, TimeoutsConfig
+from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.registry import KEY_FILE, Registry
+from megatron_chord.rollout.replies import GenerateRequest, RolloutError
 from tests.rollout.helpers import START_S
 from tests.support.tiny import save_model, tiny_run
 
@@ -58,6 +64,7 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
         assert not watch(lambda: len(said) > 1, 3.0), said
         registry.give_up(0, 0)
         assert watch(lambda: life(1), 2 * START_S), said
+        _check_that_kill_ends_an_open_request(servers)
     finally:
         servers.stop()
     assert [text.split(" on here ")[-1] for text in said] == [
@@ -65,3 +72,21 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
         "ended with code -9; starting a new one",
         "is ready",
     ]
+
+
+def _check_that_kill_ends_an_open_request(servers: NodeServers) -> None:
+    """The server hangs, as one that Slurm ends can. The trainer's request must not wait for it."""
+    server = servers._slots[0].process
+    request = GenerateRequest(
+        prompt_ids=(5, 6), num_samples=1, seed=3, temperature=1.0, max_tokens=40, stop_token_ids=()
+    )
+    with (
+        contextlib.closing(RolloutClient(server.url, server.api_key)) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        os.killpg(server.pid, signal.SIGSTOP)
+        answer = pool.submit(client.generate, [request], version=0, deadline_s=10 * START_S)
+        assert not wait([answer], timeout=1.0).done
+        servers.kill()
+        with pytest.raises(RolloutError, match="after 3 attempts"):
+            answer.result(START_S)
