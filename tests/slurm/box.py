@@ -115,7 +115,7 @@ class Box:
     def stop(self) -> None:
         """Cancel what still runs, and end the daemons."""
         if self._daemons and self._daemons[0].poll() is None:
-            self._cancel_all()
+            self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:
@@ -124,7 +124,8 @@ class Box:
             daemon.kill()
             daemon.wait()
 
-    def _cancel_all(self) -> None:
+    def cancel_all(self) -> None:
+        """Cancel all jobs, and wait until they have ended."""
         jobs = self.output("squeue", "-h", "-o", "%i", check=False).split()
         if jobs:
             self.run("scancel", *jobs, check=False)

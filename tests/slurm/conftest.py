@@ -40,10 +40,17 @@ def slurm() -> None:
 
 
 @pytest.fixture(scope="session")
-def box(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def cluster(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     started = Box(tmp_path_factory.mktemp("slurm"), NODES)
     try:
         started.start()
         yield started
     finally:
         started.stop()
+
+
+@pytest.fixture
+def box(cluster: Box) -> Iterator[Box]:
+    """The cluster without jobs: those that a failed test leaves are cancelled."""
+    yield cluster
+    cluster.cancel_all()

@@ -203,7 +203,7 @@ def test_a_port_that_is_taken(box: Box, tmp_path: Path) -> None:
     write_run(tmp_path, mu=1.0)
     with socket.create_server((address_of(0), 0)) as taken:
         port = taken.getsockname()[1]
-        job = Submitted(box, tmp_path, nodes=1, CHORD_PORT=str(port))
+        job = Submitted(box, tmp_path, nodes=1, options=["--nodelist=n0"], CHORD_PORT=str(port))
         assert job.wait() == ("FAILED", 78), job.output
     assert f"n0: cannot listen on {address_of(0)}:{port}" in job.output
 
