@@ -441,10 +441,13 @@ class RolloutConfig:
     dtype: Literal["fp32", "bf16"] | None = None
     """Number format of weights and activations in the rollout server. Left out: `model.dtype`."""
     servers: tuple[str, ...] = ()
-    """URLs of running vLLM servers (docs/running.md). Left out: the trainer starts one server on loopback, and a Slurm
-    job starts servers on its nodes."""
+    """URLs of running vLLM servers (docs/running.md). Left out: the trainer starts servers on loopback, and a Slurm job
+    starts servers on its nodes."""
     tensor: int = 1
     """Number of GPUs of one server that the trainer or the job starts (tensor parallelism)."""
+    count: int | None = None
+    """Number of servers that the trainer starts on its machine. Left out: as many as its GPUs are enough for, each with
+    `tensor` of them; one without a GPU. A Slurm job has CHORD_SERVERS_PER_NODE instead (docs/cluster.md)."""
     gpu_memory_utilization: float = 0.6
     """Share of a GPU's memory that a server uses, in (0, 1]."""
     kv_cache_bytes: int | None = None
@@ -487,7 +490,13 @@ class RolloutConfig:
             **{
                 "rollout.temperature": self.temperature,
                 "rollout.tensor": self.tensor,
+                **({} if self.count is None else {"rollout.count": self.count}),
             }
+        )
+        require(
+            self.count is None or not self.servers,
+            "rollout.count is the number of servers that the trainer starts; with rollout.servers it starts none: "
+            "leave one of the two out",
         )
         _check_sampled("rollout.temperature", self.temperature)
         require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chord.network import address_towards, is_loopback
+from megatron_chord.rollout.server import named_gpus, visible_to_server
 from megatron_chord.rollout.sync import TransportName
 
 
@@ -97,16 +98,8 @@ class Job:
         return place * self.num_servers_here(tensor)
 
     def server_devices(self, server: int, tensor: int) -> str | None:
-        """CUDA_VISIBLE_DEVICES of this node's ``server``-th server; None without GPUs.
-
-        If the node also has ranks, the server sees all GPUs of the node, its own first, because it opens CUDA IPC
-        handles of the ranks' GPUs.
-        """
-        if not self.gpus:
-            return None
-        own = self.gpus[server * tensor : (server + 1) * tensor]
-        others = tuple(gpu for gpu in self.gpus if gpu not in own) if self.trains else ()
-        return ",".join(own + others)
+        """CUDA_VISIBLE_DEVICES of this node's ``server``-th server; None without GPUs."""
+        return visible_to_server(self.gpus, server, tensor, with_ranks=self.trains)
 
     def transport(self) -> TransportName:
         """The transport of weights from ranks to servers with ``rollout.transport: auto``."""
@@ -147,8 +140,6 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
         raise ValueError(
             f"CHORD_ROLLOUT_NODES is {num_rollout_nodes}, but of {len(nodes)} nodes at least one must train"
         )
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
     return Job(
         folder=Path(_needed(environment, "CHORD_JOB")),
         nodes=nodes,
@@ -156,7 +147,7 @@ def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:
         port=_number("CHORD_PORT", _needed(environment, "CHORD_PORT")),
         num_rollout_nodes=num_rollout_nodes,
         ranks_per_node=_count(environment, "CHORD_RANKS_PER_NODE") or max(1, num_gpus),
-        gpus=tuple(gpus[:num_gpus]),
+        gpus=named_gpus(environment, num_gpus),
         servers_per_node=_count(environment, "CHORD_SERVERS_PER_NODE"),
     )
 

@@ -14,7 +14,14 @@ from megatron_chord.config_suite import ServerConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.network import address_towards
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.server import RolloutServer, ServerError, ServerSettings, start_server
+from megatron_chord.rollout.server import (
+    RolloutServer,
+    ServerError,
+    ServerSettings,
+    named_gpus,
+    start_server,
+    visible_to_server,
+)
 from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
 from megatron_chord.weights.folder import open_model
 
@@ -62,7 +69,7 @@ class OwnServers:
 
     def connect(self) -> Sequence[RolloutClient]:
         self.close()
-        devices = devices_of_servers(self._settings, _visible_devices())
+        devices = devices_of_servers(self._settings, named_gpus(os.environ, torch.cuda.device_count()))
         self._say(
             f"starting {len(devices)} vLLM server{'s' if len(devices) > 1 else ''}, logs in {self._logs}"
         )
@@ -169,12 +176,4 @@ def devices_of_servers(settings: ServerConfig, devices: Sequence[str]) -> list[s
         raise ValueError(
             f"server.count {settings.count or 1} x server.tensor {settings.tensor} does not fit on {len(devices)} GPUs"
         )
-    step = settings.tensor
-    return [",".join(devices[index * step : (index + 1) * step]) for index in range(count)]
-
-
-def _visible_devices() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    return [visible_to_server(devices, index, settings.tensor, with_ranks=False) for index in range(count)]

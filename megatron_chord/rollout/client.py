@@ -416,7 +416,9 @@ class RolloutClient:
                 num_tokens = None
                 num_refused += 1
                 if num_refused == _REFUSED:
-                    raise RolloutError(f"{self.url}: the server shuts down: it refuses connections") from error
+                    raise RolloutError(
+                        f"{self.url}: the server shuts down: it refuses connections"
+                    ) from error
             now = (num_done(), last[1] if num_tokens is None else num_tokens)
             if now != last:
                 last, moved = now, loop.time()

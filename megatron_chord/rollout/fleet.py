@@ -1,4 +1,4 @@
-"""The rollout servers of a run: one that the run starts, those of a Slurm job, or those that the user started.
+"""The rollout servers of a run: its own, those of a Slurm job, or those that the user started.
 
 Only the coordinator uses them. ``start`` returns while servers still load; ``connect`` waits for them.
 """
@@ -31,36 +31,53 @@ class Fleet(Protocol):
     def close(self) -> None: ...
 
 
-class OwnServer:
-    """One server, a child of this process."""
+class OwnServers:
+    """Servers on this machine, children of this process."""
 
-    def __init__(self, start: Callable[[], RolloutServer], *, timeout_s: float, silence_s: float) -> None:
-        """``silence_s``: as of ``RolloutClient``."""
-        self._start = start
+    def __init__(
+        self, starts: Sequence[Callable[[], RolloutServer]], *, timeout_s: float, silence_s: float
+    ) -> None:
+        """``starts``: one function for each server; it starts the server. ``silence_s``: as of ``RolloutClient``."""
+        self._starts = starts
         self._timeout_s = timeout_s
         self._silence_s = silence_s
-        self._server: RolloutServer | None = None
-        self._client: RolloutClient | None = None
+        self._servers: list[RolloutServer] = []
+        self._clients: list[RolloutClient] = []
 
     def start(self) -> None:
-        self._server = self._start()
+        for start in self._starts:
+            self._servers.append(start())
 
     def connect(self) -> Sequence[RolloutClient]:
-        assert self._server is not None
-        self._server.wait_until_ready(self._timeout_s)
-        self._client = RolloutClient(self._server.url, self._server.api_key, silence_s=self._silence_s)
-        return [self._client]
+        self._close_clients()
+        for server in self._servers:
+            server.wait_until_ready(self._timeout_s)
+        self._clients = [
+            RolloutClient(server.url, server.api_key, silence_s=self._silence_s) for server in self._servers
+        ]
+        return self._clients
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
-        self.close()
-        self.start()
+        """Replace the servers that do not answer. If all answer, replace all, because one of them is at fault."""
+        lost = [index for index, client in enumerate(self._clients) if not client.health()]
+        if everything or not lost:
+            lost = range(len(self._servers))
+        self._close_clients()
+        for index in lost:
+            self._servers[index].stop()
+        for index in lost:
+            self._servers[index] = self._starts[index]()
         return self.connect()
 
     def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        if self._server is not None:
-            self._server.stop()
+        self._close_clients()
+        for server in self._servers:
+            server.stop()
+
+    def _close_clients(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._clients = []
 
 
 class ListedServers:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,26 @@ class ServerSettings:
     """OMP threads of each vLLM process on a CPU."""
     repeatable: bool = False
     """Whether the result of a request must not depend on the other requests in the batch."""
+
+
+def named_gpus(environment: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """The entries of CUDA_VISIBLE_DEVICES for the ``count`` GPUs that CUDA finds; their numbers if it is not set."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    return tuple(names[:count])
+
+
+def visible_to_server(gpus: Sequence[str], index: int, tensor: int, *, with_ranks: bool) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the ``index``-th of a machine's servers, each with ``tensor`` GPUs; None without GPUs.
+
+    If ranks run on these ``gpus`` too (``with_ranks``), the server sees all of them, its own first, because it opens
+    CUDA IPC handles of the ranks' GPUs.
+    """
+    if not gpus:
+        return None
+    own = list(gpus[index * tensor : (index + 1) * tensor])
+    others = [gpu for gpu in gpus if gpu not in own] if with_ranks else []
+    return ",".join(own + others)
 
 
 def start_server(

@@ -7,9 +7,11 @@ the same error, so that no rank waits forever.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -21,10 +23,17 @@ from megatron_chord.network import address_towards
 from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.fleet import Fleet, JobServers, ListedServers, OwnServer
+from megatron_chord.rollout.fleet import Fleet, JobServers, ListedServers, OwnServers
 from megatron_chord.rollout.registry import JobRollout, Registry, read_key
 from megatron_chord.rollout.replies import RolloutError, StaleWeights
-from megatron_chord.rollout.server import ServerError, ServerSettings, start_server
+from megatron_chord.rollout.server import (
+    RolloutServer,
+    ServerError,
+    ServerSettings,
+    named_gpus,
+    start_server,
+    visible_to_server,
+)
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.offload import Offload
@@ -50,6 +59,25 @@ def server_settings(run: RunConfig) -> ServerSettings:
     )
 
 
+def count_own_servers(run: RunConfig, num_gpus: int) -> int:
+    """Number of servers that a run starts on this machine: ``rollout.count``, or as many as fit on the GPUs.
+
+    Raises:
+        ValueError: the servers do not fit on the machine's ``num_gpus`` GPUs.
+    """
+    tensor = run.rollout.tensor
+    if num_gpus == 0:
+        return run.rollout.count or 1
+    most = num_gpus // tensor
+    count = run.rollout.count or most
+    if not 0 < count <= most:
+        raise ValueError(
+            f"{max(count, 1)} servers (rollout.count) of {tensor} GPUs each (rollout.tensor) do not fit on the "
+            f"{num_gpus} GPUs that CUDA finds"
+        )
+    return count
+
+
 class RolloutEngine:
     def __init__(
         self,
@@ -62,7 +90,7 @@ class RolloutEngine:
         doing: Callable[[str], None] = lambda text: None,
         stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Start a server, if ``is_needed`` and neither settings nor job provide servers. Returns while it loads.
+        """Start servers, if ``is_needed`` and neither settings nor job provide any. Returns while they load.
 
         If servers run on the ranks' GPUs, wait until they are ready and put them to sleep (with ``rollout.sleep``). The
         GPUs are then free for the model.
@@ -274,11 +302,22 @@ class RolloutEngine:
                 silence_s=silence_s,
                 stop_wanted=self._stop_wanted,
             )
-        return OwnServer(
-            lambda: start_server(run.model.path, server_settings(run), log=self._next_log()),
+        gpus = named_gpus(os.environ, torch.cuda.device_count())
+        count = count_own_servers(run, len(gpus))
+        return OwnServers(
+            [partial(self._start_own, index, count, gpus) for index in range(count)],
             timeout_s=timeout_s,
             silence_s=silence_s,
         )
+
+    def _start_own(self, index: int, count: int, gpus: Sequence[str]) -> RolloutServer:
+        settings = server_settings(self._run)
+        settings = dataclasses.replace(
+            settings,
+            visible_devices=visible_to_server(gpus, index, settings.tensor, with_ranks=True),
+            cpu_threads=max(1, settings.cpu_threads // count),
+        )
+        return start_server(self._run.model.path, settings, log=self._next_log())
 
     def _next_log(self) -> Path:
         return self._log_folder / f"rollout-server-{len(list(self._log_folder.iterdir())) + 1}.log"

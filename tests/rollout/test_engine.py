@@ -1,5 +1,5 @@
-"""Servers on the trainer's devices are awaited before the model is built, sleep until they are needed, and are
-replaced.
+"""Servers on the trainer's devices are awaited before the model is built, and sleep until they are needed. A lost one
+is replaced, the others stay.
 
 A server without a GPU keeps its memory. All else is real: it reports whether it sleeps, and its parts are woken in
 turn.
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from megatron_chord.config import ParallelConfig, RolloutConfig, TimeoutsConfig
-from megatron_chord.rollout.fleet import OwnServer
-from megatron_chord.train.engine import RolloutEngine
+from megatron_chord.rollout.fleet import OwnServers
+from megatron_chord.train.engine import RolloutEngine, count_own_servers
 from tests.distributed.steps import build, start_groups
 from tests.rollout.helpers import START_S
 from tests.support.ranks import run_ranks
@@ -31,14 +32,18 @@ class _Shared(RolloutEngine):
         return True
 
     def observed(self) -> dict[str, Any]:
-        (client,) = self.clients
-        reply = httpx.get(f"{client.url}/is_sleeping", headers=client._headers, trust_env=False, timeout=30)
-        return {"sleeps": reply.json()["is_sleeping"], "version": client.weight_version()}
+        sleeps = [
+            httpx.get(f"{client.url}/is_sleeping", headers=client._headers, trust_env=False, timeout=30)
+            for client in self.clients
+        ]
+        return {
+            "sleeps": [reply.json()["is_sleeping"] for reply in sleeps],
+            "version": [client.weight_version() for client in self.clients],
+        }
 
-    def kill_server(self) -> None:
-        assert isinstance(self._fleet, OwnServer)
-        assert self._fleet._server is not None
-        os.killpg(self._fleet._server.pid, signal.SIGKILL)
+    def pids(self) -> list[int]:
+        assert isinstance(self._fleet, OwnServers)
+        return [server.pid for server in self._fleet._servers]
 
 
 def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
@@ -46,7 +51,7 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
     run = replace(
         run,
         data=replace(run.data, max_prompt_tokens=64),
-        rollout=RolloutConfig(kv_cache_bytes=64 << 20),
+        rollout=RolloutConfig(kv_cache_bytes=64 << 20, count=2),
         timeouts=TimeoutsConfig(server_start_s=2 * START_S, weight_push_s=60),
     )
     groups = start_groups(ParallelConfig())
@@ -64,9 +69,11 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         seen.append(engine.observed())
         engine.rest()
         seen.append(engine.observed())
-        engine.kill_server()
+        before = engine.pids()
+        os.killpg(before[1], signal.SIGKILL)
         engine.attempt(engine.push_weights, state, 1)
-        seen.append(engine.observed() | {"replaced": engine.generation})
+        kept = [pid in before for pid in engine.pids()]
+        seen.append(engine.observed() | {"replaced": engine.generation, "kept": kept})
     finally:
         engine.close()
     return seen
@@ -77,9 +84,23 @@ def test_servers_are_awaited_and_sleep_until_weights_come(tmp_path: Path) -> Non
     (tmp_path / "logs").mkdir()
     (seen,) = run_ranks(life_of_an_engine, 1, folder, tmp_path / "logs", timeout_s=5 * START_S)
     assert seen == [
-        {"sleeps": True, "version": None},
-        {"sleeps": False, "version": 0},
-        {"sleeps": True, "version": 0},
+        {"sleeps": [True, True], "version": [None, None]},
+        {"sleeps": [False, False], "version": [0, 0]},
+        {"sleeps": [True, True], "version": [0, 0]},
         {"has room": True},
-        {"sleeps": False, "version": 1, "replaced": 1},
+        {"sleeps": [False, False], "version": [1, 1], "replaced": 1, "kept": [True, False]},
     ]
+
+
+def test_one_server_for_each_group_of_gpus() -> None:
+    run = tiny_run(Path("model"))
+
+    def count(num_gpus: int, **settings: Any) -> int:
+        return count_own_servers(replace(run, rollout=RolloutConfig(**settings)), num_gpus)
+
+    assert [count(8), count(8, tensor=2), count(3, tensor=2), count(8, count=2)] == [8, 4, 1, 2]
+    assert [count(0), count(0, tensor=2), count(0, count=3)] == [1, 1, 3]
+    with pytest.raises(ValueError, match=r"1 servers .* of 4 GPUs each .* do not fit on the 2 GPUs"):
+        count(2, tensor=4)
+    with pytest.raises(ValueError, match=r"3 servers .* of 2 GPUs each"):
+        count(4, tensor=2, count=3)
