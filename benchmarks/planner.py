@@ -1,38 +1,44 @@
 #!/usr/bin/env python
-"""Compare the planner with published runs: predicted, published, error, and the use of each row for its constants.
+"""Compare the planner with the published runs of planner_rows.yaml: predicted, published, and the error.
 
     python benchmarks/planner.py
 
-Below the table, each calibrated run is predicted again, with the two main constants fitted to only the other five.
-This shows how much the one run decides. The exit code is 1 if a row of the table is wrong by more than 20 %.
+Fitted rows and unseen rows are printed apart: the constants were fitted by benchmarks/planner_fit.py, which sees only
+the fitted ones. The exit code is 1 if the median error of the unseen rows is above 15 % or one of them is above 35 %.
 docs/planning.md has the sources.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from megatron_chord.config import ParallelConfig
+from megatron_chord.costs.flops import train_flops
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import FAMILIES, read_shape
-from megatron_chord.plan.constants import CONSTANTS, GB
+from megatron_chord.plan.constants import CONSTANTS, GB, Constants
 from megatron_chord.plan.estimate import Case, Choice, Cluster, checkpoint_bytes, estimate
 from megatron_chord.plan.memory import Numerics, Training, full_logits_bytes, stage_memory
-from megatron_chord.plan.training import pass_seconds, speed
+from megatron_chord.plan.training import speed
 from megatron_chord.plan.work import Work
-from megatron_chord.precision import Precision
 
-LIMIT = 0.20
+MEDIAN, LARGEST = 0.15, 0.35
+"""The errors that the unseen rows should not exceed."""
+ROWS = Path(__file__).with_name("planner_rows.yaml")
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
-Use = Literal["calibrated", "held back", "fitted without it"]
-"""How a row was used. calibrated: constants were chosen with it. held back: it was not looked at for that."""
+Use = Literal["fitted", "unseen"]
+PROMPT_TOKENS = 127
+"""Tokens of a prompt of the GRPO rows, derived from comparing the published columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,7 @@ class Row:
     published: float
     predicted: float
     unit: str
+    source: str
     use: Use
 
     @property
@@ -49,8 +56,14 @@ class Row:
         return self.predicted / self.published - 1
 
 
-def rows() -> list[Row]:
-    return [*_grpo_rows(), *_phase_rows(), *_iteration_rows(), *_memory_rows()]
+def rows(constants: Constants = CONSTANTS, *, use: Use | None = None) -> list[Row]:
+    """All rows, or those of one use, predicted with these constants."""
+    found: list[Row] = []
+    for kind, predict in _KINDS.items():
+        for entry in _entries()[kind]:
+            if use in (None, entry["use"]):
+                found += predict(entry, constants)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,265 +71,198 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.table import Table
 
     found = rows()
-    table = Table(title="the planner beside published runs (H100)")
-    for name in ("run", "what", "predicted", "published", "unit", "error %", "constants"):
-        table.add_column(name, justify="right" if name in ("predicted", "published", "error %") else "left")
-    uses: tuple[Use, ...] = ("calibrated", "held back")
+    uses: tuple[Use, ...] = ("fitted", "unseen")
     for use in uses:
+        table = Table(title=f"{use} rows")
+        for name in ("run", "what", "predicted", "published", "unit", "error %", "source"):
+            table.add_column(
+                name, justify="right" if name in ("predicted", "published", "error %") else "left"
+            )
         for row in (row for row in found if row.use == use):
             numbers = [
                 f"{value:.1f}" if value >= 10 else f"{value:.3f}" for value in (row.predicted, row.published)
             ]
-            table.add_row(row.name, row.what, *numbers, row.unit, f"{100 * row.error:+.1f}", use)
-        table.add_section()
-    Console(width=130).print(table)
+            table.add_row(row.name, row.what, *numbers, row.unit, f"{100 * row.error:+.1f}", row.source)
+        Console(width=130).print(table)
     for use in uses:
-        errors = [abs(row.error) for row in found if row.use == use]
-        within = sum(error <= LIMIT for error in errors)
-        mean = sum(errors) / len(errors)
-        print(
-            f"{use}: {within} of {len(errors)} rows within 20 %, mean {mean:.1%}, largest {max(errors):.1%}"
-        )
-    for row in refitted_rows():
-        print(
-            f"{row.use}: {row.name}: {row.predicted:.1f} {row.unit}, published {row.published:.1f} ({row.error:+.1%})"
-        )
-    missed = [row for row in found if abs(row.error) > LIMIT]
-    print("PASS" if not missed else "FAIL: " + ", ".join(row.name for row in missed))
-    return 1 if missed else 0
+        print(f"{use}: {summary([row for row in found if row.use == use])}")
+    missed = [row for row in found if row.use == "unseen" and abs(row.error) > LARGEST]
+    median = statistics.median(abs(row.error) for row in found if row.use == "unseen")
+    for row in missed:
+        print(f"above {LARGEST:.0%}: {row.name}, {row.what}: {row.error:+.1%}")
+    passed = median <= MEDIAN and not missed
+    print("PASS" if passed else "FAIL")
+    return int(not passed)
 
 
+def summary(found: Sequence[Row]) -> str:
+    errors = [abs(row.error) for row in found]
+    within = sum(error <= 0.20 for error in errors)
+    return (
+        f"{len(errors)} figures, median error {statistics.median(errors):.1%}, largest {max(errors):.1%}, "
+        f"{within} within 20 %"
+    )
+
+
+@cache
+def _entries() -> dict[str, list[dict[str, Any]]]:
+    return yaml.safe_load(ROWS.read_text())
+
+
+@cache
 def _shape(name: str) -> ModelShape:
-    return read_shape(CONFIGS / name)
+    return gpt_7b() if name == "gpt-7b" else read_shape(CONFIGS / name)
 
 
-# GRPO end to end, NeMo-RL [RLPERF] [RL-959]: 64 prompts x 32 samples, two log-prob passes (policy and reference).
+def _parallel(entry: dict[str, Any]) -> ParallelConfig:
+    pipeline = entry.get("pipeline", 1)
+    stages = None
+    if "layers" in entry:
+        first, last = entry["layers"]
+        between = _shape(entry["model"]).num_layers - first - last
+        stages = (first, *[between // (pipeline - 2)] * (pipeline - 2), last)
+    return ParallelConfig(
+        tensor=entry.get("tensor", 1),
+        pipeline=pipeline,
+        virtual_pipeline=entry.get("virtual"),
+        stages=stages,
+        context=entry.get("context", 1),
+        expert=entry.get("expert", 1),
+        sequence_parallel=entry.get("sequence", entry.get("tensor", 1) > 1),
+    )
 
-ONE_GPU = ParallelConfig()
-PROMPT_TOKENS = 127
-"""Tokens of a prompt, derived from comparing the published columns."""
-MOST_TOKENS = 4096
-"""Tokens of a prompt and its response, at most."""
-PACK = 16384
-"""Tokens of a packed micro-batch. This number is not published."""
+
+def _train(entry: dict[str, Any], constants: Constants) -> list[Row]:
+    shape, parallel, gpu = _shape(entry["model"]), _parallel(entry), GPUS[entry.get("gpu", "h100")]
+    ranks = entry["gpus"] // (parallel.tensor * parallel.pipeline * parallel.context)
+    how = speed(
+        shape,
+        parallel,
+        gpu,
+        micro_batches=entry["batch"] // (ranks * entry.get("micro", 1)),
+        fp8=entry.get("fp8", False),
+        long_packs=True,
+        constants=constants,
+    )
+    reached = gpu.peak_flops * how.efficiency
+    per_token = train_flops(shape, entry["length"])
+    predicted = {
+        "tok/s": reached / per_token,
+        "TFLOP/s": reached / 1e12,
+        "s": entry["batch"] * entry["length"] * per_token / (entry["gpus"] * reached),
+    }
+    return [_row(entry, "iteration" if entry["unit"] == "s" else "per GPU", predicted[entry["unit"]])]
 
 
-def _grpo(
-    model: str,
-    *,
-    mean: float,
-    gpus: int,
-    parallel: ParallelConfig = ONE_GPU,
-    rollout_tensor: int = 1,
-    apart: bool = False,
-    precision: Precision | None = None,
-) -> tuple[Case, Choice]:
-    """A run and its layout.
+def _grpo(entry: dict[str, Any], constants: Constants) -> list[Row]:
+    case, choice = grpo_case(entry, constants)
+    times = estimate(case, choice, sampling=_sampling(entry["name"], _decoding(constants))).times
+    found = [_row({**entry, "value": entry["seconds"], "unit": "s"}, "step", times.step)]
+    for phase, seconds in entry.get("phases", {}).items():
+        found.append(_row({**entry, "value": seconds, "unit": "s"}, phase, getattr(times, phase)))
+    return found
 
-    Args:
-        mean: of prompt and response together.
-        gpus: those that train.
-        apart: as many more only sample, one step ahead.
-    """
+
+def grpo_case(entry: dict[str, Any], constants: Constants = CONSTANTS) -> tuple[Case, Choice]:
+    """A GRPO run of NeMo-RL and its layout: two log-prob passes, of the policy and of the reference."""
+    apart, nodes = entry.get("apart", False), entry["gpus"] // 8
+    samples, limit = entry.get("samples", 2048), entry.get("limit", 4096)
+    per_prompt = 16 if entry["model"] == "deepseek-v3" else 32
     case = Case(
-        shape=_shape(model),
-        cluster=Cluster(
-            gpu=GPUS["h100"], nodes=gpus // 8 * (1 + apart), rollout_nodes=gpus // 8 if apart else 0
-        ),
+        shape=_shape(entry["model"]),
+        cluster=Cluster(gpu=GPUS["h100"], nodes=nodes * (1 + apart), rollout_nodes=nodes if apart else 0),
         work=Work(
-            prompts=64,
-            rollouts=32,
+            prompts=samples // per_prompt,
+            rollouts=per_prompt,
             demonstrations=0,
             prompt_tokens=PROMPT_TOKENS,
-            response_tokens=mean - PROMPT_TOKENS,
+            response_tokens=entry["mean"] - PROMPT_TOKENS,
             demonstration_tokens=0,
-            response_limit=MOST_TOKENS - PROMPT_TOKENS,
-            longest=MOST_TOKENS,
+            response_limit=limit - PROMPT_TOKENS,
+            longest=limit,
+            updates=samples // 512,
             passes=2,
         ),
         reference=True,
-        precision=precision,
-        rollout_tensor=rollout_tensor,
-        utilization=0.85 if apart else 0.6,
+        precision="fp8_e2e" if entry.get("fp8") else None,
+        rollout_tensor=entry.get("sampling", 1),
+        utilization=0.8 if apart else 0.6,
         overlap=apart,
+        constants=constants,
     )
-    return case, Choice(parallel=parallel, max_tokens=PACK, recompute="none")
+    recompute = entry.get("recompute", "none")
+    return case, Choice(parallel=_parallel(entry), max_tokens=limit, recompute=recompute)
 
 
-_FOUR_BY_FOUR = ParallelConfig(tensor=4, pipeline=4, sequence_parallel=True)
-_RUNS: tuple[tuple[str, float, Use, tuple[Case, Choice]], ...] = (
-    (
-        "8B, 8 GPUs, on-policy",
-        112,
-        "calibrated",
-        _grpo("llama-3.1-8b", mean=795 + 127, gpus=8, parallel=ParallelConfig(pipeline=2)),
-    ),
-    (
-        "70B, 64 GPUs, on-policy",
-        147,
-        "calibrated",
-        _grpo("llama-3.1-70b", mean=398 + 127, gpus=64, parallel=_FOUR_BY_FOUR, rollout_tensor=8),
-    ),
-    (
-        "8B, 16 GPUs, on-policy (v0.5)",
-        92.8,
-        "calibrated",
-        _grpo("llama-3.1-8b", mean=1019, gpus=16, parallel=ParallelConfig(pipeline=2)),
-    ),
-    (
-        "8B, 8+8 GPUs, 1 step off",
-        64.8,
-        "calibrated",
-        _grpo("llama-3.1-8b", mean=1123, gpus=8, apart=True),
-    ),
-    (
-        "32B, 32 GPUs, on-policy (v0.5)",
-        376,
-        "calibrated",
-        _grpo("qwen3-32b", mean=3251, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4),
-    ),
-    (
-        "32B, 32+32 GPUs, 1 step off",
-        200,
-        "calibrated",
-        _grpo("qwen3-32b", mean=3252, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4, apart=True),
-    ),
-    (
-        "8B, 16 GPUs, on-policy (v0.4)",
-        97.7,
-        "held back",
-        _grpo("llama-3.1-8b", mean=1060, gpus=16, parallel=ParallelConfig(pipeline=2)),
-    ),
-    (
-        "32B, 32 GPUs, on-policy (v0.4)",
-        393,
-        "held back",
-        _grpo("qwen3-32b", mean=3206, gpus=32, parallel=_FOUR_BY_FOUR, rollout_tensor=4),
-    ),
-    (
-        "8B, 8+8 GPUs, 1 step off, FP8",
-        53.0,
-        "held back",
-        _grpo("llama-3.1-8b", mean=1128, gpus=8, apart=True, precision="fp8_e2e"),
-    ),
-    (
-        "30B-A3B, 32 GPUs, on-policy",
-        192,
-        "held back",
-        _grpo("qwen3-30b-a3b", mean=3203, gpus=32, parallel=ParallelConfig(expert=8), rollout_tensor=2),
-    ),
-    (
-        "30B-A3B, 16+16 GPUs, 1 step off",
-        152,
-        "held back",
-        _grpo(
-            "qwen3-30b-a3b",
-            mean=3201,
-            gpus=16,
-            parallel=ParallelConfig(pipeline=2, expert=8),
-            rollout_tensor=2,
-            apart=True,
-        ),
-    ),
-)
+def _decoding(constants: Constants) -> Constants:
+    """Constants that differ from the default ones only in what sampling depends on."""
+    names = [field.name for field in dataclasses.fields(Constants) if field.name.startswith("decode_")]
+    return dataclasses.replace(CONSTANTS, **{name: getattr(constants, name) for name in names})
 
 
-def _grpo_rows() -> list[Row]:
-    return [
-        Row(
-            name=name,
-            what="step",
-            published=published,
-            predicted=estimate(case, choice).times.step,
-            unit="s",
-            use=use,
-        )
-        for name, published, use, (case, choice) in _RUNS
-    ]
+@cache
+def _sampling(name: str, constants: Constants) -> float:
+    (entry,) = (entry for entry in _entries()["grpo"] if entry["name"] == name)
+    return grpo_case(entry, constants)[0].sampling_seconds()
 
 
-def refitted_rows() -> list[Row]:
-    """Predict each calibrated run with the ``train_efficiency`` and ``decode_step_s`` that fit the other five best, on
-    a grid."""
-    runs = [run for run in _RUNS if run[2] == "calibrated"]
-    steps: dict[tuple[float, float], list[float]] = {}
-    for milliseconds in range(2, 13):
-        cases = [
-            dataclasses.replace(
-                case, constants=dataclasses.replace(CONSTANTS, decode_step_s=milliseconds / 1000)
-            )
-            for _, _, _, (case, _) in runs
-        ]
-        sampling = [case.sampling_seconds() for case in cases]
-        for percent in range(25, 61):
-            constants = dataclasses.replace(cases[0].constants, train_efficiency=percent / 100)
-            steps[milliseconds, percent] = [
-                estimate(dataclasses.replace(case, constants=constants), run[3][1], sampling=known).times.step
-                for case, run, known in zip(cases, runs, sampling, strict=True)
-            ]
-
-    def misfit(key: tuple[float, float], left_out: int) -> float:
-        return sum(
-            math.log(predicted / run[1]) ** 2
-            for index, (run, predicted) in enumerate(zip(runs, steps[key], strict=True))
-            if index != left_out
-        )
-
-    found = []
-    for index, (name, published, _, _) in enumerate(runs):
-        best = min(steps, key=lambda key: misfit(key, index))
-        found.append(
-            Row(
-                name=name,
-                what="step",
-                published=published,
-                predicted=steps[best][index],
-                unit="s",
-                use="fitted without it",
-            )
-        )
-    return found
-
-
-def _phase_rows() -> list[Row]:
-    """The phases of the first two runs [RL-959], and the size of a checkpoint [DGXC]."""
-    published = {
-        "8B, 8 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 58},
-        "70B, 64 GPUs, on-policy": {"training": 28, "scoring": 18, "sampling": 84},
-    }
-    found = []
-    for name, _, use, (case, choice) in _RUNS:
-        times = estimate(case, choice).times
-        found += [
-            Row(
-                name=name,
-                what=phase,
-                published=seconds,
-                predicted=getattr(times, phase),
-                unit="s",
-                use=use,
-            )
-            for phase, seconds in published.get(name, {}).items()
-        ]
-    case, _ = _grpo("llama-3.1-8b", mean=1000, gpus=8)
-    found.append(
-        Row(
-            name="8B, training state",
-            what="checkpoint",
-            published=105,
-            predicted=checkpoint_bytes(case) / GB,
-            unit="GB",
-            use="held back",
-        )
+def _memory(entry: dict[str, Any], constants: Constants) -> list[Row]:
+    shape, parallel = _shape(entry["model"]), _parallel(entry)
+    tokens = entry.get("micro", 1) * entry["length"]
+    training = Training(
+        parallel=parallel,
+        data=entry["data"],
+        micro_tokens=tokens,
+        micro_batches=entry["batches"],
+        recompute="none",
+        # FP8 weights (kept as FP8; a transposed copy exists for a moment) and BF16 gradients.
+        numerics=Numerics(weights=1, gradients=2, gemm_input=1) if entry.get("fp8") else Numerics(),
     )
-    return found
+    inside = dataclasses.replace(constants, cuda_bytes=0.0, fragmentation=0.0)
+    memory = stage_memory(shape, training, 0, inside)
+    held, peak = memory.static, memory.total
+    if entry["model"] == "gpt-7b":
+        # Learned positions are whole on every rank of the first stage. No family here has them.
+        held += (2 + 4 + 12 / 2) * 8192 * shape.hidden_size
+        is_last = parallel.pipeline == 1
+        logits = full_logits_bytes(shape.vocab_size / parallel.tensor, tokens) if is_last else 0.0
+        peak = held + memory.activations + logits
+    value = {"held": held, "peak": peak}[entry["what"]] / GB
+    return [_row({**entry, "unit": "GB"}, entry["what"], value)]
 
 
-# Megatron-LM's own regression runs, "gpt3 7b": 32 layers, LayerNorm, GELU, learned positions, all logits at once
-# [MLM-GOLD]. 8 GPUs, sequences of 8192, global batch 8, BF16, FP32 gradients, no recomputation.
+def _checkpoint(entry: dict[str, Any], constants: Constants) -> list[Row]:
+    work = Work(
+        prompts=0,
+        rollouts=1,
+        demonstrations=1,
+        prompt_tokens=1,
+        response_tokens=1,
+        demonstration_tokens=1,
+        response_limit=1,
+        longest=2,
+    )
+    case = Case(shape=_shape(entry["model"]), cluster=Cluster(gpu=GPUS["h100"]), work=work)
+    return [_row({**entry, "unit": "GB"}, "checkpoint", checkpoint_bytes(case) / GB)]
+
+
+_KINDS = {"train": _train, "grpo": _grpo, "memory": _memory, "checkpoint": _checkpoint}
+
+
+def _row(entry: dict[str, Any], what: str, predicted: float) -> Row:
+    return Row(
+        name=entry["name"],
+        what=what,
+        published=entry["value"],
+        predicted=predicted,
+        unit=entry["unit"],
+        source=entry["source"],
+        use=entry["use"],
+    )
 
 
 def gpt_7b() -> ModelShape:
+    """Megatron-LM's own regression run "gpt3 7b" [MLM-GOLD]: LayerNorm, GELU, learned positions, all logits at once."""
     config = {
         "model_type": "llama",
         "vocab_size": 131072,
@@ -330,94 +276,6 @@ def gpt_7b() -> ModelShape:
     }
     shape = FAMILIES["llama"](config)
     return dataclasses.replace(shape, transformer={**shape.transformer, "gated_linear_unit": False})
-
-
-_GOLD = (
-    ("7B GPT, TP4 PP1 DP2", ParallelConfig(tensor=4), 2, 20.66, 57.14, 1.115),
-    ("7B GPT, TP1 PP4 VPP8 DP2", ParallelConfig(pipeline=4, virtual_pipeline=8), 1, 24.81, 60.72, 1.151),
-)
-"""Name, layout, sequences of a micro-batch, GB held, peak GB, and seconds an iteration."""
-
-
-def _iteration_rows() -> list[Row]:
-    found = []
-    for name, parallel, sequences, _, _, published in _GOLD:
-        how = speed(gpt_7b(), parallel, micro_batches=8 // 2 // sequences)
-        predicted = pass_seconds(
-            gpt_7b(), GPUS["h100"], gpus=8, tokens=8 * 8192, length=8192, efficiency=how.efficiency
-        )
-        found.append(
-            Row(
-                name=name,
-                what="iteration",
-                published=published,
-                predicted=predicted,
-                unit="s",
-                use="held back",
-            )
-        )
-    return found
-
-
-def _memory_rows() -> list[Row]:
-    """Memory that torch allocates on rank 0, without CUDA's own. Then the 70B SFT runs in FP8 [MB-SKILL-MEM]."""
-    found = []
-    inside = dataclasses.replace(CONSTANTS, cuda_bytes=0.0, fragmentation=0.0)
-    for name, parallel, sequences, held, peak, _ in _GOLD:
-        shape, tokens = gpt_7b(), sequences * 8192
-        training = Training(
-            parallel=parallel,
-            data=2,
-            micro_tokens=tokens,
-            micro_batches=8 // 2 // sequences,
-            recompute="none",
-        )
-        memory = stage_memory(shape, training, 0, inside)
-        # Learned positions are whole on every rank of the first stage. No family here has them.
-        static = memory.static + (2 + 4 + 12 / 2) * 8192 * shape.hidden_size
-        is_last = parallel.pipeline == 1
-        logits = full_logits_bytes(shape.vocab_size / parallel.tensor, tokens) if is_last else 0.0
-        for what, published, predicted in (
-            ("held", held, static),
-            ("peak", peak, static + memory.activations + logits),
-        ):
-            found.append(
-                Row(
-                    name=name,
-                    what=what,
-                    published=published,
-                    predicted=predicted / GB,
-                    unit="GB",
-                    use="held back",
-                )
-            )
-    # FP8 weights (kept as FP8; a transposed copy exists for a moment) and BF16 gradients.
-    numerics = Numerics(weights=1, gradients=2, gemm_input=1)
-    for name, parallel, data, published in (
-        ("70B SFT FP8, TP4 PP4 VPP5 DP2", ParallelConfig(tensor=4, pipeline=4, virtual_pipeline=5), 2, 58.8),
-        ("70B SFT FP8, TP4 PP8 VPP5 DP1", ParallelConfig(tensor=4, pipeline=8, virtual_pipeline=5), 1, 53.2),
-        ("70B SFT FP8, TP8 PP4 VPP5 DP1", ParallelConfig(tensor=8, pipeline=4, virtual_pipeline=5), 1, 50.2),
-    ):
-        training = Training(
-            parallel=dataclasses.replace(parallel, sequence_parallel=True),
-            data=data,
-            micro_tokens=4096,
-            micro_batches=32 // data,
-            recompute="none",
-            numerics=numerics,
-        )
-        memory = stage_memory(_shape("llama-3.1-70b"), training, 0, inside)
-        found.append(
-            Row(
-                name=name,
-                what="peak",
-                published=published,
-                predicted=memory.total / GB,
-                unit="GB",
-                use="held back",
-            )
-        )
-    return found
 
 
 if __name__ == "__main__":

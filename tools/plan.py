@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_chord.costs.gpus import GPUS
+from megatron_chord.costs.gpus import GPUS, gpu_named
 
 if TYPE_CHECKING:  # these load torch, and --help must not wait for it
     from megatron_chord.plan.estimate import Case, Estimate
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = load_config(args.config, args.overrides)
         cluster = Cluster(
-            gpu=GPUS[args.gpu],
+            gpu=gpu_named(args.gpu),
             nodes=args.nodes,
             gpus_per_node=args.gpus,
             rollout_nodes=args.rollout_nodes,
@@ -63,7 +63,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="as in model.path=PATH/MODEL")
-    parser.add_argument("--gpu", default="h100", choices=list(GPUS), help="default: h100")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help=f"default: h100; known: {', '.join(GPUS)}"
+    )
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -16,6 +17,8 @@ class Gpu:
     """Peak FLOP/s of BF16 matrix products without sparsity."""
     bandwidth: float
     """Memory bandwidth in bytes per second."""
+    link: float
+    """Bytes per second, both directions together, between the GPUs of one machine: NVLink, or PCIe without it."""
     memory: float
     """Memory size in bytes."""
     source: str
@@ -29,6 +32,7 @@ GPUS = {
         driver_name="NVIDIA H100 80GB HBM3",
         peak_flops=989e12,
         bandwidth=3.35e12,
+        link=900e9,
         memory=80e9,
         source=_H100,
     ),
@@ -37,6 +41,7 @@ GPUS = {
         driver_name="NVIDIA H200",
         peak_flops=989e12,
         bandwidth=4.8e12,
+        link=900e9,
         memory=141e9,
         source="NVIDIA H200 Tensor Core GPU datasheet, SXM",
     ),
@@ -45,6 +50,7 @@ GPUS = {
         driver_name="NVIDIA H20",
         peak_flops=148e12,
         bandwidth=4.0e12,
+        link=900e9,
         memory=96e9,
         source="vendor's figures as quoted by [VERL-FA]",
     ),
@@ -53,6 +59,7 @@ GPUS = {
         driver_name="NVIDIA A100-SXM4-80GB",
         peak_flops=312e12,
         bandwidth=2.039e12,
+        link=600e9,
         memory=80e9,
         source=_A100,
     ),
@@ -61,10 +68,68 @@ GPUS = {
         driver_name="NVIDIA A100-SXM4-40GB",
         peak_flops=312e12,
         bandwidth=1.555e12,
+        link=600e9,
         memory=40e9,
         source=_A100,
     ),
+    "h100-pcie": Gpu(
+        name="H100 PCIe",
+        driver_name="NVIDIA H100 PCIe",
+        peak_flops=756e12,
+        bandwidth=2.0e12,
+        link=128e9,
+        memory=80e9,
+        source="NVIDIA H100 Tensor Core GPU datasheet, PCIe; without NVLink bridges",
+    ),
+    "l40s": Gpu(
+        name="L40S",
+        driver_name="NVIDIA L40S",
+        peak_flops=362e12,
+        bandwidth=0.864e12,
+        link=64e9,
+        memory=48e9,
+        source="NVIDIA L40S datasheet",
+    ),
+    "b200": Gpu(
+        name="B200",
+        driver_name="NVIDIA B200",
+        peak_flops=2250e12,
+        bandwidth=8.0e12,
+        link=1800e9,
+        memory=180e9,
+        source="NVIDIA DGX B200 datasheet, an eighth of the machine",
+    ),
+    "gb200": Gpu(
+        name="GB200",
+        driver_name="NVIDIA GB200",
+        peak_flops=2500e12,
+        bandwidth=8.0e12,
+        link=1800e9,
+        memory=186e9,
+        source="NVIDIA GB200 NVL72 product page, a 72nd of the rack",
+    ),
+    "mi300x": Gpu(
+        name="MI300X",
+        driver_name="AMD Instinct MI300X",
+        peak_flops=1307.4e12,
+        bandwidth=5.3e12,
+        link=896e9,
+        memory=192e9,
+        source="AMD Instinct MI300X datasheet; the trainer itself was never run on it",
+    ),
 }
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of this name, in upper or lower case: a key of ``GPUS``, or its name with other separators.
+
+    Raises:
+        ValueError: it is not listed.
+    """
+    plain = re.sub(r"[\s_]+", "-", name.strip().lower())
+    if plain not in GPUS:
+        raise ValueError(f"GPU {name!r} is not known; known are {', '.join(GPUS)}")
+    return GPUS[plain]
 
 
 def gpu_by_driver_name(name: str) -> Gpu | None:

@@ -6,46 +6,49 @@ of the model, the settings or Megatron-Core's code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """The constants. "Calibrated" ones were fitted to the rows of that name in benchmarks/planner.py; all others come
-    only from their sources."""
+    """The constants. "Fitted" ones come from benchmarks/planner_fit.py, which sees only the rows marked fitted in
+    benchmarks/planner_rows.yaml; all others come only from their sources."""
 
-    train_efficiency: float = 0.42
-    """Model FLOP/s of a trainer on packed sequences over the GPU's peak, before the factors below. Calibrated."""
-    tensor_factor: MappingProxyType[int, float] = field(
-        default_factory=lambda: MappingProxyType({1: 1.0, 2: 0.96, 4: 0.88, 8: 0.65})
-    )
-    """Factor on the efficiency under tensor parallelism. 8: 704 -> 509 TFLOP/s from TP4 PP4 to TP8 PP4 [MB-SKILL-MEM].
-    The others calibrated."""
-    pipeline_factor: float = 0.954
-    """Factor on the efficiency for each doubling of the pipeline's stages, in addition to the bubble: 704 -> 668
-    TFLOP/s from TP4 PP4 DP2 to TP4 PP8 DP1, of which the bubbles of 16 and 32 micro-batches in 5 chunks explain 0.6 %
-    [MB-SKILL-MEM]."""
+    bf16_floor: float = 1.76
+    """Time of a trainer's pass in BF16 over packs of short samples (RL), over the time at the BF16 peak, for a model of
+    unlimited width on one GPU. This and the next three: fitted."""
+    bf16_long_floor: float = 1.06
+    """The same for long packs: training on demonstrations only (mu = 1), pre-training."""
+    fp8_floor: float = 1.1
+    """The same in FP8, over packs of short samples. One row alone speaks for it: the start of the fit is the low end of
+    the speed-up of 1.2 to 1.5 for linear layers [MB-GUIDE], and still weighs in the result."""
+    fp8_long_floor: float = 0.386
+    """The same in FP8, over long packs."""
+    width_cost: float = 3520.0
+    """Divided by the hidden size: time of what grows with the width and not with its square (norms, activation
+    functions, quantisation), over the time at the peak. Fitted."""
+    tensor_cost: float = 1650.0
+    """Multiplied by (TP - 1) / hidden size: time of tensor parallelism's communication, over the time at the peak.
+    Fitted."""
+    moe_cost: float = 2.82
+    """Multiplies the time of a pass where a model has experts: small products, sending tokens to experts. Fitted."""
     context_factor: float = 0.97
     """Factor on the efficiency for each doubling of the context axis. Assumed: no published pair of runs."""
-    moe_factor: float = 0.274
-    """Factor on the efficiency for a mixture of small experts: Qwen3-30B-A3B's 204 over Llama3-8B's 744 TFLOP/s per
-    GPU, both FP8 pre-training [MB-ARCH]."""
-    fp8_factor: float = 1.2
-    """Speed-up of training in FP8: the low end of 1.2 to 1.5 for linear layers [MB-GUIDE]."""
     decode_bandwidth: float = 0.70
-    """Share of the memory's bandwidth that a decode step reaches. Calibrated."""
+    """Share of the memory's bandwidth that a decode step reaches. Chosen by [RL-959]."""
     decode_flops: float = 0.5
-    """Share of the peak that products of many sequences reach in decoding and prefill. Calibrated."""
-    decode_step_s: float = 6e-3
-    """Seconds of every decode step in addition to the model's work: scheduling, sampling, launches. Calibrated."""
+    """Share of the peak that products of many sequences reach in decoding and prefill. Chosen by [RL-959]."""
+    decode_step_s: float = 0.00601
+    """Seconds of every decode step in addition to the model's work: scheduling, sampling, launches. Fitted."""
     decode_all_reduce_s: float = 30e-6
-    """Seconds of one all-reduce in a decode step under tensor parallelism; there are two per layer. Calibrated."""
+    """Seconds of one all-reduce in a decode step under tensor parallelism; two per layer. Chosen by [RL-959]."""
+    decode_all_reduce_apart_s: float = 5.09e-05
+    """The same where a server's GPUs lie on several nodes. Fitted."""
     sync_shared: tuple[float, float] = (2.0, 10e9)
-    """A weight push to servers on the same GPUs: fixed seconds, and bytes per second. Calibrated on 5 s (8B) and 14 s
-    (70B) [RL-959]."""
+    """A weight push to servers on the same GPUs: fixed seconds, and bytes per second. Chosen by 5 s (8B) and 14 s (70B)
+    [RL-959]."""
     sync_apart: tuple[float, float] = (0.5, 40e9)
     """A push to other GPUs, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
     host_copy: float = 20e9

@@ -33,6 +33,8 @@ class Server:
     kv_dtype_bytes: float = 2
     flops_factor: float = 1.0
     """Whether products are in FP8, whose peak rate is twice as high."""
+    spans_nodes: bool = False
+    """Whether the server's GPUs lie on several nodes."""
 
 
 def sampling_seconds(
@@ -80,7 +82,10 @@ class _DecodeStep:
         self._cache_s = max(part / bandwidth, products / (constants.decode_flops * server.gpu.peak_flops))
         self._fixed_s = constants.decode_step_s
         if server.tensor > 1:
-            self._fixed_s += 2 * shape.num_layers * constants.decode_all_reduce_s
+            each = (
+                constants.decode_all_reduce_apart_s if server.spans_nodes else constants.decode_all_reduce_s
+            )
+            self._fixed_s += 2 * shape.num_layers * each
 
     def seconds(self, running: float, length: float) -> float:
         """Seconds of one decode step with ``running`` sequences of ``length`` tokens."""

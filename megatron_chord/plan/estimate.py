@@ -136,6 +136,7 @@ class Case:
             weight_bytes=self.server_weight_bytes,
             kv_dtype_bytes=self.weight_bytes,
             flops_factor=2.0 if preset(self.precision).rollouts else 1.0,
+            spans_nodes=self.rollout_tensor > self.cluster.gpus_per_node,
         )
         return sampling_seconds(self.shape, server, self.work, servers=self.servers, constants=self.constants)
 
@@ -320,9 +321,11 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     how = speed(
         case.shape,
         parallel,
+        cluster.gpu,
         micro_batches=count,
         slowdown=slowdown(case.shape, parallel, length=work.length, recompute=choice.recompute),
         fp8=preset(case.precision).training is not None,
+        long_packs=work.sequences == 0,
         constants=case.constants,
     )
     saved = max(stage.saved for stage in stages) if case.offload else 0.0

@@ -12,7 +12,7 @@ from megatron_chord.costs.flops import train_flops
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.decoding import Server, exponential_scale, sampling_seconds
-from megatron_chord.plan.training import micro_batches, pass_seconds, speed, tensor_factor
+from megatron_chord.plan.training import micro_batches, pass_cost, pass_seconds, speed
 from megatron_chord.plan.work import Work
 from tests.unit.plan.models import shape_of
 
@@ -56,34 +56,46 @@ def test_flops_are_the_published_convention() -> None:
 
 
 def test_bubble() -> None:
-    shape = shape_of("llama-3.1-70b")
-    assert speed(shape, ParallelConfig(), micro_batches=3).bubble == 0
-    assert speed(shape, ParallelConfig(pipeline=4), micro_batches=9).bubble == pytest.approx(3 / 12)
+    shape, gpu = shape_of("llama-3.1-70b"), GPUS["h100"]
+    assert speed(shape, ParallelConfig(), gpu, micro_batches=3).bubble == 0
+    assert speed(shape, ParallelConfig(pipeline=4), gpu, micro_batches=9).bubble == pytest.approx(3 / 12)
     virtual = ParallelConfig(pipeline=4, virtual_pipeline=5)
-    assert speed(shape, virtual, micro_batches=9).bubble == pytest.approx(3 / 48)
+    assert speed(shape, virtual, gpu, micro_batches=9).bubble == pytest.approx(3 / 48)
 
 
-def test_factors_of_a_layout() -> None:
-    shape = shape_of("llama-3.1-70b")
-    plain = speed(shape, ParallelConfig(), micro_batches=8).efficiency
-    assert plain == CONSTANTS.train_efficiency
-    found = speed(
-        shape, ParallelConfig(tensor=4, sequence_parallel=True, context=4), micro_batches=8
-    ).efficiency
-    assert found == pytest.approx(plain * CONSTANTS.tensor_factor[4] * CONSTANTS.context_factor**2)
-    # 704 to 509 TFLOP/s from TP4 to TP8 [MB-SKILL-MEM].
-    assert tensor_factor(8) / tensor_factor(4) == pytest.approx(509 / 704, rel=0.03)
-    assert tensor_factor(16) < tensor_factor(8) < tensor_factor(4) < tensor_factor(2) < 1
-    # 704 to 668 from PP4 to PP8, 16 and 32 micro-batches in 5 chunks.
-    four, eight = (
-        speed(
-            shape,
-            ParallelConfig(tensor=4, pipeline=stages, virtual_pipeline=5, sequence_parallel=True),
-            micro_batches=count,
-        )
-        for stages, count in ((4, 16), (8, 32))
+def test_cost_of_a_layout() -> None:
+    """A floor, and what falls with the hidden size of 8192: element-wise work, and three peers' communication."""
+    shape, gpu, of = shape_of("llama-3.1-70b"), GPUS["h100"], CONSTANTS
+    plain = speed(shape, ParallelConfig(), gpu, micro_batches=8).efficiency
+    assert plain == pytest.approx(1 / (of.bf16_floor + of.width_cost / 8192))
+    parallel = ParallelConfig(tensor=4, sequence_parallel=True, context=4)
+    cost = of.bf16_floor + (of.width_cost + 3 * of.tensor_cost) / 8192
+    assert speed(shape, parallel, gpu, micro_batches=8).efficiency == pytest.approx(
+        of.context_factor**2 / cost
     )
-    assert eight.efficiency / four.efficiency == pytest.approx(668 / 704, rel=0.002)
+    experts = shape_of("qwen3-30b-a3b")
+    assert pass_cost(experts, gpu, tensor=1) == pytest.approx(
+        of.moe_cost * (of.bf16_floor + of.width_cost / 2048)
+    )
+
+
+def test_precision_and_full_packs_have_floors_of_their_own() -> None:
+    shape, gpu, of = shape_of("llama-3.1-8b"), GPUS["h100"], CONSTANTS
+    kinds = [(fp8, full) for fp8 in (False, True) for full in (False, True)]
+    costs = [pass_cost(shape, gpu, tensor=1, fp8=fp8, long_packs=full) for fp8, full in kinds]
+    floors = [of.bf16_floor, of.bf16_long_floor, of.fp8_floor, of.fp8_long_floor]
+    assert costs == pytest.approx([floor + of.width_cost / 4096 for floor in floors])
+    assert costs[0] > costs[1] > costs[3]
+    assert costs[0] > costs[2] > costs[3]
+
+
+def test_slow_links_and_memory_cost_more() -> None:
+    shape, of = shape_of("llama-3.1-8b"), CONSTANTS
+    slow = GPUS["l40s"]
+    peak = slow.peak_flops / 989e12
+    width = of.width_cost * peak * 3.35e12 / 0.864e12
+    tensor = of.tensor_cost * 7 * peak * 900e9 / 64e9
+    assert pass_cost(shape, slow, tensor=8) == pytest.approx(of.bf16_floor + (width + tensor) / 4096)
 
 
 def test_seconds_of_a_pass() -> None:
@@ -108,7 +120,7 @@ def test_all_responses_at_the_limit() -> None:
     lengths = 1000 * 100 + 1000 * 999 / 2
     prefill = 2 * 7.5047e9 * 100 / (0.5 * 989e12)
     assert found == pytest.approx(
-        1000 * (weights + 6e-3) + 2 * lengths * 131072 / bandwidth + prefill, rel=1e-4
+        1000 * (weights + CONSTANTS.decode_step_s) + 2 * lengths * 131072 / bandwidth + prefill, rel=1e-4
     )
 
 
@@ -118,9 +130,25 @@ def test_tensor_parallel_decoding_waits_for_its_all_reduces() -> None:
         sampling_seconds(shape, Server(gpu=GPUS["h100"], tensor=size, kv_tokens=10**9), work(), servers=1)
         for size in (1, 8)
     )
-    fixed = 1000 * 6e-3
+    fixed = 1000 * CONSTANTS.decode_step_s
     # Sizes are divided by 8, and 2 x 80 all-reduces of 30 us are added. The prefill is too short to matter.
     assert eight == pytest.approx((one - fixed) / 8 + fixed + 1000 * 160 * 30e-6, rel=1e-3)
+
+
+def test_a_server_over_several_nodes_waits_longer() -> None:
+    shape, gpu = shape_of("llama-3.1-70b"), GPUS["h100"]
+    within, apart = (
+        sampling_seconds(
+            shape,
+            Server(gpu=gpu, tensor=16, kv_tokens=10**9, spans_nodes=spans),
+            work(),
+            servers=1,
+        )
+        for spans in (False, True)
+    )
+    more = CONSTANTS.decode_all_reduce_apart_s - CONSTANTS.decode_all_reduce_s
+    assert more > 0
+    assert apart - within == pytest.approx(1000 * 160 * more)
 
 
 def test_what_does_not_fit_the_cache_waits() -> None:
@@ -135,7 +163,9 @@ def test_what_does_not_fit_the_cache_waits() -> None:
         )
         for size in (10**9, 32 * 100)
     )
-    assert tight - roomy == pytest.approx(2 * 8_030_261_248 / (0.7 * 3.35e12) + 6e-3, rel=1e-6)
+    assert tight - roomy == pytest.approx(
+        2 * 8_030_261_248 / (0.7 * 3.35e12) + CONSTANTS.decode_step_s, rel=1e-6
+    )
 
 
 def test_servers_share_the_samples() -> None:
@@ -156,8 +186,12 @@ def test_experts_are_read_as_they_are_chosen() -> None:
         return sampling_seconds(shape, Server(gpu=gpu, tensor=1, kv_tokens=10**9), short, servers=1)
 
     bandwidth = 0.7 * 3.35e12
-    assert seconds(1) == pytest.approx(6e-3 + 2 * (others + experts / 16) / bandwidth, rel=0.01)
-    assert seconds(1000) == pytest.approx(6e-3 + 2 * (others + experts) / bandwidth, rel=0.02)
+    assert seconds(1) == pytest.approx(
+        CONSTANTS.decode_step_s + 2 * (others + experts / 16) / bandwidth, rel=0.01
+    )
+    assert seconds(1000) == pytest.approx(
+        CONSTANTS.decode_step_s + 2 * (others + experts) / bandwidth, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(("tensor", "bound"), [(1, "products"), (8, "reading")])
