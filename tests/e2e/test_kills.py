@@ -1,5 +1,5 @@
-"""A run of two ranks that is killed twice ends like an undisturbed run. ``benchmarks/kills.py`` does this with a
-server."""
+"""A run of two ranks that is killed twice ends like an undisturbed run. ``benchmarks/kills.py`` does this with more
+kills, and also kills the server."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def names(found: tuple[list[Prompt], dict[str, Demonstration]]) -> tuple[list[st
 
 
 @pytest.mark.parametrize("unmatched", ["fail", "drop"])
-def test_a_prompt_ends_where_the_expert_begins(unmatched: str) -> None:
+def test_a_prompt_ends_where_the_demonstrated_answer_begins(unmatched: str) -> None:
     # Both demonstrations have the same tokens. They differ in the place where the prompt ends.
     found = align([TWO, ONE], [OF_ONE, OF_TWO], unmatched=unmatched)  # type: ignore[arg-type]
     assert names(found) == (["two", "one"], {"one": "of one", "two": "of two"})

@@ -27,7 +27,7 @@ def load(
     )
 
 
-def test_both_forms_of_a_demonstration_are_the_same_expert(tmp_path: Path, chatml: ChatTemplate) -> None:
+def test_all_forms_of_a_demonstration_give_the_same_tokens(tmp_path: Path, chatml: ChatTemplate) -> None:
     path = write_rows(
         tmp_path / "e.jsonl",
         {"problem": "2+2?", "solution": "4", "answer": "4"},
@@ -105,7 +105,7 @@ def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
         load(path, chatml, response=1)
 
 
-def test_gsm8k_serves_as_prompts_and_as_experts(math_data: Path, chatml: ChatTemplate) -> None:
+def test_gsm8k_is_read_as_prompts_and_as_demonstrations(math_data: Path, chatml: ChatTemplate) -> None:
     file = math_data / "gsm8k_test.jsonl"
     demonstrations, _ = load(file, chatml)
     prompts, _ = load_prompts(file, chatml, max_prompt_tokens=4000, overlong="drop")

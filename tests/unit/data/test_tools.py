@@ -88,7 +88,9 @@ def test_rows_without_tools_are_as_they_were(tmp_path: Path, chatml: ChatTemplat
     assert prompt.truth == "4"
 
 
-def test_experts_see_the_same_prompt(tmp_path: Path, chatml: ChatTemplate) -> None:
+def test_a_demonstration_has_the_same_prompt_tokens_as_the_prompt(
+    tmp_path: Path, chatml: ChatTemplate
+) -> None:
     solution = "<think>Bob it is</think><tool_call>[]</tool_call>"
     chat = [{"role": "user", "content": "Write to Bob"}, {"role": "assistant", "content": solution}]
     path = write_rows(

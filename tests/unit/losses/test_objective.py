@@ -131,7 +131,7 @@ def chord_weights(mu: float) -> dict[str, float]:
     return {"policy": 1 - mu, "sft": mu}
 
 
-def test_two_policy_tokens_and_one_expert_token_by_hand() -> None:
+def test_two_policy_tokens_and_one_sft_token_by_hand() -> None:
     # r = 0.6 / 0.4 = 1.5 clipped to 1.2, A = 2: loss -2.4, no gradient. r = 0.3 / 0.3 = 1, A = -1: loss 1, gradient 1.
     # Demonstration, p = 1/2, phi = 1/4: loss ln 2 / 4, gradient -1/4. Entropies 0.5 and 0.25 at the policy tokens.
     # Weights 0.75 and 0.25; scales 1/10 and 1/20 for the policy's, 1/5 for the demonstration's.

@@ -206,7 +206,7 @@ def test_phi_pushes_most_at_one_third() -> None:
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-3, 0.01, 0.1, 0.2, 0.2355])
-def test_a_rare_expert_token_is_pulled_up_because_phi_is_detached(p: float) -> None:
+def test_phi_is_detached_so_the_gradient_raises_a_rare_demonstrated_token(p: float) -> None:
     def without_stop_gradient(stats: TokenStats) -> TermOutput:
         p = stats.logprobs.exp()
         return TermOutput(-p * (1 - p) * stats.logprobs, {}, {}, {})

@@ -23,7 +23,7 @@ def test_a_file_is_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert request.is_made()
 
 
-def test_a_signal_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigusr1_requests_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FILE_VARIABLE, raising=False)
     before = signal.getsignal(signal.SIGUSR1)
     request = StopRequest()
@@ -83,7 +83,7 @@ try:
     print("ready", flush=True)
     while not request.is_made():
         time.sleep(0.01)
-    print("wanted", flush=True)
+    print("requested", flush=True)
     time.sleep(60)  # a step that takes its time
 finally:
     print("leaving", flush=True)
@@ -101,11 +101,11 @@ def interrupted(when: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_first_ctrl_c_wishes_for_a_stop_the_second_leaves_the_third_ends_at_once() -> None:
+def test_the_first_ctrl_c_requests_a_stop_the_second_raises_the_third_ends_the_process() -> None:
     process = interrupted("training")
     try:
         assert process.stdout is not None
-        for expected in ("ready", "wanted", "leaving"):
+        for expected in ("ready", "requested", "leaving"):
             assert process.stdout.readline() == f"{expected}\n"
             time.sleep(0.6)
             process.send_signal(signal.SIGINT)
