@@ -65,6 +65,10 @@ class _Note(NamedTuple):
     moved: float
     """time.monotonic() of the last change of ``position``."""
 
+    def still_s(self, now: float, awake_since: float) -> float:
+        """Seconds without progress. Time before ``awake_since``, when the process was stopped, does not count."""
+        return now - max(self.moved, awake_since)
+
 
 class Pulse:
     """The record of the main thread's phase and progress. An update only reads the clock; it neither writes nor
@@ -185,9 +189,8 @@ class Watch:
             if now - last > self._limits.silence_s / 2:
                 awake_since = now  # this process was stopped
             last = now
-            note = self._pulse.read()
-            limit = self._limits.phases.get(note.phase)
-            still_s = now - max(note.moved, awake_since)
+            note, limit = self._note_and_limit()
+            still_s = note.still_s(now, awake_since)
             is_ending = now - self._ends_since <= _STACKS_S + self._limits.silence_s
             if limit is None or still_s <= limit + self._limits.silence_s or is_ending:
                 continue
@@ -202,6 +205,11 @@ class Watch:
                 return
             kill_descendants()
             os._exit(EXIT_CODE)
+
+    def _note_and_limit(self) -> tuple[_Note, float | None]:
+        """Where this rank is now, and how long its phase may take in seconds; None: no limit."""
+        note = self._pulse.read()
+        return note, self._limits.phases.get(note.phase)
 
     def _forgive(self, now: float) -> None:
         """Restart the clocks of all ranks. Needed after this process itself was stopped or waited for its disk, because
@@ -227,7 +235,7 @@ class Watch:
             "pid": os.getpid(),
             "phase": note.phase,
             "position": note.position,
-            "still_s": round(now - max(note.moved, self._awake_since), 1),
+            "still_s": round(note.still_s(now, self._awake_since), 1),
             "at": self._whereabouts(),
         }
 
@@ -244,9 +252,8 @@ class Watch:
         return " < ".join(places)
 
     def _no_progress(self, now: float) -> dict[str, Any] | None:
-        note = self._pulse.read()
-        limit = self._limits.phases.get(note.phase)
-        still_s = now - max(note.moved, self._awake_since)
+        note, limit = self._note_and_limit()
+        still_s = note.still_s(now, self._awake_since)
         if limit is None or still_s <= limit:
             return None
         rank, beat = min(self._beats().items(), key=lambda item: (item[1]["position"], -item[1]["still_s"]))
