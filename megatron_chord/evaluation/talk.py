@@ -35,7 +35,7 @@ _AT_ONCE_GPU, _AT_ONCE_CPU = 256, 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class Overrides:
     """The options of the user. An option that is None has the value of the policy's run, or else a default."""
 
     temperature: float | None = None
@@ -162,7 +162,7 @@ class Speaker:
 
 
 @contextlib.contextmanager
-def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Iterator[Voice]:
+def voice_of(source: Path, overrides: Overrides, *, say: Callable[[str], None]) -> Iterator[Voice]:
     """Open the policy ``source``: a Hugging Face folder, or checkpoints/step-N of a run.
 
     A checkpoint is converted to a temporary folder.
@@ -180,20 +180,20 @@ def voice_of(source: Path, wishes: Wishes, *, say: Callable[[str], None]) -> Ite
             # The template of a run's exported policy has the run's own, and its arguments, in it.
             chat_template=run.data.chat_template if run is not None and folder != source else None,
             arguments=run.data.template_arguments if run is not None and folder != source else None,
-            system_prompt=_system_prompt(run, wishes),
+            system_prompt=_system_prompt(run, overrides),
             vocab_size=shape.vocab_size,
             tools_as=run.data.tools_as if run is not None else "auto",
         )
-        max_tokens, max_length = _limits(run, wishes, shape.max_positions)
+        max_tokens, max_length = _limits(run, overrides, shape.max_positions)
         yield Voice(
             folder=folder,
             shape=shape,
             template=template,
-            temperature=_temperature(run, wishes),
+            temperature=_temperature(run, overrides),
             max_tokens=max_tokens,
             max_length=max_length,
-            server=ServerConfig(count=1, tensor=wishes.tensor, dtype=_dtype(run)),
-            seed=wishes.seed,
+            server=ServerConfig(count=1, tensor=overrides.tensor, dtype=_dtype(run)),
+            seed=overrides.seed,
         )
 
 
@@ -270,19 +270,19 @@ def _prompt_of_line(path: Path, number: int, line: str, voice: Voice) -> Prompt:
     return Prompt(id=str(number), messages=messages, truth="", token_ids=token_ids)
 
 
-def _system_prompt(run: RunConfig | None, wishes: Wishes) -> str | None:
-    if wishes.system_prompt is not None:
-        return wishes.system_prompt or None
+def _system_prompt(run: RunConfig | None, overrides: Overrides) -> str | None:
+    if overrides.system_prompt is not None:
+        return overrides.system_prompt or None
     return None if run is None else run.data.system_prompt
 
 
-def _temperature(run: RunConfig | None, wishes: Wishes) -> float:
-    if wishes.temperature is not None:
-        return wishes.temperature
+def _temperature(run: RunConfig | None, overrides: Overrides) -> float:
+    if overrides.temperature is not None:
+        return overrides.temperature
     return 1.0 if run is None else run.rollout.temperature
 
 
-def _limits(run: RunConfig | None, wishes: Wishes, max_positions: int) -> tuple[int, int]:
+def _limits(run: RunConfig | None, overrides: Overrides, max_positions: int) -> tuple[int, int]:
     """The largest number of tokens of an answer, and of a prompt and its answer together.
 
     Raises ValueError if they leave no token for a prompt.
@@ -291,7 +291,7 @@ def _limits(run: RunConfig | None, wishes: Wishes, max_positions: int) -> tuple[
     answer = RESPONSE_TOKENS if run is None else run.data.max_response_tokens
     if run is None and max_positions < prompt + answer:
         prompt, answer = max_positions - max_positions // 3, max_positions // 3
-    answer = wishes.max_tokens or answer
+    answer = overrides.max_tokens or answer
     if answer >= max_positions:
         raise ValueError(
             f"--max-tokens {answer} leaves no token for a prompt: the policy has {max_positions} positions"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_chord.evaluation.talk import Said, Speaker, Voice, Wishes, prompts_of, speaker, voice_of
+from megatron_chord.evaluation.talk import Overrides, Said, Speaker, Voice, prompts_of, speaker, voice_of
 from megatron_chord.records import Message, Prompt
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.replies import RolloutError
@@ -26,7 +26,7 @@ def talk_command(args: argparse.Namespace) -> int:
     key = os.environ.get(KEY_VARIABLE, "")
     if args.server and not key:
         return _refuse(f"--server: set {KEY_VARIABLE} to the key that the server asks for")
-    wishes = Wishes(
+    overrides = Overrides(
         temperature=args.temperature,
         max_tokens=args.max_tokens,
         system_prompt=args.system,
@@ -34,7 +34,7 @@ def talk_command(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     try:
-        with voice_of(args.policy, wishes, say=_note) as voice:
+        with voice_of(args.policy, overrides, say=_note) as voice:
             asks = args.command == "generate"
             prompts = prompts_of(args.prompts, voice) if asks else []
             if asks:
@@ -43,7 +43,7 @@ def talk_command(args: argparse.Namespace) -> int:
                 if asks:
                     _tell(prompts, talker.answers(prompts, samples=args.samples), args.output)
                 else:
-                    chat(talker, _read_line, print)
+                    chat(talker, _read_line, print, note=_note)
     except ValueError as error:
         return _refuse(str(error))
     except (RolloutError, ServerError, OSError) as error:
@@ -52,9 +52,19 @@ def talk_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def chat(talker: Speaker, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
-    """Answer messages until ``read`` returns None. If a message cannot be answered, say why and drop it."""
+def chat(
+    talker: Speaker,
+    read: Callable[[], str | None],
+    say: Callable[[str], None],
+    *,
+    note: Callable[[str], None],
+) -> None:
+    """Answer messages until ``read`` returns None. If a message cannot be answered, say why and drop it.
+
+    ``note`` gets one message, before the first answer: a server that has just started needs longer for it.
+    """
     say(HELP)
+    is_first = True
     messages: list[Message] = []
     while (line := read()) is not None:
         text = line.strip()
@@ -67,6 +77,9 @@ def chat(talker: Speaker, read: Callable[[], str | None], say: Callable[[str], N
         if not text:
             continue
         asked = [*messages, {"role": "user", "content": text}]
+        if is_first:
+            note("waiting for the first answer, which takes longer than the next ones")
+            is_first = False
         try:
             said = talker.reply(asked)
         except ValueError as error:

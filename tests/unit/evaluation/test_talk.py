@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.cli import main
-from megatron_chord.evaluation.talk import Wishes, prompts_of, voice_of
+from megatron_chord.evaluation.talk import Overrides, Speaker, prompts_of, voice_of
+from megatron_chord.evaluation.talk_command import HELP, chat
 from tests.support.ranks import ROOT
 
 EXAMPLE = ROOT / "examples" / "arithmetic"
@@ -30,27 +31,27 @@ def exported(tmp_path: Path) -> Path:
 
 
 def test_a_run_says_how_its_policy_is_asked(exported: Path) -> None:
-    with voice_of(exported, Wishes(), say=print) as voice:
+    with voice_of(exported, Overrides(), say=print) as voice:
         assert voice.template.system_prompt == "Be brief."
         assert (voice.max_tokens, voice.max_prompt_tokens) == (48, 64)
         assert voice.server.dtype == "fp32"
         assert voice.temperature == 1.0
 
 
-def test_wishes_come_first(exported: Path) -> None:
-    wishes = Wishes(temperature=0.5, max_tokens=8, system_prompt="", seed=3)
-    with voice_of(exported, wishes, say=print) as voice:
+def test_options_override_the_settings_of_the_run(exported: Path) -> None:
+    overrides = Overrides(temperature=0.5, max_tokens=8, system_prompt="", seed=3)
+    with voice_of(exported, overrides, say=print) as voice:
         assert voice.template.system_prompt is None
         assert (voice.max_tokens, voice.max_length, voice.temperature, voice.seed) == (8, 72, 0.5, 3)
 
 
 def test_a_policy_of_no_run_fits_into_its_positions() -> None:
     positions = json.loads((POLICY / "config.json").read_text())["max_position_embeddings"]
-    with voice_of(POLICY, Wishes(), say=print) as voice:
+    with voice_of(POLICY, Overrides(), say=print) as voice:
         assert voice.max_length <= positions
         assert 0 < voice.max_tokens < voice.max_length
     with pytest.raises(ValueError, match="leaves no token for a prompt"):  # noqa: SIM117
-        with voice_of(POLICY, Wishes(max_tokens=positions), say=print):
+        with voice_of(POLICY, Overrides(max_tokens=positions), say=print):
             pass
 
 
@@ -59,7 +60,7 @@ def test_prompts_of_lines_and_of_rows(tmp_path: Path) -> None:
     lines.write_text("What is 1 + 1?\n\nWhat is 2 + 2?\n")
     rows = tmp_path / "prompts.jsonl"
     rows.write_text('{"id": "a", "problem": "What is 1 + 1?"}\n')  # without a true answer
-    with voice_of(POLICY, Wishes(), say=print) as voice:
+    with voice_of(POLICY, Overrides(), say=print) as voice:
         first, second = prompts_of(lines, voice)
         assert (first.id, second.id) == ("1", "3")
         (row,) = prompts_of(rows, voice)
@@ -92,3 +93,16 @@ def test_refused_before_a_server_is_started(
     prompts.write_text("What is 1 + 1?\n")
     assert main(["generate", str(POLICY), str(prompts), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_chat_says_once_that_it_waits_for_the_first_answer() -> None:
+    """Both messages are too long, so that no server is needed."""
+    lines = iter(["word " * 2000, "word " * 2000, "/quit"])
+    shown: list[str] = []
+    notes: list[str] = []
+    with voice_of(POLICY, Overrides(), say=print) as voice:
+        speaker = Speaker(voice=voice, clients=(), version=None)
+        chat(speaker, lambda: next(lines), shown.append, note=notes.append)
+    assert notes == ["waiting for the first answer, which takes longer than the next ones"]
+    assert shown[0] == HELP
+    assert [line.startswith("error: the conversation has ") for line in shown[1:]] == [True, True]
