@@ -289,7 +289,7 @@ def compare_with_planner(
         gpus=1,
         tokens=sum(lengths),
         length=sum(length**2 for length in lengths) / sum(lengths),
-        efficiency=speed(shape, ParallelConfig(), micro_batches=micro_batches, fp8=is_fp8).efficiency,
+        efficiency=speed(shape, ParallelConfig(), gpu, micro_batches=micro_batches, fp8=is_fp8).efficiency,
     )
     rows.found("planner's time", planned_s=expected, measured_s=seconds, error=expected / seconds - 1)
 
