@@ -69,6 +69,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
     parser.add_argument(
+        "--host-memory", type=float, metavar="GB", help="main memory of a node (default: not checked)"
+    )
+    parser.add_argument(
         "--rollout-nodes", type=int, default=0, help="nodes that only sample (default: all GPUs do both)"
     )
     parser.add_argument("--overlap", action="store_true", help="sampling runs one step ahead of training")
@@ -91,14 +94,30 @@ def _show(args: argparse.Namespace, case: Case, found: Estimate) -> int:
 
     if args.json:
         print(json.dumps(as_plain(case, found), indent=2))
-        return int(bool(found.problems))
+        return _code(args, found)
     console = Console()
     console.print(f"layout: {layout(found)}, recompute {found.choice.recompute}")
     console.print(_assumed(case), highlight=False)
     for table in tables(case, found):
         console.print(table)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for problem in found.problems:
         print(f"does not fit: {problem}", file=sys.stderr)
+    return _code(args, found)
+
+
+def _code(args: argparse.Namespace, found: Estimate) -> int:
+    """1 if the run does not fit the GPUs, or not the main memory where it is given."""
+    if args.host_memory is not None and found.host.total > args.host_memory * 1e9:
+        host = found.host
+        print(
+            f"does not fit: a node needs {host.total / 1e9:.0f} GB of main memory ({host.offloaded / 1e9:.0f} GB "
+            f"offloaded, {host.saving / 1e9:.0f} GB while a checkpoint is saved), and has {args.host_memory:g} GB; "
+            "rollout.offload: false needs less, and so does a layout with more pipeline stages",
+            file=sys.stderr,
+        )
+        return 1
     return int(bool(found.problems))
 
 

@@ -46,11 +46,17 @@ class Constants:
     """Seconds of one all-reduce in a decode step under tensor parallelism; two per layer. Chosen by [RL-959]."""
     decode_all_reduce_apart_s: float = 5.09e-05
     """The same where a server's GPUs lie on several nodes. Fitted."""
-    sync_shared: tuple[float, float] = (2.0, 10e9)
-    """A weight push to servers on the same GPUs: fixed seconds, and bytes per second. Chosen by 5 s (8B) and 14 s (70B)
+    push_ipc: tuple[float, float] = (2.0, 10e9)
+    """A weight push over CUDA IPC: fixed seconds, and bytes of the model per second. Chosen by 5 s (8B) and 14 s (70B)
     [RL-959]."""
-    sync_apart: tuple[float, float] = (0.5, 40e9)
-    """A push to other GPUs, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
+    push_broadcast: tuple[float, float] = (0.5, 40e9)
+    """A push over NCCL, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
+    push_gloo: tuple[float, float] = (2.0, 0.72e9)
+    """A push over gloo and TCP: fixed seconds, and bytes per second that enter a node. Every GPU of a server receives
+    the whole model. 26 minutes for the 1.13 TB of a node with 8 GPUs and a 70B model, from the rate measured on two
+    CPU cores."""
+    push_file: tuple[float, float] = (0.1, 0.82e9)
+    """A push through files in shared memory: benchmarks/results/sync-2026-11-21.txt."""
     host_copy: float = 20e9
     """Bytes per second between a GPU and pinned main memory, all GPUs of a node at the same time. Assumed: a PCIe 5
     x16 port can do 64e9 alone."""
@@ -63,6 +69,10 @@ class Constants:
     """Additional share of activations and of the head's work space."""
     server_bytes: float = 3e9
     """Memory of a vLLM process in addition to weights and KV cache: context, CUDA graphs, activations of prefill."""
+    peer_context_bytes: float = 0.5e9
+    """Memory of the CUDA context that another process opens on a trainer's GPU for CUDA IPC: 0.3 to 0.5 GB."""
+    host_process_bytes: float = 5e9
+    """Main memory of one rank or of one GPU of a server, apart from what is counted by itself. Assumed."""
     asleep_bytes: float = 3e9
     """Memory that a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
 

@@ -45,9 +45,12 @@ def sampling_seconds(
     servers: int,
     constants: Constants = CONSTANTS,
 ) -> float:
-    """Seconds from the first request to the last answer of a step, from ``servers`` equal servers."""
+    """Seconds from the first request to the last answer of a step, from ``servers`` equal servers. inf if the KV cache
+    cannot hold the longest answer."""
     if work.sequences == 0:
         return 0.0
+    if server.kv_tokens < work.prompt_tokens + work.response_limit - 1:
+        return math.inf
     own = work.sequences / servers
     step = _DecodeStep(shape, server, constants)
     scale = exponential_scale(work.response_tokens, work.response_limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
@@ -28,6 +28,7 @@ from megatron_chord.plan.memory import (
     server_memory,
     stage_memory,
 )
+from megatron_chord.plan.push import push_seconds, transport_of
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.precision import Precision, preset
@@ -91,6 +92,14 @@ class Case:
     """Whether the next step is sampled while this step trains."""
     offload: bool = False
     """Whether optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
+    transport: str = "auto"
+    """``rollout.transport``"""
+    push_limit_s: float | None = None
+    """``timeouts.weight_push_s``"""
+    kept_checkpoints: int = 2
+    """``checkpoint.keep``"""
+    partial: bool = False
+    """Whether ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
 
     def __post_init__(self) -> None:
@@ -143,8 +152,23 @@ class Case:
     def sync_seconds(self) -> float:
         if self.work.sequences == 0:
             return 0.0
-        at_once, rate = self.constants.sync_shared if self.cluster.colocated else self.constants.sync_apart
-        return at_once + self.weight_bytes * model_count(self.shape) / rate
+        return push_seconds(
+            self.chosen_transport,
+            self.weight_bytes * model_count(self.shape),
+            gpus_per_node=self.cluster.gpus_per_node,
+            constants=self.constants,
+        )
+
+    @property
+    def chosen_transport(self) -> str:
+        return transport_of(self.transport, nodes=self.cluster.nodes, colocated=self.cluster.colocated)
+
+    @property
+    def peer_contexts(self) -> float:
+        """Bytes of the CUDA contexts that servers on the same node open on a trainer's GPU to read its weights."""
+        if not self.work.sequences or self.chosen_transport != "ipc":
+            return 0.0
+        return (self.cluster.gpus_per_node - 1) * self.constants.peer_context_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +205,22 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Main memory of the fullest node, in bytes."""
+
+    offloaded: float
+    """Pinned: what the ranks move off the GPUs while servers sample (``train/offload.py``)."""
+    saving: float
+    """While a checkpoint is saved: a copy of the optimizer state of all parameters of each rank."""
+    processes: float
+    """Ranks and servers themselves."""
+
+    @property
+    def total(self) -> float:
+        return self.offloaded + self.saving + self.processes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     choice: Choice
     training: Training
@@ -193,8 +233,11 @@ class Estimate:
     """Bytes on the fullest GPU while sampling, if trainer and servers share GPUs; otherwise on a server's GPU."""
     saved: float
     """Bytes that the fullest GPU moves to main memory while servers sample."""
+    host: HostMemory
     problems: tuple[str, ...]
     """Messages about what does not fit, and by how much; empty if everything fits."""
+    warnings: tuple[str, ...]
+    """Messages about what fits but will fail or take long."""
     times: Times
     speed: Speed
     mfu: float
@@ -259,6 +302,10 @@ def case_of(
         cache_bytes=run.rollout.kv_cache_bytes,
         overlap=overlap,
         offload=_offloads(run, cluster) and samples,
+        transport=run.rollout.transport,
+        push_limit_s=run.timeouts.weight_push_s,
+        kept_checkpoints=run.checkpoint.keep,
+        partial=run.rollout.partial is not None,
         constants=constants,
     )
 
@@ -310,9 +357,9 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         for stage in _stages_to_see(case.shape, parallel)
     )
     server = case.server() if work.sequences else None
-    asleep = case.constants.asleep_bytes if server and cluster.colocated else 0.0
+    asleep = case.constants.asleep_bytes + case.peer_contexts if server and cluster.colocated else 0.0
     beside = (
-        max(_beside(case, stage) for stage in stages) + case.constants.cuda_bytes
+        max(_beside(case, stage) for stage in stages) + case.constants.cuda_bytes + case.peer_contexts
         if cluster.colocated
         else 0.0
     )
@@ -341,6 +388,8 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         training_peak=training_peak,
         sampling_peak=sampling_peak,
         saved=saved,
+        host=host_memory(case, stages, saved),
+        warnings=tuple(_warnings(case)),
         problems=tuple(_problems(case, stages, server, training_peak, sampling_peak)),
         times=times,
         speed=how,
@@ -353,6 +402,27 @@ def checkpoint_bytes(case: Case) -> float:
     """Bytes of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights)
     and two moments."""
     return (case.weight_bytes + 12) * model_count(case.shape)
+
+
+def disk_bytes(case: Case) -> float:
+    """Bytes of the checkpoints that a run keeps, and of one more, which is written before the oldest is deleted."""
+    return (case.kept_checkpoints + 1) * checkpoint_bytes(case)
+
+
+def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> HostMemory:
+    """Main memory of a node that trains; all its GPUs count as those of the fullest stage.
+
+    Args:
+        saved: bytes that one GPU offloads.
+    """
+    gpus = case.cluster.gpus_per_node
+    largest = max(stage.parameters for stage in stages)
+    processes = gpus * (2 if case.work.sequences and case.cluster.colocated else 1)
+    return HostMemory(
+        offloaded=gpus * saved,
+        saving=gpus * case.numerics.optimizer * largest,
+        processes=processes * case.constants.host_process_bytes,
+    )
 
 
 def export_bytes(case: Case) -> float:
@@ -429,6 +499,18 @@ def _problems(
             f"{gb(case.constants.server_bytes)}; raise rollout.tensor or rollout.gpu_memory_utilization"
         )
     return found
+
+
+def _warnings(case: Case) -> Iterator[str]:
+    push = case.sync_seconds()
+    if case.push_limit_s is not None and push > case.push_limit_s:
+        yield (
+            f"a weight push over {case.chosen_transport} takes about {push:.0f} s, longer than timeouts.weight_push_s "
+            f"({case.push_limit_s:.0f} s): the run would end at its first push; use nodes that only sample "
+            "(--rollout-nodes), or raise the limit"
+        )
+    if case.partial:
+        yield "rollout.partial is not modelled: steps take less time than predicted"
 
 
 def _beyond(needed: float, gpu: Gpu) -> str:

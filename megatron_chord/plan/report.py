@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.plan.constants import GB
-from megatron_chord.plan.estimate import Case, Estimate, checkpoint_bytes, export_bytes
+from megatron_chord.plan.estimate import Case, Estimate, checkpoint_bytes, disk_bytes, export_bytes
 from megatron_chord.plan.memory import gb
 from megatron_chord.plan.search import Found, best_block
 
@@ -105,9 +106,16 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "kv_cache": server.cache,
             "kv_tokens": server.tokens,
         },
+        "host_memory": {
+            "offloaded": found.host.offloaded,
+            "saving": found.host.saving,
+            "processes": found.host.processes,
+        },
+        "warnings": list(found.warnings),
+        "transport": case.chosen_transport,
         "seconds": {
-            "step": found.times.step,
-            "sampling": found.times.sampling,
+            "step": _finite(found.times.step),
+            "sampling": _finite(found.times.sampling),
             "scoring": found.times.scoring,
             "training": found.times.training,
             "sync": found.times.sync,
@@ -118,6 +126,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
         "mfu": found.mfu,
         "tokens_per_s": found.tokens_per_s,
         "checkpoint_bytes": checkpoint_bytes(case),
+        "disk_bytes": disk_bytes(case),
         "export_bytes": export_bytes(case),
     }
 
@@ -143,6 +152,8 @@ def _memory(case: Case, found: Estimate) -> Table:
             table.add_row(_NAMES[name], gb(value))
     if found.server and cluster.colocated:
         table.add_row("vLLM, asleep", gb(case.constants.asleep_bytes))
+        if case.peer_contexts:
+            table.add_row("CUDA contexts of the node's servers", gb(case.peer_contexts))
     table.add_row("training, together", gb(found.training_peak), end_section=True)
     if found.server:
         table.add_row("vLLM: weights", gb(found.server.weights))
@@ -174,12 +185,12 @@ def _time(case: Case, found: Estimate) -> Table:
         "sampling": times.sampling,
         "log-probs": times.scoring,
         "training": times.training,
-        "weight push": times.sync,
+        f"weight push ({case.chosen_transport})": times.sync,
         **({"optimizer state to main memory and back": times.offload} if case.offload else {}),
     }.items():
-        table.add_row(name, f"{value:.1f} s")
-    table.add_row("step", f"{times.step:.1f} s", end_section=True)
-    table.add_row("tokens/s", f"{found.tokens_per_s:,.0f}")
+        table.add_row(name, _seconds(value))
+    table.add_row("step", _seconds(times.step), end_section=True)
+    table.add_row("tokens/s", f"{found.tokens_per_s:,.0f}" if _finite(times.step) else _NEVER)
     table.add_row("micro-batches on each data-parallel rank", f"{found.training.micro_batches}")
     table.add_row("pipeline bubble", f"{found.speed.bubble:.1%}")
     table.add_row("MFU of training", f"{found.mfu:.1%}")
@@ -196,9 +207,26 @@ def _capacity(case: Case, found: Estimate) -> Table:
         table.add_row("samples at once, of mean length", f"{tokens / mean:,.0f}")
         table.add_row("samples at once, of the longest", f"{tokens // work.longest:,}")
         table.add_row("samples of a step for each server", f"{work.sequences / case.servers:,.0f}")
+    table.add_row("main memory of a node: offloaded, pinned", gb(found.host.offloaded))
+    table.add_row("main memory of a node: while a checkpoint is saved", gb(found.host.saving))
+    table.add_row("main memory of a node: ranks and servers", gb(found.host.processes))
+    table.add_row("main memory of a node: together", gb(found.host.total), end_section=True)
     table.add_row("one checkpoint on disk", gb(checkpoint_bytes(case)))
+    table.add_row(f"the {case.kept_checkpoints} kept, and the one being written", gb(disk_bytes(case)))
     table.add_row("the exported folder", gb(export_bytes(case)))
     return table
+
+
+_NEVER = "never: does not fit"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if math.isfinite(value) else _NEVER
+
+
+def _finite(value: float) -> float | None:
+    """None instead of inf, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def _two_columns(title: str, names: Sequence[str] = ("", "")) -> Table:

@@ -24,6 +24,7 @@ from megatron_chord.plan.estimate import (
     case_of,
     checkpoint_bytes,
     choice_of,
+    disk_bytes,
     estimate,
     export_bytes,
 )
@@ -152,6 +153,70 @@ def test_offloading_leaves_only_weights_beside_the_servers() -> None:
     assert with_it.training_peak == without.training_peak
     assert with_it.times.step - without.times.step == pytest.approx(1.03 * 2 * 12 * count / 4 / 20e9)
     assert (without.saved, without.times.offload) == (0.0, 0.0)
+
+
+def test_weights_travel_as_a_job_sends_them() -> None:
+    """70B in BF16 is 141 GB. Over gloo each of a node's 8 GPUs receives all of it, at 0.72 GB/s a node."""
+    run, size = run_of("chord_llama70b"), 2 * 70_553_706_496
+    case = case_of(run, h100(8))
+    assert case.chosen_transport == "gloo"
+    assert case.sync_seconds() == pytest.approx(2 + 8 * size / 0.72e9)
+    assert 25 * 60 < case.sync_seconds() < 27 * 60
+    (warning,) = estimate(case, choice_of(run)).warnings
+    assert "over gloo takes about 1570 s, longer than timeouts.weight_push_s (600 s)" in warning
+    apart = case_of(run, h100(16, rollout_nodes=8))
+    assert (apart.chosen_transport, apart.sync_seconds()) == ("broadcast", pytest.approx(0.5 + size / 40e9))
+    assert estimate(apart, choice_of(run)).warnings == ()
+    small = case_of(run_of("chord_qwen7b"), h100())
+    assert small.chosen_transport == "ipc"
+    stated = case_of(run_of("chord_llama70b", "rollout.transport=broadcast"), h100(8))
+    assert stated.chosen_transport == "broadcast"
+
+
+def test_servers_beside_the_ranks_open_contexts() -> None:
+    """Seven of a node's eight GPUs read an exporter's memory over CUDA IPC, each with 0.5 GB there."""
+    run = run_of("chord_qwen7b")
+    case = case_of(run, h100())
+    with_it, without = (
+        estimate(one, choice_of(run)) for one in (case, dataclasses.replace(case, transport="broadcast"))
+    )
+    assert with_it.training_peak - without.training_peak == pytest.approx(3.5e9)
+    assert with_it.sampling_peak - without.sampling_peak == pytest.approx(3.5e9)
+
+
+def test_main_memory_and_disk_of_a_node() -> None:
+    """Llama-3.1-70B, TP4 x PP4 x DP4: a rank offloads a quarter of its optimizer state, and a save copies all of it."""
+    run = run_of("chord_llama70b")
+    case = case_of(run, h100(8))
+    found = estimate(case, choice_of(run))
+    count = max(stage.parameters for stage in found.stages)
+    assert found.host.offloaded == pytest.approx(8 * 12 * count / 4)
+    assert found.host.saving == pytest.approx(8 * 12 * count)
+    assert found.host.processes == 16 * 5e9
+    assert 420e9 < found.host.saving < 450e9
+    assert disk_bytes(case) == 3 * checkpoint_bytes(case)
+
+
+def test_too_little_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("chord_qwen7b", "--host-memory", "1024") == 0
+    assert "while a checkpoint is saved" in capsys.readouterr().out
+    assert plan("chord_qwen7b", "--host-memory", "256") == 1
+    assert "GB of main memory" in capsys.readouterr().err
+
+
+def test_what_never_ends_has_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server of two GPUs cannot hold 70B, so no time of a step is stated."""
+    assert plan("chord_llama70b", "--nodes", "8", "rollout.tensor=2") == 1
+    assert "never: does not fit" in capsys.readouterr().out
+    assert plan("chord_llama70b", "--nodes", "8", "rollout.tensor=2", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["seconds"]["step"] is None
+
+
+def test_gpu_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("chord_qwen7b", "--gpu", "GB200") == 0
+    assert "8 GB200" in capsys.readouterr().out
+    assert plan("chord_qwen7b", "--gpu", "H1000") == 2
+    assert "'H1000' is not known; known are h100" in capsys.readouterr().err
 
 
 def test_the_fullest_stage_may_lie_between() -> None:
