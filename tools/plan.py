@@ -2,7 +2,7 @@
 """Does a run fit its GPUs, and how long will a step take? Only the YAML and the model's config.json are needed.
 
     python tools/plan.py RUN.yaml [NAME=VALUE ...] --gpu h100 --nodes 8
-    python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # layouts that fit, the fastest first
+    python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # what fits, the fastest first
     python tools/plan.py RUN.yaml --nodes 8 --rollout-nodes 4 --overlap     # half of them only sample
 
 Prints memory by part, the time of a step by phase, the capacity of the KV cache, and disk space. Nothing is measured:
@@ -23,7 +23,7 @@ from megatron_chord.costs.gpus import GPUS, gpu_named
 
 if TYPE_CHECKING:  # these load torch, and --help must not wait for it
     from megatron_chord.plan.estimate import Case, Estimate
-    from megatron_chord.plan.search import Found
+    from megatron_chord.plan.search import Found, Placed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_chord.config_io import load_config
     from megatron_chord.config_nodes import ConfigError
     from megatron_chord.plan.estimate import Cluster, case_of, choice_of, estimate
-    from megatron_chord.plan.search import search
+    from megatron_chord.plan.search import search_servers
 
     try:
         run = load_config(args.config, args.overrides)
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             overlap=args.overlap,
         )
         if args.search:
-            return _show_search(args, case, search(case, choice_of(run)))
+            limit = None if args.host_memory is None else args.host_memory * 1e9
+            return _show_search(args, case, *search_servers(case, choice_of(run), host_memory=limit))
         return _show(args, case, estimate(case, choice_of(run)))
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +83,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--demonstration-tokens", type=float, help="mean length of a demonstration (default: as responses)"
     )
-    parser.add_argument("--search", action="store_true", help="try all layouts of the training ranks")
+    parser.add_argument(
+        "--search", action="store_true", help="try layouts of the ranks, servers and splits of nodes"
+    )
     parser.add_argument("--json", action="store_true", help="plain numbers: bytes, seconds, tokens")
     return parser.parse_intermixed_args(argv)
 
@@ -121,24 +124,28 @@ def _code(args: argparse.Namespace, found: Estimate) -> int:
     return int(bool(found.problems))
 
 
-def _show_search(args: argparse.Namespace, case: Case, found: Found) -> int:
+def _show_search(args: argparse.Namespace, case: Case, found: Found, placed: list[Placed]) -> int:
     from rich.console import Console
 
     from megatron_chord.plan.report import reasons, search_as_plain, search_table, tables
     from megatron_chord.plan.search import best_block
 
     if args.json:
-        print(json.dumps(search_as_plain(case, found), indent=2))
-    elif found.fitting:
-        console = Console()
+        print(json.dumps(search_as_plain(found, placed), indent=2))
+    elif placed:
+        best, console = placed[0], Console()
         console.print(_assumed(case), highlight=False)
-        console.print(search_table(found))
-        for table in tables(case, found.fitting[0]):
+        console.print(search_table(placed))
+        for table in tables(best.case, best.estimate):
             console.print(table)
-        print(best_block(found.fitting[0]))
+        print(best_block(best.estimate, best.case))
+        for warning in best.estimate.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    elif found.fitting:
+        print("no layout fits the main memory of a node (--host-memory)", file=sys.stderr)
     else:
         print("\n".join(reasons(found)), file=sys.stderr)
-    return int(not found.fitting)
+    return int(not placed)
 
 
 def _assumed(case: Case) -> str:

@@ -12,7 +12,7 @@ from megatron_chord.costs.parameters import model_count
 from megatron_chord.plan.constants import GB
 from megatron_chord.plan.estimate import Case, Estimate, checkpoint_bytes, disk_bytes, export_bytes
 from megatron_chord.plan.memory import gb
-from megatron_chord.plan.search import Found, best_block
+from megatron_chord.plan.search import Found, Placed, best_block
 
 _SHOWN = 10
 _MISSES = 3
@@ -24,23 +24,34 @@ def tables(case: Case, found: Estimate) -> Iterator[Table]:
     yield _capacity(case, found)
 
 
-def search_table(found: Found) -> Table:
-    shown = found.fitting[:_SHOWN]
-    table = Table(title=f"{len(found.fitting)} layouts fit; the fastest by prediction")
-    if any(one.choice.parallel.stages for one in shown):
+def search_table(found: Sequence[Placed]) -> Table:
+    shown = found[:_SHOWN]
+    table = Table(title=f"{len(found)} layouts fit; the fastest by prediction")
+    if any(one.estimate.choice.parallel.stages for one in shown):
         table.caption = "* stages of unequal length: with --json, parallel.stages"
-    for name in ("layout", "recompute", "tokens", "step s", "train s", "peak GB"):
-        table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=True)
-    for one in shown:
+    left = ("layout", "recompute", "servers")
+    for name in ("layout", "recompute", "tokens", "servers", "step s", "train s", "peak GB"):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for placed in shown:
+        one = placed.estimate
         table.add_row(
             layout(one),
             one.choice.recompute,
             str(one.choice.max_tokens),
+            _servers(placed.case),
             f"{one.times.step:.1f}",
             f"{one.times.trainer:.1f}",
             f"{max(one.training_peak, one.sampling_peak) / GB:.1f}",
         )
     return table
+
+
+def _servers(case: Case) -> str:
+    """The servers as text, such as 8 x TP4 0.85 on 4 nodes."""
+    if not case.work.sequences:
+        return "none"
+    where = f" on {case.cluster.rollout_nodes} nodes" if case.cluster.rollout_nodes else ""
+    return f"{case.servers} x TP{case.rollout_tensor} {case.utilization:g}{where}"
 
 
 def reasons(found: Found) -> Iterator[str]:
@@ -131,12 +142,20 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
     }
 
 
-def search_as_plain(case: Case, found: Found) -> dict[str, Any]:
+def search_as_plain(found: Found, placed: Sequence[Placed]) -> dict[str, Any]:
     return {
-        "fitting": [as_plain(case, one) for one in found.fitting[:_SHOWN]],
-        "number_fitting": len(found.fitting),
-        "block": best_block(found.fitting[0]) if found.fitting else None,
-        "reasons": [] if found.fitting else list(reasons(found)),
+        "fitting": [
+            {
+                **as_plain(one.case, one.estimate),
+                "rollout_tensor": one.case.rollout_tensor,
+                "gpu_memory_utilization": one.case.utilization,
+                "rollout_nodes": one.case.cluster.rollout_nodes,
+            }
+            for one in placed[:_SHOWN]
+        ],
+        "number_fitting": len(placed),
+        "block": best_block(placed[0].estimate, placed[0].case) if placed else None,
+        "reasons": [] if placed else list(reasons(found)),
     }
 
 

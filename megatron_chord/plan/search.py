@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_chord.costs.balance import balanced_stages
 from megatron_chord.plan.estimate import Case, Choice, Estimate, estimate
 
 _EQUAL = 0.01
+_TRIED = 12
+"""Layouts of each split that fit, and that do not fit, which are tried with other servers."""
 _LEAST_BUDGET = 8192
 """Smaller micro-batches would leave a GPU idle between kernels."""
 
@@ -27,11 +30,19 @@ class Found:
     """The reasons why the trainer refuses other layouts, each reason once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A layout together with the split of nodes and the servers, which are those of ``case``."""
+
+    case: Case
+    estimate: Estimate
+
+
 def search(case: Case, start: Choice) -> Found:
     """Try sizes of all parallel axes, stages of equal length and stages of balanced work, token budgets and
     recomputation.
 
-    The tensor axis stays within a node. All other settings are those of ``start``.
+    The tensor axis stays within a node. All other settings are those of ``start``, and the servers those of ``case``.
     """
     sampling = case.sampling_seconds()
     fitting: list[Estimate] = []
@@ -52,10 +63,94 @@ def search(case: Case, start: Choice) -> Found:
     )
 
 
-def best_block(found: Estimate) -> str:
-    """The layout as YAML to paste into a run. It states every axis, so that no axis of a ``base`` file remains."""
+def search_servers(
+    case: Case, start: Choice, *, host_memory: float | None = None
+) -> tuple[Found, list[Placed]]:
+    """Search the split of nodes, the servers' tensor axis and their share of GPU memory, beside the trainer's layout.
+
+    For each split, ``search`` with the servers of ``case`` finds layouts; the fastest and those closest to fitting are
+    estimated again with every kind of servers. If ``case`` has nodes that only sample, or one node, its split stays.
+
+    Args:
+        host_memory: bytes of main memory of a node; layouts that need more are left out.
+
+    Returns:
+        The first split's layouts, whose reasons explain why nothing fits; and all that fits, fastest first.
+    """
+    searched: list[Found] = []
+    placed: list[Placed] = []
+    for split in _splits(case):
+        found = search(split, start)
+        searched.append(found)
+        near = [*found.fitting[:_TRIED], *found.too_large[:_TRIED]]
+        for servers in _servers(split):
+            sampling = servers.sampling_seconds()
+            if math.isinf(sampling):
+                continue
+            tried = (estimate(servers, one.choice, sampling=sampling) for one in near)
+            placed += [Placed(case=servers, estimate=one) for one in tried if not one.problems]
+    placed = _smallest_shares(placed)
+    if host_memory is not None:
+        placed = [one for one in placed if one.estimate.host.total <= host_memory]
+    fastest = min((one.estimate.times.step for one in placed), default=1.0)
+    placed.sort(key=lambda one: _rank(one.case, one.estimate, fastest))
+    return searched[0], placed
+
+
+def _smallest_shares(placed: Sequence[Placed]) -> list[Placed]:
+    """Of servers that differ only in their share of memory, the fastest; of equally fast ones, the smallest share."""
+    best: dict[tuple[object, ...], Placed] = {}
+    for one in sorted(placed, key=lambda one: (round(one.estimate.times.step, 1), one.case.utilization)):
+        best.setdefault((one.estimate.choice, one.case.rollout_tensor, one.case.cluster), one)
+    return list(best.values())
+
+
+def _splits(case: Case) -> Iterator[Case]:
+    """The case with all nodes shared, and with a quarter, a half and three quarters of them for sampling alone."""
+    cluster = case.cluster
+    if not case.work.sequences or cluster.nodes == 1 or not cluster.colocated:
+        yield case
+        return
+    yield case
+    for nodes in sorted({max(1, cluster.nodes * quarters // 4) for quarters in (1, 2, 3)}):
+        apart = replace(cluster, rollout_nodes=nodes)
+        if apart.rollout_gpus % case.rollout_tensor == 0:
+            yield replace(case, cluster=apart, offload=False)
+
+
+def _servers(case: Case) -> Iterator[Case]:
+    """The case with other servers: powers of two of GPUs within a node, and shares of their memory."""
+    if not case.work.sequences:
+        yield case
+        return
+    cluster = case.cluster
+    tensors = [
+        size
+        for size in _powers(cluster.gpus_per_node)
+        if cluster.rollout_gpus % size == 0 and case.shape.num_heads % size == 0
+    ]
+    shares = (0.3, 0.45, 0.6, 0.75) if cluster.colocated else (0.85,)
+    if case.cache_bytes is not None:
+        shares = ()
+    for tensor in sorted({case.rollout_tensor, *tensors}):
+        for share in sorted({case.utilization, *shares}):
+            yield replace(case, rollout_tensor=tensor, utilization=share)
+
+
+def best_block(found: Estimate, case: Case | None = None) -> str:
+    """The layout as YAML to paste into a run. It states every axis, so that no axis of a ``base`` file remains. With
+    ``case`` also the servers, and as a comment the split of nodes."""
     parallel = found.choice.parallel
     virtual = parallel.virtual_pipeline
+    servers: list[str] = []
+    if case is not None and case.work.sequences:
+        apart = case.cluster.rollout_nodes
+        servers = [
+            "rollout:",
+            f"  tensor: {case.rollout_tensor}",
+            f"  gpu_memory_utilization: {case.utilization}",
+            f"# nodes that only sample: CHORD_ROLLOUT_NODES={apart} of {case.cluster.nodes}",
+        ]
     return "\n".join(
         [
             "parallel:",
@@ -70,6 +165,7 @@ def best_block(found: Estimate) -> str:
             f"  max_tokens_per_gpu: {found.choice.max_tokens}",
             "model:",
             f"  recompute: {found.choice.recompute}",
+            *servers,
         ]
     )
 

@@ -29,7 +29,7 @@ from megatron_chord.plan.estimate import (
     export_bytes,
 )
 from megatron_chord.plan.report import layout
-from megatron_chord.plan.search import best_block, search
+from megatron_chord.plan.search import best_block, search, search_servers
 from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES
 
 ROOT = EXAMPLES.parents[1]
@@ -312,6 +312,34 @@ def test_the_block_is_the_layout(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(base + best_block(best))
     again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}"])
     assert choice_of(again) == best.choice
+
+
+def test_the_search_varies_servers_and_the_split_of_nodes(tmp_path: Path) -> None:
+    """7B on 2 nodes whose own servers have too little cache: the search finds others, beside the ranks and apart."""
+    run = run_of("chord_qwen7b", "rollout.gpu_memory_utilization=0.2")
+    case = case_of(run, h100(2))
+    assert estimate(case, choice_of(run)).problems
+    _, placed = search_servers(case, choice_of(run))
+    assert {one.case.cluster.rollout_nodes for one in placed} == {0, 1}
+    assert len({one.case.rollout_tensor for one in placed}) > 1
+    assert len({one.case.utilization for one in placed}) > 1
+    for one in placed:
+        assert one.estimate == estimate(one.case, one.estimate.choice)
+        assert not one.estimate.problems
+        assert one.case.cluster.gpus == 16
+    best = placed[0]
+    assert best.estimate.times.step <= 1.01 * min(one.estimate.times.step for one in placed)
+    base = f"base: {EXAMPLES / 'chord_qwen7b.yaml'}\n"
+    (tmp_path / "run.yaml").write_text(base + best_block(best.estimate, best.case))
+    again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}"])
+    assert choice_of(again) == best.estimate.choice
+    assert again.rollout.tensor == best.case.rollout_tensor
+    assert again.rollout.gpu_memory_utilization == best.case.utilization
+
+
+def test_the_search_keeps_to_the_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("chord_qwen7b", "--search", "--host-memory", "100") == 1
+    assert "no layout fits the main memory of a node" in capsys.readouterr().err
 
 
 def test_the_search_deals_layers_out_unequally(tmp_path: Path) -> None:
