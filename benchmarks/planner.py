@@ -188,6 +188,8 @@ def grpo_case(entry: dict[str, Any], constants: Constants = CONSTANTS) -> tuple[
         rollout_tensor=entry.get("sampling", 1),
         utilization=0.8 if apart else 0.6,
         overlap=apart,
+        # NeMo-RL gathers over NCCL, and hands weights to the servers of a node over CUDA IPC.
+        transport="broadcast" if apart else "ipc",
         constants=constants,
     )
     recompute = entry.get("recompute", "none")
