@@ -28,6 +28,7 @@ import torch
 
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train import sharded
+from megatron_chord.train.optimizer_shares import described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.state import TrainState
 from megatron_chord.weights.torch_dist import (
@@ -286,10 +287,9 @@ def _write_state(state: TrainState, folder: Path) -> None:
         "world_size": groups.world_size,
         "distributed_optimizer": _has_distributed_optimizer(state),
     }
-    boxes, objects, common = sharded.taken_apart(
-        _sharded(state, is_loading=False) | {"content_metadata": metadata}
-    )
-
+    with described_only(state.optimizer) as shares:
+        described = _sharded(state, is_loading=False) | {"content_metadata": metadata}
+    boxes, objects, common = sharded.taken_apart(described, shares)
     groups.once(lambda: write_common(folder, common))
     write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
 

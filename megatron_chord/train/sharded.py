@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_chord.train.optimizer_shares import Shares
 from megatron_chord.weights.torch_dist import Box, Checkpoint
 
 Boxes = dict[Box, Callable[[], Tensor]]
 
 
-def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[str, Any]]:
+def taken_apart(state: dict[str, Any], shares: Shares) -> tuple[Boxes, dict[str, bytes], dict[str, Any]]:
     """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
 
-    If several ranks have the same part, one of them writes it. Collectives: those of Megatron's check that every part
-    is written exactly once.
+    If several ranks have the same part, one of them writes it. Each rank writes what ``shares`` says it keeps of a
+    tensor on the meta device. Collectives: those of Megatron's check that every part is written exactly once.
 
     Returns:
         boxes of tensors, objects by name, and the common part, which is equal on all ranks.
@@ -37,9 +39,14 @@ def taken_apart(state: dict[str, Any]) -> tuple[Boxes, dict[str, bytes], dict[st
     boxes: Boxes = {}
     objects: dict[str, bytes] = {}
     for part in _leaves(parts):
-        if not is_main_replica(part.replica_id):
+        if isinstance(part, ShardedTensor) and part.data is not None and part.data.is_meta:
+            assert isinstance(part.replica_id, tuple), part.key
+            # The last number is the data-parallel rank. All of them write, each another share.
+            if is_main_replica((*part.replica_id[:-1], 0)):
+                boxes |= _share(part, shares)
+        elif not is_main_replica(part.replica_id):
             continue
-        if isinstance(part, ShardedTensor):
+        elif isinstance(part, ShardedTensor):
             boxes[_box(part)] = functools.partial(_on_host, part)
         else:
             content = io.BytesIO()
@@ -102,6 +109,17 @@ def _box(part: Any) -> Box:
         whole=tuple(part.global_shape),
         dtype=part.dtype,
     )
+
+
+def _share(part: Any, shares: Shares) -> Boxes:
+    box = _box(part)
+    extra = (0,) * part.prepend_axis_num
+    found: Boxes = {}
+    for piece in shares.pieces(part.data):
+        offset = tuple(a + b for a, b in zip(box.offset, extra + piece.offset, strict=True))
+        shape = box.shape[: part.prepend_axis_num] + piece.shape
+        found[replace(box, offset=offset, shape=shape)] = piece.data
+    return found
 
 
 def _with_axes(part: Any) -> Tensor:
