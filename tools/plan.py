@@ -116,7 +116,7 @@ def _code(args: argparse.Namespace, found: Estimate) -> int:
         host = found.host
         print(
             f"does not fit: a node needs {host.total / 1e9:.0f} GB of main memory ({host.offloaded / 1e9:.0f} GB "
-            f"offloaded, {host.saving / 1e9:.0f} GB while a checkpoint is saved), and has {args.host_memory:g} GB; "
+            f"offloaded, {host.resuming / 1e9:.0f} GB while a checkpoint is loaded), and has {args.host_memory:g} GB; "
             "rollout.offload: false needs less, and so does a layout with more pipeline stages",
             file=sys.stderr,
         )

@@ -210,14 +210,14 @@ class HostMemory:
 
     offloaded: float
     """Pinned: what the ranks move off the GPUs while servers sample (``train/offload.py``)."""
-    saving: float
-    """While a checkpoint is saved: a copy of the optimizer state of all parameters of each rank."""
+    resuming: float
+    """While a checkpoint is loaded: a copy of the optimizer state of all parameters of each rank."""
     processes: float
     """Ranks and servers themselves."""
 
     @property
     def total(self) -> float:
-        return self.offloaded + self.saving + self.processes
+        return self.offloaded + self.resuming + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +420,7 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
     processes = gpus * (2 if case.work.sequences and case.cluster.colocated else 1)
     return HostMemory(
         offloaded=gpus * saved,
-        saving=gpus * case.numerics.optimizer * largest,
+        resuming=gpus * case.numerics.optimizer * largest,
         processes=processes * case.constants.host_process_bytes,
     )
 

@@ -191,15 +191,15 @@ def test_main_memory_and_disk_of_a_node() -> None:
     found = estimate(case, choice_of(run))
     count = max(stage.parameters for stage in found.stages)
     assert found.host.offloaded == pytest.approx(8 * 12 * count / 4)
-    assert found.host.saving == pytest.approx(8 * 12 * count)
+    assert found.host.resuming == pytest.approx(8 * 12 * count)
     assert found.host.processes == 16 * 5e9
-    assert 420e9 < found.host.saving < 450e9
+    assert 420e9 < found.host.resuming < 450e9
     assert disk_bytes(case) == 3 * checkpoint_bytes(case)
 
 
 def test_too_little_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("chord_qwen7b", "--host-memory", "1024") == 0
-    assert "while a checkpoint is saved" in capsys.readouterr().out
+    assert "while a checkpoint is loaded" in capsys.readouterr().out
     assert plan("chord_qwen7b", "--host-memory", "256") == 1
     assert "GB of main memory" in capsys.readouterr().err
 
