@@ -33,7 +33,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +489,7 @@ def test_a_full_disk_leaves_nothing_behind(
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("no file system of its own can be mounted here")
     result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 2, result.stderr
     assert "No space left on device" in result.stderr

@@ -32,4 +32,4 @@ def fail_in_the_second(values: list[str]) -> int:
 
 def test_the_first_failure_is_named_first() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)^rank 1 failed:.*nothing to do with \['this'\]"):
-        run_ranks(fail_in_the_second, 2, ["this"], timeout_s=30)
+        run_ranks(fail_in_the_second, 2, ["this"], timeout_s=240)

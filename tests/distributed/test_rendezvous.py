@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 def listened_on(master: str) -> set[str]:
     os.environ["MASTER_ADDR"] = master
-    meet("gloo", timeout_s=60)
+    meet("gloo", timeout_s=240)
     total = torch.ones(1)
     dist.all_reduce(total)
     assert total == dist.get_world_size()

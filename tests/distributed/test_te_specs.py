@@ -53,7 +53,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(need),
     ]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     except subprocess.SubprocessError as error:
         pytest.skip(f"pip cannot install {need}: {getattr(error, 'stderr', '') or error}")
     return folder

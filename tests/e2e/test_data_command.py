@@ -28,7 +28,7 @@ def data(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=cli_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -20,7 +20,7 @@ def sample(server: RolloutServer, index: int) -> list[Any]:
         f"{server.url}/inference/v1/generate",
         headers={"Authorization": f"Bearer {server.api_key}"},
         trust_env=False,
-        timeout=120,
+        timeout=300,
         json={
             "token_ids": [20 + (7 * i) % 90 for i in range(11 + 13 * index)],
             "sampling_params": {"n": 4, "seed": index, "max_tokens": 24, "logprobs": 0, "ignore_eos": True},

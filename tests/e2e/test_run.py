@@ -159,7 +159,7 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
     with in_terminal(config, output, "checkpoint.every=0", "checkpoint.keep=9") as (process, keys):
         wait_for(lambda: steps_done(output) >= 1, process)
         os.write(keys, b"\x03")
-        assert process.wait(120) == 75, log_of(output)
+        assert process.wait(300) == 75, log_of(output)
     done, said = steps_done(output), log_of(output)
     assert 1 <= done < STEPS
     assert "Ctrl-C: a checkpoint comes at the next safe point." in said
@@ -224,7 +224,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
         server = server_of(process)
         assert "--max-num-active-seqs 1 " in command_line(server)
         os.kill(server, signal.SIGKILL)
-        assert process.wait(180) == 0, log_of(output)
+        assert process.wait(300) == 0, log_of(output)
     assert "rollout server lost, starting a new one" in log_of(output)
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
@@ -235,7 +235,7 @@ def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> Non
     with running(config, output, "rollout.asynchronous.max_off_policy_steps=1") as process:
         wait_for(lambda: steps_done(output) >= 1, process)
         os.kill(server_of(process), signal.SIGKILL)
-        assert process.wait(180) == 0, log_of(output)
+        assert process.wait(300) == 0, log_of(output)
     assert "rollout server lost, starting a new one" in log_of(output)
     steps = [row for row in metrics_of(output) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(STEPS))
@@ -263,12 +263,10 @@ def test_nothing_survives_a_kill(
         started = "the server starts"
         wait_for(lambda: has_server(process) if phase == started else steps_done(tmp_path) >= 1, process)
         family = descendants(process.pid)
-        assert len(family) >= 2
+        assert len(family) >= (1 if phase == started else 2)
         process.send_signal(number)
-        process.wait(60)
-        deadline = time.monotonic() + 40
-        while (left := [pid for pid in family if is_alive(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        process.wait(240)
+        left = still_alive(family)
         assert not left, f"still there after signal {number}: {left}"
 
 
@@ -326,7 +324,7 @@ def in_terminal(config: Path, output: Path, *overrides: str) -> Iterator[tuple[s
     reader.start()
     try:
         yield process, keys
-        reader.join(30)
+        reader.join(120)
     finally:
         for pid in [*descendants(process.pid), process.pid]:
             with contextlib.suppress(ProcessLookupError):
@@ -348,12 +346,20 @@ def steps_done(output: Path) -> int:
     return sum("loss" in row for row in metrics_of(output)) if path.is_file() else 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 150) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the run ended before its time"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.05)
+
+
+def still_alive(pids: list[int], at_most_s: float = 120) -> list[int]:
+    """Wait until none of the processes is alive, at most this long. Return those that are."""
+    deadline = time.monotonic() + at_most_s
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def server_of(process: subprocess.Popen[bytes]) -> int:

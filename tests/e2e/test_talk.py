@@ -50,7 +50,7 @@ def test_the_answers_are_those_of_the_policy(tmp_path: Path, server: RolloutServ
         env=cli_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert chat.returncode == 0, chat.stderr

@@ -14,7 +14,7 @@ from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer
 
-START_S = 180.0
+START_S = 300.0
 VOCAB = 300
 _SAMPLED = re.compile(r"^vllm:generation_tokens_total(?:{[^}]*})? (\S+)", re.MULTILINE)
 
@@ -68,7 +68,7 @@ def num_sampled(server: RolloutServer) -> float:
     return sum(map(float, _SAMPLED.findall(reply.raise_for_status().text)))
 
 
-def await_sampling(server: RolloutServer, *, since: float, timeout_s: float = 60) -> None:
+def await_sampling(server: RolloutServer, *, since: float, timeout_s: float = 240) -> None:
     """Wait until the server has sampled more than ``since`` tokens."""
     deadline = time.monotonic() + timeout_s
     while num_sampled(server) <= since:

@@ -24,7 +24,7 @@ def half() -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def main() -> None:
-    settings = SyncSettings(transport="file", timeout_s=60, folder=Path("/dev/shm"), bucket_bytes=1)
+    settings = SyncSettings(transport="file", timeout_s=240, folder=Path("/dev/shm"), bucket_bytes=1)
     client = RolloutClient(sys.argv[1], os.environ["CHORD_TEST_KEY"])
     WeightSync([client], settings, exporters=[0], group=None, device=torch.device("cpu")).push(half(), 7)
 

@@ -37,7 +37,7 @@ def main(url: str, key: str) -> Result:
     for transport in ("file", "gloo", "broadcast"):
         sync = WeightSync(
             [client] if dist.get_rank() == 0 else [],
-            SyncSettings(transport=transport, timeout_s=60, bucket_bytes=50_000),
+            SyncSettings(transport=transport, timeout_s=240, bucket_bytes=50_000),
             exporters=EXPORTERS,
             group=group,
             device=torch.device("cpu"),
@@ -47,7 +47,7 @@ def main(url: str, key: str) -> Result:
             num_bytes = sync.push(_export(version, stage_group), version).num_bytes
         if dist.get_rank() == 0:
             asked = requests()
-            replies = client.generate(asked, version=version, deadline_s=60)
+            replies = client.generate(asked, version=version, deadline_s=240)
             gaps[transport] = largest_gap(make_model(version), asked, replies)
     begun = time.monotonic()
     try:

@@ -33,7 +33,7 @@ class _Shared(RolloutEngine):
 
     def observed(self) -> dict[str, Any]:
         sleeps = [
-            httpx.get(f"{client.url}/is_sleeping", headers=client._headers, trust_env=False, timeout=30)
+            httpx.get(f"{client.url}/is_sleeping", headers=client._headers, trust_env=False, timeout=240)
             for client in self.clients
         ]
         return {
@@ -52,7 +52,7 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         run,
         data=replace(run.data, max_prompt_tokens=64),
         rollout=RolloutConfig(kv_cache_bytes=64 << 20, count=2),
-        timeouts=TimeoutsConfig(server_start_s=2 * START_S, weight_push_s=60),
+        timeouts=TimeoutsConfig(server_start_s=2 * START_S, weight_push_s=240),
     )
     groups = start_groups(ParallelConfig())
     seen: list[dict[str, Any]] = []

@@ -77,4 +77,4 @@ def test_a_frozen_server_is_noticed_long_before_the_samplings_deadline(servers: 
         begun = time.monotonic()
         with stopped(pids), pytest.raises(RolloutError, match=r"frozen: .* computed no token"):
             client.generate([request(400)], version=0, deadline_s=300)
-        assert SILENCE_S < time.monotonic() - begun < 60
+        assert SILENCE_S < time.monotonic() - begun < 150

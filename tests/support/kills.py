@@ -132,7 +132,7 @@ def _strike(
     if name == "server":
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
+    process.wait(240)
 
 
 def _is_due(moment: str, output: Path, saves: set[str], rows: int) -> bool:
@@ -141,14 +141,17 @@ def _is_due(moment: str, output: Path, saves: set[str], rows: int) -> bool:
     if moment == "stepping":
         return _rows(output) > rows
     if moment == "saving":
-        return any((output / "checkpoints").glob(".step-*.partial/*.distcp"))
+        try:
+            return any((output / "checkpoints").glob(".step-*.partial/*.distcp"))
+        except FileNotFoundError:  # the folder got its final name between two reads
+            return False
     return bool(_finished_saves(output) - saves)
 
 
 def _await_end(
     process: subprocess.Popen[bytes], mark: str, report: Report, say: Callable[[str], None]
 ) -> None:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while left := _marked(mark):
         if time.monotonic() > deadline:
             report.survivors += [f"{pid}: {name}" for pid, name in left.items()]

@@ -107,4 +107,6 @@ def cli_environment(**env: str) -> dict[str, str]:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the rows of a run, which may still be running: the last line counts only when it is complete."""
+    complete, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]

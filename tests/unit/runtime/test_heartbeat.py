@@ -70,7 +70,7 @@ class Ranks:
 
     def await_beats(self) -> None:
         """Wait until each rank has been in its loop."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not all("computing" in self.beat(rank) for rank in range(len(self.processes))):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -96,7 +96,7 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
         stopped.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
         running = [process for process in ranks.processes if process is not stopped]
-        assert {process.wait(60) for process in running} == {EXIT_CODE}
+        assert {process.wait(240) for process in running} == {EXIT_CODE}
         assert time.monotonic() - begun >= SILENCE_S
         (line,) = ranks.errors().splitlines()
         assert f"frozen: rank {frozen} on " in line
@@ -104,7 +104,7 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
         assert "it is stopped (SIGSTOP)" in line
         assert "It was computing, at <string>:" in line
         seconds = float(re.findall(r"no heartbeat for (\d+) s", line)[0])
-        assert SILENCE_S <= seconds <= SILENCE_S + 2 * BEAT_S + 3, "the machine may be slow"
+        assert SILENCE_S <= seconds <= SILENCE_S + 2 * BEAT_S + 30, "the machine may be slow"
         stacks = ranks.stacks()
         others = {f"rank-{rank}.txt" for rank in range(3) if rank != frozen}
         assert set(stacks) == others | {"all-ranks.txt"}
@@ -130,7 +130,7 @@ def test_a_file_system_that_hangs_does_not_keep_a_frozen_rank_alive(tmp_path: Pa
         ranks.processes[0].kill()
         ranks.processes[0].wait()
         ranks.processes[1].send_signal(signal.SIGCONT)
-        assert ranks.processes[1].wait(60) == EXIT_CODE
+        assert ranks.processes[1].wait(240) == EXIT_CODE
         error = (tmp_path / "err-1").read_text()
         assert "frozen: rank 1 on " in error
         assert "its watchdog hangs, too" in error
@@ -146,7 +146,7 @@ def test_a_main_thread_that_stands_still_is_named_though_its_process_beats(
     with Ranks(tmp_path, 2) as ranks:
         ranks.await_beats()
         (tmp_path / f"still-{still}").touch()
-        assert [process.wait(60) for process in ranks.processes] == [EXIT_CODE] * 2
+        assert [process.wait(240) for process in ranks.processes] == [EXIT_CODE] * 2
         (line,) = ranks.errors().splitlines()
         assert f"frozen: rank {still} on " in line
         assert "has made no progress for 2 s (limit 2 s)" in line
@@ -157,7 +157,7 @@ def test_a_main_thread_that_stands_still_is_named_though_its_process_beats(
 def test_a_world_of_one_watches_itself(tmp_path: Path) -> None:
     with Ranks(tmp_path, 1) as ranks:
         (tmp_path / "still-0").touch()
-        assert ranks.processes[0].wait(60) == EXIT_CODE
+        assert ranks.processes[0].wait(240) == EXIT_CODE
         assert "frozen: rank 0 on " in ranks.errors()
         assert not (tmp_path / "beats").exists()
 
@@ -171,13 +171,13 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
         time.sleep(2 * SILENCE_S)
         for process in ranks.processes:
             process.send_signal(signal.SIGCONT)
-        assert [process.wait(60) for process in ranks.processes] == [0, 0]
+        assert [process.wait(240) for process in ranks.processes] == [0, 0]
         assert ranks.errors() == ""
 
 
 def test_ranks_that_leave_are_not_missed_and_leave_nothing(tmp_path: Path) -> None:
     with Ranks(tmp_path, 2, seconds=1) as ranks:
-        assert [process.wait(60) for process in ranks.processes] == [0, 0]
+        assert [process.wait(240) for process in ranks.processes] == [0, 0]
         assert ranks.errors() == ""
         assert not (tmp_path / "beats").exists()
 
