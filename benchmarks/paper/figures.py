@@ -57,7 +57,7 @@ def entropy(record: Record) -> Curve:
 def _figure(path: Path, title: str, records: Records, curve: Callable[[Record], Curve]) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
     for index, (method, runs) in enumerate(records.items()):
         colour = f"C{index}"
         curves = [curve(run) for run in runs.values()]
@@ -67,7 +67,7 @@ def _figure(path: Path, title: str, records: Records, curve: Callable[[Record], 
         axes.plot(steps, mean, color=colour, label=NAMES[method])
     axes.set_xlabel("updates")
     axes.set_title(title)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.grid(alpha=0.3)
     metadata: dict[str, Any] = {"Date": None}
     figure.savefig(path, metadata=metadata)
