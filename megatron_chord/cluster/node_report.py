@@ -17,8 +17,11 @@ import torch
 
 from megatron_chord.cluster.job import Job
 from megatron_chord.cluster.servers import count_servers
+from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
+from megatron_chord.costs.parameters import model_count
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
+from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
 
 _PACKAGES = (
@@ -33,6 +36,8 @@ _PACKAGES = (
 _PLUGINS = "vllm.general_plugins"
 _MAX_SKEW_S = 2.0
 _MIN_FREE_DISK = 1 << 30
+_OPTIMIZER_BYTES = 12
+"""Bytes for each parameter in a checkpoint beside the weights: the optimizer's FP32 copy and two moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +78,12 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
     refusal = ""
     try:
         run = load_config(config, overrides)
-        _, method = check_run(run, job.world_size)
+        shape, method = check_run(run, job.world_size)
         count_servers(job, run, method)
         versions["config.json"] = _digest((run.model.path / "config.json").read_bytes())
         problems += _disk_problems(run.output)
+        if job.is_head:
+            problems += room_problems(run, model_count(shape), shutil.disk_usage(run.output).free)
     except OSError as error:
         problems.append(str(error))
     except ValueError as error:  # ConfigError is one
@@ -156,6 +163,27 @@ def _disk_problems(output: Path) -> Iterator[str]:
     free = shutil.disk_usage(output).free
     if free < _MIN_FREE_DISK:
         yield f"output: {output} has {free >> 20} MiB left, below {_MIN_FREE_DISK >> 20}"
+
+
+def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
+    """Say if the output's disk with ``free`` bytes lacks room for all checkpoints that exist at once and the policy.
+
+    While a checkpoint is written, there is one more than ``checkpoint.keep``. Checkpoints that the run has already
+    count as room.
+    """
+    weight = 4 if run.model.dtype == "fp32" else 2
+    checkpoint = (weight + _OPTIMIZER_BYTES) * parameters
+    count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
+    there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())
+    needed = count * checkpoint + weight * parameters
+    best = ", and the best" if run.checkpoint.keep_best is not None else ""
+    if free + there < needed:
+        yield (
+            f"output: {run.output} has room for {(free + there) / 1e9:.1f} GB; the run needs {needed / 1e9:.1f} GB: "
+            f"{count} checkpoints of {checkpoint / 1e9:.1f} GB (checkpoint.keep {run.checkpoint.keep}, and the one "
+            f"that is written{best}) and the policy. Free space, set a smaller checkpoint.keep, or set output to "
+            "another disk"
+        )
 
 
 def _version(name: str) -> str | None:

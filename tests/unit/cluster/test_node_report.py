@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from megatron_chord.cluster.node_report import Report, faults
+from megatron_chord.cluster.node_report import Report, faults, room_problems
+from megatron_chord.config import CheckpointConfig, EvaluationConfig
+from tests.support.tiny import tiny_run
 
 GOOD = Report(
     node="a1", gpus=("H100",) * 8, versions={"torch": "2.13.0", "source": "1234"}, problems=(), clock=1000.0
@@ -59,3 +62,29 @@ def test_a_clock_that_is_off() -> None:
 def test_what_one_node_alone_refuses() -> None:
     found = faults(nodes(replace(GOOD, node="a3", refusal="model.path: /shared/m does not exist")))
     assert found == ["a3: model.path: /shared/m does not exist"]
+
+
+def test_a_disk_without_room_for_all_checkpoints(tmp_path: Path) -> None:
+    """1,000 parameters in bf16: a checkpoint has 14,000 bytes, the policy 2,000."""
+    run = replace(tiny_run(tmp_path / "model"), output=tmp_path / "out")
+    run = replace(run, model=replace(run.model, dtype="bf16"), checkpoint=CheckpointConfig(keep=2))
+    assert list(room_problems(run, 1000, free=3 * 14_000 + 2000)) == []
+    (found,) = room_problems(run, 1000, free=3 * 14_000 + 1999)
+    assert "3 checkpoints" in found
+    assert "checkpoint.keep 2, and the one that is written) and the policy" in found
+    # What a resumed run has already is room: it will be deleted.
+    (tmp_path / "out" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "step-000001" / "data").write_bytes(b"x" * 14_000)
+    assert list(room_problems(run, 1000, free=2 * 14_000 + 2000)) == []
+    best = replace(
+        run,
+        data=replace(run.data, evaluation=run.data.prompts),
+        evaluation=EvaluationConfig(every=1),
+        checkpoint=CheckpointConfig(keep=2, keep_best="accuracy"),
+    )
+    (found,) = room_problems(best, 1000, free=2 * 14_000 + 2000)
+    assert "4 checkpoints" in found
+    assert "and the best" in found
+    wide = replace(run, model=replace(run.model, dtype="fp32"), checkpoint=CheckpointConfig(keep=1))
+    assert list(room_problems(wide, 1000, free=2 * 16_000 + 4000 - 14_000)) == []
+    assert len(list(room_problems(wide, 1000, free=2 * 16_000 + 3999 - 14_000))) == 1
