@@ -88,6 +88,7 @@ class _Node:
         self._servers: NodeServers | None = None
         self._sigterms = 0
         self._sigterm_at = 0.0
+        self._is_preempted = False
         self._next_look = 0.0
 
     def run(self) -> int:
@@ -155,12 +156,15 @@ class _Node:
         if self._sigterms > 1 or (folder / CANCELLED_FILE).exists() or has_failure(folder):
             return True
         is_early = time.monotonic() - self._sigterm_at < _CANCEL_S
-        if not is_early and not (folder / PREEMPTED_FILE).exists():
-            self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
+        if not is_early and not self._is_preempted:
+            self._is_preempted = True
+            if not (folder / PREEMPTED_FILE).exists():
+                self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
             (folder / PREEMPTED_FILE).touch()
             (folder / STOP_FILE).touch()
             if self._servers is not None:
-                # vLLM has the SIGTERM, too. It ends its engine, then waits for open requests that nobody answers.
+                # vLLM has the SIGTERM, too. It ends its engine, then waits for open requests that nobody answers. So
+                # each node kills its own servers.
                 self._servers.kill()
         return False
 
