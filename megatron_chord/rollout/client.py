@@ -412,7 +412,7 @@ class RolloutClient:
             try:
                 num_tokens = await self._num_tokens(http, pause_s)
                 num_refused = 0
-            except httpx.ConnectError as error:
+            except _Refused as error:
                 num_tokens = None
                 num_refused += 1
                 if num_refused == _REFUSED:
@@ -433,13 +433,13 @@ class RolloutClient:
         """Number of tokens that the server has read and sampled since its start; None if it does not answer in time.
 
         Raises:
-            httpx.ConnectError: nothing listens on the server's port.
+            _Refused: nothing listens on the server's port.
         """
         try:
             response = await http.get(_METRICS, timeout=timeout_s)
-        except httpx.ConnectError:
-            raise
-        except httpx.TransportError:
+        except httpx.TransportError as error:
+            if _is_refusal(error):
+                raise _Refused from error
             return None
         return sum(map(float, _TOKENS.findall(response.content))) if response.status_code == 200 else None
 
@@ -500,6 +500,19 @@ class RolloutClient:
             raise kind(f"{where}: {_refusal(response)}")
         with _malformed_as_rollout_error(where):
             return rollouts_of(response.content, request, version, may_be_aborted=stopped.is_set())
+
+
+class _Refused(Exception):
+    """The server's machine refused a connection."""
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether refused connections alone caused ``error``, and not, for example, a network that is down."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_refusal, error.exceptions))
+    if error is None or isinstance(error, ConnectionRefusedError):
+        return error is not None
+    return _is_refusal(error.__cause__ or error.__context__)
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
