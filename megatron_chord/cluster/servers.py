@@ -3,10 +3,7 @@ up."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from megatron_chord.cluster.ranks import log_folder
 from megatron_chord.config import RunConfig
 from megatron_chord.methods.base import Method
 from megatron_chord.rollout.registry import Announcement, Registry, read_key
-from megatron_chord.rollout.server import RolloutServer, start_server
+from megatron_chord.rollout.server import RolloutServer, start_server, stop_all
 from megatron_chord.train.engine import server_settings
 from megatron_chord.train.setup import needs_servers
 
@@ -84,13 +81,7 @@ class NodeServers:
             slot.process.kill()
 
     def stop(self) -> None:
-        # Signal all servers first, then wait for them.
-        for slot in self._slots:
-            with contextlib.suppress(ProcessLookupError):
-                if slot.process.exit_code is None:
-                    os.kill(slot.process.pid, signal.SIGTERM)
-        for slot in self._slots:
-            slot.process.stop()
+        stop_all([slot.process for slot in self._slots])
         self._slots = []
 
     def _watched(self, slot: _Slot) -> _Slot:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.registry import Announcement, Registry
-from megatron_chord.rollout.server import RolloutServer, ServerError
+from megatron_chord.rollout.server import RolloutServer, ServerError, stop_all
 
 _POLL_S = 0.2
 
@@ -50,8 +50,9 @@ class OwnServers:
 
     def connect(self) -> Sequence[RolloutClient]:
         self._close_clients()
+        end = time.monotonic() + self._timeout_s
         for server in self._servers:
-            server.wait_until_ready(self._timeout_s)
+            server.wait_until_ready(max(0.0, end - time.monotonic()))
         self._clients = [
             RolloutClient(server.url, server.api_key, silence_s=self._silence_s) for server in self._servers
         ]
@@ -63,16 +64,14 @@ class OwnServers:
         if everything or not lost:
             lost = range(len(self._servers))
         self._close_clients()
-        for index in lost:
-            self._servers[index].stop()
+        stop_all([self._servers[index] for index in lost])
         for index in lost:
             self._servers[index] = self._starts[index]()
         return self.connect()
 
     def close(self) -> None:
         self._close_clients()
-        for server in self._servers:
-            server.stop()
+        stop_all(self._servers)
 
     def _close_clients(self) -> None:
         for client in self._clients:

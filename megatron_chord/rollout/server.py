@@ -244,6 +244,11 @@ class RolloutServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, and do not wait. Call ``stop`` afterwards."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
     def stop(self) -> None:
         """End the server and all of its processes: first by SIGTERM, after 20 s by SIGKILL. May be called
         repeatedly."""
@@ -430,6 +435,14 @@ def _session_processes(session: int) -> list[int]:
                 if int(sid) == session and state != "Z":
                     found.append(int(entry.name))
     return found
+
+
+def stop_all(servers: Sequence[RolloutServer]) -> None:
+    """Stop servers: first signal all of them, then wait for each."""
+    for server in servers:
+        server.ask_to_end()
+    for server in servers:
+        server.stop()
 
 
 def _wait_until_empty(session: int, timeout_s: float) -> None:

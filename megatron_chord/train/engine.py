@@ -113,7 +113,7 @@ class RolloutEngine:
         self._connected = False
         self._version: int | None = None
         self.generation = 0
-        """Number of servers that have been replaced."""
+        """Number of times that servers were replaced."""
         self._restarts_left = run.rollout.restarts
         self._lost = False
         self._push_failed = False
@@ -201,7 +201,7 @@ class RolloutEngine:
             self._groups.together(self._offload.back)
 
     def close(self) -> None:
-        """Stop the server and close the connections of this rank, without waiting for other ranks."""
+        """Stop the servers and close the connections of this rank, without waiting for other ranks."""
         if self._asleep and self._run.rollout.servers:
             with contextlib.suppress(RolloutError):
                 self._each(lambda client: client.wake_up(tags=["weights", "kv_cache"]))
@@ -272,7 +272,7 @@ class RolloutEngine:
             return self._job.transport
         if not torch.cuda.is_available():
             return "file"
-        # The trainer's own server shares its GPUs, and NCCL does not allow two ranks on one GPU.
+        # The trainer's own servers share its GPUs, and NCCL does not allow two ranks on one GPU.
         return "broadcast" if rollout.servers else "ipc"
 
     def _start(self) -> None:
