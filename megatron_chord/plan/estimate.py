@@ -217,7 +217,7 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        return self.offloaded + self.resuming + self.processes
+        return max(self.offloaded, self.resuming) + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
