@@ -51,6 +51,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "Read by pytest-timeout, which is not installed.")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give a test that runs a second time its time limit. pytest-timeout ends its clock at the first failure."""
+    if getattr(item, "execution_count", 1) > 1 and find_spec("pytest_timeout") is not None:
+        from pytest_timeout import _get_item_settings
+
+        item.ihook.pytest_timeout_set_timer(item=item, settings=_get_item_settings(item))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     if config.getvalue("dist") != "loadfile":
