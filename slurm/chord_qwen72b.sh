@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CHORD on Qwen2.5-72B on 8 nodes of 8 GPUs, vLLM on the same GPUs.
+# CHORD on Qwen2.5-72B on 8 nodes of 8 GPUs: 6 train, 2 only sample.
 #
 #   sbatch slurm/chord_qwen72b.sh \
 #     model.path=/shared/models/... data.prompts=/shared/rl.jsonl data.demonstrations=/shared/sft.jsonl
@@ -25,7 +25,7 @@ export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"          # a pyxis ima
 export CHORD_CONTAINER_MOUNTS="${CHORD_CONTAINER_MOUNTS:-}"        # what it must see beside the repository
 export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"           # logs, one folder a job
 export CHORD_RUN="${CHORD_RUN:-examples/cluster/chord_qwen72b.yaml}"
-export CHORD_ROLLOUT_NODES="${CHORD_ROLLOUT_NODES:-0}"             # of --nodes, those that only sample
+export CHORD_ROLLOUT_NODES="${CHORD_ROLLOUT_NODES:-2}"             # of --nodes, those that only sample
 
 if [[ ! -f "$CHORD_HOME/slurm/lib/launch.sh" ]]; then
   echo "error: CHORD_HOME=$CHORD_HOME has no slurm/lib/launch.sh: submit from the repository's folder, or set CHORD_HOME" >&2

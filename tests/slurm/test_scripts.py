@@ -33,10 +33,11 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
-def test_scripts_differ_in_name_and_nodes_only(script: Path) -> None:
+def test_scripts_differ_in_name_and_numbers_of_nodes_only(script: Path) -> None:
     def neutral(path: Path) -> list[str]:
         text = path.read_text().replace(path.stem, "NAME")
-        return re.sub(r"--nodes=\d+", "--nodes=N", text).splitlines()[2:]
+        text = re.sub(r"--nodes=\d+", "--nodes=N", text)
+        return re.sub(r"ROLLOUT_NODES:-\d+", "ROLLOUT_NODES:-N", text).splitlines()[2:]
 
     assert neutral(script) == neutral(JOBS[0])
 

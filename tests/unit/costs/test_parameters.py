@@ -161,7 +161,7 @@ def test_dry_run_of_70b() -> None:
     """chord_llama70b.yaml on 64 ranks: the planner counts what Megatron builds, and the ranks together hold the whole
     model."""
     folder = CONFIGS / "llama-3.1-70b"
-    run = load_config(EXAMPLES / "chord_llama70b.yaml", [f"model.path={folder}"])
+    run = load_config(EXAMPLES / "chord_llama70b.yaml", [f"model.path={folder}", "parallel.ranks=64"])
     parallel, shape = run.parallel, read_shape(folder)
     assert (parallel.tensor, parallel.pipeline, parallel.context) == (4, 4, 1)
     # Megatron numbers ranks along tensor, then data, then pipeline. Here are the ranks of the first replica and the

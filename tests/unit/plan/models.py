@@ -17,6 +17,22 @@ CLUSTER_RUNS = {
     "chord_qwen3_30b_a3b": ("qwen3-30b-a3b", 4),
 }
 """For each run: its model, and its number of nodes with 8 H100."""
+ROLLOUT_NODES = {
+    "chord_qwen7b": 0,
+    "chord_qwen32b": 1,
+    "chord_llama70b": 2,
+    "chord_qwen72b": 2,
+    "chord_qwen3_30b_a3b": 1,
+}
+"""How many of these nodes only sample."""
+
+
+def shared(name: str) -> tuple[str, ...]:
+    """Settings with which every node of the run trains and samples."""
+    if not ROLLOUT_NODES[name]:
+        return ()
+    share = 0.38 if name == "chord_qwen72b" else 0.4
+    return f"parallel.ranks={8 * CLUSTER_RUNS[name][1]}", f"rollout.gpu_memory_utilization={share}"
 
 
 def shape_of(name: str) -> ModelShape:

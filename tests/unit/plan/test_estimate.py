@@ -30,12 +30,18 @@ from megatron_chord.plan.estimate import (
 )
 from megatron_chord.plan.report import layout
 from megatron_chord.plan.search import best_block, search, search_servers
-from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES
+from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES, ROLLOUT_NODES, shared
 
 ROOT = EXAMPLES.parents[1]
 
 
 def run_of(name: str, *overrides: str) -> RunConfig:
+    """The example, with servers beside the ranks on every node."""
+    return shipped(name, *shared(name), *overrides)
+
+
+def shipped(name: str, *overrides: str) -> RunConfig:
+    """The example as it is."""
     model, _ = CLUSTER_RUNS[name]
     return load_config(EXAMPLES / f"{name}.yaml", [f"model.path={CONFIGS / model}", *overrides])
 
@@ -46,11 +52,12 @@ def h100(nodes: int = 1, **others: int) -> Cluster:
 
 @pytest.mark.parametrize("name", sorted(CLUSTER_RUNS))
 def test_every_cluster_example_fits(name: str) -> None:
-    run, nodes = run_of(name), CLUSTER_RUNS[name][1]
-    found = estimate(case_of(run, h100(nodes)), choice_of(run))
+    run, nodes, apart = shipped(name), CLUSTER_RUNS[name][1], ROLLOUT_NODES[name]
+    found = estimate(case_of(run, h100(nodes, rollout_nodes=apart)), choice_of(run))
     assert found.problems == ()
+    assert found.warnings == (), "a push meets its deadline"
     assert max(found.training_peak, found.sampling_peak) <= 80e9
-    assert run.parallel.ranks == nodes * 8
+    assert run.parallel.ranks == (nodes - apart) * 8
     assert run.batch.max_tokens_per_gpu >= run.data.max_prompt_tokens + run.data.max_response_tokens
 
 
@@ -62,6 +69,7 @@ def test_there_are_no_other_cluster_examples() -> None:
 def test_every_script_asks_for_the_nodes_that_its_example_fits(name: str) -> None:
     script = (ROOT / "slurm" / f"{name}.sh").read_text()
     assert f"#SBATCH --nodes={CLUSTER_RUNS[name][1]}\n" in script
+    assert f'CHORD_ROLLOUT_NODES="${{CHORD_ROLLOUT_NODES:-{ROLLOUT_NODES[name]}}}"' in script
     assert f"examples/cluster/{name}.yaml" in script
 
 
@@ -313,7 +321,7 @@ def test_the_block_is_the_layout(tmp_path: Path) -> None:
     best = search(case, choice_of(run)).fitting[0]
     base = f"base: {EXAMPLES / 'chord_llama70b.yaml'}\n"
     (tmp_path / "run.yaml").write_text(base + best_block(best))
-    again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}"])
+    again = load_config(tmp_path / "run.yaml", [f"model.path={run.model.path}", *shared("chord_llama70b")])
     assert choice_of(again) == best.choice
 
 
@@ -347,7 +355,7 @@ def test_the_search_keeps_to_the_main_memory(capsys: pytest.CaptureFixture[str])
 
 def test_the_search_deals_layers_out_unequally(tmp_path: Path) -> None:
     """27 layers fit 2, 4 and 8 stages only with a list. The printed block gives the same layout again."""
-    overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}",)
+    overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}", *shared("chord_qwen3_30b_a3b"))
     run = run_of("chord_qwen3_30b_a3b", *overrides)
     case = case_of(run, h100(4, rollout_nodes=2))
     found = search(case, choice_of(run))
@@ -399,7 +407,8 @@ def plan(name: str, *arguments: str) -> int:
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main([str(EXAMPLES / f"{name}.yaml"), f"model.path={CONFIGS / model}", *arguments])
+    settings = [f"model.path={CONFIGS / model}", *shared(name)]
+    return module.main([str(EXAMPLES / f"{name}.yaml"), *settings, *arguments])
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
