@@ -21,6 +21,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.costs.parameters import model_count
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
+from megatron_chord.plan.push import push_seconds, transport_of
 from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
 
@@ -79,11 +80,13 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
     try:
         run = load_config(config, overrides)
         shape, method = check_run(run, job.world_size)
-        count_servers(job, run, method)
+        num_servers = count_servers(job, run, method)
         versions["config.json"] = _digest((run.model.path / "config.json").read_bytes())
         problems += _disk_problems(run.output)
         if job.is_head:
             problems += room_problems(run, model_count(shape), shutil.disk_usage(run.output).free)
+            if num_servers and job.gpus:
+                problems += push_problems(run, job, model_count(shape))
     except OSError as error:
         problems.append(str(error))
     except ValueError as error:  # ConfigError is one
@@ -165,13 +168,33 @@ def _disk_problems(output: Path) -> Iterator[str]:
         yield f"output: {output} has {free >> 20} MiB left, below {_MIN_FREE_DISK >> 20}"
 
 
+def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
+    """Say if a push of weights to servers beside the ranks of several nodes cannot meet its deadline (planned)."""
+    transport = transport_of(
+        run.rollout.transport, nodes=len(job.nodes), colocated=job.num_rollout_nodes == 0
+    )
+    size = _weight_bytes(run) * parameters
+    seconds = push_seconds(transport, size, gpus_per_node=len(job.gpus))
+    limit = run.timeouts.weight_push_s
+    if transport == "gloo" and seconds > limit:
+        yield (
+            f"a push of {size / 1e9:.0f} GB of weights over gloo to servers on all {len(job.nodes)} nodes takes about "
+            f"{seconds:.0f} s, longer than timeouts.weight_push_s ({limit:.0f} s). Let some nodes only sample "
+            f"(CHORD_ROLLOUT_NODES), which get weights by NCCL, or set timeouts.weight_push_s to {2 * seconds:.0f}"
+        )
+
+
+def _weight_bytes(run: RunConfig) -> int:
+    return 4 if run.model.dtype == "fp32" else 2
+
+
 def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
     """Say if the output's disk with ``free`` bytes lacks room for all checkpoints that exist at once and the policy.
 
     While a checkpoint is written, there is one more than ``checkpoint.keep``. Checkpoints that the run has already
     count as room.
     """
-    weight = 4 if run.model.dtype == "fp32" else 2
+    weight = _weight_bytes(run)
     checkpoint = (weight + _OPTIMIZER_BYTES) * parameters
     count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
     there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())

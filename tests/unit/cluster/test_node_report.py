@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_chord.cluster.node_report import Report, faults, room_problems
-from megatron_chord.config import CheckpointConfig, EvaluationConfig
+from megatron_chord.cluster.job import Job, Node
+from megatron_chord.cluster.node_report import Report, faults, push_problems, room_problems
+from megatron_chord.config import CheckpointConfig, EvaluationConfig, TimeoutsConfig
 from tests.support.tiny import tiny_run
 
 GOOD = Report(
@@ -88,3 +89,32 @@ def test_a_disk_without_room_for_all_checkpoints(tmp_path: Path) -> None:
     wide = replace(run, model=replace(run.model, dtype="fp32"), checkpoint=CheckpointConfig(keep=1))
     assert list(room_problems(wide, 1000, free=2 * 16_000 + 4000 - 14_000)) == []
     assert len(list(room_problems(wide, 1000, free=2 * 16_000 + 3999 - 14_000))) == 1
+
+
+def test_a_push_that_cannot_meet_its_deadline(tmp_path: Path) -> None:
+    """70.6 billion parameters in bf16 to 8 GPUs a node over gloo: 2 s + 8 x 141.2 GB / (0.72 GB/s) = 1,571 s."""
+    run = tiny_run(tmp_path)
+    run = replace(run, model=replace(run.model, dtype="bf16"))
+
+    def job(num_nodes: int, num_rollout_nodes: int = 0) -> Job:
+        nodes = tuple(Node(name=f"n{i}", address="127.0.0.1") for i in range(num_nodes))
+        return Job(
+            folder=tmp_path,
+            nodes=nodes,
+            index=0,
+            port=0,
+            num_rollout_nodes=num_rollout_nodes,
+            ranks_per_node=8,
+            gpus=tuple("01234567"),
+            servers_per_node=None,
+        )
+
+    (found,) = push_problems(run, job(8), 70_600_000_000)
+    assert "141 GB of weights over gloo to servers on all 8 nodes takes about 1571 s" in found
+    assert "CHORD_ROLLOUT_NODES" in found
+    assert "set timeouts.weight_push_s to 3142" in found
+    assert list(push_problems(run, job(8, num_rollout_nodes=2), 70_600_000_000)) == []
+    assert list(push_problems(run, job(1), 70_600_000_000)) == []
+    assert list(push_problems(run, job(8), 7_600_000_000)) == []
+    patient = replace(run, timeouts=TimeoutsConfig(weight_push_s=3142))
+    assert list(push_problems(patient, job(8), 70_600_000_000)) == []
