@@ -57,6 +57,8 @@ SAME_LAYOUT: dict[str, dict[str, Any]] = {
     "dp2": {"world": 2},
     "pp2_vpp2": {"world": 2, "pipeline": 2, "virtual_pipeline": 2},
     "dp2_replicated_optimizer": {"world": 2, "distributed_optimizer": False},
+    "tp2_dp2": {"world": 4, "tensor": 2},
+    "pp2_dp2": {"world": 4, "pipeline": 2},
 }
 Outcome = dict[str, Any]
 
@@ -151,7 +153,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(model: Path, checkpoints: Path) -> dict[str, list[tuple[Outcome, Outcome]]]:
     """For each layout: what each rank has of the uninterrupted run and of the resumed run."""
     results: dict[str, list[tuple[Outcome, Outcome]]] = {}
-    for world_size in (1, 2):
+    for world_size in (1, 2, 4):
         layouts = {name: kind for name, kind in SAME_LAYOUT.items() if kind["world"] == world_size}
         per_rank = run_ranks(interrupted_and_not, world_size, model, layouts, checkpoints)
         results |= {name: [rank[name] for rank in per_rank] for name in layouts}
@@ -182,13 +184,13 @@ def test_data_parallel_ranks_write_their_shares_of_the_optimizer_state(runs: Any
 def test_every_layout_trains_the_same_model(runs: Any) -> None:
     """Four steps of Adam with clipping agree over all layouts in gradient norms, rates and weights."""
     through, _ = runs["one"][0]
-    for layout in ("tp2", "dp2", "pp2_vpp2", "dp2_replicated_optimizer"):
+    for layout in ("tp2", "dp2", "pp2_vpp2", "dp2_replicated_optimizer", "tp2_dp2", "pp2_dp2"):
         assert_same_run(runs[layout][0][0], through, layout)
 
 
 def test_resuming_on_another_layout(model: Path, checkpoints: Path, runs: Any) -> None:
     targets: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
-        1: {name: (name, {}) for name in ("tp2", "pp2_vpp2", "dp2")},
+        1: {name: (name, {}) for name in ("tp2", "pp2_vpp2", "dp2", "tp2_dp2", "pp2_dp2")},
         2: {
             "tp2 -> pp2": ("tp2", {"pipeline": 2}),
             "tp2 -> dp2": ("tp2", {}),
