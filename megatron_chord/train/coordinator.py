@@ -21,7 +21,7 @@ from megatron_chord.sampling.recorded import SamplingRound, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, part_means
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
-from megatron_chord.train.evaluate import Asked, Evaluation, evaluate
+from megatron_chord.train.evaluate import Evaluation, HeldOutSet, evaluate
 from megatron_chord.train.metrics import RunLog
 from megatron_chord.train.sample_rows import sample_rows
 from megatron_chord.train.setup import RunData
@@ -262,20 +262,22 @@ class Coordinator:
             raise StopWanted
 
     def evaluate(
-        self, clients: Sequence[RolloutClient], version: int, sets: Sequence[Asked]
+        self, clients: Sequence[RolloutClient], version: int, sets: Sequence[HeldOutSet]
     ) -> dict[str, Evaluation]:
         """Evaluate these sets of problems, by their names. The weights of ``version`` must be on the servers."""
         results: dict[str, Evaluation] = {}
         answers: list[GradedRollouts] = []
-        for asked in sets:
+        for held_out in sets:
             problems = [
-                problem for problem in self._data.problems if not asked.name or problem.source == asked.name
+                problem
+                for problem in self._data.problems
+                if not held_out.name or problem.source == held_out.name
             ]
-            results[asked.name], graded = evaluate(
+            results[held_out.name], graded = evaluate(
                 self._run,
                 problems,
                 clients,
-                asked=asked,
+                held_out=held_out,
                 template=self._data.template,
                 graders=self._graders,
                 version=version,

@@ -25,8 +25,8 @@ from megatron_chord.sampling.rounds import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One set of held-out problems, and how they are asked."""
+class HeldOutSet:
+    """One set of held-out problems, and how its answers are sampled and measured."""
 
     name: str
     """Of the set; empty for the problems of ``data.evaluation``."""
@@ -37,21 +37,21 @@ class Asked:
     metrics: tuple[str, ...] = ()
 
 
-def asked_sets(run: RunConfig) -> tuple[Asked, ...]:
+def held_out_sets(run: RunConfig) -> tuple[HeldOutSet, ...]:
     """Everything that a run evaluates, in the order of its settings; empty where that is nothing."""
     settings = run.evaluation
     if settings.sets is None:
-        whole = Asked(
+        whole = HeldOutSet(
             name="", every=settings.every, samples=settings.samples, temperature=settings.temperature
         )
         return (whole,) if run.data.evaluation is not None else ()
-    found: list[Asked] = []
+    found: list[HeldOutSet] = []
     for item in settings.resolved():
         assert item.every is not None
         assert item.samples is not None
         assert item.temperature is not None
         found.append(
-            Asked(
+            HeldOutSet(
                 name=item.name,
                 every=item.every,
                 samples=item.samples,
@@ -62,12 +62,12 @@ def asked_sets(run: RunConfig) -> tuple[Asked, ...]:
     return tuple(found)
 
 
-def due_sets(run: RunConfig, step: int) -> tuple[Asked, ...]:
+def due_sets(run: RunConfig, step: int) -> tuple[HeldOutSet, ...]:
     """What is evaluated after ``step`` optimizer steps: everything before the first and after the last one."""
     return tuple(
-        asked
-        for asked in asked_sets(run)
-        if step in (0, run.steps) or (asked.every > 0 and step % asked.every == 0)
+        held_out
+        for held_out in held_out_sets(run)
+        if step in (0, run.steps) or (held_out.every > 0 and step % held_out.every == 0)
     )
 
 
@@ -101,20 +101,24 @@ def evaluate(
     problems: Sequence[Prompt],
     clients: Sequence[RolloutClient],
     *,
-    asked: Asked,
+    held_out: HeldOutSet,
     template: ChatTemplate,
     graders: Graders,
     version: int,
 ) -> tuple[Evaluation, list[GradedRollouts]]:
-    """Ask the ``problems`` as ``asked`` says. Raises TooManyGraderErrors if no answer could be graded."""
+    """Sample and grade answers to the ``problems`` as ``held_out`` says.
+
+    Raises:
+        TooManyGraderErrors: no answer could be graded.
+    """
     sampling = Sampling(
-        num_samples=asked.samples,
-        temperature=asked.temperature,
+        num_samples=held_out.samples,
+        temperature=held_out.temperature,
         max_tokens=run.data.max_response_tokens,
         stop_token_ids=template.stop_token_ids,
     )
     # Every evaluation uses the same seeds, so that two evaluations differ only by the weights.
-    stream = f"evaluation/{asked.name}" if asked.name else "evaluation"
+    stream = f"evaluation/{held_out.name}" if held_out.name else "evaluation"
     requests = [
         RolloutRequest(prompt=problem, seed=sample_seed(run.seed, stream, index))
         for index, problem in enumerate(problems)
@@ -144,7 +148,7 @@ def evaluate(
         interval=(bounds.low, bounds.high),
         accuracy_by_source=_by_source(graded),
         reward_terms=part_means(graded).get("reward_terms", {}),
-        metrics=_metrics(graded, asked.metrics),
+        metrics=_metrics(graded, held_out.metrics),
     )
     return result, graded
 

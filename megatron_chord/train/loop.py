@@ -28,7 +28,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.best import value_in
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.context import RunContext
-from megatron_chord.train.evaluate import Asked, Evaluation, due_sets
+from megatron_chord.train.evaluate import Evaluation, HeldOutSet, due_sets
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, POLICY, Resume
 from megatron_chord.train.halt import halting
@@ -283,7 +283,7 @@ def _evaluate(context: RunContext, version: int) -> bool:
         return False
 
 
-def _push_and_measure(context: RunContext, version: int, sets: Sequence[Asked]) -> dict[str, Evaluation]:
+def _push_and_measure(context: RunContext, version: int, sets: Sequence[HeldOutSet]) -> dict[str, Evaluation]:
     """Push the weights and evaluate them. If a rollout server is lost, it is called again from the beginning."""
     context.engine.push_weights(context.state, version)
     context.doing("evaluating")
