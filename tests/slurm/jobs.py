@@ -122,7 +122,7 @@ class Submitted:
                         found.append(int(entry.name))
         return found
 
-    def left_behind(self, timeout_s: float = 20) -> list[int]:
+    def left_behind(self, timeout_s: float = 120) -> list[int]:
         """Return the processes that still run ``timeout_s`` after the job has ended."""
         deadline = time.monotonic() + timeout_s
         while self.processes() and time.monotonic() < deadline:

@@ -155,7 +155,7 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
 
 def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
     """One of two ranks freezes. The other names it, the job ends with the code for a freeze, a new job resumes."""
-    settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 6.0}}
+    settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 15.0}}
     write_run(tmp_path, steps=4000, **settings)
     job = Submitted(box, tmp_path, nodes=2)
     job.wait_for((tmp_path / "out" / "checkpoints" / "latest").is_file)
@@ -173,7 +173,7 @@ def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
 
 def test_a_frozen_rank_that_is_alone(box: Box, tmp_path: Path) -> None:
     """No other rank can name the frozen rank. The node's program names it and makes it print its stacks."""
-    write_run(tmp_path, steps=4000, mu=1.0, watchdog={"beat_s": 0.5, "silence_s": 6.0})
+    write_run(tmp_path, steps=4000, mu=1.0, watchdog={"beat_s": 0.5, "silence_s": 15.0})
     job = Submitted(box, tmp_path, nodes=1)
     job.wait_for(lambda: job.steps_done() >= 1)
     frozen = rank_process(job, 0)
