@@ -30,7 +30,7 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train import sharded
 from megatron_chord.train.optimizer_shares import described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
-from megatron_chord.train.state import TrainState
+from megatron_chord.train.state import TrainState, parts_of
 from megatron_chord.weights.torch_dist import (
     COMMON,
     Checkpoint,
@@ -353,8 +353,9 @@ def _align_steps(optimizer: Any) -> None:
     (distrib_optimizer.py; 0.16.1: 655, 0.19.2: 851). If the first pipeline stage has no experts, the experts would
     start again at step 0 but with the moments of later steps, and the update would be much too large.
     """
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    groups: list[dict[str, Any]] = [group for one in chained for group in one.optimizer.param_groups]
+    groups: list[dict[str, Any]] = [
+        group for one in parts_of(optimizer) for group in one.optimizer.param_groups
+    ]
     step = max((group["step"] for group in groups if "step" in group), default=0)
     for group in groups:
         group["step"] = step

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_chord.train.state import parts_of
+
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -80,11 +82,7 @@ def described_only(optimizer: Any) -> Iterator[Shares]:
     on the meta device. The yielded object then has this rank's shares. No collectives.
     """
     shares = Shares()
-    changed = [
-        one
-        for one in getattr(optimizer, "chained_optimizers", [optimizer])
-        if hasattr(one, "get_parameter_state_dp_zero")
-    ]
+    changed = [one for one in parts_of(optimizer) if hasattr(one, "get_parameter_state_dp_zero")]
     for one in changed:
         one.get_parameter_state_dp_zero = functools.partial(_described, one, shares)
     try:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.train.state import TrainState
+from megatron_chord.train.state import TrainState, parts_of
 from megatron_chord.weights.torch_dist import Box, Checkpoint
 
 MARK = "finite"
@@ -91,7 +91,7 @@ def _is_finite(stored: Checkpoint, key: str, shape: tuple[int, ...], dtype: torc
 
 def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     """Main weights and moments of this rank, with numbered names, because the parameters' names are not known here."""
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+    for part in parts_of(state.optimizer):
         inner = part.optimizer
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         for index, parameter in enumerate(parameters):

@@ -124,9 +124,14 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
     )
 
 
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers of single kinds of parameters, such as experts', that ``optimizer`` chains; else itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def reset_optimizer(state: TrainState) -> None:
     """Reset Adam's moments and the learning-rate schedule to the state at the beginning of a run."""
-    for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+    for optimizer in parts_of(state.optimizer):
         inner = optimizer.optimizer
         for moments in inner.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
