@@ -77,11 +77,9 @@ def search_servers(
     Returns:
         The first split's layouts, whose reasons explain why nothing fits; and all that fits, fastest first.
     """
-    searched: list[Found] = []
+    searched = [(split, search(split, start)) for split in _splits(case)]
     placed: list[Placed] = []
-    for split in _splits(case):
-        found = search(split, start)
-        searched.append(found)
+    for split, found in searched:
         near = [*found.fitting[:_TRIED], *found.too_large[:_TRIED]]
         for servers in _servers(split):
             sampling = servers.sampling_seconds()
@@ -94,7 +92,7 @@ def search_servers(
         placed = [one for one in placed if one.estimate.host.total <= host_memory]
     fastest = min((one.estimate.times.step for one in placed), default=1.0)
     placed.sort(key=lambda one: _rank(one.case, one.estimate, fastest))
-    return searched[0], placed
+    return searched[0][1], placed
 
 
 def _smallest_shares(placed: Sequence[Placed]) -> list[Placed]:
