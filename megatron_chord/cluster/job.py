@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chord.network import address_towards, is_loopback
-from megatron_chord.rollout.server import named_gpus, visible_to_server
+from megatron_chord.plan.push import job_transport
+from megatron_chord.rollout.server import named_gpus, number_of_servers, visible_to_server
 from megatron_chord.rollout.sync import TransportName
 
 
@@ -77,13 +78,11 @@ class Job:
     def num_servers_here(self, tensor: int) -> int:
         """Number of servers, with ``tensor`` GPUs each, on this node if it samples. Raises ValueError if they do not
         fit."""
-        if self.servers_per_node is not None:
-            count = self.servers_per_node
-        else:
-            count = len(self.gpus) // tensor if self.gpus else 1
-        if count < 1 or (self.gpus and count * tensor > len(self.gpus)):
+        count = number_of_servers(self.servers_per_node, num_gpus=len(self.gpus), tensor=tensor)
+        if count < 1:
             raise ValueError(
-                f"{count} rollout servers of rollout.tensor {tensor} do not fit on the {len(self.gpus)} GPUs of a node"
+                f"{self.servers_per_node or 0} rollout servers of rollout.tensor {tensor} do not fit on the "
+                f"{len(self.gpus)} GPUs of a node"
             )
         return count
 
@@ -105,10 +104,7 @@ class Job:
         """The transport of weights from ranks to servers with ``rollout.transport: auto``."""
         if not self.gpus:
             return "file" if len(self.nodes) == 1 else "gloo"
-        if self.num_rollout_nodes:
-            return "broadcast"
-        # NCCL does not allow two ranks on one GPU, and CUDA IPC works only within a node.
-        return "ipc" if len(self.nodes) == 1 else "gloo"
+        return job_transport(nodes=len(self.nodes), colocated=self.num_rollout_nodes == 0)
 
     def numeric_address(self) -> str:
         """The IPv4 address of this node on which servers listen. Raises OSError if a name cannot be resolved."""

@@ -19,9 +19,9 @@ from megatron_chord.cluster.job import Job
 from megatron_chord.cluster.servers import count_servers
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
-from megatron_chord.costs.parameters import model_count
+from megatron_chord.costs.parameters import WEIGHT_BYTES, checkpoint_bytes, model_count
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
-from megatron_chord.plan.push import push_seconds, transport_of
+from megatron_chord.plan.push import push_seconds
 from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
 
@@ -37,8 +37,6 @@ _PACKAGES = (
 _PLUGINS = "vllm.general_plugins"
 _MAX_SKEW_S = 2.0
 _MIN_FREE_DISK = 1 << 30
-_OPTIMIZER_BYTES = 12
-"""Bytes for each parameter in a checkpoint beside the weights: the optimizer's FP32 copy and two moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +82,10 @@ def look(job: Job, config: Path, overrides: Sequence[str]) -> Report:
         versions["config.json"] = _digest((run.model.path / "config.json").read_bytes())
         problems += _disk_problems(run.output)
         if job.is_head:
-            problems += room_problems(run, model_count(shape), shutil.disk_usage(run.output).free)
+            parameters = model_count(shape)
+            problems += room_problems(run, parameters, shutil.disk_usage(run.output).free)
             if num_servers and job.gpus:
-                problems += push_problems(run, job, model_count(shape))
+                problems += push_problems(run, job, parameters)
     except OSError as error:
         problems.append(str(error))
     except ValueError as error:  # ConfigError is one
@@ -170,10 +169,8 @@ def _disk_problems(output: Path) -> Iterator[str]:
 
 def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
     """Say if a push of weights to servers beside the ranks of several nodes cannot meet its deadline (planned)."""
-    transport = transport_of(
-        run.rollout.transport, nodes=len(job.nodes), colocated=job.num_rollout_nodes == 0
-    )
-    size = _weight_bytes(run) * parameters
+    transport = job.transport() if run.rollout.transport == "auto" else run.rollout.transport
+    size = WEIGHT_BYTES[run.model.dtype] * parameters
     seconds = push_seconds(transport, size, gpus_per_node=len(job.gpus))
     limit = run.timeouts.weight_push_s
     if transport == "gloo" and seconds > limit:
@@ -184,18 +181,14 @@ def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
         )
 
 
-def _weight_bytes(run: RunConfig) -> int:
-    return 4 if run.model.dtype == "fp32" else 2
-
-
 def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
     """Say if the output's disk with ``free`` bytes lacks room for all checkpoints that exist at once and the policy.
 
     While a checkpoint is written, there is one more than ``checkpoint.keep``. Checkpoints that the run has already
     count as room.
     """
-    weight = _weight_bytes(run)
-    checkpoint = (weight + _OPTIMIZER_BYTES) * parameters
+    weight = WEIGHT_BYTES[run.model.dtype]
+    checkpoint = checkpoint_bytes(parameters, weight)
     count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
     there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())
     needed = count * checkpoint + weight * parameters

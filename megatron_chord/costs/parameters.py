@@ -18,6 +18,8 @@ from megatron_chord.weights.mapping import Rule, padded_vocab_size
 
 _LAYER = "decoder.layers.{layer}."
 _FIRST_STAGE = "embedding.word_embeddings.weight"
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of a weight, by ``model.dtype``."""
 _BUFFERS = (_LAYER + "mlp.router.expert_bias",)
 """Weights that are buffers in Megatron and are not trained."""
 _LAST_STAGE = ("decoder.final_layernorm.weight", "output_layer.weight")
@@ -107,6 +109,12 @@ def _latent_sizes(shape: ModelShape) -> dict[str, int]:
         # every head's scores are with the cached numbers themselves, its values are the latent.
         "decode_channels": heads * (latent + rotated + latent),
     }
+
+
+def checkpoint_bytes(parameters: int, weight_bytes: float) -> float:
+    """Bytes of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights)
+    and two moments."""
+    return (weight_bytes + 12) * parameters
 
 
 def model_count(shape: ModelShape) -> int:

@@ -19,7 +19,9 @@ from megatron_chord.rollout.server import (
     ServerError,
     ServerSettings,
     named_gpus,
+    number_of_servers,
     start_server,
+    stop_all,
     visible_to_server,
 )
 from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
@@ -93,8 +95,7 @@ class OwnServers:
     def close(self) -> None:
         for client in self._clients:
             client.close()
-        for server in self._servers:
-            server.stop()
+        stop_all(self._servers)
         self._clients, self._servers = [], []
 
     def _server_settings(self, visible: str | None, count: int) -> ServerSettings:
@@ -168,11 +169,8 @@ def devices_of_servers(settings: ServerConfig, devices: Sequence[str]) -> list[s
     Raises:
         ValueError: the servers do not fit on the GPUs.
     """
-    if not devices:
-        return [None] * (settings.count or 1)
-    most = len(devices) // settings.tensor
-    count = settings.count or most
-    if not 0 < count <= most:
+    count = number_of_servers(settings.count, num_gpus=len(devices), tensor=settings.tensor)
+    if count < 1:
         raise ValueError(
             f"server.count {settings.count or 1} x server.tensor {settings.tensor} does not fit on {len(devices)} GPUs"
         )

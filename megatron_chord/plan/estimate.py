@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_chord.config import ParallelConfig, RunConfig, check_lengths, data_parallel_size
+from megatron_chord.costs import parameters
 from megatron_chord.costs.balance import slowdown
 from megatron_chord.costs.flops import recomputed_flops, train_flops
 from megatron_chord.costs.gpus import Gpu
-from megatron_chord.costs.parameters import model_count
+from megatron_chord.costs.parameters import WEIGHT_BYTES, model_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import num_forward_passes
@@ -28,13 +30,12 @@ from megatron_chord.plan.memory import (
     server_memory,
     stage_memory,
 )
-from megatron_chord.plan.push import push_seconds, transport_of
+from megatron_chord.plan.push import job_transport, push_seconds
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.precision import Precision, preset
+from megatron_chord.rollout.sync import TransportName
 from megatron_chord.train.setup import packing_layout
-
-_ELEMENT = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class Case:
     """Whether the next step is sampled while this step trains."""
     offload: bool = False
     """Whether optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
-    transport: str = "auto"
+    transport: TransportName | Literal["auto"] = "auto"
     """``rollout.transport``"""
     push_limit_s: float | None = None
     """``timeouts.weight_push_s``"""
@@ -160,8 +161,10 @@ class Case:
         )
 
     @property
-    def chosen_transport(self) -> str:
-        return transport_of(self.transport, nodes=self.cluster.nodes, colocated=self.cluster.colocated)
+    def chosen_transport(self) -> TransportName:
+        if self.transport != "auto":
+            return self.transport
+        return job_transport(nodes=self.cluster.nodes, colocated=self.cluster.colocated)
 
     @property
     def peer_contexts(self) -> float:
@@ -294,7 +297,7 @@ def case_of(
             passes=num_forward_passes(terms),
         ),
         numerics=Numerics.of(run.model.dtype, fp8=fp8.training is not None),
-        weight_bytes=_ELEMENT[run.model.dtype],
+        weight_bytes=WEIGHT_BYTES[run.model.dtype],
         reference=any("reference_logprob" in term.scored for term in terms),
         precision=run.precision,
         rollout_tensor=run.rollout.tensor,
@@ -399,9 +402,8 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
 
 
 def checkpoint_bytes(case: Case) -> float:
-    """Bytes of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights)
-    and two moments."""
-    return (case.weight_bytes + 12) * model_count(case.shape)
+    """Bytes of one training checkpoint."""
+    return parameters.checkpoint_bytes(model_count(case.shape), case.weight_bytes)
 
 
 def disk_bytes(case: Case) -> float:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_chord.plan.constants import CONSTANTS, Constants
 
+if TYPE_CHECKING:
+    from megatron_chord.rollout.sync import TransportName
 
-def transport_of(stated: str, *, nodes: int, colocated: bool) -> str:
-    """The transport of ``rollout.transport``; of ``auto``, the one that a job chooses (``cluster/job.py``)."""
-    if stated != "auto":
-        return stated
+
+def job_transport(*, nodes: int, colocated: bool) -> TransportName:
+    """The transport that a job of ``nodes`` with GPUs chooses. ``colocated``: servers run beside the ranks."""
     if not colocated:
         return "broadcast"
+    # NCCL does not allow two ranks on one GPU, and CUDA IPC works only within a node.
     return "ipc" if nodes == 1 else "gloo"
 
 
 def push_seconds(
-    transport: str, model_bytes: float, *, gpus_per_node: int, constants: Constants = CONSTANTS
+    transport: TransportName, model_bytes: float, *, gpus_per_node: int, constants: Constants = CONSTANTS
 ) -> float:
     """Seconds of one weight push.
 

@@ -31,6 +31,12 @@ class Fleet(Protocol):
     def close(self) -> None: ...
 
 
+def _to_replace(clients: Sequence[RolloutClient], count: int, *, everything: bool) -> Sequence[int]:
+    """The indices of the servers that do not answer; of all ``count`` servers if all answer, or if ``everything``."""
+    lost = [index for index, client in enumerate(clients) if not client.health()]
+    return range(count) if everything or not lost else lost
+
+
 class OwnServers:
     """Servers on this machine, children of this process."""
 
@@ -60,9 +66,7 @@ class OwnServers:
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
         """Replace the servers that do not answer. If all answer, replace all, because one of them is at fault."""
-        lost = [index for index, client in enumerate(self._clients) if not client.health()]
-        if everything or not lost:
-            lost = range(len(self._servers))
+        lost = _to_replace(self._clients, len(self._servers), everything=everything)
         self._close_clients()
         stop_all([self._servers[index] for index in lost])
         for index in lost:
@@ -137,9 +141,7 @@ class JobServers:
 
     def replace(self, *, everything: bool) -> Sequence[RolloutClient]:
         """Have the servers that do not answer replaced. If all answer, replace all, because one of them is at fault."""
-        lost = [index for index, client in enumerate(self._clients) if not client.health()]
-        if everything or not lost:
-            lost = range(self._count)
+        lost = _to_replace(self._clients, self._count, everything=everything)
         for index in lost:
             if self._known:
                 self._registry.give_up(index, self._known[index].life)

@@ -96,6 +96,16 @@ def named_gpus(environment: Mapping[str, str], count: int) -> tuple[str, ...]:
     return tuple(names[:count])
 
 
+def number_of_servers(stated: int | None, *, num_gpus: int, tensor: int) -> int:
+    """Number of servers of a machine, with ``tensor`` GPUs each: the ``stated`` one, or as many as fit on its GPUs; one
+    without GPUs. 0: they do not fit."""
+    if num_gpus == 0:
+        return 1 if stated is None else stated
+    most = num_gpus // tensor
+    count = most if stated is None else stated
+    return count if count <= most else 0
+
+
 def visible_to_server(gpus: Sequence[str], index: int, tensor: int, *, with_ranks: bool) -> str | None:
     """CUDA_VISIBLE_DEVICES of the ``index``-th of a machine's servers, each with ``tensor`` GPUs; None without GPUs.
 

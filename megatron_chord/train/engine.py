@@ -31,6 +31,7 @@ from megatron_chord.rollout.server import (
     ServerError,
     ServerSettings,
     named_gpus,
+    number_of_servers,
     start_server,
     visible_to_server,
 )
@@ -66,14 +67,11 @@ def count_own_servers(run: RunConfig, num_gpus: int) -> int:
         ValueError: the servers do not fit on the machine's ``num_gpus`` GPUs.
     """
     tensor = run.rollout.tensor
-    if num_gpus == 0:
-        return run.rollout.count or 1
-    most = num_gpus // tensor
-    count = run.rollout.count or most
-    if not 0 < count <= most:
+    count = number_of_servers(run.rollout.count, num_gpus=num_gpus, tensor=tensor)
+    if count < 1:
         raise ValueError(
-            f"{max(count, 1)} servers (rollout.count) of {tensor} GPUs each (rollout.tensor) do not fit on the "
-            f"{num_gpus} GPUs that CUDA finds"
+            f"{run.rollout.count or 1} servers (rollout.count) of {tensor} GPUs each (rollout.tensor) do not fit on "
+            f"the {num_gpus} GPUs that CUDA finds"
         )
     return count
 
