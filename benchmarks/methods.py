@@ -5,8 +5,9 @@
 Each file of examples/methods (or each named one) is trained without changes, one after the other in this process, with
 one vLLM server to which every run pushes its own weights. Accuracy is that of greedy answers to the 200 held-out
 problems. ``tokens`` are the trained tokens with prompts, ``rollouts`` those sampled for training. Methods spend
-different amounts of both in a step. One seed on one toy task does not rank methods in general. It shows that each
-method runs and learns, and what a step of it costs.
+different amounts of both in a step. With several seeds, the table has means and intervals. This task shows that each
+method runs and learns, and what a step of it costs. It separates methods by how fast they learn (half-way), and hardly
+by how far they get. The small world of docs/evidence.md does that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +30,7 @@ from shared import circumstances
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
+from megatron_chord.evaluation.metrics import bootstrap
 from megatron_chord.rollout.server import ServerSettings, start_server
 from megatron_chord.train.loop import train
 from megatron_chord.train.setup import check_run
@@ -119,7 +122,10 @@ def run_one(name: str, seed: int, output: Path, url: str, steps: int) -> dict[st
 
 
 def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
-    table = Table(title="held-out accuracy in %, and cost")
+    """Print one line for each method, with means over its seeds, sorted by the accuracy at the end."""
+    seeds = len({row["seed"] for row in rows})
+    many = f", means over {seeds} seeds, with the 95 % bootstrap interval" if seeds > 1 else ""
+    table = Table(title=f"held-out accuracy in %, and cost{many}")
     for heading in (
         "method",
         "before",
@@ -131,16 +137,25 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
         "s/step",
     ):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in sorted(rows, key=lambda row: -row["accuracy"][-1]):
-        before, half, after = (f"{100 * value:.1f}" for value in (*row["accuracy"][:2], row["accuracy"][-1]))
-        name = row["name"] if row["seed"] == 0 else f"{row['name']} (seed {row['seed']})"
-        costs = (f"{row['length']:.1f}", str(row["rollouts"]), str(row["tokens"]), f"{row['step_s']:.2f}")
-        table.add_row(name, before, half, after, *costs)
+    by_name = {
+        name: [row for row in rows if row["name"] == name] for name in dict.fromkeys(r["name"] for r in rows)
+    }
+    for name, runs in sorted(by_name.items(), key=lambda item: -mean(run["accuracy"][-1] for run in item[1])):
+        accuracies = (with_interval([run["accuracy"][place] for run in runs]) for place in (0, 1, -1))
+        costs = [mean(run[what] for run in runs) for what in ("length", "rollouts", "tokens", "step_s")]
+        table.add_row(name, *accuracies, *map(format, costs, (".1f", ".0f", ".0f", ".2f")))
     place = circumstances()
-    Console().print(table, place)
+    Console(width=140).print(table, place)
     if output is not None:
         with output.open("w") as file:
-            Console(file=file, width=120).print(table, place)
+            Console(file=file, width=140).print(table, place)
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """Return the mean in percent; with several values also its 95 % bootstrap interval."""
+    found = bootstrap([values], seed=0)
+    text = f"{100 * found.value:.1f}"
+    return text if len(values) == 1 else f"{text} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
 if __name__ == "__main__":
