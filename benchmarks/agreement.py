@@ -1,7 +1,7 @@
 """Test the agreement check with a real pretrained model in BF16: first with rewards of 0, then with one wrong tensor.
 
     python tools/prepare.py bfcl BFCL/bfcl_eval/data --out bfcl --categories simple_python
-    python examples/smollm2/prepare.py smollm2
+    python examples/smollm2/prepare.py model smollm2
     python benchmarks/agreement.py smollm2 bfcl/simple_python.jsonl gsm8k_train.jsonl --output FOLDER
 
 The prompts are tool calls, which SmolLM2-135M does not answer in the form that the reward asks for. The demonstrations

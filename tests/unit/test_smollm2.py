@@ -1,8 +1,10 @@
-"""examples/smollm2/prepare.py builds the right tokenizer from the metadata of a GGUF file."""
+"""examples/smollm2/prepare.py builds the right tokenizer from a GGUF file, and divides BFCL's rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from examples.smollm2 import prepare
+from megatron_chord.config_io import load_config
+from megatron_chord.rewards.tool_calls import grade
 
+EXAMPLES = Path(prepare.__file__).parent
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["2 0", "20 2", "h e", "Ġ he"]
 TEMPLATE = (
@@ -72,11 +77,13 @@ def test_another_kind_of_tokenizer_is_refused(fields: dict[str, Any]) -> None:
 def test_bad_arguments_are_refused_before_any_download(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert prepare.main([str(tmp_path)]) == 2
-    assert prepare.main([str(tmp_path / "out"), "--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert prepare.main(["model", str(tmp_path)]) == 2
+    assert prepare.main(["model", str(tmp_path / "out"), "--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert prepare.main(["calls", str(tmp_path / "out"), "--bfcl", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {tmp_path} exists",
-        f"error: {tmp_path / 'none.gguf'} is no file",
+        f"error: {tmp_path / 'none.gguf'} does not exist",
+        f"error: {tmp_path / 'none'} does not exist",
     ]
 
 
@@ -103,3 +110,86 @@ def test_the_pins_of_a_package_have_its_hashes_alone() -> None:
     assert [text.count("--hash=sha256:") for text in both] == [1, 1]
     assert [text.count("\n") for text in both] == [1, 1]
     assert prepare.pins([]) == ""
+
+
+# calls
+
+
+@pytest.fixture
+def bfcl(tmp_path: Path) -> Path:
+    """A folder like BFCL's, with ten rows of the category simple_python."""
+    folder = tmp_path / "data"
+    (folder / "possible_answer").mkdir(parents=True)
+    name = "BFCL_v4_simple_python.json"
+    schema = {
+        "type": "dict",
+        "properties": {"n": {"type": "integer"}, "unit": {"type": "string"}},
+        "required": ["n"],
+    }
+    rows = [
+        {
+            "id": f"row_{i}",
+            "question": [[{"role": "user", "content": f"Count to {i}."}]],
+            "function": [{"name": f"count_{i}", "description": "Counts.", "parameters": schema}],
+        }
+        for i in range(10)
+    ]
+    truths = [
+        {"id": f"row_{i}", "ground_truth": [{f"count_{i}": {"n": [i, str(i)], "unit": ["", "steps"]}}]}
+        for i in range(10)
+    ]
+    write(folder / name, rows)
+    write(folder / "possible_answer" / name, truths)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_three_files_share_no_row_and_demonstrations_make_the_true_calls(
+    bfcl: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "calls"
+    command = ["calls", str(out), "--bfcl", str(bfcl), "--demonstrations", "3", "--heldout", "2"]
+    assert prepare.main(command) == 0
+    files = {name: read(out / f"{name}.jsonl") for name in ("demonstrations", "heldout", "prompts")}
+    assert {name: len(rows) for name, rows in files.items()} == {
+        "demonstrations": 3,
+        "heldout": 2,
+        "prompts": 5,
+    }
+    assert sorted(row["id"] for rows in files.values() for row in rows) == [f"row_{i}" for i in range(10)]
+    for row in files["demonstrations"]:
+        number = int(row["id"].removeprefix("row_"))
+        assert "ground_truth" not in row
+        *_, question, reply = row["messages"]
+        assert question == {"role": "user", "content": f"Count to {number}."}
+        assert reply["content"] == (
+            f"<think>This needs count_{number}.</think>\n"
+            f'<tool_call>[{{"name": "count_{number}", "arguments": {{"n": {number}}}}}]</tool_call>'
+        )
+        truth = json.dumps([{f"count_{number}": {"n": [number], "unit": ["", "steps"]}}])
+        assert grade(reply["content"], truth) == 1.0
+    assert prepare.main(command) == 2  # the folder exists
+
+
+def test_too_few_rows_are_refused_and_leave_nothing(
+    bfcl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    command = ["calls", str(tmp_path / "calls"), "--bfcl", str(bfcl)]
+    assert prepare.main([*command, "--demonstrations", "8", "--heldout", "2"]) == 2
+    assert "8 demonstrations and 2 held-out rows were asked for; there are 10 rows" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo", "chord_mu", "chord_phi"])
+def test_the_runs_differ_in_their_method_alone(method: str) -> None:
+    run, common = (load_config(EXAMPLES / f"{name}.yaml") for name in (method, "common"))
+    assert dataclasses.replace(run, method=common.method, output=common.output) == common
+    assert run.method != common.method or method == "chord_phi"
