@@ -84,7 +84,7 @@ def numbers(run: RunRecord) -> dict[str, Any]:
             {
                 "step": row["step"],
                 "accuracy": row["evaluation"]["accuracy"],
-                "interval": interval(row["evaluation"], samples=samples),
+                "interval": wilson(row["evaluation"], samples=samples),
                 "response_length": row["evaluation"]["response_length"],
             }
             for row in run.evaluations
@@ -94,6 +94,13 @@ def numbers(run: RunRecord) -> dict[str, Any]:
             for row in run.steps
         ],
     }
+
+
+def wilson(evaluation: Mapping[str, Any], *, samples: int) -> tuple[float, float]:
+    """Return Wilson's interval. The bootstrap interval of the row has no width if all answers are wrong."""
+    return interval(
+        {name: value for name, value in evaluation.items() if name != "interval"}, samples=samples
+    )
 
 
 KEPT = ("step", "mu", "reward_mean", "sft_p", "sft_nll", "logprob_gap", "logprob_gap_max", "tokens_per_s")
