@@ -26,6 +26,7 @@ PRESETS = {
     "dft": "chord",
     "dpo_mixed_pairs": "dpo",
     "dr_grpo": "chord",
+    "gac": "chord",
     "grpo": "chord",
     "gspo": "chord",
     "is_sft": "chord",

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import ChordConfig
-from megatron_chord.schedules import GradientNorm, Learned, MuSchedule, RewardAdaptive, ScheduleInput
+from megatron_chord.schedules import (
+    GradientNorm,
+    Learned,
+    MuSchedule,
+    NoiseAware,
+    RewardAdaptive,
+    ScheduleInput,
+)
 
 MOST_ROWS = 20
 _WIDTH = 80
@@ -166,6 +173,11 @@ def notes(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
         yield (
             f"experimental: mu is {mu.initial:g} at step {mu.sft_steps}, then learned within "
             f"[{mu.low:g}, {mu.high:g}]"
+        )
+    if isinstance(mu, NoiseAware):
+        yield (
+            f"mu is {mu.initial:g} at step 0, then within [{mu.low:g}, {mu.high:g}] as the measured noise demands; it "
+            f"changes by at most {mu.max_step:g} a step"
         )
     reset = next((step for step in range(run.steps) if mu.resets_optimizer(step)), None)
     if reset is not None:

@@ -57,6 +57,10 @@ class Schedule:
         """Whether ``remember`` reads ``measured["mu_gradient"]``. The trainer then computes it."""
         return False
 
+    def measures_noise(self, step: int) -> bool:
+        """Whether ``remember`` reads the noise of this step (``losses.noise``). The trainer then measures it."""
+        return False
+
     @property
     def known_steps(self) -> int | None:
         """How many steps, from the first on, have a mu that is known before the run. None: all steps."""
@@ -391,7 +395,115 @@ class Learned(Schedule):
         return {**now.memory, "mu": min(max(mu + climb + steer, self.low), self.high)}
 
 
-MuSchedule = Constant | WarmupCosine | Linear | Binary | Periodic | RewardAdaptive | GradientNorm | Learned
+@dataclass(frozen=True, kw_only=True)
+class NoiseAware(Schedule):
+    """GAC (arXiv 2605.26184): mu follows the noise of the two branches and their disagreement.
+
+    In every ``interval``-th step the variance sr of the advantages, the variance ss of the demonstrations' mean NLL and
+    the disagreement D are measured (metrics ``advantage_variance``, ``nll_variance``, ``disagreement``) and smoothed.
+    The weight with the least mean squared error is (``target`` D + sr) / (D + ss + sr). After every step mu moves
+    towards it by the share 1 - ``ema``, and towards ``prior``, by at most ``max_step``.
+    """
+
+    schedule: Literal["noise_aware"] = "noise_aware"
+    initial: float = 0.5
+    """mu of the first step."""
+    target: float = 0.5
+    """mu where the branches disagree and have no noise (alpha in the paper)."""
+    ema: float = 0.99
+    """Share of the old value, in [0, 1): of each measurement when a new one comes, and of mu at every step."""
+    interval: int = 10
+    """The noise is measured in every so many steps, from the first step on."""
+    max_step: float = 0.01
+    """Largest change of mu from one step to the next."""
+    trim: float = 0.1
+    """Share of the demonstrations that ss leaves out at each end, in [0, 0.5)."""
+    low: float = 0.05
+    """Smallest mu. It must be above 0: a step without demonstrations measures no noise."""
+    high: float = 0.9
+    """Largest mu. It must be below 1: a step without rollouts measures no noise."""
+    prior: WarmupCosine | None = None
+    """A cosine towards which mu is drawn. Left out: none."""
+    prior_weight: float = 0.5
+    """Share of `prior` in mu before its change is limited (1 - lambda in the paper)."""
+
+    def __post_init__(self) -> None:
+        _in_unit_interval(
+            initial=self.initial,
+            target=self.target,
+            max_step=self.max_step,
+            prior_weight=self.prior_weight,
+        )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"method.mu.ema must lie in [0, 1), got {self.ema}")
+        if self.interval < 1:
+            raise ValueError(f"method.mu.interval must be >= 1, got {self.interval}")
+        if self.max_step == 0:
+            raise ValueError("method.mu.max_step must be > 0: mu would never change; use a constant mu")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"method.mu.trim must lie in [0, 0.5), got {self.trim}")
+        if not 0 < self.low <= self.initial <= self.high < 1:
+            raise ValueError(
+                f"method.mu needs 0 < low <= initial <= high < 1, got low {self.low}, initial {self.initial} and high "
+                f"{self.high}"
+            )
+
+    def value(self, now: ScheduleInput) -> float:
+        return now.memory.get("mu", self.initial)
+
+    def bounds(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    @property
+    def needs_last_step(self) -> bool:
+        return True
+
+    def measures_noise(self, step: int) -> bool:
+        return step % self.interval == 0
+
+    @property
+    def known_steps(self) -> int:
+        return 1
+
+    def turns(self, steps: int) -> Sequence[int]:
+        return [1]
+
+    def remember(self, now: ScheduleInput, mu: float, measured: Mapping[str, float]) -> Memory:
+        smooth = {name: now.memory[name] for name in NOISE if name in now.memory}
+        if all(name in measured for name in NOISE):
+            smooth = {name: self._smoothed(smooth.get(name), measured[name]) for name in NOISE}
+        if not smooth:
+            return now.memory
+        rl_noise, sft_noise, apart = (smooth[name] for name in NOISE)
+        best = (self.target * apart + rl_noise) / max(apart + sft_noise + rl_noise, 1e-8)
+        wanted = self._clipped(self._smoothed(mu, best))
+        if self.prior is not None:
+            after = self.prior.value(ScheduleInput(step=now.step + 1))
+            wanted = self.prior_weight * after + (1 - self.prior_weight) * wanted
+        wanted = min(max(wanted, mu - self.max_step), mu + self.max_step)
+        return {"mu": self._clipped(wanted), **smooth}
+
+    def _smoothed(self, before: float | None, new: float) -> float:
+        return new if before is None else self.ema * before + (1 - self.ema) * new
+
+    def _clipped(self, mu: float) -> float:
+        return min(max(mu, self.low), self.high)
+
+
+NOISE = ("advantage_variance", "nll_variance", "disagreement")
+"""The metrics that `NoiseAware` reads."""
+
+MuSchedule = (
+    Constant
+    | WarmupCosine
+    | Linear
+    | Binary
+    | Periodic
+    | RewardAdaptive
+    | GradientNorm
+    | Learned
+    | NoiseAware
+)
 
 
 def _draw(seed: int, step: int) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
+from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
 from megatron_chord.precision import preset
@@ -35,6 +36,9 @@ class Collected:
     """The value of mu in this step; None for methods without mu."""
     stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The method's metrics of this step."""
+    noise: NoiseMeasurement | None = None
+    """What the step's first update measures for the schedule of mu. All samples then stay in that update, also those
+    without a gradient."""
     memory: Any = None
     """Plain JSON. It becomes ``StepContext.memory`` of the next step and is saved in checkpoints."""
 

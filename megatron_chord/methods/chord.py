@@ -2,8 +2,8 @@
 
     L = (1 - mu) L_policy + mu L_SFT
 
-SFT, GRPO, SFT-then-RL, alternating, constant mixing, CHORD-mu, CHORD-phi, IS-SFT (DFT), the reward-adaptive mixture
-and SASR are all this method with different settings.
+SFT, GRPO, SFT-then-RL, alternating, constant mixing, CHORD-mu, CHORD-phi, IS-SFT (DFT), the reward-adaptive mixture,
+SASR and GAC are all this method with different settings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import ChordConfig
+from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
 from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
 from megatron_chord.records import Demonstration, Part, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.schedules import MuSchedule, ScheduleInput
+from megatron_chord.schedules import MuSchedule, NoiseAware, ScheduleInput
 
 SFT = "sft"
 
@@ -57,6 +58,11 @@ class Chord(Method):
                 raise ValueError(
                     "method.mu.rate needs one update per step: batch.updates_per_step and batch.epochs must be 1"
                 )
+        if self.schedule(run).measures_noise(0) and self.settings.token_weight.kind not in ("phi", "one"):
+            raise ValueError(
+                "method.mu 'noise_aware' compares the two branches with token_weight phi or one, got "
+                f"{self.settings.token_weight.kind}"
+            )
         end = min(run.steps, run.optim.horizon(run.steps))
         for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= end - step:
@@ -102,13 +108,26 @@ class Chord(Method):
         mu = schedule.value(now)
         if mu == 1:
             samples = []
+        imitated: Sequence[Demonstration] = ()
         if mu > 0 and run.data.aligned:
             drawn = drawn or context.prompts(run.batch.demonstrations)
             chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
-            samples += sft_samples([context.sources.demonstration_of[name] for name in chosen])
+            imitated = [context.sources.demonstration_of[name] for name in chosen]
         elif mu > 0:
-            samples += sft_samples(context.demonstrations(run.batch.demonstrations))
-        return Collected(samples=samples, weights={POLICY: 1 - mu, SFT: mu}, mu=mu, stats=stats)
+            imitated = context.demonstrations(run.batch.demonstrations)
+        noise = self._noise(len(imitated)) if schedule.measures_noise(now.step) else None
+        return Collected(
+            samples=samples + sft_samples(imitated, are_numbered=noise is not None),
+            weights={POLICY: 1 - mu, SFT: mu},
+            mu=mu,
+            stats=stats,
+            noise=noise,
+        )
+
+    def _noise(self, demonstrations: int) -> NoiseMeasurement:
+        uses_phi = self.settings.token_weight.kind == "phi"
+        assert isinstance(self.settings.mu, NoiseAware)
+        return NoiseMeasurement(demonstrations=demonstrations, uses_phi=uses_phi, trim=self.settings.mu.trim)
 
     def terms(self, run: RunConfig) -> dict[str, Term]:
         return {
@@ -123,12 +142,18 @@ class Chord(Method):
         }
 
 
-def sft_samples(demonstrations: Sequence[Demonstration]) -> list[TrainSample]:
-    """A sample of the term ``sft`` for each demonstration."""
+def sft_samples(demonstrations: Sequence[Demonstration], *, are_numbered: bool = False) -> list[TrainSample]:
+    """A sample of the term ``sft`` for each demonstration; its only constant is NUMBER, if ``are_numbered``."""
     return [
         TrainSample(
             token_ids=np.array(demonstration.token_ids, np.int64),
-            parts=(Part(term=SFT, positions=np.flatnonzero(demonstration.trainable)),),
+            parts=(
+                Part(
+                    term=SFT,
+                    positions=np.flatnonzero(demonstration.trainable),
+                    constants={NUMBER: float(number)} if are_numbered else {},
+                ),
+            ),
         )
-        for demonstration in demonstrations
+        for number, demonstration in enumerate(demonstrations)
     ]

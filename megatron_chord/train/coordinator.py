@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -213,11 +214,11 @@ class Coordinator:
         with timer.phase("pack"):
             count = run.batch.updates_per_step
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
-            # Log-probs are compared in the step's first update. Later updates keep at least one token.
+            # Log-probs are compared in the step's first update, and the noise is measured there. Later updates keep at
+            # least one token.
+            first = MIN_COMPARED_TOKENS if collected.noise is None else sys.maxsize
             trained = [
-                drop_zero_gradient_parts(
-                    samples, self._terms, min_tokens=1 if index > 0 else MIN_COMPARED_TOKENS
-                )
+                drop_zero_gradient_parts(samples, self._terms, min_tokens=1 if index > 0 else first)
                 for index, samples in enumerate(scaled)
             ]
             plans = [
@@ -226,7 +227,14 @@ class Coordinator:
             ]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         inputs = StepInputs(
-            updates=tuple(Update(weights=collected.weights, counts=plan.counts) for plan in plans),
+            updates=tuple(
+                Update(
+                    weights=collected.weights,
+                    counts=plan.counts,
+                    noise=collected.noise if index == 0 else None,
+                )
+                for index, plan in enumerate(plans)
+            ),
             mu=collected.mu,
             stats={
                 **collected.stats,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import PackedBatch
@@ -70,6 +70,8 @@ def train_step(
     for _ in range(run.batch.epochs):
         for update, batches, packed in zip(inputs.updates, prepared, micro_batches, strict=True):
             compute = compute_gradients if mu_gradient is None else mu_gradient.compute
+            if number > 0:  # later epochs train changed weights
+                update = replace(update, noise=None)
             last = compute(state, batches, update, terms, temperature=temperature).result
             broken = not_finite(last)
             if not broken and not results:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_chord.data.packing import PackedBatch
+from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import COMPARED, ROLLOUT_LOGPROB
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats, empty_output
@@ -32,6 +33,8 @@ class Update:
     """By term, its weight."""
     counts: Mapping[str, int]
     """By term, its number of trained tokens over all ranks. Terms without a trained token are not listed."""
+    noise: NoiseMeasurement | None = None
+    """What is measured in addition; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,8 @@ def compute_gradients(
 
     def loss(stats: TokenStats, tokens: Mapping[str, TermTokens]) -> tuple[Tensor, dict[str, Any]]:
         share = objective(stats, tokens, present, update.weights)
-        return share.loss, {"loss": share.loss.detach().clone(), "sums": share.sums, "maxima": share.maxima}
+        kept = {"loss": share.loss.detach().clone(), "sums": share.sums, "maxima": share.maxima}
+        return share.loss, kept | ({"noise": update.noise.sums(stats, tokens)} if update.noise else {})
 
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
@@ -264,6 +268,7 @@ def _reduce(
     ]
     peaks = [key for output in outputs.values() for key in output.maxima]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device)
+    noise = torch.zeros(update.noise.size if update.noise else 0, dtype=torch.float64, device=groups.device)
     rows = torch.zeros(groups.replicas.size, len(peaks), dtype=torch.float64, device=groups.device)
     if groups.is_last_stage and groups.tensor.rank == 0:
         sums = _stacked(
@@ -273,12 +278,14 @@ def _reduce(
             rows[groups.replicas.rank] = _stacked(
                 [[row["maxima"][key] for key in peaks] for row in kept]
             ).amax(0)
-    values = torch.cat([sums, rows.flatten()])
+        if update.noise:
+            noise = torch.stack([row["noise"] for row in kept]).sum(0)
+    values = torch.cat([sums, rows.flatten(), noise])
     dist.all_reduce(values)
 
     def finish(numbers: list[float]) -> UpdateResult:
         loss, *rest = numbers
-        totals, found = rest[: len(names)], rest[len(names) :]
+        totals, found = rest[: len(names)], rest[len(names) : len(names) + rows.numel()]
         means: dict[str, float] = {}
         compared: dict[str, float] = {}
         for (term, key), total in zip(names, totals, strict=True):
@@ -287,6 +294,8 @@ def _reduce(
             else:
                 means[key] = total / (update.counts[term] if key in outputs[term].means else 1)
         maxima = {key: largest(found[place :: len(peaks)]) for place, key in enumerate(peaks)}
+        if update.noise:
+            means |= update.noise.finish(rest[len(names) + rows.numel() :])
         return UpdateResult(loss=loss, means=means, maxima=maxima, compared=compared)
 
     return Measured(values=values, finish=finish)

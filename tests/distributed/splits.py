@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_chord.config import ParallelConfig, RunConfig
+from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.records import TrainSample
 from tests.distributed import steps
 from tests.support.oracle import OracleTerm, oracle_update
@@ -46,7 +47,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 def case(
     run: RunConfig, samples: Sequence[TrainSample], weights: Mapping[str, float], **extra: Any
 ) -> dict[str, Any]:
-    """One case for ``steps.updates``. ``extra`` may hold the folders ``reference`` and ``old``."""
+    """One case for ``steps.updates``. ``extra`` may hold the folders ``reference`` and ``old``, and ``noise``."""
     return {"run": run, "samples": list(samples), "weights": dict(weights), **extra}
 
 
@@ -79,6 +80,7 @@ def assert_split_invariant(
     layouts: Mapping[int, Mapping[str, Mapping[str, Any]]],
     reference: Path | None = None,
     old: Path | None = None,
+    noise: tuple[NoiseMeasurement, Mapping[str, float]] | None = None,
     relative: float = RELATIVE,
 ) -> None:
     """Compare every objective in every layout with the oracle, once in one micro-batch a rank and once in many.
@@ -87,6 +89,7 @@ def assert_split_invariant(
         objectives: by name: the run, the samples of one update, the weights of the terms, and the oracle's terms.
         layouts: parallel settings by number of ranks and by name. Processes start once for each number of ranks.
         old: the folder of the policy before the step's first update. With it, the tested update is a later one.
+        noise: what is measured in addition, and its result.
     """
     expected = {
         name: oracle_update(
@@ -101,11 +104,14 @@ def assert_split_invariant(
                 for split, max_tokens in {"one": 10_000, "many": 30}.items():
                     whole = samples if split == "one" else samples[::-1]
                     run_here = with_layout(run, parallel, max_tokens)
-                    cases.append(case(run_here, whole, weights, reference=reference, old=old))
+                    extra = {"noise": noise[0]} if noise else {}
+                    cases.append(case(run_here, whole, weights, reference=reference, old=old, **extra))
                     names.append((name, f"{name}/{layout}/{split}"))
         for results in run_ranks(steps.updates, world_size, model, cases, timeout_s=600):
             for (name, what), result in zip(names, results, strict=True):
                 assert_same_update(result, expected[name], what, relative=relative)
+                for number, value in (noise[1] if noise else {}).items():
+                    assert result[0][number] == pytest.approx(value, rel=relative), f"{what}: {number}"
 
 
 def total(grads: Mapping[str, torch.Tensor]) -> float:

@@ -82,7 +82,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
     """Return, for each case, the metrics and the whole gradients of one update of the case's ``run``.
 
     A case with ``old`` stands for a later update of a step: what the trainer computes before the update is then
-    computed with the weights of that folder.
+    computed with the weights of that folder. A case with ``noise`` measures that, too.
     """
     results = []
     built: tuple[Any, TrainState] | None = None
@@ -108,7 +108,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
             state, plan.micro_batches[state.groups.data.rank], terms, temperature=temperature
         )
         fill(state, folder)
-        update = Update(weights=case["weights"], counts=plan.counts)
+        update = Update(weights=case["weights"], counts=plan.counts, noise=case.get("noise"))
         result = compute_gradients(state, batches, update, terms, temperature=temperature).result
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
         results.append(({"loss": result.loss, **result.means, **result.maxima}, gather_hf(state, grads)))

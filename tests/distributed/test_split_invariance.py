@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,10 +21,12 @@ from megatron_chord.config_methods import (
     SimpleWeight,
     TrustRegionWeight,
 )
+from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.records import TrainSample
 from tests.distributed import steps
 from tests.distributed.splits import LAYOUTS, assert_same_update, assert_split_invariant, case
 from tests.support.oracle import oracle_update
+from tests.support.oracle_noise import oracle_noise
 from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, save_qwen2, tiny_run
@@ -61,11 +64,25 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_layout_computes_the_reference_step(model: Path, world_size: int) -> None:
+    """Every layout also measures the same noise (GAC)."""
+    samples = numbered(make_samples())
+    measured = NoiseMeasurement(demonstrations=5, uses_phi=True, trim=0.2)
     assert_split_invariant(
         model,
-        {"chord": chord(model, make_samples(), entropy_bonus=0.01)},
+        {"chord": chord(model, samples, entropy_bonus=0.01)},
         layouts={world_size: LAYOUTS[world_size]},
+        noise=(measured, oracle_noise(model, samples, uses_phi=True, trim=0.2)),
     )
+
+
+def numbered(samples: list[TrainSample]) -> list[TrainSample]:
+    """The samples with numbered demonstrations, as a step that measures the noise has them."""
+    number, found = itertools.count(), []
+    for sample in samples:
+        (part,) = sample.parts
+        constants = {NUMBER: float(next(number))} if part.term == "sft" else part.constants
+        found.append(replace(sample, parts=(replace(part, constants=constants),)))
+    return found
 
 
 def test_recomputed_activations_give_the_same_step(untied: Path) -> None:

@@ -35,6 +35,7 @@ OWN: dict[str, set[str]] = {
     "reward_adaptive": SFT | GRPO,
     "sasr": SFT | {"kl"},
     "amft": SFT | GRPO | {"mu_gradient"},
+    "gac": SFT | GRPO | {"advantage_variance", "nll_variance", "disagreement"},
     "dapo": GRPO | {"sampling_rounds", "prompts_sampled"},
     "dr_grpo": GRPO,
     "gspo": GRPO,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from megatron_chord.schedules import (
     Learned,
     Linear,
     MuSchedule,
+    NoiseAware,
     Periodic,
     RewardAdaptive,
     Schedule,
@@ -318,6 +320,80 @@ def test_learned_asks_for_the_gradient_only_with_a_rate() -> None:
         learn(Learned(rate=0.1), 0, 0.5, entropy=2.0)
 
 
+# NoiseAware (GAC)
+
+
+def noise(rl: float, sft: float, apart: float) -> dict[str, float]:
+    return {"advantage_variance": rl, "nll_variance": sft, "disagreement": apart}
+
+
+def test_noise_aware_moves_by_hand_arithmetic() -> None:
+    """mu* = (0.5 x 2 + 3) / (2 + 1 + 3) = 2/3; mu moves a tenth of the way, from 0.5 to 0.5167."""
+    mu = NoiseAware(ema=0.9, max_step=1.0, interval=2)
+    first = mu.remember(ScheduleInput(step=0), 0.5, noise(3.0, 1.0, 2.0))
+    assert first == {"mu": pytest.approx(0.5 + 0.1 / 6), **noise(3.0, 1.0, 2.0)}
+    # The second step measures nothing, and mu goes on: 0.9 x 0.51667 + 0.1 x 2/3.
+    second = mu.remember(ScheduleInput(step=1, memory=first), first["mu"], {"loss": 1.0})
+    assert second == {"mu": pytest.approx(0.9 * (0.5 + 0.1 / 6) + 0.2 / 3), **noise(3.0, 1.0, 2.0)}
+    # New numbers are smoothed: 0.9 x 3 + 0.1 x 13 = 4, 0.9 x 1 + 0.1 x 1 = 1, 0.9 x 2 + 0.1 x 2 = 2; mu* = 5/7.
+    third = mu.remember(ScheduleInput(step=2, memory=second), 0.6, noise(13.0, 1.0, 2.0))
+    assert third == {name: pytest.approx(value) for name, value in noise(4.0, 1.0, 2.0).items()} | {
+        "mu": pytest.approx(0.54 + 0.5 / 7)
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured", "expected"),
+    [
+        # From 0.5, with ema 0: mu is mu* = (0.5 D + sr) / (D + ss + sr), then limited.
+        ({}, noise(1.0, 3.0, 0.0), 0.25),
+        ({}, noise(1.0, 3.0, 4.0), 0.375),
+        ({"target": 0.1}, noise(1.0, 3.0, 4.0), 0.175),
+        ({}, noise(0.0, 0.0, 2.0), 0.5),
+        ({}, noise(9.0, 0.0, 0.0), 0.9),
+        ({}, noise(0.0, 9.0, 0.0), 0.05),
+        ({"max_step": 0.01}, noise(9.0, 0.0, 0.0), 0.51),
+        ({"max_step": 0.01}, noise(0.0, 9.0, 0.0), 0.49),
+        # Half of a prior that is 0.8 at every step.
+        ({"prior": WarmupCosine(peak=0.8, valley=0.8)}, noise(1.0, 3.0, 0.0), 0.525),
+        ({"prior": WarmupCosine(peak=0.8, valley=0.8), "prior_weight": 0.1}, noise(1.0, 3.0, 0.0), 0.305),
+        ({"prior": WarmupCosine(peak=0.8, valley=0.8), "max_step": 0.02}, noise(1.0, 3.0, 0.0), 0.52),
+    ],
+)
+def test_noise_aware_follows_the_noise(settings: Any, measured: dict[str, float], expected: float) -> None:
+    mu = NoiseAware(**{"ema": 0.0, "max_step": 1.0, **settings})
+    assert mu.remember(ScheduleInput(step=0), 0.5, measured)["mu"] == pytest.approx(expected)
+
+
+def test_the_prior_is_that_of_the_next_step() -> None:
+    prior = WarmupCosine(peak=0.9, valley=0.1, decay_steps=10)
+    mu = NoiseAware(ema=0.0, max_step=1.0, prior=prior, prior_weight=1.0)
+    after = mu.remember(ScheduleInput(step=3), 0.5, noise(1.0, 1.0, 1.0))
+    assert after["mu"] == prior.value(ScheduleInput(step=4))
+
+
+def test_noise_aware_measures_every_tenth_step_and_stays_before_the_first() -> None:
+    mu = NoiseAware()
+    assert [step for step in range(25) if mu.measures_noise(step)] == [0, 10, 20]
+    assert not any(other.measures_noise(0) for other in everything() if not isinstance(other, NoiseAware))
+    assert mu.value(ScheduleInput(step=0)) == 0.5
+    assert mu.remember(ScheduleInput(step=0), 0.5, {"loss": 1.0}) == {}
+
+
+def test_noise_aware_goes_on_after_its_memory_was_json() -> None:
+    """A checkpoint holds the memory as JSON. A run that goes on from it has the same mu, bit for bit."""
+    mu = NoiseAware(prior=WarmupCosine(peak=0.85, valley=0.15, decay_steps=40))
+    straight: Mapping[str, float] = {}
+    resumed: Mapping[str, float] = {}
+    for step in range(30):
+        measured = noise(1 + math.sin(step), 0.3 + 0.1 * math.cos(step), 0.7) if step % 10 == 0 else {}
+        now = ScheduleInput(step=step, memory=straight)
+        straight = mu.remember(now, mu.value(now), measured)
+        now = ScheduleInput(step=step, memory=json.loads(json.dumps(dict(resumed))))
+        resumed = mu.remember(now, mu.value(now), measured)
+    assert resumed == straight
+
+
 # All of them
 
 
@@ -342,6 +418,11 @@ def everything() -> list[MuSchedule]:
             for steps in (0, 3)
             for rate, low in ((0.0, 0.0), (0.3, 0.2))
         ),
+        *(
+            NoiseAware(ema=0.5, interval=interval, max_step=0.1, prior=prior)
+            for interval in (1, 4)
+            for prior in (None, WarmupCosine(peak=0.8, valley=0.2, decay_steps=9))
+        ),
     ]
 
 
@@ -356,6 +437,8 @@ def run(mu: Schedule, seed: int, steps: int = 30) -> Iterator[float]:
         value = mu.value(now)
         yield value
         measured = {"grad_norm": abs(wave), "entropy": 1 + wave, "mu_gradient": -3 * wave}
+        if mu.measures_noise(step):
+            measured |= noise(abs(wave), 0.3, 0.1)
         memory = mu.remember(now, value, measured)
         assert all(isinstance(number, float) for number in memory.values())
 

@@ -79,7 +79,7 @@ def test_the_alternatives_of_a_union_stand_in_a_row_each_with_its_own_settings()
     for member, lines in zip(typing.get_args(MuSchedule), listed, strict=True):
         names = [line.partition(":")[0] for line in lines]
         assert names[0] == "schedule"
-        assert sorted(names) == sorted(field.name for field in dataclasses.fields(member))
+        assert names == list(keys(member, "schedule"))
     assert "schedule: constant\npeak: 0.1  # float" in text
     assert "schedule: binary\nswitch_step:  # int\nreset_optimizer: false  # bool" in text
 
@@ -90,7 +90,9 @@ def test_a_private_base_lends_its_docs_and_field_docs() -> None:
         "# mu rises linearly from 0 to `peak`, falls to `valley` and stays there. The fall is a straight"
         in text
     )
-    assert text.count("# Number that the schedule gives to the run's first step") == 2
+    assert (
+        text.count("# Number that the schedule gives to the run's first step") == 3
+    )  # linear, warmup_cosine, a prior
     assert "Base of the schedules" not in text
 
 

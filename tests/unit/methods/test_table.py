@@ -17,12 +17,12 @@ from megatron_chord.config import (
     RunConfig,
 )
 from megatron_chord.config_io import ConfigError, load_config
-from megatron_chord.config_methods import MethodConfig
+from megatron_chord.config_methods import MethodConfig, SimpleWeight
 from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.base import corrected
 from megatron_chord.methods.table import METHODS, build, method_of
 from megatron_chord.precision import Precision
-from megatron_chord.schedules import Binary, Constant, GradientNorm, Learned
+from megatron_chord.schedules import Binary, Constant, GradientNorm, Learned, NoiseAware
 from tests.support.ranks import ROOT
 from tests.support.tiny import tiny_run
 
@@ -88,6 +88,11 @@ def test_every_method_of_the_settings_has_its_class() -> None:
         ),
         (
             "chord",
+            {"method": {"mu": NoiseAware(), "token_weight": SimpleWeight(kind="p")}},
+            "compares the two branches with token_weight phi or one, got p",
+        ),
+        (
+            "chord",
             {"method": {"mu": Binary(switch_step=8, reset_optimizer=True)}, "optim": {"warmup_steps": 3}},
             "no step at full rate after the optimizer's reset at step 8 of 10",
         ),
@@ -143,6 +148,7 @@ def test_files_of_the_examples(file: Path) -> None:
         ("remix", {}, "remix itself mixes rollouts of older weights"),
         ("chord", {"method": {"mu": GradientNorm(warmup_steps=1)}}, "'gradient_norm' depends on"),
         ("chord", {"method": {"mu": Learned(entropy_rate=0.1, entropy_target=1.0)}}, "'learned' depends"),
+        ("chord", {"method": {"mu": NoiseAware()}}, "'noise_aware' depends"),
         ("chord", {"method": {"mu": Constant(peak=1.0)}}, "this run samples nothing"),
     ],
 )
