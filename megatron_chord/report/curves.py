@@ -195,7 +195,8 @@ def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def curves(run: RunRecord, charts: Sequence[Chart], *, most_points: int = MOST_POINTS) -> dict[str, Any]:
-    """The points of a run: ``x`` (step, tokens, hours), ``series`` by metric, ``phases`` and ``evaluations``.
+    """The points of a run: ``x`` (step, tokens, hours), ``series`` by metric, ``phases``, and ``evaluations`` with the
+    accuracy of each set.
 
     With more steps than ``most_points``, a point represents several consecutive steps: ``mean``, with ``low`` and
     ``high``, so that a single outlier stays visible. A point without a measurement is None. Tokens and hours are
@@ -285,36 +286,50 @@ def _phases_of(seconds: Mapping[str, float], *, ahead: bool) -> dict[str, float]
 
 
 def _evaluations(run: RunRecord, totals: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    """``name`` and ``points`` of each evaluated set. The name is empty for the problems of ``data.evaluation``."""
     at = _where(run, totals)
-    sets = setting(run.settings, "evaluation.sets", None) or ()
-    first = sets[0] if sets else {}
-    samples = int(first.get("samples") or setting(run.settings, "evaluation.samples", 1))
-    found: list[dict[str, Any]] = []
+    samples_of = {name: samples for name, samples, _ in _sets(run)}
+    points: dict[str, list[dict[str, Any]]] = {name: [] for name in samples_of}
     for row in run.evaluations:
-        step = row["step"]
-        # Of several sets the page draws the first one.
-        evaluation = row["evaluation"].get(first["name"], {}) if sets else row["evaluation"]
-        if not _is_number(evaluation.get("accuracy")):
-            continue
-        low, high = interval(evaluation, samples=samples)
-        found.append(
-            at(step)
-            | {
-                "accuracy": _rounded(evaluation["accuracy"]),
-                "low": _rounded(low),
-                "high": _rounded(high),
-                "problems": evaluation.get("num_problems"),
-                "length": _rounded(float(evaluation.get("response_length", 0.0))),
-            }
-        )
-    return found
+        for name, evaluation in _by_set(run, row).items():
+            if name not in points or not _is_number(evaluation.get("accuracy")):
+                continue
+            low, high = interval(evaluation, samples=samples_of[name])
+            points[name].append(
+                at(row["step"])
+                | {
+                    "accuracy": _rounded(evaluation["accuracy"]),
+                    "low": _rounded(low),
+                    "high": _rounded(high),
+                    "problems": evaluation.get("num_problems"),
+                    "length": _rounded(float(evaluation.get("response_length", 0.0))),
+                }
+            )
+    return [{"name": name, "points": found} for name, found in points.items() if found]
+
+
+def _sets(run: RunRecord) -> list[tuple[str, int, Sequence[str]]]:
+    """Name, number of samples and metrics of each evaluated set, in the order of the settings."""
+    samples = setting(run.settings, "evaluation.samples", 1)
+    sets = setting(run.settings, "evaluation.sets", None)
+    if not sets:
+        return [("", int(samples), ())]
+    return [
+        (item["name"], int(item.get("samples") or samples), tuple(item.get("metrics") or ())) for item in sets
+    ]
+
+
+def _by_set(run: RunRecord, row: Row) -> Mapping[str, Row]:
+    """The evaluations of a row, by the name of their set."""
+    has_sets = bool(setting(run.settings, "evaluation.sets", None))
+    return row["evaluation"] if has_sets else {"": row["evaluation"]}
 
 
 def evaluation_lines(run: RunRecord, suites: Sequence[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Further charts of evaluations: by title the lines, each a list of points in order of ``step``.
 
-    These are the held-out accuracy of each source of ``data.evaluation``, and each metric of a suite on which several
-    checkpoints of the run were evaluated.
+    These are the held-out accuracy of each source of a set, the metrics of ``evaluation.sets``, and each metric of a
+    suite on which several checkpoints of the run were evaluated.
 
     Args:
         suites: as ``suite_rows`` returns them.
@@ -326,8 +341,15 @@ def evaluation_lines(run: RunRecord, suites: Sequence[Row]) -> dict[str, dict[st
             found.setdefault(title, {}).setdefault(line, {})[step] = value
 
     for row in run.evaluations:
-        for source, value in row["evaluation"].get("accuracy_by_source", {}).items():
-            note("Held-out accuracy by source", source, row["step"], value)
+        by_set = _by_set(run, row)
+        for name, samples, metrics in _sets(run):
+            evaluation = by_set.get(name, {})
+            for source, value in evaluation.get("accuracy_by_source", {}).items():
+                note("Held-out accuracy by source", f"{name} {source}".lstrip(), row["step"], value)
+            for metric in metrics or (f"avg@{samples}",):
+                note(
+                    "Metrics of the evaluation sets", f"{name} {metric}", row["step"], evaluation.get(metric)
+                )
     steps = {(row["suite"], row["step"]) for row in suites if row["step"] is not None}
     several = {suite for suite, _ in steps if sum(other == suite for other, _ in steps) > 1}
     for row in suites:

@@ -45,22 +45,26 @@ function headlineTable() {
   const names = ["run", "held-out accuracy", "at the start", "change", "steps", "tokens", "time in steps", anyGpu ? "GPU hours" : "rank hours"];
   const rows = data.runs.map((run, index) => {
     const { headline: top, curves } = run;
-    const first = curves.evaluations[0], last = curves.evaluations.at(-1);
-    const accuracy = element("td");
-    if (last) {
-      accuracy.append(element("b", {}, number(last.accuracy, "%")));
-      accuracy.append(element("small", {}, `95 %: ${number(last.low, "%")} to ${number(last.high, "%")}, ${last.problems} problems, after step ${last.step}`));
-    } else accuracy.append("not evaluated");
-    const change = last && last.step > first.step ? 100 * (last.accuracy - first.accuracy) : null;
+    const accuracy = element("td"), start = element("td"), changes = element("td");
+    for (const { name, points } of curves.evaluations) {
+      const first = points[0], last = points.at(-1), label = name ? `${name} ` : "";
+      const change = last.step > first.step ? 100 * (last.accuracy - first.accuracy) : null;
+      accuracy.append(element("div", {}, label, element("b", {}, number(last.accuracy, "%")),
+        element("small", {}, `95 %: ${number(last.low, "%")} to ${number(last.high, "%")}, ${last.problems} problems, after step ${last.step}`)));
+      start.append(element("div", {}, label, first.step === 0 ? number(first.accuracy, "%") : "-"));
+      changes.append(element("div", { class: change === null ? "" : change >= 0 ? "up" : "down" }, label, change === null ? "-" : `${change >= 0 ? "+" : ""}${change.toFixed(1)} points`));
+    }
+    if (!curves.evaluations.length) {
+      accuracy.append("not evaluated");
+      start.append("-");
+      changes.append("-");
+    }
     const steps = element("td", {}, `${top.steps}${top.planned ? ` of ${top.planned}` : ""}`);
     if (top.planned)
       steps.append(element("span", { class: "progress" }, element("i", { style: `width:${Math.min(100, (100 * top.steps) / top.planned)}%` })));
     return element("tr", {},
       element("td", {}, dot(index), run.name, element("small", { style: "padding-left:19px" }, top.method)),
-      accuracy,
-      element("td", {}, first && first.step === 0 ? number(first.accuracy, "%") : "-"),
-      element("td", { class: change === null ? "" : change >= 0 ? "up" : "down" }, change === null ? "-" : `${change >= 0 ? "+" : ""}${change.toFixed(1)} points`),
-      steps,
+      accuracy, start, changes, steps,
       element("td", {}, number(top.tokens)),
       element("td", {}, duration(top.hours)),
       element("td", {}, top.processor_hours < 1 ? top.processor_hours.toFixed(3) : number(top.processor_hours)));
@@ -181,16 +185,20 @@ function curveSeries(chart, log) {
   return found;
 }
 
-function accuracySeries() {
-  const found = [];
+// One line with its interval for each set. With several runs a colour is a run, and a dash a set.
+function accuracySeries(sets) {
+  const single = data.runs.length === 1, found = [];
   data.runs.forEach((run, index) => {
-    if (hidden.has(index) || !run.curves.evaluations.length) return;
-    const colour = colourOf(index), points = run.curves.evaluations, name = run.name;
-    const band = { type: "line", symbol: "none", silent: true, stack: `band ${index}`, stackStrategy: "all", lineStyle: { opacity: 0 }, emphasis: { disabled: true }, z: 1 };
-    found.push({ ...band, id: `low|${index}`, name, data: points.map((point) => [point[axis()], point.low]) });
-    found.push({ ...band, id: `band|${index}`, name, areaStyle: { color: colour, opacity: 0.13 }, data: points.map((point) => [point[axis()], point.high - point.low]) });
-    found.push({ type: "line", id: `main|${index}`, name, z: 3, symbol: "circle", symbolSize: 7, itemStyle: { color: colour }, lineStyle: { width: 2, color: colour }, emphasis: { disabled: true },
-      data: points.map((point) => ({ value: [point[axis()], point.accuracy], note: `${number(point.low, "%")} to ${number(point.high, "%")}` })) });
+    if (hidden.has(index)) return;
+    for (const { name: set, points } of run.curves.evaluations) {
+      const place = sets.indexOf(set), colour = colourOf(single ? place : index), id = `${index}|${set}`;
+      const name = [single && set ? "" : run.name, set].filter(Boolean).join(" ");
+      const band = { type: "line", symbol: "none", silent: true, stack: `band ${id}`, stackStrategy: "all", lineStyle: { opacity: 0 }, emphasis: { disabled: true }, z: 1, itemStyle: { color: colour } };
+      found.push({ ...band, id: `low|${id}`, name, data: points.map((point) => [point[axis()], point.low]) });
+      found.push({ ...band, id: `band|${id}`, name, areaStyle: { color: colour, opacity: 0.13 }, data: points.map((point) => [point[axis()], point.high - point.low]) });
+      found.push({ type: "line", id: `main|${id}`, name, z: 3, symbol: "circle", symbolSize: 7, itemStyle: { color: colour }, lineStyle: { width: 2, color: colour, type: single ? "solid" : dashes[place % dashes.length] }, emphasis: { disabled: true },
+        data: points.map((point) => ({ value: [point[axis()], point.accuracy], note: `${number(point.low, "%")} to ${number(point.high, "%")}` })) });
+    }
   });
   return found;
 }
@@ -228,6 +236,10 @@ function place(grid, title, help, draw, now) {
   watcher.observe(canvas);
 }
 
+const helpOfLines = {
+  "Held-out accuracy by source": "On each source of the held-out problems.",
+  "Metrics of the evaluation sets": "Of each set of evaluation.sets: its name and its metric.",
+};
 const dashed = (names) => `${names.map((name, at) => `${dashes[at % dashes.length]}: ${name}`).join(", ")}. `;
 const legendOf = (series) => ({ legend: { type: "scroll", left: 0, right: 76, top: 0, itemHeight: 8, itemWidth: 18, textStyle: { color: style("--quiet") }, data: [...new Set(series.map((one) => one.name))] } });
 
@@ -245,14 +257,19 @@ function charts() {
   };
   const single = data.runs.length === 1;
   const last = (values) => (values ?? []).findLast((value) => value !== null);
-  if (data.runs.some((run) => run.curves.evaluations.length)) {
-    const now = single ? number(data.runs[0].curves.evaluations.at(-1)?.accuracy, "%") : "";
-    place(grid("Learning"), "Held-out accuracy", "On data.evaluation, with the 95 % interval.", (chart) =>
-      chart.setOption({ ...base("%", false), series: accuracySeries() }, true), now);
+  const sets = [...new Set(data.runs.flatMap((run) => run.curves.evaluations.map((set) => set.name)))];
+  if (sets.length) {
+    const now = single && sets.length === 1 ? number(data.runs[0].curves.evaluations[0].points.at(-1).accuracy, "%") : "";
+    const lines = !single && sets.length > 1 ? dashed(sets.map((set) => set || "data.evaluation")) : "";
+    const help = sets.some(Boolean) ? "On each set of evaluation.sets, with the 95 % interval." : "On data.evaluation, with the 95 % interval.";
+    place(grid("Learning"), "Held-out accuracy", lines + help, (chart) => {
+      const series = accuracySeries(sets);
+      chart.setOption({ ...base("%", false), ...(single && sets.length > 1 ? legendOf(series) : {}), series }, true);
+    }, now);
   }
   for (const title of new Set(data.runs.flatMap((run) => Object.keys(run.curves.lines)))) {
     const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.lines[title] ?? {})))];
-    const help = title.startsWith("Suite ") ? "Checkpoints that were evaluated on a suite." : "On each source of data.evaluation.";
+    const help = title.startsWith("Suite ") ? "Checkpoints that were evaluated on a suite." : helpOfLines[title];
     place(grid("Learning"), title, (single ? "" : dashed(names)) + help, (chart) => {
       const series = lineSeries(title, names);
       chart.setOption({ ...base("%", false), ...(single ? legendOf(series) : {}), series }, true);

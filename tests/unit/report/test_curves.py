@@ -112,7 +112,9 @@ def test_evaluations_stand_at_the_tokens_of_their_step() -> None:
         {"step": 0, "evaluation": evaluation},
         {"step": 2, "evaluation": evaluation},
     )
-    first, last = curves(run, [])["evaluations"]
+    (whole,) = curves(run, [])["evaluations"]
+    assert whole["name"] == ""
+    first, last = whole["points"]
     assert (first["step"], first["tokens"], first["hours"]) == (0, 0, 0)
     assert (last["step"], last["tokens"], last["hours"]) == (2, 7200, 0.02)
 

@@ -97,7 +97,8 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
     assert shown["curves"]["series"]["reward_mean"]["mean"] == pytest.approx(
         [row["reward_mean"] for row in rows], rel=1e-4
     )
-    assert [one["accuracy"] for one in shown["curves"]["evaluations"]] == [
+    (held_out,) = shown["curves"]["evaluations"]
+    assert [one["accuracy"] for one in held_out["points"]] == [
         row["evaluation"]["accuracy"] for row in rows_of_quickstart() if "evaluation" in row
     ]
 
@@ -179,6 +180,54 @@ def test_accuracy_by_source_and_benchmarks_of_checkpoints_are_curves(tmp_path: P
     }
     last = lines["Suite mine"]["sums avg@2"][1]
     assert last["hours"] == pytest.approx(sum(row["seconds"]["total"] for row in rows) / 3600, rel=1e-4)
+
+
+SETS = """
+evaluation:
+  sets:
+  - {name: amc, path: amc.jsonl, samples: 2, temperature: 1.0, metrics: [avg@2, pass@2]}
+  - {name: "2024", path: words.jsonl, samples: 1, metrics: []}
+"""
+
+
+def run_with_sets(folder: Path) -> Path:
+    """Write a run that evaluates two sets: one of them before and after two steps, the other one only before."""
+    rows = [row for row in rows_of_quickstart() if "evaluation" not in row][:2]
+
+    def of_set(accuracy: float, **more: Any) -> dict[str, Any]:
+        return {"accuracy": accuracy, "num_problems": 4, "interval": [accuracy - 0.1, accuracy + 0.1]} | more
+
+    first = {
+        "amc": of_set(0.5, **{"avg@2": 0.5, "pass@2": 0.75}, accuracy_by_source={"a": 0.25, "b": 0.75}),
+        "2024": of_set(0.25, **{"avg@1": 0.25}),
+    }
+    last = {"amc": of_set(0.75, **{"avg@2": 0.75, "pass@2": 1.0})}
+    run = make_run(folder, [{"step": 0, "evaluation": first}, *rows, {"step": 2, "evaluation": last}])
+    settings = (run / "config.yaml").read_text().replace("\nevaluation: {samples: 1}\n", SETS)
+    assert "sets:" in settings
+    (run / "config.yaml").write_text(settings)
+    return run
+
+
+def test_every_set_has_its_accuracy_and_its_metrics(tmp_path: Path) -> None:
+    curves = Page(page(read_runs([run_with_sets(tmp_path / "run")]))).data["runs"][0]["curves"]
+    found = [
+        (one["name"], [(point["step"], point["accuracy"], point["low"]) for point in one["points"]])
+        for one in curves["evaluations"]
+    ]
+    assert found == [("amc", [(0, 0.5, 0.4), (2, 0.75, 0.65)]), ("2024", [(0, 0.25, 0.15)])]
+    lines = {
+        title: {line: [(point["step"], point["value"]) for point in points] for line, points in chart.items()}
+        for title, chart in curves["lines"].items()
+    }
+    assert lines == {
+        "Held-out accuracy by source": {"amc a": [(0, 0.25)], "amc b": [(0, 0.75)]},
+        "Metrics of the evaluation sets": {
+            "amc avg@2": [(0, 0.5), (2, 0.75)],
+            "amc pass@2": [(0, 0.75), (2, 1.0)],
+            "2024 avg@1": [(0, 0.25)],
+        },
+    }
 
 
 def test_gpu_hours_count_the_gpus_of_ranks_and_servers(tmp_path: Path) -> None:
@@ -267,7 +316,8 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
     evaluated(second / "evaluations" / "mine", [[1.0, 0.0], [1.0, 1.0]])
     for step in ("step-000010", "step-000020"):
         evaluated(second / "evaluations" / "mine" / step, [[1.0, 0.0]], policy=f"second/checkpoints/{step}")
-    target = write_report([run, second], tmp_path / "report.html")
+    third = run_with_sets(tmp_path / "third")
+    target = write_report([run, second, third], tmp_path / "report.html")
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
@@ -288,6 +338,8 @@ def test_a_browser_draws_it_without_an_error(run: Path, tmp_path: Path) -> None:
         "reward 1",
         "run/policy",
         "Suite mine",
+        "+25.0 points",
+        "Metrics of the evaluation sets",
         HOSTILE.strip(),
     ):
         assert any(text in shown for shown in drawn.texts), text
