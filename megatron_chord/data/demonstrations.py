@@ -107,6 +107,7 @@ def _demonstrated_messages(row: Row, messages: tuple[Message, ...]) -> tuple[Mes
         return (*messages, {"role": "assistant", "content": response})
     if messages[-1]["role"] != "assistant":
         raise RowError(
-            f"the last message of a demonstration must be the assistant's, got {messages[-1]['role']}'s"
+            f"messages[{len(row.fields['messages']) - 1}] is the last message of a demonstration, so it must be the "
+            f"assistant's, got {messages[-1]['role']}'s"
         )
     return messages

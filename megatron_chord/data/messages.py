@@ -54,14 +54,15 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
     value = row.fields["messages"]
     if not isinstance(value, list) or not value:
         raise RowError(f"`messages` must be a list of messages, got {kind_name(value)}")
+    named = [(f"messages[{index}]", item) for index, item in enumerate(value)]
     if _is_empty_system(value[0]):
-        value = value[1:]
-    items = _with_calls([_object(item) for item in value])
-    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
+        named = named[1:]
+    named = _with_calls([(name, _object(item, name)) for name, item in named])
+    messages = tuple(_message(item, name) for name, item in named)
     if not messages:
         raise RowError("`messages` has nothing but an empty system message")
     has_system = messages[0]["role"] == "system"
-    _check_turns(messages[has_system:], start=int(has_system))
+    _check_turns(messages[has_system:], [name for name, _ in named][has_system:])
     return messages
 
 
@@ -83,11 +84,11 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(item)
 
 
-def _check_turns(messages: Sequence[Message], start: int) -> None:
+def _check_turns(messages: Sequence[Message], names: Sequence[str]) -> None:
     expected = ("user",)
     open_calls: list[str] = []
-    for index, message in enumerate(messages):
-        role, name = message["role"], f"messages[{index + start}]"
+    for message, name in zip(messages, names, strict=True):
+        role = message["role"]
         if role not in expected:
             raise RowError(
                 f"{name} is from {role}, expected {' or '.join(expected)} (system only first, then user and assistant "
@@ -103,7 +104,10 @@ def _check_turns(messages: Sequence[Message], start: int) -> None:
         else:
             expected = ("assistant", "tool") if role == "tool" else ("assistant",)
     if open_calls and messages[-1]["role"] == "tool":
-        raise RowError(f"{len(open_calls)} of the last calls have no result, a message of the role tool")
+        raise RowError(
+            f"{names[-1]} is the last message, but {len(open_calls)} of the last calls have no result, a message of "
+            "the role tool"
+        )
 
 
 def _close_call(message: Message, open_calls: list[str], name: str) -> None:
@@ -121,32 +125,33 @@ def _is_empty_system(message: Any) -> bool:
     )
 
 
-def _object(item: Any) -> Any:
+def _object(item: Any, name: str) -> Any:
     """``item``, or what it is the JSON text of: Parquet files may have lists of JSON texts."""
-    return strict_json(item) if isinstance(item, str) and item.lstrip().startswith("{") else item
+    return _json(item, name) if isinstance(item, str) and item.lstrip().startswith("{") else item
 
 
-def _with_calls(items: Sequence[Any]) -> list[Any]:
-    """``items`` with the calls of ``tool_call`` messages in the assistant's turn that they belong to.
+def _with_calls(named: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The items, with the calls of ``tool_call`` messages in the assistant's turn that they belong to.
 
     A ``tool_call`` holds the JSON of one call or of a list. Those that follow each other, or a text of the assistant,
-    are one turn. What is no such JSON is left to the check of the turn's calls.
+    are one turn. It has the name of the first of them. What is no such JSON is left to the check of the turn's calls.
     """
-    messages: list[Any] = []
-    for item in items:
+    messages: list[tuple[str, Any]] = []
+    for name, item in named:
         role = item.get("role") if isinstance(item, dict) else None
         if role == "tool_call":
             calls = calls_of(item.get("content"))
             turn = {"role": "assistant", "content": ""}
-            if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-                turn = messages.pop()
+            last = messages[-1][1] if messages else None
+            if isinstance(last, dict) and last.get("role") == "assistant":
+                name, turn = messages.pop()
             before = turn.get("tool_calls")
             both = [*before, *calls] if isinstance(before, list) and isinstance(calls, list) else calls
-            messages.append({**turn, "tool_calls": both})
+            messages.append((name, {**turn, "tool_calls": both}))
         elif role == "tool_response":
-            messages.append({**item, "role": "tool"})
+            messages.append((name, {**item, "role": "tool"}))
         else:
-            messages.append(item)
+            messages.append((name, item))
     return messages
 
 

@@ -54,7 +54,10 @@ def load_prompts(  # noqa: PLR0913
         reading.tools_shown.add(asked.tools_shown)
         last = asked.messages[-1]["role"]
         if last not in ("user", "tool"):
-            raise RowError(f"the last message of a prompt must be the user's or a tool's, got {last}'s")
+            raise RowError(
+                f"messages[{len(row.fields['messages']) - 1}] is the last message of a prompt, so it must be the "
+                f"user's or a tool's, got {last}'s"
+            )
         truth = true_answer(row) if needed.truth or has_truth(row) else ""
         return row, row_id(row, seen), asked, truth
 

@@ -59,7 +59,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
         f"{path}:2: has none of `solution`, `response`",
         f"{path}:3: has `solution`, `response`, which mean the same: keep one",
         f"{path}:4: `solution` is empty",
-        f"{path}:5: the last message of a demonstration must be the assistant's, got user's",
+        f"{path}:5: messages[0] is the last message of a demonstration, so it must be the assistant's, got user's",
         f"{path}:6: messages[1].content is empty",
         f"{path}:7: messages[0] is from assistant, expected user "
         "(system only first, then user and assistant in turn)",

@@ -98,10 +98,15 @@ def test_several_calls_have_several_results() -> None:
     assert read(ASKED, two, second, RESULT, SAID, ASKED)[2:4] == (second, RESULT)
     with pytest.raises(RowError, match=r"^messages\[3\] is from assistant, expected tool"):
         read(ASKED, two, RESULT, SAID)
-    with pytest.raises(RowError, match=r"^1 of the last calls have no result"):
+    with pytest.raises(
+        RowError, match=r"^messages\[2\] is the last message, but 1 of the last calls have no"
+    ):
         read(ASKED, two, RESULT)
     with pytest.raises(RowError, match=r"^messages\[3\].tool_call_id is 'c1', open calls are c2"):
         read(ASKED, two, RESULT, RESULT)
+
+
+TOOL_CALL = {"role": "tool_call", "content": '{"name": "weather", "arguments": {}}'}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,14 @@ def test_several_calls_have_several_results() -> None:
         ([ASKED, CALLS, {"role": "tool"}], "messages[2].content must be a string, got null"),
         ([ASKED, {"role": ["user"], "content": "x"}],
          "messages[1].role must be system, user, assistant or tool, got ['user']"),
+        ([ASKED, '{"role": '], "messages[1]: broken JSON: Expecting value at column 10"),
+        # The places are those in the row, also where messages are left out or joined.
+        ([{"role": "system", "content": ""}, ASKED, {**SAID, "content": 3}],
+         "messages[2].content must be a string, got int"),
+        ([ASKED, TOOL_CALL, TOOL_CALL, {"role": "tool_response", "content": 1}],
+         "messages[3].content must be a string, got int"),
+        ([ASKED, SAID, TOOL_CALL, ASKED],
+         "messages[3] is from user, expected tool (system only first, then user and assistant in turn)"),
     ],
 )  # fmt: skip
 def test_messages_that_cannot_be_used(messages: list[Any], reason: str) -> None:

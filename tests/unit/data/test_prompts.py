@@ -57,7 +57,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
         f"{path}:2: has none of `answer`, `truth`",
         f"{path}:3: `problem` is empty",
         f"{path}:4: message 0 (user) holds '<|im_end|>', which the tokenizer would read as a control token",
-        f"{path}:5: the last message of a prompt must be the user's or a tool's, got assistant's",
+        f"{path}:5: messages[1] is the last message of a prompt, so it must be the user's or a tool's, got assistant's",
         f"{path}:6: `id` 'p.jsonl:1' is taken by {path}:1",
         f"{path}:7: broken JSON: Expecting property name enclosed in double quotes at column 2",
     ]
