@@ -358,6 +358,10 @@ class BatchConfig:
     max_tokens_per_gpu: int = 8192
     """Most tokens in one packed micro-batch of one data-parallel rank. A longer sample gets a micro-batch of its
     own."""
+    share_prompts: bool = True
+    """Answers to the same prompt share its pass through the model: same gradient, fewer tokens (docs/performance.md).
+    Only without Transformer Engine and context parallelism, and for models without experts and latent attention;
+    otherwise it has no effect."""
 
     def __post_init__(self) -> None:
         not_negative(**{"batch.prompts": self.prompts, "batch.demonstrations": self.demonstrations})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_chord.data.shared_prompts import groups_by_prompt, prompt_tokens
 from megatron_chord.precision import Fp8Training, batch_multiple
 from megatron_chord.records import Part, TrainSample
 
@@ -54,15 +55,26 @@ class PackedBatch:
     token_ids: np.ndarray
     """[N] int64"""
     position_ids: np.ndarray
-    """[N] int64, from 0 in every sequence"""
+    """[N] int64, from 0 in every sequence; with a shared prompt, from the prompt's number of tokens"""
     cu_seqlens: np.ndarray
     """[sequences + 1] int32: the start of each sequence, and N"""
+    prompts: np.ndarray
+    """[sequences] int32: the index of the sequence that comes before this one as its prompt (``shared_prompts``); -1:
+    none"""
     loss_positions: np.ndarray
     """[T] int64: the index, among the N tokens, of the hidden state that predicts the trained token"""
     targets: np.ndarray
     """[T] int64: the trained token"""
     terms: Mapping[str, PackedTerm]
     """All terms of the step. Every micro-batch has every term that trains a token anywhere in the step."""
+
+    @property
+    def saved(self) -> tuple[int, int]:
+        """What shared prompts saved: tokens, and the sum of the squared lengths of prompts that do not pass again."""
+        used = np.bincount(self.prompts[self.prompts >= 0], minlength=len(self.prompts))
+        lengths = np.diff(self.cu_seqlens).astype(np.int64)
+        again = np.maximum(used - 1, 0)
+        return int((again * lengths).sum()), int((again * lengths**2).sum())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what ``_received_batch`` can compute, because rank 0 sends the batches of all ranks. For
@@ -71,6 +83,7 @@ class PackedBatch:
         return _received_batch, (
             self.token_ids.astype(np.int32),
             self.cu_seqlens,
+            self.prompts if (self.prompts >= 0).any() else None,
             self.loss_positions.astype(np.int32),
             dict(self.terms),
         )
@@ -100,6 +113,8 @@ class Layout:
     stages."""
     attention_cost: float = 0.0
     """A sequence of n tokens costs n + attention_cost n^2, in units of a token's matrix products."""
+    shares_prompts: bool = False
+    """Samples with the same prompt are packed with one copy of it. Needs ``sequence_multiple`` 1."""
 
 
 def make_layout(
@@ -133,20 +148,50 @@ def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout
         max_tokens: budget of one micro-batch, alignment padding included. A longer sample gets its own micro-batch.
         pad_id: token of alignment padding. It is never trained, and no trained token attends to it.
     """
-    lengths = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in samples]
     capacity = max(max_tokens // layout.batch_multiple, 1) * layout.batch_multiple
-    work = [length + layout.attention_cost * length**2 for length in lengths]
+    groups = _groups(samples, capacity, layout)
+    lengths, work = _sizes(samples, groups, layout)
     bins = balanced_bins(
         lengths, work, capacity=capacity, multiple=layout.data, rank_multiple=layout.count_multiple
     )
     columns = columns_of(samples)
     batches = [
-        pack([samples[i] for i in members], columns=columns, layout=layout, pad_id=pad_id) for members in bins
+        pack(
+            [samples[i] for group in members for i in groups[group]],
+            columns=columns,
+            layout=layout,
+            pad_id=pad_id,
+        )
+        for members in bins
     ]
     return StepPlan(
         micro_batches=tuple(map(tuple, dealt(batches, layout.data))),
         counts=token_counts(samples),
     )
+
+
+def _groups(samples: Sequence[TrainSample], capacity: int, layout: Layout) -> list[list[int]]:
+    """The samples that go into a micro-batch together, by their indices: each alone, unless prompts are shared.
+
+    A group is at most a data-parallel rank's share of the tokens, so that all ranks have work.
+    """
+    if not layout.shares_prompts:
+        return [[index] for index in range(len(samples))]
+    share = -(-sum(len(sample.token_ids) for sample in samples) // layout.data)
+    return list(groups_by_prompt(samples, max_tokens=min(capacity, share)))
+
+
+def _sizes(
+    samples: Sequence[TrainSample], groups: Sequence[Sequence[int]], layout: Layout
+) -> tuple[list[int], list[float]]:
+    """The number of tokens and the work of each group."""
+    lengths, work = list[int](), list[float]()
+    for group in groups:
+        own = [_round_up(len(samples[index].token_ids), layout.sequence_multiple) for index in group]
+        saved = (len(group) - 1) * prompt_tokens(samples[group[0]])
+        lengths.append(sum(own) - saved)
+        work.append(sum(n + layout.attention_cost * n**2 for n in own) - saved)
+    return lengths, work
 
 
 def columns_of(samples: Sequence[TrainSample]) -> dict[str, tuple[str, ...]]:
@@ -242,24 +287,32 @@ def pack(
 ) -> PackedBatch:
     """Pack samples one after another. Without samples the batch consists of padding only.
 
+    If ``layout.shares_prompts``, neighbours with the same prompt get one copy of it, as a sequence before theirs.
+
     Args:
         columns: the step's terms with the names of their constants. The batch has all of them, empty ones too.
     """
     tokens: list[np.ndarray] = []
-    positions, starts = [], [0]
+    positions, starts, prompts = list[np.ndarray](), [0], list[int]()
     trained: list[tuple[int, Part]] = []
-    for sample in samples:
-        length = _round_up(len(sample.token_ids), layout.sequence_multiple)
-        padding = np.full(length - len(sample.token_ids), pad_id, np.int64)
-        tokens += [sample.token_ids.astype(np.int64), padding]
-        positions.append(np.arange(length, dtype=np.int64))
-        trained += [(starts[-1], part) for part in sample.parts if len(part.positions)]
+
+    def add(ids: np.ndarray, length: int, first: int, prompt: int) -> None:
+        tokens.extend([ids.astype(np.int64), np.full(length - len(ids), pad_id, np.int64)])
+        positions.append(np.arange(first, first + length, dtype=np.int64))
         starts.append(starts[-1] + length)
+        prompts.append(prompt)
+
+    for shared, members in _with_shared_prompts(samples, layout):
+        if shared:
+            add(members[0].token_ids[:shared], shared, 0, -1)
+        prompt = len(prompts) - 1 if shared else -1
+        for sample in members:
+            own = sample.token_ids[shared:]
+            trained += [(starts[-1] - shared, part) for part in sample.parts if len(part.positions)]
+            add(own, _round_up(len(own), layout.sequence_multiple), shared, prompt)
     tail = _round_up(max(starts[-1], layout.sequence_multiple), layout.batch_multiple) - starts[-1]
     if tail:
-        tokens.append(np.full(tail, pad_id, np.int64))
-        positions.append(np.arange(tail, dtype=np.int64))
-        starts.append(starts[-1] + tail)
+        add(np.zeros(0, np.int64), tail, 0, -1)
     token_ids = np.concatenate(tokens)
     # Ascending in the batch, independent of the order of the parts.
     where = {
@@ -271,6 +324,7 @@ def pack(
         token_ids=token_ids,
         position_ids=np.concatenate(positions),
         cu_seqlens=np.array(starts, np.int32),
+        prompts=np.array(prompts, np.int32),
         loss_positions=targets_at - 1,
         targets=token_ids[targets_at],
         terms={
@@ -282,6 +336,22 @@ def pack(
             for term, names in columns.items()
         },
     )
+
+
+def _with_shared_prompts(
+    samples: Sequence[TrainSample], layout: Layout
+) -> Iterator[tuple[int, Sequence[TrainSample]]]:
+    """Yield (number of shared tokens, the neighbours that share them) in the order of the samples."""
+    if not layout.shares_prompts:
+        yield from ((0, [sample]) for sample in samples)
+        return
+    ids = [sample.token_ids[: prompt_tokens(sample)].tolist() for sample in samples]
+    for prompt, members in itertools.groupby(zip(ids, samples, strict=True), key=lambda pair: pair[0]):
+        found = [sample for _, sample in members]
+        if len(found) > 1 and prompt:
+            yield len(prompt), found
+        else:
+            yield from ((0, [sample]) for sample in found)
 
 
 def context_order(length: int, context: int, rank: int, device: torch.device | None = None) -> Tensor:
@@ -300,6 +370,7 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
     """The tokens of one context-parallel rank. ``cu_seqlens`` remains that of the whole batch."""
     if context == 1:
         return batch
+    assert (batch.prompts < 0).all(), "prompts are not shared with context parallelism"
     starts = batch.cu_seqlens.tolist()
     held = np.concatenate(
         [
@@ -331,13 +402,21 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
 
 
 def _received_batch(
-    token_ids: np.ndarray, cu_seqlens: np.ndarray, loss_positions: np.ndarray, terms: dict[str, PackedTerm]
+    token_ids: np.ndarray,
+    cu_seqlens: np.ndarray,
+    prompts: np.ndarray | None,
+    loss_positions: np.ndarray,
+    terms: dict[str, PackedTerm],
 ) -> PackedBatch:
     lengths = np.diff(cu_seqlens)
+    if prompts is None:
+        prompts = np.full(len(lengths), -1, np.int32)
+    first = np.where(prompts >= 0, lengths[prompts], 0)
     return PackedBatch(
         token_ids=token_ids.astype(np.int64),
-        position_ids=np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], lengths),
+        position_ids=np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1] - first, lengths),
         cu_seqlens=cu_seqlens,
+        prompts=prompts,
         loss_positions=loss_positions.astype(np.int64),
         targets=token_ids[loss_positions + 1].astype(np.int64),
         terms=terms,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +40,8 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
     """Copy this context-parallel rank's part of the batch to its device, in one asynchronous copy."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    from megatron_chord.model.shared_prompts import SharedPrompts
+
     local = context_shard(batch, groups.context.size, groups.context.rank)
     arrays = [local.token_ids, local.position_ids, local.loss_positions, local.targets, batch.cu_seqlens]
     for term in local.terms.values():
@@ -51,19 +52,23 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
         # Kept on the host: the local layers split packs into sequences with it (model/local_modules.py, and Megatron's
         # unfused RoPE, rope_utils.py:204). On the device, the host would wait for it in every layer.
         starts = torch.from_numpy(batch.cu_seqlens)
-    longest = int(np.diff(batch.cu_seqlens).max())
+    longest = int(batch.position_ids.max()) + 1
+    packed = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": starts,
+        "cu_seqlens_kv": starts,
+        "cu_seqlens_q_padded": starts,
+        "cu_seqlens_kv_padded": starts,
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+    }
+    shares = bool((batch.prompts >= 0).any())
     return DeviceBatch(
         token_ids=token_ids[None],
         position_ids=position_ids[None],
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=starts,
-            cu_seqlens_kv=starts,
-            cu_seqlens_q_padded=starts,
-            cu_seqlens_kv_padded=starts,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        packed_seq_params=SharedPrompts(**packed, prompts=tuple(batch.prompts.tolist()))
+        if shares
+        else PackedSeqParams(**packed),
         loss_positions=loss_positions,
         targets=targets,
         terms={

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_chord.data.packing import context_order
+from megatron_chord.model.shared_prompts import SharedPrompts
 
 
 class RMSNorm(torch.nn.Module):
@@ -74,10 +76,28 @@ class PackedAttention(MegatronModule):
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         if self.context_group.size() > 1:
             outputs = self._over_context(query, key, value, lengths)
+        elif isinstance(packed_seq_params, SharedPrompts):
+            outputs = self._over_prompts(query, key, value, lengths, packed_seq_params.prompts)
         else:
             sequences = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
             outputs = [self._attend(q, k, v, None) for q, k, v in sequences]
         return torch.cat(outputs).flatten(1)
+
+    def _over_prompts(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], prompts: Sequence[int]
+    ) -> list[Tensor]:
+        """Each sequence attends to its prompt's sequence as well, if it has one."""
+        keys, values = key.split(lengths), value.split(lengths)
+        outputs = []
+        for index, (part, prompt) in enumerate(zip(query.split(lengths), prompts, strict=True)):
+            if prompt < 0:
+                outputs.append(self._attend(part, keys[index], values[index], None))
+                continue
+            before, own = lengths[prompt], lengths[index]
+            mask = torch.ones(own, before + own, dtype=torch.bool, device=query.device).tril(before)
+            whole_key, whole_value = (torch.cat([parts[prompt], parts[index]]) for parts in (keys, values))
+            outputs.append(self._attend(part, whole_key, whole_value, mask))
+        return outputs
 
     def _over_context(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> list[Tensor]:
         size, rank = self.context_group.size(), self.context_group.rank()

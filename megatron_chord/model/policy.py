@@ -16,10 +16,22 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import HeadOutput, token_logprobs
+from megatron_chord.model.shared_prompts import SharedPrompts
 from megatron_chord.runtime.parallel import Axis
 
 
 class PolicyModel(GPTModel):
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's, with the rotary frequencies of each token's own position if prompts are shared.
+
+        Megatron uses frequencies as they are if there is one for each token of the pack (rope_utils.py:202).
+        """
+        embedded, frequencies, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        packed = kwargs.get("packed_seq_params")
+        if frequencies is not None and isinstance(packed, SharedPrompts):
+            frequencies = frequencies[position_ids[0]]
+        return (embedded, frequencies, *rest)
+
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """The final hidden states [T (or T / tensor with sequence parallelism), 1, H]: no logits."""
         return hidden_states

@@ -42,7 +42,7 @@ class StepInputs:
     seconds: Mapping[str, float]
     """Seconds of each phase of the collection."""
     num_tokens: int
-    """Number of tokens that pass through the model, including prompts."""
+    """Number of tokens that pass through the model, including prompts. A shared prompt counts once."""
     squared_tokens: int
     """Sum over sequences of length squared."""
     weight_version: int
@@ -225,6 +225,7 @@ class Coordinator:
                 plan_step(samples, max_tokens=run.batch.max_tokens_per_gpu, layout=self._layout, pad_id=0)
                 for samples in trained
             ]
+        saved = [batch.saved for plan in plans for rank in plan.micro_batches for batch in rank]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         inputs = StepInputs(
             updates=tuple(
@@ -246,8 +247,9 @@ class Coordinator:
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
-            num_tokens=_num_tokens(trained),
-            squared_tokens=sum(len(sample.token_ids) ** 2 for samples in trained for sample in samples),
+            num_tokens=_num_tokens(trained) - sum(tokens for tokens, _ in saved),
+            squared_tokens=sum(len(sample.token_ids) ** 2 for samples in trained for sample in samples)
+            - sum(squares for _, squares in saved),
             weight_version=min((rollout.weight_version for rollout in rollouts), default=now.step),
         )
         return inputs, [

@@ -113,6 +113,7 @@ def _readable(batch: PackedBatch) -> dict[str, Any]:
     return {
         "token_ids": batch.token_ids.tolist(),
         "sequence_starts": batch.cu_seqlens.tolist(),
+        "prompt_sequences": batch.prompts.tolist(),
         "terms": {
             name: {
                 "positions": (batch.loss_positions[term.index] + 1).tolist(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from megatron_chord.hub import refusal, unresolved_name, why_offline
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
+from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.precision import Fp8Training, preset
 from megatron_chord.records import Demonstration, Prompt
 from megatron_chord.rewards.kinds.math import MathReward
@@ -248,10 +249,15 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
 
 
 def packing_layout(
-    shape: ModelShape, parallel: ParallelConfig, data_parallel: int, fp8: Fp8Training | None = None
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    data_parallel: int,
+    fp8: Fp8Training | None = None,
+    *,
+    shares_prompts: bool = False,
 ) -> Layout:
     """The properties of parallel layout, FP8 and model (the cost of long sequences) that packing depends on."""
-    return make_layout(
+    layout = make_layout(
         data=data_parallel,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -260,6 +266,22 @@ def packing_layout(
         virtual=parallel.virtual_pipeline is not None,
         attention_cost=attention_cost(shape),
         fp8=fp8,
+    )
+    return replace(layout, shares_prompts=shares_prompts)
+
+
+def can_share_prompts(shape: ModelShape, parallel: ParallelConfig) -> bool:
+    """Whether answers to one prompt can share its pass through the model.
+
+    Only the local attention can do so (``model.local_modules``), without context parallelism and without a latent
+    (whose rotary frequencies Megatron computes inside the layer). In a mixture of experts the prompt would count once
+    in the balance of its experts.
+    """
+    return (
+        not has_transformer_engine()
+        and parallel.context == 1
+        and shape.experts is None
+        and not shape.has_latent_attention
     )
 
 

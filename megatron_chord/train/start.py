@@ -30,6 +30,7 @@ from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.segments import check_changes, settings_before
 from megatron_chord.train.setup import (
     RunData,
+    can_share_prompts,
     load_data,
     needs_servers,
     packing_layout,
@@ -159,7 +160,13 @@ class _OnCoordinator:
             run,
             method,
             self.data,
-            layout=packing_layout(self.shape, parallel, self.groups.data.size, fp8),
+            layout=packing_layout(
+                self.shape,
+                parallel,
+                self.groups.data.size,
+                fp8,
+                shares_prompts=run.batch.share_prompts and can_share_prompts(self.shape, parallel),
+            ),
             graders=graders,
             log=log,
             stop_wanted=self.how.stop_wanted,

@@ -16,7 +16,7 @@ from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.export import export_policy
-from megatron_chord.train.setup import packing_layout
+from megatron_chord.train.setup import can_share_prompts, packing_layout
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.update import Update, compute_gradients, prepare_batches
 from megatron_chord.weights.load import load
@@ -100,7 +100,12 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         plan = plan_step(
             with_scales(case["samples"], terms),
             max_tokens=run.batch.max_tokens_per_gpu,
-            layout=packing_layout(state.shape, parallel, state.groups.data.size),
+            layout=packing_layout(
+                state.shape,
+                parallel,
+                state.groups.data.size,
+                shares_prompts=run.batch.share_prompts and can_share_prompts(state.shape, parallel),
+            ),
             pad_id=0,
         )
         temperature = run.rollout.temperature

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 from megatron_chord.config import CorrectionConfig, KLConfig, ModelConfig
@@ -82,6 +83,35 @@ def numbered(samples: list[TrainSample]) -> list[TrainSample]:
         (part,) = sample.parts
         constants = {NUMBER: float(next(number))} if part.term == "sft" else part.constants
         found.append(replace(sample, parts=(replace(part, constants=constants),)))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_answers_that_share_their_prompt_give_the_same_step(untied: Path, world_size: int) -> None:
+    """Also where activations are recomputed, and where a group is divided among ranks and micro-batches."""
+    samples = with_shared_prompts(make_samples(num_policy=9))
+    run, *rest = chord(untied, samples, entropy_bonus=0.01)
+    recomputed = replace(run, model=replace(run.model, recompute="full"))
+    assert_split_invariant(
+        untied,
+        {"chord": (run, *rest), "recomputed": (recomputed, *rest)},
+        layouts={world_size: LAYOUTS[world_size]},
+    )
+
+
+def with_shared_prompts(samples: list[TrainSample]) -> list[TrainSample]:
+    """The samples, in which every three rollouts in a row have the prompt of the first of them."""
+    found, prompt = list[TrainSample](), np.zeros(0, np.int64)
+    for number, sample in enumerate(samples):
+        (part,) = sample.parts
+        first = int(part.positions[0])
+        if part.term == "policy" and number % 3 == 0:
+            prompt = sample.token_ids[:first]
+        elif part.term == "policy":
+            moved = replace(part, positions=part.positions + len(prompt) - first)
+            ids = np.concatenate([prompt, sample.token_ids[first:]])
+            sample = TrainSample(token_ids=ids, parts=(moved,))
+        found.append(sample)
     return found
 
 
