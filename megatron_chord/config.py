@@ -302,8 +302,12 @@ class ObjectiveConfig:
     """Whether rollouts that were cut off at the length limit are trained. mask: they are not, but their rewards still
     count in their group."""
     entropy_bonus: float = 0.0
-    """Coefficient of the entropy at rollout tokens. The entropy is averaged as the policy loss is, and subtracted from
-    it."""
+    """Coefficient of the entropy, which is averaged and subtracted from the loss."""
+    entropy_bonus_on: Literal["rollouts", "all"] = "rollouts"
+    """Tokens whose entropy is averaged. rollouts: those of rollouts; the bonus has the weight of the policy loss. all:
+    the tokens of demonstrations, too; the bonus is one average over all of them, without a weight of its own."""
+    entropy_aggregation: Aggregation | None = None
+    """How the entropy is averaged; the names are those of `aggregation`. Left out: as the policy loss."""
     kl: KLConfig | None = None
     """Left out: no KL penalty."""
     correction: CorrectionConfig | None = None
@@ -315,6 +319,11 @@ class ObjectiveConfig:
         require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
         positive(**{"objective.clip_high": self.clip_high, "objective.advantage_eps": self.advantage_eps})
         not_negative(**{"objective.entropy_bonus": self.entropy_bonus})
+        for name, default in {"entropy_bonus_on": "rollouts", "entropy_aggregation": None}.items():
+            require(
+                self.entropy_bonus > 0 or getattr(self, name) == default,
+                f"objective.{name} means nothing without objective.entropy_bonus; leave it out",
+            )
         if self.dual_clip is not None:
             require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
             require(
@@ -338,6 +347,11 @@ class ObjectiveConfig:
             "objective.correction and ratio_from: rollout would correct the same mismatch twice; set ratio_from to "
             "current or recomputed",
         )
+
+    @property
+    def averages_entropy_apart(self) -> bool:
+        """Whether the entropy bonus is an average of its own, and not a part of the policy loss per token."""
+        return self.entropy_bonus_on == "all" or self.entropy_aggregation is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -898,7 +912,7 @@ class RunConfig:
                 f"reward.overlong.cache {self.reward.overlong.cache} is above data.max_response_tokens "
                 f"{self.data.max_response_tokens}",
             )
-        aggregations = [self.objective.aggregation]
+        aggregations = [self.objective.aggregation, self.objective.entropy_aggregation]
         if isinstance(self.method, ChordConfig):
             aggregations.append(self.method.aggregation)
         require(

@@ -310,6 +310,9 @@ class HPTConfig:
     """A prompt is trained by SFT if the mean score of its rollouts is at most this."""
     sft_coefficient: float = 1.0
     """Weight of the SFT loss."""
+    branch_weights: Literal["prompts", "equal"] = "prompts"
+    """prompts: each branch also has the weight of its share of the step's prompts. equal: it does not, as in the
+    authors' script."""
     sft_temperature: float = 1.0
     """Number by which the logits of demonstrations are divided. `rollout.temperature` divides the logits of
     rollouts."""

@@ -20,33 +20,48 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_chord.config_methods import Aggregation
 from megatron_chord.losses.terms import Term
 from megatron_chord.records import Part, TrainSample
 
 SCALE = "scale"
+ENTROPY_SCALE = "entropy_scale"
+"""Name of the scale of the tokens' entropy, in terms with ``Term.entropy_bonus``."""
 MIN_COMPARED_TOKENS = 512
 """Number of tokens that is enough to estimate the mean log-prob difference between trainer and rollout engine
 (``train.agreement``)."""
 
 
 def with_scales(samples: Sequence[TrainSample], terms: Mapping[str, Term]) -> list[TrainSample]:
-    """Add the constant ``scale`` to every token of the samples of one optimizer update."""
+    """Add the constant ``scale`` to every token of the samples of one optimizer update.
+
+    Tokens of terms with ``Term.entropy_bonus`` also get ``entropy_scale``. These terms together are the pool of their
+    entropy.
+    """
     num_tokens: Counter[str] = Counter()
     num_sequences: Counter[str] = Counter()
     for part in (part for sample in samples for part in sample.parts if len(part.positions)):
-        num_tokens[terms[part.term].pool] += len(part.positions)
-        num_sequences[terms[part.term].pool] += 1
-
-    def scaled(part: Part) -> Part:
         term = terms[part.term]
-        tokens, sequences = num_tokens[term.pool], num_sequences[term.pool]
+        for pool in (term.pool, *((ENTROPY_SCALE,) if term.entropy_bonus else ())):
+            num_tokens[pool] += len(part.positions)
+            num_sequences[pool] += 1
+
+    def scale(part: Part, pool: str, aggregation: Aggregation) -> float:
+        tokens, sequences = num_tokens[pool], num_sequences[pool]
         denominators = {
             "token-mean": tokens,
             "seq-mean-token-mean": sequences * len(part.positions),
             "seq-mean-token-sum": sequences,
-            "seq-mean-token-sum-norm": sequences * term.aggregation_length,
+            "seq-mean-token-sum-norm": sequences * terms[part.term].aggregation_length,
         }
-        return replace(part, constants={**part.constants, SCALE: 1.0 / denominators[term.aggregation]})
+        return 1.0 / denominators[aggregation]
+
+    def scaled(part: Part) -> Part:
+        term = terms[part.term]
+        scales = {SCALE: scale(part, term.pool, term.aggregation)}
+        if term.entropy_bonus:
+            scales[ENTROPY_SCALE] = scale(part, ENTROPY_SCALE, term.entropy_aggregation)
+        return replace(part, constants={**part.constants, **scales})
 
     return [
         replace(sample, parts=tuple(scaled(part) for part in sample.parts if len(part.positions)))

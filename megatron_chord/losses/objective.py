@@ -1,5 +1,7 @@
 """The objective over one micro-batch: the sum over terms of weight x sum over tokens of scale x loss.
 
+An entropy bonus that is averaged apart (``Term.entropy_bonus``) is subtracted from it.
+
 CHORD (arXiv 2508.11408, eq. 3) has two terms: the policy term with weight 1 - mu and the SFT term with weight mu.
 """
 
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_chord.losses.aggregate import SCALE
+from megatron_chord.losses.aggregate import ENTROPY_SCALE, SCALE
 from megatron_chord.losses.policy import ROLLOUT_LOGPROB, comparison
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
@@ -54,6 +56,8 @@ def objective(
         own = stats.at(here.index)
         output = terms[name].loss(own, here)
         loss = loss + weights[name] * (here[SCALE] * output.loss).sum()
+        if terms[name].entropy_bonus:
+            loss = loss - terms[name].entropy_bonus * (here[ENTROPY_SCALE] * own.entropy).sum()
         with torch.no_grad():
             compared = _compare_with_engine(own, here)
             # One sum for all metrics instead of one for each: small kernels cost mainly their launch.

@@ -180,6 +180,8 @@ def with_penalties(
 ) -> tuple[Tensor, Tensor | None]:
     """Add the KL penalty and subtract the entropy bonus of ``objective`` from ``loss`` [K].
 
+    An entropy bonus that is averaged apart is not subtracted here (``Term.entropy_bonus``).
+
     Column: reference_logprob, if ``kl`` is set.
 
     Returns:
@@ -189,7 +191,7 @@ def with_penalties(
     if objective.kl is not None:
         kl = kl_penalty(stats.logprobs, tokens["reference_logprob"], objective.kl.estimator)
         loss = loss + objective.kl.coefficient * kl
-    if objective.entropy_bonus:
+    if objective.entropy_bonus and not objective.averages_entropy_apart:
         loss = loss - objective.entropy_bonus * stats.entropy
     return loss, None if kl is None else kl.detach()
 

@@ -139,6 +139,11 @@ class Term:
     """The logits of the term's tokens are divided by it; None means the sampling temperature."""
     rival: bool = False
     """Whether the loss uses ``TokenStats.rival``."""
+    entropy_bonus: float = 0.0
+    """Coefficient of an entropy that is averaged apart from the loss: over the tokens of all terms that have such a
+    coefficient. It is subtracted from the objective without the term's weight."""
+    entropy_aggregation: Aggregation = "token-mean"
+    """How that entropy is averaged."""
     zero_gradient_column: str | None = None
     """Name of a column, or None. A sequence in which this column is 0 everywhere has loss 0 and gradient 0, so it needs
     no forward pass."""

@@ -4,7 +4,7 @@ A method is a frozen dataclass that holds its settings (``config_methods``). Eve
 
     needs_rollouts_at   on every rank: does this step use the rollout engine?
     collect             on the coordinator: draw prompts, sample, grade; returns samples and the weights of the terms
-    terms               the losses; they run on every rank of the last pipeline stage
+    all_terms           the losses; they run on every rank of the last pipeline stage
 
 ``methods.table`` lists them; docs/methods.md shows how to add one.
 """
@@ -52,6 +52,8 @@ class Method:
 
     needs_demonstrations: ClassVar[bool] = False
     """Whether every prompt must have its own demonstration (``data.aligned``)."""
+    rollout_terms: ClassVar[tuple[str, ...]] = ("policy",)
+    """The names of the terms whose tokens are rollouts."""
     draws_demonstrations: ClassVar[bool] = False
     """Whether each step trains on ``batch.demonstrations`` demonstrations. If false, the method uses only the
     demonstrations that belong to the step's prompts, or none."""
@@ -101,6 +103,23 @@ class Method:
     def terms(self, run: RunConfig) -> dict[str, Term]:
         """All terms that samples of ``collect`` may use, by name."""
         raise NotImplementedError
+
+    def all_terms(self, run: RunConfig) -> dict[str, Term]:
+        """``terms``, with the entropy bonus of ``objective`` if that is averaged apart from the losses."""
+        terms, objective = self.terms(run), run.objective
+        if not objective.averages_entropy_apart:
+            return terms
+        chosen = terms if objective.entropy_bonus_on == "all" else self.rollout_terms
+        return terms | {
+            name: replace(
+                terms[name],
+                entropy_bonus=objective.entropy_bonus,
+                entropy_aggregation=objective.entropy_aggregation or objective.aggregation,
+                aggregation_length=aggregation_length(run),
+                zero_gradient_column=None,
+            )
+            for name in chosen
+        }
 
 
 def policy_term(run: RunConfig) -> Term:

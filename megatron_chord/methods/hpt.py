@@ -12,7 +12,9 @@ The paper defines alpha L_RL + beta L_SFT for one prompt, with (alpha, beta) = (
 Dr.GRPO with the advantage divided by the std, and L_SFT is a mean over tokens. The paper does not define how the
 prompts of a batch are averaged; with the weights above each branch counts by its share of the prompts. The authors'
 script uses neither std nor clip. It divides the sum of L_RL over tokens by 8192 and averages L_SFT over the tokens of a
-micro-batch. So its two branches have different scales, and the scale of L_SFT depends on the packing.
+micro-batch. So its two branches have different scales, and the scale of L_SFT depends on the packing. With
+``branch_weights: equal`` the weights are 1 and ``sft_coefficient``. With token means, a coefficient of 8192 / (tokens
+of a micro-batch) gives the script's scale (docs/methods.md, note 20).
 """
 
 from __future__ import annotations
@@ -73,6 +75,8 @@ class HPT(Method):
 
     def weights(self, imitates: Sequence[bool]) -> dict[str, float]:
         """The weights of the two terms. ``imitates`` says for each prompt whether it is trained by SFT."""
+        if self.settings.branch_weights == "equal":
+            return {POLICY: 1.0, SFT: self.settings.sft_coefficient}
         share = statistics.fmean(imitates)
         return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ Remembered = Mapping[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class ReMix(Method):
     settings: ReMixConfig = field(default_factory=ReMixConfig)
+
+    rollout_terms: ClassVar[tuple[str, ...]] = (POLICY, STALE)
 
     def check(self, run: RunConfig) -> None:
         objective = run.objective

@@ -42,7 +42,6 @@ UNUSED = (
     "clip_high",
     "dual_clip",
     "ratio_from",
-    "entropy_bonus",
     "kl",
     "correction",
 )
@@ -69,9 +68,14 @@ class SRFT(Method):
         for name in UNUSED:
             if getattr(run.objective, name) != getattr(default, name):
                 raise ValueError(
-                    f"objective.{name}: method srft trains rollouts by the sign of their reward and has no ratio, "
-                    "penalty or bonus; leave it out"
+                    f"objective.{name}: method srft trains rollouts by the sign of their reward and has no ratio and "
+                    "no penalty; leave it out"
                 )
+        if run.objective.entropy_bonus and run.objective.entropy_bonus_on != "all":
+            raise ValueError(
+                "objective.entropy_bonus: method srft takes it over the tokens of demonstrations, too; set "
+                "objective.entropy_bonus_on: all"
+            )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         guided = sample_guided(context, run)

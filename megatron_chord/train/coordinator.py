@@ -81,7 +81,7 @@ class Coordinator:
     ) -> None:
         self._run = run
         self._method = method
-        self._terms: Mapping[str, Term] = method.terms(run)
+        self._terms: Mapping[str, Term] = method.all_terms(run)
         self._data = data
         self._layout = layout
         self._graders = graders

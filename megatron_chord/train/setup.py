@@ -334,7 +334,7 @@ def plan_lines(
         say(f"ahead       {_ahead_text(run)}")
     if run.rollout.partial is not None:
         say(f"early stop  {_early_stop_text(run)}")
-    terms = method.terms(run)
+    terms = method.all_terms(run)
     pools = {term.pool: term for term in terms.values()}
     for pool, term in pools.items():
         names = " and ".join(name for name, other in terms.items() if other.pool == pool)

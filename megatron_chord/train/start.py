@@ -238,7 +238,7 @@ def _build(
         stop_wanted=stop_wanted,
     )
     stack.callback(engine.close)
-    terms = method.terms(run)
+    terms = method.all_terms(run)
     if log is not None:
         log.doing("building the model")
     state = build_state(

@@ -89,7 +89,7 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
     for case in cases:
         run: RunConfig = case["run"]
         parallel = replace(run.parallel, distributed_optimizer=False)
-        terms = build_method(run.method).terms(run)
+        terms = build_method(run.method).all_terms(run)
         made_of = (parallel, case.get("reference"), run.model.recompute)
         if built is None or built[0] != made_of:
             # The state is reused between cases: gloo keeps the threads of every group that was ever built.

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 
-from megatron_chord.config import CorrectionConfig, KLConfig, ModelConfig
+from megatron_chord.config import CorrectionConfig, KLConfig, ModelConfig, ObjectiveConfig
 from megatron_chord.config_methods import (
     BernoulliEntropyWeight,
     ClippedISWeight,
@@ -26,7 +26,7 @@ from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.records import TrainSample
 from tests.distributed import steps
 from tests.distributed.splits import LAYOUTS, assert_same_update, assert_split_invariant, case
-from tests.support.oracle import oracle_update
+from tests.support.oracle import OracleTerm, oracle_update
 from tests.support.oracle_noise import oracle_noise
 from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
@@ -50,7 +50,19 @@ def chord(folder: Path, samples: list[TrainSample], **settings: Any) -> Any:
             length=CONSTANT_LENGTH,
         ),
     }
-    return run, samples, WEIGHTS, terms
+    return run, samples, WEIGHTS, with_entropy(run.objective, terms)
+
+
+def with_entropy(objective: ObjectiveConfig, terms: dict[str, OracleTerm]) -> dict[str, OracleTerm]:
+    """The terms with an entropy that is averaged apart, if ``objective`` has one."""
+    chosen = {"rollouts": ["policy"], "all": list(terms)}[objective.entropy_bonus_on]
+    if not objective.averages_entropy_apart:
+        return terms
+    aggregation = objective.entropy_aggregation or objective.aggregation
+    return terms | {
+        name: replace(terms[name], entropy_bonus=objective.entropy_bonus, entropy_aggregation=aggregation)
+        for name in chosen
+    }
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -148,6 +160,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "settings": {"aggregation": "seq-mean-token-sum-norm"},
     },
     "recomputed": {"ratio_from": "recomputed", "entropy_bonus": 0.02},
+    "entropy of all": {"entropy_bonus": 0.02, "entropy_bonus_on": "all"},
+    "entropy of all, summed": {
+        "entropy_bonus": 0.02,
+        "entropy_bonus_on": "all",
+        "entropy_aggregation": "seq-mean-token-sum-norm",
+    },
+    "entropy by sequence": {"entropy_bonus": 0.02, "entropy_aggregation": "seq-mean-token-mean"},
     **{
         f"correction {level} {mode}": {
             "ratio_from": ratio_from,

@@ -60,6 +60,9 @@ class OracleTerm:
     pool: str
     aggregation: str = "token-mean"
     length: int = 1
+    entropy_bonus: float = 0.0
+    """Coefficient of the entropy that is averaged apart, over the tokens of all terms that have one."""
+    entropy_aggregation: str = "token-mean"
     temperature: float | None = None
     means: Mapping[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]] = field(
         default_factory=dict[str, Callable[[Token, SequenceTokens, list[SequenceTokens]], float]]
@@ -148,12 +151,31 @@ def oracle_update(
                     metrics[key] = metrics.get(key, 0.0) + scale * value(token, sequence, sequences)
                 for key, value in term.means.items():
                     metrics[key] = metrics.get(key, 0.0) + value(token, sequence, sequences) / count
+    loss = loss - _entropy_apart([sequence for some in found.values() for sequence in some], terms)
     loss.backward()
     grads = {
         name: (p.grad if p.grad is not None else torch.zeros_like(p)) for name, p in model.named_parameters()
     }
     # Transformers holds all experts of a layer in one parameter; Hugging Face folders hold one for each expert.
     return {"loss": loss.item(), **metrics}, revert_weight_conversion(model, grads)
+
+
+def _entropy_apart(sequences: Sequence[SequenceTokens], terms: Mapping[str, OracleTerm]) -> Tensor:
+    """The entropy bonus of the terms whose entropy is averaged apart from their loss."""
+    chosen = [sequence for sequence in sequences if terms[sequence.term].entropy_bonus]
+    count = sum(len(sequence.tokens) for sequence in chosen)
+    bonus = torch.zeros((), dtype=torch.float64)
+    for sequence in chosen:
+        term = terms[sequence.term]
+        divisor = {
+            "token-mean": count,
+            "seq-mean-token-mean": len(chosen) * len(sequence.tokens),
+            "seq-mean-token-sum": len(chosen),
+            "seq-mean-token-sum-norm": len(chosen) * term.length,
+        }[term.entropy_aggregation]
+        for token in sequence.tokens:
+            bonus = bonus + term.entropy_bonus * token.entropy / divisor
+    return bonus
 
 
 def _log_softmax(model: torch.nn.Module, sample: TrainSample, temperature: float) -> Tensor:

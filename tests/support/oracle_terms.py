@@ -82,7 +82,7 @@ def policy_term(objective: ObjectiveConfig, *, length: int = 1, pool: str = "pol
         value = surrogate(token, sequence)[0] * weight(token, sequence)[0]
         if objective.kl is not None:
             value = value + objective.kl.coefficient * kl(token)
-        return value - objective.entropy_bonus * token.entropy
+        return value if objective.averages_entropy_apart else value - objective.entropy_bonus * token.entropy
 
     means: dict[str, Any] = {
         "entropy": lambda token, *_: token.entropy.item(),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_chord.config_methods import Aggregation
-from megatron_chord.losses.aggregate import SCALE, drop_zero_gradient_parts, with_scales
+from megatron_chord.losses.aggregate import ENTROPY_SCALE, SCALE, drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term, TermOutput
 from megatron_chord.records import Part, TrainSample
 
@@ -50,6 +50,26 @@ def test_four_aggregations(aggregation: Aggregation, expected: list[float]) -> N
     samples = [sample(part("policy", tokens)) for tokens in (1, 3, 4)]
     found = scales(samples, {"policy": term("policy", aggregation, 5)})
     assert found == [[("policy", pytest.approx(scale, rel=1e-15))] for scale in expected]
+
+
+def test_the_entropy_is_one_average_over_all_terms_that_have_it() -> None:
+    """Sequences of 1 and 3 tokens and one of 4 of another term; a third term has no entropy bonus."""
+    terms = {
+        "policy": replace(term("policy", length=5), entropy_bonus=0.1),
+        "sft": replace(term("sft", length=5), entropy_bonus=0.1),
+        "other": term("other"),
+    }
+    samples = [sample(part("policy", 1)), sample(part("policy", 3)), sample(part("sft", 4))]
+    samples.append(sample(part("other", 2)))
+    for aggregation, expected in {
+        "token-mean": [1 / 8, 1 / 8, 1 / 8],
+        "seq-mean-token-mean": [1 / 3, 1 / 9, 1 / 12],
+        "seq-mean-token-sum-norm": [1 / 15, 1 / 15, 1 / 15],
+    }.items():
+        chosen: Any = {name: replace(one, entropy_aggregation=aggregation) for name, one in terms.items()}
+        constants = [scaled.parts[0].constants for scaled in with_scales(samples, chosen)]
+        assert [found.get(ENTROPY_SCALE) for found in constants] == [*map(pytest.approx, expected), None]
+        assert [found[SCALE] for found in constants] == [1 / 4, 1 / 4, 1 / 4, 1 / 2]
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])

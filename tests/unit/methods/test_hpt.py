@@ -71,6 +71,11 @@ def test_a_step_of_one_kind(score: float, terms: set[str], weights: dict[str, fl
     assert collected.weights == weights
 
 
+def test_equal_weights_do_not_depend_on_the_shares() -> None:
+    method = HPT(settings=HPTConfig(branch_weights="equal", sft_coefficient=0.25))
+    assert method.weights([True, False, False]) == method.weights([False]) == {"policy": 1.0, "sft": 0.25}
+
+
 def test_prompts_whose_grading_failed_are_in_neither_branch() -> None:
     # b has no group of two any more, so the step has two prompts: one for each branch.
     collected = HPT().collect(draw_of(SCORES | {("", "b"): (None, 1.0)}), run_of())

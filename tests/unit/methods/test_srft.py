@@ -142,7 +142,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "clip_high": {"clip_high": 0.28},
     "dual_clip": {"dual_clip": 3.0},
     "ratio_from": {"ratio_from": "recomputed"},
-    "entropy_bonus": {"entropy_bonus": 0.001},
     "kl": {"kl": KLConfig()},
     "correction": {"correction": CorrectionConfig(), "ratio_from": "current"},
 }
@@ -156,6 +155,16 @@ def test_every_refused_setting_is_tried() -> None:
 def test_settings_without_a_meaning_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"objective\.\w+: method srft .*leave it out"):
         method_of(guided_run("srft", **REFUSED[name]))
+
+
+def test_an_entropy_bonus_is_taken_over_all_tokens() -> None:
+    run = guided_run("srft", entropy_bonus=0.5, entropy_bonus_on="all")
+    assert {name: term.entropy_bonus for name, term in method_of(run).all_terms(run).items()} == {
+        "policy": 0.5,
+        "demonstration": 0.5,
+    }
+    with pytest.raises(ValueError, match=r"set objective\.entropy_bonus_on: all"):
+        method_of(guided_run("srft", entropy_bonus=0.5))
 
 
 @pytest.mark.parametrize("name", ["sft_coefficient", "rl_coefficient"])
