@@ -328,6 +328,29 @@ class HPTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReLIFTConfig:
+    """ReLIFT (arXiv 2506.07527): RL; demonstrations of failed prompts are collected for SFT updates between it."""
+
+    name: Literal["relift"] = _named("relift")
+    size: int = 128
+    """Number of demonstrations of an SFT update. It comes after the step in which this many are collected."""
+    lr: float = 1e-6
+    """Constant learning rate of the SFT updates. They have an optimizer state of their own, in host memory."""
+    entropy_coefficient: float = 0.001
+    """Coefficient of the entropy at the tokens of demonstrations, which is subtracted from the SFT loss."""
+    wrong_at_most: float = 0.0
+    """A prompt has failed if no rollout has a score above this."""
+    sft_temperature: float = 1.0
+    """Number by which the logits of demonstrations are divided. `rollout.temperature` divides the logits of
+    rollouts."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, f"method.size must be >= 1, got {self.size}")
+        positive(**{"method.lr": self.lr, "method.sft_temperature": self.sft_temperature})
+        not_negative(**{"method.entropy_coefficient": self.entropy_coefficient})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReMixConfig:
     """ReMix (arXiv 2507.06892): in the first stage, a part of every batch is rollouts of earlier steps."""
 
@@ -371,6 +394,7 @@ MethodConfig = (
     | PrefixRFTConfig
     | GHPOConfig
     | HPTConfig
+    | ReLIFTConfig
     | ReMixConfig
     | DPOConfig
 )

@@ -21,6 +21,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.costs.parameters import WEIGHT_BYTES, checkpoint_bytes, model_count
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
+from megatron_chord.methods.table import method_of
 from megatron_chord.plan.push import push_seconds
 from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
@@ -188,7 +189,8 @@ def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
     count as room.
     """
     weight = WEIGHT_BYTES[run.model.dtype]
-    checkpoint = checkpoint_bytes(parameters, weight)
+    optimizers = 1 if method_of(run).extra_rate(run) is None else 2
+    checkpoint = checkpoint_bytes(parameters, weight, optimizers=optimizers)
     count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
     there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())
     needed = count * checkpoint + weight * parameters

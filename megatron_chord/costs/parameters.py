@@ -111,10 +111,10 @@ def _latent_sizes(shape: ModelShape) -> dict[str, int]:
     }
 
 
-def checkpoint_bytes(parameters: int, weight_bytes: float) -> float:
+def checkpoint_bytes(parameters: int, weight_bytes: float, *, optimizers: int = 1) -> float:
     """Bytes of one training checkpoint: the weights, and in FP32 the optimizer's copy of them (also of FP32 weights)
-    and two moments."""
-    return (weight_bytes + 12) * parameters
+    and two moments, for each of ``optimizers`` optimizer states."""
+    return (weight_bytes + 12 * optimizers) * parameters
 
 
 def model_count(shape: ModelShape) -> int:

@@ -26,12 +26,23 @@ from megatron_chord.schedules import MuSchedule, ScheduleInput
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraUpdate:
+    """The samples of an update that comes after the step's other updates, with an optimizer state of its own."""
+
+    samples: Sequence[TrainSample]
+    weights: Mapping[str, float]
+    """By term, its weight in this update."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collected:
     """One step's samples."""
 
     samples: Sequence[TrainSample]
     weights: Mapping[str, float]
     """By term, its weight in this step's objective."""
+    extra: ExtraUpdate | None = None
+    """An extra update of this step; only methods with an ``extra_rate`` have one."""
     mu: float | None = None
     """The value of mu in this step; None for methods without mu."""
     stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -72,6 +83,10 @@ class Method:
         Raises:
             ValueError: settings that contradict each other; the message names the rule.
         """
+
+    def extra_rate(self, run: RunConfig) -> float | None:
+        """The learning rate of extra updates (``Collected.extra``); None: no step has one."""
+        return None
 
     def uses_rollouts(self, run: RunConfig) -> bool:
         """Whether any step of the run uses the rollout engine."""

@@ -13,6 +13,7 @@ from megatron_chord.methods.ghpo import GHPO
 from megatron_chord.methods.hpt import HPT
 from megatron_chord.methods.luffy import Luffy
 from megatron_chord.methods.prefix_rft import PrefixRFT
+from megatron_chord.methods.relift import ReLIFT
 from megatron_chord.methods.remix import ReMix
 from megatron_chord.methods.rl_plus import RLPlus
 from megatron_chord.methods.srft import SRFT
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "prefix_rft": PrefixRFT,
     "ghpo": GHPO,
     "hpt": HPT,
+    "relift": ReLIFT,
 }
 
 

@@ -99,6 +99,8 @@ class Case:
     """``timeouts.weight_push_s``"""
     kept_checkpoints: int = 2
     """``checkpoint.keep``"""
+    optimizer_states: int = 1
+    """2 if the method has updates with an optimizer state of their own (ReLIFT), which is in host memory"""
     partial: bool = False
     """Whether ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
@@ -308,6 +310,7 @@ def case_of(
         transport=run.rollout.transport,
         push_limit_s=run.timeouts.weight_push_s,
         kept_checkpoints=run.checkpoint.keep,
+        optimizer_states=1 if method.extra_rate(run) is None else 2,
         partial=run.rollout.partial is not None,
         constants=constants,
     )
@@ -403,7 +406,9 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
 
 def checkpoint_bytes(case: Case) -> float:
     """Bytes of one training checkpoint."""
-    return parameters.checkpoint_bytes(model_count(case.shape), case.weight_bytes)
+    return parameters.checkpoint_bytes(
+        model_count(case.shape), case.weight_bytes, optimizers=case.optimizer_states
+    )
 
 
 def disk_bytes(case: Case) -> float:

@@ -1,6 +1,7 @@
 """Atomic checkpoints in Megatron-Core's distributed format: a checkpoint is either complete or does not exist.
 
     checkpoints/step-000020/   weights, optimizer and RNG (torch_dist), run.json, manifest.json
+    .../second_optimizer/      the optimizer in the state of extra updates (``train.second_adam``), if there are any
     checkpoints/latest         the newest complete one's name
 
 A checkpoint is first written to a hidden folder. The manifest gets the hash of every file. Then the folder is renamed,
@@ -30,6 +31,7 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train import sharded
 from megatron_chord.train.optimizer_shares import described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
+from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.train.state import TrainState, parts_of
 from megatron_chord.weights.torch_dist import (
     COMMON,
@@ -45,6 +47,7 @@ T = TypeVar("T")
 RUN_STATE = "run.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+SECOND = "second_optimizer"
 _PARTIAL = ".partial"
 _ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -255,6 +258,8 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
             chunk.module.load_state_dict(weights, strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
         _align_steps(state.optimizer)
+        if state.second is not None:
+            _load_second(state, state.second, checkpoint / SECOND)
     if same_world:
         _restore_rng(loaded["rng"])
     run_state.pop(MARK, None)
@@ -262,6 +267,19 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     state.scheduler.num_steps = run_state["step"]
     state.scheduler.step(0)
     return run_state
+
+
+def _load_second(state: TrainState, second: SecondAdam, folder: Path) -> None:
+    """Load the optimizer's second state. It stays 0 if the checkpoint has none (a run of another method wrote it)."""
+    groups = state.groups
+    if not groups.once(folder.is_dir):
+        return
+    reader, common = _together(groups, lambda: _open(folder))
+    with second.active():
+        wanted = {"optimizer": _sharded(state, is_loading=True)["optimizer"]}
+        loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        _align_steps(state.optimizer)
 
 
 def without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
@@ -292,6 +310,21 @@ def _write_state(state: TrainState, folder: Path) -> None:
     boxes, objects, common = sharded.taken_apart(described, shares)
     groups.once(lambda: write_common(folder, common))
     write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
+    if state.second is not None:
+        _write_second(state, state.second, folder / SECOND)
+
+
+def _write_second(state: TrainState, second: SecondAdam, folder: Path) -> None:
+    """Write the optimizer with its second state. It includes the FP32 weights, so it has the size of the first."""
+    groups = state.groups
+    groups.once(lambda: folder.mkdir())
+    with second.active():
+        check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
+        with described_only(state.optimizer) as shares:
+            described = {"optimizer": _sharded(state, is_loading=False)["optimizer"]}
+        boxes, objects, common = sharded.taken_apart(described, shares)
+        groups.once(lambda: write_common(folder, common))
+        write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
 
 
 def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:

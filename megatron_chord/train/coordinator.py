@@ -35,7 +35,7 @@ class StepInputs:
     """The description of a step that every rank gets, in addition to its own micro-batches."""
 
     updates: tuple[Update, ...]
-    """The step's optimizer updates, one for each of ``batch.updates_per_step``."""
+    """The step's optimizer updates, one for each of ``batch.updates_per_step``, and the extra update if it has one."""
     mu: float | None
     stats: Mapping[str, Any]
     """The metrics of sampling."""
@@ -214,6 +214,8 @@ class Coordinator:
         with timer.phase("pack"):
             count = run.batch.updates_per_step
             scaled = [with_scales(collected.samples[index::count], self._terms) for index in range(count)]
+            if collected.extra is not None:
+                scaled.append(with_scales(collected.extra.samples, self._terms))
             # Log-probs are compared in the step's first update, and the noise is measured there. Later updates keep at
             # least one token.
             first = MIN_COMPARED_TOKENS if collected.noise is None else sys.maxsize
@@ -228,14 +230,7 @@ class Coordinator:
         saved = [batch.saved for plan in plans for rank in plan.micro_batches for batch in rank]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         inputs = StepInputs(
-            updates=tuple(
-                Update(
-                    weights=collected.weights,
-                    counts=plan.counts,
-                    noise=collected.noise if index == 0 else None,
-                )
-                for index, plan in enumerate(plans)
-            ),
+            updates=tuple(_update(collected, index, count, plan.counts) for index, plan in enumerate(plans)),
             mu=collected.mu,
             stats={
                 **collected.stats,
@@ -295,6 +290,15 @@ class Coordinator:
             answers += graded
         self.log.write_samples(version, sample_rows(answers, self._data.template), kind="evaluation")
         return results
+
+
+def _update(collected: Collected, index: int, count: int, tokens: Mapping[str, int]) -> Update:
+    """Update ``index`` of a step: one of its ``count`` updates, or the extra one after them."""
+    if index == count:
+        assert collected.extra is not None
+        return Update(weights=collected.extra.weights, counts=tokens, is_extra=True)
+    noise = collected.noise if index == 0 else None
+    return Update(weights=collected.weights, counts=tokens, noise=noise)
 
 
 def _num_tokens(updates: Sequence[Sequence[TrainSample]]) -> int:

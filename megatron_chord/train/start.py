@@ -37,7 +37,7 @@ from megatron_chord.train.setup import (
     plan_lines,
     reference_folder,
 )
-from megatron_chord.train.state import build_state, restart_schedule
+from megatron_chord.train.state import build_state, restart_schedule, with_second_adam
 from megatron_chord.train.step_queue import StepQueue
 from megatron_chord.train.watch import clear_leftovers, start_watch
 
@@ -251,6 +251,7 @@ def _build(
         reference=reference_folder(run, terms),
         fp8=preset(run.precision).training,
     )
+    state = with_second_adam(state, method.extra_rate(run))
     queue = StepQueue(run, groups, coordinator)
     stack.callback(queue.close)
     schedule = method.schedule(run)

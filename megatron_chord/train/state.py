@@ -20,6 +20,7 @@ from megatron_chord.model.fp8 import optimizer_settings
 from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.load import load
@@ -41,6 +42,8 @@ class TrainState:
     scheduler: Any
     reference: tuple[Any, ...] = ()
     """Model chunks of the reference policy, which is never updated; empty unless the objective needs it."""
+    second: SecondAdam | None = None
+    """The optimizer state of the method's extra updates."""
 
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
@@ -127,6 +130,11 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
 def parts_of(optimizer: Any) -> list[Any]:
     """Megatron's optimizers of single kinds of parameters, such as experts', that ``optimizer`` chains; else itself."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def with_second_adam(state: TrainState, lr: float | None) -> TrainState:
+    """``state`` with a second optimizer state, whose updates have the learning rate ``lr``; None: without one."""
+    return state if lr is None else replace(state, second=SecondAdam(parts_of(state.optimizer), lr=lr))
 
 
 def reset_optimizer(state: TrainState) -> None:

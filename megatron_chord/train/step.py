@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from megatron_chord.config import RunConfig
@@ -15,6 +16,7 @@ from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.state import NonFiniteGradient, TrainState
 from megatron_chord.train.update import (
     Terms,
+    Update,
     UpdateResult,
     apply_gradients,
     compute_gradients,
@@ -28,7 +30,9 @@ class Trained:
     """The results of a step's updates, equal on every rank."""
 
     result: UpdateResult
-    """The means over the updates that were not skipped. If all were skipped, the numbers of the last one."""
+    """The means over the updates that were not skipped. If all were skipped, the numbers of the last one. ``means``
+    also has the metrics of the extra update (``Update.is_extra``), with its loss and its gradient norm as
+    ``extra_loss`` and ``extra_grad_norm``. Of the other numbers only ``num_skipped`` includes it."""
     grad_norm: float | None
     """Mean over the updates that were not skipped; None if all were skipped."""
     learning_rate: float
@@ -63,46 +67,64 @@ def train_step(
     health = health or Health()
     temperature = run.rollout.temperature
     prepared = [prepare_batches(state, batches, terms, temperature=temperature) for batches in micro_batches]
+    updates = list(zip(inputs.updates, prepared, micro_batches, strict=True))
+    own = [item for item in updates if not item[0].is_extra]
     results: list[UpdateResult] = []
     norms: list[float] = []
     zeros: list[bool] = []
-    learning_rate, number, last = 0.0, 0, None
-    for _ in range(run.batch.epochs):
-        for update, batches, packed in zip(inputs.updates, prepared, micro_batches, strict=True):
-            compute = compute_gradients if mu_gradient is None else mu_gradient.compute
-            if number > 0:  # later epochs train changed weights
-                update = replace(update, noise=None)
-            last = compute(state, batches, update, terms, temperature=temperature).result
-            broken = not_finite(last)
-            if not broken and not results:
-                check_agreement(run, last, step=step, age=step - inputs.weight_version)
-            try:
-                norm, learning_rate = apply_gradients(
+    extra: dict[str, float] = {}
+    learning_rate, number, applied, last = 0.0, 0, 0, None
+    for update, batches, packed in (*own * run.batch.epochs, *updates[len(own) :]):
+        compute = compute_gradients if mu_gradient is None else mu_gradient.compute
+        if number > 0:  # later updates train changed weights
+            update = replace(update, noise=None)
+        found = compute(state, batches, update, terms, temperature=temperature).result
+        last = last if update.is_extra else found
+        broken = not_finite(found)
+        if not broken and not results and not update.is_extra:
+            check_agreement(run, found, step=step, age=step - inputs.weight_version)
+        try:
+            with _optimizer_state(state, update):
+                norm, rate = apply_gradients(
                     state, new_step=number == 0, skip=not update.counts or bool(broken)
                 )
-                if broken:
-                    raise NonFiniteGradient(f"not finite: {', '.join(broken)}")
-            except NonFiniteGradient as error:
-                state.optimizer.zero_grad()
-                where = save_batch(
-                    run.output, packed, update, state.groups, step=step, number=number, reason=str(error)
-                )
-                health.left_out(error, step=step, allowed=run.optim.skip_nonfinite, where=where)
-                if mu_gradient is not None:
-                    mu_gradient.forget()
+            learning_rate = learning_rate if update.is_extra else rate
+            if broken:
+                raise NonFiniteGradient(f"not finite: {', '.join(broken)}")
+        except NonFiniteGradient as error:
+            state.optimizer.zero_grad()
+            where = save_batch(
+                run.output, packed, update, state.groups, step=step, number=number, reason=str(error)
+            )
+            health.left_out(error, step=step, allowed=run.optim.skip_nonfinite, where=where)
+            if mu_gradient is not None:
+                mu_gradient.forget()
+        else:
+            health.applied()
+            applied += 1
+            if update.is_extra:
+                extra = {**found.means, "extra_loss": found.loss, "extra_grad_norm": norm}
             else:
-                health.applied()
-                results.append(last)
+                results.append(found)
                 norms.append(norm)
                 zeros.append(bool(update.counts) and norm == 0.0)
-            number += 1
+        number += 1
     assert last is not None
     grad_norm = statistics.fmean(norms) if norms else None
+    result = mean_result(results) if results else last
     return Trained(
-        result=mean_result(results) if results else last,
+        result=replace(result, means=result.means | extra),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        num_skipped=number - len(results),
+        num_skipped=number - applied,
         zero_gradient=statistics.fmean(zeros) if zeros else 0.0,
         grad_norm_ratio=health.norm_ratio(grad_norm) if grad_norm is not None else None,
     )
+
+
+def _optimizer_state(state: TrainState, update: Update) -> AbstractContextManager[None]:
+    """Within the context, the optimizer has the state with which ``update`` is applied."""
+    if not update.is_extra:
+        return nullcontext()
+    assert state.second is not None
+    return state.second.active()

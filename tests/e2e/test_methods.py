@@ -48,6 +48,7 @@ OWN: dict[str, set[str]] = {
     "prefix_rft": {"policy_loss", "prefix_loss", "prefix_nll", "prefix_kept", "logprob_gap"},
     "ghpo": {"policy_loss", "hinted_groups", "hint_stage", "logprob_gap"},
     "hpt": {"sft_loss", "sft_prompts"},
+    "relift": {"policy_loss", "failed_prompts", "sft_nll", "extra_loss", "extra_grad_norm", "logprob_gap"},
     "remix": {"policy_loss", "stale_loss", "stale_ratio", "stale_age"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
@@ -68,6 +69,7 @@ SHORTER = {
     "amft": {"method.mu.sft_steps": "1"},
     "sasr": {"method.mu.warmup_steps": "1"},
     "chord_mu": {"method.mu.decay_steps": "2"},
+    "relift": {"method.size": "2"},
     "remix": {"method.mix_steps": "3", "method.stale_share": "0.6"},
 }
 """Settings that bring every stage of a method into three steps."""

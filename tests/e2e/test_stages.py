@@ -101,8 +101,14 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
             "batch.demonstrations": "0",
             "batch.epochs": "2",
         },
+        {  # an SFT update after every step
+            "method": "{name: relift, size: 1, lr: 1.0e-3}",
+            "data.demonstrations": str(ROOT / "examples" / "arithmetic" / "demonstrations_aligned.jsonl"),
+            "data.aligned": "true",
+            "batch.demonstrations": "0",
+        },
     ],
-    ids=["gradient_norm", "reward_adaptive", "remix"],
+    ids=["gradient_norm", "reward_adaptive", "remix", "relift"],
 )
 def test_what_has_a_memory_resumes_exactly(
     server: RolloutServer, tmp_path: Path, settings: dict[str, str]

@@ -1,0 +1,96 @@
+"""ReLIFT (arXiv 2506.07527; code TheRoadQaQ/ReLIFT): RL, with SFT on demonstrations of the prompts that it fails.
+
+Every step trains its rollouts by RL. The demonstrations of prompts whose rollouts are all wrong are put into a queue.
+If the queue has ``size`` of them, the step ends with one SFT update on the oldest ``size``:
+
+    L_SFT = mean over tokens of -log p  -  entropy_coefficient x mean over tokens of the entropy
+
+This update has a learning rate and an optimizer state of its own (``train.second_adam``), as in the code. There both
+optimizers belong to the same weights, too. The queue is a list of prompts' ids; it and the optimizer state are in the
+checkpoint. The code leaves out an SFT update whose gradient norm is above a limit; this is not done here.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from megatron_chord.config import RunConfig
+from megatron_chord.config_methods import ReLIFTConfig, SimpleWeight
+from megatron_chord.losses.sft import sft_term
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.base import Collected, ExtraUpdate, Method, policy_term
+from megatron_chord.methods.chord import SFT, sft_samples
+from megatron_chord.methods.groups import (
+    POLICY,
+    policy_samples,
+    reward_stats,
+    whole_groups,
+    with_advantages,
+)
+from megatron_chord.sampling.context import StepContext
+from megatron_chord.sampling.rounds import GradedRollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLIFT(Method):
+    settings: ReLIFTConfig = field(default_factory=ReLIFTConfig)
+
+    needs_demonstrations: ClassVar[bool] = True
+
+    def check(self, run: RunConfig) -> None:
+        if run.batch.sampling_attempts > 1:
+            raise ValueError(
+                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
+                "method relift collects their demonstrations; leave it at 1"
+            )
+        if run.objective.entropy_bonus_on == "all":
+            raise ValueError(
+                "objective.entropy_bonus_on: method relift trains rollouts and demonstrations in different updates; "
+                "set method.entropy_coefficient for demonstrations, and leave this out"
+            )
+
+    def extra_rate(self, run: RunConfig) -> float:
+        return self.settings.lr
+
+    def step_text(self, run: RunConfig) -> str:
+        return (
+            f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts; an SFT update whenever "
+            f"{self.settings.size} demonstrations of failed prompts are collected"
+        )
+
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
+        pairs = whole_groups(graded, step=context.now.step)
+        groups = with_advantages([group for _, group in pairs], run.objective)
+        failed = [item.prompt.id for item, _ in pairs if best_score(item) <= self.settings.wrong_at_most]
+        waiting: list[str] = [*(context.memory or []), *failed]
+        taken: list[str] = []
+        if len(waiting) >= self.settings.size:
+            taken, waiting = waiting[: self.settings.size], waiting[self.settings.size :]
+        imitated = sft_samples([context.sources.demonstration_of[name] for name in taken])
+        return Collected(
+            samples=policy_samples(groups, run.objective),
+            weights={POLICY: 1.0},
+            extra=ExtraUpdate(samples=imitated, weights={SFT: 1.0}) if taken else None,
+            memory=waiting,
+            stats={
+                **reward_stats(groups, num_sampled=len(graded)),
+                "failed_prompts": statistics.fmean(item.prompt.id in failed for item, _ in pairs),
+                "waiting_demonstrations": len(waiting),
+                "sft_updates": int(bool(taken)),
+            },
+        )
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        demonstration = replace(
+            sft_term(weight=SimpleWeight(kind="one"), temperature=self.settings.sft_temperature),
+            entropy_bonus=self.settings.entropy_coefficient,
+        )
+        return {POLICY: policy_term(run), SFT: demonstration}
+
+
+def best_score(graded: GradedRollouts) -> float:
+    """The best grader score of the rollouts whose grading succeeded, without penalties for form and length."""
+    return max(grade.score for grade in graded.grades if grade.score is not None)
