@@ -49,6 +49,22 @@ class PackedTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedRoutes:
+    """The experts of the F tokens of a micro-batch that the rollout engine routed. All others are routed by the
+    model."""
+
+    positions: np.ndarray
+    """[F] int64: their indices among the N tokens"""
+    experts: np.ndarray
+    """[F, layers, k] uint8 or uint16: the experts of each in every layer of the model"""
+
+    def moved(self, places: np.ndarray) -> PackedRoutes:
+        """The tokens at their new indices ``places`` [N]; those with a negative one are left out."""
+        found = places[self.positions]
+        return PackedRoutes(positions=found[found >= 0], experts=self.experts[found >= 0])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """One micro-batch of one data-parallel rank: N tokens in sequences, T of them trained."""
 
@@ -67,6 +83,8 @@ class PackedBatch:
     """[T] int64: the trained token"""
     terms: Mapping[str, PackedTerm]
     """All terms of the step. Every micro-batch has every term that trains a token anywhere in the step."""
+    routes: PackedRoutes | None = None
+    """None if the model routes all tokens."""
 
     @property
     def saved(self) -> tuple[int, int]:
@@ -86,6 +104,7 @@ class PackedBatch:
             self.prompts if (self.prompts >= 0).any() else None,
             self.loss_positions.astype(np.int32),
             dict(self.terms),
+            self.routes,
         )
 
 
@@ -335,6 +354,19 @@ def pack(
             )
             for term, names in columns.items()
         },
+        routes=_packed_routes(samples, starts),
+    )
+
+
+def _packed_routes(samples: Sequence[TrainSample], starts: Sequence[int]) -> PackedRoutes | None:
+    """The routes of the samples, which begin at ``starts``."""
+    pairs = zip(samples, starts, strict=False)
+    routed = [(sample.routes, start) for sample, start in pairs if sample.routes is not None]
+    if not routed:
+        return None
+    return PackedRoutes(
+        positions=_joined([start + np.arange(len(routes)) for routes, start in routed]),
+        experts=np.concatenate([routes for routes, _ in routed]),
     )
 
 
@@ -398,6 +430,7 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
             )
             for name, term in batch.terms.items()
         },
+        routes=None if batch.routes is None else batch.routes.moved(local),
     )
 
 
@@ -407,6 +440,7 @@ def _received_batch(
     prompts: np.ndarray | None,
     loss_positions: np.ndarray,
     terms: dict[str, PackedTerm],
+    routes: PackedRoutes | None,
 ) -> PackedBatch:
     lengths = np.diff(cu_seqlens)
     if prompts is None:
@@ -420,6 +454,7 @@ def _received_batch(
         loss_positions=loss_positions.astype(np.int64),
         targets=token_ids[loss_positions + 1].astype(np.int64),
         terms=terms,
+        routes=routes,
     )
 
 

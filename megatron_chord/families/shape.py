@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_chord.records import RouteShape
 from megatron_chord.weights.mapping import WeightMap
 
 
@@ -77,6 +78,18 @@ class ModelShape:
     transformer: Mapping[str, Any]
     """Fields of Megatron-Core's TransformerConfig beyond parallelism and dtype; activation_func by name."""
     weights: WeightMap
+
+    @property
+    def routes(self) -> RouteShape | None:
+        """The shape of the routes of the model's tokens; None for a dense model."""
+        if self.experts is None:
+            return None
+        return RouteShape(
+            layers=self.num_layers,
+            experts=self.experts.count,
+            chosen=self.transformer["moe_router_topk"],
+            dense_layers=self.experts.dense_layers,
+        )
 
     @property
     def has_latent_attention(self) -> bool:

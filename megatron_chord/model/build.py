@@ -49,6 +49,7 @@ _NOT_TO_OVERRIDE = {
     ),
     "overlap_p2p_comm": "it follows from parallel.virtual_pipeline",
     "batch_p2p_comm": "it follows from parallel.virtual_pipeline",
+    "moe_enable_routing_replay": "rollout.router_replay sets it, without Megatron's class",
     "params_dtype": "model.dtype sets it",
     "pipeline_dtype": "model.dtype sets it",
     "use_cpu_initialization": "it follows from the device",

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_chord.data.packing import PackedBatch, context_shard
+from megatron_chord.data.packing import PackedBatch, PackedRoutes, context_shard
 from megatron_chord.data.transfer import move_together
 from megatron_chord.losses.terms import TermTokens, TokenStats
 from megatron_chord.model import specs
+from megatron_chord.model.replay import DeviceRoutes, begin_replay, check_replayed, give_routes
 from megatron_chord.runtime.parallel import ParallelGroups
 
 
@@ -30,14 +32,20 @@ class DeviceBatch:
     targets: Tensor
     """[T]"""
     terms: Mapping[str, TermTokens]
+    routes: DeviceRoutes | None = None
+    """The experts of the tokens of this rank that the rollout engine routed; None if there are none."""
 
 
 MicroLoss = Callable[[TokenStats, Mapping[str, TermTokens]], tuple[Tensor, dict[str, Tensor]]]
 """(stats of the T trained tokens, each term's tokens) -> (this micro-batch's part of the loss, tensors to return)."""
 
 
-def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
-    """Copy this context-parallel rank's part of the batch to its device, in one asynchronous copy."""
+def to_device(batch: PackedBatch, groups: ParallelGroups, routed_layers: Sequence[int] = ()) -> DeviceBatch:
+    """Copy this context-parallel rank's part of the batch to its device, in one asynchronous copy.
+
+    Args:
+        routed_layers: numbers of this stage's layers that replay routes; the routes of other layers are not copied.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_chord.model.shared_prompts import SharedPrompts
@@ -46,6 +54,9 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
     arrays = [local.token_ids, local.position_ids, local.loss_positions, local.targets, batch.cu_seqlens]
     for term in local.terms.values():
         arrays += [term.index, term.sequence, term.lengths, term.held, *term.columns.values()]
+    routes = _routes_of_tensor_rank(local, groups) if routed_layers else None
+    if routes is not None:
+        arrays += [routes.positions, routes.experts[:, list(routed_layers)].swapaxes(0, 1)]
     moved = iter(move_together(arrays, groups.device))
     token_ids, position_ids, loss_positions, targets, starts = (next(moved) for _ in range(5))
     if not specs.has_transformer_engine():
@@ -82,7 +93,26 @@ def to_device(batch: PackedBatch, groups: ParallelGroups) -> DeviceBatch:
             )
             for name, term in local.terms.items()
         },
+        routes=None
+        if routes is None
+        else DeviceRoutes(
+            positions=next(moved), experts=dict(zip(routed_layers, next(moved).unbind(), strict=True))
+        ),
     )
+
+
+def _routes_of_tensor_rank(batch: PackedBatch, groups: ParallelGroups) -> PackedRoutes | None:
+    """The routes of the tokens that this tensor-parallel rank's routers see, by their place among these.
+
+    Experts need sequence parallelism on a tensor axis (``build.check_shape``): each rank has one of ``tensor`` equal
+    parts of the tokens.
+    """
+    size, rank = groups.tensor.size, groups.tensor.rank
+    if batch.routes is None or size == 1:
+        return batch.routes
+    length = len(batch.token_ids) // size
+    places = np.arange(len(batch.token_ids)) - rank * length
+    return batch.routes.moved(np.where(places < length, places, -1))
 
 
 def run_micro_batches(
@@ -119,6 +149,7 @@ def run_micro_batches(
     def forward_step(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         groups.pulse.tick()
         batch: DeviceBatch = next(batches)
+        give_routes(unwrapped(model), batch.routes)
         output = model(batch.token_ids, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
 
         def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,6 +167,8 @@ def run_micro_batches(
 
         return output, loss_of
 
+    policies = [unwrapped(chunk) for chunk in chunks]
+    begin_replay(policies, has_backward=backward)
     iterators = [iter(micro_batches) for _ in chunks]
     with torch.set_grad_enabled(backward):
         kept = get_forward_backward_func()(
@@ -147,6 +180,7 @@ def run_micro_batches(
             micro_batch_size=1,
             forward_only=not backward,
         )
+    check_replayed(policies)
     groups.pulse.tick()
     return kept
 

@@ -17,6 +17,7 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.model.build import build_chunks, global_parameters, global_weights, transformer_config
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.model.fp8 import optimizer_settings
+from megatron_chord.model.replay import install_replay, routed_layers
 from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
@@ -51,6 +52,10 @@ class TrainState:
     def weights(self) -> dict[str, Tensor]:
         """The parameters, and the buffers that belong to the model but are not trained."""
         return global_weights([unwrapped(chunk) for chunk in self.chunks])
+
+    def routed_layers(self) -> list[int]:
+        """Numbers of this stage's layers whose routers can replay the rollout engine's routes."""
+        return routed_layers([unwrapped(chunk) for chunk in self.chunks])
 
     def hf_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the full Hugging Face tensors. Exporters yield tensors; other ranks yield nothing.
@@ -96,6 +101,7 @@ def build_state(  # noqa: PLR0913 (the last is for benchmarks)
     )
 
     config, chunks = _filled(shape, model, parallel, groups, fp8, fill)
+    install_replay(chunks)  # not on the reference policy, which routes all tokens itself
     reference_chunks: tuple[Any, ...] = ()
     if reference is not None:
         _, read = _filled(shape, replace(model, path=reference), parallel, groups, fp8)

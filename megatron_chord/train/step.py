@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import PackedBatch
@@ -13,6 +14,7 @@ from megatron_chord.train.agreement import check_agreement
 from megatron_chord.train.coordinator import StepInputs
 from megatron_chord.train.health import Health, not_finite, save_batch
 from megatron_chord.train.learned_mu import MuGradient
+from megatron_chord.train.routing import take_routing
 from megatron_chord.train.state import NonFiniteGradient, TrainState
 from megatron_chord.train.update import (
     Terms,
@@ -42,6 +44,8 @@ class Trained:
     """Share of the other updates whose gradient is exactly 0 although they have trained tokens."""
     grad_norm_ratio: float | None
     """``grad_norm`` divided by the median over earlier steps; None if there are too few."""
+    routing: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Metrics of the experts (``train.routing``), over all updates; empty for a dense model."""
 
 
 def train_step(
@@ -119,6 +123,7 @@ def train_step(
         num_skipped=number - applied,
         zero_gradient=statistics.fmean(zeros) if zeros else 0.0,
         grad_norm_ratio=health.norm_ratio(grad_norm) if grad_norm is not None else None,
+        routing=take_routing(state),
     )
 
 

@@ -34,6 +34,7 @@ def step_row(
         **({"compared_tokens": round(tokens)} if (tokens := result.compared.get("tokens")) else {}),
         **{f"num_{term}_tokens": sum(u.counts.get(term, 0) for u in inputs.updates) for term in terms},
         **inputs.stats,
+        **trained.routing,
         **({"grad_norm": trained.grad_norm} if trained.grad_norm is not None else {}),
         **({"grad_norm_ratio": trained.grad_norm_ratio} if trained.grad_norm_ratio is not None else {}),
         "zero_gradient": trained.zero_gradient,

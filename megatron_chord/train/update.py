@@ -72,7 +72,8 @@ def prepare_batches(
     If a term needs scored columns (``Term.scored``), this makes one forward pass of the current policy, one of the
     reference policy, or both. Otherwise it makes no pass.
     """
-    batches = [to_device(batch, state.groups) for batch in micro_batches]
+    layers = state.routed_layers()
+    batches = [to_device(batch, state.groups, layers) for batch in micro_batches]
     present = {name: terms[name] for name in batches[0].terms}
     wanted = {column for term in present.values() for column in term.scored}
     if not wanted:

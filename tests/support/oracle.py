@@ -6,9 +6,10 @@ weights, advantages) are numbers. What is differentiated is a 0-dimensional tens
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,4 +181,40 @@ def _entropy_apart(sequences: Sequence[SequenceTokens], terms: Mapping[str, Orac
 
 def _log_softmax(model: torch.nn.Module, sample: TrainSample, temperature: float) -> Tensor:
     ids = torch.from_numpy(np.asarray(sample.token_ids))[None]
-    return torch.log_softmax(model(ids).logits[0, :-1] / temperature, dim=-1)
+    with forced_routes(model, sample.routes):
+        return torch.log_softmax(model(ids).logits[0, :-1] / temperature, dim=-1)
+
+
+@contextlib.contextmanager
+def forced_routes(model: Any, routes: np.ndarray | None) -> Iterator[None]:
+    """Within it, the first R tokens of the only sequence pass through the experts ``routes`` [R, layers, k].
+
+    The weights of the experts are computed from the router's logits by the formulas of the models' papers.
+    """
+    if routes is None:
+        yield
+        return
+    config = model.config
+
+    def force(layer: int) -> Callable[..., Any]:
+        def hook(router: Any, inputs: Any, output: Any) -> Any:
+            logits, _, chosen = output
+            chosen = chosen.clone()
+            chosen[: len(routes)] = torch.from_numpy(routes[:, layer].astype(np.int64))
+            is_sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
+            scores = logits.double().sigmoid() if is_sigmoid else logits.double().softmax(-1)
+            weights = scores.gather(1, chosen)
+            if config.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            return logits, weights * getattr(config, "routed_scaling_factor", 1.0), chosen
+
+        return hook
+
+    layers = model.model.layers
+    gates = {number: getattr(layer.mlp, "gate", None) for number, layer in enumerate(layers)}
+    hooks = [gate.register_forward_hook(force(number)) for number, gate in gates.items() if gate is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -252,6 +253,40 @@ def test_context_shards_partition_tokens_and_loss_positions(name: str) -> None:
             assert shard.cu_seqlens is batch.cu_seqlens
             # The ids of a sample count up, so the token that predicts a target is the target minus one.
             assert (shard.token_ids[shard.loss_positions] == shard.targets - 1).all()
+
+
+def test_routes_stay_with_their_tokens() -> None:
+    """A token's route is made of its id and its layer. Each packed or sharded token still has its own."""
+
+    def routed(ids: np.ndarray, length: int) -> np.ndarray:
+        rows = np.stack([ids[:length] % 251, ids[:length] % 241], axis=1)
+        return np.stack([rows, rows + 1], axis=1).astype(np.uint8)  # [tokens, 2 layers, 2 experts]
+
+    for name, context in {"one": 1, **CONTEXT}.items():
+        samples = random_samples(np.random.default_rng(3), count=6)
+        lengths = [len(sample.token_ids) - 1 for sample in samples]
+        lengths[1], lengths[4] = 0, lengths[4] // 2
+        with_routes = [
+            sample if number == 2 else replace(sample, routes=routed(sample.token_ids, length))
+            for number, (sample, length) in enumerate(zip(samples, lengths, strict=True))
+        ]
+        batch = pack(with_routes, columns=columns_of(samples), layout=LAYOUTS[name], pad_id=PAD)
+        batch = pickle.loads(pickle.dumps(batch))
+        found: list[int] = []
+        for rank in range(context):
+            shard = context_shard(batch, context, rank)
+            assert shard.routes is not None
+            ids = shard.token_ids[shard.routes.positions]
+            np.testing.assert_array_equal(shard.routes.experts, routed(ids, len(ids)))
+            found += ids.tolist()
+        wanted = [
+            id_
+            for number, (sample, length) in enumerate(zip(samples, lengths, strict=True))
+            for id_ in sample.token_ids[:length].tolist()
+            if number != 2
+        ]
+        assert sorted(found) == sorted(wanted), name
+        assert pack(samples, columns=columns_of(samples), layout=LAYOUTS[name], pad_id=PAD).routes is None
 
 
 def test_one_context_rank_holds_the_batch_itself() -> None:
