@@ -386,6 +386,53 @@ class DPOConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillationConfig:
+    """Self-distillation (SDFT, OPSD, SDPO: arXiv 2601.19897, 2601.18734, 2601.20802): the policy whose prompt shows a
+    solution teaches the policy whose prompt does not, on the policy's own rollouts."""
+
+    name: Literal["self_distillation"] = _named("self_distillation")
+    shows: Literal["right_rollout", "demonstration", "rollout_or_demonstration", "verdict"] = "right_rollout"
+    """What the teacher's prompt shows. right_rollout: another rollout of the group that is right. demonstration: the
+    prompt's own demonstration. rollout_or_demonstration: such a rollout, or the demonstration if the group has none.
+    verdict: the rollout itself, whether it is right, and the true result."""
+    template: str = ""
+    """The last message of the teacher's prompt. {problem}, {solution}, {attempt}, {verdict} and {truth} are replaced.
+    Empty: a text that fits `shows`."""
+    teacher: Literal["present", "initial"] = "present"
+    """Weights of the teacher. present: those of the policy before the step. initial: those of `model.path`, or of
+    `objective.kl.reference`."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """What is minimised at each token. reverse_kl: KL(policy || teacher). forward_kl: KL(teacher || policy). jsd: the
+    Jensen-Shannon divergence."""
+    weight: float = 1.0
+    """Weight of the distillation in the loss, in (0, 1]; that of the RL loss is 1 - weight."""
+    teaches: Literal["all", "wrong"] = "all"
+    """Which rollouts are taught. wrong: only those whose reward is at most `positive_reward`."""
+    positive_reward: float = 0.5
+    """A rollout is right if its reward is above this."""
+    drop_thinking: bool = False
+    """Whether the thinking block of a shown solution is left out."""
+    teacher_prompt_tokens: int = 0
+    """Most tokens of a teacher's prompt; a rollout whose teacher's prompt is longer is not taught. 0:
+    data.max_prompt_tokens + data.max_response_tokens."""
+    max_ratio: float = 2.0
+    """Upper limit of the importance weight of a token that other weights sampled."""
+    max_log_ratio: float = 20.0
+    """Upper limit of the difference of a token's two log-probs, teacher and policy."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.weight <= 1, f"method.weight must lie in (0, 1], got {self.weight}")
+        positive(**{"method.max_ratio": self.max_ratio, "method.max_log_ratio": self.max_log_ratio})
+        not_negative(**{"method.teacher_prompt_tokens": self.teacher_prompt_tokens})
+        shown = ("attempt", "verdict", "truth") if self.shows == "verdict" else ("solution",)
+        require(
+            not self.template or any(f"{{{name}}}" in self.template for name in shown),
+            f"method.template must have {' or '.join(f'{{{name}}}' for name in shown)} with method.shows {self.shows}: "
+            "without it the teacher sees no more than the policy does",
+        )
+
+
 MethodConfig = (
     ChordConfig
     | LuffyConfig
@@ -397,4 +444,5 @@ MethodConfig = (
     | ReLIFTConfig
     | ReMixConfig
     | DPOConfig
+    | SelfDistillationConfig
 )

@@ -193,6 +193,10 @@ class TrainSample:
     routes: np.ndarray | None = None
     """[R, layers, k] uint8 or uint16, R <= N: the k experts that the rollout engine chose for each of the first R
     tokens, in every layer of the model. The routers choose the experts of the other tokens; without it, of all."""
+    teacher_ids: np.ndarray | None = None
+    """[M] int64: another prompt with the same answer; None if the sample has no teacher. It ends with the tokens of
+    ``token_ids`` from the first trained token on. The log-probs of its trained tokens are the column
+    ``teacher_logprob`` (``losses.terms.Term.scored``)."""
 
     def __post_init__(self) -> None:
         assert self.routes is None or len(self.routes) <= len(self.token_ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -85,6 +85,8 @@ class PackedBatch:
     """All terms of the step. Every micro-batch has every term that trains a token anywhere in the step."""
     routes: PackedRoutes | None = None
     """None if the model routes all tokens."""
+    teacher: PackedTeacher | None = None
+    """The same answers after their teachers' prompts; None if no sample of the update has a teacher."""
 
     @property
     def saved(self) -> tuple[int, int]:
@@ -105,7 +107,18 @@ class PackedBatch:
             self.loss_positions.astype(np.int32),
             dict(self.terms),
             self.routes,
+            self.teacher,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTeacher:
+    """The answers of those samples of a micro-batch that have a teacher, each after its teacher's prompt."""
+
+    batch: PackedBatch
+    """It has the terms of the micro-batch, without constants, and U trained tokens."""
+    slots: np.ndarray
+    """[U] int64: for each trained token, the index of the same token among the T trained tokens of the micro-batch"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,53 +177,73 @@ def plan_step(samples: Sequence[TrainSample], *, max_tokens: int, layout: Layout
     """Pack one optimizer update's samples. The work is nearly equal for all ranks and for all micro-batches.
 
     Args:
-        max_tokens: budget of one micro-batch, alignment padding included. A longer sample gets its own micro-batch.
+        max_tokens: budget of one micro-batch, alignment padding included, and of its teachers' sequences. A longer
+            sample gets its own micro-batch.
         pad_id: token of alignment padding. It is never trained, and no trained token attends to it.
     """
     capacity = max(max_tokens // layout.batch_multiple, 1) * layout.batch_multiple
-    groups = _groups(samples, capacity, layout)
-    lengths, work = _sizes(samples, groups, layout)
+    teachers = [teacher_of(sample) for sample in samples]
+    groups = _groups(samples, teachers, capacity, layout)
+    lengths, work = list[int](), list[float]()
+    for group in groups:
+        own_length, own_work = _size([samples[index] for index in group], layout)
+        length, teachers_work = _size(_present([teachers[index] for index in group]), layout)
+        lengths.append(max(own_length, length))
+        work.append(own_work + teachers_work / 3)  # a teacher's sequence has a forward pass only
     bins = balanced_bins(
         lengths, work, capacity=capacity, multiple=layout.data, rank_multiple=layout.count_multiple
     )
     columns = columns_of(samples)
-    batches = [
-        pack(
-            [samples[i] for group in members for i in groups[group]],
-            columns=columns,
-            layout=layout,
-            pad_id=pad_id,
-        )
-        for members in bins
-    ]
+    has_teachers = any(teacher is not None for teacher in teachers)
+
+    def packed(members: Sequence[TrainSample]) -> PackedBatch:
+        batch = pack(members, columns=columns, layout=layout, pad_id=pad_id)
+        if not has_teachers:
+            return batch
+        return replace(batch, teacher=pack_teachers(members, terms=columns, layout=layout, pad_id=pad_id))
+
+    batches = [packed([samples[i] for group in members for i in groups[group]]) for members in bins]
     return StepPlan(
         micro_batches=tuple(map(tuple, dealt(batches, layout.data))),
         counts=token_counts(samples),
     )
 
 
-def _groups(samples: Sequence[TrainSample], capacity: int, layout: Layout) -> list[list[int]]:
+def _groups(
+    samples: Sequence[TrainSample], teachers: Sequence[TrainSample | None], capacity: int, layout: Layout
+) -> list[list[int]]:
     """The samples that go into a micro-batch together, by their indices: each alone, unless prompts are shared.
 
-    A group is at most a data-parallel rank's share of the tokens, so that all ranks have work.
+    A group is at most a data-parallel rank's share of the tokens, so that all ranks have work. Its teachers' sequences
+    fit the capacity, too, unless one alone does not.
     """
     if not layout.shares_prompts:
         return [[index] for index in range(len(samples))]
     share = -(-sum(len(sample.token_ids) for sample in samples) // layout.data)
-    return list(groups_by_prompt(samples, max_tokens=min(capacity, share)))
+    found: list[list[int]] = []
+    for group in groups_by_prompt(samples, max_tokens=min(capacity, share)):
+        found.append([])
+        for index in group:
+            longer = _present([teachers[i] for i in (*found[-1], index)])
+            if found[-1] and _size(longer, layout)[0] > capacity:
+                found.append([])
+            found[-1].append(index)
+    return found
 
 
-def _sizes(
-    samples: Sequence[TrainSample], groups: Sequence[Sequence[int]], layout: Layout
-) -> tuple[list[int], list[float]]:
-    """The number of tokens and the work of each group."""
-    lengths, work = list[int](), list[float]()
-    for group in groups:
-        own = [_round_up(len(samples[index].token_ids), layout.sequence_multiple) for index in group]
-        saved = (len(group) - 1) * prompt_tokens(samples[group[0]])
-        lengths.append(sum(own) - saved)
-        work.append(sum(n + layout.attention_cost * n**2 for n in own) - saved)
-    return lengths, work
+def _size(samples: Sequence[TrainSample], layout: Layout) -> tuple[int, float]:
+    """The number of tokens and the work of neighbours in a micro-batch."""
+    tokens, work = 0, 0.0
+    for shared, members in _with_shared_prompts(samples, layout):
+        own = [_round_up(len(sample.token_ids), layout.sequence_multiple) for sample in members]
+        saved = (len(members) - 1) * shared
+        tokens += sum(own) - saved
+        work += sum(n + layout.attention_cost * n**2 for n in own) - saved
+    return tokens, work
+
+
+def _present(samples: Sequence[TrainSample | None]) -> list[TrainSample]:
+    return [sample for sample in samples if sample is not None]
 
 
 def columns_of(samples: Sequence[TrainSample]) -> dict[str, tuple[str, ...]]:
@@ -386,6 +419,33 @@ def _with_shared_prompts(
             yield from ((0, [sample]) for sample in found)
 
 
+def teacher_of(sample: TrainSample) -> TrainSample | None:
+    """The sample after its teacher's prompt, without constants; None if it has no teacher."""
+    if sample.teacher_ids is None:
+        return None
+    shift = len(sample.teacher_ids) - len(sample.token_ids)
+    parts = tuple(Part(term=part.term, positions=part.positions + shift) for part in sample.parts)
+    first = min((int(part.positions[0]) for part in sample.parts if len(part.positions)), default=None)
+    assert first is None or np.array_equal(sample.teacher_ids[first + shift :], sample.token_ids[first:])
+    return TrainSample(token_ids=sample.teacher_ids, parts=parts)
+
+
+def pack_teachers(
+    samples: Sequence[TrainSample], *, terms: Iterable[str], layout: Layout, pad_id: int
+) -> PackedTeacher:
+    """Pack the samples of a micro-batch that have a teacher, in the order of the micro-batch."""
+    teachers = [teacher_of(sample) for sample in samples]
+    # Both batches have their trained tokens in the same order.
+    has_teacher = [
+        np.full(sum(len(part.positions) for part in sample.parts), teacher is not None)
+        for sample, teacher in zip(samples, teachers, strict=True)
+    ]
+    return PackedTeacher(
+        batch=pack(_present(teachers), columns=dict.fromkeys(terms, ()), layout=layout, pad_id=pad_id),
+        slots=np.flatnonzero(np.concatenate([np.zeros(0, np.bool_), *has_teacher])),
+    )
+
+
 def context_order(length: int, context: int, rank: int, device: torch.device | None = None) -> Tensor:
     """Positions of a sequence of ``length`` on context-parallel rank ``rank``: chunks r and 2c - 1 - r of 2c chunks.
 
@@ -403,15 +463,7 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
     if context == 1:
         return batch
     assert (batch.prompts < 0).all(), "prompts are not shared with context parallelism"
-    starts = batch.cu_seqlens.tolist()
-    held = np.concatenate(
-        [
-            start + context_order(stop - start, context, rank).numpy()
-            for start, stop in itertools.pairwise(starts)
-        ]
-    )
-    local = np.full(len(batch.token_ids), -1, np.int64)
-    local[held] = np.arange(len(held))
+    held, local = _held_tokens(batch, context, rank)
     mine = local[batch.loss_positions] >= 0
     new_index = np.cumsum(mine) - 1
     return replace(
@@ -434,6 +486,29 @@ def context_shard(batch: PackedBatch, context: int, rank: int) -> PackedBatch:
     )
 
 
+def held_targets(batch: PackedBatch, context: int, rank: int) -> np.ndarray:
+    """Indices of the trained tokens that one context-parallel rank holds, among the T of the whole batch: int64."""
+    if context == 1:
+        return np.arange(len(batch.targets))
+    _, local = _held_tokens(batch, context, rank)
+    return np.flatnonzero(local[batch.loss_positions] >= 0)
+
+
+def _held_tokens(batch: PackedBatch, context: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of one context-parallel rank's tokens among the N of the batch, and for each of the N its index among
+    the rank's tokens, -1 for others."""
+    starts = batch.cu_seqlens.tolist()
+    held = np.concatenate(
+        [
+            start + context_order(stop - start, context, rank).numpy()
+            for start, stop in itertools.pairwise(starts)
+        ]
+    )
+    local = np.full(len(batch.token_ids), -1, np.int64)
+    local[held] = np.arange(len(held))
+    return held, local
+
+
 def _received_batch(
     token_ids: np.ndarray,
     cu_seqlens: np.ndarray,
@@ -441,6 +516,7 @@ def _received_batch(
     loss_positions: np.ndarray,
     terms: dict[str, PackedTerm],
     routes: PackedRoutes | None,
+    teacher: PackedTeacher | None,
 ) -> PackedBatch:
     lengths = np.diff(cu_seqlens)
     if prompts is None:
@@ -455,6 +531,7 @@ def _received_batch(
         targets=token_ids[loss_positions + 1].astype(np.int64),
         terms=terms,
         routes=routes,
+        teacher=teacher,
     )
 
 

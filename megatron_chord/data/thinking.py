@@ -47,5 +47,10 @@ def lost_part(turn: str, message: Message) -> str | None:
     return f"call of `{lost[0]}`" if lost else None
 
 
+def without_thinking(turn: str) -> str:
+    """What an assistant's turn says after its last thinking block; the whole turn if it has none."""
+    return turn.rpartition(CLOSE)[2].lstrip() if CLOSE in turn else turn
+
+
 def _without_blanks(text: str) -> str:
     return "".join(text.split())

@@ -196,6 +196,15 @@ def with_penalties(
     return loss, None if kl is None else kl.detach()
 
 
+def old_logprobs(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> Tensor:
+    """The log-probs in the denominator of the ratio, by ``objective.ratio_from``: [K], without a gradient."""
+    return {
+        "rollout": lambda: tokens["rollout_logprob"],
+        "current": stats.logprobs.detach,
+        "recomputed": lambda: tokens["old_logprob"],
+    }[objective.ratio_from]()
+
+
 def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfig) -> TermOutput:
     """Surrogate x importance correction + KL penalty - entropy bonus, per token of a rollout.
 
@@ -203,11 +212,7 @@ def policy_loss(stats: TokenStats, tokens: TermTokens, objective: ObjectiveConfi
     set.
     """
     logprobs = stats.logprobs
-    old = {
-        "rollout": lambda: tokens["rollout_logprob"],
-        "current": logprobs.detach,
-        "recomputed": lambda: tokens["old_logprob"],
-    }[objective.ratio_from]()
+    old = old_logprobs(stats, tokens, objective)
     loss, clipped, dual_clipped, ratio = surrogate(logprobs, old, tokens, objective)
     apart = logprob_gap_stats(logprobs, tokens["rollout_logprob"])
     means = {"entropy": stats.entropy.detach(), "clip_fraction": clipped.float(), **apart}

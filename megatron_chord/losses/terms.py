@@ -130,8 +130,7 @@ class Term:
     aggregation_length: int = 1
     """The length C of `seq-mean-token-sum-norm`, in tokens."""
     scored: frozenset[str] = field(default=frozenset())
-    """Columns that need a forward pass before the step's first update: old_logprob and old_entropy (a pass of the
-    policy), reference_logprob (a pass of the reference model)."""
+    """Columns that need a forward pass before the step's first update; ``PASSES`` lists them."""
     prepare: Prepare | None = None
     """Computes further columns from the scored ones, before the update. It is called on every rank that computes
     losses, with the tokens of each of the rank's micro-batches, and returns the new columns of each micro-batch."""
@@ -149,13 +148,27 @@ class Term:
     no forward pass."""
 
 
-def num_forward_passes(terms: Iterable[Term]) -> int:
-    """Number of forward passes before a step's first update: 0 to 2.
+PASSES: tuple[frozenset[str], ...] = (
+    frozenset({"old_logprob", "old_entropy"}),
+    frozenset({"reference_logprob"}),
+    frozenset({"teacher_logprob"}),
+    frozenset({"reference_teacher_logprob"}),
+)
+"""The columns of each forward pass before a step's first update. The passes are: the policy on the samples; the
+reference model on the samples; the policy on the samples after their teachers' prompts; the reference model on these.
+A token without a teacher has 0 in the last two."""
 
-    The policy and the reference model each need one pass if a term has columns that come from it (``Term.scored``).
-    """
+
+def num_forward_passes(terms: Iterable[Term]) -> int:
+    """Number of forward passes before a step's first update: one for each of ``PASSES`` of which a term has a
+    column."""
     scored = {column for term in terms for column in term.scored}
-    return bool(scored & {"old_logprob", "old_entropy"}) + ("reference_logprob" in scored)
+    return sum(bool(scored & columns) for columns in PASSES)
+
+
+def need_reference(terms: Iterable[Term]) -> bool:
+    """Whether a term has a column that the reference model computes."""
+    return any({"reference_logprob", "reference_teacher_logprob"} & term.scored for term in terms)
 
 
 def empty_output(term: Term) -> TermOutput:

@@ -73,6 +73,11 @@ class Method:
     def name(self) -> str:
         return self.settings.name
 
+    @property
+    def uses_own_demonstrations(self) -> bool:
+        """``needs_demonstrations``, or a rule of the method's settings."""
+        return self.needs_demonstrations
+
     def schedule(self, run: RunConfig) -> MuSchedule | None:
         """The schedule of mu; None for methods without mu."""
         return None
@@ -88,13 +93,20 @@ class Method:
         """The learning rate of extra updates (``Collected.extra``); None: no step has one."""
         return None
 
+    def check_positions(self, run: RunConfig, max_positions: int) -> None:
+        """Check the lengths of sequences that only this method makes. ``max_positions`` is the model's limit.
+
+        Raises:
+            ValueError: a sequence could be longer than the model allows.
+        """
+
     def uses_rollouts(self, run: RunConfig) -> bool:
         """Whether any step of the run uses the rollout engine."""
         return True
 
     def step_text(self, run: RunConfig) -> str:
         """A description of one step's data, for the printed plan of the run."""
-        own = ", each with its own demonstration" if self.needs_demonstrations else ""
+        own = ", each with its own demonstration" if self.uses_own_demonstrations else ""
         attempts = run.batch.sampling_attempts
         more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
         return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"

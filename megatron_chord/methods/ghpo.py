@@ -29,6 +29,7 @@ from megatron_chord.methods.groups import (
     reward_stats,
     whole_groups,
     with_advantages,
+    with_last_message,
 )
 from megatron_chord.records import Prompt
 from megatron_chord.sampling.context import DrawnPrompt, StepContext
@@ -133,9 +134,8 @@ def beginning(solution: str, share: float) -> str:
 
 def hinted(prompt: Prompt, hint: str, *, cue: str, template: ChatTemplate) -> Prompt:
     """The same problem with ``cue`` and hint appended to its last message."""
-    *before, last = prompt.messages
-    messages = (*before, {**last, "content": f"{last['content']}\n{cue}\n{hint}"})
-    return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages, tools=prompt.tools))
+    text = f"{prompt.messages[-1]['content']}\n{cue}\n{hint}"
+    return with_last_message(prompt, text, template=template)
 
 
 def hint_stats(trials: Sequence[Trial]) -> dict[str, Any]:

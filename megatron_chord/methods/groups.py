@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import DrawnPrompt, StepContext
@@ -138,6 +139,17 @@ def group_is_trained(group: RolloutGroup, objective: ObjectiveConfig) -> bool:
 def rollout_is_trained(rollout: Rollout, objective: ObjectiveConfig) -> bool:
     """Whether the rollout is trained, by ``objective.truncated``."""
     return objective.truncated == "keep" or rollout.finish_reason != "length"
+
+
+def with_last_message(prompt: Prompt, content: str, *, template: ChatTemplate) -> Prompt:
+    """The prompt with another text as its last message.
+
+    Raises:
+        RowError: the text has a control token, or the template refuses the conversation.
+    """
+    *before, last = prompt.messages
+    messages = (*before, {**last, "content": content})
+    return replace(prompt, messages=messages, token_ids=template.prompt_ids(messages, tools=prompt.tools))
 
 
 def rollout_sample(

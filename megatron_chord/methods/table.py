@@ -16,6 +16,7 @@ from megatron_chord.methods.prefix_rft import PrefixRFT
 from megatron_chord.methods.relift import ReLIFT
 from megatron_chord.methods.remix import ReMix
 from megatron_chord.methods.rl_plus import RLPlus
+from megatron_chord.methods.self_distillation import SelfDistillation
 from megatron_chord.methods.srft import SRFT
 
 METHODS: dict[str, type[Method]] = {
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "ghpo": GHPO,
     "hpt": HPT,
     "relift": ReLIFT,
+    "self_distillation": SelfDistillation,
 }
 
 
@@ -73,12 +75,12 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
     """Yield (whether the rule is broken, the message) for each rule."""
     batch, data = run.batch, run.data
     yield (
-        method.needs_demonstrations and not data.aligned,
+        method.uses_own_demonstrations and not data.aligned,
         f"method {method.name} needs every prompt's own demonstration: set data.aligned: true, and give "
         "data.demonstrations that answer the problems of data.prompts",
     )
     yield (
-        data.aligned and not (method.needs_demonstrations or method.draws_demonstrations),
+        data.aligned and not (method.uses_own_demonstrations or method.draws_demonstrations),
         f"data.aligned: method {method.name} uses no demonstrations; leave it out",
     )
     yield data.aligned and data.demonstrations is None, "data.aligned needs data.demonstrations"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_chord.data.packing import PackedBatch, PackedRoutes, context_shard
+from megatron_chord.data.packing import PackedBatch, PackedRoutes, context_shard, held_targets
 from megatron_chord.data.transfer import move_together
 from megatron_chord.losses.terms import TermTokens, TokenStats
 from megatron_chord.model import specs
@@ -34,36 +34,98 @@ class DeviceBatch:
     terms: Mapping[str, TermTokens]
     routes: DeviceRoutes | None = None
     """The experts of the tokens of this rank that the rollout engine routed; None if there are none."""
+    teacher: DeviceTeacher | None = None
+    """None if no sample of the update has a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTeacher:
+    """This context-parallel rank's part of the teachers' sequences of a micro-batch. T is the number of trained tokens
+    of the whole micro-batch, on all context-parallel ranks.
+
+    A token of an answer may be on another context-parallel rank than the same token after the teacher's prompt.
+    """
+
+    batch: DeviceBatch
+    """With U trained tokens."""
+    slots: Tensor
+    """[U] int64: indices of the same tokens among the T"""
+    own: Tensor
+    """int64: indices among the T of the tokens that this rank trains"""
+    num_trained: int
+    """T"""
 
 
 MicroLoss = Callable[[TokenStats, Mapping[str, TermTokens]], tuple[Tensor, dict[str, Tensor]]]
 """(stats of the T trained tokens, each term's tokens) -> (this micro-batch's part of the loss, tensors to return)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RankBatch:
+    """A batch and this rank's part of it, on the host."""
+
+    whole: PackedBatch
+    local: PackedBatch
+    """Of this context-parallel rank."""
+    routes: PackedRoutes | None
+    """Of this tensor-parallel rank."""
+    routed_layers: Sequence[int]
+
+    def arrays(self) -> list[np.ndarray]:
+        """The arrays that ``_on_device`` takes from the device, in order."""
+        local, routes = self.local, self.routes
+        found = [local.token_ids, local.position_ids, local.loss_positions, local.targets]
+        found.append(self.whole.cu_seqlens)
+        for term in local.terms.values():
+            found += [term.index, term.sequence, term.lengths, term.held, *term.columns.values()]
+        if routes is not None:
+            found += [routes.positions, routes.experts[:, list(self.routed_layers)].swapaxes(0, 1)]
+        return found
+
+
 def to_device(batch: PackedBatch, groups: ParallelGroups, routed_layers: Sequence[int] = ()) -> DeviceBatch:
-    """Copy this context-parallel rank's part of the batch to its device, in one asynchronous copy.
+    """Copy this context-parallel rank's part of the batch, and of its teachers' sequences, to its device, in one
+    asynchronous copy.
 
     Args:
         routed_layers: numbers of this stage's layers that replay routes; the routes of other layers are not copied.
     """
+    context = groups.context
+
+    def of_rank(whole: PackedBatch) -> _RankBatch:
+        local = context_shard(whole, context.size, context.rank)
+        routes = _routes_of_tensor_rank(local, groups) if routed_layers else None
+        return _RankBatch(whole=whole, local=local, routes=routes, routed_layers=routed_layers)
+
+    own = of_rank(batch)
+    if batch.teacher is None:
+        return _on_device(own, iter(move_together(own.arrays(), groups.device)), groups)
+    teachers = of_rank(batch.teacher.batch)
+    slots = batch.teacher.slots[held_targets(teachers.whole, context.size, context.rank)]
+    places = held_targets(batch, context.size, context.rank)
+    moved = iter(move_together([*own.arrays(), *teachers.arrays(), slots, places], groups.device))
+    return replace(
+        _on_device(own, moved, groups),
+        teacher=DeviceTeacher(
+            batch=_on_device(teachers, moved, groups),
+            slots=next(moved),
+            own=next(moved),
+            num_trained=len(batch.targets),
+        ),
+    )
+
+
+def _on_device(batch: _RankBatch, moved: Iterator[Tensor], groups: ParallelGroups) -> DeviceBatch:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_chord.model.shared_prompts import SharedPrompts
 
-    local = context_shard(batch, groups.context.size, groups.context.rank)
-    arrays = [local.token_ids, local.position_ids, local.loss_positions, local.targets, batch.cu_seqlens]
-    for term in local.terms.values():
-        arrays += [term.index, term.sequence, term.lengths, term.held, *term.columns.values()]
-    routes = _routes_of_tensor_rank(local, groups) if routed_layers else None
-    if routes is not None:
-        arrays += [routes.positions, routes.experts[:, list(routed_layers)].swapaxes(0, 1)]
-    moved = iter(move_together(arrays, groups.device))
     token_ids, position_ids, loss_positions, targets, starts = (next(moved) for _ in range(5))
     if not specs.has_transformer_engine():
         # Kept on the host: the local layers split packs into sequences with it (model/local_modules.py, and Megatron's
         # unfused RoPE, rope_utils.py:204). On the device, the host would wait for it in every layer.
-        starts = torch.from_numpy(batch.cu_seqlens)
-    longest = int(batch.position_ids.max()) + 1
+        starts = torch.from_numpy(batch.whole.cu_seqlens)
+    longest = int(batch.whole.position_ids.max()) + 1
     packed = {
         "qkv_format": "thd",
         "cu_seqlens_q": starts,
@@ -73,11 +135,11 @@ def to_device(batch: PackedBatch, groups: ParallelGroups, routed_layers: Sequenc
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
     }
-    shares = bool((batch.prompts >= 0).any())
+    shares = bool((batch.whole.prompts >= 0).any())
     return DeviceBatch(
         token_ids=token_ids[None],
         position_ids=position_ids[None],
-        packed_seq_params=SharedPrompts(**packed, prompts=tuple(batch.prompts.tolist()))
+        packed_seq_params=SharedPrompts(**packed, prompts=tuple(batch.whole.prompts.tolist()))
         if shares
         else PackedSeqParams(**packed),
         loss_positions=loss_positions,
@@ -91,12 +153,13 @@ def to_device(batch: PackedBatch, groups: ParallelGroups, routed_layers: Sequenc
                 columns={key: next(moved) for key in term.columns},
                 context=groups.context.group if groups.context.size > 1 else None,
             )
-            for name, term in local.terms.items()
+            for name, term in batch.local.terms.items()
         },
         routes=None
-        if routes is None
+        if batch.routes is None
         else DeviceRoutes(
-            positions=next(moved), experts=dict(zip(routed_layers, next(moved).unbind(), strict=True))
+            positions=next(moved),
+            experts=dict(zip(batch.routed_layers, next(moved).unbind(), strict=True)),
         ),
     )
 

@@ -14,7 +14,7 @@ from megatron_chord.costs.gpus import Gpu
 from megatron_chord.costs.parameters import WEIGHT_BYTES, model_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
-from megatron_chord.losses.terms import num_forward_passes
+from megatron_chord.losses.terms import need_reference, num_forward_passes
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.build import check_shape
@@ -276,6 +276,7 @@ def case_of(
     """
     method, shape = method_of(run), read_shape(run.model.path)
     check_lengths(run.data, shape.max_positions)
+    method.check_positions(run, shape.max_positions)
     fp8 = preset(run.precision)
     response = _mean("response", response_tokens, run.data.max_response_tokens)
     terms = method.terms(run).values()
@@ -300,7 +301,7 @@ def case_of(
         ),
         numerics=Numerics.of(run.model.dtype, fp8=fp8.training is not None),
         weight_bytes=WEIGHT_BYTES[run.model.dtype],
-        reference=any("reference_logprob" in term.scored for term in terms),
+        reference=need_reference(terms),
         precision=run.precision,
         rollout_tensor=run.rollout.tensor,
         utilization=run.rollout.gpu_memory_utilization,

@@ -83,8 +83,8 @@ def save_batch(
     """Write the samples of an update, for a bug report: one JSON file from each data-parallel rank. On every rank.
 
     A file has for each micro-batch the token ids and the starts of its sequences, and for each term the trained
-    positions with their constants. Numbers that are not finite are written as strings. At most ``_MOST_SAVED`` updates
-    are written in a run.
+    positions with their constants; and the same of the teachers' sequences, if there are any. Numbers that are not
+    finite are written as strings. At most ``_MOST_SAVED`` updates are written in a run.
 
     Returns:
         the folder.
@@ -121,6 +121,7 @@ def _readable(batch: PackedBatch) -> dict[str, Any]:
             }
             for name, term in batch.terms.items()
         },
+        **({} if batch.teacher is None else {"teacher": _readable(batch.teacher.batch)}),
     }
 
 

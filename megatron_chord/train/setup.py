@@ -35,7 +35,7 @@ from megatron_chord.data.truths import doubts
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.hub import refusal, unresolved_name, why_offline
-from megatron_chord.losses.terms import Term
+from megatron_chord.losses.terms import Term, need_reference
 from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
@@ -95,6 +95,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
             "packed micro-batch must be a multiple of it (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
+    method.check_positions(run, shape.max_positions)
     for setting, sources in sources_by_setting(run).items():
         for path in (path for source in sources for path in source.path):
             if not (path.exists() or glob.glob(str(path))):
@@ -113,7 +114,7 @@ def needs_servers(run: RunConfig, method: Method) -> bool:
 
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
     """The folder of the reference policy; None if no term needs its log-probs."""
-    if not any("reference_logprob" in term.scored for term in terms.values()):
+    if not need_reference(terms.values()):
         return None
     kl = run.objective.kl
     return kl.reference if kl is not None and kl.reference is not None else run.model.path
@@ -345,6 +346,7 @@ def plan_lines(
         for text, columns in (
             ("log-probs before the first update", {"old_logprob", "old_entropy"}),
             ("log-probs of the reference", {"reference_logprob"}),
+            ("log-probs of the teacher", {"teacher_logprob", "reference_teacher_logprob"}),
         )
         if scored & columns
     ]

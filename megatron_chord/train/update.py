@@ -69,8 +69,8 @@ def prepare_batches(
 ) -> list[DeviceBatch]:
     """This data-parallel rank's micro-batches on the device, with the columns that are computed before the update.
 
-    If a term needs scored columns (``Term.scored``), this makes one forward pass of the current policy, one of the
-    reference policy, or both. Otherwise it makes no pass.
+    If a term needs scored columns (``Term.scored``), this makes the forward passes of ``losses.terms.PASSES`` that
+    compute them. Otherwise it makes no pass.
     """
     layers = state.routed_layers()
     batches = [to_device(batch, state.groups, layers) for batch in micro_batches]
@@ -88,6 +88,14 @@ def prepare_batches(
             _scores(state, state.reference, batches, temperatures), columns, strict=False
         ):
             found["reference_logprob"] = scores["logprobs"]
+    for column, chunks in {
+        "teacher_logprob": state.chunks,
+        "reference_teacher_logprob": state.reference,
+    }.items():
+        if column in wanted:
+            scored = _teacher_scores(state, chunks, batches, temperatures)
+            for logprobs, found in zip(scored, columns, strict=False):
+                found[column] = logprobs
     if not state.groups.is_last_stage:
         return batches
     batches = [_with_columns(batch, present, found) for batch, found in zip(batches, columns, strict=True)]
@@ -213,6 +221,31 @@ def _scores(
         temperatures=temperatures,
         backward=False,
     )
+
+
+def _teacher_scores(
+    state: TrainState,
+    chunks: Sequence[Any],
+    batches: Sequence[DeviceBatch],
+    temperatures: Mapping[str, float],
+) -> list[Tensor]:
+    """Log-probs [T] of every micro-batch's trained tokens after their teachers' prompts, 0 for tokens without a
+    teacher; empty on all but the last stage.
+
+    Collectives: those of a forward pass, and an all-reduce over the context-parallel ranks for each micro-batch.
+    """
+    teachers = [batch.teacher for batch in batches if batch.teacher is not None]
+    if not teachers:
+        return [torch.zeros_like(batch.targets, dtype=torch.float32) for batch in batches]
+    scores = _scores(state, chunks, [teacher.batch for teacher in teachers], temperatures)
+    found: list[Tensor] = []
+    for teacher, score in zip(teachers, scores, strict=False):
+        logprobs = score["logprobs"]
+        whole = logprobs.new_zeros(teacher.num_trained).index_copy_(0, teacher.slots, logprobs)
+        if state.groups.context.size > 1:
+            dist.all_reduce(whole, group=state.groups.context.group)
+        found.append(whole[teacher.own])
+    return found
 
 
 def _with_columns(batch: DeviceBatch, terms: Terms, found: Mapping[str, Tensor]) -> DeviceBatch:

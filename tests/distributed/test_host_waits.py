@@ -70,7 +70,7 @@ def test_every_method_waits_for_its_norm_and_its_numbers_alone(tmp_path: Path) -
 )
 def test_so_do_layouts(tmp_path: Path, ranks: int, axes: dict[str, Any], dtype: str) -> None:
     """The methods are those that compute something before the update or over whole sequences."""
-    names = ["chord_phi", "gspo", "dpo_mixed_pairs", "prefix_rft"]
+    names = ["chord_phi", "gspo", "dpo_mixed_pairs", "prefix_rft", "self_distillation"]
     assert_waits(ranks, save_qwen2(tmp_path, layers=2), axes, dtype, names)
 
 

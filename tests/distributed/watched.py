@@ -47,7 +47,7 @@ def preset(path: Path) -> RunConfig:
     )
 
 
-def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
+def samples_of(names: Sequence[str], num_samples: int, *, has_teacher: bool) -> list[TrainSample]:
     """Random samples. Each has a part of every term and every constant that any term reads.
 
     Only rollout parts get rollout log-probs, because a term that has them is compared with the engine.
@@ -62,6 +62,7 @@ def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
             "is_rollout": 1.0,
             "pair": float(index // 2),
             "age": 1.0,
+            "taught": 1.0,
         }
         sampled = {"rollout_logprob": np.full(TRAINED, -2.0, np.float32)}
         parts = tuple(
@@ -72,7 +73,10 @@ def samples_of(names: Sequence[str], num_samples: int) -> list[TrainSample]:
             )
             for name, start in zip(names, range(4, LENGTH, TRAINED), strict=False)
         )
-        samples.append(TrainSample(token_ids=rng.integers(3, 200, LENGTH), parts=parts))
+        token_ids = rng.integers(3, 200, LENGTH)
+        # The first two tokens are the prompt of a sample that has a teacher; the teacher's prompt has three tokens.
+        teacher_ids = np.array([7, 8, 9, *token_ids[2:]]) if has_teacher else None
+        samples.append(TrainSample(token_ids=token_ids, parts=parts, teacher_ids=teacher_ids))
     return samples
 
 
@@ -80,10 +84,11 @@ def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) ->
     """Train one step of ``run``'s method with ``train_step`` and watch it."""
     method = method_of(run)
     terms = method.terms(run)
-    samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size)
+    has_teacher = any("teacher_logprob" in term.scored for term in terms.values())
+    samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size, has_teacher=has_teacher)
     plan = plan_step(
         with_scales(samples, terms),
-        max_tokens=2 * LENGTH,
+        max_tokens=2 * (LENGTH + has_teacher),
         layout=packing_layout(state.shape, parallel, state.groups.data.size),
         pad_id=0,
     )

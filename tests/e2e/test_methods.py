@@ -50,6 +50,15 @@ OWN: dict[str, set[str]] = {
     "hpt": {"sft_loss", "sft_prompts"},
     "relift": {"policy_loss", "failed_prompts", "sft_nll", "extra_loss", "extra_grad_norm", "logprob_gap"},
     "remix": {"policy_loss", "stale_loss", "stale_ratio", "stale_age"},
+    "self_distillation": {
+        "policy_loss",
+        "distillation_loss",
+        "taught",
+        "taught_rollouts",
+        "teacher_log_ratio",
+        "teacher_log_ratio_max",
+        "logprob_gap",
+    },
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
 """By file: the metrics that some row of metrics.jsonl must have."""
@@ -113,7 +122,7 @@ def test_every_method_trains(server: RolloutServer, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("server_key")
 def test_methods_whose_terms_talk_across_ranks_train_on_two(server: RolloutServer, tmp_path: Path) -> None:
     """Two ranks sample the same answers as one rank and get the same numbers up to rounding."""
-    names = ["dpo_mixed_pairs", "prefix_rft", "luffy"]
+    names = ["dpo_mixed_pairs", "prefix_rft", "luffy", "self_distillation"]
     changes = {name: {**SHORTER.get(name, {}), "steps": "2"} for name in names}
     for name in names:
         for count, folder in ((1, "one"), (2, "two")):

@@ -36,6 +36,9 @@ class Token:
     """The log-prob by the policy before the update. In a single update from the same weights it equals ``logp``."""
     old_entropy: float
     reference_logp: float = math.nan
+    teacher_logp: float = math.nan
+    """After the teacher's prompt, by the policy before the update."""
+    reference_teacher_logp: float = math.nan
 
     @property
     def p(self) -> float:
@@ -100,12 +103,15 @@ def oracle_update(
     before = load(old) if old is not None else model
     found: dict[str, list[SequenceTokens]] = defaultdict(list)
     for sample in samples:
+        shift = 0 if sample.teacher_ids is None else len(sample.teacher_ids) - len(sample.token_ids)
         for part in sample.parts:
             own = terms[part.term].temperature
             divided = temperature if own is None else own
             logps = _log_softmax(model, sample, divided)
             earlier = _log_softmax(before, sample, divided).detach()
             theirs = _log_softmax(other, sample, divided).detach() if other is not None else None
+            taught = _teacher_log_softmax(before, sample, divided)
+            taught_by_other = _teacher_log_softmax(other, sample, divided)
             tokens = []
             for k, position in enumerate(part.positions.tolist()):
                 row, target = logps[position - 1], int(sample.token_ids[position])
@@ -125,6 +131,12 @@ def oracle_update(
                         reference_logp=theirs[position - 1, target].item()
                         if theirs is not None
                         else math.nan,
+                        teacher_logp=math.nan
+                        if taught is None
+                        else taught[position + shift - 1, target].item(),
+                        reference_teacher_logp=math.nan
+                        if taught_by_other is None
+                        else taught_by_other[position + shift - 1, target].item(),
                     )
                 )
             if tokens:
@@ -177,6 +189,15 @@ def _entropy_apart(sequences: Sequence[SequenceTokens], terms: Mapping[str, Orac
         for token in sequence.tokens:
             bonus = bonus + term.entropy_bonus * token.entropy / divisor
     return bonus
+
+
+def _teacher_log_softmax(
+    model: torch.nn.Module | None, sample: TrainSample, temperature: float
+) -> Tensor | None:
+    if model is None or sample.teacher_ids is None:
+        return None
+    with torch.no_grad():
+        return _log_softmax(model, TrainSample(token_ids=sample.teacher_ids, parts=()), temperature)
 
 
 def _log_softmax(model: torch.nn.Module, sample: TrainSample, temperature: float) -> Tensor:

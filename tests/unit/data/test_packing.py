@@ -19,6 +19,7 @@ from megatron_chord.data.packing import (
     context_order,
     context_shard,
     dealt,
+    held_targets,
     make_layout,
     pack,
     plan_step,
@@ -151,6 +152,9 @@ def check_travels(batch: PackedBatch) -> None:
     received = pickle.loads(pickle.dumps(batch))
     for name in ("token_ids", "position_ids", "cu_seqlens", "loss_positions", "targets"):
         assert_equal(getattr(received, name), getattr(batch, name))
+    if batch.teacher is not None:
+        assert_equal(received.teacher.slots, batch.teacher.slots)
+        assert_equal(received.teacher.batch.token_ids, batch.teacher.batch.token_ids)
     assert received.terms.keys() == batch.terms.keys()
     for there, here in zip(received.terms.values(), batch.terms.values(), strict=True):
         for name in ("index", "sequence", "lengths", "held"):
@@ -224,6 +228,54 @@ def test_plans_of_random_steps(name: str, max_tokens: int) -> None:
         assert {name: set(columns) for name, columns in shapes[0].items()} == {
             name: set(COLUMNS[name]) for name in plan.counts
         }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_teachers_have_the_tokens_of_their_micro_batch(name: str) -> None:
+    """Half of the samples have a teacher. Each rank knows for each of its tokens which token of the micro-batch it
+    is."""
+    layout, context = LAYOUTS[name], CONTEXT.get(name, 1)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        samples = [
+            replace(sample, teacher_ids=np.concatenate([-np.arange(1, 2 + index), sample.token_ids[1:]]))
+            if index % 2
+            else sample
+            for index, sample in enumerate(random_samples(rng, count=12))
+        ]
+        taught = {id_ for sample in samples if sample.teacher_ids is not None for id_ in sample.token_ids}
+        plan = plan_step(samples, max_tokens=64, layout=layout, pad_id=PAD)
+        seen: Counter[int] = Counter()
+        for batch in batches_of(plan):
+            assert batch.teacher is not None
+            teacher = batch.teacher.batch
+            check_well_formed(teacher, layout)
+            check_travels(batch)
+            assert len(teacher.token_ids) <= 64 or len(teacher.cu_seqlens) <= 3
+            assert list(teacher.terms) == list(batch.terms)
+            assert teacher.targets.tolist() == batch.targets[batch.teacher.slots].tolist()
+            assert set(teacher.targets) == set(batch.targets) & taught
+            for rank in range(context):
+                slots = batch.teacher.slots[held_targets(teacher, context, rank)]
+                assert context_shard(teacher, context, rank).targets.tolist() == batch.targets[slots].tolist()
+                own = held_targets(batch, context, rank)
+                assert context_shard(batch, context, rank).targets.tolist() == batch.targets[own].tolist()
+                seen.update(slots.tolist())
+        assert sum(seen.values()) == sum(
+            len(part.positions)
+            for sample in samples
+            for part in sample.parts
+            if sample.teacher_ids is not None
+        )
+
+
+def test_an_answer_that_differs_from_its_teachers_is_refused() -> None:
+    part = Part(term="policy", positions=np.array([2, 3]))
+    sample = TrainSample(
+        token_ids=np.array([5, 6, 7, 8]), parts=(part,), teacher_ids=np.array([1, 5, 6, 7, 9])
+    )
+    with pytest.raises(AssertionError):
+        plan_step([sample], max_tokens=64, layout=Layout(), pad_id=PAD)
 
 
 @pytest.mark.parametrize("name", CONTEXT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,3 +132,30 @@ def contexts_of(batch: PackedBatch) -> list[tuple[int, ...]]:
         assert batch.position_ids[position] == len(before) - 1
         found.append((*before, target))
     return found
+
+
+def taught(sample: TrainSample, prompt: list[int]) -> TrainSample:
+    own = int(sample.parts[0].positions[0])
+    return replace(sample, teacher_ids=np.array([*prompt, *sample.token_ids[own:]]))
+
+
+def test_teachers_share_their_prompt_by_hand() -> None:
+    prompt = [1, 2, 3, 4]
+    samples = [taught(answer([5, 6, 7], [8, 9]), prompt), taught(answer([5, 6, 7], [10]), prompt)]
+    plan = plan_step(samples, max_tokens=64, layout=SHARED, pad_id=0)
+    ((batch,),) = plan.micro_batches
+    assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 7, 10]
+    assert batch.teacher is not None
+    assert batch.teacher.batch.token_ids.tolist() == [1, 2, 3, 4, 8, 9, 4, 10]
+    assert batch.teacher.batch.targets.tolist() == batch.targets.tolist() == [8, 9, 10]
+    assert batch.teacher.slots.tolist() == [0, 1, 2]
+
+
+def test_a_group_is_divided_where_its_teachers_do_not_fit() -> None:
+    shown = [list(range(100 * i, 100 * i + 20)) for i in (1, 2, 3)]
+    samples = [taught(answer([5, 6, 7], [8, 9 + i]), prompt) for i, prompt in enumerate(shown)]
+    plan = plan_step(samples, max_tokens=50, layout=SHARED, pad_id=0)
+    teachers = [batch.teacher for (rank,) in [plan.micro_batches] for batch in rank]
+    sizes = [len(teacher.batch.token_ids) for teacher in teachers if teacher is not None]
+    assert sorted(sizes) == [22, 44]
+    assert sum(len(teacher.slots) for teacher in teachers if teacher is not None) == 6

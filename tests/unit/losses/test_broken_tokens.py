@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import CorrectionConfig, KLConfig, ObjectiveConfig
-from megatron_chord.config_methods import SimpleWeight, TokenWeight
+from megatron_chord.config_methods import SelfDistillationConfig, SimpleWeight, TokenWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import policy_loss
@@ -26,6 +26,7 @@ from megatron_chord.methods.luffy import shaped_loss
 from megatron_chord.methods.prefix_rft import prefix_loss
 from megatron_chord.methods.remix import stale_loss
 from megatron_chord.methods.rl_plus import mixture_loss
+from megatron_chord.methods.self_distillation import self_distillation_loss
 from megatron_chord.methods.srft import imitation_loss, signed_loss
 from megatron_chord.train.update import largest
 
@@ -72,6 +73,17 @@ OTHERS: dict[str, Callable[[TokenStats, TermTokens], Any]] = {
     "srft demonstrations": lambda stats, tokens: imitation_loss(stats, tokens, coefficient=0.5),
     "prefix_rft": lambda stats, tokens: prefix_loss(stats, tokens, ObjectiveConfig()),
     "remix": lambda stats, tokens: stale_loss(stats, tokens, ObjectiveConfig()),
+    **{
+        f"self_distillation {divergence} {weight}": lambda stats, tokens, divergence=divergence, weight=weight: (
+            self_distillation_loss(
+                stats,
+                tokens,
+                ObjectiveConfig(),
+                SelfDistillationConfig(divergence=divergence, weight=weight),
+            )
+        )
+        for divergence, weight in itertools.product(("reverse_kl", "forward_kl", "jsd"), (1.0, 0.5))
+    },
 }
 
 
@@ -88,6 +100,8 @@ def tokens_of(advantage: float, **columns: Tensor) -> TermTokens:
         "sign": advantage,
         "kept": 1.0,
         "age": 1.0,
+        "taught": 1.0,
+        "teacher_logprob": -0.4,
     }
     sequence = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
     return TermTokens(
