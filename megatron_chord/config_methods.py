@@ -433,6 +433,58 @@ class SelfDistillationConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TRAPOConfig:
+    """TRAPO (arXiv 2512.17636): answers are sampled in rounds, and those of hard prompts begin with a part of the
+    demonstration. That part is trained by SFT with a limited pull (TrSFT), the rest by RL."""
+
+    name: Literal["trapo"] = _named("trapo")
+    counts: tuple[int, ...] = (4, 2, 1, 1)
+    """Answers that each round samples to a prompt. They add up to batch.rollouts."""
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
+    """Share of the demonstration with which a round's answers begin if the prompt needs help. The first round's is
+    0. 1: the demonstration itself is the answer."""
+    thresholds: tuple[float, ...] = (0.5, 0.66, 1.0)
+    """For each round after the first: a prompt is helped if the mean score of its answers so far is below this."""
+    threshold: float = 0.1
+    """Tokens of a prefix with at least this probability are trained as in SFT; those below it have the weight
+    p / threshold (TrSFT)."""
+    sft_coefficient: float = 1.0
+    """Weight of the SFT loss on prefixes."""
+    sft_temperature: float = 1.0
+    """Number by which the logits of prefixes are divided. `rollout.temperature` divides the logits of rollouts."""
+
+    def __post_init__(self) -> None:
+        rounds = len(self.counts)
+        require(
+            rounds == len(self.shares) == len(self.thresholds) + 1,
+            "method trapo needs a number in method.counts and method.shares for each round, and one less in "
+            f"method.thresholds; got {rounds}, {len(self.shares)} and {len(self.thresholds)}",
+        )
+        require(rounds >= 2, "method.counts has one round: without help it is GRPO")
+        require(
+            min(self.counts) >= 1 and self.counts[0] >= 2,
+            f"method.counts must have at least 2 answers in the first round and 1 in the others, got "
+            f"{list(self.counts)}",
+        )
+        require(
+            self.shares[0] == 0 and all(0 < share <= 1 for share in self.shares[1:]),
+            f"method.shares must be 0 and then lie in (0, 1], got {list(self.shares)}",
+        )
+        for count, share in zip(self.counts, self.shares, strict=True):
+            require(
+                share < 1 or count == 1,
+                f"method.shares 1 needs a round of one answer, because all would be the same; got {count}",
+            )
+        require(0 < self.threshold <= 1, f"method.threshold must lie in (0, 1], got {self.threshold}")
+        positive(
+            **{
+                "method.sft_coefficient": self.sft_coefficient,
+                "method.sft_temperature": self.sft_temperature,
+            }
+        )
+
+
 MethodConfig = (
     ChordConfig
     | LuffyConfig
@@ -445,4 +497,5 @@ MethodConfig = (
     | ReMixConfig
     | DPOConfig
     | SelfDistillationConfig
+    | TRAPOConfig
 )

@@ -18,6 +18,7 @@ from megatron_chord.methods.remix import ReMix
 from megatron_chord.methods.rl_plus import RLPlus
 from megatron_chord.methods.self_distillation import SelfDistillation
 from megatron_chord.methods.srft import SRFT
+from megatron_chord.methods.trapo import TRAPO
 
 METHODS: dict[str, type[Method]] = {
     "chord": Chord,
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "hpt": HPT,
     "relift": ReLIFT,
     "self_distillation": SelfDistillation,
+    "trapo": TRAPO,
 }
 
 

@@ -1,4 +1,4 @@
-"""The terms of Prefix-RFT and HPT equal naive versions in layouts that split sequences, vocabulary and batch."""
+"""The terms of Prefix-RFT, HPT and TRAPO equal naive versions in layouts that split sequences, vocabulary and batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_chord.config_methods import HPTConfig
+from megatron_chord.config_methods import HPTConfig, TrustRegionWeight
 from megatron_chord.methods.hpt import HPT
 from megatron_chord.methods.prefix_rft import hybrid_sample
 from megatron_chord.records import Prompt, Rollout, TrainSample
 from tests.distributed.splits import assert_split_invariant
 from tests.support.oracle import OracleTerm, SequenceTokens, Token
-from tests.support.oracle_terms import policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.tiny import VOCAB, make_samples, save_qwen2, tiny_run
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -37,6 +37,7 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
             ),
             "prefix_rft, gspo": prefix_rft(model, surrogate="gspo", dual_clip=3.0, entropy_bonus=0.01),
             "hpt": hpt(model),
+            "trapo": trapo(model),
         },
         layouts=LAYOUTS,
     )
@@ -99,6 +100,31 @@ def prefix_term(aggregation: str) -> OracleTerm:
         },
         losses={"prefix_loss": lambda *all: loss(*all).item()},
     )
+
+
+# ---- TRAPO
+
+
+def trapo(model: Path) -> Any:
+    """Prefixes with SFT's weight min(1, p / 0.02), and continuations, share one denominator."""
+    weight = TrustRegionWeight(threshold=0.02)
+    run = tiny_run(
+        model,
+        method="trapo",
+        settings={"threshold": weight.threshold, "sft_coefficient": 0.7},
+        aggregation="seq-mean-token-sum-norm",
+        temperature=0.8,
+    )
+    length = run.data.max_response_tokens
+    samples = make_samples(num_policy=4, num_sft=0) + [
+        replace(sample, parts=(replace(sample.parts[0], term="sft", constants={}), *sample.parts[1:]))
+        for sample in hybrids()
+    ]
+    terms = {
+        "policy": policy_term(run.objective, length=length),
+        "sft": sft_term(weight, pool="policy", aggregation=run.objective.aggregation, length=length),
+    }
+    return run, samples, {"policy": 1.0, "sft": 0.7}, terms
 
 
 # ---- HPT

@@ -59,6 +59,7 @@ OWN: dict[str, set[str]] = {
         "teacher_log_ratio_max",
         "logprob_gap",
     },
+    "trapo": {"policy_loss", "sft_loss", "token_weight", "guided_answers", "prefix_share", "logprob_gap"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
 """By file: the metrics that some row of metrics.jsonl must have."""
@@ -79,6 +80,7 @@ SHORTER = {
     "sasr": {"method.mu.warmup_steps": "1"},
     "chord_mu": {"method.mu.decay_steps": "2"},
     "relift": {"method.size": "2"},
+    "trapo": {"method.counts": "[2, 1, 1]", "method.shares": "[0, 0.5, 1]", "method.thresholds": "[0.9, 1]"},
     "remix": {"method.mix_steps": "3", "method.stale_share": "0.6"},
 }
 """Settings that bring every stage of a method into three steps."""

@@ -123,7 +123,7 @@ def test_the_same_mismatch_is_not_corrected_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
     aligned = METHODS[name].needs_demonstrations
-    run = changed(tiny_run(tmp_path, method=name), data={"aligned": aligned}, batch={"rollouts": 3})
+    run = changed(tiny_run(tmp_path, method=name), data={"aligned": aligned}, batch={"rollouts": 8})
     method = method_of(run)
     outputs = [empty_output(term) for term in method.terms(run).values()]
     names = Counter(key for output in outputs for key in (*output.losses, *output.means, *output.maxima))
