@@ -485,6 +485,38 @@ class TRAPOConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DYPOConfig:
+    """DYPO (arXiv 2604.08926): prompts whose rollouts are all wrong are trained by SFT, those whose rollouts are all
+    right are skipped. The others are trained by RL and by DPO's loss on all pairs of a right and a wrong rollout."""
+
+    name: Literal["dypo"] = _named("dypo")
+    positive_reward: float = 0.5
+    """A rollout is right if its reward is above this."""
+    alignment_coefficient: float = 0.001
+    """Weight of the loss on pairs (the group alignment loss) beside the RL loss."""
+    beta: float = 0.1
+    """DPO's beta in the loss on pairs."""
+    reference: bool = False
+    """Whether the log-probs in the loss on pairs are relative to those of `model.path`, or of
+    `objective.kl.reference`."""
+    sft_coefficient: float = 1.0
+    """Weight of the SFT loss."""
+    sft_temperature: float = 1.0
+    """Number by which the logits of demonstrations are divided. `rollout.temperature` divides the logits of
+    rollouts."""
+
+    def __post_init__(self) -> None:
+        positive(
+            **{
+                "method.beta": self.beta,
+                "method.sft_coefficient": self.sft_coefficient,
+                "method.sft_temperature": self.sft_temperature,
+            }
+        )
+        not_negative(**{"method.alignment_coefficient": self.alignment_coefficient})
+
+
 MethodConfig = (
     ChordConfig
     | LuffyConfig
@@ -498,4 +530,5 @@ MethodConfig = (
     | DPOConfig
     | SelfDistillationConfig
     | TRAPOConfig
+    | DYPOConfig
 )

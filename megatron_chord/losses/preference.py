@@ -120,3 +120,68 @@ def dpo_loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
         },
         {"logprob_gap_max": apart["logprob_gap"] * tokens["is_rollout"]},
     )
+
+
+# ---- all pairs of a group
+
+
+def alignment_columns(
+    batches: Sequence[TermTokens],
+    across: AcrossRanks,
+    *,
+    beta: float,
+    max_groups: int,
+    max_members: int,
+    with_reference: bool,
+) -> list[Mapping[str, Tensor]]:
+    """The columns of the group alignment loss (GAL, arXiv 2604.08926): DPO's loss over all pairs of a right and a wrong
+    answer of a group, averaged over the group's pairs and then over groups.
+
+        GAL = mean over groups of mean over pairs of -log sigma(beta (S_right - S_wrong))
+
+    S is the sum of an answer's log-probs, or with ``with_reference`` of its log-ratios to the reference policy. As in
+    ``dpo_loss``, the sum over tokens of ``alignment_slope`` x log p has GAL's gradient at the weights with which S was
+    computed, and the sum of ``alignment_share`` is GAL. ``alignment_accuracy_share`` sums up to the share of pairs with
+    S_right > S_wrong, averaged in the same way. A group whose answers are all of one kind has zeros.
+
+    Columns: group (below ``max_groups``), member (below ``max_members``), sign (+1 right, -1 wrong), old_logprob, and
+    reference_logprob with ``with_reference``. Each answer is one sequence.
+
+    Collectives: one all-reduce of [4, max_groups x max_members].
+    """
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([batch[name] for batch in batches])
+
+    def slots(tokens: TermTokens) -> Tensor:
+        return tokens["group"].long() * max_members + tokens["member"].long()
+
+    log_ratios = joined("old_logprob").double()
+    if with_reference:
+        log_ratios = log_ratios - joined("reference_logprob").double()
+    sign = joined("sign").double()
+    counted = torch.stack([log_ratios, torch.ones_like(log_ratios), sign > 0, sign < 0], dim=1)
+    held = torch.cat([batch.held for batch in batches])
+    slot = torch.cat([slots(batch) for batch in batches])
+    found = across.sum(pair_sums(counted, slot, held, max_groups * max_members))
+    log_ratio, length, right, wrong = found.view(4, max_groups, max_members)
+    is_pair = ((right > 0)[:, :, None] & (wrong > 0)[:, None, :]).double()
+    margin = beta * (log_ratio[:, :, None] - log_ratio[:, None, :])
+    num_pairs = is_pair.sum((1, 2))
+    num_groups = (num_pairs > 0).sum().clamp(min=1)
+    share = is_pair / (num_pairs.clamp(min=1) * num_groups)[:, None, None]  # of a pair in the mean
+    push = beta * share * torch.sigmoid(-margin)
+    slope = (push.sum(1) - push.sum(2)).flatten()
+    tokens_of_group = length.sum(1).clamp(min=1)
+    loss = (share * softplus(-margin)).sum((1, 2)) / tokens_of_group
+    accuracy = (share * (margin > 0)).sum((1, 2)) / tokens_of_group
+
+    def of_tokens(batch: TermTokens) -> dict[str, Tensor]:
+        group = batch["group"].long()
+        return {
+            "alignment_slope": slope[slots(batch)].float(),
+            "alignment_share": loss[group].float(),
+            "alignment_accuracy_share": accuracy[group].float(),
+        }
+
+    return [of_tokens(batch) for batch in batches]

@@ -9,6 +9,7 @@ from megatron_chord.config_methods import MethodConfig
 from megatron_chord.methods.base import Method
 from megatron_chord.methods.chord import Chord
 from megatron_chord.methods.dpo import MixedDPO
+from megatron_chord.methods.dypo import DYPO
 from megatron_chord.methods.ghpo import GHPO
 from megatron_chord.methods.hpt import HPT
 from megatron_chord.methods.luffy import Luffy
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "relift": ReLIFT,
     "self_distillation": SelfDistillation,
     "trapo": TRAPO,
+    "dypo": DYPO,
 }
 
 

@@ -1,7 +1,8 @@
-"""The terms of ReMix and DPO equal naive versions in layouts that split sequences, vocabulary, batch and pairs."""
+"""The terms of ReMix, DPO and DYPO equal naive versions in layouts that split sequences, vocabulary, batch, pairs."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import KLConfig
+from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.methods.dpo import Pair, pair_samples
 from megatron_chord.records import Prompt, Rollout, TrainSample
 from tests.distributed.splits import assert_split_invariant
 from tests.support.oracle import OracleTerm, SequenceTokens, Token
-from tests.support.oracle_terms import policy_term
+from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.tiny import VOCAB, make_samples, save_qwen2, tiny_run
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -32,7 +34,15 @@ CLIP = 0.2
 def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
     model, reference = save_qwen2(tmp_path / "policy"), save_qwen2(tmp_path / "reference", seed=1)
     assert_split_invariant(
-        model, {"remix": remix(model, reference), "dpo": dpo(model)}, layouts=LAYOUTS, reference=reference
+        model,
+        {
+            "remix": remix(model, reference),
+            "dpo": dpo(model),
+            "dypo": dypo(model),
+            "dypo, reference": dypo(model, reference=True, aggregation="seq-mean-token-mean"),
+        },
+        layouts=LAYOUTS,
+        reference=reference,
     )
 
 
@@ -184,4 +194,68 @@ def dpo_term() -> OracleTerm:
             "dpo_margin": of_pair(lambda m: m),
             "dpo_accuracy": of_pair(lambda m: float(m > 0)),
         },
+    )
+
+
+# ---- DYPO
+
+
+def dypo(model: Path, *, reference: bool = False, **objective: Any) -> Any:
+    """Groups of 2 right and 1 wrong, of 1 and 3, and of right answers alone; and two demonstrations."""
+    settings = {"beta": BETA, "alignment_coefficient": 0.3, "reference": reference}
+    run = tiny_run(model, method="dypo", settings=settings, temperature=0.9, **objective)
+    run = replace(run, batch=replace(run.batch, rollouts=4))
+    signs = [(1, 1, -1), (1, -1, -1, -1), (1, 1)]
+    places = [(g, m, sign) for g, of_group in enumerate(signs) for m, sign in enumerate(of_group)]
+    samples = []
+    for sample, (group, member, sign) in zip(
+        make_samples(num_policy=9, num_sft=0, seed=6), places, strict=True
+    ):
+        (part,) = sample.parts
+        added = {"group": float(group), "member": float(member), "sign": float(sign)}
+        samples.append(replace(sample, parts=(replace(part, constants={**part.constants, **added}),)))
+    samples += make_samples(num_policy=0, num_sft=2, seed=7)
+    rl, found = policy_term(run.objective), dict[int, tuple[Tensor, float]]()
+
+    def alignment(every: list[SequenceTokens]) -> tuple[Tensor, float]:
+        """The loss, and the share of pairs in the right order. Both are means over groups of means over pairs."""
+        losses: dict[int, list[Tensor]] = {}
+        right: dict[int, list[float]] = {}
+        for first, second in itertools.permutations(every, 2):
+            one, two = first.tokens[0].constants, second.tokens[0].constants
+            if one["group"] == two["group"] and (one["sign"], two["sign"]) == (1, -1):
+                margin = BETA * (total_logprob(first) - total_logprob(second))
+                losses.setdefault(int(one["group"]), []).append(torch.log(1 + torch.exp(-margin)))
+                right.setdefault(int(one["group"]), []).append(float(margin.item() > 0))
+        assert len(losses) == 2
+        means = [sum(of_group) / len(of_group) for of_group in losses.values()]
+        shares = [sum(of_group) / len(of_group) for of_group in right.values()]
+        return torch.as_tensor(sum(means) / 2), sum(shares) / 2
+
+    def total_logprob(sequence: SequenceTokens) -> Tensor:
+        return torch.stack(
+            [token.logp - (token.reference_logp if reference else 0.0) for token in sequence.tokens]
+        ).sum()
+
+    def of_step(every: list[SequenceTokens]) -> tuple[Tensor, float]:
+        return found.setdefault(id(every), alignment(every) if id(every) not in found else found[id(every)])
+
+    def loss(token: Token, sequence: SequenceTokens, every: list[SequenceTokens]) -> Tensor:
+        # The scales of a pool add up to 1. So each token may have the whole alignment loss.
+        return rl.loss(token, sequence, every) + 0.3 * of_step(every)[0]
+
+    term = replace(
+        rl,
+        loss=loss,
+        losses={
+            **rl.losses,
+            "alignment_loss": lambda token, sequence, every: of_step(every)[0].item(),
+            "alignment_accuracy": lambda token, sequence, every: of_step(every)[1],
+        },
+    )
+    return (
+        run,
+        samples,
+        {"policy": 0.6, "sft": 0.4},
+        {"policy": term, "sft": sft_term(SimpleWeight(kind="one"))},
     )

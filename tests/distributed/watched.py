@@ -63,6 +63,8 @@ def samples_of(names: Sequence[str], num_samples: int, *, has_teacher: bool) -> 
             "pair": float(index // 2),
             "age": 1.0,
             "taught": 1.0,
+            "group": float(index // 2 % 8),
+            "member": float(index % 2),
         }
         sampled = {"rollout_logprob": np.full(TRAINED, -2.0, np.float32)}
         parts = tuple(

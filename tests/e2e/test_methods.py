@@ -60,6 +60,7 @@ OWN: dict[str, set[str]] = {
         "logprob_gap",
     },
     "trapo": {"policy_loss", "sft_loss", "token_weight", "guided_answers", "prefix_share", "logprob_gap"},
+    "dypo": {"sft_prompts", "skipped_prompts"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
 """By file: the metrics that some row of metrics.jsonl must have."""

@@ -22,6 +22,7 @@ from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.sft import most_uncertain, sft_term
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
+from megatron_chord.methods.dypo import dypo_loss
 from megatron_chord.methods.luffy import shaped_loss
 from megatron_chord.methods.prefix_rft import prefix_loss
 from megatron_chord.methods.remix import stale_loss
@@ -73,6 +74,7 @@ OTHERS: dict[str, Callable[[TokenStats, TermTokens], Any]] = {
     "srft demonstrations": lambda stats, tokens: imitation_loss(stats, tokens, coefficient=0.5),
     "prefix_rft": lambda stats, tokens: prefix_loss(stats, tokens, ObjectiveConfig()),
     "remix": lambda stats, tokens: stale_loss(stats, tokens, ObjectiveConfig()),
+    "dypo": lambda stats, tokens: dypo_loss(stats, tokens, ObjectiveConfig(), coefficient=0.1),
     **{
         f"self_distillation {divergence} {weight}": lambda stats, tokens, divergence=divergence, weight=weight: (
             self_distillation_loss(
@@ -102,6 +104,9 @@ def tokens_of(advantage: float, **columns: Tensor) -> TermTokens:
         "age": 1.0,
         "taught": 1.0,
         "teacher_logprob": -0.4,
+        "alignment_share": 0.1,
+        "alignment_slope": -0.2,
+        "alignment_accuracy_share": 0.1,
     }
     sequence = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
     return TermTokens(
