@@ -109,10 +109,10 @@ class MeanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """vLLM servers that `megatron-chord evaluate` starts on this machine."""
+    """vLLM servers that `megatron-chord evaluate` starts on this machine, or on each node of a Slurm job."""
 
     count: int | None = None
-    """Number of servers. Left out: as many as fit on the GPUs; one without a GPU."""
+    """Number of servers of a machine. Left out: as many as fit on the GPUs; one without a GPU."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations."""
     tensor: int = 1

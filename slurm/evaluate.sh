@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Evaluate a policy on one node, a vLLM server on each of its GPUs (server.tensor=N: on N of them).
+# Evaluate a policy on all nodes of the job, with a vLLM server on each GPU (server.tensor=N: on N of them).
 #
 #   sbatch slurm/evaluate.sh /shared/runs/chord_qwen7b/policy --suite paper
+#   sbatch --nodes=4 slurm/evaluate.sh /shared/runs/chord_qwen7b/policy --suite paper
 #   sbatch slurm/evaluate.sh /shared/models/Qwen2.5-7B-Instruct --suite my_suite.yaml server.tensor=2
 #
 # Before the time is up the job goes back to the queue, and goes on from the answers that it has.

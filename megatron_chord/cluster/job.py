@@ -91,10 +91,10 @@ class Job:
         nodes = self.num_rollout_nodes or len(self.nodes)
         return nodes * self.num_servers_here(tensor)
 
-    def first_server(self, tensor: int) -> int:
-        """The job-wide index of this node's first server."""
+    def first_server(self, per_node: int) -> int:
+        """The job-wide index of this node's first server, with ``per_node`` servers on each node that samples."""
         place = self.index - (self.num_training_nodes if self.num_rollout_nodes else 0)
-        return place * self.num_servers_here(tensor)
+        return place * per_node
 
     def server_devices(self, server: int, tensor: int) -> str | None:
         """CUDA_VISIBLE_DEVICES of this node's ``server``-th server; None without GPUs."""

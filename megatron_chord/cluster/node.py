@@ -9,9 +9,7 @@ If a rank fails, this program records which and when, ends all processes on its 
 srun (--kill-on-bad-exit) then ends the other nodes in the same way. SIGUSR1 is ignored here, and vLLM inherits that.
 Ranks take it as a stop request, and a file requests a stop, too (``train.stop``).
 
-SIGTERM comes from a preemption, from ``scancel``, or from srun after a failure on another node. Without a failure and
-without the batch script's file ``cancelled`` it is a preemption: the node requests a stop with a checkpoint. A second
-SIGTERM, the file or a failure ends the node at once.
+In a preemption (``cluster.sigterm``) the node requests a stop with a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -31,13 +28,13 @@ from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
     exit_code_of,
-    has_failure,
     has_outcome,
     record_failure,
     write_outcome,
 )
 from megatron_chord.cluster.ranks import Rank, start_ranks
-from megatron_chord.cluster.servers import NodeServers, ServerLost, count_servers
+from megatron_chord.cluster.servers import NodeServers, ServerLost, count_servers, order_of
+from megatron_chord.cluster.sigterm import PREEMPTED_FILE, Sigterms
 from megatron_chord.cluster.stopped import StoppedRank
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
@@ -48,10 +45,6 @@ from megatron_chord.train import stop
 from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
-CANCELLED_FILE = "cancelled"
-PREEMPTED_FILE = "preempted"
-_CANCEL_S = 0.3
-"""Seconds after SIGTERM in which the batch script may still write the file ``cancelled``."""
 _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
@@ -86,14 +79,13 @@ class _Node:
         self._ranks: list[Rank] = []
         self._stopped: StoppedRank | None = None
         self._servers: NodeServers | None = None
-        self._sigterms = 0
-        self._sigterm_at = 0.0
+        self._sigterms = Sigterms(job.folder)
         self._is_preempted = False
         self._next_look = 0.0
 
     def run(self) -> int:
         """Run until the ranks and servers of this node have ended. Returns the exit code."""
-        signal.signal(signal.SIGTERM, self._on_terminate)
+        self._sigterms.listen()
         try:
             self._start()
             while True:
@@ -114,7 +106,7 @@ class _Node:
     def _start(self) -> None:
         job = self._job
         if job.samples and self._num_servers:
-            self._servers = NodeServers(job, self._run, say=self._say)
+            self._servers = NodeServers(job, order_of(self._run, job), say=self._say)
         if job.trains:
             environment = {
                 RANK_OF_LAUNCHER: str(os.getpid()),
@@ -152,11 +144,8 @@ class _Node:
 
     def _must_end(self) -> bool:
         """Decide what a SIGTERM means: True to end now. In a preemption, request a stop and return False."""
-        folder = self._job.folder
-        if self._sigterms > 1 or (folder / CANCELLED_FILE).exists() or has_failure(folder):
-            return True
-        is_early = time.monotonic() - self._sigterm_at < _CANCEL_S
-        if not is_early and not self._is_preempted:
+        folder, meaning = self._job.folder, self._sigterms.meaning()
+        if meaning == "preemption" and not self._is_preempted:
             self._is_preempted = True
             if not (folder / PREEMPTED_FILE).exists():
                 self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
@@ -166,7 +155,7 @@ class _Node:
                 # vLLM has the SIGTERM, too. It ends its engine, then waits for open requests that nobody answers. So
                 # each node kills its own servers.
                 self._servers.kill()
-        return False
+        return meaning == "end"
 
     def _watch_ranks(self) -> int | None:
         statuses = [rank.status for rank in self._ranks]
@@ -214,10 +203,6 @@ class _Node:
             self._servers.stop()
         for rank in self._ranks:
             rank.end(deadline)
-
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        self._sigterms += 1
-        self._sigterm_at = self._sigterm_at or time.monotonic()
 
     def _say(self, text: str) -> None:
         print(f"[{self._job.name}] {text}", flush=True)

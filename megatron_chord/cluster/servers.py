@@ -13,13 +13,24 @@ from megatron_chord.cluster.job import Job
 from megatron_chord.cluster.ranks import log_folder
 from megatron_chord.config import RunConfig
 from megatron_chord.methods.base import Method
-from megatron_chord.rollout.registry import Announcement, Registry, read_key
+from megatron_chord.rollout.registry import Announcement, Registry, ServerOrder, read_key
 from megatron_chord.rollout.server import RolloutServer, start_server, stop_all
 from megatron_chord.train.engine import server_settings
 from megatron_chord.train.setup import needs_servers
 
 _CHECK_S = 0.5
 """Seconds between two checks of a server and of the trainer's requests to replace it."""
+
+
+def order_of(run: RunConfig, job: Job) -> ServerOrder:
+    """The servers of a run on each node of its job that samples."""
+    return ServerOrder(
+        model=run.model.path,
+        settings=server_settings(run),
+        count=job.num_servers_here(run.rollout.tensor),
+        start_s=run.timeouts.server_start_s,
+        restarts=run.rollout.restarts,
+    )
 
 
 def count_servers(job: Job, run: RunConfig, method: Method) -> int:
@@ -54,19 +65,19 @@ class _Slot:
 
 
 class NodeServers:
-    def __init__(self, job: Job, run: RunConfig, *, say: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, order: ServerOrder, *, say: Callable[[str], None]) -> None:
         """Start this node's servers. Main thread only."""
         self._job = job
-        self._run = run
+        self._order = order
         self._say = say
         self._registry = Registry(job.folder)
         self._key = read_key(job.folder)
         self._address = job.numeric_address()
         self._next_check = 0.0
         self._slots: list[_Slot] = []
-        tensor = run.rollout.tensor
-        for local in range(job.num_servers_here(tensor)):
-            self._slots.append(self._start(job.first_server(tensor) + local, local, life=0))
+        first = job.first_server(order.count)
+        for local in range(order.count):
+            self._slots.append(self._start(first + local, local, life=0))
 
     def watch(self) -> None:
         """Announce servers that became ready and replace lost ones. Raises ServerLost if no restart is left."""
@@ -105,7 +116,7 @@ class NodeServers:
             slot.announced = True
             self._say(f"{who} is ready")
         elif time.monotonic() > slot.deadline:
-            text = f"{who} was not ready after {self._run.timeouts.server_start_s:.0f} s"
+            text = f"{who} was not ready after {self._order.start_s:.0f} s"
             raise ServerLost(text, slot.server, process.log)
         return slot
 
@@ -114,20 +125,20 @@ class NodeServers:
 
     def _replaced(self, slot: _Slot, why: str) -> _Slot:
         slot.process.stop()
-        if slot.life >= self._run.rollout.restarts:
-            text = f"{why}, once more than rollout.restarts allows ({self._run.rollout.restarts})"
+        if slot.life >= self._order.restarts:
+            text = f"{why}, and the {self._order.restarts} restarts that the settings allow are used up"
             raise ServerLost(text, slot.server, slot.process.log)
         self._say(f"{why}; starting a new one")
         return self._start(slot.server, slot.local, life=slot.life + 1)
 
     def _start(self, server: int, local: int, *, life: int) -> _Slot:
-        run = self._run
-        devices = self._job.server_devices(local, run.rollout.tensor)
-        settings = dataclasses.replace(server_settings(run), visible_devices=devices)
+        order = self._order
+        devices = self._job.server_devices(local, order.settings.tensor)
+        settings = dataclasses.replace(order.settings, visible_devices=devices)
         log = log_folder(self._job) / f"rollout-{self._job.name}-server{server}-{life}.log"
         try:
-            process = start_server(run.model.path, settings, log=log, host=self._address, key=self._key)
+            process = start_server(order.model, settings, log=log, host=self._address, key=self._key)
         except ValueError as error:
             raise ServerLost(str(error), server, log) from error
-        deadline = time.monotonic() + run.timeouts.server_start_s
+        deadline = time.monotonic() + order.start_s
         return _Slot(server=server, local=local, life=life, process=process, deadline=deadline)

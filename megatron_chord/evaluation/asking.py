@@ -133,8 +133,10 @@ def _ask_once(
     for number in left:
         waiting.put(number)
 
+    has_failed = threading.Event()
+
     def take() -> tuple[int, GenerateRequest] | None:
-        if grading.failure is not None:
+        if grading.failure is not None or has_failed.is_set():
             return None
         try:
             number = waiting.get_nowait()
@@ -168,8 +170,9 @@ def _ask_once(
             _await(served)
         finally:
             if not all(future.done() for future in served):
+                has_failed.set()
                 for client in clients:
-                    client.close()
+                    client.cancel()
     grading.check()
 
 

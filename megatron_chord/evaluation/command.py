@@ -17,6 +17,7 @@ from megatron_chord.evaluation.evaluate import evaluate
 from megatron_chord.evaluation.policy import default_output
 from megatron_chord.evaluation.results import TABLE
 from megatron_chord.rollout.auth import KEY_VARIABLE
+from megatron_chord.rollout.registry import JobNodes
 from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.rollout.server import ServerError
 
@@ -46,6 +47,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
             output=output,
             servers=args.server,
             server_key=key,
+            job=JobNodes.of_environment(os.environ),
             say=lambda text: print(text, flush=True),
         )
     except ValueError as error:

@@ -23,13 +23,14 @@ from megatron_chord.evaluation import results as found_results
 from megatron_chord.evaluation.answers import SAMPLES, Answer, AnswerFile, key_of
 from megatron_chord.evaluation.asking import Meter, Question, SuiteGraders, ask, grade_again
 from megatron_chord.evaluation.policy import Policy, label_of, open_policy
-from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
+from megatron_chord.evaluation.servers import ListedServers, Servers, own_servers, servers_of_job
 from megatron_chord.evaluation.votes import KINDS, stated_answer, to_compare, votes_of
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import check_sources, needs_of
+from megatron_chord.rollout.registry import JobNodes
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.sampling.rounds import sample_seed
 from megatron_chord.weights.folder import check_copies, open_model
@@ -56,6 +57,7 @@ def evaluate(
     output: Path,
     servers: Sequence[str] = (),
     server_key: str = "",
+    job: JobNodes | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Evaluate the policy at ``source`` on ``suite``, and write the results to ``output``.
@@ -65,6 +67,7 @@ def evaluate(
     Args:
         servers: URLs of running servers, which get the policy's weights. Empty: servers are started here.
         server_key: the API key of these servers.
+        job: the Slurm job whose nodes start the servers, instead of this process.
 
     Returns:
         What ``results.json`` holds.
@@ -94,7 +97,7 @@ def evaluate(
             missing = [q for q in questions if q.key not in files[q.benchmark.name].by_key]
             _tell_of_kept(files, questions, missing, say)
             if missing:
-                reserve = _servers(policy, suite, shape, output, servers, server_key, say)
+                reserve = _servers(policy, suite, shape, output, servers, server_key, job, say)
                 stack.callback(reserve.close)
                 meter = stack.enter_context(Meter(len(questions), len(questions) - len(missing), say))
                 late = ask(missing, reserve, suite.server, files=files, graders=graders, meter=meter)
@@ -226,6 +229,7 @@ def _servers(
     output: Path,
     urls: Sequence[str],
     key: str,
+    job: JobNodes | None,
     say: Callable[[str], None],
 ) -> Servers:
     settings = suite.server
@@ -238,7 +242,9 @@ def _servers(
         for item in suite.resolved()
         if item.sampling is not None
     )
-    return OwnServers(policy.folder, settings, max_model_len=longest, logs=output / LOGS, say=say)
+    if job is not None:
+        return servers_of_job(job, policy.folder, settings, max_model_len=longest, say=say)
+    return own_servers(policy.folder, settings, max_model_len=longest, logs=output / LOGS, say=say)
 
 
 def _tell_of_kept(

@@ -1,9 +1,11 @@
-"""The vLLM servers of an evaluation: its own on this machine, or running ones that get the policy's weights."""
+"""The vLLM servers of an evaluation: its own, those of a job's nodes, or running ones that get the policy's weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -14,14 +16,14 @@ from megatron_chord.config_suite import ServerConfig
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.network import address_towards
 from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.fleet import Fleet, JobServers, OwnServers
+from megatron_chord.rollout.registry import JobNodes, Registry, ServerOrder, read_key
 from megatron_chord.rollout.server import (
-    RolloutServer,
     ServerError,
     ServerSettings,
     named_gpus,
     number_of_servers,
     start_server,
-    stop_all,
     visible_to_server,
 )
 from megatron_chord.rollout.sync import SyncError, SyncSettings, WeightSync
@@ -37,7 +39,9 @@ class Servers(Protocol):
         ...
 
     def connect(self) -> Sequence[RolloutClient]:
-        """Clients of servers that are ready and have the policy's weights. May be called again after a failure.
+        """Clients of servers that are ready and have the policy's weights.
+
+        Call it again after a failure: it replaces the servers that do not answer, or all of them if all answer.
 
         Raises:
             ServerError: a server is not ready in time.
@@ -47,70 +51,97 @@ class Servers(Protocol):
     def close(self) -> None: ...
 
 
-class OwnServers:
-    """Servers that are started here. Each has its own GPUs; without GPUs it uses all cores."""
+class FleetServers:
+    """Servers that were started with the policy's weights."""
 
     version = None
 
-    def __init__(
-        self,
-        model: Path,
-        settings: ServerConfig,
-        *,
-        max_model_len: int,
-        logs: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        self._model = model
-        self._settings = settings
-        self._max_model_len = max_model_len
-        self._logs = logs
-        self._say = say
-        self._servers: list[RolloutServer] = []
-        self._clients: list[RolloutClient] = []
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._is_started = False
 
     def connect(self) -> Sequence[RolloutClient]:
-        self.close()
-        devices = devices_of_servers(self._settings, named_gpus(os.environ, torch.cuda.device_count()))
-        self._say(
-            f"starting {len(devices)} vLLM server{'s' if len(devices) > 1 else ''}, logs in {self._logs}"
-        )
-        self._logs.mkdir(parents=True, exist_ok=True)
-        try:
-            for index, visible in enumerate(devices):
-                settings = self._server_settings(visible, len(devices))
-                log = self._logs / f"server-{index}.log"
-                self._servers.append(start_server(self._model, settings, log=log))
-            for server in self._servers:
-                server.wait_until_ready(self._settings.start_s)
-        except BaseException:
-            self.close()
-            raise
-        self._clients = [
-            RolloutClient(server.url, server.api_key, silence_s=self._settings.silence_s)
-            for server in self._servers
-        ]
-        return self._clients
+        if self._is_started:
+            return self._fleet.replace(everything=False)
+        self._is_started = True
+        self._fleet.start()
+        return self._fleet.connect()
 
     def close(self) -> None:
-        for client in self._clients:
-            client.close()
-        stop_all(self._servers)
-        self._clients, self._servers = [], []
+        self._fleet.close()
 
-    def _server_settings(self, visible: str | None, count: int) -> ServerSettings:
-        settings = self._settings
-        cores = len(os.sched_getaffinity(0))
-        return ServerSettings(
-            dtype=settings.dtype,
-            max_model_len=self._max_model_len,
-            tensor=settings.tensor,
-            kv_cache_bytes=settings.kv_cache_bytes,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            visible_devices=visible,
-            cpu_threads=max(1, cores // (settings.tensor * count)),
-            repeatable=settings.repeatable,
+
+def own_servers(
+    model: Path,
+    settings: ServerConfig,
+    *,
+    max_model_len: int,
+    logs: Path,
+    say: Callable[[str], None],
+) -> FleetServers:
+    """Servers that this process starts. Each has its own GPUs; without GPUs they share the cores.
+
+    Raises:
+        ValueError: the servers do not fit on the GPUs.
+    """
+    devices = devices_of_servers(settings, named_gpus(os.environ, torch.cuda.device_count()))
+    shared = _server_settings(settings, max_model_len=max_model_len, count=len(devices))
+    logs.mkdir(parents=True, exist_ok=True)
+    say(f"starting {len(devices)} vLLM server{'s' if len(devices) > 1 else ''}, logs in {logs}")
+    starts = [
+        partial(
+            start_server,
+            model,
+            dataclasses.replace(shared, visible_devices=visible),
+            log=logs / f"server-{index}.log",
         )
+        for index, visible in enumerate(devices)
+    ]
+    return FleetServers(OwnServers(starts, timeout_s=settings.start_s, silence_s=settings.silence_s))
+
+
+def servers_of_job(
+    job: JobNodes, model: Path, settings: ServerConfig, *, max_model_len: int, say: Callable[[str], None]
+) -> FleetServers:
+    """Servers that all nodes of a job start (``cluster.evaluate``). ``model`` is on the shared file system.
+
+    Raises:
+        ValueError: the servers do not fit on the GPUs, or other users can read the key.
+    """
+    key, registry = read_key(job.folder), Registry(job.folder)
+    count = len(devices_of_servers(settings, named_gpus(os.environ, torch.cuda.device_count())))
+    order = ServerOrder(
+        model=model,
+        settings=_server_settings(settings, max_model_len=max_model_len, count=count),
+        count=count,
+        start_s=settings.start_s,
+        restarts=settings.restarts,
+    )
+    registry.order(order)
+    say(f"starting {count} vLLM server{'s' if count > 1 else ''} on each of {job.count} nodes")
+    fleet = JobServers(
+        registry,
+        job.count * count,
+        key=key,
+        timeout_s=settings.start_s,
+        silence_s=settings.silence_s,
+        stop_wanted=lambda: False,
+    )
+    return FleetServers(fleet)
+
+
+def _server_settings(settings: ServerConfig, *, max_model_len: int, count: int) -> ServerSettings:
+    """``count``: number of servers that share the cores of a machine."""
+    cores = len(os.sched_getaffinity(0))
+    return ServerSettings(
+        dtype=settings.dtype,
+        max_model_len=max_model_len,
+        tensor=settings.tensor,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cpu_threads=max(1, cores // (settings.tensor * count)),
+        repeatable=settings.repeatable,
+    )
 
 
 class ListedServers:

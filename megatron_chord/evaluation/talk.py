@@ -17,7 +17,7 @@ from megatron_chord.config_suite import ServerConfig
 from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.evaluation.policy import hf_folder, run_of
-from megatron_chord.evaluation.servers import ListedServers, OwnServers, Servers
+from megatron_chord.evaluation.servers import ListedServers, Servers, own_servers
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.processes import PrivateFolder
@@ -223,7 +223,7 @@ def speaker(
                 push_s=settings.start_s,
             )
         else:
-            chosen = OwnServers(
+            chosen = own_servers(
                 voice.folder, settings, max_model_len=voice.max_length, logs=logs.path, say=say
             )
         try:

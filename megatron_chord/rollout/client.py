@@ -112,12 +112,15 @@ class RolloutClient:
         """Event loop and task of each running call of ``generate``."""
 
     def close(self) -> None:
-        """Close the client. A ``generate`` running in another thread raises at once, and the server drops its
-        requests."""
+        """Close the client, after ``cancel``."""
         self._closed = True
+        self.cancel()
+        self._http.close()
+
+    def cancel(self) -> None:
+        """End the calls of ``generate`` in other threads. They raise at once, and the server drops their requests."""
         for loop, task in list(self._sampling):
             _call_in(loop, task.cancel)
-        self._http.close()
 
     def generate(
         self,

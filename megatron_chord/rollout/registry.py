@@ -1,9 +1,12 @@
-"""The registry of a job's rollout servers. Nodes announce their servers in it; the trainer requests replacements in it.
+"""The registry of a job's servers. Nodes announce their servers in it; the trainer requests replacements in it.
 
 It is a folder on the job's shared file system, private to the user, with two small files for each server:
 
     server-003.json       written by the server's node when it is ready: its URL and its life (0, 1, ...)
     server-003.replace    written by the trainer: the last life that it has given up
+
+In a job that evaluates, ``servers.json`` tells the nodes which servers to start. The evaluation writes it, because only
+the evaluation knows the suite and the policy's folder.
 
 Files are replaced atomically, so a reader sees either the old or the new file. The file with the servers' key
 (``KEY_FILE``) is in the same folder, readable only by its owner.
@@ -19,11 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_chord.rollout.server import ServerSettings
 from megatron_chord.rollout.sync import TransportName
 
+_JOB_FOLDER, _JOB_NODES = "CHORD_EVALUATION_JOB", "CHORD_EVALUATION_NODES"
+"""Environment variables in which the first node describes the job to its evaluation: ``JobNodes``."""
 VARIABLE = "CHORD_ROLLOUT"
 """Environment variable in which a node describes the job's servers to its ranks: ``JobRollout`` as JSON."""
 KEY_FILE = "key"
+_ORDER = "servers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,39 @@ class JobRollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobNodes:
+    """The nodes of a job that evaluates. All of them run servers for the evaluation on the first node."""
+
+    folder: Path
+    count: int
+
+    def to_variables(self) -> dict[str, str]:
+        return {_JOB_FOLDER: str(self.folder), _JOB_NODES: str(self.count)}
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Self | None:
+        """Read the environment variables; None outside of such a job."""
+        folder, count = environment.get(_JOB_FOLDER), environment.get(_JOB_NODES)
+        return cls(folder=Path(folder), count=int(count)) if folder and count else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOrder:
+    """The servers that each node of a job that samples starts."""
+
+    model: Path
+    """Hugging Face folder."""
+    settings: ServerSettings
+    """A node sets ``visible_devices`` itself."""
+    count: int
+    """Number of servers of a node."""
+    start_s: float
+    """Longest time from the start of a server until it answers."""
+    restarts: int
+    """How many times each server is replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Announcement:
     url: str
     node: str
@@ -61,6 +101,20 @@ class Announcement:
 class Registry:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def order(self, order: ServerOrder) -> None:
+        """Have all nodes start these servers."""
+        fields = asdict(order) | {"model": str(order.model.resolve())}
+        _write(self._folder / _ORDER, json.dumps(fields))
+
+    def ordered(self) -> ServerOrder | None:
+        """The servers to start; None as long as this is not known."""
+        text = _read(self._folder / _ORDER)
+        if text is None:
+            return None
+        fields = json.loads(text)
+        settings = ServerSettings(**fields["settings"])
+        return ServerOrder(**fields | {"model": Path(fields["model"]), "settings": settings})
 
     def announce(self, server: int, announcement: Announcement) -> None:
         _write(self._path(server, "json"), json.dumps(asdict(announcement)))

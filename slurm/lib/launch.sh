@@ -6,10 +6,6 @@ set -euo pipefail
 
 # launch RUN.yaml [NAME=VALUE ...]: train, and end the batch job with the run's exit code.
 launch() {
-  if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-    echo "error: start this with sbatch: it needs a Slurm allocation" >&2
-    exit 2
-  fi
   cd "$CHORD_HOME"
   prepare
   local code=0
@@ -26,28 +22,28 @@ convert() {
   step tools.convert "$@"
 }
 
-# evaluate ARGUMENT...: megatron-chord evaluate on one node; its exit code. Before its time is up the job is requeued.
+# evaluate ARGUMENT...: megatron-chord evaluate with servers on all nodes; end the batch job with its exit code.
 evaluate() {
   cd "$CHORD_HOME"
-  local stopped="" code=0
-  trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null || true' USR1
-  step megatron_chord.cli evaluate "$@" || code=$?
-  if [[ -n "$stopped" ]] && ((code != 0 && ${SLURM_RESTART_COUNT:-0} < ${CHORD_MAX_RESTARTS:-100})); then
-    echo "the time is up; the job goes back to the queue and goes on from its answers"
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
-  fi
-  exit "$code"
+  prepare
+  local code=0
+  step megatron_chord.cluster.evaluate "$@" || code=$?
+  finish "$code"
 }
 
 # The job's folder, key, nodes and port, as the nodes read them.
 prepare() {
+  if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "error: start this with sbatch: it needs a Slurm allocation" >&2
+    exit 2
+  fi
   export CHORD_JOB="$CHORD_JOBS/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}"
   (
     umask 077
     mkdir -p "$CHORD_JOB/logs" "$CHORD_JOB/failures"
     head -c 48 /dev/urandom | base64 -w 0 | tr -d '+/=' >"$CHORD_JOB/key"
   )
-  trap 'echo "a stop was asked for: checkpoint, then back to the queue"; touch "$CHORD_JOB/stop"' USR1
+  trap 'echo "a stop was requested: save, then back to the queue"; touch "$CHORD_JOB/stop"' USR1
   # Slurm sends SIGTERM here when the job is cancelled, and only to the nodes' tasks when it is preempted.
   trap 'touch "$CHORD_JOB/cancelled"; exit 143' TERM
   CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |

@@ -225,6 +225,24 @@ def test_closing_ends_what_is_being_sampled_in_another_thread(client: RolloutCli
         client.generate([REQUEST], version=7, deadline_s=30)
 
 
+def test_a_client_whose_requests_were_cancelled_can_sample_again(
+    client: RolloutClient, script: Script
+) -> None:
+    script.answers = [(200, GOOD)] * 2
+    script.delay_s = 20.0
+
+    def cancel_when_it_samples() -> None:
+        while not script.received:
+            time.sleep(0.01)
+        client.cancel()
+
+    threading.Thread(target=cancel_when_it_samples).start()
+    with pytest.raises(RolloutError, match="the client was closed while it sampled"):
+        client.generate([REQUEST], version=7, deadline_s=30)
+    script.delay_s = 0.0
+    assert len(client.generate([REQUEST], version=7, deadline_s=30)) == 1
+
+
 def test_a_stop_aborts_these_requests_and_returns_what_there_is(
     client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.cluster.job import Job, Node
-from megatron_chord.cluster.servers import NodeServers
+from megatron_chord.cluster.servers import NodeServers, order_of
 from megatron_chord.config import RolloutConfig, TimeoutsConfig
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.registry import KEY_FILE, Registry
@@ -45,7 +45,7 @@ def test_the_trainer_decides_when_a_dead_server_comes_back(tmp_path: Path) -> No
         servers_per_node=None,
     )
     registry, said = Registry(tmp_path), list[str]()
-    servers = NodeServers(job, run, say=said.append)
+    servers = NodeServers(job, order_of(run, job), say=said.append)
 
     def watch(until: Callable[[], bool], seconds: float) -> bool:
         end = time.monotonic() + seconds

@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.rollout.fleet import JobServers
-from megatron_chord.rollout.registry import Announcement, JobRollout, Registry, read_key
-from megatron_chord.rollout.server import ServerError
+from megatron_chord.rollout.registry import (
+    Announcement,
+    JobNodes,
+    JobRollout,
+    Registry,
+    ServerOrder,
+    read_key,
+)
+from megatron_chord.rollout.server import ServerError, ServerSettings
 
 
 def test_announcements_and_what_was_given_up(tmp_path: Path) -> None:
@@ -66,3 +73,17 @@ def test_a_stop_ends_the_wait_for_servers(tmp_path: Path) -> None:
     )
     with pytest.raises(ServerError, match="a stop was requested"):
         servers.connect()
+
+
+def test_the_servers_of_an_evaluation_are_ordered_once_they_are_known(tmp_path: Path) -> None:
+    settings = ServerSettings(dtype="bf16", max_model_len=160, tensor=2, kv_cache_bytes=1 << 20)
+    order = ServerOrder(model=tmp_path / "policy", settings=settings, count=4, start_s=60.0, restarts=3)
+    assert Registry(tmp_path).ordered() is None
+    Registry(tmp_path).order(order)
+    assert Registry(tmp_path).ordered() == order
+
+
+def test_what_a_node_tells_its_evaluation(tmp_path: Path) -> None:
+    nodes = JobNodes(folder=tmp_path, count=3)
+    assert JobNodes.of_environment(nodes.to_variables()) == nodes
+    assert JobNodes.of_environment({"PATH": "/bin"}) is None

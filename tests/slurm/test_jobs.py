@@ -78,8 +78,8 @@ def check_security(job: Submitted) -> None:
             assert probe.connect_ex((elsewhere, port)) != 0
 
 
-def announced(job: Submitted, server: int) -> dict:
-    return json.loads((job.restart(0) / f"server-{server:03d}.json").read_text())
+def announced(job: Submitted, server: int, *, restart: int = 0) -> dict:
+    return json.loads((job.restart(restart) / f"server-{server:03d}.json").read_text())
 
 
 def test_a_lost_node(box: Box, tmp_path: Path) -> None:
@@ -236,17 +236,25 @@ def test_conversion(box: Box, tmp_path: Path) -> None:
     assert again.wait() == ("FAILED", 2), "the target exists"
 
 
-def test_evaluation(box: Box, tmp_path: Path) -> None:
-    """The job's time is nearly over while the server loads. The job goes back to the queue and then evaluates."""
+def test_evaluation_on_two_nodes(box: Box, tmp_path: Path) -> None:
+    """The job's time is nearly over while the servers load. The job goes back to the queue. Then it evaluates with a
+    server on each node."""
     script, out = ROOT / "slurm" / "evaluate.sh", tmp_path / "evaluation"
     arguments = (str(EXAMPLE / "policy"), "--suite", "arithmetic", "--output", str(out), "problems=2")
-    job = Submitted(box, tmp_path, *arguments, nodes=1, script=script)
-    job.wait_for(lambda: (out / "logs" / "server-0.log").is_file())
+    job = Submitted(box, tmp_path, *arguments, nodes=2, script=script)
+    job.wait_for(lambda: bool(list((job.restart(0) / "logs").glob("rollout-*"))))
     box.run("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for(lambda: "goes back to the queue" in job.output)
+    assert (job.restart(0) / "outcome").read_text() == "75\n"
     assert job.wait() == ("COMPLETED", 0), job.output
     results = json.loads((out / "results.json").read_text())
     assert results["benchmarks"]["heldout"]["answers"] == 8
+    assert "starting 1 vLLM server on each of 2 nodes" in job.output
+    for index, node in enumerate(nodes_of(job, 1)):
+        server = announced(job, index, restart=1)
+        assert server["node"] == node
+        assert server["url"].startswith(f"http://{address_of(int(node[1:]))}:")
+        assert f"[{node}] rollout server {index} on {node} is ready" in job.output
     assert job.left_behind() == []
 
 

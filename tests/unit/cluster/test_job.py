@@ -30,7 +30,7 @@ def test_colocated_on_four_nodes() -> None:
     assert (third.trains, third.samples, third.is_head) == (True, True, False)
     assert (third.world_size, third.first_rank) == (32, 16)
     assert third.num_servers(tensor=4) == 8
-    assert third.first_server(tensor=4) == 4
+    assert third.first_server(third.num_servers_here(tensor=4)) == 4
     assert third.numeric_address() == "10.0.0.3"
 
 
@@ -40,7 +40,7 @@ def test_one_rollout_node_of_four() -> None:
     assert (last.trains, last.samples) == (False, True)
     assert third.world_size == 24
     assert last.num_servers(tensor=2) == 4
-    assert last.first_server(tensor=2) == 0
+    assert last.first_server(last.num_servers_here(tensor=2)) == 0
 
 
 def test_servers_see_their_own_gpus_first() -> None:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from megatron_chord.cluster.job import Job, Node
-from megatron_chord.cluster.node import CANCELLED_FILE, PREEMPTED_FILE, STOP_FILE, _Node
+from megatron_chord.cluster.node import STOP_FILE, _Node
+from megatron_chord.cluster.sigterm import CANCELLED_FILE, PREEMPTED_FILE
 from tests.support.tiny import tiny_run
 
 
@@ -26,8 +27,8 @@ def node_with_sigterm(folder: Path, killed: list[str]) -> Any:
     )
     node = cast(Any, _Node(job, tiny_run(folder), [], num_servers=2))
     node._servers = SimpleNamespace(kill=lambda: killed.append("servers"))
-    node._on_terminate(15, None)
-    node._sigterm_at = time.monotonic() - 1
+    node._sigterms.note(15, None)
+    node._sigterms._first_at = time.monotonic() - 1
     return node
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.config_suite import BenchmarkConfig, MeanConfig, SamplingConfig, ServerConfig, SuiteConfig
+from megatron_chord.config_suite import BenchmarkConfig, MeanConfig, SamplingConfig, SuiteConfig
 from megatron_chord.evaluation import results
 from megatron_chord.evaluation.answers import Answer
-from megatron_chord.evaluation.servers import devices_of_servers
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.kinds.exact import ExactReward
 
@@ -109,11 +108,3 @@ def test_a_mean_weighs_problems_or_benchmarks(tmp_path: Path) -> None:
     row = (tmp_path / "row.md").read_text().splitlines()[-1]
     assert row == "| n | 100.0 % | 0.0 % | 75.0 % | 50.0 % |"
     assert "| **overall** | avg@1 | 75.0 % | 75.0 to 75.0 | 4 |" in (tmp_path / "results.md").read_text()
-
-
-def test_servers_share_the_gpus() -> None:
-    assert devices_of_servers(ServerConfig(), []) == [None]
-    assert devices_of_servers(ServerConfig(), ["0", "1", "2"]) == ["0", "1", "2"]
-    assert devices_of_servers(ServerConfig(tensor=2, count=1), ["4", "5", "6"]) == ["4,5"]
-    with pytest.raises(ValueError, match=r"server.count 2 x server.tensor 2 does not fit on 3 GPUs"):
-        devices_of_servers(ServerConfig(tensor=2, count=2), ["0", "1", "2"])
