@@ -35,6 +35,7 @@ from megatron_chord.process_table import descendants, state_of
 from megatron_chord.rewards.kinds.base import RewardKind
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import to_json
+from megatron_chord.rewards.worker import MAX_STDERR_BYTES
 
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
@@ -395,6 +396,7 @@ class _Worker:
     def receive_grades(self, deadline: float) -> tuple[int, list[Grade]]:
         """The number of a call and its grades. Raises TimeoutError, or _WorkerLostError when the process died."""
         reply = self._receive(deadline)
+        self._limit_stderr()
         return reply["id"], [
             Grade(result["score"], None, result["parts"])
             if "score" in result
@@ -418,6 +420,15 @@ class _Worker:
             self.process.wait(_KILL_TIMEOUT_S)
         self._connection.close()
         self._stderr.close()
+
+    def _limit_stderr(self) -> None:
+        """Empty a large stderr file, so that a talkative grader neither fills the disk nor reaches its file limit.
+
+        The worker writes at the same file offset, so it continues at the beginning.
+        """
+        if os.fstat(self._stderr.fileno()).st_size > MAX_STDERR_BYTES:
+            self._stderr.seek(0)
+            self._stderr.truncate()
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._received:

@@ -30,7 +30,10 @@ from megatron_chord.rewards.kinds.function import is_async
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import from_json
 
-_MAX_FILE_BYTES = 1 << 20  # its stderr, and nothing else
+MAX_STDERR_BYTES = 1 << 20
+"""Size of a worker's stderr file above which the pool empties it, between two answers."""
+_MAX_FILE_BYTES = 16 * MAX_STDERR_BYTES
+"""Size of the largest file that a worker without the permission ``files`` can write: its stderr during one call."""
 _MAX_LINE_BYTES = 1 << 30
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _EVENTS: dict[Permission, tuple[str, ...]] = {
@@ -65,6 +68,8 @@ _NEVER = ("os.", "ctypes.", "signal.")
 """Prefixes of further audit events, which a grader of this package never needs."""
 _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 _EXHAUSTION = (MemoryError, RecursionError)
+_FAILURES = (Exception, SystemExit)
+"""What a grader may raise. ``sys.exit`` in a library must not end the worker."""
 # What sympy's own parser evaluates when it is given a number: Integer (2 ), Float ('1.5' ).
 _NUMBER_CODE = re.compile(r"\s*-?\s*(?:Integer|Float|Rational)\s*\(\s*'?[0-9.eE+-]+'?\s*\)\s*")
 
@@ -152,7 +157,7 @@ class Grading:
         with self._watch.findings() as findings:
             try:
                 value = self._grader(self._argument(request))
-            except Exception as error:  # any exception of a grader is the error of this grading, not a crash
+            except _FAILURES as error:  # the error of this grading, not a crash
                 return self._failed(request, error)
         return self._reply(request, value, findings)
 
@@ -162,7 +167,7 @@ class Grading:
             try:
                 async with asyncio.timeout(limit_s) as timeout:
                     value = await self._grader(self._argument(request))
-            except Exception as error:
+            except _FAILURES as error:
                 if timeout.expired():
                     return _all_failed(request, f"took longer than {limit_s:g} s")
                 return self._failed(request, error)
@@ -172,7 +177,7 @@ class Grading:
         responses = [Response(**item) for item in request["responses"]]
         return responses if self._reward.list_size else responses[0]
 
-    def _failed(self, request: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    def _failed(self, request: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
         self._watch.exhausted = self._watch.exhausted or isinstance(error, MemoryError)
         return _all_failed(request, self._reward.error_text(error)[:500])
 
@@ -186,7 +191,13 @@ class Grading:
         return {"id": request["id"], "results": [self._result(item, findings) for item in values]}
 
     def _result(self, value: Any, findings: Sequence[str]) -> dict[str, Any]:
-        result = _measured(value)
+        try:
+            result = _measured(value)
+        except Exception as error:  # from the value itself, such as an int that is too large for a float
+            reason = f"{type(error).__name__}: {error}"[:200]
+            return {
+                "error": f"the grader returned a value of type {type(value).__name__} that is no number: {reason}"
+            }
         # A proof of equality is valid even if something failed before it.
         if findings and (self._reward.RUNS_USERS_CODE or result.get("score") != 1.0):
             return {"error": f"the grader {findings[0]}"}

@@ -123,7 +123,7 @@ class RewardKind(WholeReward):
         """
         raise NotImplementedError
 
-    def error_text(self, error: Exception) -> str:
+    def error_text(self, error: BaseException) -> str:
         """What is told of an exception of the grader."""
         return f"{type(error).__name__}: {error}"
 

@@ -99,7 +99,7 @@ class FunctionReward(RewardKind):
         )
         return found
 
-    def error_text(self, error: Exception) -> str:
+    def error_text(self, error: BaseException) -> str:
         return last_line(error, self.path)
 
     def has_answer(self, text: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_chord.rewards import pool
 from megatron_chord.rewards.graders import check_reward
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.pool import Grade, GraderPool, RewardRefused
@@ -33,8 +34,34 @@ def seen(response):
     }
 
 def returns(response):
-    values = {"nan": math.nan, "text": "1", "none": None, "part": {"a": 1, "b": math.inf}, "empty": {}, "true": True}
+    values = {
+        "nan": math.nan, "text": "1", "none": None, "part": {"a": 1, "b": math.inf}, "empty": {}, "true": True,
+        "no part": {"a": 1, "b": None}, "number": {1: 0.5}, "complex": 1j, "large": 10**400,
+    }
     return values[response.text]
+
+def exits(response):
+    sys.exit(3)
+
+async def exits_async(response):
+    if response.text == "exit":
+        sys.exit(3)
+    return 1
+
+def eats_memory(response):
+    return float(len(bytes(2 << 30)) > 0) if response.text == "eat" else 1
+
+async def eats_memory_async(response):
+    return eats_memory(response)
+
+def talks(response):
+    print("x" * 300_000)
+    print("x" * 300_000, file=sys.stderr)
+    print('{"id": 1, "results": [{"score": 0.0, "parts": {}}]}', flush=True)
+    if response.text == "die":
+        print("the reason", file=sys.stderr, flush=True)
+        os._exit(3)
+    return 1
 
 def raises(response):
     return score(response) / 0
@@ -69,6 +96,9 @@ def lists(responses):
 async def lists_async(responses):
     await asyncio.sleep(0)
     return [len(responses)] * len(responses)
+
+def one_wrong(responses):
+    return [1, None, 0]
 
 def too_few(responses):
     return [0] * (len(responses) - 1)
@@ -114,8 +144,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def graded(path: Path, name: str, texts: Sequence[str], **settings: Any) -> list[Grade]:
     settings = {"workers": 1, "timeout_s": 20.0, **settings}
-    with GraderPool(FunctionReward(path=path, name=name, **settings)) as pool:
-        return pool.grade_all([Response(text=text, truth="right") for text in texts])
+    with GraderPool(FunctionReward(path=path, name=name, **settings)) as graders:
+        return graders.grade_all([Response(text=text, truth="right") for text in texts])
 
 
 def only_error(path: Path, name: str, text: str, **settings: Any) -> str:
@@ -143,8 +173,8 @@ def test_the_function_sees_the_whole_response_and_its_parts_add_up(path: Path) -
         num_tokens=11,
         source="math",
     )
-    with GraderPool(FunctionReward(path=path, name="seen", workers=1)) as pool:
-        (grade,) = pool.grade_all([response])
+    with GraderPool(FunctionReward(path=path, name="seen", workers=1)) as graders:
+        (grade,) = graders.grade_all([response])
     parts = {"messages": 1.0, "fields": 5.0, "tokens": 11.0, "cut": 1.0, "source": 4.0, "helper": 7.0}
     assert grade == Grade(29.0, None, parts)
 
@@ -156,7 +186,15 @@ def test_the_function_sees_the_whole_response_and_its_parts_add_up(path: Path) -
         ("text", "the grader returned '1' (str), expected a finite number"),
         ("none", "the grader returned None (NoneType), expected a finite number"),
         ("part", "the grader returned inf for `b`, expected a finite number"),
+        ("no part", "the grader returned None (NoneType) for `b`, expected a finite number"),
         ("empty", "the grader returned {}, expected a mapping of names to numbers"),
+        ("number", "the grader returned {1: 0.5}, expected a mapping of names to numbers"),
+        ("complex", "the grader returned 1j (complex), expected a finite number"),
+        (
+            "large",
+            "the grader returned a value of type int that is no number: OverflowError: int too large to convert to "
+            "float",
+        ),
         ("other", f"KeyError: 'other' (my_rewards.py:{line_of('    return values[response.text]')})"),
     ],
 )
@@ -184,6 +222,37 @@ def test_a_process_that_ends_is_an_error_of_its_response_alone(path: Path) -> No
     first, dead, last = graded(path, "dies", ["a", "die", "b"])
     assert (first, last) == (Grade(1.0), Grade(1.0))
     assert dead.error == "the grader process died (exit status 3)"
+
+
+def test_a_call_that_exits_is_an_error_with_its_place(path: Path) -> None:
+    assert only_error(path, "exits", "x") == f"SystemExit: 3 (my_rewards.py:{line_of('    sys.exit(3)')})"
+    place = line_of("        sys.exit(3)")
+    assert graded(path, "exits_async", ["a", "exit", "b"]) == [
+        Grade(1.0),
+        Grade(None, f"SystemExit: 3 (my_rewards.py:{place})"),
+        Grade(1.0),
+    ]
+
+
+@pytest.mark.parametrize("name", ["eats_memory", "eats_memory_async"])
+def test_a_call_that_needs_more_than_its_memory_is_an_error(path: Path, name: str) -> None:
+    first, eaten, last = graded(path, name, ["a", "eat", "b"], memory_mb=1024)
+    assert (first, last) == (Grade(1.0), Grade(1.0))
+    assert eaten.score is None
+    assert str(eaten.error).startswith("MemoryError")
+    assert graded(path, name, ["eat"], memory_mb=8192) == [Grade(1.0)]
+
+
+def test_what_a_function_prints_is_no_result_and_fills_no_file(path: Path) -> None:
+    """It prints 0.3 MB on stderr in each of 15 calls."""
+    with GraderPool(FunctionReward(path=path, name="talks", workers=1)) as graders:
+        assert graders.grade_all([Response(text="a")] * 15) == [Grade(1.0)] * 15
+        (worker,) = graders._running
+        assert os.fstat(worker._stderr.fileno()).st_size < 2_000_000
+    error = only_error(path, "talks", "die")
+    assert error.startswith("the grader process died (exit status 3): ")
+    assert error.endswith("\nthe reason")
+    assert len(error) < 600
 
 
 def test_async_calls_run_side_by_side_up_to_the_bound(path: Path) -> None:
@@ -223,6 +292,8 @@ def test_lists(path: Path) -> None:
     spread = graded(path, "lists", ["x"] * 4, batch_size=32, workers=2)
     assert spread == [Grade(2.0)] * 4, "no worker is idle while another has a long list"
     assert graded(path, "lists_async", ["x"] * 4, batch_size=2) == [Grade(2.0)] * 4
+    error = "the grader returned None (NoneType), expected a finite number"
+    assert graded(path, "one_wrong", ["x"] * 3, batch_size=3) == [Grade(1.0), Grade(None, error), Grade(0.0)]
     error = "the grader must return a list of 2 results, got 1 of them"
     assert graded(path, "too_few", ["x"] * 2, batch_size=2) == [Grade(None, error)] * 2
 
@@ -323,6 +394,25 @@ def test_a_file_that_will_not_do_is_refused(tmp_path: Path, text: str | None, re
     assert reason.format(path=path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import os\nos._exit(3)\n", "the grader process died (exit status 3)"),
+        ("while True: pass\n", "no sign of life after 2 s"),
+    ],
+    ids=["ends its process", "never ends"],
+)
+def test_a_file_whose_import_takes_the_worker_along_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 2.0 if "while" in text else 60.0)
+    path = tmp_path / "r.py"
+    path.write_text(text)
+    with pytest.raises(RewardRefused) as caught:
+        check_reward(FunctionReward(path=path, name="score"))
+    assert str(caught.value) == f"reward.path: a grader process did not start: {reason}"
+
+
 def test_settings_that_mean_nothing() -> None:
     for settings, reason in (
         ({"name": "my score"}, "reward.name must be the name of a function, got 'my score'"),
@@ -338,8 +428,8 @@ def test_a_cut_off_response_has_no_answer() -> None:
 
 
 def test_killed_workers_of_an_async_function_are_replaced(path: Path) -> None:
-    with GraderPool(FunctionReward(path=path, name="sleeps", workers=1)) as pool:
-        killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in pool.worker_pids()])
+    with GraderPool(FunctionReward(path=path, name="sleeps", workers=1)) as graders:
+        killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in graders.worker_pids()])
         killer.start()
-        assert pool.grade_all([Response(text="1")] * 3) == [Grade(1.0)] * 3
+        assert graders.grade_all([Response(text="1")] * 3) == [Grade(1.0)] * 3
         killer.join()
