@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace, model: Path) -> None:
             update = Update(weights={"policy": 1.0}, counts=plan.counts)
             compute_gradients(state, batches, update, terms, temperature=1.0)
             seconds[name].append(time.process_time() - begun)
-            gradients[name] = {key: p.main_grad.clone() for key, p in state.parameters().items()}
+            gradients[name] = {key: _gradient(p).clone() for key, p in state.parameters().items()}
     runtime.stop()
     print(
         f"{args.prompts} prompts of {args.prompt} tokens, {args.rollouts} answers of {args.answer} tokens to each"
@@ -129,6 +129,10 @@ def compare(args: argparse.Namespace, model: Path) -> None:
         (gradients[own][key] - gradients[shared][key]).abs().max().item() for key in gradients[own]
     )
     print(f"largest difference of a gradient {difference:.1e}, largest gradient {largest:.1e}", flush=True)
+
+
+def _gradient(parameter: Any) -> Any:
+    return parameter.main_grad
 
 
 def make_samples(args: argparse.Namespace) -> list[TrainSample]:

@@ -107,7 +107,7 @@ class RouteShape:
     def check(self, routes: np.ndarray, num_tokens: int) -> None:
         """Raise ValueError if these are not the routes of ``num_tokens`` tokens."""
         wanted = (num_tokens, self.layers, self.chosen)
-        if routes.shape != wanted or routes.dtype not in (np.uint8, np.uint16):
+        if routes.shape != wanted or routes.dtype.name not in ("uint8", "uint16"):
             raise ValueError(f"routes of shape {routes.shape} and type {routes.dtype} instead of {wanted}")
         sparse = np.delete(routes, self.dense_layers, axis=1) if self.dense_layers else routes
         # Compared by column, which is 50 times faster than to sort the experts of each token.
