@@ -139,7 +139,7 @@ def disturb(folder: Path, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def test_whatever_ends_a_conversion_its_target_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_conversion_that_ends_early_leaves_a_whole_target_or_none(tmp_path: Path) -> None:
     (found,) = run_ranks(disturb, 1, tmp_path, 13)
     for case in found:
         assert case["whole"] == ("target" in case["left"]), case

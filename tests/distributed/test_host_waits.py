@@ -68,7 +68,9 @@ def test_every_method_waits_for_its_norm_and_its_numbers_alone(tmp_path: Path) -
     ],
     ids=["plain", "tp2_sp", "cp2", "dp2"],
 )
-def test_so_do_layouts(tmp_path: Path, ranks: int, axes: dict[str, Any], dtype: str) -> None:
+def test_every_layout_waits_for_its_norm_and_its_numbers_alone(
+    tmp_path: Path, ranks: int, axes: dict[str, Any], dtype: str
+) -> None:
     """The methods are those that compute something before the update or over whole sequences."""
     names = ["chord_phi", "gspo", "dpo_mixed_pairs", "prefix_rft", "self_distillation"]
     assert_waits(ranks, save_qwen2(tmp_path, layers=2), axes, dtype, names)
@@ -91,7 +93,7 @@ def deliberate() -> tuple[Counter[str], Counter[str], str]:
     return watch.waits, watch.uploads, "not noticed"
 
 
-def test_the_watch_notices() -> None:
+def test_the_check_notices_a_wait() -> None:
     ((waits, uploads, mixed),) = run_ranks(deliberate, 1)
     assert (sum(waits.values()), sum(uploads.values())) == (4, 1)
     assert "device" in mixed

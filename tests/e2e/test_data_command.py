@@ -59,7 +59,7 @@ def test_the_page_is_written_whole_and_refused_before_the_data_is_read(task: Pat
     assert "none is no folder" in refused.stderr
 
 
-def test_the_lens_looks_at_demonstrations_with_the_run_s_weight(task: Path, tmp_path: Path) -> None:
+def test_scores_of_a_policy_use_the_token_weight_of_the_run(task: Path, tmp_path: Path) -> None:
     policy, file = str(task.parent / "policy"), tmp_path / "data.html"
     result = data(str(task), "--policy", policy, "--policy-rows", "2", "--html", str(file), "--examples", "1")
     assert result.returncode == 0, result.stderr

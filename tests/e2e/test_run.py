@@ -191,7 +191,7 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
         (True, STEPS + 2, STEPS + 1),
     ],
 )
-def test_servers_and_trainers_that_make_room_change_nothing(
+def test_sleeping_servers_and_offloading_trainers_change_no_number(
     offload: bool, sleeps: int, wakes: int, config: Path, straight: Path
 ) -> None:
     """Asleep, a server has no weights and no KV cache; on a CPU vLLM only stops scheduling.
@@ -255,7 +255,7 @@ def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> Non
         (2, 1, "training", signal.SIGTERM),
     ],
 )
-def test_nothing_survives_a_kill(
+def test_no_process_survives_a_killed_run(
     config: Path, tmp_path: Path, ranks: int, lag: int, phase: str, number: int
 ) -> None:
     ahead = ["rollout.asynchronous.max_off_policy_steps=1"] if lag else []

@@ -110,7 +110,7 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
     ],
     ids=["gradient_norm", "reward_adaptive", "remix", "relift"],
 )
-def test_what_has_a_memory_resumes_exactly(
+def test_schedules_with_a_state_resume_exactly(
     server: RolloutServer, tmp_path: Path, settings: dict[str, str]
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -78,7 +78,7 @@ def test_file_round_trips(tmp_path: Path) -> None:
     assert {buffer for _, buffer, _ in seen} == {2, 3}
 
 
-def test_the_bucket_before_keeps_its_buffer(tmp_path: Path) -> None:
+def test_the_previous_bucket_keeps_its_buffer(tmp_path: Path) -> None:
     transport, files = FileTransport(tmp_path, sender=0), BucketFiles(tmp_path)
     under_way = []
     for _ in range(4):
@@ -118,7 +118,7 @@ def test_no_space_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
         assert os.listdir(folder) == []
 
 
-def test_damage_is_named() -> None:
+def test_a_damaged_tensor_is_named() -> None:
     bucket = make_bucket()
     infos = describe(bucket)
     received = [tensor.clone() for _, tensor in bucket]

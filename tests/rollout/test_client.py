@@ -289,7 +289,7 @@ def test_a_stop_aborts_these_requests_and_returns_what_there_is(
     assert all(set(call) == {f"generate-tokens-{name}" for name in names} for call in calls)
 
 
-def test_a_stop_that_was_told_before(
+def test_a_stop_before_the_first_request(
     client: RolloutClient, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop, aborted = Stop(), threading.Event()
@@ -385,7 +385,7 @@ def test_one_request_after_another(client: RolloutClient, script: Script) -> Non
     assert {body["sampling_params"]["top_p"] for body in script.received} == {0.9, 1.0}
 
 
-def test_a_late_request_is_told_and_the_others_go_on(client: RolloutClient, script: Script) -> None:
+def test_a_late_request_is_reported_and_the_others_continue(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
     script.delay_s = 1.0
     assert each(client, [REQUEST] * 3, deadline_s=0.1) == {0: None, 1: None, 2: None}
@@ -413,7 +413,7 @@ def test_weights_of_the_servers_start(client: RolloutClient, script: Script) -> 
         each(client, [REQUEST], version=None)
 
 
-def test_nobody_listens() -> None:
+def test_no_server_listens() -> None:
     client = RolloutClient("http://127.0.0.1:9", KEY)
     begun = time.monotonic()
     with pytest.raises(RolloutError, match=r"http://127.0.0.1:9/.*ConnectError"):

@@ -41,7 +41,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def test_the_tokens_that_count_as_life_are_vllms_own(servers: Servers) -> None:
+def test_progress_of_a_server_is_vllms_own_token_count(servers: Servers) -> None:
     """Two prompts of 2 tokens, each with two answers of 50: the server reads 8 tokens and samples 200."""
     server = servers.healthy()
 

@@ -55,7 +55,7 @@ def test_a_setting_with_dashes(
     assert refused(capsys, *argv) == f"{answer} without dashes"
 
 
-def test_what_no_command_knows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "train", "x", "--nonsense=2") == "unrecognized arguments: --nonsense=2"
     assert refused(capsys, "doctor", "optim.lr=1") == "unrecognized arguments: optim.lr=1"
 

@@ -182,12 +182,12 @@ def _plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_the_check_passes_a_good_tree(tmp_path: Path) -> None:
+def test_the_check_accepts_allowed_imports(tmp_path: Path) -> None:
     assert violations(_plant(tmp_path, GOOD)) == []
 
 
 @pytest.mark.parametrize(("file", "text", "breach"), BAD)
-def test_the_check_catches(tmp_path: Path, file: str, text: str, breach: str) -> None:
+def test_the_check_reports_forbidden_imports(tmp_path: Path, file: str, text: str, breach: str) -> None:
     (found,) = violations(_plant(tmp_path, GOOD | {file: text}))
     assert found.startswith(f"{file}:{text.count(chr(10)) + 1}: ")
     assert breach in found
@@ -202,7 +202,7 @@ def test_the_package_alone_loads_none_of_its_modules() -> None:
 
 
 @pytest.mark.parametrize("module", LAYERS[0])
-def test_settings_and_nouns_load_nothing_heavy(module: str) -> None:
+def test_settings_and_records_import_no_large_library(module: str) -> None:
     code = (
         f"import sys, {PACKAGE}.{module};"
         "print(sorted({'torch', 'vllm', 'megatron', 'transformers'} & set(sys.modules)))"

@@ -142,7 +142,7 @@ def test_both_branches_at_one_temperature_are_fine() -> None:
     assert judge(history(3, lambda step: {}), given) == []
 
 
-def test_a_long_run_is_judged_by_what_is_near() -> None:
+def test_warnings_of_a_long_run_use_its_last_steps() -> None:
     one = Judge(settings=settings())
     found = [finding for row in history(2000, from_step(1900, entropy=2.0)) for finding in one.add(row)]
     assert [finding.step for finding in found] == [1902]

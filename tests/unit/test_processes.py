@@ -45,7 +45,7 @@ def owner(place: Path, shared: str = "nothing") -> Iterator[tuple[subprocess.Pop
                 os.kill(int(child), signal.SIGKILL)
 
 
-def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_the_next_process_removes_the_folder_of_a_killed_one(tmp_path: Path) -> None:
     shared = SHARED_MEMORY / f"test-processes-{os.getpid()}"
     shared.touch()
     try:
@@ -115,7 +115,7 @@ def test_a_child_dies_with_its_parent() -> None:
 
 
 @pytest.mark.parametrize("parent", [1, os.getpid() + 1], ids=["init", "another"])
-def test_a_child_whose_parent_is_gone_already_ends(parent: int) -> None:
+def test_a_child_ends_if_its_parent_has_already_ended(parent: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(parent)], capture_output=True, text=True, timeout=30, check=False
     )

@@ -456,7 +456,7 @@ def test_bounds_hold_and_are_reached() -> None:
             assert (low, high) == (min(values), max(values)), mu
 
 
-def test_plain_schedules_remember_nothing_and_ask_for_nothing() -> None:
+def test_fixed_schedules_have_no_state_and_need_no_measurement() -> None:
     for mu in (m for m in everything() if isinstance(m, PLAIN)):
         now = ScheduleInput(step=2, memory={"kept": 1.0})
         assert mu.remember(now, 0.5, {"grad_norm": 1.0, "entropy": 1.0}) == {"kept": 1.0}
@@ -472,7 +472,7 @@ def test_known_steps_are_the_same_whatever_is_measured_and_the_next_is_not() -> 
         assert known == 30 or len({course[known] for course in courses}) > 1, mu
 
 
-def test_turns() -> None:
+def test_steps_where_a_schedule_changes_direction() -> None:
     assert Constant().turns(9) == ()
     assert Binary(switch_step=3).turns(9) == [3]
     assert Linear(peak=1, valley=0, warmup_steps=2, decay_steps=4, first_step=1).turns(9) == [1, 5]

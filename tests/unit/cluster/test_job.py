@@ -101,12 +101,12 @@ def test_refused(variables: dict[str, str], message: str) -> None:
         job("a1", **variables)
 
 
-def test_without_a_peer_outside_a_loopback_address_will_do() -> None:
+def test_a_job_on_one_machine_may_use_a_loopback_address() -> None:
     assert job("a1", nodes="a1=127.0.1.1").numeric_address() == "127.0.1.1"
     assert job("a1", nodes="a1=127.0.1.1 a2=127.0.1.2").numeric_address() == "127.0.1.1"
 
 
-def test_a_debian_name_for_oneself_is_not_the_address_of_a_job() -> None:
+def test_a_loopback_address_of_the_own_host_name_is_not_used_between_machines() -> None:
     """/etc/hosts may map a machine's own name to a loopback address, which other machines cannot reach."""
     one = job("a1", nodes="a1=127.0.1.1 a2=192.0.2.7")
     try:

@@ -14,7 +14,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_appears_at_the_end_alone(tmp_path: Path) -> None:
+def test_the_target_exists_only_after_success(tmp_path: Path) -> None:
     with appearing(tmp_path / "a") as folder:
         (folder / "file").write_text("content")
         assert not (tmp_path / "a").exists()
@@ -42,7 +42,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "b"]
 
 
-def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_made_during_the_conversion_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a"):
         (tmp_path / "a").mkdir()
     assert names(tmp_path) == ["a"]
@@ -50,7 +50,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         pass
 
 
-def test_what_the_dead_left_is_removed_and_said(tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_removed_and_reported(tmp_path: Path) -> None:
     dead = tmp_path / ".a.host-123-0123abcd.partial"
     other = tmp_path / ".a.b.host-123-0123abcd.partial"
     for folder in (dead, other):

@@ -69,7 +69,7 @@ def test_what_is_remembered_is_what_was_loaded(rows: Path, tmp_path: Path, chatm
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_whatever_the_rows_depend_on_makes_another_entry(
+def test_everything_that_changes_the_rows_makes_another_entry(
     rows: Path, tmp_path: Path, chatml: ChatTemplate, plain: ChatTemplate
 ) -> None:
     import dataclasses
@@ -192,7 +192,7 @@ def test_beyond_the_limit_the_entries_longest_unused_go_but_none_that_may_be_map
     assert sorted(tmp_path.iterdir()) == entries[:2]
 
 
-def test_what_a_killed_writer_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_removed_and_files_being_written_are_kept(tmp_path: Path) -> None:
     left, young = (tmp_path / f"{'a' * 40}.writing-{name}" for name in ("left", "young"))
     for folder in (left, young):
         folder.mkdir()

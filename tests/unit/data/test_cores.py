@@ -77,7 +77,7 @@ def test_one_renderer_renders_in_several_processes_at_once() -> None:
     renderer.rest()
 
 
-def test_a_compact_tuple_is_as_good_as_a_tuple() -> None:
+def test_a_compact_tuple_behaves_like_a_tuple() -> None:
     numbers = (7, 0, 151_936, 3)
     compact = Compact(numbers, np.int32)
     assert compact == numbers

@@ -60,7 +60,7 @@ def test_seed_and_name_change_the_order() -> None:
     assert len(orders) == 3
 
 
-def test_one_item_comes_again_and_again() -> None:
+def test_one_item_is_repeated_in_every_epoch() -> None:
     assert cursor(size=1).take(4)[0] == [0, 0, 0, 0]
 
 
@@ -89,12 +89,12 @@ def test_incomplete_state_is_refused() -> None:
         cursor().restored({"position": 1})
 
 
-def test_nothing_to_go_over() -> None:
+def test_an_empty_data_set() -> None:
     with pytest.raises(ValueError, match="at least one item"):
         cursor(size=0)
 
 
-def test_fingerprint_sees_every_field_and_the_order() -> None:
+def test_fingerprint_depends_on_every_field_and_on_the_order() -> None:
     message = {"role": "user", "content": "q"}
     first = Prompt(id="a", messages=(message,), truth="1", token_ids=(1, 2))
     second = Prompt(id="b", messages=(message,), truth="1", token_ids=(1, 2))

@@ -141,7 +141,9 @@ def test_with_colours_trained_text_has_its_own(
     assert "{+" not in screen.getvalue()
 
 
-def test_a_terminal_obeys_no_text_of_the_data(chatml: ChatTemplate, tmp_path: Path) -> None:
+def test_control_characters_of_the_data_do_not_reach_the_terminal(
+    chatml: ChatTemplate, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "p.jsonl", {"problem": "a \x1b[2J b", "answer": "\x1b[31m"})
     inspector = Inspector(100, 100, 1)
     load_prompts(path, chatml, max_prompt_tokens=100, overlong="drop", observe=inspector.observe["prompts"])

@@ -194,7 +194,7 @@ def test_the_terminal_shows_it_with_and_without_colours(
     assert "48;2;" in coloured.getvalue()
 
 
-def test_what_cannot_be_looked_with_is_refused(
+def test_a_policy_that_cannot_score_the_rows_is_refused(
     model: Any, template: ChatTemplate, rows: list[Observed], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="none: no such folder"):

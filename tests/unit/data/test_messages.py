@@ -148,7 +148,7 @@ def test_messages_that_cannot_be_used(messages: list[Any], reason: str) -> None:
     assert str(caught.value) == reason
 
 
-def test_every_text_of_a_call_is_looked_at() -> None:
+def test_every_text_of_a_call_is_checked() -> None:
     assert set(texts_of(CALLS)) == {
         *("role", "assistant", "content", "", "tool_calls", "id", "c1", "type", "function"),
         *("name", "weather", "arguments", "city", "Bern", "unit"),

@@ -55,7 +55,7 @@ def test_the_order_by_hand(weights: dict[str, float], order: str) -> None:
 @pytest.mark.parametrize(
     "weights", [{"a": 3, "b": 1}, {"a": 0.7, "b": 0.2, "c": 0.137}, {"a": 1e-3, "b": 99}]
 )
-def test_no_share_drifts(weights: dict[str, float]) -> None:
+def test_every_source_keeps_its_share_over_many_steps(weights: dict[str, float]) -> None:
     names, total = list(weights), sum(map(Fraction, map(str, weights.values())))
     order = sources_of(mixed(weights).take(1500)[0], weights)
     counts: Counter[str] = Counter()

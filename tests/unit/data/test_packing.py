@@ -528,7 +528,7 @@ def test_bins_are_balanced_by_work_within_their_room() -> None:
     assert sorted(balanced_bins(lengths, work, capacity=10, multiple=2)) == [[0, 4], [1, 2, 3]]
 
 
-def test_dealing_goes_to_and_fro() -> None:
+def test_samples_are_dealt_forwards_and_then_backwards() -> None:
     assert dealt([9, 8, 7, 6, 5, 4], 2) == [[9, 6, 5], [8, 7, 4]]
     assert dealt([9, 8, 7], 3) == [[9], [8], [7]]
 

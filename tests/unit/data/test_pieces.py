@@ -28,7 +28,7 @@ def test_a_character_of_several_tokens_is_one_piece(chatml: ChatTemplate) -> Non
     assert [logprob for _, logprob in found] == [-1.0, -4.0, -1.0]
 
 
-def test_what_is_no_character_ends_too(chatml: ChatTemplate) -> None:
+def test_bytes_that_are_no_character_end_a_piece(chatml: ChatTemplate) -> None:
     ids = chatml.tokenizer("🙂", add_special_tokens=False).input_ids[:2]
     (piece,) = pieces(chatml, ids, [-1.0, -2.0])
     assert piece[1] == -3.0

@@ -89,7 +89,7 @@ def test_what_a_template_raises_is_about_its_conversation(template: str, reason:
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_one_row_traps_ends_the_reading_there(chatml_folder: Path, tmp_path: Path) -> None:
+def test_reading_ends_at_the_row_whose_template_does_not_return(chatml_folder: Path, tmp_path: Path) -> None:
     trap = "{% if 'trap' in messages[0].content %}" + FOREVER + "{% endif %}{{ messages[0].content }}"
     template = replace(load_template(chatml_folder), renderer=Renderer(trap, {}, "FILE", cpu_s=1))
     rows = tmp_path / "rows.jsonl"

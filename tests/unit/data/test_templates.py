@@ -189,7 +189,7 @@ def test_template_that_refuses_a_role(chatml_folder: Path, tmp_path: Path) -> No
         template.prompt_ids([{"role": "system", "content": "s"}, USER])
 
 
-def test_date_of_a_template_does_not_move(chatml_folder: Path, tmp_path: Path) -> None:
+def test_the_date_that_a_template_prints_is_fixed(chatml_folder: Path, tmp_path: Path) -> None:
     dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     template = with_jinja(chatml_folder, tmp_path, dated)
     assert template.tokenizer.decode(template.prompt_ids([USER])).startswith("26 Jul 2024")

@@ -36,7 +36,7 @@ def answer(key: str, score: float | None = 1.0) -> Answer:
     )
 
 
-def test_a_key_holds_all_that_an_answer_depends_on() -> None:
+def test_a_key_contains_everything_that_changes_an_answer() -> None:
     changed = [
         dataclasses.replace(REQUEST, **change)
         for change in (
@@ -63,7 +63,7 @@ def test_answers_are_found_again_and_the_last_of_a_key_counts(tmp_path: Path) ->
         assert file.by_key == {"k": answer("k", 0.0), "l": answer("l")}
 
 
-def test_a_line_that_was_cut_off_is_no_answer_and_spoils_no_later_one(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored_and_later_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with AnswerFile(path) as file:
         file.add([answer("k"), answer("l")])
@@ -75,7 +75,9 @@ def test_a_line_that_was_cut_off_is_no_answer_and_spoils_no_later_one(tmp_path: 
     assert path.read_bytes() == whole
 
 
-def test_a_grade_is_of_the_code_that_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grade_is_reused_only_with_the_code_that_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mark(reward: RewardConfig) -> str:
         return grading_of(BenchmarkConfig(name="b", file="x", reward=reward))
 
@@ -109,7 +111,7 @@ def test_a_grade_is_of_the_code_that_graded(tmp_path: Path, monkeypatch: pytest.
     assert mark(function) == marks[0]
 
 
-def test_a_file_that_changes_later_is_not_what_graded(tmp_path: Path) -> None:
+def test_a_change_of_the_reward_file_after_the_import_does_not_change_the_grades_key(tmp_path: Path) -> None:
     """The grader processes have imported it by then."""
     path = tmp_path / "my.py"
     path.write_text("def score(response):\n    return 1.0\n")

@@ -25,7 +25,7 @@ def test_what_a_response_states() -> None:
     assert stated_answer(one, ToolCallsReward(think="required")) is None
 
 
-def test_equal_wrong_answers_vote_together_and_right_ones_for_the_truth() -> None:
+def test_equal_wrong_answers_are_one_class_and_right_ones_another() -> None:
     scores = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     stated = ["1/2", "7", "0.5", "1/2", "7.0", None, "3"]
     # Spellings of wrong answers: 1/2 (answer 0), 0.5 (answer 2), 3 (answer 6).
@@ -37,7 +37,7 @@ def test_equal_wrong_answers_vote_together_and_right_ones_for_the_truth() -> Non
     assert len({votes[0], votes[6], 0}) == 3
 
 
-def test_classes_join_over_a_third_answer() -> None:
+def test_two_classes_merge_when_an_answer_equals_both() -> None:
     votes = votes_of([0.0, 0.0, 0.0], ["a", "b", "c"], equal=[(1, 0), (2, 1)])
     assert votes[0] == votes[1] == votes[2] != 0
 

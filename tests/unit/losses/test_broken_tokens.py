@@ -207,7 +207,7 @@ def test_an_entropy_that_is_nan_chooses_no_tokens() -> None:
     assert columns[0]["kept"].isnan().all()
 
 
-def test_the_largest_of_ranks_is_nan_where_one_is() -> None:
+def test_the_maximum_over_ranks_is_nan_if_one_rank_has_nan() -> None:
     for values in ([math.nan, 1.0], [1.0, math.nan], [1.0, math.nan, 2.0]):
         assert math.isnan(largest(values))
     assert largest([1.0, 3.0, 2.0]) == 3.0

@@ -353,7 +353,7 @@ def test_the_search_keeps_to_the_main_memory(capsys: pytest.CaptureFixture[str])
     assert "no layout fits the main memory of a node" in capsys.readouterr().err
 
 
-def test_the_search_deals_layers_out_unequally(tmp_path: Path) -> None:
+def test_the_search_tries_unequal_stages(tmp_path: Path) -> None:
     """27 layers fit 2, 4 and 8 stages only with a list. The printed block gives the same layout again."""
     overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}", *shared("chord_qwen3_30b_a3b"))
     run = run_of("chord_qwen3_30b_a3b", *overrides)

@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "first", rows_of_quickstart(), SAMPLES)
 
 
-def test_the_page_stands_alone(run: Path) -> None:
+def test_the_page_needs_no_other_file(run: Path) -> None:
     parsed = Page(page(read_runs([run])))
     assert len(parsed.scripts) == 3  # the data, the library and the page's own script
     loads = [(tag, at) for tag, at in parsed.tags if {"src", "srcset", "data", "action"} & set(at)]
@@ -79,7 +79,7 @@ def test_the_page_stands_alone(run: Path) -> None:
     assert (policies[0] or "").startswith("default-src 'none'")
 
 
-def test_what_a_model_wrote_stays_text(run: Path) -> None:
+def test_text_of_a_model_is_escaped(run: Path) -> None:
     parsed = Page(page(read_runs([run])))
     entry = parsed.data["runs"][0]["samples"][0]
     assert HOSTILE in {one["text"] for prompt in entry["prompts"] for one in prompt["answers"]}
@@ -238,7 +238,7 @@ def test_gpu_hours_count_the_gpus_of_ranks_and_servers(tmp_path: Path) -> None:
     assert data["runs"][0]["headline"]["processor_hours"] == pytest.approx(16 * hours)
 
 
-def test_runs_are_laid_over_each_other_and_their_differences_are_named(run: Path, tmp_path: Path) -> None:
+def test_several_runs_share_charts_and_their_different_settings_are_listed(run: Path, tmp_path: Path) -> None:
     other = make_run(
         tmp_path / "second",
         rows_of_quickstart()[:5],

@@ -175,7 +175,7 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
         assert ranks.errors() == ""
 
 
-def test_ranks_that_leave_are_not_missed_and_leave_nothing(tmp_path: Path) -> None:
+def test_ranks_that_finish_are_not_reported_and_leave_no_file(tmp_path: Path) -> None:
     with Ranks(tmp_path, 2, seconds=1) as ranks:
         assert [process.wait(240) for process in ranks.processes] == [0, 0]
         assert ranks.errors() == ""

@@ -51,7 +51,7 @@ def launched(folder: Path, program: str, ranks: int = 2) -> Iterator[subprocess.
         process.communicate()
 
 
-def test_ranks_are_told_their_place_and_rank_0_the_socket_where_they_meet(tmp_path: Path) -> None:
+def test_ranks_get_their_numbers_and_rank_0_the_listening_socket(tmp_path: Path) -> None:
     program = f"""
 names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "{LISTENER_VARIABLE}")
 text = " ".join(os.environ.get(name, "none") for name in names)

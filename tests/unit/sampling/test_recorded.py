@@ -76,7 +76,7 @@ def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:
         ),
     ],
 )
-def test_other_questions_are_refused(
+def test_other_requests_are_refused(
     asks: list[RolloutRequest], sampling: Sampling | None, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -70,7 +70,7 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
     assert graded.rewards == (0.0, -0.1)
 
 
-def test_where_the_prompt_opens_nothing_the_response_is_all(reasoner: ChatTemplate, tmp_path: Path) -> None:
+def test_without_an_open_think_tag_the_turn_is_the_response(reasoner: ChatTemplate, tmp_path: Path) -> None:
     answer = rollout(reasoner, "4").token_ids
     asked = reasoner.tokenizer(QUESTION["content"], add_special_tokens=False).input_ids
     assert reasoner.turn(asked, answer) == "4"

@@ -188,7 +188,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_tracker_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_does_not_delay_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
     class Hangs:

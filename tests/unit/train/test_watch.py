@@ -42,7 +42,7 @@ def test_a_run_of_one_rank_may_compute_as_long_as_it_likes(tmp_path: Path) -> No
     assert limits_of(run, rank=0, world_size=1).phases["computing"] == 7.0
 
 
-def test_silence_must_be_two_beats() -> None:
+def test_silence_s_must_be_at_least_two_beats() -> None:
     with pytest.raises(ValueError, match="at least two beats, 2 x beat_s = 10, got 9"):
         WatchdogConfig(silence_s=9.0)
     WatchdogConfig(beat_s=0.0)
