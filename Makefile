@@ -42,13 +42,14 @@ quickstart-real: $(REAL)/model $(REAL)/calls
 $(REAL)/model $(REAL)/calls: | $(INSTALLED)
 	$(BIN)/python $(REAL)/prepare.py $(@F) $@
 
-# Unit tests on all cores; the others start several processes each, and run two at a time (tests/conftest.py). A test
-# that fails runs once more, because a process can be too slow on a loaded machine. -rR lists the tests that ran twice.
+# Unit tests on all cores. The others start several processes each and often wait for them, so on any machine three files
+# run at a time (tests/conftest.py). A test that fails runs once more, because a process can be too slow on a loaded
+# machine. -rR lists the tests that ran twice.
 PYTEST := $(BIN)/python -m pytest --reruns 1 -raR
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	$(PYTEST) -q -n auto tests/unit
-	$(PYTEST) -n 2 --dist loadfile --durations 15 tests --ignore tests/unit
+	$(PYTEST) -n 3 --dist loadfile --durations 15 tests --ignore tests/unit
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif

@@ -1,4 +1,4 @@
-"""The tests of `make test-fast`: every unit test, and one layout of each kind of parallelism.
+"""The tests of `make test-fast`: the unit tests, except slow ones, and one layout of each kind of parallelism.
 
 python -m tests.fast              run them
 python -m tests.fast --list       only print which tests run and which files are left out
@@ -7,6 +7,7 @@ python -m tests.fast --list       only print which tests run and which files are
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,21 +38,24 @@ def left_out() -> dict[str, list[str]]:
     return found
 
 
+def slow_units() -> list[str]:
+    """The unit tests that are marked as slow."""
+    return [
+        f"{path.relative_to(ROOT)}::{name}"
+        for path in sorted((ROOT / UNIT).glob("**/test_*.py"))
+        for name in re.findall(r"^@pytest\.mark\.slow\ndef (\w+)", path.read_text(), re.MULTILINE)
+    ]
+
+
 def describe() -> str:
     partly = {test.partition("::")[0] for test in LAYOUTS.values()}
-    lines = [f"runs: all of {UNIT}"]
+    lines = [f"runs: {UNIT}, except what is marked as slow"]
     lines += [f"runs: {what}" for what in LAYOUTS]
+    lines += [f"left out: {test}" for test in slow_units()]
     for folder, names in left_out().items():
         marked = [f"{name} (in part)" if f"{folder}/{name}" in partly else name for name in names]
         lines.append(f"left out: {folder}: {', '.join(marked)}")
     return "\n".join([*lines, "`make test` runs everything."])
-
-
-def run(*arguments: str) -> int:
-    """The exit code of pytest."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, check=False
-    ).returncode
 
 
 def main() -> int:
@@ -59,9 +63,11 @@ def main() -> int:
         print(describe())
         return 0
     workers = str(min(os.cpu_count() or 1, 8))
-    codes = [run("-n", workers, UNIT), run(*LAYOUTS.values())]
+    # The layouts take the longest, so they come first.
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(describe())
-    return max(codes)
+    return code
 
 
 if __name__ == "__main__":

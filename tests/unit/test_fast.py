@@ -30,6 +30,16 @@ def test_every_test_file_is_run_or_reported() -> None:
         assert Path(path).name in fast.describe()
 
 
+def test_a_slow_unit_test_is_reported() -> None:
+    marked = [
+        path for path in (ROOT / "tests" / "unit").rglob("test_*.py") if "mark.slow\n" in path.read_text()
+    ]
+    assert {test.partition("::")[0] for test in fast.slow_units()} == {
+        path.relative_to(ROOT).as_posix() for path in marked
+    }
+    assert all(f"left out: {test}\n" in fast.describe() for test in fast.slow_units())
+
+
 def test_make_runs_this_list_after_the_linters() -> None:
     rule = re.search(r"^test-fast: (.*)\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert rule is not None

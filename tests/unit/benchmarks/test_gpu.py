@@ -41,6 +41,7 @@ def driver(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_rehearsal_from_end_to_end(tmp_path: Path) -> None:
     done = driver("--tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

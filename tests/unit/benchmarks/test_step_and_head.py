@@ -44,6 +44,7 @@ def test_the_head_may_take_its_gradients_and_a_tile_but_no_logits() -> None:
     assert head_limit(**sizes | {"itemsize": 4}) < limit, "FP32 needs no second copy"
 
 
+@pytest.mark.slow
 def test_a_head_of_another_size_keeps_its_limit() -> None:
     """The weight's gradient [20000, 2048] in FP32 and BF16 is 0.25 of the 0.8 GB."""
     command = [sys.executable, str(ROOT / "benchmarks/logprob_head.py"), "--peers", "--naive-tokens", "0"]
@@ -55,6 +56,7 @@ def test_a_head_of_another_size_keeps_its_limit() -> None:
     assert "PASS: extra peak below 0.78 GB" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_step_says_its_tflops(tmp_path: Path) -> None:
     """A layer of hidden size 64 has 64 x 192 + 64 x 64 + 3 x 64 x 256 weights, and the head has 500 x 64."""
     save_model(tmp_path, qwen2_config(hidden=64, layers=1, vocab=500))
