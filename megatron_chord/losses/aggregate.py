@@ -8,8 +8,8 @@ N is the sum of all n_i. S is the number of sequences with at least one trained 
     seq-mean-token-sum         1 / S
     seq-mean-token-sum-norm    1 / (S C)      Dr.GRPO, C a length in tokens
 
-The names are verl's. Trinity-RFT and verl before 0.9 divide by C alone in the last one, so their loss grows with the
-batch. verl 0.9 and ms-swift divide by S C, as this module does.
+The names are verl's. Trinity-RFT and verl before 0.8 divide by C alone in the last one, so their loss grows with the
+batch. verl 0.8 and ms-swift divide by S C, as this module does.
 """
 
 from __future__ import annotations
