@@ -772,6 +772,9 @@ class CheckpointConfig:
     """A checkpoint is also written between two steps when the last one is this many minutes old. 0: never."""
     keep: int = 2
     """How many of the newest checkpoints are kept."""
+    asynchronous: bool | None = None
+    """Training goes on while a checkpoint is written, from a copy in main memory: 14 bytes for each bf16 parameter,
+    distributed over the ranks. Where too little memory is free, training waits. Left out: true on GPUs."""
     keep_best: str | None = None
     """Also keeps the checkpoint of the best evaluation. `accuracy` compares the accuracy over all held-out problems;
     the name of a source in `data.evaluation` compares the accuracy on that source; `amc.avg@8` compares this metric of

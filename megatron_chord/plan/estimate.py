@@ -101,6 +101,8 @@ class Case:
     """``checkpoint.keep``"""
     optimizer_states: int = 1
     """2 if the method has updates with an optimizer state of their own (ReLIFT), which is in host memory"""
+    stages_checkpoints: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in main memory."""
     partial: bool = False
     """Whether ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
@@ -215,6 +217,8 @@ class HostMemory:
 
     offloaded: float
     """Pinned: what the ranks move off the GPUs while servers sample (``train/offload.py``)."""
+    staged: float
+    """While training goes on and a checkpoint is written: a copy of the node's part of it."""
     resuming: float
     """While a checkpoint is loaded: a copy of the optimizer state of all parameters of each rank."""
     processes: float
@@ -222,7 +226,7 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        return max(self.offloaded, self.resuming) + self.processes
+        return max(self.offloaded + self.staged, self.resuming) + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +316,7 @@ def case_of(
         push_limit_s=run.timeouts.weight_push_s,
         kept_checkpoints=run.checkpoint.keep,
         optimizer_states=1 if method.extra_rate(run) is None else 2,
+        stages_checkpoints=run.checkpoint.asynchronous is not False,
         partial=run.rollout.partial is not None,
         constants=constants,
     )
@@ -426,8 +431,14 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
     gpus = case.cluster.gpus_per_node
     largest = max(stage.parameters for stage in stages)
     processes = gpus * (2 if case.work.sequences and case.cluster.colocated else 1)
+    # A checkpoint has the weights and, also where training is in FP32, main weights and moments. Each rank writes the
+    # part of which it keeps the optimizer state.
+    one = parameters.checkpoint_bytes(1, case.weight_bytes, optimizers=case.optimizer_states)
+    written = one / case.numerics.optimizer
+    staged = max(stage.optimizer for stage in stages) * written if case.stages_checkpoints else 0.0
     return HostMemory(
         offloaded=gpus * saved,
+        staged=gpus * staged,
         resuming=gpus * case.numerics.optimizer * largest,
         processes=processes * case.constants.host_process_bytes,
     )

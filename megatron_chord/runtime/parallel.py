@@ -126,6 +126,12 @@ class ParallelGroups:
         dist.all_gather_object(values, value, group=self.objects)
         return values
 
+    def to_coordinator(self, value: Any) -> list[Any]:
+        """Every rank's Python object in rank order, on the coordinator; an empty list on the others. One collective."""
+        values: list[Any] | None = [None] * self.world_size if self.is_coordinator else None
+        dist.gather_object(value, values, dst=0, group=self.objects)
+        return values or []
+
     def together(self, action: Callable[[], T]) -> list[T]:
         """Run ``action`` on every rank and gather the results. If it fails on any rank, every rank raises."""
         try:

@@ -4,8 +4,9 @@
     .../second_optimizer/      the optimizer in the state of extra updates (``train.second_adam``), if there are any
     checkpoints/latest         the newest complete one's name
 
-A checkpoint is first written to a hidden folder. The manifest gets the hash of every file. Then the folder is renamed,
-and ``latest`` is replaced last. The format reshards: a run with another TP, PP or DP size can load it.
+A checkpoint is first written to a hidden folder, by threads of all ranks. When all files are on the disk, the manifest
+gets the hash of every file. Then the folder is renamed, and ``latest`` is replaced last. The format reshards: a run
+with another TP, PP or DP size can load it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded
 from megatron_chord.train.optimizer_shares import described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
@@ -35,11 +38,15 @@ from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.train.state import TrainState, parts_of
 from megatron_chord.weights.torch_dist import (
     COMMON,
+    COMMON_FILES,
+    METADATA,
     Checkpoint,
+    Written,
     load_plain,
-    write,
     write_common,
+    write_description,
     write_durably,
+    write_part,
 )
 
 T = TypeVar("T")
@@ -59,6 +66,12 @@ _READERS = 4
 """Number of files that a rank reads in parallel, because hashing a single file is slower than most disks."""
 _READ_BYTES = 2**20
 _REPORT_S = 10.0
+_MOST_MEMORY = 0.8
+"""Share of a node's free main memory that copies of the state may take."""
+
+Progress = Literal["writing", "written", "failed"]
+Part = tuple[dict[str, Written], dict[str, str | None]]
+"""What a rank has written, by folder in the checkpoint, and the digests of its files by name."""
 
 # Megatron-Core's default sharding of optimizer state cannot be loaded ("flattened_range is not supported"), in 0.16.1
 # (the default's name is fully_sharded_model_space) and in 0.19.2 (dist_checkpointing/mapping.py:134).
@@ -92,39 +105,208 @@ def save(
         NonFiniteWeights: a number is not finite; nothing was written.
         OSError: on every rank, if writing failed on any rank. The partial files are removed.
     """
+    return begin(state, run_state, folder, keep=keep, best=best, notify=notify).finish()
+
+
+def begin(
+    state: TrainState,
+    run_state: dict[str, Any],
+    folder: Path,
+    *,
+    keep: int,
+    best: int | None = None,
+    notify: Callable[[str], None] = print,
+    may_stage: bool = False,
+) -> Writing:
+    """Begin to write a checkpoint; the arguments are those of ``save``. Called on every rank.
+
+    With ``may_stage`` the state is first copied to main memory, if every node has enough of it. Then training may go on
+    before ``finish``; otherwise the state must not change until then.
+
+    Raises:
+        NonFiniteWeights: a number is not finite; nothing was written.
+    """
     check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
     groups = state.groups
-    name = groups.once(lambda: f"step-{run_state['step']:06d}")
-    target, partial = folder / name, folder / f".{name}{_PARTIAL}"
-
-    def make_empty() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def finish() -> None:
-        write_durably(partial / RUN_STATE, json.dumps(run_state | {MARK: True}).encode())
-        digests[RUN_STATE] = _digest(partial / RUN_STATE)
-        write_durably(partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True).encode())
-        _sync_folder(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _write_latest(folder, name)
-        _sync_folder(folder)
-        for old in _complete(folder)[:-keep]:
-            # Damaged newer checkpoints, which `find` has skipped, may exist.
-            if old != target and step_of(old) != best:
-                _drop(old, notify)
-
-    groups.once(make_empty)
+    place = _Place(
+        folder=folder,
+        name=groups.once(lambda: f"step-{run_state['step']:06d}"),
+        run_state=json.dumps(run_state | {MARK: True}).encode(),
+        keep=keep,
+        best=best,
+        notify=notify,
+    )
+    groups.once(place.make_empty)
     try:
-        _write_state(state, partial)
-        digests = _digest_together(partial, groups.once(lambda: _files_below(partial)), groups, notify)
-        groups.once(finish)
+        contents = _described(state)
+        boxes = contents[""][0]
+        needed = sum(box.num_bytes for box in boxes)
+        is_staged = may_stage and _has_room(groups, needed, notify)
+        if is_staged:
+            groups.together(lambda: boxes.update(staged(boxes)))
     except BaseException:
         if groups.is_coordinator:
-            shutil.rmtree(partial, ignore_errors=True)  # free the space, in case the disk is full
+            place.remove_partial()
         raise
-    return target
+    return Writing(groups, place, contents, is_staged=is_staged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a checkpoint is written, and what it replaces. Its methods are called on the coordinator."""
+
+    folder: Path
+    name: str
+    run_state: bytes
+    keep: int
+    best: int | None
+    notify: Callable[[str], None]
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f".{self.name}{_PARTIAL}"
+
+    @property
+    def target(self) -> Path:
+        return self.folder / self.name
+
+    def make_empty(self) -> None:
+        self.remove_partial()
+        self.partial.mkdir(parents=True)
+
+    def remove_partial(self) -> None:
+        """Free the space, in case the disk is full."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def complete(self, parts: Sequence[Part]) -> None:
+        """Describe the files of all ranks, give the folder its name, and remove old checkpoints."""
+        inners = list(parts[0][0])
+        for inner in inners:
+            write_description(self.partial / inner, [written[inner] for written, _ in parts])
+            _sync_folder(self.partial / inner)
+        digests = {name: digest for _, found in parts for name, digest in found.items()}
+        write_durably(self.partial / RUN_STATE, self.run_state)
+        described = [str(Path(inner, METADATA)) for inner in inners]
+        digests |= {name: _digest(self.partial / name) for name in (RUN_STATE, *described)}
+        write_durably(self.partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True).encode())
+        _sync_folder(self.partial)
+        shutil.rmtree(self.target, ignore_errors=True)
+        self.partial.rename(self.target)
+        _write_latest(self.folder, self.name)
+        _sync_folder(self.folder)
+        for old in _complete(self.folder)[: -self.keep]:
+            # Damaged newer checkpoints, which `find` has skipped, may exist.
+            if old != self.target and step_of(old) != self.best:
+                _drop(old, self.notify)
+
+
+class Writing:
+    """A checkpoint that threads of this process write, each rank its part. No collectives until ``finish``."""
+
+    def __init__(
+        self,
+        groups: ParallelGroups,
+        place: _Place,
+        contents: Mapping[str, sharded.Content],
+        *,
+        is_staged: bool,
+    ) -> None:
+        """Start to write.
+
+        Args:
+            contents: of this rank, by folder in the checkpoint.
+            is_staged: whether the state may change before ``finish``.
+        """
+        self.is_staged = is_staged
+        self._groups, self._place = groups, place
+        self._given_up = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._part = self._pool.submit(self._write, contents)
+        self._pool.shutdown(wait=False)
+
+    @property
+    def progress(self) -> Progress:
+        """Of this rank's part."""
+        if not self._part.done():
+            return "writing"
+        return "written" if self._part.exception() is None else "failed"
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, then give the checkpoint its name. Called on every rank.
+
+        Raises:
+            OSError: on every rank, if writing failed on any rank. The partial files are removed.
+        """
+        groups = self._groups
+        try:
+            groups.together(self._wait)
+            parts = groups.to_coordinator(self._part.result())
+            groups.once(lambda: self._place.complete(parts))
+        except BaseException:
+            self.give_up()
+            raise
+        return self._place.target
+
+    def give_up(self) -> None:
+        """End the threads of this process, and remove the partial files on the coordinator. No collectives."""
+        self._given_up.set()
+        wait([self._part])
+        if self._groups.is_coordinator:
+            self._place.remove_partial()
+
+    def _wait(self) -> None:
+        self._part.result()
+
+    def _write(self, contents: Mapping[str, sharded.Content]) -> Part:
+        """Write this rank's files."""
+        groups, partial = self._groups, self._place.partial
+        found: dict[str, Written] = {}
+        names: list[str] = []
+        for inner, (boxes, objects, common) in contents.items():
+            found[inner] = write_part(
+                partial / inner,
+                boxes,
+                objects=objects,
+                files=_FILES,
+                rank=groups.rank,
+                is_given_up=self._given_up.is_set,
+            )
+            files = list(found[inner].files)
+            if groups.is_coordinator:
+                write_common(partial / inner, common)
+                files += COMMON_FILES
+            names += [str(Path(inner, name)) for name in files]
+        with ThreadPoolExecutor(_READERS) as pool:
+            digests = pool.map(lambda name: _digest(partial / name), names)
+            return found, dict(zip(names, digests, strict=True))
+
+
+def staged(boxes: sharded.Boxes) -> sharded.Boxes:
+    """Copies of the boxes' data in main memory. Each copy is freed when it was written.
+
+    Pageable memory: pinning it would take longer than the copy does, and CUDA keeps pinned memory for itself.
+    """
+    copies = {
+        box: torch.empty(box.shape, dtype=box.dtype).copy_(data().reshape(box.shape))
+        for box, data in boxes.items()
+    }
+    return {box: functools.partial(copies.pop, box) for box in boxes}
+
+
+def _has_room(groups: ParallelGroups, needed: int, notify: Callable[[str], None]) -> bool:
+    """Whether every node has main memory for the copies of its ranks, ``needed`` bytes on this one. On every rank."""
+    ranks: list[tuple[str, int, int]] = groups.gather((socket.gethostname(), needed, available_memory()))
+    for node in dict.fromkeys(node for node, _, _ in ranks):
+        wanted = sum(size for name, size, _ in ranks if name == node)
+        free = min(free for name, _, free in ranks if name == node)
+        if wanted > _MOST_MEMORY * free:
+            if groups.is_coordinator:
+                notify(
+                    f"training waits for this checkpoint: copies in main memory need {wanted / 1e9:.1f} GB on {node}, "
+                    f"which has {free / 1e9:.1f} GB left (checkpoint.asynchronous)"
+                )
+            return False
+    return True
 
 
 def _write_latest(folder: Path, name: str) -> None:
@@ -298,33 +480,35 @@ def without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_state(state: TrainState, folder: Path) -> None:
-    """Write weights, optimizer and RNG in the layout of Megatron-Core's ``dist_checkpointing.save``."""
-    groups = state.groups
+def _described(state: TrainState) -> dict[str, sharded.Content]:
+    """Describe weights, optimizer and RNG in the layout of Megatron-Core's ``dist_checkpointing.save``.
+
+    Returns:
+        what this rank writes, by folder in the checkpoint.
+    """
     metadata = _METADATA | {
-        "world_size": groups.world_size,
+        "world_size": state.groups.world_size,
         "distributed_optimizer": _has_distributed_optimizer(state),
     }
     with described_only(state.optimizer) as shares:
         described = _sharded(state, is_loading=False) | {"content_metadata": metadata}
-    boxes, objects, common = sharded.taken_apart(described, shares)
-    groups.once(lambda: write_common(folder, common))
-    write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
+    contents = {"": sharded.taken_apart(described, shares)}
     if state.second is not None:
-        _write_second(state, state.second, folder / SECOND)
+        contents[SECOND] = _second_described(state, state.second)
+    return contents
 
 
-def _write_second(state: TrainState, second: SecondAdam, folder: Path) -> None:
-    """Write the optimizer with its second state. It includes the FP32 weights, so it has the size of the first."""
-    groups = state.groups
-    groups.once(lambda: folder.mkdir())
+def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
+    """Describe the optimizer with its second state. It includes the FP32 weights, so it has the size of the first.
+
+    Its data is a copy in main memory, because the optimizer has this state only within ``active``.
+    """
     with second.active():
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
         with described_only(state.optimizer) as shares:
             described = {"optimizer": _sharded(state, is_loading=False)["optimizer"]}
         boxes, objects, common = sharded.taken_apart(described, shares)
-        groups.once(lambda: write_common(folder, common))
-        write(folder, boxes, objects=objects, files=_FILES, group=groups.objects)
+        return staged(boxes), objects, common
 
 
 def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
@@ -419,10 +603,6 @@ def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
-
-
-def _files_below(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def _fault(checkpoint: Path, notify: Callable[[str], None], groups: ParallelGroups | Alone) -> str | None:

@@ -13,6 +13,7 @@ from megatron_chord.train.coordinator import Coordinator
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.health import Health
 from megatron_chord.train.learned_mu import MuGradient
+from megatron_chord.train.saver import Saver
 from megatron_chord.train.state import TrainState
 from megatron_chord.train.step_queue import StepQueue
 
@@ -25,6 +26,7 @@ class RunContext:
     state: TrainState
     engine: RolloutEngine
     queue: StepQueue
+    saver: Saver
     coordinator: Coordinator | None
     """On rank 0; None on the other ranks."""
     mu_gradient: MuGradient | None

@@ -23,6 +23,8 @@ EXIT_CODE_SERVICE = 69
 
 _NUMBERS = (LogprobMismatch, NonFiniteGradient, NonFiniteWeights, StaleWeights)
 _SERVICE = (SyncError, RolloutError, ServerError, TooManyGraderErrors)
+ERRORS = (*_NUMBERS, *_SERVICE)
+"""Each of them is raised on every rank."""
 
 
 class Halted(Exception):

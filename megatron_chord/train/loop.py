@@ -31,7 +31,7 @@ from megatron_chord.train.context import RunContext
 from megatron_chord.train.evaluate import Evaluation, HeldOutSet, due_sets
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, POLICY, Resume
-from megatron_chord.train.halt import halting
+from megatron_chord.train.halt import ERRORS, halting
 from megatron_chord.train.metrics import RunLog, read_metrics
 from megatron_chord.train.setup import check_run, coordinator_timeout_s
 from megatron_chord.train.start import Start, refusing, start_run
@@ -86,7 +86,11 @@ def train(
         groups.pulse.enter("computing")
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
-        _run_steps(context, done, started.memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
+        try:
+            _run_steps(context, done, started.memory, tracer, check_stop=check_stop, stop_wanted=stop_wanted)
+        except ERRORS:
+            _finish_saving(context)
+            raise
         _export(context, started.chat_template)
         if context.coordinator is not None:
             _print_outcome(context.coordinator.log, run.output)
@@ -136,8 +140,9 @@ def _run_steps(
         check_stop()
         try:
             is_late = 0 < allowed_s <= time.monotonic() - saved_at
-            requests = groups.gather((stop_wanted(), is_late))
-            if any(wants_stop for wants_stop, _ in requests):
+            requests = groups.gather((stop_wanted(), is_late, context.saver.progress))
+            context.saver.settle([progress for _, _, progress in requests])
+            if any(wants_stop for wants_stop, _, _ in requests):
                 raise StopWanted
             if requests[0][1] and saved_step < step:  # only rank 0's clock decides
                 _save(context, step, memory)
@@ -146,7 +151,8 @@ def _run_steps(
                 memory = _step(context, ScheduleInput(step=step, seed=run.seed, memory=memory))
         except StopWanted:
             if saved_step < step:
-                _save(context, step, memory)
+                _save(context, step, memory, waits=True)
+            context.saver.wait()
             raise _stopped(step, run.steps, first=done) from None
         is_best = False
         if due_sets(run, step + 1):
@@ -156,12 +162,21 @@ def _run_steps(
                 context.say(
                     f"the evaluation after {step + 1} steps is left out: its server is lost",
                 )
-                _save(context, step + 1, memory)
+                _save(context, step + 1, memory, waits=True)
                 raise _stopped(step + 1, run.steps, first=done) from None
         is_last = step + 1 == run.steps or context.best.is_exhausted(run.evaluation.patience)
         if _is_due(run.checkpoint.every, step + 1) or is_best or is_last:
-            _save(context, step + 1, memory)
+            _save(context, step + 1, memory, waits=is_last)
             saved_step, saved_at = step + 1, time.monotonic()
+    context.saver.wait()
+
+
+def _finish_saving(context: RunContext) -> None:
+    """Finish the checkpoint that is being written, before an error ends the run. A failure of this is only printed."""
+    try:
+        context.saver.wait()
+    except Exception as error:
+        context.say(f"the checkpoint that was being written is lost: {error}")
 
 
 def _evaluate_first(context: RunContext) -> None:
@@ -295,7 +310,8 @@ def _push_and_measure(context: RunContext, version: int, sets: Sequence[HeldOutS
     return context.state.groups.once(measure)
 
 
-def _save(context: RunContext, step: int, memory: Memory) -> None:
+def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False) -> None:
+    """Save a checkpoint. With ``waits`` it is complete when this returns."""
     coordinator = context.coordinator
     _drain(context)
     context.doing("saving")
@@ -304,16 +320,7 @@ def _save(context: RunContext, step: int, memory: Memory) -> None:
     run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
     run_state |= {"health": context.health.to_json(), "best": context.best.to_json()}
     with context.state.groups.pulse.phase("saving"):
-        path = checkpoint.save(
-            context.state,
-            run_state,
-            context.run.output / CHECKPOINTS,
-            keep=context.run.checkpoint.keep,
-            best=context.best.step,
-            notify=context.say,
-        )
-    if coordinator is not None:
-        coordinator.log.say(f"checkpoint {path}")
+        context.saver.save(context.state, run_state, best=context.best.step, waits=waits)
 
 
 def _drain(context: RunContext) -> None:

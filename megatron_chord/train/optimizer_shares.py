@@ -35,7 +35,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangular part of a tensor: its offset and shape there, and its data on the CPU."""
+    """A rectangular part of a tensor: its offset and shape there. ``data()`` is this rank's memory with its elements, a
+    view of what the optimizer uses."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -148,7 +149,7 @@ def _state(one: Any, param: Tensor, key: str) -> Tensor:
 
 def _cut(data: Callable[[], Tensor], shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> Tensor:
     flat = data().view(-1)
-    return flat.as_strided(shape, strides, flat.storage_offset() + start).to("cpu", torch.float32)
+    return flat.as_strided(shape, strides, flat.storage_offset() + start)
 
 
 def _storage(tensor: Tensor) -> int:

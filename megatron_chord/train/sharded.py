@@ -6,7 +6,6 @@ processes that outlive a killed trainer and keep its files open, and its loading
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,21 +18,20 @@ from megatron_chord.train.optimizer_shares import Shares
 from megatron_chord.weights.torch_dist import Box, Checkpoint
 
 Boxes = dict[Box, Callable[[], Tensor]]
+Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
+"""What a rank writes: boxes of tensors, objects by name, and the common part, which is equal on all ranks."""
 
 
-def taken_apart(state: dict[str, Any], shares: Shares) -> tuple[Boxes, dict[str, bytes], dict[str, Any]]:
+def taken_apart(state: dict[str, Any], shares: Shares) -> Content:
     """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
 
     If several ranks have the same part, one of them writes it. Each rank writes what ``shares`` says it keeps of a
-    tensor on the meta device. Collectives: those of Megatron's check that every part is written exactly once.
-
-    Returns:
-        boxes of tensors, objects by name, and the common part, which is equal on all ranks.
+    tensor on the meta device. No collectives: ``write_description`` checks that every element is written exactly once.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-    parts, common = save_preprocess(state)
+    parts, common = save_preprocess(state, validate_access_integrity=False)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # this stream must finish its writes before other threads copy on other streams
     boxes: Boxes = {}
@@ -47,7 +45,8 @@ def taken_apart(state: dict[str, Any], shares: Shares) -> tuple[Boxes, dict[str,
         elif not is_main_replica(part.replica_id):
             continue
         elif isinstance(part, ShardedTensor):
-            boxes[_box(part)] = functools.partial(_on_host, part)
+            assert part.data is not None, part.key
+            boxes[_box(part)] = part.data.detach
         else:
             content = io.BytesIO()
             torch.save([part.data], content)  # in a list, as Megatron does
@@ -125,10 +124,6 @@ def _share(part: Any, shares: Shares) -> Boxes:
 def _with_axes(part: Any) -> Tensor:
     """A view of the data with the leading axes that the whole tensor has."""
     return part.data.detach()[(None,) * part.prepend_axis_num]
-
-
-def _on_host(part: Any) -> Tensor:
-    return part.data.detach().to("cpu")
 
 
 def _leaves(state: Any) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from megatron_chord.train.health import Health
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import DROPPED, RunLog, write_left_out
 from megatron_chord.train.sanity import check_finite
+from megatron_chord.train.saver import Saver
 from megatron_chord.train.segments import check_changes, settings_before
 from megatron_chord.train.setup import (
     RunData,
@@ -254,6 +255,8 @@ def _build(
     state = with_second_adam(state, method.extra_rate(run))
     queue = StepQueue(run, groups, coordinator)
     stack.callback(queue.close)
+    saver = Saver(run.output / CHECKPOINTS, run.checkpoint, groups, log.say if log is not None else _silent)
+    stack.callback(saver.close)
     schedule = method.schedule(run)
     return RunContext(
         run=run,
@@ -262,6 +265,7 @@ def _build(
         state=state,
         engine=engine,
         queue=queue,
+        saver=saver,
         coordinator=coordinator,
         mu_gradient=MuGradient() if schedule is not None and schedule.needs_mu_gradient else None,
         health=Health(),

@@ -1,32 +1,35 @@
 """Reads and writes torch's distributed checkpoint format in streaming mode: only one part is in memory at a time.
 
-``torch.distributed.checkpoint`` plans a save before it needs any data and then requests the data item by item. Here a
-function computes an item's data when it is requested. A read requests boxes of tensors; a box need not be one that was
-written. Threads of this process write the files. Reading executes nothing: the description and the objects are pickles,
-and only plain data is allowed in them.
+torch's writer requests the data of a save item by item. Here a function computes an item's data when it is requested.
+Each process writes its part by itself, and the first one then describes the whole. A read requests boxes of tensors; a
+box need not be one that was written. Threads of this process write the files. Reading executes nothing: the description
+and the objects are pickles, and only plain data is allowed in them.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -52,6 +55,8 @@ from torch.futures import Future
 METADATA = ".metadata"
 COMMON = "common.pt"
 _BACKEND = "metadata.json"
+COMMON_FILES = (COMMON, _BACKEND)
+"""What ``write_common`` writes."""
 _FORBIDDEN_GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")
 """The error text of torch.load for a class or function that is not allowed (torch/_weights_only_unpickler.py)."""
 
@@ -68,6 +73,23 @@ class Box:
     """Shape of the tensor."""
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one process has written of a checkpoint. It can be pickled, and sent to the process that finishes."""
+
+    items: list[WriteItem]
+    results: list[WriteResult]
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files."""
+        return {result.storage_data.relative_path for result in self.results}
+
 
 def write(
     folder: Path,
@@ -75,23 +97,105 @@ def write(
     *,
     objects: Mapping[str, bytes] | None = None,
     files: int = 1,
-    group: ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint. Its boxes must cover their tensors. Each function is called once, when its box is written.
+    """Write a whole checkpoint with this process, as ``write_part`` and ``write_description`` do together."""
+    write_description(folder, [write_part(folder, boxes, objects=objects, files=files)])
+
+
+def write_part(
+    folder: Path,
+    boxes: Mapping[Box, Callable[[], Tensor]],
+    *,
+    objects: Mapping[str, bytes] | None = None,
+    files: int = 1,
+    rank: int = 0,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> Written:
+    """Write the part of a checkpoint that this process has. The data is on the disk when this returns (fsync).
+
+    Each function of ``boxes`` is called once, when its box is written. No collectives.
 
     Args:
         objects: further serialised objects by key.
         files: number of files that are written in parallel, each by a thread with one box in memory.
-        group: the ranks that write together, each its own boxes and objects; None if this process writes everything.
-            4 collectives of Python objects.
+        rank: a number that no other process writes with; the files' names begin with it.
+        is_given_up: asked before each box. If it returns true, writing ends with an error.
     Raises:
-        OSError: writing failed, for example because the disk is full. Raised on every rank, also if it happened on
-            another one; all threads have ended.
+        OSError: writing failed, for example because the disk is full. All threads have ended.
     """
     items = {_index(box): (box, data) for box, data in boxes.items()}
-    writer, planner = _Writer(folder, files), _SavePlanner(items, objects or {})
-    with _plain_errors(folder):
-        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    planner = _SavePlanner(items, objects or {}, is_given_up)
+    writer = _Writer(folder, files)
+    writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
+    try:
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        return Written(list(plan.items), writer.write_data(plan, planner).wait())
+    except Exception as error:
+        raise OSError(f"{folder} cannot be written: {reason(error)}") from error
+
+
+def write_description(folder: Path, parts: Sequence[Written]) -> None:
+    """Write the description of a checkpoint whose ``parts`` all processes have written. Then it is complete.
+
+    Raises:
+        RuntimeError: the parts leave out an element of a tensor, or contain it twice.
+        OSError: writing failed.
+    """
+    plans = [SavePlan(part.items) for part in parts]
+    _, metadata = create_default_global_save_plan(plans, rewrite_index_hints=False)
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            _check_tiling(key, stored)
+    try:
+        FileSystemWriter(folder, sync_files=True).finish(metadata, [part.results for part in parts])
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {reason(error)}") from error
+
+
+def is_tiling(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether boxes (offset, shape) together contain each element of a tensor exactly once, and nothing else.
+
+    The time is linear in the number of boxes. torch's own check compares boxes pairwise, which takes minutes where many
+    ranks share a tensor (``benchmarks/save_plan.py``).
+
+    Every corner of a box counts +1 or -1: -1 to the number of axes on which it is the far end. These counts are the
+    mixed differences of the function that says how many boxes contain an element, so they determine it. Two sets of
+    boxes therefore contain each element equally often if and only if their sums at each corner are equal.
+    """
+    filled = [(tuple(offset), tuple(sizes)) for offset, sizes in boxes if 0 not in sizes]
+    if 0 in shape:
+        return not filled
+    if not shape:
+        return len(filled) == 1
+    size = torch.tensor(tuple(shape))
+    near, far = _ends(len(shape), filled)
+    if bool((near < 0).any()) or bool((far > size).any()):
+        return False
+    near = torch.cat(
+        [near, torch.zeros(1, len(shape), dtype=near.dtype)]
+    )  # the last box is the tensor, subtracted
+    far = torch.cat([far, size[None]])
+    weight = torch.ones(len(near), dtype=torch.int64)
+    weight[-1] = -1
+    # A corner is numbered like an element of a tensor that is longer by one on each axis.
+    strides = torch.ones(len(shape), dtype=torch.int64)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * (shape[axis + 1] + 1)
+    numbers, weights = [], []
+    for ends in itertools.product((False, True), repeat=len(shape)):
+        numbers.append((torch.where(torch.tensor(ends), far, near) * strides).sum(1))
+        weights.append(weight * (-1) ** sum(ends))
+    _, places = torch.cat(numbers).unique(return_inverse=True)
+    sums = torch.zeros(len(places), dtype=torch.int64).index_add_(0, places, torch.cat(weights))
+    return not bool(sums.any())
+
+
+def _check_tiling(key: str, stored: TensorStorageMetadata) -> None:
+    if not is_tiling(stored.size, _boxes(stored)):
+        raise RuntimeError(
+            f"the {len(stored.chunks)} written parts of {key} {tuple(stored.size)} do not contain each of its elements "
+            "exactly once"
+        )
 
 
 def write_common(folder: Path, common: Mapping[str, Any]) -> None:
@@ -143,6 +247,7 @@ class Checkpoint:
         """
         targets: dict[MetadataIndex, list[Tensor]] = defaultdict(list)
         items: list[ReadItem] = []
+        ends: dict[str, tuple[Tensor, Tensor]] = {}
         for box, into in wanted:
             stored = self._metadata.state_dict_metadata.get(box.key)
             if not isinstance(stored, TensorStorageMetadata) or len(stored.size) != len(box.shape):
@@ -152,7 +257,10 @@ class Checkpoint:
                 )
             if not targets[_index(box)]:
                 chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
-                items += create_read_items_for_chunk_list(box.key, stored, [chunk])
+                if box.key not in ends:
+                    ends[box.key] = _ends(len(box.shape), _boxes(stored))
+                near = replace(stored, chunks=[stored.chunks[at] for at in _overlapping(box, *ends[box.key])])
+                items += create_read_items_for_chunk_list(box.key, near, [chunk])
             targets[_index(box)].append(into)
         _Reader(self.folder, self._metadata).read_data(LoadPlan(items), _LoadPlanner(targets))
         for first, *others in targets.values():
@@ -198,22 +306,6 @@ def reason(error: BaseException) -> str:
     if forbidden is not None:
         return f"it needs {forbidden[1]}, which is not plain data"
     return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _plain_errors(folder: Path) -> Iterator[None]:
-    """Replace torch's wrapper of all ranks' errors and tracebacks by the first rank's error.
-
-    torch also wraps the exception of a signal; that one is raised unchanged.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if not isinstance(cause, Exception):
-                raise cause from None
-        raise OSError(f"{folder} cannot be written: {reason(causes[0])}") from error
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -273,11 +365,12 @@ class _SavePlanner(DefaultSavePlanner):
         self,
         items: Mapping[MetadataIndex, tuple[Box, Callable[[], Tensor]]],
         objects: Mapping[str, bytes],
+        is_given_up: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self._items, self._objects = items, objects
-        self.is_given_up = False
-        """Whether the threads that still write should stop."""
+        self._items, self._objects, self._is_given_up = items, objects, is_given_up
+        self.has_failed = False
+        """Whether a thread has failed, so that the others stop."""
 
     def create_local_plan(self) -> SavePlan:
         tensors = [_write_item(index, box) for index, (box, _) in self._items.items()]
@@ -293,19 +386,22 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if self.is_given_up:
+        if self.has_failed or self._is_given_up():
             raise OSError("given up")
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._objects[write_item.index.fqn])
         box, data = self._items[write_item.index]
-        return data().reshape(box.shape).to(box.dtype).contiguous()
+        return data().reshape(box.shape).to("cpu", box.dtype).contiguous()
 
 
 class _Writer(FileSystemWriter):
     """Writes several files in parallel. The base class's threads would lose exceptions, for example of a full disk."""
 
     def __init__(self, folder: Path, files: int) -> None:
-        super().__init__(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
+        # Copying ahead would use a CUDA stream of the threads' current device, which is GPU 0 on every rank.
+        super().__init__(
+            folder, single_file_per_rank=True, thread_count=1, sync_files=True, per_thread_copy_ahead=0
+        )
         self._files = files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -326,11 +422,10 @@ class _Writer(FileSystemWriter):
                 written = list(pool.map(write_one, range(len(shares)), shares))
             except BaseException as error:
                 assert isinstance(planner, _SavePlanner)
-                planner.is_given_up = True
+                planner.has_failed = True
                 if not isinstance(error, Exception):
                     raise
-                # The original error is formatted here, because its context is lost when it is sent to other ranks:
-                # after a failed write torch.save itself raises an error about its position in the file.
+                # After a failed write torch.save itself raises an error about its position in the file.
                 raise OSError(reason(error)) from None
         results: Future[list[WriteResult]] = Future()
         results.set_result([result for part in written for result in part])
@@ -378,6 +473,26 @@ class _Reader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _boxes(stored: TensorStorageMetadata) -> list[tuple[torch.Size, torch.Size]]:
+    return [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]
+
+
+def _ends(axes: int, boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    """The first index of each box (offset, shape), and the index after its last. [boxes, axes] int64"""
+    near, sizes = (
+        torch.tensor([tuple(box[part]) for box in boxes], dtype=torch.int64).reshape(len(boxes), axes)
+        for part in (0, 1)
+    )
+    return near, near + sizes
+
+
+def _overlapping(box: Box, near: Tensor, far: Tensor) -> list[int]:
+    """The numbers of the chunks that overlap the box. torch's search for them compares each box with many chunks."""
+    offset = torch.tensor(box.offset, dtype=torch.int64)
+    overlaps = (near < offset + torch.tensor(box.shape, dtype=torch.int64)) & (far > offset)
+    return overlaps.all(1).nonzero()[:, 0].tolist()
 
 
 def _index(box: Box) -> MetadataIndex:

@@ -15,6 +15,8 @@ import pickle
 import resource
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_chord.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.methods.chord import Chord
 from megatron_chord.train import checkpoint
 from megatron_chord.train.checkpoint import CheckpointError
+from megatron_chord.train.saver import Saver
 from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from megatron_chord.weights.torch_dist import read_metadata
@@ -552,6 +555,107 @@ def test_ranks_share_the_search_and_read_older_ones_only_in_need(folder: Path) -
     assert sorted(one["then"] + two["then"]) == sorted(files[NEWER] | files[OLDER])
     assert len(one["said"]) == 1
     assert two["said"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training goes on while a checkpoint is written
+
+
+def saved_beside_training(folder: Path, out: Path) -> dict[str, Any]:
+    """Begin a checkpoint, train on before its threads write anything, and finish it. Then train again from it."""
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(SAVED))
+    may_write, write_part = threading.Event(), checkpoint.write_part
+
+    def late(*args: Any, **settings: Any) -> Any:
+        may_write.wait()
+        return write_part(*args, **settings)
+
+    checkpoint.write_part = late
+    writing = checkpoint.begin(state, {"step": SAVED}, out, keep=2, may_stage=True)
+    outcome: dict[str, Any] = {"staged": writing.is_staged, "progress": writing.progress}
+    train(state, layout, range(SAVED, STEPS))
+    outcome["through"] = whole_weights(state)
+    outcome["there"] = [path.name for path in out.iterdir()]
+    state.groups.gather(None)
+    may_write.set()
+    path = writing.finish()
+    outcome["after"] = sorted(path.name for path in out.iterdir()), writing.progress
+
+    state, layout = fresh_state(folder, {})
+    checkpoint.load(state, path)
+    train(state, layout, range(SAVED, STEPS))
+    outcome["resumed"] = whole_weights(state)
+    return outcome
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_though_training_went_on(
+    model: Path, tmp_path: Path
+) -> None:
+    for outcome in run_ranks(saved_beside_training, 2, model, tmp_path / "out"):
+        assert outcome["staged"]
+        assert outcome["progress"] == "writing"
+        assert outcome["there"] == [f".{OLDER}.partial"], "no name before all is written"
+        assert outcome["after"] == (["latest", OLDER], "written")
+        for name, weight in outcome["through"].items():
+            assert torch.equal(outcome["resumed"][name], weight), name
+
+
+def saver_outcomes(folder: Path, out: Path) -> dict[str, Any]:
+    """Save four checkpoints in the background: the second fails on the last rank, the last is given up."""
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    groups, said, outcome = state.groups, [], dict[str, Any]()
+    saver = Saver(out, CheckpointConfig(asynchronous=True), groups, said.append)
+
+    def there() -> list[str]:
+        groups.gather(None)
+        return [*sorted(path.name for path in out.iterdir()), (out / "latest").read_text().strip()]
+
+    saver.save(state, {"step": 1}, best=None, waits=True)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if groups.rank == groups.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    saver.save(state, {"step": 2}, best=None)
+    while saver.progress == "writing":
+        time.sleep(0.01)
+    outcome["progress"] = groups.gather(saver.progress)
+    with pytest.raises(OSError, match="File too large"):
+        saver.settle(outcome["progress"])
+    outcome["failed"] = there()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    saver.save(state, {"step": 3}, best=None)
+    saver.save(state, {"step": 4}, best=None)
+    outcome["two"] = [name for name in there() if not name.startswith(".")]
+    saver.close()
+    outcome["closed"] = [name for name in there() if not name.startswith(".")]
+    checkpoint.available_memory = lambda: 1000
+    saver.save(state, {"step": 5}, best=None)
+    outcome["full"] = there()
+    return outcome | {"said": said, "idle": saver.progress}
+
+
+def test_a_saver_keeps_what_is_complete(model: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(saver_outcomes, 2, model, tmp_path / "out")
+    for outcome in (first, second):
+        assert outcome["progress"] == ["written", "failed"]
+        assert outcome["failed"] == ["latest", "step-000001", "step-000001"]
+        assert outcome["two"] == ["latest", "step-000001", "step-000003", "step-000003"]
+        assert outcome["closed"] == outcome["two"]
+        assert [name for name in outcome["full"] if not name.startswith(".")] == [
+            "latest",
+            "step-000003",
+            "step-000005",
+            "step-000005",
+        ]
+        assert outcome["idle"] == "written"
+    out = tmp_path / "out"
+    assert [text for text in first["said"] if text.startswith("checkpoint ")] == [
+        f"checkpoint {out / name}" for name in ("step-000001", "step-000003", "step-000005")
+    ]
+    (waiting,) = [text for text in first["said"] if not text.startswith("checkpoint ")]
+    assert waiting.startswith("training waits for this checkpoint: copies in main memory need 0.0 GB on ")
+    assert second["said"] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """A run of two ranks that is killed twice ends like an undisturbed run. ``benchmarks/kills.py`` does this with more
-kills, and also kills the server."""
+kills, and also kills the server. Steps go on while the killed run writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def test_a_killed_run_resumes_bit_for_bit_and_leaves_nothing(tmp_path: Path) -> 
     config = make_task(tmp_path, steps=5, checkpoint={"every": 1, "keep": 2})
     straight, killed, temp = tmp_path / "straight", tmp_path / "killed", tmp_path / "temp"
     run_through_kills(config, straight, [], *SFT, temp=temp, looks_in_shared_memory=False)
-    report = run_through_kills(config, killed, KILLS, *SFT, temp=temp, looks_in_shared_memory=False)
+    asynchronous = "checkpoint.asynchronous=true"
+    report = run_through_kills(
+        config, killed, KILLS, *SFT, asynchronous, temp=temp, looks_in_shared_memory=False
+    )
     assert len(report.kills) == len(KILLS)
     assert report.survivors == []
     assert report.left == []

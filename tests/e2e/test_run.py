@@ -73,7 +73,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reward": {"kind": "exact", "workers": 1},
         "optim": {"lr": 3e-4, "warmup_steps": 2, "weight_decay": 0.1},
         "evaluation": {"problems": 8, "every": 2},
-        "checkpoint": {"every": 2, "keep": 5},
+        "checkpoint": {"every": 2, "keep": 5, "asynchronous": True},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))

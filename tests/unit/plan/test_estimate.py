@@ -193,12 +193,14 @@ def test_servers_beside_the_ranks_open_contexts() -> None:
 
 
 def test_main_memory_and_disk_of_a_node() -> None:
-    """Llama-3.1-70B, TP4 x PP4 x DP4: a rank offloads a quarter of its optimizer state, and a load copies all."""
+    """Llama-3.1-70B, TP4 x PP4 x DP4: a rank offloads a quarter of its optimizer state, and copies a quarter of its
+    checkpoint while it is written. A load copies all."""
     run = run_of("chord_llama70b")
     case = case_of(run, h100(8))
     found = estimate(case, choice_of(run))
     count = max(stage.parameters for stage in found.stages)
     assert found.host.offloaded == pytest.approx(8 * 12 * count / 4)
+    assert found.host.staged == pytest.approx(8 * 14 * count / 4)
     assert found.host.resuming == pytest.approx(8 * 12 * count)
     assert found.host.processes == 16 * 5e9
     assert found.host.total == found.host.resuming + found.host.processes, (

@@ -106,6 +106,7 @@ class Collecting:
             state=state,
             engine=script,
             queue=StepQueue(run, groups, script),
+            saver=script,
             coordinator=script,
             mu_gradient=None,
             health=Health(),
