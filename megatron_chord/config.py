@@ -490,6 +490,10 @@ class RolloutConfig:
     """Log-probs of a rollout do not depend on the other requests that the server processes at the same time, so that
     two runs with the same seed are equal bit for bit. Sampling is slower: on a GPU, vLLM uses its batch-invariant
     kernels (VLLM_BATCH_INVARIANT); on a CPU, it processes one request at a time."""
+    router_replay: bool | None = None
+    """For mixtures of experts: the trainer's routers choose for the tokens of rollouts the experts that the servers
+    chose, so that both compute the same log-probs (docs/megatron.md). Left out: true if servers return routes. true: a
+    run that cannot replay routes is refused."""
     restarts: int = 1
     """How many times a dead server is replaced, and the sampling of the step repeated, before the run stops."""
     max_logprob_gap: float | None = None

@@ -155,9 +155,11 @@ def with_last_message(prompt: Prompt, content: str, *, template: ChatTemplate) -
 def rollout_sample(
     prompt: Prompt, rollout: Rollout, *, term: str = POLICY, **constants: float
 ) -> TrainSample:
-    """A sample of a prompt and its rollout. Its constants are ``rollout_logprob`` and those given."""
+    """A sample of a prompt and its rollout, with the rollout's routes. Its constants are ``rollout_logprob`` and those
+    given."""
     logprobs = np.array(rollout.logprobs, np.float32)
-    return answer_sample(prompt, rollout.token_ids, term=term, rollout_logprob=logprobs, **constants)
+    sample = answer_sample(prompt, rollout.token_ids, term=term, rollout_logprob=logprobs, **constants)
+    return replace(sample, routes=rollout.routes)
 
 
 def answer_sample(

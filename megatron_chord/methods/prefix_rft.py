@@ -199,6 +199,7 @@ def hybrid_sample(
                 constants={"rollout_logprob": np.array(rollout.logprobs, np.float32), "advantage": advantage},
             ),
         ),
+        routes=rollout.routes,
     )
 
 

@@ -150,6 +150,7 @@ def remembered_group(group: RolloutGroup, objective: ObjectiveConfig) -> list[An
             "tokens": list(rollout.token_ids),
             "logprobs": list(rollout.logprobs),
             "advantage": advantage,
+            **({"routes": rollout.routes} if rollout.routes is not None else {}),
         }
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         if rollout_is_trained(rollout, objective)
@@ -172,6 +173,7 @@ def stale_samples(chosen: Sequence[tuple[int, Sequence[Answer]]], step: int) -> 
                     },
                 ),
             ),
+            routes=answer.get("routes"),
         )
         for sampled_at, group in chosen
         for answer in group

@@ -539,6 +539,7 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": False,
+            **({"routed_experts_prompt_start": request.first_routed} if request.first_routed else {}),
         },
     }
 

@@ -6,14 +6,16 @@ A reply is JSON of about 140 bytes a token. msgspec reads only the fields that a
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
-from megatron_chord.records import Rollout, Span
+from megatron_chord.records import Rollout, RouteShape, Span
 
 NEVER_PUSHED = "default"
 """vLLM's name for the weights that a server was started with."""
@@ -45,6 +47,11 @@ class GenerateRequest:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
+    routes: RouteShape | None = None
+    """The shape of the routes to keep; None: routes in the reply are ignored. Only the server's start decides whether
+    it returns any (``ServerSettings.routes``)."""
+    first_routed: int = 0
+    """The first token of `prompt_ids` whose route is wanted."""
 
     @property
     def num_to_sample(self) -> int:
@@ -96,6 +103,8 @@ class _Choice(msgspec.Struct):
     finish_reason: Literal["stop", "length", "abort"]
     logprobs: _Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
+    routed_experts: bytes | None = None
+    """An .npy file, in base64 (vllm/utils/serial_utils.py, numpy2base64)."""
 
 
 class _Reply(msgspec.Struct):
@@ -150,7 +159,40 @@ def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVer
         finish_reason=reason,
         weight_version=min(version for version, _ in spans),
         spans=spans if len(spans) > 1 else (),
+        routes=_routes_of(choice, request),
     )
+
+
+def _routes_of(choice: _Choice, request: GenerateRequest) -> np.ndarray | None:
+    """The routes of the tokens from ``first_routed`` to the last but one."""
+    if request.routes is None:
+        return None
+    if choice.routed_experts is None:
+        if request.routes.is_required:
+            raise RolloutError(
+                "the reply has no routes (rollout.router_replay: true): start the server with "
+                "--enable-return-routed-experts"
+            )
+        return None
+    routes = _array_of(choice.routed_experts)
+    num_tokens = len(request.prompt_ids) + len(choice.token_ids) - 1 - request.first_routed
+    request.routes.check(routes, num_tokens)
+    return routes
+
+
+def _array_of(npy: bytes) -> np.ndarray:
+    """The array of an .npy file, which cannot be written to. NumPy's own reading copies it in small pieces.
+
+    Raises:
+        ValueError: it is no such file, or its array is not plain numbers in C order.
+    """
+    file = io.BytesIO(npy)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array in another version of .npy than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if is_fortran:
+        raise ValueError("an array in Fortran order")
+    return np.frombuffer(npy, dtype, offset=file.tell()).reshape(shape)
 
 
 def check_logprobs(logprobs: Sequence[float]) -> None:

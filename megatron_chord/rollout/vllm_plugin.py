@@ -15,6 +15,11 @@ from megatron_chord.processes import die_with_parent
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
 """Environment variable with the process id of the parent. Each process sets it to its own id for its children."""
+ROUTES_ON_CPU = "MEGATRON_CHORD_ROUTES_ON_CPU"
+"""Environment variable: if it is not empty, vLLM's CPU build is adapted so that it returns routes
+(``vllm_routes.py``)."""
+CPU_ROUTES_VERSION = "0.32."
+"""Beginning of the versions of vLLM whose CPU build ``vllm_routes.py`` can adapt."""
 UPDATE_LINE = "weights updated, seconds: "
 """Beginning of the line that a worker logs after every push. JSON with the seconds of each phase follows: start, read,
 check, load (vLLM's loaders), finish."""
@@ -37,6 +42,10 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "megatron_chord.rollout.vllm_engine", "WeightEngine"
         )
+    if os.environ.get(ROUTES_ON_CPU):
+        from megatron_chord.rollout import vllm_routes
+
+        vllm_routes.install()
 
 
 def _end_with(pid: int) -> None:

@@ -6,21 +6,21 @@ It is used on the coordinator only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Demonstration, Prompt, Rollout
+from megatron_chord.records import Demonstration, Prompt, Rollout, RouteShape
 from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.overlong import overlong_penalty
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.table import RewardConfig, terms_of
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_of
+from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_json, rollout_of
 from megatron_chord.sampling.rounds import (
     GradedRollouts,
     RolloutRequest,
@@ -73,15 +73,17 @@ class Engine:
     graders: Graders
     may_advance: bool = False
     """Whether newer weights may be pushed to the servers while they sample."""
+    routes: RouteShape | None = None
+    """The shape of the routes that rollouts bring with them; None without router replay."""
 
 
 def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
-    """The prompts whose sampling was stopped, as plain JSON for a checkpoint."""
+    """The prompts whose sampling was stopped, for a checkpoint (plain JSON, but for ``rollout_json``)."""
     return [
         {
             "prompt": item.prompt.id,
             "position": item.position,
-            "partial_rollouts": list(map(asdict, item.partial_rollouts)),
+            "partial_rollouts": list(map(rollout_json, item.partial_rollouts)),
             "num_stops": item.num_stops,
         }
         for item in sources.unfinished
@@ -343,6 +345,7 @@ class StepContext:
             temperature=run.rollout.temperature,
             max_tokens=run.data.max_response_tokens,
             stop_token_ids=self.template.stop_token_ids,
+            routes=self._engine.routes,
         )
 
     def _sample(

@@ -8,7 +8,7 @@ any parallel layout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_chord.records import Rollout
@@ -35,7 +35,7 @@ def to_json(sampled_round: SamplingRound) -> dict[str, Any]:
             {
                 "prompt": request.prompt.id,
                 "prefix": list(request.prefix),
-                "rollouts": [asdict(rollout) for rollout in rollouts],
+                "rollouts": list(map(rollout_json, rollouts)),
                 "grades": [asdict(grade) for grade in grades],
             }
             for request, rollouts, grades in zip(
@@ -72,8 +72,14 @@ def answers_to(
     )
 
 
+def rollout_json(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as plain JSON, but for its ``routes``: an array, which a checkpoint saves in a file of its own."""
+    row = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return row if rollout.routes is not None else {name: row[name] for name in row if name != "routes"}
+
+
 def rollout_of(row: Mapping[str, Any]) -> Rollout:
-    """The rollout whose ``dataclasses.asdict`` was written as this JSON object."""
+    """The rollout that ``rollout_json`` wrote."""
     spans = tuple((version, count) for version, count in row.get("spans", ()))
     return Rollout(
         **{
@@ -86,7 +92,12 @@ def rollout_of(row: Mapping[str, Any]) -> Rollout:
 
 
 def _sampling_json(sampling: Sampling | None) -> dict[str, Any] | None:
-    return None if sampling is None else asdict(sampling) | {"stop_token_ids": list(sampling.stop_token_ids)}
+    """The settings that must be equal when answers are used again. Routes are not among them: they change no token."""
+    if sampling is None:
+        return None
+    settings = asdict(sampling) | {"stop_token_ids": list(sampling.stop_token_ids)}
+    del settings["routes"]
+    return settings
 
 
 def _names(asked: Sequence[tuple[str, list[int]]]) -> str:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Prompt, Rollout, Span
+from megatron_chord.records import Prompt, Rollout, RouteShape, Span
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
@@ -32,6 +34,8 @@ class Sampling:
     temperature: float
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    routes: RouteShape | None = None
+    """The shape of the routes that rollouts bring with them; None: they bring none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,9 @@ def sample(
             found[part.index] = list(rollouts)
         else:
             found[part.index][part.sample] = _joined(
-                requests[part.index].partial_rollouts[part.sample], rollouts[0]
+                requests[part.index].partial_rollouts[part.sample],
+                rollouts[0],
+                has_all_routes=part.http_request.first_routed == 0,
             )
     return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
 
@@ -169,7 +175,9 @@ class _RequestPart:
 
 
 def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_RequestPart]:
-    def http_request(partial_rollouts: tuple[int, ...], num_samples: int, seed: int) -> GenerateRequest:
+    def http_request(
+        partial_rollouts: tuple[int, ...], num_samples: int, seed: int, num_routed: int = 0
+    ) -> GenerateRequest:
         return GenerateRequest(
             prompt_ids=request.prompt.token_ids + request.prefix + partial_rollouts,
             num_samples=num_samples,
@@ -177,6 +185,8 @@ def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens - len(request.prefix) - len(partial_rollouts),
             stop_token_ids=sampling.stop_token_ids,
+            routes=sampling.routes,
+            first_routed=num_routed,
         )
 
     if not request.partial_rollouts:
@@ -190,7 +200,10 @@ def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_
             index=index,
             sample=sample,
             http_request=http_request(
-                rollout.token_ids, 1, sample_seed(request.seed, f"from {len(rollout.token_ids)}", sample)
+                rollout.token_ids,
+                1,
+                sample_seed(request.seed, f"from {len(rollout.token_ids)}", sample),
+                len(rollout.routes) if sampling.routes is not None and rollout.routes is not None else 0,
             ),
         )
         for sample, rollout in enumerate(request.partial_rollouts)
@@ -198,8 +211,12 @@ def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_
     ]
 
 
-def _joined(partial_rollouts: Rollout, rest: Rollout) -> Rollout:
-    """Concatenate a partial rollout and its continuation."""
+def _joined(partial_rollouts: Rollout, rest: Rollout, *, has_all_routes: bool) -> Rollout:
+    """Concatenate a partial rollout and its continuation.
+
+    ``has_all_routes``: whether the continuation has the routes of all tokens, and not only those that the partial
+    rollout lacks.
+    """
     if not partial_rollouts.token_ids or not rest.token_ids:
         kept = partial_rollouts if partial_rollouts.token_ids else rest
         return replace(kept, finish_reason=rest.finish_reason)
@@ -214,7 +231,13 @@ def _joined(partial_rollouts: Rollout, rest: Rollout) -> Rollout:
         finish_reason=rest.finish_reason,
         weight_version=min(partial_rollouts.weight_version, rest.weight_version),
         spans=tuple(spans) if len(spans) > 1 else (),
+        routes=rest.routes if has_all_routes else _joined_routes(partial_rollouts.routes, rest.routes),
     )
+
+
+def _joined_routes(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """Routes of tokens without a gap. Those of the first ones are the choice of the weights that sampled them."""
+    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def grade(

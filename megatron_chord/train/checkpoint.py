@@ -1,6 +1,7 @@
 """Atomic checkpoints in Megatron-Core's distributed format: a checkpoint is either complete or does not exist.
 
-    checkpoints/step-000020/   weights, optimizer and RNG (torch_dist), run.json, manifest.json
+    checkpoints/step-000020/   weights, optimizer and RNG (torch_dist), run.json, manifest.json; with router replay
+                               also the routes of kept answers, routes.safetensors
     .../second_optimizer/      the optimizer in the state of extra updates (``train.second_adam``), if there are any
     checkpoints/latest         the newest complete one's name
 
@@ -27,11 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded
+from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
 from megatron_chord.train.optimizer_shares import described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.second_adam import SecondAdam
@@ -52,6 +55,7 @@ from megatron_chord.weights.torch_dist import (
 T = TypeVar("T")
 
 RUN_STATE = "run.json"
+ROUTES = "routes.safetensors"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 SECOND = "second_optimizer"
@@ -99,7 +103,7 @@ def save(
     ``best``.
 
     Called on every rank. Only the coordinator's ``run_state`` is used (plain JSON: step, cursors, answers sampled
-    ahead). ``notify`` gets a message for each old checkpoint that cannot be removed.
+    ahead; the routes in it are arrays). ``notify`` gets a message for each old checkpoint that cannot be removed.
 
     Raises:
         NonFiniteWeights: a number is not finite; nothing was written.
@@ -128,10 +132,12 @@ def begin(
     """
     check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
     groups = state.groups
+    plain, arrays = without_arrays(run_state)
     place = _Place(
         folder=folder,
         name=groups.once(lambda: f"step-{run_state['step']:06d}"),
-        run_state=json.dumps(run_state | {MARK: True}).encode(),
+        run_state=json.dumps(plain | {MARK: True}).encode(),
+        arrays=arrays,
         keep=keep,
         best=best,
         notify=notify,
@@ -158,6 +164,8 @@ class _Place:
     folder: Path
     name: str
     run_state: bytes
+    arrays: Sequence[np.ndarray]
+    """The arrays of the run state, which is JSON without them."""
     keep: int
     best: int | None
     notify: Callable[[str], None]
@@ -186,8 +194,11 @@ class _Place:
             _sync_folder(self.partial / inner)
         digests = {name: digest for _, found in parts for name, digest in found.items()}
         write_durably(self.partial / RUN_STATE, self.run_state)
-        described = [str(Path(inner, METADATA)) for inner in inners]
-        digests |= {name: _digest(self.partial / name) for name in (RUN_STATE, *described)}
+        names = [RUN_STATE, *(str(Path(inner, METADATA)) for inner in inners)]
+        if self.arrays:
+            write_arrays(self.partial / ROUTES, self.arrays)
+            names.append(ROUTES)
+        digests |= {name: _digest(self.partial / name) for name in names}
         write_durably(self.partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True).encode())
         _sync_folder(self.partial)
         shutil.rmtree(self.target, ignore_errors=True)
@@ -434,7 +445,7 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
         if not same_world:
             del wanted["rng"]
         loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
-        run_state = _together(groups, lambda: _run_state(checkpoint))
+        run_state = _together(groups, lambda: _run_state(checkpoint, with_arrays=groups.is_coordinator))
         for index, chunk in enumerate(state.chunks):
             weights = without_extra_state(loaded[f"model{index}"])
             chunk.module.load_state_dict(weights, strict=True)
@@ -519,10 +530,13 @@ def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
     return Checkpoint(checkpoint), common
 
 
-def _run_state(checkpoint: Path) -> dict[str, Any]:
+def _run_state(checkpoint: Path, *, with_arrays: bool) -> dict[str, Any]:
+    """The run's state. Only the coordinator needs the arrays in it."""
     run_state = json.loads((checkpoint / RUN_STATE).read_text())
     if not isinstance(run_state, dict) or not isinstance(run_state.get("step"), int):
         raise ValueError(f"{checkpoint / RUN_STATE} was not written by a training run")
+    if with_arrays and (checkpoint / ROUTES).is_file():
+        return with_arrays_of(run_state, read_arrays(checkpoint / ROUTES))
     return run_state
 
 

@@ -80,6 +80,8 @@ class Coordinator:
         pulse: Pulse | None = None,
     ) -> None:
         self._run = run
+        self._lacks_routes = False
+        """Whether the log says that rollouts lack routes."""
         self._method = method
         self._terms: Mapping[str, Term] = method.all_terms(run)
         self._data = data
@@ -194,6 +196,7 @@ class Coordinator:
             template=self._data.template,
             graders=self._graders,
             may_advance=run.rollout.in_flight == "keep",
+            routes=self._data.routes,
         )
         context = StepContext(
             run,
@@ -229,6 +232,8 @@ class Coordinator:
             ]
         saved = [batch.saved for plan in plans for rank in plan.micro_batches for batch in rank]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
+        if self._data.routes is not None and rollouts:
+            self._say_what_lacks_routes(rollouts)
         inputs = StepInputs(
             updates=tuple(_update(collected, index, count, plan.counts) for index, plan in enumerate(plans)),
             mu=collected.mu,
@@ -239,6 +244,7 @@ class Coordinator:
                 **(_by_source(context.graded) if len(run.data.prompts) > 1 else {}),
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
                 **(_unfinished_stats(context) if run.rollout.partial is not None and rollouts else {}),
+                **(_routed(rollouts) if self._data.routes is not None and rollouts else {}),
                 "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
@@ -256,6 +262,17 @@ class Coordinator:
         if context.has_more_recorded():
             raise ValueError("the checkpoint has more sampling rounds than the step requests")
         return collected
+
+    def _say_what_lacks_routes(self, rollouts: Sequence[Rollout]) -> None:
+        """Tell once in a run that rollouts have no routes, so that router replay does not happen for them."""
+        missing = sum(rollout.routes is None for rollout in rollouts)
+        if missing and not self._lacks_routes:
+            self._lacks_routes = True
+            self.log.say(
+                f"{missing} of {len(rollouts)} rollouts have no routes, so the trainer's routers choose their experts "
+                "(rollout.router_replay). Servers in rollout.servers return routes if they are started with "
+                "--enable-return-routed-experts"
+            )
 
     def _getting_on(self, what: str) -> None:
         self._pulse.helped("collecting")
@@ -316,6 +333,11 @@ def _rollout_stats(graded: Sequence[GradedRollouts]) -> dict[str, Any]:
         "grader_errors": sum(grade.error is not None for item in graded for grade in item.grades),
         **part_means(graded),
     }
+
+
+def _routed(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The share of the rollouts that have routes."""
+    return {"routed_rollouts": statistics.fmean(rollout.routes is not None for rollout in rollouts)}
 
 
 def _demonstration_stats(sources: Sources) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_chord.config import RunConfig
+from megatron_chord.families.table import read_shape
 from megatron_chord.network import address_towards
 from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
@@ -38,6 +39,7 @@ from megatron_chord.rollout.server import (
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.offload import Offload
+from megatron_chord.train.router_replay import router_replay
 from megatron_chord.train.state import TrainState
 from megatron_chord.train.stop import StopWanted
 
@@ -56,6 +58,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
         sleep_mode=run.rollout.sleep is not False and run.rollout.asynchronous is None,
         repeatable=run.rollout.repeatable,
+        routes=router_replay(run, read_shape(run.model.path)).is_on,
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
     )
 

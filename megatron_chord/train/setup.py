@@ -40,11 +40,12 @@ from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.precision import Fp8Training, preset
-from megatron_chord.records import Demonstration, Prompt
+from megatron_chord.records import Demonstration, Prompt, RouteShape
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.prose import reads_as_text
 from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, needs_of, terms_of
 from megatron_chord.sampling.context import Sources
+from megatron_chord.train.router_replay import router_replay, wanted_routes
 from megatron_chord.train.trackers import check_installed
 from megatron_chord.weights.folder import check_copies, open_model
 
@@ -64,6 +65,8 @@ class RunData:
     """For each file a line that says how its rows were read."""
     left_out: tuple[Mapping[str, Any], ...]
     """Every row that is not used, with the reason; for dropped.jsonl."""
+    routes: RouteShape | None = None
+    """The shape of the routes that rollouts bring with them; None without router replay."""
 
 
 def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
@@ -87,6 +90,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     check_shape(shape, run.parallel)
     data = data_parallel_size(run.parallel, world_size)
     check_overrides(run.model.megatron_overrides, shape)
+    router_replay(run, shape)
     check_fp8(shape, run.parallel, run.precision)
     multiple = packing_layout(shape, run.parallel, data, preset(run.precision).training).batch_multiple
     if run.batch.max_tokens_per_gpu < multiple:
@@ -246,6 +250,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         ),
         reports=tuple(reports),
         left_out=tuple(left_out),
+        routes=wanted_routes(run, shape),
     )
 
 
@@ -333,6 +338,8 @@ def plan_lines(
     )
     if run.rollout.asynchronous is not None:
         say(f"ahead       {_ahead_text(run)}")
+    if shape.experts is not None and method.uses_rollouts(run):
+        say(f"routing     {router_replay(run, shape)}")
     if run.rollout.partial is not None:
         say(f"early stop  {_early_stop_text(run)}")
     terms = method.all_terms(run)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import httpx
+import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_chord.records import Rollout
+from megatron_chord.records import Rollout, RouteShape
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer
@@ -113,3 +115,41 @@ def _gaps(
 
 def client_of(server: RolloutServer) -> RolloutClient:
     return RolloutClient(server.url, server.api_key)
+
+
+def assert_routes(
+    model: Any,
+    shape: RouteShape,
+    asked: list[GenerateRequest],
+    replies: list[tuple[Rollout, ...]],
+    *,
+    least: float = 0.99,
+) -> None:
+    """Assert that routes are Transformers' own choice for this share of the tokens, since near ties may be decided
+    otherwise. Shifted by one token they are not."""
+    same, shifted = [], []
+    for request, rollouts in zip(asked, replies, strict=True):
+        for rollout in rollouts:
+            assert rollout.routes is not None
+            theirs = transformers_routes(model, shape, request.prompt_ids + rollout.token_ids)
+            ours = np.sort(np.delete(rollout.routes, shape.dense_layers, axis=1), axis=-1)
+            assert len(ours) == len(theirs) - 1, "all but the last token"
+            same.append((ours == theirs[:-1]).all((1, 2)))
+            shifted.append((ours == theirs[1:]).all((1, 2)))
+    assert np.concatenate(same).mean() > least
+    assert np.concatenate(shifted).mean() < 0.5
+
+
+@torch.no_grad()
+def transformers_routes(model: Any, shape: RouteShape, token_ids: tuple[int, ...]) -> np.ndarray:
+    """Return the experts that Transformers chooses for each token, sorted: [tokens, layers with experts, chosen]."""
+    chosen: list[Any] = []
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [
+        gate.register_forward_hook(lambda gate, inputs, output: chosen.append(output[2])) for gate in gates
+    ]
+    model(torch.tensor([token_ids]))
+    for hook in hooks:
+        hook.remove()
+    assert len(chosen) == shape.layers - len(shape.dense_layers)
+    return torch.stack(chosen, dim=1).sort(-1).values.numpy()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
+import io
 import itertools
 import json
 import socket
@@ -14,9 +16,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout
+from megatron_chord.records import Rollout, RouteShape
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 
@@ -156,6 +159,66 @@ def test_a_good_reply(client: RolloutClient, script: Script) -> None:
     assert sent["token_ids"] == [5, 6]
     assert sent["sampling_params"]["n"] == 2
     assert sent["sampling_params"]["stop_token_ids"] == [2]
+
+
+SHAPE = RouteShape(layers=3, experts=4, chosen=2, dense_layers=(0,))
+
+
+def routed(routes: np.ndarray | None, *, token_ids: list[int]) -> dict[str, Any]:
+    """A reply with one sample and these routes, as vLLM sends them."""
+    one = choice(0, token_ids, "length")
+    if routes is not None:
+        file = io.BytesIO()
+        np.save(file, routes)
+        one["routed_experts"] = base64.b64encode(file.getvalue()).decode()
+    return {"prompt_token_ids": [5, 6], "choices": [one]}
+
+
+def routes(*rows: tuple[int, int]) -> np.ndarray:
+    """Routes of one token for each row: the experts in both layers that have experts. The dense layer has zeros."""
+    sparse = np.array(rows, np.uint8)[:, None].repeat(2, axis=1)
+    return np.concatenate([np.zeros_like(sparse[:, :1]), sparse], axis=1)
+
+
+def test_routes_of_a_reply(client: RolloutClient, script: Script) -> None:
+    sent = routes((3, 0), (0, 1), (2, 1), (1, 3))
+    script.answers = [(200, routed(sent, token_ids=[4, 5, 6]))]
+    asked = replace(REQUEST, num_samples=1, routes=SHAPE)
+    ((rollout,),) = client.generate([asked], version=7, deadline_s=5)
+    np.testing.assert_array_equal(rollout.routes, sent)
+    assert rollout.routes is not None
+    assert not rollout.routes.flags.writeable
+    script.answers = [(200, routed(sent[1:], token_ids=[4, 5, 6]))]
+    ((rollout,),) = client.generate([replace(asked, first_routed=1)], version=7, deadline_s=5)
+    np.testing.assert_array_equal(rollout.routes, sent[1:])
+    starts = [body["sampling_params"].get("routed_experts_prompt_start") for body in script.received]
+    assert starts == [None, 1]
+    ((rollout,),) = client.generate([replace(asked, routes=None)], version=7, deadline_s=5)
+    assert rollout.routes is None, "routes that nobody asked for"
+    script.answers = [(200, routed(None, token_ids=[4, 5, 6]))]
+    ((rollout,),) = client.generate([asked], version=7, deadline_s=5)
+    assert rollout.routes is None
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (routes((3, 0), (0, 1), (2, 1)), "routes of shape"),
+        (routes((3, 0), (0, 1), (2, 1), (2, 1), (0, 1)), "routes of shape"),
+        (routes((3, 0), (0, 1), (2, 1), (1, 4)), "expert 4 of 4"),
+        (routes((3, 0), (0, 1), (1, 1), (1, 3)), "the same expert twice"),
+        (routes((3, 0), (0, 1), (2, 1), (1, 3)).astype(np.int16), "type int16"),
+        (routes((3, 0), (0, 1), (2, 1), (1, 3))[:, :2], "routes of shape"),
+        (None, "--enable-return-routed-experts"),
+    ],
+)
+def test_wrong_routes_are_an_error(
+    client: RolloutClient, script: Script, sent: np.ndarray | None, reason: str
+) -> None:
+    script.answers = [(200, routed(sent, token_ids=[4, 5, 6]))]
+    asked = replace(REQUEST, num_samples=1, routes=replace(SHAPE, is_required=True))
+    with pytest.raises(RolloutError, match=reason):
+        client.generate([asked], version=7, deadline_s=5)
 
 
 def test_seeds_of_neighbouring_requests_are_far_apart(client: RolloutClient, script: Script) -> None:

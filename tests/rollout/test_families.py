@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chord.families.table import read_shape
+from megatron_chord.records import Prompt, RouteShape
+from megatron_chord.rollout.client import RolloutClient
+from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, WeightSync
+from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
 from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.reader import HFReader
 from tests.distributed import steps
-from tests.rollout.helpers import START_S, VOCAB, client_of, largest_gap, requests
+from tests.rollout.helpers import START_S, VOCAB, assert_routes, client_of, largest_gap, requests
 from tests.support.ranks import run_ranks
 from tests.support.tiny import LLAMA3_ROPE, save_model
 
@@ -68,7 +73,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(request: pytest.FixtureRequest, exported: Path, tmp_path: Path) -> Iterator[RolloutServer]:
     settings = ServerSettings(
-        dtype="fp32", max_model_len=512, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1
+        dtype="fp32",
+        max_model_len=512,
+        kv_cache_bytes=64 << 20,
+        gpu_memory_utilization=0.1,
+        routes=request.param in MOE,
     )
     server = start_server(exported / request.param, settings, log=tmp_path / "vllm.log")
     try:
@@ -98,13 +107,40 @@ def test_greedy_tokens_are_those_of_transformers(
     )
     try:
         sync.push(((name, reader.read(name)) for name in reader.names), 1)
-        sampled = requests(3)
+        shape = read_shape(other).routes
+        assert (shape is not None) == (family in MOE)
+        sampled = [replace(request, routes=shape) for request in requests(3)]
         replies = client.generate(sampled, version=1, deadline_s=DEADLINE_S)
         assert largest_gap(transformers_model(other), sampled, replies) < TOLERANCE
         assert largest_gap(model, sampled, replies) > 1
+        if shape is not None:
+            assert_routes(transformers_model(other), shape, sampled, replies)
+            assert_continued(client, transformers_model(other), shape)
     finally:
         sync.close()
         client.close()
+
+
+def assert_continued(client: RolloutClient, model: Any, shape: RouteShape) -> None:
+    """Assert that an answer which was stopped after its first request has the routes of both requests."""
+    prompt = Prompt(id="0", messages=(), truth="", token_ids=tuple(range(20, 50)))
+    sampling = Sampling(
+        num_samples=1,
+        temperature=1.0,
+        max_tokens=6,
+        stop_token_ids=(1,),
+        routes=replace(shape, is_required=True),
+    )
+    ask = RolloutRequest(prompt=prompt, seed=3)
+    ((first,),) = sample([client], [ask], sampling, version=1, deadline_s=DEADLINE_S)
+    stopped = replace(ask, partial_rollouts=(replace(first, finish_reason="abort"),))
+    longer = replace(sampling, max_tokens=30)
+    ((whole,),) = sample([client], [stopped], longer, version=1, deadline_s=DEADLINE_S)
+    assert len(whole.token_ids) > len(first.token_ids)
+    asked = GenerateRequest(
+        prompt_ids=prompt.token_ids, num_samples=1, seed=0, temperature=1.0, max_tokens=30, stop_token_ids=()
+    )
+    assert_routes(model, shape, [asked], [(whole,)])
 
 
 def test_a_folder_without_the_models_prefix_is_served_once_its_weights_are_pushed(tmp_path: Path) -> None:

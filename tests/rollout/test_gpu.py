@@ -6,14 +6,16 @@ The transports are IPC within one GPU and between two of a node, gloo through ma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
+from megatron_chord.families.table import read_shape
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.buckets import describe
 from megatron_chord.rollout.checksum import fingerprint
@@ -24,6 +26,7 @@ from megatron_chord.weights.reader import HFReader
 from tests.rollout.helpers import (
     START_S,
     VOCAB,
+    assert_routes,
     client_of,
     largest_gap,
     make_model,
@@ -172,3 +175,30 @@ def test_weights_are_quantised_as_they_arrive(precision: Precision, tmp_path: Pa
             assert gaps[version][sent] < 0.1, "of the weights that were sent, but for FP8"
             assert gaps[version][1 - sent] > 5 * gaps[version][sent]
         sync.close()
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_routes_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """vLLM's Model Runner V2 returns them, so nothing of vLLM is adapted here."""
+    folder = save_model(family, tmp_path / "policy", vocab=VOCAB)
+    shape = read_shape(folder).routes
+    assert shape is not None
+    settings = ServerSettings(dtype="fp32", max_model_len=512, gpu_memory_utilization=0.2, routes=True)
+    with start_server(folder, settings, log=tmp_path / "vllm.log") as server:
+        server.wait_until_ready(2 * START_S)
+        client = client_of(server)
+        reader = HFReader.of(folder)
+        sync = WeightSync(
+            [client],
+            SyncSettings(transport="ipc", timeout_s=120),
+            exporters=[0],
+            group=None,
+            device=torch.device("cuda", 0),
+        )
+        sync.push([(name, reader.read(name).cuda()) for name in reader.names], 1)
+        asked = [replace(request, routes=replace(shape, is_required=True)) for request in requests()]
+        replies = client.generate(asked, version=1, deadline_s=120)
+        sync.close()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_routes(model, shape, asked, replies, least=0.9)  # vLLM may use TF32

@@ -74,7 +74,7 @@ NO_TORCH = (
     "costs",
     "plan",
 )
-IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine")
+IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine", "rollout.vllm_routes")
 """Modules that run inside vLLM's processes. vLLM finds the engine by name: importing it would load vLLM in the
 trainer."""
 IN_TRITON = ("losses.logit_kernels_triton",)

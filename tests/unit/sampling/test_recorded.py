@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout
+from megatron_chord.records import Rollout, RouteShape
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampling
+from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
 from tests.support.scripted import graded, prompt
 
 SAMPLING = Sampling(num_samples=2, temperature=0.1, max_tokens=7, stop_token_ids=(1, 2))
@@ -50,6 +53,33 @@ def test_the_same_answers_come_back(sampling: Sampling | None) -> None:
     assert sampled == [item.rollouts for item in given]
     assert grades == [item.grades for item in given]
     assert sampled[0][0].logprobs == ODD
+
+
+def test_routes_come_back_from_their_own_file(tmp_path: Path) -> None:
+    given = answers()
+    routes = np.arange(24, dtype=np.uint16).reshape(4, 2, 3)
+    routed = replace(given[0].rollouts[0], routes=routes)
+    given[0] = replace(given[0], rollouts=(routed, given[0].rollouts[1]))
+    call = SamplingRound(
+        sampling=replace(SAMPLING, routes=RouteShape(layers=2, experts=300, chosen=3)),
+        requests=ASKS,
+        sampled=[item.rollouts for item in given],
+        grades=[item.grades for item in given],
+    )
+    plain, arrays = without_arrays({"calls": [to_json(call)]})
+    write_arrays(tmp_path / "routes", arrays)
+    recorded = with_arrays_of(json.loads(json.dumps(plain)), read_arrays(tmp_path / "routes"))
+    sampled, grades = answers_to(ASKS, SAMPLING, recorded["calls"][0])
+    assert sampled == [item.rollouts for item in given]
+    assert grades == [item.grades for item in given]
+    found = sampled[0][0].routes
+    assert found is not None
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, routes)
+    assert [rollout.routes for rollout in (*sampled[0][1:], *sampled[1])] == [None] * 3
+    (tmp_path / "routes").write_bytes(b"no file of arrays")
+    with pytest.raises(ValueError, match="routes cannot be read"):
+        read_arrays(tmp_path / "routes")
 
 
 def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:

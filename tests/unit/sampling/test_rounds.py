@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Prompt, Rollout, RouteShape
 from megatron_chord.rewards.response import Response
-from megatron_chord.sampling.recorded import rollout_of
+from megatron_chord.sampling.recorded import rollout_json, rollout_of
 from megatron_chord.sampling.rounds import RolloutRequest, Sampling, response_to, sample
 from tests.support.decoding import END, DecodingClient
 
@@ -30,9 +31,14 @@ def asks(numbers: Sequence[int] = tuple(LENGTHS)) -> list[RolloutRequest]:
 
 
 def sampled(
-    client: Any, asked: Sequence[RolloutRequest], *, version: int = 0, **more: Any
+    client: Any,
+    asked: Sequence[RolloutRequest],
+    *,
+    version: int = 0,
+    sampling: Sampling = SAMPLING,
+    **more: Any,
 ) -> list[tuple[Rollout, ...]]:
-    return sample([client], asked, SAMPLING, version=version, deadline_s=1, **more)
+    return sample([client], asked, sampling, version=version, deadline_s=1, **more)
 
 
 def continued(asked: Sequence[RolloutRequest], groups: Sequence[tuple[Rollout, ...]]) -> list[RolloutRequest]:
@@ -151,7 +157,39 @@ def test_rollouts_of_several_versions_survive_a_file() -> None:
     groups = sampled(DecodingClient(LENGTHS), asks(), stop_after=2)
     groups += sampled(DecodingClient(LENGTHS), continued(asks(), groups), version=3)
     for rollout in (rollout for group in groups for rollout in group):
-        assert rollout_of(json.loads(json.dumps(asdict(rollout)))) == rollout
+        assert rollout_of(json.loads(json.dumps(rollout_json(rollout)))) == rollout
+
+
+def test_a_continued_answer_has_the_routes_of_both_parts() -> None:
+    """A token's route names the weights that computed it: the tokens before the stop keep the first."""
+    shape = RouteShape(layers=1, experts=8, chosen=1)
+    routed = replace(SAMPLING, routes=shape)
+
+    class Routing(DecodingClient):
+        def generate(self, requests: Any, *, version: int, **settings: Any) -> Any:
+            replies = super().generate(requests, version=version, **settings)
+            found = []
+            for request, rollouts in zip(requests, replies, strict=True):
+                before = len(request.prompt_ids) - 1 - request.first_routed
+                rows = [before + len(rollout.token_ids) for rollout in rollouts]
+                routes = [np.full((count, 1, 1), version, np.uint8) for count in rows]
+                pairs = zip(rollouts, routes, strict=True)
+                found.append(tuple(replace(rollout, routes=own) for rollout, own in pairs))
+            return found
+
+    first = sampled(Routing(LENGTHS), asks(), sampling=routed, stop_after=2)
+    client = Routing(LENGTHS)
+    again = sampled(client, continued(asks(), first), sampling=routed, version=3)
+    assert {request.first_routed for request in client.asked} == {5}, "the prompt, and four of five tokens"
+    rollout = again[1][1]
+    assert rollout.routes is not None
+    assert rollout.routes[:, 0, 0].tolist() == [0] * 5 + [3] * 4
+    without = continued(asks(), [tuple(replace(one, routes=None) for one in group) for group in first])
+    rollout = sampled(Routing(LENGTHS), without, sampling=routed, version=3)[1][1]
+    assert rollout.routes is not None
+    assert rollout.routes[:, 0, 0].tolist() == [3] * 9, "all of them, if the first part has none"
+    unrouted = sampled(DecodingClient(LENGTHS), continued(asks(), first), sampling=routed, version=3)
+    assert unrouted[1][1].routes is None, "another server that returns none"
 
 
 @pytest.mark.parametrize("spans", [((1, 1), (2, 2)), ((2, 1), (3, 1))])

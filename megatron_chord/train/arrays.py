@@ -1,0 +1,64 @@
+"""JSON-like values that also contain arrays: the arrays go to a file of their own, and return from it.
+
+A checkpoint's run state is JSON. Routes of answers that it keeps are bytes, which JSON would make several times larger.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+_KEY = "array in the file"
+
+
+def without_arrays(value: Any) -> tuple[Any, list[np.ndarray]]:
+    """``value`` with every array replaced by its number in the list, as plain JSON, and the list."""
+    arrays: list[np.ndarray] = []
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            arrays.append(value)
+            return {_KEY: len(arrays) - 1}
+        if isinstance(value, Mapping):
+            return {key: replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple) and value and isinstance(value[0], _NESTED):
+            return [replaced(inner) for inner in value]
+        return value
+
+    return replaced(value), arrays
+
+
+_NESTED = (np.ndarray, Mapping, list, tuple)
+"""What can contain an array. Lists are of one kind, so their first value decides; most are long lists of numbers."""
+
+
+def with_arrays_of(value: Any, arrays: Sequence[np.ndarray]) -> Any:
+    """The value that ``without_arrays`` was given; tuples are lists."""
+    if isinstance(value, dict):
+        if value.keys() == {_KEY}:
+            return arrays[value[_KEY]]
+        return {key: with_arrays_of(inner, arrays) for key, inner in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [with_arrays_of(inner, arrays) for inner in value]
+    return value
+
+
+def write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Write a file of arrays, and wait until it is on the disk."""
+    save_file({str(number): np.ascontiguousarray(array) for number, array in enumerate(arrays)}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_arrays(path: Path) -> list[np.ndarray]:
+    """The arrays of ``write_arrays``, in order. Raises ValueError if the file is not one."""
+    try:
+        found = load_file(path)
+        return [found[str(number)] for number in range(len(found))]
+    except Exception as error:  # safetensors' own errors, and missing numbers
+        raise ValueError(f"{path} cannot be read: {error}") from error
