@@ -20,7 +20,7 @@ from megatron_chord.config_io import dump_config
 from megatron_chord.model.build import global_weights
 from tests.distributed import steps
 from tests.distributed.test_families import DENSE, MOE
-from tests.support.ranks import ROOT, run_ranks
+from tests.support.ranks import ROOT, run_program_forked, run_ranks
 from tests.support.tiny import save_model, save_qwen2, tiny_run
 
 TOOL = ROOT / "tools" / "convert.py"
@@ -32,6 +32,11 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_program_forked(TOOL, *arguments)
+
+
+def convert_in_new_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the tool as a user starts it. Its imports take seconds, so most tests do not."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -44,13 +49,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def megatron(model: Path) -> Path:
     target = model.parent / "megatron"
-    result = convert("hf-to-megatron", model, target)
+    result = convert_in_new_process("hf-to-megatron", model, target)
     assert result.returncode == 0, result.stderr
     return target
 
 
-def test_there_and_back(model: Path, megatron: Path, tmp_path: Path) -> None:
-    result = convert("megatron-to-hf", megatron, tmp_path / "back")
+def test_conversion_to_megatron_and_back_changes_no_bit(model: Path, megatron: Path, tmp_path: Path) -> None:
+    result = convert_in_new_process("megatron-to-hf", megatron, tmp_path / "back")
     assert result.returncode == 0, result.stderr
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -155,7 +160,7 @@ def convert_all(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_every_family_there_and_back_and_into_megatron(tmp_path: Path) -> None:
+def test_every_family_is_converted_there_and_back_and_loaded_by_megatron(tmp_path: Path) -> None:
     (found,) = run_ranks(convert_all, 1, tmp_path)
     assert found == {name: [] for name in MODELS}
     for name, layout in FAMILIES.items():
@@ -544,7 +549,7 @@ def test_a_hostile_checkpoint_runs_nothing(megatron: Path, tmp_path: Path) -> No
     canary.unlink(missing_ok=True)
     shutil.copytree(megatron, tmp_path / "hostile")
     (tmp_path / "hostile" / ".metadata").write_bytes(pickle.dumps(Canary()))
-    result = convert("megatron-to-hf", tmp_path / "hostile", tmp_path / "target")
+    result = convert_in_new_process("megatron-to-hf", tmp_path / "hostile", tmp_path / "target")
     assert result.returncode == 2
     assert "cannot be read: it needs" in result.stderr
     assert not canary.exists()

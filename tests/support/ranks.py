@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -73,16 +74,31 @@ def run_cli_forked(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_ranks(_command_line, 1, arguments)[0]
 
 
+def run_program_forked(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python program of this repository in one forked process, which has already imported Megatron-Core."""
+    return run_ranks(_program, 1, program, tuple(map(str, arguments)))[0]
+
+
 def _command_line(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     from megatron_chord.cli import main
 
+    return _captured(lambda: main(arguments), arguments)
+
+
+def _program(program: Path, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    sys.argv = [str(program), *arguments]
+    return _captured(lambda: runpy.run_path(str(program), run_name="__main__"), arguments)
+
+
+def _captured(main: Callable[[], Any], arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Call ``main`` outside of any group of ranks. Return its exit code and what it printed."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         try:
-            code = main(arguments)
+            code = main()
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 1
         sys.stdout.flush()
