@@ -143,5 +143,68 @@ def test_all_examples_train_together(
     assert all(found["accuracy"] == found["reward_terms"]["exact"] for found in evaluations)
 
 
+FAULTY = """
+import itertools
+
+calls = itertools.count()
+
+def score(response):
+    number = next(calls)
+    print("some noise")
+    if number in (1, 6) or number >= 8:
+        raise KeyError("level")
+    return {"right": float(number % 2), "bonus": 0.5}
+"""
+
+
+def train_until_halted(overrides: list[str]) -> tuple[str, int]:
+    """Train in this process. Return the message and the exit code with which the run stops itself."""
+    from megatron_chord.train.halt import Halted
+    from megatron_chord.train.loop import train
+
+    try:
+        train(load_config(ROOT / "examples" / "arithmetic" / "chord_phi.yaml", overrides))
+    except Halted as halted:
+        return str(halted), halted.exit_code
+    raise AssertionError("the run did not stop")
+
+
+@pytest.mark.usefixtures("server_key")
+def test_failed_gradings_are_no_data_and_too_many_of_them_stop_the_run(
+    server: RolloutServer, tmp_path: Path
+) -> None:
+    """In the first step 2 of 8 gradings fail, in the second all of them."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    settings = {
+        "output": tmp_path / "out",
+        "steps": 3,
+        "rollout.servers": f"[{server.url}]",
+        "batch.prompts": 2,
+        "batch.rollouts": 4,
+        "batch.demonstrations": 4,
+        "optim.warmup_steps": 0,
+        "data.evaluation": "null",
+        "evaluation": "{every: 0}",
+        "reward": f"{{kind: function, path: {tmp_path / 'faulty.py'}, name: score, workers: 1, max_error_rate: 0.25}}",
+    }
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    ((message, code),) = run_ranks(train_until_halted, 1, overrides, timeout_s=300)
+
+    error = "KeyError: 'level' (faulty.py:10)"
+    assert code == 69
+    assert message.startswith("TooManyGraderErrors: ")
+    assert f"8 of 8 gradings failed (reward.max_error_rate 0.25); the first error: {error}" in message
+    (row,) = metrics_of(tmp_path / "out")
+    assert row["grader_errors"] == 2
+    # Graded were 0, 2, 3 of the first prompt and 4, 5, 7 of the second.
+    assert row["reward_terms"] == {"right": pytest.approx(3 / 6), "bonus": 0.5}
+    assert row["reward_mean"] == pytest.approx(1.0)
+    samples = read(tmp_path / "out" / "samples" / "step-000000.jsonl")
+    assert [sample["grader_error"] for sample in samples] == [
+        None, error, None, None, None, None, error, None,
+    ]  # fmt: skip
+    assert [sample["reward"] for sample in samples] == [0.5, None, 0.5, 1.5, 0.5, 1.5, None, 1.5]
+
+
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
