@@ -44,7 +44,15 @@ REPORTED = {
     "power": "weight: phi with its peak at 1/4",
 }
 """Open questions of the paper. They are reported without a criterion."""
-NAMES = COMPARED | REPORTED
+NEWER = {
+    "gac": "GAC",
+    "trapo": "TRAPO",
+    "dypo": "DYPO",
+    "self_distillation": "self-distillation + GRPO",
+    "relift": "ReLIFT",
+}
+"""Methods of other papers that also mix demonstrations and RL. They are reported without a criterion."""
+NAMES = COMPARED | REPORTED | NEWER
 FIRST_STAGE = {"sft_light_rl": "sft_light", "sft_best_rl": "sft_best"}
 """The methods that consist of two runs, and the file of the first run. The second run starts from its policy."""
 TUNING_SEED = 100
