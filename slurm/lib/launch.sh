@@ -52,7 +52,11 @@ prepare() {
   export CHORD_PORT="${CHORD_PORT:-$((10000 + SLURM_JOB_ID * 2 % 20000))}"
   export HF_HUB_OFFLINE=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+  # Compiled kernels are on each node's own disk: many nodes would lock and rewrite the files of a shared home.
+  # DeepGEMM's are below VLLM_CACHE_ROOT.
   export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID-$SLURM_JOB_ID}"
+  export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-/tmp/vllm-$UID}"
+  export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-/tmp/flashinfer-$UID}"
   ulimit -Sn "$(ulimit -Hn)" || true
   echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $CHORD_NODES; its files are in $CHORD_JOB"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ class Submitted:
             "CHORD_RUN": str(folder / "run.yaml"),
             "CHORD_RANKS_PER_NODE": "1",
             "OMP_NUM_THREADS": "1",
+            # Not the empty one of a fresh node, with which vLLM starts a process more for each kind of model.
+            "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache" / "vllm")),
             **variables,
         }
         options = [

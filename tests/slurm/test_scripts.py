@@ -95,6 +95,23 @@ def test_a_step_in_a_container(tmp_path: Path) -> None:
     assert "--no-container-mount-home" in words
 
 
+def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
+    """They are, unless the user says where."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        '#!/bin/sh\necho "NodeName=n0 Arch=x86_64"; echo "   NodeAddr=10.0.0.1 NodeHostName=n0"\n'
+    )
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0", "VLLM_CACHE_ROOT": "/scratch/vllm"}
+    done = launch(tmp_path, "prepare; env", **job)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert found["TRITON_CACHE_DIR"] == f"/tmp/triton-{os.getuid()}-7"
+    assert found["FLASHINFER_WORKSPACE_BASE"] == f"/tmp/flashinfer-{os.getuid()}"
+    assert found["VLLM_CACHE_ROOT"] == "/scratch/vllm"
+
+
 @pytest.mark.parametrize(
     ("files", "srun_code", "code", "said"),
     [
