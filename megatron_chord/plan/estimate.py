@@ -93,6 +93,8 @@ class Case:
     """Whether the next step is sampled while this step trains."""
     offload: bool = False
     """Whether optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
+    stated_offload: bool | None = None
+    """``rollout.offload``; None if it is left out. For the search, which tries other splits of the nodes."""
     transport: TransportName | Literal["auto"] = "auto"
     """``rollout.transport``"""
     push_limit_s: float | None = None
@@ -312,6 +314,7 @@ def case_of(
         cache_bytes=run.rollout.kv_cache_bytes,
         overlap=overlap,
         offload=_offloads(run, cluster) and samples,
+        stated_offload=run.rollout.offload,
         transport=run.rollout.transport,
         push_limit_s=run.timeouts.weight_push_s,
         kept_checkpoints=run.checkpoint.keep,

@@ -104,16 +104,20 @@ def _smallest_shares(placed: Sequence[Placed]) -> list[Placed]:
 
 
 def _splits(case: Case) -> Iterator[Case]:
-    """The case with all nodes shared, and with a quarter, a half and three quarters of them for sampling alone."""
+    """The case with all nodes shared, and with a quarter, a half and three quarters of them for sampling alone.
+
+    A stated ``rollout.offload`` is kept. A stated transport that works only within a node keeps the nodes shared.
+    """
     cluster = case.cluster
-    if not case.work.sequences or cluster.nodes == 1 or not cluster.colocated:
+    is_local = case.transport in ("ipc", "file")
+    if not case.work.sequences or cluster.nodes == 1 or not cluster.colocated or is_local:
         yield case
         return
     yield case
     for nodes in sorted({max(1, cluster.nodes * quarters // 4) for quarters in (1, 2, 3)}):
         apart = replace(cluster, rollout_nodes=nodes)
         if apart.rollout_gpus % case.rollout_tensor == 0:
-            yield replace(case, cluster=apart, offload=False)
+            yield replace(case, cluster=apart, offload=bool(case.stated_offload))
 
 
 def _servers(case: Case) -> Iterator[Case]:

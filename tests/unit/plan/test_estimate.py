@@ -29,7 +29,7 @@ from megatron_chord.plan.estimate import (
     export_bytes,
 )
 from megatron_chord.plan.report import layout
-from megatron_chord.plan.search import best_block, search, search_servers
+from megatron_chord.plan.search import _splits, best_block, search, search_servers
 from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES, ROLLOUT_NODES, shared
 
 ROOT = EXAMPLES.parents[1]
@@ -348,6 +348,23 @@ def test_the_search_varies_servers_and_the_split_of_nodes(tmp_path: Path) -> Non
     assert choice_of(again) == best.estimate.choice
     assert again.rollout.tensor == best.case.rollout_tensor
     assert again.rollout.gpu_memory_utilization == best.case.utilization
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ([], [(0, True), (1, False), (2, False), (3, False)]),
+        (["rollout.offload=true"], [(0, True), (1, True), (2, True), (3, True)]),
+        (["rollout.offload=false"], [(0, False), (1, False), (2, False), (3, False)]),
+        (["rollout.transport=ipc"], [(0, True)]),
+        (["rollout.transport=broadcast"], [(0, True), (1, False), (2, False), (3, False)]),
+    ],
+)
+def test_the_search_keeps_stated_settings_in_every_split_of_nodes(
+    stated: list[str], expected: list[tuple[int, bool]]
+) -> None:
+    case = case_of(run_of("chord_qwen7b", *stated), h100(4))
+    assert [(one.cluster.rollout_nodes, one.offload) for one in _splits(case)] == expected
 
 
 def test_the_search_keeps_to_the_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
