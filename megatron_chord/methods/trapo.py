@@ -202,6 +202,7 @@ def sample_of(answer: Answer, advantage: float, *, trains_rollout: bool) -> Trai
     return TrainSample(
         token_ids=np.array([*answer.prompt.token_ids, *answer.prefix, *continuation], np.int64),
         parts=tuple(parts),
+        routes=None if answer.rollout is None else answer.rollout.routes,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,17 @@ def test_equal_groups_and_truncated_answers_train_their_prefix_alone() -> None:
     assert terms(equal_groups="drop") == [["sft"]]
     assert terms(truncated="mask") == [["sft"], ["policy"]]
     assert sample_of(plain, 0.0, trains_rollout=False).parts == ()
+
+
+def test_a_helped_answer_keeps_the_experts_that_the_engine_chose() -> None:
+    routes = np.zeros((4, 1, 1), np.uint8)
+    rollout = Rollout(
+        token_ids=(20,), logprobs=(-1.0,), finish_reason="stop", weight_version=0, routes=routes
+    )
+    helped = Answer(prompt=prompt("a"), prefix=(90,), rollout=rollout, reward=0.0, is_prefix_trained=True)
+    assert sample_of(helped, 0.0, trains_rollout=True).routes is routes
+    whole = replace(helped, rollout=None)
+    assert sample_of(whole, 0.0, trains_rollout=False).routes is None
 
 
 def test_the_pull_of_a_prefix_token_is_limited() -> None:
