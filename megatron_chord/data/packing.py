@@ -347,6 +347,8 @@ def pack(
     tokens: list[np.ndarray] = []
     positions, starts, prompts = list[np.ndarray](), [0], list[int]()
     trained: list[tuple[int, Part]] = []
+    routed: list[tuple[int, np.ndarray]] = []
+    """The start of tokens that the rollout engine routed, and their routes."""
 
     def add(ids: np.ndarray, length: int, first: int, prompt: int) -> None:
         tokens.extend([ids.astype(np.int64), np.full(length - len(ids), pad_id, np.int64)])
@@ -356,11 +358,13 @@ def pack(
 
     for shared, members in _with_shared_prompts(samples, layout):
         if shared:
+            routed += [(starts[-1], routes[:shared]) for routes in _first_routes(members)]
             add(members[0].token_ids[:shared], shared, 0, -1)
         prompt = len(prompts) - 1 if shared else -1
         for sample in members:
             own = sample.token_ids[shared:]
             trained += [(starts[-1] - shared, part) for part in sample.parts if len(part.positions)]
+            routed += [(starts[-1], routes[shared:]) for routes in _first_routes([sample])]
             add(own, _round_up(len(own), layout.sequence_multiple), shared, prompt)
     tail = _round_up(max(starts[-1], layout.sequence_multiple), layout.batch_multiple) - starts[-1]
     if tail:
@@ -387,20 +391,19 @@ def pack(
             )
             for term, names in columns.items()
         },
-        routes=_packed_routes(samples, starts),
+        routes=PackedRoutes(
+            positions=_joined([start + np.arange(len(routes)) for start, routes in routed]),
+            experts=np.concatenate([routes for _, routes in routed]),
+        )
+        if routed
+        else None,
     )
 
 
-def _packed_routes(samples: Sequence[TrainSample], starts: Sequence[int]) -> PackedRoutes | None:
-    """The routes of the samples, which begin at ``starts``."""
-    pairs = zip(samples, starts, strict=False)
-    routed = [(sample.routes, start) for sample, start in pairs if sample.routes is not None]
-    if not routed:
-        return None
-    return PackedRoutes(
-        positions=_joined([start + np.arange(len(routes)) for routes, start in routed]),
-        experts=np.concatenate([routes for routes, _ in routed]),
-    )
+def _first_routes(samples: Sequence[TrainSample]) -> list[np.ndarray]:
+    """The routes of the first sample that has any; empty if none has. The engine routes a prompt once for all of its
+    answers, or equally but for rounding."""
+    return [sample.routes for sample in samples if sample.routes is not None][:1]
 
 
 def _with_shared_prompts(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from megatron_chord.config import ParallelConfig
 from megatron_chord.config_methods import SimpleWeight
@@ -95,7 +96,8 @@ def replay_own(folder: Path, recompute: Literal["none", "full"]) -> dict[str, An
         batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
         what = Update(weights={"policy": 1.0}, counts=plan.counts)
         loss = compute_gradients(state, batches, what, terms, temperature=1.0).result.loss
-        grads = {name: weight.main_grad.clone() for name, weight in state.parameters().items()}
+        weights: dict[str, Any] = dict(state.parameters())
+        grads = {name: weight.main_grad.clone() for name, weight in weights.items()}
         return loss, grads, take_routing(state)
 
     samples = make_samples(num_policy=1, num_sft=0)
@@ -148,9 +150,8 @@ def test_a_router_that_mixes_micro_batches_up_is_refused() -> None:
     for _ in range(3):
         replay.give(None)
     weight = torch.ones(1, requires_grad=True)
-    torch.utils.checkpoint.checkpoint(
-        lambda x: _route(replay, x), weight, use_reentrant=False
-    ).sum().backward()
+    again: Any = checkpoint(lambda x: _route(replay, x), weight, use_reentrant=False)
+    again.sum().backward()
     with pytest.raises(RuntimeError, match="layer 2 was computed again for 1 of 3 micro-batches"):
         replay.check()
     replay.begin(has_backward=False)

@@ -42,6 +42,27 @@ def test_three_answers_by_hand() -> None:
     assert batch.terms["sft"].index.tolist() == [3]
 
 
+def test_routes_follow_their_tokens() -> None:
+    """Routes of one layer and one expert, whose number is the token's id. The first answer has none of its own, the
+    last token of an answer never has one, and the shared prompt has those of the first answer that has any."""
+
+    def routed(sample: TrainSample, count: int) -> TrainSample:
+        return replace(sample, routes=sample.token_ids[:count, None, None].astype(np.uint8))
+
+    batch = packed(
+        [
+            answer([5, 6, 7], [8, 9]),
+            routed(answer([5, 6, 7], [10, 11]), 4),
+            routed(answer([5, 6, 7], [12]), 3),
+            routed(answer([2, 3], [4]), 2),
+        ]
+    )
+    assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 7, 10, 11, 7, 12, 2, 3, 4]
+    assert batch.routes is not None
+    assert batch.routes.positions.tolist() == [0, 1, 5, 6, 8, 10, 11]
+    assert batch.routes.experts[:, 0, 0].tolist() == batch.token_ids[batch.routes.positions].tolist()
+
+
 def test_a_rank_receives_the_same_batch() -> None:
     batch = packed(
         [answer([5, 6, 7], [8, 9]), answer([5, 6, 7], [10])], Layout(shares_prompts=True, batch_multiple=8)
