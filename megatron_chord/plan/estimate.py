@@ -105,6 +105,8 @@ class Case:
     """2 if the method has updates with an optimizer state of their own (ReLIFT), which is in host memory"""
     stages_checkpoints: bool = False
     """Whether training goes on while a checkpoint is written, from a copy in main memory."""
+    replays_routes: bool = True
+    """Whether a mixture of experts replays the servers' routes (``rollout.router_replay``)."""
     partial: bool = False
     """Whether ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
@@ -225,10 +227,12 @@ class HostMemory:
     """While a checkpoint is loaded: a copy of the optimizer state of all parameters of each rank."""
     processes: float
     """Ranks and servers themselves."""
+    routes: float
+    """While a step of a mixture of experts is packed: the routes of its rollouts, in replies and in micro-batches."""
 
     @property
     def total(self) -> float:
-        return max(self.offloaded + self.staged, self.resuming) + self.processes
+        return max(self.offloaded + self.staged + self.routes, self.resuming) + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +325,7 @@ def case_of(
         optimizer_states=1 if method.extra_rate(run) is None else 2,
         stages_checkpoints=run.checkpoint.asynchronous is not False,
         partial=run.rollout.partial is not None,
+        replays_routes=run.rollout.router_replay is not False,
         constants=constants,
     )
 
@@ -444,7 +449,18 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
         staged=gpus * staged,
         resuming=gpus * case.numerics.optimizer * largest,
         processes=processes * case.constants.host_process_bytes,
+        routes=2 * step_routes_bytes(case),
     )
+
+
+def step_routes_bytes(case: Case) -> float:
+    """Bytes of the routes of a step's rollouts, all of which pass through rank 0; 0 without router replay."""
+    routes, work = case.shape.routes, case.work
+    if routes is None or not case.replays_routes:
+        return 0.0
+    width = 1 if routes.experts <= 256 else 2
+    tokens = work.sequences * (work.prompt_tokens + work.response_tokens)
+    return tokens * routes.layers * routes.chosen * width
 
 
 def export_bytes(case: Case) -> float:

@@ -122,6 +122,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "staged": found.host.staged,
             "resuming": found.host.resuming,
             "processes": found.host.processes,
+            "routes": found.host.routes,
         },
         "warnings": list(found.warnings),
         "transport": case.chosen_transport,
@@ -231,6 +232,8 @@ def _capacity(case: Case, found: Estimate) -> Table:
     table.add_row("main memory of a node: a checkpoint being written", gb(found.host.staged))
     table.add_row("main memory of a node: while a checkpoint is loaded", gb(found.host.resuming))
     table.add_row("main memory of a node: ranks and servers", gb(found.host.processes))
+    if found.host.routes:
+        table.add_row("main memory of the first node: routes of a step", gb(found.host.routes))
     table.add_row("main memory of a node: together", gb(found.host.total), end_section=True)
     table.add_row("one checkpoint on disk", gb(checkpoint_bytes(case)))
     table.add_row(f"the {case.kept_checkpoints} kept, and the one being written", gb(disk_bytes(case)))

@@ -210,6 +210,20 @@ def test_main_memory_and_disk_of_a_node() -> None:
     assert disk_bytes(case) == 3 * checkpoint_bytes(case)
 
 
+def test_routes_of_a_step_are_in_main_memory() -> None:
+    """Qwen3-30B-A3B: 48 layers x 8 experts are 384 bytes for each token of a rollout, in replies and in batches."""
+    run = run_of("chord_qwen3_30b_a3b")
+    case = case_of(run, h100(4), prompt_tokens=200, response_tokens=1000)
+    found = estimate(case, choice_of(run)).host
+    sequences = run.batch.prompts * run.batch.rollouts
+    assert found.routes == pytest.approx(2 * sequences * 1200 * 48 * 8)
+    assert found.total == max(found.offloaded + found.staged + found.routes, found.resuming) + found.processes
+    off = run_of("chord_qwen3_30b_a3b", "rollout.router_replay=false")
+    assert estimate(case_of(off, h100(4)), choice_of(off)).host.routes == 0
+    dense = run_of("chord_qwen7b")
+    assert estimate(case_of(dense, h100()), choice_of(dense)).host.routes == 0
+
+
 def test_too_little_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("chord_qwen7b", "--host-memory", "1024") == 0
     assert "while a checkpoint is loaded" in capsys.readouterr().out
