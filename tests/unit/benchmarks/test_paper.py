@@ -14,8 +14,9 @@ import pytest
 
 from benchmarks.paper.criteria import CRITERIA, Comparison, Records, judge, mean_of_steps, value, verdict
 from benchmarks.paper.figures import draw, mean_curve
+from benchmarks.paper.origin import is_same, origin_of
 from benchmarks.paper.page import criteria_table, fill, methods_table, put_between
-from benchmarks.paper.plan import FIRST_STAGE, NAMES, SMALLEST, WHOLE, WORLD, Job, checkable, fingerprint
+from benchmarks.paper.plan import FIRST_STAGE, NAMES, SMALLEST, WHOLE, WORLD, Job, checkable
 from benchmarks.paper.record import read_record
 from benchmarks.paper.work import Place, finished
 from megatron_chord.train.setup import check_run
@@ -213,17 +214,30 @@ def test_every_method_has_its_file_and_is_accepted(tmp_path: Path) -> None:
 def test_a_result_is_used_again_only_for_the_same_settings(tmp_path: Path) -> None:
     place, job = Place(tmp_path / "one"), SMALLEST.jobs[0]
     place.prepare(SMALLEST)
-    mark = fingerprint(place.load(job, SMALLEST))
-    place.result(job).write_text(json.dumps({"fingerprint": mark}))
+    origin = json.loads(json.dumps(origin_of(place.load(job, SMALLEST))))
+    place.result(job).write_text(json.dumps({"origin": origin}))
     assert list(finished(place, SMALLEST)) == [job]
     assert list(finished(place, replace(SMALLEST, settings=(*SMALLEST.settings, "optim.lr=1e-5")))) == []
 
     elsewhere = Place(tmp_path / "another")
     elsewhere.prepare(SMALLEST)
-    assert fingerprint(elsewhere.load(job, SMALLEST, "http://127.0.0.1:2")) == mark
+    assert is_same(origin, elsewhere.load(job, SMALLEST, "http://127.0.0.1:2"))
     changed = elsewhere.folder / f"demonstrations-{job.seed}.jsonl"
     changed.write_text("".join(reversed(changed.read_text().splitlines(keepends=True))))
-    assert fingerprint(elsewhere.load(job, SMALLEST)) != mark
+    assert not is_same(origin, elsewhere.load(job, SMALLEST))
+
+
+def test_a_result_stays_valid_when_a_setting_with_a_default_is_new(tmp_path: Path) -> None:
+    place, job = Place(tmp_path), SMALLEST.jobs[0]
+    place.prepare(SMALLEST)
+    stages = place.load(job, SMALLEST)
+    before = json.loads(json.dumps(origin_of(stages)))
+    del before["settings"][0]["batch"]["share_prompts"]
+    assert is_same(before, stages)
+    batch = replace(stages[0].batch, share_prompts=False)
+    assert not is_same(before, [replace(stages[0], batch=batch)])
+    before["settings"][0]["batch"]["a_setting_that_is_gone"] = 1
+    assert not is_same(before, stages)
 
 
 def test_seeds_draw_different_demonstrations(tmp_path: Path) -> None:
