@@ -185,7 +185,9 @@ def test_failed_gradings_are_no_data_and_too_many_of_them_stop_the_run(
         "optim.warmup_steps": 0,
         "data.evaluation": "null",
         "evaluation": "{every: 0}",
-        "reward": f"{{kind: function, path: {tmp_path / 'faulty.py'}, name: score, workers: 1, max_error_rate: 0.25}}",
+        # The function counts its calls, so no slow machine may make the pool replace the worker.
+        "reward": f"{{kind: function, path: {tmp_path / 'faulty.py'}, name: score, workers: 1, timeout_s: 240, "
+        "max_error_rate: 0.25}",
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     ((message, code),) = run_ranks(train_until_halted, 1, overrides, timeout_s=300)

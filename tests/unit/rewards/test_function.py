@@ -49,7 +49,7 @@ async def exits_async(response):
     return 1
 
 def eats_memory(response):
-    return float(len(bytes(2 << 30)) > 0) if response.text == "eat" else 1
+    return float(len(bytes(1 << 30)) > 0) if response.text == "eat" else 1
 
 async def eats_memory_async(response):
     return eats_memory(response)
@@ -240,12 +240,12 @@ def test_a_call_that_needs_more_than_its_memory_is_an_error(path: Path, name: st
     assert (first, last) == (Grade(1.0), Grade(1.0))
     assert eaten.score is None
     assert str(eaten.error).startswith("MemoryError")
-    assert graded(path, name, ["eat"], memory_mb=8192) == [Grade(1.0)]
+    assert graded(path, name, ["eat"], memory_mb=4096) == [Grade(1.0)]
 
 
 def test_what_a_function_prints_is_no_result_and_fills_no_file(path: Path) -> None:
     """It prints 0.3 MB on stderr in each of 15 calls."""
-    with GraderPool(FunctionReward(path=path, name="talks", workers=1)) as graders:
+    with GraderPool(FunctionReward(path=path, name="talks", workers=1, timeout_s=60)) as graders:
         assert graders.grade_all([Response(text="a")] * 15) == [Grade(1.0)] * 15
         (worker,) = graders._running
         assert os.fstat(worker._stderr.fileno()).st_size < 2_000_000
@@ -398,14 +398,14 @@ def test_a_file_that_will_not_do_is_refused(tmp_path: Path, text: str | None, re
     ("text", "reason"),
     [
         ("import os\nos._exit(3)\n", "the grader process died (exit status 3)"),
-        ("while True: pass\n", "no sign of life after 2 s"),
+        ("import time\ntime.sleep(1000)\n", "no sign of life after 5 s"),
     ],
     ids=["ends its process", "never ends"],
 )
 def test_a_file_whose_import_takes_the_worker_along_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
-    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 2.0 if "while" in text else 60.0)
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 5.0 if "sleep" in text else 60.0)
     path = tmp_path / "r.py"
     path.write_text(text)
     with pytest.raises(RewardRefused) as caught:
