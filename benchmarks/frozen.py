@@ -32,7 +32,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
 BEAT_S = 0.1
 SILENCE_S = 8.0
 SERVER_S = 40.0
-"""Seconds. A new server compiles at its first request and computes no token meanwhile."""
+"""Seconds. On a loaded machine the first token of a new server may take many of them."""
 PUSH_S = 20.0
 GRADING_S = 4.0
 PHASES = ("loading", "waiting for servers", "collecting", "computing", "evaluating", "saving", "pushing")

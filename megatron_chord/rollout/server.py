@@ -451,6 +451,7 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
         ROUTES_ON_CPU: "1" if settings.routes else "",
         "OMP_NUM_THREADS": str(settings.cpu_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
+        "TORCH_COMPILE_DISABLE": "1",  # vLLM would compile a few small functions for seconds at the first request
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)
         # glibc keeps the memory that a push frees for the next push: new pages cost more than the copy into them.
         "MALLOC_MMAP_MAX_": "0",

@@ -2,13 +2,18 @@
 
 vLLM loads it in each of its processes. If ``MEGATRON_CHORD_DIE_WITH_PARENT`` is set, each process also asks the kernel
 to kill it when its parent dies, so that a killed trainer leaves no server behind. The trainer sets the variable only
-for servers that it starts.
+for servers that it starts. On a CPU, the engine of such a server is forked from the API server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
+import time
+from multiprocessing.context import BaseContext
+from pathlib import Path
 
 from megatron_chord.processes import die_with_parent
 
@@ -35,6 +40,7 @@ def register() -> None:
     if parent and int(parent) != os.getpid():
         _end_with(int(parent))
         os.environ[DIE_WITH_PARENT] = str(os.getpid())
+        _fork_engine_on_cpu()
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -54,3 +60,57 @@ def _end_with(pid: int) -> None:
     expected = parent.pid if parent is not None else pid
     has_other_parent = multiprocessing.get_start_method(allow_none=True) == "forkserver"
     die_with_parent(None if has_other_parent else expected)
+
+
+def _fork_engine_on_cpu() -> None:
+    """Let this process, vLLM's API server, fork its engine.
+
+    On a CPU vLLM otherwise starts the engine as a new interpreter, which imports again what the API server has already
+    imported. That takes about half of the server's start.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.engine import utils
+
+    usual_context = utils.get_mp_context
+
+    def context() -> BaseContext:
+        return multiprocessing.get_context("fork") if _can_fork() else usual_context()
+
+    utils.get_mp_context = context
+    os.register_at_fork(after_in_child=_begin_forked)
+
+
+def _can_fork(at_most_s: float = 1.0) -> bool:
+    """Whether the other threads of this process are only ZeroMQ's own. A forked process cannot use, for example,
+    OpenMP's threads of its parent: it would wait for them without end.
+
+    A new thread of ZeroMQ has no name yet, so the answer "no" comes after ``at_most_s`` seconds.
+    """
+    deadline = time.monotonic() + at_most_s
+    while not all(name.startswith("ZMQbg/") for name in _other_threads()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _other_threads() -> list[str]:
+    """Names of the threads of this process, without the main thread."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread has ended
+            if int(task.name) != os.getpid():
+                names.append((task / "comm").read_text().strip())
+    return names
+
+
+def _begin_forked() -> None:
+    """Undo what a forked process must not share with the API server."""
+    parent = os.environ[DIE_WITH_PARENT]
+    os.environ[DIE_WITH_PARENT] = str(os.getpid())
+    die_with_parent(int(parent))
+    # Otherwise the API server's event loop would also receive this process's signals.
+    signal.set_wakeup_fd(-1)

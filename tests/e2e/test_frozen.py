@@ -31,7 +31,7 @@ from tests.support.task import metrics_of, run_cli
 
 SILENCE_S = 15.0
 SERVER_S = 40.0
-"""Seconds. A new server compiles at its first request and computes no token meanwhile."""
+"""Seconds. On a loaded machine the first token of a new server may take many of them."""
 
 
 def write_config(folder: Path) -> Path:
