@@ -135,7 +135,7 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("lr=1e-6", "did you mean optim.lr?"),
+        ("lr=1e-6", "did you mean method.lr or optim.lr?"),
         (
             "temperature=1",
             "did you mean evaluation.sets.temperature or evaluation.temperature or rollout.temperature?",
@@ -467,7 +467,9 @@ def test_a_block_in_one_line_has_every_number() -> None:
     assert one_line(config_methods.SimpleWeight(kind="phi")) == "phi"
     objective = one_line(config.ObjectiveConfig(kl=config.KLConfig()))
     assert "clip_low 0.2, clip_high 0.2, ratio_from rollout" in objective
-    assert objective.endswith("entropy_bonus 0.0, kl (estimator k3, coefficient 0.001, reference none)")
+    assert objective.endswith(
+        "entropy_bonus 0.0, entropy_bonus_on rollouts, kl (estimator k3, coefficient 0.001, reference none)"
+    )
 
 
 class TestDump:
