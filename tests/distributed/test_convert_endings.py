@@ -139,6 +139,57 @@ def disturb(folder: Path, seed: int) -> list[dict[str, Any]]:
     return found
 
 
+def interrupt_while_reading(folder: Path) -> dict[str, Any]:
+    """Send SIGINT to each command while its threads wait for the disk. Return the exit code, the lines and what is
+    left."""
+    import rich.progress  # noqa: F401
+
+    from megatron_chord.weights.reader import HFReader
+    from megatron_chord.weights.torch_dist import Checkpoint
+
+    tool = load_tool()
+    model, megatron = save_qwen2(folder / "hf", layers=1), folder / "megatron"
+    assert fork(tool, folder / "said", "hf-to-megatron", model, megatron).wait()[0] == 0
+    reading = folder / "reading"
+
+    def stuck(*args: Any, **kwargs: Any) -> Any:
+        reading.touch()
+        time.sleep(3600)
+
+    HFReader.read = stuck
+    Checkpoint.read = stuck
+    found = {}
+    for command, *arguments in (
+        ("hf-to-megatron", model),
+        ("megatron-to-hf", megatron),
+        ("megatron-to-megatron", megatron),
+        ("verify", model, megatron),
+    ):
+        here = folder / command
+        here.mkdir()
+        target = () if command == "verify" else (here / "target",)
+        process = fork(tool, folder / "said", command, *arguments, *target)
+        while not reading.exists():
+            if os.waitpid(process.pid, os.WNOHANG)[0]:
+                raise RuntimeError(process.said.read_text())
+            time.sleep(0.01)
+        process.send(INTERRUPT)
+        found[command] = *process.wait(), [path.name for path in here.iterdir()]
+        reading.unlink()
+    return found
+
+
+def test_an_interrupted_command_does_not_wait_for_its_threads(tmp_path: Path) -> None:
+    """It would wait for an hour. No time is measured."""
+    (found,) = run_ranks(interrupt_while_reading, 1, tmp_path)
+    assert len(found) == 4
+    for command, (code, lines, left) in found.items():
+        line = "ended by SIGINT"
+        if command != "verify":
+            line += f": {tmp_path / command / 'target'} has not been written"
+        assert (code, lines, left) == (130, [line], []), command
+
+
 def test_a_conversion_that_ends_early_leaves_a_whole_target_or_none(tmp_path: Path) -> None:
     (found,) = run_ranks(disturb, 1, tmp_path, 13)
     for case in found:
