@@ -15,13 +15,14 @@ from megatron_chord.config import OptimConfig, ParallelConfig, RunConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.methods.table import method_of
+from megatron_chord.model.forward import unwrapped
 from megatron_chord.records import TrainSample
 from megatron_chord.train import checkpoint
 from megatron_chord.train.coordinator import StepInputs
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.halt import Halted, halting
 from megatron_chord.train.health import Health
-from megatron_chord.train.sanity import MARK
+from megatron_chord.train.sanity import MARK, check_finite
 from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState
 from megatron_chord.train.step import Trained, train_step
@@ -34,10 +35,10 @@ from tests.support.tiny import make_samples, save_qwen2, tiny_run
 ALLOWED = 2
 
 
-def with_advantage(samples: list[TrainSample], value: float) -> list[TrainSample]:
-    """Set the first rollout's advantage to ``value``."""
+def with_constants(samples: list[TrainSample], **constants: float) -> list[TrainSample]:
+    """Set constants of all tokens of the first rollout."""
     first = samples[0].parts[0]
-    part = replace(first, constants={**first.constants, "advantage": value})
+    part = replace(first, constants={**first.constants, **constants})
     return [replace(samples[0], parts=(part,)), *samples[1:]]
 
 
@@ -55,9 +56,9 @@ class Training:
         self.health = Health()
         self.steps = 0
 
-    def step(self, advantage: float) -> Trained:
+    def step(self, advantage: float, **constants: float) -> Trained:
         terms, state = method_of(self.run).terms(self.run), self.state
-        samples = with_scales(with_advantage(make_samples(), advantage), terms)
+        samples = with_scales(with_constants(make_samples(), advantage=advantage, **constants), terms)
         layout = packing_layout(state.shape, self.run.parallel, state.groups.data.size)
         plan = plan_step(samples, max_tokens=40, layout=layout, pad_id=0)
         inputs = StepInputs(
@@ -120,7 +121,43 @@ def left_out(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, Any]
     health.restore(json.loads(json.dumps(training.health.to_json())))
     found["health"] = health == training.health
     found["norms"] = len(health.norms)
+    training.step(1.0)
+    found["kinds"] = {
+        f"{kind} {value}": skipped(training, kind, value)
+        for kind in ("activation", "rollout_logprob")
+        for value in (torch.nan, torch.inf, -torch.inf)
+        # A rollout's log-prob of -inf is a ratio of infinity, which is clipped.
+        if (kind, value) != ("rollout_logprob", -torch.inf)
+    }
     return found
+
+
+def skipped(training: Training, kind: str, value: float) -> tuple[int, bool, int]:
+    """Run an update with one broken activation on the last rank, or with a broken log-prob. Then run a good one.
+
+    Return the number of skipped updates, whether the weights stayed the same, and the number of the good one's.
+    """
+    before, groups = training.weights(), training.state.groups
+    if kind == "activation":
+        modules = dict(unwrapped(training.state.chunks[-1]).named_modules())
+        name = max(name for name in modules if name.endswith(".mlp"))
+        is_last = groups.rank == groups.world_size - 1
+        hook = modules[name].register_forward_hook(lambda *args: broken(args[-1], value) if is_last else None)
+        lost = training.step(1.0)
+        hook.remove()
+    else:
+        lost = training.step(1.0, **{kind: value})
+    stays = same(before, training.weights())
+    check_finite(training.state, "not exported")
+    return lost.num_skipped, stays, training.step(1.0).num_skipped
+
+
+def broken(output: tuple[torch.Tensor, Any], value: float) -> tuple[torch.Tensor, Any]:
+    """Replace one number of the hidden state of the third token."""
+    hidden, bias = output
+    hidden = hidden.clone()
+    hidden[2, 0, 5] = value
+    return hidden, bias
 
 
 def never_saved(folder: Path, output: Path, axes: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +238,10 @@ def test_an_update_that_is_not_finite_is_left_out(
         )
         assert found["still"]
         assert (found["health"], found["norms"]) == (True, 1)
+        assert found["kinds"] == dict.fromkeys(found["kinds"], (1, True, 0))
+        assert len(found["kinds"]) == 5
     folders = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
-    assert folders == [f"step-00000{step}-update-0" for step in (0, 2, 3, 4)]
+    assert folders == [f"step-{step:06d}-update-0" for step in (0, 2, 3, 4, 6, 8, 10, 12, 14)]
     files = sorted((tmp_path / "nonfinite" / folders[0]).iterdir())
     assert len(files) == (ranks if not axes else 1), "one of each data-parallel rank"
     batches = [batch for file in files for batch in json.loads(file.read_text())["micro_batches"]]
