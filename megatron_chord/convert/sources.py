@@ -7,6 +7,7 @@ in one error. After that, reading fails only if the disk fails.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -190,7 +191,7 @@ class HFSource:
             if dtypes[name] not in _HELD_EXACTLY[wanted]
         ]
         if findings:
-            raise ValueError(f"{folder}:\n  " + "\n  ".join(findings))
+            raise ValueError(listing(f"{folder}:", findings))
         layout = checkpoint_layout(shape)
         _check_shapes(layout, shape, reader)
         return cls(folder=folder, shape=shape, layout=layout, dtype=dtype, reader=reader)
@@ -304,15 +305,19 @@ def _check_checkpoint(
 
 def _one_dtype(dtypes: Mapping[str, torch.dtype], folder: Path, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype that all tensors have. If ``wanted`` is given, they may differ, and it is returned."""
-    kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    found = next(iter(dtypes.values()))
-    if wanted is not None and all(dtype in (*_DTYPES, torch.float64) for dtype in dtypes.values()):
+    found = statistics.mode(dtypes.values())
+    can_round = all(dtype in (*_DTYPES, torch.float64) for dtype in dtypes.values())
+    if wanted is not None and can_round:
         return wanted
-    if wanted is not None or len(kinds) > 1 or found not in _DTYPES:
-        rare = [f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()]
-        heading = (
-            f"{folder}: tensors must all be float32, all bfloat16 or all float16, they are {', '.join(kinds)}; "
-            "--dtype rounds them to one:"
-        )
-        raise ValueError("\n  ".join([heading, *sorted(rare)[:10]]))
-    return found
+    others = [f"{name} is {_named(dtype)}" for name, dtype in sorted(dtypes.items()) if dtype != found]
+    if wanted is None and not others and found in _DTYPES:
+        return found
+    must = f"{folder}: tensors must all be float32, all bfloat16 or all float16"
+    hint = " (--dtype rounds them to one)" if can_round else ""
+    if not others:
+        raise ValueError(f"{must}{hint}, they are all {_named(found)}")
+    raise ValueError(listing(f"{must}{hint}. {len(dtypes) - len(others)} are {_named(found)}, but:", others))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -34,6 +34,10 @@ class FeedForward:
     experts: Experts | None = None
 
 
+MAX_BLOCKS = 250_000
+"""Limit of layers x experts. The largest published models have about 25,000. With very many of them, the names of all
+tensors would fill the memory."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FREQUENCIES = (
     *hf_layer(*(f"self_attn.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))),
@@ -96,6 +100,12 @@ def decoder(
     refuse(activation not in ("silu", "swish"), config, f"hidden_act {activation!r} is not silu")
     tied = bool(config.get("tie_word_embeddings", False))
     num_layers = require(config, "num_hidden_layers")
+    num_experts = feed_forward.experts.count if feed_forward.experts else 0
+    refuse(
+        num_layers * max(num_experts, 1) > MAX_BLOCKS,
+        config,
+        f"num_hidden_layers {num_layers} with {num_experts} experts in a layer are more than this program can list",
+    )
     return ModelShape(
         family=require(config, "model_type"),
         vocab_size=require(config, "vocab_size"),
@@ -120,7 +130,7 @@ def decoder(
         weights=WeightMap(
             rules=(*_embedding_rules(tied), *attention.rules, *feed_forward.rules),
             num_layers=num_layers,
-            num_experts=feed_forward.experts.count if feed_forward.experts else 0,
+            num_experts=num_experts,
             unread=_FREQUENCIES,
             copies={HEAD: EMBEDDING} if tied else {},
             num_unread_layers=num_unread_layers,

@@ -9,6 +9,7 @@ tests/unit/families/test_fields.py takes the list of fields from the sources of 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,9 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether the value is a number that a float can hold. JSON's NaN and Infinity are none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 COUNT = Kind("a positive integer", lambda value: _is_integer(value) and value > 0)

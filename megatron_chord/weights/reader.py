@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_chord.json_files import read_object
 from megatron_chord.weights.advice import of_file, of_folder
-from megatron_chord.weights.findings import MAX_SHOWN
+from megatron_chord.weights.findings import MAX_SHOWN, listing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,7 +49,9 @@ class HFReader:
                     f"{folder} has both {SINGLE} and {INDEX}, which lists other files. Transformers would read the "
                     f"first, vLLM the files of the second. Remove {SINGLE}, or remove {INDEX} and its files"
                 )
-            return cls(folder, file_of, {})
+            opened = {file: _open_file(folder / file) for file in sorted(set(file_of.values()))}
+            _check_listed_once(index, file_of, opened)
+            return cls(folder, file_of, opened)
         if not single.is_file():
             advice = of_folder(folder)
             hint = f"; {advice}" if advice else ""
@@ -118,6 +120,19 @@ def _read_index(path: Path) -> dict[str, str]:
         more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
         raise ValueError(f"{path} lists files that do not exist: {', '.join(absent[:MAX_SHOWN])}{more}")
     return file_of
+
+
+def _check_listed_once(index: Path, file_of: Mapping[str, str], opened: Mapping[str, Any]) -> None:
+    """Check that no file has a tensor that the index lists for another file."""
+    findings = [
+        f"{name} is in {file}, too, but the index lists {file_of[name]}"
+        for file, headers in opened.items()
+        for name in headers.keys()  # noqa: SIM118 (safetensors' reader is no dict)
+        if file_of.get(name, file) != file
+    ]
+    if findings:
+        heading = f"{index}: tensors are stored twice, so that programs may load different ones:"
+        raise ValueError(listing(heading, findings))
 
 
 def _slice(opened: Any, name: str, path: Path) -> Any:

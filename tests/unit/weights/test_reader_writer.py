@@ -35,15 +35,32 @@ def test_reads_one_file(tmp_path: Path) -> None:
     assert reader.read("b").dtype == torch.bfloat16
 
 
-def test_reads_what_an_index_names_and_opens_files_when_needed(tmp_path: Path) -> None:
+def test_reads_what_an_index_names(tmp_path: Path) -> None:
     save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
-    (tmp_path / "y.safetensors").write_bytes(b"never opened")
+    save_file({"b": numbered(3), "unlisted": numbered(4)}, tmp_path / "y.safetensors")
     write_index(tmp_path, a="x.safetensors", b="y.safetensors")
     reader = HFReader.of(tmp_path)
     assert reader.names == ["a", "b"]
-    assert reader.read("a").tolist() == [0, 1]
+    assert (reader.read("a").tolist(), reader.read("b").tolist()) == ([0, 1], [0, 1, 2])
+
+
+def test_every_file_of_an_index_must_be_readable(tmp_path: Path) -> None:
+    save_file({"a": numbered(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(b"something else")
+    write_index(tmp_path, a="x.safetensors", b="y.safetensors")
     with pytest.raises(ValueError, match=r"y\.safetensors is not a readable safetensors file"):
-        reader.read("b")
+        HFReader.of(tmp_path)
+
+
+def test_a_tensor_may_not_be_in_two_files_of_an_index(tmp_path: Path) -> None:
+    """Transformers and vLLM would load the copy of the last file, whatever the index says."""
+    save_file({"a": numbered(2), "c": numbered(4)}, tmp_path / "x.safetensors")
+    save_file({"b": numbered(3), "c": numbered(4)}, tmp_path / "y.safetensors")
+    write_index(tmp_path, a="x.safetensors", b="y.safetensors", c="x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"stored twice.*: c is in y\.safetensors, too, but .* lists x\.safetensors$"
+    ):
+        HFReader.of(tmp_path)
 
 
 def test_all_absent_files_of_an_index_are_named(tmp_path: Path) -> None:
