@@ -62,7 +62,11 @@ def measure(model: Path, out: Path) -> dict[str, Any]:
         state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
 
     rows: dict[str, Any] = {"parameters": parameters}
-    for name, action in (("save", save), ("gather", gather)):
+
+    def load() -> None:
+        checkpoint.load(state, out / "step-000001")
+
+    for name, action in (("save", save), ("gather", gather), ("load", load)):
         torch.distributed.barrier()
         before = resident("VmRSS")
         reset_high_water_mark()
@@ -134,13 +138,17 @@ def main() -> None:
         rows = in_ranks(command, args.ranks)
     count = rows[0]["parameters"]
     print(f"{count / 1e6:.1f} million parameters, {args.ranks} data-parallel ranks")
-    print("       save:                                           Megatron's gathering:")
-    print("rank   peak MB   bytes/parameter   written MB      s   peak MB   bytes/parameter      s")
+    print("       save:                                           Megatron's gathering:              load:")
+    print(
+        "rank   peak MB   bytes/parameter   written MB      s   peak MB   bytes/parameter      s   peak MB"
+        "   bytes/parameter      s"
+    )
     for rank, row in enumerate(rows):
         print(
             f"{rank:4}   {row['save_bytes'] / 1e6:7.0f}   {row['save_bytes'] / count:15.2f}"
             f"   {row['written_bytes'] / 1e6:10.0f}   {row['save_s']:4.1f}"
             f"   {row['gather_bytes'] / 1e6:7.0f}   {row['gather_bytes'] / count:15.2f}   {row['gather_s']:4.1f}"
+            f"   {row['load_bytes'] / 1e6:7.0f}   {row['load_bytes'] / count:15.2f}   {row['load_s']:4.1f}"
         )
     print()
     print(f"{STEPS} steps, a checkpoint after {SAVED}:")

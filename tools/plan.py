@@ -114,10 +114,15 @@ def _code(args: argparse.Namespace, found: Estimate) -> int:
     """1 if the run does not fit the GPUs, or not the main memory where it is given."""
     if args.host_memory is not None and found.host.total > args.host_memory * 1e9:
         host = found.host
+        advice = [
+            *(["rollout.offload: false"] if host.offloaded else []),
+            *(["checkpoint.asynchronous: false"] if host.staged else []),
+            "more training nodes",
+        ]
         print(
             f"does not fit: a node needs {host.total / 1e9:.0f} GB of main memory ({host.offloaded / 1e9:.0f} GB "
-            f"offloaded, {host.resuming / 1e9:.0f} GB while a checkpoint is loaded), and has {args.host_memory:g} GB; "
-            "rollout.offload: false needs less, and so does a layout with more pipeline stages",
+            f"offloaded, {host.staged / 1e9:.0f} GB for a checkpoint that is being written, {host.processes / 1e9:.0f} "
+            f"GB of ranks and servers), and has {args.host_memory:g} GB; what needs less: {', '.join(advice)}",
             file=sys.stderr,
         )
         return 1

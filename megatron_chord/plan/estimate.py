@@ -223,8 +223,6 @@ class HostMemory:
     """Pinned: what the ranks move off the GPUs while servers sample (``train/offload.py``)."""
     staged: float
     """While training goes on and a checkpoint is written: a copy of the node's part of it."""
-    resuming: float
-    """While a checkpoint is loaded: a copy of the optimizer state of all parameters of each rank."""
     processes: float
     """Ranks and servers themselves."""
     routes: float
@@ -232,7 +230,7 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        return max(self.offloaded + self.staged + self.routes, self.resuming) + self.processes
+        return self.offloaded + self.staged + self.routes + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,7 +435,6 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
         saved: bytes that one GPU offloads.
     """
     gpus = case.cluster.gpus_per_node
-    largest = max(stage.parameters for stage in stages)
     processes = gpus * (2 if case.work.sequences and case.cluster.colocated else 1)
     # A checkpoint has the weights and, also where training is in FP32, main weights and moments. Each rank writes the
     # part of which it keeps the optimizer state.
@@ -447,7 +444,6 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
     return HostMemory(
         offloaded=gpus * saved,
         staged=gpus * staged,
-        resuming=gpus * case.numerics.optimizer * largest,
         processes=processes * case.constants.host_process_bytes,
         routes=2 * step_routes_bytes(case),
     )

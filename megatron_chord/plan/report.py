@@ -120,7 +120,6 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
         "host_memory": {
             "offloaded": found.host.offloaded,
             "staged": found.host.staged,
-            "resuming": found.host.resuming,
             "processes": found.host.processes,
             "routes": found.host.routes,
         },
@@ -230,7 +229,6 @@ def _capacity(case: Case, found: Estimate) -> Table:
         table.add_row("samples of a step for each server", f"{work.sequences / case.servers:,.0f}")
     table.add_row("main memory of a node: offloaded, pinned", gb(found.host.offloaded))
     table.add_row("main memory of a node: a checkpoint being written", gb(found.host.staged))
-    table.add_row("main memory of a node: while a checkpoint is loaded", gb(found.host.resuming))
     table.add_row("main memory of a node: ranks and servers", gb(found.host.processes))
     if found.host.routes:
         table.add_row("main memory of the first node: routes of a step", gb(found.host.routes))

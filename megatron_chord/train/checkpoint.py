@@ -441,15 +441,17 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
                 "its optimizer state cannot be read with another setting"
             )
         same_world = saved_metadata.get("world_size") == groups.world_size
-        wanted = _sharded(state, is_loading=True)
-        if not same_world:
-            del wanted["rng"]
-        loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
-        run_state = _together(groups, lambda: _run_state(checkpoint, with_arrays=groups.is_coordinator))
-        for index, chunk in enumerate(state.chunks):
-            weights = without_extra_state(loaded[f"model{index}"])
-            chunk.module.load_state_dict(weights, strict=True)
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        with described_only(state.optimizer) as shares:
+            wanted = _sharded(state, is_loading=True)
+            if not same_world:
+                del wanted["rng"]
+            loaded, kept = _together(groups, lambda: sharded.fill(wanted, reader, common, shares))
+            run_state = _together(groups, lambda: _run_state(checkpoint, with_arrays=groups.is_coordinator))
+            for index, chunk in enumerate(state.chunks):
+                weights = without_extra_state(loaded[f"model{index}"])
+                chunk.module.load_state_dict(weights, strict=True)
+            state.optimizer.load_state_dict(loaded["optimizer"])
+        _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
         if state.second is not None:
             _load_second(state, state.second, checkpoint / SECOND)
@@ -469,9 +471,11 @@ def _load_second(state: TrainState, second: SecondAdam, folder: Path) -> None:
         return
     reader, common = _together(groups, lambda: _open(folder))
     with second.active():
-        wanted = {"optimizer": _sharded(state, is_loading=True)["optimizer"]}
-        loaded = _together(groups, lambda: sharded.fill(wanted, reader, common))
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        with described_only(state.optimizer) as shares:
+            wanted = {"optimizer": _sharded(state, is_loading=True)["optimizer"]}
+            loaded, kept = _together(groups, lambda: sharded.fill(wanted, reader, common, shares))
+            state.optimizer.load_state_dict(loaded["optimizer"])
+        _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
 
 

@@ -1,10 +1,12 @@
-"""Describes the distributed optimizer's state for a checkpoint without gathering it.
+"""Describes the distributed optimizer's state, to save it without gathering it and to load it in place.
 
 Every rank of a data-parallel group keeps a share of the optimizer's state: of each parameter a range of its flattened
 elements. Megatron-Core 0.16.1 gathers all shares on every rank before a save, 12 bytes a parameter in host memory
 (``distrib_optimizer.py``, ``get_parameter_state_dp_zero``). Here its own code describes the gathered buffers, but the
 buffers are on the meta device and have no memory. A tensor of the description is a view into such a buffer. So its
-place in the buffer says which of its elements this rank keeps, and this rank writes only these.
+place in the buffer says which of its elements this rank keeps, and this rank writes only these. For loading,
+Megatron-Core allocates whole buffers on every rank. With the same description a rank reads only what it keeps, straight
+into the optimizer's memory.
 """
 
 from __future__ import annotations
@@ -79,18 +81,20 @@ class Shares:
 
 @contextmanager
 def described_only(optimizer: Any) -> Iterator[Shares]:
-    """Within the context, ``optimizer.sharded_state_dict(is_loading=False)`` describes state of distributed optimizers
-    on the meta device. The yielded object then has this rank's shares. No collectives.
+    """Within the context, ``optimizer.sharded_state_dict`` describes state of distributed optimizers on the meta
+    device, and ``load_state_dict`` leaves it as it is. The yielded object then has this rank's shares. No collectives.
     """
     shares = Shares()
     changed = [one for one in parts_of(optimizer) if hasattr(one, "get_parameter_state_dp_zero")]
     for one in changed:
         one.get_parameter_state_dp_zero = functools.partial(_described, one, shares)
+        one.load_parameter_state_from_fully_reshardable = lambda state: None
     try:
         yield shares
     finally:
         for one in changed:
             del one.get_parameter_state_dp_zero
+            del one.load_parameter_state_from_fully_reshardable
 
 
 def within(

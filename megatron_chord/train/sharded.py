@@ -54,8 +54,14 @@ def taken_apart(state: dict[str, Any], shares: Shares) -> Content:
     return boxes, objects, common
 
 
-def fill(state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any]) -> dict[str, Any]:
+def fill(
+    state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any], shares: Shares
+) -> tuple[dict[str, Any], Boxes]:
     """Fill a sharded state dictionary of this rank from a checkpoint. No collectives.
+
+    Returns:
+        the dictionary, whose tensors on the meta device are not filled, and for ``read_shares`` what this rank keeps of
+        them.
 
     Raises:
         ValueError: a tensor is missing or has another shape, or an object is not plain data.
@@ -71,21 +77,42 @@ def fill(state: dict[str, Any], checkpoint: Checkpoint, common: dict[str, Any]) 
     parts, _ = extract_sharded_base(state)
     wanted = [part for part in _leaves(parts) if isinstance(part, ShardedTensor)]
     whole = {key: shape for key, shape, _ in checkpoint.tensors()}
+    kept: Boxes = {}
+    filled: list[ShardedTensor] = []
     for part in wanted:
         if not part.allow_shape_mismatch and whole.get(part.key) != tuple(part.global_shape):
             found = whole.get(part.key, "missing")
             raise ValueError(
                 f"{checkpoint.folder}: {part.key} should be {tuple(part.global_shape)}, but is {found}"
             )
+        if part.data is not None and part.data.is_meta:
+            kept |= _share(part, shares)
+            continue
         if part.data is None:
             part.data = torch.empty(part.local_shape, dtype=part.dtype)
         if part.allow_shape_mismatch:
             part.data.zero_()
-    checkpoint.read_all((_box(part), _with_axes(part)) for part in wanted)
+        filled.append(part)
+    checkpoint.read_all((_box(part), _with_axes(part)) for part in filled)
     loaded: Any = dict(common)
     merge(loaded, plain)
     merge(loaded, _each(parts, lambda part: _value(part, checkpoint)))
-    return apply_factory_merges(loaded, factories)
+    return apply_factory_merges(loaded, factories), kept
+
+
+def read_shares(checkpoint: Checkpoint, kept: Boxes) -> None:
+    """Read what this rank keeps of the optimizer's state, in place. One stored part of a tensor is in memory at a time.
+
+    Elements that the checkpoint does not have, as padding of the vocabulary, become 0.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    targets: list[tuple[Box, Tensor]] = []
+    for box, data in kept.items():
+        into = data().zero_()
+        targets.append((box, into[(None,) * (len(box.shape) - into.dim())]))
+    checkpoint.read_all(targets)
 
 
 def _value(part: Any, checkpoint: Checkpoint) -> Any:
