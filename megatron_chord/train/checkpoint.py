@@ -35,7 +35,7 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
-from megatron_chord.train.optimizer_shares import described_only
+from megatron_chord.train.optimizer_shares import Shares, described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.train.state import TrainState, parts_of
@@ -507,10 +507,20 @@ def _described(state: TrainState) -> dict[str, sharded.Content]:
     }
     with described_only(state.optimizer) as shares:
         described = _sharded(state, is_loading=False) | {"content_metadata": metadata}
-    contents = {"": sharded.taken_apart(described, shares)}
+    contents = {"": _taken_apart(state, described, shares)}
     if state.second is not None:
         contents[SECOND] = _second_described(state, state.second)
     return contents
+
+
+def _taken_apart(state: TrainState, described: dict[str, Any], shares: Shares) -> sharded.Content:
+    groups = state.groups
+    return sharded.taken_apart(
+        described,
+        shares,
+        replicas=groups.replicas.size,
+        expert_replicas=groups.expert_replicas.size,
+    )
 
 
 def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
@@ -522,7 +532,7 @@ def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
         with described_only(state.optimizer) as shares:
             described = {"optimizer": _sharded(state, is_loading=False)["optimizer"]}
-        boxes, objects, common = sharded.taken_apart(described, shares)
+        boxes, objects, common = _taken_apart(state, described, shares)
         return staged(boxes), objects, common
 
 

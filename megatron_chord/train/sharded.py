@@ -22,36 +22,62 @@ Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
 """What a rank writes: boxes of tensors, objects by name, and the common part, which is equal on all ranks."""
 
 
-def taken_apart(state: dict[str, Any], shares: Shares) -> Content:
+def taken_apart(state: dict[str, Any], shares: Shares, *, replicas: int, expert_replicas: int) -> Content:
     """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
 
-    If several ranks have the same part, one of them writes it. Each rank writes what ``shares`` says it keeps of a
-    tensor on the meta device. No collectives: ``write_description`` checks that every element is written exactly once.
+    Ranks that hold the same weights write them together, each about equally many bytes in whole parts. Each rank writes
+    what ``shares`` says it keeps of a tensor on the meta device. If several ranks have the same object, one of them
+    writes it. No collectives: ``write_description`` checks that every element is written exactly once.
+
+    Args:
+        replicas: number of ranks that hold the same weights; ``expert_replicas``: the same experts.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+    experts = _expert_keys(state)
     parts, common = save_preprocess(state, validate_access_integrity=False)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # this stream must finish its writes before other threads copy on other streams
     boxes: Boxes = {}
     objects: dict[str, bytes] = {}
+    copies: list[ShardedTensor] = []
     for part in _leaves(parts):
-        if isinstance(part, ShardedTensor) and part.data is not None and part.data.is_meta:
+        if isinstance(part, ShardedTensor):
             assert isinstance(part.replica_id, tuple), part.key
-            # The last number is the data-parallel rank. All of them write, each another share.
-            if is_main_replica((*part.replica_id[:-1], 0)):
-                boxes |= _share(part, shares)
-        elif not is_main_replica(part.replica_id):
-            continue
-        elif isinstance(part, ShardedTensor):
             assert part.data is not None, part.key
-            boxes[_box(part)] = part.data.detach
-        else:
+            # The last number is the data-parallel rank. All of them write, each another share.
+            if not is_main_replica((*part.replica_id[:-1], 0)):
+                continue
+            if part.data.is_meta:
+                boxes |= _share(part, shares)
+            else:
+                copies.append(part)
+        elif is_main_replica(part.replica_id):
             content = io.BytesIO()
             torch.save([part.data], content)  # in a list, as Megatron does
             objects[part.unique_key] = content.getvalue()
+    # Every replica finds the same parts in the same order, so all of them find the same writers.
+    written = {False: [0] * replicas, True: [0] * expert_replicas}
+    for part in sorted(copies, key=lambda part: _box(part).num_bytes, reverse=True):
+        sizes = written[part.key.endswith(experts)]
+        writer = sizes.index(min(sizes))
+        sizes[writer] += _box(part).num_bytes
+        assert isinstance(part.replica_id, tuple)
+        if part.replica_id[-1] == writer:
+            assert part.data is not None
+            boxes[_box(part)] = part.data.detach
     return boxes, objects, common
+
+
+def _expert_keys(state: Any) -> tuple[str, ...]:
+    """Keys of experts' weights. Megatron-Core marks these parameters with ``allreduce = False``."""
+    keys = {
+        part.key
+        for part in _leaves(state)
+        if getattr(getattr(part, "data", None), "allreduce", True) is False
+    }
+    return tuple(keys)
 
 
 def fill(

@@ -175,11 +175,12 @@ def test_resuming_on_the_same_layout_is_bit_for_bit(runs: Any, layout: str) -> N
         assert resumed["drawn"] == torch.rand(1).item()
 
 
-def test_data_parallel_ranks_write_their_shares_of_the_optimizer_state(runs: Any, checkpoints: Path) -> None:
+@pytest.mark.parametrize("is_optimizer", [False, True])
+def test_data_parallel_ranks_write_equally_much(runs: Any, checkpoints: Path, is_optimizer: bool) -> None:
     stored = read_metadata(checkpoints / "dp2" / f"step-{SAVED:06d}").storage_data
     sizes = {"__0": 0, "__1": 0}
     for index, place in stored.items():
-        if index.fqn.startswith("optimizer.state."):
+        if index.fqn.startswith("optimizer.state.") == is_optimizer:
             sizes[place.relative_path[:3]] += place.length
     assert min(sizes.values()) > 0.4 * sum(sizes.values())
 
