@@ -34,15 +34,19 @@ CLIP = 0.2
 def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
     model, reference = save_qwen2(tmp_path / "policy"), save_qwen2(tmp_path / "reference", seed=1)
     assert_split_invariant(
+        model, {"remix": remix(model, reference), "dpo": dpo(model)}, layouts=LAYOUTS, reference=reference
+    )
+
+
+def test_every_layout_computes_the_reference_step_of_dypo(tmp_path: Path) -> None:
+    """Log-probs of whole answers are subtracted here, so rounding in FP32 is larger than in a mean over tokens."""
+    model, reference = save_qwen2(tmp_path / "policy"), save_qwen2(tmp_path / "reference", seed=1)
+    assert_split_invariant(
         model,
-        {
-            "remix": remix(model, reference),
-            "dpo": dpo(model),
-            "dypo": dypo(model),
-            "dypo, reference": dypo(model, reference=True, aggregation="seq-mean-token-mean"),
-        },
+        {"dypo": dypo(model), "reference": dypo(model, reference=True, aggregation="seq-mean-token-mean")},
         layouts=LAYOUTS,
         reference=reference,
+        relative=5e-5,
     )
 
 

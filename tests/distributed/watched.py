@@ -76,8 +76,8 @@ def samples_of(names: Sequence[str], num_samples: int, *, has_teacher: bool) -> 
             for name, start in zip(names, range(4, LENGTH, TRAINED), strict=False)
         )
         token_ids = rng.integers(3, 200, LENGTH)
-        # The first two tokens are the prompt of a sample that has a teacher; the teacher's prompt has three tokens.
-        teacher_ids = np.array([7, 8, 9, *token_ids[2:]]) if has_teacher else None
+        # The first two tokens are the prompt of a sample that has a teacher; the teacher's prompt has two others.
+        teacher_ids = np.array([7, 8, *token_ids[2:]]) if has_teacher else None
         samples.append(TrainSample(token_ids=token_ids, parts=parts, teacher_ids=teacher_ids))
     return samples
 
@@ -90,7 +90,7 @@ def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) ->
     samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size, has_teacher=has_teacher)
     plan = plan_step(
         with_scales(samples, terms),
-        max_tokens=2 * (LENGTH + has_teacher),
+        max_tokens=2 * LENGTH,
         layout=packing_layout(state.shape, parallel, state.groups.data.size),
         pad_id=0,
     )
