@@ -513,11 +513,15 @@ def _described(state: TrainState) -> dict[str, sharded.Content]:
     return contents
 
 
-def _taken_apart(state: TrainState, described: dict[str, Any], shares: Shares) -> sharded.Content:
-    groups = state.groups
+def _taken_apart(
+    state: TrainState, described: dict[str, Any], shares: Shares, *, only: str | None = None
+) -> sharded.Content:
+    """This rank's parts of ``described``, or of its entry ``only``."""
+    groups, experts = state.groups, sharded.expert_keys(described)
     return sharded.taken_apart(
-        described,
+        described if only is None else {only: described[only]},
         shares,
+        experts=experts,
         replicas=groups.replicas.size,
         expert_replicas=groups.expert_replicas.size,
     )
@@ -531,8 +535,8 @@ def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
     with second.active():
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
         with described_only(state.optimizer) as shares:
-            described = {"optimizer": _sharded(state, is_loading=False)["optimizer"]}
-        boxes, objects, common = _taken_apart(state, described, shares)
+            described = _sharded(state, is_loading=False)
+        boxes, objects, common = _taken_apart(state, described, shares, only="optimizer")
         return staged(boxes), objects, common
 
 

@@ -22,7 +22,9 @@ Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
 """What a rank writes: boxes of tensors, objects by name, and the common part, which is equal on all ranks."""
 
 
-def taken_apart(state: dict[str, Any], shares: Shares, *, replicas: int, expert_replicas: int) -> Content:
+def taken_apart(
+    state: dict[str, Any], shares: Shares, *, experts: tuple[str, ...], replicas: int, expert_replicas: int
+) -> Content:
     """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
 
     Ranks that hold the same weights write them together, each about equally many bytes in whole parts. Each rank writes
@@ -30,12 +32,12 @@ def taken_apart(state: dict[str, Any], shares: Shares, *, replicas: int, expert_
     writes it. No collectives: ``write_description`` checks that every element is written exactly once.
 
     Args:
+        experts: what the keys of experts' tensors end with (``expert_keys``).
         replicas: number of ranks that hold the same weights; ``expert_replicas``: the same experts.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-    experts = _expert_keys(state)
     parts, common = save_preprocess(state, validate_access_integrity=False)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # this stream must finish its writes before other threads copy on other streams
@@ -70,7 +72,7 @@ def taken_apart(state: dict[str, Any], shares: Shares, *, replicas: int, expert_
     return boxes, objects, common
 
 
-def _expert_keys(state: Any) -> tuple[str, ...]:
+def expert_keys(state: Any) -> tuple[str, ...]:
     """Keys of experts' weights. Megatron-Core marks these parameters with ``allreduce = False``."""
     keys = {
         part.key
