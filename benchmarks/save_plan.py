@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from shared import circumstances
@@ -127,7 +128,7 @@ def whole(key: str, layers: int) -> tuple[int, ...]:
 
 
 def by_torch(boxes: dict[str, Boxes], layers: int) -> None:
-    described = {
+    described: dict[str, Any] = {
         key: TensorStorageMetadata(
             TensorProperties(dtype=torch.float32),
             torch.Size(whole(key, layers)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -21,7 +21,8 @@ from tests.support.fake_world import rank_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model
 
-LAYOUTS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+Dtype = Literal["fp32", "bf16"]
+LAYOUTS: dict[str, tuple[str, Dtype, int, dict[str, Any]]] = {
     "dp2": ("qwen2", "fp32", 2, {}),
     "tp2_dp2": ("qwen2", "bf16", 4, {"tensor": 2}),
     "pp2_dp2": ("qwen2", "fp32", 4, {"pipeline": 2}),
@@ -38,7 +39,9 @@ LAYOUTS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
 }
 
 
-def boxes_of(folder: Path, parallel: ParallelConfig, dtype: str, *, rank: int, world_size: int) -> list[Box]:
+def boxes_of(
+    folder: Path, parallel: ParallelConfig, dtype: Dtype, *, rank: int, world_size: int
+) -> list[Box]:
     """What a rank writes after one step, which gives Adam its moments."""
     from megatron.core import parallel_state
 
