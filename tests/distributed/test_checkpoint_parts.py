@@ -113,3 +113,14 @@ def test_the_ranks_write_each_element_once(written: dict[str, list[list[Box]]], 
     assert len(by_key) > 20
     for key, boxes in by_key.items():
         assert is_tiling(boxes[0].whole, [(box.offset, box.shape) for box in boxes]), key
+
+
+@pytest.mark.parametrize("layout", ["dp2", "cp2_dp2", "dp2_replicated_optimizer", "experts_ep2_dp4"])
+def test_ranks_with_the_same_weights_write_equally_many_bytes_of_them(
+    written: dict[str, list[list[Box]]], layout: str
+) -> None:
+    sizes = [
+        sum(box.num_bytes for box in boxes if not box.key.startswith("optimizer."))
+        for boxes in written[layout]
+    ]
+    assert min(sizes) > 0.6 * max(sizes), sizes
