@@ -69,6 +69,7 @@ class Steps:
         )
         data: Any = SimpleNamespace(
             template=template,
+            routes=None,
             sources=Sources(
                 prompts=PROMPTS,
                 demonstrations=(),
