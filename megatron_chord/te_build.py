@@ -91,13 +91,22 @@ def this_host() -> Host:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that processes can still use: what is free on the machine or in the control group."""
+    """Bytes of memory that processes can still use: what is free on the machine or in the control group.
+
+    The group is charged for pages of files that it read or wrote. Those that are not in use count as free, as in
+    MemAvailable, because the kernel drops them when memory is needed.
+    """
     found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
     assert found is not None, f"{meminfo} has no line MemAvailable"
     available = int(found[1]) << 10
     limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
+        counters = group / "memory.stat"
+        unused = re.search(
+            r"^inactive_file (\d+)$", counters.read_text() if counters.is_file() else "", re.MULTILINE
+        )
+        freeable = int(unused[1]) if unused is not None else 0
+        available = min(available, int(text) - int(used.read_text()) + freeable)
     return max(available, 0)
 
 

@@ -129,6 +129,9 @@ def test_available_memory_is_the_control_groups_where_that_is_less(tmp_path: Pat
     assert te_build.available_memory(meminfo, tmp_path) == 20000000 * 1024
     (tmp_path / "memory.max").write_text("8000\n")
     assert te_build.available_memory(meminfo, tmp_path) == 3000
+    # Pages of files that were written, as those of a checkpoint, are charged to the group but can be dropped.
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_anon 7\ninactive_file 4000\nactive_file 100\n")
+    assert te_build.available_memory(meminfo, tmp_path) == 7000
 
 
 def test_disk(host: Host, tmp_path: Path) -> None:
