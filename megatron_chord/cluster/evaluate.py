@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_chord.cluster.caches import make_own_caches
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node import STOP_FILE
 from megatron_chord.cluster.outcome import exit_code_of, has_outcome, record_failure, write_outcome
@@ -55,6 +56,7 @@ class _Node:
         """Run until the evaluation has ended. Returns the exit code."""
         self._sigterms.listen()
         try:
+            make_own_caches(os.environ)
             if self._job.is_head:
                 self._evaluation = self._start_evaluation()
             while True:

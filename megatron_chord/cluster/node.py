@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_chord.cluster.caches import make_own_caches
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
@@ -87,6 +88,7 @@ class _Node:
         """Run until the ranks and servers of this node have ended. Returns the exit code."""
         self._sigterms.listen()
         try:
+            make_own_caches(os.environ)
             self._start()
             while True:
                 code = self._watch()
