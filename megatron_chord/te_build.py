@@ -90,24 +90,37 @@ def this_host() -> Host:
     )
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that processes can still use: what is free on the machine or in the control group.
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"),
+    root: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
+) -> int:
+    """Bytes of memory that processes can still use: what is free on the machine, or in this process's control group or
+    one above it, where that is less.
 
-    The group is charged for pages of files that it read or wrote. Those that are not in use count as free, as in
+    A group is charged for pages of files that it read or wrote. Those that are not in use count as free, as in
     MemAvailable, because the kernel drops them when memory is needed.
     """
     found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
     assert found is not None, f"{meminfo} has no line MemAvailable"
-    available = int(found[1]) << 10
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        counters = group / "memory.stat"
-        unused = re.search(
-            r"^inactive_file (\d+)$", counters.read_text() if counters.is_file() else "", re.MULTILINE
-        )
-        freeable = int(unused[1]) if unused is not None else 0
-        available = min(available, int(text) - int(used.read_text()) + freeable)
-    return max(available, 0)
+    free = [int(found[1]) << 10]
+    named = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.is_file() else None
+    group = root / named[1] if named is not None else root
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(root):
+            free += _free_in_group(folder)
+    return max(min(free), 0)
+
+
+def _free_in_group(group: Path) -> list[int]:
+    """Bytes that the control group may still use; empty if it has no limit."""
+    limit, used, counters = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit()):
+        return []
+    unused = re.search(
+        r"^inactive_file (\d+)$", counters.read_text() if counters.is_file() else "", re.MULTILINE
+    )
+    return [int(most) - int(used.read_text()) + (int(unused[1]) if unused is not None else 0)]
 
 
 def num_jobs(host: Host) -> int:

@@ -132,6 +132,18 @@ def test_available_memory_is_the_control_groups_where_that_is_less(tmp_path: Pat
     # Pages of files that were written, as those of a checkpoint, are charged to the group but can be dropped.
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_anon 7\ninactive_file 4000\nactive_file 100\n")
     assert te_build.available_memory(meminfo, tmp_path) == 7000
+    # A step of a Slurm job has a group of its own, below that of its job.
+    step = tmp_path / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    own = tmp_path / "own"
+    own.write_text("0::/job_7/step_0\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 7000
+    (step.parent / "memory.max").write_text("3000\n")
+    (step.parent / "memory.current").write_text("1000\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 2000
+    (step / "memory.max").write_text("500\n")
+    (step / "memory.current").write_text("400\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 100
 
 
 def test_disk(host: Host, tmp_path: Path) -> None:
