@@ -537,7 +537,8 @@ def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
         with described_only(state.optimizer) as shares:
             described = _sharded(state, is_loading=False)
         boxes, objects, common = _taken_apart(state, described, shares, only="optimizer")
-        return staged(boxes), objects, common
+        state.groups.together(lambda: boxes.update(staged(boxes)))
+        return boxes, objects, common
 
 
 def _open(checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
