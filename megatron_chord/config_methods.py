@@ -334,7 +334,7 @@ class ReLIFTConfig:
     name: Literal["relift"] = _named("relift")
     size: int = 128
     """Number of demonstrations of an SFT update. It comes after the step in which this many are collected."""
-    lr: float = 1e-6
+    sft_lr: float = 1e-6
     """Constant learning rate of the SFT updates. They have an optimizer state of their own, in host memory."""
     entropy_coefficient: float = 0.001
     """Coefficient of the entropy at the tokens of demonstrations, which is subtracted from the SFT loss."""
@@ -346,7 +346,7 @@ class ReLIFTConfig:
 
     def __post_init__(self) -> None:
         require(self.size >= 1, f"method.size must be >= 1, got {self.size}")
-        positive(**{"method.lr": self.lr, "method.sft_temperature": self.sft_temperature})
+        positive(**{"method.sft_lr": self.sft_lr, "method.sft_temperature": self.sft_temperature})
         not_negative(**{"method.entropy_coefficient": self.entropy_coefficient})
 
 

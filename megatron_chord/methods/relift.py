@@ -52,7 +52,7 @@ class ReLIFT(Method):
             )
 
     def extra_rate(self, run: RunConfig) -> float:
-        return self.settings.lr
+        return self.settings.sft_lr
 
     def step_text(self, run: RunConfig) -> str:
         return (

@@ -102,7 +102,7 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
             "batch.epochs": "2",
         },
         {  # an SFT update after every step
-            "method": "{name: relift, size: 1, lr: 1.0e-3}",
+            "method": "{name: relift, size: 1, sft_lr: 1.0e-3}",
             "data.demonstrations": str(ROOT / "examples" / "arithmetic" / "demonstrations_aligned.jsonl"),
             "data.aligned": "true",
             "batch.demonstrations": "0",

@@ -135,7 +135,7 @@ def test_all_findings_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("lr=1e-6", "did you mean method.lr or optim.lr?"),
+        ("lr=1e-6", "did you mean optim.lr?"),
         (
             "temperature=1",
             "did you mean evaluation.sets.temperature or evaluation.temperature or rollout.temperature?",

@@ -69,7 +69,7 @@ def test_the_entropy_belongs_to_the_sft_update() -> None:
         ({}, {"sampling_attempts": 2}, {}, "would replace the prompts whose rollouts are all wrong"),
         ({}, {}, {"entropy_bonus": 0.1, "entropy_bonus_on": "all"}, r"set method\.entropy_coefficient"),
         ({"size": 0}, {}, {}, r"method\.size must be >= 1"),
-        ({"lr": 0.0}, {}, {}, r"method\.lr must be > 0"),
+        ({"sft_lr": 0.0}, {}, {}, r"method\.sft_lr must be > 0"),
     ],
 )
 def test_settings_that_do_not_fit(
