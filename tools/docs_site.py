@@ -60,7 +60,11 @@ def markdown_of(path: str) -> str:
     if file.is_dir():
         names = sorted(entry.name for entry in file.iterdir() if entry.is_file())
         return "\n".join([f"# {path}", "", *(f"* [`{name}`]({file.name}/{name})" for name in names), ""])
-    text = file.read_text()
+    content = file.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return f"# {path}\n\nThis file is not text; it has {len(content)} bytes.\n"
     if file.suffix == ".md":
         return text
     fence = "~~~~"
