@@ -2,7 +2,7 @@
 
     python examples/smollm2/prepare.py model examples/smollm2/model
     python examples/smollm2/prepare.py calls examples/smollm2/calls
-    python benchmarks/real_model.py                       # each run: about 15 minutes on two quiet cores
+    python benchmarks/real_model.py                       # SFT takes 5 minutes on two quiet cores
     python benchmarks/real_model.py --only-table          # of the runs that have finished
 
 Each YAML file of examples/smollm2 is trained without changes. Runs that have finished are not repeated. An interrupted
