@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_chord.data.shared_prompts import groups_by_prompt, prompt_tokens
+from megatron_chord.data.shared_prompts import groups_by_prompt, prompt_of, prompt_tokens
 from megatron_chord.precision import Fp8Training, batch_multiple
 from megatron_chord.records import Part, TrainSample
 
@@ -413,11 +413,10 @@ def _with_shared_prompts(
     if not layout.shares_prompts:
         yield from ((0, [sample]) for sample in samples)
         return
-    ids = [sample.token_ids[: prompt_tokens(sample)].tolist() for sample in samples]
-    for prompt, members in itertools.groupby(zip(ids, samples, strict=True), key=lambda pair: pair[0]):
-        found = [sample for _, sample in members]
+    for prompt, members in itertools.groupby(samples, key=prompt_of):
+        found = list(members)
         if len(found) > 1 and prompt:
-            yield len(prompt), found
+            yield prompt_tokens(found[0]), found
         else:
             yield from ((0, [sample]) for sample in found)
 

@@ -21,6 +21,11 @@ def prompt_tokens(sample: TrainSample) -> int:
     return max(min(starts) - 1, 0) if starts else 0
 
 
+def prompt_of(sample: TrainSample) -> bytes:
+    """The tokens that may be shared, as bytes; equal for samples that can share them."""
+    return sample.token_ids[: prompt_tokens(sample)].astype("int64").tobytes()
+
+
 def groups_by_prompt(samples: Sequence[TrainSample], *, max_tokens: int) -> Iterator[list[int]]:
     """Yield the indices of samples that are to be packed together, so that they share their prompt.
 
@@ -29,9 +34,7 @@ def groups_by_prompt(samples: Sequence[TrainSample], *, max_tokens: int) -> Iter
     """
     by_prompt: dict[bytes, list[int]] = {}
     for index, sample in enumerate(samples):
-        shared = prompt_tokens(sample)
-        key = sample.token_ids[:shared].astype("int64").tobytes() if shared else f"{index}".encode()
-        by_prompt.setdefault(key, []).append(index)
+        by_prompt.setdefault(prompt_of(sample) or f"{index}".encode(), []).append(index)
     for members in by_prompt.values():
         group, used = list[int](), 0
         for index in members:
