@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +21,10 @@ import torch
 from megatron_chord.cluster.caches import make_own_caches
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node import STOP_FILE
-from megatron_chord.cluster.outcome import exit_code_of, has_outcome, record_failure, write_outcome
-from megatron_chord.cluster.servers import NodeServers, ServerLost
+from megatron_chord.cluster.outcome import exit_code_of, has_outcome, write_outcome
+from megatron_chord.cluster.servers import NodeServers
 from megatron_chord.cluster.sigterm import PREEMPTED_FILE, Sigterms
+from megatron_chord.cluster.watching import run_watched
 from megatron_chord.processes import die_with_parent
 from megatron_chord.rollout.registry import JobNodes, Registry
 from megatron_chord.train.stop import EXIT_CODE
@@ -55,24 +55,12 @@ class _Node:
     def run(self) -> int:
         """Run until the evaluation has ended. Returns the exit code."""
         self._sigterms.listen()
-        try:
-            make_own_caches(os.environ)
-            if self._job.is_head:
-                self._evaluation = self._start_evaluation()
-            while True:
-                code = self._watch()
-                if code is not None:
-                    return code
-                time.sleep(_LOOK_S)
-        except ServerLost as error:
-            record_failure(self._job.folder, f"server{error.server}", 1, str(error), error.log)
-            return 1
-        except Exception as error:
-            message = f"{self._job.name}: {type(error).__name__}: {error}"
-            record_failure(self._job.folder, f"node-{self._job.name}", 1, message)
-            raise
-        finally:
-            self._end()
+        return run_watched(self._job, start=self._start, watch=self._watch, end=self._end, pause_s=_LOOK_S)
+
+    def _start(self) -> None:
+        make_own_caches(os.environ)
+        if self._job.is_head:
+            self._evaluation = self._start_evaluation()
 
     def _start_evaluation(self) -> subprocess.Popen[bytes]:
         nodes = JobNodes(folder=self._job.folder, count=len(self._job.nodes))

@@ -34,9 +34,10 @@ from megatron_chord.cluster.outcome import (
     write_outcome,
 )
 from megatron_chord.cluster.ranks import Rank, start_ranks
-from megatron_chord.cluster.servers import NodeServers, ServerLost, count_servers, order_of
+from megatron_chord.cluster.servers import NodeServers, count_servers, order_of
 from megatron_chord.cluster.sigterm import PREEMPTED_FILE, Sigterms
 from megatron_chord.cluster.stopped import StoppedRank
+from megatron_chord.cluster.watching import run_watched
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.registry import JobRollout
@@ -87,25 +88,10 @@ class _Node:
     def run(self) -> int:
         """Run until the ranks and servers of this node have ended. Returns the exit code."""
         self._sigterms.listen()
-        try:
-            make_own_caches(os.environ)
-            self._start()
-            while True:
-                code = self._watch()
-                if code is not None:
-                    return code
-                time.sleep(_POLL_S)
-        except ServerLost as error:
-            record_failure(self._job.folder, f"server{error.server}", 1, str(error), error.log)
-            return 1
-        except Exception as error:
-            message = f"{self._job.name}: {type(error).__name__}: {error}"
-            record_failure(self._job.folder, f"node-{self._job.name}", 1, message)
-            raise
-        finally:
-            self._stop()
+        return run_watched(self._job, start=self._start, watch=self._watch, end=self._stop, pause_s=_POLL_S)
 
     def _start(self) -> None:
+        make_own_caches(os.environ)
         job = self._job
         if job.samples and self._num_servers:
             self._servers = NodeServers(job, order_of(self._run, job), say=self._say)
