@@ -102,9 +102,12 @@ class Job:
 
     def transport(self) -> TransportName:
         """The transport of weights from ranks to servers with ``rollout.transport: auto``."""
-        if not self.gpus:
-            return "file" if len(self.nodes) == 1 else "gloo"
-        return job_transport(nodes=len(self.nodes), colocated=self.num_rollout_nodes == 0)
+        colocated = self.num_rollout_nodes == 0
+        if self.gpus:
+            return job_transport(nodes=len(self.nodes), colocated=colocated)
+        if len(self.nodes) == 1:
+            return "file"
+        return "relay" if colocated else "gloo"
 
     def numeric_address(self) -> str:
         """The IPv4 address of this node on which servers listen. Raises OSError if a name cannot be resolved."""

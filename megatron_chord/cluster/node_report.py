@@ -169,16 +169,16 @@ def _disk_problems(output: Path) -> Iterator[str]:
 
 
 def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
-    """Say if a push of weights to servers beside the ranks of several nodes cannot meet its deadline (planned)."""
+    """Say if a push of weights cannot meet its deadline (planned)."""
     transport = job.transport() if run.rollout.transport == "auto" else run.rollout.transport
     size = WEIGHT_BYTES[run.model.dtype] * parameters
     seconds = push_seconds(transport, size, gpus_per_node=len(job.gpus))
     limit = run.timeouts.weight_push_s
-    if transport == "gloo" and seconds > limit:
+    if seconds > limit:
+        faster = "Leave rollout.transport out, or set" if transport == "gloo" else "Set"
         yield (
-            f"a push of {size / 1e9:.0f} GB of weights over gloo to servers on all {len(job.nodes)} nodes takes about "
-            f"{seconds:.0f} s, longer than timeouts.weight_push_s ({limit:.0f} s). Let some nodes only sample "
-            f"(CHORD_ROLLOUT_NODES), which get weights by NCCL, or set timeouts.weight_push_s to {2 * seconds:.0f}"
+            f"a push of {size / 1e9:.0f} GB of weights by the transport {transport} takes about {seconds:.0f} s, "
+            f"longer than timeouts.weight_push_s ({limit:.0f} s). {faster} timeouts.weight_push_s to {2 * seconds:.0f}"
         )
 
 

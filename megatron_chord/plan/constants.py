@@ -51,6 +51,15 @@ class Constants:
     [RL-959]."""
     push_broadcast: tuple[float, float] = (0.5, 40e9)
     """A push over NCCL, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
+
+    @property
+    def push_relay(self) -> tuple[float, float]:
+        """A push by NCCL to one rank of each node and from there by CUDA IPC: fixed seconds, and bytes per second. A
+        bucket is sent while the servers load the one before it, so the slower of the two counts. Assumed: no published
+        times, not measured on GPUs."""
+        fixed = self.push_broadcast[0] + self.push_ipc[0]
+        return fixed, min(self.push_broadcast[1], self.push_ipc[1])
+
     push_gloo: tuple[float, float] = (2.0, 0.72e9)
     """A push over gloo and TCP: fixed seconds, and bytes per second that enter a node. Every GPU of a server receives
     the whole model. 26 minutes for the 1.13 TB of a node with 8 GPUs and a 70B model, from the rate measured on two

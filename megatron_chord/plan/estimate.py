@@ -177,7 +177,7 @@ class Case:
     @property
     def peer_contexts(self) -> float:
         """Bytes of the CUDA contexts that servers on the same node open on a trainer's GPU to read its weights."""
-        if not self.work.sequences or self.chosen_transport != "ipc":
+        if not self.work.sequences or self.chosen_transport not in ("ipc", "relay"):
             return 0.0
         return (self.cluster.gpus_per_node - 1) * self.constants.peer_context_bytes
 

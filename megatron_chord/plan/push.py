@@ -14,8 +14,8 @@ def job_transport(*, nodes: int, colocated: bool) -> TransportName:
     """The transport that a job of ``nodes`` with GPUs chooses. ``colocated``: servers run beside the ranks."""
     if not colocated:
         return "broadcast"
-    # NCCL does not allow two ranks on one GPU, and CUDA IPC works only within a node.
-    return "ipc" if nodes == 1 else "gloo"
+    # CUDA IPC works only within a node, and NCCL does not allow a rank and a server's worker on one GPU.
+    return "ipc" if nodes == 1 else "relay"
 
 
 def push_seconds(
@@ -28,6 +28,7 @@ def push_seconds(
         gpus_per_node: those that sample. gloo sends the whole model to each of them.
     """
     fixed, rate = {
+        "relay": constants.push_relay,
         "ipc": constants.push_ipc,
         "broadcast": constants.push_broadcast,
         "gloo": constants.push_gloo,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +43,37 @@ class RankMessenger:
         return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
     def send(self, value: Any, to: int, timeout_s: float) -> None:
-        data = _encode(value)
-        _wait(dist.isend(torch.tensor([data.numel()]), group=self._group, group_dst=to), timeout_s)
-        _wait(dist.isend(data, group=self._group, group_dst=to), timeout_s)
+        self.send_each({to: value}, timeout_s)
+
+    def send_each(self, values: Mapping[int, Any], timeout_s: float) -> None:
+        """Send each rank its value, to all ranks at the same time."""
+        messages = {rank: _encode(value) for rank, value in values.items()}
+        self._send_each({rank: torch.tensor([data.numel()]) for rank, data in messages.items()}, timeout_s)
+        self._send_each(messages, timeout_s)
+
+    def _send_each(self, tensors: Mapping[int, Tensor], timeout_s: float) -> None:
+        works = [dist.isend(tensor, group=self._group, group_dst=rank) for rank, tensor in tensors.items()]
+        for work in works:
+            _wait(work, timeout_s)
 
     def receive(self, sender: int, timeout_s: float) -> Any:
-        size = torch.zeros(1, dtype=torch.int64)
-        _wait(dist.irecv(size, group=self._group, group_src=sender), timeout_s)
-        data = torch.zeros(int(size), dtype=torch.uint8)
-        _wait(dist.irecv(data, group=self._group, group_src=sender), timeout_s)
-        return _decode(data)
+        return self.receive_each([sender], timeout_s)[0]
+
+    def receive_each(self, senders: Sequence[int], timeout_s: float) -> list[Any]:
+        """Receive one value from each sender, all at the same time. Their order is that of the senders."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in senders]
+        self._receive_into(sizes, senders, timeout_s)
+        parts = [torch.zeros(int(size), dtype=torch.uint8) for size in sizes]
+        self._receive_into(parts, senders, timeout_s)
+        return [_decode(part) for part in parts]
+
+    def _receive_into(self, tensors: Sequence[Tensor], senders: Sequence[int], timeout_s: float) -> None:
+        works = [
+            dist.irecv(tensor, group=self._group, group_src=sender)
+            for tensor, sender in zip(tensors, senders, strict=True)
+        ]
+        for work in works:
+            _wait(work, timeout_s)
 
 
 def _wait(work: dist.Work | None, timeout_s: float) -> None:

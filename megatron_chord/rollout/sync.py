@@ -8,6 +8,8 @@ servers:
     exporters                      publish, transmit   publish, transmit
     others                         take part in the iterator's collectives
 
+With ``relay`` one rank of each node passes the buckets on to the servers of its node (``rollout.relay``).
+
 A server verifies the fingerprint of each tensor that it receives and, at the end, that no parameter is missing. If
 anything fails, every rank raises the same SyncError and the servers stay paused. Their weights are then a mixture of
 old and new ones, so the caller must restart the servers and call ``reconnect``, or push again. The first push also ends
@@ -21,7 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,7 @@ from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.rank_messenger import RankMessenger
+from megatron_chord.rollout.relay import Relay, RelayPlan, form_relay_group, plan_relay
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
     FileTransport,
@@ -42,13 +46,14 @@ from megatron_chord.rollout.transports import (
 )
 from megatron_chord.timing import Timer
 
-TransportName = Literal["file", "gloo", "broadcast", "ipc"]
+TransportName = Literal["file", "gloo", "broadcast", "ipc", "relay"]
 COORDINATOR = 0
 BUCKET_BYTES: dict[TransportName, int] = {
     "file": 64 << 20,
     "gloo": 64 << 20,
     "broadcast": 256 << 20,
     "ipc": 256 << 20,
+    "relay": 256 << 20,
 }
 """Maximum size of a bucket by transport. The transports through main memory are slow compared with the request that
 announces a bucket; with small buckets the overlap begins earlier."""
@@ -82,15 +87,27 @@ class SyncSettings:
     timeout_s: float
     """Time limit of one push."""
     folder: Path = SHARED_MEMORY
-    """``file`` only: rank 0 makes a private folder here. It must be in memory that all exporters and servers share."""
+    """``file``: rank 0 makes a private folder here. It must be in memory that all exporters and servers share.
+    ``relay`` without GPUs: one rank of each node makes one. It must be in memory that this rank and the servers of its
+    node share."""
     host: str = "127.0.0.1"
-    """``broadcast`` and ``gloo`` only: address of this rank that the servers can reach."""
+    """``broadcast``, ``gloo`` and ``relay``: address of this rank that servers and other ranks can reach. For ``relay``
+    it is also the address in the URLs of the servers on the same node."""
     bucket_bytes: int | None = None
     """Maximum size of a bucket that has more than one tensor. None: ``BUCKET_BYTES``."""
     pause_mode: PauseMode = "wait"
     """What happens to running requests when a push begins (``RolloutClient.pause``)."""
     quantization: Quantization | None = None
     """The quantisation with which the servers must have been started. A server with another one is refused."""
+
+
+class _Place(TypedDict):
+    """What a rank offers to servers and other ranks."""
+
+    endpoint: list | None
+    """Host and port of the store through which a process group is formed."""
+    folder: str | None
+    """The private folder for buckets in shared memory."""
 
 
 class WeightSync:
@@ -119,10 +136,10 @@ class WeightSync:
         self._exchange = RankMessenger(group)
         self._device = device
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
-        self._folder: Path | None = None
         self._private: PrivateFolder | None = None
-        """The private folder, on rank 0 only."""
+        """The private folder, on the rank that made it."""
         self._transport: Transport | None = None
+        self._relay: Relay | None = None
         self._connected = False
         self._deadline = 0.0
         self._timer = Timer()
@@ -145,13 +162,16 @@ class WeightSync:
 
     def close(self) -> None:
         """Remove the private folder and drop the process groups."""
-        self._transport = None
-        self._connected = False
+        self._disconnect()
         if self._pool is not None:
             self._pool.shutdown(wait=False)
         if self._private is not None:
             self._private.close()
-        self._folder = None
+
+    def _disconnect(self) -> None:
+        if self._relay is not None:
+            self._relay.release()
+        self._transport, self._relay, self._connected = None, None, False
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """Replace the servers' weights by `named_tensors` and their version by `version`.
@@ -175,9 +195,10 @@ class WeightSync:
             num_bytes = sum(self._together(lambda: self._stream(named_tensors)))
             with timer.phase("finish"):
                 self._together(lambda: self._close_update(version), rank=COORDINATOR)
+            if self._relay is not None:
+                self._relay.release()
         except BaseException:
-            self._connected = False
-            self._transport = None
+            self._disconnect()
             raise
         seconds = time.monotonic() - begun
         timer.seconds["wait"] = seconds - sum(timer.seconds.values())
@@ -215,74 +236,131 @@ class WeightSync:
         plan = self._together(self._plan, rank=COORDINATOR)[COORDINATOR]
         if plan is None:
             return
+        relay: RelayPlan | None = None
+        if self._settings.transport == "relay":
+            hosts = self._together(lambda: self._settings.host)
+            try:
+                relay = plan_relay(hosts, self._exporters, plan["hosts"])
+            except ValueError as error:
+                raise SyncError(str(error)) from error
         store: SenderStore | None = None
 
-        def listen() -> list | None:
+        def prepare() -> _Place:
             nonlocal store
-            needs_group = self._settings.transport in ("broadcast", "gloo")
-            if not needs_group or self._exchange.rank not in self._exporters:
-                return None
+            folder = self._make_folder(relay)
+            if not self._listens(relay):
+                return {"endpoint": None, "folder": folder}
             store = SenderStore(self._settings.host, self._settings.timeout_s)
-            return [store.host, store.port]
+            return {"endpoint": [store.host, store.port], "folder": folder}
 
-        places = self._together(listen)
-        endpoints = [place for place in places if place is not None]
-        self._folder = Path(plan["folder"]) if plan["folder"] is not None else None
-        self._together(lambda: self._connect_servers(store, plan["workers"], endpoints))
+        places: list[_Place] = self._together(prepare)
+        self._together(lambda: self._connect_servers(store, plan["workers"], places, relay))
 
     def _plan(self) -> dict | None:
-        """What ranks need to connect: the number of workers of each server, and a new private folder for ``file``.
-
-        None if the connection exists already.
-        """
+        """What ranks need to connect: number of workers and address of each server. None if the connection exists."""
         if self._connected:
             return None
-        if self._settings.transport == "file" and self._folder is None:
-            self._private = PrivateFolder(self._settings.folder)
-            self._folder = self._private.path
         self._call_servers(lambda client: client.end_open_update(timeout_s=self._time_left()))
         workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
-        return {"workers": workers, "folder": None if self._folder is None else str(self._folder)}
+        return {"workers": workers, "hosts": [urlsplit(client.url).hostname for client in self._clients]}
+
+    def _make_folder(self, relay: RelayPlan | None) -> str | None:
+        """Make this rank's private folder, if it needs one and has none. Returns its path."""
+        rank = self._exchange.rank
+        if relay is not None:
+            needs_one = rank in relay.servers and self._device.type != "cuda"
+        else:
+            needs_one = rank == COORDINATOR and self._settings.transport == "file"
+        if needs_one and self._private is None:
+            self._private = PrivateFolder(self._settings.folder)
+        return str(self._private.path) if needs_one and self._private is not None else None
+
+    def _listens(self, relay: RelayPlan | None) -> bool:
+        """Whether other processes join a process group through this rank."""
+        if relay is not None:
+            return self._is_coordinator and len(relay.members) > 1
+        return self._settings.transport in ("broadcast", "gloo") and self._exchange.rank in self._exporters
 
     def _connect_servers(
-        self, store: SenderStore | None, workers: Sequence[int], endpoints: list[list]
+        self,
+        store: SenderStore | None,
+        workers: Sequence[int],
+        places: Sequence[_Place],
+        relay: RelayPlan | None,
     ) -> None:
-        """Send the exporters' addresses to the servers, while the exporters wait for the servers' workers."""
+        """Tell the servers where weights come from, while this rank waits for those that join its process group."""
         replies: list[Future[None]] = []
         if self._is_coordinator:
-            first_workers = [sum(workers[:i]) for i in range(len(workers))]
             replies = self._submit_each(
-                lambda client, first: client.init_weight_transfer(
-                    {
-                        "transport": self._settings.transport,
-                        "timeout_s": self._settings.timeout_s,
-                        "folder": None if self._folder is None else str(self._folder),
-                        "endpoints": endpoints,
-                        "num_workers": sum(workers),
-                        "first_worker": first,
-                        "quantization": self._settings.quantization,
-                    },
-                    timeout_s=self._time_left(),
-                ),
-                first_workers,
+                lambda client, body: client.init_weight_transfer(body, timeout_s=self._time_left()),
+                self._init_bodies(workers, places, relay),
             )
-        if self._exchange.rank in self._exporters:
-            self._transport = self._make_transport(store, sum(workers))
+        if relay is not None:
+            self._relay = self._make_relay(relay, store, workers, places)
+        elif self._exchange.rank in self._exporters:
+            self._transport = self._make_transport(store, sum(workers), places)
         for future in replies:
             future.result()
         self._connected = True
 
-    def _make_transport(self, store: SenderStore | None, num_workers: int) -> Transport:
+    def _init_bodies(
+        self, workers: Sequence[int], places: Sequence[_Place], relay: RelayPlan | None
+    ) -> list[dict]:
+        """The body of the request that initialises the transfer, for each server."""
+        settings = self._settings
+        local: str = settings.transport
+        if relay is not None:
+            local = "ipc" if self._device.type == "cuda" else "file"
+        endpoints = [place["endpoint"] for place in places if place["endpoint"] is not None]
+        bodies: dict[int, dict] = {}
+        senders = {COORDINATOR: range(len(workers))} if relay is None else relay.servers
+        for rank, servers in senders.items():  # workers are numbered among those with the same sender
+            for position, server in enumerate(servers):
+                bodies[server] = {
+                    "transport": local,
+                    "timeout_s": settings.timeout_s,
+                    "folder": places[rank]["folder"],
+                    "endpoints": endpoints if relay is None else [],
+                    "num_workers": sum(workers[other] for other in servers),
+                    "first_worker": sum(workers[other] for other in servers[:position]),
+                    "quantization": settings.quantization,
+                }
+        return [bodies[server] for server in sorted(bodies)]
+
+    def _make_transport(
+        self, store: SenderStore | None, num_workers: int, places: Sequence[_Place]
+    ) -> Transport:
         sender = self._exporters.index(self._exchange.rank)
         if self._settings.transport == "file":
-            assert self._folder is not None
-            return FileTransport(self._folder, sender)
+            folder = places[COORDINATOR]["folder"]
+            assert folder is not None
+            return FileTransport(Path(folder), sender)
         if self._settings.transport == "ipc":
             return IpcTransport(sender, num_workers, self._device)
         assert store is not None
         device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
         group = store.form_group(num_workers, device)
         return BroadcastTransport(group, sender, device, self._settings.timeout_s)
+
+    def _make_relay(
+        self, plan: RelayPlan, store: SenderStore | None, workers: Sequence[int], places: Sequence[_Place]
+    ) -> Relay | None:
+        """This rank's side of the relay; None if the rank is no member."""
+        rank, transport = self._exchange.rank, None
+        if rank not in plan.members:
+            return None
+        if rank in plan.servers:
+            folder = places[rank]["folder"]
+            num_workers = sum(workers[server] for server in plan.servers[rank])
+            transport = (
+                IpcTransport(0, num_workers, self._device)
+                if folder is None
+                else FileTransport(Path(folder), 0)
+            )
+        group = form_relay_group(
+            plan, rank, store, places[COORDINATOR]["endpoint"], self._device, self._settings.timeout_s
+        )
+        return Relay(plan, self._exchange, group, transport, self._device)
 
     def _open_update(self) -> None:
         self._call_servers(
@@ -302,6 +380,15 @@ class WeightSync:
         """Send this rank's tensors; on the coordinator also serve the other exporters. Returns bytes sent by this
         rank."""
         tensors = iter(named_tensors)
+        if self._relay is not None:
+            return self._relay.push(
+                self._exporters,
+                tensors,
+                in_buckets(tensors, self._bucket_bytes),
+                update=self._update_each if self._is_coordinator else None,
+                time_left=self._time_left,
+                timer=self._timer,
+            )
         failure: Exception | None = None
         num_bytes = 0
         try:
@@ -416,8 +503,11 @@ class WeightSync:
                 return refusal
 
     def _announce(self, update_info: dict) -> list[Future[None]]:
+        return self._update_each([update_info] * len(self._clients))
+
+    def _update_each(self, update_infos: Sequence[dict]) -> list[Future[None]]:
         return self._submit_each(
-            lambda client, _: client.update_weights(update_info, timeout_s=self._time_left()), self._clients
+            lambda client, info: client.update_weights(info, timeout_s=self._time_left()), update_infos
         )
 
     def _call_servers(self, call: Callable[[RolloutClient], None]) -> None:

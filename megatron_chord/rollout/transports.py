@@ -1,4 +1,4 @@
-"""The four transports that bring a bucket of weights from a trainer rank to the server's workers.
+"""The transports that bring a bucket of weights from a trainer rank to the server's workers.
 
 A sender's transport publishes a bucket as a parcel. Two parcels may exist at a time: the next one is made while the
 server receives the previous one.
@@ -10,8 +10,12 @@ server receives the previous one.
 ``file``       for a server without a GPU on the same machine
 ``broadcast``  for a server on other GPUs (NCCL) or in other processes without a GPU (gloo)
 ``ipc``        for a server on the same GPUs; NCCL does not allow two ranks on one GPU
-``gloo``       for servers on the trainer's GPUs on several nodes. It goes through main memory: it is slower than NCCL,
-               but works everywhere
+``gloo``       every worker receives every byte over TCP and main memory. It is the slowest, but works everywhere
+
+On several nodes with servers beside the ranks, ``rollout.relay`` brings each bucket to one rank of each node, which
+passes it on by ``ipc`` or ``file``. For this, these two transports also offer a parcel's memory before it has content:
+
+    parcel = transport.make_room(num_bytes)     ``parcel.memory``: to be filled before the bucket is announced
 """
 
 from __future__ import annotations
@@ -62,13 +66,18 @@ class FileTransport:
         self._buffers: list[tuple[Path, Tensor] | None] = [None, None]
 
     def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _File:
-        size = flat_size(infos)
+        parcel = self.make_room(flat_size(infos))
+        flatten((tensor for _, tensor in bucket), out=parcel.memory)
+        return parcel
+
+    def make_room(self, num_bytes: int) -> _File:
+        """A parcel without content. Raises OSError if shared memory has no room for it."""
         turn, self._count = self._count % 2, self._count + 1
         mapped = self._buffers[turn]
-        if mapped is None or mapped[1].numel() < size:
-            mapped = self._buffers[turn] = _make_mapped_file(self._folder, f"weights-{self._sender}-", size)
-        flatten((tensor for _, tensor in bucket), out=mapped[1])
-        return _File(mapped[0], 2 * self._sender + turn)
+        if mapped is None or mapped[1].numel() < num_bytes:
+            mapped = _make_mapped_file(self._folder, f"weights-{self._sender}-", num_bytes)
+            self._buffers[turn] = mapped
+        return _File(mapped[0], 2 * self._sender + turn, mapped[1])
 
 
 def _make_mapped_file(folder: Path, prefix: str, num_bytes: int) -> tuple[Path, Tensor]:
@@ -95,6 +104,7 @@ def _map(path: Path, num_bytes: int) -> Tensor:
 class _File:
     path: Path
     buffer: int
+    memory: Tensor
 
     @property
     def fields(self) -> dict:
@@ -173,16 +183,21 @@ class IpcTransport:
         self._slot = 0
 
     def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _Handles:
-        size = flat_size(infos)
+        parcel = self.make_room(flat_size(infos))
+        flatten((tensor for _, tensor in bucket), out=parcel.memory)
+        torch.cuda.synchronize(self._device)
+        return parcel
+
+    def make_room(self, num_bytes: int) -> _Handles:
+        """A parcel without content. Raises torch.OutOfMemoryError if the GPU has no room for it."""
         self._slot = 1 - self._slot
         staging = self._staging[self._slot]
-        if staging is None or staging.buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if staging is None or staging.buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             staging = _Staging(buffer, [export_cuda_buffer(buffer) for _ in range(self._num_workers)])
             self._staging[self._slot] = staging
-        flatten((tensor for _, tensor in bucket), out=staging.buffer)
-        torch.cuda.synchronize(self._device)
-        return _Handles({"source": self._sender, "slot": self._slot, "handles": staging.handles})
+        fields = {"source": self._sender, "slot": self._slot, "handles": staging.handles}
+        return _Handles(fields, staging.buffer)
 
 
 @dataclass(frozen=True)
@@ -195,6 +210,7 @@ class _Staging:
 @dataclass(frozen=True)
 class _Handles:
     fields: dict
+    memory: Tensor
 
     def transmit(self, given_up: Callable[[], bool]) -> None:
         pass
@@ -204,7 +220,7 @@ class _Handles:
 
 
 class SenderGroup:
-    """A process group that is separate from torch.distributed's default group. Rank 0 sends, all others receive."""
+    """A process group that is separate from torch.distributed's default group. One rank sends, all others receive."""
 
     def __init__(self, group: Any, store: dist.Store) -> None:
         self._group = (
@@ -213,16 +229,16 @@ class SenderGroup:
         self._store = store  # kept: NCCL connects only at its first collective
 
     def broadcast(
-        self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False
+        self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False, root: int = 0
     ) -> None:
-        """Copy rank 0's `buffer` to every rank.
+        """Copy the `buffer` of rank `root` of this group to every rank.
 
         Raises:
             TimeoutError: it took longer than ``timeout_s``.
             RuntimeError: a peer is gone, or ``given_up`` returned true.
         """
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
+        options.rootRank, options.rootTensor = root, 0
         end = time.monotonic() + timeout_s
         work = self._group.broadcast([buffer], options)
         # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
@@ -236,7 +252,7 @@ class SenderGroup:
 
 
 class SenderStore:
-    """The store through which one sender and the workers form a process group. It listens on one address only."""
+    """The store through which a process and others form a process group. It listens on one address only."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
         own = listener(host, 0)
@@ -251,15 +267,15 @@ class SenderStore:
             master_listen_fd=own.detach(),
         )
 
-    def form_group(self, num_workers: int, device: torch.device) -> SenderGroup:
-        """Form the group. Blocks until every worker has joined."""
-        return _make_group(self._store, self.host, 0, 1 + num_workers, device, self._timeout_s)
+    def form_group(self, num_others: int, device: torch.device) -> SenderGroup:
+        """Form the group, as its rank 0. Blocks until all others have joined."""
+        return _make_group(self._store, self.host, 0, 1 + num_others, device, self._timeout_s)
 
 
 def join_sender_group(
     host: str, port: int, *, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> SenderGroup:
-    """A worker's side of ``SenderStore.form_group``."""
+    """The others' side of ``SenderStore.form_group``."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return _make_group(store, address_towards(host, port), rank, size, device, timeout_s)

@@ -40,12 +40,15 @@ def hf_tensors(
         is_root = dist.get_rank(group) == 0
         axis = entry.rule.transform.axis
         for index, part in enumerate(entry.rule.transform.split(parameter.detach())):
-            if entry.expert is not None:
-                wholes = _gather(part, group)
-            else:
-                wholes = [part if axis is None else _join(_gather(part, group), axis)]
+            is_cut = entry.expert is not None or axis is not None
+            parts = _gather(part, group) if is_cut else [part]
             if not is_root:
+                if part.is_cuda:
+                    # No kernel of this rank may queue behind a gather that waits for another rank: this process may at
+                    # the same time receive weights for the servers of its node (rollout/relay.py).
+                    torch.cuda.current_stream(part.device).synchronize()
                 continue
+            wholes = parts if entry.expert is not None or axis is None else [_join(parts, axis)]
             for rank, whole in enumerate(wholes):
                 hf = _held_by(entry, rank, weights.num_experts // len(wholes)).hf[index]
                 rows = vocab_size if entry.rule.vocab else len(whole)

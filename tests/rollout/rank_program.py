@@ -34,7 +34,7 @@ def main(url: str, key: str) -> Result:
     group: Any = dist.new_group(backend="gloo")
     client = RolloutClient(url, key)
     gaps, num_bytes, version = {}, 0, 2000
-    for transport in ("file", "gloo", "broadcast"):
+    for transport in ("file", "gloo", "broadcast", "relay"):
         sync = WeightSync(
             [client] if dist.get_rank() == 0 else [],
             SyncSettings(transport=transport, timeout_s=240, bucket_bytes=50_000),
@@ -44,20 +44,20 @@ def main(url: str, key: str) -> Result:
         )
         for _ in range(2):
             version += 1
-            num_bytes = sync.push(_export(version, stage_group), version).num_bytes
+            num_bytes = sync.push(export(version, stage_group), version).num_bytes
         if dist.get_rank() == 0:
             asked = requests()
             replies = client.generate(asked, version=version, deadline_s=240)
             gaps[transport] = largest_gap(make_model(version), asked, replies)
     begun = time.monotonic()
     try:
-        sync.push(_export(0, stage_group, fail_at="model.layers.1.mlp.up_proj.weight"), version + 1)
+        sync.push(export(0, stage_group, fail_at="model.layers.1.mlp.up_proj.weight"), version + 1)
     except SyncError as error:
         return Result(num_bytes, gaps, str(error), time.monotonic() - begun)
     raise AssertionError("the push did not fail")
 
 
-def _export(
+def export(
     seed: int, stage_group: dist.ProcessGroup, fail_at: str | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield this rank's weights. In stage 0 two ranks gather each tensor and the leader yields it. Stage 1 is one

@@ -102,6 +102,7 @@ def test_nothing_is_sampled_by_weights_that_were_never_pushed(
     [
         "file",
         "gloo",
+        "relay",
         pytest.param("broadcast", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="gloo")),
     ],
 )
@@ -314,7 +315,7 @@ def test_several_exporters_and_one_that_fails(servers: Servers) -> None:
     results = run_ranks(rank_program.main, 3, server.url, server.api_key, timeout_s=400)
     num_bytes = sum(tensor.nbytes for _, tensor in weights_of(make_model(0)))
     assert [result.num_bytes for result in results] == [num_bytes] * 3
-    assert set(results[0].gaps) == {"file", "gloo", "broadcast"}
+    assert set(results[0].gaps) == {"file", "gloo", "broadcast", "relay"}
     assert all(gap < TOLERANCE for gap in results[0].gaps.values())
     for result in results:
         assert result.failure == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"

@@ -57,9 +57,10 @@ def test_servers_see_their_own_gpus_first() -> None:
     ("nodes", "rollout_nodes", "num_gpus", "transport"),
     [
         ("a1=h", "0", 8, "ipc"),
-        (FOUR, "0", 8, "gloo"),
+        (FOUR, "0", 8, "relay"),
         (FOUR, "1", 8, "broadcast"),
         ("a1=h", "", 0, "file"),
+        (FOUR, "0", 0, "relay"),
         (FOUR, "1", 0, "gloo"),
     ],
 )

@@ -166,8 +166,10 @@ def test_offloading_leaves_only_weights_beside_the_servers() -> None:
 def test_weights_travel_as_a_job_sends_them() -> None:
     """70B in BF16 is 141 GB. Over gloo each of a node's 8 GPUs receives all of it, at 0.72 GB/s a node."""
     run, size = run_of("chord_llama70b"), 2 * 70_553_706_496
-    case = case_of(run, h100(8))
-    assert case.chosen_transport == "gloo"
+    relayed = case_of(run, h100(8))
+    assert (relayed.chosen_transport, relayed.sync_seconds()) == ("relay", pytest.approx(2.5 + size / 10e9))
+    assert estimate(relayed, choice_of(run)).warnings == ()
+    case = case_of(run_of("chord_llama70b", "rollout.transport=gloo"), h100(8))
     assert case.sync_seconds() == pytest.approx(2 + 8 * size / 0.72e9)
     assert 25 * 60 < case.sync_seconds() < 27 * 60
     (warning,) = estimate(case, choice_of(run)).warnings
