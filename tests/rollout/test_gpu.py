@@ -49,6 +49,7 @@ PLACES: dict[str, tuple[TransportName, str | None]] = {
     "ipc": ("ipc", None),
     "ipc from another GPU": ("ipc", "1,0"),
     "gloo": ("gloo", None),
+    "relay": ("relay", None),
     "broadcast": ("broadcast", "1"),
 }
 """The transport, and the server's CUDA_VISIBLE_DEVICES. The weights are on GPU 0."""
