@@ -472,8 +472,8 @@ class RolloutConfig:
     """Size of the server's KV cache. Left out: 256 MiB on a CPU; on a GPU, what is free."""
     transport: Literal["auto", "file", "gloo", "broadcast", "ipc", "relay"] = "auto"
     """How weights reach the servers. file: files in shared memory. gloo: main memory and gloo. broadcast: a process
-    group (NCCL with GPUs). ipc: CUDA IPC. relay: a process group of one rank on each node, and from there CUDA IPC or
-    files to the servers of the node. auto: files without a GPU; with GPUs, CUDA IPC to the trainer's own servers
+    group (NCCL with GPUs). ipc: CUDA IPC. relay: a process group with one rank of each node, and from there CUDA IPC
+    or files to the servers of the node. auto: files without a GPU; with GPUs, CUDA IPC to the trainer's own servers
     and NCCL to those in `servers`; in a Slurm job, whatever the servers' place allows (docs/cluster.md)."""
     sleep: bool | None = None
     """Servers free their GPU memory while the ranks train, and take it back when new weights arrive. Left out: true

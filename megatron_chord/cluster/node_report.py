@@ -169,8 +169,17 @@ def _disk_problems(output: Path) -> Iterator[str]:
 
 
 def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
-    """Say if a push of weights cannot meet its deadline (planned)."""
+    """Say if a push of weights cannot reach the job's servers, or cannot meet its deadline (planned)."""
     transport = job.transport() if run.rollout.transport == "auto" else run.rollout.transport
+    if transport in ("ipc", "file") and len(job.nodes) > 1:
+        yield (
+            f"rollout.transport {transport} works within one node, and this job has {len(job.nodes)}. Leave it out"
+        )
+    if transport == "relay" and job.num_rollout_nodes:
+        yield (
+            f"rollout.transport relay needs servers beside the ranks, and {job.num_rollout_nodes} nodes of this job "
+            "only sample (CHORD_ROLLOUT_NODES). Leave it out"
+        )
     size = WEIGHT_BYTES[run.model.dtype] * parameters
     seconds = push_seconds(transport, size, gpus_per_node=len(job.gpus))
     limit = run.timeouts.weight_push_s

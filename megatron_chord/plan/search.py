@@ -106,11 +106,12 @@ def _smallest_shares(placed: Sequence[Placed]) -> list[Placed]:
 def _splits(case: Case) -> Iterator[Case]:
     """The case with all nodes shared, and with a quarter, a half and three quarters of them for sampling alone.
 
-    A stated ``rollout.offload`` is kept. A stated transport that works only within a node keeps the nodes shared.
+    A stated ``rollout.offload`` is kept. A stated transport that needs servers beside the ranks keeps the nodes
+    shared.
     """
     cluster = case.cluster
-    is_local = case.transport in ("ipc", "file")
-    if not case.work.sequences or cluster.nodes == 1 or not cluster.colocated or is_local:
+    must_share = case.transport in ("ipc", "file", "relay")
+    if not case.work.sequences or cluster.nodes == 1 or not cluster.colocated or must_share:
         yield case
         return
     yield case

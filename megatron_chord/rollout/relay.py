@@ -5,7 +5,7 @@ read it: in a buffer for CUDA IPC, or in shared memory without GPUs. Exporters a
 relay. One exporter after another sends its buckets. These are the messages of one bucket:
 
     exporter -> members     its size, and for rank 0 the tensors' descriptions; None after the last bucket
-    publishers -> rank 0    where the bucket will lie, or why there is no room for it
+    members -> rank 0       where the bucket will lie, or why there is no room for it
     rank 0 -> members       None, or the reason why the bucket must not be sent
     exporter -> members     broadcast of the bucket: NCCL, or gloo without GPUs
     publishers -> rank 0    the bucket has arrived
@@ -46,8 +46,6 @@ Update = Callable[[Sequence[dict]], list[Future[None]]]
 COORDINATOR = 0
 _BUFFERS = 2
 """Number of a publisher's buffers, which it fills in turn."""
-_JOIN_S = 5.0
-"""Seconds after the deadline of a push in which the thread of ``_drained`` must end."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,8 @@ def form_relay_group(
 ) -> SenderGroup | None:
     """The process group of the members, on each of them; None if there is only one.
 
+    Blocks until all have joined: NCCL would otherwise connect in the first broadcast, beside the gathers of a bucket.
+
     Args:
         store: the coordinator's store; None on other members.
         endpoint: its host and port.
@@ -102,12 +102,14 @@ def form_relay_group(
     if len(plan.members) == 1:
         return None
     if store is not None:
-        return store.form_group(len(plan.members) - 1, device)
-    assert endpoint is not None
-    host, port = endpoint
-    return join_sender_group(
-        host, port, rank=plan.members.index(rank), size=len(plan.members), device=device, timeout_s=timeout_s
-    )
+        group = store.form_group(len(plan.members) - 1, device)
+    else:
+        assert endpoint is not None
+        host, port = endpoint
+        place, size = plan.members.index(rank), len(plan.members)
+        group = join_sender_group(host, port, rank=place, size=size, device=device, timeout_s=timeout_s)
+    group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), timeout_s=timeout_s)
+    return group
 
 
 class _Announcer:
@@ -174,6 +176,8 @@ class Relay:
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._announcer: _Announcer | None = None
         self._time_left: Callable[[], float] = lambda: 0.0
+        self._message_s: Callable[[], float] = lambda: 0.0
+        self._timer = Timer()
 
     def push(
         self,
@@ -183,6 +187,7 @@ class Relay:
         *,
         update: Update | None,
         time_left: Callable[[], float],
+        message_s: Callable[[], float],
         timer: Timer,
     ) -> int:
         """Take part in one push, until the servers have loaded all buckets. Returns the bytes that this rank exported.
@@ -193,30 +198,33 @@ class Relay:
             buckets: `tensors` in buckets. Used by exporters only.
             update: on the coordinator only: starts the update of one bucket on all servers, with a body for each.
             time_left: seconds until the deadline. Raises TimeoutError if it has passed.
+            message_s: longest wait for a message of another member. It is longer than `time_left`, so that all members
+                learn of a server that did not answer before the deadline. A message that is given up would break the
+                group of all ranks.
         Raises:
             Exception: the first failure of this rank or of a server, or a Refused if another rank has failed.
         """
         self._announcer = None if update is None else _Announcer(self._plan, update)
-        self._time_left = time_left
+        self._time_left, self._message_s, self._timer = time_left, message_s, timer
         announcer = self._announcer
         rank, num_bytes = self._messenger.rank, 0
         failures: list[Exception] = []
-        with nullcontext() if rank in exporters else _drained(tensors, self._device, time_left):
-            for exporter in exporters:
-                try:
-                    if exporter == rank:
-                        num_bytes = self._export(buckets, timer)
-                    else:
-                        self._pass_on(exporter)
-                except (Refused, _ExportFailed) as failure:
-                    # The members continue with the next exporter: each of them must know that it is refused.
-                    failures.append(failure.reason if isinstance(failure, _ExportFailed) else failure)
-                    for _ in tensors if exporter == rank else ():
-                        pass  # the other ranks of its tensor-parallel group wait in the iterator's collectives
-                if announcer is not None:
-                    announcer.settle()
-        if announcer is not None and announcer.failure is not None:
-            raise announcer.failure
+        try:
+            with (_ended if rank in exporters else _drained)(tensors, self._device):
+                for exporter in exporters:
+                    try:
+                        if exporter == rank:
+                            num_bytes = self._export(buckets)
+                        else:
+                            self._pass_on(exporter)
+                    except (Refused, _ExportFailed) as failure:
+                        # The members go on with the next exporter: each exporter must learn that it is refused.
+                        failures.append(failure.reason if isinstance(failure, _ExportFailed) else failure)
+                    if announcer is not None:
+                        announcer.settle()
+        finally:
+            if announcer is not None and announcer.failure is not None:
+                raise announcer.failure
         if failures:
             raise failures[0]
         return num_bytes
@@ -226,15 +234,16 @@ class Relay:
         for parcel in self._parcels:
             parcel.release()
         self._parcels = []
+        self._scratch = self._scratch.new_empty(0)
 
-    def _export(self, buckets: Iterator[Bucket], timer: Timer) -> int:
+    def _export(self, buckets: Iterator[Bucket]) -> int:
         """The exporter's side of its stream. Returns the bytes of its tensors."""
         rank, num_bytes = self._messenger.rank, 0
         while True:
             try:
-                with timer.phase("export"):
+                with self._timer.phase("export"):
                     bucket = next(buckets, None)
-                with timer.phase("fingerprint"):
+                with self._timer.phase("fingerprint"):
                     infos = describe(bucket or ())
             except Exception as error:
                 self._tell(dict.fromkeys(self._others))
@@ -244,13 +253,12 @@ class Relay:
                 return num_bytes
             size, tensors = flat_size(infos), [info.to_json() for info in infos]
             self._tell({other: [size, tensors if other == COORDINATOR else None] for other in self._others})
-            with timer.phase("copy"):
-                self._move(rank, size, tensors, bucket)
+            self._move(rank, size, tensors, bucket)
             num_bytes += sum(tensor.nbytes for _, tensor in bucket)
 
     def _pass_on(self, exporter: int) -> None:
         """The side of another member in the stream of ``exporter``."""
-        while (header := self._messenger.receive(exporter, self._time_left())) is not None:
+        while (header := self._messenger.receive(exporter, self._message_s())) is not None:
             size, tensors = header
             self._move(exporter, size, tensors, None)
 
@@ -263,41 +271,42 @@ class Relay:
         """
         memory, place = self._make_room(size)
         places = self._agree(place)
-        if bucket is not None:
-            flatten((tensor for _, tensor in bucket), out=memory)
-        if self._group is not None:
-            root = self._plan.members.index(exporter)
-            self._group.broadcast(memory[:size], timeout_s=self._time_left(), root=root)
-        if self._device.type == "cuda":
-            # Not the whole device: another stream of this process may wait in a gather until the exporter goes on.
-            torch.cuda.current_stream(self._device).synchronize()
-        self._collect([])
+        while len(self._parcels) > _BUFFERS:
+            self._parcels.pop(0).release()  # the servers have loaded it
+        with self._timer.phase("copy"):
+            if bucket is not None:
+                flatten((tensor for _, tensor in bucket), out=memory)
+            if self._group is not None:
+                root = self._plan.members.index(exporter)
+                self._group.broadcast(memory[:size], timeout_s=self._time_left(), root=root)
+            if self._device.type == "cuda":
+                # Not the whole device: another stream of this process may wait in a gather until the exporter goes on.
+                torch.cuda.current_stream(self._device).synchronize()
+        self._collect([], list(self._plan.servers))
         if self._announcer is not None:
             self._announcer.announce(tensors, places)
 
     def _make_room(self, size: int) -> tuple[Tensor, dict]:
         """Memory for a bucket, and what the coordinator must know of it: the fields for the servers, or an error."""
-        if self._transport is None:
-            if self._scratch.numel() < size:
-                self._scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
-            return self._scratch, {}
         try:
+            if self._transport is None:
+                if self._scratch.numel() < size:
+                    self._scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
+                return self._scratch, {}
             parcel = self._transport.make_room(size)
         except Exception as error:
             return self._scratch, {"error": f"rank {self._messenger.rank}: {type(error).__name__}: {error}"}
-        if len(self._parcels) == _BUFFERS:
-            self._parcels.pop(0).release()  # the servers have loaded it
         self._parcels.append(parcel)
         return parcel.memory, {"fields": parcel.fields}
 
     def _agree(self, place: dict) -> dict[int, dict]:
         """Agree with all members that the next bucket is sent. Returns the publishers' fields on the coordinator.
 
-        Raises Refused on every member if a publisher has no room or a server has failed.
+        Raises Refused on every member if one has no room or a server has failed.
         """
-        places = self._collect(place)
+        places = self._collect(place, self._plan.members)
         if self._announcer is None:
-            refusal = self._messenger.receive(COORDINATOR, self._time_left())
+            refusal = self._messenger.receive(COORDINATOR, self._message_s())
         else:
             errors = [other["error"] for other in places.values() if "error" in other]
             if errors and self._announcer.failure is None:
@@ -307,21 +316,21 @@ class Relay:
             self._tell(dict.fromkeys(self._others, refusal))
         if refusal is not None:
             raise Refused(f"stopped because {refusal}")
-        return {rank: other["fields"] for rank, other in places.items()}
+        return {rank: other.get("fields", {}) for rank, other in places.items()}
 
-    def _collect(self, value: Any) -> dict[int, Any]:
-        """Bring the values of all publishers to the coordinator; empty on other members."""
-        rank, publishers = self._messenger.rank, list(self._plan.servers)
+    def _collect(self, value: Any, senders: Sequence[int]) -> dict[int, Any]:
+        """Bring the value of each sender to the coordinator. Returns nothing on other members."""
+        rank = self._messenger.rank
         if self._announcer is None:
-            if rank in publishers:
+            if rank in senders:
                 self._tell({COORDINATOR: value})
             return {}
-        others = [publisher for publisher in publishers if publisher != rank]
-        values = dict(zip(others, self._messenger.receive_each(others, self._time_left()), strict=True))
-        return values | ({rank: value} if rank in publishers else {})
+        others = [sender for sender in senders if sender != rank]
+        values = dict(zip(others, self._messenger.receive_each(others, self._message_s()), strict=True))
+        return values | ({rank: value} if rank in senders else {})
 
     def _tell(self, values: Mapping[int, Any]) -> None:
-        self._messenger.send_each(values, self._time_left())
+        self._messenger.send_each(values, self._message_s())
 
 
 class Refused(RuntimeError):
@@ -337,18 +346,33 @@ class _ExportFailed(Exception):
 
 
 @contextmanager
-def _drained(tensors: Iterator[Any], device: torch.device, time_left: Callable[[], float]) -> Iterator[None]:
-    """Iterate over ``tensors`` in another thread during the block, and to the end.
+def _ended(tensors: Iterator[Any], device: torch.device) -> Iterator[None]:
+    """Iterate over ``tensors`` to the end after the block, also after a failure: the other ranks of this rank's
+    tensor-parallel group wait in the iterator's collectives."""
+    try:
+        yield
+    finally:
+        for _ in tensors:
+            pass
+
+
+@contextmanager
+def _drained(tensors: Iterator[Any], device: torch.device) -> Iterator[None]:
+    """Iterate over ``tensors`` in another thread during the block, and to the end, also after a failure.
 
     An exporter gathers a bucket while the one before it is relayed. A publisher that takes part in the gathers must do
     both at the same time. On a GPU the thread has a stream of its own, because the block's copies would otherwise wait
     for a gather that ends only when the block has received a bucket.
     """
     failures: list[Exception] = []
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # the optimizer may still write the weights
 
     def drain() -> None:
         try:
-            with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 for name, _ in tensors:
                     raise RuntimeError(f"this rank is not an exporter but yields {name}")
         except Exception as error:
@@ -356,9 +380,9 @@ def _drained(tensors: Iterator[Any], device: torch.device, time_left: Callable[[
 
     thread = Thread(target=drain, name="weight-export", daemon=True)
     thread.start()
-    yield
-    thread.join(time_left() + _JOIN_S)
-    if thread.is_alive():
-        raise TimeoutError("the gathers of another rank's tensors did not end before the deadline")
+    try:
+        yield
+    finally:
+        thread.join()
     if failures:
         raise failures[0]

@@ -18,6 +18,7 @@ an update that a killed trainer has left open in a server.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,7 @@ from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.rank_messenger import RankMessenger
-from megatron_chord.rollout.relay import Relay, RelayPlan, form_relay_group, plan_relay
+from megatron_chord.rollout.relay import Refused, Relay, RelayPlan, form_relay_group, plan_relay
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
     FileTransport,
@@ -135,7 +136,8 @@ class WeightSync:
         self._exporters = tuple(exporters)
         self._exchange = RankMessenger(group)
         self._device = device
-        self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES[settings.transport]
+        on_cpu = settings.transport == "relay" and device.type != "cuda"
+        self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES["file" if on_cpu else settings.transport]
         self._private: PrivateFolder | None = None
         """The private folder, on the rank that made it."""
         self._transport: Transport | None = None
@@ -183,6 +185,7 @@ class WeightSync:
                 content until the iterator has yielded the tensors of a further bucket.
         Raises:
             SyncError: on every rank. A rank that died is detected at the deadline.
+            ValueError: on every rank: ``relay``, but servers run on nodes without ranks.
         """
         begun, timer = time.monotonic(), Timer()
         self._timer = timer
@@ -214,7 +217,7 @@ class WeightSync:
             failure = error
         outcome = {"result": result, "error": failure and f"{type(failure).__name__}: {failure}"}
         try:
-            outcomes = self._exchange.all_gather(outcome, max(self._remaining(), 0.0) + _ANSWER_S)
+            outcomes = self._exchange.all_gather(outcome, max(self._remaining(), 0.0) + 2 * _ANSWER_S)
         except RuntimeError as error:
             raise SyncError(f"a trainer rank did not answer during a push of weights: {error}") from error
         errors = [f"rank {i}: {other['error']}" for i, other in enumerate(outcomes) if other["error"]]
@@ -232,6 +235,11 @@ class WeightSync:
             raise TimeoutError(f"the push of weights took more than {self._settings.timeout_s:.0f} s")
         return remaining
 
+    def _message_s(self) -> float:
+        """Longest wait for a message of another rank. A server's missing answer is noticed before, so that all ranks
+        learn of it. A message that is given up closes gloo's connections, and the group could not be used again."""
+        return max(self._remaining(), 0.0) + _ANSWER_S
+
     def _connect(self) -> None:
         plan = self._together(self._plan, rank=COORDINATOR)[COORDINATOR]
         if plan is None:
@@ -239,10 +247,7 @@ class WeightSync:
         relay: RelayPlan | None = None
         if self._settings.transport == "relay":
             hosts = self._together(lambda: self._settings.host)
-            try:
-                relay = plan_relay(hosts, self._exporters, plan["hosts"])
-            except ValueError as error:
-                raise SyncError(str(error)) from error
+            relay = plan_relay(hosts, self._exporters, plan["hosts"])
         store: SenderStore | None = None
 
         def prepare() -> _Place:
@@ -262,7 +267,7 @@ class WeightSync:
             return None
         self._call_servers(lambda client: client.end_open_update(timeout_s=self._time_left()))
         workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
-        return {"workers": workers, "hosts": [urlsplit(client.url).hostname for client in self._clients]}
+        return {"workers": workers, "hosts": [_address_of(client.url) for client in self._clients]}
 
     def _make_folder(self, relay: RelayPlan | None) -> str | None:
         """Make this rank's private folder, if it needs one and has none. Returns its path."""
@@ -387,6 +392,7 @@ class WeightSync:
                 in_buckets(tensors, self._bucket_bytes),
                 update=self._update_each if self._is_coordinator else None,
                 time_left=self._time_left,
+                message_s=self._message_s,
                 timer=self._timer,
             )
         failure: Exception | None = None
@@ -434,7 +440,7 @@ class WeightSync:
             if arrived is not None:
                 before, arrived = arrived, None
                 before()
-        except _Refused:
+        except Refused:
             raise
         except Exception:
             if arrived is not None:
@@ -449,7 +455,7 @@ class WeightSync:
 
     def _send_end(self) -> None:
         if not self._is_coordinator:
-            self._exchange.send(None, COORDINATOR, self._time_left())
+            self._exchange.send(None, COORDINATOR, self._message_s())
 
     def _send_own(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """Start sending the parcel. The returned function waits until the servers have received it."""
@@ -470,15 +476,15 @@ class WeightSync:
 
     def _send_by_coordinator(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """The exporter's side of ``_serve`` for one bucket. Returns a waiting function, like ``_send_own``."""
-        self._exchange.send(update_info, COORDINATOR, self._time_left())
+        self._exchange.send(update_info, COORDINATOR, self._message_s())
         self._await_coordinator()  # the coordinator has announced the bucket to the servers
         parcel.transmit(lambda: False)
         return self._await_coordinator  # the coordinator confirms that the servers have received it
 
     def _await_coordinator(self) -> None:
-        refusal = self._exchange.receive(COORDINATOR, self._time_left())
+        refusal = self._exchange.receive(COORDINATOR, self._message_s())
         if refusal is not None:
-            raise _Refused(f"stopped because {refusal}")
+            raise Refused(f"stopped because {refusal}")
 
     def _serve(self, exporter: int, refusal: str | None) -> str | None:
         """The coordinator's side: announce each of an exporter's buckets to the servers.
@@ -486,11 +492,11 @@ class WeightSync:
         Returns the reason why the push failed, or None.
         """
         while True:
-            update_info = self._exchange.receive(exporter, self._time_left())
+            update_info = self._exchange.receive(exporter, self._message_s())
             if update_info is None:
                 return refusal
             replies = [] if refusal is not None else self._announce(update_info)
-            self._exchange.send(refusal, exporter, self._time_left())
+            self._exchange.send(refusal, exporter, self._message_s())
             if refusal is not None:
                 return refusal
             try:
@@ -498,7 +504,7 @@ class WeightSync:
                     future.result()
             except Exception as error:
                 refusal = str(error)
-            self._exchange.send(refusal, exporter, self._time_left())
+            self._exchange.send(refusal, exporter, self._message_s())
             if refusal is not None:
                 return refusal
 
@@ -524,5 +530,6 @@ class WeightSync:
         ]
 
 
-class _Refused(RuntimeError):
-    """The push has failed elsewhere, so the coordinator refuses the remaining buckets."""
+def _address_of(url: str) -> str:
+    """The numeric address of a server."""
+    return socket.gethostbyname(urlsplit(url).hostname or "")

@@ -43,7 +43,7 @@ def hf_tensors(
             is_cut = entry.expert is not None or axis is not None
             parts = _gather(part, group) if is_cut else [part]
             if not is_root:
-                if part.is_cuda:
+                if is_cut and part.is_cuda:
                     # No kernel of this rank may queue behind a gather that waits for another rank: this process may at
                     # the same time receive weights for the servers of its node (rollout/relay.py).
                     torch.cuda.current_stream(part.device).synchronize()

@@ -53,6 +53,8 @@ PLACES: dict[str, tuple[TransportName, str | None]] = {
     "broadcast": ("broadcast", "1"),
 }
 """The transport, and the server's CUDA_VISIBLE_DEVICES. The weights are on GPU 0."""
+SHARED = ("ipc", "relay")
+"""Transports to servers on the trainer's GPU, which sleep between pushes."""
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -76,7 +78,7 @@ def server(
         dtype="fp32",
         max_model_len=512,
         gpu_memory_utilization=0.2,
-        sleep_mode=place[0] == "ipc",
+        sleep_mode=place[0] in SHARED,
         visible_devices=place[1],
     )
     log = tmp_path_factory.mktemp("server") / "vllm.log"
@@ -108,11 +110,11 @@ def test_weights_arrive(server: RolloutServer, transport: TransportName) -> None
     )
     for version in (0, 1, 2):
         model = make_model(version)
-        if transport == "ipc" and version:
+        if transport in SHARED and version:
             client.sleep(level=2)
             client.wake_up(tags=["weights"])
         sync.push([(name, tensor.to(device)) for name, tensor in weights_of(model)], version)
-        if transport == "ipc" and version:
+        if transport in SHARED and version:
             client.wake_up(tags=["kv_cache"])
         asked = requests()
         assert largest_gap(model, asked, client.generate(asked, version=version, deadline_s=60)) < TOLERANCE

@@ -5,6 +5,8 @@ The reference is Transformers with the same weights, as in test_sync.py.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,24 +39,32 @@ def two_servers(
             server.wait_until_ready(START_S)
         yield started
     finally:
+        for server in started:
+            if server.alive():
+                os.killpg(server.pid, signal.SIGCONT)
         stop_all(started)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks without a GPU")
-def test_two_nodes_with_a_publisher_that_gathers_for_another_rank(two_servers: list[RolloutServer]) -> None:
+def test_two_nodes_with_a_publisher_that_gathers_for_another_rank(
+    two_servers: list[RolloutServer], tmp_path: Path
+) -> None:
     servers = [(server.url, server.api_key) for server in two_servers]
-    results = run_ranks(relay_program.main, 3, servers, two_servers[1].pid, timeout_s=400)
+    results = run_ranks(relay_program.main, 3, servers, two_servers[1].pid, tmp_path, timeout_s=400)
     num_bytes = sum(tensor.nbytes for _, tensor in weights_of(make_model(0)))
     assert [result.num_bytes for result in results] == [num_bytes] * 3
     assert len(results[0].gaps) == 4
     assert max(results[0].gaps) < TOLERANCE
     for result in results:
-        export, killed = result.failures
+        export, room, frozen = result.failures
         assert export == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"
-        assert killed.startswith(f"rank 0: RolloutError: POST {two_servers[1].url}/update_weights")
-        assert "rank 2: Refused: stopped because" in killed
+        assert "rank 1: OSError: [Errno 28] No space left on device" in room
+        assert frozen.startswith(f"rank 0: RolloutError: POST {two_servers[1].url}/update_weights")
+        assert "rank 2: Refused: stopped because" in frozen
         assert max(result.failure_s) < 120
-    assert list(Path("/dev/shm").glob("*/weights-*")) == []
+        assert result.answers == [0, 1, 2], "the group of all ranks still works"
+        assert result.left == [], "servers have mapped the buffers, so that nothing stays after a kill"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_node_with_servers_has_one_publisher() -> None:

@@ -354,8 +354,8 @@ def test_a_damaged_bucket_fails_the_push_and_a_new_server_serves_again(
         patch.setattr(FileTransport, "publish", publish_damaged)
         with pytest.raises(SyncError, match=r"1 of \d tensors arrived damaged"):
             sync.push(weights_of(model), 0)
-    assert sync._folder is not None
-    assert list(sync._folder.iterdir()) == []
+    assert sync._private is not None
+    assert list(sync._private.path.iterdir()) == []
     # Half of the layers are new now. The next push begins with a new connection and replaces all of them.
     again = client_of(old)
     sync.push(weights_of(model), 1)

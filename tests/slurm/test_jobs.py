@@ -60,6 +60,27 @@ def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None
     assert job.left_behind() == []
 
 
+def test_servers_beside_the_ranks_of_two_nodes(box: Box, tmp_path: Path) -> None:
+    """Weights are cut over both nodes. The second node's rank gathers them and passes them on to its own server, which
+    is replaced once."""
+    write_run(tmp_path, steps=400, parallel={"tensor": 2})
+    job = Submitted(box, tmp_path, nodes=2)
+    job.wait_for(lambda: job.steps_done() >= 1)
+    assert [announced(job, server)["node"] for server in (0, 1)] == nodes_of(job, 0)
+    (server,) = job.processes("vllm.entrypoints", f"--host {address_of(1)}")
+    os.kill(server, signal.SIGKILL)
+    job.wait_for(lambda: "rollout server lost" in job.output)
+    lost_at = job.steps_done()
+    job.wait_for(lambda: job.steps_done() > lost_at)
+    assert announced(job, 1)["life"] == 1
+    box.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    steps = [row for row in metrics_of(tmp_path / "out") if "loss" in row]
+    assert all(row["logprob_gap"] < 1e-4 for row in steps), "each step was sampled by the weights it trained"
+    box.run("scancel", job.id)
+    assert job.left_behind() == []
+
+
 def check_security(job: Submitted) -> None:
     """The server listens only on its node's address, and needs a key that only this user can read."""
     key_file = job.restart(0) / "key"

@@ -120,6 +120,12 @@ def test_a_push_that_cannot_meet_its_deadline(tmp_path: Path) -> None:
     assert "by the transport relay takes about 17 s" in found
     assert "Set timeouts.weight_push_s to 33" in found
     assert list(push_problems(hurried, job(8, num_rollout_nodes=2), 70_600_000_000)) == []
+    astray = replace(run, rollout=replace(run.rollout, transport="relay"))
+    (found,) = push_problems(astray, job(8, num_rollout_nodes=2), 7_600_000_000)
+    assert "relay needs servers beside the ranks, and 2 nodes of this job only sample" in found
+    near = replace(run, rollout=replace(run.rollout, transport="ipc"))
+    (found,) = push_problems(near, job(8), 7_600_000_000)
+    assert "rollout.transport ipc works within one node, and this job has 8" in found
     assert list(push_problems(run, job(8), 7_600_000_000)) == []
     patient = replace(run, timeouts=TimeoutsConfig(weight_push_s=3142))
     assert list(push_problems(patient, job(8), 70_600_000_000)) == []
