@@ -341,7 +341,12 @@ class Learned(Schedule):
 
     def __post_init__(self) -> None:
         _counts(sft_steps=self.sft_steps)
-        _in_unit_interval(initial=self.initial, low=self.low, high=self.high)
+        _check_moving_mu(
+            initial=self.initial,
+            low=self.low,
+            high=self.high,
+            low_is_positive_for="method.mu.rate" if self.rate else None,
+        )
         _finite(rate=self.rate, entropy_rate=self.entropy_rate, entropy_target=self.entropy_target)
         if self.rate < 0:
             raise ValueError(f"method.mu.rate must be >= 0, got {self.rate}")
@@ -352,18 +357,6 @@ class Learned(Schedule):
         if self.entropy_rate and self.entropy_target <= 0:
             raise ValueError(
                 f"method.mu.entropy_target must be > 0 with method.mu.entropy_rate, got {self.entropy_target}"
-            )
-        if self.high == 1:
-            raise ValueError(
-                "method.mu.high must be < 1: a step with mu 1 samples no rollouts, so mu would never change again"
-            )
-        if self.rate and self.low == 0:
-            raise ValueError(
-                "method.mu.low must be > 0 with method.mu.rate: a step with mu 0 has no SFT loss to learn mu from"
-            )
-        if not self.low <= self.initial <= self.high:
-            raise ValueError(
-                f"method.mu.initial must lie in [low, high] = [{self.low}, {self.high}], got {self.initial}"
             )
 
     def value(self, now: ScheduleInput) -> float:
@@ -428,12 +421,13 @@ class NoiseAware(Schedule):
     """Share of `prior` in mu before its change is limited (1 - lambda in the paper)."""
 
     def __post_init__(self) -> None:
-        _in_unit_interval(
+        _check_moving_mu(
             initial=self.initial,
-            target=self.target,
-            max_step=self.max_step,
-            prior_weight=self.prior_weight,
+            low=self.low,
+            high=self.high,
+            low_is_positive_for="method.mu.schedule noise_aware",
         )
+        _in_unit_interval(target=self.target, max_step=self.max_step, prior_weight=self.prior_weight)
         if not 0 <= self.ema < 1:
             raise ValueError(f"method.mu.ema must lie in [0, 1), got {self.ema}")
         if self.interval < 1:
@@ -442,11 +436,6 @@ class NoiseAware(Schedule):
             raise ValueError("method.mu.max_step must be > 0: mu would never change; use a constant mu")
         if not 0 <= self.trim < 0.5:
             raise ValueError(f"method.mu.trim must lie in [0, 0.5), got {self.trim}")
-        if not 0 < self.low <= self.initial <= self.high < 1:
-            raise ValueError(
-                f"method.mu needs 0 < low <= initial <= high < 1, got low {self.low}, initial {self.initial} and high "
-                f"{self.high}"
-            )
 
     def value(self, now: ScheduleInput) -> float:
         return now.memory.get("mu", self.initial)
@@ -516,6 +505,27 @@ def _in_unit_interval(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"method.mu.{name} must lie in [0, 1], got {value}")
+
+
+def _check_moving_mu(
+    *, initial: float, low: float, high: float, low_is_positive_for: str | None = None
+) -> None:
+    """Check the range of a schedule that moves mu from what each step measures.
+
+    ``low_is_positive_for`` names the setting that measures demonstrations in every step; None: there is none.
+    """
+    _in_unit_interval(initial=initial, low=low, high=high)
+    if high == 1:
+        raise ValueError(
+            "method.mu.high must be < 1: a step with mu 1 samples no rollouts, so mu would never change again"
+        )
+    if low == 0 and low_is_positive_for is not None:
+        raise ValueError(
+            f"method.mu.low must be > 0 with {low_is_positive_for}: a step with mu 0 has no SFT loss, so mu could not "
+            "be measured"
+        )
+    if not low <= initial <= high:
+        raise ValueError(f"method.mu.initial must lie in [low, high] = [{low}, {high}], got {initial}")
 
 
 def _counts(**values: int) -> None:

@@ -149,6 +149,34 @@ class Method:
         }
 
 
+def refuse_dynamic_sampling(run: RunConfig, purpose: str) -> None:
+    """For a method that uses the prompts which dynamic sampling would replace; ``purpose`` says what for.
+
+    Raises:
+        ValueError: ``batch.sampling_attempts`` is above 1.
+    """
+    if run.batch.sampling_attempts > 1:
+        raise ValueError(
+            "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
+            f"{purpose}; leave it at 1"
+        )
+
+
+def refuse_several_updates(run: RunConfig, *, also: str = "") -> None:
+    """For a method whose loss compares pairs of answers.
+
+    Raises:
+        ValueError: ``batch.updates_per_step`` or ``batch.epochs`` is above 1. The message adds the reason ``also``.
+    """
+    batch = run.batch
+    if batch.updates_per_step > 1 or batch.epochs > 1:
+        raise ValueError(
+            f"method {run.method.name} takes one update per step: a pair's gradient is valid only for the weights "
+            f"before the step's first update{also and f', and {also}'}. batch.updates_per_step is "
+            f"{batch.updates_per_step} and batch.epochs is {batch.epochs}; set both to 1"
+        )
+
+
 def policy_term(run: RunConfig) -> Term:
     """The term of the on-policy branch, with the settings of ``objective``."""
     objective = corrected(run)

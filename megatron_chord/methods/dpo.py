@@ -22,7 +22,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import DPOConfig
 from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, Method
+from megatron_chord.methods.base import Collected, Method, refuse_several_updates
 from megatron_chord.methods.groups import answer_sample, rollout_sample, sample_groups
 from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
@@ -49,12 +49,7 @@ class MixedDPO(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.batch.updates_per_step > 1 or run.batch.epochs > 1:
-            raise ValueError(
-                "method dpo takes one update per step: a pair's gradient is valid only for the weights before the "
-                f"step's first update. batch.updates_per_step is {run.batch.updates_per_step} and batch.epochs is "
-                f"{run.batch.epochs}; set both to 1"
-            )
+        refuse_several_updates(run)
         if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(
                 "batch.sampling_attempts above 1 replaces groups of equal rewards, but off-policy pairs need them; "

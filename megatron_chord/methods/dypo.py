@@ -33,7 +33,14 @@ from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.preference import alignment_columns
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, corrected, policy_term
+from megatron_chord.methods.base import (
+    Collected,
+    Method,
+    corrected,
+    policy_term,
+    refuse_dynamic_sampling,
+    refuse_several_updates,
+)
 from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import (
     POLICY,
@@ -55,17 +62,8 @@ class DYPO(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.batch.updates_per_step > 1 or run.batch.epochs > 1:
-            raise ValueError(
-                "method dypo takes one update per step: a pair's gradient is valid only for the weights before the "
-                f"step's first update, and a group must be whole. batch.updates_per_step is "
-                f"{run.batch.updates_per_step} and batch.epochs is {run.batch.epochs}; set both to 1"
-            )
-        if run.batch.sampling_attempts > 1:
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                "method dypo trains these by SFT; leave it at 1"
-            )
+        refuse_several_updates(run, also="a group must be whole")
+        refuse_dynamic_sampling(run, "method dypo trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]

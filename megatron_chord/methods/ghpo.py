@@ -21,7 +21,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import GHPOConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.base import Collected, Method, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.groups import (
     POLICY,
     make_group,
@@ -63,11 +63,7 @@ class GHPO(Method):
             raise ValueError(
                 f"method.start_step {self.settings.start_step} must be below the run's steps, {run.steps}"
             )
-        if run.batch.sampling_attempts > 1:
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                "method ghpo needs them for its hints; leave it at 1"
-            )
+        refuse_dynamic_sampling(run, "method ghpo needs them for its hints")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         sampled = context.groups(run.batch.prompts, samples=run.batch.rollouts)

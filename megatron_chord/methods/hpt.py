@@ -28,7 +28,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import HPTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, Method, policy_term
+from megatron_chord.methods.base import Collected, Method, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import (
     POLICY,
@@ -49,11 +49,7 @@ class HPT(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.batch.sampling_attempts > 1:
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                "method hpt trains these by SFT; leave it at 1"
-            )
+        refuse_dynamic_sampling(run, "method hpt trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]

@@ -20,7 +20,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import ReLIFTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, ExtraUpdate, Method, policy_term
+from megatron_chord.methods.base import Collected, ExtraUpdate, Method, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.chord import SFT, sft_samples
 from megatron_chord.methods.groups import (
     POLICY,
@@ -40,11 +40,7 @@ class ReLIFT(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        if run.batch.sampling_attempts > 1:
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                "method relift collects their demonstrations; leave it at 1"
-            )
+        refuse_dynamic_sampling(run, "method relift collects their demonstrations")
         if run.objective.entropy_bonus_on == "all":
             raise ValueError(
                 "objective.entropy_bonus_on: method relift trains rollouts and demonstrations in different updates; "

@@ -41,7 +41,7 @@ from megatron_chord.data.thinking import without_thinking
 from megatron_chord.losses.distillation import distilled
 from megatron_chord.losses.policy import correction_weights, old_logprobs, policy_loss
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, corrected, policy_term
+from megatron_chord.methods.base import Collected, Method, corrected, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.groups import (
     POLICY,
     group_is_trained,
@@ -88,11 +88,8 @@ class SelfDistillation(Method):
                         f"objective.{name} belongs to the RL loss, but method.weight 1 leaves that loss out; set a "
                         f"smaller weight, or leave objective.{name} out"
                     )
-        if run.batch.sampling_attempts > 1 and self.settings.shows != "right_rollout":
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                f"with method.shows {self.settings.shows} these are taught, too; leave it at 1"
-            )
+        if self.settings.shows != "right_rollout":
+            refuse_dynamic_sampling(run, f"with method.shows {self.settings.shows} these are taught, too")
 
     def check_positions(self, run: RunConfig, max_positions: int) -> None:
         limit, answer = self.teacher_prompt_limit(run), run.data.max_response_tokens

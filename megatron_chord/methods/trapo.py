@@ -32,7 +32,13 @@ from megatron_chord.config_methods import TRAPOConfig, TrustRegionWeight
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
+from megatron_chord.methods.base import (
+    Collected,
+    Method,
+    aggregation_length,
+    policy_term,
+    refuse_dynamic_sampling,
+)
 from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import POLICY, make_group, reward_stats, rollout_is_trained
 from megatron_chord.methods.prefix_rft import prefix_of
@@ -72,11 +78,7 @@ class TRAPO(Method):
                 f"method.counts {list(self.settings.counts)} adds up to {sum(self.settings.counts)}, but "
                 f"batch.rollouts is {run.batch.rollouts}: the rounds divide a prompt's rollouts"
             )
-        if run.batch.sampling_attempts > 1:
-            raise ValueError(
-                "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
-                "method trapo helps these with their demonstrations; leave it at 1"
-            )
+        refuse_dynamic_sampling(run, "method trapo helps these with their demonstrations")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         sampled = context.groups(run.batch.prompts, samples=self.settings.counts[0])

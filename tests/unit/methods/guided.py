@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
+from megatron_chord.methods.table import method_of
 from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade
@@ -41,6 +43,17 @@ def guided_run(
     )
 
 
+def assert_refused(make_run: Callable[[], RunConfig], *, batch: dict[str, Any], reason: str) -> None:
+    """The run, or its method with these settings of the batch, is refused with a message that matches ``reason``."""
+
+    def make() -> None:
+        run = make_run()
+        method_of(replace(run, batch=replace(run.batch, **batch)))
+
+    with pytest.raises(ValueError, match=reason):
+        make()
+
+
 def answer(last: int, *, length: int = 2, finish: Literal["stop", "length"] = "stop") -> Rollout:
     """An answer of ``length`` tokens."""
     return Rollout(
@@ -59,7 +72,7 @@ def scripted_draw(
         Prompt(id=str(i), messages=({"role": "user", "content": ""},), truth="", token_ids=(100 + i, 3))
         for i in range(len(answers))
     ]
-    demonstrations = [
+    made = [
         Demonstration(
             id=prompt.id,
             token_ids=(*prompt.token_ids, 30, 31, last),
@@ -75,8 +88,8 @@ def scripted_draw(
     )
     sources = Sources(
         prompts=prompts,
-        demonstrations=demonstrations,
-        demonstration_of={demonstration.id: demonstration for demonstration in demonstrations},
+        demonstrations=made,
+        demonstration_of={demonstration.id: demonstration for demonstration in made},
         prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
         demonstration_cursor=None,
     )

@@ -23,7 +23,7 @@ from megatron_chord.methods.dypo import DYPO, dypo_loss
 from megatron_chord.methods.table import method_of
 from tests.support.scripted import ScriptedContext
 from tests.support.tiny import tiny_run
-from tests.unit.methods.guided import tokens_of
+from tests.unit.methods.guided import assert_refused, tokens_of
 
 DEMONSTRATIONS = {"a": (40, 41, 42), "b": (50, 51), "c": (60,)}
 SCORES: dict[tuple[str, str], Any] = {
@@ -255,12 +255,7 @@ def test_terms() -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(settings=settings)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(settings=settings), batch=batch, reason=reason)
 
 
 def test_it_needs_demonstrations() -> None:

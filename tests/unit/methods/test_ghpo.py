@@ -15,6 +15,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, WordTemplate, graded, prompt
 from tests.support.tiny import tiny_run
+from tests.unit.methods.guided import assert_refused
 
 SOLUTION = "abcdefgh"
 WRONG, MIXED = (0.0, 0.0), (1.0, 0.0)
@@ -189,12 +190,7 @@ def test_groups_whose_grading_failed_are_left_out() -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(settings=settings)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(settings=settings), batch=batch, reason=reason)
 
 
 def test_it_needs_demonstrations() -> None:

@@ -16,6 +16,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
+from tests.unit.methods.guided import assert_refused
 
 DEMONSTRATIONS = {"a": (40, 41, 42), "b": (50, 51), "c": (60,)}
 SCORES: dict[tuple[str, str], Any] = {("", "a"): (0.0, 0.0), ("", "b"): (1.0, 0.0), ("", "c"): (1.0, 1.0)}
@@ -110,12 +111,7 @@ def test_terms() -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, objective: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(settings=settings, **objective)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(settings=settings, **objective), batch=batch, reason=reason)
 
 
 def test_it_needs_demonstrations() -> None:

@@ -27,6 +27,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.schedules import ScheduleInput
 from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
+from tests.unit.methods.guided import assert_refused
 
 DEMONSTRATION = tuple(range(100, 110))
 
@@ -292,12 +293,7 @@ def test_terms(ratio_from: Any) -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(settings=settings)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(settings=settings), batch=batch, reason=reason)
 
 
 def test_it_needs_demonstrations() -> None:

@@ -25,7 +25,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import GradedRollouts
 from tests.support.scripted import ScriptedContext, WordTemplate
 from tests.support.tiny import tiny_run
-from tests.unit.methods.guided import stats_of, tokens_of
+from tests.unit.methods.guided import assert_refused, stats_of, tokens_of
 
 DEMONSTRATIONS = {"a": tuple(map(ord, "demo")), "b": tuple(map(ord, "other"))}
 
@@ -261,12 +261,7 @@ def test_terms_and_passes() -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(**settings)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(**settings), batch=batch, reason=reason)
 
 
 def test_demonstrations_are_needed_where_they_are_shown() -> None:

@@ -19,7 +19,7 @@ from megatron_chord.sampling.context import DrawnPrompt
 from megatron_chord.sampling.rounds import GradedRollouts, TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
-from tests.unit.methods.guided import PROBABILITIES, push_on_target, stats_of, tokens_of
+from tests.unit.methods.guided import PROBABILITIES, assert_refused, push_on_target, stats_of, tokens_of
 
 DEMONSTRATION = tuple(range(90, 98))
 SETTINGS: dict[str, Any] = {"counts": (2, 2, 1), "shares": (0.0, 0.5, 1.0), "thresholds": (0.5, 0.75)}
@@ -181,12 +181,7 @@ def test_terms() -> None:
     ],
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
-    def make() -> None:
-        run = run_of(settings=settings)
-        method_of(replace(run, batch=replace(run.batch, **batch)))
-
-    with pytest.raises(ValueError, match=reason):
-        make()
+    assert_refused(lambda: run_of(settings=settings), batch=batch, reason=reason)
 
 
 def test_it_needs_demonstrations() -> None:
