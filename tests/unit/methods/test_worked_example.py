@@ -198,6 +198,11 @@ def test_the_table_has_a_row_for_every_preset_and_every_method() -> None:
     assert named == set(table.METHODS)
 
 
+def test_the_page_of_sources_has_every_preset_once() -> None:
+    rows_of_page = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "presets.md").read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows_of_page))) == sorted(PRESETS)
+
+
 def settings_of(row: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the settings of the row's YAML, by block."""
     found: dict[str, dict[str, Any]] = {"method": {}, "objective": {}}
