@@ -399,9 +399,12 @@ class SelfDistillationConfig:
     template: str = ""
     """The last message of the teacher's prompt. {problem}, {solution}, {attempt}, {verdict} and {truth} are replaced.
     Empty: a text that fits `shows`."""
-    teacher: Literal["present", "initial"] = "present"
+    teacher: Literal["present", "initial", "averaged"] = "present"
     """Weights of the teacher. present: those of the policy before the step. initial: those of `model.path`, or of
-    `objective.kl.reference`."""
+    `objective.kl.reference`. averaged: a moving average of the policy's weights (SDPO, SDFT)."""
+    teacher_rate: float = 0.05
+    """How far the averaged weights move towards the policy's after every update, in (0, 1]. Only `teacher: averaged`
+    uses it."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """What is minimised at each token. reverse_kl: KL(policy || teacher). forward_kl: KL(teacher || policy). jsd: the
     Jensen-Shannon divergence."""
@@ -423,6 +426,9 @@ class SelfDistillationConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.weight <= 1, f"method.weight must lie in (0, 1], got {self.weight}")
+        require(
+            0 < self.teacher_rate <= 1, f"method.teacher_rate must lie in (0, 1], got {self.teacher_rate}"
+        )
         positive(**{"method.max_ratio": self.max_ratio, "method.max_log_ratio": self.max_log_ratio})
         not_negative(**{"method.teacher_prompt_tokens": self.teacher_prompt_tokens})
         shown = ("attempt", "verdict", "truth") if self.shows == "verdict" else ("solution",)

@@ -153,10 +153,11 @@ PASSES: tuple[frozenset[str], ...] = (
     frozenset({"reference_logprob"}),
     frozenset({"teacher_logprob"}),
     frozenset({"reference_teacher_logprob"}),
+    frozenset({"averaged_teacher_logprob"}),
 )
 """The columns of each forward pass before a step's first update. The passes are: the policy on the samples; the
-reference model on the samples; the policy on the samples after their teachers' prompts; the reference model on these.
-A token without a teacher has 0 in the last two."""
+reference model on the samples; the policy on the samples after their teachers' prompts; the reference model on these;
+the policy with averaged weights on these. A token without a teacher has 0 in the last three."""
 
 
 def num_forward_passes(terms: Iterable[Term]) -> int:

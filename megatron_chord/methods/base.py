@@ -93,6 +93,11 @@ class Method:
         """The learning rate of extra updates (``Collected.extra``); None: no step has one."""
         return None
 
+    def averaging_rate(self, run: RunConfig) -> float | None:
+        """The rate of an average of the weights (``train.averaged``), which the scored column
+        ``averaged_teacher_logprob`` needs; None: no average is kept."""
+        return None
+
     def check_positions(self, run: RunConfig, max_positions: int) -> None:
         """Check the lengths of sequences that only this method makes. ``max_positions`` is the model's limit.
 

@@ -20,8 +20,8 @@ that of L_RL, which also counts tokens that are not taught.
 
 Published code: SDPO and TRL's sampled-token mode are ``divergence: reverse_kl`` with ``weight: 1``. The distillation
 over the 20 or 100 likeliest tokens or over the whole vocabulary, SDPO's default, is not built: it has the same
-gradient on average and less variance, but needs the teacher's logits. Nor is a teacher of averaged weights (EMA),
-SDPO's and TRL's default. ``teacher: initial`` is OPSD's fixed teacher.
+gradient on average and less variance, but needs the teacher's logits. ``teacher: averaged`` is the teacher of SDPO and
+SDFT (``train.averaged``), ``teacher: initial`` OPSD's fixed one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ VERDICT = (
     "{problem}\n\nAn earlier answer:\n\n{attempt}\n\nThis answer is {verdict}. The true result is {truth}. "
     "Now solve the problem."
 )
-TEACHER_COLUMNS = {"present": "teacher_logprob", "initial": "reference_teacher_logprob"}
+TEACHER_COLUMNS = {
+    "present": "teacher_logprob",
+    "initial": "reference_teacher_logprob",
+    "averaged": "averaged_teacher_logprob",
+}
 _PLACEHOLDER = re.compile(r"\{(problem|solution|attempt|verdict|truth)\}")
 
 
@@ -90,6 +94,15 @@ class SelfDistillation(Method):
                     )
         if self.settings.shows != "right_rollout":
             refuse_dynamic_sampling(run, f"with method.shows {self.settings.shows} these are taught, too")
+
+        if self.settings.teacher == "averaged" and not run.parallel.distributed_optimizer:
+            raise ValueError(
+                "method.teacher averaged needs parallel.distributed_optimizer: true; the average is kept and saved as "
+                "that optimizer's FP32 weights"
+            )
+
+    def averaging_rate(self, run: RunConfig) -> float | None:
+        return self.settings.teacher_rate if self.settings.teacher == "averaged" else None
 
     def check_positions(self, run: RunConfig, max_positions: int) -> None:
         limit, answer = self.teacher_prompt_limit(run), run.data.max_response_tokens
@@ -212,9 +225,9 @@ def self_distillation_loss(
 ) -> TermOutput:
     """(1 - weight) x policy loss + weight x divergence, per token of a rollout.
 
-    Columns: those of ``policy_loss``; taught (1 for tokens that have a teacher, else 0); teacher_logprob, or
-    reference_teacher_logprob with ``teacher: initial``. The importance weight of the divergence has the denominator of
-    ``objective.ratio_from``, and ``objective.correction`` multiplies it, too.
+    Columns: those of ``policy_loss``; taught (1 for tokens that have a teacher, else 0); of ``TEACHER_COLUMNS`` that of
+    ``settings.teacher``. The importance weight of the divergence has the denominator of ``objective.ratio_from``, and
+    ``objective.correction`` multiplies it, too.
     """
     rl = policy_loss(stats, tokens, objective)
     old = old_logprobs(stats, tokens, objective)

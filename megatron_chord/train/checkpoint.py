@@ -3,6 +3,7 @@
     checkpoints/step-000020/   weights, optimizer and RNG (torch_dist), run.json, manifest.json; with router replay
                                also the routes of kept answers, routes.safetensors
     .../second_optimizer/      the optimizer in the state of extra updates (``train.second_adam``), if there are any
+    .../averaged_optimizer/    the optimizer with averaged weights (``train.averaged``), if a teacher has them
     checkpoints/latest         the newest complete one's name
 
 A checkpoint is first written to a hidden folder, by threads of all ranks. When all files are on the disk, the manifest
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,7 +39,6 @@ from megatron_chord.train import sharded
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
 from megatron_chord.train.optimizer_shares import Shares, described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
-from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.train.state import TrainState, parts_of
 from megatron_chord.weights.torch_dist import (
     COMMON,
@@ -59,6 +60,7 @@ ROUTES = "routes.safetensors"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 SECOND = "second_optimizer"
+AVERAGED = "averaged_optimizer"
 _PARTIAL = ".partial"
 _ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -454,7 +456,11 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
         _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
         if state.second is not None:
-            _load_second(state, state.second, checkpoint / SECOND)
+            _load_other(state, state.second.active(), checkpoint / SECOND)
+        if state.averaged is not None and not _load_other(
+            state, state.averaged.exchanged(), checkpoint / AVERAGED
+        ):
+            state.averaged.restart()
     if same_world:
         _restore_rng(loaded["rng"])
     run_state.pop(MARK, None)
@@ -464,19 +470,21 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
     return run_state
 
 
-def _load_second(state: TrainState, second: SecondAdam, folder: Path) -> None:
-    """Load the optimizer's second state. It stays 0 if the checkpoint has none (a run of another method wrote it)."""
+def _load_other(state: TrainState, other: AbstractContextManager[None], folder: Path) -> bool:
+    """Load another state of the optimizer, which it has within ``other``. Returns whether the checkpoint has it: it has
+    none if a run of another method wrote it."""
     groups = state.groups
     if not groups.once(folder.is_dir):
-        return
+        return False
     reader, common = _together(groups, lambda: _open(folder))
-    with second.active():
+    with other:
         with described_only(state.optimizer) as shares:
             wanted = {"optimizer": _sharded(state, is_loading=True)["optimizer"]}
             loaded, kept = _together(groups, lambda: sharded.fill(wanted, reader, common, shares))
             state.optimizer.load_state_dict(loaded["optimizer"])
         _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
+    return True
 
 
 def without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
@@ -509,7 +517,9 @@ def _described(state: TrainState) -> dict[str, sharded.Content]:
         described = _sharded(state, is_loading=False) | {"content_metadata": metadata}
     contents = {"": _taken_apart(state, described, shares)}
     if state.second is not None:
-        contents[SECOND] = _second_described(state, state.second)
+        contents[SECOND] = _other_described(state, state.second.active())
+    if state.averaged is not None:
+        contents[AVERAGED] = _other_described(state, state.averaged.exchanged())
     return contents
 
 
@@ -527,12 +537,12 @@ def _taken_apart(
     )
 
 
-def _second_described(state: TrainState, second: SecondAdam) -> sharded.Content:
-    """Describe the optimizer with its second state. It includes the FP32 weights, so it has the size of the first.
+def _other_described(state: TrainState, other: AbstractContextManager[None]) -> sharded.Content:
+    """Describe another state of the optimizer, which it has within ``other``. It has the size of the first.
 
-    Its data is a copy in main memory, because the optimizer has this state only within ``active``.
+    Its data is a copy in main memory, because the optimizer has this state only there.
     """
-    with second.active():
+    with other:
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
         with described_only(state.optimizer) as shares:
             described = _sharded(state, is_loading=False)

@@ -353,7 +353,10 @@ def plan_lines(
         for text, columns in (
             ("log-probs before the first update", {"old_logprob", "old_entropy"}),
             ("log-probs of the reference", {"reference_logprob"}),
-            ("log-probs of the teacher", {"teacher_logprob", "reference_teacher_logprob"}),
+            (
+                "log-probs of the teacher",
+                {"teacher_logprob", "reference_teacher_logprob", "averaged_teacher_logprob"},
+            ),
         )
         if scored & columns
     ]

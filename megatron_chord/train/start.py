@@ -38,7 +38,7 @@ from megatron_chord.train.setup import (
     plan_lines,
     reference_folder,
 )
-from megatron_chord.train.state import build_state, restart_schedule, with_second_adam
+from megatron_chord.train.state import build_state, restart_schedule, with_averaged, with_second_adam
 from megatron_chord.train.step_queue import StepQueue
 from megatron_chord.train.watch import clear_leftovers, start_watch
 
@@ -253,6 +253,7 @@ def _build(
         fp8=preset(run.precision).training,
     )
     state = with_second_adam(state, method.extra_rate(run))
+    state = with_averaged(state, method.averaging_rate(run))
     queue = StepQueue(run, groups, coordinator)
     stack.callback(queue.close)
     saver = Saver(run.output / CHECKPOINTS, run.checkpoint, groups, log.say if log is not None else _silent)

@@ -21,6 +21,7 @@ from megatron_chord.model.replay import install_replay, routed_layers
 from megatron_chord.precision import Fp8Training
 from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
+from megatron_chord.train.averaged import AveragedWeights
 from megatron_chord.train.second_adam import SecondAdam
 from megatron_chord.weights.export import hf_tensors
 from megatron_chord.weights.folder import open_model
@@ -45,6 +46,8 @@ class TrainState:
     """Model chunks of the reference policy, which is never updated; empty unless the objective needs it."""
     second: SecondAdam | None = None
     """The optimizer state of the method's extra updates."""
+    averaged: AveragedWeights | None = None
+    """The average of the policy's weights, with which a teacher computes."""
 
     def parameters(self) -> dict[str, Tensor]:
         return global_parameters([unwrapped(chunk) for chunk in self.chunks])
@@ -141,6 +144,13 @@ def parts_of(optimizer: Any) -> list[Any]:
 def with_second_adam(state: TrainState, lr: float | None) -> TrainState:
     """``state`` with a second optimizer state, whose updates have the learning rate ``lr``; None: without one."""
     return state if lr is None else replace(state, second=SecondAdam(parts_of(state.optimizer), lr=lr))
+
+
+def with_averaged(state: TrainState, rate: float | None) -> TrainState:
+    """``state`` with an average of its weights (``train.averaged``); None: without one."""
+    if rate is None:
+        return state
+    return replace(state, averaged=AveragedWeights(parts_of(state.optimizer), state.chunks, rate=rate))
 
 
 def reset_optimizer(state: TrainState) -> None:

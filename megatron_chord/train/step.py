@@ -106,6 +106,8 @@ def train_step(
         else:
             health.applied()
             applied += 1
+            if state.averaged is not None and update.counts:
+                state.averaged.update()
             if update.is_extra:
                 extra = {**found.means, "extra_loss": found.loss, "extra_grad_norm": norm}
             else:

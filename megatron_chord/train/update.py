@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,9 @@ from megatron_chord.losses.terms import Term, TermTokens, TokenStats, empty_outp
 from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
+
+_TEACHERS = {"teacher_logprob", "reference_teacher_logprob", "averaged_teacher_logprob"}
+"""The scored columns of the same answer after its teacher's prompt."""
 
 Terms = Mapping[str, Term]
 
@@ -88,14 +92,11 @@ def prepare_batches(
             _scores(state, state.reference, batches, temperatures), columns, strict=False
         ):
             found["reference_logprob"] = scores["logprobs"]
-    for column, chunks in {
-        "teacher_logprob": state.chunks,
-        "reference_teacher_logprob": state.reference,
-    }.items():
-        if column in wanted:
+    for column in sorted(wanted & _TEACHERS):
+        with _teacher_weights(state, column) as chunks:
             scored = _teacher_scores(state, chunks, batches, temperatures)
-            for logprobs, found in zip(scored, columns, strict=False):
-                found[column] = logprobs
+        for logprobs, found in zip(scored, columns, strict=False):
+            found[column] = logprobs
     if not state.groups.is_last_stage:
         return batches
     batches = [_with_columns(batch, present, found) for batch, found in zip(batches, columns, strict=True)]
@@ -221,6 +222,17 @@ def _scores(
         temperatures=temperatures,
         backward=False,
     )
+
+
+@contextmanager
+def _teacher_weights(state: TrainState, column: str) -> Iterator[Sequence[Any]]:
+    """The model chunks that compute ``column`` within the context."""
+    if column == "averaged_teacher_logprob":
+        assert state.averaged is not None
+        with state.averaged.active():
+            yield state.chunks
+    else:
+        yield state.reference if column == "reference_teacher_logprob" else state.chunks
 
 
 def _teacher_scores(

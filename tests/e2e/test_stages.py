@@ -107,8 +107,15 @@ def test_with_a_reset_the_second_stage_is_a_run_of_its_own(server: RolloutServer
             "data.aligned": "true",
             "batch.demonstrations": "0",
         },
+        {
+            "method": "{name: self_distillation, shows: demonstration, teacher: averaged, teacher_rate: 0.3}",
+            "method.teacher_prompt_tokens": "256",
+            "data.demonstrations": str(ROOT / "examples" / "arithmetic" / "demonstrations_aligned.jsonl"),
+            "data.aligned": "true",
+            "batch.demonstrations": "0",
+        },
     ],
-    ids=["gradient_norm", "reward_adaptive", "remix", "relift"],
+    ids=["gradient_norm", "reward_adaptive", "remix", "relift", "averaged_teacher"],
 )
 def test_schedules_with_a_state_resume_exactly(
     server: RolloutServer, tmp_path: Path, settings: dict[str, str]

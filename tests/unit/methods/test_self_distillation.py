@@ -244,6 +244,7 @@ def test_terms_and_passes() -> None:
     [
         ({"weight": 0.0}, {}, r"method.weight must lie in \(0, 1\], got 0.0"),
         ({"max_ratio": 0.0}, {}, "method.max_ratio must be > 0"),
+        ({"teacher_rate": 0.0}, {}, r"method.teacher_rate must lie in \(0, 1\], got 0.0"),
         ({"teacher_prompt_tokens": -1}, {}, "method.teacher_prompt_tokens must be >= 0"),
         (
             {"template": "{problem}"},
@@ -262,6 +263,16 @@ def test_terms_and_passes() -> None:
 )
 def test_refusals(settings: Any, batch: Any, reason: str) -> None:
     assert_refused(lambda: run_of(**settings), batch=batch, reason=reason)
+
+
+def test_an_averaged_teacher_needs_the_distributed_optimizer() -> None:
+    run = run_of(teacher="averaged", teacher_rate=0.1)
+    method = method_of(run)
+    assert method.averaging_rate(run) == 0.1
+    assert method.terms(run)["policy"].scored >= {"averaged_teacher_logprob"}
+    assert method_of(run_of()).averaging_rate(run_of()) is None
+    with pytest.raises(ValueError, match=r"averaged needs parallel\.distributed_optimizer: true"):
+        method_of(replace(run, parallel=replace(run.parallel, distributed_optimizer=False)))
 
 
 def test_demonstrations_are_needed_where_they_are_shown() -> None:
