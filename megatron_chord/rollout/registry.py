@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.server import ServerSettings
 from megatron_chord.rollout.sync import TransportName
 
@@ -113,7 +114,9 @@ class Registry:
         if text is None:
             return None
         fields = json.loads(text)
-        settings = ServerSettings(**fields["settings"])
+        fp8 = fields["settings"]["fp8"]
+        given = fields["settings"] | {"fp8": None if fp8 is None else Fp8Rollouts(**fp8)}
+        settings = ServerSettings(**given)
         return ServerOrder(**fields | {"model": Path(fields["model"]), "settings": settings})
 
     def announce(self, server: int, announcement: Announcement) -> None:

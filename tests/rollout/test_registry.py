@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.fleet import JobServers
 from megatron_chord.rollout.registry import (
     Announcement,
@@ -75,8 +76,13 @@ def test_a_stop_ends_the_wait_for_servers(tmp_path: Path) -> None:
         servers.connect()
 
 
-def test_the_servers_of_an_evaluation_are_ordered_once_they_are_known(tmp_path: Path) -> None:
-    settings = ServerSettings(dtype="bf16", max_model_len=160, tensor=2, kv_cache_bytes=1 << 20)
+@pytest.mark.parametrize(
+    "fp8", [None, Fp8Rollouts(quantization="fp8_per_block", environment={"VLLM_USE_DEEP_GEMM_E8M0": "0"})]
+)
+def test_the_servers_of_an_evaluation_are_ordered_once_they_are_known(
+    tmp_path: Path, fp8: Fp8Rollouts | None
+) -> None:
+    settings = ServerSettings(dtype="bf16", max_model_len=160, tensor=2, kv_cache_bytes=1 << 20, fp8=fp8)
     order = ServerOrder(model=tmp_path / "policy", settings=settings, count=4, start_s=60.0, restarts=3)
     assert Registry(tmp_path).ordered() is None
     Registry(tmp_path).order(order)
