@@ -189,10 +189,15 @@ def samples_of(groups: Sequence[Sequence[Answer]], objective: ObjectiveConfig) -
 
 
 def sample_of(answer: Answer, advantage: float, *, trains_rollout: bool) -> TrainSample:
-    """A sample of prompt, prefix and continuation: the prefix is trained under ``sft``, the rest under ``policy``."""
+    """A sample of prompt, prefix and continuation: the prefix is trained under ``sft``, the rest under ``policy``.
+
+    It ends before a continuation that is not trained.
+    """
     start = len(answer.prompt.token_ids)
     middle = start + len(answer.prefix)
-    continuation = () if answer.rollout is None else answer.rollout.token_ids
+    continuation = answer.rollout.token_ids if trains_rollout and answer.rollout is not None else ()
+    token_ids = np.array([*answer.prompt.token_ids, *answer.prefix, *continuation], np.int64)
+    routes = None if answer.rollout is None else answer.rollout.routes
     parts: list[Part] = []
     if answer.is_prefix_trained:
         parts.append(Part(term=SFT, positions=np.arange(start, middle)))
@@ -202,9 +207,9 @@ def sample_of(answer: Answer, advantage: float, *, trains_rollout: bool) -> Trai
         constants = {"rollout_logprob": logprobs, "advantage": advantage}
         parts.append(Part(term=POLICY, positions=positions, constants=constants))
     return TrainSample(
-        token_ids=np.array([*answer.prompt.token_ids, *answer.prefix, *continuation], np.int64),
+        token_ids=token_ids,
         parts=tuple(parts),
-        routes=None if answer.rollout is None else answer.rollout.routes,
+        routes=None if routes is None else routes[: len(token_ids)],
     )
 
 

@@ -131,6 +131,11 @@ def test_equal_groups_and_truncated_answers_train_their_prefix_alone() -> None:
     assert terms() == [["sft", "policy"], ["policy"]]
     assert terms(equal_groups="drop") == [["sft"]]
     assert terms(truncated="mask") == [["sft"], ["policy"]]
+    routed = replace(helped, rollout=replace(rollout, routes=np.arange(4, dtype=np.uint8).reshape(4, 1, 1)))
+    sample = sample_of(routed, 0.0, trains_rollout=False)
+    assert sample.token_ids.tolist() == [5, 6, 90, 91], "an untrained continuation costs no time"
+    assert sample.routes is not None
+    assert sample.routes.ravel().tolist() == [0, 1, 2, 3]
     assert sample_of(plain, 0.0, trains_rollout=False).parts == ()
 
 
@@ -140,7 +145,10 @@ def test_a_helped_answer_keeps_the_experts_that_the_engine_chose() -> None:
         token_ids=(20,), logprobs=(-1.0,), finish_reason="stop", weight_version=0, routes=routes
     )
     helped = Answer(prompt=prompt("a"), prefix=(90,), rollout=rollout, reward=0.0, is_prefix_trained=True)
-    assert sample_of(helped, 0.0, trains_rollout=True).routes is routes
+    found = sample_of(helped, 0.0, trains_rollout=True).routes
+    assert found is not None
+    assert np.shares_memory(found, routes)
+    assert len(found) == len(routes)
     whole = replace(helped, rollout=None)
     assert sample_of(whole, 0.0, trains_rollout=False).routes is None
 
