@@ -268,7 +268,7 @@ class _Reader:
         if not isinstance(node, yaml.MappingNode):
             raise self._fail(node, f"{where}: expected a block of settings, got {_shown(node)}")
         if len(members(kind)) == 1:
-            return self._dataclass(node, members(kind)[0], where, "")
+            return self._dataclass(node, members(kind)[0], where)
         key = choice(kind)
         assert key
         values = {value: member for member in members(kind) for value in get_args(_hints(member)[key])}
@@ -280,10 +280,17 @@ class _Reader:
             name = default
         else:
             raise self._fail(node, f"{where}.{key} is missing; known: {', '.join(values)}")
-        return self._dataclass(node, values[name], where, f"{key}: {name}")
+        return self._dataclass(node, values[name], where, f"{key}: {name}", values)
 
-    def _dataclass(self, node: yaml.MappingNode, kind: type, where: str, variant: str) -> Any:
-        """``variant``: the name by which this dataclass was chosen among several, if it was."""
+    def _dataclass(
+        self,
+        node: yaml.MappingNode,
+        kind: type,
+        where: str,
+        variant: str = "",
+        forms: Mapping[str, type] = types.MappingProxyType({}),
+    ) -> Any:
+        """``variant``: how this dataclass was chosen among several, as ``kind: phi``. ``forms``: what can be chosen."""
         hints = _hints(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         values: dict[str, Any] = {}
@@ -299,8 +306,10 @@ class _Reader:
             elif full in MOVED:
                 self._fail(key_node, f"{full} is now {MOVED[full]}")
             else:
-                elsewhere = [] if where else meant_by(full, self._root)
-                hint = _did_you_mean(elsewhere) or _hint(key, list(fields), where, variant)
+                chooser = variant.partition(":")[0]
+                having = [f"`{chooser}: {name}`" for name, form in forms.items() if key in _hints(form)]
+                elsewhere = meant_by(key, self._root)
+                hint = _hint(key, list(fields), where, variant, having, elsewhere)
                 self._fail(key_node, f"unknown setting {full!r}{hint}")
         for name in fields:
             if _required(fields[name]) and name not in values:
@@ -396,14 +405,30 @@ def _did_you_mean(names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
-def _nearest(text: str, known: Iterable[str], where: str = "") -> str:
-    near = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
+def _nearest(text: str, known: Iterable[str], where: str = "", similarity: float = 0.5) -> str:
+    near = difflib.get_close_matches(text, list(known), n=1, cutoff=similarity)
     return _did_you_mean([_join(where, name) for name in near])
 
 
-def _hint(key: str, names: Sequence[str], where: str, variant: str) -> str:
-    near = _nearest(key, names, where)
+def _hint(
+    key: str, names: Sequence[str], where: str, variant: str, having: Sequence[str], elsewhere: Sequence[str]
+) -> str:
+    """What follows "unknown setting": what is known in this block, and what was probably meant.
+
+    A name that is very similar to one of ``names`` is a typing error. Otherwise the same name in another form of the
+    block (``having``) or in another block (``elsewhere``) is more probable than a name that is only a little similar.
+    """
     known = f"; known {f'with `{variant}`' if variant else 'here'}: {', '.join(names)}"
+    if having:
+        return f"{known}; only {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    chooser = variant.partition(":")[0]
+    if not where:
+        near = _did_you_mean(elsewhere) or _nearest(key, names)
+    elif chooser and key in ("kind", "name", "schedule", "type"):
+        near = _did_you_mean([_join(where, chooser)])
+    else:
+        others = _did_you_mean(elsewhere) if len(elsewhere) <= 3 else ""
+        near = _nearest(key, names, where, 0.8) or others or _nearest(key, names, where)
     return f"{'' if near and not variant else known}{near}"
 
 

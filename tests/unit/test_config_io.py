@@ -276,7 +276,12 @@ class TestBlocksOfSeveralKinds:
             ),
             (
                 "mu: {decay_steps: 3}",
-                "unknown setting 'method.mu.decay_steps'; known with `schedule: constant`: schedule, peak",
+                "unknown setting 'method.mu.decay_steps'; known with `schedule: constant`: schedule, peak; only "
+                "`schedule: warmup_cosine` and `schedule: linear` have it",
+            ),
+            (
+                "mu: {kind: linear}",
+                "known with `schedule: constant`: schedule, peak; did you mean method.mu.schedule?",
             ),
             (
                 "mu: {schedule: linear, schedule: linear, peak: 1, valley: 0}",
@@ -331,7 +336,12 @@ class TestMethod:
                 "unknown setting 'method.gama'; known with `name: luffy`: name, gamma, shaping; did you mean "
                 "method.gamma?",
             ),
-            ("{name: luffy, mu: 1}", "unknown setting 'method.mu'; known with `name: luffy`"),
+            (
+                "{name: luffy, mu: 1}",
+                "unknown setting 'method.mu'; known with `name: luffy`: name, gamma, shaping; only `name: chord` "
+                "has it",
+            ),
+            ("{correction: none}", "; did you mean objective.correction?"),
             (
                 "{tokn_weight: p}",
                 "unknown setting 'method.tokn_weight'; known with `name: chord`: name, mu, ",
