@@ -115,10 +115,13 @@ def _of_run(args: argparse.Namespace) -> int:
 
 
 def _fetch(run: RunConfig) -> bool:
-    """Download what the run names on the hub and the cache has not; whether there was anything.
+    """Download the models and data sets on the hub that the run names and that are not in the cache.
+
+    Returns:
+        Whether anything was downloaded.
 
     Raises:
-        ValueError: it cannot be had, with the setting that names it.
+        ValueError: a download is not possible. The message names the setting.
     """
     names = [(setting, name) for setting, path in hub_paths(run) if (name := hub.unresolved_name(path))]
     for setting, name in names:
@@ -392,7 +395,11 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
 def _lens(
     run: RunConfig, args: argparse.Namespace, template: ChatTemplate, rows: Sequence[Observed]
 ) -> Lens | None:
-    """The lens of ``--policy``. ValueError where there is nothing to look at, or no model to look with."""
+    """What the model of ``--policy`` computes for the demonstrations; None without ``--policy``.
+
+    Raises:
+        ValueError: the run has no demonstrations, or the model cannot be loaded.
+    """
     from megatron_chord.config_io import one_line
     from megatron_chord.config_methods import ChordConfig, SimpleWeight
     from megatron_chord.data.lens import load_policy, look
@@ -499,7 +506,8 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
 
 
 def _check_machine(run: RunConfig) -> None:
-    """ValueError with everything that this machine lacks for the run's precision."""
+    """Raise ValueError if the run's precision needs something that this machine does not have. The message has all
+    faults."""
     if run.precision is None:
         return
     from megatron_chord import doctor
@@ -518,14 +526,14 @@ def _world_size(run: RunConfig) -> int:
 
 
 def _launch(ranks: int, argv: Sequence[str]) -> NoReturn:
-    """Become the launcher of ranks that run this very command line."""
+    """Replace this process by the launcher, which starts the ranks with the same command line."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = ["-m", "megatron_chord.runtime.launcher", str(ranks), "-m", "megatron_chord.cli", *argv]
     os.execv(sys.executable, [sys.executable, *command])
 
 
 def _quieten_libraries() -> None:
-    """Remarks of Megatron-Core and torch that no user can act on, repeated by every rank."""
+    """Hide warnings of Megatron-Core and torch that users can do nothing about. Every rank would repeat them."""
     for module in ("megatron", r"torch\.distributed\.c10d_logger"):
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -542,15 +550,16 @@ def _resuming(argv: Sequence[str]) -> str:
 
 
 class _Termination:
-    """What signals do to a run.
+    """Handles the signals that end a run.
 
-    SIGTERM leaves through the finally blocks, which stop the rollout server. A second one leaves at once: the children
-    die with this process, and the next run removes the folders that it leaves. The first Ctrl-C of a run that trains
-    only requests a stop, with a checkpoint. The next ones, and any before the first step, are as SIGTERM.
+    After a SIGTERM the ``finally`` blocks run, which stop the rollout server. A second SIGTERM ends the process
+    immediately: its children die with it, and the next run removes the folders that are left. The first Ctrl-C during
+    training requests a stop with a checkpoint. Later ones, and those before the first step, act like SIGTERM.
     """
 
     SAME_S = 0.5
-    """A launcher hands a signal on to ranks that had it already: within this time it is the same one."""
+    """Seconds. A rank gets Ctrl-C from the terminal, and again from the launcher. A signal that follows another one
+    within this time is ignored as such a copy."""
 
     def __init__(self, request: StopRequest, *, speaks: bool) -> None:
         self._request = request
@@ -578,16 +587,16 @@ class _Termination:
             )
 
     def check(self) -> None:
-        """Called before every step. Leave now if a signal has come.
+        """End the process if a signal has arrived. Call it before every step.
 
-        Python prints and forgets one that arrives inside a ``__del__``.
+        If a signal arrives while a ``__del__`` runs, Python prints the exception of its handler and goes on.
         """
         self._is_training = True
         if self._code is not None:
             raise SystemExit(self._code)
 
     def _is_another(self) -> bool:
-        """Whether this signal is not just a copy of the one before."""
+        """Whether this signal is a new one, and not a copy of the signal before (``SAME_S``)."""
         before, self._last = self._last, time.monotonic()
         return self._last - before > self.SAME_S
 

@@ -202,7 +202,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
         require(0 <= self.max_dropped < 1, f"data.max_dropped must lie in [0, 1), got {self.max_dropped}")
-        require(self.aligned or self.unmatched == "fail", "data.unmatched means nothing without data.aligned")
+        require(self.aligned or self.unmatched == "fail", "data.unmatched has no effect without data.aligned")
         for role in ("prompts", "demonstrations", "evaluation"):
             sources: tuple[SourceConfig, ...] | None = getattr(self, role)
             require(sources != (), f"data.{role} lists no source")
@@ -215,7 +215,7 @@ class DataConfig:
         weighted = [source.label for source in self.evaluation or () if source.weight != 1]
         require(
             not weighted,
-            f"data.evaluation: every problem is evaluated, so weight means nothing to {', '.join(weighted)}",
+            f"data.evaluation: every problem is evaluated, so weight has no effect on {', '.join(weighted)}",
         )
 
 
@@ -261,7 +261,7 @@ class CorrectionConfig:
         )
         require(
             self.mode != "truncate" or self.low == 0,
-            "objective.correction.low means nothing to the mode `truncate`; leave it out, or clamp",
+            "objective.correction.low has no effect with mode `truncate`; leave it out, or set mode: clamp",
         )
         require(
             0 <= self.low < self.high,
@@ -322,7 +322,7 @@ class ObjectiveConfig:
         for name, default in {"entropy_bonus_on": "rollouts", "entropy_aggregation": None}.items():
             require(
                 self.entropy_bonus > 0 or getattr(self, name) == default,
-                f"objective.{name} means nothing without objective.entropy_bonus; leave it out",
+                f"objective.{name} has no effect without objective.entropy_bonus; leave it out",
             )
         if self.dual_clip is not None:
             require(self.dual_clip > 1, f"objective.dual_clip must be > 1, got {self.dual_clip}")
@@ -333,12 +333,12 @@ class ObjectiveConfig:
         if self.surrogate == "unclipped":
             require(
                 (self.clip_low, self.clip_high) == (0.2, 0.2),
-                "objective.clip_low and clip_high mean nothing to the surrogate `unclipped`; leave them out",
+                "objective.clip_low and clip_high have no effect on the surrogate `unclipped`; leave them out",
             )
         if self.advantage in ("group_mean", "leave_one_out"):
             require(
                 self.advantage_eps == 1e-6,
-                f"objective.advantage_eps means nothing to the advantage `{self.advantage}`; leave it out",
+                f"objective.advantage_eps has no effect on the advantage `{self.advantage}`; leave it out",
             )
         if self.aggregation_length is not None:
             positive(**{"objective.aggregation_length": self.aggregation_length})
@@ -446,7 +446,7 @@ class PartialConfig:
             positive(**{"rollout.partial.max_carries": self.max_carries})
             require(
                 self.unfinished == "carry",
-                "rollout.partial.max_carries means nothing with unfinished: drop, which carries nothing over; leave it "
+                "rollout.partial.max_carries has no effect with unfinished: drop, which continues no answer; leave it "
                 "out",
             )
 
@@ -635,7 +635,7 @@ class OptimConfig:
         if self.decay_steps is not None:
             require(
                 self.schedule != "constant",
-                "optim.decay_steps means nothing to optim.schedule constant; leave it out",
+                "optim.decay_steps has no effect with optim.schedule constant; leave it out",
             )
             require(
                 self.decay_steps > self.warmup_steps,

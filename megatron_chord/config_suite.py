@@ -48,7 +48,7 @@ class SamplingConfig:
         )
         require(
             self.temperature > 0 or self.top_p == 1,
-            "sampling.top_p means nothing at temperature 0; leave it out",
+            "sampling.top_p has no effect at temperature 0; leave it out",
         )
 
 

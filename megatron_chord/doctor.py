@@ -95,7 +95,8 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the operating system says. Everything else is read from the installed distributions."""
+    """The properties of this machine that the operating system reports. Other checks read the installed
+    distributions."""
 
     devices: tuple[Device, ...] = ()
     """The GPUs that nvidia-smi lists."""
@@ -288,7 +289,7 @@ def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Fin
 
 
 def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bool = False) -> list[str]:
-    """What this machine lacks for a precision, each in words. Devices are not asked for where GPUs are elsewhere.
+    """The parts that a precision needs and this machine does not have, each as text for a message.
 
     Args:
         rollouts_elsewhere: whether the rollout servers run on other machines.

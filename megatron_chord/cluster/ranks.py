@@ -44,7 +44,8 @@ class Rank:
             self._copier.join(_LOG_GRACE_S)
 
     def terminate(self) -> None:
-        """Have it end now. A rank ignores SIGTERM, which Slurm sends to every process of a job that it preempts."""
+        """Send the rank SIGHUP, which ends it. It ignores SIGTERM, because Slurm sends SIGTERM to every process of a
+        job that it preempts."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGHUP)
 

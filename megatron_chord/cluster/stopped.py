@@ -49,7 +49,7 @@ class StoppedRank:
         return f"frozen: {self._name} has been stopped (SIGSTOP) for {stopped_s}{where}"
 
     def print_stacks(self) -> None:
-        """Have the rank continue and print the stacks of its threads to its log."""
+        """Send the rank the signals that make it continue and print the stacks of its threads to its log."""
         # A rank without a heartbeat has no handler yet, and the signal would kill it.
         if read_beat(self._beats, self._rank) is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -92,10 +92,11 @@ def to_hf(
     notify: Notify = lambda line: None,
     workers: int | None = None,
 ) -> None:
-    """Write a Hugging Face folder that Transformers and vLLM load as it is, in the source's dtype.
+    """Write a Hugging Face folder that Transformers and vLLM can load, in the source's dtype.
 
-    Each of ``workers`` threads writes a safetensors file at a time. In memory are parameters of ``MEMORY_BYTES``
-    together, or one larger one, and a piece of the source's for each worker; with ``fp8`` three times as much.
+    Each of ``workers`` threads writes one safetensors file at a time. Memory: at most ``MEMORY_BYTES`` of parameters in
+    total, or one parameter that is larger, and one stored piece of the source for each worker; with ``fp8`` three times
+    as much.
 
     Args:
         fp8: block-quantise the matrices of linear layers (``weights/fp8.py``), for engines that load such folders.

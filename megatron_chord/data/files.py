@@ -81,10 +81,13 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def why_no_data(file: Path) -> str | None:
-    """Why a file is not what its name says, as of its first bytes; None where nothing is known against it.
+    """Compare the first bytes of a file with the format that its name says.
+
+    Returns:
+        What the file is instead, for an error message. None if the bytes do not show another format.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with file.open("rb") as stream:
         start = stream.read(32).lower()

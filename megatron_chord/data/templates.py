@@ -424,7 +424,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """ValueError when a folder with nothing but a SentencePiece model is not read as SentencePiece reads it."""
+    """Compare Transformers with SentencePiece in a folder that has tokenizer.model and no tokenizer.json.
+
+    Raises:
+        ValueError: Transformers gives a text other token ids than SentencePiece.
+    """
     model = folder / "tokenizer.model"
     if not model.is_file() or (folder / "tokenizer.json").is_file():
         return
@@ -433,7 +437,7 @@ def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
         expected, ids = pieces.encode(text), tokenizer.encode(text, add_special_tokens=False)
         if ids != expected:
             raise ValueError(
-                f"transformers reads tokenizer.model otherwise than SentencePiece does: {text!r} becomes {ids}, "
+                f"transformers and SentencePiece tokenise with tokenizer.model differently: {text!r} becomes {ids}, "
                 f"not {expected}; train it with add_dummy_prefix=False, or add a tokenizer.json"
             )
 

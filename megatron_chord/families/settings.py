@@ -139,10 +139,10 @@ def refuse_head_dim(config: Mapping[str, Any]) -> None:
 
 
 def refuse_sliding_layers(config: Mapping[str, Any]) -> None:
-    """Qwen's switch: ``use_sliding_window`` gives some layers a window, or all.
+    """Refuse Qwen's ``use_sliding_window``, unless the window spans all positions of the model.
 
-    ``layer_types`` names them in some of Transformers' models. vLLM, and Transformers' Qwen3-MoE, give all layers the
-    window whatever it says.
+    It gives some or all layers a sliding window. In some of Transformers' models ``layer_types`` lists these layers.
+    vLLM, and Transformers' Qwen3-MoE, ignore ``layer_types`` and give all layers the window.
     """
     if not config.get("use_sliding_window"):
         _refuse_layer_types(config)
@@ -152,9 +152,9 @@ def refuse_sliding_layers(config: Mapping[str, Any]) -> None:
 
 
 def refuse_short_window(config: Mapping[str, Any], *, default: int | None) -> None:
-    """Mistral's switch: a window on all layers, which does nothing where it spans all positions of the model.
+    """Refuse ``sliding_window`` if it is shorter than the model's positions. Otherwise it has no effect.
 
-    vLLM reads it for every family.
+    Mistral has this window on all layers. vLLM reads the setting for every family.
     """
     _refuse_layer_types(config)
     window = config.get("sliding_window", default)

@@ -96,7 +96,8 @@ def search_servers(
 
 
 def _smallest_shares(placed: Sequence[Placed]) -> list[Placed]:
-    """Of servers that differ only in their share of memory, the fastest; of equally fast ones, the smallest share."""
+    """Keep one of the settings that differ only in the servers' share of memory: the fastest one. If several are
+    equally fast, keep the one with the smallest share."""
     best: dict[tuple[object, ...], Placed] = {}
     for one in sorted(placed, key=lambda one: (round(one.estimate.times.step, 1), one.case.utilization)):
         best.setdefault((one.estimate.choice, one.case.rollout_tensor, one.case.cluster), one)

@@ -25,11 +25,12 @@ Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
 def taken_apart(
     state: dict[str, Any], shares: Shares, *, experts: tuple[str, ...], replicas: int, expert_replicas: int
 ) -> Content:
-    """Split a sharded state dictionary, which is changed, into the parts that this rank writes.
+    """Split a sharded state dictionary into the parts that this rank writes. The dictionary is changed.
 
-    Ranks that hold the same weights write them together, each about equally many bytes in whole parts. Each rank writes
-    what ``shares`` says it keeps of a tensor on the meta device. If several ranks have the same object, one of them
-    writes it. No collectives: ``write_description`` checks that every element is written exactly once.
+    Ranks that hold the same weights divide them: each rank writes whole tensors, of about equally many bytes in total.
+    For a tensor on the meta device, a rank writes the elements that ``shares`` assigns to it. If several ranks have the
+    same object, one of them writes it. No collectives: ``write_description`` checks that every element is written
+    exactly once.
 
     Args:
         experts: what the keys of experts' tensors end with (``expert_keys``).

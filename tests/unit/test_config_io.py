@@ -164,7 +164,7 @@ def test_a_number_in_place_of_a_schedule_is_a_constant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "finding"),
     [
-        ("  decay_steps: 5\n", "optim.decay_steps means nothing to optim.schedule constant"),
+        ("  decay_steps: 5\n", "optim.decay_steps has no effect with optim.schedule constant"),
         (
             "  schedule: linear\n  warmup_steps: 5\n  decay_steps: 5\n",
             "optim.decay_steps 5 must be above optim.warmup_steps 5",
@@ -836,7 +836,7 @@ def test_sampling_ahead_and_what_goes_with_it(tmp_path: Path, text: str, finding
         ("{max_carries: 0}", "rollout.partial.max_carries must be > 0, got 0"),
         (
             "{unfinished: drop, max_carries: 1}",
-            "rollout.partial.max_carries means nothing with unfinished: drop",
+            "rollout.partial.max_carries has no effect with unfinished: drop",
         ),
         (
             "{unfinished: drop}}\nobjective: {ratio_from: current, correction: {mode: none}",
@@ -993,7 +993,7 @@ def test_overrides_of_a_source(tmp_path: Path) -> None:
         ("[]", "data.prompts lists no source"),
         ("null", "data.prompts: is empty"),
         ("a.jsonl\n  prompt_fields: {answer: x}", "data.prompt_fields is now data.prompts.fields"),
-        ("a.jsonl\n  evaluation: [{path: e.jsonl, weight: 2}]", "so weight means nothing to e"),
+        ("a.jsonl\n  evaluation: [{path: e.jsonl, weight: 2}]", "so weight has no effect on e"),
     ],
 )
 def test_sources_that_will_not_do(tmp_path: Path, text: str, reason: str) -> None:

@@ -105,7 +105,7 @@ class RewardKind(WholeReward):
 
     @property
     def calls_at_once(self) -> int:
-        """In each worker, where the grader is ``async``."""
+        """Number of calls of an ``async`` grader that run at the same time in each worker."""
         return 1
 
     def grades(self, source: str) -> bool:
@@ -113,18 +113,18 @@ class RewardKind(WholeReward):
         return not self.sources or source in self.sources
 
     def load(self) -> Callable[[Any], Any]:
-        """The grader, called in the worker process alone. Import heavy libraries here and not in the kind's file.
+        """Return the grader. Only worker processes call this. Import heavy libraries here, not at the top of the file.
 
-        A grader returns the reward of a response, or several named rewards that add up to it, and raises when it cannot
-        tell.
+        A grader returns the reward of a response, or several named rewards whose sum is the reward. It raises an
+        exception if it cannot grade the response.
 
         Raises:
-            ValueError: the user's settings have no grader, with the reason.
+            ValueError: the user's settings do not define a grader. The message has the reason.
         """
         raise NotImplementedError
 
     def error_text(self, error: BaseException) -> str:
-        """What is told of an exception of the grader."""
+        """The text by which messages describe an exception of the grader."""
         return f"{type(error).__name__}: {error}"
 
     def has_answer(self, text: str) -> bool:

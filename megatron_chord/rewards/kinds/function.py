@@ -78,7 +78,7 @@ class FunctionReward(RewardKind):
         return self.concurrency or _CONCURRENCY
 
     def load(self) -> Callable[[Any], Any]:
-        """The function. ValueError says why there is none that can be called with one argument."""
+        """Return the user's function. Raise ValueError if it does not exist or cannot be called with one argument."""
         found = vars(_module(self.path)).get(self.name)
         shown = f"`{self.name}` in {self.path}"
         if found is None:
@@ -95,7 +95,8 @@ class FunctionReward(RewardKind):
             ) from None
         require(
             self.concurrency is None or is_async(found),
-            f"reward.concurrency means nothing to {shown}, which is not `async`; leave it out, or set reward.workers",
+            f"reward.concurrency is only for `async` functions, and {shown} is not one; leave it out, or set "
+            "reward.workers",
         )
         return found
 
@@ -103,7 +104,8 @@ class FunctionReward(RewardKind):
         return last_line(error, self.path)
 
     def has_answer(self, text: str) -> bool:
-        """Only the function knows. A response that was cut off counts as one without an answer."""
+        """Return False: only the user's function can find an answer. A response that reached the length limit then
+        counts as a response without an answer."""
         return False
 
 

@@ -84,7 +84,7 @@ def test_what_is_written_down_reads_back_as_the_same(tmp_path: Path) -> None:
         ("metrics: [avg@9]", "benchmark a: avg@9 needs more answers than sampling.samples, which is 8"),
         ("metrics: [best@8]", "metrics of a: 'best@8' is none of avg@K, pass@K and maj@K"),
         ("sampling: {samples: 2}", "sampling.samples 2 at temperature 0 would be the same answer 2 times"),
-        ("sampling: {top_p: 0.5}", "sampling.top_p means nothing at temperature 0"),
+        ("sampling: {top_p: 0.5}", "sampling.top_p has no effect at temperature 0"),
         ("name2: x", "unknown setting 'benchmarks.name2'"),
     ],
 )

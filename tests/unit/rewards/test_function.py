@@ -359,7 +359,7 @@ def test_only_named_variables_reach_the_function(path: Path, monkeypatch: pytest
         (
             "score",
             {"concurrency": 2},
-            "reward.concurrency means nothing to `score` in {path}, which is not `async`",
+            "reward.concurrency is only for `async` functions, and `score` in {path} is not one",
         ),
     ],
 )
