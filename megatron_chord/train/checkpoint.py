@@ -47,6 +47,7 @@ from megatron_chord.weights.torch_dist import (
     Checkpoint,
     Written,
     load_plain,
+    reason,
     write_common,
     write_description,
     write_durably,
@@ -126,8 +127,8 @@ def begin(
 ) -> Writing:
     """Begin to write a checkpoint; the arguments are those of ``save``. Called on every rank.
 
-    With ``may_stage`` the state is first copied to main memory, if every node has enough of it. Then training may go on
-    before ``finish``; otherwise the state must not change until then.
+    With ``may_stage`` the state is first copied to main memory, if every node has enough of it and all copies succeed.
+    Then training may go on before ``finish``; otherwise the state must not change until then.
 
     Raises:
         NonFiniteWeights: a number is not finite; nothing was written.
@@ -149,9 +150,7 @@ def begin(
         contents = _described(state)
         boxes = contents[""][0]
         needed = sum(box.num_bytes for box in boxes)
-        is_staged = may_stage and _has_room(groups, needed, notify)
-        if is_staged:
-            groups.together(lambda: boxes.update(staged(boxes)))
+        is_staged = may_stage and _has_room(groups, needed, notify) and _stage(groups, boxes, notify)
     except BaseException:
         if groups.is_coordinator:
             place.remove_partial()
@@ -260,6 +259,20 @@ class Writing:
             raise
         return self._place.target
 
+    def fail(self) -> None:
+        """Raise the error of a rank whose ``progress`` is "failed". Other ranks stop writing. Called on every rank.
+
+        Raises:
+            OSError: on every rank. The partial files are removed.
+        """
+        has_failed = self.progress == "failed"
+        self._given_up.set()
+        wait([self._part])
+        try:
+            self._groups.together(lambda: self._wait() if has_failed else None)
+        finally:
+            self.give_up()
+
     def give_up(self) -> None:
         """End the threads of this process, and remove the partial files on the coordinator. No collectives."""
         self._given_up.set()
@@ -320,6 +333,28 @@ def _has_room(groups: ParallelGroups, needed: int, notify: Callable[[str], None]
                 )
             return False
     return True
+
+
+def _stage(groups: ParallelGroups, boxes: sharded.Boxes, notify: Callable[[str], None]) -> bool:
+    """Replace the data of ``boxes`` by copies (``staged``). On every rank. One collective.
+
+    Returns:
+        whether it succeeded on all ranks. If not, no rank has copies, and its boxes are as before.
+    """
+    copies: sharded.Boxes = {}
+    failure: str | None = None
+    try:
+        copies = staged(boxes)
+    except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
+        failure = f"rank {groups.rank} on {socket.gethostname()}: {reason(error)}"
+    failures = [found for found in groups.gather(failure) if found is not None]
+    if not failures:
+        boxes.update(copies)
+    elif groups.is_coordinator:
+        notify(
+            f"training waits for this checkpoint, because it could not be copied to main memory: {failures[0]}"
+        )
+    return not failures
 
 
 def _write_latest(folder: Path, name: str) -> None:

@@ -63,12 +63,16 @@ class Saver:
         return self._writing.progress if self._writing is not None else "written"
 
     def settle(self, progress: Sequence[Progress]) -> None:
-        """Finish the checkpoint if all ranks have written, or raise the error of one that has failed.
+        """Finish the checkpoint if all ranks have written. If one has failed, end the others' and raise its error.
 
         Args:
             progress: of all ranks.
         """
-        if "failed" in progress or all(one == "written" for one in progress):
+        if "failed" in progress and self._writing is not None:
+            writing, self._writing = self._writing, None
+            with self._groups.pulse.phase("saving"):
+                writing.fail()
+        if all(one == "written" for one in progress):
             self.wait()
 
     def wait(self) -> None:

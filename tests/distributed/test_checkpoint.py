@@ -17,6 +17,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -656,6 +657,55 @@ def test_a_saver_keeps_what_is_complete(model: Path, tmp_path: Path) -> None:
     ]
     (waiting,) = [text for text in first["said"] if not text.startswith("checkpoint ")]
     assert waiting.startswith("training waits for this checkpoint: copies in main memory need 0.0 GB on ")
+    assert second["said"] == []
+
+
+def poor_ranks(folder: Path, out: Path) -> dict[str, Any]:
+    """Save twice in the background. Rank 1 has no memory for copies of the first, and no disk for the second, which
+    rank 0 writes until it is told to stop."""
+    state, layout = fresh_state(folder, {})
+    train(state, layout, range(1))
+    groups, said, outcome = state.groups, [], dict[str, Any]()
+    saver = Saver(out, CheckpointConfig(asynchronous=True), groups, said.append)
+    staged, write_part = checkpoint.staged, checkpoint.write_part
+    if groups.rank == 1:
+        checkpoint.staged = lambda boxes: {box: torch.empty(2**60, dtype=torch.uint8).clone for box in boxes}
+    saver.save(state, {"step": 1}, best=None)
+    outcome["written at once"] = saver.progress, (out / "step-000001").is_dir()
+    checkpoint.staged = staged
+
+    def until_given_up(*args: Any, is_given_up: Callable[[], bool], **settings: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while not is_given_up() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        outcome["given up"] = is_given_up()
+        return write_part(*args, is_given_up=is_given_up, **settings)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if groups.rank == 0:
+        checkpoint.write_part = until_given_up
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    saver.save(state, {"step": 2}, best=None)
+    while groups.rank == 1 and saver.progress == "writing":
+        time.sleep(0.01)
+    outcome["progress"] = groups.gather(saver.progress)
+    with pytest.raises(OSError, match="File too large"):
+        saver.settle(outcome["progress"])
+    groups.gather(None)
+    return outcome | {"left": sorted(path.name for path in out.iterdir()), "said": said}
+
+
+def test_a_rank_without_memory_or_disk_does_not_make_others_wait(model: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(poor_ranks, 2, model, tmp_path / "out")
+    for outcome in (first, second):
+        assert outcome["written at once"] == ("written", True), "not in the background"
+        assert outcome["progress"] == ["writing", "failed"]
+        assert outcome["left"] == ["latest", "step-000001"]
+    assert first["given up"], "rank 0 stops writing when rank 1 has failed"
+    assert first["said"][0].startswith(
+        "training waits for this checkpoint, because it could not be copied to main memory: rank 1 on "
+    )
     assert second["said"] == []
 
 
