@@ -119,29 +119,30 @@ def checkpoint_bytes(parameters: int, weight_bytes: float, *, optimizers: int = 
 
 def model_count(shape: ModelShape) -> int:
     """Number of elements in the model's Hugging Face folder: a tied head counts once, padding rows do not count."""
-    return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.exported)
+    known = all_dims(shape)
+    return sum(_copies(rule, shape) * _size(rule, known) for rule in shape.weights.rules if rule.exported)
 
 
 def active_count(shape: ModelShape) -> int:
     """Number of parameters that multiply one token: including the head and the chosen experts, without the
     embedding."""
-    chosen = Sizes.of(shape).top_k
+    chosen, known = Sizes.of(shape).top_k, all_dims(shape)
     return sum(
-        _size(rule, shape) * _num_layers(rule, shape) * (chosen if rule.of_expert else 1)
+        _size(rule, known) * _num_layers(rule, shape) * (chosen if rule.of_expert else 1)
         for rule in shape.weights.rules
-        if rule.megatron[0] != _FIRST_STAGE and len(dims(rule, shape)) > 1
+        if rule.megatron[0] != _FIRST_STAGE and len(known[rule.megatron[0]]) > 1
     )
 
 
 def active_in_layer(shape: ModelShape, number: int, part: str = "") -> int:
     """The part of ``active_count`` in layer ``number``. ``part`` is a prefix of the parameters' names in the layer."""
-    chosen = Sizes.of(shape).top_k
+    chosen, known = Sizes.of(shape).top_k, all_dims(shape)
     return sum(
-        _size(rule, shape) * (chosen if rule.of_expert else 1)
+        _size(rule, known) * (chosen if rule.of_expert else 1)
         for rule in shape.weights.rules
         if rule.megatron[0].startswith(_LAYER + part)
         and _layers_with(rule, [number])
-        and len(dims(rule, shape)) > 1
+        and len(known[rule.megatron[0]]) > 1
     )
 
 
@@ -152,7 +153,8 @@ def head_count(shape: ModelShape) -> int:
 
 def expert_count(shape: ModelShape) -> int:
     """Parameters of all experts together."""
-    return sum(_copies(rule, shape) * _size(rule, shape) for rule in shape.weights.rules if rule.of_expert)
+    known = all_dims(shape)
+    return sum(_copies(rule, shape) * _size(rule, known) for rule in shape.weights.rules if rule.of_expert)
 
 
 def uncut_count(shape: ModelShape) -> int:
@@ -161,8 +163,9 @@ def uncut_count(shape: ModelShape) -> int:
 
     Experts do not count, because vLLM cuts each of them over its tensor axis or distributes them over ranks.
     """
+    known = all_dims(shape)
     return sum(
-        _copies(rule, shape) * _size(rule, shape)
+        _copies(rule, shape) * _size(rule, known)
         for rule in shape.weights.rules
         if rule.exported and rule.transform.axis is None and not rule.of_expert
     )
@@ -172,7 +175,7 @@ def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count
     """Parameters of one rank of pipeline stage ``stage``, padding rows included; the same on all its ranks."""
     layers = stage_layers(shape.num_layers, parallel, stage)
     first, last = stage == 0, stage == parallel.pipeline - 1
-    found = Count()
+    known, found = all_dims(shape), Count()
     for rule in shape.weights.rules:
         name = rule.megatron[0]
         if (name == _FIRST_STAGE and not first) or (name in _LAST_STAGE and not last) or name in _BUFFERS:
@@ -180,13 +183,16 @@ def rank_count(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Count
         if name == "output_layer.weight" and shape.tied and first:
             continue  # the embedding itself
         number = len(_layers_with(rule, layers)) if name.startswith(_LAYER) else 1
-        found += _rank_part(rule, shape, parallel).times(number)
+        found += _rank_part(rule, known[name], shape, parallel).times(number)
     return found
 
 
-def _rank_part(rule: Rule, shape: ModelShape, parallel: ParallelConfig) -> Count:
-    """The count of one rule: for one layer, or for the whole rank if the parameter does not belong to a layer."""
-    sizes = list(dims(rule, shape))
+def _rank_part(rule: Rule, whole: Sequence[int], shape: ModelShape, parallel: ParallelConfig) -> Count:
+    """The count of one rule: for one layer, or for the whole rank if the parameter does not belong to a layer.
+
+    ``whole``: shape of one whole parameter of the rule.
+    """
+    sizes = list(whole)
     if rule.vocab:
         sizes[0] = padded_vocab_size(shape.vocab_size, parallel.tensor)
     size = math.prod(sizes)
@@ -211,15 +217,15 @@ def _layers_with(rule: Rule, layers: Sequence[int]) -> Sequence[int]:
     return layers if rule.layers is None else sorted(set(layers) & set(rule.layers))
 
 
-def _size(rule: Rule, shape: ModelShape) -> int:
-    return math.prod(dims(rule, shape))
+def _size(rule: Rule, known: Mapping[str, Sequence[int]]) -> int:
+    return math.prod(known[rule.megatron[0]])
 
 
-def dims(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
-    """Shape of one whole parameter of this rule, without padding.
+def all_dims(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The first Megatron name of each rule of the model -> shape of one whole parameter of it, without padding.
 
     Raises:
-        ValueError: the shape of the parameter is not known.
+        ValueError: the shape of a parameter is not known.
     """
     of, hidden = Sizes.of(shape), shape.hidden_size
     shared = (shape.experts.shared_ffn_size or 0) if shape.experts else 0
@@ -241,10 +247,11 @@ def dims(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
         "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
         "mlp.shared_experts.gate_weight": (1, hidden),
     }
-    name = rule.megatron[0].removeprefix(_LAYER)
-    if name not in known:
-        raise ValueError(f"the size of {rule.megatron[0]} is not known ({shape.family})")
-    return known[name]
+    names = [rule.megatron[0] for rule in shape.weights.rules]
+    unknown = [name for name in names if name.removeprefix(_LAYER) not in known]
+    if unknown:
+        raise ValueError(f"the size of {unknown[0]} is not known ({shape.family})")
+    return {name: known[name.removeprefix(_LAYER)] for name in names}
 
 
 def _grouped_dims(shape: ModelShape, of: Sizes) -> dict[str, tuple[int, ...]]:

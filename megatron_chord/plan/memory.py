@@ -157,10 +157,13 @@ def optimizer_bytes(count: Count, training: Training) -> float:
 
 def activation_bytes(shape: ModelShape, training: Training, stage: int) -> float:
     """Bytes that are kept for the backward pass at the peak of the schedule, and the largest recomputed part."""
-    chunks = [
-        [layer_activations(shape, training, number) for number in chunk]
-        for chunk in stage_chunks(shape.num_layers, training.parallel, stage)
-    ]
+    numbers = stage_chunks(shape.num_layers, training.parallel, stage)
+    dense = shape.experts.dense_layers if shape.experts else ()
+    of_kind = {
+        is_dense: layer_activations(shape, training, number)
+        for is_dense, number in {number in dense: number for chunk in numbers for number in chunk}.items()
+    }
+    chunks = [[of_kind[number in dense] for number in chunk] for chunk in numbers]
     kept = kept_at_once(
         [sum(layer.kept for layer in chunk) for chunk in chunks],
         training.parallel,

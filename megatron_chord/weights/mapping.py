@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -38,7 +39,7 @@ class Rule:
     dtype: torch.dtype | None = None
     """The dtype of the parameter on both sides, independent of the model's dtype; None for the model's dtype."""
 
-    @property
+    @cached_property
     def of_expert(self) -> bool:
         """Whether it is a parameter of one expert of a mixture. Each expert-parallel rank has other experts."""
         return any(_EXPERT in name for name in self.hf)
