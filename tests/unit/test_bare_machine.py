@@ -34,4 +34,4 @@ def test_gpu_tests_are_collected_and_skipped_without_vllm() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("needs vLLM") == 2, done.stdout  # one line for each test
-    assert "6 skipped, " in done.stdout, done.stdout
+    assert "7 skipped, " in done.stdout, done.stdout
