@@ -31,7 +31,7 @@ START = {
     "fp8_long_floor": 0.5,
     "width_cost": 3000.0,
     "tensor_cost": 1000.0,
-    "moe_cost": 2.5,
+    "expert_cost": 20000.0,
     "decode_step_s": 6e-3,
     "decode_all_reduce_apart_s": 60e-6,
 }

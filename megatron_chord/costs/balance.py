@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_chord.config import ParallelConfig
 from megatron_chord.costs.flops import head_flops, layer_flops
 from megatron_chord.costs.stages import stage_layers
 from megatron_chord.families.shape import ModelShape
 
+HEAD_PASSES = 4 / 3
+"""FLOPs of the head over those of a forward and a backward pass: its chunks are computed twice
+(``losses/logprobs.py``)."""
 
-def slowdown(shape: ModelShape, parallel: ParallelConfig, *, length: float, recompute: str) -> float:
-    """Work of the largest stage, divided by that of the largest stage if all stages had equally many layers.
 
-    It is 1 without ``parallel.stages``. It is below 1 if a shorter last stage compensates for the head. All stages wait
-    for the largest one in every micro-batch.
+def slowdown(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    *,
+    length: float,
+    recompute: str,
+    head_passes: float = HEAD_PASSES,
+) -> float:
+    """Work of the largest stage, divided by the mean of all stages. All stages wait for the largest one in every
+    micro-batch. It is 1 without a pipeline.
 
     Args:
         length: mean length of the sequences in tokens, as defined in ``costs.flops``.
         recompute: the value of ``model.recompute``.
+        head_passes: 1 for a trainer that computes all logits once.
     """
-    if parallel.stages is None:
-        return 1.0
-    layers, head = _costs(shape, length, recompute)
+    layers, head = layer_flops(shape, length, recompute), head_passes * head_flops(shape)
     work = [
         sum(layers[number] for number in stage_layers(shape.num_layers, parallel, stage))
         for stage in range(parallel.pipeline)
     ]
     work[-1] += head
-    return max(work) / (sum(layers) / parallel.pipeline + head)
+    return max(work) / (sum(work) / parallel.pipeline)
 
 
 def balanced_stages(
@@ -44,7 +50,7 @@ def balanced_stages(
     """
     if shape.num_layers < pipeline * chunks:
         raise ValueError(f"{shape.num_layers} layers cannot fill {pipeline} stages of {chunks} chunks")
-    layers, head = _costs(shape, length, recompute)
+    layers, head = layer_flops(shape, length, recompute), HEAD_PASSES * head_flops(shape)
     of_head = head / (sum(layers) / len(layers))
     lengths = [chunks] * pipeline
     for _ in range(shape.num_layers - pipeline * chunks):
@@ -56,8 +62,3 @@ def balanced_stages(
 def _share(layers: int, chunks: int, chunk: int) -> int:
     """The number of a stage's layers in one of its chunks. The first chunks get the remainder."""
     return layers // chunks + (chunk < layers % chunks)
-
-
-def _costs(shape: ModelShape, length: float, recompute: str) -> tuple[Sequence[float], float]:
-    """FLOPs of a token's passes through each layer, and through the head, whose chunks are always computed twice."""
-    return layer_flops(shape, length, recompute), 4 / 3 * head_flops(shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -20,7 +22,10 @@ class Gpu:
     link: float
     """Bytes per second, both directions together, between the GPUs of one machine: NVLink, or PCIe without it."""
     memory: float
-    """Memory size in bytes."""
+    """The vendor's decimal size of the memory, in bytes."""
+    visible: float
+    """The size of the memory that the driver reports to a process, in bytes. vLLM's share is a share of this size. It
+    is the total that PyTorch's out-of-memory messages name, or ``memory`` where none is known to us."""
     source: str
 
 
@@ -34,6 +39,7 @@ GPUS = {
         bandwidth=3.35e12,
         link=900e9,
         memory=80e9,
+        visible=79.1 * GIB,
         source=_H100,
     ),
     "h200": Gpu(
@@ -43,6 +49,7 @@ GPUS = {
         bandwidth=4.8e12,
         link=900e9,
         memory=141e9,
+        visible=139.8 * GIB,
         source="NVIDIA H200 Tensor Core GPU datasheet, SXM",
     ),
     "h20": Gpu(
@@ -52,6 +59,7 @@ GPUS = {
         bandwidth=4.0e12,
         link=900e9,
         memory=96e9,
+        visible=96e9,
         source="vendor's figures as quoted by [VERL-FA]",
     ),
     "a100-80": Gpu(
@@ -61,6 +69,7 @@ GPUS = {
         bandwidth=2.039e12,
         link=600e9,
         memory=80e9,
+        visible=79.1 * GIB,
         source=_A100,
     ),
     "a100-40": Gpu(
@@ -70,6 +79,7 @@ GPUS = {
         bandwidth=1.555e12,
         link=600e9,
         memory=40e9,
+        visible=39.4 * GIB,
         source=_A100,
     ),
     "h100-pcie": Gpu(
@@ -79,6 +89,7 @@ GPUS = {
         bandwidth=2.0e12,
         link=128e9,
         memory=80e9,
+        visible=79.1 * GIB,
         source="NVIDIA H100 Tensor Core GPU datasheet, PCIe; without NVLink bridges",
     ),
     "l40s": Gpu(
@@ -88,6 +99,7 @@ GPUS = {
         bandwidth=0.864e12,
         link=64e9,
         memory=48e9,
+        visible=44.4 * GIB,
         source="NVIDIA L40S datasheet",
     ),
     "b200": Gpu(
@@ -97,6 +109,7 @@ GPUS = {
         bandwidth=8.0e12,
         link=1800e9,
         memory=180e9,
+        visible=178.3 * GIB,
         source="NVIDIA DGX B200 datasheet, an eighth of the machine",
     ),
     "gb200": Gpu(
@@ -106,6 +119,7 @@ GPUS = {
         bandwidth=8.0e12,
         link=1800e9,
         memory=186e9,
+        visible=186e9,
         source="NVIDIA GB200 NVL72 product page, a 72nd of the rack",
     ),
     "mi300x": Gpu(
@@ -115,6 +129,7 @@ GPUS = {
         bandwidth=5.3e12,
         link=896e9,
         memory=192e9,
+        visible=192e9,
         source="AMD Instinct MI300X datasheet; the trainer itself was never run on it",
     ),
 }

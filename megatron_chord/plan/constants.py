@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_chord.costs.balance import HEAD_PASSES
+
 GB = 1e9
 
 
@@ -16,39 +18,45 @@ class Constants:
     """The constants. "Fitted" ones come from benchmarks/planner_fit.py, which sees only the rows marked fitted in
     benchmarks/planner_rows.yaml; all others come only from their sources."""
 
-    bf16_floor: float = 1.76
+    bf16_floor: float = 1.74
     """Time of a trainer's pass in BF16 over packs of short samples (RL), over the time at the BF16 peak, for a model of
     unlimited width on one GPU. This and the next three: fitted."""
-    bf16_long_floor: float = 1.06
+    bf16_long_floor: float = 1.25
     """The same for long packs: training on demonstrations only (mu = 1), pre-training."""
-    fp8_floor: float = 1.1
+    fp8_floor: float = 1.21
     """The same in FP8, over packs of short samples. One row alone speaks for it: the start of the fit is the low end of
     the speed-up of 1.2 to 1.5 for linear layers [MB-GUIDE], and still weighs in the result."""
-    fp8_long_floor: float = 0.386
+    fp8_long_floor: float = 0.443
     """The same in FP8, over long packs."""
-    width_cost: float = 3520.0
+    width_cost: float = 3030.0
     """Divided by the hidden size: time of what grows with the width and not with its square (norms, activation
     functions, quantisation), over the time at the peak. Fitted."""
-    tensor_cost: float = 1650.0
+    tensor_cost: float = 1470.0
     """Multiplied by (TP - 1) / hidden size: time of tensor parallelism's communication, over the time at the peak.
     Fitted."""
-    moe_cost: float = 2.82
-    """Multiplies the time of a pass where a model has experts: small products, sending tokens to experts. Fitted."""
+    expert_cost: float = 20800.0
+    """Multiplied by the copies of hidden states that a token sends to experts, over the parameters that multiply it:
+    time of sorting these copies, sending them to the experts and back, and adding them, over the time at the peak.
+    Fitted."""
+    head_passes: float = HEAD_PASSES
+    """From this trainer's code. 1 for other trainers, which compute all logits once."""
     context_factor: float = 0.97
     """Factor on the efficiency for each doubling of the context axis. Assumed: no published pair of runs."""
     decode_bandwidth: float = 0.70
     """Share of the memory's bandwidth that a decode step reaches. Chosen by [RL-959]."""
     decode_flops: float = 0.5
     """Share of the peak that products of many sequences reach in decoding and prefill. Chosen by [RL-959]."""
-    decode_step_s: float = 0.00601
+    decode_step_s: float = 0.00602
     """Seconds of every decode step in addition to the model's work: scheduling, sampling, launches. Fitted."""
     decode_all_reduce_s: float = 30e-6
     """Seconds of one all-reduce in a decode step under tensor parallelism; two per layer. Chosen by [RL-959]."""
-    decode_all_reduce_apart_s: float = 5.09e-05
+    decode_all_reduce_apart_s: float = 7.45e-05
     """The same where a server's GPUs lie on several nodes. Fitted."""
-    push_ipc: tuple[float, float] = (2.0, 10e9)
-    """A weight push over CUDA IPC: fixed seconds, and bytes of the model per second. Chosen by 5 s (8B) and 14 s (70B)
-    [RL-959]."""
+    push_ipc: tuple[float, float] = (3.84, 13.9e9)
+    """A weight push over CUDA IPC: fixed seconds, and bytes of the model per second. They are the two numbers that give
+    5 s for 16.06 GB (8B) and 14 s for 141.1 GB (70B) [RL-959]."""
+    port: float = 40e9
+    """Bytes per second of a GPU's 400 Gb/s port between nodes [RL-BWCALC]."""
     push_broadcast: tuple[float, float] = (0.5, 40e9)
     """A push over NCCL, by one sender over a 400 Gb/s port: fixed seconds, and bytes per second [RL-BWCALC]."""
 

@@ -31,7 +31,7 @@ from megatron_chord.plan.memory import (
     stage_memory,
 )
 from megatron_chord.plan.push import job_transport, push_seconds
-from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, speed
+from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, reduction_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.sync import TransportName
@@ -204,10 +204,12 @@ class Times:
     """Everything else: a share of the sum of the phases."""
     offload: float = 0.0
     """Time to move optimizer state and reference to main memory and back."""
+    reduction: float = 0.0
+    """Time to sum gradients over data-parallel ranks, and to gather weights from them, in all updates of the step."""
 
     @property
     def trainer(self) -> float:
-        return self.scoring + self.training
+        return self.scoring + self.training + self.reduction
 
     @property
     def step(self) -> float:
@@ -388,7 +390,13 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         parallel,
         cluster.gpu,
         micro_batches=count,
-        slowdown=slowdown(case.shape, parallel, length=work.length, recompute=choice.recompute),
+        slowdown=slowdown(
+            case.shape,
+            parallel,
+            length=work.length,
+            recompute=choice.recompute,
+            head_passes=case.constants.head_passes,
+        ),
         fp8=preset(case.precision).training is not None,
         long_packs=work.sequences == 0,
         constants=case.constants,
@@ -397,7 +405,16 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
     recomputing = 1 + (
         recomputed_flops(case.shape, work.length, choice.recompute) / train_flops(case.shape, work.length)
     )
-    times = _times(case, how, sampling, saved, recomputing)
+    reduction = reduction_seconds(
+        case.shape,
+        parallel,
+        cluster.gpu,
+        gpus=cluster.train_gpus,
+        parameter_bytes=case.numerics.gradients + case.numerics.weights,
+        gpus_per_node=cluster.gpus_per_node,
+        constants=case.constants,
+    )
+    times = _times(case, how, sampling, saved, recomputing, reduction)
     return Estimate(
         choice=choice,
         training=training,
@@ -469,8 +486,15 @@ def _beside(case: Case, stage: StageMemory) -> float:
     return stage.beside_servers if case.offload else stage.static
 
 
-def _times(case: Case, how: Speed, sampling: float | None, saved: float, recomputing: float) -> Times:
-    """The times of a step. ``recomputing``: FLOPs of training divided by those without recomputation."""
+def _times(
+    case: Case, how: Speed, sampling: float | None, saved: float, recomputing: float, reduction: float
+) -> Times:
+    """The times of a step.
+
+    Args:
+        recomputing: FLOPs of training divided by those without recomputation.
+        reduction: seconds of one update's gradients and weights between data-parallel ranks.
+    """
     work = case.work
     one = pass_seconds(
         case.shape,
@@ -484,6 +508,7 @@ def _times(case: Case, how: Speed, sampling: float | None, saved: float, recompu
         sampling=case.sampling_seconds() if sampling is None else sampling,
         scoring=work.passes * one / 3,
         training=work.epochs * recomputing * one,
+        reduction=work.epochs * work.updates * reduction,
         sync=case.sync_seconds(),
         overlap=case.overlap,
         overhead=case.constants.step_overhead,
@@ -520,11 +545,12 @@ def _problems(
         )
     if server is None:
         return found
-    if sampling_peak > gpu.memory:
+    if sampling_peak > gpu.visible:
         found.append(
             f"sampling needs {gb(sampling_peak)}: vLLM's {gb(server.reserved)} beside "
             f"{gb(max(_beside(case, stage) for stage in stages))} of the trainer's {_KEPT[case.offload]}, "
-            f"{_beyond(sampling_peak, gpu)}; lower rollout.gpu_memory_utilization"
+            f"{(sampling_peak - gpu.visible) / GB:.1f} GB more than the {gb(gpu.visible)} that an {gpu.name} shows to "
+            "vLLM; lower rollout.gpu_memory_utilization"
         )
     if server.tokens < case.work.longest:
         found.append(

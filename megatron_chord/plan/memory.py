@@ -285,7 +285,7 @@ def server_memory(
     """
     weights = weight_bytes * server_count(shape, tensor)
     own = weights + constants.server_bytes
-    reserved = utilization * gpu.memory if cache_bytes is None else own + cache_bytes
+    reserved = utilization * gpu.visible if cache_bytes is None else own + cache_bytes
     cache = reserved - own
     per_token = kv_bytes_per_token(shape, kv_dtype_bytes) / cache_parts(shape, tensor)
     return ServerMemory(

@@ -130,6 +130,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "sampling": _finite(found.times.sampling),
             "scoring": found.times.scoring,
             "training": found.times.training,
+            "reduction": found.times.reduction,
             "sync": found.times.sync,
             "offload": found.times.offload,
         },
@@ -205,6 +206,7 @@ def _time(case: Case, found: Estimate) -> Table:
         "sampling": times.sampling,
         "log-probs": times.scoring,
         "training": times.training,
+        "gradients and weights between ranks": times.reduction,
         f"weight push ({case.chosen_transport})": times.sync,
         **({"optimizer state to main memory and back": times.offload} if case.offload else {}),
     }.items():

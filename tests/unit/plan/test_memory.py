@@ -238,12 +238,18 @@ def test_kv_capacity(
 ) -> None:
     found = server_memory(
         shape_of(name),
-        GPUS["h100"],
+        replace(GPUS["h100"], visible=80e9),
         tensor=tensor,
         utilization=utilization,
         weight_bytes=weight_bytes,
     )
     assert found.tokens / 1000 == pytest.approx(thousands, abs=0.6)
+
+
+def test_vllm_takes_a_share_of_what_the_driver_reports() -> None:
+    """79.1 GiB of an H100 of 80 GB, of which Qwen3-235B's weights leave little."""
+    found = server_memory(shape_of("qwen3-235b-a22b"), GPUS["h100"], tensor=8, utilization=0.8)
+    assert found.reserved == pytest.approx(0.8 * 79.1 * 2**30)
 
 
 def test_kv_bytes() -> None:

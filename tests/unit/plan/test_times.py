@@ -12,7 +12,7 @@ from megatron_chord.costs.flops import train_flops
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.decoding import Server, exponential_scale, sampling_seconds
-from megatron_chord.plan.training import micro_batches, pass_cost, pass_seconds, speed
+from megatron_chord.plan.training import micro_batches, pass_cost, pass_seconds, reduction_seconds, speed
 from megatron_chord.plan.work import Work
 from tests.unit.plan.models import shape_of
 
@@ -74,9 +74,38 @@ def test_cost_of_a_layout() -> None:
         of.context_factor**2 / cost
     )
     experts = shape_of("qwen3-30b-a3b")
-    assert pass_cost(experts, gpu, tensor=1) == pytest.approx(
-        of.moe_cost * (of.bf16_floor + of.width_cost / 2048)
-    )
+    # 8 copies of 2048 numbers in each of 48 layers; 3,041,656,832 parameters multiply a token.
+    active = 48 * (2048 * (4096 + 2 * 512) + 4096 * 2048 + 2048 * 128 + 8 * 3 * 2048 * 768) + 151936 * 2048
+    copies = of.expert_cost * 48 * 8 * 2048 / active
+    assert pass_cost(experts, gpu, tensor=1) == pytest.approx(of.bf16_floor + of.width_cost / 2048 + copies)
+    slow = pass_cost(experts, gpu, tensor=1, slowdown=1.5)
+    assert slow == pytest.approx(1.5 * (of.bf16_floor + of.width_cost / 2048) + copies)
+
+
+def test_an_update_moves_gradients_and_weights_between_ranks() -> None:
+    """8 bytes a parameter. In a node over NVLink; between nodes over the ports of the ranks that share the weights."""
+    shape, gpu, port = shape_of("llama-3.1-8b"), GPUS["h100"], CONSTANTS.port
+    size = 8 * 8_030_261_248
+
+    def seconds(gpus: int, tensor: int = 1) -> float:
+        parallel = ParallelConfig(tensor=tensor, sequence_parallel=tensor > 1)
+        return reduction_seconds(shape, parallel, gpu, gpus=gpus, parameter_bytes=8)
+
+    assert seconds(1) == 0
+    assert seconds(8) == pytest.approx(size * 7 / 8 / 450e9)
+    assert seconds(64) == pytest.approx(size * 63 / 64 / (8 * port))  # below the 450 GB/s of NVLink
+    # With TP 8 each node has one rank of a ring, and each GPU an eighth of the weights (norms are whole: rel).
+    assert seconds(64, tensor=8) == pytest.approx(size / 8 * 7 / 8 / port, rel=1e-3)
+
+
+def test_experts_are_reduced_over_ranks_with_the_same_ones() -> None:
+    """16 ranks, expert axis 8: two ranks have the same experts, one in each node."""
+    shape, gpu = shape_of("qwen3-30b-a3b"), GPUS["h100"]
+    found = reduction_seconds(shape, ParallelConfig(expert=8), gpu, gpus=16, parameter_bytes=6)
+    experts = 48 * 128 * 3 * 2048 * 768
+    others = 30_532_122_624 - experts
+    expected = 6 * others * 15 / 16 / (8 * CONSTANTS.port) + 6 * experts / 8 / 2 / CONSTANTS.port
+    assert found == pytest.approx(expected)
 
 
 def test_precision_and_full_packs_have_floors_of_their_own() -> None:
