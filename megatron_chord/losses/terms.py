@@ -148,12 +148,16 @@ class Term:
     no forward pass."""
 
 
+TEACHER_COLUMNS = {
+    "present": "teacher_logprob",
+    "initial": "reference_teacher_logprob",
+    "averaged": "averaged_teacher_logprob",
+}
+"""The scored column of each teacher: log-probs of the same answer after the teacher's prompt."""
 PASSES: tuple[frozenset[str], ...] = (
     frozenset({"old_logprob", "old_entropy"}),
     frozenset({"reference_logprob"}),
-    frozenset({"teacher_logprob"}),
-    frozenset({"reference_teacher_logprob"}),
-    frozenset({"averaged_teacher_logprob"}),
+    *(frozenset({column}) for column in TEACHER_COLUMNS.values()),
 )
 """The columns of each forward pass before a step's first update. The passes are: the policy on the samples; the
 reference model on the samples; the policy on the samples after their teachers' prompts; the reference model on these;
@@ -169,7 +173,7 @@ def num_forward_passes(terms: Iterable[Term]) -> int:
 
 def need_reference(terms: Iterable[Term]) -> bool:
     """Whether a term has a column that the reference model computes."""
-    return any({"reference_logprob", "reference_teacher_logprob"} & term.scored for term in terms)
+    return any({"reference_logprob", TEACHER_COLUMNS["initial"]} & term.scored for term in terms)
 
 
 def empty_output(term: Term) -> TermOutput:

@@ -40,7 +40,7 @@ from megatron_chord.data.rows import RowError
 from megatron_chord.data.thinking import without_thinking
 from megatron_chord.losses.distillation import distilled
 from megatron_chord.losses.policy import correction_weights, old_logprobs, policy_loss
-from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
+from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, corrected, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.groups import (
     POLICY,
@@ -58,11 +58,6 @@ VERDICT = (
     "{problem}\n\nAn earlier answer:\n\n{attempt}\n\nThis answer is {verdict}. The true result is {truth}. "
     "Now solve the problem."
 )
-TEACHER_COLUMNS = {
-    "present": "teacher_logprob",
-    "initial": "reference_teacher_logprob",
-    "averaged": "averaged_teacher_logprob",
-}
 _PLACEHOLDER = re.compile(r"\{(problem|solution|attempt|verdict|truth)\}")
 
 

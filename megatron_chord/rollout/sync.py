@@ -36,7 +36,7 @@ from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.rank_messenger import RankMessenger
-from megatron_chord.rollout.relay import Refused, Relay, RelayPlan, form_relay_group, plan_relay
+from megatron_chord.rollout.relay import COORDINATOR, Refused, Relay, RelayPlan, form_relay_group, plan_relay
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
     FileTransport,
@@ -48,7 +48,6 @@ from megatron_chord.rollout.transports import (
 from megatron_chord.timing import Timer
 
 TransportName = Literal["file", "gloo", "broadcast", "ipc", "relay"]
-COORDINATOR = 0
 BUCKET_BYTES: dict[TransportName, int] = {
     "file": 64 << 20,
     "gloo": 64 << 20,

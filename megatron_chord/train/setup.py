@@ -35,7 +35,7 @@ from megatron_chord.data.truths import doubts
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.hub import refusal, unresolved_name, why_offline
-from megatron_chord.losses.terms import Term, need_reference
+from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, need_reference
 from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
@@ -353,10 +353,7 @@ def plan_lines(
         for text, columns in (
             ("log-probs before the first update", {"old_logprob", "old_entropy"}),
             ("log-probs of the reference", {"reference_logprob"}),
-            (
-                "log-probs of the teacher",
-                {"teacher_logprob", "reference_teacher_logprob", "averaged_teacher_logprob"},
-            ),
+            ("log-probs of the teacher", set(TEACHER_COLUMNS.values())),
         )
         if scored & columns
     ]

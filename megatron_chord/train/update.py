@@ -18,13 +18,10 @@ from megatron_chord.data.packing import PackedBatch
 from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import COMPARED, ROLLOUT_LOGPROB
-from megatron_chord.losses.terms import Term, TermTokens, TokenStats, empty_output
+from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, TermTokens, TokenStats, empty_output
 from megatron_chord.model.forward import DeviceBatch, run_micro_batches, to_device
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.state import TrainState
-
-_TEACHERS = {"teacher_logprob", "reference_teacher_logprob", "averaged_teacher_logprob"}
-"""The scored columns of the same answer after its teacher's prompt."""
 
 Terms = Mapping[str, Term]
 
@@ -92,7 +89,7 @@ def prepare_batches(
             _scores(state, state.reference, batches, temperatures), columns, strict=False
         ):
             found["reference_logprob"] = scores["logprobs"]
-    for column in sorted(wanted & _TEACHERS):
+    for column in sorted(wanted.intersection(TEACHER_COLUMNS.values())):
         with _teacher_weights(state, column) as chunks:
             scored = _teacher_scores(state, chunks, batches, temperatures)
         for logprobs, found in zip(scored, columns, strict=False):
@@ -227,12 +224,12 @@ def _scores(
 @contextmanager
 def _teacher_weights(state: TrainState, column: str) -> Iterator[Sequence[Any]]:
     """The model chunks that compute ``column`` within the context."""
-    if column == "averaged_teacher_logprob":
+    if column == TEACHER_COLUMNS["averaged"]:
         assert state.averaged is not None
         with state.averaged.active():
             yield state.chunks
     else:
-        yield state.reference if column == "reference_teacher_logprob" else state.chunks
+        yield state.reference if column == TEACHER_COLUMNS["initial"] else state.chunks
 
 
 def _teacher_scores(

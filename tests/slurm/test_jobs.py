@@ -33,11 +33,7 @@ def test_two_training_nodes_and_a_rollout_node(box: Box, tmp_path: Path) -> None
     assert "preflight: 3 nodes, 2 ranks" in job.output
     check_security(job)
 
-    (server,) = job.processes("vllm.entrypoints", f"--host {address_of(2)}")
-    os.kill(server, signal.SIGKILL)
-    job.wait_for(lambda: "rollout server lost" in job.output)
-    lost_at = job.steps_done()
-    job.wait_for(lambda: job.steps_done() > lost_at)
+    kill_server(job, node=2)
     assert announced(job, 0)["life"] == 1
     assert announced(job, 0)["node"] == "n2"
 
@@ -67,11 +63,7 @@ def test_servers_beside_the_ranks_of_two_nodes(box: Box, tmp_path: Path) -> None
     job = Submitted(box, tmp_path, nodes=2)
     job.wait_for(lambda: job.steps_done() >= 1)
     assert [announced(job, server)["node"] for server in (0, 1)] == nodes_of(job, 0)
-    (server,) = job.processes("vllm.entrypoints", f"--host {address_of(1)}")
-    os.kill(server, signal.SIGKILL)
-    job.wait_for(lambda: "rollout server lost" in job.output)
-    lost_at = job.steps_done()
-    job.wait_for(lambda: job.steps_done() > lost_at)
+    kill_server(job, node=1)
     assert announced(job, 1)["life"] == 1
     box.run("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for(lambda: "goes back to the queue" in job.output)
@@ -79,6 +71,15 @@ def test_servers_beside_the_ranks_of_two_nodes(box: Box, tmp_path: Path) -> None
     assert all(row["logprob_gap"] < 1e-4 for row in steps), "each step was sampled by the weights it trained"
     box.run("scancel", job.id)
     assert job.left_behind() == []
+
+
+def kill_server(job: Submitted, *, node: int) -> None:
+    """Kill the only server of the node, and wait until the job has made a step with another one."""
+    (server,) = job.processes("vllm.entrypoints", f"--host {address_of(node)}")
+    os.kill(server, signal.SIGKILL)
+    job.wait_for(lambda: "rollout server lost" in job.output)
+    lost_at = job.steps_done()
+    job.wait_for(lambda: job.steps_done() > lost_at)
 
 
 def check_security(job: Submitted) -> None:
