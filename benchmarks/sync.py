@@ -3,7 +3,8 @@
     python benchmarks/sync.py [--hidden 512 --layers 8 --vocab 32768] [--pushes 9] [--transport file]
 
 Megatron-Core holds a random Qwen2-shaped policy in this one process. The policy is pushed again and again to a server
-on the same machine, with other numbers each time. A push pauses the server, exports tensor by tensor, sends buckets,
+on the same machine, with other numbers each time. Sums over the parameters are computed first, with which the exported
+tensors are compared. A push pauses the server, exports tensor by tensor, sends buckets,
 checks the fingerprint of each arriving tensor, finishes, and resumes the server. After each push, torch copies one
 buffer of as many bytes. The fastest push and the fastest copy count, because other programs on the machine only add
 time. The medians are printed, too. The first push sets the transport up and is shown separately. The parts are those
@@ -38,7 +39,7 @@ from megatron_chord.train.state import TrainState, build_state
 GB = 1e9
 TRAINER = {
     "start": "pause, start",
-    "export": "export: gather, cut, name",
+    "export": "export: gather, cut, name, compare sums",
     "fingerprint": "fingerprints",
     "copy": "copy into the bucket",
     "wait": "waiting for the server",
@@ -71,14 +72,14 @@ def main() -> int:
             state = make_state(folder)
             server.wait_until_ready(600)
             transport = arguments.transport or ("broadcast" if has_cuda else "file")
-            reports, copies = push(
+            reports, copies, sums = push(
                 state, server, SyncSettings(transport=transport, timeout_s=600), arguments.pushes
             )
             lines = server.log.read_text().splitlines()
         finally:
             server.stop()
     of_server = [json.loads(line.partition(UPDATE_LINE)[2]) for line in lines if UPDATE_LINE in line]
-    show(reports, of_server, copies)
+    show(reports, of_server, copies, sums)
     return 0
 
 
@@ -100,20 +101,24 @@ def make_state(folder: Path) -> TrainState:
 
 def push(
     state: TrainState, server: RolloutServer, settings: SyncSettings, pushes: int
-) -> tuple[list[SyncReport], list[float]]:
-    """Push weights once, and then ``pushes`` times with other numbers. Also time a copy after each push."""
+) -> tuple[list[SyncReport], list[float], list[float]]:
+    """Push weights once, and then ``pushes`` times with other numbers. Also time a copy after each push, and the sums
+    over the parameters before it."""
     client = RolloutClient(server.url, server.api_key)
     sync = WeightSync([client], settings, exporters=[0], group=None, device=state.groups.device)
-    reports, copies = [], []
+    reports, copies, sums = [], [], []
     for version in range(pushes + 1):
         with torch.no_grad():
             for parameter in state.parameters().values():
                 parameter.add_(1e-3)
-        reports.append(sync.push(state.hf_tensors(), version))
+        start = time.perf_counter()
+        expected = state.expected_sums()
+        sums.append(time.perf_counter() - start)
+        reports.append(sync.push(state.hf_tensors(), version, expected=expected))
         copies.append(copy_seconds(reports[0].num_bytes, state.groups.device))
     sync.close()
     client.close()
-    return reports, copies
+    return reports, copies, sums
 
 
 def copy_seconds(num_bytes: int, device: torch.device) -> float:
@@ -127,7 +132,9 @@ def copy_seconds(num_bytes: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def show(reports: list[SyncReport], of_server: list[dict[str, float]], copies: list[float]) -> None:
+def show(
+    reports: list[SyncReport], of_server: list[dict[str, float]], copies: list[float], sums: list[float]
+) -> None:
     first, *others = reports
     seconds = [report.seconds for report in others]
     copy, push = min(copies), min(seconds)
@@ -144,6 +151,7 @@ def show(reports: list[SyncReport], of_server: list[dict[str, float]], copies: l
 
     add("copy in memory", copy, share=False)
     add("first push, with set-up", first.seconds, share=False)
+    add("sums over the parameters, before the push", min(sums))
     add("push", push)
     table.add_section()
     for name, what in TRAINER.items():

@@ -20,6 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_chord.weights.sums import odd_numbers
+
 _ROW = 1 << 15
 """Number of 64-bit words in a row."""
 _ROWS_AT_ONCE = {"cpu": 4, "cuda": 512}
@@ -93,17 +95,5 @@ def _words(data: Tensor) -> Tensor:
 
 @cache
 def _multipliers(device: torch.device) -> Tensor:
-    """Odd int64 [row]: SplitMix64's first numbers (Steele, Lea and Flood, OOPSLA 2014), the last bit set."""
-    z = torch.arange(1, _ROW + 1, device=device) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return (z ^ _shifted(z, 31)) | 1
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right, which fills with zeros; torch's shift repeats the sign bit."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+    """Odd int64 [row]."""
+    return odd_numbers(0, _ROW, device)

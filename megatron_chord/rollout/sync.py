@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from megatron_chord.rollout.rank_messenger import RankMessenger
 from megatron_chord.rollout.relay import COORDINATOR, Refused, Relay, RelayPlan, form_relay_group, plan_relay
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
+    Bucket,
     FileTransport,
     IpcTransport,
     Parcel,
@@ -46,6 +47,7 @@ from megatron_chord.rollout.transports import (
     Transport,
 )
 from megatron_chord.timing import Timer
+from megatron_chord.weights.sums import checked
 
 TransportName = Literal["file", "gloo", "broadcast", "ipc", "relay"]
 BUCKET_BYTES: dict[TransportName, int] = {
@@ -174,7 +176,13 @@ class WeightSync:
             self._relay.release()
         self._transport, self._relay, self._connected = None, None, False
 
-    def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def push(
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+        *,
+        expected: Mapping[str, int] | None = None,
+    ) -> SyncReport:
         """Replace the servers' weights by `named_tensors` and their version by `version`.
 
         Args:
@@ -182,6 +190,8 @@ class WeightSync:
                 ranks yield nothing. Every rank iterates to the end, also after a failure, unless the connection could
                 not be set up. The iterator must not need collectives between exporters. A tensor must keep its
                 content until the iterator has yielded the tensors of a further bucket.
+            expected: on an exporter the sum of each tensor that it yields (``weights.sums.part_sum``). A tensor with
+                another sum, such as a stale one, fails the push. None: the tensors are not compared.
         Raises:
             SyncError: on every rank. A rank that died is detected at the deadline.
             ValueError: on every rank: ``relay``, but servers run on nodes without ranks.
@@ -194,7 +204,7 @@ class WeightSync:
                 self._connect()
             with timer.phase("start"):
                 self._together(self._open_update, rank=COORDINATOR)
-            num_bytes = sum(self._together(lambda: self._stream(named_tensors)))
+            num_bytes = sum(self._together(lambda: self._stream(named_tensors, expected)))
             with timer.phase("finish"):
                 self._together(lambda: self._close_update(version), rank=COORDINATOR)
             if self._relay is not None:
@@ -380,15 +390,18 @@ class WeightSync:
                 raise RuntimeError(f"{client.url} serves weight version {served} after a push of {version}")
         self._call_servers(lambda client: client.resume(timeout_s=self._time_left()))
 
-    def _stream(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+    def _stream(self, named_tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, int] | None) -> int:
         """Send this rank's tensors; on the coordinator also serve the other exporters. Returns bytes sent by this
         rank."""
         tensors = iter(named_tensors)
+        buckets: Iterator[Bucket] = in_buckets(tensors, self._bucket_bytes)
+        if expected is not None:
+            buckets = checked(buckets, expected)
         if self._relay is not None:
             return self._relay.push(
                 self._exporters,
                 tensors,
-                in_buckets(tensors, self._bucket_bytes),
+                buckets,
                 update=self._update_each if self._is_coordinator else None,
                 time_left=self._time_left,
                 message_s=self._message_s,
@@ -397,7 +410,7 @@ class WeightSync:
         failure: Exception | None = None
         num_bytes = 0
         try:
-            num_bytes = self._send_all(tensors)
+            num_bytes = self._send_all(tensors, buckets)
         except Exception as error:
             failure = error
             # The other ranks of this one's tensor-parallel group wait in the iterator's collectives.
@@ -412,7 +425,8 @@ class WeightSync:
             raise failure
         return num_bytes
 
-    def _send_all(self, tensors: Iterable[tuple[str, Tensor]]) -> int:
+    def _send_all(self, tensors: Iterator[tuple[str, Tensor]], buckets: Iterator[Bucket]) -> int:
+        """Send the buckets, which are made of ``tensors``."""
         if self._transport is None:
             for name, _ in tensors:
                 raise RuntimeError(f"rank {self._exchange.rank} is not an exporter but yields {name}")
@@ -422,7 +436,7 @@ class WeightSync:
         parcels: list[Parcel] = []
         arrived: Callable[[], None] | None = None
         try:
-            for bucket in self._timer.each("export", in_buckets(tensors, self._bucket_bytes)):
+            for bucket in self._timer.each("export", buckets):
                 # This bucket is gathered, fingerprinted and copied while the servers receive the previous one.
                 with self._timer.phase("fingerprint"):
                     infos = describe(bucket)

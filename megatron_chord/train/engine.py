@@ -174,7 +174,8 @@ class RolloutEngine:
             )  # all ranks first free the memory that torch has cached for activations
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         with self._groups.pulse.phase("pushing"):
-            self._sync_seconds += self._sync.push(state.hf_tensors(), version).seconds
+            report = self._sync.push(state.hf_tensors(), version, expected=state.expected_sums())
+        self._sync_seconds += report.seconds
         if self._asleep:
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["kv_cache"])))
             self._asleep = False

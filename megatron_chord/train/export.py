@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.state import TrainState
 from megatron_chord.weights.mapping import check_accounting
+from megatron_chord.weights.sums import checked_each
 from megatron_chord.weights.writer import finish_folder, write_shards
 
 
@@ -22,6 +23,7 @@ def export_policy(state: TrainState, source: Path, target: Path, *, chat_templat
 
     Raises:
         NonFiniteWeights: a weight is not finite; nothing was written.
+        WrongExport: a tensor to be written does not hold the parameters; ``target`` is as it was.
     """
     check_finite(state, f"{target} was not written", with_optimizer=False)
     groups = state.groups
@@ -29,9 +31,12 @@ def export_policy(state: TrainState, source: Path, target: Path, *, chat_templat
     partial = target.with_name(f".{target.name}.partial")
 
     def write() -> dict[str, tuple[str, int]]:
+        expected = state.expected_sums()
         tensors = state.hf_tensors()
         try:
-            return write_shards(tensors, partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}")
+            return write_shards(
+                checked_each(tensors, expected), partial, prefix=f"model-stage{groups.pipeline.rank + 1:02d}"
+            )
         except Exception:
             for _ in tensors:  # take part in the gathers of the tensor-parallel peers
                 pass

@@ -23,7 +23,7 @@ from megatron_chord.runtime import megatron
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.train.averaged import AveragedWeights
 from megatron_chord.train.second_adam import SecondAdam
-from megatron_chord.weights.export import hf_tensors
+from megatron_chord.weights.export import expected_sums, hf_tensors
 from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.load import load
 
@@ -66,14 +66,25 @@ class TrainState:
         Every rank must iterate to the end, because all take part in the gathers. ``tensors``: if given, they replace
         the parameters; they must have the same layout.
         """
-        groups = self.groups
         return hf_tensors(
-            self.weights() if tensors is None else tensors,
-            self.shape.weights,
-            tensor_group=groups.tensor.group if groups.holds_first_replica else None,
-            expert_group=groups.expert.group if groups.holds_first_experts else None,
-            vocab_size=self.shape.vocab_size,
+            self.weights() if tensors is None else tensors, self.shape.weights, **self._exported()
         )
+
+    def expected_sums(self) -> dict[str, int]:
+        """The sums of the tensors that ``hf_tensors`` yields on this rank (``weights.sums``), from the parameters.
+
+        Every rank must call it. Collectives: two small gathers over the tensor and the expert axis.
+        """
+        return expected_sums(self.weights(), self.shape.weights, **self._exported())
+
+    def _exported(self) -> dict[str, Any]:
+        """What an export must know of this rank."""
+        groups = self.groups
+        return {
+            "tensor_group": groups.tensor.group if groups.holds_first_replica else None,
+            "expert_group": groups.expert.group if groups.holds_first_experts else None,
+            "vocab_size": self.shape.vocab_size,
+        }
 
 
 def build_state(  # noqa: PLR0913 (the last is for benchmarks)

@@ -15,6 +15,7 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.families.table import read_shape
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.state import build_state
+from megatron_chord.weights.sums import part_sum
 from tests.distributed.steps import start_groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_qwen2
@@ -63,7 +64,10 @@ def store_bf16(folder: Path) -> None:
 
 
 def round_trips(cases: list[tuple[Path, Any, dict[str, Any], Path]]) -> None:
-    """Load and export each (source, dtype, layout, target)."""
+    """Load and export each (source, dtype, layout, target), which proves each tensor's sum.
+
+    The sums that ranks expect must be those of the tensors in the folder.
+    """
     for source, dtype, layout, target in cases:
         parallel = ParallelConfig(distributed_optimizer=False, **layout)
         state = build_state(
@@ -75,6 +79,14 @@ def round_trips(cases: list[tuple[Path, Any, dict[str, Any], Path]]) -> None:
             steps=1,
         )
         export_policy(state, source, target)
+        expected = {
+            name: total for part in state.groups.gather(state.expected_sums()) for name, total in part.items()
+        }
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        whole = load_file(source / "model.safetensors")
+        assert expected == {
+            name: part_sum(tensor.to(dtypes[dtype])).item() for name, tensor in whole.items()
+        }, layout
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

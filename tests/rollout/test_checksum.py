@@ -3,14 +3,13 @@ stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
 from megatron_chord.rollout import checksum as module
 from megatron_chord.rollout.checksum import checksum, fingerprint, fingerprints
+from tests.support.hashing import random_tensor, signed, splitmix64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 
@@ -26,28 +25,6 @@ def plain_checksum(tensor: torch.Tensor) -> list[tuple[int, int]]:
 def weighted(row: bytes) -> int:
     words = np.frombuffer(row, dtype=np.int64).tolist()
     return signed(sum(word * factor for word, factor in zip(words, splitmix64(), strict=False)))
-
-
-def splitmix64() -> Iterator[int]:
-    """Yield the numbers of SplitMix64 for seed 0 (https://prng.di.unimi.it/splitmix64.c), each with its last bit
-    set."""
-    state = 0
-    while True:
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        z = state
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        yield (z ^ (z >> 31)) | 1
-
-
-def signed(value: int) -> int:
-    value %= 2**64
-    return value - 2**64 if value >> 63 else value
-
-
-def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).mul(50).abs().to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

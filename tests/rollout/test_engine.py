@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_chord.config import ParallelConfig, RolloutConfig, TimeoutsConfig
 from megatron_chord.rollout.fleet import OwnServers
+from megatron_chord.rollout.sync import SyncError
 from megatron_chord.train.engine import RolloutEngine, count_own_servers
+from megatron_chord.train.state import TrainState
 from tests.distributed.steps import build, start_groups
 from tests.rollout.helpers import START_S
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model, tiny_run
+
+STALE = "rank 0: WrongExport: 1 of 47 exported tensors do not hold the trainer's parameters: model.embed_tokens.weight"
 
 
 class _Shared(RolloutEngine):
@@ -74,9 +82,26 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         engine.attempt(engine.push_weights, state, 1)
         kept = [pid in before for pid in engine.pids()]
         seen.append(engine.observed() | {"replaced": engine.generation, "kept": kept})
+        try:
+            engine.push_weights(_with_stale_embedding(state), 2)
+        except SyncError as error:
+            seen.append({"refused": str(error)})
     finally:
         engine.close()
     return seen
+
+
+def _with_stale_embedding(state: TrainState) -> Any:
+    """A state whose export has the embedding before an update that changed one bit. No log-prob shows it."""
+
+    def stale() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state.hf_tensors():
+            if name == "model.embed_tokens.weight":
+                tensor = tensor.clone()
+                tensor.view(torch.int32)[5, 3] ^= 1
+            yield name, tensor
+
+    return SimpleNamespace(hf_tensors=stale, expected_sums=state.expected_sums)
 
 
 def test_servers_are_awaited_and_sleep_until_weights_come(tmp_path: Path) -> None:
@@ -89,6 +114,7 @@ def test_servers_are_awaited_and_sleep_until_weights_come(tmp_path: Path) -> Non
         {"sleeps": [True, True], "version": [0, 0]},
         {"has room": True},
         {"sleeps": [False, False], "version": [1, 1], "replaced": 1, "kept": [True, False]},
+        {"refused": STALE},
     ]
 
 

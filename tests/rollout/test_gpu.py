@@ -23,6 +23,7 @@ from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_s
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import IpcTransport
 from megatron_chord.weights.reader import HFReader
+from megatron_chord.weights.sums import part_sum
 from tests.rollout.helpers import (
     START_S,
     VOCAB,
@@ -87,7 +88,7 @@ def server(
         yield server
 
 
-def test_a_fingerprint_is_the_same_on_a_gpu() -> None:
+def test_fingerprints_and_sums_are_the_same_on_a_gpu() -> None:
     for tensor in (
         torch.randn(700, 1001),
         torch.randn(3, 5).bfloat16(),
@@ -95,6 +96,7 @@ def test_a_fingerprint_is_the_same_on_a_gpu() -> None:
         torch.randn(7).half(),
     ):
         assert fingerprint("a", tensor.cuda()) == fingerprint("a", tensor)
+        assert part_sum(tensor.cuda(), row=3, column=5).item() == part_sum(tensor, row=3, column=5).item()
 
 
 @needs_vllm
