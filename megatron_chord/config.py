@@ -813,7 +813,7 @@ class WatchdogConfig:
     """Longest time that a rank computes without finishing a micro-batch. Left out: nine tenths of
     timeouts.collective_s; no limit for a run of one rank, because no other rank waits for it."""
     saving_s: float = 3600.0
-    """Longest time of writing a checkpoint or of exporting the policy."""
+    """Longest time of writing a checkpoint, a step's metrics or the exported policy."""
     server_s: float = 300.0
     """A rollout server is frozen if it has requests but neither finishes one nor computes a token for this long. It is
     then replaced."""

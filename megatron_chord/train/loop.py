@@ -12,7 +12,7 @@ resumed bit for bit. Requests that a lost server has not finished are sampled ag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -225,10 +225,11 @@ def _step(context: RunContext, now: ScheduleInput) -> Memory:
         terms=context.terms,
         num_micro_batches=sum(len(batches) for batches in micro_batches),
     )
-    if coordinator is not None:
-        coordinator.commit(step)
-        row |= speed_row(context, inputs, {**timer.seconds, **inputs.seconds})
-        coordinator.log.finish_step(row, step_line(row, run.steps))
+    with state.groups.pulse.phase("saving"):  # a lost disk stops the writing
+        if coordinator is not None:
+            coordinator.commit(step)
+            row |= speed_row(context, inputs, {**timer.seconds, **inputs.seconds})
+            coordinator.log.finish_step(row, step_line(row, run.steps))
     mu = inputs.mu
     if schedule is None or mu is None or trained.num_skipped:
         return now.memory  # a skipped update does not change the memory of the schedule
@@ -277,16 +278,9 @@ def _evaluate(context: RunContext, version: int) -> bool:
     _drain(context)
     with context.state.groups.pulse.phase("evaluating"):
         found = context.engine.attempt(_push_and_measure, context, version, sets)
-    if coordinator is not None:
-        rows = {name: result.to_json() for name, result in found.items()}
-        coordinator.log.write({"step": version, "evaluation": rows.get("", rows)})
-        for name, result in found.items():
-            numbers = {"accuracy": result.accuracy, **result.metrics}
-            told = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in numbers.items())
-            coordinator.log.say(
-                f"evaluation after {version} steps{f' on {name}' if name else ''}: {told} on {result.num_problems} "
-                "problems"
-            )
+    with context.state.groups.pulse.phase("saving"):
+        if coordinator is not None:
+            _log_evaluation(coordinator.log, version, found)
     name = context.run.checkpoint.keep_best
     if name is None or version == 0:
         return False
@@ -296,6 +290,16 @@ def _evaluate(context: RunContext, version: int) -> bool:
     except ValueError as error:
         context.say(f"this evaluation does not count for the best checkpoint: {error}")
         return False
+
+
+def _log_evaluation(log: RunLog, version: int, found: Mapping[str, Evaluation]) -> None:
+    rows = {name: result.to_json() for name, result in found.items()}
+    log.write({"step": version, "evaluation": rows.get("", rows)})
+    for name, result in found.items():
+        numbers = {"accuracy": result.accuracy, **result.metrics}
+        told = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in numbers.items())
+        where = f" on {name}" if name else ""
+        log.say(f"evaluation after {version} steps{where}: {told} on {result.num_problems} problems")
 
 
 def _push_and_measure(context: RunContext, version: int, sets: Sequence[HeldOutSet]) -> dict[str, Evaluation]:

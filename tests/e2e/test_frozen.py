@@ -102,3 +102,24 @@ def test_a_frozen_server_grader_and_rank(tmp_path: Path) -> None:
     assert f"{saved} of {saved + 1} steps done" in result.stdout
     assert [row["step"] for row in metrics_of(output) if "loss" in row] == list(range(saved + 1))
     assert not (output / ".heartbeats").exists()
+
+
+def test_a_disk_that_does_not_answer_ends_a_run_of_one_rank(tmp_path: Path) -> None:
+    """The run's file of metrics becomes a FIFO that nobody reads. The process that opens it waits for ever, as with
+    a lost file server. Nothing is sampled, so no rollout server runs."""
+    config, output = write_config(tmp_path), tmp_path / "out"
+    settings = yaml.safe_load(config.read_text())
+    settings["parallel"] = {}
+    settings["checkpoint"] = {"every": 0}
+    settings["method"] = {"mu": {"schedule": "constant", "peak": 1.0}}
+    settings["watchdog"] |= {"saving_s": 5.0}
+    config.write_text(yaml.safe_dump(settings))
+    with running(config, output) as process:
+        wait_for(lambda: steps_done(output) >= 1, process)
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "fifo").replace(output / "metrics.jsonl")
+        assert process.wait(120) == EXIT_CODE, log_of(output)
+    (line,) = (line for line in log_of(output).splitlines() if "frozen: rank" in line)
+    assert "saving" in line
+    stacks = Path(re.findall(r"Stacks: (\S+)", line)[0])
+    assert "finish_step" in (stacks / "rank-0.txt").read_text()
