@@ -198,8 +198,7 @@ def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
     count as room.
     """
     weight = WEIGHT_BYTES[run.model.dtype]
-    optimizers = 1 if method_of(run).extra_rate(run) is None else 2
-    checkpoint = checkpoint_bytes(parameters, weight, optimizers=optimizers)
+    checkpoint = checkpoint_bytes(parameters, weight, optimizers=method_of(run).num_optimizer_states(run))
     count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
     there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())
     needed = count * checkpoint + weight * parameters

@@ -98,6 +98,11 @@ class Method:
         ``averaged_teacher_logprob`` needs; None: no average is kept."""
         return None
 
+    def num_optimizer_states(self, run: RunConfig) -> int:
+        """Number of optimizer states in a checkpoint: the run's, that of extra updates, and one with averaged
+        weights."""
+        return 1 + (self.extra_rate(run) is not None) + (self.averaging_rate(run) is not None)
+
     def check_positions(self, run: RunConfig, max_positions: int) -> None:
         """Check the lengths of sequences that only this method makes. ``max_positions`` is the model's limit.
 

@@ -37,6 +37,11 @@ from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.sync import TransportName
 from megatron_chord.train.setup import packing_layout
 
+_MOMENTS_BYTES = 8
+"""Bytes for each parameter of Adam's two moments of extra updates."""
+_AVERAGE_BYTES = 4
+"""Bytes for each parameter of averaged weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -102,7 +107,10 @@ class Case:
     kept_checkpoints: int = 2
     """``checkpoint.keep``"""
     optimizer_states: int = 1
-    """2 if the method has updates with an optimizer state of their own (ReLIFT), which is in host memory"""
+    """Number of optimizer states in a checkpoint: one more with updates that have a state of their own (ReLIFT), and
+    one more with averaged weights (``method.teacher: averaged``)."""
+    host_state_bytes: float = 0.0
+    """Bytes for each parameter of these further states in main memory, where they are kept."""
     stages_checkpoints: bool = False
     """Whether training goes on while a checkpoint is written, from a copy in main memory."""
     replays_routes: bool = True
@@ -227,12 +235,14 @@ class HostMemory:
     """While training goes on and a checkpoint is written: a copy of the node's part of it."""
     processes: float
     """Ranks and servers themselves."""
+    states: float
+    """The moments of extra updates, and averaged weights (``train/second_adam.py``, ``train/averaged.py``)."""
     routes: float
     """While a step of a mixture of experts is packed: the routes of its rollouts, in replies and in micro-batches."""
 
     @property
     def total(self) -> float:
-        return self.offloaded + self.staged + self.routes + self.processes
+        return self.offloaded + self.staged + self.states + self.routes + self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +332,9 @@ def case_of(
         transport=run.rollout.transport,
         push_limit_s=run.timeouts.weight_push_s,
         kept_checkpoints=run.checkpoint.keep,
-        optimizer_states=1 if method.extra_rate(run) is None else 2,
+        optimizer_states=method.num_optimizer_states(run),
+        host_state_bytes=_MOMENTS_BYTES * (method.extra_rate(run) is not None)
+        + _AVERAGE_BYTES * (method.averaging_rate(run) is not None),
         stages_checkpoints=run.checkpoint.asynchronous is not False,
         partial=run.rollout.partial is not None,
         replays_routes=run.rollout.router_replay is not False,
@@ -456,11 +468,11 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
     # A checkpoint has the weights and, also where training is in FP32, main weights and moments. Each rank writes the
     # part of which it keeps the optimizer state.
     one = parameters.checkpoint_bytes(1, case.weight_bytes, optimizers=case.optimizer_states)
-    written = one / case.numerics.optimizer
-    staged = max(stage.optimizer for stage in stages) * written if case.stages_checkpoints else 0.0
+    kept = max(stage.optimizer for stage in stages) / case.numerics.optimizer
     return HostMemory(
         offloaded=gpus * saved,
-        staged=gpus * staged,
+        staged=gpus * kept * one if case.stages_checkpoints else 0.0,
+        states=gpus * kept * case.host_state_bytes,
         processes=processes * case.constants.host_process_bytes,
         routes=2 * step_routes_bytes(case),
     )

@@ -121,6 +121,7 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "offloaded": found.host.offloaded,
             "staged": found.host.staged,
             "processes": found.host.processes,
+            "states": found.host.states,
             "routes": found.host.routes,
         },
         "warnings": list(found.warnings),
@@ -232,6 +233,10 @@ def _capacity(case: Case, found: Estimate) -> Table:
     table.add_row("main memory of a node: offloaded, pinned", gb(found.host.offloaded))
     table.add_row("main memory of a node: a checkpoint being written", gb(found.host.staged))
     table.add_row("main memory of a node: ranks and servers", gb(found.host.processes))
+    if found.host.states:
+        table.add_row(
+            "main memory of a node: moments of extra updates, averaged weights", gb(found.host.states)
+        )
     if found.host.routes:
         table.add_row("main memory of the first node: routes of a step", gb(found.host.routes))
     table.add_row("main memory of a node: together", gb(found.host.total), end_section=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_chord.cluster.job import Job, Node
 from megatron_chord.cluster.node_report import Report, faults, push_problems, room_problems
 from megatron_chord.config import CheckpointConfig, EvaluationConfig, TimeoutsConfig
+from megatron_chord.config_methods import SelfDistillationConfig
 from tests.support.tiny import tiny_run
 
 GOOD = Report(
@@ -89,6 +90,14 @@ def test_a_disk_without_room_for_all_checkpoints(tmp_path: Path) -> None:
     wide = replace(run, model=replace(run.model, dtype="fp32"), checkpoint=CheckpointConfig(keep=1))
     assert list(room_problems(wide, 1000, free=2 * 16_000 + 4000 - 14_000)) == []
     assert len(list(room_problems(wide, 1000, free=2 * 16_000 + 3999 - 14_000))) == 1
+    averaged = replace(
+        run,
+        method=SelfDistillationConfig(teacher="averaged"),
+        batch=replace(run.batch, demonstrations=0),
+        data=replace(run.data, demonstrations=None),
+    )
+    assert list(room_problems(averaged, 1000, free=3 * 26_000 + 2000 - 14_000)) == []
+    assert len(list(room_problems(averaged, 1000, free=3 * 26_000 + 1999 - 14_000))) == 1
 
 
 def test_a_push_that_cannot_meet_its_deadline(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from megatron_chord.config import RunConfig, data_parallel_size
 from megatron_chord.config_io import load_config
 from megatron_chord.costs.gpus import GPUS
+from megatron_chord.costs.parameters import model_count
 from megatron_chord.model.build import check_shape
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.estimate import (
@@ -211,6 +212,28 @@ def test_main_memory_and_disk_of_a_node() -> None:
     assert disk_bytes(case) == 3 * checkpoint_bytes(case)
 
 
+@pytest.mark.parametrize(
+    ("method", "each", "written"),
+    [
+        ({"name": "relift"}, 8, 2 + 12 + 12),
+        ({"name": "self_distillation", "teacher": "averaged"}, 4, 2 + 12 + 12),
+        ({"name": "self_distillation"}, 0, 2 + 12),
+    ],
+)
+def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], each: int, written: int) -> None:
+    """ReLIFT keeps two FP32 moments in main memory, an averaged teacher the FP32 weights: each rank those of a quarter
+    of its parameters. A checkpoint has a second optimizer state."""
+    aligned = json.dumps(method["name"] == "relift")
+    settings = [f"method={json.dumps(method)}", "batch.demonstrations=0", f"data.aligned={aligned}"]
+    run = run_of("chord_llama70b", *settings)
+    case = case_of(run, h100(8))
+    found = estimate(case, choice_of(run))
+    count = max(stage.parameters for stage in found.stages)
+    assert found.host.states == pytest.approx(8 * each * count / 4)
+    assert found.host.staged == pytest.approx(8 * written * count / 4)
+    assert checkpoint_bytes(case) == pytest.approx(written * model_count(case.shape))
+
+
 def test_routes_of_a_step_are_in_main_memory() -> None:
     """Qwen3-30B-A3B: 48 layers x 8 experts are 384 bytes for each token of a rollout, in replies and in batches."""
     run = run_of("chord_qwen3_30b_a3b")
@@ -218,7 +241,7 @@ def test_routes_of_a_step_are_in_main_memory() -> None:
     found = estimate(case, choice_of(run)).host
     sequences = run.batch.prompts * run.batch.rollouts
     assert found.routes == pytest.approx(2 * sequences * 1200 * 48 * 8)
-    assert found.total == found.offloaded + found.staged + found.routes + found.processes
+    assert found.total == found.offloaded + found.staged + found.states + found.routes + found.processes
     off = run_of("chord_qwen3_30b_a3b", "rollout.router_replay=false")
     assert estimate(case_of(off, h100(4)), choice_of(off)).host.routes == 0
     dense = run_of("chord_qwen7b")
