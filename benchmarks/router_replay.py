@@ -31,10 +31,11 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.data.packing import columns_of, pack
 from megatron_chord.families.table import read_shape
 from megatron_chord.model.forward import run_micro_batches, to_device
-from megatron_chord.records import Part, Rollout, RouteShape, TrainSample
+from megatron_chord.records import Part, Rollout, TrainSample
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import AcceptedVersions, GenerateRequest, rollouts_of
 from megatron_chord.rollout.server import ServerSettings, start_server
+from megatron_chord.routes import RouteShape
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.state import TrainState, build_state
@@ -180,7 +181,7 @@ def scores(
     layout = packing_layout(state.shape, ParallelConfig(), 1)
     batches = []
     for ask, rollout in pairs:
-        assert rollout.routes is not None
+        assert isinstance(rollout.routes, np.ndarray)
         ids = np.array(ask.prompt_ids + rollout.token_ids, np.int64)
         part = Part(term="policy", positions=np.arange(len(ask.prompt_ids), len(ids)))
         sample = TrainSample(token_ids=ids, parts=(part,), routes=change(rollout.routes))
@@ -217,7 +218,7 @@ def otherwise(
     layers = [layer for layer in range(shape.layers) if layer not in shape.dense_layers]
     differs = []
     for number, (_, rollout) in enumerate(pairs):
-        assert rollout.routes is not None
+        assert isinstance(rollout.routes, np.ndarray)
         ours = np.stack(chosen[number * len(layers) : (number + 1) * len(layers)], axis=1)
         theirs = np.zeros_like(ours[: len(rollout.routes)])
         np.put_along_axis(theirs, rollout.routes[:, layers].astype(np.int64), True, axis=-1)

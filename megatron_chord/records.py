@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+
+from megatron_chord.routes import Routes
 
 Message = dict[str, Any]
 """A chat message: the texts ``role`` (system, user, assistant, tool) and ``content``, and more (``data.messages``)."""
@@ -90,34 +91,6 @@ class Demonstration:
     """Name of the data source that it comes from (``data.demonstrations``)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouteShape:
-    """What a model's routes look like: the experts that its routers choose for a token."""
-
-    layers: int
-    """Number of the model's layers, with those that have no experts."""
-    experts: int
-    chosen: int
-    """Number of experts of each token, in each layer."""
-    dense_layers: tuple[int, ...] = ()
-    """Numbers of the layers without experts. Their routes have no meaning."""
-    is_required: bool = False
-    """Whether a rollout without routes is an error."""
-
-    def check(self, routes: np.ndarray, num_tokens: int) -> None:
-        """Raise ValueError if these are not the routes of ``num_tokens`` tokens."""
-        wanted = (num_tokens, self.layers, self.chosen)
-        if routes.shape != wanted or routes.dtype.name not in ("uint8", "uint16"):
-            raise ValueError(f"routes of shape {routes.shape} and type {routes.dtype} instead of {wanted}")
-        sparse = np.delete(routes, self.dense_layers, axis=1) if self.dense_layers else routes
-        # Compared by column, which is 50 times faster than to sort the experts of each token.
-        columns = np.ascontiguousarray(np.moveaxis(sparse, -1, 0))
-        if columns.size and columns.max() >= self.experts:
-            raise ValueError(f"routes to expert {columns.max()} of {self.experts}")
-        if any((first == second).any() for first, second in itertools.combinations(columns, 2)):
-            raise ValueError("routes with the same expert twice for one token")
-
-
 Span = tuple[int, int]
 """(weight version, number of tokens): consecutive tokens of a rollout that one weight version sampled."""
 
@@ -138,9 +111,9 @@ class Rollout:
     spans: tuple[Span, ...] = ()
     """The weight versions of the tokens if there are several: with ``rollout.asynchronous.in_flight: keep``, or if the
     response was sampled in several steps. Otherwise empty."""
-    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """[R, layers, chosen] uint8 or uint16: the experts that the engine chose for each token of prompt, prefix and
-    response, except for the last token, which was never an input. None for dense models and without
+    routes: Routes | None = field(default=None, compare=False, repr=False)
+    """[R, layers, chosen] uint8 or uint16, here or on a server: the experts that the engine chose for each token of
+    prompt, prefix and response, except for the last token, which was never an input. None for dense models and without
     ``rollout.router_replay``. Tokens that were sampled in an earlier step keep the choice of that time."""
 
     def __post_init__(self) -> None:
@@ -190,9 +163,10 @@ class TrainSample:
     token_ids: np.ndarray
     """[N] int64"""
     parts: tuple[Part, ...]
-    routes: np.ndarray | None = None
-    """[R, layers, k] uint8 or uint16, R <= N: the k experts that the rollout engine chose for each of the first R
-    tokens, in every layer of the model. The routers choose the experts of the other tokens; without it, of all."""
+    routes: Routes | None = None
+    """[R, layers, k] uint8 or uint16, R <= N, here or on a server: the k experts that the rollout engine chose for each
+    of the first R tokens, in every layer of the model. The routers choose the experts of the other tokens; without it,
+    of all."""
     teacher_ids: np.ndarray | None = None
     """[M] int64: another prompt with the same answer; None if the sample has no teacher. It ends with the tokens of
     ``token_ids`` from the first trained token on. The log-probs of its trained tokens are the column

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_chord.data.shared_prompts import groups_by_prompt, prompt_of, prompt_tokens
 from megatron_chord.precision import Fp8Training, batch_multiple
 from megatron_chord.records import Part, TrainSample
+from megatron_chord.routes import RemoteRoutes, Routes, joined
 
 T = TypeVar("T")
 
@@ -55,12 +56,26 @@ class PackedRoutes:
 
     positions: np.ndarray
     """[F] int64: their indices among the N tokens"""
-    experts: np.ndarray
-    """[F, layers, k] uint8 or uint16: the experts of each in every layer of the model"""
+    experts: Routes
+    """[F, layers, k] uint8 or uint16: the experts of each in every layer of the model. Here when the batch is trained;
+    before that they may be on servers."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with the runs of consecutive positions: one or two for each sample."""
+        places = self.positions
+        first = np.flatnonzero(np.diff(places, prepend=places[:1] - 2) != 1)
+        lengths = np.diff(first, append=len(places))
+        return _received_routes, (places[first], lengths, self.experts)
+
+    def here(self, read: dict[str, np.ndarray]) -> PackedRoutes:
+        """The same, with the routes of servers out of ``read`` (``routes.RemoteRoutes.here``)."""
+        experts = self.experts
+        return replace(self, experts=experts.here(read)) if isinstance(experts, RemoteRoutes) else self
 
     def moved(self, places: np.ndarray) -> PackedRoutes:
         """The tokens at their new indices ``places`` [N]; those with a negative one are left out."""
         found = places[self.positions]
+        assert isinstance(self.experts, np.ndarray), "routes are read before a batch is cut"
         return PackedRoutes(positions=found[found >= 0], experts=self.experts[found >= 0])
 
 
@@ -347,7 +362,7 @@ def pack(
     tokens: list[np.ndarray] = []
     positions, starts, prompts = list[np.ndarray](), [0], list[int]()
     trained: list[tuple[int, Part]] = []
-    routed: list[tuple[int, np.ndarray]] = []
+    routed: list[tuple[int, Routes]] = []
     """The start of tokens that the rollout engine routed, and their routes."""
 
     def add(ids: np.ndarray, length: int, first: int, prompt: int) -> None:
@@ -393,14 +408,14 @@ def pack(
         },
         routes=PackedRoutes(
             positions=_joined([start + np.arange(len(routes)) for start, routes in routed]),
-            experts=np.concatenate([routes for _, routes in routed]),
+            experts=joined([routes for _, routes in routed]),
         )
         if routed
         else None,
     )
 
 
-def _first_routes(samples: Sequence[TrainSample]) -> list[np.ndarray]:
+def _first_routes(samples: Sequence[TrainSample]) -> list[Routes]:
     """The routes of the first sample that has any; empty if none has. The engine routes a prompt once for all of its
     answers, or equally but for rounding."""
     return [sample.routes for sample in samples if sample.routes is not None][:1]
@@ -534,6 +549,13 @@ def _received_batch(
         terms=terms,
         routes=routes,
         teacher=teacher,
+    )
+
+
+def _received_routes(starts: np.ndarray, lengths: np.ndarray, experts: Routes) -> PackedRoutes:
+    before = np.cumsum(lengths) - lengths
+    return PackedRoutes(
+        positions=np.repeat(starts - before, lengths) + np.arange(int(lengths.sum())), experts=experts
     )
 
 

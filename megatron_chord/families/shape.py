@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_chord.records import RouteShape
+from megatron_chord.routes import RouteShape
 from megatron_chord.weights.mapping import WeightMap
 
 

@@ -31,6 +31,7 @@ from megatron_chord.rollout.replies import (
     checked_spans,
     rollouts_of,
 )
+from megatron_chord.rollout.route_store import HEADER, LEFT_OUT, PATH, RELEASE
 from megatron_chord.rollout.vllm_plugin import ABANDON
 
 _GENERATE = "/inference/v1/generate"
@@ -99,6 +100,7 @@ class RolloutClient:
                 push of weights.
         """
         self.url = url
+        self.api_key = api_key
         self._silence_s = silence_s
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._retries = retries
@@ -218,6 +220,19 @@ class RolloutClient:
         reply = self._json(self._request("GET", "/get_world_size", timeout_s=timeout_s))
         with _malformed_as_rollout_error(f"{self.url}/get_world_size"):
             return int(reply["world_size"])
+
+    def route_store(self, *, timeout_s: float = 30.0) -> str | None:
+        """Name of the memory in which the server keeps routes (``rollout.route_store``); None if it keeps none."""
+        try:
+            reply = self._json(self._request("GET", PATH, timeout_s=timeout_s))
+        except RolloutError:
+            return None
+        with _malformed_as_rollout_error(f"{self.url}{PATH}"):
+            return str(reply["store"])
+
+    def release_routes(self, *, through: int | None, timeout_s: float = 30.0) -> None:
+        """Free the routes that the server keeps for steps up to ``through``; None: for all steps."""
+        self._request("POST", RELEASE, json={"through": through}, timeout_s=timeout_s)
 
     def pause(self, *, mode: PauseMode = "wait", timeout_s: float = 600.0) -> None:
         """Pause sampling and drop all caches.
@@ -495,14 +510,20 @@ class RolloutClient:
     ) -> tuple[Rollout, ...]:
         where = f"{self.url}{_GENERATE}"
         try:
-            response = await http.post(_GENERATE, json={"request_id": name, **_body(request)})
+            response = await http.post(
+                _GENERATE,
+                json={"request_id": name, **_body(request)},
+                headers={HEADER: _wish_for_routes(request)},
+            )
         except httpx.TransportError as error:
             raise Transient(f"{where}: {type(error).__name__} {error}") from error
         if response.status_code != 200:
             kind = Transient if response.status_code >= 500 else RolloutError
             raise kind(f"{where}: {_refusal(response)}")
         with _malformed_as_rollout_error(where):
-            return rollouts_of(response.content, request, version, may_be_aborted=stopped.is_set())
+            return rollouts_of(
+                response.content, request, version, may_be_aborted=stopped.is_set(), url=self.url
+            )
 
 
 class _Refused(Exception):
@@ -521,6 +542,13 @@ def _is_refusal(error: BaseException | None) -> bool:
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended already
         loop.call_soon_threadsafe(action)
+
+
+def _wish_for_routes(request: GenerateRequest) -> str:
+    """What a server that can keep routes does with those of the request. Other servers send what they have."""
+    if request.routes is None:
+        return LEFT_OUT
+    return "" if request.keep_routes_for is None else str(request.keep_routes_for)
 
 
 def _body(request: GenerateRequest) -> dict[str, Any]:

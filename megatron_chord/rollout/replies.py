@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from megatron_chord.records import Rollout, RouteShape, Span
+from megatron_chord.records import Rollout, Span
+from megatron_chord.rollout.route_store import REFERENCE
+from megatron_chord.routes import KeptRoutes, RemoteRoutes, Routes, RouteShape
 
 NEVER_PUSHED = "default"
 """vLLM's name for the weights that a server was started with."""
@@ -50,6 +52,9 @@ class GenerateRequest:
     routes: RouteShape | None = None
     """The shape of the routes to keep; None: routes in the reply are ignored. Only the server's start decides whether
     it returns any (``ServerSettings.routes``)."""
+    keep_routes_for: int | None = None
+    """The step for which a server that can (``rollout.route_store``) keeps the routes, so that the reply has only a
+    reference to them. None: the reply brings the routes."""
     first_routed: int = 0
     """The first token of `prompt_ids` whose route is wanted."""
 
@@ -104,7 +109,15 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
     routed_experts: bytes | None = None
-    """An .npy file, in base64 (vllm/utils/serial_utils.py, numpy2base64)."""
+    """In base64: an .npy file (vllm/utils/serial_utils.py, numpy2base64), or a reference (``rollout.route_store``)."""
+
+
+class _Reference(msgspec.Struct):
+    store: str
+    key: str
+    shape: tuple[int, int, int]
+    dtype: Literal["uint8", "uint16"]
+    checksum: int
 
 
 class _Reply(msgspec.Struct):
@@ -116,9 +129,14 @@ _DECODER = msgspec.json.Decoder(_Reply)
 
 
 def rollouts_of(
-    content: bytes, request: GenerateRequest, accepted: AcceptedVersions, *, may_be_aborted: bool
+    content: bytes,
+    request: GenerateRequest,
+    accepted: AcceptedVersions,
+    *,
+    may_be_aborted: bool,
+    url: str = "",
 ) -> tuple[Rollout, ...]:
-    """Parse and check the reply to `request`, which is JSON.
+    """Parse and check the reply to `request`, which is JSON. It came from the server at `url`.
 
     Raises:
         ValueError: it is not a valid reply to `request`.
@@ -132,13 +150,13 @@ def rollouts_of(
     num_expected = request.num_to_sample
     if [choice.index for choice in choices] != list(range(num_expected)):
         raise ValueError(f"{len(choices)} samples instead of {num_expected}")
-    rollouts = tuple(_rollout_of(choice, request, accepted) for choice in choices)
+    rollouts = tuple(_rollout_of(choice, request, accepted, url) for choice in choices)
     if not may_be_aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
         raise Transient("a sample was aborted")
     return rollouts * (request.num_samples // num_expected)
 
 
-def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVersions) -> Rollout:
+def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVersions, url: str) -> Rollout:
     token_ids, reason = choice.token_ids, choice.finish_reason
     least = 0 if reason == "abort" else 1
     if not least <= len(token_ids) <= request.max_tokens:
@@ -159,11 +177,11 @@ def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVer
         finish_reason=reason,
         weight_version=min(version for version, _ in spans),
         spans=spans if len(spans) > 1 else (),
-        routes=_routes_of(choice, request),
+        routes=_routes_of(choice, request, url),
     )
 
 
-def _routes_of(choice: _Choice, request: GenerateRequest) -> np.ndarray | None:
+def _routes_of(choice: _Choice, request: GenerateRequest, url: str) -> Routes | None:
     """The routes of the tokens from ``first_routed`` to the last but one."""
     if request.routes is None:
         return None
@@ -174,10 +192,31 @@ def _routes_of(choice: _Choice, request: GenerateRequest) -> np.ndarray | None:
                 "--enable-return-routed-experts"
             )
         return None
-    routes = _array_of(choice.routed_experts)
     num_tokens = len(request.prompt_ids) + len(choice.token_ids) - 1 - request.first_routed
+    if choice.routed_experts.startswith(REFERENCE):
+        return _kept_routes(choice.routed_experts, request.routes, num_tokens, url)
+    routes = _array_of(choice.routed_experts)
     request.routes.check(routes, num_tokens)
     return routes
+
+
+def _kept_routes(reference: bytes, shape: RouteShape, num_tokens: int, url: str) -> RemoteRoutes:
+    """The routes to which the server refers. Whoever reads them checks them."""
+    found = msgspec.json.decode(reference.removeprefix(REFERENCE), type=_Reference)
+    wanted = (num_tokens, shape.layers, shape.chosen)
+    if found.shape != wanted:
+        raise ValueError(f"routes of shape {found.shape} and type {found.dtype} instead of {wanted}")
+    return RemoteRoutes.of(
+        KeptRoutes(
+            url=url,
+            store=found.store,
+            key=found.key,
+            num_tokens=num_tokens,
+            dtype=found.dtype,
+            checksum=found.checksum,
+            shape=shape,
+        )
+    )
 
 
 def _array_of(npy: bytes) -> np.ndarray:

@@ -35,6 +35,7 @@ from megatron_chord.network import free_port, interface_of
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
+from megatron_chord.rollout.route_store import KeepRoutes
 from megatron_chord.rollout.vllm_plugin import BACKEND, CPU_ROUTES_VERSION, DIE_WITH_PARENT, ROUTES_ON_CPU
 from megatron_chord.weights.reader import HFReader
 
@@ -376,7 +377,8 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
     return [
         *("--model", str(model), "--served-model-name", MODEL_NAME),
         *("--host", host, "--port", str(port)),
-        *("--middleware", f"{RequireKey.__module__}.{RequireKey.__name__}"),
+        *(("--middleware", _path_of(KeepRoutes)) if settings.routes else ()),
+        *("--middleware", _path_of(RequireKey)),
         *("--dtype", _DTYPES[settings.dtype], "--max-model-len", str(settings.max_model_len)),
         *("--tensor-parallel-size", str(settings.tensor)),
         # The checkpoint's generation_config.json would otherwise change top_p, top_k and temperature.
@@ -391,6 +393,10 @@ def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> l
         *(("--enable-return-routed-experts",) if settings.routes else ()),
         *_reading_arguments(model),
     ]
+
+
+def _path_of(middleware: type) -> str:
+    return f"{middleware.__module__}.{middleware.__name__}"
 
 
 def _reading_arguments(model: Path) -> list[str]:

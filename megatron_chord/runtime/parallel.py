@@ -120,6 +120,25 @@ class ParallelGroups:
         result, _ = self.from_coordinator(lambda: (compute(), None))
         return result
 
+    def once_per_replica(self, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on the first rank of each model replica (``replica``). Every rank returns the result of its
+        replica's first rank, or raises the exception of one of them. Two collectives: on ``objects``, on ``replica``.
+        """
+        first = self.first_of_replica[self.data.rank]
+        error: Exception | None = None
+        box: list[Any] = [None]
+        if self.rank == first:
+            try:
+                box = [compute()]
+            except Exception as failed:
+                error = _sendable(failed)
+        for other in self.gather(error):
+            if other is not None:
+                raise other
+        if dist.get_world_size(self.replica) > 1:
+            dist.broadcast_object_list(box, src=first, group=self.replica)
+        return box[0]
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's Python object, on every rank, in rank order. One collective of ``objects``."""
         values: list[Any] = [None] * self.world_size

@@ -92,11 +92,11 @@ def rollout_of(row: Mapping[str, Any]) -> Rollout:
 
 
 def _sampling_json(sampling: Sampling | None) -> dict[str, Any] | None:
-    """The settings that must be equal when answers are used again. Routes are not among them: they change no token."""
+    """The settings that must be equal when answers are used again. Those of routes are not: they change no token."""
     if sampling is None:
         return None
     settings = asdict(sampling) | {"stop_token_ids": list(sampling.stop_token_ids)}
-    del settings["routes"]
+    del settings["routes"], settings["step"]
     return settings
 
 

@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Prompt, Rollout, RouteShape, Span
+from megatron_chord.records import Prompt, Rollout, Span
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest
+from megatron_chord.routes import Routes, RouteShape, joined
 
 
 class TooManyGraderErrors(RuntimeError):
@@ -36,6 +35,8 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     routes: RouteShape | None = None
     """The shape of the routes that rollouts bring with them; None: they bring none."""
+    step: int | None = None
+    """The step for which servers that can keep the routes (``rollout.route_store``); None: rollouts bring them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,7 @@ def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_
             max_tokens=sampling.max_tokens - len(request.prefix) - len(partial_rollouts),
             stop_token_ids=sampling.stop_token_ids,
             routes=sampling.routes,
+            keep_routes_for=sampling.step,
             first_routed=num_routed,
         )
 
@@ -235,9 +237,9 @@ def _joined(partial_rollouts: Rollout, rest: Rollout, *, has_all_routes: bool) -
     )
 
 
-def _joined_routes(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+def _joined_routes(first: Routes | None, second: Routes | None) -> Routes | None:
     """Routes of tokens without a gap. Those of the first ones are the choice of the weights that sampled them."""
-    return None if first is None or second is None else np.concatenate([first, second])
+    return None if first is None or second is None else joined([first, second])
 
 
 def grade(

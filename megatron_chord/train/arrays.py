@@ -6,13 +6,14 @@ A checkpoint's run state is JSON. Routes of answers that it keeps are bytes, whi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+T = TypeVar("T")
 _KEY = "array in the file"
 
 
@@ -20,21 +21,25 @@ def without_arrays(value: Any) -> tuple[Any, list[np.ndarray]]:
     """``value`` with every array replaced by its number in the list, as plain JSON, and the list."""
     arrays: list[np.ndarray] = []
 
-    def replaced(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays.append(value)
-            return {_KEY: len(arrays) - 1}
-        if isinstance(value, Mapping):
-            return {key: replaced(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple) and value and isinstance(value[0], _NESTED):
-            return [replaced(inner) for inner in value]
-        return value
+    def number(array: np.ndarray) -> dict[str, int]:
+        arrays.append(array)
+        return {_KEY: len(arrays) - 1}
 
-    return replaced(value), arrays
+    return with_replaced(value, np.ndarray, number), arrays
 
 
-_NESTED = (np.ndarray, Mapping, list, tuple)
-"""What can contain an array. Lists are of one kind, so their first value decides; most are long lists of numbers."""
+def with_replaced(value: Any, kind: type[T], by: Callable[[T], Any]) -> Any:
+    """JSON-like ``value`` with every object of type ``kind`` in it replaced; tuples that may contain one are lists.
+
+    Lists are of one kind, so their first value decides; most are long lists of numbers.
+    """
+    if isinstance(value, kind):
+        return by(value)
+    if isinstance(value, Mapping):
+        return {key: with_replaced(inner, kind, by) for key, inner in value.items()}
+    if isinstance(value, list | tuple) and value and isinstance(value[0], (kind, Mapping, list, tuple)):
+        return [with_replaced(inner, kind, by) for inner in value]
+    return value
 
 
 def with_arrays_of(value: Any, arrays: Sequence[np.ndarray]) -> Any:

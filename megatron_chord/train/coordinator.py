@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import Layout, PackedBatch, plan_step
 from megatron_chord.losses.aggregate import MIN_COMPARED_TOKENS, drop_zero_gradient_parts, with_scales
@@ -24,6 +26,11 @@ from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, HeldOutSet, evaluate
 from megatron_chord.train.metrics import RunLog
+from megatron_chord.train.remote_routes import (
+    drawn_with_routes_here,
+    json_with_routes_here,
+    json_with_routes_that_exist,
+)
 from megatron_chord.train.sample_rows import sample_rows
 from megatron_chord.train.setup import RunData
 from megatron_chord.train.stop import StopWanted
@@ -82,6 +89,8 @@ class Coordinator:
         self._run = run
         self._lacks_routes = False
         """Whether the log says that rollouts lack routes."""
+        self._passes_routes = False
+        """Whether the log says that routes pass through rank 0."""
         self._method = method
         self._terms: Mapping[str, Term] = method.all_terms(run)
         self._data = data
@@ -105,14 +114,23 @@ class Coordinator:
         for done in [key for key in list(self._answers) if key <= step]:
             del self._answers[done]
 
-    def run_state(self, step: int, mu_memory: Memory) -> dict[str, Any]:
+    def forget_from(self, step: int) -> None:
+        """Forget what was collected for ``step`` and later ones. They must be collected again, in order."""
+        for forgotten in [key for key in self._progress if key >= step]:
+            del self._progress[forgotten]
+            self._answers.pop(forgotten, None)
+
+    def run_state(
+        self, step: int, mu_memory: Memory, route_keys: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """The state that a checkpoint after ``step`` optimizer steps saves in addition to weights and optimizer.
 
-        No step may be collected at the same time.
+        Routes of answers that were sampled ahead are read from the servers, for which ``route_keys`` has the API key,
+        by URL. Those of a lost server are left out, and the log says so. No step may be collected at the same time.
         """
         progress = self._progress[step - 1]
         sources = progress.sources
-        return {
+        state = {
             "step": step,
             "method": {"name": self._method.name, "memory": progress.memory},
             "mu": dict(mu_memory),
@@ -128,6 +146,13 @@ class Coordinator:
                 for ahead, answers in sorted(self._answers.items())
             ],
         }
+        state, lost = json_with_routes_that_exist(state, route_keys or {})
+        if lost:
+            self.log.say(
+                f"the checkpoint is without the routes of {lost} answers, because their server is lost: a resumed run "
+                "trains them without router replay"
+            )
+        return state
 
     def restore(self, run_state: dict[str, Any]) -> None:
         """Restore the positions in the data from a checkpoint.
@@ -209,7 +234,13 @@ class Coordinator:
             recorded=recorded,
         )
         collected = self._collect_by(context)
-        self._progress[now.step] = _Progress(sources=context.sources, memory=collected.memory)
+        keys = {client.url: client.api_key for client in clients} if self._data.routes is not None else {}
+        # Servers free the routes of this step when it is trained, so rank 0 reads those that it keeps longer.
+        unfinished = drawn_with_routes_here(context.sources.unfinished, keys)
+        self._progress[now.step] = _Progress(
+            sources=replace(context.sources, unfinished=unfinished),
+            memory=json_with_routes_here(collected.memory, keys),
+        )
         if may_lag:
             self._answers[now.step] = _Answers(version=version, rounds=context.rounds)
         if context.graded:
@@ -233,7 +264,7 @@ class Coordinator:
         saved = [batch.saved for plan in plans for rank in plan.micro_batches for batch in rank]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         if self._data.routes is not None and rollouts:
-            self._say_what_lacks_routes(rollouts)
+            self._say_what_lacks_routes(rollouts, is_new=recorded is None)
         inputs = StepInputs(
             updates=tuple(_update(collected, index, count, plan.counts) for index, plan in enumerate(plans)),
             mu=collected.mu,
@@ -263,8 +294,9 @@ class Coordinator:
             raise ValueError("the checkpoint has more sampling rounds than the step requests")
         return collected
 
-    def _say_what_lacks_routes(self, rollouts: Sequence[Rollout]) -> None:
-        """Tell once in a run that rollouts have no routes, so that router replay does not happen for them."""
+    def _say_what_lacks_routes(self, rollouts: Sequence[Rollout], *, is_new: bool) -> None:
+        """Tell once in a run that rollouts have no routes, so that router replay does not happen for them, and once
+        that servers do not keep those of rollouts that are new."""
         missing = sum(rollout.routes is None for rollout in rollouts)
         if missing and not self._lacks_routes:
             self._lacks_routes = True
@@ -272,6 +304,14 @@ class Coordinator:
                 f"{missing} of {len(rollouts)} rollouts have no routes, so the trainer's routers choose their experts "
                 "(rollout.router_replay). Servers in rollout.servers return routes if they are started with "
                 "--enable-return-routed-experts"
+            )
+        passing = sum(isinstance(rollout.routes, np.ndarray) for rollout in rollouts)
+        expected = self._run.rollout.carries and passing < len(rollouts)  # finished in an earlier step
+        if is_new and passing and not expected and not self._passes_routes:
+            self._passes_routes = True
+            self.log.say(
+                f"the routes of {passing} of {len(rollouts)} rollouts pass through rank 0, because their servers do "
+                "not keep them (docs/scale.md)"
             )
 
     def _getting_on(self, what: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,11 @@ class RolloutEngine:
         self._fleet: Fleet | None = None
         self._clients: Sequence[RolloutClient] = ()
         self._sync: WeightSync | None = None
+        self._keeps_routes = is_needed and router_replay(run, read_shape(run.model.path)).is_on
+        self.route_keys: Mapping[str, str] = {}
+        """With router replay, the API key of each server, by its URL; on every rank."""
+        self.route_stores: Collection[str] = ()
+        """On the coordinator: the names of the memories in which servers keep routes (``rollout.route_store``)."""
         self._connected = False
         self._version: int | None = None
         self.generation = 0
@@ -226,7 +231,7 @@ class RolloutEngine:
         if not self._connected:
             self._doing("waiting for vLLM to load")
             with self._groups.pulse.phase("waiting for servers"):
-                self._groups.once(self._connect)
+                self.route_keys = self._groups.once(self._connect)
             self._connected = True
 
     def _each(self, action: Callable[[RolloutClient], None]) -> None:
@@ -324,19 +329,38 @@ class RolloutEngine:
     def _next_log(self) -> Path:
         return self._log_folder / f"rollout-server-{len(list(self._log_folder.iterdir())) + 1}.log"
 
-    def _connect(self) -> None:
+    def _connect(self) -> Mapping[str, str]:
         assert self._fleet is not None
         self._clients = self._fleet.connect()
+        keys = self._keys_of_routes()
+        if self.route_stores:
+            # A server of the user may still have the routes of an earlier run.
+            self._each(lambda client: _release(client, through=None))
+        return keys
+
+    def _keys_of_routes(self) -> Mapping[str, str]:
+        """The ``route_keys`` of the present servers. Notes their ``route_stores``."""
+        if not self._keeps_routes:
+            return {}
+        names = [client.route_store() for client in self._clients]
+        self.route_stores = {name for name in names if name is not None}
+        return {client.url: client.api_key for client in self._clients}
+
+    def release_routes(self, step: int) -> None:
+        """Let the servers free the routes of the steps up to ``step``, whose micro-batches all ranks have."""
+        if self.route_stores:
+            self._each(lambda client: _release(client, through=step))
 
     def _replace(self) -> None:
         """Replace lost servers by new ones. They get their weights with the next push."""
 
-        def restart() -> None:
+        def restart() -> Mapping[str, str]:
             assert self._fleet is not None
             # After a failed push every server has a mixture of old and new weights, so all are replaced.
             self._clients = self._fleet.replace(everything=self._push_failed)
             if self._sync is not None:
                 self._sync.reconnect(self._clients)
+            return self._keys_of_routes()
 
         self._version = None
         # vLLM starts only if its share of the GPU memory is free.
@@ -345,10 +369,15 @@ class RolloutEngine:
         _free_cached_memory()
         self._doing("waiting for a new vLLM server")
         with self._groups.pulse.phase("waiting for servers"):
-            self._groups.once(restart)
+            self.route_keys = self._groups.once(restart)
         self._connected = True
         self.generation += 1
         self._lost = False
+
+
+def _release(client: RolloutClient, *, through: int | None) -> None:
+    with contextlib.suppress(RolloutError):  # a server that is lost has freed them
+        client.release_routes(through=through)
 
 
 def _free_cached_memory() -> None:

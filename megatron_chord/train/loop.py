@@ -203,6 +203,7 @@ def _step(context: RunContext, now: ScheduleInput) -> Memory:
         with timer.phase("collect"), state.groups.pulse.phase("collecting"):
             inputs, micro_batches = context.engine.attempt(collect, context, now)
             context.queue.remove(step)
+            context.engine.release_routes(step)
             context.engine.rest()
         if schedule is not None and schedule.resets_optimizer(step):
             reset_optimizer(state)
@@ -321,7 +322,8 @@ def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False
     context.doing("saving")
     if context.engine.has_offloaded:  # after an evaluation, or after sampling that was interrupted
         context.engine.rest()
-    run_state = coordinator.run_state(step, memory) if coordinator is not None else {}
+    keys = context.engine.route_keys
+    run_state = coordinator.run_state(step, memory, keys) if coordinator is not None else {}
     run_state |= {"health": context.health.to_json(), "best": context.best.to_json()}
     with context.state.groups.pulse.phase("saving"):
         context.saver.save(context.state, run_state, best=context.best.step, waits=waits)

@@ -8,8 +8,8 @@ import torch
 
 from megatron_chord.config import RunConfig
 from megatron_chord.families.shape import ModelShape
-from megatron_chord.records import RouteShape
 from megatron_chord.rollout.server import why_no_routes
+from megatron_chord.routes import RouteShape
 
 _OVERRIDES = {
     "moe_router_fusion": "the fused router chooses experts inside of its kernel",

@@ -40,10 +40,11 @@ from megatron_chord.methods.base import Method, corrected
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.precision import Fp8Training, preset
-from megatron_chord.records import Demonstration, Prompt, RouteShape
+from megatron_chord.records import Demonstration, Prompt
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.prose import reads_as_text
 from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, needs_of, terms_of
+from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.context import Sources
 from megatron_chord.train.router_replay import router_replay, wanted_routes
 from megatron_chord.train.trackers import check_installed

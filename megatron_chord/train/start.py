@@ -26,6 +26,7 @@ from megatron_chord.train.folder import CHECKPOINTS, LOGS, Claim, Resume, claim
 from megatron_chord.train.health import Health
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.metrics import DROPPED, RunLog, write_left_out
+from megatron_chord.train.router_replay import wanted_routes
 from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.saver import Saver
 from megatron_chord.train.segments import check_changes, settings_before
@@ -254,7 +255,8 @@ def _build(
     )
     state = with_second_adam(state, method.extra_rate(run))
     state = with_averaged(state, method.averaging_rate(run))
-    queue = StepQueue(run, groups, coordinator)
+    servers = engine if wanted_routes(run, shape) is not None else None
+    queue = StepQueue(run, groups, coordinator, servers=servers)
     stack.callback(queue.close)
     saver = Saver(run.output / CHECKPOINTS, run.checkpoint, groups, log.say if log is not None else _silent)
     stack.callback(saver.close)

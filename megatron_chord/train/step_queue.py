@@ -8,10 +8,10 @@ determine which steps are in the queue, so all ranks agree on it without communi
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_chord.config import RunConfig
 from megatron_chord.data.packing import PackedBatch
@@ -19,16 +19,40 @@ from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.train.coordinator import Coordinator, StepInputs
+from megatron_chord.train.remote_routes import remote_of, with_routes_here
 
 CollectedStep = tuple[StepInputs, tuple[Sequence[PackedBatch], ...]]
 """A step's inputs, and this data-parallel rank's micro-batches of each update."""
 _OfAllRanks = tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]
 
 
+class RouteServers(Protocol):
+    """Servers that keep routes of rollouts (``rollout.route_store``)."""
+
+    @property
+    def route_keys(self) -> Mapping[str, str]:
+        """The API key of each server, by its URL; on every rank."""
+        ...
+
+    @property
+    def route_stores(self) -> Collection[str]:
+        """The names of the servers' memories; on the coordinator."""
+        ...
+
+
 class StepQueue:
     """All methods except ``close`` are called on every rank. A failure on the coordinator is raised on every rank."""
 
-    def __init__(self, run: RunConfig, groups: ParallelGroups, coordinator: Coordinator | None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: ParallelGroups,
+        coordinator: Coordinator | None,
+        *,
+        servers: RouteServers | None = None,
+    ) -> None:
+        """``servers``: those that keep routes; None without router replay."""
+        self._servers = servers
         self._run = run
         self._groups = groups
         self._coordinator = coordinator
@@ -61,39 +85,56 @@ class StepQueue:
             self._steps[step.step] = future
 
     def wait(self, step: int) -> CollectedStep:
-        """Wait for the collection of ``step`` and return its result. Raises the error of the collection, if any."""
+        """Wait for the collection of ``step`` and return its result. Raises the error of the collection, if any.
+
+        Routes that are on servers are read.
+
+        Raises:
+            RolloutError: a server is lost, with routes of this step. ``forget_lost`` then removes the step.
+        """
 
         def collected() -> _OfAllRanks:
             future = self._steps[step]
             assert future is not None
             return future.result()
 
-        return self._groups.from_coordinator(collected)
+        inputs, updates = self._groups.from_coordinator(collected)
+        if self._servers is not None:
+            updates = with_routes_here(updates, self._servers.route_keys, self._groups)
+        return inputs, updates
 
     def remove(self, step: int) -> None:
         """Remove ``step`` from the queue, because it is trained next."""
         del self._steps[step]
 
     def forget_lost(self, generation: int) -> None:
-        """Remove the steps whose collection failed because a rollout server was lost.
+        """Remove the steps whose collection failed because a rollout server was lost, or whose routes are lost with it.
 
         Args:
             generation: number of servers that were replaced so far. If it has not changed, nothing is removed.
         """
         if self._generation == generation:
             return
-
-        def finished() -> list[int]:
-            concurrent.futures.wait([future for future in self._steps.values() if future is not None])
-            return [
-                step
-                for step, future in self._steps.items()
-                if future is not None and future.exception() is None
-            ]
-
-        kept = self._groups.once(finished)
+        kept = self._groups.once(self._not_lost)
         self._steps = {step: self._steps[step] for step in kept}
         self._generation = generation
+
+    def _not_lost(self) -> list[int]:
+        """The steps that are completely collected and have their routes. On the coordinator."""
+        concurrent.futures.wait([future for future in self._steps.values() if future is not None])
+        collected = {
+            step: future.result()
+            for step, future in self._steps.items()
+            if future is not None and future.exception() is None
+        }
+        stores = None if self._servers is None else self._servers.route_stores
+        for step in sorted(collected):
+            if stores is not None and _needs_other(collected[step], stores):
+                assert self._coordinator is not None
+                # Later steps draw their prompts where this one stops, so they are collected again, too.
+                self._coordinator.forget_from(step)
+                return [other for other in collected if other < step]
+        return list(collected)
 
     def drain(self) -> None:
         """Wait until no step is being collected. Errors are not raised here, but by ``wait`` for the step."""
@@ -143,3 +184,14 @@ class StepQueue:
                 "step again"
             ) from error
         self._steps[step.step] = future
+
+
+def _needs_other(collected: _OfAllRanks, stores: Collection[str]) -> bool:
+    """Whether routes of a step are kept elsewhere than in these memories."""
+    _, of_ranks = collected
+    return any(
+        kept.store not in stores
+        for updates in of_ranks
+        for routes in remote_of(updates)
+        for kept in routes.kept()
+    )

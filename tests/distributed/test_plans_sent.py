@@ -35,7 +35,32 @@ def receive(parallel: ParallelConfig) -> dict[str, Any]:
         groups.from_coordinator(lambda: 1 // 0)  # pyright: ignore[reportArgumentType]
     except ZeroDivisionError as error:
         raised = str(error)
-    return {"common": common, "own": own, "data": groups.data.rank, "sent": sent, "raised": raised}
+    computed: list[int] = []
+
+    def compute() -> int:
+        computed.append(groups.rank)
+        return 100 + groups.data.rank
+
+    shared = groups.once_per_replica(compute)
+
+    def fail() -> None:
+        if groups.data.rank == groups.data.size - 1:
+            raise ValueError(f"data-parallel rank {groups.data.rank}")
+
+    try:
+        groups.once_per_replica(fail)
+    except ValueError as error:
+        failed = str(error)
+    return {
+        "computed": computed,
+        "shared": shared,
+        "failed": failed,
+        "common": common,
+        "own": own,
+        "data": groups.data.rank,
+        "sent": sent,
+        "raised": raised,
+    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -49,3 +74,7 @@ def test_every_rank_gets_the_entry_of_its_data_rank(name: str) -> None:
     replicas = {rank["data"] for rank in seen}
     assert len(seen[0]["sent"]) == len(replicas) - 1, "the coordinator's own replica needs no message"
     assert not any(rank["sent"] for rank in seen[1:])
+    firsts = [rank["computed"] for rank in seen if rank["computed"]]
+    assert len(firsts) == len(replicas), "one rank of each replica computes"
+    assert [rank["shared"] for rank in seen] == [100 + rank["data"] for rank in seen]
+    assert {rank["failed"] for rank in seen} == {f"data-parallel rank {max(replicas)}"}

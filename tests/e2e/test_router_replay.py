@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_chord.rollout.server import ServerSettings, start_server
+from megatron_chord.config_io import load_config
+from megatron_chord.rollout.route_store import MEMORY_VARIABLE
+from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from tests.e2e.test_lag import numbers, train_in_turn, weights
-from tests.e2e.test_stages import COMMON
+from tests.e2e.test_stages import COMMON, SMALL
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -78,3 +81,73 @@ def test_routes_are_replayed_and_survive_a_resume(tmp_path: Path, monkeypatch: p
         assert list(row["routing_by_layer"]["otherwise"]) == [str(layer) for layer in range(LAYERS)]
     assert rows[0]["routing"]["otherwise"] < 0.02, "the start weights have sampled them"
     assert rows[2]["routing"]["otherwise"] > 0.005, "so a resume without the routes would not be exact"
+
+
+def train_without_a_lag(
+    output: Path, settings: dict[str, str], *, kill_before: int | None = None
+) -> list[int]:
+    """Train. Returns the number of micro-batches of each reading of a step's routes that had some on servers.
+
+    The run's own server is killed after the answers of step ``kill_before`` were collected, and before any rank has
+    read their routes.
+    """
+    from megatron_chord.train import step_queue
+    from megatron_chord.train.loop import train
+
+    usual, sizes, calls = step_queue.with_routes_here, list[int](), 0
+
+    def after_a_kill(updates: Any, keys: Any, groups: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        sizes.append(len(step_queue.remote_of(updates)))
+        if calls - 1 == kill_before and groups.is_coordinator:
+            (server,) = [found for found in gc.get_objects() if isinstance(found, RolloutServer)]
+            server.kill()
+        groups.gather(None)
+        return usual(updates, keys, groups)
+
+    step_queue.with_routes_here = after_a_kill
+    wanted = {**SMALL, **settings, "output": str(output)}
+    train(load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()]))
+    return sizes
+
+
+def test_a_step_whose_routes_are_lost_is_repeated_and_ranks_read_what_replies_would_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two data-parallel ranks. The first run's server keeps no routes, so that they pass through rank 0. The server of
+    the second keeps them, and is killed once."""
+    policy = save_policy(tmp_path / "policy")
+    settings = {
+        "model.path": str(policy),
+        "rollout.router_replay": "true",
+        "method.mu": "{peak: 0.3}",
+        "optim.lr": "0.001",
+        "steps": "2",
+        "checkpoint.every": "0",
+    }
+    sent, kept = tmp_path / "sent", tmp_path / "kept"
+    server_settings = ServerSettings(
+        dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, routes=True, repeatable=True
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv(MEMORY_VARIABLE, "0")
+        server = start_server(policy, server_settings, log=tmp_path / "vllm.log")
+    with server:
+        server.wait_until_ready(300)
+        with monkeypatch.context() as patch:
+            patch.setenv("VLLM_API_KEY", server.api_key)
+            sizes = run_ranks(train_without_a_lag, 2, sent, settings | {"rollout.servers": f"[{server.url}]"})
+    assert sizes == [[0, 0], [0, 0]]
+    own = {"rollout.repeatable": "true", "rollout.kv_cache_bytes": str(64 << 20)}
+    for first, second, third in run_ranks(train_killed, 2, kept, settings | own):
+        assert min(first, second, third) > 0, "both ranks read routes, those of step 1 twice"
+    assert weights(kept) == weights(sent)
+    assert numbers(kept) == numbers(sent)
+    assert [row["routed_rollouts"] for row in metrics_of(kept) if "loss" in row] == [1.0, 1.0]
+    logs = sorted(path.name for path in (kept / "logs").glob("rollout-server-*"))
+    assert logs == ["rollout-server-1.log", "rollout-server-2.log"]
+
+
+def train_killed(output: Path, settings: dict[str, str]) -> list[int]:
+    return train_without_a_lag(output, settings, kill_before=1)

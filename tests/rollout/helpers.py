@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_chord.records import Rollout, RouteShape
+from megatron_chord.records import Rollout
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer
+from megatron_chord.routes import RouteShape
 
 START_S = 300.0
 VOCAB = 300
@@ -130,7 +131,7 @@ def assert_routes(
     same, shifted = [], []
     for request, rollouts in zip(asked, replies, strict=True):
         for rollout in rollouts:
-            assert rollout.routes is not None
+            assert isinstance(rollout.routes, np.ndarray)
             theirs = transformers_routes(model, shape, request.prompt_ids + rollout.token_ids)
             ours = np.sort(np.delete(rollout.routes, shape.dense_layers, axis=1), axis=-1)
             assert len(ours) == len(theirs) - 1, "all but the last token"

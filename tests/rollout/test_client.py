@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout, RouteShape
+from megatron_chord.records import Rollout
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
+from megatron_chord.routes import RouteShape
 
 KEY = "the key"
 REQUEST = GenerateRequest(
@@ -186,7 +187,7 @@ def test_routes_of_a_reply(client: RolloutClient, script: Script) -> None:
     asked = replace(REQUEST, num_samples=1, routes=SHAPE)
     ((rollout,),) = client.generate([asked], version=7, deadline_s=5)
     np.testing.assert_array_equal(rollout.routes, sent)
-    assert rollout.routes is not None
+    assert isinstance(rollout.routes, np.ndarray)
     assert not rollout.routes.flags.writeable
     script.answers = [(200, routed(sent[1:], token_ids=[4, 5, 6]))]
     ((rollout,),) = client.generate([replace(asked, first_routed=1)], version=7, deadline_s=5)

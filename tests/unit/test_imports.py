@@ -35,6 +35,7 @@ LAYERS = (
         "processes",
         "records",
         "rewards",
+        "routes",
         "schedules",
         "settings_tree",
         "te_build",
@@ -66,6 +67,7 @@ NO_TORCH = (
     "records",
     "report",
     "rewards",
+    "routes",
     "schedules",
     "settings_tree",
     "doctor",
@@ -74,7 +76,7 @@ NO_TORCH = (
     "costs",
     "plan",
 )
-IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine", "rollout.vllm_routes")
+IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine", "rollout.vllm_routes", "rollout.route_store")
 """Modules that run inside vLLM's processes. vLLM finds the engine by name: importing it would load vLLM in the
 trainer."""
 IN_TRITON = ("losses.logit_kernels_triton",)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout, RouteShape
+from megatron_chord.records import Rollout
 from megatron_chord.rewards.pool import Grade
+from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampling
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
@@ -73,7 +74,7 @@ def test_routes_come_back_from_their_own_file(tmp_path: Path) -> None:
     assert sampled == [item.rollouts for item in given]
     assert grades == [item.grades for item in given]
     found = sampled[0][0].routes
-    assert found is not None
+    assert isinstance(found, np.ndarray)
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, routes)
     assert [rollout.routes for rollout in (*sampled[0][1:], *sampled[1])] == [None] * 3

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Prompt, Rollout, RouteShape
+from megatron_chord.records import Prompt, Rollout
 from megatron_chord.rewards.response import Response
+from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import rollout_json, rollout_of
 from megatron_chord.sampling.rounds import RolloutRequest, Sampling, response_to, sample
 from tests.support.decoding import END, DecodingClient
@@ -182,11 +183,11 @@ def test_a_continued_answer_has_the_routes_of_both_parts() -> None:
     again = sampled(client, continued(asks(), first), sampling=routed, version=3)
     assert {request.first_routed for request in client.asked} == {5}, "the prompt, and four of five tokens"
     rollout = again[1][1]
-    assert rollout.routes is not None
+    assert isinstance(rollout.routes, np.ndarray)
     assert rollout.routes[:, 0, 0].tolist() == [0] * 5 + [3] * 4
     without = continued(asks(), [tuple(replace(one, routes=None) for one in group) for group in first])
     rollout = sampled(Routing(LENGTHS), without, sampling=routed, version=3)[1][1]
-    assert rollout.routes is not None
+    assert isinstance(rollout.routes, np.ndarray)
     assert rollout.routes[:, 0, 0].tolist() == [3] * 9, "all of them, if the first part has none"
     unrouted = sampled(DecodingClient(LENGTHS), continued(asks(), first), sampling=routed, version=3)
     assert unrouted[1][1].routes is None, "another server that returns none"

@@ -9,11 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_chord.config import AsynchronousConfig, RunConfig
+from megatron_chord.data.packing import Layout, pack
 from megatron_chord.methods.table import build
+from megatron_chord.records import TrainSample
 from megatron_chord.rollout.replies import RolloutError
+from megatron_chord.routes import KeptRoutes, RemoteRoutes, RouteShape
 from megatron_chord.schedules import Binary, ScheduleInput
 from megatron_chord.train.context import RunContext
 from megatron_chord.train.health import Health
@@ -33,6 +37,8 @@ class OneRank:
 
     def once(self, compute: Callable[[], Any]) -> Any:
         return compute()
+
+    once_per_replica = once
 
 
 class Script:
@@ -96,7 +102,7 @@ def script() -> Script:
 class Collecting:
     """The part of a run that collects steps."""
 
-    def __init__(self, run: RunConfig, script: Any) -> None:
+    def __init__(self, run: RunConfig, script: Any, *, servers: Any = None) -> None:
         groups: Any = OneRank()
         state: Any = SimpleNamespace(groups=groups)
         self._context = RunContext(
@@ -105,7 +111,7 @@ class Collecting:
             terms={},
             state=state,
             engine=script,
-            queue=StepQueue(run, groups, script),
+            queue=StepQueue(run, groups, script, servers=servers),
             saver=script,
             coordinator=script,
             mu_gradient=None,
@@ -248,3 +254,72 @@ def test_without_a_lag_recorded_steps_are_dropped(script: Script, trained: Any) 
     record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "calls": []}]}
     taken = trained(run_of(lag=0), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 2", "3 by 3"]
+
+
+class RoutedScript(Script):
+    """Its rollouts have routes on the servers ``route_stores``. No server answers: their addresses are closed ports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route_stores = {"first", "second"}
+        self.route_keys: dict[str, str] = {}
+        self.forgotten: list[int] = []
+        self.kept_by: dict[int, str] = {}
+
+    def collect(self, now: ScheduleInput, clients: Any, version: int, *, recorded: Any = None) -> Any:
+        common, _ = super().collect(now, clients, version, recorded=recorded)
+        store = self.kept_by.get(now.step)
+        if store is None or "another server" in self.events:
+            return common, [()]
+        kept = KeptRoutes(
+            url="http://127.0.0.1:9",
+            store=store,
+            key="key",
+            num_tokens=3,
+            dtype="uint8",
+            checksum=0,
+            shape=RouteShape(layers=1, experts=4, chosen=2),
+        )
+        sample = TrainSample(token_ids=np.arange(4), parts=(), routes=RemoteRoutes.of(kept))
+        return common, [((pack([sample], columns={}, layout=Layout(), pad_id=0),),)]
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """A lost server is replaced by one with another memory."""
+
+        def attempted(*arguments: Any) -> Any:
+            try:
+                return action(*arguments)
+            except RolloutError:
+                self.route_stores = {"second", "third"}
+                raise
+
+        return super().attempt(attempted, *arguments)
+
+    def forget_from(self, step: int) -> None:
+        self.forgotten.append(step)
+
+
+def test_a_step_whose_routes_cannot_be_read_is_collected_again() -> None:
+    script = RoutedScript()
+    script.kept_by = {0: "first"}
+    ahead = Collecting(run_of(lag=0), script, servers=script)
+    assert ahead.take(ScheduleInput(step=0)) == ("0 by 0", ())
+    assert script.events == ["push 0", "0 sampled by 0", "another server", "push 0", "0 sampled by 0"]
+    assert script.forgotten == [0]
+
+
+def test_steps_ahead_whose_routes_are_lost_are_collected_again_with_all_after_them() -> None:
+    """Of the steps 1 to 3, step 2 has routes on a server that an evaluation found lost."""
+    script = RoutedScript()
+    script.kept_by = {2: "first"}
+    ahead = Collecting(run_of(lag=3, in_flight="keep"), script, servers=script)
+    ahead.take(ScheduleInput(step=0))
+    ahead.drain()
+    script.route_stores = {"second"}
+    script.generation += 1
+    script.events.append("another server")
+    assert ahead.take(ScheduleInput(step=1)) == ("1 by 0", ())
+    ahead.drain()
+    assert script.forgotten == [2]
+    assert script.events[-3:] == ["push 1", "2 sampled by 1", "3 sampled by 1"]
+    ahead.close()
