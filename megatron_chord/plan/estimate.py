@@ -238,7 +238,7 @@ class HostMemory:
     states: float
     """The moments of extra updates, and averaged weights (``train/second_adam.py``, ``train/averaged.py``)."""
     routes: float
-    """While a step of a mixture of experts is packed: the routes of its rollouts, in replies and in micro-batches."""
+    """Of a step of a mixture of experts: the routes that the node's servers keep, and those that its ranks read."""
 
     @property
     def total(self) -> float:
@@ -435,7 +435,7 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         training_peak=training_peak,
         sampling_peak=sampling_peak,
         saved=saved,
-        host=host_memory(case, stages, saved),
+        host=host_memory(case, choice, stages, saved),
         warnings=tuple(_warnings(case)),
         problems=tuple(_problems(case, stages, server, training_peak, sampling_peak)),
         times=times,
@@ -457,7 +457,7 @@ def disk_bytes(case: Case) -> float:
     return (case.kept_checkpoints + 1) * checkpoint_bytes(case)
 
 
-def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> HostMemory:
+def host_memory(case: Case, choice: Choice, stages: Sequence[StageMemory], saved: float) -> HostMemory:
     """Main memory of a node that trains; all its GPUs count as those of the fullest stage.
 
     Args:
@@ -474,12 +474,20 @@ def host_memory(case: Case, stages: Sequence[StageMemory], saved: float) -> Host
         staged=gpus * kept * one if case.stages_checkpoints else 0.0,
         states=gpus * kept * case.host_state_bytes,
         processes=processes * case.constants.host_process_bytes,
-        routes=2 * step_routes_bytes(case),
+        routes=_routes_bytes(case, choice),
     )
 
 
+def _routes_bytes(case: Case, choice: Choice) -> float:
+    """Bytes of routes on a node that trains: what its servers keep, and what each of its ranks reads."""
+    cluster, parallel = case.cluster, choice.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    kept = 1 / cluster.nodes if cluster.colocated else 0.0
+    return step_routes_bytes(case) * (kept + cluster.gpus_per_node * replica / cluster.train_gpus)
+
+
 def step_routes_bytes(case: Case) -> float:
-    """Bytes of the routes of a step's rollouts, all of which pass through rank 0; 0 without router replay."""
+    """Bytes of the routes of a step's rollouts; 0 without router replay."""
     routes, work = case.shape.routes, case.work
     if routes is None or not case.replays_routes:
         return 0.0

@@ -238,7 +238,7 @@ def _capacity(case: Case, found: Estimate) -> Table:
             "main memory of a node: moments of extra updates, averaged weights", gb(found.host.states)
         )
     if found.host.routes:
-        table.add_row("main memory of the first node: routes of a step", gb(found.host.routes))
+        table.add_row("main memory of a node: routes of a step", gb(found.host.routes))
     table.add_row("main memory of a node: together", gb(found.host.total), end_section=True)
     table.add_row("one checkpoint on disk", gb(checkpoint_bytes(case)))
     table.add_row(f"the {case.kept_checkpoints} kept, and the one being written", gb(disk_bytes(case)))

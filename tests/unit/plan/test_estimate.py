@@ -235,12 +235,18 @@ def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], eac
 
 
 def test_routes_of_a_step_are_in_main_memory() -> None:
-    """Qwen3-30B-A3B: 48 layers x 8 experts are 384 bytes for each token of a rollout, in replies and in batches."""
+    """Qwen3-30B-A3B: 48 layers x 8 experts are 384 bytes for each token of a rollout. The servers of a node keep a
+    quarter of them. A replica's ranks all have those of the replica."""
     run = run_of("chord_qwen3_30b_a3b")
     case = case_of(run, h100(4), prompt_tokens=200, response_tokens=1000)
     found = estimate(case, choice_of(run)).host
     sequences = run.batch.prompts * run.batch.rollouts
-    assert found.routes == pytest.approx(2 * sequences * 1200 * 48 * 8)
+    step = sequences * 1200 * 48 * 8
+    assert found.routes == pytest.approx(step / 4 + step / 4), "the servers', and those of 8 of 32 replicas"
+    wide = run_of("chord_qwen3_30b_a3b", "parallel.context=2")
+    case_of_wide = case_of(wide, h100(4), prompt_tokens=200, response_tokens=1000)
+    of_wide = estimate(case_of_wide, choice_of(wide)).host
+    assert of_wide.routes == pytest.approx(step / 4 + step / 2), "both ranks of 4 of 16 replicas have them"
     assert found.total == found.offloaded + found.staged + found.states + found.routes + found.processes
     off = run_of("chord_qwen3_30b_a3b", "rollout.router_replay=false")
     assert estimate(case_of(off, h100(4)), choice_of(off)).host.routes == 0
