@@ -8,7 +8,8 @@ are those of ``ParallelGroups.from_coordinator``: one for each data-parallel ran
 what ``torch.distributed.scatter_object_list`` does: the same batches once for each rank of a replica.
 
 Replies are JSON as vLLM 0.32 sends it, of a prompt with 8 samples. They are read by ``rollout.replies``, with all of
-its checks, and for comparison by Python's own parser, without any check.
+its checks, and for comparison by Python's own parser, without any check. The last table (alone with ``--routes``) shows
+what the routes of a mixture of experts add, in replies and as references to what servers keep.
 
 All times are those of one thread, because the other ranks wait meanwhile. Everything is also measured with twice and
 four times as many rollouts: the last column is the time over that of half as many; 2.0 is linear.
@@ -17,12 +18,15 @@ four times as many rollouts: the last column is the time over that of half as ma
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import pickle
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,14 +37,19 @@ from shared import circumstances
 from megatron_chord.data.packing import StepPlan, make_layout, plan_step
 from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term
-from megatron_chord.records import Part, TrainSample
+from megatron_chord.records import Part, Rollout, TrainSample
 from megatron_chord.rollout.replies import AcceptedVersions, GenerateRequest, rollouts_of
+from megatron_chord.rollout.route_store import RouteStore
+from megatron_chord.routes import RouteShape
 from megatron_chord.runtime.parallel import message
 
 TERMS = {"policy": Term(loss=lambda stats, tokens: None, pool="policy", zero_gradient_column="advantage")}  # pyright: ignore
 PROMPT, RESPONSE, GROUP = 300, 900, 8
 MAX_TOKENS = 16384
 ATTENTION = 1.5e-5
+QWEN3_30B = RouteShape(layers=48, experts=128, chosen=8)
+ROUTED_GROUPS = 8
+"""Number of groups with routes that are measured."""
 
 
 def main() -> int:
@@ -51,9 +60,13 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--replica", type=int, default=8, help="ranks that train the same batches")
     parser.add_argument("--growth", type=int, default=3, help="sizes to measure, each twice the one before")
+    parser.add_argument("--routes", action="store_true", help="only the table of routes")
     arguments = parser.parse_args()
     console = Console()
     console.print(circumstances())
+    if arguments.routes:
+        console.print(routes_through_rank_0(arguments))
+        return 0
     table = Table(title=f"{arguments.ranks} ranks, replicas of {arguments.replica}")
     for heading in ("rollouts", "million tokens", "work of rank 0", "seconds", "MB", "over half as many"):
         table.add_column(heading, justify="left" if heading == "work of rank 0" else "right")
@@ -76,6 +89,7 @@ def main() -> int:
         table.add_section()
     console.print(table)
     console.print(receiving())
+    console.print(routes_through_rank_0(arguments))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     console.print(f"peak memory of this process {peak:.1f} GB")
     return 0
@@ -109,8 +123,116 @@ def receiving() -> Table:
     return table
 
 
-def reply(request: GenerateRequest, rng: np.random.Generator) -> bytes:
-    """A reply as JSON with the fields that vLLM 0.32 sends, with random tokens and log-probs."""
+def routes_through_rank_0(arguments: argparse.Namespace) -> Table:
+    """What the routes of a mixture of experts add to rank 0's work, for a step of Qwen3-30B-A3B.
+
+    A recorded reply of one group is read again and again, and a step's messages are made for its samples, once with
+    routes in the replies, and once with references to routes that the servers keep.
+    """
+    table = Table(
+        title=f"routes of Qwen3-30B-A3B, {arguments.rollouts} rollouts of {PROMPT + RESPONSE} tokens (a sample of "
+        f"{ROUTED_GROUPS * GROUP} rollouts, scaled)"
+    )
+    for heading in (
+        "replies bring",
+        "GB of replies",
+        "CPU s to read",
+        "GB of messages to ranks",
+        "CPU s to pack and send",
+    ):
+        table.add_column(heading, justify="left" if heading == "replies bring" else "right")
+    for name, keeps in (("no routes", None), ("routes", False), ("references", True)):
+        rng = np.random.default_rng(0)
+        request = GenerateRequest(
+            prompt_ids=tuple(range(5, 5 + PROMPT)),
+            num_samples=GROUP,
+            seed=0,
+            temperature=1.0,
+            max_tokens=RESPONSE,
+            stop_token_ids=(2,),
+            routes=None if keeps is None else QWEN3_30B,
+        )
+        content = reply(request, rng, keeps=keeps)
+        start = time.process_time()
+        groups = [
+            rollouts_of(
+                content, request, AcceptedVersions(7), may_be_aborted=False, url="http://10.0.0.1:8000"
+            )
+            for _ in range(ROUTED_GROUPS)
+        ]
+        reading = time.process_time() - start
+        rollouts = [rollout for group in groups for rollout in group]
+        samples = [
+            replace(sample, routes=rollout.routes)
+            for sample, rollout in zip(samples_of(rollouts), rollouts, strict=True)
+        ]
+        layout = make_layout(
+            data=ROUTED_GROUPS,
+            tensor=1,
+            pipeline=1,
+            context=1,
+            sequence_parallel=False,
+            virtual=False,
+            attention_cost=ATTENTION,
+        )
+        start = time.process_time()
+        plan = plan_step(with_scales(samples, TERMS), max_tokens=MAX_TOKENS, layout=layout, pad_id=0)
+        size = sum(len(message(batches)) for batches in plan.micro_batches)
+        packing = time.process_time() - start
+        scale = arguments.rollouts / len(rollouts)
+        table.add_row(
+            name,
+            f"{ROUTED_GROUPS * len(content) * scale / 1e9:.2f}",
+            f"{reading * scale:.1f}",
+            f"{size * scale / 1e9:.3f}",
+            f"{packing * scale:.1f}",
+        )
+    return table
+
+
+def samples_of(rollouts: Sequence[Rollout]) -> list[TrainSample]:
+    return [
+        TrainSample(
+            token_ids=np.array([*range(5, 5 + PROMPT), *rollout.token_ids]),
+            parts=(
+                Part(
+                    term="policy",
+                    positions=np.arange(PROMPT, PROMPT + len(rollout.token_ids)),
+                    constants={
+                        "rollout_logprob": np.array(rollout.logprobs, np.float32),
+                        "advantage": 1.0,
+                    },
+                ),
+            ),
+        )
+        for rollout in rollouts
+    ]
+
+
+def random_routes(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Distinct experts of each token in each layer of ``QWEN3_30B``: a random one and those after it."""
+    first = rng.integers(0, QWEN3_30B.experts, (length, QWEN3_30B.layers, 1))
+    return ((first + np.arange(QWEN3_30B.chosen)) % QWEN3_30B.experts).astype(np.uint8)
+
+
+def reply(request: GenerateRequest, rng: np.random.Generator, *, keeps: bool | None = None) -> bytes:
+    """A reply as JSON with the fields that vLLM 0.32 sends, with random tokens and log-probs.
+
+    ``keeps``: whether the server keeps the routes (``rollout.route_store``), or sends them; None: there are none.
+    """
+    store = RouteStore(1 << 40)
+
+    def experts() -> str | None:
+        if keeps is None:
+            return None
+        routes = random_routes(rng, PROMPT + request.max_tokens - 1)
+        if keeps:
+            reference = store.keep(routes, 0)
+            assert reference is not None
+            return base64.b64encode(reference).decode()
+        file = io.BytesIO()
+        np.save(file, routes)
+        return base64.b64encode(file.getvalue()).decode()
 
     def choice(index: int) -> dict[str, Any]:
         token_ids = rng.integers(10, 150_000, request.max_tokens).tolist()
@@ -124,7 +246,7 @@ def reply(request: GenerateRequest, rng: np.random.Generator) -> bytes:
             "finish_reason": "length",
             "stop_reason": None,
             "token_ids": token_ids,
-            "routed_experts": None,
+            "routed_experts": experts(),
             "sampling_mask": None,
             "weight_versions": [{"version": "7", "start": 0, "end": len(token_ids)}],
             "logprobs": {"content": [entry | {"top_logprobs": [entry]} for entry in entries]},
