@@ -131,9 +131,16 @@ def _join(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's part: views of one buffer.
+
+    Not ``all_gather`` with a list: NCCL's process group then gathers into a buffer of its own and copies it into the
+    list, on the same stream (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, allgather). These copies would queue
+    behind the gather, and with CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron's overlapping needs, kernels of all
+    streams queue behind them (see ``hf_tensors``).
+    """
     size = dist.get_world_size(group)
     if size == 1:
         return [part]
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts
+    whole = part.new_empty((size, *part.shape))
+    dist.all_gather_into_tensor(whole.view(-1), part.contiguous().view(-1), group=group)
+    return list(whole.unbind())
