@@ -43,6 +43,7 @@ from megatron_chord.rollout.transports import (
     FileTransport,
     IpcTransport,
     Parcel,
+    SenderGroup,
     SenderStore,
     Transport,
 )
@@ -143,6 +144,8 @@ class WeightSync:
         """The private folder, on the rank that made it."""
         self._transport: Transport | None = None
         self._relay: Relay | None = None
+        self._group: SenderGroup | None = None
+        """The process group with servers or relay members, if this rank has one."""
         self._connected = False
         self._deadline = 0.0
         self._timer = Timer()
@@ -174,7 +177,9 @@ class WeightSync:
     def _disconnect(self) -> None:
         if self._relay is not None:
             self._relay.release()
-        self._transport, self._relay, self._connected = None, None, False
+        if self._group is not None:
+            self._group.close()
+        self._transport, self._relay, self._group, self._connected = None, None, None, False
 
     def push(
         self,
@@ -303,6 +308,8 @@ class WeightSync:
         relay: RelayPlan | None,
     ) -> None:
         """Tell the servers where weights come from, while this rank waits for those that join its process group."""
+        if self._group is not None:  # that of servers which were replaced
+            self._group.close()
         replies: list[Future[None]] = []
         if self._is_coordinator:
             replies = self._submit_each(
@@ -353,8 +360,8 @@ class WeightSync:
             return IpcTransport(sender, num_workers, self._device)
         assert store is not None
         device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
-        group = store.form_group(num_workers, device)
-        return BroadcastTransport(group, sender, device, self._settings.timeout_s)
+        self._group = store.form_group(num_workers, device)
+        return BroadcastTransport(self._group, sender, device, self._settings.timeout_s)
 
     def _make_relay(
         self, plan: RelayPlan, store: SenderStore | None, workers: Sequence[int], places: Sequence[_Place]
@@ -371,10 +378,10 @@ class WeightSync:
                 if folder is None
                 else FileTransport(Path(folder), 0)
             )
-        group = form_relay_group(
+        self._group = form_relay_group(
             plan, rank, store, places[COORDINATOR]["endpoint"], self._device, self._settings.timeout_s
         )
-        return Relay(plan, self._exchange, group, transport, self._device)
+        return Relay(plan, self._exchange, self._group, transport, self._device)
 
     def _open_update(self) -> None:
         self._call_servers(

@@ -227,11 +227,14 @@ class SenderGroup:
             group  # ProcessGroupGloo or ProcessGroupNCCL, which torch's stubs do not call a ProcessGroup
         )
         self._store = store  # kept: NCCL connects only at its first collective
+        self._is_closed = False
 
     def broadcast(
         self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False, root: int = 0
     ) -> None:
         """Copy the `buffer` of rank `root` of this group to every rank.
+
+        After an error the group is closed.
 
         Raises:
             TimeoutError: it took longer than ``timeout_s``.
@@ -240,15 +243,31 @@ class SenderGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         end = time.monotonic() + timeout_s
-        work = self._group.broadcast([buffer], options)
-        # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
-        while not work.is_completed():
-            if given_up():
-                raise RuntimeError("the receivers gave up during a broadcast of weights")
-            if time.monotonic() > end:
-                raise TimeoutError(f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s")
-            time.sleep(0.0002)
-        work.wait()
+        try:
+            work = self._group.broadcast([buffer], options)
+            # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
+            while not work.is_completed():
+                if given_up():
+                    raise RuntimeError("the receivers gave up during a broadcast of weights")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s")
+                time.sleep(0.0002)
+            work.wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End what is not finished, and release the communicator. May be called repeatedly, and waits for no peer.
+
+        Only NCCL needs it. Its broadcast is a kernel, which runs on this GPU for ever if a peer has left: the next
+        synchronisation with the device would not return, and NCCL's watchdog would end this process. NCCL's buffers on
+        the GPU are not freed with the Python object, either. Nothing waits for a broadcast of gloo, and it ends at its
+        timeout.
+        """
+        if self._group.name() == "nccl" and not self._is_closed:
+            self._is_closed = True
+            self._group.abort()
 
 
 class SenderStore:

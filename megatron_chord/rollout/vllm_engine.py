@@ -201,6 +201,8 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         logger.info("%s%s", UPDATE_LINE, json.dumps(self._timer.seconds))
 
     def shutdown(self) -> None:
+        for group in self._groups:
+            group.close()
         self._groups, self._files, self._imports = [], None, CudaImports()
 
     @property
