@@ -41,7 +41,7 @@ def _transformers(source: Source, tokens: Tensor) -> Tensor:
 
 
 def _megatron(source: Source, tokens: Tensor) -> Tensor:
-    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron_chord.model.packed import PackedSequences
 
     alone = ParallelConfig()
     groups = runtime.start(alone, seed=0)
@@ -56,7 +56,7 @@ def _megatron(source: Source, tokens: Tensor) -> Tensor:
                 into[piece.start : piece.stop].copy_(source.rows(unpadded, piece.start, piece.stop))
         tokens = tokens.to(groups.device)
         starts = torch.tensor([0, len(tokens)], dtype=torch.int32, device=groups.device)
-        packed = PackedSeqParams(
+        packed = PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=starts,
             cu_seqlens_kv=starts,

@@ -209,6 +209,9 @@ def transformer_config(
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": fused and shape.experts is not None,
+        # Without fusion a token's experts are added up in BF16 and by atomic operations, in an order that changes
+        # (moe_utils.py, unpermute). The fused kernel adds in FP32 and in the order of the experts.
+        "moe_permute_fusion": fused and shape.experts is not None,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
@@ -271,6 +274,7 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
     """This rank's PolicyModel chunks (one, or one for each virtual stage), with uninitialised weights."""
     from megatron.core import parallel_state
 
+    from megatron_chord.model.packed import pass_on_padding
     from megatron_chord.model.policy import PolicyModel
 
     count = config.virtual_pipeline_model_parallel_size
@@ -292,6 +296,7 @@ def build_chunks(config: Any, shape: ModelShape) -> list[Any]:
         )
         _scale_rope(chunk, shape)
         _keep_expert_bias(chunk)
+        pass_on_padding(chunk)
         _mark_parameters(chunk, shape)
         chunks.append(chunk if config.use_cpu_initialization else chunk.cuda())
     return chunks

@@ -117,9 +117,7 @@ def to_device(batch: PackedBatch, groups: ParallelGroups, routed_layers: Sequenc
 
 
 def _on_device(batch: _RankBatch, moved: Iterator[Tensor], groups: ParallelGroups) -> DeviceBatch:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from megatron_chord.model.shared_prompts import SharedPrompts
+    from megatron_chord.model.packed import PackedSequences, SharedPrompts
 
     token_ids, position_ids, loss_positions, targets, starts = (next(moved) for _ in range(5))
     if not specs.has_transformer_engine():
@@ -142,7 +140,7 @@ def _on_device(batch: _RankBatch, moved: Iterator[Tensor], groups: ParallelGroup
         position_ids=position_ids[None],
         packed_seq_params=SharedPrompts(**packed, prompts=tuple(batch.whole.prompts.tolist()))
         if shares
-        else PackedSeqParams(**packed),
+        else PackedSequences(**packed),
         loss_positions=loss_positions,
         targets=targets,
         terms={

@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_chord.data.packing import context_order
-from megatron_chord.model.shared_prompts import SharedPrompts
+from megatron_chord.model.packed import SharedPrompts
 
 
 class RMSNorm(torch.nn.Module):

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import HeadOutput, token_logprobs
-from megatron_chord.model.shared_prompts import SharedPrompts
+from megatron_chord.model.packed import SharedPrompts
 from megatron_chord.runtime.parallel import Axis
 
 

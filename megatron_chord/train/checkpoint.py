@@ -65,8 +65,6 @@ AVERAGED = "averaged_optimizer"
 _PARTIAL = ".partial"
 _ASIDE = ".set-aside"
 _NAME = re.compile(r"step-(\d{6,})")
-_EXTRA_STATE = re.compile(r"\b_extra_state\d*$")
-"""The end of the names of extra states: one for each module, and one for each expert of a grouped layer."""
 _FILES = 2
 """Number of files that each rank writes in parallel."""
 _READERS = 4
@@ -485,8 +483,7 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
             loaded, kept = _together(groups, lambda: sharded.fill(wanted, reader, common, shares))
             run_state = _together(groups, lambda: _run_state(checkpoint, with_arrays=groups.is_coordinator))
             for index, chunk in enumerate(state.chunks):
-                weights = without_extra_state(loaded[f"model{index}"])
-                chunk.module.load_state_dict(weights, strict=True)
+                chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
             state.optimizer.load_state_dict(loaded["optimizer"])
         _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
@@ -520,22 +517,6 @@ def _load_other(state: TrainState, other: AbstractContextManager[None], folder: 
         _together(groups, lambda: sharded.read_shares(reader, kept))
         _align_steps(state.optimizer)
     return True
-
-
-def without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
-    """`weights` with every extra state of Transformer Engine replaced by an empty one.
-
-    An extra state is a pickle as a tensor of bytes. Transformer Engine 2.11 would load it with ``pickle.loads``, which
-    can execute anything (pytorch/module/base.py, set_extra_state); it passes an empty tensor over. Nothing is lost: for
-    the recipes blockwise and tensorwise it contains only the recipe, which comes from the settings at every forward
-    pass. Only delayed scaling, which no precision here uses, keeps scales in it.
-    """
-    return {
-        name: torch.empty(0, dtype=torch.uint8)
-        if _EXTRA_STATE.search(name) and isinstance(value, torch.Tensor)
-        else value
-        for name, value in weights.items()
-    }
 
 
 def _described(state: TrainState) -> dict[str, sharded.Content]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_chord.train.optimizer_shares import Shares
 from megatron_chord.weights.torch_dist import Box, Checkpoint
 
+_EXTRA_STATE = "._extra_state"
+"""The end of the keys of Transformer Engine's extra states, one for each module and each expert."""
 Boxes = dict[Box, Callable[[], Tensor]]
 Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
 """What a rank writes: boxes of tensors, objects by name, and the common part, which is equal on all ranks."""
@@ -145,10 +147,20 @@ def read_shares(checkpoint: Checkpoint, kept: Boxes) -> None:
 
 
 def _value(part: Any, checkpoint: Checkpoint) -> Any:
+    """What is loaded for a part. An extra state of Transformer Engine is never read: it is an empty one.
+
+    An extra state is a pickle as a tensor of bytes. Transformer Engine 2.11 would load it with ``pickle.loads``, which
+    can execute anything (pytorch/module/base.py, set_extra_state); it passes an empty tensor over. Nothing is lost: for
+    the recipes blockwise and tensorwise it contains only the recipe, which comes from the settings at every forward
+    pass. Only delayed scaling, which no precision here uses, keeps scales in it. A checkpoint that was written without
+    Transformer Engine has none.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     if isinstance(part, ShardedTensor):
         return part.data
+    if part.key.endswith(_EXTRA_STATE):
+        return torch.empty(0, dtype=torch.uint8)
     value = checkpoint.object(part.unique_key)
     if not isinstance(value, list) or len(value) != 1:
         raise ValueError(f"{checkpoint.folder}: {part.unique_key} was not written by a training run")

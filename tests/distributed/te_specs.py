@@ -4,6 +4,9 @@ with."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
+import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,9 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.model import build, fp8, specs
 from megatron_chord.precision import Fp8Training, Precision, preset
 from megatron_chord.runtime import parallel as runtime
-from megatron_chord.train.checkpoint import without_extra_state
+from megatron_chord.train import checkpoint, sharded
+from megatron_chord.train.optimizer_shares import Shares
+from megatron_chord.weights import torch_dist
 from tests.support import te_without_kernels
 
 
@@ -44,12 +49,15 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int, bool, bool]]:
-    """Load models whose extra states are pickles. Each pickle creates the file ``canary``. Each module (and expert) has
-    one.
+def load_checkpoints(folders: dict[str, Path], scratch: Path) -> dict[str, dict[str, Any]]:
+    """Load checkpoints into models with Transformer Engine's layers, as a run does.
 
-    Returns, for each family: the number of extra states, whether the file exists after the trainer's own load, and
-    whether it exists after the same load without ``without_extra_state``.
+    One checkpoint was written with the local layers. In the other each extra state (each module and expert has one) is
+    a pickle that creates a file.
+
+    Returns, for each family: the weights that differ after the first load, the objects that the first checkpoint does
+    not have and the second has, the number of the pickles, and whether the file exists after the load of the second
+    one, and after Transformer Engine's modules have loaded its pickles.
     """
     fp8.set_environment("fp8_e2e")
     te_without_kernels.load()
@@ -57,22 +65,60 @@ def load_canaries(folders: dict[str, Path], canary: Path) -> dict[str, tuple[int
     runtime.start(axes, seed=0)
     results = {}
     for family, folder in folders.items():
-        chunk = _built(folder, axes, preset("fp8_e2e").training, is_engine=True)[0]
+        engine, _, shape = _built(folder, axes, preset("fp8_e2e").training, is_engine=True)
+        local, _, _ = _built(folder, axes, None, is_engine=False)
+        given = {
+            shape.weights.entry(name).hf: weight.data.normal_()
+            for name, weight in build.global_weights([local]).items()
+        }
+        of_local = _parts(local)
+        _load(engine, of_local, scratch / family / "local")
+        wrong = [
+            name
+            for name, weight in build.global_weights([engine]).items()
+            if not torch.equal(weight, given[shape.weights.entry(name).hf])
+        ]
+        canary = scratch / f"{family}.canary"
         evil = torch.frombuffer(bytearray(pickle.dumps(Canary(canary))), dtype=torch.uint8)
-        extra = {name: evil for name in chunk.state_dict() if name.endswith("_extra_state")}
-        for path, module in chunk.named_modules():
-            # A checkpoint has one extra state for each expert of a grouped layer.
-            if f"{path}._extra_state" in extra:
-                for index in range(1, getattr(module, "num_gemms", 1)):
-                    extra[f"{path}._extra_state{index}"] = evil
-        weights = chunk.state_dict() | extra
-        chunk.load_state_dict(without_extra_state(weights), strict=True)
+        boxes, objects, common = _parts(engine)
+        evil_objects = {key: _saved([evil]) for key in objects if "_extra_state" in key}
+        _load(engine, (boxes, objects | evil_objects, common), scratch / family / "evil")
         after_ours = canary.exists()
+        modules = {name: evil for name in engine.state_dict() if name.endswith("_extra_state")}
         with contextlib.suppress(Exception):
-            chunk.load_state_dict(weights, strict=True)
-        results[family] = len(extra), after_ours, canary.exists()
-        canary.unlink(missing_ok=True)
+            engine.load_state_dict(engine.state_dict() | modules, strict=True)
+        results[family] = {
+            "wrong": wrong,
+            "missing": sorted(objects.keys() - of_local[1].keys()),
+            "pickles": len(evil_objects),
+            "after our load": after_ours,
+            "after theirs": canary.exists(),
+        }
     return results
+
+
+def _parts(chunk: Any) -> sharded.Content:
+    """Return what a run writes of a model."""
+    described = {"model0": chunk.sharded_state_dict(metadata=dict(checkpoint._METADATA))}
+    experts = sharded.expert_keys(described)
+    return sharded.taken_apart(described, Shares(), experts=experts, replicas=1, expert_replicas=1)
+
+
+@torch.no_grad()
+def _load(chunk: Any, content: sharded.Content, folder: Path) -> None:
+    """Write a checkpoint and load it into a model."""
+    boxes, objects, common = content
+    folder.mkdir(parents=True)
+    torch_dist.write(folder, boxes, objects=objects)
+    wanted = {"model0": chunk.sharded_state_dict(metadata=dict(checkpoint._METADATA))}
+    loaded, _ = sharded.fill(wanted, torch_dist.Checkpoint(folder), common, Shares())
+    chunk.load_state_dict(loaded["model0"], strict=True)
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 def _built(
@@ -111,7 +157,25 @@ def _described(
         "saved": {part.key for part in saved if not part.key.endswith("_extra_state")},
         "state": {part.key for part in saved if part.key.endswith("_extra_state")},
         "recipe": _recipe(config),
+        "adds in a fixed order": config.moe_permute_fusion,
+        "packing": _packing(chunk) if spec == "te" else [],
     }
+
+
+def _packing(chunk: Any) -> list[tuple[set[str], set[str]]]:
+    """Return, for each attention layer, what it passes of a pack, and what of it is no argument of Transformer
+    Engine's attention or no field of our packs."""
+    from transformer_engine.pytorch import DotProductAttention  # pyright: ignore[reportMissingImports]
+
+    from megatron_chord.model.packed import PackedSequences
+
+    known = inspect.signature(DotProductAttention.forward).parameters.keys()
+    fields = {field.name for field in dataclasses.fields(PackedSequences)}
+    kept = [
+        module.kept_packed_seq_params for module in chunk.modules() if isinstance(module, DotProductAttention)
+    ]
+    # Megatron itself leaves these two out.
+    return [(names, {*(names - {"cp_group", "local_cp_size"} - known), *(names - fields)}) for names in kept]
 
 
 def _recipe(config: Any) -> tuple[str, str, bool] | None:

@@ -94,14 +94,18 @@ def test_cut_over_a_tensor_axis(folders: dict[str, Path]) -> None:
             assert by_spec["te"]["cut"], name
 
 
-def test_extra_states_of_a_checkpoint_do_not_execute(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Transformer Engine's modules unpickle extra states without a check. A load without our filter shows that the test
-    can fail."""
+def test_a_checkpoint_of_local_layers_is_loaded_and_extra_states_do_not_execute(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Transformer Engine's modules unpickle extra states without a check. A load past ours shows that the test can
+    fail."""
     chosen = {name: folders[name] for name in ("qwen2", "mixtral")}
-    (results,) = run_ranks(te_specs.load_canaries, 1, chosen, tmp_path / "canary")
-    for name, (count, after_ours, after_plain) in results.items():
-        assert count >= 8, name  # four modules in each of two layers
-        assert (after_ours, after_plain) == (False, True), name
+    (results,) = run_ranks(te_specs.load_checkpoints, 1, chosen, tmp_path)
+    for name, found in results.items():
+        assert found["wrong"] == [], name
+        assert found["missing"], "a checkpoint of local layers lacks some extra states"
+        assert found["pickles"] >= 8, name  # four modules in each of two layers
+        assert (found["after our load"], found["after theirs"]) == (False, True), name
 
 
 def assert_the_same_model(name: str, by_spec: dict[str, Any]) -> None:
@@ -115,6 +119,12 @@ def assert_the_same_model(name: str, by_spec: dict[str, Any]) -> None:
         )
         assert of_kind <= {kind}, (name, ending)
         assert of_kind or not wanted, (name, ending)
+    assert engine["adds in a fixed order"] == (name in MOE), name
+    assert engine["packing"], name
+    for passed, unknown in engine["packing"]:
+        # Otherwise the host waits in every layer until the device has compared lengths.
+        assert "pad_between_seqs" in passed, name
+        assert not unknown, name
     # A checkpoint also holds what Transformer Engine's modules save beside their weights.
     linear = {
         path for path, kind in engine["modules"].items() if kind.endswith("ParallelLinear") and "TE" in kind
