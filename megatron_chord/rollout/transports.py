@@ -23,9 +23,11 @@ from __future__ import annotations
 import base64
 import datetime
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +39,7 @@ from torch import Tensor
 from megatron_chord.network import address_towards, listener
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
 
+_EXPANDABLE = re.compile(r"expandable_segments\s*:\s*(True|true|1)\b")
 Bucket = Sequence[tuple[str, Tensor]]
 
 
@@ -193,7 +196,8 @@ class IpcTransport:
         self._slot = 1 - self._slot
         staging = self._staging[self._slot]
         if staging is None or staging.buffer.numel() < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            with without_expandable_segments():
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             staging = _Staging(buffer, [export_cuda_buffer(buffer) for _ in range(self._num_workers)])
             self._staging[self._slot] = staging
         fields = {"source": self._sender, "slot": self._slot, "handles": staging.handles}
@@ -250,7 +254,9 @@ class SenderGroup:
                 if given_up():
                     raise RuntimeError("the receivers gave up during a broadcast of weights")
                 if time.monotonic() > end:
-                    raise TimeoutError(f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s")
+                    raise TimeoutError(
+                        f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s"
+                    )
                 time.sleep(0.0002)
             work.wait()
         except BaseException:
@@ -315,6 +321,28 @@ def _make_group(
     # NCCL's watchdog ends the whole process at its timeout. Our own deadline is shorter, so that it takes effect first.
     options._timeout = 2 * timeout
     return SenderGroup(dist.ProcessGroupNCCL(prefixed, rank, size, options), store)
+
+
+@contextmanager
+def without_expandable_segments() -> Iterator[None]:
+    """Allocate GPU memory that other processes can open, also with ``expandable_segments:True``.
+
+    torch shares an expandable segment by file descriptors, which the receiver takes from the sender
+    (c10/cuda/CUDACachingAllocator.cpp, ExpandableSegment::fromShared: pidfd_getfd). The kernel allows this only to a
+    process that may trace the sender. By default Ubuntu lets a process trace its descendants alone, and a server is no
+    ancestor of the ranks.
+    """
+    read: Any = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    settings = "" if read is None else read()
+    plain = _EXPANDABLE.sub("expandable_segments:False", settings)
+    if plain == settings:
+        yield
+        return
+    torch._C._accelerator_setAllocatorSettings(plain)
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(settings)
 
 
 def export_cuda_buffer(buffer: Tensor) -> dict:

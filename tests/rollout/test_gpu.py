@@ -21,7 +21,7 @@ from megatron_chord.rollout.buckets import describe
 from megatron_chord.rollout.checksum import fingerprint
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
-from megatron_chord.rollout.transports import IpcTransport
+from megatron_chord.rollout.transports import CudaImports, IpcTransport
 from megatron_chord.weights.reader import HFReader
 from megatron_chord.weights.sums import part_sum
 from tests.rollout.helpers import (
@@ -35,6 +35,7 @@ from tests.rollout.helpers import (
     requests,
     weights_of,
 )
+from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model
 
 pytestmark = [
@@ -139,6 +140,25 @@ def test_a_staging_buffer_is_exported_once_to_each_worker() -> None:
     assert handles[2] is handles[0]
     assert handles[5] is handles[3] is handles[1]
     assert handles[4][0] != handles[0][0]
+
+
+def read_another_process(handles: list[dict]) -> list[int]:
+    """Return what a process that did not start this buffer's owner reads of it."""
+    device = torch.device("cuda", 0)
+    return [int(CudaImports().copy((0, 0), handle, 4, device).sum()) for handle in handles]
+
+
+def test_staging_memory_is_opened_by_another_process_with_expandable_segments() -> None:
+    before = torch._C._accelerator_getAllocatorSettings()
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        torch.empty(1 << 26, device="cuda")  # the allocator has a free expandable block
+        parcel = IpcTransport(0, 1, torch.device("cuda", 0)).make_room(1 << 22)
+        parcel.memory.fill_(3)
+        torch.cuda.synchronize()
+        assert run_ranks(read_another_process, 1, parcel.fields["handles"]) == [[12]]
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)
 
 
 @needs_vllm
