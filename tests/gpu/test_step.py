@@ -72,6 +72,24 @@ def test_transformer_engine_equals_the_local_spec(tmp_path: Path, family: str) -
         assert relative_error(grads[name], grad) < 4 * RELATIVE, name
 
 
+def logits_twice(folder: Path) -> list[bool]:
+    """Compute the same packs twice. Return, for each pack, whether all bits of its logits are equal."""
+    packs = [[[(7 * i + j) % 190 + 3 for i in range(60)] for j in range(8)], SEQUENCES]
+    equal = []
+    for pack in packs:
+        (first,), (second,) = (steps.packed_logits(folder, [{}], pack) for _ in range(2))
+        equal.append(all(torch.equal(one, other) for one, other in zip(first, second, strict=True)))
+    return equal
+
+
+@pytest.mark.skipif(not specs.has_transformer_engine(), reason="needs Transformer Engine")
+def test_a_mixture_of_experts_computes_the_same_bits_twice(tmp_path: Path) -> None:
+    """Without ``moe_permute_fusion`` the sum over a token's experts has another order in each run."""
+    ((same, also_same),) = run_ranks(logits_twice, 1, save_model("qwen3_moe", tmp_path))
+    assert same
+    assert also_same
+
+
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     ours, theirs = ours.double().cpu(), theirs.double().cpu()
     return float((ours - theirs).norm() / theirs.norm())
