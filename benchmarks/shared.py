@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chord.network import free_port
+from megatron_chord.network import held_port
 
 
 def circumstances(*packages: str) -> str:
@@ -30,14 +30,15 @@ def circumstances(*packages: str) -> str:
 
 def in_ranks(command: Sequence[str], ranks: int) -> list[dict[str, Any]]:
     """Run the command in so many processes with torchrun's variables. Return the JSON of each last line, by rank."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    running = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate()[0] for process in running]
+    with held_port() as port:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        running = [
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": str(rank)}
+            )
+            for rank in range(ranks)
+        ]
+        outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise SystemExit(f"{' '.join(command)} failed; out of memory?")
     return [json.loads(output.splitlines()[-1]) for output in outputs]

@@ -31,7 +31,7 @@ from rich.table import Table
 from shared import circumstances
 from trainings import POLICY, parsed, parser_of, rows, show, trainings
 
-from megatron_chord.network import free_port
+from megatron_chord.network import held_port
 from megatron_chord.processes import die_with_parent
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
@@ -77,7 +77,14 @@ def _offline(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
     if "mlflow" not in trackers:
         yield
         return
-    url = f"http://127.0.0.1:{(port := free_port())}"
+    with held_port() as port, _mlflow(folder, port) as url:
+        os.environ["MLFLOW_TRACKING_URI"] = url
+        yield
+
+
+@contextmanager
+def _mlflow(folder: Path, port: int) -> Iterator[str]:
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "mlflow")]
@@ -96,8 +103,7 @@ def _offline(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((folder / "mlflow.log").read_text())
             time.sleep(0.5)
-        os.environ["MLFLOW_TRACKING_URI"] = url
-        yield
+        yield url
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import ipaddress
-import random
 import socket
 import struct
-from pathlib import Path
+from collections.abc import Iterator
 
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
 _BACKLOG = 1024
-_FIRST_PORT = 10_000
-_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_DEFAULT_EPHEMERAL_PORT = 32_768
-_TRIES = 1000
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of ``host`` that no socket uses now, for a process that listens on it later.
+def bound_socket(address: str) -> socket.socket:
+    """A TCP socket with a port of its own on ``address``, for a process that inherits it and listens on it.
 
-    The port is below those that the kernel gives to outgoing connections (ip(7), ``ip_local_port_range``). Otherwise a
-    connection of any process can take the port before the server listens on it. RuntimeError when no port is free.
+    No other socket can take the port while this one is open. Connections are refused until somebody listens on it.
     """
-    draw = random.SystemRandom()  # forked processes share the state of a seeded generator
-    for _ in range(_TRIES):
-        port = draw.randrange(_FIRST_PORT, _first_ephemeral_port())
-        with socket.socket() as probe:
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
-            else:
-                return port
-    raise RuntimeError(f"no free port on {host} between {_FIRST_PORT} and {_first_ephemeral_port() - 1}")
-
-
-def _first_ephemeral_port() -> int:
-    """The first port that the kernel gives to outgoing connections. 32768, Linux's default, where that is unknown."""
+    own = socket.socket()
     try:
-        first = int(_EPHEMERAL_PORTS.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return _DEFAULT_EPHEMERAL_PORT
-    return first if first > 2 * _FIRST_PORT else _DEFAULT_EPHEMERAL_PORT
+        own.bind((address, 0))
+    except BaseException:
+        own.close()
+        raise
+    return own
+
+
+@contextlib.contextmanager
+def held_port(address: str = "127.0.0.1") -> Iterator[int]:
+    """A port of ``address`` for a program that opens its socket itself, with SO_REUSEADDR.
+
+    While the context is open, the kernel gives the port to no other socket and to no connection, and only a program
+    that names this port can bind to it (socket(7), SO_REUSEADDR). Use ``bound_socket`` or ``listener`` if the program
+    can inherit a socket: then nobody else can.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((address, 0))
+        yield holder.getsockname()[1]
 
 
 def address_towards(peer: str, port: int = 9) -> str:

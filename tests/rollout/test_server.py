@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -36,17 +39,18 @@ TRAINER = textwrap.dedent(
     model, log, ready = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "ready"
     settings = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
     server = start_server(model, settings, log=log)
+    print(json.dumps({"pid": server.pid, "url": server.url}), flush=True)
     if ready:
         server.wait_until_ready(300)
-    print(json.dumps({"pid": server.pid, "url": server.url}), flush=True)
+        print("ready", flush=True)
     time.sleep(600)
     """
 )
 
 
 def start_trainer(model: Path, log: Path, wait_for: str) -> tuple[subprocess.Popen[str], dict]:
-    """Start a process that starts a server. Return when the server has started ("started") or when it answers
-    ("ready")."""
+    """Start a process that starts a server. Return when the server's process has started. With ``wait_for`` "ready"
+    the trainer writes another line when the server answers."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(model), str(log), wait_for],
         stdout=subprocess.PIPE,
@@ -69,9 +73,19 @@ def kill_session(session: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_no_server_survives_a_killed_trainer(model_folder: Path, tmp_path: Path) -> None:
+def test_nobody_takes_a_port_and_no_server_survives_a_killed_trainer(
+    model_folder: Path, tmp_path: Path
+) -> None:
     trainer, server = start_trainer(model_folder, tmp_path / "log", "ready")
     try:
+        place = urlsplit(server["url"]).hostname, urlsplit(server["url"]).port
+        with pytest.raises(OSError, match="Address already in use"):
+            # This is long before vLLM is imported. `create_server` sets SO_REUSEADDR, as most servers do.
+            socket.create_server(place)
+        with socket.socket() as client:
+            assert client.connect_ex(place) == errno.ECONNREFUSED
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "ready\n", (tmp_path / "log").read_text()
         assert len(_session_processes(server["pid"])) >= 2
         assert httpx.get(server["url"] + "/pause").status_code == 401
         trainer.kill()

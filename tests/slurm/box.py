@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_chord.network import free_port
+from megatron_chord.network import held_port
 from megatron_chord.processes import die_with_parent
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -72,6 +72,8 @@ class Box:
         self.folder = folder
         self.nodes = nodes
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._ports = contextlib.ExitStack()
+        """Holds the ports of the daemons, which bind to them seconds after they are chosen."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -84,7 +86,7 @@ class Box:
         for index in range(self.nodes):
             (self.folder / "spool" / f"n{index}").mkdir()
         host = socket.gethostname().split(".")[0]
-        ports = _free_ports(1 + self.nodes)
+        ports = [self._ports.enter_context(held_port("")) for _ in range(1 + self.nodes)]
         nodes = [
             _NODE.format(index=i, host=host, address=address_of(i), port=ports[1 + i], gpus=GPUS_PER_NODE)
             for i in range(self.nodes)
@@ -123,6 +125,7 @@ class Box:
                 daemon.wait(10)
             daemon.kill()
             daemon.wait()
+        self._ports.close()
 
     def cancel_all(self) -> None:
         """Cancel all jobs, and wait until they have ended."""
@@ -178,10 +181,3 @@ def address_of(node: int) -> str:
 
 def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-def _free_ports(count: int) -> list[int]:
-    ports = set[int]()
-    while len(ports) < count:
-        ports.add(free_port(""))
-    return sorted(ports)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_chord.network import free_port
+from megatron_chord.network import held_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_VARIABLES = ("PYTHONPATH", "TRITON_INTERPRET")
@@ -41,13 +41,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     The function must be a module-level one of an importable test module. Arguments and results are pickled. If a rank
     fails, the others are stopped and the tracebacks are raised in the order of the failures.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, held_port() as port:
         folder = Path(name)
         call = pickle.dumps((function.__module__, function.__qualname__, args))
         shared = os.environ | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }

@@ -76,7 +76,13 @@ NO_TORCH = (
     "costs",
     "plan",
 )
-IN_VLLM = ("rollout.vllm_plugin", "rollout.vllm_engine", "rollout.vllm_routes", "rollout.route_store")
+IN_VLLM = (
+    "rollout.vllm_entry",
+    "rollout.vllm_plugin",
+    "rollout.vllm_engine",
+    "rollout.vllm_routes",
+    "rollout.route_store",
+)
 """Modules that run inside vLLM's processes. vLLM finds the engine by name: importing it would load vLLM in the
 trainer."""
 IN_TRITON = ("losses.logit_kernels_triton",)

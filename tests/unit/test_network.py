@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from megatron_chord.network import address_towards, free_port, interface_of, is_loopback, listener
+from megatron_chord.network import (
+    address_towards,
+    bound_socket,
+    held_port,
+    interface_of,
+    is_loopback,
+    listener,
+)
 from tests.support.listening import addresses
 
 
@@ -32,10 +43,86 @@ def test_a_listener_is_reached_at_its_address_alone() -> None:
         assert stranger.connect_ex(("127.0.0.1", meeting_point.getsockname()[1])) != 0
 
 
-def test_no_outgoing_connection_can_take_a_free_port() -> None:
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = [free_port() for _ in range(200)]
-    assert not [port for port in ports if first <= port <= last]
-    assert len(set(ports)) > 150, "each call draws anew"
-    with listener("127.0.0.1", free_port()) as taken, socket.socket() as other:
-        assert other.connect_ex(taken.getsockname()) == 0
+def thief(host: str, port: int) -> socket.socket:
+    """Take the port as a server would that reuses addresses as far as the kernel allows."""
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen()
+    except BaseException:
+        taken.close()
+        raise
+    return taken
+
+
+def test_nobody_takes_the_port_of_a_bound_socket_before_its_heir_listens() -> None:
+    heir = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.listen(); s.accept()[0].send(b'heir')"
+    with bound_socket("127.0.0.1") as own:
+        place = own.getsockname()
+        with socket.socket() as early:
+            assert early.connect_ex(place) == errno.ECONNREFUSED
+        descriptor = own.fileno()
+        process = subprocess.Popen([sys.executable, "-c", heir, str(descriptor)], pass_fds=[descriptor])
+    try:
+        while True:
+            with pytest.raises(OSError, match="Address already in use"):
+                thief(*place)
+            with socket.socket() as client:
+                if client.connect_ex(place) == 0:
+                    assert client.recv(10) == b"heir"
+                    break
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_kernel_gives_a_held_port_to_nobody_else() -> None:
+    with held_port() as port:
+        with socket.socket() as plain, pytest.raises(OSError, match="Address already in use"):
+            plain.bind(("127.0.0.1", port))
+        with thief("127.0.0.1", port) as meant, socket.create_connection(("127.0.0.1", port)) as client:
+            assert meant.accept()[1] == client.getsockname()
+    with listener("127.0.0.1", port):
+        pass
+
+
+ONLY_PORT = textwrap.dedent(
+    """
+    import socket, subprocess
+    from pathlib import Path
+    from megatron_chord.network import held_port, listener
+
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40000")
+    peer = listener("127.0.0.1", 30000)
+
+    def who_gets_it():
+        for kind in ("plain", "reusing", "connection"):
+            with socket.socket() as other:
+                if kind == "reusing":
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    if kind == "connection":
+                        other.connect(("127.0.0.1", 30000))
+                    else:
+                        other.bind(("127.0.0.1", 0))
+                    yield kind
+                except OSError:
+                    pass
+
+    with held_port() as port:
+        assert port == 40000
+        print(*who_gets_it(), end=", ")
+    print(*who_gets_it())
+    """
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a network namespace of its own")
+def test_the_kernel_does_not_give_a_held_port_although_it_has_no_other() -> None:
+    command = ["unshare", "--net", sys.executable, "-c", ONLY_PORT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == ", plain reusing connection", done.stderr
