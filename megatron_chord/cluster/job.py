@@ -6,12 +6,13 @@ Slurm commands. Nothing is guessed from host names.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chord.network import address_towards, is_loopback
+from megatron_chord.network import address_towards, is_loopback, listener
 from megatron_chord.plan.push import job_transport
 from megatron_chord.rollout.server import named_gpus, number_of_servers, visible_to_server
 from megatron_chord.rollout.sync import TransportName
@@ -118,6 +119,16 @@ class Job:
             if not is_loopback(peer):
                 return address_towards(peer)
         return own
+
+    def listener(self, port: int) -> socket.socket:
+        """A socket that listens on this node's address and on ``port``; 0: any port. Raises OSError if it cannot."""
+        address = self.numeric_address()
+        try:
+            return listener(address, port)
+        except OSError as error:
+            remedy = "; set CHORD_PORT to a free pair of ports" if port else ""
+            reason = os.strerror(error.errno or 0)
+            raise OSError(error.errno, f"cannot listen on {address}:{port}: {reason}{remedy}") from error
 
 
 def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:

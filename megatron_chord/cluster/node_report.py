@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import shutil
-import socket
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,16 +146,15 @@ def _machine_problems(machine: Machine) -> Iterator[str]:
 
 def _address_problems(job: Job) -> Iterator[str]:
     try:
-        address = job.numeric_address()
+        job.numeric_address()
     except OSError as error:
         yield f"its address {job.nodes[job.index].address} cannot be resolved: {error}"
         return
     for port in (job.port, job.port + 1) if job.is_head else (0,):
         try:
-            socket.create_server((address, port)).close()
+            job.listener(port).close()
         except OSError as error:
-            reason = f"cannot listen on {address}:{port}: {error.strerror}"
-            yield f"{reason}; set CHORD_PORT to a free pair of ports" if port else reason
+            yield str(error.strerror)
 
 
 def _disk_problems(output: Path) -> Iterator[str]:

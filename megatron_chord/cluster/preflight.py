@@ -28,7 +28,6 @@ from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node_report import Report, faults, look
 from megatron_chord.cluster.outcome import described, record_failure, tail
 from megatron_chord.cluster.ranks import start_ranks
-from megatron_chord.network import listener
 
 EXIT_CODE = 78
 """Exit code if these nodes cannot run this job (EX_CONFIG of sysexits.h)."""
@@ -73,7 +72,7 @@ def _meet(job: Job, report: Report) -> list[Report]:
         is_master=job.is_head,
         timeout=datetime.timedelta(seconds=_MEETING_S),
         wait_for_workers=False,
-        master_listen_fd=listener(job.numeric_address(), job.port + 1).detach() if job.is_head else None,
+        master_listen_fd=job.listener(job.port + 1).detach() if job.is_head else None,
     )
     names = [node.name for node in job.nodes]
     marks = job.folder / "preflight"

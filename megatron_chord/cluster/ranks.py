@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_chord.cluster.job import Job
+from megatron_chord.runtime.launcher import LISTENER_VARIABLE
 
 _LOG_GRACE_S = 1.0
 
@@ -65,6 +66,9 @@ def start_ranks(job: Job, command: Sequence[str], *, name: str, environment: dic
         command: arguments of this Python, as in ``["-m", "package.module"]``.
         name: prefix of the logs: ``logs/NAME-NODE-rankN.log`` in the job's folder. The output of the first rank is also
             copied to our output.
+
+    Raises:
+        OSError: rank 0 cannot listen on this node's address and the job's port.
     """
     common = os.environ | environment
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))
@@ -85,13 +89,21 @@ def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict
         "MASTER_ADDR": job.numeric_address() if job.is_head else job.head.address,
         "MASTER_PORT": str(job.port),
     }
-    with log.open("ab") as output:
+    with contextlib.ExitStack() as closing:
+        output = closing.enter_context(log.open("ab"))
+        inherited: list[int] = []
+        if number == 0:
+            # Rank 0 imports for seconds before it could listen. Until then another process could take the port.
+            meeting_point = closing.enter_context(job.listener(job.port))
+            inherited.append(meeting_point.fileno())
+            place[LISTENER_VARIABLE] = str(meeting_point.fileno())
         process = subprocess.Popen(
             command,
             env=common | place,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if number == 0 else output,
             stderr=subprocess.STDOUT,
+            pass_fds=inherited,
             start_new_session=True,
         )
     copier = None
