@@ -1,6 +1,6 @@
 """Count the bytes that enter each node during a push of weights: the relay beside gloo and a plain broadcast.
 
-    sudo -E python benchmarks/relay.py [--nodes 4 --servers 2] [--hidden 512 --layers 8 --vocab 32768]
+    sudo -E python benchmarks/relay.py [--ipv6] [--nodes 4 --servers 2] [--hidden 512 --layers 8 --vocab 32768]
 
 Each node is a network namespace with one address, joined to the others by a bridge (ip-netns(8); needs root). It has
 real vLLM servers and one trainer rank. Rank 0 exports a random Qwen2-shaped model in FP32. Every transport pushes it
@@ -31,6 +31,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from shared import circumstances, save_qwen2
 
+from megatron_chord.network import host_and_port
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.server import ServerSettings, start_server, stop_all
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
@@ -48,7 +49,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_qwen2(folder / "model", hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
-        with namespaces(arguments.nodes) as names:
+        with namespaces(arguments.nodes, ipv6=arguments.ipv6) as names:
             processes = [start_node(index, name, folder) for index, name in enumerate(names)]
             codes = [process.wait() for process in processes]
         if any(codes):
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--servers", type=int, default=2, help="vLLM servers of each node")
+    parser.add_argument("--ipv6", action="store_true", help="the nodes have IPv6 addresses only")
     parser.add_argument("--pushes", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -77,8 +79,8 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def namespaces(count: int) -> Iterator[list[str]]:
-    """Network namespaces with the addresses 10.77.0.1, ..., joined by a bridge in a namespace of its own."""
+def namespaces(count: int, *, ipv6: bool = False) -> Iterator[list[str]]:
+    """Network namespaces with the addresses 10.77.0.1, ... or fd77::1, ..., joined by a bridge in one of its own."""
     hub, names = "chord-hub", [f"chord-node{index}" for index in range(count)]
     remove = [["ip", "netns", "del", name] for name in (hub, *names)]
     for command in remove:
@@ -92,7 +94,8 @@ def namespaces(count: int) -> Iterator[list[str]]:
             pair = ("type", "veth", "peer", "name", f"to{index}", "netns", hub)
             inside(name, "link", "add", "eth0", *pair)
             inside(hub, "link", "set", f"to{index}", "master", "bridge0", "up")
-            inside(name, "address", "add", f"{address(index)}/24", "dev", "eth0")
+            own = [f"{address(index, ipv6=True)}/64", "nodad"] if ipv6 else [f"{address(index)}/24"]
+            inside(name, "address", "add", *own, "dev", "eth0")
             inside(name, "link", "set", "eth0", "up")
             inside(name, "link", "set", "lo", "up")
         yield names
@@ -109,8 +112,8 @@ def inside(namespace: str, *arguments: str) -> None:
     ip("-n", namespace, *arguments)
 
 
-def address(node: int) -> str:
-    return f"10.77.0.{node + 1}"
+def address(node: int, *, ipv6: bool = False) -> str:
+    return f"fd77::{node + 1}" if ipv6 else f"10.77.0.{node + 1}"
 
 
 def start_node(index: int, namespace: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -124,10 +127,11 @@ def start_node(index: int, namespace: str, folder: Path) -> subprocess.Popen[byt
 def run_node(arguments: argparse.Namespace) -> int:
     """One node: its servers and its rank. Rank 0 writes the result."""
     index, folder = arguments.node, arguments.folder
+    own, first = address(index, ipv6=arguments.ipv6), address(0, ipv6=arguments.ipv6)
     torch.set_num_threads(1)
     settings = ServerSettings(dtype="fp32", max_model_len=256, kv_cache_bytes=64 << 20)
     servers = [
-        start_server(folder / "model", settings, log=folder / f"server-{index}-{i}.log", host=address(index))
+        start_server(folder / "model", settings, log=folder / f"server-{index}-{i}.log", host=own)
         for i in range(arguments.servers)
     ]
     try:
@@ -135,7 +139,7 @@ def run_node(arguments: argparse.Namespace) -> int:
             server.wait_until_ready(DEADLINE_S)
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://{address(0)}:{PORT}",
+            init_method=f"tcp://{host_and_port(first, PORT)}",
             rank=index,
             world_size=arguments.nodes,
             timeout=datetime.timedelta(seconds=DEADLINE_S),
@@ -154,6 +158,7 @@ def run_node(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace, servers: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """For each way: seconds of the fastest push, and the bytes that entered each node during it."""
     index = arguments.node
+    own = address(index, ipv6=arguments.ipv6)
     weights = load_file(arguments.folder / "model" / "model.safetensors") if index == 0 else {}
     clients = [RolloutClient(url, key) for url, key in servers] if index == 0 else []
     group: Any = dist.new_group(backend="gloo")
@@ -165,7 +170,7 @@ def measure(arguments: argparse.Namespace, servers: Sequence[tuple[str, str]]) -
     for transport in TRANSPORTS:
         sync = WeightSync(
             clients,
-            SyncSettings(transport=transport, timeout_s=DEADLINE_S, host=address(index)),
+            SyncSettings(transport=transport, timeout_s=DEADLINE_S, host=own),
             exporters=[0],
             group=group,
             device=torch.device("cpu"),

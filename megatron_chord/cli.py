@@ -449,6 +449,7 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 
 
 def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
+    from megatron_chord.network import loopback
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
     from megatron_chord.train.setup import check_run
@@ -463,8 +464,9 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         _check_machine(run)
     except ValueError as error:
         return refuse(error) if speaks else 2
-    if "RANK" not in os.environ and not run.rollout.servers:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all of the run is on this machine
+    if "RANK" not in os.environ and not run.rollout.servers and loopback() == "127.0.0.1":
+        # All of the run is on this machine. (NCCL does not use loopback's IPv6 address.)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if "RANK" not in os.environ and run.parallel.ranks > 1:
         _launch(run.parallel.ranks, args.argv)
     end_with_launcher()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+"""A line for each IPv6 address: 32 hexadecimal digits, four numbers, the name of the interface."""
 _BACKLOG = 1024
 
 
@@ -19,7 +23,7 @@ def bound_socket(address: str) -> socket.socket:
 
     No other socket can take the port while this one is open. Connections are refused until somebody listens on it.
     """
-    own = socket.socket()
+    own = socket.socket(_family(address))
     try:
         own.bind((address, 0))
     except BaseException:
@@ -30,23 +34,60 @@ def bound_socket(address: str) -> socket.socket:
 
 @contextlib.contextmanager
 def held_port(address: str = "127.0.0.1") -> Iterator[int]:
-    """A port of ``address`` for a program that opens its socket itself, with SO_REUSEADDR.
+    """A port of ``address`` ("": of all IPv4 addresses) for a program that opens its socket itself, with SO_REUSEADDR.
 
     While the context is open, the kernel gives the port to no other socket and to no connection, and only a program
     that names this port can bind to it (socket(7), SO_REUSEADDR). Use ``bound_socket`` or ``listener`` if the program
     can inherit a socket: then nobody else can.
     """
-    with socket.socket() as holder:
+    with socket.socket(_family(address)) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((address, 0))
         yield holder.getsockname()[1]
 
 
-def address_towards(peer: str, port: int = 9) -> str:
-    """This machine's IPv4 address on the way to ``peer``. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, port))
+def loopback() -> str:
+    """The address of this machine for itself: 127.0.0.1, or ::1 where IPv4 is not configured."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError:
+            return "::1"
+    return "127.0.0.1"
+
+
+def resolve(name: str) -> str:
+    """The numeric address of a host: IPv4 if the host has one and this machine has a route to it, else IPv6.
+
+    Raises OSError if the name is not known.
+    """
+    entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    found = sorted((str(entry[4][0]) for entry in entries), key=_family)
+    return next((address for address in found if _source(address) is not None), found[0])
+
+
+def address_towards(peer: str) -> str:
+    """This machine's numeric address on the way to the host ``peer``. Nothing is sent. Raises OSError without a way."""
+    address = resolve(peer)
+    source = _source(address)
+    if source is None:
+        raise OSError(errno.ENETUNREACH, f"this machine has no route to {peer} ({address})")
+    return source
+
+
+def _source(address: str) -> str | None:
+    """This machine's address on the way to a numeric one; None without a route to it."""
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:
+            return None
         return probe.getsockname()[0]
+
+
+def host_and_port(host: str, port: int) -> str:
+    """``127.0.0.1:80`` or ``[::1]:80``, as in a URL."""
+    return f"[{host}]:{port}" if _family(host) == socket.AF_INET6 else f"{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:
@@ -55,21 +96,31 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has the IPv4 ``address``, or None. Loopback's has all of 127.0.0.0/8."""
-    wanted = "127.0.0.1" if is_loopback(address) else address
+    """The network interface that has the numeric ``address``, or None. Loopback's has all of 127.0.0.0/8."""
+    is_ipv4 = _family(address) == socket.AF_INET
+    wanted = "127.0.0.1" if is_ipv4 and is_loopback(address) else address
+    return next((name for name, own in _own_addresses() if own == wanted), None)
+
+
+def _own_addresses() -> Iterator[tuple[str, str]]:
+    """Interfaces of this machine with their numeric addresses: of each the first IPv4 address, then all of IPv6."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
-            try:
+            with contextlib.suppress(OSError):  # it has no IPv4 address
                 reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(reply[20:24]) == wanted:
-                return name
-    return None
+                yield name, socket.inet_ntoa(reply[20:24])
+    if _IPV6_ADDRESSES.exists():  # the kernel may have no IPv6
+        for line in _IPV6_ADDRESSES.read_text().splitlines():
+            digits, *_, name = line.split()
+            yield name, socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
 
 
 def listener(address: str, port: int) -> socket.socket:
-    """A socket that listens on this machine's ``address`` only. torch's TCPStore would otherwise listen on all of
-    them."""
-    return socket.create_server((address, port), backlog=_BACKLOG)
+    """A socket that listens on this machine's numeric ``address`` only. torch's TCPStore would otherwise listen on all
+    of them."""
+    return socket.create_server((address, port), family=_family(address), backlog=_BACKLOG)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

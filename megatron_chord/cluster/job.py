@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chord.network import address_towards, is_loopback, listener
+from megatron_chord.network import address_towards, host_and_port, is_loopback, listener, resolve
 from megatron_chord.plan.push import job_transport
 from megatron_chord.rollout.server import named_gpus, number_of_servers, visible_to_server
 from megatron_chord.rollout.sync import TransportName
@@ -111,14 +111,18 @@ class Job:
         return "relay" if colocated else "gloo"
 
     def numeric_address(self) -> str:
-        """The IPv4 address of this node on which servers listen. Raises OSError if a name cannot be resolved."""
-        own = socket.gethostbyname(self.nodes[self.index].address)
+        """The address of this node on which servers listen. Raises OSError if a name cannot be resolved."""
+        own = resolve(self.nodes[self.index].address)
         if len(self.nodes) > 1 and is_loopback(own):
             # Debian's /etc/hosts gives a machine's own name a loopback address, which its peers cannot reach.
-            peer = socket.gethostbyname(self.nodes[1 if self.is_head else 0].address)
+            peer = resolve(self.nodes[1 if self.is_head else 0].address)
             if not is_loopback(peer):
                 return address_towards(peer)
         return own
+
+    def head_address(self) -> str:
+        """The first node's address, for this node. On the first node its name could be that of loopback."""
+        return self.numeric_address() if self.is_head else self.head.address
 
     def listener(self, port: int) -> socket.socket:
         """A socket that listens on this node's address and on ``port``; 0: any port. Raises OSError if it cannot."""
@@ -128,7 +132,9 @@ class Job:
         except OSError as error:
             remedy = "; set CHORD_PORT to a free pair of ports" if port else ""
             reason = os.strerror(error.errno or 0)
-            raise OSError(error.errno, f"cannot listen on {address}:{port}: {reason}{remedy}") from error
+            raise OSError(
+                error.errno, f"cannot listen on {host_and_port(address, port)}: {reason}{remedy}"
+            ) from error
 
 
 def job_of(environment: Mapping[str, str], *, num_gpus: int) -> Job:

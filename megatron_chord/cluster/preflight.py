@@ -28,6 +28,7 @@ from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node_report import Report, faults, look
 from megatron_chord.cluster.outcome import described, record_failure, tail
 from megatron_chord.cluster.ranks import start_ranks
+from megatron_chord.network import host_and_port
 
 EXIT_CODE = 78
 """Exit code if these nodes cannot run this job (EX_CONFIG of sysexits.h)."""
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reports = _meet(job, report)
     except (RuntimeError, OSError) as error:
-        where = f"{job.head.address}:{job.port + 1}"
+        where = host_and_port(job.head.address, job.port + 1)
         return _fail(job, EXIT_CODE, [f"{job.name} could not meet the others at {where}: {error}"])
     if report.refusal and {other.refusal for other in reports} == {report.refusal}:
         return _fail(job, REFUSED, [report.refusal]) if job.is_head else REFUSED
@@ -67,7 +68,7 @@ def _fail(job: Job, code: int, lines: Sequence[str]) -> int:
 def _meet(job: Job, report: Report) -> list[Report]:
     """Exchange reports over a store on the first node. Returns all reports; the result is the same on every node."""
     store = dist.TCPStore(
-        job.head.address,
+        job.head_address(),
         job.port + 1,
         is_master=job.is_head,
         timeout=datetime.timedelta(seconds=_MEETING_S),

@@ -85,8 +85,7 @@ def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict
         "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(job.world_size),
         "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
-        # Rank 0 listens on this address. On its own node the name could resolve to loopback.
-        "MASTER_ADDR": job.numeric_address() if job.is_head else job.head.address,
+        "MASTER_ADDR": job.head_address(),
         "MASTER_PORT": str(job.port),
     }
     with contextlib.ExitStack() as closing:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_chord.config_suite import ServerConfig
 from megatron_chord.families.shape import ModelShape
-from megatron_chord.network import address_towards
+from megatron_chord.network import address_towards, loopback
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.fleet import Fleet, JobServers, OwnServers
 from megatron_chord.rollout.registry import JobNodes, Registry, ServerOrder, read_key
@@ -176,7 +176,7 @@ class ListedServers:
         settings = SyncSettings(
             transport="file" if here and on_cpu else "gloo",
             timeout_s=self._push_s,
-            host="127.0.0.1" if here else address_towards(hosts[0]),
+            host=loopback() if here else address_towards(hosts[0]),
         )
         sync = WeightSync(self._clients, settings, exporters=[0], group=None, device=torch.device("cpu"))
         reader = open_model(self._model, self._shape.weights)

@@ -31,7 +31,7 @@ import httpx
 import torch
 
 from megatron_chord.families.table import serving_config
-from megatron_chord.network import bound_socket, interface_of
+from megatron_chord.network import bound_socket, host_and_port, interface_of, loopback
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
@@ -148,7 +148,7 @@ def start_server(
     settings: ServerSettings,
     *,
     log: Path,
-    host: str = "127.0.0.1",
+    host: str | None = None,
     key: str | None = None,
 ) -> RolloutServer:
     """Start vLLM and return while it is still loading. Must be called from the main thread.
@@ -156,7 +156,7 @@ def start_server(
     Args:
         model: Hugging Face folder. Only its config and weights are read, never its tokenizer.
         log: file for the server's output; its folder must exist.
-        host: numeric address to listen on. It must not be reachable from outside of the cluster.
+        host: numeric address to listen on. It must not be reachable from outside of the cluster. None: loopback.
         key: the API key that requests must have. None: a new random key.
 
     Raises:
@@ -168,7 +168,7 @@ def start_server(
         raise RuntimeError("start_server must be called from the main thread")
     on_cpu = not torch.cuda.is_available()
     _check_model(model, on_cpu)
-    key = key or secrets.token_urlsafe(32)
+    host, key = host or loopback(), key or secrets.token_urlsafe(32)
     arguments = _arguments(model, settings)
     arguments += _cpu_arguments(settings) if on_cpu else _gpu_arguments(settings)
     environment = _environment(os.environ, key)
@@ -206,7 +206,9 @@ def start_server(
     except BaseException:
         folder.close()
         raise
-    return RolloutServer(process, url=f"http://{host}:{port}", api_key=key, log=log, folder=folder)
+    return RolloutServer(
+        process, url=f"http://{host_and_port(host, port)}", api_key=key, log=log, folder=folder
+    )
 
 
 class RolloutServer:
@@ -451,7 +453,7 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         # For the process groups of the server's workers, which are all on one machine. Weights use other groups.
-        "GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo",
+        "GLOO_SOCKET_IFNAME": interface_of(loopback()) or "lo",
     }
 
 

@@ -18,11 +18,10 @@ an update that a killed trainer has left open in a server.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
@@ -31,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_chord.network import loopback, resolve
 from megatron_chord.precision import Quantization
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
@@ -93,7 +93,7 @@ class SyncSettings:
     """``file``: rank 0 makes a private folder here. It must be in memory that all exporters and servers share.
     ``relay`` without GPUs: one rank of each node makes one. It must be in memory that this rank and the servers of its
     node share."""
-    host: str = "127.0.0.1"
+    host: str = field(default_factory=loopback)
     """``broadcast``, ``gloo`` and ``relay``: address of this rank that servers and other ranks can reach. For ``relay``
     it is also the address in the URLs of the servers on the same node."""
     bucket_bytes: int | None = None
@@ -552,4 +552,4 @@ class WeightSync:
 
 def _address_of(url: str) -> str:
     """The numeric address of a server."""
-    return socket.gethostbyname(urlsplit(url).hostname or "")
+    return resolve(urlsplit(url).hostname or "")

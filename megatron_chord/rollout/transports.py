@@ -303,7 +303,7 @@ def join_sender_group(
     """The others' side of ``SenderStore.form_group``."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return _make_group(store, address_towards(host, port), rank, size, device, timeout_s)
+    return _make_group(store, address_towards(host), rank, size, device, timeout_s)
 
 
 def _make_group(

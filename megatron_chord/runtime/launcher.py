@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_chord.network import listener
+from megatron_chord.network import listener, loopback
 from megatron_chord.process_table import state_of
 from megatron_chord.processes import die_with_parent
 
@@ -28,7 +28,6 @@ RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
 LISTENER_VARIABLE = "MEGATRON_CHORD_LISTENER"
 """Environment variable of rank 0: the file descriptor of a socket that already listens on MASTER_ADDR and
 MASTER_PORT."""
-_HOST = "127.0.0.1"
 _ENDED_WELL = (0, 75, 76)
 """Exit codes without a fault: all steps are done, or the run was stopped on request (``train.stop``)."""
 _POLL_S = 0.05
@@ -55,7 +54,7 @@ class Launcher:
         self._ranks: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._hand_on)
-        with listener(_HOST, 0) as meeting_point:
+        with listener(loopback(), 0) as meeting_point:
             for rank in range(ranks):
                 self._ranks.append(_start(command, rank, ranks, meeting_point))
 
@@ -120,7 +119,7 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": _HOST,
+        "MASTER_ADDR": meeting_point.getsockname()[0],
         "MASTER_PORT": str(meeting_point.getsockname()[1]),
     }
     inherited: list[int] = []

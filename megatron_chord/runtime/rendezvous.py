@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 
 import torch.distributed as dist
 
-from megatron_chord.network import address_towards, interface_of, is_loopback, listener
+from megatron_chord.network import address_towards, interface_of, is_loopback, listener, loopback, resolve
 from megatron_chord.runtime.launcher import LISTENER_VARIABLE
 
 
@@ -38,7 +37,7 @@ def meet(backend: str, *, timeout_s: float) -> None:
 
 def _choose_interface(world_size: int) -> None:
     """Set the interface on which gloo listens. By default gloo would use the address of the host's name."""
-    own = address_towards(_master()) if world_size > 1 else "127.0.0.1"
+    own = address_towards(_master()) if world_size > 1 else loopback()
     interface = interface_of(own)
     if interface is None:
         return
@@ -89,6 +88,6 @@ def _master() -> str:
     """MASTER_ADDR as a numeric address."""
     name = os.environ["MASTER_ADDR"]
     try:
-        return socket.gethostbyname(name)
+        return resolve(name)
     except OSError as error:
         raise ValueError(f"MASTER_ADDR {name} cannot be resolved: {error}") from error

@@ -20,7 +20,7 @@ import torch
 
 from megatron_chord.config import RunConfig
 from megatron_chord.families.table import read_shape
-from megatron_chord.network import address_towards
+from megatron_chord.network import address_towards, loopback
 from megatron_chord.precision import preset
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.client import RolloutClient
@@ -389,6 +389,5 @@ def _free_cached_memory() -> None:
 def _address_towards(servers: Sequence[str]) -> str:
     """The address under which the servers can reach this machine."""
     if not servers:
-        return "127.0.0.1"
-    url = urlsplit(servers[0])
-    return address_towards(url.hostname or "", url.port or 80)
+        return loopback()
+    return address_towards(urlsplit(servers[0]).hostname or "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_chord.network import address_towards, is_loopback
+from megatron_chord.network import address_towards, interface_of, is_loopback
 from megatron_chord.runtime.rendezvous import meet
 from tests.support.listening import addresses
 from tests.support.ranks import run_ranks
@@ -29,6 +29,14 @@ def listened_on(master: str) -> set[str]:
 @pytest.mark.parametrize(("master", "world_size"), [("localhost", 2), ("unused", 1)])
 def test_on_one_machine_everything_is_on_loopback(master: str, world_size: int) -> None:
     assert run_ranks(listened_on, world_size, master) == [{"127.0.0.1"}] * world_size
+
+
+@pytest.mark.skipif(interface_of("::1") is None, reason="needs IPv6")
+def test_the_store_is_on_the_ipv6_address_that_is_given() -> None:
+    """gloo listens on the IPv4 address of an interface that has both."""
+    first, second = run_ranks(listened_on, 2, "::1")
+    assert first == second | {"::1"}
+    assert second <= {"127.0.0.1", "::1"}
 
 
 def test_across_machines_ranks_listen_on_the_addresses_that_the_others_reach() -> None:

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import torch
 
+from megatron_chord.network import interface_of
 from megatron_chord.rollout.server import (
     ServerError,
     ServerSettings,
@@ -28,6 +29,7 @@ from megatron_chord.rollout.server import (
     start_server,
 )
 from tests.rollout.helpers import START_S, make_model
+from tests.support.listening import addresses
 
 SETTINGS = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
 TRAINER = textwrap.dedent(
@@ -38,7 +40,7 @@ TRAINER = textwrap.dedent(
 
     model, log, ready = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "ready"
     settings = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
-    server = start_server(model, settings, log=log)
+    server = start_server(model, settings, log=log, host=sys.argv[4])
     print(json.dumps({"pid": server.pid, "url": server.url}), flush=True)
     if ready:
         server.wait_until_ready(300)
@@ -48,11 +50,13 @@ TRAINER = textwrap.dedent(
 )
 
 
-def start_trainer(model: Path, log: Path, wait_for: str) -> tuple[subprocess.Popen[str], dict]:
+def start_trainer(
+    model: Path, log: Path, wait_for: str, *, host: str = "127.0.0.1"
+) -> tuple[subprocess.Popen[str], dict]:
     """Start a process that starts a server. Return when the server's process has started. With ``wait_for`` "ready"
     the trainer writes another line when the server answers."""
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(model), str(log), wait_for],
+        [sys.executable, "-c", TRAINER, str(model), str(log), wait_for, host],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -76,18 +80,22 @@ def kill_session(session: int) -> None:
 def test_nobody_takes_a_port_and_no_server_survives_a_killed_trainer(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    trainer, server = start_trainer(model_folder, tmp_path / "log", "ready")
+    host = "127.0.0.1" if interface_of("::1") is None else "::1"
+    family = socket.AF_INET if host == "127.0.0.1" else socket.AF_INET6
+    trainer, server = start_trainer(model_folder, tmp_path / "log", "ready", host=host)
     try:
+        assert urlsplit(server["url"]).hostname == host
         place = urlsplit(server["url"]).hostname, urlsplit(server["url"]).port
         with pytest.raises(OSError, match="Address already in use"):
             # This is long before vLLM is imported. `create_server` sets SO_REUSEADDR, as most servers do.
-            socket.create_server(place)
-        with socket.socket() as client:
+            socket.create_server(place, family=family)
+        with socket.socket(family) as client:
             assert client.connect_ex(place) == errno.ECONNREFUSED
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "ready\n", (tmp_path / "log").read_text()
         assert len(_session_processes(server["pid"])) >= 2
         assert httpx.get(server["url"] + "/pause").status_code == 401
+        assert addresses(_session_processes(server["pid"])) - {"127.0.0.1"} <= {host}, "gloo is on loopback"
         trainer.kill()
         trainer.wait()
         assert wait_until_gone(server["pid"], deadline_s=60) == []

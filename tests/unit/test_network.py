@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,15 +17,19 @@ from megatron_chord.network import (
     address_towards,
     bound_socket,
     held_port,
+    host_and_port,
     interface_of,
     is_loopback,
     listener,
+    resolve,
 )
 from tests.support.listening import addresses
 
+IPV6 = pytest.param("::1", marks=pytest.mark.skipif(interface_of("::1") is None, reason="needs IPv6"))
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.9"])
-def test_all_of_127_is_on_the_loopback_interface(address: str) -> None:
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.9", IPV6])
+def test_loopback_addresses_are_on_the_loopback_interface(address: str) -> None:
     name = interface_of(address)
     flags = int(Path(f"/sys/class/net/{name}/flags").read_text(), 16)
     assert flags & 0x8, "IFF_LOOPBACK (netdevice(7))"
@@ -33,7 +38,19 @@ def test_all_of_127_is_on_the_loopback_interface(address: str) -> None:
 
 def test_an_address_of_another_machine_has_no_interface() -> None:
     assert interface_of("203.0.113.7") is None
-    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert interface_of("2001:db8::7") is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", IPV6])
+def test_the_way_to_this_machine(address: str) -> None:
+    assert resolve(address) == address_towards(address) == address
+    url = urlsplit(f"http://{host_and_port(address, 80)}/health")
+    assert (url.hostname, url.port) == (address, 80)
+
+
+def test_a_name_without_an_address_is_an_error() -> None:
+    with pytest.raises(OSError, match=r"not known|resolution"):
+        resolve("no.such.host.invalid")
 
 
 def test_a_listener_is_reached_at_its_address_alone() -> None:
@@ -45,7 +62,7 @@ def test_a_listener_is_reached_at_its_address_alone() -> None:
 
 def thief(host: str, port: int) -> socket.socket:
     """Take the port as a server would that reuses addresses as far as the kernel allows."""
-    taken = socket.socket()
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
@@ -57,11 +74,12 @@ def thief(host: str, port: int) -> socket.socket:
     return taken
 
 
-def test_nobody_takes_the_port_of_a_bound_socket_before_its_heir_listens() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", IPV6])
+def test_nobody_takes_the_port_of_a_bound_socket_before_its_heir_listens(address: str) -> None:
     heir = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.listen(); s.accept()[0].send(b'heir')"
-    with bound_socket("127.0.0.1") as own:
-        place = own.getsockname()
-        with socket.socket() as early:
+    with bound_socket(address) as own:
+        place = own.getsockname()[:2]
+        with socket.socket(own.family) as early:
             assert early.connect_ex(place) == errno.ECONNREFUSED
         descriptor = own.fileno()
         process = subprocess.Popen([sys.executable, "-c", heir, str(descriptor)], pass_fds=[descriptor])
@@ -69,7 +87,7 @@ def test_nobody_takes_the_port_of_a_bound_socket_before_its_heir_listens() -> No
         while True:
             with pytest.raises(OSError, match="Address already in use"):
                 thief(*place)
-            with socket.socket() as client:
+            with socket.socket(own.family) as client:
                 if client.connect_ex(place) == 0:
                     assert client.recv(10) == b"heir"
                     break
