@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -11,8 +12,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-_SIOCGIFADDR = 0x8915
-"""Linux's request for an interface's IPv4 address (netdevice(7))."""
+_SIOCGIFCONF = 0x8912
+"""Linux's request for the IPv4 addresses of all interfaces (netdevice(7))."""
+_IFREQ = struct.Struct("16s4x4s16x")
+"""An entry of the reply on 64-bit Linux: name of the interface, and of a sockaddr_in the address."""
+_MAX_INTERFACES = 1024
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 """A line for each IPv6 address: 32 hexadecimal digits, four numbers, the name of the interface."""
 _BACKLOG = 1024
@@ -102,14 +106,31 @@ def interface_of(address: str) -> str | None:
     return next((name for name, own in _own_addresses() if own == wanted), None)
 
 
+def address_in(network: str) -> str:
+    """This machine's numeric address in a network: the name of an interface, or a range such as 10.1.0.0/16.
+
+    IPv4 comes first. Link-local addresses of IPv6 do not count. Raises ValueError if there is none.
+    """
+    found = list(_own_addresses())
+    with contextlib.suppress(ValueError):
+        wanted = ipaddress.ip_network(network)
+        found = [(network, own) for _, own in found if ipaddress.ip_address(own) in wanted]
+    for name, own in found:
+        if name == network and not (":" in own and ipaddress.ip_address(own).is_link_local):
+            return own
+    here = ", ".join(f"{name} {own}" for name, own in _own_addresses())
+    raise ValueError(f"no address in the network {network}; this machine has {here}")
+
+
 def _own_addresses() -> Iterator[tuple[str, str]]:
-    """Interfaces of this machine with their numeric addresses: of each the first IPv4 address, then all of IPv6."""
+    """Interfaces of this machine with their numeric addresses, those of IPv4 first."""
+    reply = array.array("B", bytes(_IFREQ.size * _MAX_INTERFACES))
+    where, length = reply.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            with contextlib.suppress(OSError):  # it has no IPv4 address
-                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-                yield name, socket.inet_ntoa(reply[20:24])
+        written = fcntl.ioctl(probe.fileno(), _SIOCGIFCONF, struct.pack("iP", length, where))
+    for label, digits in _IFREQ.iter_unpack(reply[: struct.unpack("iP", written)[0]]):
+        # A label such as eth0:1 names a further address of eth0.
+        yield label.partition(b"\0")[0].decode().partition(":")[0], socket.inet_ntoa(digits)
     if _IPV6_ADDRESSES.exists():  # the kernel may have no IPv6
         for line in _IPV6_ADDRESSES.read_text().splitlines():
             digits, *_, name = line.split()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.caches import make_own_caches
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = load_config(args.config, args.overrides)
         _, method = check_run(run, job.world_size)
         num_servers = count_servers(job, run, method)
+        set_nccl_network(os.environ, job.numeric_address())
     except ValueError as error:
         record_failure(job.folder, f"{job.name}-settings", _REFUSED, str(error))
         return _REFUSED

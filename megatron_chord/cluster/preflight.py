@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node_report import Report, faults, look
 from megatron_chord.cluster.outcome import described, record_failure, tail
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = faults(reports)
     if found:
         return _fail(job, EXIT_CODE, found) if job.is_head else EXIT_CODE
+    set_nccl_network(os.environ, job.numeric_address())
     broken = _smoke(job) if job.trains else []
     return _fail(job, EXIT_CODE, broken) if broken else 0
 

@@ -48,6 +48,14 @@ prepare() {
   trap 'touch "$CHORD_JOB/cancelled"; exit 143' TERM
   CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |
     sed -nE 's/^NodeName=([^ ]+).*/\1/p; s/.*NodeAddr=([^ ]+).*/\1/p' | paste -d= - - | paste -sd' ' -)"
+  if [[ -n "${CHORD_NETWORK:-}" ]]; then
+    local addresses name entries=()
+    addresses="$(step megatron_chord.cluster.address)"
+    for name in $CHORD_NODES; do
+      entries+=("$(grep -m 1 "^${name%%=*}=" <<<"$addresses")")
+    done
+    CHORD_NODES="${entries[*]}"
+  fi
   export CHORD_NODES
   export CHORD_PORT="${CHORD_PORT:-$((10000 + SLURM_JOB_ID * 2 % 20000))}"
   export HF_HUB_OFFLINE=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1

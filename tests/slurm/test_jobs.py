@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from megatron_chord.network import address_in, address_towards, interface_of
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.slurm.box import Box, address_of
 from tests.slurm.jobs import EXAMPLE, Submitted, rank_process, write_run
@@ -228,6 +229,26 @@ def test_a_port_that_is_taken(box: Box, tmp_path: Path) -> None:
         job = Submitted(box, tmp_path, nodes=1, options=["--nodelist=n0"], CHORD_PORT=str(port))
         assert job.wait() == ("FAILED", 78), job.output
     assert f"n0: cannot listen on {address_of(0)}:{port}" in job.output
+
+
+def test_a_network_of_the_user_s_choice(box: Box, tmp_path: Path) -> None:
+    """Slurm has other addresses for the nodes, those of loopback. All of them are this machine."""
+    try:
+        own = address_towards("203.0.113.7")
+    except OSError:
+        pytest.skip("this machine has no network")
+    write_run(tmp_path, mu=1.0, steps=1)
+    network = str(interface_of(own))
+    job = Submitted(box, tmp_path, nodes=2, CHORD_NETWORK=network)
+    assert job.wait() == ("COMPLETED", 0), job.output
+    nodes = [f"{node}={address_in(network)}" for node in nodes_of(job, 0)]
+    assert f"restart 0: {' '.join(nodes)};" in job.output
+    job = Submitted(box, tmp_path, nodes=1, options=["--nodelist=n1"], CHORD_NETWORK="10.99.0.0/16")
+    assert job.wait() == ("FAILED", 2), job.output
+    assert (
+        "n1: CHORD_NETWORK: no address in the network 10.99.0.0/16; this machine has lo 127.0.0.1"
+        in job.output
+    )
 
 
 def test_srun_starts_ranks_by_itself(box: Box, tmp_path: Path) -> None:

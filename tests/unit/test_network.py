@@ -144,3 +144,44 @@ def test_the_kernel_does_not_give_a_held_port_although_it_has_no_other() -> None
     command = ["unshare", "--net", sys.executable, "-c", ONLY_PORT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == ", plain reusing connection", done.stderr
+
+
+SEVERAL_ADDRESSES = textwrap.dedent(
+    """
+    import subprocess
+    from megatron_chord.network import address_in, interface_of
+
+    def ip(command):
+        subprocess.run(["ip", *command.split()], check=True)
+
+    ip("link add slow0 type veth peer name fast0")
+    ip("address add 10.1.0.1/16 dev slow0")
+    ip("address add 10.2.0.1/16 dev fast0")
+    ip("address add 10.3.0.1/16 dev fast0")
+    ip("address add fd77::1/64 dev fast0 nodad")
+    for name in ("slow0", "fast0"):
+        ip(f"link set {name} up")
+    print(*map(address_in, ("slow0", "fast0", "10.3.0.0/16", "fd77::/64")))
+    print(*map(interface_of, ("10.1.0.1", "10.2.0.1", "10.3.0.1", "fd77::1")))
+    ip("address flush dev slow0 scope global")
+    ip("link set slow0 down")
+    for network in ("slow0", "10.4.0.0/16", "no0"):
+        try:
+            address_in(network)
+        except ValueError as error:
+            print(str(error).partition(";")[0])
+    """
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a network namespace of its own")
+def test_a_machine_with_several_networks() -> None:
+    command = ["unshare", "--net", sys.executable, "-c", SEVERAL_ADDRESSES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "10.1.0.1 10.2.0.1 10.3.0.1 fd77::1",
+        "slow0 fast0 fast0 fast0",
+        "no address in the network slow0",
+        "no address in the network 10.4.0.0/16",
+        "no address in the network no0",
+    ], done.stderr
