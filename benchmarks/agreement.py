@@ -7,9 +7,10 @@
 The prompts are tool calls, which SmolLM2-135M does not answer in the form that the reward asks for. The demonstrations
 are GSM8K's solutions, so the weights move and the rewards stay 0. The same command continues an interrupted run. After
 the healthy steps, each fault is tried in a copy of the run, from its last checkpoint: the pushed copy of one tensor (or
-of all) is altered before it is fingerprinted, so only the comparison of log-probs can notice. Exits with 0 when the
-healthy run ends, all its rewards are 0, and each fault is noticed in its first step. The fault of a single stale tensor
-is only reported, since a tensor that training has hardly changed is no fault that log-probs can show.
+of all) is altered before it is fingerprinted, and the sums that would refuse it (``weights.sums``) are left out, so
+only the comparison of log-probs can notice. Exits with 0 when the healthy run ends, all its rewards are 0, and each
+fault is noticed in its first step. The fault of a single stale tensor is only reported: log-probs do not show a tensor
+that training has hardly changed. The sums do (tests/rollout/test_engine.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,13 @@ def run_with_fault(args: argparse.Namespace, config: Path) -> int:
                 else:
                     yield name, tensor.roll(1, 0).contiguous()
 
-    def push_changed(self: WeightSync, named_tensors: Iterable[tuple[str, Any]], version: int) -> Any:
+    def push_changed(
+        self: WeightSync,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        *,
+        expected: Mapping[str, int] | None = None,
+    ) -> Any:
         return push(self, changed(named_tensors), version)
 
     WeightSync.push = push_changed

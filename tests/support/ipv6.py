@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 _NAMES = Path("/etc/netns")
@@ -14,11 +15,24 @@ _NAMES = Path("/etc/netns")
 _HOSTS = "::1 localhost\nfd77::1 node0\nfd77::2 node1\n"
 
 
+@cache
 def missing() -> str | None:
-    """The reason why this machine cannot make others; None if it can."""
-    if os.geteuid() != 0:
-        return "needs root: network namespaces"
-    return None if shutil.which("ip") else "needs the program ip (iproute2)"
+    """The reason why this machine cannot make others; None if it can. A container often lacks the right, also as
+    root."""
+    try:
+        with two_machines():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"needs network namespaces with IPv6: {error}"
+
+
+@cache
+def can_leave_the_network() -> bool:
+    """Whether this process may start others in a network namespace of their own."""
+    tried = subprocess.run(
+        ["unshare", "--net", "ip", "link", "set", "lo", "up"], check=False, capture_output=True
+    )
+    return tried.returncode == 0
 
 
 @contextlib.contextmanager
@@ -42,7 +56,8 @@ def two_machines() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
             shutil.rmtree(_NAMES / name, ignore_errors=True)
 
 
@@ -52,4 +67,4 @@ def inside(machine: str, command: Sequence[str]) -> list[str]:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)

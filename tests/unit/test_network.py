@@ -23,6 +23,7 @@ from megatron_chord.network import (
     listener,
     resolve,
 )
+from tests.support.ipv6 import can_leave_the_network
 from tests.support.listening import addresses
 
 IPV6 = pytest.param("::1", marks=pytest.mark.skipif(interface_of("::1") is None, reason="needs IPv6"))
@@ -139,7 +140,7 @@ ONLY_PORT = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a network namespace of its own")
+@pytest.mark.skipif(not can_leave_the_network(), reason="needs a network namespace of its own")
 def test_the_kernel_does_not_give_a_held_port_although_it_has_no_other() -> None:
     command = ["unshare", "--net", sys.executable, "-c", ONLY_PORT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -174,7 +175,7 @@ SEVERAL_ADDRESSES = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a network namespace of its own")
+@pytest.mark.skipif(not can_leave_the_network(), reason="needs a network namespace of its own")
 def test_a_machine_with_several_networks() -> None:
     command = ["unshare", "--net", sys.executable, "-c", SEVERAL_ADDRESSES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
