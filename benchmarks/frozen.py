@@ -26,6 +26,7 @@ import yaml
 from shared import circumstances
 
 from megatron_chord.process_table import descendants, state_of
+from megatron_chord.rollout.server import SERVER
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
@@ -36,7 +37,7 @@ SERVER_S = 40.0
 PUSH_S = 20.0
 GRADING_S = 4.0
 PHASES = ("loading", "waiting for servers", "collecting", "computing", "evaluating", "saving", "pushing")
-HELPERS = {"grader": "rewards.worker", "server": "vllm.entrypoints"}
+HELPERS = {"grader": "rewards.worker", "server": SERVER}
 """For each helper, the words by which its command is found."""
 HELPED = ("collecting", "evaluating", "computing", "pushing")
 """The phases in which a helper is stopped."""

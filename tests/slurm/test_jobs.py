@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from megatron_chord.network import address_in, address_towards, interface_of
+from megatron_chord.rollout.server import SERVER
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.slurm.box import Box, address_of
 from tests.slurm.jobs import EXAMPLE, Submitted, rank_process, write_run
@@ -76,7 +77,7 @@ def test_servers_beside_the_ranks_of_two_nodes(box: Box, tmp_path: Path) -> None
 
 def kill_server(job: Submitted, *, node: int) -> None:
     """Kill the only server of the node, and wait until the job has made a step with another one."""
-    (server,) = job.processes("rollout.vllm_entry", f"--host {address_of(node)}")
+    (server,) = job.processes(SERVER, f"--host {address_of(node)}")
     os.kill(server, signal.SIGKILL)
     job.wait_for(lambda: "rollout server lost" in job.output)
     lost_at = job.steps_done()
@@ -169,7 +170,7 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
     write_run(tmp_path, steps=400)
     job = Submitted(box, tmp_path, nodes=1, CHORD_RANKS_PER_NODE="2")
     job.wait_for(lambda: job.steps_done() >= 1)
-    assert job.processes("rollout.vllm_entry")
+    assert job.processes(SERVER)
     os.kill(rank_process(job, 1), signal.SIGKILL)
     assert job.wait() == ("FAILED", 137), job.output[-6000:]
     assert f"failed first: rank 1 on {nodes_of(job, 0)[0]} was killed by SIGKILL" in job.output

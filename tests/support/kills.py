@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_chord.process_table import descendants
+from megatron_chord.rollout.server import SERVER
 from tests.support.task import cli_environment
 
 MARK = "KILLED_RUN"
@@ -214,7 +215,7 @@ def _victim(name: str, process: subprocess.Popen[bytes]) -> int | None:
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             environment = Path(f"/proc/{pid}/environ").read_bytes()
-            if name == "server" and b"vllm.entrypoints" in command:
+            if name == "server" and SERVER.encode() in command:
                 return pid
             rank = f"\0RANK={name.removeprefix('rank')}\0".encode()
             if name != "server" and b"megatron_chord.cli" in command and rank in environment:
