@@ -97,14 +97,7 @@ def main() -> int:
 
 def receiving() -> Table:
     rng = np.random.default_rng(0)
-    request = GenerateRequest(
-        prompt_ids=tuple(range(5, 5 + PROMPT)),
-        num_samples=GROUP,
-        seed=0,
-        temperature=1.0,
-        max_tokens=RESPONSE,
-        stop_token_ids=(2,),
-    )
+    request = request_for(None)
     content = reply(request, rng)
     table = Table(title=f"replies of {len(content) / (GROUP * RESPONSE):.0f} bytes a token")
     table.add_column("read by")
@@ -143,15 +136,7 @@ def routes_through_rank_0(arguments: argparse.Namespace) -> Table:
         table.add_column(heading, justify="left" if heading == "replies bring" else "right")
     for name, keeps in (("no routes", None), ("routes", False), ("references", True)):
         rng = np.random.default_rng(0)
-        request = GenerateRequest(
-            prompt_ids=tuple(range(5, 5 + PROMPT)),
-            num_samples=GROUP,
-            seed=0,
-            temperature=1.0,
-            max_tokens=RESPONSE,
-            stop_token_ids=(2,),
-            routes=None if keeps is None else QWEN3_30B,
-        )
+        request = request_for(None if keeps is None else QWEN3_30B)
         content = reply(request, rng, keeps=keeps)
         start = time.process_time()
         groups = [
@@ -188,6 +173,19 @@ def routes_through_rank_0(arguments: argparse.Namespace) -> Table:
             f"{packing * scale:.1f}",
         )
     return table
+
+
+def request_for(routes: RouteShape | None) -> GenerateRequest:
+    """A request for the answers of one group, with routes of this shape or without any."""
+    return GenerateRequest(
+        prompt_ids=tuple(range(5, 5 + PROMPT)),
+        num_samples=GROUP,
+        seed=0,
+        temperature=1.0,
+        max_tokens=RESPONSE,
+        stop_token_ids=(2,),
+        routes=routes,
+    )
 
 
 def samples_of(rollouts: Sequence[Rollout]) -> list[TrainSample]:

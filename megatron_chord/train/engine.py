@@ -58,7 +58,7 @@ def server_settings(run: RunConfig) -> ServerSettings:
         gpu_memory_utilization=run.rollout.gpu_memory_utilization,
         sleep_mode=run.rollout.sleep is not False and run.rollout.asynchronous is None,
         repeatable=run.rollout.repeatable,
-        routes=router_replay(run, read_shape(run.model.path)).is_on,
+        routes=_replays_routes(run),
         cpu_threads=max(1, len(os.sched_getaffinity(0)) // run.rollout.tensor),
     )
 
@@ -111,7 +111,7 @@ class RolloutEngine:
         self._fleet: Fleet | None = None
         self._clients: Sequence[RolloutClient] = ()
         self._sync: WeightSync | None = None
-        self._keeps_routes = is_needed and router_replay(run, read_shape(run.model.path)).is_on
+        self._keeps_routes = is_needed and _replays_routes(run)
         self.route_keys: Mapping[str, str] = {}
         """With router replay, the API key of each server, by its URL; on every rank."""
         self.route_stores: Collection[str] = ()
@@ -373,6 +373,10 @@ class RolloutEngine:
         self._connected = True
         self.generation += 1
         self._lost = False
+
+
+def _replays_routes(run: RunConfig) -> bool:
+    return router_replay(run, read_shape(run.model.path)).is_on
 
 
 def _release(client: RolloutClient, *, through: int | None) -> None:

@@ -91,7 +91,10 @@ def expected_sums(
         start = {axis: rank * tensor.shape[axis] for axis in (0, 1) if axis == part.axis}
         if part.entry.rule.vocab:
             tensor = tensor[: max(0, vocab_size - start.get(0, 0))]
-        total = part_sum(tensor, row=start.get(0, 0), column=start.get(1, 0))
+        if part.is_gathered or rank == 0:
+            total = part_sum(tensor, row=start.get(0, 0), column=start.get(1, 0))
+        else:  # rank 0 has the whole tensor, too
+            total = tensor.new_zeros((), dtype=torch.int64)
         mine.setdefault(part.group, []).append((part, total))
     found = {}
     for group, parts in mine.items():
@@ -99,11 +102,8 @@ def expected_sums(
         if dist.get_rank(group) != 0:
             continue
         for (part, _), each in zip(parts, sums.unbind(1), strict=True):
-            if part.axis is not None:
-                each = each.sum().unsqueeze(0)
-            elif not part.is_gathered:
-                each = each[:1]
-            for rank, total in enumerate(each.tolist()):
+            wholes = each.sum(0, keepdim=True) if part.entry.expert is None else each
+            for rank, total in enumerate(wholes.tolist()):
                 found[part.name(rank, weights.num_experts)] = total
     return found
 

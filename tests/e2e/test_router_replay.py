@@ -19,6 +19,10 @@ from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
 LAYERS = 2
+SERVER_SETTINGS = ServerSettings(
+    dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, routes=True, repeatable=True
+)
+"""A repeatable server caches no prefixes, which vLLM refuses together with routes where nothing is adapted."""
 
 
 def save_policy(folder: Path) -> Path:
@@ -56,12 +60,8 @@ def test_routes_are_replayed_and_survive_a_resume(tmp_path: Path, monkeypatch: p
         "optim.lr": "0.001",
         "steps": "3",
     }
-    # A repeatable server caches no prefixes, which vLLM refuses together with routes where nothing is adapted.
-    server_settings = ServerSettings(
-        dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, routes=True, repeatable=True
-    )
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    with start_server(policy, server_settings, log=tmp_path / "vllm.log") as server:
+    with start_server(policy, SERVER_SETTINGS, log=tmp_path / "vllm.log") as server:
         server.wait_until_ready(300)
         monkeypatch.setenv("VLLM_API_KEY", server.api_key)
         runs: list[tuple[Path, Path, dict[str, str], int | str]] = [
@@ -127,12 +127,9 @@ def test_a_step_whose_routes_are_lost_is_repeated_and_ranks_read_what_replies_wo
         "checkpoint.every": "0",
     }
     sent, kept = tmp_path / "sent", tmp_path / "kept"
-    server_settings = ServerSettings(
-        dtype="fp32", max_model_len=160, kv_cache_bytes=64 << 20, routes=True, repeatable=True
-    )
     with monkeypatch.context() as patch:
         patch.setenv(MEMORY_VARIABLE, "0")
-        server = start_server(policy, server_settings, log=tmp_path / "vllm.log")
+        server = start_server(policy, SERVER_SETTINGS, log=tmp_path / "vllm.log")
     with server:
         server.wait_until_ready(300)
         with monkeypatch.context() as patch:

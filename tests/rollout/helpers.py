@@ -141,6 +141,21 @@ def assert_routes(
     assert np.concatenate(shifted).mean() < 0.5
 
 
+def answers_of(
+    client: RolloutClient, asked: list[GenerateRequest], *, version: int | None, deadline_s: float = 10
+) -> dict[int, tuple[Rollout, ...] | None]:
+    """Return the answers to the requests, two of which are sent at a time, by their index."""
+    left, answers = list(enumerate(asked)), dict[int, tuple[Rollout, ...] | None]()
+    client.generate_each(
+        lambda: left.pop(0) if left else None,
+        version=version,
+        at_once=2,
+        deadline_s=deadline_s,
+        on_answer=answers.__setitem__,
+    )
+    return answers
+
+
 @torch.no_grad()
 def transformers_routes(model: Any, shape: RouteShape, token_ids: tuple[int, ...]) -> np.ndarray:
     """Return the experts that Transformers chooses for each token, sorted: [tokens, layers with experts, chosen]."""

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 from megatron_chord.routes import RouteShape
+from tests.rollout.helpers import answers_of
 
 KEY = "the key"
 REQUEST = GenerateRequest(
@@ -426,23 +426,9 @@ def test_the_deadline_holds_for_all_requests_together(client: RolloutClient, scr
     assert time.monotonic() - begun < 15
 
 
-def each(
-    client: RolloutClient, requests: list[GenerateRequest], *, version: int | None = 7, deadline_s: float = 10
-) -> dict[int, tuple[Rollout, ...] | None]:
-    waiting, answers = list(enumerate(requests)), dict[int, tuple[Rollout, ...] | None]()
-    client.generate_each(
-        lambda: waiting.pop(0) if waiting else None,
-        version=version,
-        at_once=2,
-        deadline_s=deadline_s,
-        on_answer=answers.__setitem__,
-    )
-    return answers
-
-
 def test_one_request_after_another(client: RolloutClient, script: Script) -> None:
     script.answers = [(503, {}), (200, GOOD)]
-    answers = each(client, [REQUEST, replace(REQUEST, top_p=0.9), REQUEST])
+    answers = answers_of(client, [REQUEST, replace(REQUEST, top_p=0.9), REQUEST], version=7)
     assert sorted(answers) == [0, 1, 2]
     assert all(answer is not None and answer[0].token_ids == (9, 2) for answer in answers.values())
     assert len(script.received) == 4, "three requests, one of which was sent again"
@@ -452,13 +438,13 @@ def test_one_request_after_another(client: RolloutClient, script: Script) -> Non
 def test_a_late_request_is_reported_and_the_others_continue(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
     script.delay_s = 1.0
-    assert each(client, [REQUEST] * 3, deadline_s=0.1) == {0: None, 1: None, 2: None}
+    assert answers_of(client, [REQUEST] * 3, version=7, deadline_s=0.1) == {0: None, 1: None, 2: None}
 
 
 def test_a_refused_request_ends_all(client: RolloutClient, script: Script) -> None:
     script.answers = [(400, {"error": {"message": "the prompt is too long"}})]
     with pytest.raises(RolloutError, match=r"HTTP 400.*the prompt is too long"):
-        each(client, [REQUEST] * 9)
+        answers_of(client, [REQUEST] * 9, version=7)
     assert len(script.received) <= 2
 
 
@@ -467,14 +453,14 @@ def test_weights_of_the_servers_start(client: RolloutClient, script: Script) -> 
     for sample in reply["choices"]:
         sample["weight_versions"][0]["version"] = "default"
     script.answers = [(200, reply)]
-    (answer,) = each(client, [REQUEST], version=None).values()
+    (answer,) = answers_of(client, [REQUEST], version=None).values()
     assert answer is not None
     assert answer[0].weight_version == 0
     with pytest.raises(StaleWeights, match="sampled by weight version default, not 7"):
-        each(client, [REQUEST])
+        answers_of(client, [REQUEST], version=7)
     script.answers = [(200, GOOD)]
     with pytest.raises(StaleWeights, match="sampled by weight version 7, not default"):
-        each(client, [REQUEST], version=None)
+        answers_of(client, [REQUEST], version=None)
 
 
 def test_no_server_listens() -> None:

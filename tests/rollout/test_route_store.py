@@ -27,7 +27,7 @@ from megatron_chord.train.remote_routes import (
     json_with_routes_here,
     json_with_routes_that_exist,
 )
-from tests.rollout.helpers import START_S, VOCAB, client_of, requests
+from tests.rollout.helpers import START_S, VOCAB, answers_of, client_of, requests
 from tests.support.tiny import save_model
 
 DEADLINE_S = 240.0
@@ -80,15 +80,8 @@ def shape(folder: Path) -> RouteShape:
 
 def generated(client: RolloutClient, asked: list[GenerateRequest]) -> list[Rollout]:
     """Sample with the weights that the server was started with."""
-    left, found = list(enumerate(asked)), dict[int, Any]()
-    client.generate_each(
-        lambda: left.pop(0) if left else None,
-        version=None,
-        at_once=2,
-        deadline_s=DEADLINE_S,
-        on_answer=found.__setitem__,
-    )
-    return [rollout for _, group in sorted(found.items()) for rollout in group]
+    found = answers_of(client, asked, version=None, deadline_s=DEADLINE_S)
+    return [rollout for _, group in sorted(found.items()) for rollout in group or ()]
 
 
 def of_server(server: RolloutServer) -> dict[str, Any]:
