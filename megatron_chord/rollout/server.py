@@ -37,7 +37,13 @@ from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
 from megatron_chord.rollout.route_store import KeepRoutes
 from megatron_chord.rollout.vllm_entry import SOCKET_VARIABLE
-from megatron_chord.rollout.vllm_plugin import BACKEND, CPU_ROUTES_VERSION, DIE_WITH_PARENT, ROUTES_ON_CPU
+from megatron_chord.rollout.vllm_plugin import (
+    BACKEND,
+    CPU_ROUTES_VERSION,
+    DIE_WITH_PARENT,
+    ENGINE_THREADS,
+    ROUTES_ON_CPU,
+)
 from megatron_chord.weights.reader import HFReader
 
 MODEL_NAME = "policy"
@@ -91,7 +97,7 @@ class ServerSettings:
     visible_devices: str | None = None
     """GPU only: CUDA_VISIBLE_DEVICES of the server. None: that of the trainer."""
     cpu_threads: int = 1
-    """OMP threads of each vLLM process on a CPU."""
+    """OpenMP threads of each vLLM engine on a CPU."""
     repeatable: bool = False
     """Whether the result of a request must not depend on the other requests in the batch."""
     routes: bool = False
@@ -461,7 +467,9 @@ def _environment(inherited: Mapping[str, str], key: str) -> dict[str, str]:
 def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
     environment = {
         ROUTES_ON_CPU: "1" if settings.routes else "",
-        "OMP_NUM_THREADS": str(settings.cpu_threads),
+        # With more threads the API server could not fork its engine (vllm_plugin.py).
+        "OMP_NUM_THREADS": "1",
+        ENGINE_THREADS: str(settings.cpu_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
         "TORCH_COMPILE_DISABLE": "1",  # vLLM would compile a few small functions for seconds at the first request
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)

@@ -20,6 +20,8 @@ from megatron_chord.processes import die_with_parent
 BACKEND = "megatron_chord"
 DIE_WITH_PARENT = "MEGATRON_CHORD_DIE_WITH_PARENT"
 """Environment variable with the process id of the parent. Each process sets it to its own id for its children."""
+ENGINE_THREADS = "MEGATRON_CHORD_ENGINE_THREADS"
+"""Environment variable: the number of OpenMP threads of each engine on a CPU. The API server itself has one."""
 ROUTES_ON_CPU = "MEGATRON_CHORD_ROUTES_ON_CPU"
 """Environment variable: if it is not empty, vLLM's CPU build is adapted so that it returns routes
 (``vllm_routes.py``)."""
@@ -72,7 +74,13 @@ def _fork_engine_on_cpu() -> None:
 
     if not current_platform.is_cpu():
         return
+    import torch
     from vllm.v1.engine import utils
+
+    if threads := os.environ.pop(ENGINE_THREADS, None):
+        # For a new interpreter. In a forked process torch has already read the variable.
+        os.environ["OMP_NUM_THREADS"] = threads
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(int(threads)))
 
     usual_context = utils.get_mp_context
 

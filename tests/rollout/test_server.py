@@ -39,7 +39,9 @@ TRAINER = textwrap.dedent(
     from megatron_chord.rollout.server import ServerSettings, start_server
 
     model, log, ready = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "ready"
-    settings = ServerSettings(dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1)
+    settings = ServerSettings(
+        dtype="fp32", max_model_len=64, kv_cache_bytes=64 << 20, gpu_memory_utilization=0.1, cpu_threads=2
+    )
     server = start_server(model, settings, log=log, host=sys.argv[4])
     print(json.dumps({"pid": server.pid, "url": server.url}), flush=True)
     if ready:
@@ -77,6 +79,14 @@ def kill_session(session: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def check_engine_was_forked(session: int, log: str) -> None:
+    """A forked engine has the environment with which its API server was started. A new interpreter would have two
+    OpenMP threads in it, and would import for half a minute what the API server has already imported."""
+    for pid in _session_processes(session):
+        assert b"\0OMP_NUM_THREADS=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes(), pid
+    assert "OMP_NUM_THREADS=2 is set; leaving Torch threads at 2" in log
+
+
 def test_nobody_takes_a_port_and_no_server_survives_a_killed_trainer(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +104,8 @@ def test_nobody_takes_a_port_and_no_server_survives_a_killed_trainer(
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "ready\n", (tmp_path / "log").read_text()
         assert len(_session_processes(server["pid"])) >= 2
+        if not torch.cuda.is_available():
+            check_engine_was_forked(server["pid"], (tmp_path / "log").read_text())
         assert httpx.get(server["url"] + "/pause").status_code == 401
         assert addresses(_session_processes(server["pid"])) - {"127.0.0.1"} <= {host}, "gloo is on loopback"
         trainer.kill()
