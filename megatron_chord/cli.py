@@ -449,11 +449,14 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 
 
 def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
+    from megatron_chord.imports import importing
     from megatron_chord.network import loopback
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task
-    from megatron_chord.train.setup import check_run
-    from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopRequest
+
+    with importing():
+        from megatron_chord.train.setup import check_run
+        from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopRequest
 
     if "RANK" not in os.environ:
         os.environ.update(rank_of_task(os.environ))
@@ -481,9 +484,10 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         signal.signal(signal.SIGTERM, termination.on_signal)
     signal.signal(signal.SIGINT, termination.on_interrupt)
     request.listen()
-    from megatron_chord.train.halt import Halted
-    from megatron_chord.train.loop import train
-    from megatron_chord.train.start import Refused
+    with importing():
+        from megatron_chord.train.halt import Halted
+        from megatron_chord.train.loop import train
+        from megatron_chord.train.start import Refused
 
     try:
         train(

@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import socket
 
+from megatron_chord.imports import importing
+
 SOCKET_VARIABLE = "MEGATRON_CHORD_SOCKET"
 """Environment variable: the file descriptor of a socket that is bound to ``--host`` and ``--port``."""
 
 
 def main() -> None:
-    from vllm.entrypoints.launchers import launcher
-    from vllm.entrypoints.launchers.api_server import entry
+    with importing():
+        from vllm.entrypoints.launchers import launcher
+        from vllm.entrypoints.launchers.api_server import entry
 
     own = socket.socket(fileno=int(os.environ.pop(SOCKET_VARIABLE)))
     own.set_inheritable(False)
