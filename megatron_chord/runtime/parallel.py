@@ -283,12 +283,13 @@ def build_groups(
     collective_timeout_s: float = 600.0,
     coordinator_timeout_s: float = 600.0,
 ) -> ParallelGroups:
-    """Build Megatron's groups after torch.distributed is initialised. Groups of an earlier call are replaced."""
+    """Build Megatron's groups after torch.distributed is initialised. Groups of an earlier call are destroyed, so that
+    nothing that was built with them can communicate any more."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     parallel_state.initialize_model_parallel(
         **axis_sizes(parallel), distributed_timeout_minutes=max(1, round(collective_timeout_s / 60))
     )
@@ -332,7 +333,16 @@ def stop() -> None:
     """Destroy Megatron's groups and leave torch.distributed. Does nothing if they were never started."""
     if not dist.is_initialized():
         return
+    _destroy_groups()
+    dist.destroy_process_group()
+
+
+def _destroy_groups() -> None:
+    """Destroy all groups but the one of all ranks. Megatron only forgets its groups, and the threads of a forgotten
+    gloo group never end."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
