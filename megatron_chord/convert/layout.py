@@ -86,10 +86,12 @@ class Layout:
 
 def checkpoint_layout(shape: ModelShape) -> Layout:
     """The checkpoint's layout for a model of this shape, in fp32; starts a process group of one if there is none."""
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
     alone = ParallelConfig()
-    runtime.start(alone, seed=0)
+    if not parallel_state.is_initialized() or torch.distributed.get_world_size() > 1:
+        runtime.start(alone, seed=0)
     config = transformer_config(shape, ModelConfig(path=Path("."), dtype="fp32"), alone)
     with torch.device("meta"):
         (chunk,) = build_chunks(config, shape)
