@@ -260,7 +260,7 @@ class RolloutServer:
                 raise ServerError(self._report(f"exited with code {self._process.returncode} while starting"))
             if time.monotonic() > end:
                 raise ServerError(self._report(f"was not ready after {deadline_s:.0f} s"))
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     @property
     def exit_code(self) -> int | None:
