@@ -14,6 +14,7 @@ import pytest
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.server import RolloutServer
 from tests.e2e.test_stages import COMMON, SMALL
+from tests.support.few_rows import with_few_rows
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -49,7 +50,7 @@ def train_in_turn(url: str, runs: list[tuple[Path, Path, dict[str, str], int | s
 
     for file, output, settings, how in runs:
         wanted = {**LAGGED, "rollout.servers": f"[{url}]", **settings, "output": str(output)}
-        run = load_config(file, [f"{name}={value}" for name, value in wanted.items()])
+        run = with_few_rows(load_config(file, [f"{name}={value}" for name, value in wanted.items()]))
         if isinstance(how, int):
             with pytest.raises(Stopped):
                 train(run, check_stop=stop_before(how))

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.server import RolloutServer
+from tests.support.few_rows import with_few_rows
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -96,7 +97,7 @@ def train_all(files: list[Path], url: str, out: Path, changes: dict[str, dict[st
         overrides = [*(f"{name}={value}" for name, value in settings.items()), f"rollout.servers=[{url}]"]
         if load_config(file).batch.demonstrations:
             overrides.append("batch.demonstrations=6")
-        train(load_config(file, overrides))
+        train(with_few_rows(load_config(file, overrides)))
 
 
 def own_metrics(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:

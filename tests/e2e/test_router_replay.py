@@ -15,6 +15,7 @@ from megatron_chord.rollout.route_store import MEMORY_VARIABLE
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from tests.e2e.test_lag import numbers, train_in_turn, weights
 from tests.e2e.test_stages import COMMON, SMALL
+from tests.support.few_rows import with_few_rows
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -108,7 +109,7 @@ def train_without_a_lag(
 
     step_queue.with_routes_here = after_a_kill
     wanted = {**SMALL, **settings, "output": str(output)}
-    train(load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()]))
+    train(with_few_rows(load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()])))
     return sizes
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.server import RolloutServer
+from tests.support.few_rows import with_few_rows
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
 
@@ -37,7 +38,7 @@ def train_in_turn(url: str, runs: list[tuple[Path, dict[str, str], Any]]) -> Non
     for output, settings, resume in runs:
         wanted = {**SMALL, "rollout.servers": f"[{url}]", **settings, "output": str(output)}
         train(
-            load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()]),
+            with_few_rows(load_config(COMMON, [f"{name}={value}" for name, value in wanted.items()])),
             resume=resume,
             allow_changed=True,
         )
