@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 N = TypeVar("N")
 
-ALONE_S = 1.0
-"""Seconds in which this thread works alone, because starting helpers would take longer than a few rows."""
+ALONE_S = 3.0
+"""Seconds in which this thread works alone. Starting a helper's template process takes one to two seconds."""
 _AHEAD = 4
 """Maximum number of unfinished items for each core."""
 

@@ -35,7 +35,7 @@ _AT_FIRST = {name: os.environ[name] for name in IMPORT_VARIABLES if name in os.e
 """The values of these variables before any test changed them."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 500) -> list[Any]:
     """Run ``function(*args)`` in ``world_size`` new processes. Return their results in rank order.
 
     The function must be a module-level one of an importable test module. Arguments and results are pickled. If a rank
