@@ -11,7 +11,7 @@ The tokenizer is a byte-level BPE of 16,000 tokens with Qwen's pre-tokenizer, tr
   all cores. It runs before and after **cold**, and the mean counts, because other jobs may share the machine.
   **offsets**: `encode_batch`, the usual call.
 * **cold**: `load_demonstrations` and the writing of the cache: JSON, checks, template, tokenizer, mask, files. In the
-  first second one thread works alone (`cores.ALONE_S`), which shows with few rows.
+  first three seconds one thread works alone (`cores.ALONE_S`), which shows with few rows.
 * **CPU**: seconds of all cores, with the processes that render templates; it depends less on other jobs.
 * **warm**: found in the cache: hash of the data file, and the mapping.
 * **peak**: memory of the process during cold, and how much of it came on top of what was there before.

@@ -10,18 +10,23 @@ lines with ``messages``, ``tools`` and ``add_generation_prompt``. It answers ``{
 from __future__ import annotations
 
 import datetime
+import importlib
+import importlib.util
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
 """Limit of the address space, in bytes. Python with Transformers' renderer takes 0.25 GB of it."""
 MAX_TEXT = 8_000_000
 """Largest number of characters of one rendered conversation."""
+_RENDERER = "transformers.utils.chat_template_utils"
 
 # Some templates print today's date. A run that is resumed tomorrow must see the prompts it saw today.
 _TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
@@ -33,10 +38,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     connection = socket.socket(fileno=int(sys.argv[1]))
-    from transformers.utils.chat_template_utils import (
-        render_jinja_template,
-    )  # as tokenizers render: without torch
-
+    render = load_renderer()
     setting: dict[str, Any] = {}
     for line in connection.makefile("rb"):
         request = json.loads(line)
@@ -46,11 +48,37 @@ def main() -> None:
         signal.setitimer(
             signal.ITIMER_PROF, setting["cpu_s"]
         )  # beyond this limit the kernel ends the process
-        reply = _answer(render_jinja_template, setting, request)
+        reply = _answer(render, setting, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.sendall(reply)
         if reply.startswith(b'{"exhausted"'):
             return
+
+
+def load_renderer() -> Callable[..., Any]:
+    """Transformers' ``render_jinja_template``, which its tokenizers call.
+
+    The module is imported without the packages ``transformers`` and ``transformers.utils`` around it, whose imports
+    take twice as long as everything else in this process. If that fails, all of Transformers is imported.
+    """
+    try:
+        return _import_alone()
+    except Exception:  # another version of Transformers may need more of its packages
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        return importlib.import_module(_RENDERER).render_jinja_template
+
+
+def _import_alone() -> Callable[..., Any]:
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("transformers")
+    folder = os.path.dirname(spec.origin)
+    for name, path in (("transformers", folder), ("transformers.utils", os.path.join(folder, "utils"))):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    return importlib.import_module(_RENDERER).render_jinja_template
 
 
 def _answer(render: Any, setting: dict[str, Any], request: dict[str, Any]) -> bytes:

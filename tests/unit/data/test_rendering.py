@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -101,3 +103,29 @@ def test_reading_ends_at_the_row_whose_template_does_not_return(chatml_folder: P
         parse_rows(rows, lambda row: template.prompt_ids([{"role": "user", "content": row.fields["q"]}]))
     assert len(str(caught.value).splitlines()) == 2
     assert time.process_time() - begin < 5, "the process that renders is another one"
+
+
+IMPORTS = """
+import importlib.abc, sys
+from megatron_chord.data.jinja_worker import load_renderer
+
+class RefusesOnce(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers.utils.import_utils":
+            sys.meta_path.remove(self)
+            raise ImportError(name)
+
+if sys.argv[1] == "refused":
+    sys.meta_path.insert(0, RefusesOnce())
+conversation = [{"role": "user", "content": "two"}]
+texts, _ = load_renderer()([conversation], chat_template="{{ messages[0].content }}{{ messages | tojson }}")
+print(texts[0], "transformers.utils.hub" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("how", "imports_all"), [("alone", "False"), ("refused", "True")])
+def test_a_worker_imports_all_of_transformers_only_if_it_must(how: str, imports_all: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, how], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == f'two[{{"role": "user", "content": "two"}}] {imports_all}\n', done.stderr
