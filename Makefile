@@ -45,7 +45,11 @@ $(REAL)/model $(REAL)/calls: | $(INSTALLED)
 # Unit tests on all cores. The others start several processes each and often wait for them, so on any machine three files
 # run at a time (tests/conftest.py). A test that fails runs once more, because a process can be too slow on a loaded
 # machine. -rR lists the tests that ran twice.
+#
+# Python may not write bytecode where PYTHONDONTWRITEBYTECODE is set, as in many containers. Each of the tests' processes
+# would then compile the modules of this project again.
 PYTEST := $(BIN)/python -m pytest --reruns 1 -raR
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	$(PYTEST) -q -n auto tests/unit
