@@ -58,10 +58,13 @@ def with_layout(run: RunConfig, parallel: Mapping[str, Any], max_tokens: int) ->
 
 
 def assert_same_update(result: Any, expected: Any, what: str, *, relative: float = RELATIVE) -> None:
-    """Assert that every metric of the oracle and every gradient agrees."""
+    """Assert that every metric of the oracle and every gradient agrees. A rank without whole gradients returned None in
+    their place."""
     (metrics, grads), (wanted, wanted_grads) = result, expected
     for name, value in wanted.items():
-        assert metrics[name] == pytest.approx(value, rel=relative, abs=1e-7), f"{what}: {name}"
+        assert metrics[name] == pytest.approx(value, rel=relative, abs=1e-6), f"{what}: {name}"
+    if grads is None:
+        return
     assert grads.keys() == wanted_grads.keys(), what
     for name, grad in wanted_grads.items():
         scale = grad.abs().max().item()
@@ -107,8 +110,9 @@ def assert_split_invariant(
                     extra = {"noise": noise[0]} if noise else {}
                     cases.append(case(run_here, whole, weights, reference=reference, old=old, **extra))
                     names.append((name, f"{name}/{layout}/{split}"))
-        for results in run_ranks(steps.updates, world_size, model, cases, timeout_s=600):
+        for rank, results in enumerate(run_ranks(steps.updates, world_size, model, cases, timeout_s=600)):
             for (name, what), result in zip(names, results, strict=True):
+                assert (result[1] is None) == (rank > 0), what
                 assert_same_update(result, expected[name], what, relative=relative)
                 for number, value in (noise[1] if noise else {}).items():
                     assert result[0][number] == pytest.approx(value, rel=relative), f"{what}: {number}"

@@ -78,8 +78,13 @@ def gather_hf(state: TrainState, tensors: dict[str, torch.Tensor]) -> dict[str, 
     return merged
 
 
-def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, float], dict[str, Any]]]:
+def updates(
+    folder: Path, cases: list[dict[str, Any]]
+) -> list[tuple[dict[str, float], dict[str, Any] | None]]:
     """Return, for each case, the metrics and the whole gradients of one update of the case's ``run``.
+
+    Rank 0 alone returns gradients, those that all ranks hold. They would be the same on each rank, and there are 16 MB
+    of them for a case.
 
     A case with ``old`` stands for a later update of a step: what the trainer computes before the update is then
     computed with the weights of that folder. A case with ``noise`` measures that, too.
@@ -116,7 +121,9 @@ def updates(folder: Path, cases: list[dict[str, Any]]) -> list[tuple[dict[str, f
         update = Update(weights=case["weights"], counts=plan.counts, noise=case.get("noise"))
         result = compute_gradients(state, batches, update, terms, temperature=temperature).result
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
-        results.append(({"loss": result.loss, **result.means, **result.maxima}, gather_hf(state, grads)))
+        parts = state.groups.to_coordinator(dict(state.hf_tensors(grads)))
+        whole = {name: tensor for part in parts for name, tensor in part.items()}
+        results.append(({"loss": result.loss, **result.means, **result.maxima}, whole or None))
     return results
 
 

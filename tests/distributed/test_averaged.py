@@ -98,12 +98,13 @@ def scored(folder: Path, out: Path) -> Scored:
     plan = plan_step(with_scales(taught_samples()[:1], terms), max_tokens=100, layout=packing, pad_id=0)
     (batch,) = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
     saved = checkpoint.save(made, {"step": 1}, out, keep=2)
+    averaged, trained = averaged_weights(state), whole_weights(state)
     resumed = with_averaged(fresh_state(folder, {})[0], RATE)
     checkpoint.load(resumed, saved)
     return Scored(
         logprobs=batch.terms["policy"]["averaged_teacher_logprob"].tolist(),
-        averaged=averaged_weights(state),
-        trained=whole_weights(state),
+        averaged=averaged,
+        trained=trained,
         begun=averaged_weights(resumed),
     )
 

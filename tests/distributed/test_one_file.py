@@ -76,8 +76,9 @@ def test_every_layout_computes_what_the_one_file_says(one_file: Any, tmp_path: P
             run = with_layout(replace(run, batch=replace(run.batch, max_tokens_per_gpu=60)), parallel, 60)
             cases.append(case(run, samples_of(method), {"policy": 1 - mu, "sft": mu}))
             names.append((method, f"{method}/{layout}"))
-    for results in run_ranks(steps.updates, world_size, model, cases):
+    for rank, results in enumerate(run_ranks(steps.updates, world_size, model, cases)):
         for (method, what), result in zip(names, results, strict=True):
+            assert (result[1] is None) == (rank > 0), what
             assert total(expected[method][1]) > 1e-3
             assert_same_update(result, expected[method], what)
 
