@@ -25,6 +25,7 @@ from tests.e2e.test_run import (
     still_alive,
     wait_for,
 )
+from tests.support.few_rows import few_rows
 from tests.support.listening import addresses
 from tests.support.processes import command_line, is_alive
 from tests.support.task import metrics_of, run_cli
@@ -41,8 +42,8 @@ def write_config(folder: Path) -> Path:
         "seed": 3,
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
-            "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
+            "prompts": str(few_rows(EXAMPLE / "problems_train.jsonl", folder / "data")),
+            "demonstrations": str(few_rows(EXAMPLE / "demonstrations.jsonl", folder / "data")),
             "max_prompt_tokens": 64,
             "max_response_tokens": 32,
         },

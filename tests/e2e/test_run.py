@@ -27,6 +27,7 @@ import yaml
 
 from megatron_chord.process_table import descendants
 from megatron_chord.rollout.server import SERVER
+from tests.support.few_rows import few_rows
 from tests.support.processes import command_line, is_alive
 from tests.support.ranks import ROOT
 from tests.support.task import cli_environment, metrics_of, run_cli
@@ -50,6 +51,10 @@ def one_core() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
+
+    def data(name: str) -> str:
+        return str(few_rows(EXAMPLE / f"{name}.jsonl", folder / "data"))
+
     settings = {
         "output": str(folder / "straight"),
         "steps": STEPS,
@@ -57,14 +62,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
             "prompts": [
-                {"path": str(EXAMPLE / "problems_train.jsonl"), "weight": 3, "name": "train"},
-                {"path": str(EXAMPLE / "problems_heldout.jsonl"), "name": "more"},
+                {"path": data("problems_train"), "weight": 3, "name": "train"},
+                {"path": data("problems_heldout"), "name": "more"},
             ],
             "demonstrations": [
-                {"path": str(EXAMPLE / "demonstrations.jsonl"), "weight": 2},
-                {"path": str(EXAMPLE / "demonstrations_aligned.jsonl")},
+                {"path": data("demonstrations"), "weight": 2},
+                {"path": data("demonstrations_aligned")},
             ],
-            "evaluation": str(EXAMPLE / "problems_heldout.jsonl"),
+            "evaluation": data("problems_heldout"),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },

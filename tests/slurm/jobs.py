@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from tests.slurm.box import Box
+from tests.support.few_rows import few_rows
 from tests.support.ranks import ROOT
 from tests.support.task import metrics_of
 
@@ -29,8 +30,8 @@ def write_run(folder: Path, *, mu: float = 0.3, **settings: Any) -> Path:
         "seed": 3,
         "model": {"path": str(EXAMPLE / "policy"), "dtype": "fp32"},
         "data": {
-            "prompts": str(EXAMPLE / "problems_train.jsonl"),
-            "demonstrations": str(EXAMPLE / "demonstrations.jsonl"),
+            "prompts": str(few_rows(EXAMPLE / "problems_train.jsonl", folder / "data")),
+            "demonstrations": str(few_rows(EXAMPLE / "demonstrations.jsonl", folder / "data")),
             "max_prompt_tokens": 64,
             "max_response_tokens": 64,
         },

@@ -10,23 +10,27 @@ from megatron_chord.config import RunConfig, SourceConfig
 ROWS = 100
 
 
+def few_rows(data: Path, folder: Path) -> Path:
+    """Write the first ``ROWS`` rows of a file of JSON lines into a file of the same name in ``folder``. Return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / data.name).write_text("".join(rows[:ROWS]), encoding="utf-8")
+    return folder / data.name
+
+
 def with_few_rows(run: RunConfig) -> RunConfig:
     """Return the run with the first ``ROWS`` rows of each data file. Reading all of them takes longer than a few steps.
 
     The short files are beside the run's folder. All of its data must be JSON lines.
     """
     folder = run.output.parent / "few_rows"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def short(path: Path) -> Path:
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / path.name).write_text("".join(rows[:ROWS]), encoding="utf-8")
-        return folder / path.name
 
     def shortened(sources: tuple[SourceConfig, ...] | None) -> tuple[SourceConfig, ...] | None:
         if sources is None:
             return None
-        return tuple(replace(source, path=tuple(map(short, source.path))) for source in sources)
+        return tuple(
+            replace(source, path=tuple(few_rows(path, folder) for path in source.path)) for source in sources
+        )
 
     data = run.data
     prompts = shortened(data.prompts)
