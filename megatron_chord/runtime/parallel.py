@@ -333,7 +333,9 @@ def stop() -> None:
     """Destroy Megatron's groups and leave torch.distributed. Does nothing if they were never started."""
     if not dist.is_initialized():
         return
-    _destroy_groups()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
