@@ -40,6 +40,7 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
             "trapo": trapo(model),
         },
         layouts=LAYOUTS,
+        absolute=1e-6,  # HPT's policy loss is a mean of terms that nearly cancel: off by 2.3e-7 on some processors
     )
 
 
