@@ -449,7 +449,7 @@ def _preview_mu(run: RunConfig, plot: Path | None) -> int:
 
 
 def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueError], int]) -> int:
-    from megatron_chord.imports import importing
+    from megatron_chord.importing import importing
     from megatron_chord.network import loopback
     from megatron_chord.runtime.launcher import end_with_launcher
     from megatron_chord.runtime.slurm import rank_of_task

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 
-from megatron_chord.imports import importing
+from megatron_chord.importing import importing
 
 SOCKET_VARIABLE = "MEGATRON_CHORD_SOCKET"
 """Environment variable: the file descriptor of a socket that is bound to ``--host`` and ``--port``."""

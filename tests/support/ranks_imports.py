@@ -1,6 +1,6 @@
 """The modules that the server of ``tests.support.ranks`` imports before it forks. None of them starts a thread."""
 
-from megatron_chord.imports import importing
+from megatron_chord.importing import importing
 
 with importing():
     import torch.distributed  # noqa: F401
