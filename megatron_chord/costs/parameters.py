@@ -123,6 +123,16 @@ def model_count(shape: ModelShape) -> int:
     return sum(_copies(rule, shape) * _size(rule, known) for rule in shape.weights.rules if rule.exported)
 
 
+def largest_tensor(shape: ModelShape) -> int:
+    """Number of elements of the largest tensor in the model's Hugging Face folder."""
+    known, sizes = all_dims(shape), list[int]()
+    for rule in shape.weights.rules:
+        rows, *others = known[rule.megatron[0]]
+        parts = rule.transform.rows(0, rows, rows)
+        sizes += [(part.stop - part.start) * math.prod(others) for part in parts]
+    return max(sizes)
+
+
 def active_count(shape: ModelShape) -> int:
     """Number of parameters that multiply one token: including the head and the chosen experts, without the
     embedding."""

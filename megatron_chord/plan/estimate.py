@@ -11,7 +11,7 @@ from megatron_chord.costs import parameters
 from megatron_chord.costs.balance import slowdown
 from megatron_chord.costs.flops import recomputed_flops, train_flops
 from megatron_chord.costs.gpus import Gpu
-from megatron_chord.costs.parameters import WEIGHT_BYTES, model_count
+from megatron_chord.costs.parameters import WEIGHT_BYTES, largest_tensor, model_count
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.terms import need_reference, num_forward_passes
@@ -34,7 +34,7 @@ from megatron_chord.plan.push import job_transport, push_seconds
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, reduction_seconds, speed
 from megatron_chord.plan.work import Work
 from megatron_chord.precision import Precision, preset
-from megatron_chord.rollout.sync import TransportName
+from megatron_chord.rollout.sync import BUCKET_BYTES, TransportName
 from megatron_chord.train.setup import packing_layout
 
 _MOMENTS_BYTES = 8
@@ -183,11 +183,24 @@ class Case:
         return job_transport(nodes=self.cluster.nodes, colocated=self.cluster.colocated)
 
     @property
+    def uses_ipc(self) -> bool:
+        """Whether servers read weights from trainers' GPUs by CUDA IPC."""
+        return self.work.sequences > 0 and self.chosen_transport in ("ipc", "relay")
+
+    @property
     def peer_contexts(self) -> float:
         """Bytes of the CUDA contexts that servers on the same node open on a trainer's GPU to read its weights."""
-        if not self.work.sequences or self.chosen_transport not in ("ipc", "relay"):
+        return (self.cluster.gpus_per_node - 1) * self.constants.peer_context_bytes if self.uses_ipc else 0.0
+
+    @property
+    def push_buffers(self) -> float:
+        """Bytes of the two buffers that a rank keeps on its GPU from its first push on, if it hands weights to servers
+        by CUDA IPC (``rollout.transports.IpcTransport``): a pipeline stage's exporter, or a node's publisher. A bucket
+        has ``BUCKET_BYTES``, or one larger tensor."""
+        if not self.uses_ipc:
             return 0.0
-        return (self.cluster.gpus_per_node - 1) * self.constants.peer_context_bytes
+        largest = self.weight_bytes * largest_tensor(self.shape)
+        return 2 * max(BUCKET_BYTES[self.chosen_transport], largest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,9 +402,10 @@ def estimate(case: Case, choice: Choice, *, sampling: float | None = None) -> Es
         for stage in _stages_to_see(case.shape, parallel)
     )
     server = case.server() if work.sequences else None
-    asleep = case.constants.asleep_bytes + case.peer_contexts if server and cluster.colocated else 0.0
+    pushing = case.peer_contexts + case.push_buffers
+    asleep = case.constants.asleep_bytes + pushing if server and cluster.colocated else 0.0
     beside = (
-        max(_beside(case, stage) for stage in stages) + case.constants.cuda_bytes + case.peer_contexts
+        max(_beside(case, stage) for stage in stages) + case.constants.cuda_bytes + pushing
         if cluster.colocated
         else 0.0
     )

@@ -104,6 +104,8 @@ def as_plain(case: Case, found: Estimate) -> dict[str, Any]:
             "gpu": case.cluster.gpu.memory,
             "worst_stage": found.worst.stage,
             **found.worst.parts(),
+            "peer_contexts": case.peer_contexts,
+            "push_buffers": case.push_buffers,
             "training_peak": found.training_peak,
             "sampling_peak": found.sampling_peak,
             "main_memory": found.saved,
@@ -174,8 +176,9 @@ def _memory(case: Case, found: Estimate) -> Table:
             table.add_row(_NAMES[name], gb(value))
     if found.server and cluster.colocated:
         table.add_row("vLLM, asleep", gb(case.constants.asleep_bytes))
-        if case.peer_contexts:
+        if case.uses_ipc:
             table.add_row("CUDA contexts of the node's servers", gb(case.peer_contexts))
+            table.add_row("buffers of weight pushes", gb(case.push_buffers))
     table.add_row("training, together", gb(found.training_peak), end_section=True)
     if found.server:
         table.add_row("vLLM: weights", gb(found.server.weights))

@@ -13,6 +13,7 @@ from megatron_chord.config_io import load_config
 from megatron_chord.costs.parameters import (
     active_count,
     expert_count,
+    largest_tensor,
     model_count,
     rank_count,
     uncut_count,
@@ -104,9 +105,10 @@ def test_stages_with_and_without_dense_layers() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_counts_what_its_folder_holds(family: str, tied: bool, tmp_path: Path) -> None:
-    reader = HFReader.of(save_model(family, tmp_path, tied=tied, layers=2))
-    stored = sum(math.prod(reader.shape(name)) for name in reader.names)
-    assert model_count(read_shape(tmp_path)) == stored
+    reader = HFReader.of(save_model(family, tmp_path, tied=tied, layers=2, vocab=19))
+    shape, sizes = read_shape(tmp_path), [math.prod(reader.shape(name)) for name in reader.names]
+    assert model_count(shape) == sum(sizes)
+    assert largest_tensor(shape) == max(sizes)
 
 
 def test_every_family_counts_what_conversion_plans(tmp_path: Path) -> None:

@@ -187,15 +187,35 @@ def test_weights_travel_as_a_job_sends_them() -> None:
     assert stated.chosen_transport == "broadcast"
 
 
-def test_servers_beside_the_ranks_open_contexts() -> None:
-    """Seven of a node's eight GPUs read an exporter's memory over CUDA IPC, each with 0.5 GB there."""
-    run = run_of("chord_qwen7b")
-    case = case_of(run, h100())
+@pytest.mark.parametrize(
+    ("name", "nodes", "transport", "buffers"),
+    [
+        # A tensor that is larger than a bucket is sent alone: Qwen2.5-7B's embedding, 152064 x 3584 in BF16, over CUDA
+        # IPC, and Llama-3.1-70B's, 128256 x 8192, over the relay, which ends in CUDA IPC on each node.
+        ("chord_qwen7b", 1, "ipc", 2 * 2 * 152064 * 3584),
+        ("chord_llama70b", 8, "relay", 2 * 2 * 128256 * 8192),
+    ],
+)
+def test_memory_of_pushes_by_cuda_ipc(name: str, nodes: int, transport: str, buffers: int) -> None:
+    """Seven of a node's eight GPUs read an exporter's memory over CUDA IPC, each with 0.5 GB there. The exporter keeps
+    two buffers."""
+    run = run_of(name)
+    case = case_of(run, h100(nodes))
+    assert case.chosen_transport == transport
     with_it, without = (
         estimate(one, choice_of(run)) for one in (case, dataclasses.replace(case, transport="broadcast"))
     )
-    assert with_it.training_peak - without.training_peak == pytest.approx(3.5e9)
-    assert with_it.sampling_peak - without.sampling_peak == pytest.approx(3.5e9)
+    assert with_it.training_peak - without.training_peak == pytest.approx(3.5e9 + buffers)
+    assert with_it.sampling_peak - without.sampling_peak == pytest.approx(3.5e9 + buffers)
+
+
+def test_buffers_of_pushes_have_at_least_a_bucket() -> None:
+    """Qwen2.5-7B with a small vocabulary: the largest matrices are those of its MLP, 18944 x 3584. In BF16 they are
+    smaller than a bucket of 256 MiB, in FP32 larger."""
+    case = case_of(run_of("chord_qwen7b"), h100())
+    case = dataclasses.replace(case, shape=dataclasses.replace(case.shape, vocab_size=1024))
+    assert case.push_buffers == 2 * 256 * 2**20
+    assert dataclasses.replace(case, weight_bytes=4).push_buffers == 2 * 4 * 18944 * 3584
 
 
 def test_main_memory_and_disk_of_a_node() -> None:
