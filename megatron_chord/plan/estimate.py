@@ -105,7 +105,7 @@ class Case:
     push_limit_s: float | None = None
     """``timeouts.weight_push_s``"""
     kept_checkpoints: int = 2
-    """``checkpoint.keep``"""
+    """``checkpoint.keep``, and one more with ``checkpoint.keep_best``"""
     optimizer_states: int = 1
     """Number of optimizer states in a checkpoint: one more with updates that have a state of their own (ReLIFT), and
     one more with averaged weights (``method.teacher: averaged``)."""
@@ -245,7 +245,8 @@ class HostMemory:
     offloaded: float
     """Pinned: what the ranks move off the GPUs while servers sample (``train/offload.py``)."""
     staged: float
-    """While training goes on and a checkpoint is written: a copy of the node's part of it."""
+    """While a checkpoint is written: a copy of the node's part of it if training goes on, and of further optimizer
+    states in any case."""
     processes: float
     """Ranks and servers themselves."""
     states: float
@@ -344,7 +345,7 @@ def case_of(
         stated_offload=run.rollout.offload,
         transport=run.rollout.transport,
         push_limit_s=run.timeouts.weight_push_s,
-        kept_checkpoints=run.checkpoint.keep,
+        kept_checkpoints=run.checkpoint.keep + (run.checkpoint.keep_best is not None),
         optimizer_states=method.num_optimizer_states(run),
         host_state_bytes=_MOMENTS_BYTES * (method.extra_rate(run) is not None)
         + _AVERAGE_BYTES * (method.averaging_rate(run) is not None),
@@ -480,12 +481,14 @@ def host_memory(case: Case, choice: Choice, stages: Sequence[StageMemory], saved
     gpus = case.cluster.gpus_per_node
     processes = gpus * (2 if case.work.sequences and case.cluster.colocated else 1)
     # A checkpoint has the weights and, also where training is in FP32, main weights and moments. Each rank writes the
-    # part of which it keeps the optimizer state.
+    # part of which it keeps the optimizer state. Further optimizer states are copied also where training waits
+    # (train/checkpoint.py, _other_described).
     one = parameters.checkpoint_bytes(1, case.weight_bytes, optimizers=case.optimizer_states)
+    further = one - parameters.checkpoint_bytes(1, case.weight_bytes)
     kept = max(stage.optimizer for stage in stages) / case.numerics.optimizer
     return HostMemory(
         offloaded=gpus * saved,
-        staged=gpus * kept * one if case.stages_checkpoints else 0.0,
+        staged=gpus * kept * (one if case.stages_checkpoints else further),
         states=gpus * kept * case.host_state_bytes,
         processes=processes * case.constants.host_process_bytes,
         routes=_routes_bytes(case, choice),

@@ -230,6 +230,9 @@ def test_main_memory_and_disk_of_a_node() -> None:
     assert found.host.processes == 16 * 5e9
     assert found.host.total == found.host.offloaded + found.host.staged + found.host.processes
     assert disk_bytes(case) == 3 * checkpoint_bytes(case)
+    evaluated = ("data.evaluation=held.jsonl", "evaluation.every=10", "checkpoint.keep_best=accuracy")
+    best = case_of(run_of("chord_llama70b", *evaluated), h100(8))
+    assert disk_bytes(best) == 4 * checkpoint_bytes(case), "two newest, the best, and the one being written"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,8 @@ def test_main_memory_and_disk_of_a_node() -> None:
 )
 def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], each: int, written: int) -> None:
     """ReLIFT keeps two FP32 moments in main memory, an averaged teacher the FP32 weights: each rank those of a quarter
-    of its parameters. A checkpoint has a second optimizer state."""
+    of its parameters. A checkpoint has a second optimizer state, which is copied to main memory before it is
+    written, also if training waits."""
     aligned = json.dumps(method["name"] == "relift")
     settings = [f"method={json.dumps(method)}", "batch.demonstrations=0", f"data.aligned={aligned}"]
     run = run_of("chord_llama70b", *settings)
@@ -251,6 +255,9 @@ def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], eac
     count = max(stage.parameters for stage in found.stages)
     assert found.host.states == pytest.approx(8 * each * count / 4)
     assert found.host.staged == pytest.approx(8 * written * count / 4)
+    waiting = run_of("chord_llama70b", *settings, "checkpoint.asynchronous=false")
+    of_waiting = estimate(case_of(waiting, h100(8)), choice_of(waiting)).host
+    assert of_waiting.staged == pytest.approx(8 * (written - 2 - 12) * count / 4)
     assert checkpoint_bytes(case) == pytest.approx(written * model_count(case.shape))
 
 
