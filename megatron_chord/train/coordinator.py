@@ -146,6 +146,8 @@ class Coordinator:
                 for ahead, answers in sorted(self._answers.items())
             ],
         }
+        if self._data.routes is None:
+            return state
         state, lost = json_with_routes_that_exist(state, route_keys or {})
         if lost:
             self.log.say(
@@ -234,13 +236,13 @@ class Coordinator:
             recorded=recorded,
         )
         collected = self._collect_by(context)
-        keys = {client.url: client.api_key for client in clients} if self._data.routes is not None else {}
-        # Servers free the routes of this step when it is trained, so rank 0 reads those that it keeps longer.
-        unfinished = drawn_with_routes_here(context.sources.unfinished, keys)
-        self._progress[now.step] = _Progress(
-            sources=replace(context.sources, unfinished=unfinished),
-            memory=json_with_routes_here(collected.memory, keys),
-        )
+        sources, memory = context.sources, collected.memory
+        if self._data.routes is not None:
+            # Servers free the routes of this step when it is trained, so rank 0 reads those that it keeps longer.
+            keys = {client.url: client.api_key for client in clients}
+            sources = replace(sources, unfinished=drawn_with_routes_here(sources.unfinished, keys))
+            memory = json_with_routes_here(memory, keys)
+        self._progress[now.step] = _Progress(sources=sources, memory=memory)
         if may_lag:
             self._answers[now.step] = _Answers(version=version, rounds=context.rounds)
         if context.graded:

@@ -20,6 +20,8 @@ from megatron_chord.records import Prompt
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.sampling.context import Sources
 from megatron_chord.schedules import Constant, ScheduleInput
+from megatron_chord.train import remote_routes
+from megatron_chord.train.arrays import with_replaced
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from tests.support.decoding import END, DecodingClient
 from tests.support.tiny import tiny_run
@@ -313,3 +315,18 @@ def test_dynamic_sampling_goes_on_with_them_in_its_next_round() -> None:
     assert len(seen) == len(set(seen))
     position = json.loads(steps.checkpoint(5))["cursors"]["prompts"]["position"]
     assert set(seen) == steps.first_prompts(position), "every prompt that was drawn, once"
+
+
+def test_without_router_replay_nothing_is_searched_for_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as in a dense model. The memory of a method and unfinished prompts may be large."""
+    searched: list[Any] = []
+
+    def search(value: Any, *others: Any) -> Any:
+        searched.append(value)
+        return with_replaced(value, *others)
+
+    monkeypatch.setattr(remote_routes, "with_replaced", search)
+    steps = Steps(run_of())
+    steps.take(range(3))
+    assert left_in(steps.checkpoint(3))
+    assert searched == []
