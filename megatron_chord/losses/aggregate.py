@@ -73,7 +73,9 @@ def drop_zero_gradient_parts(
     samples: Sequence[TrainSample], terms: Mapping[str, Term], *, min_tokens: int = MIN_COMPARED_TOKENS
 ) -> list[TrainSample]:
     """Remove the parts whose loss and gradient are 0 (``Term.zero_gradient_column``), then the samples that have no
-    part left.
+    part left. A sample that lost a part ends after its last trained token, because a hidden state depends only on the
+    tokens up to its own: a continuation with advantage 0 does not pass through the model, and its prefix does. Tokens
+    before a remaining part are its context and stay.
 
     Trainer and rollout engine are compared on the tokens of every step. So if fewer than ``min_tokens`` tokens of a
     term would remain, some of the removed parts are kept until the term has ``min_tokens`` tokens. The parts kept are
@@ -99,7 +101,22 @@ def drop_zero_gradient_parts(
             kept_ids.add(id(part))
             missing[part.term] -= len(part.positions)
     kept = [
-        replace(sample, parts=tuple(p for p in sample.parts if id(p) in kept_ids or not has_zero_gradient(p)))
+        (sample, tuple(p for p in sample.parts if id(p) in kept_ids or not has_zero_gradient(p)))
         for sample in samples
     ]
-    return [sample for sample in kept if sample.parts]
+    return [_with_parts(sample, parts) for sample, parts in kept if parts]
+
+
+def _with_parts(sample: TrainSample, parts: tuple[Part, ...]) -> TrainSample:
+    """The sample with these of its parts. If others were removed, it ends after the last token of these."""
+    if len(parts) == len(sample.parts):
+        return sample
+    end = 1 + max(int(part.positions[-1]) for part in parts)
+    left_out, teacher = len(sample.token_ids) - end, sample.teacher_ids
+    return replace(
+        sample,
+        token_ids=sample.token_ids[:end],
+        parts=parts,
+        routes=None if sample.routes is None else sample.routes[:end],
+        teacher_ids=None if teacher is None else teacher[: len(teacher) - left_out],
+    )

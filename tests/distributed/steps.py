@@ -11,7 +11,7 @@ import torch
 from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
-from megatron_chord.losses.aggregate import with_scales
+from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
 from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
@@ -87,7 +87,8 @@ def updates(
     of them for a case.
 
     A case with ``old`` stands for a later update of a step: what the trainer computes before the update is then
-    computed with the weights of that folder. A case with ``noise`` measures that, too.
+    computed with the weights of that folder. A case with ``noise`` measures that, too. One with ``drops`` leaves out
+    what has no gradient, as the coordinator does.
     """
     results = []
     built: tuple[Any, TrainState] | None = None
@@ -102,8 +103,9 @@ def updates(
             built = (made_of, state)
         state = built[1]
         fill(state, case.get("old") or folder)
+        samples = with_scales(case["samples"], terms)
         plan = plan_step(
-            with_scales(case["samples"], terms),
+            drop_zero_gradient_parts(samples, terms, min_tokens=0) if case.get("drops") else samples,
             max_tokens=run.batch.max_tokens_per_gpu,
             layout=packing_layout(
                 state.shape,

@@ -13,10 +13,12 @@ from torch import Tensor
 from megatron_chord.config_methods import HPTConfig, TrustRegionWeight
 from megatron_chord.methods.hpt import HPT
 from megatron_chord.methods.prefix_rft import hybrid_sample
-from megatron_chord.records import Prompt, Rollout, TrainSample
-from tests.distributed.splits import assert_split_invariant
-from tests.support.oracle import OracleTerm, SequenceTokens, Token
+from megatron_chord.records import Part, Prompt, Rollout, TrainSample
+from tests.distributed import steps
+from tests.distributed.splits import assert_same_update, assert_split_invariant, case, with_layout
+from tests.support.oracle import OracleTerm, SequenceTokens, Token, oracle_update
 from tests.support.oracle_terms import policy_term, sft_term
+from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, make_samples, save_qwen2, tiny_run
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -42,6 +44,28 @@ def test_every_layout_computes_the_reference_step(tmp_path: Path) -> None:
         layouts=LAYOUTS,
         absolute=1e-6,  # HPT's policy loss is a mean of terms that nearly cancel: off by 2.3e-7 on some processors
     )
+
+
+def test_continuations_without_a_gradient_do_not_pass(tmp_path: Path) -> None:
+    """Every other continuation has advantage 0. Its prefix is trained, and the update is that of the whole samples."""
+    model = save_qwen2(tmp_path)
+    cases, expected = [], []
+    for run, whole, weights, terms in (prefix_rft(model), trapo(model)):
+        samples = [
+            replace(sample, parts=tuple(idle(part) if number % 2 else part for part in sample.parts))
+            for number, sample in enumerate(whole)
+        ]
+        cases.append(case(with_layout(run, {}, 10_000), samples, weights, drops=True))
+        metrics, grads = oracle_update(model, samples, terms, weights, temperature=run.rollout.temperature)
+        expected.append(({"loss": metrics["loss"]}, grads))
+    (results,) = run_ranks(steps.updates, 1, model, cases)
+    for name, result, wanted in zip(("prefix_rft", "trapo"), results, expected, strict=True):
+        assert_same_update(result, wanted, name)
+
+
+def idle(part: Part) -> Part:
+    """The part, with advantage 0 if it is sampled."""
+    return replace(part, constants={**part.constants, "advantage": 0.0}) if part.term == "policy" else part
 
 
 # ---- Prefix-RFT

@@ -151,6 +151,43 @@ def test_idle_parts_are_left_out_but_counted() -> None:
     ]
 
 
+def test_a_sample_ends_after_its_last_trained_token() -> None:
+    """Prompt of 3 tokens, prefix of 2 and continuation of 4. With advantage 0 the continuation does not pass, neither
+    in the sample nor after the teacher's longer prompt. A prefix that is not trained is the continuation's context."""
+    terms = {"policy": replace(term("policy"), zero_gradient_column="advantage"), "sft": term("sft")}
+    prefix = Part(term="sft", positions=np.arange(3, 5))
+    idle = Part(term="policy", positions=np.arange(5, 9), constants={"advantage": 0.0})
+    trained = replace(idle, constants={"advantage": 0.5})
+    whole = TrainSample(
+        token_ids=np.arange(9),
+        parts=(prefix, idle),
+        routes=np.arange(8 * 2, dtype=np.uint8).reshape(8, 2, 1),
+        teacher_ids=np.array([20, 21, 22, 23, 3, 4, 5, 6, 7, 8]),
+    )
+    samples = [
+        whole,
+        replace(whole, parts=(idle, prefix), routes=None, teacher_ids=None),
+        replace(whole, parts=(prefix, trained)),
+        replace(whole, parts=(replace(prefix, term="policy", constants={"advantage": 0.0}), trained)),
+    ]
+    first, second, third, fourth = drop_zero_gradient_parts(with_scales(samples, terms), terms, min_tokens=0)
+    assert first.token_ids.tolist() == second.token_ids.tolist() == [0, 1, 2, 3, 4]
+    assert [part.term for part in (*first.parts, *second.parts)] == ["sft", "sft"]
+    assert isinstance(first.routes, np.ndarray)
+    assert first.routes.ravel().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert first.teacher_ids is not None
+    assert first.teacher_ids.tolist() == [20, 21, 22, 23, 3, 4]
+    assert (second.routes, second.teacher_ids) == (None, None)
+    assert len(third.token_ids) == len(fourth.token_ids) == 9
+    assert [part.term for part in fourth.parts] == ["policy"]
+    assert first.parts[0].constants[SCALE] == 1 / 6, (
+        "of three prefixes; what is left out counts in its own average"
+    )
+    assert fourth.parts[0].constants[SCALE] == 1 / 18, (
+        "of four continuations, and of a prefix of the same term"
+    )
+
+
 @pytest.mark.parametrize(
     ("enough", "expected"),
     [
