@@ -77,8 +77,8 @@ def pass_cost(
     Products of matrices grow with the square of the hidden size; element-wise work and communication grow with the
     hidden size. Relative to the products these two fall as 1 / hidden size. Where a model has experts, each layer also
     sends ``top_k`` copies of a token's hidden state to experts and back. The constants are those of an H100; on another
-    GPU element-wise work and these copies grow with its peak over the bandwidth of its memory, and tensor parallelism's
-    communication with its peak over the bandwidth of its link.
+    GPU element-wise work and these copies grow with its peak over the bandwidth of its memory, tensor parallelism's
+    communication with its peak over the bandwidth of its link, and products by ``Gpu.product_cost``.
 
     ``slowdown`` counts FLOPs. It multiplies all but the copies, which the head of the last stage does not have.
     """
@@ -94,7 +94,8 @@ def pass_cost(
     linear = constants.width_cost * memory_bound
     linear += constants.tensor_cost * (tensor - 1) * peak * base.link / gpu.link
     copies = constants.expert_cost * memory_bound * expert_copies(shape) / active_count(shape)
-    return slowdown * (floors[fp8, long_packs] + linear / shape.hidden_size) + copies
+    products = gpu.product_cost * floors[fp8, long_packs]
+    return slowdown * (products + linear / shape.hidden_size) + copies
 
 
 def expert_copies(shape: ModelShape) -> int:

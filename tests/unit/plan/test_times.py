@@ -127,6 +127,13 @@ def test_slow_links_and_memory_cost_more() -> None:
     assert pass_cost(shape, slow, tensor=8) == pytest.approx(of.bf16_floor + (width + tensor) / 4096)
 
 
+def test_blackwell_reaches_less_of_its_peak() -> None:
+    """[MLENG]: Llama-3.1-8B in BF16 at 8192 tokens, the same software on an H200 (461 TFLOP/s) and on a B200 (778)."""
+    shape, h200, b200 = shape_of("llama-3.1-8b"), GPUS["h200"], GPUS["b200"]
+    rates = [gpu.peak_flops / pass_cost(shape, gpu, tensor=1, long_packs=True) for gpu in (h200, b200)]
+    assert rates[1] / rates[0] == pytest.approx(778 / 461, rel=0.01)
+
+
 def test_seconds_of_a_pass() -> None:
     shape, gpu = shape_of("qwen2.5-7b"), GPUS["h100"]
     found = pass_seconds(shape, gpu, gpus=8, tokens=1e6, length=2048, efficiency=0.42)
