@@ -145,7 +145,7 @@ class WeightSync:
         self._transport: Transport | None = None
         self._relay: Relay | None = None
         self._group: SenderGroup | None = None
-        """The process group with servers or relay members, if this rank has one."""
+        """The process group with servers or relay members, if this rank has one. It is closed here."""
         self._connected = False
         self._deadline = 0.0
         self._timer = Timer()
@@ -308,8 +308,7 @@ class WeightSync:
         relay: RelayPlan | None,
     ) -> None:
         """Tell the servers where weights come from, while this rank waits for those that join its process group."""
-        if self._group is not None:  # that of servers which were replaced
-            self._group.close()
+        self._disconnect()  # from servers that were replaced
         replies: list[Future[None]] = []
         if self._is_coordinator:
             replies = self._submit_each(
