@@ -120,6 +120,7 @@ def assert_the_same_model(name: str, by_spec: dict[str, Any]) -> None:
         assert of_kind <= {kind}, (name, ending)
         assert of_kind or not wanted, (name, ending)
     assert engine["adds in a fixed order"] == (name in MOE), name
+    assert not local["adds in a fixed order"], f"{name}: its kernels are Transformer Engine's"
     assert engine["packing"], name
     for passed, unknown in engine["packing"]:
         # Otherwise the host waits in every layer until the device has compared lengths.
