@@ -5,6 +5,9 @@ reads its exit code; torchrun would turn every code into 1, and srun reports the
 rank that it ended itself. Servers can be replaced without a Slurm step of their own. A signal to the step reaches one
 process, which decides what to do. And a container is started once for each node.
 
+The preflight (``cluster.preflight``) runs before, as a process of its own, which leaves no memory and no CUDA context
+behind. This program holds the job's ports meanwhile.
+
 If a rank fails, this program records which and when, ends all processes on its node and exits with the rank's code.
 srun (--kill-on-bad-exit) then ends the other nodes in the same way. SIGUSR1 is ignored here, and vLLM inherits that.
 Ranks take it as a stop request, and a file requests a stop, too (``train.stop``).
@@ -15,8 +18,10 @@ In a preemption (``cluster.sigterm``) the node requests a stop with a checkpoint
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_chord.cluster import preflight
 from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.caches import make_own_caches
 from megatron_chord.cluster.job import Job, job_of
@@ -34,6 +40,7 @@ from megatron_chord.cluster.outcome import (
     record_failure,
     write_outcome,
 )
+from megatron_chord.cluster.ports import Ports, hold_ports
 from megatron_chord.cluster.ranks import Rank, start_ranks
 from megatron_chord.cluster.servers import NodeServers, count_servers, order_of
 from megatron_chord.cluster.sigterm import PREEMPTED_FILE, Sigterms
@@ -41,6 +48,7 @@ from megatron_chord.cluster.stopped import StoppedRank
 from megatron_chord.cluster.watching import run_watched
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
+from megatron_chord.processes import die_with_parent
 from megatron_chord.rollout.registry import JobRollout
 from megatron_chord.runtime import heartbeat
 from megatron_chord.runtime.launcher import RANK_OF_LAUNCHER
@@ -53,7 +61,6 @@ _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
 _RANK_GRACE_S = 12.0
 """Seconds between the signal that ends a rank (``Rank.terminate``) and SIGKILL. Slurm itself waits 30 s (KillWait)."""
-_REFUSED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,24 +69,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    arguments = [str(args.config), *args.overrides]
     job = job_of(os.environ, num_gpus=torch.cuda.device_count())
+    try:
+        ports = hold_ports(job) if job.is_head else None
+    except OSError as error:
+        return preflight.fail(job, preflight.EXIT_CODE, [f"{job.name}: {error.strerror}"])
+    code = _check_nodes(job, arguments, ports)
+    if code != 0:
+        return code
     try:
         run = load_config(args.config, args.overrides)
         _, method = check_run(run, job.world_size)
         num_servers = count_servers(job, run, method)
         set_nccl_network(os.environ, job.numeric_address())
     except ValueError as error:
-        record_failure(job.folder, f"{job.name}-settings", _REFUSED, str(error))
-        return _REFUSED
-    return _Node(job, run, [str(args.config), *args.overrides], num_servers).run()
+        record_failure(job.folder, f"{job.name}-settings", preflight.REFUSED, str(error))
+        return preflight.REFUSED
+    return _Node(job, run, arguments, num_servers, ports).run()
+
+
+def _check_nodes(job: Job, arguments: Sequence[str], ports: Ports | None) -> int:
+    """Run the preflight with all nodes. Returns its exit code; it has recorded its failure."""
+    parent = os.getpid()
+    status = subprocess.run(
+        [sys.executable, "-m", "megatron_chord.cluster.preflight", *arguments],
+        env=os.environ | (ports.to_variable() if ports is not None else {}),
+        pass_fds=ports.descriptors() if ports is not None else (),
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: die_with_parent(parent),
+        check=False,
+    ).returncode
+    if status < 0:
+        return preflight.fail(job, exit_code_of(status), [f"{job.name} {described(status)}"])
+    return status
 
 
 class _Node:
-    def __init__(self, job: Job, run: RunConfig, arguments: Sequence[str], num_servers: int) -> None:
+    def __init__(
+        self, job: Job, run: RunConfig, arguments: Sequence[str], num_servers: int, ports: Ports | None
+    ) -> None:
+        """``ports``: those of the job, on the first node. They are closed when its ranks have been started."""
         self._job = job
         self._run = run
         self._arguments = arguments
         self._num_servers = num_servers
+        self._ports = ports
         self._ranks: list[Rank] = []
         self._stopped: StoppedRank | None = None
         self._servers: NodeServers | None = None
@@ -111,7 +146,14 @@ class _Node:
                     transport=job.transport(),
                 ).to_variable()
             command = ["-m", "megatron_chord.cli", "train", *self._arguments, "--resume", "auto"]
-            self._ranks = start_ranks(job, command, name="train", environment=environment)
+            with self._ports or contextlib.nullcontext():
+                self._ranks = start_ranks(
+                    job,
+                    command,
+                    name="train",
+                    environment=environment,
+                    meeting_point=self._ports.ranks if self._ports is not None else None,
+                )
             if job.world_size == 1 and self._run.watchdog.beat_s > 0:
                 self._stopped = StoppedRank(
                     self._ranks[0].pid,

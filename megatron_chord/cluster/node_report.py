@@ -150,11 +150,10 @@ def _address_problems(job: Job) -> Iterator[str]:
     except OSError as error:
         yield f"its address {job.nodes[job.index].address} cannot be resolved: {error}"
         return
-    for port in (job.port, job.port + 1) if job.is_head else (0,):
-        try:
-            job.listener(port).close()
-        except OSError as error:
-            yield str(error.strerror)
+    try:
+        job.listener(0).close()
+    except OSError as error:
+        yield str(error.strerror)
 
 
 def _disk_problems(output: Path) -> Iterator[str]:

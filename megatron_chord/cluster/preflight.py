@@ -4,7 +4,8 @@ There is one process on each node. It first checks its own node (``cluster.node_
 on the first node, which tests the network and the port. Each writes a file into the job's folder that the others must
 see, which tests the shared file system. All read their clocks at the same moment and compare the reports. If there is
 no fault, each node starts as many processes as it will have ranks, and these run one all-reduce (``cluster.smoke``),
-over NCCL with GPUs and over gloo without.
+over NCCL with GPUs and over gloo without. They meet on the port that the ranks will use. So no node leaves before all
+of these processes have ended; otherwise a rank could meet one of them.
 
 Every node exits with 0, ``REFUSED`` or ``EXIT_CODE``. Faults are recorded as failures of the job.
 """
@@ -28,6 +29,7 @@ from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.node_report import Report, faults, look
 from megatron_chord.cluster.outcome import described, record_failure, tail
+from megatron_chord.cluster.ports import Ports, hold_ports, inherited_ports
 from megatron_chord.cluster.ranks import start_ranks
 from megatron_chord.network import host_and_port
 
@@ -46,57 +48,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE")
     args = parser.parse_args(argv)
     job = job_of(os.environ, num_gpus=torch.cuda.device_count())
+    ports = (inherited_ports() or hold_ports(job)) if job.is_head else None
     report = look(job, args.config, args.overrides)
     try:
-        reports = _meet(job, report)
+        return _check(job, report, ports)
     except (RuntimeError, OSError) as error:
         where = host_and_port(job.head.address, job.port + 1)
-        return _fail(job, EXIT_CODE, [f"{job.name} could not meet the others at {where}: {error}"])
-    if report.refusal and {other.refusal for other in reports} == {report.refusal}:
-        return _fail(job, REFUSED, [report.refusal]) if job.is_head else REFUSED
-    found = faults(reports)
-    if found:
-        return _fail(job, EXIT_CODE, found) if job.is_head else EXIT_CODE
-    set_nccl_network(os.environ, job.numeric_address())
-    broken = _smoke(job) if job.trains else []
-    return _fail(job, EXIT_CODE, broken) if broken else 0
+        return fail(job, EXIT_CODE, [f"{job.name} could not meet the others at {where}: {error}"])
 
 
-def _fail(job: Job, code: int, lines: Sequence[str]) -> int:
+def _check(job: Job, report: Report, ports: Ports | None) -> int:
+    """Check this node together with all others. Returns the exit code. Raises RuntimeError or OSError if they cannot
+    meet."""
+    meeting = _Meeting(job, ports)
+    code = _judge(job, report, meeting.compare(report))
+    if code == 0:
+        set_nccl_network(os.environ, job.numeric_address())
+        broken = _smoke(job, ports) if job.trains else []
+        if broken:
+            return fail(job, EXIT_CODE, broken)  # at once, so that srun ends the other nodes
+        meeting.exchange("smoke", "done", _SMOKE_S)
+    meeting.leave()
+    return code
+
+
+def fail(job: Job, code: int, lines: Sequence[str]) -> int:
+    """Record a failure of the preflight on this node. Returns `code`."""
     record_failure(job.folder, f"preflight-{job.name}", code, "\n".join(["preflight", *lines]))
     return code
 
 
-def _meet(job: Job, report: Report) -> list[Report]:
-    """Exchange reports over a store on the first node. Returns all reports; the result is the same on every node."""
-    store = dist.TCPStore(
-        job.head_address(),
-        job.port + 1,
-        is_master=job.is_head,
-        timeout=datetime.timedelta(seconds=_MEETING_S),
-        wait_for_workers=False,
-        master_listen_fd=job.listener(job.port + 1).detach() if job.is_head else None,
-    )
-    names = [node.name for node in job.nodes]
-    marks = job.folder / "preflight"
-    marks.mkdir(exist_ok=True, parents=True)
-    (marks / job.name).write_text("here\n")
-    store.set(f"here/{job.name}", "1")
-    store.wait([f"here/{name}" for name in names], datetime.timedelta(seconds=_MEETING_S))
-    report = replace(report, clock=time.time())
-    unseen = _unseen(marks, names)
-    if unseen:
-        text = f"does not see what {', '.join(unseen)} wrote in {marks} {_SHARED_S:.0f} s ago: no shared file system?"
-        report = replace(report, problems=(*report.problems, text))
-    store.set(f"report/{job.name}", json.dumps(asdict(report)))
-    reports = [_parsed(store.get(f"report/{name}")) for name in names]
+def _judge(job: Job, own: Report, reports: Sequence[Report]) -> int:
+    """Compare the reports. Returns the exit code, which is the same on every node; the first node records why."""
     if job.is_head:
         print(_table(job, reports), flush=True)
-    # The store is in the first node's process, so that process must be the last to leave.
-    store.set(f"left/{job.name}", "1")
-    if job.is_head:
-        store.wait([f"left/{name}" for name in names])
-    return reports
+    if own.refusal and {report.refusal for report in reports} == {own.refusal}:
+        return fail(job, REFUSED, [own.refusal]) if job.is_head else REFUSED
+    found = faults(reports)
+    if found:
+        return fail(job, EXIT_CODE, found) if job.is_head else EXIT_CODE
+    return 0
+
+
+class _Meeting:
+    """What the nodes tell each other through a store, which is in the first node's process."""
+
+    def __init__(self, job: Job, ports: Ports | None) -> None:
+        """Connect to the store. Raises RuntimeError or OSError if that fails."""
+        self._job = job
+        self._names = [node.name for node in job.nodes]
+        self._store = dist.TCPStore(
+            job.head_address(),
+            job.port + 1,
+            is_master=job.is_head,
+            timeout=datetime.timedelta(seconds=_MEETING_S),
+            wait_for_workers=False,
+            master_listen_fd=ports.preflight.detach() if ports is not None else None,
+        )
+
+    def compare(self, report: Report) -> list[Report]:
+        """Exchange reports, with a clock that all have read at the same moment. Returns all reports."""
+        marks = self._job.folder / "preflight"
+        marks.mkdir(exist_ok=True, parents=True)
+        (marks / self._job.name).write_text("here\n")
+        self.exchange("here", "1", _MEETING_S)
+        report = replace(report, clock=time.time())
+        unseen = _unseen(marks, self._names)
+        if unseen:
+            text = f"does not see what {', '.join(unseen)} wrote in {marks} {_SHARED_S:.0f} s ago"
+            report = replace(report, problems=(*report.problems, f"{text}: no shared file system?"))
+        return [_parsed(text) for text in self.exchange("report", json.dumps(asdict(report)), _MEETING_S)]
+
+    def exchange(self, name: str, value: str, timeout_s: float) -> list[str]:
+        """Every node's value. Raises RuntimeError if one does not come within ``timeout_s``."""
+        keys = [f"{name}/{node}" for node in self._names]
+        self._store.set(f"{name}/{self._job.name}", value)
+        self._store.wait(keys, datetime.timedelta(seconds=timeout_s))
+        return [self._store.get(key).decode() for key in keys]
+
+    def leave(self) -> None:
+        """End the meeting. The first node's process waits until all others have left, because it has the store."""
+        self._store.set(f"left/{self._job.name}", "1")
+        if self._job.is_head:
+            self._store.wait([f"left/{name}" for name in self._names])
 
 
 def _unseen(folder: Path, names: Sequence[str]) -> list[str]:
@@ -110,9 +144,15 @@ def _unseen(folder: Path, names: Sequence[str]) -> list[str]:
         time.sleep(0.5)
 
 
-def _smoke(job: Job) -> list[str]:
+def _smoke(job: Job, ports: Ports | None) -> list[str]:
     """Run one all-reduce over all ranks. Returns the lines that describe a failure on this node, if any."""
-    ranks = start_ranks(job, ["-m", "megatron_chord.cluster.smoke"], name="smoke", environment={})
+    ranks = start_ranks(
+        job,
+        ["-m", "megatron_chord.cluster.smoke"],
+        name="smoke",
+        environment={},
+        meeting_point=ports.ranks if ports is not None else None,
+    )
     deadline = time.monotonic() + _SMOKE_S
     while any(rank.status is None for rank in ranks) and time.monotonic() < deadline:
         if any(rank.status not in (None, 0) for rank in ranks):
@@ -136,8 +176,8 @@ def _table(job: Job, reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def _parsed(data: bytes) -> Report:
-    fields = json.loads(data)
+def _parsed(text: str) -> Report:
+    fields = json.loads(text)
     return Report(**fields | {"gpus": tuple(fields["gpus"]), "problems": tuple(fields["problems"])})
 
 

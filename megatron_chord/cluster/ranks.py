@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -59,25 +60,39 @@ class Rank:
         self._process.wait()
 
 
-def start_ranks(job: Job, command: Sequence[str], *, name: str, environment: dict[str, str]) -> list[Rank]:
+def start_ranks(
+    job: Job,
+    command: Sequence[str],
+    *,
+    name: str,
+    environment: dict[str, str],
+    meeting_point: socket.socket | None,
+) -> list[Rank]:
     """Start ``command`` as each of this node's ranks, with RANK, WORLD_SIZE and so on in its environment.
 
     Args:
         command: arguments of this Python, as in ``["-m", "package.module"]``.
         name: prefix of the logs: ``logs/NAME-NODE-rankN.log`` in the job's folder. The output of the first rank is also
             copied to our output.
-
-    Raises:
-        OSError: rank 0 cannot listen on this node's address and the job's port.
+        meeting_point: on the first node a socket that listens on the job's port (``cluster.ports``). Rank 0 inherits
+            it, because it imports for seconds before it could listen. Other nodes have none.
     """
     common = os.environ | environment
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))
     return [
-        _start(job, local, [sys.executable, *command], name, common) for local in range(job.ranks_per_node)
+        _start(job, local, [sys.executable, *command], name, common, meeting_point)
+        for local in range(job.ranks_per_node)
     ]
 
 
-def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict[str, str]) -> Rank:
+def _start(
+    job: Job,
+    local: int,
+    command: Sequence[str],
+    name: str,
+    common: dict[str, str],
+    meeting_point: socket.socket | None,
+) -> Rank:
     number = job.first_rank + local
     log = log_folder(job) / f"{name}-{job.name}-rank{number}.log"
     place = {
@@ -88,12 +103,10 @@ def _start(job: Job, local: int, command: Sequence[str], name: str, common: dict
         "MASTER_ADDR": job.head_address(),
         "MASTER_PORT": str(job.port),
     }
-    with contextlib.ExitStack() as closing:
-        output = closing.enter_context(log.open("ab"))
+    with log.open("ab") as output:
         inherited: list[int] = []
         if number == 0:
-            # Rank 0 imports for seconds before it could listen. Until then another process could take the port.
-            meeting_point = closing.enter_context(job.listener(job.port))
+            assert meeting_point is not None
             inherited.append(meeting_point.fileno())
             place[LISTENER_VARIABLE] = str(meeting_point.fileno())
         process = subprocess.Popen(

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts in slurm/ share: one step that checks the nodes, one that runs the job on them, and its end.
+# What the scripts in slurm/ share: the step that checks the nodes and runs the job on them, and its end.
 # Everything that takes more than a few lines is Python, in megatron_chord/cluster/. See docs/cluster.md.
 set -euo pipefail
 : "${CHORD_HOME:?}" "${CHORD_JOBS:?}"
@@ -9,10 +9,7 @@ launch() {
   cd "$CHORD_HOME"
   prepare
   local code=0
-  step megatron_chord.cluster.preflight "$@" || code=$?
-  if ((code == 0)); then
-    step megatron_chord.cluster.node "$@" || code=$?
-  fi
+  step megatron_chord.cluster.node "$@" || code=$?
   finish "$code"
 }
 

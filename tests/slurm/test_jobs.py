@@ -5,6 +5,7 @@ Only the GPUs are not real. The nodes are daemons on one machine, each with its 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,12 +14,14 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Self
 
 import httpx
 import pytest
 
-from megatron_chord.network import address_in, address_towards, interface_of
+from megatron_chord.network import address_in, address_towards, held_port, interface_of
 from megatron_chord.rollout.server import SERVER
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.slurm.box import Box, address_of
@@ -154,14 +157,45 @@ def test_a_preempted_job(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_job(box: Box, tmp_path: Path) -> None:
-    """The job ends at once and does not wait for a checkpoint."""
+    """The job ends at once and does not wait for a checkpoint. Nobody could take its port before its ranks had it."""
     write_run(tmp_path, mu=1.0, steps=4000)
-    job = Submitted(box, tmp_path, nodes=1)
-    job.wait_for(lambda: job.steps_done() >= 1)
+    with held_port(address_of(0)) as port:
+        job = Submitted(box, tmp_path, nodes=1, options=["--nodelist=n0"], CHORD_PORT=str(port))
+        job.wait_for(lambda: "preflight: 1 nodes" in job.output)
+        with Taker(address_of(0), port) as taker:
+            job.wait_for(lambda: job.steps_done() >= 1)
+    assert taker.tries > 20
+    assert not taker.has_it
     box.run("scancel", job.id)
     assert job.wait()[0] == "CANCELLED", job.output[-6000:]
     assert job.left_behind() == []
     assert not (tmp_path / "out" / "checkpoints" / "latest").exists()
+
+
+class Taker:
+    """Another program that tries to listen on a port all the time, in a thread."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self._place = (address, port)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._try)
+        self.tries = 0
+        self.has_it = False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _try(self) -> None:
+        while not self._end.wait(0.02):
+            self.tries += 1
+            with contextlib.suppress(OSError), socket.create_server(self._place):
+                self.has_it = True
+                self._end.wait()
 
 
 def test_a_killed_rank(box: Box, tmp_path: Path) -> None:

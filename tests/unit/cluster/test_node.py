@@ -25,7 +25,7 @@ def node_with_sigterm(folder: Path, killed: list[str]) -> Any:
         gpus=(),
         servers_per_node=None,
     )
-    node = cast(Any, _Node(job, tiny_run(folder), [], num_servers=2))
+    node = cast(Any, _Node(job, tiny_run(folder), [], num_servers=2, ports=None))
     node._servers = SimpleNamespace(kill=lambda: killed.append("servers"))
     node._sigterms.note(15, None)
     node._sigterms._first_at = time.monotonic() - 1

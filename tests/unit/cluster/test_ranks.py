@@ -1,14 +1,20 @@
-"""The ranks of a node: rank 0 has its port before it is started."""
+"""The ranks of a node, and the ports of a job: they are held from the start of the node's program."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_chord.cluster.job import Job, Node
+from megatron_chord.cluster.ports import hold_ports, inherited_ports
 from megatron_chord.cluster.ranks import start_ranks
 from megatron_chord.network import held_port
 
@@ -26,10 +32,31 @@ def job_of_two_ranks(folder: Path, port: int) -> Job:
     )
 
 
+@contextlib.contextmanager
+def held_pair() -> Iterator[int]:
+    """The first of two ports in a row that no other program takes meanwhile."""
+    while True:
+        with held_port() as port, socket.socket() as after:
+            after.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                after.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            yield port
+            return
+
+
 def test_nobody_takes_the_port_while_ranks_import_torch(tmp_path: Path) -> None:
-    with held_port() as port:
+    with held_pair() as port:
         job = job_of_two_ranks(tmp_path, port)
-        ranks = start_ranks(job, ["-m", "megatron_chord.cluster.smoke"], name="smoke", environment={})
+        with hold_ports(job) as ports:
+            ranks = start_ranks(
+                job,
+                ["-m", "megatron_chord.cluster.smoke"],
+                name="smoke",
+                environment={},
+                meeting_point=ports.ranks,
+            )
         with pytest.raises(OSError, match="Address already in use"):
             socket.create_server(("127.0.0.1", port))
         for rank in ranks:
@@ -38,9 +65,35 @@ def test_nobody_takes_the_port_while_ranks_import_torch(tmp_path: Path) -> None:
         assert [rank.status for rank in ranks] == [0, 0], [rank.log.read_text() for rank in ranks]
 
 
-def test_a_port_in_use_is_named_before_any_rank_is_started(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        job = job_of_two_ranks(tmp_path, taken.getsockname()[1])
-        reason = f"cannot listen on 127.0.0.1:{job.port}: Address already in use; set CHORD_PORT"
-        with pytest.raises(OSError, match=reason):
-            start_ranks(job, ["-m", "megatron_chord.cluster.smoke"], name="smoke", environment={})
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_port_in_use_is_named_and_the_other_is_free_again(tmp_path: Path, place: int) -> None:
+    with held_pair() as port:
+        taken, other = port + place, port + 1 - place
+        reason = f"cannot listen on 127.0.0.1:{taken}: Address already in use; set CHORD_PORT"
+        with (
+            socket.create_server(("127.0.0.1", taken)),
+            pytest.raises(OSError, match=reason),
+        ):
+            hold_ports(job_of_two_ranks(tmp_path, port))
+        socket.create_server(("127.0.0.1", other)).close()
+
+
+INHERITING = """
+from megatron_chord.cluster.ports import inherited_ports
+ports = inherited_ports()
+print(ports.ranks.getsockname()[1], ports.preflight.getsockname()[1], inherited_ports())
+"""
+
+
+def test_another_program_inherits_both_sockets(tmp_path: Path) -> None:
+    assert inherited_ports() is None
+    with held_pair() as port, hold_ports(job_of_two_ranks(tmp_path, port)) as ports:
+        done = subprocess.run(
+            [sys.executable, "-c", INHERITING],
+            env=os.environ | ports.to_variable(),
+            pass_fds=ports.descriptors(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout.split() == [str(port), str(port + 1), "None"]
