@@ -1,4 +1,4 @@
-"""Ports, addresses and network interfaces of this machine."""
+"""Name, ports, addresses and network interfaces of this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ def held_port(address: str = "127.0.0.1") -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((address, 0))
         yield holder.getsockname()[1]
+
+
+def node_name() -> str:
+    """The name of this machine in messages; in a job, the name that Slurm uses."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def loopback() -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -261,18 +261,25 @@ class RolloutClient:
         vLLM 0.32 refuses a new update while one is open. The server's weights may then be a mixture of old and new
         ones, so a whole update must follow.
 
+        Args:
+            timeout_s: for all requests together.
         Raises:
             RolloutError: the server does not respond, or the update is still open.
         """
-        # vLLM answers this request with an error while an update is open. Otherwise it releases the earlier trainer.
-        release = functools.partial(
-            self._request, "POST", "/shutdown_weight_transfer_engine", timeout_s=timeout_s
-        )
+        end = time.monotonic() + timeout_s
+
+        def left() -> float:
+            return max(end - time.monotonic(), 0.001)
+
+        def release() -> None:
+            # vLLM answers this with an error while an update is open. Otherwise it releases the earlier trainer.
+            self._request("POST", "/shutdown_weight_transfer_engine", timeout_s=left())
+
         try:
             release()
         except RolloutError:
             with contextlib.suppress(RolloutError):
-                self.update_weights(ABANDON, timeout_s=timeout_s)
+                self.update_weights(ABANDON, timeout_s=left())
             release()
 
     def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float) -> None:

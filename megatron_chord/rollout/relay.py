@@ -30,15 +30,8 @@ from torch import Tensor
 
 from megatron_chord.rollout.buckets import describe, flat_size, flatten
 from megatron_chord.rollout.rank_messenger import RankMessenger
-from megatron_chord.rollout.transports import (
-    Bucket,
-    FileTransport,
-    IpcTransport,
-    Parcel,
-    SenderGroup,
-    SenderStore,
-    join_sender_group,
-)
+from megatron_chord.rollout.sender_group import SenderGroup, SenderStore, join_sender_group
+from megatron_chord.rollout.transports import Bucket, FileTransport, IpcTransport, Parcel
 from megatron_chord.timing import Timer
 
 Update = Callable[[Sequence[dict]], list[Future[None]]]
@@ -54,6 +47,8 @@ class RelayPlan:
 
     members: tuple[int, ...]
     """Exporters and publishers, in ascending order. The first is rank 0, the coordinator."""
+    names: tuple[str, ...]
+    """What errors call the members."""
     servers: Mapping[int, tuple[int, ...]]
     """For each publisher the indices of the servers on its node."""
 
@@ -80,7 +75,8 @@ def plan_relay(rank_hosts: Sequence[str], exporters: Sequence[int], server_hosts
             )
         publisher = min(here, key=lambda rank: (rank not in exporters, rank))
         servers[publisher] = (*servers.get(publisher, ()), index)
-    return RelayPlan(tuple(sorted({*exporters, *servers})), servers)
+    members = tuple(sorted({*exporters, *servers}))
+    return RelayPlan(members, tuple(f"rank {rank} on {rank_hosts[rank]}" for rank in members), servers)
 
 
 def form_relay_group(
@@ -90,26 +86,28 @@ def form_relay_group(
     endpoint: list | None,
     device: torch.device,
     timeout_s: float,
+    given_up: Callable[[], bool],
 ) -> SenderGroup | None:
     """The process group of the members, on each of them; None if there is only one.
 
-    Blocks until all have joined: NCCL would otherwise connect in the first broadcast, beside the gathers of a bucket.
+    Blocks until all have joined and are connected.
 
     Args:
         store: the coordinator's store; None on other members.
         endpoint: its host and port.
+        given_up: on the coordinator: whether a server has failed, so that waiting for the members is of no use.
+    Raises:
+        TimeoutError: a member, which is named, did not join within ``timeout_s``, or they did not connect.
+        RuntimeError: a member is gone, or ``given_up`` returned true.
     """
     if len(plan.members) == 1:
         return None
     if store is not None:
-        group = store.form_group(len(plan.members) - 1, device)
-    else:
-        assert endpoint is not None
-        host, port = endpoint
-        place, size = plan.members.index(rank), len(plan.members)
-        group = join_sender_group(host, port, rank=place, size=size, device=device, timeout_s=timeout_s)
-    group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), timeout_s=timeout_s)
-    return group
+        return store.form_group(plan.names[1:], device, timeout_s=timeout_s, given_up=given_up)
+    assert endpoint is not None
+    host, port = endpoint
+    place = plan.members.index(rank)
+    return join_sender_group(host, port, rank=place, members=plan.names, device=device, timeout_s=timeout_s)
 
 
 class _Announcer:

@@ -37,14 +37,13 @@ from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.rank_messenger import RankMessenger
 from megatron_chord.rollout.relay import COORDINATOR, Refused, Relay, RelayPlan, form_relay_group, plan_relay
+from megatron_chord.rollout.sender_group import SenderGroup, SenderStore
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
     Bucket,
     FileTransport,
     IpcTransport,
     Parcel,
-    SenderGroup,
-    SenderStore,
     Transport,
 )
 from megatron_chord.timing import Timer
@@ -66,6 +65,10 @@ _ANSWER_S = 10.0
 
 class SyncError(RuntimeError):
     """A push failed; every rank raises it. The servers must be restarted before they sample again."""
+
+
+class RankLost(RuntimeError):
+    """A trainer rank took no part in a push; all others raise it. The ranks cannot communicate any more."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,16 @@ class _Place(TypedDict):
     """Host and port of the store through which a process group is formed."""
     folder: str | None
     """The private folder for buckets in shared memory."""
+
+
+class _Servers(TypedDict):
+    """What ranks need to know of the servers."""
+
+    urls: list[str]
+    hosts: list[str]
+    """Numeric addresses."""
+    workers: list[int]
+    """Numbers of workers."""
 
 
 class WeightSync:
@@ -198,7 +211,8 @@ class WeightSync:
             expected: on an exporter the sum of each tensor that it yields (``weights.sums.part_sum``). A tensor with
                 another sum, such as a stale one, fails the push. None: the tensors are not compared.
         Raises:
-            SyncError: on every rank. A rank that died is detected at the deadline.
+            SyncError: on every rank.
+            RankLost: a rank died or did not come before the deadline. On all others, with its number and its node.
             ValueError: on every rank: ``relay``, but servers run on nodes without ranks.
         """
         begun, timer = time.monotonic(), Timer()
@@ -222,7 +236,10 @@ class WeightSync:
         return SyncReport(version, num_bytes, seconds, timer.seconds)
 
     def _together(self, action: Callable[[], Any], *, rank: int | None = None) -> list[Any]:
-        """Run `action` on every rank, or only on `rank`, and gather the results. If one fails, all raise SyncError."""
+        """Run `action` on every rank, or only on `rank`, and gather the results. If one fails, all raise SyncError.
+
+        Raises RankLost if a rank does not take part.
+        """
         result, failure = None, None
         try:
             if rank is None or rank == self._exchange.rank:
@@ -233,7 +250,7 @@ class WeightSync:
         try:
             outcomes = self._exchange.all_gather(outcome, max(self._remaining(), 0.0) + 2 * _ANSWER_S)
         except RuntimeError as error:
-            raise SyncError(f"a trainer rank did not answer during a push of weights: {error}") from error
+            raise RankLost(f"a trainer rank did not answer during a push of weights: {error}") from error
         errors = [f"rank {i}: {other['error']}" for i, other in enumerate(outcomes) if other["error"]]
         if errors:
             raise SyncError("; ".join(errors)) from failure
@@ -273,15 +290,18 @@ class WeightSync:
             return {"endpoint": [store.host, store.port], "folder": folder}
 
         places: list[_Place] = self._together(prepare)
-        self._together(lambda: self._connect_servers(store, plan["workers"], places, relay))
+        self._together(lambda: self._connect_servers(store, plan, places, relay))
 
-    def _plan(self) -> dict | None:
-        """What ranks need to connect: number of workers and address of each server. None if the connection exists."""
+    def _plan(self) -> _Servers | None:
+        """What ranks need to know of the servers to connect. None if the connection exists."""
         if self._connected:
             return None
         self._call_servers(lambda client: client.end_open_update(timeout_s=self._time_left()))
-        workers = [client.num_workers(timeout_s=self._time_left()) for client in self._clients]
-        return {"workers": workers, "hosts": [_address_of(client.url) for client in self._clients]}
+        return {
+            "urls": [client.url for client in self._clients],
+            "hosts": [_address_of(client.url) for client in self._clients],
+            "workers": [client.num_workers(timeout_s=self._time_left()) for client in self._clients],
+        }
 
     def _make_folder(self, relay: RelayPlan | None) -> str | None:
         """Make this rank's private folder, if it needs one and has none. Returns its path."""
@@ -303,22 +323,27 @@ class WeightSync:
     def _connect_servers(
         self,
         store: SenderStore | None,
-        workers: Sequence[int],
+        servers: _Servers,
         places: Sequence[_Place],
         relay: RelayPlan | None,
     ) -> None:
         """Tell the servers where weights come from, while this rank waits for those that join its process group."""
         self._disconnect()  # from servers that were replaced
         replies: list[Future[None]] = []
+        workers = servers["workers"]
         if self._is_coordinator:
             replies = self._submit_each(
                 lambda client, body: client.init_weight_transfer(body, timeout_s=self._time_left()),
                 self._init_bodies(workers, places, relay),
             )
-        if relay is not None:
-            self._relay = self._make_relay(relay, store, workers, places)
-        elif self._exchange.rank in self._exporters:
-            self._transport = self._make_transport(store, sum(workers), places)
+        try:
+            if relay is not None:
+                self._relay = self._make_relay(relay, store, workers, places, replies)
+            elif self._exchange.rank in self._exporters:
+                self._transport = self._make_transport(store, servers, places, replies)
+        except Exception:
+            _raise_first(replies)  # a server's own error says more
+            raise
         for future in replies:
             future.result()
         self._connected = True
@@ -348,9 +373,13 @@ class WeightSync:
         return [bodies[server] for server in sorted(bodies)]
 
     def _make_transport(
-        self, store: SenderStore | None, num_workers: int, places: Sequence[_Place]
+        self,
+        store: SenderStore | None,
+        servers: _Servers,
+        places: Sequence[_Place],
+        replies: Sequence[Future[None]],
     ) -> Transport:
-        sender = self._exporters.index(self._exchange.rank)
+        sender, num_workers = self._exporters.index(self._exchange.rank), sum(servers["workers"])
         if self._settings.transport == "file":
             folder = places[COORDINATOR]["folder"]
             assert folder is not None
@@ -359,11 +388,23 @@ class WeightSync:
             return IpcTransport(sender, num_workers, self._device)
         assert store is not None
         device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
-        self._group = store.form_group(num_workers, device)
+        names = [
+            f"worker {worker} of {url}"
+            for url, count in zip(servers["urls"], servers["workers"], strict=True)
+            for worker in range(count)
+        ]
+        self._group = store.form_group(
+            names, device, timeout_s=self._time_left(), given_up=lambda: _has_failed(replies)
+        )
         return BroadcastTransport(self._group, sender, device, self._settings.timeout_s)
 
     def _make_relay(
-        self, plan: RelayPlan, store: SenderStore | None, workers: Sequence[int], places: Sequence[_Place]
+        self,
+        plan: RelayPlan,
+        store: SenderStore | None,
+        workers: Sequence[int],
+        places: Sequence[_Place],
+        replies: Sequence[Future[None]],
     ) -> Relay | None:
         """This rank's side of the relay; None if the rank is no member."""
         rank, transport = self._exchange.rank, None
@@ -378,7 +419,13 @@ class WeightSync:
                 else FileTransport(Path(folder), 0)
             )
         self._group = form_relay_group(
-            plan, rank, store, places[COORDINATOR]["endpoint"], self._device, self._settings.timeout_s
+            plan,
+            rank,
+            store,
+            places[COORDINATOR]["endpoint"],
+            self._device,
+            self._time_left(),
+            lambda: _has_failed(replies),
         )
         return Relay(plan, self._exchange, self._group, transport, self._device)
 
@@ -485,11 +532,9 @@ class WeightSync:
                 future.result()
 
         try:
-            parcel.transmit(lambda: any(future.done() and future.exception() for future in replies))
+            parcel.transmit(lambda: _has_failed(replies))
         except Exception:
-            for future in replies:
-                if future.done():
-                    future.result()  # a server's own error says more than "the receivers gave up"
+            _raise_first(replies)  # a server's own error says more than "the receivers gave up"
             raise
         return arrived
 
@@ -547,6 +592,17 @@ class WeightSync:
             self._pool.submit(call, client, argument)
             for client, argument in zip(self._clients, arguments, strict=True)
         ]
+
+
+def _has_failed(replies: Iterable[Future[None]]) -> bool:
+    return any(reply.done() and reply.exception() is not None for reply in replies)
+
+
+def _raise_first(replies: Iterable[Future[None]]) -> None:
+    """Raise the first error among the replies that have come."""
+    for reply in replies:
+        if reply.done():
+            reply.result()
 
 
 def _address_of(url: str) -> str:

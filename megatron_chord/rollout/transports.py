@@ -21,11 +21,9 @@ passes it on by ``ipc`` or ``file``. For this, these two transports also offer a
 from __future__ import annotations
 
 import base64
-import datetime
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +31,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_chord.network import address_towards, listener
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, flatten
+from megatron_chord.rollout.sender_group import SenderGroup
 
 _EXPANDABLE = re.compile(r"expandable_segments\s*:\s*(True|true|1)\b")
 Bucket = Sequence[tuple[str, Tensor]]
@@ -221,106 +218,6 @@ class _Handles:
 
     def release(self) -> None:
         pass
-
-
-class SenderGroup:
-    """A process group that is separate from torch.distributed's default group. One rank sends, all others receive."""
-
-    def __init__(self, group: Any, store: dist.Store) -> None:
-        self._group = (
-            group  # ProcessGroupGloo or ProcessGroupNCCL, which torch's stubs do not call a ProcessGroup
-        )
-        self._store = store  # kept: NCCL connects only at its first collective
-        self._is_closed = False
-
-    def broadcast(
-        self, buffer: Tensor, *, timeout_s: float, given_up: Callable[[], bool] = lambda: False, root: int = 0
-    ) -> None:
-        """Copy the `buffer` of rank `root` of this group to every rank.
-
-        After an error the group is closed.
-
-        Raises:
-            TimeoutError: it took longer than ``timeout_s``.
-            RuntimeError: a peer is gone, or ``given_up`` returned true.
-        """
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = root, 0
-        end = time.monotonic() + timeout_s
-        try:
-            work = self._group.broadcast([buffer], options)
-            # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
-            while not work.is_completed():
-                if given_up():
-                    raise RuntimeError("the receivers gave up during a broadcast of weights")
-                if time.monotonic() > end:
-                    raise TimeoutError(
-                        f"a broadcast of {buffer.nbytes} bytes took more than {timeout_s:.0f} s"
-                    )
-                time.sleep(0.0002)
-            work.wait()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End what is not finished, and release the communicator. May be called repeatedly, and waits for no peer.
-
-        Only NCCL needs it. Its broadcast is a kernel, which runs on this GPU for ever if a peer has left: the next
-        synchronisation with the device would not return, and NCCL's watchdog would end this process. NCCL's buffers on
-        the GPU are not freed with the Python object, either. Nothing waits for a broadcast of gloo, and it ends at its
-        timeout.
-        """
-        if self._group.name() == "nccl" and not self._is_closed:
-            self._is_closed = True
-            self._group.abort()
-
-
-class SenderStore:
-    """The store through which a process and others form a process group. It listens on one address only."""
-
-    def __init__(self, host: str, timeout_s: float) -> None:
-        own = listener(host, 0)
-        self.host, self.port = host, own.getsockname()[1]
-        self._timeout_s = timeout_s
-        self._store = dist.TCPStore(
-            host,
-            self.port,
-            is_master=True,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=own.detach(),
-        )
-
-    def form_group(self, num_others: int, device: torch.device) -> SenderGroup:
-        """Form the group, as its rank 0. Blocks until all others have joined."""
-        return _make_group(self._store, self.host, 0, 1 + num_others, device, self._timeout_s)
-
-
-def join_sender_group(
-    host: str, port: int, *, rank: int, size: int, device: torch.device, timeout_s: float
-) -> SenderGroup:
-    """The others' side of ``SenderStore.form_group``."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return _make_group(store, address_towards(host), rank, size, device, timeout_s)
-
-
-def _make_group(
-    store: dist.Store, own: str, rank: int, size: int, device: torch.device, timeout_s: float
-) -> SenderGroup:
-    """``own`` is this process's address, on which gloo listens. NCCL chooses its interface itself."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    prefixed = dist.PrefixStore("megatron_chord.weights", store)
-    if device.type != "cuda":
-        gloo: Any = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (stubs lag behind)
-        gloo._devices, gloo._timeout = [dist.ProcessGroupGloo.create_device(hostname=own)], timeout
-        return SenderGroup(dist.ProcessGroupGloo(prefixed, rank, size, gloo), store)
-    torch.cuda.set_device(device)
-    options = dist.ProcessGroupNCCL.Options()
-    # NCCL's watchdog ends the whole process at its timeout. Our own deadline is shorter, so that it takes effect first.
-    options._timeout = 2 * timeout
-    return SenderGroup(dist.ProcessGroupNCCL(prefixed, rank, size, options), store)
 
 
 @contextmanager

@@ -36,12 +36,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, unflatten, verify
-from megatron_chord.rollout.transports import (
-    BucketFiles,
-    CudaImports,
-    SenderGroup,
-    join_sender_group,
-)
+from megatron_chord.rollout.sender_group import SenderGroup, join_sender_group
+from megatron_chord.rollout.transports import BucketFiles, CudaImports
 from megatron_chord.rollout.vllm_plugin import ABANDON, UPDATE_LINE
 from megatron_chord.timing import Timer
 
@@ -124,7 +120,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 host,
                 port,
                 rank=1 + self._worker,
-                size=1 + init_info.num_workers,
+                members=["the trainer", *(f"worker {index}" for index in range(init_info.num_workers))],
                 device=self._meeting_place,
                 timeout_s=init_info.timeout_s,
             )

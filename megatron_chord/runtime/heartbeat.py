@@ -23,7 +23,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_chord.network import node_name
 from megatron_chord.process_table import kill_descendants, state_of
 
 EXIT_CODE = 79
@@ -195,7 +195,7 @@ class Watch:
             if limit is None or still_s <= limit + self._limits.silence_s or is_ending:
                 continue
             line = (
-                f"error: frozen: rank {self._rank} on {_node()} (process {os.getpid()}) has made no progress for "
+                f"error: frozen: rank {self._rank} on {node_name()} (process {os.getpid()}) has made no progress for "
                 f"{still_s:.0f} s (limit {limit:g} s), and its watchdog hangs, too: a file system that does not "
                 f"respond? It was {note.phase}, at {self._whereabouts()}\n"
             )
@@ -231,7 +231,7 @@ class Watch:
         note, now = self._pulse.read(), time.monotonic()
         return {
             "count": self._count,
-            "node": _node(),
+            "node": node_name(),
             "pid": os.getpid(),
             "phase": note.phase,
             "position": note.position,
@@ -388,13 +388,8 @@ def read_beat(folder: Path, rank: int) -> dict[str, Any] | None:
         return None
 
 
-def _node() -> str:
-    """The name of this node; in a job, the name that Slurm uses."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def _what_is_wrong(beat: Mapping[str, Any]) -> str:
-    if beat["node"] != _node():
+    if beat["node"] != node_name():
         return "its process, its node or the node's shared file system does not respond"
     state = state_of(beat["pid"])
     if state == "T":

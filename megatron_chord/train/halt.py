@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from megatron_chord.rollout.replies import RolloutError, StaleWeights
 from megatron_chord.rollout.server import ServerError
-from megatron_chord.rollout.sync import SyncError
+from megatron_chord.rollout.sync import RankLost, SyncError
+from megatron_chord.runtime.heartbeat import EXIT_CODE as EXIT_CODE_FROZEN
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from megatron_chord.train.agreement import LogprobMismatch
 from megatron_chord.train.sanity import NonFiniteWeights
@@ -25,6 +26,8 @@ _NUMBERS = (LogprobMismatch, NonFiniteGradient, NonFiniteWeights, StaleWeights)
 _SERVICE = (SyncError, RolloutError, ServerError, TooManyGraderErrors)
 ERRORS = (*_NUMBERS, *_SERVICE)
 """Each of them is raised on every rank."""
+_LOST = (RankLost,)
+"""Raised on the ranks that are left."""
 
 
 class Halted(Exception):
@@ -44,6 +47,8 @@ def halting() -> Iterator[None]:
         raise _halted(error, EXIT_CODE_NUMBERS) from error
     except _SERVICE as error:
         raise _halted(error, EXIT_CODE_SERVICE) from error
+    except _LOST as error:
+        raise _halted(error, EXIT_CODE_FROZEN) from error
 
 
 def _halted(error: Exception, exit_code: int) -> Halted:

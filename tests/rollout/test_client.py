@@ -521,6 +521,16 @@ def test_control_requests_are_sent_once(client: RolloutClient, script: Script) -
         client.weight_version()
 
 
+def test_all_requests_that_end_an_open_update_share_one_deadline() -> None:
+    """A frozen server takes requests, but answers none of the three. The ranks that wait for rank 0 would give up."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        client, begun = RolloutClient(f"http://127.0.0.1:{frozen.getsockname()[1]}", KEY), time.monotonic()
+        with pytest.raises(RolloutError, match="ReadTimeout"):
+            client.end_open_update(timeout_s=1.0)
+        assert time.monotonic() - begun < 2.0
+        client.close()
+
+
 def test_greedy_samples_are_asked_for_once(client: RolloutClient, script: Script) -> None:
     """vLLM refuses n > 1 at temperature 0."""
     script.answers = [(200, broken(lambda r: r["choices"].pop(0)))]

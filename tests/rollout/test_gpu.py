@@ -5,6 +5,7 @@ The transports are IPC within one GPU and between two of a node, gloo through ma
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from megatron_chord.families.table import read_shape
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.buckets import describe
 from megatron_chord.rollout.checksum import fingerprint
+from megatron_chord.rollout.sender_group import SenderGroup
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import CudaImports, IpcTransport
@@ -159,6 +162,29 @@ def test_staging_memory_is_opened_by_another_process_with_expandable_segments() 
         assert run_ranks(read_another_process, 1, parcel.fields["handles"]) == [[12]]
     finally:
         torch._C._accelerator_setAllocatorSettings(before)
+
+
+def connect_alone(timeout_s: float) -> tuple[str, float, float]:
+    """Connect one of two members over NCCL. Return the error, its seconds, and a sum that the GPU computes after it."""
+    device, store = torch.device("cuda", 0), dist.HashStore()
+    torch.cuda.set_device(device)
+    group = SenderGroup(dist.ProcessGroupNCCL(store, 0, 2, dist.ProcessGroupNCCL.Options()), store)
+    begun, failure = time.monotonic(), ""
+    try:
+        group.connect(device, timeout_s=timeout_s)
+    except TimeoutError as error:
+        failure = str(error)
+    seconds = time.monotonic() - begun
+    group.close()
+    return failure, seconds, float(torch.ones(4, device=device).sum())
+
+
+def test_a_peer_that_never_connects_does_not_hold_this_process() -> None:
+    """NCCL waits for it inside of the first collective, without a deadline."""
+    ((failure, seconds, total),) = run_ranks(connect_alone, 1, 5.0, timeout_s=120)
+    assert failure == "the process group for weights did not connect within 5 s"
+    assert seconds < 15
+    assert total == 4
 
 
 @needs_vllm
