@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from megatron_chord.data.lens import Lens
     from megatron_chord.data.observed import Observed
     from megatron_chord.data.templates import ChatTemplate
+    from megatron_chord.families.shape import ModelShape
+    from megatron_chord.methods.base import Method
     from megatron_chord.train.stop import StopRequest
 
 
@@ -333,6 +335,7 @@ def _check(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     try:
         shape, method = check_run(run, _world_size(run))
         _check_machine(run)
+        _check_push(run, shape, method)
         check_reward(run.reward)
         data = load_data(run, shape)
     except ValueError as error:
@@ -509,6 +512,23 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     except Refused as error:
         return refuse(error) if speaks else 2
     return 0
+
+
+def _check_push(run: RunConfig, shape: ModelShape, method: Method) -> None:
+    """Raise ValueError if weights cannot reach the servers in time by the transport that the settings name.
+
+    With ``auto`` it depends on the nodes; the preflight of a job and the planner know them.
+    """
+    from megatron_chord.costs.parameters import model_count
+    from megatron_chord.plan.push import late_push
+    from megatron_chord.train.setup import needs_servers
+
+    transport = run.rollout.transport
+    if transport == "auto" or not needs_servers(run, method):
+        return
+    late = late_push(run, transport, model_count(shape), gpus_per_node=run.rollout.tensor)
+    if late is not None:
+        raise ValueError(f"rollout.transport: {late}")
 
 
 def _check_machine(run: RunConfig) -> None:

@@ -21,7 +21,7 @@ from megatron_chord.config_io import load_config
 from megatron_chord.costs.parameters import WEIGHT_BYTES, checkpoint_bytes, model_count
 from megatron_chord.doctor import MIN_OPEN_FILES, MIN_SHARED_MEMORY, Machine, this_machine
 from megatron_chord.methods.table import method_of
-from megatron_chord.plan.push import push_seconds
+from megatron_chord.plan.push import late_push
 from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
 
@@ -177,15 +177,9 @@ def push_problems(run: RunConfig, job: Job, parameters: int) -> Iterator[str]:
             f"rollout.transport relay needs servers beside the ranks, and {job.num_rollout_nodes} nodes of this job "
             "only sample (CHORD_ROLLOUT_NODES). Leave it out"
         )
-    size = WEIGHT_BYTES[run.model.dtype] * parameters
-    seconds = push_seconds(transport, size, gpus_per_node=len(job.gpus))
-    limit = run.timeouts.weight_push_s
-    if seconds > limit:
-        faster = "Leave rollout.transport out, or set" if transport == "gloo" else "Set"
-        yield (
-            f"a push of {size / 1e9:.0f} GB of weights by the transport {transport} takes about {seconds:.0f} s, "
-            f"longer than timeouts.weight_push_s ({limit:.0f} s). {faster} timeouts.weight_push_s to {2 * seconds:.0f}"
-        )
+    late = late_push(run, transport, parameters, gpus_per_node=len(job.gpus))
+    if late is not None:
+        yield late
 
 
 def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_chord.config import RunConfig
+from megatron_chord.costs.parameters import WEIGHT_BYTES
 from megatron_chord.plan.constants import CONSTANTS, Constants
 
 if TYPE_CHECKING:
@@ -36,3 +38,22 @@ def push_seconds(
     }[transport]
     copies = gpus_per_node if transport == "gloo" else 1
     return fixed + copies * model_bytes / rate
+
+
+def late_push(run: RunConfig, transport: TransportName, parameters: int, *, gpus_per_node: int) -> str | None:
+    """The reason why a push cannot meet ``timeouts.weight_push_s``; None if it can.
+
+    Args:
+        parameters: number of elements of the whole model.
+        gpus_per_node: those that sample.
+    """
+    size = WEIGHT_BYTES[run.model.dtype] * parameters
+    seconds = push_seconds(transport, size, gpus_per_node=gpus_per_node)
+    limit = run.timeouts.weight_push_s
+    if seconds <= limit:
+        return None
+    faster = "Leave rollout.transport out, or set" if transport == "gloo" else "Set"
+    return (
+        f"a push of {size / 1e9:.0f} GB of weights by the transport {transport} takes about {seconds:.0f} s, "
+        f"longer than timeouts.weight_push_s ({limit:.0f} s). {faster} timeouts.weight_push_s to {2 * seconds:.0f}"
+    )

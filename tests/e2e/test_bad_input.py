@@ -70,6 +70,12 @@ def test_settings(task: Path, override: str, reason: str) -> None:
     assert reason in refusal(task, override)
 
 
+def test_weights_that_cannot_reach_the_servers_in_time(task: Path) -> None:
+    """The planner's 2 s of a push over gloo, whatever the size."""
+    error = refusal(task, "rollout.transport=gloo", "timeouts.weight_push_s=1")
+    assert "by the transport gloo takes about 2 s, longer than timeouts.weight_push_s (1 s)" in error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have what FP8 needs")
 @pytest.mark.parametrize("command", ["check", "train"])
 @pytest.mark.parametrize(
