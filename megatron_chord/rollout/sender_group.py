@@ -42,6 +42,7 @@ class SenderGroup:
             group  # ProcessGroupGloo or ProcessGroupNCCL, which torch's stubs do not call a ProcessGroup
         )
         self._store = store  # kept: NCCL connects only at its first collective
+        self._has_communicator = False
         self._is_closed = False
 
     def connect(
@@ -57,6 +58,8 @@ class SenderGroup:
 
         def broadcast() -> None:
             try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # each thread has a current device of its own
                 byte = torch.zeros(1, dtype=torch.uint8, device=device)
                 self.broadcast(byte, timeout_s=timeout_s, given_up=given_up)
             except Exception as error:
@@ -67,9 +70,9 @@ class SenderGroup:
         end = time.monotonic() + timeout_s
         thread.join(_LOOK_S[1])
         while thread.is_alive():
-            is_late = time.monotonic() > end
+            # Later than the broadcast's own deadline, which ends a kernel that waits for a peer.
+            is_late = time.monotonic() > end + _LOOK_S[1]
             if is_late or given_up():
-                self._is_closed = True  # there is no communicator yet that close() could abort
                 text = "the process group for weights did not connect"
                 raise TimeoutError(f"{text} within {timeout_s:.0f} s") if is_late else RuntimeError(text)
             thread.join(_LOOK_S[1])
@@ -92,6 +95,7 @@ class SenderGroup:
         end = time.monotonic() + timeout_s
         try:
             work = self._group.broadcast([buffer], options)
+            self._has_communicator = True
             # Polled, because a wait() inside gloo or NCCL would not notice that the other side has given up.
             while not work.is_completed():
                 if given_up():
@@ -114,7 +118,7 @@ class SenderGroup:
         the GPU are not freed with the Python object, either. Nothing waits for a broadcast of gloo, and it ends at its
         timeout.
         """
-        if self._group.name() == "nccl" and not self._is_closed:
+        if self._group.name() == "nccl" and self._has_communicator and not self._is_closed:
             self._is_closed = True
             self._group.abort()
 
