@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -162,6 +163,18 @@ def test_heads_that_the_cpu_build_cannot_run_are_refused(tmp_path: Path) -> None
     model.config.num_attention_heads = 4
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="have 16 channels"):
+        start_server(tmp_path, SETTINGS, log=tmp_path / "log")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU build")
+@pytest.mark.parametrize("stated", [{}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+def test_latent_attention_that_the_cpu_build_computes_wrongly_is_refused(
+    tmp_path: Path, stated: dict[str, Any]
+) -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 2, "kv_lora_rank": 512} | stated
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = "linear" if stated else "default"
+    with pytest.raises(ValueError, match=f"latent attention and RoPE of type {kind}; without a GPU vLLM"):
         start_server(tmp_path, SETTINGS, log=tmp_path / "log")
 
 
