@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_chord.config_io import load_config
 from megatron_chord.rollout.route_store import MEMORY_VARIABLE
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
-from tests.e2e.test_lag import numbers, train_in_turn, weights
+from tests.e2e.test_lag import numbers, samples, train_in_turn, weights
 from tests.e2e.test_stages import COMMON, SMALL
+from tests.e2e.test_tails import STILL
 from tests.support.few_rows import with_few_rows
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.task import metrics_of
@@ -26,8 +27,9 @@ SERVER_SETTINGS = ServerSettings(
 """A repeatable server caches no prefixes, which vLLM refuses together with routes where nothing is adapted."""
 
 
-def save_policy(folder: Path) -> Path:
-    """Save a random mixture with the tokenizer of the quick start's policy."""
+def save_policy(folder: Path, *, end_scale: float = 1.0) -> Path:
+    """Save a random mixture with the tokenizer of the quick start's policy. A larger ``end_scale`` makes the token that
+    ends an answer likely for some contexts, so that lengths differ."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "arithmetic" / "policy")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -48,20 +50,41 @@ def save_policy(folder: Path) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).float().save_pretrained(folder)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).float()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= end_scale
+    model.save_pretrained(folder)
     return folder
 
 
-def test_routes_are_replayed_and_survive_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_split(url: str, run: tuple[Path, Path, dict[str, str], int | str]) -> int:
+    """Train. Returns the number of micro-batches whose routes this rank's replica read from the server."""
+    from megatron_chord.train import step_queue
+
+    usual, count = step_queue.with_routes_here, 0
+
+    def counted(updates: Any, keys: Any, groups: Any) -> Any:
+        nonlocal count
+        count += len(step_queue.remote_of(updates))
+        return usual(updates, keys, groups)
+
+    step_queue.with_routes_here = counted
+    train_in_turn(url, [run])
+    return count
+
+
+def test_ranks_that_split_the_model_replay_routes_that_survive_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensor ranks, and two stages in a run that carries answers over. The server keeps the routes."""
     policy = save_policy(tmp_path / "policy")
-    settings = {
-        "model.path": str(policy),
-        "rollout.router_replay": "true",
-        "method.mu": "{peak: 0.3}",
-        "optim.lr": "0.001",
-        "steps": "3",
-    }
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    common = {"model.path": str(policy), "rollout.router_replay": "true", "method.mu": "{peak: 0.3}"}
+    tensor = {"parallel.tensor": "2", "parallel.sequence_parallel": "true"}
+    settings = common | tensor | {"optim.lr": "0.001", "steps": "3"}
+    ending = save_policy(tmp_path / "ending", end_scale=8.0)
+    carrying = STILL | common | {"model.path": str(ending), "parallel.pipeline": "2"}
+    carrying |= {"steps": "3", "checkpoint.every": "0"}
+    straight, resumed, carried = tmp_path / "straight", tmp_path / "resumed", tmp_path / "carried"
     with start_server(policy, SERVER_SETTINGS, log=tmp_path / "vllm.log") as server:
         server.wait_until_ready(300)
         monkeypatch.setenv("VLLM_API_KEY", server.api_key)
@@ -69,8 +92,14 @@ def test_routes_are_replayed_and_survive_a_resume(tmp_path: Path, monkeypatch: p
             (COMMON, straight, settings, "never"),
             (COMMON, resumed, settings, 2),
             (COMMON, resumed, settings, "auto"),
+            (COMMON, carried, carrying, "never"),
         ]
-        run_ranks(train_in_turn, 1, server.url, runs)
+        read = [run_ranks(train_split, 2, server.url, run) for run in runs]
+    assert all(first == second for first, second in read)
+    assert [first > 0 for first, _ in read] == [True, True, False, True], (
+        "the resumed run has its last step's routes in the checkpoint"
+    )
+    check_carried(carried)
     assert (resumed / "checkpoints" / "step-000002" / "routes.safetensors").is_file()
     assert numbers(resumed) == numbers(straight)
     assert weights(resumed) == weights(straight)
@@ -82,6 +111,17 @@ def test_routes_are_replayed_and_survive_a_resume(tmp_path: Path, monkeypatch: p
         assert list(row["routing_by_layer"]["otherwise"]) == [str(layer) for layer in range(LAYERS)]
     assert rows[0]["routing"]["otherwise"] < 0.02, "the start weights have sampled them"
     assert rows[2]["routing"]["otherwise"] > 0.005, "so a resume without the routes would not be exact"
+
+
+def check_carried(folder: Path) -> None:
+    """The weights do not move. So the model chooses the same experts as vLLM did, in whichever step it sampled a token,
+    if each token has its own routes."""
+    rows = [row for row in metrics_of(folder) if "loss" in row]
+    assert [row["routed_rollouts"] for row in rows] == [1.0] * 3
+    assert max(row["logprob_gap_max"] for row in rows) < 1e-3
+    assert max(row["routing"]["otherwise"] for row in rows) < 0.02
+    spans = [row["weight_spans"] for step in range(3) for row in samples(folder, step)]
+    assert any(len(of_answer) > 1 for of_answer in spans), "answers were carried over"
 
 
 def train_without_a_lag(
