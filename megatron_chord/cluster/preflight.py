@@ -67,7 +67,7 @@ def _check(job: Job, report: Report, ports: Ports | None) -> int:
         broken = _smoke(job, ports) if job.trains else []
         if broken:
             return fail(job, EXIT_CODE, broken)  # at once, so that srun ends the other nodes
-        meeting.exchange("smoke", "done", _SMOKE_S)
+        meeting.exchange("smoke", "done", _SMOKE_S + _MEETING_S)
     meeting.leave()
     return code
 
