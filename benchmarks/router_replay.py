@@ -2,7 +2,7 @@
 
     python benchmarks/router_replay.py [--prompts 24] [--output FILE]       # a few minutes on one core
 
-A random Qwen3-MoE, real vLLM, real Megatron. Each rollout is scored by the trainer three times: with
+Two random models, real vLLM, real Megatron. Each rollout is scored by the trainer three times: with
 experts that its own routers choose, with those that vLLM chose (``rollout.router_replay``), and, as a control, with
 vLLM's experts shifted by one token. k3 is the mean of r - 1 - log r with r = p_trainer / p_vLLM, an estimate of the KL
 divergence. Before that: how fast one core reads the routes of replies of Qwen3-30B-A3B. Exits with 1 if replay is not
@@ -60,6 +60,32 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts": 32,
         "head_dim": 64,
         "norm_topk_prob": True,
+    },
+    "DeepSeek-V3-like, 6 layers, 4 of 32 experts, 2 of 4 groups": {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 6,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 32,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 512,  # with a rotated part of 64: the only sizes of vLLM's CPU kernel
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 256,
+        },
     },
 }
 
