@@ -8,8 +8,9 @@ an entry is never out of date, and is never changed. It holds
     token_ids            int32, one demonstration after another
     trainable            bool, the same
 
-A writer fills a folder of its own and renames it, which succeeds for one of several. Nothing is pickled. After it has
-written, it removes old entries (``prune``). The time of an entry's ``demonstrations.json`` is that of its last use.
+Each writer fills a folder of its own and then renames it. If several processes write the same entry, only the first
+rename succeeds. Nothing is pickled. After it has written, it removes old entries (``prune``). The time of an entry's
+``demonstrations.json`` is that of its last use.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "pyarrow"
 def remembering(
     load: Callable[..., Loaded], folder: Path, settings: Mapping[str, Any], *, read: bool = True
 ) -> Callable[..., Loaded]:
-    """A function that returns the cached result of ``load`` (``load_demonstrations``), or calls it and caches the
-    result.
+    """Return a function like ``load`` (``load_demonstrations``) that uses the cache. If there is no cached result, it
+    calls ``load`` and caches the result.
 
     Errors of the cache in ``folder`` are ignored: the data are then loaded, or not cached.
 

@@ -1,7 +1,7 @@
-"""One function on all cores, with results in order and bounded memory.
+"""Runs one function on all cores, with results in order and with limited memory.
 
-The work is done by threads: tokenizers and template processes run outside of Python's lock, which is held for a few
-percent of the time.
+The work is done by threads: tokenizers and template processes run without Python's global interpreter lock (GIL),
+which is held for only a few percent of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def on_all_cores(
     Args:
         prepare: called in the caller's thread for one item after another. It returns the name and the argument of
             ``work``, or an exception that the returned function raises.
-        cores: number of threads. Left out: all cores that this process may use.
+        cores: number of threads. Default: all cores that this process may use.
     """
     count = len(os.sched_getaffinity(0)) if cores is None else cores
     spread_from = time.monotonic() + ALONE_S

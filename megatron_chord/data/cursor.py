@@ -82,8 +82,8 @@ class Cursor:
         for field, reason in reasons.items():
             if state[field] != expected[field]:
                 raise ValueError(
-                    f"{self.name}: cannot take up the saved order, {reason}: "
-                    f"{field} was {state[field]!r} and is {expected[field]!r}"
+                    f"{self.name}: cannot continue in the saved order, because {reason}: {field} was "
+                    f"{state[field]!r} and is {expected[field]!r}"
                 )
         position = state["position"]
         if isinstance(position, bool) or not isinstance(position, int) or position < 0:

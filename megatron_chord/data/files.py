@@ -22,7 +22,7 @@ _OTHER_STARTS = (
     (b"<!doctype html", "is a web page"),
     (b"<html", "is a web page"),
 )
-"""First bytes of files that are no data, whatever their case, and what to say of them."""
+"""First bytes of files that are not data, in upper or lower case, and the reason for the error message."""
 
 
 def kind_of(file: Path) -> str:
@@ -59,7 +59,7 @@ def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
         )
     if present[0] not in kinds:
         raise ValueError(
-            f"{path}: expected a file ending in {' or '.join(kinds)}, perhaps with .gz or .zst behind"
+            f"{path}: expected a file ending in {' or '.join(kinds)}, optionally followed by .gz or .zst"
         )
     return found
 
@@ -113,5 +113,5 @@ class _Unpacked(io.RawIOBase):
 
 
 def _is_description(file: Path) -> bool:
-    """Whether ``datasets`` or the hub writes a file with this name next to the data."""
+    """True if ``datasets`` or the hub writes a file with this name next to the data."""
     return file.name in ("dataset_info.json", "state.json", "dataset_infos.json", "dataset_dict.json")

@@ -21,7 +21,8 @@ from megatron_chord.data.token_texts import Pieces, pieces_of
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
 Grader = Callable[[str], "tuple[str, str] | None"]
-"""From the name of a data source to how its truths are read: a kind of ``rewards.reading`` and its marker, or None."""
+"""Maps the name of a data source to the way its truths are read: a kind of ``rewards.reading`` and its marker, or
+None."""
 MAX_TRUTHS = 2000
 """Maximum number of different truths of each data set that are read."""
 
@@ -136,15 +137,17 @@ def findings(inspection: Inspection) -> list[str]:
             if kind.kind in DOUBTFUL:
                 place, truth, _ = kind.examples[0]
                 found.append(
-                    f"{one.name}: {kind.count:,} of the truths read as {MEANING[kind.kind]}; the first is "
+                    f"{one.name}: {kind.count:,} of the truths are read as {MEANING[kind.kind]}; the first is "
                     f"{truth[:60]!r} ({place})"
                 )
         if one.contradicting:
             found.append(
-                f"{one.name}: the same problem with two different truths, {len(one.contradicting):,} times"
+                f"{one.name}: {len(one.contradicting):,} times the same problem has two different truths"
             )
         if one.identical:
-            found.append(f"{one.name}: the same row twice, the answer included, {len(one.identical):,} times")
+            found.append(
+                f"{one.name}: {len(one.identical):,} times the same row, including the answer, occurs twice"
+            )
         rewritten = [example.seen.place for example in one.examples if example.rendered.rewritten]
         if rewritten:
             found.append(
@@ -153,8 +156,8 @@ def findings(inspection: Inspection) -> list[str]:
     for overlapping in inspection.overlaps:
         if overlapping.is_contamination and overlapping.pairs:
             found.append(
-                f"{len(overlapping.pairs):,} of {overlapping.num_other:,} problems of {overlapping.other} are in "
-                f"{overlapping.one}, too: what is measured is partly what was trained"
+                f"{len(overlapping.pairs):,} of {overlapping.num_other:,} problems of {overlapping.other} are also "
+                f"in {overlapping.one}: the measurement then includes trained problems"
             )
     return found
 

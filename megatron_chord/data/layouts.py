@@ -85,7 +85,7 @@ class Reading:
     unused: set[str] = field(default_factory=set[str])
     """Fields that were not read in any row."""
     has_nulls: bool = False
-    """Whether null keys were left out of nested columns."""
+    """True if null keys were left out of nested columns."""
     tools_shown: set[str] = field(default_factory=set[str])
     """How the rows' functions are shown (``data.tools.Conversation``); empty for rows without functions."""
 
@@ -461,7 +461,7 @@ def _one_truth(value: Any, name: str) -> Any:
 
 
 def _after_hashes(fields: Fields) -> str:
-    """Return GSM8K's final number without the commas between its thousands."""
+    """Return GSM8K's final number without thousands separators."""
     return str(fields["answer"]).rsplit("####", 1)[1].strip().replace(",", "")
 
 

@@ -41,9 +41,10 @@ def lens_section(lens: Lens, *, shown: int) -> tuple[str, str, str]:
 def _parts(lens: Lens, shown: int) -> Iterator[str]:
     p = lens.all("p")
     yield (
-        f"<p class=soft>What <code>{escape(lens.policy)}</code> makes of each trained token, and what the run makes of "
-        "that. <b>p</b> is the policy's probability of the token, <b>φ = p(1 − p)</b>. The share of the gradient is "
-        f"weight × (1 − p) over its sum in the demonstration. Weight: {escape(lens.weighting)}.</p>"
+        f"<p class=soft>The probability that <code>{escape(lens.policy)}</code> gives to each trained token, and the "
+        "weight that the run gives to it. <b>p</b> is the policy's probability of the token, <b>φ = p(1 − p)</b>. "
+        "The share of the gradient is weight × (1 − p) divided by its sum over the demonstration. Weight: "
+        f"{escape(lens.weighting)}.</p>"
     )
     figures = (
         (f"{len(p):,}", f"trained tokens of {len(lens.rows):,} demonstrations"),

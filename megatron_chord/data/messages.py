@@ -60,14 +60,14 @@ def chat_messages(row: Row) -> tuple[Message, ...]:
     named = _with_calls([(name, _object(item, name)) for name, item in named])
     messages = tuple(_message(item, name) for name, item in named)
     if not messages:
-        raise RowError("`messages` has nothing but an empty system message")
+        raise RowError("`messages` has only an empty system message")
     has_system = messages[0]["role"] == "system"
     _check_turns(messages[has_system:], [name for name, _ in named][has_system:])
     return messages
 
 
 def uses_tools(messages: Sequence[Message]) -> bool:
-    """Whether these messages have function calls in fields of their own, or results of functions."""
+    """True if these messages have function calls in fields of their own, or results of functions."""
     return any("tool_calls" in message or message["role"] == "tool" for message in messages)
 
 
@@ -126,7 +126,7 @@ def _is_empty_system(message: Any) -> bool:
 
 
 def _object(item: Any, name: str) -> Any:
-    """``item``, or what it is the JSON text of: Parquet files may have lists of JSON texts."""
+    """Return ``item``, or its parsed value if it is JSON text, because Parquet files may have lists of JSON texts."""
     return _json(item, name) if isinstance(item, str) and item.lstrip().startswith("{") else item
 
 
@@ -134,7 +134,8 @@ def _with_calls(named: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The items, with the calls of ``tool_call`` messages in the assistant's turn that they belong to.
 
     A ``tool_call`` holds the JSON of one call or of a list. Those that follow each other, or a text of the assistant,
-    are one turn. It has the name of the first of them. What is no such JSON is left to the check of the turn's calls.
+    are one turn. It has the name of the first of them. Other content is not changed here; the check of the turn's
+    calls refuses it.
     """
     messages: list[tuple[str, Any]] = []
     for name, item in named:
@@ -169,7 +170,7 @@ def _message(value: Any, name: str) -> Message:
     }
     extra = sorted(filled.keys() - set(known))
     if extra:
-        raise RowError(f"{name} has fields that no template here is given for {role}: {', '.join(extra)}")
+        raise RowError(f"{name} has fields that a message of role {role} cannot have: {', '.join(extra)}")
     message: Message = {"role": role, "content": _content(value, name, has_calls="tool_calls" in filled)}
     for field, item in filled.items():
         if field == "tool_calls":

@@ -85,7 +85,7 @@ class MixedCursor:
             raise ValueError(f"data.{self.name}: the sources were {', '.join(saved)}, now {', '.join(names)}")
         if state["weights"] != expected["weights"]:
             raise ValueError(
-                f"data.{self.name}: cannot take up the saved order, the weights were "
+                f"data.{self.name}: cannot continue in the saved order: the weights were "
                 f"{', '.join(state['weights'])} and are {', '.join(expected['weights'])}"
             )
         for part, source in zip(self.parts, state["sources"], strict=True):
@@ -97,8 +97,8 @@ class MixedCursor:
 
     def _taken(self, position: int) -> list[int]:
         """For each data set, how many of the first ``position`` items come from it."""
-        # At a time that is not too late for certain, every data set has had round(time x weight) items. Continue one
-        # by one.
+        # Start at a time that is certainly not too late. Until then, round(time x weight) items come from each data
+        # set. Add the others one by one.
         time = Fraction(max(0, position - len(self.parts))) / sum(self.weights)
         taken = [int(time * weight + Fraction(1, 2)) for weight in self.weights]
         for _ in range(position - sum(taken)):
@@ -133,7 +133,7 @@ def cursor_over(
         return _cursor(tag or name, records, seed)
     by_source = {source: [record for record in records if record.source == source] for source in weights}
     if empty := [source for source, own in by_source.items() if not own]:
-        raise ValueError(f"data.{name}: nothing is left of {', '.join(empty)}")
+        raise ValueError(f"data.{name}: no usable row is left in {', '.join(empty)}")
     exact = [Fraction(str(weight)) for weight in weights.values()]
     scale = lcm(*(weight.denominator for weight in exact))
     return MixedCursor(

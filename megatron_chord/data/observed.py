@@ -24,7 +24,7 @@ class Observed:
     truth: str | None = None
     """The ground truth of a prompt."""
     is_overlong: bool
-    """Whether the row exceeds a limit and is left out."""
+    """True if the row exceeds a limit and is left out."""
 
     @property
     def place(self) -> str:

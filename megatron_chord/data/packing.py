@@ -57,8 +57,8 @@ class PackedRoutes:
     positions: np.ndarray
     """[F] int64: their indices among the N tokens"""
     experts: Routes
-    """[F, layers, k] uint8 or uint16: the experts of each in every layer of the model. Here when the batch is trained;
-    before that they may be on servers."""
+    """[F, layers, k] uint8 or uint16: the experts of each in every layer of the model. In training they are in memory;
+    before that they may still be on rollout servers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with the runs of consecutive positions: one or two for each sample."""
@@ -68,14 +68,15 @@ class PackedRoutes:
         return _received_routes, (places[first], lengths, self.experts)
 
     def here(self, read: dict[str, np.ndarray]) -> PackedRoutes:
-        """The same, with the routes of servers out of ``read`` (``routes.RemoteRoutes.here``)."""
+        """Return a copy in which the routes from ``read`` replace those on servers (``routes.RemoteRoutes.here``)."""
         experts = self.experts
         return replace(self, experts=experts.here(read)) if isinstance(experts, RemoteRoutes) else self
 
     def moved(self, places: np.ndarray) -> PackedRoutes:
-        """The tokens at their new indices ``places`` [N]; those with a negative one are left out."""
+        """Return a copy with the tokens at their new indices ``places`` [N]. Tokens with a negative index are left
+        out."""
         found = places[self.positions]
-        assert isinstance(self.experts, np.ndarray), "routes are read before a batch is cut"
+        assert isinstance(self.experts, np.ndarray), "routes must be in memory before a batch is split"
         return PackedRoutes(positions=found[found >= 0], experts=self.experts[found >= 0])
 
 
@@ -105,7 +106,8 @@ class PackedBatch:
 
     @property
     def saved(self) -> tuple[int, int]:
-        """What shared prompts saved: tokens, and the sum of the squared lengths of prompts that do not pass again."""
+        """The saving by shared prompts: number of tokens, and sum of the squared lengths of the prompt copies left
+        out."""
         used = np.bincount(self.prompts[self.prompts >= 0], minlength=len(self.prompts))
         lengths = np.diff(self.cu_seqlens).astype(np.int64)
         again = np.maximum(used - 1, 0)
@@ -288,8 +290,8 @@ def balanced_bins(
 ) -> list[list[int]]:
     """Distribute items over as few bins of ``capacity`` as possible, with nearly equal work.
 
-    The number of bins is a multiple of ``multiple * rank_multiple``; bins come sorted by work, the most first. An item
-    above the capacity is alone.
+    The number of bins is a multiple of ``multiple * rank_multiple``; the bins are in order of decreasing work. An item
+    above the capacity gets its own bin.
     """
     step = multiple * rank_multiple
     oversized = [[i] for i, length in enumerate(lengths) if length > capacity]
@@ -307,8 +309,8 @@ def balanced_bins(
 def _spread(
     items: Sequence[int], lengths: Sequence[int], work: Sequence[float], rooms: np.ndarray
 ) -> list[list[int]] | None:
-    """Place items in order of decreasing work, each into the bin with the least work that has room; None if none
-    has."""
+    """Place items in order of decreasing work, each into the bin with the least work that has room. None if no bin has
+    room for an item."""
     rooms, done = rooms.copy(), np.zeros(len(rooms))
     bins: list[list[int]] = [[] for _ in rooms]
     for i in sorted(items, key=lambda i: -work[i]):
@@ -417,7 +419,7 @@ def pack(
 
 def _first_routes(samples: Sequence[TrainSample]) -> list[Routes]:
     """The routes of the first sample that has any; empty if none has. The engine routes a prompt once for all of its
-    answers, or equally but for rounding."""
+    answers, or with differences only by rounding."""
     return [sample.routes for sample in samples if sample.routes is not None][:1]
 
 

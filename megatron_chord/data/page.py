@@ -19,8 +19,8 @@ _KINDS = {(False, True): "o", (True, False): "a", (True, True): "s"}
 """The CSS class of a token by (is trained, was written by the template)."""
 _LEGEND = (
     ("a", "text that is trained"),
-    ("s", "the template's own, trained"),
-    ("o", "the template's own, not trained"),
+    ("s", "text of the template, trained"),
+    ("o", "text of the template, not trained"),
     ("", "text that is not trained"),
 )
 
@@ -143,9 +143,9 @@ def _figures(inspection: Inspection) -> str:
 def _findings(inspection: Inspection) -> str:
     found = findings(inspection)
     if not found:
-        return '<div class="card"><b class=fine>Nothing looks wrong.</b></div>'
+        return '<div class="card"><b class=fine>No problem was found.</b></div>'
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
-    return f'<div class="card findings"><b>Worth a look</b><ul>{items}</ul></div>'
+    return f'<div class="card findings"><b>Please check</b><ul>{items}</ul></div>'
 
 
 def _reports(inspection: Inspection) -> str:
@@ -239,12 +239,12 @@ def _truths(report: SetReport) -> str:
 def _repeats(report: SetReport) -> Iterator[str]:
     if report.repeated:
         yield _listed(
-            f"Problems that stand in several rows: {len(report.repeated):,}",
+            f"Problems that occur in several rows: {len(report.repeated):,}",
             [" = ".join(f"<code>{escape(place)}</code>" for place in places) for places in report.repeated],
         )
     if report.identical:
         yield _listed(
-            f"Demonstrations that are there twice, the answer included: {len(report.identical):,}",
+            f"Demonstrations that occur twice, including the answer: {len(report.identical):,}",
             [" = ".join(f"<code>{escape(place)}</code>" for place in places) for places in report.identical],
         )
     if report.contradicting:
@@ -259,7 +259,7 @@ def _repeats(report: SetReport) -> Iterator[str]:
 
 
 def _overlap(found: Overlap) -> str:
-    title = f"{len(found.pairs):,} of {found.num_other:,} problems of {found.other} are in {found.one}, too"
+    title = f"{len(found.pairs):,} of {found.num_other:,} problems of {found.other} are also in {found.one}"
     if not found.pairs:
         return f'<div class="card"><span class="fine">{escape(title)}</span></div>'
     items = [

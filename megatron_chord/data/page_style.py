@@ -118,7 +118,7 @@ function show(token, x, y) {
   here = token; here.classList.add('here'); tip.replaceChildren();
   const text = document.createElement('code');
   text.textContent = JSON.stringify(token.dataset.t ?? token.textContent); tip.append(text);
-  const kind = {a: 'trained', s: "trained, the template's own", o: "not trained, the template's own"};
+  const kind = {a: 'trained', s: 'trained, text of the template', o: 'not trained, text of the template'};
   const names = [...token.classList].map(name => kind[name]).filter(Boolean);
   const note = document.createElement('div');
   note.textContent = 'token ' + token.dataset.i + (token.dataset.p ? '' : ', ' + (names[0] ?? 'not trained'));

@@ -1,9 +1,9 @@
 """Finds problems that are in several data sets with the same text, or with nearly the same text.
 
 Two problems are equal when their texts differ only in letter case, white space and Unicode's compatibility forms. They
-are nearly the same when at least ``NEAR`` of the shorter one's n-grams (``RUN`` words and signs) are in the longer
-one. This is so when an instruction was added or a sentence changed. N-grams that many problems have, such as those of
-an instruction, do not count.
+are nearly the same when at least ``NEAR`` of the shorter one's n-grams (``NGRAM_LENGTH`` words and signs) are in the
+longer one. This is so when an instruction was added or a sentence changed. N-grams that many problems have, such as
+those of an instruction, do not count.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from megatron_chord.data.observed import Observed
 
-RUN = 8
+NGRAM_LENGTH = 8
 NEAR = 0.8
 COMMON = 0.01
-"""Share of all problems. N-grams that more problems have do not count."""
-FEWEST_RUNS = 4
+"""N-grams that occur in more than this share of all problems do not count."""
+MIN_NGRAMS = 4
 """A problem with fewer n-grams is only compared as a whole."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -30,7 +30,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class Problem:
     place: str
     key: bytes
-    runs: frozenset[int]
+    ngrams: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def problem_of(seen: Observed) -> Problem:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     text = "\n".join(message["content"] for message in messages if message["role"] != "system")
-    return Problem(seen.place, text_key(text), _runs(text))
+    return Problem(seen.place, text_key(text), _ngrams(text))
 
 
 def text_key(text: str) -> bytes:
@@ -88,28 +88,30 @@ def repeated(problems: Iterable[Problem]) -> list[list[str]]:
 
 
 def _near(ones: Sequence[Problem], others: Sequence[Problem]) -> dict[str, tuple[str, float]]:
-    frequency = Counter(run for problem in (*ones, *others) for run in problem.runs)
+    frequency = Counter(ngram for problem in (*ones, *others) for ngram in problem.ngrams)
     often = max(10, (len(ones) + len(others)) * COMMON)
-    common = {run for run, count in frequency.items() if count > often}
-    own_runs = [other.runs - common for other in others]
+    common = {ngram for ngram, count in frequency.items() if count > often}
+    own_ngrams = [other.ngrams - common for other in others]
     holders: dict[int, list[int]] = defaultdict(list)
-    for index, runs in enumerate(own_runs):
-        if len(runs) >= FEWEST_RUNS:
-            for run in runs:
-                holders[run].append(index)
+    for index, ngrams in enumerate(own_ngrams):
+        if len(ngrams) >= MIN_NGRAMS:
+            for ngram in ngrams:
+                holders[ngram].append(index)
     best: dict[str, tuple[str, float]] = {}
     for one in ones:
-        runs = one.runs - common
-        if len(runs) < FEWEST_RUNS:
+        ngrams = one.ngrams - common
+        if len(ngrams) < MIN_NGRAMS:
             continue
-        for index, count in Counter(index for run in runs for index in holders.get(run, ())).items():
-            shared = count / min(len(runs), len(own_runs[index]))
+        for index, count in Counter(index for ngram in ngrams for index in holders.get(ngram, ())).items():
+            shared = count / min(len(ngrams), len(own_ngrams[index]))
             place = others[index].place
             if shared >= NEAR and shared > best.get(place, ("", 0.0))[1]:
                 best[place] = (one.place, shared)
     return best
 
 
-def _runs(text: str) -> frozenset[int]:
+def _ngrams(text: str) -> frozenset[int]:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return frozenset(hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1))
+    return frozenset(
+        hash(tuple(words[start : start + NGRAM_LENGTH])) for start in range(len(words) - NGRAM_LENGTH + 1)
+    )

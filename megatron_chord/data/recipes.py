@@ -95,7 +95,7 @@ def openr1(
             out.counts[f"left out: every right generation has more than {max_tokens} tokens"] += 1
             return None
         if text_key(problem) in seen:
-            out.counts["left out: the problem came before"] += 1
+            out.counts["left out: a duplicate of an earlier problem"] += 1
             return None
         seen.add(text_key(problem))
         return {"at": row.position, "problem": problem, "answer": fields.get("answer"), "kept": kept}
@@ -106,7 +106,7 @@ def openr1(
     chosen = {row["at"]: draw.choice(row["kept"]) for row in shown}
     rest = [row for row in usable if row["at"] not in chosen]
     whole = [row for row in rest if is_whole_number(row["answer"])]
-    out.counts["not for RL: the answer is no whole number"] += len(rest) - len(whole)
+    out.counts["not for RL: the answer is not a whole number"] += len(rest) - len(whole)
     several = [row for row in whole if len(row["kept"]) >= 2]
     out.counts["not for RL: fewer than two right generations"] += len(whole) - len(several)
     asked = _drawn(draw, several, rl, out, "RL prompts")
@@ -140,7 +140,7 @@ def toolace(paths: Sequence[Path], *, sft: int = 500, rl: int = 5000, seed: int 
             return None
         key = text_key(json.dumps([read["messages"], read["tools"]]))
         if key in seen:
-            out.counts["left out: the same request came before"] += 1
+            out.counts["left out: a duplicate of an earlier request"] += 1
             return None
         seen.add(key)
         return read
@@ -317,7 +317,7 @@ def math(
 def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
     """An evaluation set of problems and truths (AIME, AMC, MATH-500, Minerva, OlympiadBench), each problem once.
 
-    The ``subject`` of a row (MATH-500 has it) is kept: a suite can then tell accuracy by category.
+    The ``subject`` of a row (MATH-500 has it) is kept: a suite can then report accuracy by category.
 
     Args:
         url_has: keep the rows whose ``url`` contains it, such as 2024.
@@ -335,7 +335,7 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
         problem, truth = _problem_text(own), truth_field(own)
         seen[text_key(problem)] += 1
         if seen[text_key(problem)] > 1:
-            out.counts["left out: the problem came before"] += 1
+            out.counts["left out: a duplicate of an earlier problem"] += 1
             return None
         return {"problem": problem, "answer": truth, **_kept(row, "subject")}
 
@@ -345,14 +345,14 @@ def problems(paths: Sequence[Path], *, url_has: str = "") -> Prepared:
     out.files["evaluation"] = [{"id": str(number), **row} for number, row in enumerate(rows)]
     repeats = set(seen.values())
     if len(repeats) == 1 and (k := repeats.pop()) > 1:
-        out.notes.append(f"every problem stood there {k} times: set evaluation.samples to {k} instead")
+        out.notes.append(f"every problem was there {k} times: set evaluation.samples to {k} instead")
     return out
 
 
 def mmlu_pro(paths: Sequence[Path]) -> Prepared:
     """The options are numbered from 1 in the problem; the truth is the number, as CHORD asks for it.
 
-    The ``category`` of a row is kept: a suite can then tell accuracy by category.
+    The ``category`` of a row is kept: a suite can then report accuracy by category.
     """
     out = Prepared()
 
@@ -437,7 +437,7 @@ def _bfcl_category(folder: Path, category: str) -> Rows:
 
 
 def is_whole_number(value: Any) -> bool:
-    """Whether Python's ``int()`` accepts the text, which is the condition of the published script."""
+    """True if Python's ``int()`` accepts the text, which is the condition of the published script."""
     try:
         int(str(value))
     except ValueError:
@@ -467,7 +467,7 @@ def _split(rows: Rows, out: Prepared, *, sft: int, rl: int | None, seed: int) ->
     first: dict[bytes, dict[str, Any]] = {}
     for row in rows:
         first.setdefault(text_key(row["problem"]), row)
-    out.counts["left out: the problem came before"] += len(rows) - len(first)
+    out.counts["left out: a duplicate of an earlier problem"] += len(rows) - len(first)
     shuffled = list(first.values())
     random.Random(seed).shuffle(shuffled)
     shown = _first(shuffled, sft, out, "demonstrations")

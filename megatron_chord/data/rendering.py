@@ -62,7 +62,7 @@ class Renderer:
 
     @property
     def setting(self) -> Mapping[str, Any]:
-        """The template, the names that it knows, and its limit."""
+        """The template, the variables that it can read, and its limit of CPU time."""
         return self._setting
 
     def variables(self) -> frozenset[str]:
@@ -134,7 +134,7 @@ class _Worker:
         return json.loads(b"".join(parts))
 
     def epitaph(self) -> str:
-        """The reason for a missing answer, as the end of a sentence about the template."""
+        """Return the reason why there is no answer, as the end of a sentence about the template."""
         try:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:

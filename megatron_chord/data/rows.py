@@ -78,7 +78,7 @@ class Row:
     file: str = ""
     """Name of the row's file; its path, where several files have this name."""
     has_nulls: bool = False
-    """Whether null keys were removed from nested columns. Arrow gives every object of a column the keys of all."""
+    """True if null keys were removed from nested columns. Arrow gives every object of a column the keys of all."""
     given: Mapping[str, Any] | None = None
     """All fields as they are in the file, if ``fields`` were changed since."""
 
@@ -263,7 +263,7 @@ def checked_text(value: str, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"{name} holds half a surrogate pair at character {error.start}") from None
+        raise RowError(f"{name} has an unpaired surrogate at character {error.start}") from None
     return value
 
 
@@ -377,7 +377,8 @@ def _read_csv(path: Path) -> Iterator[Row | Fault]:
     """Every value is text, as it is written; an empty one counts as absent. The first line names the columns.
 
     Raises:
-        DataError: the CSV is broken or not UTF-8. No row after that place can be read, so this is no fault of one row.
+        DataError: the CSV is broken or not UTF-8. No row after that place can be read, so this is not a fault of one
+            row.
     """
     csv.field_size_limit(MAX_TEXT)
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:

@@ -17,9 +17,9 @@ _BAR = 40
 _BINS = 12
 _SHOWN = 3
 MAX_PIECES = 400
-"""Number of tokens that a terminal shows of the beginning of an example, and half as many of its end."""
+"""Number of tokens that a terminal shows from the beginning of an example. It shows half as many from the end."""
 
-_STYLES = {  # (is trained, is the template's own) -> styles of neighbouring tokens, in turn
+_STYLES = {  # (is trained, is text of the template) -> styles of neighbouring tokens, in turn
     (False, False): ("default", "bright_black"),
     (False, True): ("blue", "bright_blue"),
     (True, False): ("black on green", "black on bright_green"),
@@ -27,9 +27,9 @@ _STYLES = {  # (is trained, is the template's own) -> styles of neighbouring tok
 }
 _NAMES = {
     (False, False): ("text that is not trained", "", ""),
-    (False, True): ("the template's own, not trained", "[~", "~]"),
+    (False, True): ("text of the template, not trained", "[~", "~]"),
     (True, False): ("text that is trained", "{+", "+}"),
-    (True, True): ("the template's own, trained", "{~", "~}"),
+    (True, True): ("text of the template, trained", "{~", "~}"),
 }
 
 
@@ -117,12 +117,12 @@ def _truths(report: SetReport) -> Iterator[Text]:
 
 def _repeats(report: SetReport) -> Iterator[Text]:
     yield _listed(
-        f"problems that stand in several rows: {len(report.repeated):,}",
+        f"problems that occur in several rows: {len(report.repeated):,}",
         [" = ".join(places) for places in report.repeated],
     )
     if any(lengths.part == "trained" for lengths in report.lengths):
         yield _listed(
-            f"demonstrations that are there twice, the answer included: {len(report.identical):,}",
+            f"demonstrations that occur twice, including the answer: {len(report.identical):,}",
             [" = ".join(places) for places in report.identical],
             bad=True,
         )
@@ -137,7 +137,7 @@ def _repeats(report: SetReport) -> Iterator[Text]:
 def _overlap(found: Overlap) -> Text:
     equal = sum(pair.shared == 1 for pair in found.pairs)
     return _listed(
-        f"{len(found.pairs):,} of {found.num_other:,} problems of {found.other} are in {found.one}, too"
+        f"{len(found.pairs):,} of {found.num_other:,} problems of {found.other} are also in {found.one}"
         + (f" ({len(found.pairs) - equal:,} of them nearly)" if equal < len(found.pairs) else ""),
         [f"{pair.other} = {pair.place} ({pair.shared:.0%})" for pair in found.pairs],
         bad=found.is_contamination,

@@ -259,7 +259,7 @@ class ChatTemplate:
             remedies = self._thinking_remedies(message)
             raise RowError(
                 f"the chat template ({self.source}) begins message {turn} with an empty <think></think>, but the "
-                f"prompt leaves thinking open: the demonstration would teach to skip it. {remedies}"
+                f"prompt leaves thinking open: the demonstration would teach the policy to skip it. {remedies}"
             )
         lost = lost_part(text, message)
         if lost is not None:
@@ -298,8 +298,7 @@ class ChatTemplate:
         rest = self.decode(token_ids[end:])
         if rest.strip():
             raise RowError(
-                f"message {turn} goes on after its stop token ({stop_texts}): "
-                f"{rest[:40]!r} could never be sampled"
+                f"message {turn} continues after its stop token ({stop_texts}): {rest[:40]!r} could never be sampled"
             )
         return end
 
@@ -385,7 +384,7 @@ def _check_arguments(
     for name in arguments:
         if name in taken:
             raise ValueError(
-                f"data.template_arguments: `{name}` is not free to choose; rows and tokenizer give it its value"
+                f"data.template_arguments: `{name}` cannot be set here, because rows and tokenizer give it its value"
             )
     if not arguments:
         return
@@ -405,16 +404,16 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Imported here: it takes seconds, and reading rows does not need it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # The folder's own tokenizer file is the truth. AutoTokenizer goes by the model type instead, and gives a Qwen2
-    # model with a SentencePiece tokenizer Qwen's byte-level one: other ids, without a warning.
+    # Use the folder's own tokenizer file. AutoTokenizer chooses the tokenizer by the model type: for a Qwen2 model
+    # with a SentencePiece tokenizer it chooses Qwen's byte-level one, which gives other ids without a warning.
     has_file = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     loader = PreTrainedTokenizerFast if has_file else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _check_sentencepiece(tokenizer, folder)
-        tokenizer("1")  # takes the truncation and padding of its file away
+        tokenizer("1")  # removes the truncation and padding settings of its file
         return tokenizer
-    except Exception as error:  # whatever a loader raises for what stands in the folder's files
+    except Exception as error:  # any exception that a loader raises for the folder's files
         raise ValueError(f"{folder}: no tokenizer can be loaded from it: {_first_line(error)}") from error
 
 
@@ -462,8 +461,8 @@ def _control_tokens(tokenizer: Any, folder: Path) -> dict[int, str]:
     control = added | set(tokenizer.all_special_ids)
     model = folder / "tokenizer.model"
     if model.is_file() and not (folder / "tokenizer.json").is_file():
-        # transformers takes all user-defined pieces of such a model for control tokens, "\n" among them. Only those
-        # that the tokenizer's configuration gives a role (end, padding) are.
+        # transformers treats all user-defined pieces of such a model as control tokens, "\n" among them. Here only
+        # those are that have a role in the tokenizer's configuration (end, padding).
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         text = {i for i in control if i < len(pieces) and not (pieces.is_control(i) or pieces.is_unknown(i))}
         control -= text - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}

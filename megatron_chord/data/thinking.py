@@ -19,13 +19,13 @@ def opening(generation_prompt: str) -> str:
 
 
 def thinks(message: Message) -> bool:
-    """Whether an assistant's message holds a thinking block that is not empty."""
+    """True if an assistant's message holds a thinking block that is not empty."""
     content = message["content"]
     return "reasoning_content" in message or (CLOSE in content and not _EMPTY_BLOCK.match(content))
 
 
 def is_skipped(turn: str, message: Message) -> bool:
-    """Whether the rendered ``turn`` begins with an empty thinking block that ``message`` itself does not have."""
+    """True if the rendered ``turn`` begins with an empty thinking block that ``message`` itself does not have."""
     return bool(_EMPTY_BLOCK.match(turn)) and not _EMPTY_BLOCK.match(message["content"])
 
 

@@ -19,7 +19,7 @@ class Piece:
     """Empty if the token is a part of a character: the last token of the character has the text."""
     is_trained: bool
     is_template: bool
-    """Whether the template wrote it: it contains no text of a message."""
+    """True if the template wrote it: it contains no text of a message."""
 
 
 @dataclass(frozen=True)

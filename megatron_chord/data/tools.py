@@ -124,7 +124,7 @@ def true_answer(row: Row) -> str:
 
 
 def has_truth(row: Row) -> bool:
-    """Whether the row has a field that ``true_answer`` reads."""
+    """True if the row has a field that ``true_answer`` reads."""
     return any(name in row.fields for name in TRUTH_FIELDS)
 
 
@@ -169,7 +169,7 @@ def _json_text(value: Any, name: str, *, sort_keys: bool = False) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
         text.encode()
     except UnicodeEncodeError:
-        raise RowError(f"{name} holds half a surrogate pair") from None
+        raise RowError(f"{name} has an unpaired surrogate") from None
     except (ValueError, RecursionError) as error:
         raise RowError(f"{name} cannot be written as JSON: {error}") from None
     return text

@@ -25,8 +25,10 @@ def doubts(prompts: Sequence[Prompt], is_text: Callable[[Prompt], bool] = lambda
         lines.append(f"{problems} several truths, e.g. {_told(first)} and {_told(other)}")
     texts = [prompt for prompt in prompts if is_text(prompt)]
     if texts:
-        truths = "1 of 1 truth reads" if len(prompts) == 1 else f"{len(texts)} of {len(prompts)} truths read"
-        lines.append(f"{truths} as text, e.g. {_told(texts[0])}: a right answer in other words gets 0")
+        truths = (
+            "1 of 1 truth is read" if len(prompts) == 1 else f"{len(texts)} of {len(prompts)} truths are read"
+        )
+        lines.append(f"{truths} as text, e.g. {_told(texts[0])}: a right answer in other words gets reward 0")
     return lines
 
 

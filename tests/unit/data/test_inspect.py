@@ -127,7 +127,7 @@ def test_without_colours_the_screen_marks_with_brackets(inspection: Inspection) 
     text = screen.getvalue()
     assert "\x1b" not in text
     assert "[~<|im_start|>user\n~]1+1?[~<|im_end|>\n<|im_start|>assistant\n~]{+2+}{~<|im_end|>~}" in text
-    assert "1 of 3 problems of evaluation are in demonstrations, too" in text
+    assert "1 of 3 problems of evaluation are also in demonstrations" in text
     assert "a.jsonl:1 says '2', a.jsonl:2 says '3'" in text
 
 
@@ -175,4 +175,6 @@ def test_an_instruction_that_all_rows_have_makes_no_two_problems_the_same() -> N
 def test_a_changed_word_leaves_a_problem_nearly_the_same() -> None:
     one, other = (problem_of(asked(text, i)) for i, text in enumerate([LONG, LONG.replace("now", "then")]))
     (pair,) = overlap([one], [other])
-    assert pair.shared == (len(one.runs) - 2) / len(one.runs)  # the last word but one is in the last two runs
+    assert pair.shared == (len(one.ngrams) - 2) / len(
+        one.ngrams
+    )  # the last word but one is in the last two n-grams

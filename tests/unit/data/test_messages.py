@@ -127,7 +127,7 @@ TOOL_CALL = {"role": "tool_call", "content": '{"name": "weather", "arguments": {
          "messages[1].tool_calls[0].id must be a string, got int"),
         ([ASKED, {**SAID, "reasoning_content": ["x"]}], "messages[1].reasoning_content must be a string, got a list"),
         ([ASKED, {**SAID, "tool_call_id": "c1"}],
-         "messages[1] has fields that no template here is given for assistant: tool_call_id"),
+         "messages[1] has fields that a message of role assistant cannot have: tool_call_id"),
         ([ASKED, CALLS, {"role": "tool", "content": {"t": 18}}], "messages[2].content must be a string, got an object"),
         ([ASKED, CALLS, {"role": "tool"}], "messages[2].content must be a string, got null"),
         ([ASKED, {"role": ["user"], "content": "x"}],

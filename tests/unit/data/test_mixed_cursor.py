@@ -138,5 +138,5 @@ def test_one_source_is_a_plain_cursor_whatever_its_name() -> None:
 
 
 def test_a_source_without_rows_is_named() -> None:
-    with pytest.raises(ValueError, match=r"data.prompts: nothing is left of b"):
+    with pytest.raises(ValueError, match=r"data.prompts: no usable row is left in b"):
         cursor_over("prompts", prompts(a=5), {"a": 1.0, "b": 1.0}, seed=0)

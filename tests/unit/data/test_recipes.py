@@ -66,7 +66,7 @@ def test_openr1_filters_and_splits(tmp_path: Path) -> None:
     assert made.counts["left out: Chinese characters in the problem"] == 1
     assert made.counts["left out: no generation that math-verify found right"] == 2
     assert made.counts["left out: every right generation has more than 50 tokens"] == 1
-    assert made.counts["left out: the problem came before"] == 1
+    assert made.counts["left out: a duplicate of an earlier problem"] == 1
     shown, asked = made.files["sft"], made.files["rl"]
     assert (len(shown), len(asked)) == (3, 4)
     assert not {text_key(row["problem"]) for row in shown} & {text_key(row["problem"]) for row in asked}
@@ -83,7 +83,7 @@ def test_openr1_filters_and_splits(tmp_path: Path) -> None:
 
 def test_openr1_says_when_there_are_not_enough(tmp_path: Path) -> None:
     made = recipes.openr1([openr1_file(tmp_path)], num_tokens=len, sft=0, rl=99)
-    assert made.counts["not for RL: the answer is no whole number"] == 1
+    assert made.counts["not for RL: the answer is not a whole number"] == 1
     assert made.counts["not for RL: fewer than two right generations"] == 1
     assert made.notes == ["only 9 of 99 RL prompts: there are no more"]
 
@@ -117,7 +117,7 @@ def test_toolace_keeps_first_replies_that_are_calls(tmp_path: Path) -> None:
     assert made.counts == {
         "dialogues read": 10,
         "left out: does not begin with a user's request and its reply": 2,
-        "left out: the same request came before": 1,
+        "left out: a duplicate of an earlier request": 1,
         "left out: calls a function that is not listed": 1,
         "left out: the first reply is no call": 2,
         "left out: the list of functions is not JSON": 1,
@@ -172,7 +172,7 @@ def test_gsm8k_splits_without_the_calculators_marks(
     assert all("<<" not in row["solution"] for row in shown)
     assert all(row["answer"] == f"1{2 * int(row['problem'][0]):03}" for row in asked)
     said = capsys.readouterr().out
-    assert "        7  problems read\n        1  left out: the problem came before\n" in said
+    assert "        7  problems read\n        1  left out: a duplicate of an earlier problem\n" in said
     assert "        4  rows in rl.jsonl" in said
 
 
@@ -192,7 +192,7 @@ def test_evaluation_sets_have_each_problem_once(tmp_path: Path) -> None:
     made = recipes.problems([write_rows(tmp_path / "aime.jsonl", *rows, *rows)])
     assert made.files["evaluation"][1] == {"id": "1", "problem": "p1", "answer": "01"}
     assert len(made.files["evaluation"]) == 3
-    assert made.notes == ["every problem stood there 2 times: set evaluation.samples to 2 instead"]
+    assert made.notes == ["every problem was there 2 times: set evaluation.samples to 2 instead"]
     years = [{"problem": f"p{year}", "answer": 1.0, "url": f"https://x/{year}_AIME"} for year in (2022, 2024)]
     made = recipes.problems([write_rows(tmp_path / "amc.jsonl", *years)], url_has="2024")
     assert [(row["problem"], row["answer"]) for row in made.files["evaluation"]] == [("p2024", "1.0")]

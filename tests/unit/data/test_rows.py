@@ -159,7 +159,7 @@ def test_parquet_rows_are_the_same_rows(tmp_path: Path) -> None:
             {"prompt": [{"role": "user"}]},
             "`prompt` must be a string, got a list; a chat goes under `messages`",
         ),
-        ({"problem": "x\ud800"}, "`problem` holds half a surrogate pair at character 1"),
+        ({"problem": "x\ud800"}, "`problem` has an unpaired surrogate at character 1"),
         ({"messages": []}, "`messages` must be a list of messages, got nothing"),
         ({"messages": "hi"}, "`messages` must be a list of messages, got a string"),
         ({"messages": ["hi"]}, "messages[0] must be an object with `role` and `content`, got a string"),
@@ -171,7 +171,7 @@ def test_parquet_rows_are_the_same_rows(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content is empty"),
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": [{}], "name": "n", "audio": None}]},
-            "messages[0] has fields that no template here is given for user: name, tool_calls",
+            "messages[0] has fields that a message of role user cannot have: name, tool_calls",
         ),
     ],
 )

@@ -175,7 +175,7 @@ def test_turn_that_goes_on_after_its_stop_token(chatml_folder: Path, tmp_path: P
         "{{ 'Thanks!' if m.role == 'assistant' else '' }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RowError, match=r"message 1 goes on after its stop token .*'Thanks!"):
+    with pytest.raises(RowError, match=r"message 1 continues after its stop token .*'Thanks!"):
         with_jinja(chatml_folder, tmp_path, babbling).demonstration([USER, ANSWER])
 
 
@@ -367,8 +367,8 @@ def test_the_exported_template_has_the_arguments_as_defaults(chatml_folder: Path
             r"given.jinja\) does not read `enable_thinkin`; did you mean `enable_thinking`",
         ),
         ({"xyz": 1}, "does not read `xyz`; it reads enable_thinking, style, words"),
-        ({"messages": []}, "`messages` is not free to choose"),
-        ({"eos_token": "x"}, "`eos_token` is not free to choose"),
+        ({"messages": []}, "`messages` cannot be set here"),
+        ({"eos_token": "x"}, "`eos_token` cannot be set here"),
     ],
 )
 def test_arguments_that_the_template_does_not_read(

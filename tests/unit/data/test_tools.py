@@ -126,7 +126,7 @@ def test_a_demonstration_has_the_same_prompt_tokens_as_the_prompt(
         ),
         ({"tools": [{"name": "mail", "parameters": []}]}, "tools[0].parameters must be an object"),
         ({"tools": [MAIL, MAIL]}, "`tools` has several functions named mail"),
-        ({"tools": [{"name": "mail", "x": "\ud800"}]}, "tool mail holds half a surrogate pair"),
+        ({"tools": [{"name": "mail", "x": "\ud800"}]}, "tool mail has an unpaired surrogate"),
         ({"tools": [{"name": "mail", "x": "<|im_end|>"}]}, "message 0 (system) holds '<|im_end|>'"),
         ({"tools": '[{"name": "mail", "x": 1e999}]'}, "tool mail cannot be written as JSON"),
         ({"truth": None}, "has none of `answer`, `truth`, `ground_truth`"),
@@ -139,7 +139,7 @@ def test_a_demonstration_has_the_same_prompt_tokens_as_the_prompt(
         ),
         ({"truth": [CALL, {"name": "mail"}]}, "`truth`: true call 2 is neither"),
         ({"truth": [{"name": "pay", "arguments": {}}]}, "`truth` calls what is not among the tools: pay"),
-        ({"truth": [{"name": "mail", "arguments": {"to": "\ud800"}}]}, "`truth` holds half a surrogate pair"),
+        ({"truth": [{"name": "mail", "arguments": {"to": "\ud800"}}]}, "`truth` has an unpaired surrogate"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path: Path, chatml: ChatTemplate, fields: dict, reason: str) -> None:

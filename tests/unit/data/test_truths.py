@@ -33,6 +33,6 @@ def test_truths_that_are_text_are_counted_for_graders_of_mathematics() -> None:
     rows = [prompt(1, 1, "15"), prompt(2, 2, "C) 15"), prompt(3, 3, "p" * 99)]
     found = doubts(rows, lambda prompt: not prompt.truth.isdecimal())
     assert found == [
-        "2 of 3 truths read as text, e.g. train.jsonl:2 'C) 15': a right answer in other words gets 0"
+        "2 of 3 truths are read as text, e.g. train.jsonl:2 'C) 15': a right answer in other words gets reward 0"
     ]
     assert doubts(rows) == []
