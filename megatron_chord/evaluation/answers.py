@@ -24,7 +24,7 @@ from megatron_chord.rollout.replies import GenerateRequest
 SAMPLES = "samples"
 _REWARDS = Path(__file__).parents[1] / "rewards"
 _LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
-"""By which the package's own rewards read mathematics."""
+"""Libraries with which the package's own rewards read mathematics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def grading_of(benchmark: BenchmarkConfig) -> str:
     assert benchmark.reward is not None
     parts: list[Any] = []
     for term in terms_of(benchmark.reward).values():
-        # How much is graded at a time changes no grade.
+        # The number of answers that are graded at a time does not change a grade.
         settings = {name: str(value) for name, value in asdict(term).items() if name != "workers"}
         if isinstance(term, FunctionReward):
             files, versions = _with_its_imports(term.path), []
@@ -100,7 +100,7 @@ def _imported(file: Path) -> set[str]:
     """Modules and packages that a file imports, by the first part of their names."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # the worker says so
+    except (SyntaxError, ValueError):  # the grader process reports the error
         return set()
     names: set[str] = set()
     for node in ast.walk(tree):

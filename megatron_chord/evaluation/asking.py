@@ -59,7 +59,7 @@ class SuiteGraders:
         self._lock = threading.Lock()
 
     def grade(self, reward: RewardConfig, responses: Sequence[Response]) -> list[Grade]:
-        """Grades in the order of ``responses``. From any thread."""
+        """Grades in the order of ``responses``. May be called from any thread."""
         return self.start(reward).grade_all(responses) if responses else []
 
     def mark(self, benchmark: BenchmarkConfig) -> str:
@@ -119,7 +119,7 @@ def ask(
                 if restarts == 0:
                     raise
                 restarts -= 1
-                meter.say(f"{error}\nasking again for what is missing, {restarts} restarts left")
+                meter.say(f"{error}\nsampling the missing answers again, {restarts} restarts left")
     return len(late)
 
 
@@ -229,7 +229,7 @@ class _Grading:
                     batch.append(self._queue.get())
                 ended = None in batch
                 self._grade([item for item in batch if item is not None])
-        except Exception as error:  # ``check`` raises it in the thread that asks
+        except Exception as error:  # ``check`` raises it in the caller's thread
             self.failure = error
 
     def _grade(self, batch: Sequence[tuple[Question, Rollout]]) -> None:
@@ -276,7 +276,7 @@ def _answer(question: Question, rollout: Rollout, text: str, grade: Grade, mark:
 def grade_again(
     answers: Sequence[tuple[Answer, Prompt]], benchmark: BenchmarkConfig, graders: SuiteGraders
 ) -> list[Answer]:
-    """Answers that were graded with other settings or other code, graded again with those of the benchmark."""
+    """Grade answers again that were graded with other settings or other code than those of the benchmark."""
     assert benchmark.reward is not None
     responses = [
         response_of(prompt, answer.response, answer.finish_reason, answer.tokens)

@@ -63,7 +63,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     print(f"results in {output / TABLE}, answers in {output / 'samples'}")
     missing = sum(item["missing"] for item in results["benchmarks"].values())
     if missing:
-        print(f"{missing} answers are missing: their requests were late (server.request_s). {_go_on(output)}")
+        print(
+            f"{missing} answers are missing, because their requests took longer than server.request_s. "
+            f"{_go_on(output)}"
+        )
     return 1 if missing else 0
 
 
@@ -76,7 +79,7 @@ def compare_command(args: argparse.Namespace) -> int:
         return _REFUSED
     table = Table(
         title=f"A: {args.a}\nB: {args.b}",
-        caption="B - A in points, with the interval that holds 95 % of the means",
+        caption="B - A in percentage points, with the 95 % interval",
     )
     for column in ("benchmark", "metric", "A", "B", "B - A", "interval", "problems", "gained", "lost"):
         is_name = column in ("benchmark", "metric")
@@ -114,7 +117,7 @@ def suite_path(suite: str) -> Path:
 
 
 def _go_on(output: Path) -> str:
-    return f"The answers so far are in {output}: the same command goes on from there"
+    return f"The answers so far are in {output}. The same command continues from there"
 
 
 def _table(results: dict) -> Table:

@@ -44,8 +44,8 @@ def compare(a: Path, b: Path, *, seed: int = 0, resamples: int = 2000) -> tuple[
     changed = [key for key in both if first[key].question != second[key].question]
     if changed:
         raise ValueError(
-            f"{len(changed)} problems were asked otherwise in {a} and {b}, such as {' '.join(changed[0])}: "
-            "evaluate both policies with the same suite and files"
+            f"{len(changed)} problems have other messages or another truth in {b} than in {a}, such as "
+            f"{' '.join(changed[0])}: evaluate both policies with the same suite and files"
         )
     remarks = [
         f"{len(whole) - len(both)} problems are only in {path}"
@@ -59,7 +59,7 @@ def compare(a: Path, b: Path, *, seed: int = 0, resamples: int = 2000) -> tuple[
             if metric in pairs[0][1].values:
                 found += _compared(benchmark, metric, pairs, seed, resamples)
     if not found:
-        raise ValueError(f"{a} and {b} have no metric of the same benchmark in common")
+        raise ValueError(f"{a} and {b} have no common metric of a benchmark")
     return found, remarks
 
 

@@ -73,7 +73,7 @@ def evaluate(
         What ``results.json`` holds.
 
     Raises:
-        ValueError: a file is missing, or the policy, the data or the settings will not do. Nothing was sampled.
+        ValueError: a file is missing, or the policy, the data or the settings cannot be used. Nothing was sampled.
         RolloutError, ServerError: the servers failed too often. The answers so far are kept.
     """
     check_suite(suite)
@@ -125,7 +125,7 @@ def check_suite(suite: SuiteConfig) -> None:
             )
     if findings:
         place = (
-            f"\nThe suite's files belong into {suite.data or Path.cwd()}; data=FOLDER names another folder."
+            f"\nThe suite's files must be in {suite.data or Path.cwd()}. data=FOLDER chooses another folder."
         )
         raise ValueError(
             "\n".join(findings) + (place if any("not exist" in text for text in findings) else "")
@@ -150,7 +150,7 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
         if longest > shape.max_positions:
             raise ValueError(
                 f"{item.name}: max_prompt_tokens {item.max_prompt_tokens} + sampling.max_tokens "
-                f"{item.sampling.max_tokens} = {longest} is beyond the policy's {shape.max_positions} positions"
+                f"{item.sampling.max_tokens} = {longest} is more than the policy's {shape.max_positions} positions"
             )
         style = (item.chat_template or policy.chat_template, item.system_prompt)
         if style not in templates:
@@ -192,7 +192,7 @@ def _categories(item: BenchmarkConfig, prompts: Sequence[Prompt]) -> dict[str, s
         assert item.category is not None
         value = at_path(row.fields, item.category)
         if isinstance(value, dict | list):
-            raise RowError(f"`{item.category}` (category of {item.name}) is no single value")
+            raise RowError(f"`{item.category}` (category of {item.name}) is not a single value")
         return str(value)
 
     categories = parse_rows(Path(item.file), parse)
@@ -256,9 +256,9 @@ def _tell_of_kept(
     kept = len(questions) - len(missing)
     other = sum(len(file.by_key) for file in files.values()) - kept
     if kept:
-        say(f"{kept} of {len(questions)} answers are there already")
+        say(f"{kept} of {len(questions)} answers exist already")
     if other:
-        say(f"{other} kept answers are another policy's or were asked otherwise: they are not used")
+        say(f"{other} kept answers are not used, because they have another policy or other sampling settings")
 
 
 def _results(

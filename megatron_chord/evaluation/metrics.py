@@ -122,7 +122,8 @@ def maj_at(votes: Sequence[int | None], k: int) -> float:
     silent = sum(vote is None for vote in votes)
     total = 0.0
     for most in range(1, min(num_right, k) + 1):
-        # ways[t][j]: to take j answers of the other classes, `t` of which tie with the truth's `most` votes.
+        # ways[t][j]: number of ways to take j answers from the other classes so that t of these classes have the
+        # truth's number of votes, `most`.
         ways = [[math.comb(silent, j) for j in range(k - most + 1)]]
         for size in sizes.values():
             ways = _with_class(ways, size, most, k - most)
@@ -163,7 +164,7 @@ def bootstrap(
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Interval:
-    """The mean over problems with its percentile interval: each group's problems are drawn again, with replacement.
+    """The mean over problems with its percentile interval: each group's problems are resampled with replacement.
 
     Args:
         groups: the values of each benchmark's problems; usually one benchmark.
@@ -173,7 +174,7 @@ def bootstrap(
         ValueError: there is no problem, or a group has none.
     """
     if not groups or not all(groups):
-        raise ValueError("the mean of no problems")
+        raise ValueError("there is no problem to average over")
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     sizes = np.array([len(array) for array in arrays])
     weights = sizes / sizes.sum() if weigh == "problems" else np.full(len(arrays), 1 / len(arrays))

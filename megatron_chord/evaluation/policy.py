@@ -145,7 +145,7 @@ def _tools_as_of_export(source: Path, say: Callable[[str], None]) -> ToolsAs:
         return load_config(run / "config.yaml").data.tools_as
     except ConfigError as error:
         say(
-            f"{error}\ndata.tools_as of that run is not known: it is taken to be auto (tools_as of the suite)"
+            f"{error}\ndata.tools_as of that run is not known: auto is used (set tools_as of the suite to change it)"
         )
         return "auto"
 
@@ -162,7 +162,7 @@ def _convert_if_new(source: Path, folder: Path, say: Callable[[str], None]) -> N
     if record.is_file() and record.read_text(encoding="utf-8") == made_of:
         return
     if folder.is_dir():
-        say(f"{folder} holds another checkpoint or is not whole: it is made again")
+        say(f"{folder} is incomplete or belongs to another checkpoint: it is made again")
         shutil.rmtree(folder)
     say(f"converting {source}")
     _convert(source, folder)
@@ -193,7 +193,7 @@ def _digest(folder: Path, record: Path, say: Callable[[str], None]) -> str:
         return known["digest"]
     size = sum(path.stat().st_size for path in files)
     if size > 1 << 30:
-        say(f"reading {size / 1e9:.0f} GB of weights, so that kept answers can be told to be this policy's")
+        say(f"reading {size / 1e9:.0f} GB of weights, to check which kept answers belong to this policy")
     with ThreadPoolExecutor(min(8, len(files) or 1)) as pool:
         parts = list(pool.map(_file_digest, files))
     named = [f"{path.name} {part}" for path, part in zip(files, parts, strict=True)]

@@ -136,7 +136,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"# {results['policy']['name']} on {results['suite']}",
         "",
         f"Policy `{results['policy']['path']}`, weights {results['policy']['digest']}, seed {results['seed']}. "
-        "Intervals hold 95 % of the means over problems that are drawn again.",
+        "Intervals are 95 % bootstrap intervals over problems.",
         "",
         "| benchmark | metric | value | interval | problems | answers | tokens | truncated | grader errors | missing |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",

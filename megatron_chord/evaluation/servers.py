@@ -184,7 +184,7 @@ class ListedServers:
         try:
             sync.push(((name, reader.read(name)) for name in names), self.version)
         except SyncError as error:
-            raise ServerError(f"the servers did not take the weights of {self._model}: {error}") from error
+            raise ServerError(f"the servers did not load the weights of {self._model}: {error}") from error
         finally:
             sync.close()
         return self._clients

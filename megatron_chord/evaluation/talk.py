@@ -51,12 +51,12 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """An answer."""
+    """The policy's answer to a conversation."""
 
     text: str
     num_tokens: int
     is_cut_off: bool
-    """Whether it reached the limit of tokens."""
+    """True if the answer reached the limit of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def voice_of(source: Path, overrides: Overrides, *, say: Callable[[str], None]) 
         run = run_of(source) if folder != source or source.resolve().name == "policy" else None
         template = load_template(
             folder,
-            # The template of a run's exported policy has the run's own, and its arguments, in it.
+            # The template of an exported policy already contains the template and the arguments of its run.
             chat_template=run.data.chat_template if run is not None and folder != source else None,
             arguments=run.data.template_arguments if run is not None and folder != source else None,
             system_prompt=_system_prompt(run, overrides),
@@ -205,10 +205,10 @@ def speaker(
 
     Args:
         servers: URLs of running servers, which get the policy's weights.
-        server_key: what these servers ask for.
+        server_key: the API key of these servers.
 
     Raises:
-        ServerError: a server is not ready in time, or does not take the weights.
+        ServerError: a server is not ready in time, or does not load the weights.
     """
     settings = voice.server
     with contextlib.closing(PrivateFolder(Path(tempfile.gettempdir()))) as logs:
@@ -253,7 +253,7 @@ def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
     numbered = enumerate(lines, start=1)
     found = [_prompt_of_line(path, number, line, voice) for number, line in numbered if line.strip()]
     if not found:
-        raise ValueError(f"{path}: there is no prompt in it; expected one a line")
+        raise ValueError(f"{path}: there is no prompt in it; expected one prompt per line")
     return found
 
 

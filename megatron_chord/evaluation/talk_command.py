@@ -16,7 +16,7 @@ from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.rollout.server import ServerError
 
-HELP = "/new begins a new conversation, /quit or Ctrl-D ends"
+HELP = "/new starts a new conversation, /quit or Ctrl-D ends the program"
 
 
 def talk_command(args: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def chat(
             continue
         asked = [*messages, {"role": "user", "content": text}]
         if is_first:
-            note("waiting for the first answer, which takes longer than the next ones")
+            note("waiting for the first answer, which takes longer than later ones")
             is_first = False
         try:
             said = talker.reply(asked)
@@ -100,7 +100,7 @@ def _check_request(args: argparse.Namespace, voice: Voice) -> None:
     if output is None:
         return
     if output.is_dir() or not output.parent.is_dir():
-        reason = "is a folder" if output.is_dir() else f"cannot be made: {output.parent} is no folder"
+        reason = "is a folder" if output.is_dir() else f"cannot be written: {output.parent} is not a folder"
         raise ValueError(f"--output: {output} {reason}")
 
 

@@ -68,9 +68,9 @@ def test_problems_without_a_value_or_a_partner_are_left_out(tmp_path: Path) -> N
 
 def test_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a", [0.0])
-    with pytest.raises(ValueError, match="1 problems were asked otherwise"):
+    with pytest.raises(ValueError, match="1 problems have other messages or another truth"):
         compare(a, write(tmp_path / "b", [0.0], question="other"))
-    with pytest.raises(ValueError, match="no metric of the same benchmark in common"):
+    with pytest.raises(ValueError, match="no common metric of a benchmark"):
         compare(a, write(tmp_path / "c", [0.0], metric="pass@2"))
     with pytest.raises(ValueError, match=r"holds no evaluation: problems.jsonl is not there"):
         compare(a, tmp_path)

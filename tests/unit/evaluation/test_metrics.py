@@ -126,5 +126,5 @@ def test_groups_are_weighed_by_problems_or_alike() -> None:
     # Each group is drawn separately, so a mean of constant groups does not vary.
     assert (by_problems.value, by_problems.low, by_problems.high) == (0.75, 0.75, 0.75)
     assert bootstrap(groups, seed=1, weigh="groups").value == 0.5
-    with pytest.raises(ValueError, match="the mean of no problems"):
+    with pytest.raises(ValueError, match="there is no problem to average over"):
         bootstrap([[1.0], []], seed=0)

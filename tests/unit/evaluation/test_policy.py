@@ -157,7 +157,7 @@ def test_functions_are_shown_as_in_the_policys_run(tmp_path: Path) -> None:
     said: list[str] = []
     (run / "config.yaml").write_text("of: another version\n")
     assert open_policy(run / "policy", tmp_path, said.append).tools_as == "auto"
-    assert "it is taken to be auto" in said[0]
+    assert "auto is used" in said[0]
 
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

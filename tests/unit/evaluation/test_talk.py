@@ -77,7 +77,7 @@ def test_prompts_of_lines_and_of_rows(tmp_path: Path) -> None:
     ("options", "said"),
     [
         (["--temperature", "0", "--samples", "2"], "would be the same answer 2 times"),
-        (["--output", "none/x.jsonl"], "--output: none/x.jsonl cannot be made: none is no folder"),
+        (["--output", "none/x.jsonl"], "--output: none/x.jsonl cannot be written: none is not a folder"),
         (["--server", "http://127.0.0.1:9"], "set VLLM_API_KEY"),
     ],
 )
@@ -103,6 +103,6 @@ def test_chat_says_once_that_it_waits_for_the_first_answer() -> None:
     with voice_of(POLICY, Overrides(), say=print) as voice:
         speaker = Speaker(voice=voice, clients=(), version=None)
         chat(speaker, lambda: next(lines), shown.append, note=notes.append)
-    assert notes == ["waiting for the first answer, which takes longer than the next ones"]
+    assert notes == ["waiting for the first answer, which takes longer than later ones"]
     assert shown[0] == HELP
     assert [line.startswith("error: the conversation has ") for line in shown[1:]] == [True, True]
