@@ -243,7 +243,7 @@ def _check_blocks(parameters: Sequence[Stored]) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. Makes no copy: minimum and maximum are NaN or infinite if any number is."""
+    """True if all numbers are finite. Makes no copy: minimum and maximum are NaN or infinite if any number is."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 

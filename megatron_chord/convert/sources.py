@@ -186,7 +186,7 @@ class HFSource:
         dtypes, own = {name: reader.dtype(name) for name in shape.weights.hf_names()}, shape.weights.dtypes()
         dtype = _one_dtype({name: found for name, found in dtypes.items() if name not in own}, folder, dtype)
         findings = [
-            f"{name} is of type {dtypes[name]}, which {wanted} does not hold exactly"
+            f"{name} is of type {dtypes[name]}, which {wanted} cannot represent exactly"
             for name, wanted in own.items()
             if dtypes[name] not in _HELD_EXACTLY[wanted]
         ]

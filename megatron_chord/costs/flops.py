@@ -13,10 +13,11 @@ from megatron_chord.families.shape import ModelShape
 def train_flops(shape: ModelShape, length: float) -> float:
     """FLOPs of one token's forward and backward pass, as a mean over a sequence of ``length`` tokens.
 
-    6 per parameter that multiplies it, and 3 per layer, position and channel of queries and of attention's output: the
-    mean token sees half of the positions, in scores and in values. With equal channels that is the convention of
-    [MB-ARCH] (docs/planning.md), 6 per layer, position and channel. Over sequences of several lengths, ``length`` is
-    their mean weighted by tokens: the sum of squares over the sum.
+    The number is 6 per parameter that multiplies the token, plus 3 per layer, position and channel. The channels are
+    those of the queries (for the scores) and those of attention's output (for the values). The factor is 3 and not 6
+    because the mean token attends to half of the positions. If both have the same number of channels, this is the
+    convention of [MB-ARCH] (docs/planning.md): 6 per layer, position and channel. Over sequences of several lengths,
+    ``length`` is their mean weighted by tokens: the sum of squares over the sum.
     """
     return 6 * active_count(shape) + _per_position(shape) * length
 
@@ -53,8 +54,8 @@ def head_flops(shape: ModelShape) -> float:
 
 
 def attention_cost(shape: ModelShape) -> float:
-    """What attention adds to a token's matrix products for each token of its sequence: a sequence of n tokens costs
-    n + attention_cost n^2, in units of the products of a token with the parameters."""
+    """The cost of attention relative to the matrix products of one token: a sequence of n tokens costs n +
+    attention_cost n^2, in units of the products of one token with the parameters."""
     return _per_position(shape) / (6 * active_count(shape))
 
 

@@ -58,15 +58,16 @@ class Sizes:
     latents: int
     """Width of the latents from which queries, keys and values are made; 0 where they come from hidden states."""
     cache: int
-    """Numbers that the KV cache keeps of a token in each layer."""
+    """Number of elements that the KV cache stores for a token in each layer."""
     decode_channels: int
-    """Products of a decoded token with what the cache keeps of one position of a layer, in scores and in values."""
+    """Multiplications of a decoded token with the cached elements of one position in one layer, for scores and
+    values."""
     gates: int
     """Projections into the MLP: 2 for a gated one."""
     expert_width: int
-    """Of one expert; 0 for a dense model."""
+    """Width of one expert; 0 for a dense model."""
     top_k: int
-    """Experts that a token passes; 0 for a dense model."""
+    """Number of experts of a token; 0 for a dense model."""
 
     @classmethod
     def of(cls, shape: ModelShape) -> Sizes:
@@ -105,8 +106,9 @@ def _latent_sizes(shape: ModelShape) -> dict[str, int]:
         "attended": value,
         "latents": latent + (settings["q_lora_rank"] or 0),
         "cache": latent + rotated,
-        # The projections up from the latent are moved to the query's and the output's side (arXiv 2405.04434, 2.1.2):
-        # every head's scores are with the cached numbers themselves, its values are the latent.
+        # In decoding, the up-projections from the latent are absorbed into the projections of query and output (arXiv
+        # 2405.04434, 2.1.2). So every head computes its scores from the cached elements, and its values are the
+        # latent.
         "decode_channels": heads * (latent + rotated + latent),
     }
 
@@ -282,7 +284,7 @@ def _latent_dims(shape: ModelShape, of: Sizes) -> dict[str, tuple[int, ...]]:
         "self_attention.linear_q_down_proj.weight": (query_latent, hidden),
         "self_attention.q_layernorm.weight": (query_latent,),
         "self_attention.linear_q_up_proj.weight": (of.query, query_latent),
-        # The part of the keys that RoPE turns is not made from the latent, and all heads share it.
+        # The part of the keys that RoPE rotates is not made from the latent, and all heads share it.
         "self_attention.linear_kv_down_proj.weight": (latent + settings["qk_pos_emb_head_dim"], hidden),
         "self_attention.kv_layernorm.weight": (latent,),
         "self_attention.linear_kv_up_proj.weight": (

@@ -1,7 +1,7 @@
 """The decoder that all families here share: RMS norms, grouped-query attention with RoPE, a gated SiLU MLP.
 
 Hugging Face's names are those of Transformers' modeling_llama.py. Megatron's are those of its local layer spec, and
-of Transformer Engine's, which fuses two norms with the projection behind them (megatron-core 0.16.1,
+of Transformer Engine's, which fuses two norms with the projection after them (megatron-core 0.16.1,
 models/gpt/gpt_layer_specs.py:279, 417, 496).
 """
 
@@ -86,8 +86,8 @@ def decoder(
     """The model of this config.json.
 
     Args:
-        attention: left out: ``grouped_attention`` with the sizes of config.json.
-        feed_forward: left out: a dense gated MLP.
+        attention: default: ``grouped_attention`` with the sizes of config.json.
+        feed_forward: default: a dense gated MLP.
         num_unread_layers: see ``WeightMap.num_unread_layers``.
 
     Raises:
@@ -168,8 +168,8 @@ def grouped_attention(
     """Grouped-query attention.
 
     Args:
-        head_dim: left out: that of config.json, or hidden size / heads.
-        num_kv_heads: left out: that of config.json.
+        head_dim: default: that of config.json, or hidden size / heads.
+        num_kv_heads: default: that of config.json.
         qkv_bias: whether query, key and value have biases.
         qk_norm: whether queries and keys pass through a norm, head by head, before RoPE.
     """

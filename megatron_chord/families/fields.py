@@ -27,7 +27,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether the value is a number that a float can hold. JSON's NaN and Infinity are none."""
+    """True if the value is a number that a float can hold. JSON's NaN and Infinity are none."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
 
@@ -168,7 +168,7 @@ NEUTRAL: dict[str, Neutral] = {
     "head_dtype": Neutral("vLLM would compute the output head in another dtype", ("model",)),
     "logits_mup_width_multiplier": Neutral("the logits would be scaled", (1, 1.0)),
     "logit_scale": Neutral("vLLM would scale the logits, Transformers would not", (1, 1.0)),
-    "qk_norm": Neutral("vLLM would put norms on queries and keys, Transformers would not", (False,)),
+    "qk_norm": Neutral("vLLM would normalise queries and keys, Transformers would not", (False,)),
     "llama_4_scaling": Neutral("vLLM would scale queries by their position, Transformers would not"),
     "ada_rms_norm_t_cond": Neutral("vLLM would condition the norms", (False,)),
     "target_layer_count": Neutral("vLLM would take it for a draft model"),
@@ -212,19 +212,19 @@ ROPE_NEUTRAL: dict[str, Neutral] = {
     "mrope_section": Neutral("vLLM would compute RoPE over several axes"),
     "mrope_interleaved": Neutral("vLLM would compute RoPE over several axes", (False,)),
     "use_fope": Neutral("vLLM would compute Fourier position embeddings", (False,)),
-    "rope_dim": Neutral("vLLM would turn a part of the head only"),
+    "rope_dim": Neutral("vLLM would rotate only a part of the head"),
     "is_deepseek_v4": Neutral("vLLM would compute another RoPE", (False,)),
     "full_attention": Neutral("RoPE that differs between kinds of layers is not supported"),
 }
 
 _TRAINING = (
-    "it matters in Transformers' own training mode alone; here nothing is dropped, jittered or re-initialised"
+    "it matters only in Transformers' own training mode; here nothing is dropped, jittered or re-initialised"
 )
 _OUTPUT = "it chooses what else a forward pass returns"
 _HEAD = "it belongs to classifiers, poolers or another kind of head"
 _MTP = "layers for multi-token prediction are neither trained nor served"
 _BOOKKEEPING = "it describes the file or how it is run, not the model"
-_OTHER_MODELS = "it is read for other model types alone"
+_OTHER_MODELS = "it is read only for other model types"
 IRRELEVANT: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -291,7 +291,7 @@ IRRELEVANT: dict[str, str] = {
     "bos_token_id": "prompts are made by the chat template",
     "qk_head_dim": "Transformers computes it from the two parts of a head",
     "ada_rms_norm_t_cond_dim": "ada_rms_norm_t_cond is refused",
-    "unpadded_vocab_size": "Transformers reads it for models whose class asks for it, none of these",
+    "unpadded_vocab_size": "Transformers reads it only for models whose class needs it, which none of these does",
     **dict.fromkeys(
         (
             "vision_n_layers",
@@ -312,7 +312,7 @@ IRRELEVANT: dict[str, str] = {
     ),
 }
 
-_LATENT_ALONE = "vLLM reads it for latent attention alone"
+_LATENT_ALONE = "vLLM reads it only for latent attention"
 _REFUSED_TYPES = "it belongs to types of RoPE scaling that are refused"
 _OF_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 _OF_LLAMA3 = ("low_freq_factor", "high_freq_factor")

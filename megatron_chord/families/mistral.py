@@ -10,7 +10,7 @@ from megatron_chord.families.settings import read_rope, refuse_biases, refuse_sh
 from megatron_chord.families.shape import ModelShape
 
 WINDOW = 4096
-"""Where config.json does not mention the window (configuration_mistral.py)."""
+"""The window if config.json does not have it (configuration_mistral.py)."""
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:

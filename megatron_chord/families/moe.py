@@ -35,7 +35,7 @@ class Scores:
     chosen_groups: int = 1
     """Number of groups from which a token's experts may come: those with the largest sums of their best scores."""
     fp32: bool = False
-    """Whether logits are computed in fp32, independent of the model's dtype."""
+    """True if logits are computed in fp32, independent of the model's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ def mixture(
     Args:
         width: width of one expert.
         normalised: whether the scores of the chosen experts are scaled so that their sum is 1.
-        scores: left out: softmax over all experts.
-        names: left out: DeepSeek's names.
+        scores: default: softmax over all experts.
+        names: default: DeepSeek's names.
     """
     scores, names = scores or Scores(), names or Names()
     num_layers = require(config, "num_hidden_layers")
@@ -84,7 +84,7 @@ def mixture(
     refuse(
         normalised and chosen == 1,
         config,
-        "a normalised choice of one expert always weighs 1: nothing would train the router",
+        "one expert per token with normalised weights always has weight 1, so the router would get no gradient",
     )
     refuse(
         scores.function == "sigmoid" and not normalised and chosen > 1,

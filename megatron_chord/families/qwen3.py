@@ -10,7 +10,7 @@ from megatron_chord.families.settings import read_rope, refuse_biases, refuse_sl
 from megatron_chord.families.shape import ModelShape
 
 HEAD_DIM = 128
-"""Where config.json states none (configuration_qwen3.py)."""
+"""The size if config.json does not have it (configuration_qwen3.py)."""
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:

@@ -116,7 +116,7 @@ def _number(config: Mapping[str, Any], rope: Mapping[str, Any], name: str) -> fl
 
 
 QWEN_WINDOW = 4096
-"""Where config.json does not mention the window (configuration_qwen2.py)."""
+"""The window if config.json does not have it (configuration_qwen2.py)."""
 
 
 def refuse_biases(config: Mapping[str, Any], *names: str) -> None:

@@ -71,7 +71,7 @@ class ModelShape:
     ffn_size: int
     max_positions: int
     tied: bool
-    """Whether the output head is the input embedding."""
+    """True if the output head is the input embedding."""
     rope: Rope
     experts: Experts | None
     """None for a dense model."""

@@ -51,8 +51,8 @@ _EMBEDDING_SCALE = (
     "(models/common/embeddings/language_model_embedding.py:111 has no such factor)"
 )
 _NORMS_AFTER = (
-    "norms of what attention and MLP add to the residual (transformer/transformer_layer.py:224: a layer has norms "
-    "before them alone)"
+    "norms after attention and MLP, before the residual is added (transformer/transformer_layer.py:224: a layer has "
+    "only norms before them)"
 )
 _GEMMA_3 = (
     _EMBEDDING_SCALE,
@@ -76,7 +76,7 @@ def read_shape(folder: Path) -> ModelShape:
     """The model that ``folder/config.json`` describes.
 
     Raises:
-        ValueError: no such file, not JSON, an unknown model_type, or settings the family cannot compute exactly.
+        ValueError: no such file, not JSON, an unknown model_type, or a setting that the family cannot compute exactly.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -118,7 +118,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The model of this config.json, whose model_type is a known one.
 
     Raises:
-        ValueError: settings of a wrong type, or such as the family cannot compute exactly.
+        ValueError: a setting has a wrong type, or the family cannot compute it exactly.
     """
     config = one_name(config)
     check_fields(config)

@@ -76,7 +76,8 @@ _NOT_TO_OVERRIDE = {
         ),
         "parallel.stages sets it",
     ),
-    "expert_tensor_parallel_size": "it is 1: experts are not cut over the tensor axis, parallel.expert spreads them",
+    "expert_tensor_parallel_size": "it is 1: experts are not cut over the tensor axis; parallel.expert distributes "
+    "them",
     **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16"), "precision sets it"),
     **dict.fromkeys(
         ("fp8_dot_product_attention", "fp8_multi_head_attention"),
@@ -102,7 +103,7 @@ _NOT_TO_OVERRIDE = {
             "gtp_weight_remat_size",
             "tensor_parallel_num_weight_shards",
         ),
-        "weights are cut over the tensor axis alone",
+        "weights are cut only over the tensor axis",
     ),
     **dict.fromkeys(
         ("mla_down_proj_fusion", "moe_single_grouped_bias", "moe_single_grouped_weight"),
@@ -127,14 +128,16 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
             f"{parallel.virtual_pipeline or 1}){_unequal(shape, parallel)}"
         )
     if broken:
-        raise ValueError("impossible parallel sizes, these do not divide: " + "; ".join(broken))
+        raise ValueError("impossible parallel sizes, these are not divisible: " + "; ".join(broken))
     if parallel.stages is not None and sum(parallel.stages) != shape.num_layers:
         raise ValueError(
             f"parallel.stages {list(parallel.stages)} are {sum(parallel.stages)} layers together, the model has "
             f"{shape.num_layers}{_unequal(shape, parallel)}"
         )
     if shape.experts is None and parallel.expert > 1:
-        raise ValueError(f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to spread")
+        raise ValueError(
+            f"parallel.expert is {parallel.expert}, but {shape.family} has no experts to distribute"
+        )
     if shape.has_latent_attention and parallel.tensor > 1 and not parallel.sequence_parallel:
         # That gradient is reduced only in megatron/core/transformer/multi_latent_attention.py (0.16.1: 596,
         # 0.19.2: 752), and only with sequence parallelism.
@@ -224,7 +227,7 @@ def transformer_config(
     if parallel.stages is not None:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(shape, parallel)
     if parallel.virtual_pipeline:
-        # Without overlapped sends, two stages with virtual chunks confuse their messages: the loss is wrong, without an
+        # Without overlapped sends, two stages with virtual chunks mix up their messages: the loss is wrong, without an
         # error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     settings |= _RECOMPUTE[model.recompute]
@@ -254,7 +257,7 @@ def _attention_backend(name: Any) -> Any:
 
 
 def _has_gradient_kernel() -> bool:
-    """Whether NVIDIA's Apex is installed with the kernel that accumulates weight gradients in fp32.
+    """True if NVIDIA's Apex is installed with the kernel that accumulates weight gradients in fp32.
 
     Only some images have it. Transformer Engine has its own kernel, but Megatron's embedding and head use the same
     setting and need that of Apex.

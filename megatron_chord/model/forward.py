@@ -79,7 +79,9 @@ class _RankBatch:
         for term in local.terms.values():
             found += [term.index, term.sequence, term.lengths, term.held, *term.columns.values()]
         if routes is not None:
-            assert isinstance(routes.experts, np.ndarray), "routes are read before a batch is trained"
+            assert isinstance(routes.experts, np.ndarray), (
+                "routes must be in memory before a batch is trained"
+            )
             found += [routes.positions, routes.experts[:, list(self.routed_layers)].swapaxes(0, 1)]
         return found
 

@@ -1,4 +1,4 @@
-"""What the model is told of a pack of sequences."""
+"""The description of packed sequences that the model gets."""
 
 from __future__ import annotations
 

@@ -46,11 +46,12 @@ class RouterReplay:
         self._waiting: deque[tuple[Tensor, Tensor] | None] = deque()
         self._num_given = 0
         self._replayed: tuple[int, Tensor] | None = None
-        """Of the last forward pass: number of replayed tokens, and of those that the router would route otherwise."""
+        """For the last forward pass: number of replayed tokens, and number of those that the router would route
+        otherwise."""
         self._counts: Tensor | None = None
 
     def begin(self, *, has_backward: bool) -> None:
-        """Begin to run micro-batches. Without a backward pass nothing is kept for it."""
+        """Prepare for a pass over micro-batches. Without a backward pass no routes are kept for it."""
         self._has_backward = has_backward
         self._current, self._num_given = None, 0
         self._waiting.clear()
@@ -83,7 +84,8 @@ class RouterReplay:
         return counts
 
     def note(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Count, as a forward hook of the router, whose output are weights and choice [N, experts] of all tokens."""
+        """Count the choices. This is a forward hook of the router, whose output is weights and choices [N, experts] of
+        all tokens."""
         replayed, self._replayed = self._replayed, None
         if not self._has_backward or _is_recomputed():
             return
@@ -161,12 +163,12 @@ def give_routes(chunk: Any, routes: DeviceRoutes | None) -> None:
 
 
 def check_replayed(chunks: Sequence[Any]) -> None:
-    """Call after the micro-batches of a pass. Raises RuntimeError if a router has mixed micro-batches up."""
+    """Call after the micro-batches of a pass. Raises RuntimeError if a router has mixed up micro-batches."""
     for chunk in chunks:
         for replay in replays_of(chunk):
             replay.check()
 
 
 def _is_recomputed() -> bool:
-    """Whether this code runs inside of a backward pass, which computes a forward pass again."""
+    """True if this code runs inside of a backward pass, which computes a forward pass again."""
     return torch._C._current_graph_task_id() != -1

@@ -284,8 +284,8 @@ def refusals() -> Iterator[Any]:
     for family in ("qwen2_moe", "qwen3_moe"):
         yield case(family, "decoder_sparse_step must be a positive integer, not 0", decoder_sparse_step=0)
         yield case(family, "num_experts_per_tok 5 of 4", num_experts_per_tok=5)
-        yield case(family, "nothing would train the router", num_experts_per_tok=1, norm_topk_prob=True)
-    yield case("mixtral", "nothing would train the router", num_experts_per_tok=1)
+        yield case(family, "so the router would get no gradient", num_experts_per_tok=1, norm_topk_prob=True)
+    yield case("mixtral", "so the router would get no gradient", num_experts_per_tok=1)
     yield from deepseek_refusals(case)
 
 
@@ -416,7 +416,7 @@ def test_frequencies_that_older_folders_keep_are_not_read(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "parallel", "reason"),
     [
-        ("qwen3", {"expert": 2}, "qwen3 has no experts to spread"),
+        ("qwen3", {"expert": 2}, "qwen3 has no experts to distribute"),
         ("mixtral", {"expert": 3}, "4 experts / expert 3"),
         ("mixtral", {"tensor": 2}, "only with parallel.sequence_parallel"),
         ("qwen2_moe", {"tensor": 4, "sequence_parallel": True}, "2 key-value heads / tensor 4"),

@@ -24,7 +24,7 @@ def test_cuda_graphs_are_refused(name: str, tmp_path: Path) -> None:
         ("cuda_graph_modules", "packed micro-batches differ in length"),
         ("use_mup", "scale the model"),
         ("mup_output_mult", "scale the model"),
-        ("gtp_weight_remat_size", "cut over the tensor axis alone"),
+        ("gtp_weight_remat_size", "cut only over the tensor axis"),
         ("mla_down_proj_fusion", "one by one"),
     ],
 )
