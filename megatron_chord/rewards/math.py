@@ -89,7 +89,7 @@ def _candidates(stated: Stated, truth: str) -> Sequence[str]:
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether two written answers mean the same. The truth determines the expected form.
+    """True if two written answers mean the same. The truth determines the expected form.
 
     Raises:
         ValueError: the truth cannot be read.
@@ -316,7 +316,7 @@ def _numbers_equal(given: Fraction, meant: Fraction, answer: str, truth: str) ->
 
 
 def _stands_for(written: str, value: Fraction, exact: Fraction) -> bool:
-    """Whether a decimal with enough digits is `exact`, rounded or truncated. `exact` has no finite decimal form."""
+    """True if a decimal with enough digits is `exact`, rounded or truncated. `exact` has no finite decimal form."""
     _, point, decimals = written.partition(".")
     if not point or not decimals.isdigit() or _is_finite_decimal(exact):
         return False
@@ -324,7 +324,7 @@ def _stands_for(written: str, value: Fraction, exact: Fraction) -> bool:
 
 
 def _agrees(written: str, value: Fraction, exact: Fraction) -> bool:
-    """Whether all digits of a decimal, at least six, are those of `exact`, rounded or truncated."""
+    """True if all digits of a decimal, at least six, are those of `exact`, rounded or truncated."""
     decimals = written.partition(".")[2]
     significant = re.sub(r"\D", "", written).lstrip("0")
     return len(significant) >= _SIGNIFICANT and abs(value - exact) < Fraction(1, 10 ** len(decimals))
@@ -364,7 +364,7 @@ def _by_math_verify(answer: str, truth: str) -> bool:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether the text is not a formula. The parser would take minutes for a page of such text."""
+    """True if the text is not a formula. The parser would take minutes for a page of such text."""
     letters = _COMMAND.sub(" ", text)
     return (
         len(text) > _MAX_PARSED
@@ -383,7 +383,7 @@ def _parsed(text: str) -> list:
 
 
 def _expressions_equal(given: sympy.Expr, meant: sympy.Expr) -> bool | None:
-    """Whether two expressions are equal; None if that cannot be computed.
+    """True if two expressions are equal; None if that cannot be computed.
 
     Numbers are compared exactly or to 100 digits. Expressions with variables are compared at three points: different
     expressions that agree there to 100 digits are practically impossible.
@@ -452,7 +452,7 @@ def _exact(expression: sympy.Expr) -> Any:
 
 
 def _rounds(written: str, exact: sympy.Expr) -> bool:
-    """Whether `written` is a decimal with enough digits that equals `exact`, an irrational number."""
+    """True if `written` is a decimal with enough digits that equals `exact`, an irrational number."""
     value = _plain_number(written)
     if value is None or "." not in written or exact.free_symbols:
         return False

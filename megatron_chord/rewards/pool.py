@@ -85,7 +85,7 @@ class GraderPool:
         self._on_grade = on_grade
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._one_batch = threading.Lock()
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # for the two attributes below
         self._closed = False
         self._running: set[_Worker] = set()
         started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -154,7 +154,7 @@ class GraderPool:
                 missing, deadline = batch.missing, time.monotonic() + limit_s
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{missing} of {len(batch.grades)} gradings are open, and for {limit_s:g} s none was finished"
+                    f"{missing} of {len(batch.grades)} gradings are open, and none was finished for {limit_s:g} s"
                 )
             batch.finished.wait(1.0)
         if batch.missing:
@@ -229,13 +229,13 @@ class _Lane:
 
     @property
     def has_room(self) -> bool:
-        """Whether the worker can take another call."""
+        """True if the worker can take another call."""
         is_repeating = bool(self._again) or any(call.attempts for call in self._open.values())
         return not is_repeating and len(self._open) < self._calls_at_once
 
     @property
     def is_idle(self) -> bool:
-        """Whether the worker has no calls."""
+        """True if the worker has no calls."""
         return not self._open and not self._again
 
     def start(self) -> None:
@@ -379,7 +379,7 @@ class _Worker:
         try:
             reply = self._receive(time.monotonic() + _START_TIMEOUT_S)
         except TimeoutError:
-            raise _WorkerLostError(f"no sign of life after {_START_TIMEOUT_S:g} s") from None
+            raise _WorkerLostError(f"no reply after {_START_TIMEOUT_S:g} s") from None
         if "refused" in reply:
             raise RewardRefused(reply["refused"])
         self.calls_at_once, self.ends_late_calls = reply["calls"], reply["ends_late_calls"]
@@ -422,7 +422,8 @@ class _Worker:
         self._stderr.close()
 
     def _limit_stderr(self) -> None:
-        """Empty a large stderr file, so that a talkative grader neither fills the disk nor reaches its file limit.
+        """Empty a large stderr file, so that a grader with much output neither fills the disk nor reaches its file
+        limit.
 
         The worker writes at the same file offset, so it continues at the beginning.
         """

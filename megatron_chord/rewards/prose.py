@@ -38,7 +38,7 @@ _FOREIGN = re.compile(r"[?!;]\s|[^\W\d_a-zA-Zα-ωΑ-Ω]{2,}")
 
 
 def reads_as_text(truth: str, *, marker: str = "####") -> bool:
-    """Whether a truth is a sentence, or a number with several words.
+    """True if a truth is a sentence, or a number with several words.
 
     A single word (``Yes``, ``Friday``) does not count, because the same word is a right answer. A choice with its text
     (``C) 15``) does not count either: both its letter and its text are right. Only the letters are looked at; nothing

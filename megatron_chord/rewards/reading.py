@@ -26,14 +26,14 @@ WORDS, LETTERS, TEXT, CALLS, FAULT = "words", "letters", "text", "calls", "unrea
 MEANING = {
     NUMBER: "a number",
     EXPRESSION: "a mathematical expression",
-    SEVERAL: "several answers, or one of several parts",
+    SEVERAL: "several answers, or one answer with several parts",
     INTERVALS: "intervals",
-    OPTION: "an option: its letter is right, and so is what stands behind the letter",
+    OPTION: "an option: its letter and the text after the letter are both right",
     WORDS: "words: only the same words are right",
-    LETTERS: "words taken for a product of letters: only an answer with the same letters is right",
+    LETTERS: "words that are read as a product of letters: only an answer with the same letters is right",
     TEXT: "a text: only an answer that is written in the same way is right",
     CALLS: "calls of functions",
-    FAULT: "unreadable: every answer is an error, but for one that is written in the same way",
+    FAULT: "unreadable: every answer is an error, except one that is written in the same way",
 }
 DOUBTFUL = frozenset({WORDS, LETTERS, TEXT, FAULT})
 TIMEOUT_S = 5.0

@@ -32,6 +32,6 @@ class RowNeeds:
     """The parts of a prompt's row that a reward reads."""
 
     truth: bool = True
-    """Whether it reads the ground truth. A row without one is then faulty."""
+    """True if it reads the ground truth. A row without one is then faulty."""
     fields: bool = False
-    """Whether it reads all fields of the row."""
+    """True if it reads all fields of the row."""

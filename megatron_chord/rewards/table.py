@@ -49,7 +49,7 @@ RewardConfig = TermConfig | SumReward
 
 
 def terms_of(reward: RewardConfig) -> dict[str, RewardKind]:
-    """The rewards that it is made of, by their names in the metrics.
+    """The single rewards that ``reward`` consists of, by their names in the metrics.
 
     A name is a term's label. The second term with a label gets ``_2``, the third ``_3``; a number is left out where the
     name with it is another term's label.
@@ -71,11 +71,14 @@ def needs_of(reward: RewardConfig, source: str) -> RowNeeds:
 
 
 def check_sources(reward: RewardConfig, sources: Iterable[str]) -> None:
-    """ValueError unless every data source has a reward, and every source that a reward names is one of them."""
+    """Raise ValueError if a data source has no reward, or if a reward names a source that the run does not have."""
     terms, known = terms_of(reward).values(), set(sources)
     unknown = sorted({name for term in terms for name in term.sources} - known)
     listed = ", ".join(sorted(name or "(without a name)" for name in known))
-    require(not unknown, f"reward.sources: no data source is called {', '.join(unknown)}; there is: {listed}")
+    require(
+        not unknown,
+        f"reward.sources: no data source is called {', '.join(unknown)}; the data sources are: {listed}",
+    )
     ungraded = sorted(source for source in known if not any(term.grades(source) for term in terms))
     require(not ungraded, f"reward.sources: nothing grades the prompts of {', '.join(ungraded)}")
 

@@ -94,7 +94,7 @@ def _require_choices(arguments: dict[str, Any], name: str) -> None:
 
 
 def _has_choices(item: dict[str, Any]) -> bool:
-    """Whether a nested object lists accepted values. If it lists none, the object itself is the value."""
+    """True if a nested object lists accepted values. If it lists none, the object itself is the value."""
     return any(isinstance(accepted, list) for accepted in item.values())
 
 
@@ -109,7 +109,7 @@ def _canonical(value: Any) -> str:
 
 
 def _match(expected: Sequence[TrueCall], calls: Sequence[Call]) -> bool:
-    """Whether calls and true calls have a perfect matching. It is found by augmenting paths."""
+    """True if calls and true calls have a perfect matching. It is found by augmenting paths."""
     if len(expected) != len(calls):
         return False
     accepted = [[i for i, call in enumerate(calls) if true_call.accepts(call)] for true_call in expected]
@@ -128,7 +128,7 @@ def _match(expected: Sequence[TrueCall], calls: Sequence[Call]) -> bool:
 
 
 def _fits(given: Any, choices: dict[str, Any]) -> bool:
-    """Whether `given` is an object with an accepted value for everything that may not be left out."""
+    """True if `given` is an object with an accepted value for everything that may not be left out."""
     if not isinstance(given, dict) or not given.keys() <= choices.keys():
         return False
     return all(

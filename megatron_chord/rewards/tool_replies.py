@@ -46,7 +46,7 @@ def read_calls(text: str, *, think: Think = "optional") -> list[Call] | None:
 
     Args:
         think: ``required``: one ``</think>`` before the first call, with at most one ``<think>``, which the prompt may
-            have opened. ``optional``: thinking that is begun must end. ``forbidden``: neither tag.
+            have opened. ``optional``: every ``<think>`` must have a ``</think>``. ``forbidden``: neither tag.
     """
     reply = _after_thinking(text, think)
     if reply is None:

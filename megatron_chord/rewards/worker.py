@@ -70,7 +70,7 @@ _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 _EXHAUSTION = (MemoryError, RecursionError)
 _FAILURES = (Exception, SystemExit)
 """What a grader may raise. ``sys.exit`` in a library must not end the worker."""
-# What sympy's own parser evaluates when it is given a number: Integer (2 ), Float ('1.5' ).
+# The only code that sympy's own parser evaluates for a number: Integer (2 ), Float ('1.5' ).
 _NUMBER_CODE = re.compile(r"\s*-?\s*(?:Integer|Float|Rational)\s*\(\s*'?[0-9.eE+-]+'?\s*\)\s*")
 
 
@@ -273,7 +273,7 @@ def _confine(parent: int, reward: RewardKind) -> None:
 
 
 def _guard_sympy(watch: Watch) -> None:
-    """In the process of a grader that has imported sympy."""
+    """Install the guard in a grader process that has imported sympy."""
     parser = sys.modules.get("sympy.parsing.sympy_parser")
     if parser is not None:
         vars(parser)["eval_expr"] = _only_numbers(vars(parser)["eval_expr"], watch)

@@ -48,7 +48,7 @@ def test_a_good_file_passes(task: Path) -> None:
         (
             "reward=[{kind: exact, sources: [tools]}]",
             "override 'reward=[{kind: exact, sources: [tools]}]': reward.sources: no data source is called tools; "
-            "there is: heldout, train",
+            "the data sources are: heldout, train",
         ),
         (
             "method=dapo",
@@ -60,7 +60,7 @@ def test_a_good_file_passes(task: Path) -> None:
         ),
         ("method.mu=linea", "did you mean linear?"),
         ("parallel.pipeline=4", "2 layers / (pipeline 4 x virtual_pipeline 1)"),
-        ("data.max_response_tokens=500", "is beyond the model's 256 positions"),
+        ("data.max_response_tokens=500", "is more than the model's 256 positions"),
         ("data.prompts=nowhere.jsonl", "data.prompts: nowhere.jsonl does not exist"),
         ("model.path=nowhere", "nowhere/config.json does not exist"),
         ("model.megatron_overrides={num_layer: 3}", "did you mean 'num_layers'?"),

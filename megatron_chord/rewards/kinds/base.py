@@ -34,7 +34,7 @@ class WholeReward:
     """Settings that hold for a reward as a whole."""
 
     overlong: OverlongConfig | None = None
-    """Lowers the reward of long responses. Left out: it does not depend on their length."""
+    """Lowers the reward of long responses. Default: the reward does not depend on their length."""
     max_error_rate: float = 0.1
     """The run stops if a larger share of the gradings of a step fails."""
 
@@ -53,7 +53,7 @@ class RewardKind(WholeReward):
     weight: float = 1.0
     """The reward is multiplied by this. 0: it is measured, but not trained."""
     sources: tuple[str, ...] = ()
-    """Names of the data sources whose prompts it grades. Left out: all."""
+    """Names of the data sources whose prompts this reward grades. Default: all."""
     format: FormatRule = "none"
     """Which form a response must have. It changes only the training reward, not evaluations. chord: -1 if the response
     was cut off before a final answer, -0.1 if it is wrong and has not exactly one <think>..</think>. trinity: -0.1 if
@@ -63,12 +63,12 @@ class RewardKind(WholeReward):
     timeout_s: float = 10.0
     """A grading that takes longer is killed and counted as an error, never as a wrong answer."""
     memory_mb: int = 2048
-    """Address space of one worker."""
+    """Limit of the address space of one worker, in MiB."""
 
     EXAMPLE: ClassVar[Response | None] = None
-    """A right answer. It is graded once when a worker starts, to import what is imported late."""
+    """A right answer. A worker grades it once at its start, so that modules which are imported late are loaded."""
     RUNS_USERS_CODE: ClassVar[bool] = False
-    """The grader is not part of this package."""
+    """True if the grader is not part of this package."""
     NEEDS: ClassVar[RowNeeds] = RowNeeds()
     """What the grader reads of the prompt's row."""
 
@@ -85,22 +85,22 @@ class RewardKind(WholeReward):
 
     @property
     def label(self) -> str:
-        """Its name in the metrics."""
+        """The name of the reward in the metrics."""
         return self.kind
 
     @property
     def permissions(self) -> frozenset[Permission]:
-        """What its workers may do beside reading files and computing."""
+        """What the workers may do in addition to reading files and computing."""
         return frozenset()
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Environment variables that its workers get."""
+        """Environment variables that the workers get."""
         return ()
 
     @property
     def list_size(self) -> int | None:
-        """The grader is called with lists of up to so many responses; with single ones where None."""
+        """Maximum number of responses in one call of the grader. None: each call has a single response, not a list."""
         return None
 
     @property
@@ -109,7 +109,7 @@ class RewardKind(WholeReward):
         return 1
 
     def grades(self, source: str) -> bool:
-        """Whether it grades the prompts of a data source."""
+        """True if this reward grades the prompts of a data source."""
         return not self.sources or source in self.sources
 
     def load(self) -> Callable[[Any], Any]:
@@ -128,5 +128,5 @@ class RewardKind(WholeReward):
         return f"{type(error).__name__}: {error}"
 
     def has_answer(self, text: str) -> bool:
-        """Whether a response states an answer, in the place where this kind looks for one."""
+        """True if a response states an answer, in the place where this kind looks for one."""
         raise NotImplementedError

@@ -32,10 +32,10 @@ class FunctionReward(RewardKind):
     name: str
     """The function in it. It is called with a `megatron_chord.rewards.response.Response`. It may be `async`."""
     batch_size: int | None = None
-    """Left out: the function is called with one response. A number: it is called with a list of up to so many
-    responses, and returns a list of as many results."""
+    """Default: the function is called with one response. With a number the function is called with a list of at most
+    this number of responses, and returns a list of the same length."""
     concurrency: int | None = None
-    """For an `async` function: number of calls that each worker makes at the same time. Left out: 8."""
+    """For an `async` function: number of calls that each worker makes at the same time. Default: 8."""
     allow: tuple[Permission, ...] = ()
     """What the function may do: network (open sockets), subprocess (start programs), files (write files). If it does
     something that is not allowed, the grading fails."""
@@ -116,7 +116,7 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def _module(path: Path) -> ModuleType:
-    """The file, imported; its folder is then the first in which modules are looked for."""
+    """Import the file. Its folder then comes first in the search path of modules."""
     if not path.is_file():
         raise ValueError(f"reward.path: {path} does not exist")
     spec = importlib.util.spec_from_file_location(_MODULE, path)
@@ -133,7 +133,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def last_line(error: BaseException, path: Path) -> str:
-    """An error as at the end of its traceback, the first line of it, and the last place in ``path`` on the way."""
+    """The type and the first line of an error, and the last place in ``path`` of its traceback."""
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     text = f"{type(error).__name__}: {(message.splitlines() or [''])[0]}".removesuffix(": ")
     lines = [

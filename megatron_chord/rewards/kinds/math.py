@@ -29,12 +29,12 @@ class MathReward(RewardKind):
 
     def load(self) -> Callable[[Response], float]:
         import sympy.parsing.sympy_parser
-        import sympy.physics.units  # noqa: F401 (else in the midst of a comparison, where it evaluates names)
+        import sympy.physics.units  # noqa: F401 (imported later, it would evaluate names in a comparison)
 
         from megatron_chord.rewards import math
 
         return lambda response: math.grade(response.text, response.truth, marker=self.answer_marker)
 
     def has_answer(self, text: str) -> bool:
-        """A loose number is no answer."""
+        """True if the response marks its answer. A number without a mark does not count."""
         return bool((marked_answer(text, self.answer_marker) or "").strip())

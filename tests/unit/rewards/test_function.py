@@ -398,7 +398,7 @@ def test_a_file_that_will_not_do_is_refused(tmp_path: Path, text: str | None, re
     ("text", "reason"),
     [
         ("import os\nos._exit(3)\n", "the grader process died (exit status 3)"),
-        ("import time\ntime.sleep(1000)\n", "no sign of life after 5 s"),
+        ("import time\ntime.sleep(1000)\n", "no reply after 5 s"),
     ],
     ids=["ends its process", "never ends"],
 )

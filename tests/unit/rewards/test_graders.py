@@ -132,7 +132,7 @@ def test_every_source_has_a_reward_and_every_name_a_source() -> None:
     check_sources(reward, ["math", "tools", "bfcl"])
     with pytest.raises(ValueError, match=r"reward\.sources: nothing grades the prompts of essays"):
         check_sources(reward, ["math", "tools", "bfcl", "essays"])
-    with pytest.raises(ValueError, match="no data source is called bfcl, tools; there is: math"):
+    with pytest.raises(ValueError, match="no data source is called bfcl, tools; the data sources are: math"):
         check_sources(reward, ["math"])
     check_sources(SumReward(terms=(*reward.terms, ExactReward())), ["math", "tools", "bfcl", "essays"])
 
