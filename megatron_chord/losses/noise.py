@@ -36,7 +36,7 @@ class NoiseMeasurement:
     demonstrations: int
     """Number of demonstrations of the step. The constant NUMBER is below it."""
     uses_phi: bool
-    """Whether c is p(1-p); otherwise it is 1."""
+    """True if c is p(1-p); otherwise it is 1."""
     trim: float
     """Share of the demonstrations that `nll_variance` leaves out at each end."""
 
@@ -92,7 +92,7 @@ class NoiseMeasurement:
 
 
 def trimmed_variance(values: Sequence[float], trim: float) -> float:
-    """The population variance of ``values`` without the floor(trim x n) smallest and the as many largest.
+    """The population variance of ``values`` without the floor(trim x n) smallest and the floor(trim x n) largest.
 
     Nothing is left out of fewer than 4 values.
     """

@@ -137,7 +137,7 @@ class Term:
     temperature: float | None = None
     """The logits of the term's tokens are divided by it; None means the sampling temperature."""
     rival: bool = False
-    """Whether the loss uses ``TokenStats.rival``."""
+    """True if the loss uses ``TokenStats.rival``."""
     entropy_bonus: float = 0.0
     """Coefficient of an entropy that is averaged apart from the loss: over the tokens of all terms that have such a
     coefficient. It is subtracted from the objective without the term's weight."""
@@ -172,7 +172,7 @@ def num_forward_passes(terms: Iterable[Term]) -> int:
 
 
 def need_reference(terms: Iterable[Term]) -> bool:
-    """Whether a term has a column that the reference model computes."""
+    """True if a term has a column that the reference model computes."""
     return any({"reference_logprob", TEACHER_COLUMNS["initial"]} & term.scored for term in terms)
 
 

@@ -62,11 +62,11 @@ class Method:
     """The settings of the run's ``method`` block. Each method narrows the type."""
 
     needs_demonstrations: ClassVar[bool] = False
-    """Whether every prompt must have its own demonstration (``data.aligned``)."""
+    """True if every prompt must have its own demonstration (``data.aligned``)."""
     rollout_terms: ClassVar[tuple[str, ...]] = ("policy",)
     """The names of the terms whose tokens are rollouts."""
     draws_demonstrations: ClassVar[bool] = False
-    """Whether each step trains on ``batch.demonstrations`` demonstrations. If false, the method uses only the
+    """True if each step trains on ``batch.demonstrations`` demonstrations. If false, the method uses only the
     demonstrations that belong to the step's prompts, or none."""
 
     @property
@@ -111,7 +111,7 @@ class Method:
         """
 
     def uses_rollouts(self, run: RunConfig) -> bool:
-        """Whether any step of the run uses the rollout engine."""
+        """True if any step of the run uses the rollout engine."""
         return True
 
     def step_text(self, run: RunConfig) -> str:
@@ -122,7 +122,7 @@ class Method:
         return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
 
     def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
-        """Whether this step uses the rollout engine. The result is the same on every rank."""
+        """True if this step uses the rollout engine. The result is the same on every rank."""
         return True
 
     def max_sampling_rounds(self, run: RunConfig) -> int:
@@ -160,7 +160,8 @@ class Method:
 
 
 def refuse_dynamic_sampling(run: RunConfig, purpose: str) -> None:
-    """For a method that uses the prompts which dynamic sampling would replace; ``purpose`` says what for.
+    """Refuse dynamic sampling for a method that uses the prompts which it would replace. ``purpose`` is what the
+    method does with them.
 
     Raises:
         ValueError: ``batch.sampling_attempts`` is above 1.
@@ -173,7 +174,7 @@ def refuse_dynamic_sampling(run: RunConfig, purpose: str) -> None:
 
 
 def refuse_several_updates(run: RunConfig, *, also: str = "") -> None:
-    """For a method whose loss compares pairs of answers.
+    """Refuse several updates per step for a method whose loss compares pairs of answers.
 
     Raises:
         ValueError: ``batch.updates_per_step`` or ``batch.epochs`` is above 1. The message adds the reason ``also``.

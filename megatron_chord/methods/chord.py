@@ -68,8 +68,8 @@ class Chord(Method):
             if run.optim.warmup_steps >= end - step:
                 limit = f"optim.decay_steps {end}" if end < run.steps else str(end)
                 raise ValueError(
-                    f"optim.warmup_steps {run.optim.warmup_steps} leaves no step at full rate after the optimizer's "
-                    f"reset at step {step} of {limit}"
+                    f"optim.warmup_steps {run.optim.warmup_steps} leaves no step with the full learning rate after "
+                    f"the optimizer's reset at step {step} of {limit}"
                 )
         if run.data.aligned and run.batch.demonstrations > run.batch.prompts:
             raise ValueError(

@@ -31,7 +31,7 @@ class GuidedGroup:
     members: RolloutGroup
     """The rollouts, followed by the demonstration. Advantages are computed over all of them together."""
     is_guided: bool
-    """Whether ``members`` has the demonstration. False if its grading failed; then ``members`` has rollouts only."""
+    """True if ``members`` has the demonstration. False if its grading failed; then ``members`` has rollouts only."""
 
     @property
     def own(self) -> RolloutGroup:

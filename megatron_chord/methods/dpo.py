@@ -39,7 +39,7 @@ class Pair:
     chosen: Rollout
     rejected: Rollout
     is_offpolicy: bool
-    """Whether the chosen answer is the demonstration, which has no log-probs."""
+    """True if the chosen answer is the demonstration, which has no log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class MixedDPO(Method):
 
 
 def is_offpolicy(position: int, share: float) -> bool:
-    """Whether the draw at ``position`` gives an off-policy pair.
+    """True if the draw at ``position`` gives an off-policy pair.
 
     Off-policy pairs are evenly spread: the first n draws have floor(n x share) of them.
     """

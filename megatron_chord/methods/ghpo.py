@@ -46,7 +46,7 @@ class Trial:
     stage: int = 0
     """Number of the hint in ``graded.prompt``; 0 means no hint."""
     refused: bool = False
-    """Whether the next hint would make the prompt too long."""
+    """True if the next hint would make the prompt too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class GHPO(Method):
 
 
 def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
-    """Indices of the trials to sample again: all graded rollouts are wrong, and no hint was too long yet."""
+    """Indices of the trials to sample again: all of their graded rollouts are wrong, and no hint was too long yet."""
     return [
         index
         for index, trial in enumerate(trials)
@@ -118,7 +118,7 @@ def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
 
 
 def is_all_wrong(graded: GradedRollouts, *, wrong_at_most: float) -> bool:
-    """Whether every graded rollout is wrong. False if no grading succeeded, because then the prompt is not judged."""
+    """True if every graded rollout is wrong. False if no grading succeeded, because then the prompt is not judged."""
     scores = [grade.score for grade in graded.grades if grade.score is not None]
     return bool(scores) and max(scores) <= wrong_at_most
 
@@ -135,7 +135,7 @@ def hinted(prompt: Prompt, hint: str, *, cue: str, template: ChatTemplate) -> Pr
 
 
 def hint_stats(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Metrics of the hints. They add to ``reward_mean``, which is that of the first rollouts, without hints."""
+    """Metrics of the hints, in addition to ``reward_mean``, which is the mean of the first rollouts, without hints."""
     helped = [trial for trial in trials if trial.stage]
     rewards = [reward for trial in helped for reward in trial.graded.rewards if reward is not None]
     return {

@@ -132,12 +132,12 @@ def policy_samples(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) -
 
 
 def group_is_trained(group: RolloutGroup, objective: ObjectiveConfig) -> bool:
-    """Whether the group is trained, by ``objective.equal_groups``."""
+    """True if the group is trained, by ``objective.equal_groups``."""
     return objective.equal_groups == "keep" or not group.has_equal_rewards
 
 
 def rollout_is_trained(rollout: Rollout, objective: ObjectiveConfig) -> bool:
-    """Whether the rollout is trained, by ``objective.truncated``."""
+    """True if the rollout is trained, by ``objective.truncated``."""
     return objective.truncated == "keep" or rollout.finish_reason != "length"
 
 

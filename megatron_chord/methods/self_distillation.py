@@ -1,4 +1,4 @@
-"""Self-distillation: the policy whose prompt has more in it teaches the policy whose prompt has not.
+"""Self-distillation: the policy with more information in its prompt teaches the policy without it.
 
     L = (1 - weight) L_RL + weight L_D        L_D: mean over rollout tokens of D(teacher, policy)
 
@@ -19,7 +19,7 @@ longer than ``teacher_prompt_tokens``, if a shown text has a control token, or i
 that of L_RL, which also counts tokens that are not taught.
 
 Published code: SDPO and TRL's sampled-token mode are ``divergence: reverse_kl`` with ``weight: 1``. The distillation
-over the 20 or 100 likeliest tokens or over the whole vocabulary, SDPO's default, is not built: it has the same
+over the 20 or 100 likeliest tokens or over the whole vocabulary, SDPO's default, is not implemented: it has the same
 gradient on average and less variance, but needs the teacher's logits. ``teacher: averaged`` is the teacher of SDPO and
 SDFT (``train.averaged``), ``teacher: initial`` OPSD's fixed one.
 """
@@ -109,7 +109,7 @@ class SelfDistillation(Method):
             )
 
     def teacher_prompt_limit(self, run: RunConfig) -> int:
-        """Most tokens of a teacher's prompt."""
+        """Maximum number of tokens of a teacher's prompt."""
         data = run.data
         return self.settings.teacher_prompt_tokens or data.max_prompt_tokens + data.max_response_tokens
 
@@ -201,7 +201,7 @@ def another_right(texts: Sequence[str], is_right: Sequence[bool], index: int) ->
 
 
 def filled(template: str, texts: dict[str, str]) -> str:
-    """``template`` with the placeholders replaced that ``texts`` has. Braces in a text are not read."""
+    """Replace the placeholders in ``template`` that ``texts`` has. Braces in the inserted texts have no meaning."""
     return _PLACEHOLDER.sub(lambda found: texts.get(found[1], found[0]), template)
 
 

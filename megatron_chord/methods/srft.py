@@ -73,7 +73,7 @@ class SRFT(Method):
                 )
         if run.objective.entropy_bonus and run.objective.entropy_bonus_on != "all":
             raise ValueError(
-                "objective.entropy_bonus: method srft takes it over the tokens of demonstrations, too; set "
+                "objective.entropy_bonus: method srft averages it also over the tokens of demonstrations; set "
                 "objective.entropy_bonus_on: all"
             )
 

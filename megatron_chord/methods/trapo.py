@@ -9,8 +9,8 @@ demonstration. A share of 1 samples nothing: the demonstration itself is the ans
                   + sft_coefficient x sum over trained prefixes of -sg(min(1, p / threshold)) log p ]
 
 All answers to a prompt, from all rounds, are one group for A. In each round the prefix of one answer is trained; the
-other answers of the round begin with the same tokens. The weight min(1, p / threshold) is TrSFT: unlikely tokens are
-pulled as by DFT and likely ones as by SFT, so that no token has a larger pull than at p = threshold.
+other answers of the round begin with the same tokens. The weight min(1, p / threshold) is TrSFT: unlikely tokens get
+the gradient of DFT and likely ones that of SFT, so no token has a larger gradient than at p = threshold.
 
 As in the authors' code: rounds of 4, 2, 1 and 1 answers with shares 0, 0.25, 0.5 and 1; the thresholds are sums there
 (2 of 4, 4 of 6, 7 of 7). What differs: the code ends a prefix at an empty line if one is near, and samples one token
@@ -142,7 +142,7 @@ class TRAPO(Method):
 
 
 def is_below(rounds: Sequence[GradedRollouts], threshold: float) -> bool:
-    """Whether the mean score of a prompt's answers is below ``threshold``. False if no grading succeeded."""
+    """True if the mean score of a prompt's answers is below ``threshold``. False if no grading succeeded."""
     scores = [grade.score for answers in rounds for grade in answers.grades if grade.score is not None]
     return bool(scores) and statistics.fmean(scores) < threshold
 
@@ -214,8 +214,8 @@ def sample_of(answer: Answer, advantage: float, *, trains_rollout: bool) -> Trai
 
 
 def guidance_stats(groups: Sequence[Sequence[Answer]], lengths: dict[str, int]) -> dict[str, Any]:
-    """Metrics of the help. They add to ``reward_mean``, which is that of round 0. ``lengths``: tokens of each prompt's
-    demonstration, by the prompt's id."""
+    """Metrics of the help, in addition to ``reward_mean``, which is the mean of round 0. ``lengths``: tokens of each
+    prompt's demonstration, by the prompt's id."""
     answers = [answer for group in groups for answer in group]
     helped = [answer for answer in answers if answer.prefix]
     shares = [len(answer.prefix) / lengths[answer.prompt.id] for answer in helped]

@@ -57,7 +57,8 @@ class DrawnPrompt:
     prompt: Prompt
     position: int
     partial_rollouts: tuple[Rollout, ...] = ()
-    """The rollouts that exist since its sampling was stopped, finished or not. Empty if nothing was sampled yet."""
+    """The finished and unfinished rollouts that exist because its sampling was stopped. Empty if nothing was sampled
+    yet."""
     num_stops: int = 0
     """Number of times its sampling was stopped."""
 
@@ -73,9 +74,9 @@ class Engine:
     template: ChatTemplate
     graders: Graders
     may_advance: bool = False
-    """Whether newer weights may be pushed to the servers while they sample."""
+    """True if newer weights may be pushed to the servers while they sample."""
     routes: RouteShape | None = None
-    """The shape of the routes that rollouts bring with them; None without router replay."""
+    """The shape of the rollouts' routes; None without router replay."""
 
 
 def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
@@ -153,7 +154,7 @@ class StepContext:
         return self._engine.version
 
     def has_more_recorded(self) -> bool:
-        """Whether recorded sampling rounds are left that were not requested yet."""
+        """True if recorded sampling rounds are left that were not requested yet."""
         return bool(self._recorded)
 
     def prompts(self, count: int) -> list[DrawnPrompt]:

@@ -34,9 +34,10 @@ class Sampling:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     routes: RouteShape | None = None
-    """The shape of the routes that rollouts bring with them; None: they bring none."""
+    """The shape of the rollouts' routes; None: rollouts have no routes."""
     step: int | None = None
-    """The step for which servers that can keep the routes (``rollout.route_store``); None: rollouts bring them."""
+    """The step for which servers keep the routes if they can (``rollout.route_store``). None: the replies contain the
+    routes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ class RolloutRequest:
     prompt: Prompt
     seed: int
     prefix: tuple[int, ...] = ()
-    """Token ids with which every answer begins. They are given and not sampled, and count towards the length limit."""
+    """Token ids with which every answer begins. They are not sampled, but count towards the length limit."""
     partial_rollouts: tuple[Rollout, ...] = ()
     """Rollouts of this prompt that were sampled earlier. Those with the finish reason `abort` are continued."""
     is_awaited: bool = False
-    """Whether sampling must not stop before this request is complete."""
+    """True if sampling must not stop before this request is complete."""
 
     @property
     def is_answered(self) -> bool:
@@ -238,7 +239,8 @@ def _joined(partial_rollouts: Rollout, rest: Rollout, *, has_all_routes: bool) -
 
 
 def _joined_routes(first: Routes | None, second: Routes | None) -> Routes | None:
-    """Routes of tokens without a gap. Those of the first ones are the choice of the weights that sampled them."""
+    """Concatenate routes without a gap. The routes of the first tokens are those of the weights that sampled these
+    tokens."""
     return None if first is None or second is None else joined([first, second])
 
 

@@ -94,7 +94,7 @@ def test_every_method_of_the_settings_has_its_class() -> None:
         (
             "chord",
             {"method": {"mu": Binary(switch_step=8, reset_optimizer=True)}, "optim": {"warmup_steps": 3}},
-            "no step at full rate after the optimizer's reset at step 8 of 10",
+            "no step with the full learning rate after the optimizer's reset at step 8 of 10",
         ),
     ],
 )
