@@ -34,7 +34,7 @@ class FusedAdam(torch.optim.Optimizer):
         on = [name for name, value in others.items() if value]
         if not bias_correction or on:
             raise ValueError(
-                f"FusedAdam needs bias correction and supports no options of other Adams; given: {on}"
+                f"FusedAdam needs bias correction and supports no options of other Adam optimizers; given: {on}"
             )
         self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
         defaults = {

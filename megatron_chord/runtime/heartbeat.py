@@ -7,7 +7,7 @@ writes this record to a file every few seconds, the heartbeat. It also checks fo
                  lost. Rank 0 checks all ranks; every other rank checks rank 0
     no progress  this rank's main thread is in one phase for longer than the phase may take without progress
 
-That the watchdog's thread runs proves nothing about the main thread, so only the main thread's record counts. The rank
+A running watchdog thread proves nothing about the main thread, so only the main thread's record counts. The rank
 that finds a fault reports it in one line, saves the stacks of all ranks that still run, and ends its process with
 ``EXIT_CODE``, also if the main thread waits in a collective. The launcher, or Slurm, then ends the other ranks.
 
@@ -48,7 +48,7 @@ _READS = 20
 """Maximum number of attempts to read a file that is being written."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _PRINT_S = 1.0
-"""Time that the last resort gives its message."""
+"""Maximum time that the last resort waits for its message to be printed."""
 _STACKS_S = 10.0
 """Maximum time that the rank which found the fault waits for the stacks of the other ranks."""
 
@@ -196,8 +196,8 @@ class Watch:
                 continue
             line = (
                 f"error: frozen: rank {self._rank} on {node_name()} (process {os.getpid()}) has made no progress for "
-                f"{still_s:.0f} s (limit {limit:g} s), and its watchdog hangs, too: a file system that does not "
-                f"respond? It was {note.phase}, at {self._whereabouts()}\n"
+                f"{still_s:.0f} s (limit {limit:g} s), and its watchdog hangs, too (a file system that does not "
+                f"respond?). It was {note.phase}, at {self._whereabouts()}\n"
             )
             threading.Thread(target=_print_with_stacks, args=(line,), daemon=True).start()
             time.sleep(_PRINT_S)
@@ -207,13 +207,14 @@ class Watch:
             os._exit(EXIT_CODE)
 
     def _note_and_limit(self) -> tuple[_Note, float | None]:
-        """Where this rank is now, and how long its phase may take in seconds; None: no limit."""
+        """The present record of this rank's main thread, and the time limit of its phase in seconds; None: no
+        limit."""
         note = self._pulse.read()
         return note, self._limits.phases.get(note.phase)
 
     def _forgive(self, now: float) -> None:
-        """Restart the clocks of all ranks. Needed after this process itself was stopped or waited for its disk, because
-        it does not know what the others did in that time."""
+        """Restart the measured times of all ranks. This is needed after this process itself was stopped or waited for
+        its disk, because it does not know what the others did in that time."""
         self._awake_since = now
         self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
 

@@ -75,17 +75,17 @@ class ParallelGroups:
 
     @property
     def holds_first_replica(self) -> bool:
-        """Whether this rank is data-parallel and context-parallel rank 0."""
+        """True if this rank is data-parallel and context-parallel rank 0."""
         return self.data.rank == 0 and self.context.rank == 0
 
     @property
     def holds_first_experts(self) -> bool:
-        """Whether this rank is the first of the ranks that hold the same experts."""
+        """True if this rank is the first of the ranks that hold the same experts."""
         return self.expert_replicas.rank == 0
 
     @property
     def is_exporter(self) -> bool:
-        """Whether this rank sends weights to servers and exports them. Each pipeline stage has one such rank."""
+        """True if this rank sends weights to servers and exports them. Each pipeline stage has one such rank."""
         return self.holds_first_replica and self.tensor.rank == 0
 
     def from_coordinator(self, compute: Callable[[], tuple[Any, Sequence[Any] | None]]) -> tuple[Any, Any]:

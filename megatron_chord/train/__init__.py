@@ -6,7 +6,8 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """``from megatron_chord import train`` gives this package, whatever else the name is wanted for."""
+    """Makes the package ``megatron_chord.train`` callable, so that ``from megatron_chord import train`` works as a
+    function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from megatron_chord.train.from_python import train

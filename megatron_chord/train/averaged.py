@@ -32,7 +32,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Let the average begin again with the present weights."""
+        """Start the average again with the present weights."""
         self._average = [param.detach().to("cpu", copy=True) for param in self._params()]
 
     @torch.no_grad()
@@ -43,8 +43,8 @@ class AveragedWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the context, the model has the averaged weights. After an error in it, the model keeps them: a gather
-        of its own weights would wait for ranks that have no error.
+        """Within the context, the model has the averaged weights. If an error occurs in it, the model keeps the
+        averaged weights, because gathering its own weights would wait for ranks without an error.
 
         Collectives: the gather of all weights, at the beginning and at the end. All ranks must enter it.
         """
@@ -72,7 +72,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _spread(self) -> None:
-        """Give the optimizer's FP32 weights to the model, as a step of Megatron's optimizer does."""
+        """Copy the optimizer's FP32 weights to the model, as a step of Megatron's optimizer does."""
         for part in self._parts:
             part._copy_main_params_to_model_params()
         for chunk in self._chunks:

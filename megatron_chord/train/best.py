@@ -20,7 +20,7 @@ class Best:
     """Number of steps after which the best weights were evaluated; None before the first evaluation."""
     value: float | None = None
     since: int = 0
-    """Number of evaluations since then. None of them was better."""
+    """Number of evaluations after the best one."""
 
     def note(self, step: int, value: float) -> bool:
         """Record an evaluation. Returns whether it is better than all earlier ones."""
@@ -31,7 +31,7 @@ class Best:
         return True
 
     def is_exhausted(self, patience: int | None) -> bool:
-        """Whether ``patience`` evaluations in a row were no better (``evaluation.patience``); never if it is None."""
+        """True if ``patience`` evaluations in a row were no better (``evaluation.patience``); never if it is None."""
         return patience is not None and self.since >= patience
 
     def to_json(self) -> dict[str, Any]:
@@ -44,10 +44,11 @@ class Best:
 
 
 def value_in(found: Mapping[str, Evaluation], name: str) -> float | None:
-    """What ``checkpoint.keep_best`` compares, in the evaluations of one step by the names of their sets.
+    """The number that ``checkpoint.keep_best`` compares. ``found`` has the evaluations of one step, by the names of
+    their sets.
 
     Returns:
-        None where it was not due at this step.
+        The number; None if its set was not evaluated at this step.
 
     Raises:
         ValueError: none of the answers could be graded.
@@ -63,7 +64,7 @@ def value_in(found: Mapping[str, Evaluation], name: str) -> float | None:
 
 
 def value_of(evaluation: Evaluation, name: str) -> float:
-    """``accuracy``, or that of one source of ``data.evaluation``.
+    """The accuracy if ``name`` is ``accuracy``, otherwise the accuracy of the source ``name`` of ``data.evaluation``.
 
     Raises:
         ValueError: none of the source's answers could be graded.

@@ -158,7 +158,7 @@ def begin(
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a checkpoint is written, and what it replaces. Its methods are called on the coordinator."""
+    """The folder to which a checkpoint is written. Its methods are called only on the coordinator."""
 
     folder: Path
     name: str
@@ -224,7 +224,7 @@ class Writing:
         """Start to write.
 
         Args:
-            contents: of this rank, by folder in the checkpoint.
+            contents: what this rank writes, by folder in the checkpoint.
             is_staged: whether the state may change before ``finish``.
         """
         self.is_staged = is_staged
@@ -236,7 +236,7 @@ class Writing:
 
     @property
     def progress(self) -> Progress:
-        """Of this rank's part."""
+        """The progress of this rank's part."""
         if not self._part.done():
             return "writing"
         return "written" if self._part.exception() is None else "failed"
@@ -318,7 +318,8 @@ def staged(boxes: sharded.Boxes) -> sharded.Boxes:
 
 
 def _has_room(groups: ParallelGroups, needed: int, notify: Callable[[str], None]) -> bool:
-    """Whether every node has main memory for the copies of its ranks, ``needed`` bytes on this one. On every rank."""
+    """True if every node has enough main memory for the copies of its ranks. This rank needs ``needed`` bytes. Called
+    on every rank."""
     ranks: list[tuple[str, int, int]] = groups.gather((socket.gethostname(), needed, available_memory()))
     for node in dict.fromkeys(node for node, _, _ in ranks):
         wanted = sum(size for name, size, _ in ranks if name == node)
@@ -334,7 +335,7 @@ def _has_room(groups: ParallelGroups, needed: int, notify: Callable[[str], None]
 
 
 def _stage(groups: ParallelGroups, boxes: sharded.Boxes, notify: Callable[[str], None]) -> bool:
-    """Replace the data of ``boxes`` by copies (``staged``). On every rank. One collective.
+    """Replace the data of ``boxes`` by copies (``staged``). Called on every rank. One collective.
 
     Returns:
         whether it succeeded on all ranks. If not, no rank has copies, and its boxes are as before.
@@ -444,7 +445,9 @@ def set_aside(folder: Path, *, after: int, notify: Callable[[str], None]) -> Non
         if step_of(path) > after:
             aside = _free_name(path.with_name(f"{path.name}{_ASIDE}"))
             path.rename(aside)
-            notify(f"checkpoint {path.name} is kept as {aside.name}: the run goes on from before it")
+            notify(
+                f"checkpoint {path.name} is kept as {aside.name}, because the run continues from an earlier step"
+            )
         elif step_of(path) == after:
             _write_latest(folder, path.name)
 
@@ -503,8 +506,8 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
 
 
 def _load_other(state: TrainState, other: AbstractContextManager[None], folder: Path) -> bool:
-    """Load another state of the optimizer, which it has within ``other``. Returns whether the checkpoint has it: it has
-    none if a run of another method wrote it."""
+    """Load another state of the optimizer, which the optimizer has within ``other``. Returns True if the checkpoint
+    has this state. A checkpoint of a run with another method does not have it."""
     groups = state.groups
     if not groups.once(folder.is_dir):
         return False

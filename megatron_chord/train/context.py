@@ -40,6 +40,6 @@ class RunContext:
             self.coordinator.log.say(text)
 
     def doing(self, what: str) -> None:
-        """Show on the console what the run does from now on; on the coordinator only."""
+        """Show on the console what the run is doing now; on the coordinator only."""
         if self.coordinator is not None:
             self.coordinator.log.doing(what)

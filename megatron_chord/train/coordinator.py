@@ -88,9 +88,9 @@ class Coordinator:
     ) -> None:
         self._run = run
         self._lacks_routes = False
-        """Whether the log says that rollouts lack routes."""
+        """True if the log says that rollouts lack routes."""
         self._passes_routes = False
-        """Whether the log says that routes pass through rank 0."""
+        """True if the log says that routes pass through rank 0."""
         self._method = method
         self._terms: Mapping[str, Term] = method.all_terms(run)
         self._data = data
@@ -108,7 +108,8 @@ class Coordinator:
 
     def commit(self, step: int) -> None:
         """Record that ``step`` has been trained."""
-        # Entries are deleted one by one in the same dictionary: with a lag another thread adds later steps meanwhile.
+        # Entries are deleted one by one in the same dictionary, because with a lag another thread adds later steps at
+        # the same time.
         for done in [key for key in list(self._progress) if key < step]:
             del self._progress[done]
         for done in [key for key in list(self._answers) if key <= step]:
@@ -151,8 +152,8 @@ class Coordinator:
         state, lost = json_with_routes_that_exist(state, route_keys or {})
         if lost:
             self.log.say(
-                f"the checkpoint is without the routes of {lost} answers, because their server is lost: a resumed run "
-                "trains them without router replay"
+                f"the checkpoint does not have the routes of {lost} answers, because their server is lost: a resumed "
+                "run trains these answers without router replay"
             )
         return state
 
@@ -297,8 +298,8 @@ class Coordinator:
         return collected
 
     def _say_what_lacks_routes(self, rollouts: Sequence[Rollout], *, is_new: bool) -> None:
-        """Tell once in a run that rollouts have no routes, so that router replay does not happen for them, and once
-        that servers do not keep those of rollouts that are new."""
+        """Log two facts, each once in a run: rollouts have no routes, so they are trained without router replay;
+        servers do not keep the routes of new rollouts."""
         missing = sum(rollout.routes is None for rollout in rollouts)
         if missing and not self._lacks_routes:
             self._lacks_routes = True

@@ -12,7 +12,8 @@ from megatron_chord.train.state import learning_rate_at
 
 
 def changed_course(before: Mapping[str, Any], run: RunConfig, *, step: int, since: int = 0) -> str | None:
-    """A sentence that compares old and new learning rate of the next step. None if the schedule ends at the same step.
+    """A sentence that compares the old and the new learning rate of the next step. None if the schedule ends at the
+    same step as before.
 
     Args:
         before: the settings of the segment that is continued; empty if they are not known.

@@ -96,7 +96,7 @@ class RolloutEngine:
         If servers run on the ranks' GPUs, wait until they are ready and put them to sleep (with ``rollout.sleep``). The
         GPUs are then free for the model.
 
-        ``notify`` gets lines for a person, ``doing`` what the run waits for from now on. If ``stop_wanted`` returns
+        ``notify`` gets messages for the user, ``doing`` gets what the run is waiting for. If ``stop_wanted`` returns
         true on the coordinator, a lost server is not replaced: ``attempt`` raises StopWanted.
         """
         self._is_needed = is_needed
@@ -126,7 +126,7 @@ class RolloutEngine:
         share_gpus = self._on_trainers_gpus() and run.rollout.asynchronous is None
         self._sleeps = share_gpus if run.rollout.sleep is None else run.rollout.sleep
         self._asleep = False
-        """Whether some servers may be asleep. A server that was replaced is awake; waking it has no effect."""
+        """True if some servers may be asleep. A server that was replaced is awake; waking it has no effect."""
         self._offloads = share_gpus if run.rollout.offload is None else run.rollout.offload
         self._offload: Offload | None = None
         self._sync_seconds = 0.0
@@ -188,7 +188,7 @@ class RolloutEngine:
 
     @property
     def has_offloaded(self) -> bool:
-        """Whether training state is offloaded to host memory. It can be neither trained nor saved before ``rest``."""
+        """True if training state is offloaded to host memory. It can be neither trained nor saved before ``rest``."""
         return self._offload is not None and self._offload.is_away
 
     def rest(self) -> None:
@@ -201,7 +201,7 @@ class RolloutEngine:
             try:
                 self._groups.once(lambda: self._each(lambda client: client.sleep(level=2)))
             except RolloutError as error:
-                # The loop looks for stops itself, and it may be saving a checkpoint now.
+                # The loop checks for stop requests itself, and it may be saving a checkpoint now.
                 with contextlib.suppress(StopWanted):
                     self._give_up(error)
         if self._offload is not None:
@@ -223,7 +223,7 @@ class RolloutEngine:
         return seconds
 
     def _on_trainers_gpus(self) -> bool:
-        """Whether the servers run on the GPUs of the ranks."""
+        """True if the servers run on the GPUs of the ranks."""
         apart = self._run.rollout.servers or (self._job is not None and self._job.transport == "broadcast")
         return torch.cuda.is_available() and self._is_needed and not apart
 

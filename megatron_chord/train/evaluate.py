@@ -29,7 +29,7 @@ class HeldOutSet:
     """One set of held-out problems, and how its answers are sampled and measured."""
 
     name: str
-    """Of the set; empty for the problems of ``data.evaluation``."""
+    """Name of the set; empty for the problems of ``data.evaluation``."""
     every: int
     """Number of steps between its evaluations. 0: only before the first step and after the last step."""
     samples: int
@@ -38,7 +38,7 @@ class HeldOutSet:
 
 
 def held_out_sets(run: RunConfig) -> tuple[HeldOutSet, ...]:
-    """Everything that a run evaluates, in the order of its settings; empty where that is nothing."""
+    """All sets that a run evaluates, in the order of its settings."""
     settings = run.evaluation
     if settings.sets is None:
         whole = HeldOutSet(
@@ -63,7 +63,8 @@ def held_out_sets(run: RunConfig) -> tuple[HeldOutSet, ...]:
 
 
 def due_sets(run: RunConfig, step: int) -> tuple[HeldOutSet, ...]:
-    """What is evaluated after ``step`` optimizer steps: everything before the first and after the last one."""
+    """The sets that are evaluated after ``step`` optimizer steps. Before the first step and after the last step these
+    are all sets."""
     return tuple(
         held_out
         for held_out in held_out_sets(run)
@@ -88,7 +89,8 @@ class Evaluation:
     reward_terms: Mapping[str, float] = field(default_factory=dict[str, float])
     """Mean of every term of the reward and of its named parts; empty if the reward is a single number."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Those that a set names, such as avg@8: each the mean over the problems whose answers were all graded."""
+    """The metrics that a set names, such as avg@8. Each is the mean over the problems whose answers were all
+    graded."""
 
     def to_json(self) -> dict[str, Any]:
         """Its row in metrics.jsonl, with the named metrics beside the others."""
@@ -154,7 +156,7 @@ def evaluate(
 
 
 def _metrics(graded: Sequence[GradedRollouts], names: Sequence[str]) -> dict[str, float]:
-    """Mean of each metric over the problems that have it; left out where none has."""
+    """Mean of each metric over the problems that have it. A metric that no problem has is left out."""
     answers = [
         [Graded(grade.score, None) for grade in item.grades if grade.score is not None] for item in graded
     ]

@@ -48,7 +48,7 @@ class Claim:
         self._earlier = {path.name for path in run.output.iterdir()}
 
     def begin(self, *, first_step: int = 0) -> None:
-        """Keep the files from now on: the run was not refused. It continues after ``first_step`` training steps."""
+        """Keep the files, because the run was not refused. The run continues after ``first_step`` training steps."""
         self.has_begun = True
         if self._replaces:
             _remove(self._run.output / name for name in _OF_A_RUN)
@@ -61,7 +61,9 @@ class Claim:
         if not self.has_begun:
             _remove(self._run.output / name for name in _OWN if name not in self._earlier)
             with contextlib.suppress(OSError):
-                (self._run.output / LOGS).rmdir()  # fails, and stays, unless it is empty
+                (
+                    self._run.output / LOGS
+                ).rmdir()  # if the folder is not empty, this fails and the folder stays
         self._lock.close()
 
 

@@ -115,7 +115,7 @@ def _load_best(context: RunContext, step: int) -> None:
         context.say(f"the last weights are exported, because the best ones cannot be read: {error}")
         return
     checkpoint.load(context.state, path)
-    context.say(f"the policy to export is the best one, that of {path}")
+    context.say(f"the exported policy is the best one, from {path}")
 
 
 def _run_steps(
@@ -187,7 +187,8 @@ def _evaluate_first(context: RunContext) -> None:
 
 
 def _stopped(step: int, steps: int, *, first: int) -> Stopped:
-    """The end of a run of which ``step`` of ``steps`` steps are done. This process began at step ``first``."""
+    """The exception that ends a stopped run after ``step`` of ``steps`` steps. This process started at step
+    ``first``."""
     return Stopped(
         f"stopped as requested: {step} of {steps} steps done",
         exit_code=EXIT_CODE if step > first else EXIT_CODE_IDLE,
@@ -226,7 +227,7 @@ def _step(context: RunContext, now: ScheduleInput) -> Memory:
         terms=context.terms,
         num_micro_batches=sum(len(batches) for batches in micro_batches),
     )
-    with state.groups.pulse.phase("saving"):  # a lost disk stops the writing
+    with state.groups.pulse.phase("saving"):  # if the disk fails, the writing fails
         if coordinator is not None:
             coordinator.commit(step)
             row |= speed_row(context, inputs, {**timer.seconds, **inputs.seconds})
@@ -331,7 +332,7 @@ def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False
 
 def _drain(context: RunContext) -> None:
     if context.run.rollout.asynchronous is not None:
-        context.doing("waiting for requests under way")
+        context.doing("waiting for running requests")
     with context.state.groups.pulse.phase("collecting"):
         context.queue.drain()
 

@@ -91,7 +91,7 @@ class RunLog:
             raise FloatingPointError(f"step {row['step']}: not finite: {', '.join(broken)}")
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        assert self._trackers is not None, "begin comes first"
+        assert self._trackers is not None, "begin must be called first"
         self._trackers.log(row["step"], tagged(row))
 
     def finish_step(self, row: Mapping[str, Any], line: str) -> None:
@@ -123,7 +123,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_left_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of data that a run does not use, with their reasons; no file where it uses all."""
+    """Write the rows of data that a run does not use, with the reasons. If the run uses all rows, no file is
+    written."""
     path = folder / DROPPED
     if rows:
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)

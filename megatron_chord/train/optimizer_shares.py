@@ -127,7 +127,7 @@ def within(
 
 
 def _described(one: Any, shares: Shares, *_: Any, **__: Any) -> dict[Any, Any]:
-    """What ``get_parameter_state_dp_zero`` returns, on the meta device."""
+    """The result of ``get_parameter_state_dp_zero``, on the meta device."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(one.gbuf_ranges):
         buffer, state[index] = one.buffers[index], {}

@@ -1,5 +1,5 @@
-"""Where routes that servers keep (``rollout.route_store``) are read: by the ranks that train them, and by rank 0 if it
-keeps them longer than a step."""
+"""Reads the routes that servers keep (``rollout.route_store``). The ranks that train them read them; rank 0 reads
+those that it keeps longer than a step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def drawn_with_routes_here(drawn: Sequence[DrawnPrompt], keys: Mapping[str, str]
 
 
 def json_with_routes_here(value: Any, keys: Mapping[str, str]) -> Any:
-    """JSON-like ``value`` with arrays in the place of routes that are on servers.
+    """JSON-like ``value``, in which arrays replace the routes that are on servers.
 
     Raises:
         RolloutError: some cannot be read.
@@ -76,7 +76,8 @@ def json_with_routes_here(value: Any, keys: Mapping[str, str]) -> Any:
 
 
 def json_with_routes_that_exist(value: Any, keys: Mapping[str, str]) -> tuple[Any, int]:
-    """Like ``json_with_routes_here``, with None in the place of routes that cannot be read, and the number of these."""
+    """Like ``json_with_routes_here``, but None replaces routes that cannot be read. Also returns the number of
+    these."""
     lost = 0
 
     def here(routes: RemoteRoutes) -> Any:

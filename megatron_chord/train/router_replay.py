@@ -1,4 +1,4 @@
-"""Whether a run replays the routes of the rollout servers (``rollout.router_replay``), and why not."""
+"""Decides if a run replays the routes of the rollout servers (``rollout.router_replay``), and gives the reason."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OVERRIDES = {
 class RouterReplayChoice:
     is_on: bool
     text: str
-    """For a person: what happens, and why."""
+    """A message for the user: what happens, and why."""
 
     def __str__(self) -> str:
         return self.text
 
 
 def router_replay(run: RunConfig, shape: ModelShape) -> RouterReplayChoice:
-    """The choice of this run. Equal on every rank and for every server of a job.
+    """The decision for this run. It is equal on every rank and for every server of a job.
 
     Raises:
         ValueError: ``rollout.router_replay`` is true, but the run cannot do it.
@@ -48,7 +48,7 @@ def router_replay(run: RunConfig, shape: ModelShape) -> RouterReplayChoice:
 
 
 def wanted_routes(run: RunConfig, shape: ModelShape) -> RouteShape | None:
-    """The shape of the routes that rollouts bring with them; None without router replay."""
+    """The shape of the rollouts' routes; None without router replay."""
     if shape.routes is None or not router_replay(run, shape).is_on:
         return None
     return replace(shape.routes, is_required=run.rollout.router_replay is True)

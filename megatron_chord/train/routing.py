@@ -41,9 +41,10 @@ def routing_metrics(counts: Mapping[int, Sequence[int]], *, chosen: int) -> dict
     """The metrics from the counts of each layer (``RouterReplay.take_counts``).
 
     ``imbalance`` is the number of tokens of the expert with the most tokens divided by the mean of all experts; in
-    ``routing`` it is that of the worst layer. The others are shares over all layers: ``dropped`` of the choices of an
-    expert, ``replayed`` of the tokens, and ``otherwise`` of the replayed tokens: those that the router itself would
-    route otherwise. Without replayed tokens there is no ``otherwise``.
+    ``routing`` it is that of the worst layer. The others are shares over all layers: ``dropped`` is the share of the
+    choices of an expert that are dropped. ``replayed`` is the share of the tokens that are replayed. ``otherwise`` is
+    the share of the replayed tokens that the router itself would route otherwise; it is missing without replayed
+    tokens.
 
     Args:
         chosen: number of experts of each token.

@@ -40,7 +40,7 @@ class Saver:
     def save(
         self, state: TrainState, run_state: dict[str, Any], *, best: int | None, waits: bool = False
     ) -> None:
-        """Save a checkpoint (``checkpoint.save``). The one before is finished first.
+        """Save a checkpoint (``checkpoint.save``). The previous checkpoint is finished first.
 
         It may still be written when this returns, unless ``waits`` is true.
         """
@@ -59,11 +59,12 @@ class Saver:
 
     @property
     def progress(self) -> Progress:
-        """Of this rank's part of the checkpoint that is being written; ``written`` if there is none."""
+        """The progress of this rank's part of the checkpoint that is being written; ``written`` if there is none."""
         return self._writing.progress if self._writing is not None else "written"
 
     def settle(self, progress: Sequence[Progress]) -> None:
-        """Finish the checkpoint if all ranks have written. If one has failed, end the others' and raise its error.
+        """Finish the checkpoint if all ranks have written their parts. If one rank has failed, stop the others and
+        raise its error.
 
         Args:
             progress: of all ranks.

@@ -61,8 +61,8 @@ class SecondAdam:
                         self._exchange_moment((index, number, name), value)
                     elif name not in _OTHERS:
                         raise RuntimeError(
-                            f"the optimizer keeps {name!r} for each parameter; a second state needs Adam's "
-                            f"{' and '.join(_MOMENTS)} alone"
+                            f"the optimizer keeps {name!r} for each parameter; a second state supports only Adam's "
+                            f"{' and '.join(_MOMENTS)}"
                         )
 
     def _exchange_moment(self, key: tuple[int, int, str], value: Tensor) -> None:

@@ -61,7 +61,7 @@ class Change:
     before: Any
     after: Any
     matters: bool
-    """Whether it changes what is learned."""
+    """True if it changes what is learned."""
 
     def __str__(self) -> str:
         return f"{self.name}: {_shown(self.before)} -> {_shown(self.after)}"
@@ -97,7 +97,7 @@ def check_changes(
     if serious and not allowed:
         listed = "\n".join(f"  {change}" for change in serious)
         raise ValueError(
-            "settings that change what is learned are not those of the run that is resumed:\n"
+            "settings that change what is learned differ from those of the run that is resumed:\n"
             + "\n".join(
                 [listed, *remarks, "Use the settings of the run, or allow the change with --allow-changed"]
             )
@@ -120,7 +120,8 @@ def settings_before(folder: Path, step: int) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, text: str, *, first_step: int) -> None:
-    """Begin a segment at ``first_step``. Segments that began there or later are removed: their steps are repeated."""
+    """Start a segment at ``first_step``. Segments that started there or later are removed, because their steps are
+    repeated."""
     current, kept = folder / CONFIG, folder / SEGMENTS
     if first_step == 0:
         shutil.rmtree(kept, ignore_errors=True)

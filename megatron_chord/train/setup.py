@@ -67,7 +67,7 @@ class RunData:
     left_out: tuple[Mapping[str, Any], ...]
     """Every row that is not used, with the reason; for dropped.jsonl."""
     routes: RouteShape | None = None
-    """The shape of the routes that rollouts bring with them; None without router replay."""
+    """The shape of the rollouts' routes; None without router replay."""
 
 
 def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
@@ -76,7 +76,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     Raises:
         ValueError: the message names the rule that is broken.
     """
-    # Here, because they need Megatron-Core, and reading data does not.
+    # Imported here because these modules need Megatron-Core; reading data does not need it.
     from megatron_chord.model.build import check_overrides, check_shape
     from megatron_chord.model.fp8 import check_fp8
 
@@ -113,7 +113,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
 
 
 def needs_servers(run: RunConfig, method: Method) -> bool:
-    """Whether the run samples at any time, for the method or for evaluation."""
+    """True if the run samples at any time, for the method or for evaluation."""
     return method.uses_rollouts(run) or bool(run.held_out())
 
 
@@ -137,7 +137,7 @@ def _check_reference(folder: Path, shape: ModelShape) -> None:
 
 
 def _reads_as_text(reward: RewardConfig, prompt: Prompt) -> bool:
-    """Whether a mathematics grader of the prompt can compare its truth only as text."""
+    """True if a mathematics grader of the prompt can compare its truth only as text."""
     return any(
         isinstance(term, MathReward)
         and term.grades(prompt.source)
@@ -278,7 +278,7 @@ def packing_layout(
 
 
 def can_share_prompts(shape: ModelShape, parallel: ParallelConfig) -> bool:
-    """Whether answers to one prompt can share its pass through the model.
+    """True if answers to one prompt can share its pass through the model.
 
     Only the local attention can do so (``model.local_modules``), without context parallelism and without a latent
     (whose rotary frequencies Megatron computes inside the layer). In a mixture of experts the prompt would count once
@@ -301,7 +301,7 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     rollout, timeouts = run.rollout, run.timeouts
     rollouts = run.batch.prompts * run.batch.rollouts
     grading = max(reward.timeout_s * rollouts / reward.workers for reward in terms_of(run.reward).values())
-    # An evaluation asks its sets one after the other.
+    # An evaluation samples its sets one after the other.
     rounds = max(method.max_sampling_rounds(run), len(run.held_out()))
     sampling = rounds * (timeouts.sampling_s + grading)
     once = timeouts.server_start_s + sampling * max(1, rollout.max_off_policy_steps) + timeouts.weight_push_s
@@ -434,7 +434,8 @@ def _weights(sources: Sequence[SourceConfig]) -> dict[str, float]:
 def _first_of_each(
     problems: Sequence[Prompt], counts: Mapping[str, int | None], other: int | None
 ) -> tuple[Prompt, ...]:
-    """The first problems of each source: so many as ``counts`` has for it, else ``other``; all if that is None."""
+    """The first problems of each source. Their number is that of the source in ``counts``, otherwise ``other``; None
+    means all."""
     sources = dict.fromkeys(problem.source for problem in problems)
     return tuple(
         problem

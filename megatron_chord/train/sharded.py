@@ -51,7 +51,7 @@ def taken_apart(
         if isinstance(part, ShardedTensor):
             assert isinstance(part.replica_id, tuple), part.key
             assert part.data is not None, part.key
-            # The last number is the data-parallel rank. All of them write, each another share.
+            # The last number is the data-parallel rank. All data-parallel ranks write, each a different share.
             if not is_main_replica((*part.replica_id[:-1], 0)):
                 continue
             if part.data.is_meta:
@@ -147,7 +147,8 @@ def read_shares(checkpoint: Checkpoint, kept: Boxes) -> None:
 
 
 def _value(part: Any, checkpoint: Checkpoint) -> Any:
-    """What is loaded for a part. An extra state of Transformer Engine is never read: it is an empty one.
+    """The value that is loaded for a part. An extra state of Transformer Engine is never read; the value is then an
+    empty tensor.
 
     An extra state is a pickle as a tensor of bytes. Transformer Engine 2.11 would load it with ``pickle.loads``, which
     can execute anything (pytorch/module/base.py, set_extra_state); it passes an empty tensor over. Nothing is lost: for

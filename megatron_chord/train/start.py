@@ -108,7 +108,7 @@ def refusing() -> Iterator[None]:
 
 @dataclass
 class _OnCoordinator:
-    """What only the coordinator has and does at the start. On the other ranks the fields with a default stay None."""
+    """The coordinator's part of the start. On the other ranks the fields with a default stay None."""
 
     run: RunConfig
     shape: ModelShape
@@ -305,14 +305,16 @@ def _resume(context: RunContext, path: Path) -> tuple[int, Memory]:
 
 
 def _forget_lost_best(context: RunContext) -> None:
-    """If the best checkpoint was removed, no checkpoint is the best until an evaluation is better than it was."""
+    """If the best checkpoint was removed, no checkpoint counts as the best until an evaluation is better than that
+    one."""
     best, folder = context.best, context.run.output / CHECKPOINTS
     if best.step is None or context.run.checkpoint.keep_best is None:
         return
     path = folder / f"step-{best.step:06d}"
     if not context.state.groups.once(path.is_dir):
         context.say(
-            f"the best checkpoint, {path}, is gone; a better evaluation is needed to keep another",
+            f"the best checkpoint, {path}, does not exist any more; the next checkpoint that is kept as the best "
+            "needs a better evaluation",
         )
         best.step = None
 

@@ -78,7 +78,7 @@ class TrainState:
         return expected_sums(self.weights(), self.shape.weights, **self._exported())
 
     def _exported(self) -> dict[str, Any]:
-        """What an export must know of this rank."""
+        """The data about this rank that an export needs."""
         groups = self.groups
         return {
             "tensor_group": groups.tensor.group if groups.holds_first_replica else None,
@@ -189,7 +189,7 @@ def learning_rate_at(optim: OptimConfig, *, steps: int, step: int, since: int = 
 
 
 def restart_schedule(state: TrainState, since: int) -> None:
-    """Let the learning-rate schedule start at step ``since`` and end where it would have ended."""
+    """Restart the learning-rate schedule at step ``since``. It ends at the same step as before."""
     state.scheduler.num_steps -= since
     state.scheduler.lr_decay_steps -= since
     state.scheduler.step(0)

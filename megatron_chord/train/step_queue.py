@@ -146,7 +146,7 @@ class StepQueue:
             self._groups.once(wait)
 
     def restore(self, run_state: Mapping[str, Any]) -> None:
-        """Put the steps into the queue whose rollouts are in a checkpoint. Without a lag they are sampled again
+        """Put the steps whose rollouts are in a checkpoint into the queue. Without a lag they are sampled again
         instead.
 
         Raises:
@@ -187,7 +187,7 @@ class StepQueue:
 
 
 def _needs_other(collected: _OfAllRanks, stores: Collection[str]) -> bool:
-    """Whether routes of a step are kept elsewhere than in these memories."""
+    """True if routes of a step are in other memories than these ``stores``."""
     _, of_ranks = collected
     return any(
         kept.store not in stores

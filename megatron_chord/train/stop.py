@@ -45,7 +45,7 @@ class StopRequest:
         signal.signal(signal.SIGUSR1, self._on_signal)
 
     def is_made(self) -> bool:
-        """Whether a stop was requested of this process. Once true, it stays true."""
+        """True if a stop of this process was requested. The value never becomes false again."""
         return self._signalled or (self._file is not None and self._file.exists())
 
     def make(self) -> None:

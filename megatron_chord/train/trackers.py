@@ -217,7 +217,7 @@ class _MLflow:
         ]
         for start in range(0, len(params), 100):  # the maximum of one request
             self._client.log_batch(self._id, params=params[start : start + 100])
-        self._tables: deque[dict[str, str]] = deque(maxlen=40)  # a tag has room for that many
+        self._tables: deque[dict[str, str]] = deque(maxlen=40)  # a tag can hold this number of tables
 
     def log(self, step: int, values: Values) -> None:
         now = int(time.time() * 1000)

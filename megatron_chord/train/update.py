@@ -35,10 +35,10 @@ class Update:
     counts: Mapping[str, int]
     """By term, its number of trained tokens over all ranks. Terms without a trained token are not listed."""
     noise: NoiseMeasurement | None = None
-    """What is measured in addition; None: nothing."""
+    """The additional noise measurement; None: no measurement."""
     is_extra: bool = False
-    """Whether it comes once, after the step's other updates, with an optimizer state and a learning rate of its own
-    (``train.second_adam``)."""
+    """True for the single update after the step's other updates, which has an optimizer state and a learning rate of
+    its own (``train.second_adam``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

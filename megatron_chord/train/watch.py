@@ -19,7 +19,8 @@ from megatron_chord.train.folder import LOGS
 
 _FOLDER = ".heartbeats"
 _MARGIN_S = 60.0
-"""Seconds added to a timeout of an operation, so that the operation's own error, which says more, comes first."""
+"""Seconds added to a timeout of an operation, so that the operation's own error, which is more detailed, comes
+first."""
 _SLEEP_S = 300.0
 """Timeout of putting a server to sleep and of waking it (``RolloutClient``)."""
 _SHARE = 0.9

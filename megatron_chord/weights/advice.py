@@ -17,7 +17,7 @@ _BY_FILE = (
 )
 _BY_NAME = (
     (r"(^|\.)lora_[AB]\.", "these are an adapter's (LoRA): merge it into its base model with merge_and_unload"),
-    (r"^v_head\.", "this is a model with a value head (TRL): save its `pretrained_model` alone"),
+    (r"^v_head\.", "this is a model with a value head (TRL): save only its `pretrained_model`"),
     (r"^score\.", "this is a classifier or reward model, which has no head for tokens: give the policy instead"),
     (r"^_orig_mod\.", "the names are those of torch.compile's wrapper: save the model inside it (`_orig_mod`)"),
     (r"^module\.", "the names are those of a data-parallel wrapper: save the model inside it (`module`)"),
@@ -28,12 +28,12 @@ _BY_NAME = (
 
 
 def of_folder(folder: Path) -> str | None:
-    """What a folder without safetensors has instead, and what the user should do. None if nothing is known."""
+    """What a folder without safetensors contains instead, and what the user should do. None if nothing is known."""
     return next((text for pattern, text in _BY_FILE if next(folder.glob(pattern), None) is not None), None)
 
 
 def of_names(unexpected: Iterable[str]) -> str | None:
-    """What the names of unexpected tensors say about the folder. None if nothing is known."""
+    """The kind of folder that the names of unexpected tensors show, with advice. None if nothing is known."""
     names = list(unexpected)
     return next((text for pattern, text in _BY_NAME if any(re.search(pattern, name) for name in names)), None)
 

@@ -63,8 +63,8 @@ def hf_tensors(
         gathered = _gather(part.tensor, part.group) if part.is_gathered else [part.tensor]
         if dist.get_rank(part.group) != 0:
             if part.is_gathered and part.tensor.is_cuda:
-                # No kernel of this rank may queue behind a gather that waits for another rank: this process may at
-                # the same time receive weights for the servers of its node (rollout/relay.py).
+                # No kernel of this rank may queue behind a gather that waits for another rank, because this process
+                # may receive weights for the servers of its node at the same time (rollout/relay.py).
                 torch.cuda.current_stream(part.tensor.device).synchronize()
             continue
         wholes = gathered if part.axis is None else [_join(gathered, part.axis)]

@@ -41,7 +41,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_quantised(entry: Entry, shape: Sequence[int]) -> bool:
-    """Whether a parameter is quantised: matrices of linear layers are; embeddings, the head, norms, biases, routers and
+    """True if a parameter is quantised: matrices of linear layers are; embeddings, the head, norms, biases, routers and
     gates are not."""
     rule = entry.rule
     return len(shape) == 2 and not rule.vocab and (rule.of_expert or rule.transform.axis is not None)

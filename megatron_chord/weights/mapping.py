@@ -31,7 +31,7 @@ class Rule:
     hf: tuple[str, ...]
     transform: Transform
     vocab: bool = False
-    """Whether rows are vocabulary entries. Megatron's parameter then has padding rows at the end."""
+    """True if rows are vocabulary entries. Megatron's parameter then has padding rows at the end."""
     exported: bool = True
     """False for a second copy of a tensor that another rule exports (the tied head of the last pipeline stage)."""
     layers: tuple[int, ...] | None = None
@@ -41,7 +41,7 @@ class Rule:
 
     @cached_property
     def of_expert(self) -> bool:
-        """Whether it is a parameter of one expert of a mixture. Each expert-parallel rank has other experts."""
+        """True for a parameter of one expert of a mixture. Each expert-parallel rank has other experts."""
         return any(_EXPERT in name for name in self.hf)
 
 

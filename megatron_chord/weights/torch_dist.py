@@ -118,8 +118,8 @@ def write_part(
     Args:
         objects: further serialised objects by key.
         files: number of files that are written in parallel, each by a thread with one box in memory.
-        rank: a number that no other process writes with; the files' names begin with it.
-        is_given_up: asked before each box. If it returns true, writing ends with an error.
+        rank: a number that no other process uses; the files' names begin with it.
+        is_given_up: called before each box. If it returns true, writing ends with an error.
     Raises:
         OSError: writing failed, for example because the disk is full. All threads have ended.
     """
@@ -153,7 +153,7 @@ def write_description(folder: Path, parts: Sequence[Written]) -> None:
 
 
 def is_tiling(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether boxes (offset, shape) together contain each element of a tensor exactly once, and nothing else.
+    """True if boxes (offset, shape) together contain each element of a tensor exactly once, and nothing else.
 
     The time is linear in the number of boxes. torch compares each box with all that overlap it on one axis, and
     took 7 to 20 times as long for a model on 512 ranks (``benchmarks/save_plan.py``).
@@ -370,7 +370,7 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__()
         self._items, self._objects, self._is_given_up = items, objects, is_given_up
         self.has_failed = False
-        """Whether a thread has failed, so that the others stop."""
+        """True if a thread has failed, so that the others stop."""
 
     def create_local_plan(self) -> SavePlan:
         tensors = [_write_item(index, box) for index, (box, _) in self._items.items()]

@@ -79,7 +79,7 @@ class _Shard:
         self._size = 0
 
     def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
-        """Whether the tensor fits below the limit; always true for the first tensor. Readers need a tensor's offset to
+        """True if the tensor fits below the limit; always true for the first tensor. Readers need a tensor's offset to
         be a multiple of its element size."""
         header_bytes = self._header_bytes + len(json.dumps(self._entry(name, tensor)))
         return self._size == 0 or (
