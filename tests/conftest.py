@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Define pytest-timeout's setting where the plugin is missing. A GPU machine may have pytest alone; tests then have
+    """Define pytest-timeout's setting where the plugin is missing. A GPU machine may have only pytest; tests then have
     no limit."""
     if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "Read by pytest-timeout, which is not installed.")

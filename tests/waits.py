@@ -24,7 +24,7 @@ from megatron_chord.process_table import descendants
 
 PERIOD_S = 0.25
 IDLE = 0.06
-"""Cores. Processes that only wait use less, all together."""
+"""In cores. Processes that only wait use less than this, all together."""
 MOST_ROWS = 40
 _TICKS = os.sysconf("SC_CLK_TCK")
 _TESTS = Path(__file__).parent

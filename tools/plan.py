@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does a run fit its GPUs, and how long will a step take? Only the YAML and the model's config.json are needed.
+"""Estimates if a run fits its GPUs, and how long a step takes. It needs only the YAML and the model's config.json.
 
     python tools/plan.py RUN.yaml [NAME=VALUE ...] --gpu h100 --nodes 8
     python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # what fits, the fastest first
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chord.costs.gpus import GPUS, gpu_named
 
-if TYPE_CHECKING:  # these load torch, and --help must not wait for it
+if TYPE_CHECKING:  # these modules load torch, and --help must not wait for it
     from megatron_chord.plan.estimate import Case, Estimate
     from megatron_chord.plan.search import Found, Placed
 
@@ -68,25 +68,38 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--gpu", default="h100", metavar="NAME", help=f"default: h100; known: {', '.join(GPUS)}"
     )
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs of a node (default: 8)")
     parser.add_argument(
         "--host-memory", type=float, metavar="GB", help="main memory of a node (default: not checked)"
     )
     parser.add_argument(
-        "--rollout-nodes", type=int, default=0, help="nodes that only sample (default: all GPUs do both)"
+        "--rollout-nodes",
+        type=int,
+        default=0,
+        help="number of nodes that only sample (default: all GPUs train and sample)",
     )
     parser.add_argument("--overlap", action="store_true", help="sampling runs one step ahead of training")
     parser.add_argument(
-        "--prompt-tokens", type=float, help="mean length (default: a quarter of the settings' limit)"
+        "--prompt-tokens",
+        type=float,
+        help="mean number of tokens of a prompt (default: a quarter of the settings' limit)",
     )
-    parser.add_argument("--response-tokens", type=float, help="mean length (default: a quarter of the limit)")
     parser.add_argument(
-        "--demonstration-tokens", type=float, help="mean length of a demonstration (default: as responses)"
+        "--response-tokens",
+        type=float,
+        help="mean number of tokens of a response (default: a quarter of the limit)",
+    )
+    parser.add_argument(
+        "--demonstration-tokens",
+        type=float,
+        help="mean number of tokens of a demonstration (default: that of responses)",
     )
     parser.add_argument(
         "--search", action="store_true", help="try layouts of the ranks, servers and splits of nodes"
     )
-    parser.add_argument("--json", action="store_true", help="plain numbers: bytes, seconds, tokens")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON with plain numbers: bytes, seconds, tokens"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -111,7 +124,7 @@ def _show(args: argparse.Namespace, case: Case, found: Estimate) -> int:
 
 
 def _code(args: argparse.Namespace, found: Estimate) -> int:
-    """1 if the run does not fit the GPUs, or not the main memory where it is given."""
+    """The exit code: 1 if the run does not fit the GPUs, or does not fit the main memory if that is given."""
     if args.host_memory is not None and found.host.total > args.host_memory * 1e9:
         host = found.host
         advice = [

@@ -32,7 +32,7 @@ LICENCES = {
     "math": "MATH: MIT",
     "bfcl": "BFCL: Apache-2.0",
     "mmlu_pro": "MMLU-Pro: MIT",
-    "gpqa": "GPQA: ask its authors not to be published in plain text",
+    "gpqa": "GPQA: its authors ask that it is not published in plain text",
 }
 
 
@@ -92,10 +92,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             one.add_argument("--sft", type=int, default=sft, help=f"demonstrations ({sft})")
             one.add_argument("--rl", type=int, default=rl, help=f"RL prompts ({rl or 'all that are left'})")
         if name in SPLITS or name == "gpqa":
-            one.add_argument("--seed", type=int, default=42, help="of every draw (42)")
+            one.add_argument("--seed", type=int, default=42, help="seed of all random draws (default: 42)")
     openr1 = recipe.choices["openr1"]
     openr1.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="FOLDER", help="the policy's, for the limit"
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder with the policy's tokenizer, which counts tokens for the limit",
     )
     openr1.add_argument("--max-tokens", type=int, default=8196, help="of a generation (8196)")
     recipe.choices["math"].add_argument(
@@ -107,7 +111,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="problems to leave out, such as MATH-500",
     )
     recipe.choices["bfcl"].add_argument(
-        "--categories", nargs="+", default=list(recipes.BFCL_CATEGORIES), help="the eight that CHORD reports"
+        "--categories",
+        nargs="+",
+        default=list(recipes.BFCL_CATEGORIES),
+        help="default: the eight categories that CHORD reports",
     )
     for name in EVALUATIONS:
         recipe.choices[name].add_argument(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Reproduce the table of the CHORD paper: show the state of each row, run what is missing, print both numbers.
+"""Reproduce the table of the CHORD paper: show the state of each row, run the missing rows, print both numbers.
 
-    python tools/table.py                            # what is done and what is missing, and the table; starts nothing
+    python tools/table.py                            # prints the state of each row and the table; starts nothing
     python tools/table.py --run math:model.path=PATH math:data.prompts=PATH math:data.demonstrations=PATH ...
     python tools/table.py --sbatch @site.txt         # the same in Slurm jobs; the settings are lines of a file
     python tools/table.py --run @examples/published/quick_start.txt      # all rows with the quick start's policy
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped. The same command goes on from here", file=sys.stderr)
+        print("\nstopped. The same command continues from here", file=sys.stderr)
         return 130
     table = table_of(rows)
     print("\n".join(["", *states_of(rows), "", table]))
@@ -228,7 +228,7 @@ def read_setting(text: str) -> Setting:
     """
     found = re.fullmatch(r"(?:([a-z0-9_-]+):)?([a-z][\w.]*=.*)", text, re.DOTALL)
     if found is None:
-        raise TableError(f"{text!r} is no setting: expected NAME=VALUE or WHO:NAME=VALUE")
+        raise TableError(f"{text!r} is not a setting: expected NAME=VALUE or WHO:NAME=VALUE")
     who = (found[1] or "").replace("-", "_")
     known = {"", "suite"} | {name for key in TITLES for domain in DOMAINS for name in names_of(key, domain)}
     if who not in known:
@@ -343,7 +343,7 @@ def table_of(rows: Sequence[Row]) -> str:
     for key in dict.fromkeys(row.key for row in rows):
         cells = [_cell(ours.get((key, domain), {}).get(column), key, column) for domain, column in columns]
         lines.append(f"| {TITLES[key]} | {' | '.join(cells)} |")
-    lines += ["", "Percent. `-`: not measured here."]
+    lines += ["", "Numbers are in percent. `-`: not measured here."]
     if any(column in PAPER_COLUMNS for _, column in columns):
         lines[-1] += " In brackets: the paper's number (arXiv 2508.11408, Table 1); `(-)`: not known here."
     return "\n".join(lines)
@@ -467,7 +467,7 @@ def jobs_of(rows: Sequence[Row], suite: str) -> Iterator[Job]:
         if row.key != BASE and training_state(row) != DONE:
             start = row.starts_from
             if start is not None and start.name not in training and training_state(start) != DONE:
-                raise TableError(f"{row.name} starts from {start.name}, which is neither done nor asked for")
+                raise TableError(f"{row.name} starts from {start.name}, which is neither done nor requested")
             training[row.name] = Job(
                 name=_job_name("train", row, row.run),
                 script="chord_qwen7b.sh",
@@ -504,7 +504,7 @@ def submit(rows: Sequence[Row], suite: str) -> list[str]:
             print(f"{job.name}: job {ids[job.name]} is in the queue already")
             continue
         if job.after is not None and job.after.name not in ids:
-            failed.append(f"{job.name}: not submitted, as {job.after.name} was not")
+            failed.append(f"{job.name}: not submitted, because {job.after.name} was not submitted")
             continue
         after = [] if job.after is None else [f"--dependency=afterok:{ids[job.after.name]}"]
         command = ["--parsable", f"--job-name={job.name}", "--kill-on-invalid-dep=yes", *after]

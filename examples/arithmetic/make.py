@@ -2,19 +2,19 @@
 
     python examples/arithmetic/make.py
 
-A problem is a diary of three or four gains and losses; the answer is what is left. The base policy is pre-trained
-here, from random weights, on three kinds of conversation:
+A problem is a diary of three or four gains and losses. The answer is the number that is left. This script pre-trains
+the base policy from random weights on three kinds of conversation:
 
-* diaries that end in "Show workings.", answered day by day, correctly: it is able to do the sums;
-* diaries that do not, answered with nothing but the final number. That is its habit, and mostly wrong: it cannot do
-  all the sums in one breath;
-* a few of the same with sloppy workings, in which results are often wrong: it knows that one may work things out
-  unasked, and does so in about one answer of eight, badly.
+* Diaries that end in "Show workings." are answered day by day and correctly. So the policy is able to do the sums.
+* Other diaries are answered only with the final number. This becomes the policy's habit. Its answers are mostly wrong,
+  because it cannot do all sums at once.
+* A few diaries without "Show workings." are answered with workings that are often wrong. So the policy also writes
+  workings without a request, in about one answer of eight, and these are often wrong.
 
-The demonstrations work every diary out, unasked and correctly. What the policy must learn from them is to use, where it
-matters, what it is already able to do: some dozen steps' work, as a quick start needs it.
+The demonstrations have correct workings for every diary, without a request. From them the policy must learn to use a
+skill that it already has. About a dozen steps are enough for this, which suits a quick start.
 
-Everything follows from the seed; weights differ in their last bits between machines.
+The seed determines everything, except that weights differ in their last bits between machines.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ Sum = tuple[int, str, int, int]
 
 
 def chain(rng: random.Random, count: int) -> tuple[Sum, ...]:
-    """Sums of which each starts from the last one's result."""
+    """Return sums. Each sum starts from the result of the sum before it."""
     total, sums = rng.randint(10, 89), []
     for _ in range(count):
         sign, right = rng.choice("+-"), rng.randint(1, 9)
@@ -135,7 +135,7 @@ def demonstration_text(story: Story) -> str:
 
 
 def sloppy_solution(rng: random.Random, story: Story, error_rate: float) -> str:
-    """A demonstration's form, but a result is off with probability `error_rate`, and the error is carried on."""
+    """Return workings like a demonstration's. Each result is wrong with probability `error_rate`; later sums use it."""
     sums, total = [], story.sums[0][0]
     for _, sign, right, _ in story.sums:
         result = total + right if sign == "+" else total - right
@@ -181,7 +181,7 @@ def write_data(stories: list[Story], args: argparse.Namespace) -> None:
             args.output / f"problems_{name}.jsonl",
             [{"id": f"{name}-{i}", "problem": s.text, "answer": s.answer} for i, s in enumerate(rows)],
         )
-    # Of other problems than the policy trains on, and, for methods that ask for them, of the very same.
+    # Demonstrations of other problems than the policy trains on, and, for methods that need them, of the same problems.
     for name, file, solved in (
         ("expert", "demonstrations", demonstrations),
         ("demonstration", "demonstrations_aligned", train),
@@ -224,9 +224,10 @@ def call_text(story: Story) -> str:
 
 
 def make_tokenizer(folder: Path, rng: random.Random, vocabulary: int) -> Qwen2Tokenizer:
-    """A small vocabulary in Qwen's own pipeline, so that AutoTokenizer, which goes by the model type, reads it right.
+    """A small vocabulary in Qwen's own pipeline, because AutoTokenizer chooses the tokenizer by the model type.
 
-    Digits stand alone (sums are learnt digit by digit); single bytes encode any text, GSM8K's included.
+    Each digit is a token, because the policy learns sums digit by digit. Single bytes encode any other text, such as
+    GSM8K's.
     """
     text = []
     for _ in range(5000):
@@ -364,11 +365,13 @@ def pretrain(
             ids, labels = next(source)
             hidden = model.model(
                 input_ids=ids
-            ).last_hidden_state  # padding stands right: causal attention never sees it
-            keep = labels[:, 1:] != -100  # logits where there is a label: most positions are prompt
+            ).last_hidden_state  # padding is on the right, so causal attention never sees it
+            keep = (
+                labels[:, 1:] != -100
+            )  # logits only where there is a label, because most positions are prompts
             logits, targets = model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep]
-            # Per conversation, not per token: a batch holds rows of one length, and a mean over its tokens would make
-            # short answers weigh more than their share.
+            # The loss is a mean over conversations and not over tokens. A batch has rows of one length, so with a mean
+            # over tokens, tokens of short answers would have a larger weight.
             loss = F.cross_entropy(logits, targets, reduction="sum") / len(ids)
             optimizer.zero_grad()
             loss.backward()
@@ -413,15 +416,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=HERE, help="folder to write to (default: this script's)"
     )
-    add("--seed", 0, "of data, tokenizer, initial weights and order")
-    add("--threads", 2, "CPU threads; one is faster where other work shares the cores")
+    add("--seed", 0, "seed of data, tokenizer, initial weights and order")
+    add("--threads", 2, "number of CPU threads; 1 is faster if other programs use the cores")
     add("--steps", 2500, "pre-training steps")
     add("--batch", 64, "conversations per pre-training step")
     add("--lr", 3e-3, "peak learning rate")
     add("--asked", 0.5, "share of diaries that ask for workings")
     add("--sloppy", 0.2, "share of sloppy workings among the rest")
-    add("--error-rate", 0.4, "of a result in sloppy workings")
-    add("--vocabulary", 512, "pieces of the tokenizer, 256 of them bytes")
+    add("--error-rate", 0.4, "probability of a wrong result in sloppy workings")
+    add("--vocabulary", 512, "number of tokens of the tokenizer, 256 of them bytes")
     add("--train", 2000, "training problems")
     add("--demonstrations", 1000, "demonstrations")
     add("--heldout", 200, "held-out problems")

@@ -13,7 +13,7 @@ The world has what the CHORD paper's experiments have. ``questions.py`` defines 
   the new style leaks into questions that the base policy answers at once.
 
 Pre-training stops by a rule, not at a fixed step, so that every seed gives a base policy of about the same ability. On
-one machine everything follows from the seed; other machines differ in the last bits of the weights.
+one machine the seed determines everything; on other machines the last bits of the weights differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ONE, TWO, A, B = "one", "two", "a", "b"
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What a batch of pre-training consists of. Shares of conversations."""
+    """The composition of a pre-training batch, as shares of the conversations."""
 
     one: float
     """Questions with one operator, answered at once."""
@@ -53,15 +53,15 @@ class Mix:
     a: float
     """Questions of ability A. The rest of the batch is ability B."""
     steps: float = 0.004
-    """Of A: answered with every step."""
+    """Share of questions of ability A that are answered with every step."""
     habit: float = 0.0
-    """Of A: nothing but the first token of the demonstrations' style."""
+    """Share of questions of ability A whose answer is only the first token of the demonstrations' style."""
     jumps: float = 0.7
-    """Of A: every second result. The rest is answered at once."""
+    """Share of questions of ability A that are answered with every second result. The others are answered at once."""
 
 
 FACTS = Mix(one=0.7, two=0.1, a=0.0)
-"""First of all the results of single operations: without this stage nothing else is learned."""
+"""The first stage has results of single operations. Without this stage nothing else is learned."""
 OWN_STYLE = Mix(one=0.12, two=0.30, a=0.55, steps=0.006)
 WITH_HABIT = Mix(one=0.12, two=0.30, a=0.55, habit=0.12, jumps=0.66)
 
@@ -77,11 +77,11 @@ class World:
     second: list[Question]
     transfer: list[Question]
     validation: list[Question]
-    """Of A, to decide when pre-training stops. Not reported."""
+    """Questions of ability A that decide when pre-training stops. They are not reported."""
 
     @property
     def reserved(self) -> set[str]:
-        """Questions that pre-training never shows. Of C there are too few different ones to keep them out."""
+        """Questions that pre-training never shows. Ability C has too few different questions to exclude them."""
         parts = (self.train, self.demonstrations, self.heldout, self.second, self.validation)
         return {question.text for part in parts for question in part}
 
@@ -129,7 +129,7 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def make_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """One token a byte, in Qwen's own pipeline, so that AutoTokenizer, which goes by the model type, reads it right."""
+    """Each byte is a token. The pipeline is Qwen's, because AutoTokenizer chooses the tokenizer by the model type."""
     markers = [PAD, SYSTEM, USER, ASSISTANT, END]
     pieces = markers + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
@@ -349,7 +349,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=HERE, help="folder to write to (default: this script's)"
     )
-    add("--seed", 0, "of data, initial weights and order")
+    add("--seed", 0, "seed of data, initial weights and order")
     add("--threads", 1, "CPU threads")
     add("--batch", 128, "conversations per pre-training step")
     add("--lr", 3e-3, "highest learning rate")
@@ -357,7 +357,7 @@ def parse() -> argparse.Namespace:
         "--competence", 0.38, "pre-training in the own style ends when so many answers to A are right, greedy"
     )
     add("--most-steps", 2400, "give up when that is not reached after so many steps")
-    add("--anneal", 150, "steps in which the learning rate falls to 0, with the habit of beginning with {")
+    add("--anneal", 150, "steps in which the learning rate falls to 0; in them some answers begin with {")
     add("--digits", 10, "digits to sort in a question of B")
     add("--train", 1024, "problems for RL")
     add("--demonstrations", 640, "demonstrations; a run draws a few of them")

@@ -23,7 +23,7 @@ class Question:
 
 
 def chain_question(rng: random.Random, operators: int) -> Question:
-    """For example ``7+5*3=``: each operator takes what stands left of it, modulo 10."""
+    """For example ``7+5*3=``: each operator takes the result of everything to its left, modulo 10."""
     total = rng.randint(0, 9)
     text, results = str(total), []
     for _ in range(operators):
@@ -59,7 +59,7 @@ def jumps(question: Question) -> str:
 
 
 def steps(question: Question, after: Callable[[int], str] = lambda index: "") -> str:
-    """Every operation with its operands and result; ``after(i)`` is put behind the i-th."""
+    """Every operation with its operands and result; ``after(i)`` follows the i-th operation."""
     left, written = question.text[0], []
     for index, result in enumerate(question.results):
         sign, right = question.text[2 * index + 1 : 2 * index + 3]

@@ -66,7 +66,7 @@ class Rollout(Demonstration):
 def group_advantages(rewards: Sequence[float], eps: float = 1e-6) -> list[float]:
     """A of each rollout of one prompt: (R - mean) / (std + eps), with the unbiased standard deviation (eq. 2).
 
-    All 0 where the rewards are equal: such a group says nothing about which response is better.
+    All advantages are 0 if the rewards are equal: such a group does not show which response is better.
     """
     mean = sum(rewards) / len(rewards)
     if max(rewards) == min(rewards):
@@ -78,8 +78,8 @@ def group_advantages(rewards: Sequence[float], eps: float = 1e-6) -> list[float]
 def policy_loss(l: Tensor, l_old: Tensor, a: Tensor, clip_low: float, clip_high: float) -> Tensor:  # noqa: E741
     """GRPO's clipped surrogate of each token (eq. 2). All arguments and the result are [k].
 
-    r = p / p_old corrects for the policy having moved since the token was sampled. A token whose ratio has left
-    [1 - clip_low, 1 + clip_high] in the direction of its advantage gets no gradient.
+    r = p / p_old corrects for changes of the policy since the token was sampled. A token gets no gradient if its ratio
+    is outside of [1 - clip_low, 1 + clip_high] in the direction of its advantage.
     """
     r = torch.exp(l - l_old)
     return -torch.minimum(r * a, r.clamp(1 - clip_low, 1 + clip_high) * a)
@@ -88,8 +88,8 @@ def policy_loss(l: Tensor, l_old: Tensor, a: Tensor, clip_low: float, clip_high:
 def sft_loss(l: Tensor, weight: TokenWeight) -> Tensor:  # noqa: E741
     """-w l of each demonstration token (eq. 1 and 6), [k]. phi is p (1 - p): largest at p = 1/2.
 
-    phi keeps the policy from being pulled towards tokens that it finds impossible, and spends nothing on those that it
-    is already sure of. The weight is a constant: without ``detach`` a token with p < 0.24 would become less probable.
+    phi is small for tokens that the policy finds nearly impossible and for tokens that it already predicts with
+    certainty. The weight is a constant: without ``detach`` a token with p < 0.24 would become less probable.
     """
     p = l.exp().detach()
     return -(p * (1 - p) if weight == "phi" else torch.ones_like(p)) * l
@@ -98,7 +98,7 @@ def sft_loss(l: Tensor, weight: TokenWeight) -> Tensor:  # noqa: E741
 def token_logprobs(model: PreTrainedModel, samples: Sequence[Demonstration]) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every trained token of ``samples``, one after the other: [K] and [K].
 
-    Sequences are padded on the right. Causal attention never looks there, so no mask is needed.
+    Sequences are padded on the right. Causal attention never reads this padding, so no mask is needed.
     """
     tokens = pad_sequence([sample.tokens for sample in samples], batch_first=True)
     logprobs = torch.log_softmax(model(input_ids=tokens).logits, dim=-1)
@@ -122,7 +122,7 @@ def chord_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, float]]:
-    """L = (1 - mu) L_GRPO + mu L_SFT-phi (eq. 3), differentiable, and what one wants to see of it.
+    """L = (1 - mu) L_GRPO + mu L_SFT-phi (eq. 3), differentiable, and its metrics.
 
     Both losses are means over all tokens of the whole update. So the result does not depend on how the update is
     split into micro-batches or over processes.
@@ -165,7 +165,7 @@ def cosine_mu(step: int, *, peak: float, valley: float, decay_steps: int) -> flo
 
 
 def reward(response: str, truth: str) -> float:
-    """1 where the text after the last ``####`` is the truth, else 0."""
+    """1 if the text after the last ``####`` is the truth, else 0."""
     _, marker, answer = response.rpartition("####")
     return float(bool(marker) and answer.split("\n")[0].strip() == truth)
 
@@ -225,11 +225,11 @@ def sample(
 class Settings:
     steps: int = 20
     prompts: int = 16
-    """a step"""
+    """per step"""
     rollouts: int = 8
-    """of each prompt"""
+    """per prompt"""
     demonstrations: int = 32
-    """a step"""
+    """per step"""
     lr: float = 5e-4
     mu: float | None = 0.5
     """constant; None: from 0.9 along a cosine to 0.05 over the run"""

@@ -24,7 +24,7 @@ client = httpx.AsyncClient(
 
 
 async def judge(response: Response) -> float:
-    """From 0 to 1. An answer of the server that cannot be read raises, and is then no data."""
+    """From 0 to 1. If the server's answer cannot be read, this raises, and the grading counts as an error."""
     text = PROMPT.format(question=response.messages[-1]["content"], answer=response.text)
     reply = await client.post(
         "chat/completions",

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 def make_server(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server for the model with one output in `folder`; port 0: any that is free."""
+    """A server for the model with one output in `folder`; port 0: any free port."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     one_at_a_time = threading.Lock()
@@ -34,7 +34,7 @@ def make_server(folder: Path, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """No line a request."""
+            """Print no line for a request."""
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 

@@ -1,9 +1,9 @@
 """Rewards that run code: a program against its tests, and worked sums as assertions.
 
-Model text is executed here. What limits it: a process of its own, without environment variables, that can write no
-byte to a file, with limits on time, memory and processes. Where the kernel lets a user have namespaces it also has no
-network, and all its processes end with it. It can still read this machine's files and make empty ones. For code that
-may be hostile run the training in a container, or put a stronger sandbox in front of PYTHON.
+Model text is executed here. It runs in a separate process without environment variables. This process cannot write any
+byte to a file, and it has limits on time, memory and processes. If the kernel allows user namespaces, the process also
+has no network, and all its child processes end with it. It can still read this machine's files and create empty ones.
+For code that may be hostile, run the training in a container, or put a stronger sandbox in front of PYTHON.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _SUM = re.compile(r"([0-9]+) ?([-+*]) ?([0-9]+) ?= ?([0-9]+)")
 
 
 def passes_tests(response: Response) -> float:
-    """1 when the last ```python block passes the row's `tests` (Python text with assertions), else 0."""
+    """1 if the last ```python block passes the row's `tests` (Python text with assertions), else 0."""
     programs = _PROGRAM.findall(response.text)
     return float(bool(programs) and runs(f"{programs[-1]}\n{response.fields['tests']}"))
 
 
 def sums_are_right(response: Response) -> float:
-    """1 when the answer works something out, as in 59+8=67, and every sum in it is right; else 0."""
+    """1 if the answer works something out, as in 59+8=67, and every sum in it is right; else 0."""
     sums = _SUM.findall(response.text)
     return float(bool(sums) and runs("".join(f"assert {a} {sign} {b} == {c}\n" for a, sign, b, c in sums)))
 
 
 def runs(program: str) -> bool:
-    """Whether a program ends within the limits and without an exception."""
+    """True if a program ends within the limits and without an exception."""
     try:
         done = subprocess.run(
             PYTHON,

@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 
 RELATIVE = 1e-5
 ABSOLUTE = 1e-7
-"""What a metric may be off near 0."""
+"""Absolute tolerance of a metric near 0."""
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
@@ -98,7 +98,7 @@ def assert_split_invariant(
         layouts: parallel settings by number of ranks and by name. Processes start once for each number of ranks.
         old: the folder of the policy before the step's first update. With it, the tested update is a later one.
         noise: what is measured in addition, and its result.
-        absolute: what a metric may be off near 0.
+        absolute: absolute tolerance of a metric near 0.
     """
     expected = {
         name: oracle_update(

@@ -83,8 +83,7 @@ def updates(
 ) -> list[tuple[dict[str, float], dict[str, Any] | None]]:
     """Return, for each case, the metrics and the whole gradients of one update of the case's ``run``.
 
-    Rank 0 alone returns gradients, those that all ranks hold. They would be the same on each rank, and there are 16 MB
-    of them for a case.
+    Only rank 0 returns gradients, because whole gradients are equal on all ranks, and a case has 16 MB of them.
 
     A case with ``old`` stands for a later update of a step: what the trainer computes before the update is then
     computed with the weights of that folder. A case with ``noise`` measures that, too. One with ``drops`` leaves out

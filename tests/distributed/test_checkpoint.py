@@ -456,7 +456,7 @@ def refusals(folder: Path, out: Path) -> tuple[dict[str, tuple[str, str]], bool]
             checkpoint.load(state, file.parent)
         said[name] = (str(refusal.value), str(file))
     harmless = not canary.path.exists()
-    with contextlib.suppress(Exception):  # the canary's effect is what is looked at
+    with contextlib.suppress(Exception):  # only the canary's effect is checked
         pickle.loads(pickled(canary))
     return said, harmless and canary.path.exists()
 
@@ -671,7 +671,7 @@ def test_a_saver_keeps_what_is_complete(model: Path, tmp_path: Path) -> None:
 
 def poor_ranks(folder: Path, out: Path) -> dict[str, Any]:
     """Save twice in the background. Rank 1 has no memory for copies of the first, and no disk for the second, which
-    rank 0 writes until it is told to stop."""
+    rank 0 writes until it gets the request to stop."""
     state, layout = fresh_state(folder, {})
     train(state, layout, range(1))
     groups, said, outcome = state.groups, [], dict[str, Any]()

@@ -1,5 +1,4 @@
-"""Routers that are told the experts of some tokens compute Transformers' gradients with the same experts forced, in
-every layout."""
+"""Routers that replay given experts compute the gradients of Transformers with the same experts, in every layout."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Result:
     left: list[str]
     """The files of this rank's folder after a push."""
     answers: list[int]
-    """What the ranks told each other at the end, over the same group."""
+    """The messages that the ranks exchanged at the end, over the same group."""
 
 
 def main(servers: Sequence[tuple[str, str]], to_freeze: int, folder: Path) -> Result:

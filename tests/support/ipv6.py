@@ -28,7 +28,7 @@ def missing() -> str | None:
 
 @cache
 def can_leave_the_network() -> bool:
-    """Whether this process may start others in a network namespace of their own."""
+    """True if this process may start others in a network namespace of their own."""
     tried = subprocess.run(
         ["unshare", "--net", "ip", "link", "set", "lo", "up"], check=False, capture_output=True
     )

@@ -142,7 +142,7 @@ def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None
     ("argument", "message"),
     [
         ("grp:optim.lr=1", "'grp:optim.lr=1' is for no row: there are math, tools, base, sft_light"),
-        ("optim.lr", "'optim.lr' is no setting: expected NAME=VALUE or WHO:NAME=VALUE"),
+        ("optim.lr", "'optim.lr' is not a setting: expected NAME=VALUE or WHO:NAME=VALUE"),
         ("optim.lrr=1", "optim.lrr"),
         ("--row=ppo", "--row ppo: there are math, tools"),
         ("suite:only=[x]", "only: there is no benchmark x"),
@@ -255,7 +255,7 @@ def test_jobs_for_what_is_missing(tmp_path: Path) -> None:
     assert list(table.jobs_of([nowhere], "paper")) == []
     alone = [rows["sft_light_rl_math"]]
     with pytest.raises(
-        table.TableError, match="starts from sft_light_math_qwen7b, which is neither done nor asked"
+        table.TableError, match="starts from sft_light_math_qwen7b, which is neither done nor requested"
     ):
         list(table.jobs_of(alone, "paper"))
 

@@ -33,7 +33,7 @@ def cut(draw: random.Random, offset: tuple[int, ...], shape: tuple[int, ...], ti
 
 
 def counted(shape: tuple[int, ...], boxes: Boxes) -> bool:
-    """Whether each element is in exactly one box, and no box reaches outside: element by element."""
+    """True if each element is in exactly one box, and no box reaches outside: element by element."""
     counts = torch.zeros(shape, dtype=torch.int64)
     for offset, sizes in boxes:
         if any(at < 0 or at + size > whole for at, size, whole in zip(offset, sizes, shape, strict=True)):
