@@ -38,7 +38,7 @@ def evaluate(
         output: folder for answers and results; answers in it are kept. Default: evaluations/SUITE/POLICY.
 
     Raises:
-        ValueError: a file is missing, or the policy, the data or the settings will not do. Nothing was sampled.
+        ValueError: a file is missing, or the policy, the data or the settings cannot be used. Nothing was sampled.
         RolloutError, ServerError: the servers failed too often. The answers so far are kept.
     """
     from megatron_chord.evaluation import evaluate as evaluation

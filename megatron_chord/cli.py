@@ -59,7 +59,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _about_unknown(command: str, unknown: Sequence[str], argv: Sequence[str]) -> str:
-    """The message about arguments that no command takes. For a setting with dashes it says how to write it."""
+    """Return the error message for unknown arguments. For a setting with dashes it shows the right form."""
     from megatron_chord.config_suite import SuiteConfig
 
     for text in unknown:
@@ -75,7 +75,7 @@ def _about_unknown(command: str, unknown: Sequence[str], argv: Sequence[str]) ->
 
 
 def _of_no_run(args: argparse.Namespace) -> int:
-    """The commands that do not read a run's YAML file."""
+    """Run a command that does not read a run's YAML file."""
     if args.command == "doctor":
         from megatron_chord import doctor
 
@@ -120,7 +120,7 @@ def _fetch(run: RunConfig) -> bool:
     """Download the models and data sets on the hub that the run names and that are not in the cache.
 
     Returns:
-        Whether anything was downloaded.
+        True if anything was downloaded.
 
     Raises:
         ValueError: a download is not possible. The message names the setting.
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--allow-changed",
         action="store_true",
-        help="with --resume: go on although settings that change what is learned are not the run's own",
+        help="with --resume: continue although settings that change what is learned differ from those of the run",
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
@@ -162,33 +162,33 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=3,
         metavar="N",
-        help="rows of each data set that are shown in full (3)",
+        help="number of rows of each data set that are shown in full (default: 3)",
     )
     data.add_argument("--html", type=Path, metavar="PAGE", help="also write it as one HTML page")
     data.add_argument(
         "--policy",
         type=Path,
         metavar="FOLDER",
-        help="also show what this model makes of demonstration tokens: p, phi",
+        help="also show p and phi of demonstration tokens under this model",
     )
     data.add_argument(
         "--policy-rows",
         type=_count,
         default=16,
         metavar="N",
-        help="demonstrations that --policy looks at (16)",
+        help="number of demonstrations for --policy (default: 16)",
     )
     mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
-        "preview", help="show mu at every step of a run before the run, and what it means for the run's work"
+        "preview", help="show mu at every step before the run, and how many samples the run needs"
     )
-    preview.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it with matplotlib, too")
+    preview.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw mu with matplotlib")
     for command in (train, check, data, preview):
         command.add_argument("config", type=Path, metavar="RUN.yaml")
         command.add_argument(
             "overrides",
             nargs="*",
-            default=[],  # else argparse names it among what is missing
+            default=[],  # without a default argparse reports it as missing
             metavar="NAME=VALUE",
             help="settings to change, as in optim.lr=1e-6",
         )
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     settings = commands.add_parser("settings", help="list every setting with its default and its meaning")
     settings.add_argument("--suite", action="store_true", help="list those of an evaluation suite instead")
     settings.add_argument("--markdown", action="store_true", help="write docs/settings.md instead")
-    commands.add_parser("doctor", help="say what is installed here, what fits and what is missing")
+    commands.add_parser("doctor", help="show what is installed here, what does not fit and what is missing")
     return parser
 
 
@@ -261,13 +261,13 @@ def _add_talk(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) 
         parser.add_argument(
             "--temperature",
             type=_temperature,
-            help="of sampling; 0 takes the most likely token (default: the run's, or 1)",
+            help="sampling temperature; 0 takes the most likely token (default: the run's, or 1)",
         )
         parser.add_argument(
             "--max-tokens",
             type=_positive,
             metavar="N",
-            help="limit of an answer (default: the run's data.max_response_tokens, or 1024)",
+            help="maximum number of tokens of an answer (default: the run's data.max_response_tokens, or 1024)",
         )
         parser.add_argument(
             "--system", metavar="TEXT", help="system prompt (default: the run's; an empty text: none)"
@@ -278,7 +278,7 @@ def _add_talk(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) 
             type=_positive,
             default=1,
             metavar="N",
-            help="GPUs of the vLLM server that is started (1)",
+            help="number of GPUs of the vLLM server that is started (default: 1)",
         )
         parser.add_argument(
             "--server",
@@ -294,7 +294,11 @@ def _add_talk(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) 
         help="a data file as in a run (true answers may be missing), or a .txt file with one prompt a line",
     )
     generate.add_argument(
-        "--samples", type=_positive, default=1, metavar="N", help="answers to each prompt (1)"
+        "--samples",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="number of answers to each prompt (default: 1)",
     )
     generate.add_argument(
         "--output",
@@ -398,7 +402,7 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
 def _lens(
     run: RunConfig, args: argparse.Namespace, template: ChatTemplate, rows: Sequence[Observed]
 ) -> Lens | None:
-    """What the model of ``--policy`` computes for the demonstrations; None without ``--policy``.
+    """Compute p and phi of demonstration tokens with the model of ``--policy``. Returns None without ``--policy``.
 
     Raises:
         ValueError: the run has no demonstrations, or the model cannot be loaded.
@@ -414,7 +418,7 @@ def _lens(
         return None
     if not rows:
         raise ValueError(
-            "--policy looks at demonstrations: the run has no data.demonstrations, or --policy-rows is 0"
+            "--policy needs demonstrations, but the run has no data.demonstrations, or --policy-rows is 0"
         )
     if isinstance(run.method, ChordConfig):
         term = method_of(run).terms(run)[SFT]
@@ -480,7 +484,8 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     request = StopRequest()
     termination = _Termination(request, speaks=speaks)
     if FILE_VARIABLE in os.environ:
-        # A rank of a job. Slurm sends SIGTERM to all of its processes; what it means is decided by the node's task.
+        # This is a rank of a job. Slurm sends SIGTERM to all processes of the job; the node's task decides what it
+        # means.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, termination.on_signal)
     else:
@@ -532,7 +537,7 @@ def _check_push(run: RunConfig, shape: ModelShape, method: Method) -> None:
 
 
 def _check_machine(run: RunConfig) -> None:
-    """Raise ValueError if the run's precision needs something that this machine does not have. The message has all
+    """Raise ValueError if the run's precision needs something that this machine does not have. The message lists all
     faults."""
     if run.precision is None:
         return
@@ -622,7 +627,7 @@ class _Termination:
             raise SystemExit(self._code)
 
     def _is_another(self) -> bool:
-        """Whether this signal is a new one, and not a copy of the signal before (``SAME_S``)."""
+        """True if this signal is a new one, and not a copy of the signal before (``SAME_S``)."""
         before, self._last = self._last, time.monotonic()
         return self._last - before > self.SAME_S
 

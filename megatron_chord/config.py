@@ -52,10 +52,10 @@ class ParallelConfig:
     pipeline: int = 1
     """Number of pipeline stages (Megatron's pipeline-model-parallel-size)."""
     virtual_pipeline: int | None = None
-    """Number of model chunks in each pipeline stage (Megatron's interleaved schedule). Left out: one."""
+    """Number of model chunks in each pipeline stage (Megatron's interleaved schedule). Default: one."""
     stages: tuple[int, ...] | None = None
     """Number of layers in each pipeline stage, such as [15, 16, 16, 14]. With virtual_pipeline, the number of layers in
-    each chunk, in the order of the layers (chunk n belongs to stage n modulo pipeline). Left out: all have the same
+    each chunk, in the order of the layers (chunk n belongs to stage n modulo pipeline). Default: all have the same
     number."""
     context: int = 1
     """Number of ranks that share each sequence (Megatron's context-parallel-size)."""
@@ -86,7 +86,7 @@ class ParallelConfig:
 
     @property
     def num_chunks(self) -> int:
-        """Of the whole model: pipeline stages x model chunks of each."""
+        """Number of model chunks of the whole model: pipeline stages x chunks of each stage."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def _check_stages(self, stages: tuple[int, ...]) -> None:
@@ -112,11 +112,11 @@ class SourceConfig:
     """Share of the drawn rows that come from this source: weight / (sum of the weights of all sources). The number of
     rows in the source does not matter. `data.evaluation` has no weights."""
     name: str = ""
-    """Name of the source in metrics, as in reward/NAME. Left out: the name of its file, folder or repository on the
+    """Name of the source in metrics, as in reward/NAME. Default: the name of its file, folder or repository on the
     hub."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
-    """Names of the columns that hold each field, such as {messages: prompt, answer: reward_model.ground_truth}. Left
-    out: public layouts are recognised by their columns."""
+    """Names of the columns that hold each field, such as {messages: prompt, answer: reward_model.ground_truth}. By
+    default public layouts are recognised by their columns."""
     system_prompt: str | None = None
     """System prompt for the rows of this source, instead of `data.system_prompt`."""
 
@@ -168,10 +168,10 @@ class DataConfig:
     """What happens with `aligned` to prompts without a demonstration. fail: the run stops before any work. drop: they
     are left out and counted."""
     evaluation: tuple[SourceConfig, ...] | None = None
-    """Held-out problems. Accuracy is measured over all of them and, with several sources, for each source. Left out:
+    """Held-out problems. Accuracy is measured over all of them and, with several sources, for each source. Default:
     nothing is evaluated."""
     chat_template: Path | None = None
-    """Jinja file with a chat template. Left out: the tokenizer's own template."""
+    """Jinja file with a chat template. Default: the tokenizer's own template."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}. They hold in RL, SFT and evaluation,
     and are defaults in the template of the exported policy. A name that the template does not read is an error."""
@@ -185,13 +185,13 @@ class DataConfig:
     as in a prompt. Choose it for templates that rewrite earlier turns (Qwen3's removes their thinking)."""
     cache: Path | None = None
     """Folder where tokenised demonstrations are kept, so that the next start of the run does not tokenise them again
-    (docs/data.md). Left out: .data_cache beside `output`."""
+    (docs/data.md). Default: .data_cache beside `output`."""
     system_prompt: str | None = None
     """System prompt for every conversation that has no system message of its own, in RL, SFT and evaluation."""
     max_prompt_tokens: int = 1024
-    """Longest prompt, with its chat template."""
+    """Maximum number of tokens of a prompt, including its chat template."""
     max_response_tokens: int = 1024
-    """Longest rollout, and longest trainable part of a demonstration."""
+    """Maximum number of tokens of a rollout, and of the trainable part of a demonstration."""
     overlong: Literal["fail", "drop"] = "drop"
     """What happens to rows that are longer than a limit. fail: the run stops before any work. drop: they are left out
     and counted."""
@@ -228,7 +228,7 @@ class KLConfig:
     coefficient: float = 0.001
     """Weight of the penalty in the loss."""
     reference: Path | None = field(default=None, metadata={"hub": "model"})
-    """The reference policy: a Hugging Face folder or a name on the hub. Left out: `model.path`."""
+    """The reference policy: a Hugging Face folder or a name on the hub. Default: `model.path`."""
 
     def __post_init__(self) -> None:
         positive(**{"objective.kl.coefficient": self.coefficient})
@@ -279,7 +279,7 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = None
-    """The loss of a token with A < 0 is at most -A dual_clip. It must be above 1; 3 is usual. Left out: no bound."""
+    """The loss of a token with A < 0 is at most -A dual_clip. It must be above 1; 3 is usual. Default: no bound."""
     ratio_from: Literal["rollout", "current", "recomputed"] = "rollout"
     """Log-probs in the denominator of the ratio. rollout: the rollout engine's (the paper's pi_sample). current: the
     trainer's from the same forward pass, so that the ratio is 1. recomputed: the trainer's before the first update of
@@ -289,7 +289,7 @@ class ObjectiveConfig:
     seq-mean-token-mean: mean over sequences of token means. seq-mean-token-sum: mean over sequences of token sums.
     seq-mean-token-sum-norm: sum / (sequences x aggregation_length)."""
     aggregation_length: int | None = None
-    """Number of tokens by which `seq-mean-token-sum-norm` divides (Dr.GRPO). Left out: data.max_response_tokens."""
+    """Number of tokens by which `seq-mean-token-sum-norm` divides (Dr.GRPO). Default: data.max_response_tokens."""
     advantage: Literal["group_std", "group_mean", "batch_std", "leave_one_out"] = "group_std"
     """Advantage of a rollout with reward R. group_std: (R - group mean) / group std. group_mean: R - group mean
     (Dr.GRPO). batch_std: (R - group mean) / std of all rewards of the step. leave_one_out: R - mean of the other
@@ -299,19 +299,19 @@ class ObjectiveConfig:
     equal_groups: Literal["keep", "drop"] = "keep"
     """Groups with equal rewards have advantage 0. keep: their tokens count in the averages. drop: they do not."""
     truncated: Literal["keep", "mask"] = "keep"
-    """Whether rollouts that were cut off at the length limit are trained. mask: they are not, but their rewards still
-    count in their group."""
+    """What happens to rollouts that were cut off at the length limit. keep: they are trained. mask: they are not
+    trained, but their rewards still count in their group."""
     entropy_bonus: float = 0.0
     """Coefficient of the entropy, which is averaged and subtracted from the loss."""
     entropy_bonus_on: Literal["rollouts", "all"] = "rollouts"
     """Tokens whose entropy is averaged. rollouts: those of rollouts; the bonus has the weight of the policy loss. all:
     the tokens of demonstrations, too; the bonus is one average over all of them, without a weight of its own."""
     entropy_aggregation: Aggregation | None = None
-    """How the entropy is averaged; the names are those of `aggregation`. Left out: as the policy loss."""
+    """How the entropy is averaged; the names are those of `aggregation`. Default: as the policy loss is averaged."""
     kl: KLConfig | None = None
-    """Left out: no KL penalty."""
+    """Default: no KL penalty."""
     correction: CorrectionConfig | None = None
-    """Left out: no correction, with two exceptions. Where `rollout.asynchronous` is set, unfinished answers are carried
+    """Default: no correction, with two exceptions. Where `rollout.asynchronous` is set, unfinished answers are carried
     over or `precision` is an FP8 preset, and `ratio_from` is not `rollout`, the block has its own defaults: min(w, 2)
     for each token. With `ratio_from: rollout` the ratio is the correction."""
 
@@ -350,7 +350,7 @@ class ObjectiveConfig:
 
     @property
     def averages_entropy_apart(self) -> bool:
-        """Whether the entropy bonus is an average of its own, and not a part of the policy loss per token."""
+        """True if the entropy bonus is an average of its own, and not a part of the policy loss per token."""
         return self.entropy_bonus_on == "all" or self.entropy_aggregation is not None
 
 
@@ -370,8 +370,8 @@ class BatchConfig:
     """Above 1: dynamic sampling. Groups with equal rewards are replaced by groups of further prompts, in at most this
     many rounds. If groups are still missing then, groups with equal rewards fill the batch."""
     max_tokens_per_gpu: int = 8192
-    """Most tokens in one packed micro-batch of one data-parallel rank. A longer sample gets a micro-batch of its
-    own."""
+    """Maximum number of tokens in one packed micro-batch of one data-parallel rank. A longer sample gets a micro-batch
+    of its own."""
     share_prompts: bool = True
     """Answers to the same prompt share its pass through the model: same gradient, fewer tokens (docs/performance.md).
     Only without Transformer Engine and context parallelism, and for models without experts and latent attention;
@@ -407,8 +407,8 @@ class AsynchronousConfig:
     weights that are trained."""
     in_flight: Literal["drain", "keep"] = "drain"
     """What happens to unfinished requests when new weights are ready. drain: they are finished before the push. keep:
-    they continue with the new weights. With keep, two runs with the same seed differ, because timing decides which
-    weights sample which token."""
+    they continue with the new weights. With keep, two runs with the same seed differ, because the timing determines
+    which weights sample which token."""
 
     def __post_init__(self) -> None:
         positive(**{"rollout.asynchronous.max_off_policy_steps": self.max_off_policy_steps})
@@ -434,7 +434,7 @@ class PartialConfig:
     that prompts with long answers are trained less often."""
     max_carries: int | None = None
     """How many times a prompt is carried over at most. After that, sampling does not stop before the prompt is
-    finished. Left out: only the length limit of answers bounds it."""
+    finished. Default: no limit except the length limit of answers."""
 
     def __post_init__(self) -> None:
         require(
@@ -457,55 +457,57 @@ class RolloutConfig:
     """Sampling temperature, at most 2 (vLLM's limit). The trainer divides the logits of rollouts by the same number.
     The logits of demonstrations are divided by `method.sft_temperature`."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Number format of weights and activations in the rollout server. Left out: `model.dtype`."""
+    """Number format of weights and activations in the rollout server. Default: `model.dtype`."""
     servers: tuple[str, ...] = ()
-    """URLs of running vLLM servers (docs/running.md). Left out: the trainer starts servers on loopback, and a Slurm job
+    """URLs of running vLLM servers (docs/running.md). Default: the trainer starts servers on loopback, and a Slurm job
     starts servers on its nodes."""
     tensor: int = 1
     """Number of GPUs of one server that the trainer or the job starts (tensor parallelism)."""
     count: int | None = None
-    """Number of servers that the trainer starts on its machine. Left out: as many as its GPUs are enough for, each with
-    `tensor` of them; one without a GPU. A Slurm job has CHORD_SERVERS_PER_NODE instead (docs/cluster.md)."""
+    """Number of servers that the trainer starts on its machine. Default: as many as fit on its GPUs, with `tensor`
+    GPUs each; one server without a GPU. A Slurm job has CHORD_SERVERS_PER_NODE instead (docs/cluster.md)."""
     gpu_memory_utilization: float = 0.6
     """Share of a GPU's memory that a server uses, in (0, 1]."""
     kv_cache_bytes: int | None = None
-    """Size of the server's KV cache. Left out: 256 MiB on a CPU; on a GPU, what is free."""
+    """Size of the server's KV cache. Default: 256 MiB on a CPU; on a GPU, all free memory within
+    `gpu_memory_utilization`."""
     transport: Literal["auto", "file", "gloo", "broadcast", "ipc", "relay"] = "auto"
     """How weights reach the servers. file: files in shared memory. gloo: main memory and gloo. broadcast: a process
     group (NCCL with GPUs). ipc: CUDA IPC. relay: a process group with one rank of each node, and from there CUDA IPC
     or files to the servers of the node. auto: files without a GPU; with GPUs, CUDA IPC to the trainer's own servers
-    and NCCL to those in `servers`; in a Slurm job, whatever the servers' place allows (docs/cluster.md)."""
+    and NCCL to those in `servers`; in a Slurm job, the transport that fits the nodes of its servers
+    (docs/cluster.md)."""
     sleep: bool | None = None
-    """Servers free their GPU memory while the ranks train, and take it back when new weights arrive. Left out: true
+    """Servers free their GPU memory while the ranks train, and take it back when new weights arrive. Default: true
     with GPUs if servers and ranks share them and sampling is not `asynchronous`. Servers in `servers` must be started
     with --enable-sleep-mode."""
     offload: bool | None = None
     """Optimizer state, gradients and reference policy are moved from GPU memory to main memory while servers sample.
-    Main memory must have room for them (docs/cluster.md). Left out: true with GPUs if servers and ranks share them and
+    Main memory must have room for them (docs/cluster.md). Default: true with GPUs if servers and ranks share them and
     sampling is not `asynchronous`."""
     asynchronous: AsynchronousConfig | None = None
-    """Left out: every step samples first, with its own weights, and then trains."""
+    """Default: every step samples first, with its own weights, and then trains."""
     partial: PartialConfig | None = None
-    """Left out: every step waits for all of its answers."""
+    """Default: every step waits for all of its answers."""
     repeatable: bool = False
     """Log-probs of a rollout do not depend on the other requests that the server processes at the same time, so that
     two runs with the same seed are equal bit for bit. Sampling is slower: on a GPU, vLLM uses its batch-invariant
     kernels (VLLM_BATCH_INVARIANT); on a CPU, it processes one request at a time."""
     router_replay: bool | None = None
     """For mixtures of experts: the trainer's routers choose for the tokens of rollouts the experts that the servers
-    chose, so that both compute the same log-probs (docs/megatron.md). Left out: true if servers return routes. true: a
+    chose, so that both compute the same log-probs (docs/megatron.md). Default: true if servers return routes. true: a
     run that cannot replay routes is refused."""
     restarts: int = 1
     """How many times a dead server is replaced, and the sampling of the step repeated, before the run stops."""
     max_logprob_gap: float | None = None
     """Limit of |trainer's log-prob - rollout's log-prob|, averaged over the tokens of a step, in nats. The run stops
-    when the mean is above it by more than three standard errors. Left out: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8, and
+    when the mean is above it by more than three standard errors. Default: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8, and
     0.5 where older weights may have sampled tokens (`asynchronous`, carried answers). In bf16 and FP8 the rounding of
     the logits is added: their mean absolute value divided by 384."""
     max_probability_error: float | None = None
     """Limit of the factor by which the probabilities of trainer and rollout differ: exp|difference of log-probs|, at
     most 10 for each token, averaged over the tokens of a step. The run stops when the mean is above it by more than
-    three standard errors. Left out: 1.01 in fp32, 1.1 in bf16 and FP8 (up to 1.05 is healthy), with the rounding of the
+    three standard errors. Default: 1.01 in fp32, 1.1 in bf16 and FP8 (up to 1.05 is healthy), with the rounding of the
     logits added as above; no limit for rollouts of older weights."""
 
     def __post_init__(self) -> None:
@@ -549,13 +551,13 @@ class RolloutConfig:
         )
         require(
             not (self.repeatable and self.in_flight == "keep"),
-            "rollout.repeatable cannot hold with rollout.asynchronous.in_flight: keep: how far a request has got when "
-            "new weights arrive is chance; set in_flight to drain",
+            "rollout.repeatable is impossible with rollout.asynchronous.in_flight: keep, because the progress of a "
+            "request when new weights arrive depends on timing; set in_flight to drain",
         )
         require(
             not (self.repeatable and self.partial is not None),
-            "rollout.repeatable cannot hold with rollout.partial: which prompts finish first is chance; leave one of "
-            "them out",
+            "rollout.repeatable is impossible with rollout.partial, because the prompts that finish first depend on "
+            "timing; leave one of the two settings out",
         )
 
     @property
@@ -571,7 +573,7 @@ class RolloutConfig:
 
     @property
     def carries(self) -> bool:
-        """Whether unfinished answers are continued by later weights."""
+        """True if unfinished answers are continued by later weights."""
         return self.partial is not None and self.partial.unfinished == "carry"
 
     @property
@@ -581,7 +583,7 @@ class RolloutConfig:
 
     @property
     def has_older_tokens(self) -> bool:
-        """Whether tokens that a step trains may have been sampled by older weights than its own."""
+        """True if tokens that a step trains may have been sampled by older weights than its own."""
         return self.asynchronous is not None or self.carries
 
     def extra_of(self, count: int) -> int:
@@ -599,8 +601,8 @@ class OptimConfig:
     """Learning rate after the warm-up. linear and cosine fall from `lr` to `min_lr`, which they reach at step
     `decay_steps`."""
     decay_steps: int | None = None
-    """Step at which linear and cosine reach `min_lr`, counted from the start of the run. Later steps use `min_lr`. Left
-    out: `steps`. Set it if the run may later be resumed with more steps; the learning rates then stay the same."""
+    """Step at which linear and cosine reach `min_lr`, counted from the start of the run. Later steps use `min_lr`.
+    Default: `steps`. Set it if the run may later be resumed with more steps; the learning rates then stay the same."""
     warmup_steps: int = 0
     """Number of steps in which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
@@ -665,18 +667,18 @@ class EvaluationSetConfig:
     fields: dict[str, str] = field(default_factory=dict[str, str])
     """Names of the columns that hold each field, as in `data.evaluation.fields`."""
     system_prompt: str | None = None
-    """System prompt for the rows of this set. Left out: `data.system_prompt`."""
+    """System prompt for the rows of this set. Default: `data.system_prompt`."""
     every: int | None = None
-    """Number of steps between evaluations of this set. Left out: `evaluation.every`."""
+    """Number of steps between evaluations of this set. Default: `evaluation.every`."""
     problems: int | None = None
-    """How many problems of the set are used, from the first on. Left out: `evaluation.problems`."""
+    """How many problems of the set are used, from the first on. Default: `evaluation.problems`."""
     temperature: float | None = None
-    """Sampling temperature of this set. Left out: `evaluation.temperature`."""
+    """Sampling temperature of this set. Default: `evaluation.temperature`."""
     samples: int | None = None
-    """Number of answers per problem of this set. Left out: `evaluation.samples`."""
+    """Number of answers per problem of this set. Default: `evaluation.samples`."""
     metrics: tuple[str, ...] = ()
     """Metrics of this set. avg@K is the mean score of the first K answers. pass@K is the probability that at least one
-    of K answers is right. Left out: avg@samples."""
+    of K answers is right. Default: avg@samples."""
 
     def __post_init__(self) -> None:
         require(
@@ -708,14 +710,14 @@ class EvaluationConfig:
     """Number of steps between evaluations. There is always one before the first step and one after the last step. 0:
     only these two."""
     problems: int | None = None
-    """How many held-out problems of each source are used, from the first on. Left out: all."""
+    """How many held-out problems of each source are used, from the first on. Default: all."""
     temperature: float = 0.0
     """Sampling temperature. 0: always the most likely token."""
     samples: int = 1
     """Number of answers per problem. Accuracy is the mean over them."""
     patience: int | None = None
     """The run ends early after this many evaluations in a row without a new best accuracy. `checkpoint.keep_best` says
-    which accuracy is compared. Left out: the run does all of its steps."""
+    which accuracy is compared. Default: the run does all of its steps."""
     sets: tuple[EvaluationSetConfig, ...] | None = field(default=None, metadata={"from_list": True})
     """Several sets of problems instead of `data.evaluation`, each with its own interval and metrics. If `evaluation`
     itself is a list, the list is this setting."""
@@ -779,7 +781,7 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     asynchronous: bool | None = None
     """Training goes on while a checkpoint is written, from a copy in main memory: 14 bytes for each bf16 parameter,
-    distributed over the ranks. Where too little memory is free, training waits. Left out: true on GPUs."""
+    distributed over the ranks. Where too little memory is free, training waits. Default: true on GPUs."""
     keep_best: str | None = None
     """Also keeps the checkpoint of the best evaluation. `accuracy` compares the accuracy over all held-out problems;
     the name of a source in `data.evaluation` compares the accuracy on that source; `amc.avg@8` compares this metric of
@@ -790,7 +792,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(
             self.export == "last" or self.keep_best is not None,
-            "checkpoint.export: best needs checkpoint.keep_best, which says by what the best is chosen",
+            "checkpoint.export: best needs checkpoint.keep_best, which names the number that decides which "
+            "checkpoint is the best",
         )
         not_negative(**{"checkpoint.every": self.every, "checkpoint.every_minutes": self.every_minutes})
         positive(**{"checkpoint.keep": self.keep})
@@ -808,12 +811,13 @@ class WatchdogConfig:
     """A rank without a heartbeat for this long is frozen: it is stopped, it hangs in the kernel, or its node is
     lost."""
     loading_s: float = 3600.0
-    """Longest time from the start of a rank to its first step. Data, model and checkpoint are read in it."""
+    """Longest time from the start of a rank to its first step. In this time the rank reads data, model and
+    checkpoint."""
     computing_s: float | None = None
-    """Longest time that a rank computes without finishing a micro-batch. Left out: nine tenths of
+    """Longest time that a rank computes without finishing a micro-batch. Default: nine tenths of
     timeouts.collective_s; no limit for a run of one rank, because no other rank waits for it."""
     saving_s: float = 3600.0
-    """Longest time of writing a checkpoint, a step's metrics or the exported policy."""
+    """Longest time to write a checkpoint, a step's metrics or the exported policy."""
     server_s: float = 300.0
     """A rollout server is frozen if it has requests but neither finishes one nor computes a token for this long. It is
     then replaced."""
@@ -844,9 +848,9 @@ class TimeoutsConfig:
     server_start_s: float = 600.0
     """Longest time from the start of a rollout server until it answers."""
     sampling_s: float = 1800.0
-    """Longest time of one sampling: all rollouts that a step or an evaluation requests at once."""
+    """Longest time to sample all rollouts that a step or an evaluation requests at once."""
     weight_push_s: float = 600.0
-    """Longest time of one push of weights to the servers."""
+    """Longest time to push weights to the servers once."""
 
     def __post_init__(self) -> None:
         positive(
@@ -873,7 +877,7 @@ class RunConfig:
     batch: BatchConfig
     """How many prompts, rollouts and demonstrations a step has, and how they are divided."""
     precision: Precision | None = None
-    """FP8 preset; each needs `model.dtype: bf16` (docs/fp8.md). Left out, or bf16: no FP8. fp8_rollout: training is in
+    """FP8 preset; each needs `model.dtype: bf16` (docs/fp8.md). Default, or bf16: no FP8. fp8_rollout: training is in
     BF16, and vLLM quantises weights in blocks of 128 x 128. fp8_e2e: the trainer's matrix products use such blocks,
     too. fp8_tensorwise: trainer and vLLM use one scale for each tensor; the first and the last layer stay in BF16."""
     method: MethodConfig = field(default_factory=ChordConfig)
@@ -907,7 +911,8 @@ class RunConfig:
         not_negative(trace_steps=self.trace_steps)
         require(
             self.optim.warmup_steps < self.steps,
-            f"optim.warmup_steps {self.optim.warmup_steps} leaves no step of the run's {self.steps} at full rate",
+            f"optim.warmup_steps {self.optim.warmup_steps} must be below steps {self.steps}: no step would have the "
+            "full learning rate",
         )
         require(
             self.optim.min_lr > 0 or self.optim.horizon(self.steps) >= self.steps,
@@ -933,8 +938,9 @@ class RunConfig:
             or preset(self.precision).rollouts is not None
             or correction is None
             or correction.mode != "none",
-            "objective.correction.mode none turns off the correction that rollout.asynchronous, rollout.partial with "
-            "unfinished: carry, or an FP8 precision brings; without any leave objective.correction out",
+            "objective.correction.mode none turns off a correction that is on by default only with "
+            "rollout.asynchronous, with rollout.partial and unfinished: carry, or with an FP8 precision; this run "
+            "has none of these, so leave objective.correction out",
         )
         if self.precision is not None:
             self._check_precision()
@@ -954,15 +960,16 @@ class RunConfig:
         if name is None:
             require(
                 self.evaluation.patience is None,
-                "evaluation.patience needs checkpoint.keep_best, which says by what evaluations are compared",
+                "evaluation.patience needs checkpoint.keep_best, which names the number by which evaluations are "
+                "compared",
             )
             return
         sets = self.evaluation.resolved()
         sources = self.data.evaluation or ()
         require(
             bool(sets) or (bool(sources) and self.evaluation.every > 0),
-            "checkpoint.keep_best needs evaluations during the run, data.evaluation with evaluation.every or "
-            "evaluation.sets: there is nothing to choose from",
+            "checkpoint.keep_best needs evaluations during the run: set data.evaluation and evaluation.every, or "
+            "evaluation.sets",
         )
         intervals = {f"{item.name}.{metric}": item.every for item in sets for metric in item.metrics}
         known = [*intervals] if sets else ["accuracy", *(source.label for source in sources)]
@@ -994,7 +1001,7 @@ def check_lengths(data: DataConfig, max_positions: int) -> None:
     require(
         longest <= max_positions,
         f"data.max_prompt_tokens {data.max_prompt_tokens} + data.max_response_tokens {data.max_response_tokens} = "
-        f"{longest} is beyond the model's {max_positions} positions",
+        f"{longest} is more than the model's {max_positions} positions",
     )
 
 

@@ -123,7 +123,7 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
-    """Put before ``message`` the place in the run's file or overrides where the setting is given that it names.
+    """Prefix ``message`` with the place of the setting that it names: a line of the run's file, or an override.
 
     The message may name several settings in full. The place is that of the first one that is given. If none is given,
     it is that of the first block of a named setting, and otherwise the file. A message without a setting's name is
@@ -136,7 +136,7 @@ def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def meant_by(name: str, kind: type = RunConfig) -> list[str]:
-    """The settings of ``kind`` that a person may mean by ``name``: the one of that name, or those that end with it.
+    """Return the settings of ``kind`` that ``name`` can mean: the setting of that name, or those that end with it.
 
     ``lr`` means ``optim.lr``. ``temperature`` can mean the settings of several blocks.
     """
@@ -290,7 +290,8 @@ class _Reader:
         variant: str = "",
         forms: Mapping[str, type] = types.MappingProxyType({}),
     ) -> Any:
-        """``variant``: how this dataclass was chosen among several, as ``kind: phi``. ``forms``: what can be chosen."""
+        """``variant`` is the key and value that chose this dataclass, such as ``kind: phi``. ``forms``: all possible
+        dataclasses."""
         hints = _hints(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         values: dict[str, Any] = {}
@@ -337,8 +338,8 @@ class _Reader:
         return values
 
     def _natural(self, node: yaml.Node, where: str, nested: bool) -> Any:
-        """A value without a declared type, read by YAML's own types. None, and a report, if it is not a single
-        value."""
+        """Read a value without a declared type by YAML's own types. If it is not a single value, report it and return
+        None."""
         if nested and isinstance(node, yaml.SequenceNode):
             return [self._natural(item, where, nested) for item in node.value]
         if nested and isinstance(node, yaml.MappingNode):

@@ -151,7 +151,7 @@ class MarginWeight:
 
     kind: Literal["margin"] = "margin"
     width: float | None = None
-    """Width of the bell curve around m = 0. Left out: the weight is 1 - |m|."""
+    """Width of the bell curve around m = 0. Default: the weight is 1 - |m|."""
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -203,7 +203,7 @@ class LuffyConfig:
     gamma: float = 0.1
     """Constant of the shaping function f(p) = p / (p + gamma). A smaller gamma gives unlikely tokens more weight."""
     shaping: bool = True
-    """Whether the ratio of a demonstration token is f(p). false: it is p."""
+    """true: the ratio of a demonstration token is f(p). false: it is p."""
 
     def __post_init__(self) -> None:
         positive(**{"method.gamma": self.gamma})
@@ -329,11 +329,12 @@ class HPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReLIFTConfig:
-    """ReLIFT (arXiv 2506.07527): RL; demonstrations of failed prompts are collected for SFT updates between it."""
+    """ReLIFT (arXiv 2506.07527): RL, with SFT updates between RL steps on collected demonstrations of failed
+    prompts."""
 
     name: Literal["relift"] = _named("relift")
     size: int = 128
-    """Number of demonstrations of an SFT update. It comes after the step in which this many are collected."""
+    """Number of demonstrations of an SFT update. The update follows the step in which this number is reached."""
     sft_lr: float = 1e-6
     """Constant learning rate of the SFT updates. They have an optimizer state of their own, in host memory."""
     entropy_coefficient: float = 0.001
@@ -358,7 +359,7 @@ class ReMixConfig:
     stale_share: float = 0.4
     """Probability that a group of the batch comes from an earlier step (p in the paper)."""
     lag: int = 2
-    """How many steps such a group may be old (N in the paper). The rollouts of this many steps are kept."""
+    """Maximum age of such a group in steps (N in the paper). The rollouts of this many steps are kept."""
     mix_steps: int = 50
     """Number of steps of the first stage (T in the paper). Later steps use only their own rollouts."""
 
@@ -415,9 +416,9 @@ class SelfDistillationConfig:
     positive_reward: float = 0.5
     """A rollout is right if its reward is above this."""
     drop_thinking: bool = False
-    """Whether the thinking block of a shown solution is left out."""
+    """true: the thinking block of a shown solution is left out."""
     teacher_prompt_tokens: int = 0
-    """Most tokens of a teacher's prompt; a rollout whose teacher's prompt is longer is not taught. 0:
+    """Maximum number of tokens of a teacher's prompt; a rollout with a longer teacher's prompt is not taught. 0:
     data.max_prompt_tokens + data.max_response_tokens."""
     max_ratio: float = 2.0
     """Upper limit of the importance weight of a token that other weights sampled."""
@@ -442,7 +443,7 @@ class SelfDistillationConfig:
 @dataclass(frozen=True, kw_only=True)
 class TRAPOConfig:
     """TRAPO (arXiv 2512.17636): answers are sampled in rounds, and those of hard prompts begin with a part of the
-    demonstration. That part is trained by SFT with a limited pull (TrSFT), the rest by RL."""
+    demonstration. That part is trained by SFT with a limited gradient (TrSFT), the rest by RL."""
 
     name: Literal["trapo"] = _named("trapo")
     counts: tuple[int, ...] = (4, 2, 1, 1)
@@ -504,7 +505,7 @@ class DYPOConfig:
     beta: float = 0.1
     """DPO's beta in the loss on pairs."""
     reference: bool = False
-    """Whether the log-probs in the loss on pairs are relative to those of `model.path`, or of
+    """true: the log-probs in the loss on pairs are relative to those of `model.path`, or of
     `objective.kl.reference`."""
     sft_coefficient: float = 1.0
     """Weight of the SFT loss."""

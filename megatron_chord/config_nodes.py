@@ -75,7 +75,7 @@ def choice(kind: Any) -> str | None:
 
 
 def _tells_apart(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
-    """Whether no two blocks have a value of ``key`` in common."""
+    """True if every value of ``key`` belongs to only one of the blocks."""
     if not all(get_origin(hints.get(key)) is Literal for hints in blocks):
         return False
     values = [value for hints in blocks for value in get_args(hints[key])]
@@ -112,7 +112,7 @@ def child(mapping: yaml.MappingNode, key: str) -> yaml.Node | None:
 
 
 def is_list(kind: Any) -> bool:
-    """Whether a setting of type ``kind`` is a list, or a list or null."""
+    """True if a setting of type ``kind`` is a list, or a list or null."""
     parts = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     return any(get_origin(part) is tuple for part in parts)
 
@@ -137,7 +137,7 @@ def _shorthand(kind: Any) -> str | None:
 
 
 def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
-    """The block that a single value or a list is short for. Other nodes are returned unchanged.
+    """Expand a single value or a list to the block for which it is a short form. Return other nodes unchanged.
 
     ``phi`` -> ``{kind: phi}``, ``[a, b]`` -> ``{kind: sum, terms: [a, b]}``, and for ``method.mu``
     ``0.5`` -> ``{schedule: constant, peak: 0.5}``.
@@ -150,8 +150,8 @@ def as_block(node: yaml.Node, kind: Any) -> yaml.Node:
 
 
 def _from_number(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
-    """The block that a number is short for: the number becomes the setting that ``NUMBER`` of a dataclass names. If no
-    dataclass has ``NUMBER``, the number is read as any single value."""
+    """Expand a number to a block: the number becomes the setting that ``NUMBER`` of a dataclass names. If no dataclass
+    has ``NUMBER``, the number is read like any single value."""
     key = choice(kind)
     for member in members(kind):
         number = getattr(member, "NUMBER", None)
@@ -166,8 +166,8 @@ def _from_single(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
 
 
 def _from_list(node: yaml.SequenceNode, kind: Any) -> yaml.Node:
-    """The block that a list is short for: the list becomes the setting whose metadata has ``from_list``. If there is no
-    such setting, the node is returned unchanged."""
+    """Expand a list to a block: the list becomes the setting whose metadata has ``from_list``. If there is no such
+    setting, return the node unchanged."""
     key = choice(kind)
     for member in members(kind):
         for field in dataclasses.fields(member):
@@ -269,7 +269,7 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
 
 
 def _differs(chosen: yaml.Node | None, below: yaml.Node | None, default: str | None) -> bool:
-    """Whether a dataclass is chosen and differs from the one that ``below`` chooses."""
+    """True if a dataclass is chosen and differs from the one that ``below`` chooses."""
     return chosen is not None and chosen.value != (default if below is None else below.value)
 
 

@@ -31,7 +31,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus sampling: only the most likely tokens whose probabilities add up to this are sampled. In (0, 1]."""
     max_tokens: int = 1024
-    """Longest answer."""
+    """Maximum number of tokens of an answer."""
 
     def __post_init__(self) -> None:
         positive(**{"sampling.samples": self.samples, "sampling.max_tokens": self.max_tokens})
@@ -67,19 +67,19 @@ class BenchmarkConfig:
     prepare: str | None = None
     """Command that makes the file. It is shown if the file is missing."""
     system_prompt: str | None = None
-    """System prompt for every conversation that has no system message. An empty text: none. Left out: the suite's."""
+    """System prompt for every conversation that has no system message. An empty text: none. Default: the suite's."""
     chat_template: Path | None = None
-    """Jinja file that replaces the policy's own chat template. Left out: the suite's."""
+    """Jinja file that replaces the policy's own chat template. Default: the suite's."""
     max_prompt_tokens: int | None = None
-    """Longest prompt. A longer one is an error: the benchmark would not be the same without it. Left out: the
-    suite's."""
+    """Maximum number of tokens of a prompt. A longer prompt is an error, because leaving it out would change the
+    benchmark. Default: the suite's."""
     sampling: SamplingConfig | None = None
-    """How answers are sampled. Left out: the suite's."""
+    """How answers are sampled. Default: the suite's."""
     reward: RewardConfig | None = None
-    """How an answer is graded. Left out: the suite's."""
+    """How an answer is graded. Default: the suite's."""
     metrics: tuple[str, ...] = ()
     """avg@K: mean grade of the first K answers. pass@K: probability that at least one of K answers is right. maj@K:
-    probability that the most frequent of K answers is right. Left out: avg@samples."""
+    probability that the most frequent of K answers is right. Default: avg@samples."""
 
     def __post_init__(self) -> None:
         require(
@@ -112,7 +112,7 @@ class ServerConfig:
     """vLLM servers that `megatron-chord evaluate` starts on this machine, or on each node of a Slurm job."""
 
     count: int | None = None
-    """Number of servers of a machine. Left out: as many as fit on the GPUs; one without a GPU."""
+    """Number of servers of a machine. Default: as many as fit on the GPUs; one without a GPU."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations."""
     tensor: int = 1
@@ -120,9 +120,10 @@ class ServerConfig:
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that a server uses, in (0, 1]."""
     kv_cache_bytes: int | None = None
-    """Size of a server's KV cache. Left out: 256 MiB on a CPU; on a GPU, what is free."""
+    """Size of a server's KV cache. Default: 256 MiB on a CPU; on a GPU, all free memory within
+    `gpu_memory_utilization`."""
     requests: int | None = None
-    """Number of requests that a server gets at a time. Left out: 256 with a GPU, 16 without."""
+    """Number of requests that a server gets at a time. Default: 256 with a GPU, 16 without."""
     request_s: float = 1800.0
     """Longest time of one request. After it the answer counts as missing, and the evaluation continues."""
     start_s: float = 1800.0
@@ -161,33 +162,33 @@ class SuiteConfig:
     means: tuple[MeanConfig, ...] = ()
     """Means over several benchmarks."""
     data: Path | None = None
-    """Folder of the benchmarks' files. Left out: the current folder."""
+    """Folder of the benchmarks' files. Default: the current folder."""
     system_prompt: str | None = None
     """System prompt for benchmarks that have none of their own."""
     chat_template: Path | None = None
-    """Chat template for benchmarks that have none of their own. Left out: the policy's own."""
+    """Chat template for benchmarks that have none of their own. Default: the policy's own."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables that the chat template reads, such as {enable_thinking: false}, as `data.template_arguments` of a
     run."""
     tools_as: Literal["auto", "system_message", "template"] | None = None
-    """How a row's functions are shown to the policy, as `data.tools_as` of a run. Left out: as in the run whose folder
+    """How a row's functions are shown to the policy, as `data.tools_as` of a run. Default: as in the run whose folder
     the policy is in; auto if it is in none."""
     max_prompt_tokens: int = 4096
-    """Longest prompt of benchmarks that have no limit of their own."""
+    """Maximum number of tokens of a prompt, for benchmarks that have no limit of their own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How answers are sampled, for benchmarks that do not say it themselves."""
+    """How answers are sampled, for benchmarks without `sampling` of their own."""
     reward: RewardConfig = field(default_factory=MathReward)
-    """How answers are graded, for benchmarks that do not say it themselves."""
+    """How answers are graded, for benchmarks without a `reward` of their own."""
     server: ServerConfig = field(default_factory=ServerConfig)
     only: tuple[str, ...] = ()
-    """Names of the benchmarks that are evaluated. Means that need other benchmarks are then left out. Left out: all."""
+    """Names of the benchmarks that are evaluated. Means that need other benchmarks are then left out. Default: all."""
     problems: int | None = None
     """For a trial: use at most this many problems of each benchmark, from the first on."""
     samples: int | None = None
-    """For a trial: at most this many answers to each problem. Metrics of more answers are reduced: with 2, avg@32
+    """For a trial: at most this many answers to each problem. Metrics over more answers are reduced: with 2, avg@32
     becomes avg@2."""
     max_tokens: int | None = None
-    """For a trial: longest answer, if this is lower than the benchmark's own limit."""
+    """For a trial: maximum number of tokens of an answer, if this is lower than the benchmark's own limit."""
     resamples: int = 2000
     """Number of bootstrap resamples of the problems. They give the 95 % intervals."""
     seed: int = 0
@@ -206,7 +207,7 @@ class SuiteConfig:
             require(name in listed, f"only: there is no benchmark {name}, there are {', '.join(listed)}")
         metrics = {item.name: self._checked_metrics(item) for item in self.benchmarks}
         for mean in self.means:
-            require(bool(mean.of), f"mean {mean.name}: `of` names no benchmark")
+            require(bool(mean.of), f"mean {mean.name}: `of` must name at least one benchmark")
             for name in mean.of:
                 require(name in metrics, f"mean {mean.name}: there is no benchmark {name}")
                 require(

@@ -5,8 +5,8 @@ metadata of distributions instead of importing them. Version ranges come from py
 devices, it starts torch in a separate process with a deadline.
 
 A machine is of kind GPU when it has an NVIDIA device, or when the packages for GPUs are installed and the GPUs are
-elsewhere (a login node, an image that is built); else it is of kind CPU. Only what runs on that kind of machine cannot
-do without is ``required`` and makes the exit status 1.
+elsewhere (a login node, an image that is built); else it is of kind CPU. A finding is ``required`` if runs on that
+kind of machine need it. Only such findings make the exit status 1.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ MIN_OPEN_FILES = 4096
 IMPORTS_TRITON = (0, 19)
 """The first Megatron-Core that cannot be imported without Triton (transformer/moe/ops/paged_stash.py:4)."""
 MIN_CUDNN = (9, 3)
-"""Of Transformer Engine 2.11 (its README)."""
+"""The oldest cuDNN that Transformer Engine 2.11 supports (its README)."""
 CUDNN_FOLDERS = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
     "/usr/lib64",
     "/usr/local/cuda/lib64",
 )
-"""Where images keep it; from PyPI it is a distribution."""
+"""Folders where container images keep cuDNN. From PyPI it is a distribution."""
 INSTALL_FP8 = "make clean venv-gpu"
 GPUS_ELSEWHERE = (
     "installed for GPUs: run doctor where they are (srun, docker --gpus all); for CPUs: make clean venv"
@@ -136,10 +136,10 @@ def exit_status(findings: Iterable[Finding]) -> int:
 
 def verdict(findings: Sequence[Finding]) -> str:
     if exit_status(findings):
-        return "Runs fail here until the red lines are mended."
+        return "Runs fail on this machine until the problems in red are fixed."
     if any(finding.advice == GPUS_ELSEWHERE for finding in findings):
-        return "Fit to run where there are GPUs. This machine has none."
-    return "Fit to run."
+        return "Ready to run on machines with GPUs. This machine has none."
+    return "Ready to run."
 
 
 # The sections
@@ -181,10 +181,10 @@ def _apex() -> Finding:
     name, version = "apex, NVIDIA's", _version("apex")
     spec = PathFinder.find_spec("apex", sys.path)
     if version is None and (spec is None or spec.origin is None):  # no package, or some folder of that name
-        return Finding("core", name, "-", "optional", "fine without; PyPI's apex is another project's")
+        return Finding("core", name, "-", "optional", "not needed; PyPI's apex is a different project")
     folders = (spec and spec.submodule_search_locations) or ()
     is_nvidias = any(Path(folder, "optimizers").is_dir() for folder in folders)
-    advice = "pip uninstall -y apex: PyPI's is a web toolkit, which Megatron-Core may take for NVIDIA's"
+    advice = "pip uninstall -y apex: PyPI's apex is a web toolkit, which Megatron-Core may mistake for NVIDIA's Apex"
     return _check("core", name, version or "of unknown version", is_nvidias, advice)
 
 
@@ -207,7 +207,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
     if not machine.devices:
         found = f"{machine.num_device_files} device files" if machine.num_device_files else "none"
         if machine.num_device_files:
-            yield _check("GPU", "CUDA devices", found, False, "nvidia-smi fails: look at the driver")
+            yield _check("GPU", "CUDA devices", found, False, "nvidia-smi fails: check the driver")
         else:
             where = "runs use this machine's cores" if kind == "CPU" else GPUS_ELSEWHERE
             yield Finding("GPU", "CUDA devices", found, "optional", where)
@@ -219,7 +219,7 @@ def _gpu(machine: Machine, kind: Kind, build: str) -> Iterator[Finding]:
             "GPU", f"device {index}", found, device.capability >= (8, 0), "BF16 needs capability 8.0"
         )
     if min(device.capability for device in machine.devices) < (9, 0) and _version("transformer-engine"):
-        # transformer_engine/common/fused_attn/fused_attn.cpp, nvte_get_fused_attn_backend: NVTE_THD asks for sm90.
+        # transformer_engine/common/fused_attn/fused_attn.cpp, nvte_get_fused_attn_backend: NVTE_THD needs sm90.
         found, advice = (
             _version("flash-attn"),
             "cuDNN's attention on packed sequences needs capability 9.0: without flash-attn (2.1.1 to 2.8.3) "
@@ -276,7 +276,7 @@ def _fp8(needs: list[Requirement], machine: Machine, kind: Kind) -> Iterator[Fin
     for precision, settings in PRESETS.items():
         if settings.rollouts is not None:
             faults = fp8_faults(precision, machine)
-            found = "-" if faults else "possible" if machine.devices else "possible but for the devices"
+            found = "-" if faults else "possible" if machine.devices else "possible, except for the devices"
             yield _check(
                 "FP8",
                 f"precision {precision}",
@@ -318,7 +318,7 @@ def fp8_faults(precision: Precision, machine: Machine, *, rollouts_elsewhere: bo
 
 
 def gpus_are_elsewhere(machine: Machine) -> bool:
-    """Whether this machine has no GPU, but an installation for GPUs: a CUDA build of torch, with Slurm or vLLM's GPU
+    """True if this machine has no GPU, but an installation for GPUs: a CUDA build of torch, with Slurm or vLLM's GPU
     build."""
     if machine.devices or machine.num_device_files or not torch_build().startswith("CUDA"):
         return False
@@ -362,17 +362,17 @@ def _transformer_engine(need: Requirement) -> Finding:
         absent = " and ".join(part for part, version in parts.items() if not version)
         status, advice = "wrong", f"without its {absent} part: {INSTALL_FP8}"
     elif len(versions) > 1:
-        status, advice = "wrong", f"the versions must be one: {INSTALL_FP8}"
+        status, advice = "wrong", f"all parts need the same version: {INSTALL_FP8}"
     else:
         megatron = _version("megatron-core") or ""
         engines = Requirement(need.name, TESTED.get(megatron, need.versions))
         if not engines.fits(versions.pop()):
-            status, advice = "optional", f"megatron-core {megatron} was tried with {engines.versions} only"
+            status, advice = "optional", f"megatron-core {megatron} was tested only with {engines.versions}"
     return Finding("FP8", need.name, found or "-", status, advice)
 
 
 def _transformer_engine_build() -> Iterator[Finding]:
-    """What is missing for the build of Transformer Engine, which takes about 13 minutes before it would fail."""
+    """Check what the build of Transformer Engine needs. Without this check the build fails after about 13 minutes."""
     lacks = [check for check in te_build.checks(te_build.this_host()) if not check.fits]
     for check in lacks:
         yield _check("FP8", f"its build: {check.name}", check.found, False, check.remedy, required=False)
@@ -459,7 +459,7 @@ def _requirement(line: str, extra: str) -> Requirement:
 
 
 def _holds(version: str, specifier: str) -> bool:
-    """Whether a version satisfies a specifier.
+    """True if a version satisfies a specifier.
 
     Only the part of PEP 440 that pyproject.toml uses: numbers compared by ==, >= and <. Local versions are ignored.
     """

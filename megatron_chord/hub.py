@@ -136,9 +136,7 @@ def cached(name: HubName, env: Mapping[str, str] = os.environ) -> Path | None:
     if len(files) > 1:
         shown = ", ".join(str(file.relative_to(snapshot)) for file in files[:5])
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        raise ValueError(
-            f"{name} has several files; name those that are meant, as in {name}/PATH: {shown}{more}"
-        )
+        raise ValueError(f"{name} has several files; choose some of them with {name}/PATH: {shown}{more}")
     return files[0] if files and files[0].exists() and _has_all_shards(files, "*") else None
 
 
@@ -225,8 +223,8 @@ def why_offline(env: Mapping[str, str] = os.environ) -> str | None:
 def refusal(name: HubName, reason: str) -> str:
     """Return the error message for a name that is not in the cache and cannot be downloaded."""
     return (
-        f"{name} is neither a path nor (whole) in the Hugging Face cache {cache_folder()}, and {reason}. Download it "
-        f"first: {name.command}"
+        f"{name} is not a path and is not completely in the Hugging Face cache {cache_folder()}, and {reason}. "
+        f"Download it first: {name.command}"
     )
 
 

@@ -24,7 +24,7 @@ class Finding:
     name: str
     """Name of the check."""
     step: int
-    """Training steps done when it was seen."""
+    """Number of finished training steps when the problem was found."""
     saw: str
     why: str
     look_at: tuple[str, ...]
@@ -212,7 +212,7 @@ def _idle(history: History, settings: Settings) -> str | None:
 
 
 def _has_gained(history: History) -> bool:
-    """Whether the reward is higher than at the run's beginning; True where it is not known."""
+    """True if the reward is higher than at the run's beginning; True where it is not known."""
     before, now = _mean(history.first, "reward_mean", first=5), _mean(history.recent, "reward_mean", last=5)
     return before is None or now is None or now > before + 0.05
 
@@ -232,7 +232,7 @@ CHECKS = (
     Check(
         name="truncated",
         see=_truncated,
-        why="A cut answer mostly has no result, so its reward says little about the policy.",
+        why="A truncated answer usually has no result, so its reward says little about the policy.",
         look_at=("data.max_response_tokens", "objective.truncated", "reward.overlong"),
     ),
     Check(
@@ -262,7 +262,7 @@ CHECKS = (
     Check(
         name="failed gradings",
         see=_failed_gradings,
-        why="The rewards may be about the grader and not about the answers: read grader_error in samples/.",
+        why="The rewards may show faults of the grader and not of the answers: read grader_error in samples/.",
         look_at=("reward.kind", "reward.timeout_s", "reward.answer_marker"),
     ),
     Check(
@@ -274,7 +274,7 @@ CHECKS = (
     Check(
         name="log-prob gap",
         see=_gap_trend,
-        why="Trainer and vLLM compute ever more different policies for the same weights.",
+        why="The log-probs of trainer and vLLM differ more and more for the same weights.",
         look_at=("rollout.max_logprob_gap", "model.dtype", "rollout.dtype", "precision"),
     ),
     Check(
@@ -286,13 +286,13 @@ CHECKS = (
     Check(
         name="demonstrations used up",
         see=_used_up,
-        why="The policy may learn these demonstrations by heart.",
+        why="The policy may overfit to these demonstrations.",
         look_at=("data.demonstrations", "batch.demonstrations", "method.mu"),
     ),
     Check(
         name="idle",
         see=_idle,
-        why="GPUs that wait are paid for.",
+        why="GPUs that wait cost as much as GPUs that work.",
         look_at=("rollout.asynchronous", "rollout.partial", "rollout.servers", "parallel.ranks"),
     ),
 )

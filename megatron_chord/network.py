@@ -101,7 +101,7 @@ def host_and_port(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a numeric address is a loopback address."""
+    """True if a numeric address is a loopback address."""
     return ipaddress.ip_address(address).is_loopback
 
 

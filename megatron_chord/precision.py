@@ -28,7 +28,7 @@ class Fp8Training:
     """Every size of a rank's matrix products must be a multiple of this: its tokens, and rows and columns of
     weights."""
     first_last_bf16: bool = False
-    """Whether the first and the last layer stay in BF16."""
+    """True if the first and the last layer stay in BF16."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """Environment variables that Transformer Engine reads when it is imported."""
 

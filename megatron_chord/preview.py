@@ -203,7 +203,7 @@ def text_plot(
 ) -> str:
     """Bars of ``values``, in at most ``width`` columns and 7 more for the scale. None is drawn as unknown.
 
-    ``ends``: labels of the first and the last value. Left out: their indices.
+    ``ends``: labels of the first and the last value. Default: their indices.
     """
     columns = _columns(values, width)
     highest = 1.0 if None in columns else max(column[1] for column in columns if column)
@@ -272,7 +272,7 @@ def _table(run: RunConfig, mu: MuSchedule) -> Iterator[str]:
     for before, row, label in zip([None, *table], table, labels, strict=False):
         if before and any(before.last < turn < row.first for turn in turns):
             yield f"{'...':>{wide}}"
-        shown = f"{low:g} to {high:g}, as the run goes" if row.mu is None else f"{row.mu:.4g}"
+        shown = f"{low:g} to {high:g}, depends on the run" if row.mu is None else f"{row.mu:.4g}"
         yield f"{label:>{wide}}  {shown}"
     if isinstance(mu, RewardAdaptive):
         yield ""
@@ -295,7 +295,7 @@ def _plot(run: RunConfig, mu: MuSchedule, glyphs: Glyphs) -> Iterator[str]:
     if glyphs.mixed in cells:
         yield f"       {glyphs.mixed} mu varies within the column: filled to its mean, shaded to its top"
     if glyphs.unknown in cells:
-        yield f"       {glyphs.unknown} known only as the run goes"
+        yield f"       {glyphs.unknown} known only during the run"
 
 
 def _facts(run: RunConfig, mu: MuSchedule) -> Iterator[str]:

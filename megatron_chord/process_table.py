@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def state_of(pid: int) -> str | None:
-    """R: running, S: asleep, D: in the kernel, T: stopped by a signal, Z: ended. None: there is no such process."""
+    """R: running, S: sleeping, D: waiting in the kernel, T: stopped by a signal, Z: ended. None: no such process."""
     fields = _stat(pid)
     return fields[0] if fields else None
 

@@ -73,7 +73,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     """The token ids after the chat template was applied, with the generation prompt."""
     tools: tuple[Tool, ...] = ()
-    """Functions that the chat template was given to show."""
+    """Functions that the chat template shows."""
     source: str = ""
     """Name of the data source that it comes from (``data.prompts``)."""
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -112,9 +112,10 @@ class Rollout:
     """The weight versions of the tokens if there are several: with ``rollout.asynchronous.in_flight: keep``, or if the
     response was sampled in several steps. Otherwise empty."""
     routes: Routes | None = field(default=None, compare=False, repr=False)
-    """[R, layers, chosen] uint8 or uint16, here or on a server: the experts that the engine chose for each token of
-    prompt, prefix and response, except for the last token, which was never an input. None for dense models and without
-    ``rollout.router_replay``. Tokens that were sampled in an earlier step keep the choice of that time."""
+    """[R, layers, chosen] uint8 or uint16, in memory or still on a rollout server: the experts that the engine chose
+    for each token of prompt, prefix and response, except for the last token, which was never an input. None for dense
+    models and without ``rollout.router_replay``. Tokens that were sampled in an earlier step keep the choice of that
+    time."""
 
     def __post_init__(self) -> None:
         assert not self.spans or self.weight_version == min(version for version, _ in self.spans)
@@ -164,9 +165,9 @@ class TrainSample:
     """[N] int64"""
     parts: tuple[Part, ...]
     routes: Routes | None = None
-    """[R, layers, k] uint8 or uint16, R <= N, here or on a server: the k experts that the rollout engine chose for each
-    of the first R tokens, in every layer of the model. The routers choose the experts of the other tokens; without it,
-    of all."""
+    """[R, layers, k] uint8 or uint16, R <= N, in memory or still on a rollout server: the k experts that the rollout
+    engine chose for each of the first R tokens, in every layer of the model. The routers choose the experts of the
+    other tokens. None: the routers choose the experts of all tokens."""
     teacher_ids: np.ndarray | None = None
     """[M] int64: another prompt with the same answer; None if the sample has no teacher. It ends with the tokens of
     ``token_ids`` from the first trained token on. The log-probs of its trained tokens are the column

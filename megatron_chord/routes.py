@@ -15,17 +15,17 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class RouteShape:
-    """What a model's routes look like: the experts that its routers choose for a token."""
+    """The shape of a model's routes, which are the experts that its routers choose for each token."""
 
     layers: int
-    """Number of the model's layers, with those that have no experts."""
+    """Number of the model's layers, including those without experts."""
     experts: int
     chosen: int
     """Number of experts of each token, in each layer."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers without experts. Their routes have no meaning."""
     is_required: bool = False
-    """Whether a rollout without routes is an error."""
+    """True if a rollout without routes is an error."""
 
     def check(self, routes: np.ndarray, num_tokens: int) -> None:
         """Raise ValueError if these are not the routes of ``num_tokens`` tokens."""
@@ -65,14 +65,14 @@ class KeptRoutes:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutePiece:
-    """Rows ``start`` to ``stop`` (not included) of routes that are here or on a server."""
+    """Rows ``start`` to ``stop`` (not included) of routes that are in memory or on a server."""
 
     source: KeptRoutes | np.ndarray
     start: int
     stop: int
 
     def rows(self, read: dict[str, np.ndarray]) -> np.ndarray:
-        """The rows, out of the routes ``read`` from servers, by key."""
+        """Return the rows. ``read`` has, by key, the routes that were read from servers."""
         whole = read[self.source.key] if isinstance(self.source, KeptRoutes) else self.source
         return whole[self.start : self.stop]
 
@@ -102,11 +102,12 @@ class RemoteRoutes:
         return RemoteRoutes(found)
 
     def kept(self) -> list[KeptRoutes]:
-        """The references to what is on servers."""
+        """The references to the parts that are on servers."""
         return [piece.source for piece in self.pieces if isinstance(piece.source, KeptRoutes)]
 
     def here(self, read: dict[str, np.ndarray]) -> np.ndarray:
-        """The routes, with those of servers out of ``read``, by key. At least one row."""
+        """Return the routes as one array, of at least one row. ``read`` has, by key, those that were read from
+        servers."""
         return np.concatenate([piece.rows(read) for piece in self.pieces])
 
 

@@ -44,21 +44,21 @@ class Schedule:
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether ``value`` needs ``reward_mean``. Every step then samples, and mu is known only after sampling."""
+        """True if ``value`` needs ``reward_mean``. Every step then samples, and mu is known only after sampling."""
         return False
 
     @property
     def needs_last_step(self) -> bool:
-        """Whether ``value`` depends on measurements of the previous step. mu is then known only after that step."""
+        """True if ``value`` depends on measurements of the previous step. mu is then known only after that step."""
         return False
 
     @property
     def needs_mu_gradient(self) -> bool:
-        """Whether ``remember`` reads ``measured["mu_gradient"]``. The trainer then computes it."""
+        """True if ``remember`` reads ``measured["mu_gradient"]``. The trainer then computes it."""
         return False
 
     def measures_noise(self, step: int) -> bool:
-        """Whether ``remember`` reads the noise of this step (``losses.noise``). The trainer then measures it."""
+        """True if ``remember`` reads the noise of this step (``losses.noise``). The trainer then measures it."""
         return False
 
     @property
@@ -79,7 +79,7 @@ class Schedule:
         return now.memory
 
     def resets_optimizer(self, step: int) -> bool:
-        """Whether Adam's moments and the learning-rate schedule are reset before this step."""
+        """True if Adam's moments and the learning-rate schedule are reset before this step."""
         return False
 
 
@@ -320,7 +320,7 @@ class Learned(Schedule):
     The formula is that of the authors' code (TSYJ-He/AMFT), where g has another sign and scale (docs/methods.md, note
     9). ``rate`` and ``entropy_rate`` are 0 (off) by default. A summary of the paper says that high entropy should raise
     mu, which contradicts the formula; a negative ``entropy_rate`` does that. The third version of the paper was
-    withdrawn at the authors' request during an inquiry, so its results prove nothing.
+    withdrawn at the authors' request during an inquiry, so its results are not reliable.
     """
 
     schedule: Literal["learned"] = "learned"
@@ -404,9 +404,9 @@ class NoiseAware(Schedule):
     target: float = 0.5
     """mu where the branches disagree and have no noise (alpha in the paper)."""
     ema: float = 0.99
-    """Share of the old value, in [0, 1): of each measurement when a new one comes, and of mu at every step."""
+    """Share of the old value in a moving average, in [0, 1). It is used for each measurement and for mu."""
     interval: int = 10
-    """The noise is measured in every so many steps, from the first step on."""
+    """Number of steps between two measurements of the noise. The first step is measured."""
     max_step: float = 0.01
     """Largest change of mu from one step to the next."""
     trim: float = 0.1
@@ -416,7 +416,7 @@ class NoiseAware(Schedule):
     high: float = 0.9
     """Largest mu. It must be below 1: a step without rollouts measures no noise."""
     prior: WarmupCosine | None = None
-    """A cosine towards which mu is drawn. Left out: none."""
+    """A cosine schedule towards which mu moves. Default: none."""
     prior_weight: float = 0.5
     """Share of `prior` in mu before its change is limited (1 - lambda in the paper)."""
 

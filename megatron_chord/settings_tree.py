@@ -34,5 +34,5 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def are_blocks(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Whether ``value`` is a list of at least one block of settings."""
+    """True if ``value`` is a list of at least one block of settings."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

@@ -253,7 +253,7 @@ def _path(host: Host) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_chord.te_build", description=__doc__)
     parser.add_argument(
-        "--first", action="store_true", help="only what must be there before anything is installed"
+        "--first", action="store_true", help="check only what is needed before anything is installed"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="run when all checks pass")
     args = parser.parse_args(arguments)

@@ -461,7 +461,9 @@ class TestPlaces:
 
     def test_rules_of_several_blocks_name_the_line(self, tmp_path: Path) -> None:
         found = only_finding(tmp_path, "  warmup_steps: 20\nseed: 1\n")
-        assert found == ("run.yaml:11: optim.warmup_steps 20 leaves no step of the run's 20 at full rate")
+        assert found == (
+            "run.yaml:11: optim.warmup_steps 20 must be below steps 20: no step would have the full learning rate"
+        )
 
 
 def test_a_block_in_one_line_has_every_number() -> None:
@@ -807,10 +809,10 @@ class TestBase:
             "start them with VLLM_BATCH_INVARIANT=1",
         ),
         ("rollout: {repeatable: true, asynchronous: {in_flight: keep}}", "set in_flight to drain"),
-        ("rollout: {repeatable: true, partial: {}}", "which prompts finish first is chance"),
+        ("rollout: {repeatable: true, partial: {}}", "the prompts that finish first depend on timing"),
         (
             "objective: {ratio_from: current, correction: {mode: none}}",
-            "objective.correction.mode none turns off the correction that rollout.asynchronous, rollout.partial with",
+            "objective.correction.mode none turns off a correction that is on by default only with",
         ),
         (
             "rollout: {asynchronous: {}}\nobjective: {ratio_from: current, correction: {mode: none, high: 3}}",
@@ -840,7 +842,7 @@ def test_sampling_ahead_and_what_goes_with_it(tmp_path: Path, text: str, finding
         ),
         (
             "{unfinished: drop}}\nobjective: {ratio_from: current, correction: {mode: none}",
-            "objective.correction.mode none turns off the correction",
+            "objective.correction.mode none turns off a correction",
         ),
     ],
 )
@@ -914,7 +916,7 @@ def test_fp8_is_one_line(tmp_path: Path, precision: str) -> None:
         ("precision: fp8", "precision: 'fp8' is none of bf16, fp8_rollout, fp8_e2e, fp8_tensorwise"),
         (
             "precision: bf16\nobjective: {ratio_from: current, correction: {mode: none}}",
-            "without any leave",
+            "leave objective.correction out",
         ),
         ("precision: fp8_rollout\nrollout: {dtype: fp32}", "needs rollout.dtype to be bf16, got fp32"),
         ("rollout: {max_probability_error: 0.9}", "rollout.max_probability_error must be > 1, got 0.9"),

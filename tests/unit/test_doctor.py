@@ -115,7 +115,7 @@ def test_all_good_without_a_gpu(site: Site) -> None:
     site.add_cpu_stack()
     findings = report(LAPTOP)
     assert failing(findings) == []
-    assert verdict(findings) == "Fit to run."
+    assert verdict(findings) == "Ready to run."
     assert named(findings, "torch").found == "2.13.0+cpu, CPU"
     assert named(findings, "apex").status == "optional"
     assert named(findings, "open files").advice == "for many servers: ulimit -n 4096"
@@ -207,7 +207,7 @@ def test_an_installation_for_gpus_does_not_fail_where_there_is_no_gpu(
     assert named(findings, "CUDA devices").status == "optional"
     assert "run doctor where they are" in named(findings, "CUDA devices").advice
     assert "a CUDA device" not in fp8_faults("fp8_rollout", here)
-    assert verdict(findings) == "Fit to run where there are GPUs. This machine has none."
+    assert verdict(findings) == "Ready to run on machines with GPUs. This machine has none."
 
 
 def test_both_vllm_distributions_overwrite_each_other(site: Site) -> None:
@@ -307,8 +307,8 @@ def test_device_files_without_a_working_nvidia_smi(site: Site) -> None:
     [
         ({}, "missing", "for FP8"),
         ({"transformer-engine": "2.11.0"}, "wrong", "without its core and torch part"),
-        (FP8 | {"transformer-engine-cu13": "2.10.0"}, "wrong", "the versions must be one"),
-        (dict.fromkeys(FP8, "2.20.2"), "optional", "megatron-core 0.16.1 was tried with >=2.9,<2.12 only"),
+        (FP8 | {"transformer-engine-cu13": "2.10.0"}, "wrong", "all parts need the same version"),
+        (dict.fromkeys(FP8, "2.20.2"), "optional", "megatron-core 0.16.1 was tested only with >=2.9,<2.12"),
         ({"transformer-engine": "2.11.0+abc123"}, "ok", ""),
     ],
 )
@@ -353,7 +353,7 @@ def test_fp8_on_a_machine_that_has_it_all(site: Site) -> None:
     assert [named(findings, f"precision fp8_{name}").status for name in ("rollout", "e2e", "tensorwise")] == [
         "ok"
     ] * 3
-    assert named(report(LOGIN), "precision fp8_e2e").found == "possible but for the devices"
+    assert named(report(LOGIN), "precision fp8_e2e").found == "possible, except for the devices"
 
 
 def test_fp8_without_a_gpu(site: Site) -> None:
@@ -394,7 +394,7 @@ def test_fp8_by_device_and_cuda(
 @pytest.mark.parametrize(
     ("parts", "fault"),
     [
-        (FP8 | {"transformer-engine-cu13": "2.10.0"}, "the versions must be one"),
+        (FP8 | {"transformer-engine-cu13": "2.10.0"}, "all parts need the same version"),
         ({"transformer-engine": "2.11.0"}, "without its core and torch part"),
         (
             FP8 | {"nvidia-cudnn-cu13": "9.1.0.70"},

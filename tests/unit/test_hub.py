@@ -88,7 +88,7 @@ def test_what_is_not_in_the_cache_is_refused_with_the_command(
     assert main(["check", "run.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: run.yaml:3: model.path: small/policy is neither a path nor (whole) in the Hugging"
+        "error: run.yaml:3: model.path: small/policy is not a path and is not completely in the Hugging"
     )
     assert "HF_HUB_OFFLINE is set. Download it first: hf download small/policy\n" in error
     put(cache, "models--small--policy", {file.name: file for file in POLICY.iterdir()})
