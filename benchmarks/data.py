@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(tokenizer: Path, rows: int, tokens: int, place: Path | None) -> Result:
-    from megatron_chord.data.cache import remembering
+    from megatron_chord.data.cache import cached_loader
     from megatron_chord.data.cursor import fingerprint
     from megatron_chord.data.demonstrations import load_demonstrations
     from megatron_chord.data.templates import load_template
@@ -111,11 +111,11 @@ def _measure(tokenizer: Path, rows: int, tokens: int, place: Path | None) -> Res
         file = Path(name) / "demonstrations.jsonl"
         _write_rows(file, template, rows, tokens)
         settings = {"max_prompt_tokens": 4096, "max_response_tokens": 1 << 20, "overlong": "fail"}
-        load = remembering(load_demonstrations, Path(name) / "cache", settings)
+        load = cached_loader(load_demonstrations, Path(name) / "cache", settings)
 
         def cold() -> Any:
             found = load(file, template)
-            template.renderer.rest()  # its processes count only after they have ended
+            template.renderer.stop_processes()  # its processes count only after they have ended
             return found
 
         before, _ = _measured(partial(_encoded, backend.encode_batch_fast, file))

@@ -55,7 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
         args.overrides = [*args.overrides, *rest]
     if args.command == "train" and args.overwrite and args.resume != "never":
         parser.error(f"--overwrite and --resume {args.resume} contradict each other")
-    return _of_run(args) if hasattr(args, "config") else _of_no_run(args)
+    return _run_with_file(args) if hasattr(args, "config") else _run_without_file(args)
 
 
 def _about_unknown(command: str, unknown: Sequence[str], argv: Sequence[str]) -> str:
@@ -74,7 +74,7 @@ def _about_unknown(command: str, unknown: Sequence[str], argv: Sequence[str]) ->
     return f"unrecognized arguments: {' '.join(unknown)}"
 
 
-def _of_no_run(args: argparse.Namespace) -> int:
+def _run_without_file(args: argparse.Namespace) -> int:
     """Run a command that does not read a run's YAML file."""
     if args.command == "doctor":
         from megatron_chord import doctor
@@ -98,7 +98,7 @@ def _of_no_run(args: argparse.Namespace) -> int:
     return compare_command(args) if args.command == "compare" else evaluate_command(args)
 
 
-def _of_run(args: argparse.Namespace) -> int:
+def _run_with_file(args: argparse.Namespace) -> int:
     try:
         run = load_config(args.config, args.overrides)
         if args.command != "mu" and _fetch(run):
@@ -409,7 +409,7 @@ def _lens(
     """
     from megatron_chord.config_io import one_line
     from megatron_chord.config_methods import ChordConfig, SimpleWeight
-    from megatron_chord.data.lens import load_policy, look
+    from megatron_chord.data.lens import compute_lens, load_policy
     from megatron_chord.losses.sft import sft_term
     from megatron_chord.methods.chord import SFT
     from megatron_chord.methods.table import method_of
@@ -431,7 +431,9 @@ def _lens(
             f"1 for each token, plain SFT (method {run.method.name} weighs by what the run will measure)"
         )
     print(f"reading {args.policy} and {len(rows)} demonstrations on the CPU ...", file=sys.stderr)
-    return look(load_policy(args.policy), template, rows, term, policy=str(args.policy), weighting=weighting)
+    return compute_lens(
+        load_policy(args.policy), template, rows, term, policy=str(args.policy), weighting=weighting
+    )
 
 
 def _count(text: str) -> int:

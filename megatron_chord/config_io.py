@@ -149,13 +149,15 @@ def one_line(block: Any) -> str:
     are null or an empty list are left out."""
     settings = _plain(block)
     name = settings.pop("kind", None) or settings.pop("name", None)
-    shown = [f"{key} {_told(value)}" for key, value in settings.items() if value is not None and value != []]
+    shown = [
+        f"{key} {_value_text(value)}" for key, value in settings.items() if value is not None and value != []
+    ]
     return ": ".join(part for part in (name, ", ".join(shown)) if part)
 
 
-def _told(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        parts = {str(key): _told(inner) for key, inner in value.items()}
+        parts = {str(key): _value_text(inner) for key, inner in value.items()}
         chosen = parts.pop("schedule", None) or parts.pop("kind", "")
         inner = ", ".join(f"{name} {text}" for name, text in parts.items())
         return f"{chosen} ({inner})".lstrip() if inner else chosen

@@ -70,11 +70,11 @@ def choice(kind: Any) -> str | None:
     blocks = [typing.get_type_hints(member) for member in members(kind)]
     if len(blocks) < 2:
         return None
-    (name,) = (key for key in blocks[0] if _tells_apart(key, blocks))
+    (name,) = (key for key in blocks[0] if _is_discriminator(key, blocks))
     return name
 
 
-def _tells_apart(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
+def _is_discriminator(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
     """True if every value of ``key`` belongs to only one of the blocks."""
     if not all(get_origin(hints.get(key)) is Literal for hints in blocks):
         return False
@@ -214,7 +214,7 @@ def read_files(
         raise ConfigError(f"{place(base)}: base: expected the name of a YAML file")
     own = _mapping([pair for pair in root.value if pair[0].value != "base"], root)
     below = read_files(path.parent / Path(base.value).expanduser(), kind, base, (*above, path))
-    return typing.cast(yaml.MappingNode, _over(below, own, kind))
+    return typing.cast(yaml.MappingNode, _merged(below, own, kind))
 
 
 def override(root: yaml.MappingNode, text: str, kind: type) -> yaml.MappingNode:
@@ -250,7 +250,7 @@ def _compose(text: str, name: str) -> yaml.MappingNode:
     return root
 
 
-def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
+def _merged(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
     """Two nodes of one setting merged; ``own`` has precedence over ``below``.
 
     Blocks are merged key by key. But if ``own`` chooses another dataclass than ``below``, it replaces the whole block.
@@ -264,7 +264,7 @@ def _over(below: yaml.Node, own: yaml.Node, kind: Any) -> yaml.Node:
     pairs = [pair for pair in below.value if child(own, pair[0].value) is None]
     for name, value in own.value:
         old = child(below, name.value)
-        pairs.append((name, value if old is None else _over(old, value, _inner(kind, name.value))))
+        pairs.append((name, value if old is None else _merged(old, value, _inner(kind, name.value))))
     return _mapping(pairs, own)
 
 

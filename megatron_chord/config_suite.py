@@ -231,7 +231,7 @@ class SuiteConfig:
             self._resolved(item) for item in self.benchmarks if not self.only or item.name in self.only
         )
 
-    def asked_means(self) -> tuple[MeanConfig, ...]:
+    def requested_means(self) -> tuple[MeanConfig, ...]:
         """The means whose benchmarks are all evaluated."""
         return tuple(mean for mean in self.means if not self.only or set(mean.of) <= set(self.only))
 

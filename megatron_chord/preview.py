@@ -100,7 +100,7 @@ def schedule_of(run: RunConfig) -> MuSchedule | None:
     return run.method.mu if isinstance(run.method, ChordConfig) else None
 
 
-def foreseen(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
+def known_mu(mu: MuSchedule, steps: int, seed: int = 0) -> list[float | None]:
     """mu of each step; None for steps where it depends on what the run will measure."""
     known = steps if mu.known_steps is None else min(mu.known_steps, steps)
     return [
@@ -115,18 +115,18 @@ def rows(run: RunConfig, most: int = MOST_ROWS) -> list[Row]:
     mu = schedule_of(run)
     if mu is None:
         return []
-    stretches = _stretches(foreseen(mu, run.steps, run.seed))
-    if len(stretches) <= most:
-        return stretches
+    ranges = _ranges(known_mu(mu, run.steps, run.seed))
+    if len(ranges) <= most:
+        return ranges
     marks = {0, run.steps - 1} | {step for turn in mu.turns(run.steps) for step in (turn - 1, turn)}
-    firsts = [row.first for row in stretches]
+    firsts = [row.first for row in ranges]
     kept = sorted({bisect.bisect_right(firsts, step) - 1 for step in marks if 0 <= step < run.steps})
     if len(kept) > most:
         kept = kept[: most - 2] + kept[-2:]
     for spacing in _round_numbers():
         chosen = {*kept, *(index for index, first in enumerate(firsts) if first % spacing == 0)}
         if len(chosen) <= most:
-            return [stretches[index] for index in sorted(chosen)]
+            return [ranges[index] for index in sorted(chosen)]
     raise AssertionError
 
 
@@ -138,7 +138,7 @@ def reward_rows(mu: RewardAdaptive) -> list[tuple[float, float]]:
 
 def facts(run: RunConfig, mu: MuSchedule) -> Facts:
     """How many steps, demonstrations and rollouts a run with this schedule has."""
-    values = foreseen(mu, run.steps, run.seed)
+    values = known_mu(mu, run.steps, run.seed)
     known = [value for value in values if value is not None]
     unknown = len(values) - len(known)
     low, high = _unknown_bounds(mu)
@@ -242,7 +242,7 @@ def save_plot(run: RunConfig, path: Path) -> None:
         axes.plot(rewards, values)
         axes.set_xlabel("mean reward of the step's rollouts")
     else:
-        values = foreseen(mu, run.steps, run.seed)
+        values = known_mu(mu, run.steps, run.seed)
         known = [value for value in values if value is not None]
         axes.plot(range(len(known)), known, drawstyle="steps-post", marker="." if len(known) < 50 else "")
         if len(known) < run.steps:
@@ -288,7 +288,7 @@ def _plot(run: RunConfig, mu: MuSchedule, glyphs: Glyphs) -> Iterator[str]:
         yield "mu over the mean reward"
         yield from text_plot(values, ends=(f"{low:.4g}", f"{high:.4g}"), glyphs=glyphs).splitlines()
         return
-    drawing = text_plot(foreseen(mu, run.steps, run.seed), glyphs=glyphs).splitlines()
+    drawing = text_plot(known_mu(mu, run.steps, run.seed), glyphs=glyphs).splitlines()
     yield "mu over the steps"
     yield from drawing
     cells = "".join(line[7:] for line in drawing)
@@ -322,7 +322,7 @@ def _unknown_bounds(mu: MuSchedule) -> tuple[float, float]:
     return (mu.low, mu.high) if isinstance(mu, Learned) else mu.bounds()
 
 
-def _stretches(values: Sequence[float | None]) -> list[Row]:
+def _ranges(values: Sequence[float | None]) -> list[Row]:
     groups = (list(group) for _, group in itertools.groupby(enumerate(values), key=lambda item: item[1]))
     return [Row(group[0][0], group[-1][0], group[0][1]) for group in groups]
 

@@ -188,7 +188,7 @@ def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[st
     margin = " " * indent
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
     fields = dataclasses.fields(kind)
-    told: dict[type, str] = {}
+    listed_as: dict[type, str] = {}
     for field in sorted(fields, key=lambda field: field.name != chosen_by):
         inner = hints[field.name]
         yield from _comment(docs.get(field.name, ""), indent)
@@ -198,10 +198,10 @@ def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[st
         elif is_list(inner) and members(inner):
             (block,) = members(inner)
             value = " null" if field.default is None else ""
-            yield f"{margin}{field.name}:{value}  # {_block_name(inner, told.get(block, 'each with'))}"
-            if block not in told:
+            yield f"{margin}{field.name}:{value}  # {_block_name(inner, listed_as.get(block, 'each with'))}"
+            if block not in listed_as:
                 yield from _block(block, indent + 2)
-            told.setdefault(block, f"as {field.name}")
+            listed_as.setdefault(block, f"as {field.name}")
         elif members(inner):
             yield from _sub_block(field, inner, indent)
         else:

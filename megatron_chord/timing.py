@@ -19,12 +19,12 @@ class Timer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to ``seconds[name]``."""
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             with self._mark(name):
                 yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Yield ``items`` and add the time that the iterator needs for them to ``seconds[name]``."""

@@ -323,7 +323,7 @@ def states_of(rows: Sequence[Row]) -> list[str]:
 
 def columns_of(suite: SuiteConfig) -> list[str]:
     """Return the first metric of each benchmark, as ``NAME METRIC``. A mean replaces the benchmarks that it is over."""
-    means = suite.asked_means()
+    means = suite.requested_means()
     covered = {name for mean in means for name in mean.of}
     single = [f"{item.name} {item.metrics[0]}" for item in suite.resolved() if item.name not in covered]
     return single + [f"{mean.name} {suite.metric_here(mean.metric)}" for mean in means]

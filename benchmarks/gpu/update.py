@@ -347,7 +347,7 @@ def measure_offload(rows: Rows, state: TrainState) -> None:
     moved = sum(storage.nbytes() for storage in storages(state))
     offload, ways = Offload(state), {}
     for _ in range(2):
-        for name, move in (("away", offload.away), ("back", offload.back)):
+        for name, move in (("away", offload.to_host), ("back", offload.to_device)):
             synchronize()
             start = time.perf_counter()
             move()

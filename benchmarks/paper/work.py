@@ -94,7 +94,7 @@ def train_all(
                 failed[job] = error
             done = len(jobs) - len(left)
             minutes = (time.monotonic() - begun) / 60
-            how = _told(place, job) if error is None else f"failed, see {place.log(job)}"
+            how = _result_text(place, job) if error is None else f"failed, see {place.log(job)}"
             remaining = minutes / done * len(left)
             say(f"[{done}/{len(jobs)}] {job}: {how}; {minutes:.0f} min, about {remaining:.0f} min to go")
         if not left:
@@ -196,7 +196,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _told(place: Place, job: Job) -> str:
+def _result_text(place: Place, job: Job) -> str:
     result = json.loads(place.result(job).read_text(encoding="utf-8"))
     last = result["evaluations"][-1]
     accuracies = ", ".join(

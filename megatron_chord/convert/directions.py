@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_chord.convert.budget import Budget
 from megatron_chord.convert.layout import PIECE_BYTES, Piece, Stored, checkpoint_layout, without_padding
 from megatron_chord.convert.sources import HF, Source
-from megatron_chord.convert.target import appearing
+from megatron_chord.convert.target import atomic_folder
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.weights.findings import listing
@@ -58,12 +58,12 @@ def to_megatron(
 
     ``notify`` gets messages about weights that are not finite and about leftovers of killed processes.
     """
-    insane: set[str] = set()
+    nonfinite: set[str] = set()
 
     def data(stored: Stored, piece: Piece) -> Tensor:
         rows = source.rows(stored, piece.start, piece.stop)
         if not is_finite(rows):
-            insane.update(stored.entry.hf)
+            nonfinite.update(stored.entry.hf)
         missing = piece.stop - piece.start - len(rows)
         if missing:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
@@ -75,12 +75,12 @@ def to_megatron(
         for stored in source.layout.parameters
         for piece in stored.pieces(PIECE_BYTES)
     }
-    with appearing(target, notify=notify) as folder:
+    with atomic_folder(target, notify=notify) as folder:
         write(folder, boxes, objects=dict(source.layout.objects), files=workers or default_workers())
         write_common(folder, {})
         (folder / HF).mkdir()
         copy_settings(source.configuration, folder / HF)
-    _tell_of_insane(insane, target, notify)
+    _report_nonfinite(nonfinite, target, notify)
 
 
 def to_hf(
@@ -114,14 +114,14 @@ def to_hf(
         _check_blocks(parameters)
     names = list(source.shape.weights.hf_names())
     budget = Budget(MEMORY_BYTES)
-    insane: set[str] = set()
+    nonfinite: set[str] = set()
 
     def tensors(shard: Sequence[Stored]) -> Iterator[tuple[str, Tensor]]:
         for stored in shard:
             with budget.hold(stored.size(source.dtype)):
                 for name, tensor in source.tensors(stored):
                     if not is_finite(tensor):
-                        insane.add(name)
+                        nonfinite.add(name)
                     written = _quantised(stored, name, tensor) if fp8 else {name: tensor}
                     yield from written.items()
                     progress(tensor.nbytes)
@@ -130,7 +130,7 @@ def to_hf(
         return write_shards(tensors(shard), folder, prefix=f"part-{number:05d}", shard_bytes=SHARD_BYTES)
 
     threads = workers or default_workers()
-    with appearing(target, notify=notify) as folder, ThreadPoolExecutor(threads) as pool:
+    with atomic_folder(target, notify=notify) as folder, ThreadPoolExecutor(threads) as pool:
         shards = list(_shards(parameters, source.dtype))
         try:
             parts = list(pool.map(write_one, range(len(shards)), shards, [folder] * len(shards)))
@@ -143,7 +143,7 @@ def to_hf(
         if fp8:
             kept = [name.removesuffix(".weight") for stored in parameters for name in _kept_matrices(stored)]
             change_config(folder, quantization_config=quantization_config(kept))
-    _tell_of_insane(insane, target, notify)
+    _report_nonfinite(nonfinite, target, notify)
 
 
 def differences(left: Source, right: Source, *, progress: Progress = lambda size: None) -> Iterator[str]:
@@ -247,6 +247,6 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def _tell_of_insane(names: Collection[str], folder: Path, notify: Notify) -> None:
+def _report_nonfinite(names: Collection[str], folder: Path, notify: Notify) -> None:
     if names:
         notify(listing(f"{folder}: {len(names)} tensors have NaN or infinite numbers:", sorted(names)))

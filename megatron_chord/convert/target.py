@@ -28,7 +28,7 @@ _HOST = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
 @contextmanager
-def appearing(target: Path, *, notify: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
+def atomic_folder(target: Path, *, notify: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
     """A hidden folder that is renamed to ``target`` if the block succeeds and removed if it fails.
 
     All files are on disk (fsync) before the rename. Leftovers of killed processes are removed first, and ``notify``

@@ -53,7 +53,7 @@ _OURS = re.compile(r"[0-9a-f]{40}(?P<unfinished>\.writing-.*)?")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "pyarrow")
 
 
-def remembering(
+def cached_loader(
     load: Callable[..., Loaded], folder: Path, settings: Mapping[str, Any], *, read: bool = True
 ) -> Callable[..., Loaded]:
     """Return a function like ``load`` (``load_demonstrations``) that uses the cache. If there is no cached result, it
@@ -66,7 +66,7 @@ def remembering(
         read: if False, entries are written but not read.
     """
 
-    def remembered(data: Path | Sequence[Path], template: ChatTemplate, **more: Any) -> Loaded:
+    def load_cached(data: Path | Sequence[Path], template: ChatTemplate, **more: Any) -> Loaded:
         files = _files(data)
         if sum(file.stat().st_size for file in files) < CACHED_FROM_BYTES:
             return load(data, template, **settings, **more)
@@ -83,7 +83,7 @@ def remembering(
                 (entry / _CONTENT).touch()
         return found
 
-    return remembered
+    return load_cached
 
 
 def write_entry(entry: Path, demonstrations: Sequence[Demonstration], report: LoadReport) -> None:

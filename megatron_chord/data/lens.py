@@ -122,7 +122,7 @@ def load_policy(folder: Path) -> Any:
     return model.eval()
 
 
-def look(
+def compute_lens(
     model: Any, template: ChatTemplate, rows: Iterable[Observed], term: Term, *, policy: str, weighting: str
 ) -> Lens:
     """Compute the lens of ``rows``, as if these demonstrations were trained together in one update.

@@ -85,7 +85,7 @@ class Renderer:
         try:
             reply = worker.ask(request)
         except (OSError, ValueError):
-            reply = {"exhausted": worker.epitaph()}
+            reply = {"exhausted": worker.failure_reason()}
         if "exhausted" in reply:
             worker.end()
             raise FatalRowError(
@@ -97,7 +97,7 @@ class Renderer:
             raise RowError(f"the chat template ({self._source}) refuses the conversation: {reply['refused']}")
         return reply
 
-    def rest(self) -> None:
+    def stop_processes(self) -> None:
         """End the processes. A later call starts a new one."""
         with self._lock:
             resting, self._idle = self._idle, []
@@ -133,7 +133,7 @@ class _Worker:
             parts.append(self._connection.recv(1 << 16))
         return json.loads(b"".join(parts))
 
-    def epitaph(self) -> str:
+    def failure_reason(self) -> str:
         """Return the reason why there is no answer, as the end of a sentence about the template."""
         try:
             status = self._process.wait(1)

@@ -19,7 +19,7 @@ _PROBES = (
 )
 
 
-def served_otherwise(folder: Path, template: ChatTemplate, rows: Iterable[Sequence[int]]) -> str | None:
+def tokenizer_difference(folder: Path, template: ChatTemplate, rows: Iterable[Sequence[int]]) -> str | None:
     """The first text that AutoTokenizer encodes or decodes differently from ``template``; None if there is none.
 
     ``rows``: token ids of prompts and demonstrations to try in addition to some fixed texts.

@@ -22,13 +22,15 @@ def doubts(prompts: Sequence[Prompt], is_text: Callable[[Prompt], bool] = lambda
     if pairs:
         first, other = pairs[0]
         problems = "1 problem has" if len(pairs) == 1 else f"{len(pairs)} problems have"
-        lines.append(f"{problems} several truths, e.g. {_told(first)} and {_told(other)}")
+        lines.append(f"{problems} several truths, e.g. {_example_text(first)} and {_example_text(other)}")
     texts = [prompt for prompt in prompts if is_text(prompt)]
     if texts:
         truths = (
             "1 of 1 truth is read" if len(prompts) == 1 else f"{len(texts)} of {len(prompts)} truths are read"
         )
-        lines.append(f"{truths} as text, e.g. {_told(texts[0])}: a right answer in other words gets reward 0")
+        lines.append(
+            f"{truths} as text, e.g. {_example_text(texts[0])}: a right answer in other words gets reward 0"
+        )
     return lines
 
 
@@ -54,6 +56,6 @@ def _value(truth: str) -> str | Fraction:
         return text
 
 
-def _told(prompt: Prompt) -> str:
+def _example_text(prompt: Prompt) -> str:
     truth = prompt.truth if len(prompt.truth) <= _SHOWN else f"{prompt.truth[:_SHOWN]}..."
     return f"{prompt.id} {truth!r}"

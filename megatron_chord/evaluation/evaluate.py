@@ -21,8 +21,8 @@ from megatron_chord.data.rows import Row, RowError, parse_rows
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.evaluation import results as found_results
 from megatron_chord.evaluation.answers import SAMPLES, Answer, AnswerFile, key_of
-from megatron_chord.evaluation.asking import Meter, Question, SuiteGraders, ask, grade_again
 from megatron_chord.evaluation.policy import Policy, label_of, open_policy
+from megatron_chord.evaluation.sampling import Meter, Question, SuiteGraders, grade_again, sample_answers
 from megatron_chord.evaluation.servers import ListedServers, Servers, own_servers, servers_of_job
 from megatron_chord.evaluation.votes import KINDS, stated_answer, to_compare, votes_of
 from megatron_chord.families.shape import ModelShape
@@ -95,12 +95,14 @@ def evaluate(
             }
             graders = stack.enter_context(SuiteGraders())
             missing = [q for q in questions if q.key not in files[q.benchmark.name].by_key]
-            _tell_of_kept(files, questions, missing, say)
+            _report_kept(files, questions, missing, say)
             if missing:
                 reserve = _servers(policy, suite, shape, output, servers, server_key, job, say)
                 stack.callback(reserve.close)
                 meter = stack.enter_context(Meter(len(questions), len(questions) - len(missing), say))
-                late = ask(missing, reserve, suite.server, files=files, graders=graders, meter=meter)
+                late = sample_answers(
+                    missing, reserve, suite.server, files=files, graders=graders, meter=meter
+                )
                 say(f"{len(missing) - late} answers, {meter.rate()}")
             results = _results(policy, suite, suite_name, loaded, questions, files, graders)
         found_results.write(output, *results)
@@ -171,7 +173,7 @@ def load_suite_data(policy: Policy, suite: SuiteConfig, shape: ModelShape) -> li
             source=item.name,
             needs=partial(needs_of, reward),
         )
-        templates[style].renderer.rest()
+        templates[style].renderer.stop_processes()
         kept = prompts[: suite.problems]
         loaded.append(
             Loaded(
@@ -247,7 +249,7 @@ def _servers(
     return own_servers(policy.folder, settings, max_model_len=longest, logs=output / LOGS, say=say)
 
 
-def _tell_of_kept(
+def _report_kept(
     files: Mapping[str, AnswerFile],
     questions: Sequence[Question],
     missing: Sequence[Question],

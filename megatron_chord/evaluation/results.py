@@ -101,7 +101,7 @@ def _categories(problems: Sequence[ProblemResult], metric: str) -> dict[str, Any
 def means(suite: SuiteConfig, problems: Sequence[ProblemResult]) -> dict[str, Any]:
     """The suite's means over benchmarks."""
     found: dict[str, Any] = {}
-    for mean in suite.asked_means():
+    for mean in suite.requested_means():
         metric = suite.metric_here(mean.metric)
         groups = [
             [

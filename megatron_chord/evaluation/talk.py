@@ -50,7 +50,7 @@ class Overrides:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class Reply:
     """The policy's answer to a conversation."""
 
     text: str
@@ -60,7 +60,7 @@ class Said:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Voice:
+class TalkPolicy:
     """A policy that is not on a server yet, with its template, sampling settings and limits."""
 
     folder: Path
@@ -80,15 +80,15 @@ class Voice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speaker:
+class ServedPolicy:
     """A policy on servers that are ready to answer."""
 
-    voice: Voice
+    policy: TalkPolicy
     clients: Sequence[RolloutClient]
     version: int | None
     """Version of the weights on the servers."""
 
-    def answers(self, prompts: Sequence[Prompt], *, samples: int) -> list[list[Said]]:
+    def answers(self, prompts: Sequence[Prompt], *, samples: int) -> list[list[Reply]]:
         """``samples`` answers to each prompt. The id of a prompt determines the seed of its answers.
 
         Raises:
@@ -100,24 +100,24 @@ class Speaker:
             for sample in range(samples)
         ]
         rollouts = self._sampled(requests)
-        said = [self._said(request, rollout) for request, rollout in zip(requests, rollouts, strict=True)]
-        return [said[first : first + samples] for first in range(0, len(said), samples)]
+        replies = [self._reply(request, rollout) for request, rollout in zip(requests, rollouts, strict=True)]
+        return [replies[first : first + samples] for first in range(0, len(replies), samples)]
 
-    def reply(self, messages: Sequence[Message]) -> Said:
+    def reply(self, messages: Sequence[Message]) -> Reply:
         """The answer to a conversation, which ends with the user's message.
 
         Raises:
             ValueError: the conversation is too long, or the template refuses it.
             RolloutError: the server failed.
         """
-        prompt = self.voice.template.prompt_ids(messages)
-        room = self.voice.max_length - len(prompt)
+        prompt = self.policy.template.prompt_ids(messages)
+        room = self.policy.max_length - len(prompt)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(prompt)} tokens, and the limit is {self.voice.max_length} with the answer"
+                f"the conversation has {len(prompt)} tokens, and the limit is {self.policy.max_length} with the answer"
             )
-        request = self._request(prompt, "chat", len(messages), max_tokens=min(room, self.voice.max_tokens))
-        return self._said(request, self._sampled([request])[0])
+        request = self._request(prompt, "chat", len(messages), max_tokens=min(room, self.policy.max_tokens))
+        return self._reply(request, self._sampled([request])[0])
 
     def _request(
         self, prompt: Sequence[int], name: str, sample: int, *, max_tokens: int | None = None
@@ -125,10 +125,10 @@ class Speaker:
         return GenerateRequest(
             prompt_ids=tuple(prompt),
             num_samples=1,
-            seed=sample_seed(self.voice.seed, name, sample),
-            temperature=self.voice.temperature,
-            max_tokens=max_tokens or self.voice.max_tokens,
-            stop_token_ids=self.voice.template.stop_token_ids,
+            seed=sample_seed(self.policy.seed, name, sample),
+            temperature=self.policy.temperature,
+            max_tokens=max_tokens or self.policy.max_tokens,
+            stop_token_ids=self.policy.template.stop_token_ids,
         )
 
     def _sampled(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
@@ -137,7 +137,7 @@ class Speaker:
 
         def on_answer(number: int, rollouts: tuple[Rollout, ...] | None) -> None:
             if rollouts is None:
-                raise RolloutError(f"an answer took longer than {self.voice.server.request_s:.0f} s")
+                raise RolloutError(f"an answer took longer than {self.policy.server.request_s:.0f} s")
             found[number] = rollouts[0]
 
         def serve(client: RolloutClient) -> None:
@@ -145,7 +145,7 @@ class Speaker:
                 lambda: next(waiting, None),  # one step of a list's iterator is atomic
                 version=self.version,
                 at_once=_AT_ONCE_GPU if torch.cuda.is_available() else _AT_ONCE_CPU,
-                deadline_s=self.voice.server.request_s,
+                deadline_s=self.policy.server.request_s,
                 on_answer=on_answer,
             )
 
@@ -153,16 +153,18 @@ class Speaker:
             list(pool.map(serve, self.clients))
         return [found[number] for number in range(len(requests))]
 
-    def _said(self, request: GenerateRequest, rollout: Rollout) -> Said:
-        return Said(
-            text=self.voice.template.turn(request.prompt_ids, rollout.token_ids),
+    def _reply(self, request: GenerateRequest, rollout: Rollout) -> Reply:
+        return Reply(
+            text=self.policy.template.turn(request.prompt_ids, rollout.token_ids),
             num_tokens=len(rollout.token_ids),
             is_cut_off=rollout.finish_reason == "length",
         )
 
 
 @contextlib.contextmanager
-def voice_of(source: Path, overrides: Overrides, *, say: Callable[[str], None]) -> Iterator[Voice]:
+def open_policy_to_talk(
+    source: Path, overrides: Overrides, *, say: Callable[[str], None]
+) -> Iterator[TalkPolicy]:
     """Open the policy ``source``: a Hugging Face folder, or checkpoints/step-N of a run.
 
     A checkpoint is converted to a temporary folder.
@@ -185,7 +187,7 @@ def voice_of(source: Path, overrides: Overrides, *, say: Callable[[str], None]) 
             tools_as=run.data.tools_as if run is not None else "auto",
         )
         max_tokens, max_length = _limits(run, overrides, shape.max_positions)
-        yield Voice(
+        yield TalkPolicy(
             folder=folder,
             shape=shape,
             template=template,
@@ -198,10 +200,10 @@ def voice_of(source: Path, overrides: Overrides, *, say: Callable[[str], None]) 
 
 
 @contextlib.contextmanager
-def speaker(
-    voice: Voice, *, say: Callable[[str], None], servers: Sequence[str] = (), server_key: str = ""
-) -> Iterator[Speaker]:
-    """Put ``voice`` on a server that is started here, or on running servers. Main thread only.
+def serve_policy(
+    policy: TalkPolicy, *, say: Callable[[str], None], servers: Sequence[str] = (), server_key: str = ""
+) -> Iterator[ServedPolicy]:
+    """Put ``policy`` on a server that is started here, or on running servers. Main thread only.
 
     Args:
         servers: URLs of running servers, which get the policy's weights.
@@ -210,29 +212,29 @@ def speaker(
     Raises:
         ServerError: a server is not ready in time, or does not load the weights.
     """
-    settings = voice.server
+    settings = policy.server
     with contextlib.closing(PrivateFolder(Path(tempfile.gettempdir()))) as logs:
         chosen: Servers
         if servers:
             chosen = ListedServers(
                 servers,
                 server_key,
-                voice.folder,
-                voice.shape,
+                policy.folder,
+                policy.shape,
                 silence_s=settings.silence_s,
                 push_s=settings.start_s,
             )
         else:
             chosen = own_servers(
-                voice.folder, settings, max_model_len=voice.max_length, logs=logs.path, say=say
+                policy.folder, settings, max_model_len=policy.max_length, logs=logs.path, say=say
             )
         try:
-            yield Speaker(voice=voice, clients=chosen.connect(), version=chosen.version)
+            yield ServedPolicy(policy=policy, clients=chosen.connect(), version=chosen.version)
         finally:
             chosen.close()
 
 
-def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
+def prompts_of(path: Path, policy: TalkPolicy) -> list[Prompt]:
     """The prompts of a data file (docs/data.md; truths are not needed), or of a text file with one prompt per line.
 
     Raises:
@@ -241,8 +243,8 @@ def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
     if path.suffix != ".txt":
         return load_prompts(
             path,
-            voice.template,
-            max_prompt_tokens=voice.max_prompt_tokens,
+            policy.template,
+            max_prompt_tokens=policy.max_prompt_tokens,
             overlong="fail",
             needs=lambda source: RowNeeds(truth=False),
         )[0]
@@ -251,21 +253,21 @@ def prompts_of(path: Path, voice: Voice) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     numbered = enumerate(lines, start=1)
-    found = [_prompt_of_line(path, number, line, voice) for number, line in numbered if line.strip()]
+    found = [_prompt_of_line(path, number, line, policy) for number, line in numbered if line.strip()]
     if not found:
         raise ValueError(f"{path}: there is no prompt in it; expected one prompt per line")
     return found
 
 
-def _prompt_of_line(path: Path, number: int, line: str, voice: Voice) -> Prompt:
-    messages = voice.template.conversation([{"role": "user", "content": line}])
+def _prompt_of_line(path: Path, number: int, line: str, policy: TalkPolicy) -> Prompt:
+    messages = policy.template.conversation([{"role": "user", "content": line}])
     try:
-        token_ids = voice.template.prompt_ids(messages)
+        token_ids = policy.template.prompt_ids(messages)
     except ValueError as error:
         raise ValueError(f"{path}:{number}: {error}") from error
-    if len(token_ids) > voice.max_prompt_tokens:
+    if len(token_ids) > policy.max_prompt_tokens:
         raise ValueError(
-            f"{path}:{number}: {len(token_ids)} prompt tokens, the limit is {voice.max_prompt_tokens}"
+            f"{path}:{number}: {len(token_ids)} prompt tokens, the limit is {policy.max_prompt_tokens}"
         )
     return Prompt(id=str(number), messages=messages, truth="", token_ids=token_ids)
 

@@ -10,7 +10,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_chord.evaluation.talk import Overrides, Said, Speaker, Voice, prompts_of, speaker, voice_of
+from megatron_chord.evaluation.talk import (
+    Overrides,
+    Reply,
+    ServedPolicy,
+    TalkPolicy,
+    open_policy_to_talk,
+    prompts_of,
+    serve_policy,
+)
 from megatron_chord.records import Message, Prompt
 from megatron_chord.rollout.auth import KEY_VARIABLE
 from megatron_chord.rollout.replies import RolloutError
@@ -34,16 +42,16 @@ def talk_command(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     try:
-        with voice_of(args.policy, overrides, say=_note) as voice:
+        with open_policy_to_talk(args.policy, overrides, say=_note) as policy:
             asks = args.command == "generate"
-            prompts = prompts_of(args.prompts, voice) if asks else []
+            prompts = prompts_of(args.prompts, policy) if asks else []
             if asks:
-                _check_request(args, voice)
-            with speaker(voice, say=_note, servers=args.server, server_key=key) as talker:
+                _check_request(args, policy)
+            with serve_policy(policy, say=_note, servers=args.server, server_key=key) as served:
                 if asks:
-                    _tell(prompts, talker.answers(prompts, samples=args.samples), args.output)
+                    _write_answers(prompts, served.answers(prompts, samples=args.samples), args.output)
                 else:
-                    chat(talker, _read_line, print, note=_note)
+                    chat(served, _read_line, print, note=_note)
     except ValueError as error:
         return _refuse(str(error))
     except (RolloutError, ServerError, OSError) as error:
@@ -53,7 +61,7 @@ def talk_command(args: argparse.Namespace) -> int:
 
 
 def chat(
-    talker: Speaker,
+    served: ServedPolicy,
     read: Callable[[], str | None],
     say: Callable[[str], None],
     *,
@@ -81,17 +89,17 @@ def chat(
             note("waiting for the first answer, which takes longer than later ones")
             is_first = False
         try:
-            said = talker.reply(asked)
+            reply = served.reply(asked)
         except ValueError as error:
             say(f"error: {error}. {HELP}")
             continue
-        say(_shown(said))
-        messages = [*asked, {"role": "assistant", "content": said.text}]
+        say(_shown(reply))
+        messages = [*asked, {"role": "assistant", "content": reply.text}]
 
 
-def _check_request(args: argparse.Namespace, voice: Voice) -> None:
+def _check_request(args: argparse.Namespace, policy: TalkPolicy) -> None:
     """Raises ValueError if all answers to a prompt would be equal, or if they could not be written."""
-    if voice.temperature == 0 and args.samples > 1:
+    if policy.temperature == 0 and args.samples > 1:
         raise ValueError(
             f"--samples {args.samples} at temperature 0 would be the same answer {args.samples} times: set "
             "--temperature"
@@ -104,7 +112,9 @@ def _check_request(args: argparse.Namespace, voice: Voice) -> None:
         raise ValueError(f"--output: {output} {reason}")
 
 
-def _tell(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]], output: Path | None) -> None:
+def _write_answers(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[Reply]], output: Path | None
+) -> None:
     if output is None:
         for prompt, group in zip(prompts, answers, strict=True):
             print(f"--- {prompt.id}: {prompt.messages[-1]['content']}")
@@ -115,20 +125,20 @@ def _tell(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]], output: 
             "id": prompt.id,
             "sample": sample,
             "messages": list(prompt.messages),
-            "response": said.text,
-            "response_tokens": said.num_tokens,
-            "truncated": said.is_cut_off,
+            "response": reply.text,
+            "response_tokens": reply.num_tokens,
+            "truncated": reply.is_cut_off,
         }
         for prompt, group in zip(prompts, answers, strict=True)
-        for sample, said in enumerate(group)
+        for sample, reply in enumerate(group)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     output.write_text(text, encoding="utf-8")
     print(f"{len(rows)} answers in {output}")
 
 
-def _shown(said: Said) -> str:
-    return f"{said.text}\n[cut off after {said.num_tokens} tokens]" if said.is_cut_off else said.text
+def _shown(reply: Reply) -> str:
+    return f"{reply.text}\n[cut off after {reply.num_tokens} tokens]" if reply.is_cut_off else reply.text
 
 
 def _read_line() -> str | None:

@@ -91,7 +91,7 @@ class GHPO(Method):
         share, limit = stage * self.settings.stage_share, run.data.max_prompt_tokens
         asked: dict[int, DrawnPrompt] = {}
         after = list(trials)
-        for index in hopeless(trials, wrong_at_most=self.settings.wrong_at_most):
+        for index in trials_to_repeat(trials, wrong_at_most=self.settings.wrong_at_most):
             prompt = trials[index].drawn.prompt
             hint = beginning(context.template.decode(context.demonstration(prompt)), share)
             harder = hinted(prompt, hint, cue=self.settings.cue, template=context.template)
@@ -108,7 +108,7 @@ class GHPO(Method):
         return after
 
 
-def hopeless(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
+def trials_to_repeat(trials: Sequence[Trial], *, wrong_at_most: float) -> list[int]:
     """Indices of the trials to sample again: all of their graded rollouts are wrong, and no hint was too long yet."""
     return [
         index

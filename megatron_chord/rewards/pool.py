@@ -161,25 +161,25 @@ class GraderPool:
             raise RuntimeError("the grader pool is closed")
 
     def _serve(self, started: queue.SimpleQueue[Exception | None]) -> None:
-        lane = _Lane(self._reward.timeout_s, self._start, self._stop, self._finish)
+        worker_queue = _WorkerQueue(self._reward.timeout_s, self._start, self._stop, self._finish)
         try:
-            lane.start()
+            worker_queue.start()
         except (RewardRefused, _WorkerLostError, OSError) as error:
             started.put(error)
             return
         started.put(None)
         going_on = True
         while going_on:
-            while going_on and lane.has_room:
+            while going_on and worker_queue.has_room:
                 try:
-                    call = self._calls.get(block=lane.is_idle)
+                    call = self._calls.get(block=worker_queue.is_idle)
                 except queue.Empty:
                     break
                 going_on = call is not None
                 if call is not None and not call.batch.cancelled and not self._closed:
-                    lane.take(call)
-            lane.step()
-        lane.stop()
+                    worker_queue.take(call)
+            worker_queue.step()
+        worker_queue.stop()
 
     def _finish(self, call: _Call, grades: Sequence[Grade]) -> None:
         call.batch.put(call.start, grades)
@@ -205,7 +205,7 @@ class GraderPool:
         worker.kill()
 
 
-class _Lane:
+class _WorkerQueue:
     """One thread's worker and the calls that it has not answered yet."""
 
     def __init__(

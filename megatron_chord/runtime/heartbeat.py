@@ -96,7 +96,7 @@ class Pulse:
         """Record progress within the phase. The main thread of every rank calls it in the same places."""
         self._enter(self._note.phase)
 
-    def helped(self, *phases: Phase) -> None:
+    def progress_elsewhere(self, *phases: Phase) -> None:
         """Record progress of another thread. It counts if the main thread is in one of ``phases``, waiting for it."""
         if self._note.phase in phases:
             self._helped = time.monotonic()
@@ -170,7 +170,7 @@ class Watch:
         while not self._closing.wait(self._limits.beat_s):
             now = time.monotonic()
             if now - last > self._limits.silence_s / 2:
-                self._forgive(now)
+                self._restart_clocks(now)
             last = now
             self._beat()
             found = self._verdict() or self._no_progress(now) or self._silence(now)
@@ -212,7 +212,7 @@ class Watch:
         note = self._pulse.read()
         return note, self._limits.phases.get(note.phase)
 
-    def _forgive(self, now: float) -> None:
+    def _restart_clocks(self, now: float) -> None:
         """Restart the measured times of all ranks. This is needed after this process itself was stopped or waited for
         its disk, because it does not know what the others did in that time."""
         self._awake_since = now

@@ -28,7 +28,7 @@ RANK_OF_LAUNCHER = "MEGATRON_CHORD_RANK_OF_LAUNCHER"
 LISTENER_VARIABLE = "MEGATRON_CHORD_LISTENER"
 """Environment variable of rank 0: the file descriptor of a socket that already listens on MASTER_ADDR and
 MASTER_PORT."""
-_ENDED_WELL = (0, 75, 76)
+_SUCCESS_CODES = (0, 75, 76)
 """Exit codes without a fault: all steps are done, or the run was stopped on request (``train.stop``)."""
 _POLL_S = 0.05
 _OWN_END_S = 3.0
@@ -53,7 +53,7 @@ class Launcher:
         self._is_interrupted = False
         self._ranks: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._hand_on)
+            signal.signal(number, self._forward_signal)
         with listener(loopback(), 0) as meeting_point:
             for rank in range(ranks):
                 self._ranks.append(_start(command, rank, ranks, meeting_point))
@@ -63,7 +63,7 @@ class Launcher:
         try:
             while any(rank.poll() is None for rank in self._ranks):
                 self._look_for_failure()
-                self._end_late_ones()
+                self._kill_late_ranks()
                 time.sleep(_POLL_S)
             self._look_for_failure()
         finally:
@@ -78,14 +78,14 @@ class Launcher:
             return
         for number, rank in enumerate(self._ranks):
             code = rank.poll()
-            if code is not None and code not in _ENDED_WELL:
+            if code is not None and code not in _SUCCESS_CODES:
                 self._failure = number, code
                 self._terminate_at = self._terminate_at or time.monotonic() + _OWN_END_S
                 if code < 0 and self._kill_at is None:
                     print(f"error: rank {number} was killed by {signal.Signals(-code).name}", file=sys.stderr)
                 return
 
-    def _end_late_ones(self) -> None:
+    def _kill_late_ranks(self) -> None:
         now = time.monotonic()
         if self._kill_at is not None:
             stopped = all(rank.poll() is not None or state_of(rank.pid) == "T" for rank in self._ranks)
@@ -95,7 +95,7 @@ class Launcher:
             self._signal(signal.SIGTERM)
             self._kill_at = now + _GRACE_S
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _forward_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal(number)
         # The first Ctrl-C may only request a stop with a checkpoint, and the ranks need time for that.
         may_go_on = number == signal.SIGUSR1 or (number == signal.SIGINT and not self._is_interrupted)

@@ -214,8 +214,8 @@ class StepContext:
         )
         self._put_back(
             [
-                replace(asked[i], partial_rollouts=begun, num_stops=asked[i].num_stops + 1)
-                for i, begun in enumerate(self.rounds[-1].sampled)
+                replace(asked[i], partial_rollouts=partial, num_stops=asked[i].num_stops + 1)
+                for i, partial in enumerate(self.rounds[-1].sampled)
                 if i not in graded
             ]
         )

@@ -534,7 +534,7 @@ def _described(state: TrainState) -> dict[str, sharded.Content]:
     }
     with described_only(state.optimizer) as shares:
         described = _sharded(state, is_loading=False) | {"content_metadata": metadata}
-    contents = {"": _taken_apart(state, described, shares)}
+    contents = {"": _split_described(state, described, shares)}
     if state.second is not None:
         contents[SECOND] = _other_described(state, state.second.active())
     if state.averaged is not None:
@@ -542,12 +542,12 @@ def _described(state: TrainState) -> dict[str, sharded.Content]:
     return contents
 
 
-def _taken_apart(
+def _split_described(
     state: TrainState, described: dict[str, Any], shares: Shares, *, only: str | None = None
 ) -> sharded.Content:
     """This rank's parts of ``described``, or of its entry ``only``."""
     groups, experts = state.groups, sharded.expert_keys(described)
-    return sharded.taken_apart(
+    return sharded.split_state(
         described if only is None else {only: described[only]},
         shares,
         experts=experts,
@@ -565,7 +565,7 @@ def _other_described(state: TrainState, other: AbstractContextManager[None]) -> 
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")
         with described_only(state.optimizer) as shares:
             described = _sharded(state, is_loading=False)
-        boxes, objects, common = _taken_apart(state, described, shares, only="optimizer")
+        boxes, objects, common = _split_described(state, described, shares, only="optimizer")
         state.groups.together(lambda: boxes.update(staged(boxes)))
         return boxes, objects, common
 

@@ -233,7 +233,7 @@ class Coordinator:
             now=now,
             memory=before.memory,
             timer=timer,
-            notify=self._getting_on if may_lag else self._doing,
+            notify=self._report_progress if may_lag else self._doing,
             recorded=recorded,
         )
         collected = self._collect_by(context)
@@ -267,7 +267,7 @@ class Coordinator:
         saved = [batch.saved for plan in plans for rank in plan.micro_batches for batch in rank]
         rollouts = [rollout for item in context.graded for rollout in item.rollouts]
         if self._data.routes is not None and rollouts:
-            self._say_what_lacks_routes(rollouts, is_new=recorded is None)
+            self._report_missing_routes(rollouts, is_new=recorded is None)
         inputs = StepInputs(
             updates=tuple(_update(collected, index, count, plan.counts) for index, plan in enumerate(plans)),
             mu=collected.mu,
@@ -297,7 +297,7 @@ class Coordinator:
             raise ValueError("the checkpoint has more sampling rounds than the step requests")
         return collected
 
-    def _say_what_lacks_routes(self, rollouts: Sequence[Rollout], *, is_new: bool) -> None:
+    def _report_missing_routes(self, rollouts: Sequence[Rollout], *, is_new: bool) -> None:
         """Log two facts, each once in a run: rollouts have no routes, so they are trained without router replay;
         servers do not keep the routes of new rollouts."""
         missing = sum(rollout.routes is None for rollout in rollouts)
@@ -317,11 +317,11 @@ class Coordinator:
                 "not keep them (docs/scale.md)"
             )
 
-    def _getting_on(self, what: str) -> None:
-        self._pulse.helped("collecting")
+    def _report_progress(self, what: str) -> None:
+        self._pulse.progress_elsewhere("collecting")
 
     def _doing(self, what: str) -> None:
-        self._getting_on(what)
+        self._report_progress(what)
         self.log.doing(what)
         if self._stop_wanted():
             raise StopWanted

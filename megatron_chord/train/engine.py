@@ -135,7 +135,7 @@ class RolloutEngine:
             # While vLLM measures the free memory of the GPU, this process must not allocate any: vLLM would count it as
             # its own and start with a smaller cache or fail (v1/worker/gpu_worker.py, determine_available_memory).
             self.attempt(self._await_servers)
-            self.rest()
+            self.end_sampling()
 
     @property
     def clients(self) -> Sequence[RolloutClient]:
@@ -168,7 +168,7 @@ class RolloutEngine:
         if self._offloads:
             self._offload = self._offload or Offload(state)
             # All ranks free their GPU memory before any server uses it.
-            self._groups.together(self._offload.away)
+            self._groups.together(self._offload.to_host)
         self._await_servers()
         self._doing("pushing weights")
         if self._sync is None:
@@ -188,10 +188,10 @@ class RolloutEngine:
 
     @property
     def has_offloaded(self) -> bool:
-        """True if training state is offloaded to host memory. It can be neither trained nor saved before ``rest``."""
-        return self._offload is not None and self._offload.is_away
+        """True if training state is in host memory. It can be neither trained nor saved before ``end_sampling``."""
+        return self._offload is not None and self._offload.is_on_host
 
-    def rest(self) -> None:
+    def end_sampling(self) -> None:
         """Put servers to sleep and bring the training state back to the GPU. Sampling needs another push afterwards.
 
         Sleeping servers drop weights and KV cache. Servers that do not sleep (``rollout.sleep``) are not changed.
@@ -205,7 +205,7 @@ class RolloutEngine:
                 with contextlib.suppress(StopWanted):
                     self._give_up(error)
         if self._offload is not None:
-            self._groups.together(self._offload.back)
+            self._groups.together(self._offload.to_device)
 
     def close(self) -> None:
         """Stop the servers and close the connections of this rank, without waiting for other ranks."""
@@ -365,7 +365,7 @@ class RolloutEngine:
         self._version = None
         # vLLM starts only if its share of the GPU memory is free.
         if self._offload is not None:
-            self._groups.together(self._offload.away)
+            self._groups.together(self._offload.to_host)
         _free_cached_memory()
         self._doing("waiting for a new vLLM server")
         with self._groups.pulse.phase("waiting for servers"):

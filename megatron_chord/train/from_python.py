@@ -30,8 +30,8 @@ _SHOWN = 20
 class RunFailed(RuntimeError):
     """A training ended with an exit code other than 0 (docs/running.md lists them)."""
 
-    def __init__(self, exit_code: int, told: str) -> None:
-        super().__init__(f"the run ended with exit code {exit_code}{': ' if told else ''}{told}")
+    def __init__(self, exit_code: int, output: str) -> None:
+        super().__init__(f"the run ended with exit code {exit_code}{': ' if output else ''}{output}")
         self.exit_code = exit_code
 
 

@@ -40,7 +40,7 @@ class Health:
         if saved is not None:
             self.skipped_in_a_row, self.norms = saved["skipped_in_a_row"], list(saved["norms"])
 
-    def left_out(self, error: NonFiniteGradient, *, step: int, allowed: int, where: Path) -> None:
+    def count_skipped(self, error: NonFiniteGradient, *, step: int, allowed: int, where: Path) -> None:
         """Count an update that was skipped because of ``error``.
 
         Raises:
@@ -53,7 +53,7 @@ class Health:
                 f"step {step}: {error}{before} (optim.skip_nonfinite is {allowed}). The batch is in {where}"
             )
 
-    def applied(self) -> None:
+    def count_applied(self) -> None:
         self.skipped_in_a_row = 0
 
     def norm_ratio(self, norm: float) -> float | None:

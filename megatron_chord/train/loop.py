@@ -205,7 +205,7 @@ def _step(context: RunContext, now: ScheduleInput) -> Memory:
             inputs, micro_batches = context.engine.attempt(collect, context, now)
             context.queue.remove(step)
             context.engine.release_routes(step)
-            context.engine.rest()
+            context.engine.end_sampling()
         if schedule is not None and schedule.resets_optimizer(step):
             reset_optimizer(state)
         context.doing("training")
@@ -299,9 +299,9 @@ def _log_evaluation(log: RunLog, version: int, found: Mapping[str, Evaluation]) 
     log.write({"step": version, "evaluation": rows.get("", rows)})
     for name, result in found.items():
         numbers = {"accuracy": result.accuracy, **result.metrics}
-        told = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in numbers.items())
+        numbers_text = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in numbers.items())
         where = f" on {name}" if name else ""
-        log.say(f"evaluation after {version} steps{where}: {told} on {result.num_problems} problems")
+        log.say(f"evaluation after {version} steps{where}: {numbers_text} on {result.num_problems} problems")
 
 
 def _push_and_measure(context: RunContext, version: int, sets: Sequence[HeldOutSet]) -> dict[str, Evaluation]:
@@ -322,7 +322,7 @@ def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False
     _drain(context)
     context.doing("saving")
     if context.engine.has_offloaded:  # after an evaluation, or after sampling that was interrupted
-        context.engine.rest()
+        context.engine.end_sampling()
     keys = context.engine.route_keys
     run_state = coordinator.run_state(step, memory, keys) if coordinator is not None else {}
     run_state |= {"health": context.health.to_json(), "best": context.best.to_json()}

@@ -37,10 +37,10 @@ class Offload:
         self._moved: list[tuple[torch.UntypedStorage, int]] | None = None
 
     @property
-    def is_away(self) -> bool:
+    def is_on_host(self) -> bool:
         return self._moved is not None
 
-    def away(self) -> None:
+    def to_host(self) -> None:
         """Offload the state, if not done yet. The GPU memory is free for other processes when this returns."""
         if self._moved is not None:
             return
@@ -58,7 +58,7 @@ class Offload:
             torch.cuda.empty_cache()
         self._moved = moved
 
-    def back(self) -> None:
+    def to_device(self) -> None:
         """Bring the state back to the GPU, if it is offloaded. Gradients are zero afterwards."""
         if self._moved is None:
             return

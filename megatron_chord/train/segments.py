@@ -102,11 +102,11 @@ def check_changes(
                 [listed, *remarks, "Use the settings of the run, or allow the change with --allow-changed"]
             )
         )
-    told = [
+    lines = [
         f"resumed with another {change}{' (changes what is learned)' if change.matters else ''}"
         for change in found
     ]
-    return [*told, *remarks]
+    return [*lines, *remarks]
 
 
 def settings_before(folder: Path, step: int) -> dict[str, Any]:

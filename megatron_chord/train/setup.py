@@ -21,13 +21,13 @@ from megatron_chord.config import (
 from megatron_chord.config_io import one_line
 from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
-from megatron_chord.data.cache import remembering
+from megatron_chord.data.cache import cached_loader
 from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.mixed_cursor import cursor_over
 from megatron_chord.data.observed import Observe
 from megatron_chord.data.packing import Layout, make_layout
 from megatron_chord.data.prompts import load_prompts
-from megatron_chord.data.served import served_otherwise
+from megatron_chord.data.served import tokenizer_difference
 from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.data.tools import require_one_way
@@ -174,7 +174,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
     shown = load_sources(
         run.data.demonstrations,
         template,
-        remembering(
+        cached_loader(
             partial(load_demonstrations, observe=observe.get("demonstrations")),
             run.data.cache or run.output.parent / ".data_cache",
             {
@@ -204,7 +204,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
         *held_out.left_out("evaluation"),
     ]
     prompts, demonstrations = asked.records, shown.records
-    template.renderer.rest()
+    template.renderer.stop_processes()
     check_sources(run.reward, {prompt.source for prompt in (*prompts, *held_out.records)})
     demonstration_of: dict[str, Demonstration] = {}
     if run.data.aligned:
@@ -221,7 +221,7 @@ def load_data(run: RunConfig, shape: ModelShape, *, observe: Mapping[str, Observ
     tried = [prompt.token_ids for prompt in prompts[:_TRIED]] + [
         demonstration.token_ids for demonstration in demonstrations[:_TRIED]
     ]
-    difference = served_otherwise(run.model.path, template, tried)
+    difference = tokenizer_difference(run.model.path, template, tried)
     if difference is not None:
         reports.append(
             f"tokenizer   WARNING: the exported policy will be served with another tokenizer: {difference}. Give the "

@@ -24,7 +24,7 @@ Content = tuple[Boxes, dict[str, bytes], dict[str, Any]]
 """What a rank writes: boxes of tensors, objects by name, and the common part, which is equal on all ranks."""
 
 
-def taken_apart(
+def split_state(
     state: dict[str, Any], shares: Shares, *, experts: tuple[str, ...], replicas: int, expert_replicas: int
 ) -> Content:
     """Split a sharded state dictionary into the parts that this rank writes. The dictionary is changed.

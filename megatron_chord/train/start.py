@@ -20,7 +20,6 @@ from megatron_chord.schedules import Memory, MuSchedule, ScheduleInput
 from megatron_chord.train import checkpoint
 from megatron_chord.train.context import RunContext
 from megatron_chord.train.coordinator import Coordinator
-from megatron_chord.train.course import changed_course
 from megatron_chord.train.engine import RolloutEngine
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, Claim, Resume, claim
 from megatron_chord.train.health import Health
@@ -29,6 +28,7 @@ from megatron_chord.train.metrics import DROPPED, RunLog, write_left_out
 from megatron_chord.train.router_replay import wanted_routes
 from megatron_chord.train.sanity import check_finite
 from megatron_chord.train.saver import Saver
+from megatron_chord.train.schedule_change import schedule_change
 from megatron_chord.train.segments import check_changes, settings_before
 from megatron_chord.train.setup import (
     RunData,
@@ -149,7 +149,7 @@ class _OnCoordinator:
         )
         pulse = self.groups.pulse
         graders = self.stack.enter_context(
-            Graders(run.reward, on_grade=lambda: pulse.helped("collecting", "evaluating"))
+            Graders(run.reward, on_grade=lambda: pulse.progress_elsewhere("collecting", "evaluating"))
         )
         for line in self.data.reports:
             log.say(line)
@@ -209,7 +209,7 @@ def _changed(run: RunConfig, method: Method, done: int, allowed: bool) -> list[s
         ValueError: a difference is not allowed.
     """
     before = settings_before(run.output, done)
-    remark = changed_course(before, run, step=done, since=_last_reset(method.schedule(run), done))
+    remark = schedule_change(before, run, step=done, since=_last_reset(method.schedule(run), done))
     return check_changes(before, plain_settings(run), allowed=allowed, remarks=[remark] if remark else [])
 
 

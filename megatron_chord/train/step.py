@@ -100,11 +100,11 @@ def train_step(
             where = save_batch(
                 run.output, packed, update, state.groups, step=step, number=number, reason=str(error)
             )
-            health.left_out(error, step=step, allowed=run.optim.skip_nonfinite, where=where)
+            health.count_skipped(error, step=step, allowed=run.optim.skip_nonfinite, where=where)
             if mu_gradient is not None:
                 mu_gradient.forget()
         else:
-            health.applied()
+            health.count_applied()
             applied += 1
             if state.averaged is not None and update.counts:
                 state.averaged.update()

@@ -101,7 +101,7 @@ def _parts(chunk: Any) -> sharded.Content:
     """Return what a run writes of a model."""
     described = {"model0": chunk.sharded_state_dict(metadata=dict(checkpoint._METADATA))}
     experts = sharded.expert_keys(described)
-    return sharded.taken_apart(described, Shares(), experts=experts, replicas=1, expert_replicas=1)
+    return sharded.split_state(described, Shares(), experts=experts, replicas=1, expert_replicas=1)
 
 
 @torch.no_grad()

@@ -66,13 +66,13 @@ def with_and_without(folder: Path, axes: dict[str, Any], dtype: str) -> dict[str
             if moves:
                 whole, parts = gather_hf(state, state.weights()), offload.storages(state)
                 gradients = [b.grad_data.untyped_storage() for c in state.chunks for b in c.buffers]
-                moved.away()
-                moved.away()
+                moved.to_host()
+                moved.to_host()
                 while_away.append([storage.nbytes() for storage in (*parts, *gradients)])
                 exported = gather_hf(state, state.weights())
                 assert all(torch.equal(exported[name], tensor) for name, tensor in whole.items())
-                moved.back()
-                moved.back()
+                moved.to_device()
+                moved.to_device()
             assert views(state) == layout
         ends.append(everything(state))
     straight, other = ends

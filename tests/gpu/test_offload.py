@@ -44,13 +44,13 @@ def test_memory_is_freed_for_other_processes(tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     begin = time.perf_counter()
-    offload.away()
+    offload.to_host()
     away = time.perf_counter() - begin
     more, _ = torch.cuda.mem_get_info()
     # Freed are FP32 weights, two moments and FP32 gradients. The allocator cannot return some 2 MB of each block.
     assert more - free == pytest.approx((12 + 4) * count, rel=0.05)
     begin = time.perf_counter()
-    offload.back()
+    offload.to_device()
     torch.cuda.synchronize()
     back = time.perf_counter() - begin
     print(f"{12 * count / 1e9:.1f} GB: away in {away:.2f} s (pinning included), back in {back:.2f} s")

@@ -75,7 +75,7 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
         state = build(folder, ParallelConfig(), groups=groups)
         engine.push_weights(state, 0)
         seen.append(engine.observed())
-        engine.rest()
+        engine.end_sampling()
         seen.append(engine.observed())
         before = engine.pids()
         os.killpg(before[1], signal.SIGKILL)

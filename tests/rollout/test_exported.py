@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chord.data.served import served_otherwise
+from megatron_chord.data.served import tokenizer_difference
 from megatron_chord.data.templates import load_template
 from megatron_chord.families.table import CAUSAL_LM
 from tests.distributed import steps
@@ -101,7 +101,7 @@ def test_stock_transformers_answers_as_before(family: str, exported: tuple[Path,
     assert answer == answer_of_transformers(source)
     template = load_template(target, vocab_size=SIZES["vocab"])
     assert template.prompt_ids(MESSAGES) == tuple(answer[0])
-    assert served_otherwise(target, template, [tuple(answer[0])]) is None
+    assert tokenizer_difference(target, template, [tuple(answer[0])]) is None
     config = json.loads((target / "config.json").read_text())
     assert config["architectures"] == [CAUSAL_LM[family]]
     assert (target / "LICENSE").read_text() == "do as you like"

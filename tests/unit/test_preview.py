@@ -30,7 +30,7 @@ from megatron_chord.preview import (
     Range,
     Row,
     facts,
-    foreseen,
+    known_mu,
     lines,
     reward_rows,
     rows,
@@ -148,7 +148,7 @@ def test_a_long_period_is_cut_and_says_so() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 73, 1000])
 def test_rows_are_true_and_few(mu: MuSchedule, steps: int) -> None:
     run = a_run(mu, steps)
-    shown, values = rows(run), foreseen(mu, steps)
+    shown, values = rows(run), known_mu(mu, steps)
     assert len(values) == steps
     assert 1 <= len(shown) <= MOST_ROWS
     assert shown[0].first == 0

@@ -63,7 +63,7 @@ def evaluate(row: table.Row, *, missing: int = 0, **values: float) -> None:
     }
     means = {
         mean.name: {"metric": mean.metric, "value": values[mean.name], "low": 0.0, "high": 1.0, "problems": 1}
-        for mean in row.suite.asked_means()
+        for mean in row.suite.requested_means()
         if mean.name in values
     }
     found = {"suite": "s", "policy": {"name": row.name, "path": "", "digest": ""}, "seed": 0}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.convert.target import appearing, discard
+from megatron_chord.convert.target import atomic_folder, discard
 
 
 def names(folder: Path) -> list[str]:
@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_target_exists_only_after_success(tmp_path: Path) -> None:
-    with appearing(tmp_path / "a") as folder:
+    with atomic_folder(tmp_path / "a") as folder:
         (folder / "file").write_text("content")
         assert not (tmp_path / "a").exists()
     assert names(tmp_path) == ["a"]
@@ -23,30 +23,30 @@ def test_the_target_exists_only_after_success(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="full"), appearing(tmp_path / "a") as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="full"), atomic_folder(tmp_path / "a") as folder:  # noqa: PT012
         (folder / "file").touch()
         raise RuntimeError("full")
     assert names(tmp_path) == []
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with appearing(tmp_path / "a") as folder:
+    with atomic_folder(tmp_path / "a") as folder:
         with (
             pytest.raises(ValueError, match=r"another process \(\S+ \d+\) is writing \S+/a: wait"),
-            appearing(tmp_path / "a"),
+            atomic_folder(tmp_path / "a"),
         ):
             pass
-        with appearing(tmp_path / "b"):
+        with atomic_folder(tmp_path / "b"):
             pass
         assert folder.is_dir()
     assert names(tmp_path) == ["a", "b"]
 
 
 def test_a_folder_made_during_the_conversion_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a"):
+    with pytest.raises(ValueError, match="already exists"), atomic_folder(tmp_path / "a"):
         (tmp_path / "a").mkdir()
     assert names(tmp_path) == ["a"]
-    with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a"):
+    with pytest.raises(ValueError, match="already exists"), atomic_folder(tmp_path / "a"):
         pass
 
 
@@ -58,7 +58,7 @@ def test_files_of_killed_processes_are_removed_and_reported(tmp_path: Path) -> N
         (folder / "file").touch()
     (tmp_path / ".a.lock").write_text("host 123\n")
     told: list[str] = []
-    with appearing(tmp_path / "a", notify=told.append):
+    with atomic_folder(tmp_path / "a", notify=told.append):
         assert not dead.exists()
     assert told == [f"removed {dead}, which a killed process had left"]
     assert names(tmp_path) == [other.name, "a"]
@@ -72,8 +72,8 @@ def test_where_files_cannot_be_locked_the_others_are_left_alone(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
-    with appearing(tmp_path / "a") as one:
-        with pytest.raises(ValueError, match="already exists"), appearing(tmp_path / "a") as other:  # noqa: PT012
+    with atomic_folder(tmp_path / "a") as one:
+        with pytest.raises(ValueError, match="already exists"), atomic_folder(tmp_path / "a") as other:  # noqa: PT012
             assert one != other
             (tmp_path / "a").mkdir()
         (tmp_path / "a").rmdir()
@@ -82,7 +82,11 @@ def test_where_files_cannot_be_locked_the_others_are_left_alone(
 
 def test_discarding_takes_this_process_s_folders_alone(tmp_path: Path) -> None:
     (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
-    with pytest.raises(FileNotFoundError), appearing(tmp_path / "b"), appearing(tmp_path / "a") as folder:  # noqa: PT012
+    with (  # noqa: PT012
+        pytest.raises(FileNotFoundError),
+        atomic_folder(tmp_path / "b"),
+        atomic_folder(tmp_path / "a") as folder,
+    ):
         (folder / "file").write_text("content")
         (tmp_path / ".a.host-123-89abcdef.partial").mkdir()  # what another process writes at this time
         discard(tmp_path / "a")

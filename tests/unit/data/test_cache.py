@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_chord.data import cache
-from megatron_chord.data.cache import read_entry, remembering, write_entry
+from megatron_chord.data.cache import cached_loader, read_entry, write_entry
 from megatron_chord.data.cursor import fingerprint
 from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.rows import DataError
@@ -55,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 
 def test_what_is_remembered_is_what_was_loaded(rows: Path, tmp_path: Path, chatml: ChatTemplate) -> None:
     load = Counting()
-    remembered = remembering(load, tmp_path / "cache", SETTINGS)
+    remembered = cached_loader(load, tmp_path / "cache", SETTINGS)
     expected, report = load_demonstrations(rows, chatml, **SETTINGS, source="s")
     for calls in (1, 1, 1):
         found, found_report = remembered(rows, chatml, source="s")
@@ -81,7 +81,7 @@ def test_everything_that_changes_the_rows_makes_another_entry(
         data: Path = rows, template: ChatTemplate = chatml, more: dict[str, Any] | None = None, **how: Any
     ) -> int:
         before = load.calls
-        remembering(load, folder, {**SETTINGS, **(more or {})})(data, template, **how)
+        cached_loader(load, folder, {**SETTINGS, **(more or {})})(data, template, **how)
         return load.calls - before
 
     assert (read(), read()) == (1, 0)
@@ -97,7 +97,7 @@ def test_everything_that_changes_the_rows_makes_another_entry(
 
 def test_a_damaged_entry_is_read_anew_and_replaced(rows: Path, tmp_path: Path, chatml: ChatTemplate) -> None:
     load = Counting()
-    remembered = remembering(load, tmp_path / "cache", SETTINGS)
+    remembered = cached_loader(load, tmp_path / "cache", SETTINGS)
     expected, _ = remembered(rows, chatml)
     (entry,) = (tmp_path / "cache").iterdir()
     for name in ("token_ids", "trainable", "demonstrations.json"):
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(rows: Path, tmp_path: Path, 
     file = tmp_path / "file"
     file.write_text("no folder")
     load = Counting()
-    found, _ = remembering(load, file / "cache", SETTINGS)(rows, chatml)
+    found, _ = cached_loader(load, file / "cache", SETTINGS)(rows, chatml)
     assert len(found) == 2
     assert load.calls == 1
 
@@ -208,7 +208,7 @@ def test_reading_an_entry_keeps_it_and_writing_one_removes_the_old(
     rows: Path, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
     folder = tmp_path / "cache"
-    remembered = remembering(load_demonstrations, folder, SETTINGS)
+    remembered = cached_loader(load_demonstrations, folder, SETTINGS)
     remembered(rows, chatml)
     (used,) = folder.iterdir()
     before = time.time() - 40 * DAY
@@ -224,16 +224,16 @@ def test_reading_an_entry_keeps_it_and_writing_one_removes_the_old(
 
 def test_bad_data_is_refused_as_without_a_cache(tmp_path: Path, chatml: ChatTemplate) -> None:
     with pytest.raises(DataError, match="no such file"):
-        remembering(load_demonstrations, tmp_path, SETTINGS)(tmp_path / "none.jsonl", chatml)
+        cached_loader(load_demonstrations, tmp_path, SETTINGS)(tmp_path / "none.jsonl", chatml)
 
 
 def test_small_data_and_a_view_of_the_data_do_not_read_the_cache(
     rows: Path, tmp_path: Path, chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Counting()
-    remembering(load, tmp_path / "cache", SETTINGS)(rows, chatml)
-    remembering(load, tmp_path / "cache", SETTINGS, read=False)(rows, chatml)
+    cached_loader(load, tmp_path / "cache", SETTINGS)(rows, chatml)
+    cached_loader(load, tmp_path / "cache", SETTINGS, read=False)(rows, chatml)
     assert load.calls == 2
     monkeypatch.setattr(cache, "CACHED_FROM_BYTES", 1 << 20)
-    remembering(load, tmp_path / "other", SETTINGS)(rows, chatml)
+    cached_loader(load, tmp_path / "other", SETTINGS)(rows, chatml)
     assert not (tmp_path / "other").exists()

@@ -72,9 +72,9 @@ def test_one_renderer_renders_in_several_processes_at_once() -> None:
     render = lambda text: renderer.render([{"role": "user", "content": text}], add_generation_prompt=False)  # noqa: E731
     found = [result() for _, result in on_all_cores(texts, lambda text: (text, text), render, cores=2)]
     assert found == [f"{text}!" for text in texts]
-    renderer.rest()
+    renderer.stop_processes()
     assert render("again") == "again!"
-    renderer.rest()
+    renderer.stop_processes()
 
 
 def test_a_compact_tuple_behaves_like_a_tuple() -> None:

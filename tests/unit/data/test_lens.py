@@ -22,7 +22,7 @@ from megatron_chord.config_methods import (
     TokenWeight,
     TrustRegionWeight,
 )
-from megatron_chord.data.lens import Lens, load_policy, look
+from megatron_chord.data.lens import Lens, compute_lens, load_policy
 from megatron_chord.data.lens_page import lens_section
 from megatron_chord.data.lens_screen import show_lens
 from megatron_chord.data.observed import Observed
@@ -82,7 +82,9 @@ def model(folder: Path, rows: list[Observed]) -> Any:
 def lens_of(
     model: Any, template: ChatTemplate, rows: list[Observed], weight: TokenWeight, **how: Any
 ) -> Lens:
-    return look(model, template, rows, sft_term(weight=weight, **how), policy="<policy>", weighting="<w>")
+    return compute_lens(
+        model, template, rows, sft_term(weight=weight, **how), policy="<policy>", weighting="<w>"
+    )
 
 
 def distributions(model: Any, rows: list[Observed], temperature: float = 1.0) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ def render(template: str, chat: list[Message] = CHAT, *, cpu_s: float = 10) -> s
     try:
         return renderer.render(chat, add_generation_prompt=True)
     finally:
-        renderer.rest()
+        renderer.stop_processes()
 
 
 def test_it_renders_as_transformers_does(chatml_folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_it_renders_as_transformers_does(chatml_folder: Path) -> None:
                 strftime_now=lambda pattern: "2024-07-26",
             )
             assert renderer.render(chat, add_generation_prompt=flag) == expected
-    renderer.rest()
+    renderer.stop_processes()
 
 
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -11,7 +11,7 @@ import pytest
 from megatron_chord.config_suite import BenchmarkConfig
 from megatron_chord.evaluation import answers
 from megatron_chord.evaluation.answers import Answer, AnswerFile, grading_of, key_of
-from megatron_chord.evaluation.asking import SuiteGraders
+from megatron_chord.evaluation.sampling import SuiteGraders
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.table import RewardConfig, SumReward

@@ -50,10 +50,10 @@ def test_a_part_of_a_suite_has_the_means_over_it(tmp_path: Path) -> None:
     text = text.replace("metrics: [avg@8,", "metrics: [avg@1, avg@8,")
     part = load(tmp_path, text, "only=[b]")
     assert [item.name for item in part.resolved()] == ["b"]
-    assert [mean.name for mean in part.asked_means()] == ["same"]
+    assert [mean.name for mean in part.requested_means()] == ["same"]
     whole = load(tmp_path, text)
     assert [item.name for item in whole.resolved()] == ["a", "b"]
-    assert [mean.name for mean in whole.asked_means()] == ["both", "same"]
+    assert [mean.name for mean in whole.requested_means()] == ["both", "same"]
     with pytest.raises(ConfigError, match="only: there is no benchmark c, there are a, b"):
         load(tmp_path, text, "only=[c]")
 
@@ -101,7 +101,7 @@ def test_missing_files_are_told_at_once_with_the_command_that_makes_them(tmp_pat
         ValueError, match=r"(?s)a: .*a\.jsonl does not exist: make it with `python tools/prepare.py a`.*b: "
     ) as error:
         check_suite(suite)
-    assert f"belong into {tmp_path / 'files'}; data=FOLDER" in str(error.value)
+    assert f"must be in {tmp_path / 'files'}. data=FOLDER" in str(error.value)
 
 
 def test_the_paper_s_suite_has_its_protocol() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_chord.config_suite import BenchmarkConfig
 from megatron_chord.evaluation.answers import Answer
-from megatron_chord.evaluation.asking import SuiteGraders
 from megatron_chord.evaluation.evaluate import _votes
+from megatron_chord.evaluation.sampling import SuiteGraders
 from megatron_chord.evaluation.votes import stated_answer, to_compare, votes_of
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.math import MathReward

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_methods import GHPOConfig
-from megatron_chord.methods.ghpo import GHPO, Trial, beginning, hinted, hopeless, is_all_wrong
+from megatron_chord.methods.ghpo import GHPO, Trial, beginning, hinted, is_all_wrong, trials_to_repeat
 from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, WordTemplate, graded, prompt
@@ -88,8 +88,8 @@ def test_a_right_answer_whose_form_is_punished_is_not_wrong() -> None:
 
 def test_a_prompt_whose_hint_was_refused_is_not_asked_again() -> None:
     trials = [Trial(drawn=NOBODY, graded=graded(prompt("a"), scores)) for scores in (WRONG, MIXED, WRONG)]
-    assert hopeless(trials, wrong_at_most=0.0) == [0, 2]
-    assert hopeless([replace(trials[0], refused=True), *trials[1:]], wrong_at_most=0.0) == [2]
+    assert trials_to_repeat(trials, wrong_at_most=0.0) == [0, 2]
+    assert trials_to_repeat([replace(trials[0], refused=True), *trials[1:]], wrong_at_most=0.0) == [2]
 
 
 # ---- a step

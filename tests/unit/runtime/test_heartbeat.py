@@ -186,13 +186,13 @@ def test_only_what_the_main_thread_waits_for_counts_as_its_progress() -> None:
     pulse = Pulse()
     with pulse.phase("computing"):
         before = pulse.read()
-        pulse.helped("collecting")
+        pulse.progress_elsewhere("collecting")
         assert pulse.read() == before
         with pulse.phase("collecting"):
             entered = pulse.read()
             assert entered.position == before.position + 1
             time.sleep(0.01)
-            pulse.helped("collecting")
+            pulse.progress_elsewhere("collecting")
             assert pulse.read().moved > entered.moved
             assert pulse.read().position == entered.position, "ranks must count alike"
         assert pulse.read().phase == "computing"

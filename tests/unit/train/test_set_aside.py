@@ -26,5 +26,5 @@ def test_a_checkpoint_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
         "step-000040.set-aside-2": "second",
         "step-000040.set-aside-3": "third",
     }
-    assert "step-000040 is kept as step-000040.set-aside-3: " in said[-1]
+    assert "step-000040 is kept as step-000040.set-aside-3, " in said[-1]
     assert (tmp_path / "latest").read_text() == "step-000020\n"

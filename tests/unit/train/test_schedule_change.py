@@ -8,7 +8,7 @@ import pytest
 
 from megatron_chord.config import OptimConfig, RunConfig
 from megatron_chord.config_io import load_config, plain_settings
-from megatron_chord.train.course import changed_course
+from megatron_chord.train.schedule_change import schedule_change
 from megatron_chord.train.state import learning_rate_at
 from tests.support.ranks import ROOT
 
@@ -39,13 +39,13 @@ def test_a_restarted_schedule_has_the_same_horizon() -> None:
 def test_more_steps_say_what_the_rate_becomes() -> None:
     """At step 41, 41/61 of the old schedule and 41/101 of the new one have passed."""
     old = plain_settings(given("optim.schedule=linear", "steps=60"))
-    assert changed_course(old, given("optim.schedule=linear", "steps=100"), step=40) == (
+    assert schedule_change(old, given("optim.schedule=linear", "steps=100"), step=40) == (
         "optim.schedule linear now decays until step 100, not 60: the learning rate of step 41 is 0.000594, not "
         "0.000328. To keep the old schedule: optim.decay_steps=60 and optim.min_lr=RATE, a rate above 0 for the steps "
         "after 60"
     )
     floor = given("optim.schedule=linear", "steps=100", "optim.min_lr=1e-5")
-    remark = changed_course(old, floor, step=40)
+    remark = schedule_change(old, floor, step=40)
     assert remark is not None
     assert remark.endswith("To keep the old schedule: optim.decay_steps=60")
 
@@ -53,6 +53,6 @@ def test_more_steps_say_what_the_rate_becomes() -> None:
 def test_the_same_horizon_says_nothing() -> None:
     old = plain_settings(given("optim.schedule=cosine", "steps=60"))
     kept = given("optim.schedule=cosine", "steps=100", "optim.decay_steps=60", "optim.min_lr=1e-6")
-    assert changed_course(old, kept, step=40) is None
-    assert changed_course(plain_settings(given("steps=60")), given("steps=100"), step=40) is None
-    assert changed_course({}, given("optim.schedule=cosine"), step=40) is None
+    assert schedule_change(old, kept, step=40) is None
+    assert schedule_change(plain_settings(given("steps=60")), given("steps=100"), step=40) is None
+    assert schedule_change({}, given("optim.schedule=cosine"), step=40) is None

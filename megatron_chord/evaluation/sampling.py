@@ -85,7 +85,7 @@ class SuiteGraders:
             graders.close()
 
 
-def ask(
+def sample_answers(
     questions: Sequence[Question],
     servers: Servers,
     settings: ServerConfig,
@@ -114,7 +114,7 @@ def ask(
     with _Grading(files, graders, meter) as grading:
         while left:
             try:
-                _ask_once(left, late, servers, settings, grading)
+                _sample_once(left, late, servers, settings, grading)
             except (RolloutError, ServerError) as error:
                 if restarts == 0:
                     raise
@@ -123,7 +123,7 @@ def ask(
     return len(late)
 
 
-def _ask_once(
+def _sample_once(
     left: dict[int, Question], late: set[int], servers: Servers, settings: ServerConfig, grading: _Grading
 ) -> None:
     """One attempt. Removes the answered questions from ``left``, and moves those that took too long to ``late``."""

@@ -11,7 +11,7 @@ from megatron_chord.train.segments import horizon
 from megatron_chord.train.state import learning_rate_at
 
 
-def changed_course(before: Mapping[str, Any], run: RunConfig, *, step: int, since: int = 0) -> str | None:
+def schedule_change(before: Mapping[str, Any], run: RunConfig, *, step: int, since: int = 0) -> str | None:
     """A sentence that compares the old and the new learning rate of the next step. None if the schedule ends at the
     same step as before.
 
@@ -26,7 +26,9 @@ def changed_course(before: Mapping[str, Any], run: RunConfig, *, step: int, sinc
     if old is None or optim.schedule == "constant" or old == new:
         return None
     past = replace(optim, decay_steps=max(old, optim.warmup_steps + 1))
-    rates = [learning_rate_at(course, steps=run.steps, step=step, since=since) for course in (past, optim)]
+    rates = [
+        learning_rate_at(settings, steps=run.steps, step=step, since=since) for settings in (past, optim)
+    ]
     keep = f"optim.decay_steps={old}"
     if old < run.steps and optim.min_lr == 0:
         keep += f" and optim.min_lr=RATE, a rate above 0 for the steps after {old}"
