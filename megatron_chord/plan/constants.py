@@ -19,25 +19,25 @@ class Constants:
     benchmarks/planner_rows.yaml; all others come only from their sources."""
 
     bf16_floor: float = 1.74
-    """Time of a trainer's pass in BF16 over packs of short samples (RL), over the time at the BF16 peak, for a model of
-    unlimited width on one GPU. This and the next three: fitted."""
+    """Time of a trainer's pass in BF16 over packs of short samples (RL), divided by the time at the BF16 peak, for a
+    model of unlimited width on one GPU. This constant and the next three are fitted."""
     bf16_long_floor: float = 1.25
     """The same for long packs: training on demonstrations only (mu = 1), pre-training."""
     fp8_floor: float = 1.21
-    """The same in FP8, over packs of short samples. One row alone speaks for it: the start of the fit is the low end of
-    the speed-up of 1.2 to 1.5 for linear layers [MB-GUIDE], and still weighs in the result."""
+    """The same in FP8, over packs of short samples. Only one fitted row uses it, so the result still depends on the
+    start value of the fit: the low end of the speed-up of 1.2 to 1.5 for linear layers [MB-GUIDE]."""
     fp8_long_floor: float = 0.443
     """The same in FP8, over long packs."""
     width_cost: float = 3030.0
-    """Divided by the hidden size: time of what grows with the width and not with its square (norms, activation
-    functions, quantisation), over the time at the peak. Fitted."""
+    """This constant divided by the hidden size is the time of operations that grow with the width and not with its
+    square (norms, activation functions, quantisation), relative to the time at the peak. Fitted."""
     tensor_cost: float = 1470.0
-    """Multiplied by (TP - 1) / hidden size: time of tensor parallelism's communication, over the time at the peak.
-    Fitted."""
+    """This constant times (TP - 1) / hidden size is the time of tensor parallelism's communication, relative to the
+    time at the peak. Fitted."""
     expert_cost: float = 20800.0
-    """Multiplied by the copies of hidden states that a token sends to experts, over the parameters that multiply it:
-    time of sorting these copies, sending them to the experts and back, and adding them, over the time at the peak.
-    Fitted."""
+    """Time of sorting the copies of hidden states that a token sends to experts, sending them to the experts and back,
+    and adding them, relative to the time at the peak: this constant times the number of copies, divided by the number
+    of parameters that multiply the token. Fitted."""
     head_passes: float = HEAD_PASSES
     """From this trainer's code. 1 for other trainers, which compute all logits once."""
     context_factor: float = 0.97
@@ -51,7 +51,7 @@ class Constants:
     decode_all_reduce_s: float = 30e-6
     """Seconds of one all-reduce in a decode step under tensor parallelism; two per layer. Chosen by [RL-959]."""
     decode_all_reduce_apart_s: float = 7.45e-05
-    """The same where a server's GPUs lie on several nodes. Fitted."""
+    """The same if a server's GPUs are on several nodes. Fitted."""
     push_ipc: tuple[float, float] = (3.84, 13.9e9)
     """A weight push over CUDA IPC: fixed seconds, and bytes of the model per second. They are the two numbers that give
     5 s for 16.06 GB (8B) and 14 s for 141.1 GB (70B) [RL-959]."""
@@ -89,7 +89,7 @@ class Constants:
     peer_context_bytes: float = 0.5e9
     """Memory of the CUDA context that another process opens on a trainer's GPU for CUDA IPC: 0.3 to 0.5 GB."""
     host_process_bytes: float = 5e9
-    """Main memory of one rank or of one GPU of a server, apart from what is counted by itself. Assumed."""
+    """Main memory of one rank, or of one GPU of a server, without the parts that are counted separately. Assumed."""
     asleep_bytes: float = 3e9
     """Memory that a vLLM process keeps on its GPU while it sleeps: context, CUDA graphs, NCCL's buffers."""
 

@@ -32,9 +32,9 @@ class Server:
     """Bytes per parameter."""
     kv_dtype_bytes: float = 2
     flops_factor: float = 1.0
-    """Whether products are in FP8, whose peak rate is twice as high."""
+    """2 if matrix products are in FP8, whose peak rate is twice as high; otherwise 1."""
     spans_nodes: bool = False
-    """Whether the server's GPUs lie on several nodes."""
+    """True if the server's GPUs are on several nodes."""
 
 
 def sampling_seconds(

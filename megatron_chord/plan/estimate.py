@@ -95,11 +95,11 @@ class Case:
     """Share of each GPU's memory for vLLM."""
     cache_bytes: float | None = None
     overlap: bool = False
-    """Whether the next step is sampled while this step trains."""
+    """True if the next step is sampled while this step trains."""
     offload: bool = False
-    """Whether optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
+    """True if optimizer state, gradients and reference are moved off the GPU while servers sample on it."""
     stated_offload: bool | None = None
-    """``rollout.offload``; None if it is left out. For the search, which tries other splits of the nodes."""
+    """``rollout.offload``; None if it is not set. For the search, which tries other splits of the nodes."""
     transport: TransportName | Literal["auto"] = "auto"
     """``rollout.transport``"""
     push_limit_s: float | None = None
@@ -112,11 +112,11 @@ class Case:
     host_state_bytes: float = 0.0
     """Bytes for each parameter of these further states in main memory, where they are kept."""
     stages_checkpoints: bool = False
-    """Whether training goes on while a checkpoint is written, from a copy in main memory."""
+    """True if training continues while a checkpoint is written from a copy in main memory."""
     replays_routes: bool = True
-    """Whether a mixture of experts replays the servers' routes (``rollout.router_replay``)."""
+    """True if a mixture of experts replays the servers' routes (``rollout.router_replay``)."""
     partial: bool = False
-    """Whether ``rollout.partial`` is set. Its shorter steps are not modelled."""
+    """True if ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
 
     def __post_init__(self) -> None:
@@ -302,8 +302,9 @@ def case_of(
     """The case that the settings describe. Lengths that are not given are assumed.
 
     Args:
-        prompt_tokens: mean; a quarter of ``data.max_prompt_tokens`` where left out, and so for ``response_tokens``.
-            ``demonstration_tokens``: as long as the responses where left out.
+        prompt_tokens: mean. None: a quarter of ``data.max_prompt_tokens``.
+        response_tokens: likewise, of ``data.max_response_tokens``.
+        demonstration_tokens: likewise. None: as long as the responses.
 
     Raises:
         ValueError: settings or model cannot be used, or lengths exceed the settings' limits.
@@ -357,7 +358,7 @@ def case_of(
 
 
 def _offloads(run: RunConfig, cluster: Cluster) -> bool:
-    """The setting, or if it is left out, the value that ``train/engine.py`` chooses."""
+    """The setting, or if it is not set, the value that ``train/engine.py`` chooses."""
     stated = run.rollout.offload
     return cluster.colocated and run.rollout.asynchronous is None if stated is None else stated
 

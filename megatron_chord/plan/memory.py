@@ -56,7 +56,7 @@ class Training:
     """none, mlp or full."""
     numerics: Numerics = field(default_factory=Numerics)
     reference: bool = False
-    """Whether the weights of a reference policy are also kept."""
+    """True if the weights of a reference policy are also kept."""
 
     @property
     def local_tokens(self) -> float:

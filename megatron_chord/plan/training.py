@@ -72,7 +72,7 @@ def pass_cost(
     long_packs: bool = False,
     constants: Constants = CONSTANTS,
 ) -> float:
-    """Time of a pass over its time at the BF16 peak, before bubbles.
+    """Time of a pass relative to its time at the BF16 peak, without pipeline bubbles.
 
     Products of matrices grow with the square of the hidden size; element-wise work and communication grow with the
     hidden size. Relative to the products these two fall as 1 / hidden size. Where a model has experts, each layer also
