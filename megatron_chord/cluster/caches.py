@@ -19,7 +19,7 @@ def make_own_caches(environment: Mapping[str, str], shared: Path = _SHARED) -> N
     """Make the folders of ``VARIABLES`` that lie directly in ``shared``, for this user alone.
 
     Raises:
-        PermissionError: such a folder is of another user, is no folder, or others can write to it.
+        PermissionError: such a folder belongs to another user, is no folder, or others can write to it.
     """
     for name in VARIABLES:
         folder = Path(environment.get(name) or "/")
@@ -30,7 +30,7 @@ def make_own_caches(environment: Mapping[str, str], shared: Path = _SHARED) -> N
         is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if not is_own or stat.S_IMODE(status.st_mode) & 0o022:
             raise PermissionError(
-                f"{name} is {folder}, which should be a folder of user {os.getuid()} to which nobody else can write, "
-                f"but has mode {stat.filemode(status.st_mode)} and user {status.st_uid}: kernels in it are executed. "
-                f"Set {name} to another folder"
+                f"{name} is {folder}. It must be a folder of user {os.getuid()} that nobody else can write to, because "
+                f"the job executes the kernels in it, but it has mode {stat.filemode(status.st_mode)} and user "
+                f"{status.st_uid}. Set {name} to another folder"
             )

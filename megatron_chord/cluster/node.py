@@ -184,8 +184,8 @@ class _Node:
             (folder / PREEMPTED_FILE).touch()
             (folder / STOP_FILE).touch()
             if self._servers is not None:
-                # vLLM has the SIGTERM, too. It ends its engine, then waits for open requests that nobody answers. So
-                # each node kills its own servers.
+                # vLLM receives the SIGTERM, too. It ends its engine, and then waits for open requests that nobody
+                # answers. So each node kills its own servers.
                 self._servers.kill()
         return meaning == "end"
 
