@@ -25,7 +25,7 @@ export CHORD_CONTAINER_IMAGE="${CHORD_CONTAINER_IMAGE:-}"          # a pyxis ima
 export CHORD_CONTAINER_MOUNTS="${CHORD_CONTAINER_MOUNTS:-}"        # what it must see beside the repository
 export CHORD_JOBS="${CHORD_JOBS:-$CHORD_HOME/runs/jobs}"           # logs, one folder a job
 export CHORD_RUN="${CHORD_RUN:-examples/cluster/chord_llama70b.yaml}"
-export CHORD_ROLLOUT_NODES="${CHORD_ROLLOUT_NODES:-2}"             # of --nodes, those that only sample
+export CHORD_ROLLOUT_NODES="${CHORD_ROLLOUT_NODES:-2}"             # nodes (of --nodes) that only sample
 
 if [[ ! -f "$CHORD_HOME/slurm/lib/launch.sh" ]]; then
   echo "error: CHORD_HOME=$CHORD_HOME has no slurm/lib/launch.sh: submit from the repository's folder, or set CHORD_HOME" >&2

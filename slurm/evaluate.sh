@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 slurm/evaluate.sh /shared/runs/chord_qwen7b/policy --suite paper
 #   sbatch slurm/evaluate.sh /shared/models/Qwen2.5-7B-Instruct --suite my_suite.yaml server.tensor=2
 #
-# Before the time is up the job goes back to the queue, and goes on from the answers that it has.
+# Before its time limit the job goes back to the queue. When it runs again, it continues from the answers that it has.
 #
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
