@@ -354,7 +354,7 @@ BAD = [
     (lambda: case_of(run_of("chord_qwen7b"), h100(), response_tokens=20_000), "response tokens 20000"),
     (
         lambda: case_of(run_of("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
-        "beyond the model's 32768 positions",
+        "more than the model's 32768 positions",
     ),
     (lambda: case_of(run_of("chord_qwen7b", "batch.demonstrations=0"), h100()), "batch.demonstrations is 0"),
 ]
