@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 from megatron_chord.records import Rollout
+from megatron_chord.rollout.http_options import http_options
 from megatron_chord.rollout.replies import (
     NEVER_PUSHED,
     AcceptedVersions,
@@ -102,13 +103,11 @@ class RolloutClient:
         self.url = url
         self.api_key = api_key
         self._silence_s = silence_s
-        self._headers = {"Authorization": f"Bearer {api_key}"}
         self._retries = retries
         self._connect_timeout_s = connect_timeout_s
-        # trust_env=False: traffic on loopback must not go through a cluster's HTTP proxy.
         # No keep-alive: the server closes idle connections, and a request that is sent at that moment would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=limits)
+        self._http = httpx.Client(**http_options(url, api_key), limits=limits)
         self._closed = False
         self._sampling: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
         """Event loop and task of each running call of ``generate``."""
@@ -416,9 +415,7 @@ class RolloutClient:
     def _async_http(self) -> httpx.AsyncClient:
         """An HTTP client without a limit on connections; only connecting has a time limit."""
         return httpx.AsyncClient(
-            base_url=self.url,
-            headers=self._headers,
-            trust_env=False,
+            **http_options(self.url, self.api_key),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             timeout=httpx.Timeout(None, connect=self._connect_timeout_s),
         )

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 
+from megatron_chord.rollout.http_options import http_options
 from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.rollout.route_store import PATH
 from megatron_chord.routes import KeptRoutes, RemoteRoutes
@@ -63,14 +64,8 @@ def _read(batch: Sequence[KeptRoutes], keys: Mapping[str, str]) -> list[tuple[st
     if url not in keys:
         raise RolloutError(f"{where}: the server was replaced")
     try:
-        # trust_env=False: this traffic must not go through a cluster's HTTP proxy.
-        response = httpx.post(
-            url + PATH,
-            json={"keys": [kept.key for kept in batch]},
-            headers={"Authorization": f"Bearer {keys[url]}"},
-            timeout=_TIMEOUT_S,
-            trust_env=False,
-        )
+        with httpx.Client(**http_options(url, keys[url]), timeout=_TIMEOUT_S) as http:
+            response = http.post(PATH, json={"keys": [kept.key for kept in batch]})
     except httpx.TransportError as error:
         raise RolloutError(f"{where}: {type(error).__name__} {error}") from error
     if response.status_code != 200:

@@ -36,6 +36,7 @@ from megatron_chord.network import bound_socket, host_and_port, interface_of, lo
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.auth import KEY_VARIABLE, RequireKey
+from megatron_chord.rollout.http_options import http_options
 from megatron_chord.rollout.route_store import KeepRoutes
 from megatron_chord.rollout.vllm_entry import SOCKET_VARIABLE
 from megatron_chord.rollout.vllm_plugin import (
@@ -236,11 +237,7 @@ class RolloutServer:
         self._shared_memory: set[str] = set()
         """Names of the server's files in /dev/shm."""
         self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"},
-            trust_env=False,
-            timeout=5.0,
-            limits=httpx.Limits(max_keepalive_connections=0),
+            **http_options(url, api_key), timeout=5.0, limits=httpx.Limits(max_keepalive_connections=0)
         )
         atexit.register(self.stop)
 

@@ -41,7 +41,7 @@ class _Shared(RolloutEngine):
 
     def observed(self) -> dict[str, Any]:
         sleeps = [
-            httpx.get(f"{client.url}/is_sleeping", headers=client._headers, trust_env=False, timeout=240)
+            httpx.get(f"{client.url}/is_sleeping", headers=client._http.headers, trust_env=False, timeout=240)
             for client in self.clients
         ]
         return {
