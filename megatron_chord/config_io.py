@@ -38,6 +38,7 @@ from megatron_chord.config_nodes import (
     place,
     read_files,
     setting_names,
+    types_of,
 )
 from megatron_chord.config_suite import SuiteConfig
 
@@ -273,7 +274,7 @@ class _Reader:
             return self._dataclass(node, members(kind)[0], where)
         key = choice(kind)
         assert key
-        values = {value: member for member in members(kind) for value in get_args(_hints(member)[key])}
+        values = {value: member for member in members(kind) for value in get_args(types_of(member)[key])}
         chosen, default = child(node, key), default_choice(kind)
         if chosen is not None:
             field = _field(members(kind)[0], key)
@@ -294,7 +295,7 @@ class _Reader:
     ) -> Any:
         """``variant`` is the key and value that chose this dataclass, such as ``kind: phi``. ``forms``: all possible
         dataclasses."""
-        hints = _hints(kind)
+        hints = types_of(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         values: dict[str, Any] = {}
         before = len(self.findings)
@@ -310,7 +311,7 @@ class _Reader:
                 self._fail(key_node, f"{full} is now {MOVED[full]}")
             else:
                 chooser = variant.partition(":")[0]
-                having = [f"`{chooser}: {name}`" for name, form in forms.items() if key in _hints(form)]
+                having = [f"`{chooser}: {name}`" for name, form in forms.items() if key in types_of(form)]
                 elsewhere = meant_by(key, self._root)
                 hint = _hint(key, list(fields), where, variant, having, elsewhere)
                 self._fail(key_node, f"unknown setting {full!r}{hint}")
@@ -386,10 +387,6 @@ class _Reader:
             return kind(text.replace(".inf", "inf") if kind is float else text)
         except ValueError:
             raise self._fail(node, f"{where}: expected {kind.__name__}, got {text!r}") from None
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def _field(kind: type, name: str) -> dataclasses.Field[Any]:

@@ -7,10 +7,11 @@ value of one key, such as ``kind``, says which. Every node knows the file and li
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -62,19 +63,25 @@ def members(kind: Any) -> tuple[type, ...]:
     return parts if all(dataclasses.is_dataclass(part) for part in parts) else ()
 
 
+@functools.cache
+def types_of(block: type) -> Mapping[str, Any]:
+    """The types of a dataclass's settings. They are kept, because Python compiles every annotation at each call."""
+    return typing.get_type_hints(block)
+
+
 def choice(kind: Any) -> str | None:
     """The key whose value says which of several dataclasses a block is. None if a block can be only one dataclass.
 
     A single value that is given instead of the block is the value of this key.
     """
-    blocks = [typing.get_type_hints(member) for member in members(kind)]
+    blocks = [types_of(member) for member in members(kind)]
     if len(blocks) < 2:
         return None
     (name,) = (key for key in blocks[0] if _is_discriminator(key, blocks))
     return name
 
 
-def _is_discriminator(key: str, blocks: Sequence[dict[str, Any]]) -> bool:
+def _is_discriminator(key: str, blocks: Sequence[Mapping[str, Any]]) -> bool:
     """True if every value of ``key`` belongs to only one of the blocks."""
     if not all(get_origin(hints.get(key)) is Literal for hints in blocks):
         return False
@@ -291,7 +298,7 @@ def setting_names(kind: Any, where: str = "") -> set[str]:
     """The full names of all settings that a block of this type can have, such as ``optim.lr``. Blocks are included."""
     names: set[str] = set()
     for member in members(kind):
-        hints = typing.get_type_hints(member)
+        hints = types_of(member)
         for key, inner in ((field.name, hints[field.name]) for field in dataclasses.fields(member)):
             name = f"{where}.{key}" if where else key
             names |= {name, *setting_names(inner, name)}
@@ -312,7 +319,7 @@ def given_places(root: yaml.MappingNode, where: str = "") -> dict[str, str]:
 
 def _inner(kind: Any, key: Any) -> Any:
     """The type of the setting ``key`` in a block of type ``kind``; None if the block has no such setting."""
-    hints = (typing.get_type_hints(member) for member in members(kind))
+    hints = (types_of(member) for member in members(kind))
     return next((found[key] for found in hints if isinstance(key, str) and key in found), None)
 
 

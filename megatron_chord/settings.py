@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_chord import config, peers
-from megatron_chord.config_nodes import Dumper, choice, is_list, members
+from megatron_chord.config_nodes import Dumper, choice, is_list, members, types_of
 
 _WIDTH = 110
 _BASE = "Another YAML file. Its settings hold where this file has none. The path is relative to this file's folder."
@@ -69,7 +69,7 @@ def _tables(
         chosen_by: the key that chooses this dataclass among others, if there are others.
         others: further settings whose blocks are the same dataclass.
     """
-    hints = typing.get_type_hints(kind)
+    hints = types_of(kind)
     title = f"`{where}`" if where else "The run"
     if chosen_by:
         title += f" with `{chosen_by}: {_type_name(hints[chosen_by])}`"
@@ -83,7 +83,7 @@ def _tables(
 
 def _tables_of(kind: type, chosen: Sequence[dataclasses.Field[Any]], where: str) -> Iterator[str]:
     """The table of some of a dataclass's settings, then the tables of the blocks among them."""
-    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+    hints, docs = types_of(kind), _field_docs(kind)
     rows: list[tuple[str, ...]] = []
     for field in chosen:
         inner, name = hints[field.name], f"{where}.{field.name}" if where else field.name
@@ -124,11 +124,7 @@ def _shared_tables(blocks: Sequence[type], where: str, chosen_by: str | None) ->
     for base in bases:
         fields = _own_fields(base, chosen_by)
         if fields:
-            names = [
-                _type_name(typing.get_type_hints(block)[chosen_by])
-                for block in blocks
-                if issubclass(block, base)
-            ]
+            names = [_type_name(types_of(block)[chosen_by]) for block in blocks if issubclass(block, base)]
             yield f"## `{where}` with any `{chosen_by}` of {', '.join(f'`{name}`' for name in names)}"
             yield from _tables_of(base, fields, where)
 
@@ -186,7 +182,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _block(kind: type, indent: int, chosen_by: str | None = None) -> Iterator[str]:
     """The settings of one dataclass. ``chosen_by`` is the key that chooses it among others, if there are others."""
     margin = " " * indent
-    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+    hints, docs = types_of(kind), _field_docs(kind)
     fields = dataclasses.fields(kind)
     listed_as: dict[type, str] = {}
     for field in sorted(fields, key=lambda field: field.name != chosen_by):
@@ -281,7 +277,7 @@ def _type_name(kind: Any) -> str:
         return f"name: {_type_name(args[1])}"
     if blocks := members(args[0]) if typing.get_origin(kind) is tuple else ():
         key = choice(args[0])
-        names = [_type_name(typing.get_type_hints(block)[key]) for block in blocks] if key else []
+        names = [_type_name(types_of(block)[key]) for block in blocks] if key else []
         return f"list of blocks{f' of {key} ' if key else ''}{' | '.join(names)}"
     if typing.get_origin(kind) is tuple:
         return f"list of {_type_name(args[0])}"
