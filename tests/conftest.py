@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import OrderedDict
 from importlib.util import find_spec
 from typing import Any
@@ -42,6 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen: str = config.option.markexpr
     if "gpu" not in chosen or "not gpu" in chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Let torch compute on one thread in this process. Workers together have a thread for each core then.
+
+    With more threads than cores, OpenMP's threads wait for each other in busy loops. A loop over small products then
+    takes 10 times as much CPU time. Processes that tests start choose their number of threads themselves.
+    """
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
