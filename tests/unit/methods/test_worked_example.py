@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ import yaml
 
 from megatron_chord import config, config_methods
 from megatron_chord.config_io import ConfigError, load_config
+from megatron_chord.config_nodes import types_of
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.objective import objective
 from megatron_chord.losses.terms import TermTokens, empty_output
@@ -72,7 +73,7 @@ def words() -> set[str]:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Method]]:
     """The documented class with its settings, registered as the text says."""
     settings_source, source = blocks("python")
     namespace = dict(vars(config_methods))
@@ -85,7 +86,10 @@ def example(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     exec(compile(source, "docs/methods.md", "exec"), module.__dict__)
     kind: type[Method] = module.__dict__["RLWithSFT"]
     monkeypatch.setitem(table.METHODS, settings.name, kind)
-    return kind
+    types_of.cache_clear()
+    yield kind
+    monkeypatch.undo()
+    types_of.cache_clear()
 
 
 def tokens_of_term(samples: Sequence[TrainSample], term: str, start: int) -> TermTokens:
