@@ -478,6 +478,8 @@ def _cpu_environment(settings: ServerSettings) -> dict[str, str]:
         # With more threads the API server could not fork its engine (vllm_plugin.py).
         "OMP_NUM_THREADS": "1",
         ENGINE_THREADS: str(settings.cpu_threads),
+        # Threads that wait in busy loops take the cores of the trainer, the API server and other programs.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every server to core 0
         "TORCH_COMPILE_DISABLE": "1",  # vLLM would compile a few small functions for seconds at the first request
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # by default it grows about 1 MB a step (one entry per batch shape)

@@ -84,7 +84,9 @@ def check_engine_was_forked(session: int, log: str) -> None:
     """A forked engine has the environment with which its API server was started. A new interpreter would have two
     OpenMP threads in it, and would import for half a minute what the API server has already imported."""
     for pid in _session_processes(session):
-        assert b"\0OMP_NUM_THREADS=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes(), pid
+        environment = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+        assert b"\0OMP_NUM_THREADS=1\0" in environment, pid
+        assert b"\0OMP_WAIT_POLICY=PASSIVE\0" in environment, pid
     assert "OMP_NUM_THREADS=2 is set; leaving Torch threads at 2" in log
 
 
