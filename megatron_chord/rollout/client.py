@@ -138,10 +138,10 @@ class RolloutClient:
         Args:
             version: the weight version that must have sampled every token.
             may_advance: true if weights may be pushed during the call (``pause(mode="keep")``). Later versions are
-            then accepted, too. deadline_s: time limit for all requests together. The server aborts requests that are
-            unfinished then. on_done: called with the index of each request that is finished; not for requests that
-            were stopped. stop: when called, the server aborts these requests and no others. They return the tokens
-            sampled so far,
+                then accepted, too.
+            deadline_s: time limit for all requests together. The server aborts requests that are unfinished then.
+            on_done: called with the index of each request that is finished; not for requests that were stopped.
+            stop: when called, the server aborts these requests and no others. They return the tokens sampled so far,
                 possibly none, with the finish reason `abort`.
 
         Raises:
