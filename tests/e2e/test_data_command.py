@@ -41,7 +41,7 @@ def test_the_data_is_shown_without_megatron_and_without_colours(task: Path) -> N
     assert "prompts: 16 of 16 rows" in text
     assert "demonstrations: 5 of 16 rows" in text  # "#### from i = 5 on, "#### 2i+1" is a byte longer
     assert "11 over it (data.max_response_tokens)" in text
-    assert "5 of 5 problems of demonstrations are in prompts, too" in text
+    assert "5 of 5 problems of demonstrations are also in prompts" in text
     assert (
         "[~<|im_start|>user\n~]0 + 1 =[~<|im_end|>\n<|im_start|>assistant\n~]{+#### 1+}{~<|im_end|>~}" in text
     )

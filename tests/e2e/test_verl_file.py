@@ -41,7 +41,7 @@ def test_two_commands_bring_a_verl_file_to_a_training_step(tmp_path: Path) -> No
     shown = run_cli("data", str(task), *both)
     assert shown.returncode == 0, shown.stderr
     assert "prompts     " + str(file) + ": 8 of 8 rows; read as verl RL" in shown.stdout
-    assert "8 of 8 problems of demonstrations are in prompts, too" in shown.stdout
+    assert "8 of 8 problems of demonstrations are also in prompts" in shown.stdout
     assert f"0 + 1 ={ASK}[~<|im_end|>\n<|im_start|>assistant\n~]{{+#### 1+}}" in shown.stdout
 
     trained = run_cli("train", str(task), *both, "data.evaluation=null")
