@@ -26,6 +26,12 @@ def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
+def rope_kind(config: Mapping[str, Any]) -> Any:
+    """RoPE's type in config.json, such as ``yarn``. Without one: ``default``."""
+    stated = rope_parameters(config)
+    return stated.get("rope_type", stated.get("type", "default"))
+
+
 def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0, yarn: bool = False) -> Rope:
     """RoPE in Transformers 5's spelling (``rope_parameters``) or 4's (``rope_theta`` with ``rope_scaling``).
 
@@ -46,7 +52,7 @@ def read_rope(config: Mapping[str, Any], *, default_base: float = 10_000.0, yarn
         share != 1.0, config, f"RoPE on a part of the head (partial_rotary_factor {share}) is not supported"
     )
     base = float(of("rope_theta", default_base))
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = rope_kind(config)
     match kind:
         case "default":
             return Rope(base=base)

@@ -30,7 +30,7 @@ from typing import Literal, Self
 import httpx
 import torch
 
-from megatron_chord.families.settings import rope_parameters
+from megatron_chord.families.settings import rope_kind
 from megatron_chord.families.table import serving_config
 from megatron_chord.network import bound_socket, host_and_port, interface_of, loopback
 from megatron_chord.precision import Fp8Rollouts
@@ -382,8 +382,7 @@ def _check_model(model: Path, on_cpu: bool) -> None:
             f"the attention heads of {model} have {head_size} channels; without a GPU vLLM supports "
             f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
         )
-    stated = rope_parameters(config)
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = rope_kind(config)
     if on_cpu and config.get("kv_lora_rank") is not None and kind != "yarn":
         # vLLM computes YaRN with torch's operations, and other kinds with its own kernel for CPUs
         # (layers/rotary_embedding/base.py, forward_cpu). In FP32 its log-probs then differ from those of Transformers
