@@ -10,7 +10,7 @@ import httpx
 
 
 class HttpOptions(TypedDict):
-    """Keyword arguments of ``httpx.Client`` and ``httpx.AsyncClient``."""
+    """Keyword arguments of ``httpx.Client``."""
 
     base_url: str
     headers: dict[str, str]
@@ -25,14 +25,19 @@ def http_options(url: str, api_key: str) -> HttpOptions:
     """
     return HttpOptions(
         base_url=url,
-        headers={"Authorization": f"Bearer {api_key}"},
+        headers=authorization(api_key),
         trust_env=False,
-        verify=_certificates(),
+        verify=certificates(),
     )
 
 
+def authorization(api_key: str) -> dict[str, str]:
+    """The header with which a request shows the server's key."""
+    return {"Authorization": f"Bearer {api_key}"}
+
+
 @functools.cache
-def _certificates() -> ssl.SSLContext:
+def certificates() -> ssl.SSLContext:
     """The certificates that HTTPS servers are checked against.
 
     A client without this argument reads the file of all authorities again: 30 to 60 ms of CPU time for each server and

@@ -53,6 +53,7 @@ class Script:
     def __init__(self) -> None:
         self.answers: list[tuple[int, Any] | None] = []
         self.received: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.delay_s = 0.0
 
     def next(self, body: dict[str, Any]) -> tuple[int, Any] | None:
@@ -70,6 +71,7 @@ def script() -> Script:
 def client(script: Script) -> Iterator[RolloutClient]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            script.paths.append(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if self.headers["Authorization"] != f"Bearer {KEY}":
                 answer: tuple[int, Any] | None = (401, {"error": "Unauthorized"})
@@ -160,6 +162,13 @@ def test_a_good_reply(client: RolloutClient, script: Script) -> None:
     assert sent["token_ids"] == [5, 6]
     assert sent["sampling_params"]["n"] == 2
     assert sent["sampling_params"]["stop_token_ids"] == [2]
+
+
+def test_an_address_with_a_slash_at_its_end(client: RolloutClient, script: Script) -> None:
+    script.answers = [(200, GOOD)]
+    other = RolloutClient(client.url + "/", KEY)
+    assert len(other.generate([REQUEST], version=7, deadline_s=10)[0]) == 2
+    assert script.paths == ["/inference/v1/generate"]
 
 
 SHAPE = RouteShape(layers=3, experts=4, chosen=2, dense_layers=(0,))
@@ -466,7 +475,7 @@ def test_weights_of_the_servers_start(client: RolloutClient, script: Script) -> 
 def test_no_server_listens() -> None:
     client = RolloutClient("http://127.0.0.1:9", KEY)
     begun = time.monotonic()
-    with pytest.raises(RolloutError, match=r"http://127.0.0.1:9/.*ConnectError"):
+    with pytest.raises(RolloutError, match=r"http://127.0.0.1:9/.*ClientConnectorError"):
         client.generate([REQUEST], version=7, deadline_s=30)
     with pytest.raises(RolloutError, match="ConnectError"):
         client.weight_version()

@@ -46,6 +46,7 @@ COMMON = {
     "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",
     "math-verify": "0.9.0",
+    "aiohttp": "3.14.5",
     "httpx": "0.28.1",
     "msgspec": "0.22.0",
     "pyarrow": "26.0.1",
