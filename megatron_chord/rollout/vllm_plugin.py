@@ -2,7 +2,7 @@
 
 vLLM loads it in each of its processes. If ``MEGATRON_CHORD_DIE_WITH_PARENT`` is set, each process also asks the kernel
 to kill it when its parent dies, so that a killed trainer leaves no server behind. The trainer sets the variable only
-for servers that it starts. On a CPU, the engine of such a server is forked from the API server.
+for servers that it starts. On a CPU, the API server of such a server also forks its engine and inspects the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def register() -> None:
     if parent and int(parent) != os.getpid():
         _end_with(int(parent))
         os.environ[DIE_WITH_PARENT] = str(os.getpid())
-        _fork_engine_on_cpu()
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            _fork_engine()
+            _inspect_models_here()
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -64,16 +68,23 @@ def _end_with(pid: int) -> None:
     die_with_parent(None if has_other_parent else expected)
 
 
-def _fork_engine_on_cpu() -> None:
+def _inspect_models_here() -> None:
+    """Let this process, vLLM's API server, import the model's class itself.
+
+    vLLM otherwise starts an interpreter for a class that it meets for the first time, so that CUDA is not initialised
+    in the API server. This takes as long as the rest of the server's start.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda action: action()
+
+
+def _fork_engine() -> None:
     """Let this process, vLLM's API server, fork its engine.
 
     On a CPU vLLM otherwise starts the engine as a new interpreter, which imports again what the API server has already
     imported. That takes about half of the server's start.
     """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
     import torch
     from vllm.v1.engine import utils
 

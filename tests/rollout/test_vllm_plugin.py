@@ -1,11 +1,17 @@
-"""vLLM's API server forks its engine only if that is safe, and the engine does not share the server's signals."""
+"""vLLM's API server forks its engine only if that is safe, and the engine does not share the server's signals. It
+inspects a model without another interpreter."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from megatron_chord.rollout.vllm_plugin import DIE_WITH_PARENT
 
 THREAD = """
 import ctypes, threading, time
@@ -40,13 +46,30 @@ if os.fork() == 0:
 os.wait()
 """
 
+INSPECT = """
+import sys
+from megatron_chord.rollout import vllm_plugin
 
-def printed(program: str) -> str:
+vllm_plugin.register()
+from vllm.model_executor.models.registry import ModelRegistry
+
+programs = []
+sys.addaudithook(lambda event, arguments: programs.append(arguments[0]) if event == "subprocess.Popen" else None)
+print(ModelRegistry.models["Qwen2ForCausalLM"].inspect_model_cls().is_text_generation_model, programs)
+"""
+
+
+def printed(program: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(("name", "can"), [(b"", "True"), (b"ZMQbg/IO/0", "True"), (b"python", "False")])
@@ -56,3 +79,9 @@ def test_a_process_with_threads_of_its_own_is_not_forked(name: bytes, can: str) 
 
 def test_a_forked_process_dies_with_its_parent_and_keeps_its_signals() -> None:
     assert printed(FORK) == "True -1 True"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, vLLM inspects models in another process")
+def test_a_model_is_inspected_without_another_interpreter(tmp_path: Path) -> None:
+    environment = {DIE_WITH_PARENT: str(os.getpid()), "VLLM_CACHE_ROOT": str(tmp_path)}
+    assert printed(INSPECT, **environment) == "True []"
