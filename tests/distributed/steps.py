@@ -101,7 +101,9 @@ def updates(
             state = build(folder, parallel, reference=case.get("reference"), recompute=run.model.recompute)
             built = (made_of, state)
         state = built[1]
-        fill(state, case.get("old") or folder)
+        old: Path | None = case.get("old")
+        if old is not None:
+            fill(state, old)
         samples = with_scales(case["samples"], terms)
         plan = plan_step(
             drop_zero_gradient_parts(samples, terms, min_tokens=0) if case.get("drops") else samples,
@@ -118,7 +120,8 @@ def updates(
         batches = prepare_batches(
             state, plan.micro_batches[state.groups.data.rank], terms, temperature=temperature
         )
-        fill(state, folder)
+        if old is not None:
+            fill(state, folder)
         update = Update(weights=case["weights"], counts=plan.counts, noise=case.get("noise"))
         result = compute_gradients(state, batches, update, terms, temperature=temperature).result
         grads = {name: parameter.main_grad for name, parameter in state.parameters().items()}
