@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from megatron_chord.process_table import descendants
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.rollout.http_options import http_options
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 from tests.rollout.conftest import Servers
 from tests.support.listening import addresses
@@ -48,7 +46,7 @@ def test_progress_of_a_server_is_vllms_own_token_count(servers: Servers) -> None
 
     def num_tokens() -> float:
         async def ask() -> float | None:
-            async with httpx.AsyncClient(**http_options(server.url, server.api_key)) as http:
+            async with client._async_http() as http:
                 return await client._num_tokens(http, 30)
 
         found = asyncio.run(ask())
