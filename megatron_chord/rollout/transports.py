@@ -244,9 +244,7 @@ def without_expandable_segments() -> Iterator[None]:
 
 def export_cuda_buffer(buffer: Tensor) -> dict:
     """A CUDA IPC handle of a uint8 buffer as JSON values, for exactly one receiver."""
-    _, handle, size, offset, counter, counter_offset, event, event_sync = (
-        buffer.untyped_storage()._share_cuda_()
-    )
+    _, handle, size, offset, counter, counter_offset, event, _ = buffer.untyped_storage()._share_cuda_()
     return {
         "gpu": str(torch.cuda.get_device_properties(buffer.device).uuid),
         "handle": _text(handle),
@@ -255,14 +253,14 @@ def export_cuda_buffer(buffer: Tensor) -> dict:
         "counter": _text(counter),
         "counter_offset": counter_offset,
         "event": _text(event),
-        "event_sync": event_sync,
     }
 
 
 class CudaImports:
     """A worker's side of ``IpcTransport``: keeps each sender's buffer open until the sender replaces it.
 
-    torch expects exactly one opening and one closing of each export.
+    torch expects exactly one opening and one closing of each export. A worker maps the buffer into the address space of
+    its own GPU if this GPU can access the sender's (``_opening_device``).
     """
 
     def __init__(self) -> None:
@@ -276,7 +274,7 @@ class CudaImports:
         """
         if place not in self._open or self._open[place][0] != handle:
             self._open.pop(place, None)
-            self._open[place] = (handle, _open_cuda_buffer(handle))
+            self._open[place] = (handle, _open_cuda_buffer(handle, device))
         view = self._open[place][1]
         if view.numel() < num_bytes:
             raise ValueError(f"the sender exported {view.numel()} bytes, but {num_bytes} were announced")
@@ -285,21 +283,37 @@ class CudaImports:
         return copy
 
 
-def _open_cuda_buffer(handle: dict) -> Tensor:
-    gpus = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    if handle["gpu"] not in gpus:
-        raise ValueError(f"the sender's GPU {handle['gpu']} is not among this worker's: {', '.join(gpus)}")
+def _open_cuda_buffer(handle: dict, own: torch.device) -> Tensor:
+    """The sender's buffer (uint8). It is complete when it is announced, so that no event of the sender is awaited."""
     storage = torch.UntypedStorage._new_shared_cuda(
-        gpus[handle["gpu"]],
+        _opening_device(handle["gpu"], own),
         base64.b64decode(handle["handle"]),
         handle["size"],
         handle["offset"],
         base64.b64decode(handle["counter"]),
         handle["counter_offset"],
         base64.b64decode(handle["event"]),
-        handle["event_sync"],
+        False,
     )
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _opening_device(sender: str, own: torch.device) -> int:
+    """The number of the GPU in whose address space a worker opens a buffer of the GPU with the UUID ``sender``.
+
+    It is the worker's own GPU if this can access the sender's. cudaIpcOpenMemHandle maps memory of any GPU of the node
+    into the address space of the current device, over NVLink or PCIe. vLLM opens the buffers of its all-reduce in the
+    same way (distributed/device_communicators/all_reduce_utils.py). Otherwise it is the sender's GPU, on which torch
+    then creates a CUDA context of this worker, of 0.3 to 0.5 GB.
+
+    Raises ValueError if the sender's GPU is not visible.
+    """
+    gpus = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    if sender not in gpus:
+        raise ValueError(f"the sender's GPU {sender} is not among this worker's: {', '.join(gpus)}")
+    number = torch.cuda.current_device() if own.index is None else own.index
+    is_near = gpus[sender] == number or torch.cuda.can_device_access_peer(number, gpus[sender])
+    return number if is_near else gpus[sender]
 
 
 def _text(data: bytes) -> str:

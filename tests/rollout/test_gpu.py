@@ -164,6 +164,30 @@ def test_staging_memory_is_opened_by_another_process_with_expandable_segments() 
         torch._C._accelerator_setAllocatorSettings(before)
 
 
+def read_from_the_other_gpu(handle: dict) -> tuple[int, int]:
+    """What GPU 1 reads of a buffer on GPU 0, and by how many bytes the used memory of GPU 0 has grown."""
+    device = torch.device("cuda", 1)
+    torch.cuda.set_device(device)
+    torch.ones(1, device=device)
+    before = torch.cuda.device_memory_used(0)  # asks the driver (NVML) and creates no context
+    imports = CudaImports()
+    content = imports.copy((0, 0), handle, 4, device)
+    return int(content.sum()), torch.cuda.device_memory_used(0) - before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_worker_on_another_gpu_needs_no_context_on_the_senders() -> None:
+    """A context has 300 MB and more."""
+    if not torch.cuda.can_device_access_peer(1, 0):
+        pytest.skip("needs two GPUs that can access each other")
+    parcel = IpcTransport(0, 1, torch.device("cuda", 0)).make_room(1 << 22)
+    parcel.memory.fill_(3)
+    torch.cuda.synchronize(0)
+    ((content, grown),) = run_ranks(read_from_the_other_gpu, 1, parcel.fields["handles"][0])
+    assert content == 12
+    assert grown < 100e6
+
+
 def connect_alone(timeout_s: float) -> tuple[str, float, float]:
     """Connect one of two members over NCCL. Return the error, its seconds, and a sum that the GPU computes after it."""
     device, store = torch.device("cuda", 0), dist.HashStore()

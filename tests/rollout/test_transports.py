@@ -1,11 +1,16 @@
-"""Staging memory can be shared."""
+"""Staging memory can be shared, and opened without a CUDA context on the sender's GPU."""
 
 from __future__ import annotations
+
+import base64
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from megatron_chord.rollout.transports import without_expandable_segments
+from megatron_chord.rollout.transports import CudaImports, without_expandable_segments
 
 
 @pytest.mark.parametrize(
@@ -30,3 +35,36 @@ def test_expandable_segments_are_off_for_staging_memory_alone(settings: str, wit
         assert torch._C._accelerator_getAllocatorSettings() == settings
     finally:
         torch._C._accelerator_setAllocatorSettings(before)
+
+
+@pytest.mark.parametrize(
+    ("worker", "has_access", "opened_on"), [(0, True, 0), (1, True, 1), (1, False, 0), (0, False, 0)]
+)
+def test_a_buffer_is_opened_in_the_address_space_of_the_workers_own_gpu(
+    worker: int, has_access: bool, opened_on: int
+) -> None:
+    """GPU 0 has exported a buffer. torch creates a context on the GPU that it is told to open the buffer on. Only CUDA
+    is replaced here; tests/rollout/test_gpu.py measures the memory on two GPUs."""
+    asked: list[Any] = []
+
+    def open_buffer(*arguments: Any) -> torch.UntypedStorage:
+        asked.extend(arguments)
+        return torch.UntypedStorage(4)
+
+    handle = dict.fromkeys(("handle", "counter", "event"), base64.b64encode(b"x").decode())
+    with (
+        mock.patch("torch.cuda.device_count", return_value=2),
+        mock.patch("torch.cuda.get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu {index}")),
+        mock.patch("torch.cuda.can_device_access_peer", lambda own, other: has_access and own != other),
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch.object(torch.UntypedStorage, "_new_shared_cuda", open_buffer),
+        pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"),  # the copy to a GPU
+    ):
+        CudaImports().copy(
+            (0, 0),
+            handle | {"gpu": "gpu 0", "size": 4, "offset": 0, "counter_offset": 0},
+            4,
+            torch.device("cuda", worker),
+        )
+    assert asked[0] == opened_on
+    assert asked[-1] is False, "an event of the sender's GPU is not opened"
