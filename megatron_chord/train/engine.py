@@ -174,14 +174,15 @@ class RolloutEngine:
         if self._sync is None:
             self._sync = self._make_sync()
         if self._asleep:
-            self._groups.together(
-                _free_cached_memory
-            )  # all ranks first free the memory that torch has cached for activations
+            # All ranks first free the memory that torch has cached for activations.
+            self._groups.together(_free_cached_memory)
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["weights"])))
         with self._groups.pulse.phase("pushing"):
             report = self._sync.push(state.hf_tensors(), version, expected=state.expected_sums())
         self._sync_seconds += report.seconds
         if self._asleep:
+            # The gathered tensors are freed, but torch has cached their memory.
+            self._groups.together(_free_cached_memory)
             self._groups.once(lambda: self._each(lambda client: client.wake_up(tags=["kv_cache"])))
             self._asleep = False
         self._version = version

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import ParallelConfig, RolloutConfig, TimeoutsConfig
+from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.fleet import OwnServers
 from megatron_chord.rollout.sync import SyncError
 from megatron_chord.train.engine import RolloutEngine, count_own_servers
@@ -73,8 +76,9 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
     try:
         seen.append(engine.observed())
         state = build(folder, ParallelConfig(), groups=groups)
-        engine.push_weights(state, 0)
-        seen.append(engine.observed())
+        with _memory_calls() as calls:
+            engine.push_weights(state, 0)
+        seen.append(engine.observed() | {"memory": calls})
         engine.end_sampling()
         seen.append(engine.observed())
         before = engine.pids()
@@ -89,6 +93,26 @@ def life_of_an_engine(folder: Path, logs: Path) -> list[dict[str, Any]]:
     finally:
         engine.close()
     return seen
+
+
+@contextmanager
+def _memory_calls() -> Iterator[list[str]]:
+    """The calls that free torch's cached memory of a GPU, and those that let servers allocate theirs."""
+    calls: list[str] = []
+    wake_up = RolloutClient.wake_up
+
+    def waking(client: RolloutClient, tags: Any) -> None:
+        calls.append(" ".join(tags))
+        wake_up(client, tags=tags)
+
+    def free() -> None:
+        calls.append("free")
+
+    with (
+        mock.patch("megatron_chord.train.engine._free_cached_memory", free),
+        mock.patch.object(RolloutClient, "wake_up", waking),
+    ):
+        yield calls
 
 
 def _with_stale_embedding(state: TrainState) -> Any:
@@ -110,7 +134,12 @@ def test_servers_are_awaited_and_sleep_until_weights_come(tmp_path: Path) -> Non
     (seen,) = run_ranks(life_of_an_engine, 1, folder, tmp_path / "logs", timeout_s=5 * START_S)
     assert seen == [
         {"sleeps": [True, True], "version": [None, None]},
-        {"sleeps": [False, False], "version": [0, 0]},
+        {
+            "sleeps": [False, False],
+            "version": [0, 0],
+            # The memory of activations before the push, that of gathered tensors after it.
+            "memory": ["free", "weights", "weights", "free", "kv_cache", "kv_cache"],
+        },
         {"sleeps": [True, True], "version": [0, 0]},
         {"has room": True},
         {"sleeps": [False, False], "version": [1, 1], "replaced": 1, "kept": [True, False]},
