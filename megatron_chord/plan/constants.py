@@ -87,7 +87,9 @@ class Constants:
     server_bytes: float = 3e9
     """Memory of a vLLM process in addition to weights and KV cache: context, CUDA graphs, activations of prefill."""
     peer_context_bytes: float = 0.5e9
-    """Memory of the CUDA context that another process opens on a trainer's GPU for CUDA IPC: 0.3 to 0.5 GB."""
+    """Reserve on a trainer's GPU from which servers on other GPUs read weights by CUDA IPC: one CUDA context, of 0.3 to
+    0.5 GB. Workers map the memory into their own contexts (``rollout.transports``), so none is expected; not measured
+    yet."""
     host_process_bytes: float = 5e9
     """Main memory of one rank, or of one GPU of a server, without the parts that are counted separately. Assumed."""
     asleep_bytes: float = 3e9

@@ -2,13 +2,15 @@
 
 A decode step reads the weights once, and the keys and values of every running sequence. With many sequences its matrix
 products are the limit. Lengths follow an exponential distribution with the stated mean, cut off at the limit. One
-sequence of each server is assumed to reach the limit, so there is always a longest answer. See docs/planning.md,
-"Sampling".
+sequence of each server is assumed to reach the limit, so there is always a longest answer. With ``rollout.partial`` a
+step stops earlier (``decode_steps``). See docs/planning.md, "Sampling".
 """
 
 from __future__ import annotations
 
+import bisect
 import math
+import operator
 from dataclasses import dataclass
 
 from megatron_chord.costs.flops import decode_attention_flops
@@ -51,20 +53,62 @@ def sampling_seconds(
         return 0.0
     if server.kv_tokens < work.prompt_tokens + work.response_limit - 1:
         return math.inf
-    own = work.sequences / servers
+    stop, early = decode_steps(work), work.early_stop
+    prompts = work.prompts + (early.extra_prompts if early and not early.carries else 0)
+    # The steps in which running sequences may have begun: in this one, and in earlier ones if answers are carried.
+    ages = range(0, work.response_limit, stop) if early and early.carries else range(1)
+    own = prompts * work.rollouts / servers
     step = _DecodeStep(shape, server, constants)
     scale = exponential_scale(work.response_tokens, work.response_limit)
     seconds = 0.0
-    for position in range(work.response_limit):
-        live = max(own * math.exp(-position / scale), min(1.0, own)) if math.isfinite(scale) else own
-        length = work.prompt_tokens + position
+    for position in range(stop):
+        lengths = [age + position for age in ages if age + position < work.response_limit]
+        lives = [own * math.exp(-length / scale) for length in lengths]
+        live = max(sum(lives), min(1.0, own))
+        mean = sum(map(operator.mul, lives, lengths)) / sum(lives) if sum(lives) else position
+        length = work.prompt_tokens + mean
         running = max(min(live, server.kv_tokens / max(length, 1.0)), 1e-9)
         # Sequences that do not fit wait.
         seconds += max(live / running, 1.0) * step.seconds(running, length)
-    # The samples of one prompt share its prefill.
-    flops = 2 * active_count(shape) * work.prompts * work.prompt_tokens
+    # The samples of one prompt share its prefill. Carried answers are read again, with the new weights.
+    tokens = prompts * work.prompt_tokens
+    if early and early.carries:
+        carried = sum(age * math.exp(-age / scale) for age in ages)
+        tokens += early.extra_prompts * work.prompt_tokens + work.sequences * carried
     rate = servers * server.tensor * constants.decode_flops * server.gpu.peak_flops * server.flops_factor
-    return seconds + flops / rate
+    return seconds + 2 * active_count(shape) * tokens / rate
+
+
+def decode_steps(work: Work) -> int:
+    """Number of decode steps of a step's sampling: the length limit of a response, or fewer with ``rollout.partial``.
+
+    A prompt is finished when the longest of its responses is. Let M be the length of that, and e the extra prompts as a
+    share of the prompts. If unfinished prompts are dropped, sampling stops after D decode steps when 1 / (1 + e) of all
+    prompts are finished: P(M <= D) = 1 / (1 + e). If they are carried, a prompt takes part in ceil(M / D) steps, and
+    1 + e times as many prompts are sampled as begin in each step. So the mean of ceil(M / D) is 1 + e in the long run,
+    which is P(M > D) + P(M > 2 D) + ... = e. With ``max_carries`` c, a step waits for prompts that were carried c
+    times, of which one is assumed to reach the limit: D is at least the limit / (c + 1).
+    """
+    limit, early = work.response_limit, work.early_stop
+    if early is None:
+        return limit
+    scale = exponential_scale(work.response_tokens, limit)
+    extra = early.extra_prompts / work.prompts
+
+    def unfinished(position: int) -> float:
+        """P(M > position)"""
+        if position >= limit:
+            return 0.0
+        return 1 - (1 - math.exp(-position / scale)) ** work.rollouts
+
+    def is_enough(stop: int) -> bool:
+        if not early.carries:
+            return unfinished(stop) <= extra / (1 + extra)
+        return sum(map(unfinished, range(stop, limit, stop))) <= extra
+
+    # More steps finish more prompts, so the smallest number is found by bisection.
+    stop = 1 + bisect.bisect_left(range(1, limit), True, key=is_enough)
+    return stop if early.max_carries is None else max(stop, -(-limit // (early.max_carries + 1)))
 
 
 class _DecodeStep:

@@ -32,7 +32,7 @@ from megatron_chord.plan.memory import (
 )
 from megatron_chord.plan.push import job_transport, push_seconds
 from megatron_chord.plan.training import Speed, micro_batches, pass_seconds, reduction_seconds, speed
-from megatron_chord.plan.work import Work
+from megatron_chord.plan.work import EarlyStop, Work
 from megatron_chord.precision import Precision, preset
 from megatron_chord.rollout.sync import BUCKET_BYTES, TransportName
 from megatron_chord.train.setup import packing_layout
@@ -115,8 +115,6 @@ class Case:
     """True if training continues while a checkpoint is written from a copy in main memory."""
     replays_routes: bool = True
     """True if a mixture of experts replays the servers' routes (``rollout.router_replay``)."""
-    partial: bool = False
-    """True if ``rollout.partial`` is set. Its shorter steps are not modelled."""
     constants: Constants = CONSTANTS
 
     def __post_init__(self) -> None:
@@ -189,8 +187,9 @@ class Case:
 
     @property
     def peer_contexts(self) -> float:
-        """Bytes of the CUDA contexts that servers on the same node open on a trainer's GPU to read its weights."""
-        return (self.cluster.gpus_per_node - 1) * self.constants.peer_context_bytes if self.uses_ipc else 0.0
+        """Reserve in bytes on a trainer's GPU from which servers on other GPUs of the node read weights."""
+        has_peers = self.uses_ipc and self.cluster.gpus_per_node > 1
+        return self.constants.peer_context_bytes if has_peers else 0.0
 
     @property
     def push_buffers(self) -> float:
@@ -333,6 +332,7 @@ def case_of(
             updates=run.batch.updates_per_step,
             epochs=run.batch.epochs,
             passes=num_forward_passes(terms),
+            early_stop=_early_stop(run) if samples else None,
         ),
         numerics=Numerics.of(run.model.dtype, fp8=fp8.training is not None),
         weight_bytes=WEIGHT_BYTES[run.model.dtype],
@@ -351,9 +351,19 @@ def case_of(
         host_state_bytes=_MOMENTS_BYTES * (method.extra_rate(run) is not None)
         + _AVERAGE_BYTES * (method.averaging_rate(run) is not None),
         stages_checkpoints=run.checkpoint.asynchronous is not False,
-        partial=run.rollout.partial is not None,
         replays_routes=run.rollout.router_replay is not False,
         constants=constants,
+    )
+
+
+def _early_stop(run: RunConfig) -> EarlyStop | None:
+    rollout = run.rollout
+    if rollout.partial is None:
+        return None
+    return EarlyStop(
+        extra_prompts=rollout.extra_of(run.batch.prompts),
+        carries=rollout.carries,
+        max_carries=rollout.max_carries,
     )
 
 
@@ -607,8 +617,6 @@ def _warnings(case: Case) -> Iterator[str]:
             f"({case.push_limit_s:.0f} s): the run would end at its first push; use nodes that only sample "
             "(--rollout-nodes), or raise the limit"
         )
-    if case.partial:
-        yield "rollout.partial is not modelled: steps take less time than predicted"
 
 
 def _beyond(needed: float, gpu: Gpu) -> str:

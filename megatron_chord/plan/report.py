@@ -177,7 +177,7 @@ def _memory(case: Case, found: Estimate) -> Table:
     if found.server and cluster.colocated:
         table.add_row("vLLM, asleep", gb(case.constants.asleep_bytes))
         if case.uses_ipc:
-            table.add_row("CUDA contexts of the node's servers", gb(case.peer_contexts))
+            table.add_row("reserve for servers on other GPUs of the node", gb(case.peer_contexts))
             table.add_row("buffers of weight pushes", gb(case.push_buffers))
     table.add_row("training, together", gb(found.training_peak), end_section=True)
     if found.server:

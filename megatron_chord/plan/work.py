@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """``rollout.partial``: a step samples more prompts than it trains, and stops when enough of them are finished."""
+
+    extra_prompts: int
+    """Number of prompts in addition to those that are trained."""
+    carries: bool
+    """True if the next step continues the unfinished answers, False if they are dropped."""
+    max_carries: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """The work of one step. Lengths are means over samples, in tokens."""
 
@@ -25,6 +36,8 @@ class Work:
     epochs: int = 1
     passes: int = 0
     """Number of forward passes in addition to the training pass: old log-probs, log-probs of the reference."""
+
+    early_stop: EarlyStop | None = None
 
     @property
     def sequences(self) -> int:

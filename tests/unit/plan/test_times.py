@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -11,9 +12,9 @@ from megatron_chord.config import ParallelConfig
 from megatron_chord.costs.flops import train_flops
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.plan.constants import CONSTANTS
-from megatron_chord.plan.decoding import Server, exponential_scale, sampling_seconds
+from megatron_chord.plan.decoding import Server, decode_steps, exponential_scale, sampling_seconds
 from megatron_chord.plan.training import micro_batches, pass_cost, pass_seconds, reduction_seconds, speed
-from megatron_chord.plan.work import Work
+from megatron_chord.plan.work import EarlyStop, Work
 from tests.unit.plan.models import shape_of
 
 
@@ -259,3 +260,102 @@ def test_scale_of_the_lengths(mean: float, limit: int) -> None:
 
 def test_no_scale_reaches_the_limit() -> None:
     assert exponential_scale(100, 100) == math.inf
+
+
+def short(early_stop: EarlyStop | None, **changes: float) -> Work:
+    """100 prompts whose responses have 100 tokens on average, with hardly any limit."""
+    values = {"prompts": 100, "rollouts": 1, "response_tokens": 100, "response_limit": 10_000}
+    return dataclasses.replace(work(**values | changes), early_stop=early_stop)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "early_stop", "expected"),
+    [
+        (1, None, 10_000),
+        # With u = exp(-D / 100): u + u^2 + ... = u / (1 - u) = 1/4, so u = 1/5 and D = 100 ln 5 = 160.9.
+        (1, EarlyStop(extra_prompts=25, carries=True), 161),
+        # u = 1 - 1 / 1.25 = 1/5 as well.
+        (1, EarlyStop(extra_prompts=25, carries=False), 161),
+        # The longer of two: 2 u / (1 - u) - u^2 / (1 - u^2) = 1/4, which is 5 u^2 + 8 u = 1. So u = 0.11652 and
+        # D = 100 x 2.1497.
+        (2, EarlyStop(extra_prompts=25, carries=True), 215),
+        # (1 - u)^2 = 1 / 1.25, so u = 0.10557 and D = 100 x 2.2484.
+        (2, EarlyStop(extra_prompts=25, carries=False), 225),
+        # A prompt that was carried 9 times is awaited, and reaches the limit of 10,000 in its tenth step.
+        (1, EarlyStop(extra_prompts=25, carries=True, max_carries=9), 1000),
+        (1, EarlyStop(extra_prompts=25, carries=True, max_carries=99), 161),
+    ],
+)
+def test_an_early_stop_shortens_a_step(rollouts: int, early_stop: EarlyStop | None, expected: int) -> None:
+    assert decode_steps(short(early_stop, rollouts=rollouts)) == expected
+
+
+def test_responses_of_one_length_are_not_stopped() -> None:
+    early_stop = EarlyStop(extra_prompts=25, carries=True)
+    assert decode_steps(short(early_stop, response_tokens=50, response_limit=50)) == 50
+
+
+@pytest.mark.parametrize("carries", [True, False])
+def test_an_early_stop_agrees_with_a_naive_simulation(carries: bool) -> None:
+    """400 of 500 prompts with 4 responses each, step after step, as ``sampling.context`` draws and carries them."""
+    draw = random.Random(0)
+    scale = exponential_scale(300, 1000)
+
+    def longest() -> float:
+        return max(min(draw.expovariate(1 / scale), 1000) for _ in range(4))
+
+    left: list[float] = []
+    stops = []
+    for _ in range(60):
+        asked = left + [longest() for _ in range(500 - len(left))]
+        stop = sorted(asked)[399]
+        trained = [index for index, length in enumerate(asked) if length <= stop][:400]
+        rest = [max(0.0, length - stop) for index, length in enumerate(asked) if index not in trained]
+        left = rest if carries else []
+        stops.append(stop)
+    found = decode_steps(
+        short(
+            EarlyStop(extra_prompts=100, carries=carries),
+            prompts=400,
+            rollouts=4,
+            response_tokens=300,
+            response_limit=1000,
+        )
+    )
+    assert found == pytest.approx(sum(stops[20:]) / 40, rel=0.02)
+
+
+def test_carried_tokens_are_sampled_once() -> None:
+    """161 decode steps read the weights, instead of 10,000. Every step reads the keys and values of 64 beginning
+    sequences and of the carried ones. All their tokens together are those of 64 whole sequences. With q = exp(-1/100)
+    these are 64 / (1 - q) = 6432, with 64 q / (1 - q)^2 = 640,000 positions before them."""
+    early_stop = EarlyStop(extra_prompts=16, carries=True)
+    server = Server(gpu=GPUS["h100"], tensor=1, kv_tokens=10**9)
+    found = sampling_seconds(shape_of("llama-3.1-8b"), server, short(early_stop, prompts=64), servers=1)
+    bandwidth, flops = 0.7 * 3.35e12, 0.5 * 989e12
+    q = math.exp(-1 / 100)
+    positions = 64 * (100 / (1 - q) + q / (1 - q) ** 2)
+    # Prompts of 64 new and 16 carried sequences, and what these have already: 64 x 161 x (u + 2 u^2 + ...) tokens.
+    u = math.exp(-161 / 100)
+    read_again = 80 * 100 + 64 * 161 * u / (1 - u) ** 2
+    assert found == pytest.approx(
+        161 * (2 * 8_030_261_248 / bandwidth + CONSTANTS.decode_step_s)
+        + positions * 131072 / bandwidth
+        + 2 * 7.5047e9 * read_again / flops,
+        rel=1e-4,
+    )
+
+
+def test_dropped_answers_cost_time_only() -> None:
+    """80 sequences begin in every step, and 161 decode steps are made, with what is alive of them."""
+    early_stop = EarlyStop(extra_prompts=16, carries=False)
+    server = Server(gpu=GPUS["h100"], tensor=1, kv_tokens=10**9)
+    found = sampling_seconds(shape_of("llama-3.1-8b"), server, short(early_stop, prompts=64), servers=1)
+    bandwidth, flops = 0.7 * 3.35e12, 0.5 * 989e12
+    positions = sum(80 * math.exp(-at / 100) * (100 + at) for at in range(161))
+    assert found == pytest.approx(
+        161 * (2 * 8_030_261_248 / bandwidth + CONSTANTS.decode_step_s)
+        + positions * 131072 / bandwidth
+        + 2 * 7.5047e9 * 80 * 100 / flops,
+        rel=1e-4,
+    )
