@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from megatron_chord.rewards.kinds.base import RewardKind
@@ -44,32 +44,79 @@ class Graders:
         self.close()
 
     def close(self) -> None:
-        """Kill all workers. A running grade_all raises. May be called twice."""
+        """Kill all workers. Running calls of ``wait`` raise. May be called twice."""
         self._stack.close()
 
-    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
-        """One grade for each response, in their order. The terms grade at the same time.
+    def submit(self, response: Response) -> PendingGrade:
+        """Start to grade a response. From any thread.
+
+        Terms that grade lists (``batch_size``) do not start: their lists are cut from all responses of ``wait``.
 
         Raises:
             RuntimeError: closed.
         """
+        started: dict[str, Future[list[Grade]]] = {}
+        for name, pool in self._pools.items():
+            if not pool.takes_lists and self._terms[name].grades(response.source):
+                (started[name],) = pool.submit([response])
+        return PendingGrade(response=response, started=started)
 
-        def grades_of(name: str) -> dict[int, Grade]:
-            term = self._terms[name]
-            chosen = [i for i, response in enumerate(responses) if term.grades(response.source)]
-            return dict(zip(chosen, self._pools[name].grade_all([responses[i] for i in chosen]), strict=True))
+    def wait(self, pending: Sequence[PendingGrade]) -> list[Grade]:
+        """One grade for each response, in their order. The terms grade at the same time.
 
-        if len(self._pools) == 1:
-            found = {name: grades_of(name) for name in self._pools}
-        else:
-            with ThreadPoolExecutor(len(self._pools)) as threads:
-                found = dict(zip(self._pools, threads.map(grades_of, self._pools), strict=True))
+        Raises:
+            RuntimeError: closed.
+            TimeoutError: the workers of a term finished nothing for a long time.
+        """
+        submitted: dict[str, tuple[list[int], Sequence[Future[list[Grade]]]]] = {}
+        for name, pool in self._pools.items():
+            chosen = [i for i, item in enumerate(pending) if self._terms[name].grades(item.response.source)]
+            lists = pool.submit([pending[i].response for i in chosen]) if pool.takes_lists else None
+            submitted[name] = chosen, lists or [pending[i].started[name] for i in chosen]
+        try:
+            found = {
+                name: dict(zip(chosen, self._pools[name].wait(futures), strict=True))
+                for name, (chosen, futures) in submitted.items()
+            }
+        finally:
+            for _, futures in submitted.values():
+                for future in futures:
+                    future.cancel()
         return [
             combined(
                 {name: grades[i] for name, grades in found.items() if i in grades}, of_many=len(found) > 1
             )
-            for i in range(len(responses))
+            for i in range(len(pending))
         ]
+
+    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
+        """One grade for each response, in their order. Raises: as ``submit`` and ``wait``."""
+        return self.wait([self.submit(response) for response in responses])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PendingGrade:
+    """A response whose grading has been started."""
+
+    response: Response
+    started: Mapping[str, Future[list[Grade]]]
+    """By name, the terms that grade this response and have started, each with one grade."""
+
+    def is_done(self) -> bool:
+        """True if all started terms are done."""
+        return all(future.done() for future in self.started.values())
+
+    def error(self) -> str | None:
+        """The error of the first term that has failed so far; None if none has."""
+        for future in self.started.values():
+            if future.done() and not future.cancelled() and (error := future.result()[0].error) is not None:
+                return error
+        return None
+
+    def cancel(self) -> None:
+        """Do not grade the response, unless its grading has begun already."""
+        for future in self.started.values():
+            future.cancel()
 
 
 def combined(grades: dict[str, Grade], *, of_many: bool) -> Grade:

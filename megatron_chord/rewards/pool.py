@@ -5,8 +5,9 @@ reached over a socket. The pool measures the time, and kills and replaces a work
 has no score; it never counts as a wrong answer.
 
 Every worker belongs to one thread of the pool, for two reasons: gradings run at the same time, and the kernel's
-parent-death signal refers to the *thread* that started the child. An ``async`` grader gets several calls at a time.
-When its worker is lost, it is not known which call was the cause, so each call is repeated alone.
+parent-death signal refers to the *thread* that started the child. An ``async`` grader gets several calls at a time,
+and further ones while it works on others. When its worker is lost, it is not known which call was the cause, so each
+call is repeated alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -40,8 +42,10 @@ from megatron_chord.rewards.worker import MAX_STDERR_BYTES
 _START_TIMEOUT_S = 60.0
 _KILL_TIMEOUT_S = 5.0
 _GRACE_S = 2.0  # additional time for the worker of an `async` grader, which ends late calls by itself
+_LOOK_S = 0.05  # between two looks for another call, while an `async` grader has room for one
 _ATTEMPTS = 2  # a worker may be killed for a reason other than its text: by the kernel or an operator
 _MAX_REPLY_BYTES = 1 << 24
+_CLOSED = "the grader pool is closed"
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX")
 
@@ -84,7 +88,7 @@ class GraderPool:
         self._reward = reward
         self._on_grade = on_grade
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._one_batch = threading.Lock()
+        self._last_finished = -math.inf
         self._lock = threading.Lock()  # for the two attributes below
         self._closed = False
         self._running: set[_Worker] = set()
@@ -101,27 +105,71 @@ class GraderPool:
             refused = [failure for failure in failures if isinstance(failure, RewardRefused)]
             raise (refused or [RuntimeError(f"a grader process did not start: {failures[0]}")])[0]
 
-    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
-        """Grades of responses, in their order. From any thread; calls wait for each other.
+    @property
+    def takes_lists(self) -> bool:
+        """True if one call of the grader has several responses."""
+        return self._reward.list_size is not None
+
+    def submit(self, responses: Sequence[Response]) -> list[Future[list[Grade]]]:
+        """Start to grade responses. From any thread, also while others are being graded; calls begin in their order.
+
+        Returns:
+            One future for each call of the grader, in the order of the responses. ``wait`` reads them. Cancelling one
+            has an effect only before its call begins.
 
         Raises:
             RuntimeError: the pool is closed.
         """
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         size = 1
         if self._reward.list_size is not None:  # no more threads than are needed to keep every worker busy
             size = max(1, min(self._reward.list_size, math.ceil(len(responses) / self._reward.workers)))
-        with self._one_batch:
-            batch = _Batch(len(responses))
-            for start in range(0, len(responses), size):
-                self._calls.put(_Call(batch, start, responses[start : start + size]))
-            try:
-                self._wait(batch)
-            finally:
-                batch.cancelled = True  # an exception from a signal handler must not leave unfinished work
-        return [grade for grade in batch.grades if grade is not None]
+        calls = [_Call(responses[start : start + size]) for start in range(0, len(responses), size)]
+        for call in calls:
+            self._calls.put(call)
+        return [call.grades for call in calls]
+
+    def wait(self, submitted: Sequence[Future[list[Grade]]]) -> list[Grade]:
+        """The grades of submitted responses, in their order.
+
+        Raises:
+            RuntimeError: the pool is closed.
+            TimeoutError: the pool finished no grading for ``longest_grading_s``.
+        """
+        limit_s, start = longest_grading_s(self._reward.timeout_s), time.monotonic()
+        found: list[Grade] = []
+        for number, future in enumerate(submitted):
+            while True:
+                try:
+                    found += future.result(timeout=1.0)
+                    break
+                except TimeoutError:
+                    if self._closed:
+                        raise RuntimeError(_CLOSED) from None
+                    if time.monotonic() - max(start, self._last_finished) > limit_s:
+                        raise TimeoutError(
+                            f"{len(submitted) - number} of {len(submitted)} calls of the grader are open, and none was "
+                            f"finished for {limit_s:g} s"
+                        ) from None
+        if self._closed:  # its workers were killed, which fails their gradings
+            raise RuntimeError(_CLOSED)
+        return found
+
+    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
+        """Grades of responses, in their order. From any thread.
+
+        Raises: as ``submit`` and ``wait``.
+        """
+        submitted = self.submit(responses)
+        try:
+            return self.wait(submitted)
+        finally:
+            for future in submitted:  # an exception from a signal handler must not leave unfinished work
+                future.cancel()
 
     def close(self) -> None:
-        """Kill the workers. A running grade_all raises. May be called twice."""
+        """Kill the workers. Running calls of ``wait`` and ``grade_all`` raise. May be called twice."""
         with self._lock:
             self._closed = True
             for worker in self._running:
@@ -146,20 +194,6 @@ class GraderPool:
         with self._lock:
             return [worker.process.pid for worker in self._running]
 
-    def _wait(self, batch: _Batch) -> None:
-        limit_s = longest_grading_s(self._reward.timeout_s)
-        missing, deadline = batch.missing, time.monotonic() + limit_s
-        while batch.missing and not self._closed:
-            if batch.missing < missing:
-                missing, deadline = batch.missing, time.monotonic() + limit_s
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{missing} of {len(batch.grades)} gradings are open, and none was finished for {limit_s:g} s"
-                )
-            batch.finished.wait(1.0)
-        if batch.missing:
-            raise RuntimeError("the grader pool is closed")
-
     def _serve(self, started: queue.SimpleQueue[Exception | None]) -> None:
         worker_queue = _WorkerQueue(self._reward.timeout_s, self._start, self._stop, self._finish)
         try:
@@ -176,20 +210,21 @@ class GraderPool:
                 except queue.Empty:
                     break
                 going_on = call is not None
-                if call is not None and not call.batch.cancelled and not self._closed:
+                if call is not None and not self._closed and call.grades.set_running_or_notify_cancel():
                     worker_queue.take(call)
-            worker_queue.step()
+            worker_queue.step(_LOOK_S if going_on and worker_queue.has_room else math.inf)
         worker_queue.stop()
 
-    def _finish(self, call: _Call, grades: Sequence[Grade]) -> None:
-        call.batch.put(call.start, grades)
+    def _finish(self, call: _Call, grades: list[Grade]) -> None:
+        self._last_finished = time.monotonic()
+        call.grades.set_result(grades)
         for _ in grades:
             self._on_grade()
 
     def _start(self) -> _Worker:
         with self._lock:
             if self._closed:
-                raise _WorkerLostError("the grader pool is closed")
+                raise _WorkerLostError(_CLOSED)
             worker = _Worker(self._reward)
             self._running.add(worker)
         try:
@@ -213,7 +248,7 @@ class _WorkerQueue:
         timeout_s: float,
         start: Callable[[], _Worker],
         stop: Callable[[_Worker], None],
-        finish: Callable[[_Call, Sequence[Grade]], None],
+        finish: Callable[[_Call, list[Grade]], None],
     ) -> None:
         self._timeout_s = timeout_s
         self._start = start
@@ -265,18 +300,20 @@ class _WorkerQueue:
         except (RewardRefused, _WorkerLostError, OSError) as error:
             self._lost(str(error))
 
-    def step(self) -> None:
-        """Wait for one answer, or for a deadline."""
+    def step(self, timeout_s: float) -> None:
+        """Wait for one answer, or for a deadline; ``timeout_s`` at most."""
         if not self._open and self._again:
             self.take(self._again.popleft())
         if not self._open:
             return
         assert self._worker is not None
+        deadline, now = min(self._deadlines.values()), time.monotonic()
         try:
-            number, grades = self._worker.receive_grades(min(self._deadlines.values()))
+            number, grades = self._worker.receive_grades(min(deadline, now + timeout_s))
             self._close(number, grades)
         except TimeoutError:
-            self._late()
+            if deadline <= now + timeout_s:
+                self._late()
         except (_WorkerLostError, OSError) as error:
             self._lost(str(error))
 
@@ -313,7 +350,7 @@ class _WorkerQueue:
         del self._open[number], self._deadlines[number]
         self._again.append(call)
 
-    def _close(self, number: int, grades: Sequence[Grade]) -> None:
+    def _close(self, number: int, grades: list[Grade]) -> None:
         call = self._open.pop(number)
         del self._deadlines[number]
         self._finish(call, grades)
@@ -323,29 +360,12 @@ class _WorkerLostError(Exception):
     """The process has ended, or its answers are malformed."""
 
 
-class _Batch:
-    def __init__(self, size: int) -> None:
-        self.grades: list[Grade | None] = [None] * size
-        self.missing = size
-        self.cancelled = False
-        self.finished = threading.Event()
-        self._lock = threading.Lock()
-
-    def put(self, start: int, grades: Sequence[Grade]) -> None:
-        with self._lock:
-            self.grades[start : start + len(grades)] = grades
-            self.missing -= len(grades)
-        if not self.missing:
-            self.finished.set()
-
-
 @dataclass(eq=False)
 class _Call:
-    """Responses of a batch that a grader gets in one call."""
+    """Responses that a grader gets in one call, and their grades."""
 
-    batch: _Batch
-    start: int
     responses: Sequence[Response]
+    grades: Future[list[Grade]] = field(default_factory=Future[list[Grade]])
     attempts: int = 0
     """Number of attempts that have failed."""
 

@@ -131,7 +131,7 @@ class RolloutClient:
         version: int,
         deadline_s: float,
         may_advance: bool = False,
-        on_done: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, tuple[Rollout, ...]], None] | None = None,
         stop: Stop | None = None,
     ) -> list[tuple[Rollout, ...]]:
         """Sample all requests concurrently. The result has the order of `requests`.
@@ -141,7 +141,8 @@ class RolloutClient:
             may_advance: true if weights may be pushed during the call (``pause(mode="keep")``). Later versions are
                 then accepted, too.
             deadline_s: time limit for all requests together. The server aborts requests that are unfinished then.
-            on_done: called with the index of each request that is finished; not for requests that were stopped.
+            on_answer: called in this thread with the index of each request that is finished, and its samples; not for
+                requests that were stopped. ``generate`` raises its exception.
             stop: when called, the server aborts these requests and no others. They return the tokens sampled so far,
                 possibly none, with the finish reason `abort`.
 
@@ -151,7 +152,7 @@ class RolloutClient:
         """
         accepted = AcceptedVersions(version, may_advance)
         try:
-            return asyncio.run(self._generate(requests, accepted, deadline_s, on_done, stop))
+            return asyncio.run(self._generate(requests, accepted, deadline_s, on_answer, stop))
         except asyncio.CancelledError:
             raise RolloutError(f"{self.url}: the client was closed while it sampled") from None
 
@@ -322,7 +323,7 @@ class RolloutClient:
         requests: Sequence[GenerateRequest],
         version: AcceptedVersions,
         deadline_s: float,
-        on_done: Callable[[int], None] | None,
+        on_answer: Callable[[int, tuple[Rollout, ...]], None] | None,
         stop: Stop | None,
     ) -> list[tuple[Rollout, ...]]:
         num_done = 0
@@ -335,8 +336,8 @@ class RolloutClient:
             nonlocal num_done
             rollouts = await self._sample(http, requests[index], version, running, stopped)
             num_done += 1
-            if on_done is not None and all(rollout.finish_reason != "abort" for rollout in rollouts):
-                on_done(index)
+            if on_answer is not None and all(rollout.finish_reason != "abort" for rollout in rollouts):
+                on_answer(index, rollouts)
             return rollouts
 
         self._sampling.add((loop, task))

@@ -24,10 +24,9 @@ from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_json, rollout_of
 from megatron_chord.sampling.rounds import (
     GradedRollouts,
+    Grading,
     RolloutRequest,
     Sampling,
-    Shaping,
-    grade,
     graded_before,
     sample,
     sample_seed,
@@ -208,7 +207,9 @@ class StepContext:
         graded = self._answered(
             requests,
             sampling,
-            lambda: self._sample(requests, sampling, stop_after=count if total > count else None),
+            lambda grading: self._sample(
+                requests, sampling, grading, stop_after=count if total > count else None
+            ),
             max_error_rate=run.reward.max_error_rate,
             count=count,
         )
@@ -261,7 +262,7 @@ class StepContext:
         graded = self._answered(
             requests,
             sampling,
-            lambda: self._sample(requests, sampling),
+            lambda grading: self._sample(requests, sampling, grading),
             max_error_rate=run.reward.max_error_rate,
         )
         self.graded += graded.values()
@@ -284,13 +285,13 @@ class StepContext:
             )
             for item in drawn
         ]
-        return list(self._answered(requests, None, lambda: answers, max_error_rate=1.0).values())
+        return list(self._answered(requests, None, lambda _: answers, max_error_rate=1.0).values())
 
     def _answered(
         self,
         requests: Sequence[RolloutRequest],
         sampling: Sampling | None,
-        answers: Callable[[], Sequence[tuple[Rollout, ...]]],
+        answers: Callable[[Grading], Sequence[tuple[Rollout, ...]]],
         *,
         max_error_rate: float,
         count: int | None = None,
@@ -298,7 +299,7 @@ class StepContext:
         """The graded rollouts by index in ``requests``, in order.
 
         They are sampled and graded now, or taken from the recorded rounds. With ``count``, only the first ``count``
-        requests that are complete are returned.
+        requests that are complete are returned. ``answers`` may add answers to the grading while others are sampled.
         """
         run = self._run
 
@@ -307,25 +308,32 @@ class StepContext:
             limit = run.data.max_response_tokens
             return reward_of(grade, text, length=length, truncated=truncated, reward=run.reward, limit=limit)
 
+        def complete(sampled: Sequence[tuple[Rollout, ...]]) -> list[int]:
+            return [
+                index
+                for index, request in enumerate(requests)
+                if count is None or replace(request, partial_rollouts=sampled[index]).is_answered
+            ][:count]
+
         if self._recorded is None:
-            sampled, recorded = list(answers()), None
+            takes_all = count is None or count == len(requests)
+            with Grading(
+                requests,
+                template=self.template,
+                graders=self._engine.graders,
+                max_error_rate=max_error_rate,
+                num_answers=len(requests) * sampling.num_samples if sampling and takes_all else None,
+            ) as grading:
+                sampled = list(answers(grading))
+                taken = complete(sampled)
+                with self._timer.phase("grade"):
+                    self._notify("grading")
+                    graded = grading.finish(taken, sampled, shaping)
         else:
             if not self.has_more_recorded():
                 raise ValueError("the step requests more sampling rounds than the checkpoint has recorded")
             sampled, recorded = answers_to(requests, sampling, self._recorded.pop(0))
-        taken = [
-            index
-            for index, request in enumerate(requests)
-            if count is None or replace(request, partial_rollouts=sampled[index]).is_answered
-        ][:count]
-        if recorded is None:
-            graded = self._grade(
-                [requests[i] for i in taken],
-                [sampled[i] for i in taken],
-                shaping,
-                max_error_rate=max_error_rate,
-            )
-        else:
+            taken = complete(sampled)
             graded = graded_before(
                 [requests[i] for i in taken],
                 [sampled[i] for i in taken],
@@ -352,9 +360,28 @@ class StepContext:
         )
 
     def _sample(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, *, stop_after: int | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        grading: Grading,
+        *,
+        stop_after: int | None = None,
     ) -> list[tuple[Rollout, ...]]:
+        """Sample the requests, and start to grade the answers as they arrive.
+
+        Of more than ``stop_after`` complete requests some are not used. So those that are complete late are not graded
+        before it is known which are.
+        """
+        wanted = len(requests) if stop_after is None else stop_after
+
+        def add(index: int, rollouts: tuple[Rollout, ...], num_complete: int) -> None:
+            if num_complete <= wanted:
+                grading.add(index, rollouts)
+            self._notify(f"sampling {num_complete}/{wanted} prompts")
+
         with self._timer.phase("sample"):
+            for index in [i for i, request in enumerate(requests) if request.is_answered][:wanted]:
+                grading.add(index, requests[index].partial_rollouts)
             return sample(
                 self._engine.clients,
                 requests,
@@ -362,27 +389,8 @@ class StepContext:
                 version=self.version,
                 deadline_s=self._run.timeouts.sampling_s,
                 may_advance=self._engine.may_advance,
-                on_done=lambda done: self._notify(f"sampling {done}/{stop_after or len(requests)} prompts"),
+                on_group=add,
                 stop_after=stop_after,
-            )
-
-    def _grade(
-        self,
-        requests: Sequence[RolloutRequest],
-        sampled: Sequence[tuple[Rollout, ...]],
-        shaping: Shaping,
-        *,
-        max_error_rate: float,
-    ) -> list[GradedRollouts]:
-        with self._timer.phase("grade"):
-            self._notify("grading")
-            return grade(
-                requests,
-                sampled,
-                template=self.template,
-                graders=self._engine.graders,
-                max_error_rate=max_error_rate,
-                shaping=shaping,
             )
 
 

@@ -6,14 +6,16 @@ import hashlib
 import itertools
 import statistics
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
 
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.records import Prompt, Rollout, Span
-from megatron_chord.rewards.graders import Graders
+from megatron_chord.rewards.graders import Graders, PendingGrade
 from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import RolloutClient, Stop
@@ -96,7 +98,7 @@ def sample(
     version: int,
     deadline_s: float,
     may_advance: bool = False,
-    on_done: Callable[[int], None] | None = None,
+    on_group: Callable[[int, tuple[Rollout, ...], int], None] | None = None,
     stop_after: int | None = None,
 ) -> list[tuple[Rollout, ...]]:
     """Sample the rollouts of every request, in the order of the requests. They are spread round-robin over the servers.
@@ -105,13 +107,15 @@ def sample(
         version: the weight version that must have sampled every new token. Tokens sampled earlier (partial rollouts)
             keep their version.
         may_advance: whether weights may be pushed during the call. If so, later versions are accepted, too.
-        on_done: called with the number of complete requests, each time that one more is complete.
+        on_group: called as soon as one more request is complete, with its index, its rollouts and the number of
+            complete requests. Not for those that were complete before. From any thread.
         stop_after: if given, sampling stops as soon as this number of requests is complete, including all with
             ``is_awaited``. The other requests return their unfinished rollouts, with the finish reason `abort`, or an
             empty tuple if nothing was sampled.
 
     Raises:
         RolloutError: a request failed, also after retries. A step never continues with a part of its batch.
+        Exception: that of ``on_group``.
     """
     answered = [request.is_answered for request in requests]
 
@@ -123,17 +127,29 @@ def sample(
         return [request.partial_rollouts for request in requests]
     parts = [part for index, request in enumerate(requests) for part in _parts_of(index, request, sampling)]
     missing = Counter(part.index for part in parts)
+    found = [list(request.partial_rollouts) for request in requests]
     lock, stop = threading.Lock(), Stop()
 
-    def count(part: _RequestPart) -> None:
+    def put(part: _RequestPart, rollouts: tuple[Rollout, ...]) -> None:
+        if part.sample is None:
+            found[part.index] = list(rollouts)
+        else:
+            found[part.index][part.sample] = _joined(
+                requests[part.index].partial_rollouts[part.sample],
+                rollouts[0],
+                has_all_routes=part.http_request.first_routed == 0,
+            )
+
+    def receive(part: _RequestPart, rollouts: tuple[Rollout, ...]) -> None:
         with lock:
+            put(part, rollouts)
             missing[part.index] -= 1
             answered[part.index] = missing[part.index] == 0
-            has_another, num_answered, ends = answered[part.index], sum(answered), may_stop()
-        if has_another and on_done is not None:
-            on_done(num_answered)
+            is_complete, num_answered, ends = answered[part.index], sum(answered), may_stop()
         if ends:
             stop()
+        if is_complete and on_group is not None:
+            on_group(part.index, tuple(found[part.index]), num_answered)
 
     def serve(server: int) -> list[tuple[Rollout, ...]]:
         share = parts[server :: len(clients)]
@@ -142,7 +158,7 @@ def sample(
             version=version,
             deadline_s=deadline_s,
             may_advance=may_advance,
-            on_done=lambda index: count(share[index]),
+            on_answer=lambda index, rollouts: receive(share[index], rollouts),
             stop=stop if stop_after is not None else None,
         )
 
@@ -152,17 +168,9 @@ def sample(
     finally:
         # Do not wait for the threads: after a signal the server is stopped next, which ends their requests.
         pool.shutdown(wait=False, cancel_futures=True)
-    found = [list(request.partial_rollouts) for request in requests]
     for index, part in enumerate(parts):
-        rollouts = shares[index % len(clients)][index // len(clients)]
-        if part.sample is None:
-            found[part.index] = list(rollouts)
-        else:
-            found[part.index][part.sample] = _joined(
-                requests[part.index].partial_rollouts[part.sample],
-                rollouts[0],
-                has_all_routes=part.http_request.first_routed == 0,
-            )
+        if not answered[part.index]:
+            put(part, shares[index % len(clients)][index // len(clients)])
     return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
 
 
@@ -244,36 +252,133 @@ def _joined_routes(first: Routes | None, second: Routes | None) -> Routes | None
     return None if first is None or second is None else joined([first, second])
 
 
-def grade(
-    requests: Sequence[RolloutRequest],
-    sampled: Sequence[tuple[Rollout, ...]],
-    *,
-    template: ChatTemplate,
-    graders: Graders,
-    max_error_rate: float,
-    shaping: Shaping | None = None,
-) -> list[GradedRollouts]:
-    """Decode and grade every rollout: the assistant's whole turn (``ChatTemplate.turn``).
+class Grading:
+    """The grading of one round. It may begin while other answers are still sampled. Use it as a context manager.
 
-    Without ``shaping`` the rewards are the scores.
-
-    Raises:
-        TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
+    Each answer is decoded and graded as the assistant's whole turn (``ChatTemplate.turn``). The grades do not depend on
+    when an answer was added.
     """
-    texts = _texts(requests, sampled, template)
-    responses = [
-        response_to(request, rollout, text)
-        for request, rollouts, group in zip(requests, sampled, texts, strict=True)
-        for rollout, text in zip(rollouts, group, strict=True)
-    ]
-    grades = graders.grade_all(responses)
-    errors = [grade.error for grade in grades if grade.error is not None]
-    if len(errors) > max_error_rate * len(grades):
-        raise TooManyGraderErrors(
-            f"{len(errors)} of {len(grades)} gradings failed (reward.max_error_rate {max_error_rate}); "
+
+    def __init__(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        template: ChatTemplate,
+        graders: Graders,
+        max_error_rate: float,
+        num_answers: int | None = None,
+    ) -> None:
+        """
+        Args:
+            num_answers: number of answers that ``finish`` will get, if it is known before. ``add`` then raises as soon
+                as too many gradings have failed.
+        """
+        self._requests = requests
+        self._template = template
+        self._graders = graders
+        self._max_error_rate = max_error_rate
+        self._num_answers = num_answers
+        self._groups: dict[int, _PendingGroup] = {}
+        """By index in ``requests``."""
+        self._has_ended = False
+        self._lock = threading.Lock()  # for the two attributes below
+        self._unchecked: deque[PendingGrade] = deque()
+        self._errors: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Cancel the gradings that have not begun. There are none after ``finish``."""
+        self._has_ended = True
+        for index in list(self._groups):
+            self._cancel(index)
+
+    def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
+        """Start to grade the complete rollouts of ``requests[index]``. From any thread, once for each request.
+
+        It has no effect after the end of the block: when one server fails, others may still sample.
+
+        Raises:
+            TooManyGraderErrors: more gradings than ``max_error_rate`` of ``num_answers`` have failed so far.
+            RuntimeError: the graders are closed.
+        """
+        if self._has_ended:
+            return
+        request = self._requests[index]
+        texts = _texts(request, rollouts, self._template)
+        grades = tuple(
+            self._graders.submit(response_to(request, rollout, text))
+            for rollout, text in zip(rollouts, texts, strict=True)
+        )
+        self._groups[index] = _PendingGroup(texts=texts, grades=grades)
+        if self._num_answers is not None:
+            self._check(grades, self._num_answers)
+
+    def finish(
+        self, taken: Sequence[int], sampled: Sequence[tuple[Rollout, ...]], shaping: Shaping | None = None
+    ) -> list[GradedRollouts]:
+        """The graded rollouts of the requests with the indices ``taken``, in that order. Other requests do not count.
+
+        Args:
+            sampled: the rollouts of every request. Those that were not added before are graded now.
+            shaping: without it the rewards are the scores.
+
+        Raises:
+            TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
+            RuntimeError: the graders are closed.
+        """
+        self._num_answers = None  # all errors are counted below
+        for index in set(self._groups) - set(taken):
+            self._cancel(index)
+        for index in taken:
+            if index not in self._groups:
+                self.add(index, sampled[index])
+        groups = [self._groups[index] for index in taken]
+        grades = self._graders.wait([grade for group in groups for grade in group.grades])
+        errors = [grade.error for grade in grades if grade.error is not None]
+        if len(errors) > self._max_error_rate * len(grades):
+            raise self._too_many(errors, len(grades))
+        return _assembled(
+            [self._requests[index] for index in taken],
+            [sampled[index] for index in taken],
+            [group.texts for group in groups],
+            grades,
+            shaping,
+        )
+
+    def _check(self, grades: Sequence[PendingGrade], num_answers: int) -> None:
+        with self._lock:
+            self._unchecked += grades
+            while self._unchecked and self._unchecked[0].is_done():
+                error = self._unchecked.popleft().error()
+                if error is not None:
+                    self._errors.append(error)
+            if len(self._errors) > self._max_error_rate * num_answers:
+                raise self._too_many(self._errors, num_answers)
+
+    def _too_many(self, errors: Sequence[str], num_answers: int) -> TooManyGraderErrors:
+        return TooManyGraderErrors(
+            f"{len(errors)} of {num_answers} gradings failed (reward.max_error_rate {self._max_error_rate}); "
             f"the first error: {errors[0]}"
         )
-    return _assembled(requests, sampled, texts, grades, shaping)
+
+    def _cancel(self, index: int) -> None:
+        for grade in self._groups[index].grades:
+            grade.cancel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PendingGroup:
+    """One request's decoded answers, whose gradings have been started."""
+
+    texts: tuple[str, ...]
+    grades: tuple[PendingGrade, ...]
 
 
 def graded_before(
@@ -284,8 +389,9 @@ def graded_before(
     template: ChatTemplate,
     shaping: Shaping,
 ) -> list[GradedRollouts]:
-    """Like ``grade``, but with existing grades: one for each rollout of every request, in order."""
-    return _assembled(requests, sampled, _texts(requests, sampled, template), grades, shaping)
+    """Like ``Grading.finish``, but with existing grades: one for each rollout of every request, in order."""
+    texts = [_texts(request, group, template) for request, group in zip(requests, sampled, strict=True)]
+    return _assembled(requests, sampled, texts, grades, shaping)
 
 
 def response_to(request: RolloutRequest, rollout: Rollout, text: str) -> Response:
@@ -308,16 +414,10 @@ def response_of(prompt: Prompt, text: str, finish_reason: str, num_tokens: int) 
     )
 
 
-def _texts(
-    requests: Sequence[RolloutRequest], sampled: Sequence[tuple[Rollout, ...]], template: ChatTemplate
-) -> list[tuple[str, ...]]:
-    return [
-        tuple(
-            template.turn(request.prompt.token_ids, request.prefix + rollout.token_ids)
-            for rollout in rollouts
-        )
-        for request, rollouts in zip(requests, sampled, strict=True)
-    ]
+def _texts(request: RolloutRequest, rollouts: Sequence[Rollout], template: ChatTemplate) -> tuple[str, ...]:
+    return tuple(
+        template.turn(request.prompt.token_ids, request.prefix + rollout.token_ids) for rollout in rollouts
+    )
 
 
 def _assembled(

@@ -14,10 +14,10 @@ from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.sampling.rounds import (
     GradedRollouts,
+    Grading,
     RolloutRequest,
     Sampling,
     TooManyGraderErrors,
-    grade,
     part_means,
     sample,
     sample_seed,
@@ -111,7 +111,7 @@ def evaluate(
     """Sample and grade answers to the ``problems`` as ``held_out`` says.
 
     Raises:
-        TooManyGraderErrors: no answer could be graded.
+        TooManyGraderErrors: no answer could be graded, or more gradings failed than ``reward.max_error_rate`` allows.
     """
     sampling = Sampling(
         num_samples=held_out.samples,
@@ -125,16 +125,22 @@ def evaluate(
         RolloutRequest(prompt=problem, seed=sample_seed(run.seed, stream, index))
         for index, problem in enumerate(problems)
     ]
-    sampled = sample(
-        clients,
+    with Grading(
         requests,
-        sampling,
-        version=version,
-        deadline_s=run.timeouts.sampling_s,
-    )
-    graded = grade(
-        requests, sampled, template=template, graders=graders, max_error_rate=run.reward.max_error_rate
-    )
+        template=template,
+        graders=graders,
+        max_error_rate=run.reward.max_error_rate,
+        num_answers=len(requests) * sampling.num_samples,
+    ) as grading:
+        sampled = sample(
+            clients,
+            requests,
+            sampling,
+            version=version,
+            deadline_s=run.timeouts.sampling_s,
+            on_group=lambda index, rollouts, _: grading.add(index, rollouts),
+        )
+        graded = grading.finish(range(len(requests)), sampled)
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
     if not scores:
         raise TooManyGraderErrors(f"none of the evaluation's {len(problems)} problems could be graded")

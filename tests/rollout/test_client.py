@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_chord.records import Rollout
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError, StaleWeights
 from megatron_chord.routes import RouteShape
@@ -151,9 +152,9 @@ MALFORMED = {
 
 def test_a_good_reply(client: RolloutClient, script: Script) -> None:
     script.answers = [(200, GOOD)]
-    done: list[int] = []
-    replies = client.generate([REQUEST, REQUEST], version=7, deadline_s=10, on_done=done.append)
-    assert sorted(done) == [0, 1]
+    answered: dict[int, tuple[Rollout, ...]] = {}
+    replies = client.generate([REQUEST, REQUEST], version=7, deadline_s=10, on_answer=answered.__setitem__)
+    assert answered == dict(enumerate(replies))
     assert len(replies) == 2
     stopped, cut = replies[0]
     assert (stopped.token_ids, stopped.finish_reason) == ((9, 2), "stop")
@@ -343,13 +344,13 @@ def test_a_stop_aborts_these_requests_and_returns_what_there_is(
     monkeypatch.setattr(script, "next", answer)
     done: list[int] = []
 
-    def is_enough(index: int) -> None:
+    def is_enough(index: int, rollouts: tuple[Rollout, ...]) -> None:
         done.append(index)
         stop()
 
     long = replace(REQUEST, max_tokens=8)
     first, *rest = client.generate(
-        [REQUEST, long, long], version=7, deadline_s=10, on_done=is_enough, stop=stop
+        [REQUEST, long, long], version=7, deadline_s=10, on_answer=is_enough, stop=stop
     )
     assert done == [0]
     assert [rollout.finish_reason for rollout in first] == ["stop", "length"]

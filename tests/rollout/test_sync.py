@@ -242,18 +242,19 @@ def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient,
         target=lambda: undisturbed.append(client.generate(others, version=pushed, deadline_s=DEADLINE_S))
     )
     beside.start()
-    done: list[int] = []
+    told: list[tuple[int, tuple[Rollout, ...], int]] = []
     first = sample(
         [client, client],
         asks,
         sampling,
         version=pushed,
         deadline_s=DEADLINE_S,
-        on_done=done.append,
+        on_group=lambda *group: told.append(group),
         stop_after=2,
     )
     beside.join()
-    assert done == [1, 2]
+    assert [number for _, _, number in told] == [1, 2]
+    assert {index: rollouts for index, rollouts, _ in told} == {2: first[2], 3: first[3]}
     assert [len(group) for group in first] == [4, 4, 4, 4]
     assert [{rollout.finish_reason for rollout in group} for group in first] == [
         {"abort"},

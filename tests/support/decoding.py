@@ -30,7 +30,7 @@ class DecodingClient:
         version: int,
         deadline_s: float,
         may_advance: bool = False,
-        on_done: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, tuple[Rollout, ...]], None] | None = None,
         stop: Stop | None = None,
     ) -> list[tuple[Rollout, ...]]:
         self.asked += requests
@@ -48,9 +48,16 @@ class DecodingClient:
                     answer.write()
             for index in [index for index in running if all(answer.reason for answer in answers[index])]:
                 running.remove(index)
-                if on_done is not None:
-                    on_done(index)
-        return [tuple(answer.rollout(version) for answer in group) for group in answers]
+                if on_answer is not None:
+                    on_answer(index, self._rollouts(requests[index], answers[index], version))
+        return [
+            self._rollouts(request, group, version) for request, group in zip(requests, answers, strict=True)
+        ]
+
+    def _rollouts(
+        self, request: GenerateRequest, answers: Sequence[_Answer], version: int
+    ) -> tuple[Rollout, ...]:
+        return tuple(answer.rollout(version) for answer in answers)
 
 
 class _Answer:

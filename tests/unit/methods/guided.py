@@ -18,10 +18,10 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.rewards.response import Response
 from megatron_chord.sampling.context import Engine, Sources, StepContext
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
+from tests.support.grading import GradersAtOnce
 from tests.support.tiny import tiny_run
 
 WRONG, RIGHT, BROKEN = 50, 51, 59
@@ -84,7 +84,7 @@ def scripted_draw(
         clients=[_Client(answers)],  # type: ignore[list-item]
         version=0,
         template=_Template(),  # type: ignore[arg-type]
-        graders=_Graders(),  # type: ignore[arg-type]
+        graders=GradersAtOnce(lambda response: GRADES[int(response.text.split()[-1])]),  # type: ignore[arg-type]
     )
     sources = Sources(
         prompts=prompts,
@@ -103,11 +103,6 @@ class _Template:
 
     def turn(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         return " ".join(map(str, response_ids))
-
-
-class _Graders:
-    def grade_all(self, responses: Sequence[Response]) -> list[Grade]:
-        return [GRADES[int(response.text.split()[-1])] for response in responses]
 
 
 class _Client:

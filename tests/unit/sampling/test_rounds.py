@@ -55,12 +55,14 @@ def reasons(groups: Sequence[tuple[Rollout, ...]]) -> list[list[str]]:
 
 
 def test_it_stops_when_enough_prompts_are_answered() -> None:
-    done: list[int] = []
-    groups = sampled(DecodingClient(LENGTHS), asks(), stop_after=2, on_done=done.append)
+    told: list[tuple[int, tuple[Rollout, ...], int]] = []
+    groups = sampled(
+        DecodingClient(LENGTHS), asks(), stop_after=2, on_group=lambda *group: told.append(group)
+    )
     # 102 is answered at token 4 and 100 at token 5.
     assert lengths(groups) == [[3, 5], [2, 5], [4, 4], [5, 5]]
     assert reasons(groups) == [["stop", "stop"], ["stop", "abort"], ["stop", "stop"], ["abort", "abort"]]
-    assert done == [1, 2]
+    assert told == [(2, groups[2], 1), (0, groups[0], 2)]
 
 
 def test_without_enough_everything_is_answered() -> None:
@@ -167,16 +169,13 @@ def test_a_continued_answer_has_the_routes_of_both_parts() -> None:
     routed = replace(SAMPLING, routes=shape)
 
     class Routing(DecodingClient):
-        def generate(self, requests: Any, *, version: int, **settings: Any) -> Any:
-            replies = super().generate(requests, version=version, **settings)
-            found = []
-            for request, rollouts in zip(requests, replies, strict=True):
-                before = len(request.prompt_ids) - 1 - request.first_routed
-                rows = [before + len(rollout.token_ids) for rollout in rollouts]
-                routes = [np.full((count, 1, 1), version, np.uint8) for count in rows]
-                pairs = zip(rollouts, routes, strict=True)
-                found.append(tuple(replace(rollout, routes=own) for rollout, own in pairs))
-            return found
+        def _rollouts(self, request: Any, answers: Any, version: int) -> tuple[Rollout, ...]:
+            rollouts = super()._rollouts(request, answers, version)
+            before = len(request.prompt_ids) - 1 - request.first_routed
+            rows = [before + len(rollout.token_ids) for rollout in rollouts]
+            routes = [np.full((count, 1, 1), version, np.uint8) for count in rows]
+            pairs = zip(rollouts, routes, strict=True)
+            return tuple(replace(rollout, routes=own) for rollout, own in pairs)
 
     first = sampled(Routing(LENGTHS), asks(), sampling=routed, stop_after=2)
     client = Routing(LENGTHS)

@@ -8,11 +8,11 @@ import pytest
 
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.records import Message, Prompt, Rollout
+from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
-from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.sampling.context import reward_of
-from megatron_chord.sampling.rounds import RolloutRequest, grade
+from megatron_chord.sampling.rounds import Grading, RolloutRequest
 from tests.support import stock
 
 QUESTION: Message = {"role": "user", "content": "What does an open <think> tag do? 2 + 2?"}
@@ -47,22 +47,21 @@ def test_tool_calls_and_rules_of_form_are_earned(reasoner: ChatTemplate) -> None
     answers = [f"I add.\n</think>\n{CALL}", CALL, f"<think>I add.\n</think>\n{CALL}"]
     rollouts = tuple(rollout(reasoner, text) for text in answers)
     asks = [RolloutRequest(prompt=prompt, seed=0)]
-    with GraderPool(ToolCallsReward(think="required", workers=1, timeout_s=30)) as pool:
-        (graded,) = grade(asks, [rollouts], template=reasoner, graders=pool, max_error_rate=0)
+    with Graders(ToolCallsReward(think="required", workers=1, timeout_s=30)) as graders:
+        grading = Grading(asks, template=reasoner, graders=graders, max_error_rate=0)
+        (graded,) = grading.finish([0], [rollouts])
     assert graded.texts == tuple(f"<think>\n{text}" for text in answers)
     # The second answer never closes its block, and the third opens another.
     assert graded.rewards == (1.0, 0.0, 0.0)
 
     reward = MathReward(workers=1, timeout_s=30, format="chord")
-    with GraderPool(reward) as pool:
+    with Graders(reward) as graders:
         prompt = Prompt(id="1", messages=(QUESTION,), truth="4", token_ids=prompt.token_ids)
         rollouts = tuple(rollout(reasoner, text) for text in ("Twos.\n</think>\n5", "5"))
-        (graded,) = grade(
-            [RolloutRequest(prompt=prompt, seed=0)],
+        asks = [RolloutRequest(prompt=prompt, seed=0)]
+        (graded,) = Grading(asks, template=reasoner, graders=graders, max_error_rate=0).finish(
+            [0],
             [rollouts],
-            template=reasoner,
-            graders=pool,
-            max_error_rate=0,
             shaping=lambda grade, text, rollout, length: reward_of(
                 grade, text, length=length, truncated=False, reward=reward, limit=99
             ),

@@ -24,6 +24,7 @@ from megatron_chord.train import remote_routes
 from megatron_chord.train.arrays import with_replaced
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from tests.support.decoding import END, DecodingClient
+from tests.support.grading import GradersAtOnce
 from tests.support.tiny import tiny_run
 
 COUNT = 60
@@ -80,9 +81,7 @@ class Steps:
                 demonstration_cursor=None,
             ),
         )
-        graders: Any = SimpleNamespace(
-            grade_all=lambda responses: [Grade(float(len(item.text) % 2), None) for item in responses]
-        )
+        graders: Any = GradersAtOnce(lambda response: Grade(float(len(response.text) % 2), None))
         log: Any = SimpleNamespace(write_samples=self.rows.__setitem__, doing=lambda text: None)
         self.coordinator = Coordinator(
             run,
