@@ -20,7 +20,7 @@ import pytest
 from megatron_chord.config import PartialConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rewards.graders import Graders
+from megatron_chord.rewards.graders import Graders, PendingGrade
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade, GraderPool
@@ -314,31 +314,30 @@ def context_of(client: Any, graders: Graders, *, extra: float, recorded: Any = N
 
 
 def test_answers_that_are_stopped_are_neither_graded_nor_counted(folder: Path) -> None:
-    """Two of four prompts are wanted. The others' answers are stopped; a grader that got one would fail."""
-    (folder / "my.py").write_text(
-        MODULE
-        + "def complete(response):\n    assert response.num_tokens == 2, response.text\n    return 1.0\n"
-    )
+    """Two of four prompts are wanted. The first one's answers are stopped. The last one's are complete, but only after
+    the stop."""
     order, _ = Cursor(name="prompts", size=8, seed=0, data="").take(4)
-    graded_calls: list[int] = []
+    submitted: list[str] = []
+
+    class Noting(Graders):
+        def submit(self, response: Response) -> PendingGrade:
+            submitted.append(response.text)
+            return super().submit(response)
 
     def answers(number: int, aborted: threading.Event) -> Sequence[Sequence[int]]:
         if number in order[1:3]:
             return group(number)
         assert aborted.wait(LIMIT_S)
-        return [number + 50], [number + 60]
+        return group(number) if number == order[3] else ([number + 50], [number + 60])
 
-    with (
-        Graders(function(folder, "complete"), on_grade=lambda: graded_calls.append(1)) as graders,
-        recorded_server(answers) as client,
-    ):
+    with Noting(function(folder, "judge")) as graders, recorded_server(answers) as client:
         context = context_of(client, graders, extra=1.0)
         found = context.groups(2, samples=2)
         again = context_of(client, graders, extra=1.0, recorded=list(map(to_json, context.rounds)))
         assert again.groups(2, samples=2) == found, "from a checkpoint"
     assert [drawn.prompt.id for drawn, _ in found] == [str(number) for number in order[1:3]]
-    assert all(item.grades == (Grade(1.0), Grade(1.0)) for _, item in found)
-    assert len(graded_calls) == 4
+    assert [item.rewards for _, item in found] == [(26.0, 26.5), (11.0, 11.5)]
+    assert sorted(submitted) == sorted(text for _, item in found for text in item.texts)
     (done,) = context.rounds
     assert [len(grades) for grades in done.grades] == [0, 2, 2, 0]
     assert [item.prompt.id for item in context.sources.unfinished] == [str(order[0]), str(order[3])]
