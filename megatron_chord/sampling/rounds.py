@@ -343,7 +343,7 @@ class Grading:
         grades = self._graders.wait([grade for group in groups for grade in group.grades])
         errors = [grade.error for grade in grades if grade.error is not None]
         if len(errors) > self._max_error_rate * len(grades):
-            raise self._too_many(errors, len(grades))
+            raise self._too_many(str(len(errors)), len(grades), errors[0])
         return _assembled(
             [self._requests[index] for index in taken],
             [sampled[index] for index in taken],
@@ -360,12 +360,12 @@ class Grading:
                 if error is not None:
                     self._errors.append(error)
             if len(self._errors) > self._max_error_rate * num_answers:
-                raise self._too_many(self._errors, num_answers)
+                raise self._too_many(f"at least {len(self._errors)}", num_answers, self._errors[0])
 
-    def _too_many(self, errors: Sequence[str], num_answers: int) -> TooManyGraderErrors:
+    def _too_many(self, failed: str, num_answers: int, first: str) -> TooManyGraderErrors:
         return TooManyGraderErrors(
-            f"{len(errors)} of {num_answers} gradings failed (reward.max_error_rate {self._max_error_rate}); "
-            f"the first error: {errors[0]}"
+            f"{failed} of {num_answers} gradings failed (reward.max_error_rate {self._max_error_rate}); "
+            f"the first error: {first}"
         )
 
     def _cancel(self, index: int) -> None:

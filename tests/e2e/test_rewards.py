@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import statistics
 import threading
 from collections.abc import Iterator
@@ -195,7 +196,11 @@ def test_failed_gradings_are_no_data_and_too_many_of_them_stop_the_run(
     error = "KeyError: 'level' (faulty.py:10)"
     assert code == 69
     assert message.startswith("TooManyGraderErrors: ")
-    assert f"8 of 8 gradings failed (reward.max_error_rate 0.25); the first error: {error}" in message
+    # How many have failed when the last answers arrive depends on how fast the server is.
+    expected = (
+        rf"[3-8] of 8 gradings failed \(reward.max_error_rate 0.25\); the first error: {re.escape(error)}"
+    )
+    assert re.search(expected, message)
     (row,) = metrics_of(tmp_path / "out")
     assert row["grader_errors"] == 2
     # Graded were 0, 2, 3 of the first prompt and 4, 5, 7 of the second.
