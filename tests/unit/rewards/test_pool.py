@@ -159,7 +159,7 @@ def test_pool_works_from_threads_that_come_and_go() -> None:
     # The kernel's parent-death signal refers to the thread that started the child.
     made: list[GraderPool] = []
     maker = threading.Thread(
-        target=lambda: made.append(GraderPool(ExactReward(workers=2, timeout_s=20, memory_mb=300)))
+        target=lambda: made.append(GraderPool(ExactReward(workers=1, timeout_s=20, memory_mb=300)))
     )
     maker.start()
     maker.join()
@@ -176,7 +176,7 @@ def test_pool_works_from_threads_that_come_and_go() -> None:
 
 def test_workers_share_no_secret_and_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
-    with GraderPool(MathReward(workers=2, timeout_s=20, memory_mb=300, answer_marker="Answer:")) as pool:
+    with GraderPool(MathReward(workers=1, timeout_s=20, memory_mb=300, answer_marker="Answer:")) as pool:
         (pid,) = pool.worker_pids()
         assert b"hunter2" not in Path(f"/proc/{pid}/environ").read_bytes()
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
