@@ -32,6 +32,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_io import load_config
 from megatron_chord.evaluation.metrics import bootstrap
 from megatron_chord.rollout.server import ServerSettings, start_server
+from megatron_chord.runtime.megatron import hide_warnings
 from megatron_chord.train.loop import train
 from megatron_chord.train.setup import check_run
 
@@ -41,6 +42,7 @@ SHARED = ("common", "aligned")
 
 
 def main() -> int:
+    hide_warnings()
     names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - set(SHARED))
     arguments = parse(names)
     chosen = arguments.names or names

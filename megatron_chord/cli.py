@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import re
@@ -11,7 +10,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -461,6 +459,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     from megatron_chord.importing import importing
     from megatron_chord.network import loopback
     from megatron_chord.runtime.launcher import end_with_launcher
+    from megatron_chord.runtime.megatron import hide_warnings
     from megatron_chord.runtime.slurm import rank_of_task
 
     with importing():
@@ -482,7 +481,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     if "RANK" not in os.environ and run.parallel.ranks > 1:
         _launch(run.parallel.ranks, args.argv)
     end_with_launcher()
-    _quieten_libraries()
+    hide_warnings()
     request = StopRequest()
     termination = _Termination(request, speaks=speaks)
     if FILE_VARIABLE in os.environ:
@@ -563,13 +562,6 @@ def _launch(ranks: int, argv: Sequence[str]) -> NoReturn:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = ["-m", "megatron_chord.runtime.launcher", str(ranks), "-m", "megatron_chord.cli", *argv]
     os.execv(sys.executable, [sys.executable, *command])
-
-
-def _quieten_libraries() -> None:
-    """Hide warnings of Megatron-Core and torch that users can do nothing about. Every rank would repeat them."""
-    for module in ("megatron", r"torch\.distributed\.c10d_logger"):
-        warnings.filterwarnings("ignore", module=module)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _resuming(argv: Sequence[str]) -> str:

@@ -22,14 +22,12 @@ Ctrl-C ends the program at once with 130, SIGTERM with 143, SIGHUP with 129. No 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import shutil
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +35,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_chord.convert.target import discard
+from megatron_chord.runtime.megatron import hide_warnings
 
 GB = 1e9
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Everything happens in main memory. If a GPU were visible, Megatron-Core would put the whole model on it and ignore
     # the requested device (tensor_parallel/layers.py:873).
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    hide_warnings()
     from megatron_chord.runtime import parallel as runtime
 
     commands = {"verify": _verify, "inspect": _inspect, "plan": _plan}

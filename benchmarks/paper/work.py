@@ -27,6 +27,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.process_table import descendants
 from megatron_chord.processes import die_with_parent
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
+from megatron_chord.runtime.megatron import hide_warnings
 from megatron_chord.train.loop import train
 
 from .origin import is_same, origin_of
@@ -109,7 +110,7 @@ def _train(place: Place, size: Size, jobs: Sequence[Job], workers: int) -> Itera
     """Yield (job, its error or None) for each job that ended. If a worker is killed, the others end, too."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=hide_warnings)
         stack.callback(pool.shutdown, cancel_futures=True)
         futures: dict[Future[str | None], Job] = {pool.submit(_run, place, size, job): job for job in jobs}
         for future in as_completed(futures):

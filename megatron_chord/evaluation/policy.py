@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from megatron_chord.config import RunConfig
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.convert.sources import checkpoint_of
 from megatron_chord.data.templates import ToolsAs
+from megatron_chord.runtime.megatron import hide_warnings
 from megatron_chord.weights.torch_dist import METADATA
 
 _CONVERTED = ".converted"
@@ -211,13 +210,12 @@ def _file_digest(path: Path) -> str:
 
 
 def main() -> int:
+    hide_warnings()
     from megatron_chord.convert.directions import to_hf
     from megatron_chord.convert.sources import open_source
     from megatron_chord.runtime import parallel as runtime
 
     source, target = map(Path, sys.argv[1:])
-    warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         to_hf(open_source(source), target, notify=print)
     except (ValueError, OSError) as error:

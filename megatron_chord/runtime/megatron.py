@@ -7,6 +7,7 @@ numbers. docs/megatron.md lists the differences.
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,17 @@ def keep_one_norm(optimizer: Any) -> None:
     """
     if hasattr(optimizer, "has_grad_norm_group"):
         optimizer.has_grad_norm_group = lambda group: False
+
+
+def hide_warnings() -> None:
+    """Hide warnings of Megatron-Core and ``torch.distributed``, in this process.
+
+    They are about packages that a CPU cannot have and about calls inside Megatron-Core that torch will rename. A user
+    can do nothing about them, and every rank would repeat them. Call it before Megatron-Core is imported.
+    """
+    for module in (r"megatron(?!_chord)", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def leave_out_notices() -> None:
