@@ -71,16 +71,21 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         positive(
-            ranks=self.ranks,
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            context=self.context,
-            expert=self.expert,
+            **{
+                f"parallel.{name}": getattr(self, name)
+                for name in ("ranks", "tensor", "pipeline", "context", "expert")
+            }
         )
-        require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor > 1")
+        require(
+            not self.sequence_parallel or self.tensor > 1,
+            "parallel.sequence_parallel needs parallel.tensor > 1",
+        )
         if self.virtual_pipeline is not None:
-            require(self.virtual_pipeline > 1, "virtual_pipeline must be > 1, or left out")
-            require(self.pipeline > 1, "virtual_pipeline needs pipeline > 1")
+            require(
+                self.virtual_pipeline > 1,
+                f"parallel.virtual_pipeline must be > 1, or left out, got {self.virtual_pipeline}",
+            )
+            require(self.pipeline > 1, "parallel.virtual_pipeline needs parallel.pipeline > 1")
         if self.stages is not None:
             self._check_stages(self.stages)
 
@@ -90,13 +95,13 @@ class ParallelConfig:
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def _check_stages(self, stages: tuple[int, ...]) -> None:
-        require(self.pipeline > 1, "stages needs pipeline > 1")
+        require(self.pipeline > 1, "parallel.stages needs parallel.pipeline > 1")
         require(
             len(stages) == self.num_chunks,
-            f"stages lists {len(stages)} numbers of layers, expected {self.num_chunks} (pipeline {self.pipeline} x "
-            f"virtual_pipeline {self.virtual_pipeline or 1})",
+            f"parallel.stages lists {len(stages)} numbers of layers, expected {self.num_chunks} (parallel.pipeline "
+            f"{self.pipeline} x parallel.virtual_pipeline {self.virtual_pipeline or 1})",
         )
-        require(min(stages) > 0, f"stages must each have at least one layer, got {list(stages)}")
+        require(min(stages) > 0, f"parallel.stages must each have at least one layer, got {list(stages)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +205,12 @@ class DataConfig:
     stops the run before any work."""
 
     def __post_init__(self) -> None:
-        positive(max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens)
+        positive(
+            **{
+                "data.max_prompt_tokens": self.max_prompt_tokens,
+                "data.max_response_tokens": self.max_response_tokens,
+            }
+        )
         require(0 <= self.max_dropped < 1, f"data.max_dropped must lie in [0, 1), got {self.max_dropped}")
         require(self.aligned or self.unmatched == "fail", "data.unmatched has no effect without data.aligned")
         for role in ("prompts", "demonstrations", "evaluation"):
@@ -215,7 +225,7 @@ class DataConfig:
         weighted = [source.label for source in self.evaluation or () if source.weight != 1]
         require(
             not weighted,
-            f"data.evaluation: every problem is evaluated, so weight has no effect on {', '.join(weighted)}",
+            f"data.evaluation.weight has no effect on {', '.join(weighted)}: every problem is evaluated",
         )
 
 
@@ -1011,13 +1021,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     product = parallel.tensor * parallel.pipeline * parallel.context
     require(
         world_size % product == 0,
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {product} "
-        f"does not divide the {world_size} processes of this run",
+        f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} x parallel.context "
+        f"{parallel.context} = {product} does not divide the {world_size} processes of this run",
     )
     stage = world_size // parallel.pipeline
     require(
         stage % parallel.expert == 0,
-        f"expert {parallel.expert} does not divide the {stage} processes of a pipeline stage",
+        f"parallel.expert {parallel.expert} does not divide the {stage} processes of a pipeline stage",
     )
     return world_size // product
 

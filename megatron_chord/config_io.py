@@ -33,6 +33,7 @@ from megatron_chord.config_nodes import (
     given_places,
     is_list,
     is_null,
+    is_override,
     members,
     override,
     place,
@@ -126,14 +127,14 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 def located(message: str, path: Path, overrides: Sequence[str] = ()) -> str:
     """Prefix ``message`` with the place of the setting that it names: a line of the run's file, or an override.
 
-    The message may name several settings in full. The place is that of the first one that is given. If none is given,
-    it is that of the first block of a named setting, and otherwise the file. A message without a setting's name is
-    returned unchanged.
+    The message may name several settings in full. The place is that of the first one that an override gives, then of
+    the first one in a file. If none is given, it is that of the first block of a named setting, and otherwise the file.
+    A message without a setting's name is returned unchanged.
     """
-    if not _settings_in(message):
+    if not _settings_in(message, RunConfig):
         return message
     root, _ = _overridden(read_files(path, RunConfig), overrides)
-    return f"{_place_of(message, given_places(root)) or path}: {message}"
+    return f"{_place_of(message, given_places(root), RunConfig) or path}: {message}"
 
 
 def meant_by(name: str, kind: type = RunConfig) -> list[str]:
@@ -180,15 +181,26 @@ def _overridden(
     return root, wrong
 
 
-def _settings_in(message: str) -> list[str]:
-    known = setting_names(RunConfig)
-    return [name for name in _NAME.findall(message) if name in known]
+def _settings_in(message: str, root: type) -> list[str]:
+    """The full names of settings in a message. One without a dot, such as ``steps``, counts only as the first word."""
+    known = setting_names(root)
+    first = message.partition(" ")[0].rstrip(":")
+    return [name for name in (first, *_NAME.findall(message)) if name in known]
 
 
-def _place_of(message: str, places: Mapping[str, str]) -> str | None:
-    names = _settings_in(message)
-    parents = [name.rpartition(".")[0] for name in names]
-    return next((places[name] for name in (*names, *parents) if name in places), None)
+def _place_of(
+    message: str, places: Mapping[str, str], root: type, own: Mapping[str, str] = types.MappingProxyType({})
+) -> str | None:
+    """The place of a setting that ``message`` names: in full (``places``), or by its name in its block (``own``).
+
+    Overrides come before lines of files, because a file is usually right without the override. If no named setting is
+    given, it is the place of the block of one.
+    """
+    names = _settings_in(message, root)
+    given = [places[name] for name in names if name in places]
+    given += [own[word] for word in re.findall(r"[a-z]\w*", message) if word in own]
+    blocks = [places[block] for name in names if (block := name.rpartition(".")[0]) in places]
+    return next(iter(sorted(given, key=lambda text: not is_override(text)) or blocks), None)
 
 
 class _Invalid(Exception):
@@ -269,7 +281,9 @@ class _Reader:
 
     def _block(self, node: yaml.Node, kind: Any, where: str) -> Any:
         if not isinstance(node, yaml.MappingNode):
-            raise self._fail(node, f"{where}: expected a block of settings, got {_shown(node)}")
+            required = [name for member in members(kind)[:1] for name in _required_names(member)]
+            needed = f" with {' and '.join(required)}" if required and len(members(kind)) == 1 else ""
+            raise self._fail(node, f"{where}: expected a block of settings{needed}, got {_shown(node)}")
         if len(members(kind)) == 1:
             return self._dataclass(node, members(kind)[0], where)
         key = choice(kind)
@@ -315,15 +329,17 @@ class _Reader:
                 elsewhere = meant_by(key, self._root)
                 hint = _hint(key, list(fields), where, variant, having, elsewhere)
                 self._fail(key_node, f"unknown setting {full!r}{hint}")
-        for name in fields:
-            if _required(fields[name]) and name not in values:
+        for name in _required_names(kind):
+            if name not in values:
                 self._fail(node, f"{_join(where, name)} is missing")
         if len(self.findings) > before:
             raise _Invalid
         try:
             return kind(**values)
         except ValueError as error:
-            self.findings.append(f"{_place_of(str(error), self._places) or place(node)}: {error}")
+            own = {key.value: place(key) for key, _ in node.value}
+            found = _place_of(str(error), self._places, self._root, own) or place(node)
+            self.findings.append(f"{found}: {error}")
             raise _Invalid from error
 
     def _free_mapping(self, node: yaml.Node, where: str, *, nested: bool) -> dict[str, Any]:
@@ -393,8 +409,11 @@ def _field(kind: type, name: str) -> dataclasses.Field[Any]:
     return next(field for field in dataclasses.fields(kind) if field.name == name)
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _required_names(kind: type) -> list[str]:
+    """The settings of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return [field.name for field in fields if field.default is missing and field.default_factory is missing]
 
 
 def _join(where: str, key: Any) -> str:

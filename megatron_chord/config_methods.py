@@ -263,8 +263,8 @@ class PrefixRFTConfig:
     def __post_init__(self) -> None:
         require(
             0 <= self.low_end <= self.low_start <= self.high < 1,
-            "method prefix_rft needs 0 <= low_end <= low_start <= high < 1 (a whole demonstration leaves nothing to "
-            f"sample), got low_end {self.low_end}, low_start {self.low_start} and high {self.high}",
+            "method prefix_rft needs 0 <= method.low_end <= method.low_start <= method.high < 1 (a whole demonstration "
+            f"leaves nothing to sample), got {self.low_end}, {self.low_start} and {self.high}",
         )
         require(
             0 < self.entropy_share <= 1, f"method.entropy_share must lie in (0, 1], got {self.entropy_share}"

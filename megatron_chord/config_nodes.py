@@ -26,6 +26,10 @@ _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 """Numbers such as 1e-6 and 1.0e6, which YAML 1.1 reads as strings."""
 
 
+_OVERRIDE = "override "
+"""The beginning of the place of a value that was given as an override."""
+
+
 class ConfigError(ValueError):
     """Findings about a run's settings, one on each line."""
 
@@ -105,6 +109,11 @@ def place(node: yaml.Node) -> str:
     return mark.name if isinstance(mark, _Override) else f"{mark.name}:{mark.line + 1}"
 
 
+def is_override(text: str) -> bool:
+    """Whether a place, as ``place`` returns it, is an override."""
+    return text.startswith(_OVERRIDE)
+
+
 def folder(node: yaml.Node) -> Path:
     """The folder to which a path in ``node`` is relative: that of its file, or the current one for an override."""
     return Path() if isinstance(node.start_mark, _Override) else Path(node.start_mark.name).parent
@@ -128,16 +137,17 @@ def as_list(node: yaml.Node, kind: Any) -> list[yaml.Node] | None:
     """The nodes of a list of blocks; None if ``node`` is null.
 
     A single block counts as a list of one block. A list of single values is one block whose setting ``SHORTHAND`` is
-    that list.
+    that list, if the dataclass has a ``SHORTHAND``.
     """
     if not isinstance(node, yaml.SequenceNode):
         return None if is_null(node) else [as_block(node, kind)]
-    if node.value and all(isinstance(item, yaml.ScalarNode) for item in node.value):
-        return [_mapping([(_key(str(_shorthand(kind)), node), node)], node)]
+    key = shorthand(kind)
+    if key is not None and node.value and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return [_mapping([(_key(key, node), node)], node)]
     return list(node.value)
 
 
-def _shorthand(kind: Any) -> str | None:
+def shorthand(kind: Any) -> str | None:
     """The setting that gets a single value which is given instead of a block."""
     parts = members(kind)
     return choice(kind) or (getattr(parts[0], "SHORTHAND", None) if parts else None)
@@ -168,7 +178,7 @@ def _from_number(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
 
 
 def _from_single(node: yaml.ScalarNode, kind: Any) -> yaml.Node:
-    key = _shorthand(kind)
+    key = shorthand(kind)
     return node if key is None or is_null(node) else _mapping([(_key(key, node), node)], node)
 
 
@@ -231,7 +241,7 @@ def override(root: yaml.MappingNode, text: str, kind: type) -> yaml.MappingNode:
         ConfigError: the override does not have this form.
     """
     key, separator, value = text.partition("=")
-    name = f"override {text!r}"
+    name = f"{_OVERRIDE}{text!r}"
     if not separator or not key:
         raise ConfigError(f"{name}: expected name=value, as in optim.lr=1e-6")
     if key == "base":

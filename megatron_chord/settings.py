@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_chord import config, peers
-from megatron_chord.config_nodes import Dumper, choice, is_list, members, types_of
+from megatron_chord.config_nodes import Dumper, choice, is_list, members, shorthand, types_of
 
 _WIDTH = 110
 _BASE = "Another YAML file. Its settings hold where this file has none. The path is relative to this file's folder."
@@ -109,11 +109,10 @@ def _tables_of(kind: type, chosen: Sequence[dataclasses.Field[Any]], where: str)
 
 def _block_name(kind: Any, where: str) -> str:
     """The text that is shown as the value of a block. ``where`` says where its settings are listed."""
-    return (
-        f"a path, a list of paths, a block or a list of blocks, {where}"
-        if is_list(kind)
-        else f"a block, {where}"
-    )
+    if not is_list(kind):
+        return f"a block, {where}"
+    paths = "a path, a list of paths, " if shorthand(kind) else ""
+    return f"{paths}a block or a list of blocks, {where}"
 
 
 def _shared_tables(blocks: Sequence[type], where: str, chosen_by: str | None) -> Iterator[str]:

@@ -7,6 +7,7 @@ mappings to choose from. A row without a known layout is not changed.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +74,17 @@ class Layout:
     missing if no ``fields`` can do it."""
 
 
+def unknown_fields(mapping: Mapping[str, str]) -> str | None:
+    """What is wrong with ``fields`` whose keys are not fields of this project, with the nearest known ones; None if all
+    are known."""
+    unknown = sorted(mapping.keys() - OWN_FIELDS)
+    if not unknown:
+        return None
+    near = [name for key in unknown for name in difflib.get_close_matches(key, OWN_FIELDS, n=1)]
+    meant = f" (did you mean {', '.join(near)}?)" if near else ""
+    return f"name {', '.join(unknown)}{meant}; known fields: {', '.join(sorted(OWN_FIELDS))}"
+
+
 @dataclass
 class Reading:
     """How the rows of one file were read, for the line at the start of a run."""
@@ -90,9 +102,8 @@ class Reading:
     """How the rows' functions are shown (``data.tools.Conversation``); empty for rows without functions."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(self.mapping.keys() - OWN_FIELDS):
-            known = ", ".join(sorted(OWN_FIELDS))
-            raise DataError(f"the fields of {self.role} name {', '.join(unknown)}; known fields: {known}")
+        if fault := unknown_fields(self.mapping):
+            raise DataError(f"the fields of {self.role} {fault}")
 
     def own_row(self, row: Row) -> Row:
         """Return ``row`` with this project's fields.

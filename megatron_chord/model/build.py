@@ -121,10 +121,10 @@ def check_shape(shape: ModelShape, parallel: ParallelConfig) -> None:
         sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
         broken[-1] += f" (parallel.tensor can be {sizes} for this model)"
     if shape.experts is not None and shape.experts.count % parallel.expert:
-        broken.append(f"{shape.experts.count} experts / expert {parallel.expert}")
+        broken.append(f"{shape.experts.count} experts / parallel.expert {parallel.expert}")
     if parallel.stages is None and shape.num_layers % parallel.num_chunks:
         broken.append(
-            f"{shape.num_layers} layers / (pipeline {parallel.pipeline} x virtual_pipeline "
+            f"{shape.num_layers} layers / (parallel.pipeline {parallel.pipeline} x parallel.virtual_pipeline "
             f"{parallel.virtual_pipeline or 1}){_unequal(shape, parallel)}"
         )
     if broken:

@@ -23,6 +23,7 @@ from megatron_chord.costs.flops import attention_cost
 from megatron_chord.data.align import align
 from megatron_chord.data.cache import cached_loader
 from megatron_chord.data.demonstrations import load_demonstrations
+from megatron_chord.data.layouts import unknown_fields
 from megatron_chord.data.mixed_cursor import cursor_over
 from megatron_chord.data.observed import Observe
 from megatron_chord.data.packing import Layout, make_layout
@@ -102,6 +103,9 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
     check_lengths(run.data, shape.max_positions)
     method.check_positions(run, shape.max_positions)
     for setting, sources in sources_by_setting(run).items():
+        for source in sources:
+            if fault := unknown_fields(source.fields):
+                raise ValueError(f"{setting}.fields {fault}")
         for path in (path for source in sources for path in source.path):
             if not (path.exists() or glob.glob(str(path))):
                 raise ValueError(f"{setting}: {path} does not exist")

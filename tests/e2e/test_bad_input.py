@@ -56,12 +56,17 @@ def test_a_good_file_passes(task: Path) -> None:
         ),
         (
             "method=luffy",
-            "run.yaml:7: method luffy needs every prompt's own demonstration: set data.aligned: true",
+            "override 'method=luffy': method luffy needs every prompt's own demonstration: set data.aligned: true",
         ),
         ("method.mu=linea", "did you mean linear?"),
-        ("parallel.pipeline=4", "2 layers / (pipeline 4 x virtual_pipeline 1)"),
+        ("parallel.pipeline=4", "2 layers / (parallel.pipeline 4 x parallel.virtual_pipeline 1)"),
         ("data.max_response_tokens=500", "is more than the model's 256 positions"),
         ("data.prompts=nowhere.jsonl", "data.prompts: nowhere.jsonl does not exist"),
+        (
+            "data.evaluation.fields={problm: question}",
+            "override 'data.evaluation.fields={problm: question}': data.evaluation.fields name problm (did you mean "
+            "problem?); known fields: answer, ",
+        ),
         ("model.path=nowhere", "nowhere/config.json does not exist"),
         ("model.megatron_overrides={num_layer: 3}", "did you mean 'num_layers'?"),
     ],

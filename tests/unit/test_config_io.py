@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +13,9 @@ import yaml
 
 from megatron_chord import config, config_methods, schedules
 from megatron_chord.config import RunConfig
-from megatron_chord.config_io import ConfigError, dump_config, load_config, located, one_line
-from megatron_chord.config_nodes import setting_names
+from megatron_chord.config_io import ConfigError, dump_config, load_config, load_suite, located, one_line
+from megatron_chord.config_nodes import members, setting_names, types_of
+from megatron_chord.config_suite import SuiteConfig
 from megatron_chord.rewards.kinds.base import OverlongConfig
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
@@ -989,13 +992,13 @@ def test_overrides_of_a_source(tmp_path: Path) -> None:
             "[{path: x/a.jsonl}, {path: y/a.jsonl}]",
             "data.prompts has several sources named a: give each its own",
         ),
-        ("[{path: a.jsonl}, b.jsonl]", "data.prompts: expected a block of settings, got 'b.jsonl'"),
+        ("[{path: a.jsonl}, b.jsonl]", "data.prompts: expected a block of settings with path, got 'b.jsonl'"),
         ("[{weight: 1}]", "data.prompts.path is missing"),
         ("[{path: a.jsonl, wieght: 1}]", "unknown setting 'data.prompts.wieght'"),
         ("[]", "data.prompts lists no source"),
         ("null", "data.prompts: is empty"),
         ("a.jsonl\n  prompt_fields: {answer: x}", "data.prompt_fields is now data.prompts.fields"),
-        ("a.jsonl\n  evaluation: [{path: e.jsonl, weight: 2}]", "so weight has no effect on e"),
+        ("a.jsonl\n  evaluation: [{path: e.jsonl, weight: 2}]", "data.evaluation.weight has no effect on e"),
     ],
 )
 def test_sources_that_will_not_do(tmp_path: Path, text: str, reason: str) -> None:
@@ -1063,7 +1066,7 @@ class TestListOfRewards:
             (
                 "format: chord",
                 "max_error_rate: 0.5",
-                "run.yaml:12: reward.overlong and reward.max_error_rate hold for all",
+                "run.yaml:13: reward.overlong and reward.max_error_rate hold for all",
             ),
         ],
     )
@@ -1086,3 +1089,63 @@ class TestListOfRewards:
             tmp_path, "method: [luffy]\n"
         )
         assert "reward.terms lists no reward" in only_finding(tmp_path, "reward: []\n")
+
+
+WRONG = ("-1", "0", "x y", "[]", "[a.jsonl, b.jsonl]")
+METHODS = {
+    member.__dataclass_fields__["name"].default: member for member in members(types_of(RunConfig)["method"])
+}
+
+
+def places_of_findings(load: Callable[[], object]) -> set[str]:
+    """What the findings about one override begin with; empty if it is valid."""
+    try:
+        load()
+    except ConfigError as error:
+        return {line.partition("': ")[0] for line in str(error).splitlines()}
+    return set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_findings_about_overrides_name_the_override(tmp_path: Path, method: str) -> None:
+    """Whatever an override breaks in a valid file, the place of the finding is the override, not a line of the file."""
+    path = write(tmp_path, GOOD)
+    names = [f"method.{field.name}" for field in dataclasses.fields(METHODS[method])]
+    if method == "chord":
+        names = sorted(setting_names(RunConfig))
+    for override in (f"{name}={value}" for name in names for value in WRONG):
+        found = places_of_findings(partial(load_config, path, [f"method={method}", override]))
+        assert found <= {f"override {override!r}".rstrip("'"), f"override 'method={method}"}, found
+
+
+def test_findings_about_overrides_of_a_suite_name_the_override() -> None:
+    path = ROOT / "examples" / "suites" / "arithmetic.yaml"
+    overrides = [f"{name}={value}" for name in sorted(setting_names(SuiteConfig)) for value in WRONG]
+    wrong = 0
+    for override in overrides:
+        found = places_of_findings(partial(load_suite, path, [override]))
+        assert found <= {f"override {override!r}".rstrip("'")}, found
+        wrong += bool(found)
+    assert wrong > 100
+
+
+def test_a_list_of_paths_in_place_of_sets(tmp_path: Path) -> None:
+    finding = only_finding(tmp_path, "evaluation: [a.jsonl, b.jsonl]\n")
+    assert finding == (
+        "run.yaml:11: evaluation.sets: expected a block of settings with name and path, got 'a.jsonl'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "finding"),
+    [
+        ("steps=0", "steps must be > 0, got 0"),
+        ("parallel.ranks=0", "parallel.ranks must be > 0, got 0"),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel needs parallel.tensor > 1"),
+        ("data.max_prompt_tokens=0", "data.max_prompt_tokens must be > 0, got 0"),
+        ("data.prompts.weight=0", "train.jsonl: weight must be > 0"),
+    ],
+)
+def test_rules_of_a_block_name_the_setting_in_full(tmp_path: Path, override: str, finding: str) -> None:
+    assert only_finding(tmp_path, "", override).startswith(f"override '{override}': ")
+    assert finding in only_finding(tmp_path, "", override)

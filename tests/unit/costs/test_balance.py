@@ -88,11 +88,14 @@ def test_chunks_share_a_stage() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"stages": (61,)}, "stages needs pipeline > 1"),
-    ({"pipeline": 2, "stages": (20, 20, 21)}, r"stages lists 3 numbers of layers, expected 2 \(pipeline 2 x"),
+    ({"stages": (61,)}, "parallel.stages needs parallel.pipeline > 1"),
+    (
+        {"pipeline": 2, "stages": (20, 20, 21)},
+        r"stages lists 3 numbers of layers, expected 2 \(parallel.pipeline 2 x",
+    ),
     (
         {"pipeline": 2, "virtual_pipeline": 2, "stages": (30, 31)},
-        "expected 4 .pipeline 2 x virtual_pipeline 2",
+        "expected 4 .parallel.pipeline 2 x parallel.virtual_pipeline 2",
     ),
     ({"pipeline": 2, "stages": (61, 0)}, r"at least one layer, got \[61, 0\]"),
     (
@@ -101,9 +104,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pipeline": 4},
-        r"61 layers / \(pipeline 4 x virtual_pipeline 1\) \(parallel.stages can be \[16, 16, 16, 13\]",
+        r"61 layers / \(parallel.pipeline 4 x parallel.virtual_pipeline 1\) "
+        r"\(parallel.stages can be \[16, 16, 16, 13\]",
     ),
-    ({"pipeline": 64}, r"61 layers / \(pipeline 64 x virtual_pipeline 1\)$"),
+    ({"pipeline": 64}, r"61 layers / \(parallel.pipeline 64 x parallel.virtual_pipeline 1\)$"),
 ]
 
 

@@ -582,7 +582,7 @@ def test_a_mapped_demonstration_is_made_of_chats_and_texts(
         ({"problem": "turns.2.value"}, "`turns.2.value`: `turns` has no `2`"),
         ({"problem": "turn"}, "`turn`: the row has no `turn`"),
         ({"problem": "note.x"}, "`note.x`: `note` is a text that is not JSON"),
-        ({"truht": "note"}, "the fields of prompts name truht; known fields: answer, "),
+        ({"truht": "note"}, "the fields of prompts name truht .did you mean truth..; known fields: answer, "),
     ],
 )
 def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(

@@ -417,7 +417,7 @@ def test_frequencies_that_older_folders_keep_are_not_read(family: str) -> None:
     ("family", "parallel", "reason"),
     [
         ("qwen3", {"expert": 2}, "qwen3 has no experts to distribute"),
-        ("mixtral", {"expert": 3}, "4 experts / expert 3"),
+        ("mixtral", {"expert": 3}, "4 experts / parallel.expert 3"),
         ("mixtral", {"tensor": 2}, "only with parallel.sequence_parallel"),
         ("qwen2_moe", {"tensor": 4, "sequence_parallel": True}, "2 key-value heads / tensor 4"),
         ("llama", {"tensor": 4}, "2 key-value heads / tensor 4 (parallel.tensor can be 1, 2 for this model)"),
@@ -426,7 +426,7 @@ def test_frequencies_that_older_folders_keep_are_not_read(family: str) -> None:
             {"tensor": 2},
             "latent attention) over a tensor axis only with parallel.sequence_parallel",
         ),
-        ("deepseek_v3", {"expert": 5}, "12 experts / expert 5"),
+        ("deepseek_v3", {"expert": 5}, "12 experts / parallel.expert 5"),
     ],
 )
 def test_layouts_that_do_not_fit(family: str, parallel: dict[str, Any], reason: str) -> None:

@@ -282,10 +282,10 @@ def test_terms(ratio_from: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "batch", "reason"),
     [
-        ({"high": 1.0}, {}, "low_start <= high < 1"),
-        ({"high": 0.5}, {}, "low_start 0.95 and high 0.5"),
-        ({"low_end": -0.1}, {}, "0 <= low_end"),
-        ({"low_start": 0.3, "low_end": 0.4}, {}, "low_end <= low_start"),
+        ({"high": 1.0}, {}, "method.low_start <= method.high < 1"),
+        ({"high": 0.5}, {}, "got 0.05, 0.95 and 0.5"),
+        ({"low_end": -0.1}, {}, "0 <= method.low_end"),
+        ({"low_start": 0.3, "low_end": 0.4}, {}, "method.low_end <= method.low_start"),
         ({"entropy_share": 0}, {}, r"method.entropy_share must lie in \(0, 1\], got 0"),
         ({"decay_steps": -1}, {}, "method.decay_steps must be >= 0"),
         ({"hybrids": 0}, {}, "method.hybrids must be >= 1"),
