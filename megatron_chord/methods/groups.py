@@ -33,8 +33,10 @@ class SampledGroups:
         return self.stats["reward_mean"]
 
 
-def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
-    """Sample ``batch.prompts`` groups of ``batch.rollouts`` rollouts.
+def sample_groups(
+    context: StepContext, run: RunConfig, *, prompts: int | None = None, rollouts: int | None = None
+) -> SampledGroups:
+    """Sample ``prompts`` groups of ``rollouts`` rollouts. Default: ``batch.prompts`` and ``batch.rollouts``.
 
     If ``batch.sampling_attempts`` is above 1, dynamic sampling (DAPO, arXiv 2503.14476) replaces groups of equal
     rewards by groups of further prompts.
@@ -42,12 +44,14 @@ def sample_groups(context: StepContext, run: RunConfig) -> SampledGroups:
     Raises:
         TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.
     """
-    wanted, attempts = run.batch.prompts, run.batch.sampling_attempts
+    wanted = run.batch.prompts if prompts is None else prompts
+    size = run.batch.rollouts if rollouts is None else rollouts
+    attempts = run.batch.sampling_attempts
     useful: list[tuple[DrawnPrompt, RolloutGroup]] = []
     equal: list[tuple[DrawnPrompt, RolloutGroup]] = []
     num_graded = rounds = 0
     while rounds < attempts and len(useful) < wanted:
-        sampled = context.groups(wanted - len(useful), samples=run.batch.rollouts)
+        sampled = context.groups(wanted - len(useful), samples=size)
         num_graded += len(sampled)
         for item, answers in sampled:
             group = make_group(answers)

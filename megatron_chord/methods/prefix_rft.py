@@ -72,10 +72,7 @@ class PrefixRFT(Method):
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         lowest = self.lowest_share(context.now, run)
-        unprefixed = replace(
-            run, batch=replace(run.batch, rollouts=run.batch.rollouts - self.settings.hybrids)
-        )
-        sampled = sample_groups(context, unprefixed)
+        sampled = sample_groups(context, run, rollouts=run.batch.rollouts - self.settings.hybrids)
         demonstrations = [context.demonstration(item.prompt) for item in sampled.drawn]
         shares = [
             prefix_share(run.seed, item.position, low=lowest, high=self.settings.high)

@@ -90,8 +90,7 @@ class ReMix(Method):
         groups: Sequence[RolloutGroup] = []
         stats: dict[str, Any] = {}
         if len(stale) < count:
-            fresh = replace(run, batch=replace(run.batch, prompts=count - len(stale)))
-            sampled = sample_groups(context, fresh)
+            sampled = sample_groups(context, run, prompts=count - len(stale))
             groups, stats = sampled.groups, dict(sampled.stats)
         will_mix = step + 1 < self.settings.mix_steps
         return Collected(

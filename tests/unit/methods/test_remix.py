@@ -142,11 +142,11 @@ class FakeSampling:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def __call__(self, context: Any, run: Any) -> Any:
-        self.asked.append(run.batch.prompts)
+    def __call__(self, context: Any, run: Any, *, prompts: int) -> Any:
+        self.asked.append(prompts)
         groups = [
             group(f"{context.now.step}.{i}", rollout((20 + context.now.step,)), rollout((9,)))
-            for i in range(run.batch.prompts)
+            for i in range(prompts)
         ]
         return SimpleNamespace(groups=groups, stats={"reward_mean": 0.5})
 
