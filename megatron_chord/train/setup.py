@@ -47,6 +47,7 @@ from megatron_chord.rewards.prose import reads_as_text
 from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, needs_of, terms_of
 from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.context import Sources
+from megatron_chord.train.evaluate import HeldOutSet, held_out_sets
 from megatron_chord.train.router_replay import router_replay, wanted_routes
 from megatron_chord.train.trackers import check_installed
 from megatron_chord.weights.folder import check_copies, open_model
@@ -319,6 +320,10 @@ def plan_lines(
     batch, parallel = run.batch, run.parallel
     data = data_parallel_size(parallel, world_size)
     say(
+        f"run         {_counted(run.steps, 'step')}, seed {run.seed}; prompts of at most {run.data.max_prompt_tokens} "
+        f"tokens, answers of at most {run.data.max_response_tokens}"
+    )
+    say(
         f"model       {shape.family}, {shape.num_layers} layers of {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size}, {run.model.dtype}, from {run.model.path}"
     )
@@ -335,10 +340,11 @@ def plan_lines(
     if method.uses_rollouts(run):
         for name, reward in terms_of(run.reward).items():
             say(f"reward      {f'{name} = ' if isinstance(run.reward, SumReward) else ''}{one_line(reward)}")
-        limit = run.data.max_response_tokens
-        say(f"sampling    temperature {run.rollout.temperature}, answers of at most {limit} tokens")
+        say(f"sampling    temperature {run.rollout.temperature}")
+    for held_out in held_out_sets(run):
+        say(f"evaluation  {_evaluation_text(held_out)}")
     say(
-        f"one step    {method.step_text(run)}; {_counted(batch.updates_per_step * batch.epochs, 'optimizer update')}; "
+        f"one step    {method.step_text(run)}; {_updates_text(batch.updates_per_step, batch.epochs)}; "
         f"micro-batches of at most {batch.max_tokens_per_gpu} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
     if run.rollout.asynchronous is not None:
@@ -364,6 +370,21 @@ def plan_lines(
     ]
     if passes:
         say(f"passes      one forward pass more a step for each of: {', '.join(passes)}")
+
+
+def _evaluation_text(held_out: HeldOutSet) -> str:
+    name = f"{held_out.name}: " if held_out.name else ""
+    when = f", every {_counted(held_out.every, 'step')}" if held_out.every else ""
+    metrics = f"; {', '.join(held_out.metrics)}" if held_out.metrics else ""
+    return (
+        f"{name}before the first step{when} and after the last; temperature {held_out.temperature}, "
+        f"{_counted(held_out.samples, 'answer')} to each problem{metrics}"
+    )
+
+
+def _updates_text(updates: int, epochs: int) -> str:
+    once = _counted(updates, "optimizer update")
+    return once if epochs == 1 else f"{epochs} passes over the samples with {once} each"
 
 
 def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:

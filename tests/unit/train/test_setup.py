@@ -104,6 +104,30 @@ def test_the_plan_says_what_becomes_of_unfinished_prompts(
     assert [line for line in said if line.startswith("early stop")] == [expected]
 
 
+def test_the_plan_has_lengths_evaluations_and_updates(tmp_path: Path) -> None:
+    sets = (
+        EvaluationSetConfig(name="amc", path=(Path("amc.jsonl"),), every=5, samples=8, temperature=0.6),
+        EvaluationSetConfig(name="last", path=(Path("last.jsonl"),), every=0),
+    )
+    run = tiny_run(tmp_path)
+    run = replace(run, steps=1, seed=7, evaluation=EvaluationConfig(sets=sets))
+    run = replace(
+        run,
+        batch=replace(run.batch, updates_per_step=2, epochs=3),
+        data=replace(run.data, max_prompt_tokens=99),
+    )
+    said: list[str] = []
+    plan_lines(run, shape_of("qwen2.5-7b"), method_of(run), 1, said.append)
+    assert said[0].startswith("run         1 step, seed 7; prompts of at most 99 tokens, answers of at most ")
+    assert [line for line in said if line.startswith("evaluation")] == [
+        "evaluation  amc: before the first step, every 5 steps and after the last; temperature 0.6, 8 answers to each "
+        "problem; avg@8",
+        "evaluation  last: before the first step and after the last; temperature 0.0, 1 answer to each problem; avg@1",
+    ]
+    (step,) = (line for line in said if line.startswith("one step"))
+    assert "; 3 passes over the samples with 2 optimizer updates each; " in step
+
+
 def test_ranks_wait_long_enough_for_an_evaluation_of_several_sets(tmp_path: Path) -> None:
     """The coordinator asks one set after the other, and each may take as long as the sampling of a step."""
     run = tiny_run(tmp_path)
