@@ -37,6 +37,70 @@ class Chord(Method):
     def schedule(self, run: RunConfig) -> MuSchedule:
         return self.settings.mu
 
+    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+        schedule = self.schedule(run)
+        stats: dict[str, Any] = {}
+        samples: list[TrainSample] = []
+        now, drawn = context.now, []
+        if self.needs_rollouts_at(run, now):
+            sampled = sample_groups(context, run)
+            drawn, stats = sampled.drawn, dict(sampled.stats)
+            now = replace(now, reward_mean=sampled.reward_mean)
+            samples = policy_samples(sampled.groups, run.objective)
+        mu = schedule.value(now)
+        if mu == 1:
+            samples = []
+        imitated: Sequence[Demonstration] = ()
+        if mu > 0 and run.data.aligned:
+            drawn = drawn or context.prompts(run.batch.demonstrations)
+            chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
+            imitated = [context.sources.demonstration_of[name] for name in chosen]
+        elif mu > 0:
+            imitated = context.demonstrations(run.batch.demonstrations)
+        noise = self._noise(len(imitated)) if schedule.measures_noise(now.step) else None
+        return Collected(
+            samples=samples + sft_samples(imitated, are_numbered=noise is not None),
+            weights={POLICY: 1 - mu, SFT: mu},
+            mu=mu,
+            stats=stats,
+            noise=noise,
+        )
+
+    def terms(self, run: RunConfig) -> dict[str, Term]:
+        return {
+            POLICY: policy_term(run),
+            SFT: sft_term(
+                weight=self.settings.token_weight,
+                cutoff=self.settings.cutoff,
+                temperature=self.settings.sft_temperature,
+                aggregation=self.settings.aggregation,
+                aggregation_length=aggregation_length(run),
+            ),
+        }
+
+    def _noise(self, demonstrations: int) -> NoiseMeasurement:
+        uses_phi = self.settings.token_weight.kind == "phi"
+        assert isinstance(self.settings.mu, NoiseAware)
+        return NoiseMeasurement(demonstrations=demonstrations, uses_phi=uses_phi, trim=self.settings.mu.trim)
+
+    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
+        schedule = self.schedule(run)
+        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
+
+    def uses_rollouts(self, run: RunConfig) -> bool:
+        schedule = self.schedule(run)
+        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
+
+    def step_text(self, run: RunConfig) -> str:
+        demonstrations = f"{run.batch.demonstrations} demonstrations"
+        low, high = self.schedule(run).bounds()
+        if not self.uses_rollouts(run):
+            return f"{demonstrations}; nothing is sampled"
+        if high == 0:
+            return f"{super().step_text(run)}; no demonstration is drawn"
+        only = " (where mu > 0)" if low == 0 else ""
+        return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
+
     def check(self, run: RunConfig) -> None:
         low, high = self.schedule(run).bounds()
         if high > 0 and run.data.demonstrations is None:
@@ -76,70 +140,6 @@ class Chord(Method):
                 f"data.aligned: batch.demonstrations {run.batch.demonstrations} is more than batch.prompts "
                 f"{run.batch.prompts}, but a step's demonstrations are those of its prompts"
             )
-
-    def uses_rollouts(self, run: RunConfig) -> bool:
-        schedule = self.schedule(run)
-        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
-
-    def step_text(self, run: RunConfig) -> str:
-        demonstrations = f"{run.batch.demonstrations} demonstrations"
-        low, high = self.schedule(run).bounds()
-        if not self.uses_rollouts(run):
-            return f"{demonstrations}; nothing is sampled"
-        if high == 0:
-            return f"{super().step_text(run)}; no demonstration is drawn"
-        only = " (where mu > 0)" if low == 0 else ""
-        return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
-
-    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
-        schedule = self.schedule(run)
-        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
-
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        schedule = self.schedule(run)
-        stats: dict[str, Any] = {}
-        samples: list[TrainSample] = []
-        now, drawn = context.now, []
-        if self.needs_rollouts_at(run, now):
-            sampled = sample_groups(context, run)
-            drawn, stats = sampled.drawn, dict(sampled.stats)
-            now = replace(now, reward_mean=sampled.reward_mean)
-            samples = policy_samples(sampled.groups, run.objective)
-        mu = schedule.value(now)
-        if mu == 1:
-            samples = []
-        imitated: Sequence[Demonstration] = ()
-        if mu > 0 and run.data.aligned:
-            drawn = drawn or context.prompts(run.batch.demonstrations)
-            chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
-            imitated = [context.sources.demonstration_of[name] for name in chosen]
-        elif mu > 0:
-            imitated = context.demonstrations(run.batch.demonstrations)
-        noise = self._noise(len(imitated)) if schedule.measures_noise(now.step) else None
-        return Collected(
-            samples=samples + sft_samples(imitated, are_numbered=noise is not None),
-            weights={POLICY: 1 - mu, SFT: mu},
-            mu=mu,
-            stats=stats,
-            noise=noise,
-        )
-
-    def _noise(self, demonstrations: int) -> NoiseMeasurement:
-        uses_phi = self.settings.token_weight.kind == "phi"
-        assert isinstance(self.settings.mu, NoiseAware)
-        return NoiseMeasurement(demonstrations=demonstrations, uses_phi=uses_phi, trim=self.settings.mu.trim)
-
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        return {
-            POLICY: policy_term(run),
-            SFT: sft_term(
-                weight=self.settings.token_weight,
-                cutoff=self.settings.cutoff,
-                temperature=self.settings.sft_temperature,
-                aggregation=self.settings.aggregation,
-                aggregation_length=aggregation_length(run),
-            ),
-        }
 
 
 def sft_samples(demonstrations: Sequence[Demonstration], *, are_numbered: bool = False) -> list[TrainSample]:
