@@ -1,9 +1,10 @@
 """The names of our settings in other trainers, for their users. docs/settings.md shows them.
 
-Sources: verl's configuration for Megatron (volcengine/verl, _generated_ppo_megatron_trainer.yaml), TRL's GRPOConfig and
-Transformers' TrainingArguments, ms-swift's script for CHORD (examples/train/grpo/internal/chord.sh), and Trinity-RFT's
-example (examples/mix_chord/mix_chord.yaml). A name is listed only if it means the same as ours, or if the note says
-what differs. ms-swift also takes TRL's names; only its own names are listed.
+Sources: verl's configuration for Megatron (volcengine/verl, _generated_ppo_megatron_trainer.yaml) and its page on
+rollout correction (docs/algo/rollout_corr.md), TRL's GRPOConfig and Transformers' TrainingArguments, ms-swift's script
+for CHORD (examples/train/grpo/internal/chord.sh), and Trinity-RFT's example (examples/mix_chord/mix_chord.yaml). A name
+is listed only if it means the same as ours, or if the note says what differs. ms-swift also takes TRL's names; only its
+own names are listed.
 """
 
 from __future__ import annotations
@@ -147,7 +148,10 @@ NAMES: dict[str, Names] = {
         f"{_ACTOR}.kl_loss_type", "", "", "", "verl's kl is k1, mse is k2 and low_var_kl is k3"
     ),
     "objective.correction.mode": Names("", "vllm_importance_sampling_mode"),
-    "objective.correction.high": Names("", "vllm_importance_sampling_cap"),
+    "objective.correction.level": Names("algorithm.rollout_correction.rollout_is"),
+    "objective.correction.high": Names(
+        "algorithm.rollout_correction.rollout_is_threshold", "vllm_importance_sampling_cap"
+    ),
     "reward.path": Names(
         "reward.custom_reward_function.path",
         note="verl's function has other arguments; before it was custom_reward_function.path",
