@@ -63,7 +63,7 @@ GRADERS: dict[str, dict[str, Any]] = {
 }
 TOKENS = 200
 Seconds = tuple[float, float]
-"""Of sampling, and of the wait for grades after it."""
+"""Seconds of sampling, and seconds of the wait for grades after it."""
 
 
 def main() -> int:

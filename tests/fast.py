@@ -25,7 +25,7 @@ LAYOUTS: dict[str, str] = {
         "tests/distributed/test_one_file.py::test_every_layout_computes_what_the_one_file_says[1]"
     ),
 }
-"""By what they show: tests outside tests/unit that run, too."""
+"""Tests outside tests/unit that run, too, by what they show."""
 
 
 def left_out() -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from megatron_chord.process_table import descendants
 
 PERIOD_S = 0.25
 IDLE = 0.06
-"""In cores. Processes that only wait use less than this, all together."""
+"""Number of cores. Processes that only wait use less than this, all together."""
 MOST_ROWS = 40
 _TICKS = os.sysconf("SC_CLK_TCK")
 _TESTS = Path(__file__).parent
@@ -84,8 +84,8 @@ class Waits:
 
 
 def _usage() -> dict[str, tuple[float, float]]:
-    """By process, the CPU time and the time that its main thread waited for a core, in seconds. Of this process the
-    main thread alone counts."""
+    """CPU time of each process and the time that its main thread waited for a core, in seconds. Only the main thread of
+    this process counts."""
     found = {}
     own = os.getpid()
     for place in (f"{own}/task/{own}", *map(str, descendants(own))):

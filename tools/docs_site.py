@@ -20,7 +20,7 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "tests/README.md": "tests.md",
 }
-"""From a path in the repository to its page of the site, for pages that are not in docs/."""
+"""Pages of the site that are not in docs/, by their path in the repository."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 IMAGES = (".png", ".svg")
 """Images in docs/. MkDocs copies them unchanged."""

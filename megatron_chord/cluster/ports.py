@@ -22,9 +22,9 @@ class Ports:
     """Two sockets that listen on the first node's address. Used as a context manager, it closes them at the end."""
 
     ranks: socket.socket
-    """On ``Job.port``."""
+    """The socket that listens on ``Job.port``, for the rendezvous of the ranks."""
     preflight: socket.socket
-    """On the next port."""
+    """The socket that listens on the next port, for the store of the preflight."""
 
     def descriptors(self) -> tuple[int, int]:
         """The file descriptors that a program must inherit to call ``inherited_ports``."""

@@ -41,7 +41,10 @@ class Sigterms:
         return self._count > 0
 
     def meaning(self) -> Literal["end", "preemption", "not known yet"]:
-        """What the received SIGTERM requests. Ask again if it is not known yet."""
+        """Return whether the received SIGTERM means an immediate end or a preemption.
+
+        If the result is "not known yet", call this function again later.
+        """
         if self._count > 1 or (self._folder / CANCELLED_FILE).exists() or has_failure(self._folder):
             return "end"
         return "preemption" if time.monotonic() - self._first_at >= _CANCEL_S else "not known yet"

@@ -1,4 +1,7 @@
-"""Detects that the only rank of a job is stopped (SIGSTOP). Of several ranks, the others detect it (``heartbeat``)."""
+"""Detects that the only rank of a job is stopped (SIGSTOP).
+
+In a job with several ranks, the other ranks detect it (``heartbeat``).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from megatron_chord.runtime.heartbeat import STACK_SIGNAL, read_beat
 
 
 class StoppedRank:
-    """Watches a rank from its parent, which has no part in the training."""
+    """Watches a rank from its parent process. The parent does not train."""
 
     def __init__(self, pid: int, *, rank: int, node: str, beats: Path, limit_s: float) -> None:
         """

@@ -20,11 +20,11 @@ class LoadedSources(Generic[R]):
     """The records, ordered by source. Each has the label of its source. With several sources, its id also begins with
     the label."""
     labels: list[str]
-    """Of each source."""
+    """Label of each source."""
     reports: list[LoadReport]
-    """Of each source."""
+    """Load report of each source."""
     shares: list[float]
-    """For each source, the share of the draws that come from it; the shares add up to 1."""
+    """Share of the draws that come from each source; the shares add up to 1."""
 
     def left_out(self, data: str) -> list[dict[str, Any]]:
         """Every row that was left out, and the reason, as plain JSON. ``data``: prompts, demonstrations or

@@ -171,8 +171,8 @@ class ChatTemplate:
     def _encoded(self, text: str) -> tuple[int, ...]:
         """Ids of a rendered text. The template writes the beginning-of-sequence token where the model wants one.
 
-        A fast tokenizer is called below Transformers, whose call computes offsets, and sets an option of the shared
-        tokenizer, for which it waits until no other thread is encoding.
+        For a fast tokenizer this calls the ``tokenizers`` library directly. Transformers' own call also computes
+        offsets, and waits for other threads because it changes an option of the shared tokenizer.
         """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -461,8 +461,8 @@ def _control_tokens(tokenizer: Any, folder: Path) -> dict[int, str]:
     control = added | set(tokenizer.all_special_ids)
     model = folder / "tokenizer.model"
     if model.is_file() and not (folder / "tokenizer.json").is_file():
-        # transformers treats all user-defined pieces of such a model as control tokens, "\n" among them. Here only
-        # those are that have a role in the tokenizer's configuration (end, padding).
+        # Transformers treats all user-defined pieces of such a model as control tokens, "\n" among them. Here such a
+        # piece is a control token only if the tokenizer's configuration uses it as the beginning, end or padding token.
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
         text = {i for i in control if i < len(pieces) and not (pieces.is_control(i) or pieces.is_unknown(i))}
         control -= text - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}

@@ -1,7 +1,7 @@
 """How each field of a config.json that Transformers or vLLM reads for these families is treated.
 
-If one of them read a field that a family here ignores, it would compute something else than Megatron, without an
-error. So each field is in one of three places. A family reads it (``KINDS`` has its type). ``NEUTRAL`` lists the
+If Transformers or vLLM reads a field that this project ignores, their results differ from Megatron's without an error.
+So each field is in one of three places. A family reads it (``KINDS`` has its type). ``NEUTRAL`` lists the
 values that change nothing, and every other value is refused. ``IRRELEVANT`` says why it does not matter.
 tests/unit/families/test_fields.py takes the list of fields from the sources of both packages.
 """

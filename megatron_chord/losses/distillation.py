@@ -86,4 +86,4 @@ DIVERGENCES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "jsd": _jsd,
 }
-"""By name: log u [K] -> f(u) [K] and slope [K]."""
+"""Functions log u [K] -> (f(u) [K], slope [K]), by the name of the divergence."""

@@ -25,11 +25,11 @@ class ObjectiveOutput(NamedTuple):
     """Scalar. The caller sums it over micro-batches and ranks. It is part of the autograd graph even if the micro-batch
     has no trained token."""
     sums: dict[str, dict[str, Tensor]]
-    """By term, then by metric: detached scalars. The caller sums them over micro-batches and ranks and then divides
+    """Detached scalars, by term and then by metric. The caller sums them over micro-batches and ranks and then divides
     `means` by the number of the term's tokens. Order: `losses`, `means`, then ``losses.policy.COMPARED`` if the term's
     tokens have rollout log-probs."""
     maxima: dict[str, Tensor]
-    """By metric: detached scalars. The caller takes their maximum over micro-batches and ranks."""
+    """Detached scalars, by metric. The caller takes their maximum over micro-batches and ranks."""
 
 
 def objective(

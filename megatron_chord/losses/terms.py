@@ -55,7 +55,7 @@ class TermTokens:
     """[S] int64: number of tokens of each sequence on this rank. A sequence's tokens are contiguous, in the order of
     the sequences."""
     columns: Mapping[str, Tensor]
-    """By name, one constant for each token: [K] float32 each"""
+    """Constants of the tokens, by name: [K] float32 each, one constant for each token"""
     context: dist.ProcessGroup | None = None
     """The context-parallel ranks, which hold the other tokens of the sequences; None without context parallelism."""
 

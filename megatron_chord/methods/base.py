@@ -31,7 +31,7 @@ class ExtraUpdate:
 
     samples: Sequence[TrainSample]
     weights: Mapping[str, float]
-    """By term, its weight in this update."""
+    """Weight of each term in this update, by the term's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Collected:
 
     samples: Sequence[TrainSample]
     weights: Mapping[str, float]
-    """By term, its weight in this step's objective."""
+    """Weight of each term in this step's objective, by the term's name."""
     extra: ExtraUpdate | None = None
     """An extra update of this step; only methods with an ``extra_rate`` have one."""
     mu: float | None = None

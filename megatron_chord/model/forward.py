@@ -47,7 +47,7 @@ class DeviceTeacher:
     """
 
     batch: DeviceBatch
-    """With U trained tokens."""
+    """This rank's part of the teachers' sequences. It has U trained tokens."""
     slots: Tensor
     """[U] int64: indices of the same tokens among the T"""
     own: Tensor
@@ -66,9 +66,9 @@ class _RankBatch:
 
     whole: PackedBatch
     local: PackedBatch
-    """Of this context-parallel rank."""
+    """The part of ``whole`` that this context-parallel rank has."""
     routes: PackedRoutes | None
-    """Of this tensor-parallel rank."""
+    """The routes for this tensor-parallel rank's routers; None: the routers choose for all tokens."""
     routed_layers: Sequence[int]
 
     def arrays(self) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ class SharedPrompts(PackedSequences):
     """A pack in which sequences share a prompt (``data.shared_prompts``)."""
 
     prompts: tuple[int, ...] = ()
-    """By sequence: the index of the sequence that comes before it as its prompt; -1: none."""
+    """Index of the sequence that comes before each sequence as its prompt; -1: none."""
 
 
 def pass_on_padding(chunk: Any) -> None:

@@ -27,7 +27,7 @@ class DeviceRoutes:
     positions: Tensor
     """[F] int64: their places among the tokens that the routers see"""
     experts: Mapping[int, Tensor]
-    """By number of the layer, [F, k] uint8 or uint16."""
+    """Experts of these tokens, by the number of the layer: [F, k] uint8 or uint16 each"""
 
 
 class RouterReplay:

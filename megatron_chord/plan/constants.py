@@ -39,7 +39,7 @@ class Constants:
     and adding them, relative to the time at the peak: this constant times the number of copies, divided by the number
     of parameters that multiply the token. Fitted."""
     head_passes: float = HEAD_PASSES
-    """From this trainer's code. 1 for other trainers, which compute all logits once."""
+    """Number of passes of the head, from this trainer's code. 1 for other trainers, which compute all logits once."""
     context_factor: float = 0.97
     """Factor on the efficiency for each doubling of the context axis. Assumed: no published pair of runs."""
     decode_bandwidth: float = 0.70

@@ -251,7 +251,7 @@ class HostMemory:
     states: float
     """The moments of extra updates, and averaged weights (``train/second_adam.py``, ``train/averaged.py``)."""
     routes: float
-    """Of a step of a mixture of experts: the routes that the node's servers keep, and those that its ranks read."""
+    """For mixtures of experts, one step's routes: those that the node's servers keep, and those that its ranks read."""
 
     @property
     def total(self) -> float:

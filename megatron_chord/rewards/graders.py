@@ -100,7 +100,7 @@ class PendingGrade:
 
     response: Response
     started: Mapping[str, Future[list[Grade]]]
-    """By name, the terms that grade this response and have started, each with one grade."""
+    """Future of the one grade of each started term that grades this response, by the term's name."""
 
     def is_done(self) -> bool:
         """True if all started terms are done."""

@@ -48,9 +48,9 @@ class RelayPlan:
     members: tuple[int, ...]
     """Exporters and publishers, in ascending order. The first is rank 0, the coordinator."""
     names: tuple[str, ...]
-    """What errors call the members."""
+    """Names of the members for error messages."""
     servers: Mapping[int, tuple[int, ...]]
-    """For each publisher the indices of the servers on its node."""
+    """Indices of the servers on the node of each publisher, by the publisher's rank."""
 
 
 def plan_relay(rank_hosts: Sequence[str], exporters: Sequence[int], server_hosts: Sequence[str]) -> RelayPlan:
@@ -216,7 +216,7 @@ class Relay:
                         else:
                             self._pass_on(exporter)
                     except (Refused, _ExportFailed) as failure:
-                        # The members go on with the next exporter: each exporter must learn that it is refused.
+                        # Continue with the next exporter, so that each exporter is told that its buckets are refused.
                         failures.append(failure.reason if isinstance(failure, _ExportFailed) else failure)
                     if announcer is not None:
                         announcer.settle()
@@ -332,7 +332,7 @@ class Relay:
 
 
 class Refused(RuntimeError):
-    """The push has failed elsewhere, so that the coordinator refuses the remaining buckets."""
+    """The push failed on another process, so the coordinator refuses the remaining buckets."""
 
 
 class _ExportFailed(Exception):

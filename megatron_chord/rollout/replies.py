@@ -109,7 +109,7 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
     routed_experts: bytes | None = None
-    """In base64: an .npy file (vllm/utils/serial_utils.py, numpy2base64), or a reference (``rollout.route_store``)."""
+    """An .npy file (vllm/utils/serial_utils.py, numpy2base64) or a reference (``rollout.route_store``), in base64."""
 
 
 class _Reference(msgspec.Struct):

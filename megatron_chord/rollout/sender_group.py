@@ -150,7 +150,7 @@ class SenderStore:
         """Form and connect the group, as its rank 0.
 
         Args:
-            others: what errors call the other members, in the order of their ranks.
+            others: names of the other members for error messages, in the order of their ranks.
             device: cuda: the group uses NCCL; else gloo.
             given_up: whether one of the others has failed, so that waiting for it is of no use.
         Raises:
@@ -164,7 +164,10 @@ class SenderStore:
 def join_sender_group(
     host: str, port: int, *, rank: int, members: Sequence[str], device: torch.device, timeout_s: float
 ) -> SenderGroup:
-    """The others' side of ``SenderStore.form_group``, with the same errors. ``members``: what errors call them all."""
+    """The others' side of ``SenderStore.form_group``, with the same errors.
+
+    ``members``: names of all members for error messages.
+    """
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return _form(store, address_towards(host), rank, members, device, timeout_s, _never)

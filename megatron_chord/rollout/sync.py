@@ -121,9 +121,9 @@ class _Servers(TypedDict):
 
     urls: list[str]
     hosts: list[str]
-    """Numeric addresses."""
+    """Numeric address of each server."""
     workers: list[int]
-    """Numbers of workers."""
+    """Number of workers of each server."""
 
 
 class WeightSync:
@@ -267,8 +267,11 @@ class WeightSync:
         return remaining
 
     def _message_s(self) -> float:
-        """Longest wait for a message of another rank. A server's missing answer is noticed before, so that all ranks
-        learn of it. A message that is given up closes gloo's connections, and the group could not be used again."""
+        """Longest wait for a message of another rank.
+
+        This is longer than the wait for a server, so a missing answer is noticed first and reported to all ranks. If a
+        gloo message times out, gloo closes its connections, and the group cannot be used again.
+        """
         return max(self._remaining(), 0.0) + _ANSWER_S
 
     def _connect(self) -> None:

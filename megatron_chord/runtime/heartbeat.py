@@ -116,7 +116,7 @@ class Limits:
     silence_s: float
     """Maximum time without a heartbeat from a process."""
     phases: Mapping[Phase, float]
-    """By phase, the maximum time without progress of this rank's main thread. Other phases have no limit."""
+    """Maximum time without progress of this rank's main thread, by phase. Other phases have no limit."""
 
 
 class Watch:
@@ -145,7 +145,7 @@ class Watch:
         self._seen: dict[int, tuple[dict[str, Any] | None, float]] = dict.fromkeys(
             others if folder is not None else (), (None, self._awake_since)
         )
-        """For each checked rank: its last heartbeat, and the time at which it was seen first."""
+        """Last heartbeat of each checked rank, and the time at which that heartbeat was seen first."""
         with contextlib.suppress(OSError, ValueError):  # standard error may have no file descriptor
             faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
         self._beat()

@@ -42,7 +42,7 @@ class Sources:
     prompts: Sequence[Prompt]
     demonstrations: Sequence[Demonstration]
     demonstration_of: Mapping[str, Demonstration]
-    """By prompt id, the prompt's own demonstration. With ``data.aligned`` every prompt has one."""
+    """The prompts' own demonstrations, by prompt id. With ``data.aligned`` every prompt has one."""
     prompt_cursor: Cursor | MixedCursor
     demonstration_cursor: Cursor | MixedCursor | None
     unfinished: tuple[DrawnPrompt, ...] = ()

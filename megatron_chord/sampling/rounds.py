@@ -279,7 +279,7 @@ class Grading:
         self._max_error_rate = max_error_rate
         self._num_answers = num_answers
         self._groups: dict[int, _PendingGroup] = {}
-        """By index in ``requests``."""
+        """The groups that are being graded, by their index in ``requests``."""
         self._has_ended = False
         self._lock = threading.Lock()  # for the two attributes below
         self._unchecked: deque[PendingGrade] = deque()

@@ -506,8 +506,10 @@ def load(state: TrainState, checkpoint: Path) -> dict[str, Any]:
 
 
 def _load_other(state: TrainState, other: AbstractContextManager[None], folder: Path) -> bool:
-    """Load another state of the optimizer, which the optimizer has within ``other``. Returns True if the checkpoint
-    has this state. A checkpoint of a run with another method does not have it."""
+    """Load a further optimizer state. Inside the context manager ``other``, the optimizer holds this state.
+
+    Returns True if the checkpoint has this state. A checkpoint of a run with another method does not have it.
+    """
     groups = state.groups
     if not groups.once(folder.is_dir):
         return False
@@ -557,9 +559,9 @@ def _split_described(
 
 
 def _other_described(state: TrainState, other: AbstractContextManager[None]) -> sharded.Content:
-    """Describe another state of the optimizer, which it has within ``other``. It has the size of the first.
+    """Describe the optimizer state that is active inside ``other``. It is as large as the main state.
 
-    Its data is a copy in main memory, because the optimizer has this state only there.
+    The data is a copy in main memory, because the optimizer holds this state only inside ``other``.
     """
     with other:
         check_finite(state, "no checkpoint was written; --resume auto continues from the previous one")

@@ -28,7 +28,7 @@ class RunContext:
     queue: StepQueue
     saver: Saver
     coordinator: Coordinator | None
-    """On rank 0; None on the other ranks."""
+    """Rank 0's coordinator; None on the other ranks."""
     mu_gradient: MuGradient | None
     """None unless mu is learned."""
     health: Health

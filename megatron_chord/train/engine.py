@@ -113,9 +113,9 @@ class RolloutEngine:
         self._sync: WeightSync | None = None
         self._keeps_routes = is_needed and _replays_routes(run)
         self.route_keys: Mapping[str, str] = {}
-        """With router replay, the API key of each server, by its URL; on every rank."""
+        """API key of each server, by its URL, on every rank. Empty without router replay."""
         self.route_stores: Collection[str] = ()
-        """On the coordinator: the names of the memories in which servers keep routes (``rollout.route_store``)."""
+        """Names of the memories in which servers keep routes (``rollout.route_store``); only on the coordinator."""
         self._connected = False
         self._version: int | None = None
         self.generation = 0

@@ -21,7 +21,7 @@ from megatron_chord.train.trace import TRACES
 from megatron_chord.train.trackers import TENSORBOARD
 
 Resume = str
-"""``never``, ``auto`` (the newest checkpoint that is whole) or the name of a checkpoint, such as ``step-000040``."""
+"""``never``, ``auto`` (the newest complete checkpoint) or the name of a checkpoint, such as ``step-000040``."""
 POLICY = "policy"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

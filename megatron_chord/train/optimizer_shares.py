@@ -52,7 +52,8 @@ class Shares:
     _buffers: dict[int, tuple[Tensor, list[Kept]]] = field(
         default_factory=dict[int, tuple[Tensor, list[Kept]]]
     )
-    """By the address of the buffer's storage. The tensor keeps the storage, so that no other gets the address."""
+    """Each gathered buffer and what this rank keeps of it, by the address of the buffer's storage. The tensor keeps the
+    storage alive, so that no other storage gets the address."""
 
     def add(self, buffer: Tensor, kept: list[Kept]) -> None:
         self._buffers[_storage(buffer)] = buffer, kept

@@ -29,9 +29,9 @@ class SecondAdam:
         self._inner = [part.optimizer for part in parts if part.optimizer is not None]
         self._lr = lr
         self._moments: dict[tuple[int, int, str], Tensor] = {}
-        """By optimizer, parameter and name; missing means 0."""
+        """Moments, by optimizer, parameter and name. A missing entry is 0."""
         self._steps: dict[tuple[int, int], int] = {}
-        """By optimizer and parameter group; missing means 0."""
+        """Step counts, by optimizer and parameter group. A missing entry is 0."""
 
     @contextmanager
     def active(self) -> Iterator[None]:

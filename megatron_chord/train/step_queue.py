@@ -57,7 +57,7 @@ class StepQueue:
         self._groups = groups
         self._coordinator = coordinator
         self._steps: dict[int, Future[_OfAllRanks] | None] = {}
-        """By step number. Only the coordinator has futures; other ranks have None."""
+        """Inputs of the started steps, by step number. Only the coordinator has futures; other ranks have None."""
         self._generation = 0
         self._thread: ThreadPoolExecutor | None = None
         if coordinator is not None and run.rollout.max_off_policy_steps > 0:

@@ -31,9 +31,10 @@ class Update:
     """The description of one optimizer update that every rank gets, in addition to its own micro-batches."""
 
     weights: Mapping[str, float]
-    """By term, its weight."""
+    """Weight of each term, by its name."""
     counts: Mapping[str, int]
-    """By term, its number of trained tokens over all ranks. Terms without a trained token are not listed."""
+    """Number of trained tokens of each term over all ranks, by the term's name. Terms without a trained token are not
+    listed."""
     noise: NoiseMeasurement | None = None
     """The additional noise measurement; None: no measurement."""
     is_extra: bool = False

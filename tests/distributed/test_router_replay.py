@@ -35,9 +35,9 @@ CASES: dict[str, tuple[str, Literal["none", "mlp", "full"], dict[str, dict[str, 
     "qwen3_moe kept": ("qwen3_moe", "none", {"dp2": {}}),
     "deepseek_v3": ("deepseek_v3", "mlp", {"tp2_sp_ep2": TP2_SP | {"expert": 2}, "pp2": {"pipeline": 2}}),
 }
-"""By name: family, what is computed again in the backward pass, and layouts of two ranks."""
+"""Family, what is computed again in the backward pass, and layouts of two ranks, by the name of the case."""
 SIZES = {"qwen3_moe": (4, 2, 0), "deepseek_v3": (12, 4, 1)}
-"""Of the tiny models: number of experts, experts of each token, dense layers at the beginning."""
+"""Number of experts, experts of each token and dense layers at the beginning of the tiny models, by family."""
 LAYERS = 4
 
 

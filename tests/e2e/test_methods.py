@@ -64,7 +64,7 @@ OWN: dict[str, set[str]] = {
     "dypo": {"sft_prompts", "skipped_prompts"},
     "dpo_mixed_pairs": {"dpo_loss", "dpo_margin", "dpo_accuracy", "logprob_gap"},
 }
-"""By file: the metrics that some row of metrics.jsonl must have."""
+"""Metrics that some row of metrics.jsonl must have, by the name of the example file."""
 
 SMALL = {
     "batch.prompts": "4",

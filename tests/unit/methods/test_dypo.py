@@ -103,7 +103,7 @@ class Together:
 
 
 GROUPS = [(0, 0, 1, 2), (0, 1, -1, 3), (0, 2, 1, 1), (1, 0, -1, 2), (1, 1, 1, 2), (2, 0, 1, 1), (2, 1, 1, 2)]
-"""Of each answer: its group, its place in it, +1 right or -1 wrong, and its number of tokens. Group 2 has no pair."""
+"""Group, place in it, +1 right or -1 wrong, and number of tokens of each answer. Group 2 has no pair."""
 
 
 def answers(logprobs: Sequence[Tensor], chosen: Sequence[int], scale: float) -> TermTokens:
