@@ -180,7 +180,9 @@ class _Node:
         if meaning == "preemption" and not self._is_preempted:
             self._is_preempted = True
             if not (folder / PREEMPTED_FILE).exists():
-                self._say("SIGTERM, which is a preemption: checkpoint, then back to the queue")
+                self._say(
+                    "SIGTERM, which is a preemption: the run writes a checkpoint, and the job returns to the queue"
+                )
             (folder / PREEMPTED_FILE).touch()
             (folder / STOP_FILE).touch()
             if self._servers is not None:

@@ -5,7 +5,7 @@ on the first node, which tests the network and the port. Each writes a file into
 see, which tests the shared file system. All read their clocks at the same moment and compare the reports. If there is
 no fault, each node starts as many processes as it will have ranks, and these run one all-reduce (``cluster.smoke``),
 over NCCL with GPUs and over gloo without. They meet on the port that the ranks will use. So no node leaves before all
-of these processes have ended; otherwise a rank could meet one of them.
+of these processes have ended; otherwise a rank could connect to one of them.
 
 Every node exits with 0, ``REFUSED`` or ``EXIT_CODE``. Faults are recorded as failures of the job.
 """
@@ -54,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(job, report, ports)
     except (RuntimeError, OSError) as error:
         where = host_and_port(job.head.address, job.port + 1)
-        return fail(job, EXIT_CODE, [f"{job.name} could not meet the others at {where}: {error}"])
+        return fail(job, EXIT_CODE, [f"{job.name} could not connect to the other nodes at {where}: {error}"])
 
 
 def _check(job: Job, report: Report, ports: Ports | None) -> int:
-    """Check this node together with all others. Returns the exit code. Raises RuntimeError or OSError if they cannot
-    meet."""
+    """Check this node together with all others. Returns the exit code.
+
+    Raises RuntimeError or OSError if the nodes cannot connect to each other.
+    """
     meeting = _Meeting(job, ports)
     code = _judge(job, report, meeting.compare(report))
     if code == 0:

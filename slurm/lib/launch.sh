@@ -40,7 +40,7 @@ prepare() {
     mkdir -p "$CHORD_JOB/logs" "$CHORD_JOB/failures"
     head -c 48 /dev/urandom | base64 -w 0 | tr -d '+/=' >"$CHORD_JOB/key"
   )
-  trap 'echo "a stop was requested: save, then back to the queue"; touch "$CHORD_JOB/stop"' USR1
+  trap 'echo "a stop was requested: the job saves its work and returns to the queue"; touch "$CHORD_JOB/stop"' USR1
   # Slurm sends SIGTERM here when the job is cancelled, and only to the nodes' tasks when it is preempted.
   trap 'touch "$CHORD_JOB/cancelled"; exit 143' TERM
   CHORD_NODES="$(scontrol show node "$SLURM_JOB_NODELIST" |
