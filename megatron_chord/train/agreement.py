@@ -63,7 +63,7 @@ def check_agreement(run: RunConfig, result: UpdateResult, *, step: int, age: int
         f"step {step}: trainer and rollout {{}} of the same {tokens} tokens{older} differ {{}} on average "
         f"(largest log-prob difference {result.maxima.get('logprob_gap_max', math.nan):.2e}, mean logit size "
         f"{logit:.1f}). "
-        "The limit is {}. Nothing was trained on them"
+        "The limit is {}. These tokens were not trained"
     )
     mean, error = mean_and_error(sums, "gap", spread=found.gap)
     if not mean - SURE * error <= found.gap:

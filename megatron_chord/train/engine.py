@@ -251,7 +251,7 @@ class RolloutEngine:
         if self._restarts_left == 0 or self._run.rollout.servers:
             raise error
         self._restarts_left -= 1
-        self._notify(f"rollout server lost, starting a new one ({error})")
+        self._notify(f"a rollout server is lost; a new one is started ({error})")
         self._lost = True
         self._push_failed = isinstance(error, SyncError)
 

@@ -313,8 +313,8 @@ def _forget_lost_best(context: RunContext) -> None:
     path = folder / f"step-{best.step:06d}"
     if not context.state.groups.once(path.is_dir):
         context.say(
-            f"the best checkpoint, {path}, does not exist any more; the next checkpoint that is kept as the best "
-            "needs a better evaluation",
+            f"the best checkpoint, {path}, does not exist any more. A checkpoint is kept as the best only after an "
+            "evaluation that is better than that one",
         )
         best.step = None
 

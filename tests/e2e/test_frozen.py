@@ -81,7 +81,7 @@ def test_a_frozen_server_grader_and_rank(tmp_path: Path) -> None:
         server = server_of(process)
         for pid in [server, *descendants(server)]:
             os.kill(pid, signal.SIGSTOP)
-        wait_for(lambda: "rollout server lost, starting a new one" in log_of(output), process)
+        wait_for(lambda: "a rollout server is lost; a new one is started" in log_of(output), process)
         done = steps_done(output)
         wait_for(lambda: steps_done(output) > done, process)
         assert not is_alive(server)

@@ -231,7 +231,7 @@ def test_a_killed_server_is_replaced_and_the_step_repeated(config: Path, straigh
         assert "--max-num-active-seqs 1 " in command_line(server)
         os.kill(server, signal.SIGKILL)
         assert process.wait(300) == 0, log_of(output)
-    assert "rollout server lost, starting a new one" in log_of(output)
+    assert "a rollout server is lost; a new one is started" in log_of(output)
     assert without_times(metrics_of(output)) == without_times(metrics_of(straight))
 
 
@@ -242,7 +242,7 @@ def test_a_killed_server_is_replaced_while_it_samples_ahead(config: Path) -> Non
         wait_for(lambda: steps_done(output) >= 1, process)
         os.kill(server_of(process), signal.SIGKILL)
         assert process.wait(300) == 0, log_of(output)
-    assert "rollout server lost, starting a new one" in log_of(output)
+    assert "a rollout server is lost; a new one is started" in log_of(output)
     steps = [row for row in metrics_of(output) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(STEPS))
     ages = [row["step"] - row["weight_version"] for row in steps]

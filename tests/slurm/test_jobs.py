@@ -82,7 +82,7 @@ def kill_server(job: Submitted, *, node: int) -> None:
     """Kill the only server of the node, and wait until the job has made a step with another one."""
     (server,) = job.processes(SERVER, f"--host {address_of(node)}")
     os.kill(server, signal.SIGKILL)
-    job.wait_for(lambda: "rollout server lost" in job.output)
+    job.wait_for(lambda: "rollout server is lost" in job.output)
     lost_at = job.steps_done()
     job.wait_for(lambda: job.steps_done() > lost_at)
 

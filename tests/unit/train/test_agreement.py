@@ -110,7 +110,7 @@ def test_beyond_a_limit_nothing_is_trained(tmp_path: Path) -> None:
     message = (
         r"^step 3: trainer and rollout log-probs of the same 500 tokens differ by 1\.50e-01 \+- 4\.5e-03 on average "
         r"\(largest log-prob difference 1\.50e-01, mean logit size 0\.0\)\. The limit is 1\.00e-01, plus 3 standard "
-        r"errors \(rollout\.max_logprob_gap\)\. Nothing was trained on them$"
+        r"errors \(rollout\.max_logprob_gap\)\. These tokens were not trained$"
     )
     with pytest.raises(LogprobMismatch, match=message):
         check_agreement(run, measured([0.15] * 500), step=3, age=0)
