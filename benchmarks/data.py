@@ -87,9 +87,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[300], help="one measurement for each")
-    parser.add_argument("--tokens", type=int, default=8000, help="of each demonstration")
-    parser.add_argument("--cores", type=int, help="use so many of this machine's")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[300], help="numbers of rows, one measurement for each"
+    )
+    parser.add_argument("--tokens", type=int, default=8000, help="tokens of each demonstration")
+    parser.add_argument("--cores", type=int, help="number of this machine's cores to use")
     parser.add_argument("--whole", type=int, default=46_000, help="number of rows to estimate")
     parser.add_argument(
         "--tokenizer", type=Path, help="Hugging Face folder with a fast tokenizer and a chat template"

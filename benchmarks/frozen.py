@@ -177,7 +177,7 @@ def main() -> None:
     )
     who = ("rank", *HELPERS)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--who", nargs="+", choices=who, default=who, help="whom to stop; default: all")
+    parser.add_argument("--who", nargs="+", choices=who, default=who, help="processes to stop (default: all)")
     args = parser.parse_args()
     args.output.mkdir(parents=True)
     config = write_run(args.output)

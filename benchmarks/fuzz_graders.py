@@ -151,7 +151,7 @@ def main() -> int:
     )
     options.add_argument("--count", type=int, default=10_000, help="strings for each grader")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--timeout-s", type=float, default=5.0, help="of one grading")
+    options.add_argument("--timeout-s", type=float, default=5.0, help="time limit of one grading")
     options.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = options.parse_args()
     faults = 0

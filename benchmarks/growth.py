@@ -62,7 +62,9 @@ class Series:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How each part grows.")
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(SERIES)} (default: all)")
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"tables among {', '.join(SERIES)} (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     unknown = set(arguments.tables) - set(SERIES)

@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
         help="extra memory allowed to the chunked head (default: its gradients and one tile; head_memory.py)",
     )
     parser.add_argument("--tensor", type=int, default=1, help="also with the vocabulary over so many ranks")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU, for each rank")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--loss",
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
         default="both",
         help="what is differentiated: entropies too, or log-probs alone, as without an entropy bonus",
     )
-    parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds; the fastest one counts")
     parser.add_argument(
         "--peers",
         nargs="*",

@@ -74,7 +74,7 @@ def main() -> int:
 
 def parse(names: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Every method on the quick start's task, at equal budget.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"methods among {', '.join(names)}")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each (default 1)")
     parser.add_argument("--steps", type=int, default=40, help="training steps of each run (default 40)")
     parser.add_argument("--output", type=Path, help="also write the table to this file")

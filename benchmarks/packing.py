@@ -36,7 +36,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Packing against padding.")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=8, help="data-parallel ranks")
-    parser.add_argument("--max-tokens", type=int, default=32768, help="of a micro-batch")
+    parser.add_argument(
+        "--max-tokens", type=int, default=32768, help="maximum number of tokens of a micro-batch"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     table = Table(

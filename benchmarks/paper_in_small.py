@@ -80,9 +80,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     add("--quick", action="store_true", help="two seeds of four methods")
     add("--smallest", action="store_true", help="two steps of two methods, for the tests: nothing is learned")
-    add("--methods", nargs="+", choices=list(NAMES), metavar="NAME", help=f"of: {', '.join(NAMES)}")
-    add("--seeds", nargs="+", type=int, metavar="N", help="instead of those of the plan")
-    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of every run, such as optim.lr=1e-3")
+    add("--methods", nargs="+", choices=list(NAMES), metavar="NAME", help=f"methods among {', '.join(NAMES)}")
+    add("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: those of the plan)")
+    add(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of every run, such as optim.lr=1e-3",
+    )
     add("--workers", type=int, default=cores, help="runs at a time (default: the number of cores)")
     add("--output", type=Path, default=Path("runs/paper_in_small"), help="folder (default: %(default)s)")
     add("--only-tables", action="store_true", help="train nothing")

@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--servers", type=int, default=2, help="vLLM servers of each node")
     parser.add_argument("--ipv6", action="store_true", help="the nodes have IPv6 addresses only")
-    parser.add_argument("--rate", type=int, help="Mbit/s of each node's link; default: no limit")
+    parser.add_argument("--rate", type=int, help="Mbit/s of each node's link (default: no limit)")
     parser.add_argument("--pushes", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)

@@ -101,14 +101,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--demonstrations", type=int, default=16)
     parser.add_argument("--group", type=int, default=1, help="rollouts that share a prompt")
     parser.add_argument("--grpo", action="store_true", help="mu = 0: rollouts alone")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
-    parser.add_argument("--tails", action="store_true", help="long-tailed lengths: mean 500, cut at 2000")
-    parser.add_argument("--updates", type=int, default=3, help="after one to warm up")
-    parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights, also on disk"
+        "--max-tokens", type=int, default=4096, help="maximum number of tokens of a micro-batch"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--tails", action="store_true", help="long-tailed lengths: mean 500, cut at 2000")
+    parser.add_argument("--updates", type=int, default=3, help="number of updates after one to warm up")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds; the fastest one counts")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="number format of the weights, also on disk"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)  # growth.py uses it
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)

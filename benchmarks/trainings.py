@@ -27,7 +27,9 @@ def parser_of(description: str, *, prompts: int, rollouts: int) -> argparse.Argu
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=prompts)
     parser.add_argument("--rollouts", type=int, default=rollouts)
-    parser.add_argument("--threads", type=int, default=1, help="of trainer and server each")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of the trainer, and of the server"
+    )
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     return parser
 

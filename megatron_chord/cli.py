@@ -143,12 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|step-N",
         type=_resume,
         default="never",
-        help="continue from the newest whole checkpoint of the output folder, if there is one, or from the one named",
+        help="auto: continue from the newest complete checkpoint, or start at step 0 if there is none. step-N: "
+        "continue from that checkpoint",
     )
     train.add_argument(
         "--allow-changed",
         action="store_true",
-        help="with --resume: continue although settings that change what is learned differ from those of the run",
+        help="with --resume: allow changes of settings that affect training, such as the learning rate",
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     check = commands.add_parser("check", help="check a YAML file, its model and its data, and stop")
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     mu = commands.add_parser("mu", help="preview the schedule of mu, the weight of the SFT branch")
     preview = mu.add_subparsers(dest="mu_command", required=True, metavar="COMMAND").add_parser(
-        "preview", help="show mu at every step before the run, and how many samples the run needs"
+        "preview", help="show mu at every step, and how many rollouts and demonstrations the run needs"
     )
     preview.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw mu with matplotlib")
     for command in (train, check, data, preview):
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="default: report.html, in the run's folder, or with several runs in the current folder",
+        help="page to write (default: report.html in the run's folder, or with several runs in the current folder)",
     )
     _add_evaluate(commands.add_parser("evaluate", help="measure a policy on a suite of benchmarks"))
     _add_talk(
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare = commands.add_parser("compare", help="compare two evaluations, problem by problem")
     compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation (evaluate --output)")
-    compare.add_argument("b", type=Path, metavar="B", help="folder of another one, of the same suite")
+    compare.add_argument("b", type=Path, metavar="B", help="folder of a second evaluation of the same suite")
     compare.add_argument(
         "--all", action="store_true", help="name all problems that flipped, not only the first ten"
     )
@@ -233,14 +234,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="paper",
         metavar="SUITE.yaml",
-        help="benchmarks; `paper` is examples/suites/paper.yaml",
+        help="file that lists the benchmarks (default: paper, which is examples/suites/paper.yaml)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="for answers and results; answers in it are kept (default: evaluations/SUITE/POLICY in the policy's "
-        "run, or here)",
+        help="folder for answers and results; answers in it are kept (default: evaluations/SUITE/POLICY in the folder "
+        "of the policy's run, or in the current folder)",
     )
     parser.add_argument(
         "--server",
@@ -270,7 +271,9 @@ def _add_talk(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) 
         parser.add_argument(
             "--system", metavar="TEXT", help="system prompt (default: the run's; an empty text: none)"
         )
-        parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of sampling (0)")
+        parser.add_argument(
+            "--seed", type=_count, default=0, metavar="N", help="seed of sampling (default: 0)"
+        )
         parser.add_argument(
             "--tensor",
             type=_positive,
@@ -608,7 +611,9 @@ class _Termination:
         self._request.make()
         if self._speaks:  # print is not allowed here: it may interrupt itself
             os.write(
-                2, b"\nCtrl-C: a checkpoint comes at the next safe point. Again: leave now, without one.\n"
+                2,
+                b"\nCtrl-C: the run will write a checkpoint at the next safe point and end. "
+                b"Press Ctrl-C again to end now without a checkpoint.\n",
             )
 
     def check(self) -> None:

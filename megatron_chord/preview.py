@@ -1,4 +1,4 @@
-"""`megatron-chord mu preview`: shows before a run which mu every step will have and how many samples this needs."""
+"""`megatron-chord mu preview`: shows mu at every step and how many rollouts and demonstrations a run needs."""
 
 from __future__ import annotations
 

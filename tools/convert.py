@@ -11,8 +11,8 @@
 
 A Megatron folder is a torch_dist checkpoint, which Megatron-Core can load with any tensor, pipeline, expert or data
 parallel layout. If a folder has `latest_checkpointed_iteration.txt`, the checkpoint that this file names is used. A
-training checkpoint of megatron-chord is a Megatron folder, too: the run's config.yaml names its model, otherwise --hf
-does. --dtype rounds all tensors.
+training checkpoint of megatron-chord is a Megatron folder, too. Its model is read from the run's config.yaml, or from
+--hf. --dtype rounds all tensors.
 `megatron-to-megatron` writes only the model, without optimizer state, one chunk of rows after the other.
 `to-fp8` writes 128 x 128 block-quantised weights with their scales, from either kind of folder. vLLM loads them as they
 are. The exit code is 0 after success, 1 if `verify` found a difference, and 2 for an error; then nothing was written.
@@ -123,7 +123,7 @@ def _convert(args: argparse.Namespace) -> int:
     is_megatron = not isinstance(source, HFSource)
     if args.command != "to-fp8" and is_megatron != args.command.startswith("megatron"):
         kind = "a distributed checkpoint" if is_megatron else "a Hugging Face folder"
-        raise ValueError(f"{args.source} is {kind}: {args.command} is not for it")
+        raise ValueError(f"{args.source} is {kind}, which {args.command} does not accept")
     left_out = source.left_out if isinstance(source, HFSource) else []
     if left_out:
         print(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Estimates if a run fits its GPUs, and how long a step takes. It needs only the YAML and the model's config.json.
+"""Estimates whether a run fits its GPUs, and how long a step takes. It needs only the YAML and the model's config.json.
 
     python tools/plan.py RUN.yaml [NAME=VALUE ...] --gpu h100 --nodes 8
     python tools/plan.py RUN.yaml --gpu h200 --nodes 4 --search             # what fits, the fastest first
@@ -65,9 +65,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="as in model.path=PATH/MODEL")
     parser.add_argument(
-        "--gpu", default="h100", metavar="NAME", help=f"default: h100; known: {', '.join(GPUS)}"
+        "--gpu", default="h100", metavar="NAME", help=f"kind of GPU, one of {', '.join(GPUS)} (default: h100)"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: 1)")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs of a node (default: 8)")
     parser.add_argument(
         "--host-memory", type=float, metavar="GB", help="main memory of a node (default: not checked)"

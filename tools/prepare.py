@@ -89,8 +89,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         if name in SPLITS:
             sft, rl = SPLITS[name]
-            one.add_argument("--sft", type=int, default=sft, help=f"demonstrations ({sft})")
-            one.add_argument("--rl", type=int, default=rl, help=f"RL prompts ({rl or 'all that are left'})")
+            one.add_argument(
+                "--sft", type=int, default=sft, help=f"number of demonstrations (default: {sft})"
+            )
+            one.add_argument(
+                "--rl",
+                type=int,
+                default=rl,
+                help=f"number of RL prompts (default: {rl or 'all that are left'})",
+            )
         if name in SPLITS or name == "gpqa":
             one.add_argument("--seed", type=int, default=42, help="seed of all random draws (default: 42)")
     openr1 = recipe.choices["openr1"]
@@ -101,7 +108,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder with the policy's tokenizer, which counts tokens for the limit",
     )
-    openr1.add_argument("--max-tokens", type=int, default=8196, help="of a generation (8196)")
+    openr1.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8196,
+        help="maximum number of tokens of a generation (default: 8196)",
+    )
     recipe.choices["math"].add_argument(
         "--exclude",
         type=Path,
@@ -114,7 +126,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--categories",
         nargs="+",
         default=list(recipes.BFCL_CATEGORIES),
-        help="default: the eight categories that CHORD reports",
+        help="categories of BFCL (default: the eight that CHORD reports)",
     )
     for name in EVALUATIONS:
         recipe.choices[name].add_argument(

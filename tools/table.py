@@ -158,7 +158,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     """Return the requested rows. The two domains of a line follow each other.
 
     Raises:
-        ValueError: a setting is for no row, or a preset or the suite cannot be read with the settings.
+        ValueError: a setting names no row of the table, or a preset or the suite cannot be read with the settings.
     """
     settings = [read_setting(text) for text in args.settings]
     suites = {domain: _suite_for(domain, settings, args.suite) for domain in DOMAINS}
@@ -232,7 +232,7 @@ def read_setting(text: str) -> Setting:
     who = (found[1] or "").replace("-", "_")
     known = {"", "suite"} | {name for key in TITLES for domain in DOMAINS for name in names_of(key, domain)}
     if who not in known:
-        raise TableError(f"{text!r} is for no row: {_names()}")
+        raise TableError(f"{text!r} names no row of the table: {_names()}")
     return Setting(who=who, text=found[2])
 
 
@@ -581,16 +581,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="WHO",
-        help="only these rows (may be repeated); default: all",
+        help="only these rows (may be repeated; default: all)",
     )
-    parser.add_argument("--suite", default="paper", metavar="SUITE.yaml", help="default: paper")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
+    parser.add_argument(
+        "--suite", default="paper", metavar="SUITE.yaml", help="suite of benchmarks (default: paper)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the runs (default: runs)"
+    )
     parser.add_argument(
         "--evaluations",
         type=Path,
         default=Path("evaluations"),
         metavar="FOLDER",
-        help="default: evaluations",
+        help="folder of the evaluations (default: evaluations)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the table there")
     # Settings may stand on both sides of an option.

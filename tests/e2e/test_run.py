@@ -168,7 +168,7 @@ def test_ctrl_c_in_a_terminal_loses_nothing(config: Path, straight: Path) -> Non
         assert process.wait(300) == 75, log_of(output)
     done, said = steps_done(output), log_of(output)
     assert 1 <= done < STEPS
-    assert "Ctrl-C: a checkpoint comes at the next safe point." in said
+    assert "Ctrl-C: the run will write a checkpoint at the next safe point and end." in said
     assert f"stopped as requested: {done} of {STEPS} steps done. Continue with: megatron-chord train " in said
     assert "Traceback" not in said
     assert checkpoints_of(output) == [done]

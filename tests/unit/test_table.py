@@ -141,7 +141,10 @@ def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("grp:optim.lr=1", "'grp:optim.lr=1' is for no row: there are math, tools, base, sft_light"),
+        (
+            "grp:optim.lr=1",
+            "'grp:optim.lr=1' names no row of the table: there are math, tools, base, sft_light",
+        ),
         ("optim.lr", "'optim.lr' is not a setting: expected NAME=VALUE or WHO:NAME=VALUE"),
         ("optim.lrr=1", "optim.lrr"),
         ("--row=ppo", "--row ppo: there are math, tools"),

@@ -112,7 +112,7 @@ def test_the_first_ctrl_c_requests_a_stop_the_second_raises_the_third_ends_the_p
         assert process.wait(20) == 128 + signal.SIGINT
         assert process.stderr is not None
         said = process.stderr.read()
-        assert said.count("a checkpoint comes at the next safe point") == 1
+        assert said.count("write a checkpoint at the next safe point") == 1
         assert "Traceback" not in said
     finally:
         process.kill()
