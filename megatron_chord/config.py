@@ -117,8 +117,8 @@ class SourceConfig:
     """Share of the drawn rows that come from this source: weight / (sum of the weights of all sources). The number of
     rows in the source does not matter. `data.evaluation` has no weights."""
     name: str = ""
-    """Name of the source in metrics, as in reward/NAME. Default: the name of its file, folder or repository on the
-    hub."""
+    """Name of the source in metrics, such as reward/by_source/NAME in trackers. Default: the name of its file, folder
+    or repository on the hub."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
     """Names of the columns that hold each field, such as {messages: prompt, answer: reward_model.ground_truth}. By
     default public layouts are recognised by their columns."""
@@ -315,15 +315,15 @@ class ObjectiveConfig:
     """Coefficient of the entropy, which is averaged and subtracted from the loss."""
     entropy_bonus_on: Literal["rollouts", "all"] = "rollouts"
     """Tokens whose entropy is averaged. rollouts: those of rollouts; the bonus has the weight of the policy loss. all:
-    the tokens of demonstrations, too; the bonus is one average over all of them, without a weight of its own."""
+    the tokens of demonstrations, too. The bonus is then one average over all these tokens. It is not multiplied by mu
+    or 1 - mu."""
     entropy_aggregation: Aggregation | None = None
     """How the entropy is averaged; the names are those of `aggregation`. Default: as the policy loss is averaged."""
     kl: KLConfig | None = None
     """Default: no KL penalty."""
     correction: CorrectionConfig | None = None
-    """Default: no correction, with two exceptions. Where `rollout.asynchronous` is set, unfinished answers are carried
-    over or `precision` is an FP8 preset, and `ratio_from` is not `rollout`, the block has its own defaults: min(w, 2)
-    for each token. With `ratio_from: rollout` the ratio is the correction."""
+    """Default: no correction. If `rollout.asynchronous`, carried answers or an FP8 precision is set and `ratio_from` is
+    not `rollout`, the default is min(w, 2) for each token. With `ratio_from: rollout` the ratio is the correction."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.clip_low <= 1.0, f"objective.clip_low must lie in (0, 1], got {self.clip_low}")
@@ -377,8 +377,9 @@ class BatchConfig:
     epochs: int = 1
     """How many times the samples of a step are trained."""
     sampling_attempts: int = 1
-    """Above 1: dynamic sampling. Groups with equal rewards are replaced by groups of further prompts, in at most this
-    many rounds. If groups are still missing then, groups with equal rewards fill the batch."""
+    """Above 1: dynamic sampling. Groups whose answers all have the same score (before format and length rules) are
+    replaced by groups of further prompts, in at most this many rounds. If groups are still missing then, groups with
+    equal scores fill the batch."""
     max_tokens_per_gpu: int = 8192
     """Maximum number of tokens in one packed micro-batch of one data-parallel rank. A longer sample gets a micro-batch
     of its own."""
@@ -512,13 +513,13 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Limit of |trainer's log-prob - rollout's log-prob|, averaged over the tokens of a step, in nats. The run stops
     when the mean is above it by more than three standard errors. Default: 1e-3 in fp32, 5e-2 in bf16, 0.1 in FP8, and
-    0.5 where older weights may have sampled tokens (`asynchronous`, carried answers). In bf16 and FP8 the rounding of
-    the logits is added: their mean absolute value divided by 384."""
+    0.5 in a step whose rollouts have tokens of older weights (`asynchronous`, carried answers). In bf16 and FP8 the
+    rounding of the logits is added: their mean absolute value divided by 384."""
     max_probability_error: float | None = None
     """Limit of the factor by which the probabilities of trainer and rollout differ: exp|difference of log-probs|, at
     most 10 for each token, averaged over the tokens of a step. The run stops when the mean is above it by more than
     three standard errors. Default: 1.01 in fp32, 1.1 in bf16 and FP8 (up to 1.05 is healthy), with the rounding of the
-    logits added as above; no limit for rollouts of older weights."""
+    logits added as above; no limit in a step whose rollouts have tokens of older weights."""
 
     def __post_init__(self) -> None:
         positive(
@@ -671,7 +672,7 @@ class EvaluationSetConfig:
     """One set of held-out problems with an interval and metrics of its own."""
 
     name: str
-    """Name of the set in its metrics, as in evaluation/NAME/avg@8."""
+    """Name of the set in its metrics, such as reward/evaluation/NAME/avg@8 in trackers."""
     path: tuple[Path, ...] = field(metadata={"hub": "dataset"})
     """A file, a folder of shards, a pattern or a list of these, as in `data.evaluation.path`."""
     fields: dict[str, str] = field(default_factory=dict[str, str])
@@ -907,7 +908,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written, and which are kept."""
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    """How long the run waits for other processes."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """When a process counts as frozen."""
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
     """Trackers that get the metrics in addition to metrics.jsonl (docs/report.md#trackers). An empty list: none."""
     trace_steps: int = 0

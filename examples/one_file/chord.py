@@ -8,7 +8,7 @@ It needs torch and Transformers, nothing else. It is the specification of `megat
 distributed trainer computes this file's loss, gradients and metrics, for every parallel layout.
 
 The task is the quick start's: short stories with gains and losses. The base policy writes its answer at once, and is
-mostly wrong. The demonstrations work the sums out, and are always right.
+mostly wrong. The demonstrations calculate step by step, and are always right.
 
 Notation
     l      log-probability of a token under the policy that is trained; p = exp(l)

@@ -38,8 +38,8 @@ def sample_groups(
 ) -> SampledGroups:
     """Sample ``prompts`` groups of ``rollouts`` rollouts. Default: ``batch.prompts`` and ``batch.rollouts``.
 
-    If ``batch.sampling_attempts`` is above 1, dynamic sampling (DAPO, arXiv 2503.14476) replaces groups of equal
-    rewards by groups of further prompts.
+    If ``batch.sampling_attempts`` is above 1, dynamic sampling (DAPO, arXiv 2503.14476) replaces groups of equal scores
+    by groups of further prompts.
 
     Raises:
         TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.

@@ -30,7 +30,8 @@ class SumReward(WholeReward):
     kind: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...] = field(metadata={"from_list": True})
     """The rewards that are added, each a block as `reward` itself, with its weight. The first one that grades a prompt
-    decides whether an answer is right. Evaluations, dynamic sampling and methods use only its score."""
+    decides whether an answer is right. Evaluations, dynamic sampling, GHPO, HPT, ReLIFT and TRAPO use only its score
+    for their decisions. Advantages and other methods use the total reward."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
