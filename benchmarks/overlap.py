@@ -35,7 +35,9 @@ Steps = list[dict[str, Any]]
 
 
 def main() -> int:
-    parser = parser_of("Step time with and without sampling ahead, side by side.", prompts=16, rollouts=8)
+    parser = parser_of(
+        "Step time with and without asynchronous sampling, side by side.", prompts=16, rollouts=8
+    )
     arguments = parsed(parser, warmup=WARMUP_STEPS)
     found: dict[str, Steps] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as name:

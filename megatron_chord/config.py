@@ -411,7 +411,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AsynchronousConfig:
-    """Sampling ahead: rollouts of later steps are sampled while a step trains (docs/running.md)."""
+    """Asynchronous sampling: rollouts of later steps are sampled while a step trains (docs/running.md)."""
 
     max_off_policy_steps: int = 1
     """How many steps ahead rollouts are sampled. The weights that sample are up to this many steps older than the

@@ -27,8 +27,8 @@ Every setting of a run's YAML file, with its default, its unit and its meaning. 
 A block that is left out has its defaults. Some blocks can be one of several. A single value then names the block and
 keeps its defaults: `method: luffy`, `token_weight: phi`. On the command line, write the full name of a setting:
 `optim.lr=1e-6`. `base: OTHER.yaml` in a file takes all settings that the file does not have from another file.
-[methods.md](methods.md) explains the methods and the objective. [running.md](running.md) explains sampling ahead and
-early stop. [rewards.md](rewards.md) and [data.md](data.md) explain rewards and data.
+[methods.md](methods.md) explains the methods and the objective. [running.md](running.md) explains asynchronous sampling
+and early stop. [rewards.md](rewards.md) and [data.md](data.md) explain rewards and data.
 """.rstrip()
 _PEERS_HEAD = """\
 ## Names in other trainers
