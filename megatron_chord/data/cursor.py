@@ -51,7 +51,7 @@ class Cursor:
         )
 
     def state(self) -> dict[str, int | str]:
-        """For a checkpoint; plain JSON."""
+        """The cursor's state for a checkpoint, as plain JSON."""
         return {
             "name": self.name,
             "size": self.size,

@@ -42,7 +42,7 @@ class Question:
     """One answer to sample."""
 
     benchmark: BenchmarkConfig
-    """Resolved."""
+    """The benchmark, with the settings that it takes from the suite."""
     prompt: Prompt
     template: ChatTemplate
     sample: int

@@ -247,7 +247,7 @@ class HostMemory:
     """While a checkpoint is written: a copy of the node's part of it if training goes on, and of further optimizer
     states in any case."""
     processes: float
-    """Ranks and servers themselves."""
+    """Memory of the processes of ranks and servers."""
     states: float
     """The moments of extra updates, and averaged weights (``train/second_adam.py``, ``train/averaged.py``)."""
     routes: float

@@ -83,7 +83,7 @@ class StageMemory:
     head: float
     """Chunked log-probs, on the last stage."""
     overhead: float
-    """CUDA, NCCL, fragmentation."""
+    """Memory of CUDA and NCCL, and memory lost to fragmentation."""
 
     @property
     def static(self) -> float:

@@ -470,7 +470,7 @@ def read_options(text: str) -> frozenset[str] | None:
 
 
 def _words(text: str) -> str:
-    """Without ``\\text{}`` around words."""
+    """Return the text without ``\\text{}`` around words."""
     return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip(" .\"'")
 
 
