@@ -52,7 +52,7 @@ class MixedDPO(Method):
         refuse_several_updates(run)
         if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(
-                "batch.sampling_attempts above 1 replaces groups of equal rewards, but off-policy pairs need them; "
+                "batch.sampling_attempts above 1 replaces groups of equal scores, but off-policy pairs need them; "
                 "leave it out, or set method.offpolicy_share: 0"
             )
         default = type(run.objective)()
