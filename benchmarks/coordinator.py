@@ -179,7 +179,7 @@ def request_for(routes: RouteShape | None) -> GenerateRequest:
     """A request for the answers of one group, with routes of this shape or without any."""
     return GenerateRequest(
         prompt_ids=tuple(range(5, 5 + PROMPT)),
-        num_samples=GROUP,
+        num_rollouts=GROUP,
         seed=0,
         temperature=1.0,
         max_tokens=RESPONSE,
@@ -254,7 +254,7 @@ def reply(request: GenerateRequest, rng: np.random.Generator, *, keeps: bool | N
         "request_id": "generate-tokens-0",
         "model": "policy",
         "prompt_token_ids": list(request.prompt_ids),
-        "choices": [choice(index) for index in range(request.num_samples)],
+        "choices": [choice(index) for index in range(request.num_rollouts)],
     }
     return json.dumps(body, separators=(",", ":")).encode()
 

@@ -138,7 +138,7 @@ def step(
         for i in range(arguments.prompts)
     ]
     sampling = Sampling(
-        num_samples=arguments.rollouts, temperature=1.0, max_tokens=TOKENS, stop_token_ids=(END,)
+        num_rollouts=arguments.rollouts, temperature=1.0, max_tokens=TOKENS, stop_token_ids=(END,)
     )
     with Grading(requests, template=numbers_template(), graders=graders, max_error_rate=0) as grading:
         start = time.perf_counter()

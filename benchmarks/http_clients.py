@@ -71,7 +71,7 @@ def measured(sample: Callable[[str, int], None], url: str, number: int) -> tuple
 def sample_with_ours(url: str, number: int) -> None:
     request = GenerateRequest(
         prompt_ids=tuple(range(PROMPT)),
-        num_samples=1,
+        num_rollouts=1,
         seed=0,
         temperature=1.0,
         max_tokens=ANSWER,

@@ -171,7 +171,7 @@ def sampled(
     asked = [
         GenerateRequest(
             prompt_ids=tuple(rng.integers(3, VOCAB, int(rng.integers(64, 257))).tolist()),
-            num_samples=arguments.rollouts,
+            num_rollouts=arguments.rollouts,
             seed=number,
             temperature=1.0,
             max_tokens=arguments.tokens,
@@ -273,7 +273,7 @@ def reading(*, prompt: int = 300, response: int = 900, repeats: int = 20) -> str
     for wanted, more in ((None, {}), (shape, encoded)):
         request = GenerateRequest(
             prompt_ids=tuple(range(prompt)),
-            num_samples=1,
+            num_rollouts=1,
             seed=0,
             temperature=1.0,
             max_tokens=response,

@@ -207,7 +207,7 @@ def _questions(item: Loaded, policy: Policy, suite: SuiteConfig) -> Iterator[Que
     for prompt, sample in itertools.product(item.prompts, range(sampling.samples)):
         request = GenerateRequest(
             prompt_ids=prompt.token_ids,
-            num_samples=1,
+            num_rollouts=1,
             seed=sample_seed(suite.seed, f"{item.benchmark.name}/{prompt.id}", sample),
             temperature=sampling.temperature,
             top_p=sampling.top_p,

@@ -124,7 +124,7 @@ class ServedPolicy:
     ) -> GenerateRequest:
         return GenerateRequest(
             prompt_ids=tuple(prompt),
-            num_samples=1,
+            num_rollouts=1,
             seed=sample_seed(self.policy.seed, name, sample),
             temperature=self.policy.temperature,
             max_tokens=max_tokens or self.policy.max_tokens,

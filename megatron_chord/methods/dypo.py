@@ -66,7 +66,9 @@ class DYPO(Method):
         refuse_dynamic_sampling(run, "method dypo trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
+        graded = [
+            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
+        ]
         groups = [group for _, group in whole_groups(graded, step=context.now.step)]
         num_right = [sum(self.is_right(group)) for group in groups]
         hard = [group for group, right in zip(groups, num_right, strict=True) if right == 0]

@@ -66,7 +66,7 @@ class GHPO(Method):
         refuse_dynamic_sampling(run, "method ghpo needs them for its hints")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = context.groups(run.batch.prompts, samples=run.batch.rollouts)
+        sampled = context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
         trials = [Trial(drawn=item, graded=answers) for item, answers in sampled]
         first = [group for _, answers in sampled if (group := make_group(answers)) is not None]
         for stage in range(
@@ -101,7 +101,7 @@ class GHPO(Method):
                 asked[index] = replace(trials[index].drawn, prompt=harder)
         if asked:
             answers = context.rollouts(
-                list(asked.values()), samples=run.batch.rollouts, attempt=f"hint{stage}"
+                list(asked.values()), num_rollouts=run.batch.rollouts, attempt=f"hint{stage}"
             )
             for index, graded in zip(asked, answers, strict=True):
                 after[index] = replace(trials[index], graded=graded, stage=stage)

@@ -20,7 +20,7 @@ POLICY = "policy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledGroups:
+class StepGroups:
     """A step's groups and the metrics of their sampling."""
 
     drawn: Sequence[DrawnPrompt]
@@ -35,7 +35,7 @@ class SampledGroups:
 
 def sample_groups(
     context: StepContext, run: RunConfig, *, prompts: int | None = None, rollouts: int | None = None
-) -> SampledGroups:
+) -> StepGroups:
     """Sample ``prompts`` groups of ``rollouts`` rollouts. Default: ``batch.prompts`` and ``batch.rollouts``.
 
     If ``batch.sampling_attempts`` is above 1, dynamic sampling (DAPO, arXiv 2503.14476) replaces groups of equal scores
@@ -51,7 +51,7 @@ def sample_groups(
     equal: list[tuple[DrawnPrompt, RolloutGroup]] = []
     num_graded = rounds = 0
     while rounds < attempts and len(useful) < wanted:
-        sampled = context.groups(wanted - len(useful), samples=size)
+        sampled = context.groups(wanted - len(useful), num_rollouts=size)
         num_graded += len(sampled)
         for item, answers in sampled:
             group = make_group(answers)
@@ -70,7 +70,7 @@ def sample_groups(
     if attempts > 1:
         share = len(equal) / len(everything)
         stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded, "equal_score_groups": share}
-    return SampledGroups(
+    return StepGroups(
         drawn=[item for item, _ in kept],
         groups=with_advantages([group for _, group in kept], run.objective),
         stats=stats,

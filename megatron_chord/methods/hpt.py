@@ -52,7 +52,9 @@ class HPT(Method):
         refuse_dynamic_sampling(run, "method hpt trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
+        graded = [
+            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
+        ]
         pairs = whole_groups(graded, step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
         imitates = [mean_score(item) <= self.settings.gate for item, _ in pairs]

@@ -80,7 +80,7 @@ class PrefixRFT(Method):
         ]
         hybrids = context.rollouts(
             sampled.drawn,
-            samples=self.settings.hybrids,
+            num_rollouts=self.settings.hybrids,
             attempt="hybrid",
             prefixes=[prefix_of(*pair) for pair in zip(demonstrations, shares, strict=True)],
         )

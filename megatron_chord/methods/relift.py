@@ -57,7 +57,9 @@ class ReLIFT(Method):
         )
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [answers for _, answers in context.groups(run.batch.prompts, samples=run.batch.rollouts)]
+        graded = [
+            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
+        ]
         pairs = whole_groups(graded, step=context.now.step)
         groups = with_advantages([group for _, group in pairs], run.objective)
         failed = [item.prompt.id for item, _ in pairs if best_score(item) <= self.settings.wrong_at_most]

@@ -81,7 +81,7 @@ class TRAPO(Method):
         refuse_dynamic_sampling(run, "method trapo helps these with their demonstrations")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = context.groups(run.batch.prompts, samples=self.settings.counts[0])
+        sampled = context.groups(run.batch.prompts, num_rollouts=self.settings.counts[0])
         drawn = [item for item, _ in sampled]
         rounds: list[list[GradedRollouts]] = [[answers for _, answers in sampled]]
         for number in range(1, len(self.settings.counts)):
@@ -130,7 +130,7 @@ class TRAPO(Method):
         if asked:
             sampled = context.rollouts(
                 [drawn[index] for index in asked],
-                samples=self.settings.counts[number],
+                num_rollouts=self.settings.counts[number],
                 attempt=f"round{number}",
                 prefixes=[
                     prefix_of(context.demonstration(drawn[index].prompt), share) if helped[index] else ()

@@ -141,7 +141,7 @@ class RolloutClient:
             may_advance: true if weights may be pushed during the call (``pause(mode="keep")``). Later versions are
                 then accepted, too.
             deadline_s: time limit for all requests together. The server aborts requests that are unfinished then.
-            on_answer: called in this thread with the index of each request that is finished, and its samples; not for
+            on_answer: called in this thread with the index of each request that is finished, and its rollouts; not for
                 requests that were stopped. ``generate`` raises its exception.
             stop: when called, the server aborts these requests and no others. They return the tokens sampled so far,
                 possibly none, with the finish reason `abort`.
@@ -171,7 +171,7 @@ class RolloutClient:
             take: returns the next request with its number, or None if there is none. Called in this thread.
             version: the weight version that must have sampled every token; None: the weights of the server's start.
             deadline_s: time limit of one request. The server aborts a request that is unfinished then.
-            on_answer: called in this thread with the number of each request and its samples, or None after the time
+            on_answer: called in this thread with the number of each request and its rollouts, or None after the time
                 limit.
 
         Raises:

@@ -39,13 +39,13 @@ class Transient(RolloutError):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt to sample `num_samples` times. A sample ends only at one of `stop_token_ids` or at `max_tokens`."""
+    """One prompt to sample `num_rollouts` times. A rollout ends only at one of `stop_token_ids` or at `max_tokens`."""
 
     prompt_ids: tuple[int, ...]
-    num_samples: int
+    num_rollouts: int
     seed: int
     temperature: float
-    """0 means greedy decoding. Log-probs are then those at temperature 1, and all samples are equal."""
+    """0 means greedy decoding. Log-probs are then those at temperature 1, and all rollouts are equal."""
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
@@ -60,8 +60,8 @@ class GenerateRequest:
 
     @property
     def num_to_sample(self) -> int:
-        """The number of samples to request. vLLM refuses n > 1 at temperature 0, where all samples are equal."""
-        return 1 if self.temperature == 0 else self.num_samples
+        """The number of rollouts to request. vLLM refuses n > 1 at temperature 0, where all rollouts are equal."""
+        return 1 if self.temperature == 0 else self.num_rollouts
 
 
 class AcceptedVersions(NamedTuple):
@@ -141,7 +141,7 @@ def rollouts_of(
     Raises:
         ValueError: it is not a valid reply to `request`.
         StaleWeights: another weight version sampled a token.
-        Transient: a sample was aborted.
+        Transient: a rollout was aborted.
     """
     reply = _DECODER.decode(content)
     if reply.prompt_token_ids != list(request.prompt_ids):
@@ -149,22 +149,22 @@ def rollouts_of(
     choices = sorted(reply.choices, key=lambda choice: choice.index)
     num_expected = request.num_to_sample
     if [choice.index for choice in choices] != list(range(num_expected)):
-        raise ValueError(f"{len(choices)} samples instead of {num_expected}")
+        raise ValueError(f"{len(choices)} rollouts instead of {num_expected}")
     rollouts = tuple(_rollout_of(choice, request, accepted, url) for choice in choices)
     if not may_be_aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
-        raise Transient("a sample was aborted")
-    return rollouts * (request.num_samples // num_expected)
+        raise Transient("a rollout was aborted")
+    return rollouts * (request.num_rollouts // num_expected)
 
 
 def _rollout_of(choice: _Choice, request: GenerateRequest, accepted: AcceptedVersions, url: str) -> Rollout:
     token_ids, reason = choice.token_ids, choice.finish_reason
     least = 0 if reason == "abort" else 1
     if not least <= len(token_ids) <= request.max_tokens:
-        raise ValueError(f"a sample of {len(token_ids)} tokens")
+        raise ValueError(f"a rollout of {len(token_ids)} tokens")
     if not token_ids:
         return Rollout(token_ids=(), logprobs=(), finish_reason=reason, weight_version=accepted.version or 0)
     if (reason == "stop") != (token_ids[-1] in request.stop_token_ids):
-        raise ValueError(f"a sample with finish_reason {reason!r} ends in token {token_ids[-1]}")
+        raise ValueError(f"a rollout with finish_reason {reason!r} ends in token {token_ids[-1]}")
     content = choice.logprobs.content if choice.logprobs is not None else []
     if [entry.token_id for entry in content] != token_ids:
         raise ValueError(f"log-probs of {len(content)} other tokens than the {len(token_ids)} sampled")

@@ -179,8 +179,8 @@ class StepContext:
         """The token ids of the prompt's own demonstration, including the stop token. Needs ``data.aligned``."""
         return response_ids(self.sources.demonstration_of[prompt.id], prompt)
 
-    def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
-        """Draw the next ``count`` prompts, and sample and grade ``samples`` rollouts of each.
+    def groups(self, count: int, *, num_rollouts: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
+        """Draw the next ``count`` prompts, and sample and grade ``num_rollouts`` rollouts of each.
 
         With ``rollout.partial`` more than ``count`` prompts are sampled. Sampling stops when ``count`` are complete,
         and these are returned in the order in which they were drawn. Prompts whose sampling was stopped in an earlier
@@ -190,9 +190,9 @@ class StepContext:
         total = count + run.rollout.extra_of(count)
         asked = [*waiting[:total], *self.prompts(max(0, total - len(waiting)))]
         self.sources = replace(self.sources, unfinished=waiting[total:])
-        if other := {len(item.partial_rollouts) for item in asked} - {0, samples}:
+        if other := {len(item.partial_rollouts) for item in asked} - {0, num_rollouts}:
             raise ValueError(
-                f"unfinished prompts have {other.pop()} rollouts each, but {samples} are requested"
+                f"unfinished prompts have {other.pop()} rollouts each, but {num_rollouts} are requested"
             )
         requests = [
             RolloutRequest(
@@ -203,7 +203,7 @@ class StepContext:
             )
             for item in asked
         ]
-        sampling = self._sampling(samples)
+        sampling = self._sampling(num_rollouts)
         graded = self._answered(
             requests,
             sampling,
@@ -238,11 +238,11 @@ class StepContext:
         self,
         drawn: Sequence[DrawnPrompt],
         *,
-        samples: int,
+        num_rollouts: int,
         attempt: str = "",
         prefixes: Sequence[tuple[int, ...]] | None = None,
     ) -> list[GradedRollouts]:
-        """Sample and grade ``samples`` rollouts of every prompt.
+        """Sample and grade ``num_rollouts`` rollouts of every prompt.
 
         Args:
             attempt: a name for this sampling of the prompts. Samplings with different names have different seeds.
@@ -258,7 +258,7 @@ class StepContext:
             )
             for index, item in enumerate(drawn)
         ]
-        sampling = self._sampling(samples)
+        sampling = self._sampling(num_rollouts)
         graded = self._answered(
             requests,
             sampling,
@@ -322,7 +322,7 @@ class StepContext:
                 template=self.template,
                 graders=self._engine.graders,
                 max_error_rate=max_error_rate,
-                num_answers=len(requests) * sampling.num_samples if sampling and takes_all else None,
+                num_answers=len(requests) * sampling.num_rollouts if sampling and takes_all else None,
             ) as grading:
                 sampled = list(answers(grading))
                 taken = complete(sampled)
@@ -348,10 +348,10 @@ class StepContext:
         )
         return found
 
-    def _sampling(self, samples: int) -> Sampling:
+    def _sampling(self, num_rollouts: int) -> Sampling:
         run = self._run
         return Sampling(
-            num_samples=samples,
+            num_rollouts=num_rollouts,
             temperature=run.rollout.temperature,
             max_tokens=run.data.max_response_tokens,
             stop_token_ids=self.template.stop_token_ids,

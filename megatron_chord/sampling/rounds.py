@@ -31,7 +31,7 @@ class TooManyGraderErrors(RuntimeError):
 class Sampling:
     """The sampling settings of one call. They are the same for all of its prompts."""
 
-    num_samples: int
+    num_rollouts: int
     temperature: float
     max_tokens: int
     stop_token_ids: tuple[int, ...]
@@ -131,11 +131,11 @@ def sample(
     lock, stop = threading.Lock(), Stop()
 
     def put(part: _RequestPart, rollouts: tuple[Rollout, ...]) -> None:
-        if part.sample is None:
+        if part.rollout_index is None:
             found[part.index] = list(rollouts)
         else:
-            found[part.index][part.sample] = _joined(
-                requests[part.index].partial_rollouts[part.sample],
+            found[part.index][part.rollout_index] = _joined(
+                requests[part.index].partial_rollouts[part.rollout_index],
                 rollouts[0],
                 has_all_routes=part.http_request.first_routed == 0,
             )
@@ -179,18 +179,18 @@ class _RequestPart:
     """One HTTP request; a ``RolloutRequest`` has one or more of them."""
 
     index: int
-    sample: int | None
+    rollout_index: int | None
     """Index of the rollout that is continued. None if all rollouts of the request are sampled from the beginning."""
     http_request: GenerateRequest
 
 
 def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_RequestPart]:
     def http_request(
-        partial_rollouts: tuple[int, ...], num_samples: int, seed: int, num_routed: int = 0
+        partial_rollouts: tuple[int, ...], num_rollouts: int, seed: int, num_routed: int = 0
     ) -> GenerateRequest:
         return GenerateRequest(
             prompt_ids=request.prompt.token_ids + request.prefix + partial_rollouts,
-            num_samples=num_samples,
+            num_rollouts=num_rollouts,
             seed=seed,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens - len(request.prefix) - len(partial_rollouts),
@@ -203,21 +203,23 @@ def _parts_of(index: int, request: RolloutRequest, sampling: Sampling) -> list[_
     if not request.partial_rollouts:
         return [
             _RequestPart(
-                index=index, sample=None, http_request=http_request((), sampling.num_samples, request.seed)
+                index=index,
+                rollout_index=None,
+                http_request=http_request((), sampling.num_rollouts, request.seed),
             )
         ]
     return [
         _RequestPart(
             index=index,
-            sample=sample,
+            rollout_index=rollout_index,
             http_request=http_request(
                 rollout.token_ids,
                 1,
-                sample_seed(request.seed, f"from {len(rollout.token_ids)}", sample),
+                sample_seed(request.seed, f"from {len(rollout.token_ids)}", rollout_index),
                 len(rollout.routes) if sampling.routes is not None and rollout.routes is not None else 0,
             ),
         )
-        for sample, rollout in enumerate(request.partial_rollouts)
+        for rollout_index, rollout in enumerate(request.partial_rollouts)
         if rollout.finish_reason == "abort"
     ]
 

@@ -114,7 +114,7 @@ def evaluate(
         TooManyGraderErrors: no answer could be graded, or more gradings failed than ``reward.max_error_rate`` allows.
     """
     sampling = Sampling(
-        num_samples=held_out.samples,
+        num_rollouts=held_out.samples,
         temperature=held_out.temperature,
         max_tokens=run.data.max_response_tokens,
         stop_token_ids=template.stop_token_ids,
@@ -130,7 +130,7 @@ def evaluate(
         template=template,
         graders=graders,
         max_error_rate=run.reward.max_error_rate,
-        num_answers=len(requests) * sampling.num_samples,
+        num_answers=len(requests) * sampling.num_rollouts,
     ) as grading:
         sampled = sample(
             clients,

@@ -55,7 +55,7 @@ def requests(num_prompts: int = 4, *, temperature: float = 1.0, seed: int = 0) -
     return [
         GenerateRequest(
             prompt_ids=tuple(torch.randint(3, VOCAB, (5 + 40 * i,), generator=generator).tolist()),
-            num_samples=4,
+            num_rollouts=4,
             seed=seed + i,
             temperature=temperature,
             max_tokens=24,

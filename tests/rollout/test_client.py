@@ -27,7 +27,7 @@ from tests.rollout.helpers import answers_of
 
 KEY = "the key"
 REQUEST = GenerateRequest(
-    prompt_ids=(5, 6), num_samples=2, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
+    prompt_ids=(5, 6), num_rollouts=2, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
 )
 
 
@@ -194,7 +194,7 @@ def routes(*rows: tuple[int, int]) -> np.ndarray:
 def test_routes_of_a_reply(client: RolloutClient, script: Script) -> None:
     sent = routes((3, 0), (0, 1), (2, 1), (1, 3))
     script.answers = [(200, routed(sent, token_ids=[4, 5, 6]))]
-    asked = replace(REQUEST, num_samples=1, routes=SHAPE)
+    asked = replace(REQUEST, num_rollouts=1, routes=SHAPE)
     ((rollout,),) = client.generate([asked], version=7, deadline_s=5)
     np.testing.assert_array_equal(rollout.routes, sent)
     assert isinstance(rollout.routes, np.ndarray)
@@ -227,7 +227,7 @@ def test_wrong_routes_are_an_error(
     client: RolloutClient, script: Script, sent: np.ndarray | None, reason: str
 ) -> None:
     script.answers = [(200, routed(sent, token_ids=[4, 5, 6]))]
-    asked = replace(REQUEST, num_samples=1, routes=replace(SHAPE, is_required=True))
+    asked = replace(REQUEST, num_rollouts=1, routes=replace(SHAPE, is_required=True))
     with pytest.raises(RolloutError, match=reason):
         client.generate([asked], version=7, deadline_s=5)
 

@@ -126,7 +126,7 @@ def assert_continued(client: RolloutClient, model: Any, shape: RouteShape) -> No
     """Assert that an answer which was stopped after its first request has the routes of both requests."""
     prompt = Prompt(id="0", messages=(), truth="", token_ids=tuple(range(20, 50)))
     sampling = Sampling(
-        num_samples=1,
+        num_rollouts=1,
         temperature=1.0,
         max_tokens=6,
         stop_token_ids=(1,),
@@ -139,7 +139,7 @@ def assert_continued(client: RolloutClient, model: Any, shape: RouteShape) -> No
     ((whole,),) = sample([client], [stopped], longer, version=1, deadline_s=DEADLINE_S)
     assert len(whole.token_ids) > len(first.token_ids)
     asked = GenerateRequest(
-        prompt_ids=prompt.token_ids, num_samples=1, seed=0, temperature=1.0, max_tokens=30, stop_token_ids=()
+        prompt_ids=prompt.token_ids, num_rollouts=1, seed=0, temperature=1.0, max_tokens=30, stop_token_ids=()
     )
     assert_routes(model, shape, [asked], [(whole,)])
 

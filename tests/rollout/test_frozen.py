@@ -24,7 +24,7 @@ SILENCE_S = 4.0
 
 def request(max_tokens: int) -> GenerateRequest:
     return GenerateRequest(
-        prompt_ids=(5, 6), num_samples=2, seed=3, temperature=1.0, max_tokens=max_tokens, stop_token_ids=()
+        prompt_ids=(5, 6), num_rollouts=2, seed=3, temperature=1.0, max_tokens=max_tokens, stop_token_ids=()
     )
 
 

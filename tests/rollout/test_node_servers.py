@@ -78,7 +78,7 @@ def _check_that_kill_ends_an_open_request(servers: NodeServers) -> None:
     """The server hangs, as one that Slurm ends can. The trainer's request must not wait for it."""
     server = servers._slots[0].process
     request = GenerateRequest(
-        prompt_ids=(5, 6), num_samples=1, seed=3, temperature=1.0, max_tokens=40, stop_token_ids=()
+        prompt_ids=(5, 6), num_rollouts=1, seed=3, temperature=1.0, max_tokens=40, stop_token_ids=()
     )
     with (
         contextlib.closing(RolloutClient(server.url, server.api_key)) as client,

@@ -135,7 +135,7 @@ def test_a_continued_answer_has_pieces_of_both_requests(
         def ask(prompt_ids: tuple[int, ...], first_routed: int, max_tokens: int) -> Rollout:
             request = GenerateRequest(
                 prompt_ids=prompt_ids,
-                num_samples=1,
+                num_rollouts=1,
                 seed=3,
                 temperature=1.0,
                 max_tokens=max_tokens,
@@ -152,7 +152,7 @@ def test_a_continued_answer_has_pieces_of_both_requests(
         rest = ask(prompt.token_ids + first.token_ids, len(first.routes), 20)
         fake = Answering([(rest,)])
         sampling = Sampling(
-            num_samples=1, temperature=1.0, max_tokens=26, stop_token_ids=(1,), routes=shape, step=step
+            num_rollouts=1, temperature=1.0, max_tokens=26, stop_token_ids=(1,), routes=shape, step=step
         )
         again = RolloutRequest(prompt=prompt, seed=3, partial_rollouts=(stopped,))
         return sample([fake], [again], sampling, version=0, deadline_s=1)[0][0]  # type: ignore[list-item]
@@ -182,7 +182,7 @@ def test_rank_0_reads_what_it_keeps_longer_than_a_step(
 ) -> None:
     """Unfinished answers, a method's memory, and the answers in a checkpoint, of which some may be lost."""
     keys = {server.url: server.api_key}
-    (request,) = [replace(requests(1)[0], num_samples=2, routes=shape)]
+    (request,) = [replace(requests(1)[0], num_rollouts=2, routes=shape)]
     sent = [rollout.routes for rollout in generated(client, [request])]
     first, second = (generated(client, [replace(request, keep_routes_for=step)]) for step in (0, 1))
     prompt = Prompt(id="0", messages=(), truth="", token_ids=request.prompt_ids)
@@ -211,7 +211,7 @@ def test_rank_0_reads_what_it_keeps_longer_than_a_step(
 def test_memory_is_bounded_and_a_full_one_sends_routes(
     server: RolloutServer, client: RolloutClient, shape: RouteShape
 ) -> None:
-    (request,) = [replace(requests(4)[3], routes=shape, keep_routes_for=0, num_samples=1)]
+    (request,) = [replace(requests(4)[3], routes=shape, keep_routes_for=0, num_rollouts=1)]
     ids = tuple(range(3, 253)) + tuple(range(3, 153))
     big = [replace(request, prompt_ids=ids, max_tokens=2, seed=seed) for seed in range(40)]
     found = [rollout.routes for rollout in generated(client, big)]

@@ -191,7 +191,7 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(
     server: RolloutServer, client: RolloutClient, pushed: int
 ) -> None:
     """Each token has the log-prob of the weights that sampled it: the old weights first, then the new weights."""
-    asked = [replace(request, num_samples=32, max_tokens=400, stop_token_ids=()) for request in requests(2)]
+    asked = [replace(request, num_rollouts=32, max_tokens=400, stop_token_ids=()) for request in requests(2)]
     sampled: list[list[tuple[Rollout, ...]]] = []
     begun = threading.Thread(
         target=lambda: sampled.append(
@@ -225,7 +225,7 @@ def test_requests_that_are_kept_go_on_with_the_new_weights(
 
 def test_what_is_stopped_is_continued_by_the_next_weights(client: RolloutClient, pushed: int) -> None:
     """Two of four prompts are enough. The others keep their tokens, and requests of other clients are not stopped."""
-    sampling = Sampling(num_samples=4, temperature=1.0, max_tokens=400, stop_token_ids=())
+    sampling = Sampling(num_rollouts=4, temperature=1.0, max_tokens=400, stop_token_ids=())
     generator = torch.Generator().manual_seed(5)
 
     def ask(index: int, given: int) -> RolloutRequest:

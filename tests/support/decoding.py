@@ -38,7 +38,7 @@ class DecodingClient:
         if stop is not None:
             stop.listen(lambda: told.append(True))
         answers = [
-            [_Answer(self._lengths, request, sample) for sample in range(request.num_samples)]
+            [_Answer(self._lengths, request, sample) for sample in range(request.num_rollouts)]
             for request in requests
         ]
         running = set(range(len(requests)))
@@ -63,7 +63,7 @@ class DecodingClient:
 class _Answer:
     def __init__(self, lengths: Mapping[int, Sequence[int]], request: GenerateRequest, sample: int) -> None:
         prompt, *before = request.prompt_ids
-        assert not before or request.num_samples == 1
+        assert not before or request.num_rollouts == 1
         self._sample = before[0] - 10 if before else sample
         self._begun = len(before)
         self._length = lengths[prompt][self._sample]

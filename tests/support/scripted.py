@@ -56,7 +56,7 @@ class ScriptedContext:
     asked: list[tuple[str, Sequence[DrawnPrompt], int]] = field(
         default_factory=list[tuple[str, Sequence[DrawnPrompt], int]]
     )
-    """The attempt, the prompts and the number of samples of every call of ``rollouts``."""
+    """The attempt, the prompts and the number of rollouts of every call of ``rollouts``."""
 
     @property
     def now(self) -> ScheduleInput:
@@ -69,24 +69,24 @@ class ScriptedContext:
     def demonstration(self, of: Prompt) -> tuple[int, ...]:
         return self.demonstrations[of.id]
 
-    def groups(self, count: int, *, samples: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
+    def groups(self, count: int, *, num_rollouts: int) -> list[tuple[DrawnPrompt, GradedRollouts]]:
         drawn = self.prompts(count)
-        return list(zip(drawn, self.rollouts(drawn, samples=samples), strict=True))
+        return list(zip(drawn, self.rollouts(drawn, num_rollouts=num_rollouts), strict=True))
 
     def rollouts(
         self,
         drawn: Sequence[DrawnPrompt],
         *,
-        samples: int,
+        num_rollouts: int,
         attempt: str = "",
         prefixes: Sequence[tuple[int, ...]] | None = None,
     ) -> list[GradedRollouts]:
-        self.asked.append((attempt, drawn, samples))
+        self.asked.append((attempt, drawn, num_rollouts))
         found = [
             graded(item.prompt, self.scores[attempt, item.prompt.id], prefix=prefixes[i] if prefixes else ())
             for i, item in enumerate(drawn)
         ]
-        assert all(len(item.rollouts) == samples for item in found)
+        assert all(len(item.rollouts) == num_rollouts for item in found)
         return found
 
 

@@ -23,7 +23,7 @@ from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError
 
 REQUEST = GenerateRequest(
-    prompt_ids=(5,), num_samples=1, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
+    prompt_ids=(5,), num_rollouts=1, seed=3, temperature=1.0, max_tokens=3, stop_token_ids=(2,)
 )
 
 

@@ -18,7 +18,7 @@ from megatron_chord.rewards.table import RewardConfig, SumReward
 from megatron_chord.rollout.replies import GenerateRequest
 
 REQUEST = GenerateRequest(
-    prompt_ids=(1, 2), num_samples=1, seed=5, temperature=1.0, max_tokens=8, stop_token_ids=(9,), top_p=0.9
+    prompt_ids=(1, 2), num_rollouts=1, seed=5, temperature=1.0, max_tokens=8, stop_token_ids=(9,), top_p=0.9
 )
 
 

@@ -33,8 +33,8 @@ class Context(ScriptedContext):
         whole = Rollout(token_ids=DEMONSTRATION, logprobs=(), finish_reason="stop", weight_version=0)
         return [replace(graded(item.prompt, (1.0,)), rollouts=(whole,)) for item in drawn]
 
-    def rollouts(self, drawn: Any, *, samples: int, **named: Any) -> list[GradedRollouts]:
-        found = super().rollouts(drawn, samples=samples, **named)
+    def rollouts(self, drawn: Any, *, num_rollouts: int, **named: Any) -> list[GradedRollouts]:
+        found = super().rollouts(drawn, num_rollouts=num_rollouts, **named)
         self.prefixes.append(tuple(item.prefix for item in found))
         return found
 

@@ -43,7 +43,7 @@ from tests.support.recorded import END, VERSION, Recorded, numbers_template, rec
 from tests.support.tiny import tiny_run
 
 LIMIT_S = 100.0
-SAMPLING = Sampling(num_samples=2, temperature=1.0, max_tokens=4, stop_token_ids=(END,))
+SAMPLING = Sampling(num_rollouts=2, temperature=1.0, max_tokens=4, stop_token_ids=(END,))
 MODULE = """
 import asyncio
 import os
@@ -334,9 +334,9 @@ def test_answers_that_are_stopped_are_neither_graded_nor_counted(folder: Path) -
 
     with Noting(function(folder, "judge")) as graders, recorded_server(answers) as client:
         context = context_of(client, graders, extra=1.0)
-        found = context.groups(2, samples=2)
+        found = context.groups(2, num_rollouts=2)
         again = context_of(client, graders, extra=1.0, recorded=list(map(to_json, context.rounds)))
-        assert again.groups(2, samples=2) == found, "from a checkpoint"
+        assert again.groups(2, num_rollouts=2) == found, "from a checkpoint"
     assert [drawn.prompt.id for drawn, _ in found] == [str(number) for number in order[1:3]]
     assert [item.rewards for _, item in found] == [(26.0, 26.5), (11.0, 11.5)]
     assert sorted(submitted) == sorted(text for _, item in found for text in item.texts)
@@ -365,12 +365,12 @@ def test_complete_answers_that_are_not_used_do_not_count(folder: Path, pipe: Pip
 
     with Graders(function(folder, "not_of_third")) as graders, recorded_server(answers) as client:
         context = context_of(client, graders, extra=0.5)
-        found = context.groups(2, samples=2)
+        found = context.groups(2, num_rollouts=2)
         assert [drawn.prompt.id for drawn, _ in found] == [str(number) for number in order[:2]]
         assert all(item.grades == (Grade(1.0), Grade(1.0)) for _, item in found)
         assert [item.prompt.id for item in context.sources.unfinished] == [str(order[2])]
         with pytest.raises(TooManyGraderErrors, match="2 of 4 gradings failed"):
-            context.groups(2, samples=2)
+            context.groups(2, num_rollouts=2)
 
 
 def test_an_async_grader_gets_an_answer_while_it_works_on_another(folder: Path, pipe: Pipe) -> None:

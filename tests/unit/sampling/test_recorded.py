@@ -18,7 +18,7 @@ from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampl
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
 from tests.support.scripted import graded, prompt
 
-SAMPLING = Sampling(num_samples=2, temperature=0.1, max_tokens=7, stop_token_ids=(1, 2))
+SAMPLING = Sampling(num_rollouts=2, temperature=0.1, max_tokens=7, stop_token_ids=(1, 2))
 ASKS = [RolloutRequest(prompt=prompt("a"), seed=1), RolloutRequest(prompt=prompt("b"), seed=2, prefix=(8, 9))]
 ODD = (-0.1, -1e-17, -2.2250738585072014e-308, -12.345678901234567)
 """Log-probs that a careless format would round."""
@@ -96,7 +96,7 @@ def test_answers_of_a_checkpoint_from_before_there_were_spans() -> None:
     ("asks", "sampling", "reason"),
     [
         (ASKS, replace(SAMPLING, temperature=0.2), "'temperature': 0.1.* but .*'temperature': 0.2"),
-        (ASKS, replace(SAMPLING, num_samples=3), "'num_samples': 3"),
+        (ASKS, replace(SAMPLING, num_rollouts=3), "'num_rollouts': 3"),
         (ASKS, None, "None is requested"),
         (ASKS[:1], SAMPLING, "prompts a, b were recorded, but those to a are requested"),
         (ASKS[::-1], SAMPLING, "those to b, a are requested"),

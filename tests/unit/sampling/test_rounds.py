@@ -17,7 +17,7 @@ from megatron_chord.sampling.recorded import rollout_json, rollout_of
 from megatron_chord.sampling.rounds import RolloutRequest, Sampling, response_to, sample
 from tests.support.decoding import END, DecodingClient
 
-SAMPLING = Sampling(num_samples=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))
+SAMPLING = Sampling(num_rollouts=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))
 LENGTHS = {100: (3, 5), 101: (2, 9), 102: (4, 4), 103: (12, 30)}
 """The last answer is longer than the limit."""
 
@@ -76,7 +76,7 @@ def test_only_unfinished_answers_are_continued_and_each_token_keeps_its_own_weig
     client = DecodingClient(LENGTHS)
     again = continued(asks(), first)
     second = sampled(client, again, version=3)
-    assert [(request.prompt_ids, request.num_samples, request.max_tokens) for request in client.asked] == [
+    assert [(request.prompt_ids, request.num_rollouts, request.max_tokens) for request in client.asked] == [
         ((101, 11, 50, 50, 50, 50), 1, 7),
         ((103, 10, 50, 50, 50, 50), 1, 7),
         ((103, 11, 50, 50, 50, 50), 1, 7),
@@ -151,7 +151,7 @@ def test_what_was_not_begun_is_asked_for_as_a_whole() -> None:
     assert groups[1:] == [(), (), ()]
     client = DecodingClient(LENGTHS)
     sampled(client, continued(asks()[1:], groups[1:]))
-    assert [(request.prompt_ids, request.num_samples, request.seed) for request in client.asked] == [
+    assert [(request.prompt_ids, request.num_rollouts, request.seed) for request in client.asked] == [
         ((number,), 2, 7 * number) for number in (101, 102, 103)
     ]
 
