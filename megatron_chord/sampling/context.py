@@ -63,7 +63,7 @@ class DrawnPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class SamplingServices:
     """The clients and graders that a step samples and grades with."""
 
     clients: Sequence[RolloutClient]
@@ -116,7 +116,7 @@ class StepContext:
     def __init__(
         self,
         run: RunConfig,
-        engine: Engine,
+        services: SamplingServices,
         sources: Sources,
         *,
         now: ScheduleInput,
@@ -140,17 +140,17 @@ class StepContext:
         """All sampling rounds of the step, in order. A checkpoint saves them as ``recorded``."""
         self._recorded = None if recorded is None else list(recorded)
         self._run = run
-        self._engine = engine
+        self._services = services
         self._timer = timer
         self._notify = notify
 
     @property
     def template(self) -> ChatTemplate:
-        return self._engine.template
+        return self._services.template
 
     @property
     def version(self) -> int:
-        return self._engine.version
+        return self._services.version
 
     def has_more_recorded(self) -> bool:
         """True if recorded sampling rounds are left that were not requested yet."""
@@ -320,7 +320,7 @@ class StepContext:
             with Grading(
                 requests,
                 template=self.template,
-                graders=self._engine.graders,
+                graders=self._services.graders,
                 max_error_rate=max_error_rate,
                 num_answers=len(requests) * sampling.num_rollouts if sampling and takes_all else None,
             ) as grading:
@@ -355,7 +355,7 @@ class StepContext:
             temperature=run.rollout.temperature,
             max_tokens=run.data.max_response_tokens,
             stop_token_ids=self.template.stop_token_ids,
-            routes=self._engine.routes,
+            routes=self._services.routes,
             step=self.now.step,
         )
 
@@ -383,12 +383,12 @@ class StepContext:
             for index in [i for i, request in enumerate(requests) if request.is_answered][:wanted]:
                 grading.add(index, requests[index].partial_rollouts)
             return sample(
-                self._engine.clients,
+                self._services.clients,
                 requests,
                 sampling,
                 version=self.version,
                 deadline_s=self._run.timeouts.sampling_s,
-                may_advance=self._engine.may_advance,
+                may_advance=self._services.may_advance,
                 on_group=add,
                 stop_after=stop_after,
             )

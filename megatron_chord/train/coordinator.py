@@ -19,7 +19,13 @@ from megatron_chord.records import Rollout, TrainSample
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.runtime.heartbeat import Pulse
-from megatron_chord.sampling.context import Engine, Sources, StepContext, unfinished_to_json, with_unfinished
+from megatron_chord.sampling.context import (
+    SamplingServices,
+    Sources,
+    StepContext,
+    unfinished_to_json,
+    with_unfinished,
+)
 from megatron_chord.sampling.recorded import SamplingRound, to_json
 from megatron_chord.sampling.rounds import GradedRollouts, part_means
 from megatron_chord.schedules import Memory, ScheduleInput
@@ -218,7 +224,7 @@ class Coordinator:
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
         may_lag = run.rollout.max_off_policy_steps > 0
-        engine = Engine(
+        services = SamplingServices(
             clients=clients,
             version=version,
             template=self._data.template,
@@ -228,7 +234,7 @@ class Coordinator:
         )
         context = StepContext(
             run,
-            engine,
+            services,
             before.sources,
             now=now,
             memory=before.memory,

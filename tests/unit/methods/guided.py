@@ -18,7 +18,7 @@ from megatron_chord.methods.table import method_of
 from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import Grade
-from megatron_chord.sampling.context import Engine, Sources, StepContext
+from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
 from tests.support.grading import GradersAtOnce
@@ -80,7 +80,7 @@ def scripted_draw(
         )
         for prompt, last in zip(prompts, demonstrations, strict=True)
     ]
-    engine: Any = Engine(
+    services: Any = SamplingServices(
         clients=[_Client(answers)],  # type: ignore[list-item]
         version=0,
         template=_Template(),  # type: ignore[arg-type]
@@ -94,7 +94,13 @@ def scripted_draw(
         demonstration_cursor=None,
     )
     return StepContext(
-        run, engine, sources, now=ScheduleInput(step=0), memory=None, timer=Timer(), notify=lambda text: None
+        run,
+        services,
+        sources,
+        now=ScheduleInput(step=0),
+        memory=None,
+        timer=Timer(),
+        notify=lambda text: None,
     )
 
 

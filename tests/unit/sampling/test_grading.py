@@ -27,7 +27,7 @@ from megatron_chord.rewards.pool import Grade, GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import SumReward
 from megatron_chord.rollout.replies import RolloutError
-from megatron_chord.sampling.context import Engine, Sources, StepContext
+from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
 from megatron_chord.sampling.recorded import to_json
 from megatron_chord.sampling.rounds import (
     GradedRollouts,
@@ -302,10 +302,12 @@ def context_of(client: Any, graders: Graders, *, extra: float, recorded: Any = N
         prompt_cursor=Cursor(name="prompts", size=8, seed=0, data=fingerprint(drawn)),
         demonstration_cursor=None,
     )
-    engine = Engine(clients=[client], version=VERSION, template=numbers_template(), graders=graders)
+    services = SamplingServices(
+        clients=[client], version=VERSION, template=numbers_template(), graders=graders
+    )
     return StepContext(
         run,
-        engine,
+        services,
         sources,
         now=ScheduleInput(step=0),
         memory=None,
