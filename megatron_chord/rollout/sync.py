@@ -149,7 +149,7 @@ class WeightSync:
         self._clients = tuple(clients)
         self._settings = settings
         self._exporters = tuple(exporters)
-        self._exchange = RankMessenger(group)
+        self._messenger = RankMessenger(group)
         self._device = device
         on_cpu = settings.transport == "relay" and device.type != "cuda"
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES["file" if on_cpu else settings.transport]
@@ -170,7 +170,7 @@ class WeightSync:
 
     @property
     def _is_coordinator(self) -> bool:
-        return self._exchange.rank == COORDINATOR
+        return self._messenger.rank == COORDINATOR
 
     def reconnect(self, clients: Sequence[RolloutClient]) -> None:
         """Use new servers from the next push on. `clients` is needed on rank 0 only."""
@@ -242,13 +242,13 @@ class WeightSync:
         """
         result, failure = None, None
         try:
-            if rank is None or rank == self._exchange.rank:
+            if rank is None or rank == self._messenger.rank:
                 result = action()
         except Exception as error:
             failure = error
         outcome = {"result": result, "error": failure and f"{type(failure).__name__}: {failure}"}
         try:
-            outcomes = self._exchange.all_gather(outcome, max(self._remaining(), 0.0) + 2 * _ANSWER_S)
+            outcomes = self._messenger.all_gather(outcome, max(self._remaining(), 0.0) + 2 * _ANSWER_S)
         except RuntimeError as error:
             raise RankLost(f"a trainer rank did not answer during a push of weights: {error}") from error
         errors = [f"rank {i}: {other['error']}" for i, other in enumerate(outcomes) if other["error"]]
@@ -308,7 +308,7 @@ class WeightSync:
 
     def _make_folder(self, relay: RelayPlan | None) -> str | None:
         """Make this rank's private folder, if it needs one and has none. Returns its path."""
-        rank = self._exchange.rank
+        rank = self._messenger.rank
         if relay is not None:
             needs_one = rank in relay.servers and self._device.type != "cuda"
         else:
@@ -321,7 +321,7 @@ class WeightSync:
         """True if other processes join a process group through this rank."""
         if relay is not None:
             return self._is_coordinator and len(relay.members) > 1
-        return self._settings.transport in ("broadcast", "gloo") and self._exchange.rank in self._exporters
+        return self._settings.transport in ("broadcast", "gloo") and self._messenger.rank in self._exporters
 
     def _connect_servers(
         self,
@@ -342,7 +342,7 @@ class WeightSync:
         try:
             if relay is not None:
                 self._relay = self._make_relay(relay, store, workers, places, replies)
-            elif self._exchange.rank in self._exporters:
+            elif self._messenger.rank in self._exporters:
                 self._transport = self._make_transport(store, servers, places, replies)
         except Exception:
             _raise_first(replies)  # a server's own error says more
@@ -382,7 +382,7 @@ class WeightSync:
         places: Sequence[_Place],
         replies: Sequence[Future[None]],
     ) -> Transport:
-        sender, num_workers = self._exporters.index(self._exchange.rank), sum(servers["workers"])
+        sender, num_workers = self._exporters.index(self._messenger.rank), sum(servers["workers"])
         if self._settings.transport == "file":
             folder = places[COORDINATOR]["folder"]
             assert folder is not None
@@ -410,7 +410,7 @@ class WeightSync:
         replies: Sequence[Future[None]],
     ) -> Relay | None:
         """This rank's side of the relay; None if the rank is no member."""
-        rank, transport = self._exchange.rank, None
+        rank, transport = self._messenger.rank, None
         if rank not in plan.members:
             return None
         if rank in plan.servers:
@@ -430,7 +430,7 @@ class WeightSync:
             self._time_left(),
             lambda: _has_failed(replies),
         )
-        return Relay(plan, self._exchange, self._group, transport, self._device)
+        return Relay(plan, self._messenger, self._group, transport, self._device)
 
     def _open_update(self) -> None:
         self._call_servers(
@@ -485,7 +485,7 @@ class WeightSync:
         """Send the buckets, which are made of ``tensors``."""
         if self._transport is None:
             for name, _ in tensors:
-                raise RuntimeError(f"rank {self._exchange.rank} is not an exporter but yields {name}")
+                raise RuntimeError(f"rank {self._messenger.rank} is not an exporter but yields {name}")
             return 0
         send = self._send_own if self._is_coordinator else self._send_by_coordinator
         num_bytes = 0
@@ -524,7 +524,7 @@ class WeightSync:
 
     def _send_end(self) -> None:
         if not self._is_coordinator:
-            self._exchange.send(None, COORDINATOR, self._message_s())
+            self._messenger.send(None, COORDINATOR, self._message_s())
 
     def _send_own(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """Start sending the parcel. The returned function waits until the servers have received it."""
@@ -543,13 +543,13 @@ class WeightSync:
 
     def _send_by_coordinator(self, update_info: dict, parcel: Parcel) -> Callable[[], None]:
         """The exporter's side of ``_serve`` for one bucket. Returns a waiting function, like ``_send_own``."""
-        self._exchange.send(update_info, COORDINATOR, self._message_s())
+        self._messenger.send(update_info, COORDINATOR, self._message_s())
         self._await_coordinator()  # the coordinator has announced the bucket to the servers
         parcel.transmit(lambda: False)
         return self._await_coordinator  # the coordinator confirms that the servers have received it
 
     def _await_coordinator(self) -> None:
-        refusal = self._exchange.receive(COORDINATOR, self._message_s())
+        refusal = self._messenger.receive(COORDINATOR, self._message_s())
         if refusal is not None:
             raise Refused(f"stopped because {refusal}")
 
@@ -559,11 +559,11 @@ class WeightSync:
         Returns the reason why the push failed, or None.
         """
         while True:
-            update_info = self._exchange.receive(exporter, self._message_s())
+            update_info = self._messenger.receive(exporter, self._message_s())
             if update_info is None:
                 return refusal
             replies = [] if refusal is not None else self._announce(update_info)
-            self._exchange.send(refusal, exporter, self._message_s())
+            self._messenger.send(refusal, exporter, self._message_s())
             if refusal is not None:
                 return refusal
             try:
@@ -571,7 +571,7 @@ class WeightSync:
                     future.result()
             except Exception as error:
                 refusal = str(error)
-            self._exchange.send(refusal, exporter, self._message_s())
+            self._messenger.send(refusal, exporter, self._message_s())
             if refusal is not None:
                 return refusal
 
