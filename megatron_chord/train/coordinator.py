@@ -149,7 +149,7 @@ class Coordinator:
             },
             "unfinished": {"sampled_with": self._sampled_with(), "prompts": unfinished_to_json(sources)},
             "ahead": [
-                {"step": ahead, "version": answers.version, "calls": list(map(to_json, answers.rounds))}
+                {"step": ahead, "version": answers.version, "rounds": list(map(to_json, answers.rounds))}
                 for ahead, answers in sorted(self._answers.items())
             ],
         }

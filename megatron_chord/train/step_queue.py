@@ -175,7 +175,7 @@ class StepQueue:
         future: Future[_OfAllRanks] = Future()
         try:
             future.set_result(
-                self._coordinator.collect(step, [], record["version"], recorded=record["calls"])
+                self._coordinator.collect(step, [], record["version"], recorded=record["rounds"])
             )
         except ValueError as error:
             raise ValueError(

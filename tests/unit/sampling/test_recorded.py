@@ -67,10 +67,10 @@ def test_routes_come_back_from_their_own_file(tmp_path: Path) -> None:
         sampled=[item.rollouts for item in given],
         grades=[item.grades for item in given],
     )
-    plain, arrays = without_arrays({"calls": [to_json(call)]})
+    plain, arrays = without_arrays({"rounds": [to_json(call)]})
     write_arrays(tmp_path / "routes", arrays)
     recorded = with_arrays_of(json.loads(json.dumps(plain)), read_arrays(tmp_path / "routes"))
-    sampled, grades = answers_to(ASKS, SAMPLING, recorded["calls"][0])
+    sampled, grades = answers_to(ASKS, SAMPLING, recorded["rounds"][0])
     assert sampled == [item.rollouts for item in given]
     assert grades == [item.grades for item in given]
     found = sampled[0][0].routes

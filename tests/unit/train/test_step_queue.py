@@ -244,14 +244,14 @@ def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
 
 
 def test_recorded_steps_are_not_sampled_again(script: Script, trained: Any) -> None:
-    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "calls": []}]}
+    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
     taken = trained(run_of(lag=1), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 1", "3 by 2"]
     assert without_trainings(script.events) == ["2 recorded by 1", "push 2", "3 sampled by 2"]
 
 
 def test_without_a_lag_recorded_steps_are_dropped(script: Script, trained: Any) -> None:
-    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "calls": []}]}
+    record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
     taken = trained(run_of(lag=0), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 2", "3 by 3"]
 

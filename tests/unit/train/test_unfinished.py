@@ -221,7 +221,7 @@ def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     assert (record["step"], record["version"]) == (5, 4)
     resumed = Steps(run_of(ahead=True), saved)
     before = straight.collect(6, version=5)
-    again = resumed.collect(5, recorded=record["calls"])
+    again = resumed.collect(5, recorded=record["rounds"])
     assert resumed.rows[5] == straight.rows[5]
     assert again.stats["unfinished_prompts"] == 2
     after = resumed.collect(6, version=5)
