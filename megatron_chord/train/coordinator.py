@@ -285,7 +285,7 @@ class Coordinator:
                 **(_staleness(rollouts, now.step) if run.rollout.has_older_tokens else {}),
                 **(_unfinished_stats(context) if run.rollout.partial is not None and rollouts else {}),
                 **(_routed(rollouts) if self._data.routes is not None and rollouts else {}),
-                "idle_tokens": _num_tokens(scaled) - _num_tokens(trained),
+                "zero_advantage_tokens": _num_tokens(scaled) - _num_tokens(trained),
             },
             seconds=timer.seconds,
             num_tokens=_num_tokens(trained) - sum(tokens for tokens, _ in saved),

@@ -21,7 +21,7 @@ _SFT = ("mu", "token_weight", "demonstration_epochs", "num_sft_tokens")
 _ROLLOUT = (
     "response_length",
     "truncated_fraction",
-    "idle_tokens",
+    "zero_advantage_tokens",
     "weight_version",
     "staleness_mean",
     "staleness_max",
