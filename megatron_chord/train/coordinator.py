@@ -114,8 +114,8 @@ class Coordinator:
 
     def commit(self, step: int) -> None:
         """Record that ``step`` has been trained."""
-        # Entries are deleted one by one in the same dictionary, because with a lag another thread adds later steps at
-        # the same time.
+        # Entries are deleted one by one in the same dictionary, because with ``rollout.asynchronous`` another thread
+        # adds later steps at the same time.
         for done in [key for key in list(self._progress) if key < step]:
             del self._progress[done]
         for done in [key for key in list(self._answers) if key <= step]:
@@ -223,7 +223,7 @@ class Coordinator:
             ValueError: the recorded answers do not fit the requests of this step.
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
-        may_lag = run.rollout.max_off_policy_steps > 0
+        is_asynchronous = run.rollout.max_off_policy_steps > 0
         services = SamplingServices(
             clients=clients,
             version=version,
@@ -239,7 +239,7 @@ class Coordinator:
             now=now,
             memory=before.memory,
             timer=timer,
-            notify=self._report_progress if may_lag else self._doing,
+            notify=self._report_progress if is_asynchronous else self._doing,
             recorded=recorded,
         )
         collected = self._collect_by(context)
@@ -250,7 +250,7 @@ class Coordinator:
             sources = replace(sources, unfinished=drawn_with_routes_here(sources.unfinished, keys))
             memory = json_with_routes_here(memory, keys)
         self._progress[now.step] = _Progress(sources=sources, memory=memory)
-        if may_lag:
+        if is_asynchronous:
             self._answers[now.step] = _Answers(version=version, rounds=context.rounds)
         if context.graded:
             self.log.write_samples(now.step, sample_rows(context.graded, self._data.template))

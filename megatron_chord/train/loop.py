@@ -2,8 +2,8 @@
 
 With ``rollout.asynchronous`` later steps are collected while a step trains. For step t, ``collect`` does this:
 
-    lag 1, drain   wait for step t | push weights t | start to collect step t+1, which samples while step t trains
-    lag n, keep    push weights t, also during running requests | start to collect step t+n | wait for step t
+    1 ahead, drain   wait for step t | push weights t | start to collect step t+1, which samples while step t trains
+    n ahead, keep    push weights t, also during running requests | start to collect step t+n | wait for step t
 
 So with ``drain`` the weights of step t-1 always sample step t, independent of timing. Such a run can be repeated and
 resumed bit for bit. Requests that a lost server has not finished are sampled again, by the current weights.
@@ -245,12 +245,12 @@ def collect(context: RunContext, now: ScheduleInput) -> CollectedStep:
     If a rollout server is lost, it is called again from the beginning.
     """
     rollout = context.run.rollout
-    lag = rollout.max_off_policy_steps
+    steps_ahead = rollout.max_off_policy_steps
     context.queue.forget_lost(context.engine.generation)
-    _push_and_start(context, now, through=now.step + lag if rollout.in_flight == "keep" else now.step)
+    _push_and_start(context, now, through=now.step + steps_ahead if rollout.in_flight == "keep" else now.step)
     context.doing("collecting")
     collected = context.queue.wait(now.step)
-    _push_and_start(context, now, through=now.step + lag)
+    _push_and_start(context, now, through=now.step + steps_ahead)
     return collected
 
 

@@ -146,8 +146,8 @@ class StepQueue:
             self._groups.once(wait)
 
     def restore(self, run_state: Mapping[str, Any]) -> None:
-        """Put the steps whose rollouts are in a checkpoint into the queue. Without a lag they are sampled again
-        instead.
+        """Put the steps whose rollouts are in a checkpoint into the queue. Without ``rollout.asynchronous`` they are
+        sampled again instead.
 
         Raises:
             ValueError: they were sampled with other settings.

@@ -82,14 +82,16 @@ class Script:
         return f"{now.step} by {version}", [f"batches of {now.step}"]
 
 
-def run_of(*, lag: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
+def run_of(*, steps_ahead: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
     run = tiny_run(Path("model"), **objective)
     return replace(
         run,
         steps=STEPS,
         rollout=replace(
             run.rollout,
-            asynchronous=AsynchronousConfig(max_off_policy_steps=lag, in_flight=in_flight) if lag else None,
+            asynchronous=AsynchronousConfig(max_off_policy_steps=steps_ahead, in_flight=in_flight)
+            if steps_ahead
+            else None,
         ),
     )
 
@@ -153,14 +155,14 @@ def without_trainings(events: list[str]) -> list[str]:
     return [event for event in events if not event.startswith("train")]
 
 
-def test_without_a_lag_every_step_samples_with_its_own_weights(script: Script, trained: Any) -> None:
-    taken = trained(run_of(lag=0))
+def test_without_steps_ahead_every_step_samples_with_its_own_weights(script: Script, trained: Any) -> None:
+    taken = trained(run_of(steps_ahead=0))
     assert taken == [(f"{step} by {step}", f"batches of {step}") for step in range(STEPS)]
     assert script.events[:4] == ["push 0", "0 sampled by 0", "train 0", "push 1"]
 
 
 def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Script, trained: Any) -> None:
-    taken = trained(run_of(lag=1))
+    taken = trained(run_of(steps_ahead=1))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 1", "3 by 2"]
     assert without_trainings(script.events) == [
         "push 0",
@@ -175,7 +177,7 @@ def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Scri
 
 def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = Collecting(run_of(lag=1), script)
+    ahead = Collecting(run_of(steps_ahead=1), script)
     assert ahead.take(ScheduleInput(step=0))[0] == "0 by 0"
     assert script.events[:2] == ["push 0", "0 sampled by 0"]
     script.gates[1].set()
@@ -185,7 +187,7 @@ def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
 
 def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = Collecting(run_of(lag=1, in_flight="keep"), script)
+    ahead = Collecting(run_of(steps_ahead=1, in_flight="keep"), script)
     ahead.take(ScheduleInput(step=0))
     assert script.waiting.wait(10)
     threading.Timer(0.3, script.gates[1].set).start()
@@ -195,15 +197,15 @@ def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Scri
     ahead.close()
 
 
-def test_a_longer_lag_queues_so_many_steps(script: Script, trained: Any) -> None:
-    taken = trained(run_of(lag=2, in_flight="keep"))
+def test_more_steps_ahead_are_all_queued(script: Script, trained: Any) -> None:
+    taken = trained(run_of(steps_ahead=2, in_flight="keep"))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 0", "3 by 1"]
 
 
 def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) -> None:
     """mu is 1 for two steps. The first step of RL is sampled while the last SFT step trains, by the weights of that
     step's start."""
-    trained(run_of(lag=1, mu=Binary(switch_step=2)))
+    trained(run_of(steps_ahead=1, mu=Binary(switch_step=2)))
     assert without_trainings(script.events) == [
         "0 drawn by 0",
         "1 drawn by 0",
@@ -216,7 +218,7 @@ def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) ->
 
 def test_a_failure_is_raised_when_its_step_comes(script: Script) -> None:
     script.failures[1] = [ValueError("no")]
-    ahead = Collecting(run_of(lag=1), script)
+    ahead = Collecting(run_of(steps_ahead=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     with pytest.raises(ValueError, match="no"):
@@ -228,14 +230,14 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
     script: Script, trained: Any
 ) -> None:
     script.failures[1] = [RolloutError("gone")]
-    taken = trained(run_of(lag=1))
+    taken = trained(run_of(steps_ahead=1))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 1", "2 by 1", "3 by 2"]
     assert script.events.count("another server") == 1
 
 
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
     """The evaluation found the server lost and replaced it. Steps that were complete by then are not sampled again."""
-    ahead = Collecting(run_of(lag=1), script)
+    ahead = Collecting(run_of(steps_ahead=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.generation += 1
@@ -245,14 +247,14 @@ def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
 
 def test_recorded_steps_are_not_sampled_again(script: Script, trained: Any) -> None:
     record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
-    taken = trained(run_of(lag=1), 2, record=record)
+    taken = trained(run_of(steps_ahead=1), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 1", "3 by 2"]
     assert without_trainings(script.events) == ["2 recorded by 1", "push 2", "3 sampled by 2"]
 
 
-def test_without_a_lag_recorded_steps_are_dropped(script: Script, trained: Any) -> None:
+def test_without_steps_ahead_recorded_steps_are_dropped(script: Script, trained: Any) -> None:
     record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
-    taken = trained(run_of(lag=0), 2, record=record)
+    taken = trained(run_of(steps_ahead=0), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 2", "3 by 3"]
 
 
@@ -302,7 +304,7 @@ class RoutedScript(Script):
 def test_a_step_whose_routes_cannot_be_read_is_collected_again() -> None:
     script = RoutedScript()
     script.kept_by = {0: "first"}
-    ahead = Collecting(run_of(lag=0), script, servers=script)
+    ahead = Collecting(run_of(steps_ahead=0), script, servers=script)
     assert ahead.take(ScheduleInput(step=0)) == ("0 by 0", ())
     assert script.events == ["push 0", "0 sampled by 0", "another server", "push 0", "0 sampled by 0"]
     assert script.forgotten == [0]
@@ -312,7 +314,7 @@ def test_steps_ahead_whose_routes_are_lost_are_collected_again_with_all_after_th
     """Of the steps 1 to 3, step 2 has routes on a server that an evaluation found lost."""
     script = RoutedScript()
     script.kept_by = {2: "first"}
-    ahead = Collecting(run_of(lag=3, in_flight="keep"), script, servers=script)
+    ahead = Collecting(run_of(steps_ahead=3, in_flight="keep"), script, servers=script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.route_stores = {"second"}
