@@ -77,14 +77,14 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class CheckpointLayout:
     parameters: tuple[Stored, ...]
     """The parameters, with the vocabulary's padding rows of a layout of one rank."""
     objects: tuple[tuple[str, bytes], ...]
     """The objects that Megatron saves in addition to tensors, by key, and needs when it loads."""
 
 
-def checkpoint_layout(shape: ModelShape) -> Layout:
+def checkpoint_layout(shape: ModelShape) -> CheckpointLayout:
     """The checkpoint's layout for a model of this shape, in fp32; starts a process group of one if there is none."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
@@ -110,7 +110,7 @@ def checkpoint_layout(shape: ModelShape) -> Layout:
                 boxes=tuple(map(_box, pieces)),
             )
         )
-    return Layout(parameters=tuple(parameters), objects=tuple(objects))
+    return CheckpointLayout(parameters=tuple(parameters), objects=tuple(objects))
 
 
 def without_padding(stored: Stored, vocab_size: int) -> Stored:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config_io import ConfigError, load_config
-from megatron_chord.convert.layout import Layout, Stored, checkpoint_layout, without_padding
+from megatron_chord.convert.layout import CheckpointLayout, Stored, checkpoint_layout, without_padding
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.json_files import read_object
@@ -50,7 +50,7 @@ class Source(Protocol):
     def shape(self) -> ModelShape: ...
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> CheckpointLayout: ...
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +174,7 @@ def _contradictions(one: Any, other: Any, name: str = "") -> Iterator[tuple[str,
 class HFSource:
     folder: Path
     shape: ModelShape
-    layout: Layout
+    layout: CheckpointLayout
     dtype: torch.dtype
     reader: HFReader
 
@@ -227,7 +227,7 @@ class MegatronSource:
     folder: Path
     configuration: Path
     shape: ModelShape
-    layout: Layout
+    layout: CheckpointLayout
     dtype: torch.dtype
     checkpoint: Checkpoint
 
@@ -264,7 +264,7 @@ class MegatronSource:
         yield from zip(stored.entry.hf, stored.entry.rule.transform.split(parameter), strict=True)
 
 
-def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
+def _check_shapes(layout: CheckpointLayout, shape: ModelShape, reader: HFReader) -> None:
     findings = []
     for stored in layout.parameters:
         stored = without_padding(stored, shape.vocab_size)
@@ -279,7 +279,7 @@ def _check_shapes(layout: Layout, shape: ModelShape, reader: HFReader) -> None:
 
 
 def _check_checkpoint(
-    checkpoint: Checkpoint, layout: Layout, shape: ModelShape, dtype: torch.dtype | None
+    checkpoint: Checkpoint, layout: CheckpointLayout, shape: ModelShape, dtype: torch.dtype | None
 ) -> torch.dtype:
     """Check that the checkpoint has exactly the layout's tensors. Returns its dtype, or ``dtype`` if given."""
     stored = {key: (whole, dtype) for key, whole, dtype in checkpoint.tensors()}

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_chord.data.observed import Observed
 from megatron_chord.data.problems import Pair, Problem, overlap, problem_of, repeated
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.data.token_texts import Pieces, pieces_of
+from megatron_chord.data.token_texts import RenderedTokens, rendered_tokens
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING, TruthReading, readings
 
 Grader = Callable[[str], "tuple[str, str] | None"]
@@ -69,7 +69,7 @@ class TruthKind:
 class Example:
     title: str
     seen: Observed
-    rendered: Pieces
+    rendered: RenderedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,9 @@ class Watcher:
             truths=truths,
             num_truths_read=num_read,
             num_truths=len({truth for _, truth, _ in self._truths}),
-            examples=tuple(Example(title, seen, pieces_of(template, seen)) for title, seen in self._chosen()),
+            examples=tuple(
+                Example(title, seen, rendered_tokens(template, seen)) for title, seen in self._chosen()
+            ),
         )
 
     def _keep(self, seen: Observed) -> None:

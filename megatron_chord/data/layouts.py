@@ -57,7 +57,7 @@ _CHAT_ROLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RowLayout:
     name: str
     has: frozenset[str]
     """Columns that every row of this layout has."""
@@ -378,7 +378,7 @@ def ways_of(fields: Fields, role: Role) -> list[_Way]:
     ]
 
 
-def _way_of(layout: Layout, fields: Fields, role: Role) -> _Way | None:
+def _way_of(layout: RowLayout, fields: Fields, role: Role) -> _Way | None:
     convert = layout.as_prompt if role == "prompts" else layout.as_demonstration
     if convert is None or not layout.has <= fields.keys() or not layout.fits(fields):
         return None
@@ -620,13 +620,13 @@ def _alpaca(fields: Fields) -> dict[str, Any]:
     return {"problem": problem, "solution": fields["output"]}
 
 
-def _layout(name: str, *columns: str, **settings: Any) -> Layout:
+def _layout(name: str, *columns: str, **settings: Any) -> RowLayout:
     uses = frozenset(settings.pop("uses", ()))
-    return Layout(name=name, has=frozenset(columns), uses=uses, **settings)
+    return RowLayout(name=name, has=frozenset(columns), uses=uses, **settings)
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedLayout:
     """Rows that look usable but are not."""
 
     name: str
@@ -635,29 +635,29 @@ class Refused:
 
 
 REFUSED = (
-    Refused(
+    RefusedLayout(
         "BFCL's multi-turn, memory or web search files",
         frozenset({"question", "involved_classes"}),
         "their truths are states of a simulated system, which nothing here runs",
     ),
-    Refused(
+    RefusedLayout(
         "multiple choice (options)",
         frozenset({"question", "options", "answer"}),
         "the options would be lost; tools/prepare.py mmlu_pro writes them into the question",
     ),
-    Refused(
+    RefusedLayout(
         "GPQA",
         frozenset({"Question", "Correct Answer"}),
         "tools/prepare.py gpqa writes and shuffles the choices",
     ),
-    Refused(
+    RefusedLayout(
         "preference data (chosen, rejected)",
         frozenset({"chosen", "rejected"}),
         "no method here reads pairs from a file",
     ),
 )
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[RowLayout, ...] = (
     _layout(
         "Trinity ToolACE (raw_system, tools, conversations, answer)",
         "raw_system",

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_chord.data.inspect import Example
 from megatron_chord.data.observed import Observed
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.data.token_texts import pieces_of
+from megatron_chord.data.token_texts import rendered_tokens
 from megatron_chord.losses.logprobs import HeadOutput, token_logprobs
 from megatron_chord.losses.terms import Term, TermTokens, TokenStats
 
@@ -135,7 +135,7 @@ def compute_lens(
     Raises:
         ValueError: a token is beyond the model's vocabulary.
     """
-    examples = [Example("sampled", seen, pieces_of(template, seen)) for seen in rows]
+    examples = [Example("sampled", seen, rendered_tokens(template, seen)) for seen in rows]
     found = [_stats(model, example.seen, term) for example in examples]
     weights = _weights(found, term)
     return Lens(
@@ -224,6 +224,6 @@ def _share(values: np.ndarray, mask: np.ndarray) -> float:
 
 def words(row: LensedRow) -> Iterator[tuple[str, float, float, float]]:
     """(text, p, weight, share) of the trained tokens."""
-    pieces = row.example.rendered.pieces
+    tokens = row.example.rendered.tokens
     for position, p, weight, share in zip(row.positions, row.p, row.weight, row.share, strict=True):
-        yield pieces[position].text, float(p), float(weight), float(share)
+        yield tokens[position].text, float(p), float(weight), float(share)

@@ -78,15 +78,15 @@ def _parts(lens: Lens, shown: int) -> Iterator[str]:
 def _spans(row: LensedRow, most: float) -> Iterator[str]:
     numbers = zip(row.p, row.phi, row.weight, row.share, strict=True)
     of = dict(zip(row.positions.tolist(), numbers, strict=True))
-    for index, piece in enumerate(row.example.rendered.pieces):
+    for index, token in enumerate(row.example.rendered.tokens):
         if index not in of:
-            yield span(piece, ' class="context"')
+            yield span(token, ' class="context"')
             continue
         p, phi, weight, share = of[index]
         names = [f"f{shade}"] if (shade := round(4 * phi * _SHADES)) else []
         names += ["known"] if p > KNOWN else ["surprise"] if p < SURPRISING else []
         values = f"{p:.6g} {phi:.6g} {weight:.6g} {share:.6g} {most:.6g}"
-        yield span(piece, f' class="{" ".join(names)}" data-p="{values}"')
+        yield span(token, f' class="{" ".join(names)}" data-p="{values}"')
 
 
 def _curve(p: np.ndarray) -> str:

@@ -63,13 +63,13 @@ def _histogram(lens: Lens) -> Iterator[Text]:
 def _tokens(row: LensedRow) -> Text:
     text = Text()
     of = dict(zip(row.positions.tolist(), zip(row.p, row.phi, strict=True), strict=True))
-    for index, piece in enumerate(row.example.rendered.pieces):
+    for index, token in enumerate(row.example.rendered.tokens):
         if index not in of:
-            text.append(visible(piece.text), "bright_black")
+            text.append(visible(token.text), "bright_black")
             continue
         p, phi = of[index]
         style = _shade(phi) + Style(underline=bool(p < SURPRISING), dim=bool(p > KNOWN))
-        text.append(visible(piece.text), style)
+        text.append(visible(token.text), style)
     return text
 
 

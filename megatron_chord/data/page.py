@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_chord.data.inspect import Example, Inspection, Lengths, Overlap, SetReport, findings
 from megatron_chord.data.page_style import SCRIPT, STYLE
-from megatron_chord.data.token_texts import Piece
+from megatron_chord.data.token_texts import TokenText
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING
 
 _BINS = 28
@@ -75,20 +75,20 @@ def page(inspection: Inspection, *, title: str, more: Sequence[tuple[str, str, s
     )
 
 
-def token_spans(pieces: Iterable[Piece]) -> str:
+def token_spans(tokens: Iterable[TokenText]) -> str:
     """One HTML span for each token. Its class is the kind of token; ``data-i`` is the token id."""
     return "".join(
-        span(piece, f' class="{kind}"' if (kind := _KINDS.get((piece.is_trained, piece.is_template))) else "")
-        for piece in pieces
+        span(token, f' class="{kind}"' if (kind := _KINDS.get((token.is_trained, token.is_template))) else "")
+        for token in tokens
     )
 
 
-def span(piece: Piece, attributes: str) -> str:
+def span(token: TokenText, attributes: str) -> str:
     """A token with its text made visible. ``attributes`` is HTML."""
-    text = piece.text or "·"
+    text = token.text or "·"
     shown = escape(text).replace("\n", "<i>↵</i>\n").replace("\t", "<i>→</i>\t")
-    own = "" if shown == text else f' data-t="{_attribute(piece.text)}"'
-    return f'<span data-i="{piece.token_id}"{own}{attributes}>{shown}</span>'
+    own = "" if shown == text else f' data-t="{_attribute(token.text)}"'
+    return f'<span data-i="{token.token_id}"{own}{attributes}>{shown}</span>'
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
@@ -172,7 +172,7 @@ def _set(report: SetReport) -> Iterator[str]:
             entry for entry in _LEGEND if report.name == "demonstrations" or entry[0] not in ("a", "s")
         )
         for example in report.examples:
-            yield f'{heading_of(example)}<pre class="tokens">{token_spans(example.rendered.pieces)}</pre>'
+            yield f'{heading_of(example)}<pre class="tokens">{token_spans(example.rendered.tokens)}</pre>'
         yield "</div>"
 
 

@@ -10,13 +10,13 @@ from rich.rule import Rule
 from rich.text import Text
 
 from megatron_chord.data.inspect import Example, Inspection, Lengths, Overlap, SetReport, findings
-from megatron_chord.data.token_texts import Piece
+from megatron_chord.data.token_texts import TokenText
 from megatron_chord.rewards.reading import DOUBTFUL, MEANING
 
 _BAR = 40
 _BINS = 12
 _SHOWN = 3
-MAX_PIECES = 400
+MAX_TOKENS = 400
 """Number of tokens that a terminal shows from the beginning of an example. It shows half as many from the end."""
 
 _STYLES = {  # (is trained, is text of the template) -> styles of neighbouring tokens, in turn
@@ -165,9 +165,9 @@ def _legend(*, plain: bool) -> Text:
 
 
 def _example(example: Example, *, plain: bool) -> Iterator[Text]:
-    seen, pieces = example.seen, example.rendered.pieces
+    seen, tokens = example.seen, example.rendered.tokens
     trained = f", {sum(seen.trainable):,} of them trained" if seen.trainable else ""
-    yield Text(f"  {example.title}: {seen.place}, {len(pieces):,} tokens{trained}", "bold")
+    yield Text(f"  {example.title}: {seen.place}, {len(tokens):,} tokens{trained}", "bold")
     for index in example.rendered.rewritten:
         yield Text(
             f"  the text of message {index} ({seen.messages[index]['role']}) is not in it as it was written: the "
@@ -175,23 +175,23 @@ def _example(example: Example, *, plain: bool) -> Iterator[Text]:
             "bold red",
         )
     text = Text()
-    if len(pieces) <= MAX_PIECES * 3 // 2:
-        _append(text, pieces, plain=plain)
+    if len(tokens) <= MAX_TOKENS * 3 // 2:
+        _append(text, tokens, plain=plain)
     else:
-        _append(text, pieces[:MAX_PIECES], plain=plain)
-        text.append(f"\n... {len(pieces) - MAX_PIECES * 3 // 2:,} tokens ...\n", "dim italic")
-        _append(text, pieces[-MAX_PIECES // 2 :], plain=plain)
+        _append(text, tokens[:MAX_TOKENS], plain=plain)
+        text.append(f"\n... {len(tokens) - MAX_TOKENS * 3 // 2:,} tokens ...\n", "dim italic")
+        _append(text, tokens[-MAX_TOKENS // 2 :], plain=plain)
     yield text
 
 
-def _append(text: Text, pieces: Sequence[Piece], *, plain: bool) -> None:
-    for kind, run in groupby(pieces, key=lambda piece: (piece.is_trained, piece.is_template)):
+def _append(text: Text, tokens: Sequence[TokenText], *, plain: bool) -> None:
+    for kind, run in groupby(tokens, key=lambda token: (token.is_trained, token.is_template)):
         _, opening, closing = _NAMES[kind]
         if plain:
-            text.append(f"{opening}{''.join(visible(piece.text) for piece in run)}{closing}")
+            text.append(f"{opening}{''.join(visible(token.text) for token in run)}{closing}")
             continue
-        for index, piece in enumerate(run):
-            text.append(visible(piece.text), _STYLES[kind][index % 2])
+        for index, token in enumerate(run):
+            text.append(visible(token.text), _STYLES[kind][index % 2])
 
 
 def visible(text: str) -> str:

@@ -13,7 +13,7 @@ _MAX_PENDING = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     token_id: int
     text: str
     """Empty if the token is a part of a character: the last token of the character has the text."""
@@ -23,20 +23,20 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    pieces: tuple[Piece, ...]
+class RenderedTokens:
+    tokens: tuple[TokenText, ...]
     rewritten: tuple[int, ...]
     """Messages (from 0) whose text is not in the rendered conversation as it was written."""
 
 
-def pieces_of(template: ChatTemplate, seen: Observed) -> Pieces:
+def rendered_tokens(template: ChatTemplate, seen: Observed) -> RenderedTokens:
     """The tokens of ``seen``, in order. The texts together are the rendered conversation."""
     texts = token_texts(template, seen.token_ids)
     trainable = seen.trainable or (False,) * len(texts)
     is_control = [token in template.control_tokens for token in seen.token_ids]
     own, rewritten = _written_by_template(texts, is_control, trainable, seen)
-    pieces = [Piece(*values) for values in zip(seen.token_ids, texts, trainable, own, strict=True)]
-    return Pieces(tuple(pieces), rewritten)
+    tokens = [TokenText(*values) for values in zip(seen.token_ids, texts, trainable, own, strict=True)]
+    return RenderedTokens(tuple(tokens), rewritten)
 
 
 def token_texts(template: ChatTemplate, token_ids: Sequence[int]) -> list[str]:

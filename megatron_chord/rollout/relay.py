@@ -200,7 +200,7 @@ class Relay:
                 learn of a server that did not answer before the deadline. A message that is given up would break the
                 group of all ranks.
         Raises:
-            Exception: the first failure of this rank or of a server, or a Refused if another rank has failed.
+            Exception: the first failure of this rank or of a server, or a PushRefused if another rank has failed.
         """
         self._announcer = None if update is None else _Announcer(self._plan, update)
         self._time_left, self._message_s, self._timer = time_left, message_s, timer
@@ -215,7 +215,7 @@ class Relay:
                             num_bytes = self._export(buckets)
                         else:
                             self._pass_on(exporter)
-                    except (Refused, _ExportFailed) as failure:
+                    except (PushRefused, _ExportFailed) as failure:
                         # Continue with the next exporter, so that each exporter is told that its buckets are refused.
                         failures.append(failure.reason if isinstance(failure, _ExportFailed) else failure)
                     if announcer is not None:
@@ -300,7 +300,7 @@ class Relay:
     def _agree(self, place: dict) -> dict[int, dict]:
         """Agree with all members that the next bucket is sent. Returns the publishers' fields on the coordinator.
 
-        Raises Refused on every member if one has no room or a server has failed.
+        Raises PushRefused on every member if one has no room or a server has failed.
         """
         places = self._collect(place, self._plan.members)
         if self._announcer is None:
@@ -313,7 +313,7 @@ class Relay:
             refusal = None if failure is None else str(failure)
             self._tell(dict.fromkeys(self._others, refusal))
         if refusal is not None:
-            raise Refused(f"stopped because {refusal}")
+            raise PushRefused(f"stopped because {refusal}")
         return {rank: other.get("fields", {}) for rank, other in places.items()}
 
     def _collect(self, value: Any, senders: Sequence[int]) -> dict[int, Any]:
@@ -331,7 +331,7 @@ class Relay:
         self._messenger.send_each(values, self._message_s())
 
 
-class Refused(RuntimeError):
+class PushRefused(RuntimeError):
     """The push failed on another process, so the coordinator refuses the remaining buckets."""
 
 

@@ -36,7 +36,14 @@ from megatron_chord.processes import SHARED_MEMORY, PrivateFolder
 from megatron_chord.rollout.buckets import describe, in_buckets
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.rank_messenger import RankMessenger
-from megatron_chord.rollout.relay import COORDINATOR, Refused, Relay, RelayPlan, form_relay_group, plan_relay
+from megatron_chord.rollout.relay import (
+    COORDINATOR,
+    PushRefused,
+    Relay,
+    RelayPlan,
+    form_relay_group,
+    plan_relay,
+)
 from megatron_chord.rollout.sender_group import SenderGroup, SenderStore
 from megatron_chord.rollout.transports import (
     BroadcastTransport,
@@ -509,7 +516,7 @@ class WeightSync:
             if arrived is not None:
                 before, arrived = arrived, None
                 before()
-        except Refused:
+        except PushRefused:
             raise
         except Exception:
             if arrived is not None:
@@ -551,7 +558,7 @@ class WeightSync:
     def _await_coordinator(self) -> None:
         refusal = self._messenger.receive(COORDINATOR, self._message_s())
         if refusal is not None:
-            raise Refused(f"stopped because {refusal}")
+            raise PushRefused(f"stopped because {refusal}")
 
     def _serve(self, exporter: int, refusal: str | None) -> str | None:
         """The coordinator's side: announce each of an exporter's buckets to the servers.

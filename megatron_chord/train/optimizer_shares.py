@@ -36,7 +36,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Piece:
+class KeptBox:
     """A rectangular part of a tensor: its offset and shape there. ``data()`` is this rank's memory with its elements, a
     view of what the optimizer uses."""
 
@@ -58,8 +58,8 @@ class Shares:
     def add(self, buffer: Tensor, kept: list[Kept]) -> None:
         self._buffers[_storage(buffer)] = buffer, kept
 
-    def pieces(self, view: Tensor) -> Iterator[Piece]:
-        """The pieces of a view of a gathered buffer that this rank keeps. Axes with decreasing strides, as in a slice
+    def boxes(self, view: Tensor) -> Iterator[KeptBox]:
+        """The boxes of a view of a gathered buffer that this rank keeps. Axes with decreasing strides, as in a slice
         of a contiguous tensor.
 
         Raises:
@@ -77,7 +77,7 @@ class Shares:
                     + sum(at * step for at, step in zip(offset, view.stride(), strict=True))
                     - kept.start
                 )
-                yield Piece(offset, shape, functools.partial(_cut, kept.data, shape, view.stride(), start))
+                yield KeptBox(offset, shape, functools.partial(_cut, kept.data, shape, view.stride(), start))
 
 
 @contextmanager

@@ -183,10 +183,10 @@ def _share(part: Any, shares: Shares) -> Boxes:
     box = _box(part)
     extra = (0,) * part.prepend_axis_num
     found: Boxes = {}
-    for piece in shares.pieces(part.data):
-        offset = tuple(a + b for a, b in zip(box.offset, extra + piece.offset, strict=True))
-        shape = box.shape[: part.prepend_axis_num] + piece.shape
-        found[replace(box, offset=offset, shape=shape)] = piece.data
+    for kept in shares.boxes(part.data):
+        offset = tuple(a + b for a, b in zip(box.offset, extra + kept.offset, strict=True))
+        shape = box.shape[: part.prepend_axis_num] + kept.shape
+        found[replace(box, offset=offset, shape=shape)] = kept.data
     return found
 
 

@@ -60,7 +60,7 @@ def test_two_nodes_with_a_publisher_that_gathers_for_another_rank(
         assert export == "rank 2: ValueError: cannot export model.layers.1.mlp.up_proj.weight"
         assert "rank 1: OSError: [Errno 28] No space left on device" in room
         assert frozen.startswith(f"rank 0: RolloutError: POST {two_servers[1].url}/update_weights")
-        assert "rank 2: Refused: stopped because" in frozen
+        assert "rank 2: PushRefused: stopped because" in frozen
         assert max(result.failure_s) < 120
         assert result.answers == [0, 1, 2], "the group of all ranks still works"
         assert result.left == [], "servers have mapped the buffers, so that nothing stays after a kill"

@@ -8,16 +8,16 @@ import pytest
 
 from megatron_chord.data.observed import Observed
 from megatron_chord.data.templates import ChatTemplate, load_template
-from megatron_chord.data.token_texts import Pieces, pieces_of, token_texts
+from megatron_chord.data.token_texts import RenderedTokens, rendered_tokens, token_texts
 from megatron_chord.records import Message
 
 USER: Message = {"role": "user", "content": "2+2 in é or 🦆?"}
 ANSWER: Message = {"role": "assistant", "content": "The answer is 4."}
 
 
-def rendered(template: ChatTemplate, *messages: Message) -> Pieces:
+def rendered(template: ChatTemplate, *messages: Message) -> RenderedTokens:
     token_ids, trainable = template.demonstration(messages)
-    return pieces_of(
+    return rendered_tokens(
         template,
         Observed(
             file="f", number=1, messages=messages, token_ids=token_ids, trainable=trainable, is_overlong=False
@@ -25,15 +25,15 @@ def rendered(template: ChatTemplate, *messages: Message) -> Pieces:
     )
 
 
-def runs(found: Pieces) -> list[tuple[str, str]]:
+def runs(found: RenderedTokens) -> list[tuple[str, str]]:
     """Join neighbouring tokens of the same kind: t is trained, m is a message's text."""
     joined: list[tuple[str, str]] = []
-    for piece in found.pieces:
-        kind = ("t" if piece.is_trained else "-") + ("-" if piece.is_template else "m")
+    for token in found.tokens:
+        kind = ("t" if token.is_trained else "-") + ("-" if token.is_template else "m")
         if joined and joined[-1][0] == kind:
-            joined[-1] = (kind, joined[-1][1] + piece.text)
+            joined[-1] = (kind, joined[-1][1] + token.text)
         else:
-            joined.append((kind, piece.text))
+            joined.append((kind, token.text))
     return joined
 
 
@@ -84,7 +84,7 @@ def test_a_message_that_the_template_changes_is_named(chatml_folder: Path, tmp_p
 def test_a_prompt_has_no_trained_token(chatml: ChatTemplate) -> None:
     token_ids = chatml.prompt_ids([USER])
     seen = Observed(file="f", number=1, messages=(USER,), token_ids=token_ids, truth="4", is_overlong=False)
-    assert runs(pieces_of(chatml, seen)) == [
+    assert runs(rendered_tokens(chatml, seen)) == [
         ("--", "<|im_start|>user\n"),
         ("-m", USER["content"]),
         ("--", "<|im_end|>\n<|im_start|>assistant\n"),

@@ -9,7 +9,7 @@ import torch
 from megatron_chord.train.optimizer_shares import Kept, Shares, within
 
 
-def _pieces_by_hand(
+def _elements_by_hand(
     shape: tuple[int, ...], strides: tuple[int, ...], low: int, high: int
 ) -> set[tuple[int, ...]]:
     return {
@@ -32,7 +32,7 @@ def test_boxes_hold_each_element_of_the_range_once():
             for at in itertools.product(*(range(size) for size in sizes))
         ]
         assert len(found) == len(set(found))
-        assert set(found) == _pieces_by_hand(shape, strides, low, high)
+        assert set(found) == _elements_by_hand(shape, strides, low, high)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 12, 23, 24, 40])
@@ -44,10 +44,10 @@ def test_two_ranks_together_write_a_view_of_the_gathered_buffer(cut: int):
     for start, end in ((0, cut), (cut, 60)):
         shares = Shares()
         shares.add(described, [Kept(start, end, gathered[start:end].clone)])
-        for piece in shares.pieces(view):
-            places = tuple(slice(at, at + size) for at, size in zip(piece.offset, piece.shape, strict=True))
+        for box in shares.boxes(view):
+            places = tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
             assert (written[places] == -1).all()
-            written[places] = piece.data()
+            written[places] = box.data()
     assert torch.equal(written, expected)
 
 
@@ -55,4 +55,4 @@ def test_a_copy_instead_of_a_view_is_refused():
     shares = Shares()
     shares.add(torch.empty(4, device="meta"), [])
     with pytest.raises(RuntimeError, match="is a copy, not a view"):
-        list(shares.pieces(torch.empty(4, device="meta")))
+        list(shares.boxes(torch.empty(4, device="meta")))
