@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_chord.durable import sync_path
+
 _DISCARD_S = 1.0
 """Seconds for which ``discard`` tries, because threads may still create files in the folder."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -54,7 +56,7 @@ def atomic_folder(target: Path, *, notify: Callable[[str], None] = lambda line: 
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_folder(target.parent)
+        sync_path(target.parent)
 
 
 def discard(target: Path) -> None:
@@ -153,12 +155,4 @@ def _hidden(target: Path) -> list[Path]:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(path)

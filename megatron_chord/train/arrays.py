@@ -5,13 +5,14 @@ A checkpoint's run state is JSON. Routes of answers that it keeps are bytes, whi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from megatron_chord.durable import sync_path
 
 T = TypeVar("T")
 _KEY = "array in the file"
@@ -56,8 +57,7 @@ def with_arrays_of(value: Any, arrays: Sequence[np.ndarray]) -> Any:
 def write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
     """Write a file of arrays, and wait until it is on the disk."""
     save_file({str(number): np.ascontiguousarray(array) for number, array in enumerate(arrays)}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_path(path)
 
 
 def read_arrays(path: Path) -> list[np.ndarray]:

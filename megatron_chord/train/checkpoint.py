@@ -17,7 +17,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import socket
@@ -33,6 +32,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from megatron_chord.durable import sync_path, write_durably
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded
@@ -50,7 +50,6 @@ from megatron_chord.weights.torch_dist import (
     reason,
     write_common,
     write_description,
-    write_durably,
     write_part,
 )
 
@@ -190,7 +189,7 @@ class _Place:
         inners = list(parts[0][0])
         for inner in inners:
             write_description(self.partial / inner, [written[inner] for written, _ in parts])
-            _sync_folder(self.partial / inner)
+            sync_path(self.partial / inner)
         digests = {name: digest for _, found in parts for name, digest in found.items()}
         write_durably(self.partial / RUN_STATE, self.run_state)
         names = [RUN_STATE, *(str(Path(inner, METADATA)) for inner in inners)]
@@ -199,11 +198,11 @@ class _Place:
             names.append(ROUTES)
         digests |= {name: _digest(self.partial / name) for name in names}
         write_durably(self.partial / MANIFEST, json.dumps(digests, indent=2, sort_keys=True).encode())
-        _sync_folder(self.partial)
+        sync_path(self.partial)
         shutil.rmtree(self.target, ignore_errors=True)
         self.partial.rename(self.target)
         _write_latest(self.folder, self.name)
-        _sync_folder(self.folder)
+        sync_path(self.folder)
         for old in _complete(self.folder)[: -self.keep]:
             # Damaged newer checkpoints, which `find` has skipped, may exist.
             if old != self.target and step_of(old) != self.best:
@@ -758,11 +757,3 @@ def _drop(checkpoint: Path, notify: Callable[[str], None]) -> None:
         shutil.rmtree(checkpoint)
     except OSError as error:
         notify(f"{checkpoint} cannot be removed and still uses disk space: {error}")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

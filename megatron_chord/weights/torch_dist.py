@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 from collections import defaultdict
@@ -51,6 +50,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from megatron_chord.durable import write_durably
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -206,14 +207,6 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> None:
     sharded = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     plain = {"common_backend": "torch", "common_backend_version": 1}
     write_durably(folder / _BACKEND, json.dumps(sharded | plain).encode())
-
-
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write a file and wait until it is on the disk (fsync)."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Checkpoint:
