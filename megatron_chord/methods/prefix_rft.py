@@ -39,7 +39,7 @@ from megatron_chord.methods.base import Collected, Method, averaged_term, policy
 from megatron_chord.methods.groups import POLICY, policy_samples, rollout_is_trained, sample_groups
 from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import GradedRollouts, sample_seed
+from megatron_chord.sampling.rounds import NUM_SEEDS, GradedRollouts, sample_seed
 from megatron_chord.schedules import ScheduleInput, WarmupCosine
 
 PREFIX = "prefix"
@@ -113,7 +113,7 @@ class PrefixRFT(Method):
 
 def prefix_share(seed: int, position: int, *, low: float, high: float) -> float:
     """l ~ U(low, high): a pure function of the run's seed and the prompt's position in the order of draws."""
-    return low + (high - low) * sample_seed(seed, "prefix", position) / 2**62
+    return low + (high - low) * sample_seed(seed, "prefix", position) / NUM_SEEDS
 
 
 def prefix_of(demonstration: Sequence[int], share: float) -> tuple[int, ...]:

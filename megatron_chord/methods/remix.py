@@ -41,11 +41,9 @@ from megatron_chord.methods.groups import (
 )
 from megatron_chord.records import Part, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import sample_seed
+from megatron_chord.sampling.rounds import NUM_SEEDS, sample_seed
 
 STALE = "stale"
-_SEEDS = 2**62
-"""``sample_seed`` returns values in [0, 2^62)."""
 
 Answer = Mapping[str, Any]
 """A stored rollout: prompt and tokens (lists of ids), logprobs (one per token), advantage."""
@@ -111,7 +109,7 @@ class ReMix(Method):
 
 def num_stale(seed: int, step: int, count: int, share: float) -> int:
     """The number of stale groups among a step's ``count`` groups. Each is stale with probability ``share``."""
-    return sum(sample_seed(seed, f"remix/stale/{step}", slot) < share * _SEEDS for slot in range(count))
+    return sum(sample_seed(seed, f"remix/stale/{step}", slot) < share * NUM_SEEDS for slot in range(count))
 
 
 def choose_stale(

@@ -77,6 +77,8 @@ class GradedRollouts:
     """The weighted sum of the reward's terms, changed by the rules for form and length. None if the grading failed."""
 
 
+NUM_SEEDS = 2**62
+"""``sample_seed`` returns values in [0, ``NUM_SEEDS``)."""
 Shaping = Callable[[Grade, str, Rollout, int], float]
 """(grade with a score, text of the whole answer, its sampled rollout, tokens of the whole answer) -> reward"""
 
@@ -87,7 +89,7 @@ def sample_seed(run_seed: int, name: str, position: int) -> int:
     It is a pure function, so a resumed run samples the same tokens.
     """
     digest = hashlib.blake2b(f"{run_seed}/{name}/{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 2
+    return int.from_bytes(digest) * NUM_SEEDS >> 64
 
 
 def sample(
