@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_chord import hub
 from megatron_chord.config import RunConfig, hub_paths
+from megatron_chord.config_checks import MAX_TEMPERATURE
 from megatron_chord.config_io import ConfigError, dump_config, load_config, located, meant_by
 
 if TYPE_CHECKING:
@@ -320,8 +321,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= 2:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 2 is expected, got {text!r}")
+    if not 0 <= value <= MAX_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"a number from 0 to {MAX_TEMPERATURE} is expected, got {text!r}")
     return value
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.config_checks import allowed_temperature, not_negative, positive, require
 from megatron_chord.config_methods import Aggregation, ChordConfig, MethodConfig
 from megatron_chord.hub import repository_name
 from megatron_chord.precision import Precision, preset
@@ -534,7 +534,7 @@ class RolloutConfig:
             "rollout.count is the number of servers that the trainer starts; with rollout.servers it starts none: "
             "leave one of the two out",
         )
-        _check_sampled("rollout.temperature", self.temperature)
+        allowed_temperature(**{"rollout.temperature": self.temperature})
         require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must lie in (0, 1]")
         not_negative(**{"rollout.restarts": self.restarts})
         require(
@@ -660,13 +660,6 @@ class OptimConfig:
         return steps if self.decay_steps is None else self.decay_steps
 
 
-def _check_sampled(setting: str, temperature: float) -> None:
-    require(
-        temperature <= 2,
-        f"{setting} must be <= 2, got {temperature}: vLLM refuses to sample at a higher one",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSetConfig:
     """One set of held-out problems with an interval and metrics of its own."""
@@ -736,7 +729,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         not_negative(**{"evaluation.every": self.every, "evaluation.temperature": self.temperature})
         positive(**{"evaluation.samples": self.samples})
-        _check_sampled("evaluation.temperature", self.temperature)
+        allowed_temperature(**{"evaluation.temperature": self.temperature})
         if self.patience is not None:
             positive(**{"evaluation.patience": self.patience})
         require(self.problems is None or self.problems > 0, "evaluation.problems must be > 0, or left out")
@@ -752,7 +745,7 @@ class EvaluationConfig:
             assert item.temperature is not None
             not_negative(**{f"{item.name}: every": item.every, f"{item.name}: temperature": item.temperature})
             positive(**{f"{item.name}: samples": item.samples})
-            _check_sampled(f"{item.name}: temperature", item.temperature)
+            allowed_temperature(**{f"{item.name}: temperature": item.temperature})
             require(item.problems is None or item.problems > 0, f"{item.name}: problems must be > 0")
             require(
                 item.temperature > 0 or item.samples == 1,

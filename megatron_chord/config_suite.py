@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_chord.config_checks import not_negative, positive, require
+from megatron_chord.config_checks import allowed_temperature, not_negative, positive, require
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.table import RewardConfig
 
@@ -36,10 +36,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         positive(**{"sampling.samples": self.samples, "sampling.max_tokens": self.max_tokens})
         not_negative(**{"sampling.temperature": self.temperature})
-        require(
-            self.temperature <= 2,
-            f"sampling.temperature must be <= 2, got {self.temperature}: vLLM refuses to sample at a higher one",
-        )
+        allowed_temperature(**{"sampling.temperature": self.temperature})
         require(0 < self.top_p <= 1, f"sampling.top_p must lie in (0, 1], got {self.top_p}")
         require(
             self.temperature > 0 or self.samples == 1,
