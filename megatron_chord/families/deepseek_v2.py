@@ -14,7 +14,7 @@ from megatron_chord.families.dense import decoder
 from megatron_chord.families.latent import latent_attention
 from megatron_chord.families.moe import Scores, mixture
 from megatron_chord.families.settings import read_rope, refuse_biases, refuse_short_window
-from megatron_chord.families.shape import Experts, ModelShape, refuse, require
+from megatron_chord.families.shape import Experts, ModelShape, refuse, required_value
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -39,12 +39,12 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         "among all experts, vLLM among those groups'",
     )
     rope = read_rope(config, yarn=True)
-    width = require(config, "moe_intermediate_size")
+    width = required_value(config, "moe_intermediate_size")
     feed_forward = mixture(
         config,
         experts=Experts(
-            count=require(config, "n_routed_experts"),
-            shared_ffn_size=width * require(config, "n_shared_experts"),
+            count=required_value(config, "n_routed_experts"),
+            shared_ffn_size=width * required_value(config, "n_shared_experts"),
             dense_layers=tuple(range(first_layers(config))),
         ),
         width=width,

@@ -13,7 +13,7 @@ from megatron_chord.families.dense import decoder
 from megatron_chord.families.latent import latent_attention
 from megatron_chord.families.moe import Scores, mixture
 from megatron_chord.families.settings import read_rope, refuse_short_window
-from megatron_chord.families.shape import Experts, ModelShape, refuse, require
+from megatron_chord.families.shape import Experts, ModelShape, refuse, required_value
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -27,21 +27,22 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         stated = config.get(name, default)
         refuse(stated != expected, config, f"{name} {stated!r} must be {expected!r}")
     rope = read_rope(config, yarn=True)
-    width, num_shared = require(config, "moe_intermediate_size"), require(config, "n_shared_experts")
+    width = required_value(config, "moe_intermediate_size")
+    num_shared = required_value(config, "n_shared_experts")
     feed_forward = mixture(
         config,
         experts=Experts(
-            count=require(config, "n_routed_experts"),
+            count=required_value(config, "n_routed_experts"),
             shared_ffn_size=width * num_shared,
             dense_layers=tuple(range(first_layers(config))),
         ),
         width=width,
-        normalised=bool(require(config, "norm_topk_prob")),
+        normalised=bool(required_value(config, "norm_topk_prob")),
         scores=Scores(
             function="sigmoid",
-            scale=float(require(config, "routed_scaling_factor")),
-            groups=require(config, "n_group"),
-            chosen_groups=require(config, "topk_group"),
+            scale=float(required_value(config, "routed_scaling_factor")),
+            groups=required_value(config, "n_group"),
+            chosen_groups=required_value(config, "topk_group"),
             fp32=True,
         ),
     )
@@ -56,4 +57,4 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 
 def first_layers(config: Mapping[str, Any]) -> int:
     """Number of layers at the beginning that have a dense MLP."""
-    return min(require(config, "first_k_dense_replace"), require(config, "num_hidden_layers"))
+    return min(required_value(config, "first_k_dense_replace"), required_value(config, "num_hidden_layers"))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_chord.families.shape import Experts, ModelShape, Rope, refuse, require
+from megatron_chord.families.shape import Experts, ModelShape, Rope, refuse, required_value
 from megatron_chord.weights.mapping import Rule, WeightMap, both, hf_layer, layer
 from megatron_chord.weights.transforms import GroupedQKV, Same, Stacked
 
@@ -99,7 +99,7 @@ def decoder(
     # Two names of one function in Transformers; see ``serving_config`` in families/table.py.
     refuse(activation not in ("silu", "swish"), config, f"hidden_act {activation!r} is not silu")
     tied = bool(config.get("tie_word_embeddings", False))
-    num_layers = require(config, "num_hidden_layers")
+    num_layers = required_value(config, "num_hidden_layers")
     num_experts = feed_forward.experts.count if feed_forward.experts else 0
     refuse(
         num_layers * max(num_experts, 1) > MAX_BLOCKS,
@@ -107,20 +107,20 @@ def decoder(
         f"num_hidden_layers {num_layers} with {num_experts} experts in a layer are more than this program can list",
     )
     return ModelShape(
-        family=require(config, "model_type"),
-        vocab_size=require(config, "vocab_size"),
+        family=required_value(config, "model_type"),
+        vocab_size=required_value(config, "vocab_size"),
         num_layers=num_layers,
-        hidden_size=require(config, "hidden_size"),
-        num_heads=require(config, "num_attention_heads"),
+        hidden_size=required_value(config, "hidden_size"),
+        num_heads=required_value(config, "num_attention_heads"),
         num_kv_heads=attention.num_kv_heads,
-        ffn_size=require(config, "intermediate_size"),
-        max_positions=require(config, "max_position_embeddings"),
+        ffn_size=required_value(config, "intermediate_size"),
+        max_positions=required_value(config, "max_position_embeddings"),
         tied=tied,
         rope=rope,
         experts=feed_forward.experts,
         transformer={
             "normalization": "RMSNorm",
-            "layernorm_epsilon": require(config, "rms_norm_eps"),
+            "layernorm_epsilon": required_value(config, "rms_norm_eps"),
             "activation_func": "silu",
             "gated_linear_unit": True,
             "add_bias_linear": False,
@@ -173,14 +173,14 @@ def grouped_attention(
         qkv_bias: whether query, key and value have biases.
         qk_norm: whether queries and keys pass through a norm, head by head, before RoPE.
     """
-    num_heads = require(config, "num_attention_heads")
-    groups: int = num_kv_heads or require(config, "num_key_value_heads")
+    num_heads = required_value(config, "num_attention_heads")
+    groups: int = num_kv_heads or required_value(config, "num_key_value_heads")
     refuse(
         num_heads % groups != 0,
         config,
         f"{num_heads} attention heads are no multiple of {groups} key-value heads",
     )
-    width: int = head_dim or config.get("head_dim") or require(config, "hidden_size") // num_heads
+    width: int = head_dim or config.get("head_dim") or required_value(config, "hidden_size") // num_heads
     return Attention(
         rules=_grouped_attention_rules(num_heads // groups, width, qkv_bias=qkv_bias, qk_norm=qk_norm),
         transformer={"kv_channels": width, "add_qkv_bias": qkv_bias, "qk_layernorm": qk_norm},

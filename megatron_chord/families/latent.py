@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_chord.families.dense import Attention
 from megatron_chord.families.settings import refuse_biases, rope_parameters
-from megatron_chord.families.shape import Rope, YarnScaling, refuse, require
+from megatron_chord.families.shape import Rope, YarnScaling, refuse, required_value
 from megatron_chord.weights.mapping import Rule, both, hf_layer, layer
 from megatron_chord.weights.transforms import Same
 
@@ -34,12 +34,12 @@ def latent_attention(config: Mapping[str, Any], *, rope: Rope) -> Attention:
         "latent attention has plain RoPE or YaRN",
     )
     refuse(
-        require(config, "rms_norm_eps") != _LATENT_EPSILON,
+        required_value(config, "rms_norm_eps") != _LATENT_EPSILON,
         config,
         f"rms_norm_eps {config.get('rms_norm_eps')} is not supported: Transformers computes the latents' norms with "
         f"{_LATENT_EPSILON} all the same, Megatron and vLLM with rms_norm_eps",
     )
-    num_heads = require(config, "num_attention_heads")
+    num_heads = required_value(config, "num_attention_heads")
     groups = config.get("num_key_value_heads") or num_heads
     refuse(
         groups != num_heads,
@@ -59,10 +59,10 @@ def latent_attention(config: Mapping[str, Any], *, rope: Rope) -> Attention:
         transformer={
             "multi_latent_attention": True,
             "q_lora_rank": query_rank,
-            "kv_lora_rank": require(config, "kv_lora_rank"),
-            "qk_head_dim": require(config, "qk_nope_head_dim"),
-            "qk_pos_emb_head_dim": require(config, "qk_rope_head_dim"),
-            "v_head_dim": require(config, "v_head_dim"),
+            "kv_lora_rank": required_value(config, "kv_lora_rank"),
+            "qk_head_dim": required_value(config, "qk_nope_head_dim"),
+            "qk_pos_emb_head_dim": required_value(config, "qk_rope_head_dim"),
+            "v_head_dim": required_value(config, "v_head_dim"),
             "qk_layernorm": True,
             # Frequencies are scaled in model/rope.py: Megatron's own YaRN rounds otherwise.
             "rope_type": "rope",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_chord.families.dense import decoder, grouped_attention
 from megatron_chord.families.settings import read_rope, refuse_biases, refuse_short_window
-from megatron_chord.families.shape import ModelShape, require
+from megatron_chord.families.shape import ModelShape, required_value
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -18,6 +18,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         rope=read_rope(config),
         attention=grouped_attention(
             config,
-            num_kv_heads=config.get("num_key_value_heads") or require(config, "num_attention_heads"),
+            num_kv_heads=config.get("num_key_value_heads") or required_value(config, "num_attention_heads"),
         ),
     )

@@ -8,15 +8,15 @@ from typing import Any
 from megatron_chord.families.dense import decoder
 from megatron_chord.families.moe import Names, mixture
 from megatron_chord.families.settings import read_rope, refuse_short_window
-from megatron_chord.families.shape import Experts, ModelShape, require
+from megatron_chord.families.shape import Experts, ModelShape, required_value
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_short_window(config, default=None)
     feed_forward = mixture(
         config,
-        experts=Experts(count=require(config, "num_local_experts")),
-        width=require(config, "intermediate_size"),
+        experts=Experts(count=required_value(config, "num_local_experts")),
+        width=required_value(config, "intermediate_size"),
         normalised=True,
         names=Names(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     )

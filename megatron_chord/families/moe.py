@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_chord.families.dense import PRE_MLP_NORM, FeedForward, gated_mlp, gated_mlp_rules
-from megatron_chord.families.shape import Experts, refuse, require
+from megatron_chord.families.shape import Experts, refuse, required_value
 from megatron_chord.weights.mapping import Rule, hf_layer, layer
 from megatron_chord.weights.transforms import Same, Stacked
 
@@ -71,11 +71,11 @@ def mixture(
         names: default: DeepSeek's names.
     """
     scores, names = scores or Scores(), names or Names()
-    num_layers = require(config, "num_hidden_layers")
+    num_layers = required_value(config, "num_hidden_layers")
     sparse = tuple(layer for layer in range(num_layers) if layer not in experts.dense_layers)
     if not sparse:
         return gated_mlp()
-    chosen = require(config, "num_experts_per_tok")
+    chosen = required_value(config, "num_experts_per_tok")
     refuse(
         not 1 <= chosen <= experts.count,
         config,
@@ -149,7 +149,7 @@ def mixture(
 def qwen_dense_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers that Qwen's switches leave a dense MLP (Transformers' modeling_qwen3_moe.py, Qwen3MoeDecoderLayer)."""
     only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
-    num_layers = require(config, "num_hidden_layers")
+    num_layers = required_value(config, "num_hidden_layers")
     return tuple(number for number in range(num_layers) if number in only or (number + 1) % step)
 
 

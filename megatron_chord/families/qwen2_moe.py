@@ -8,7 +8,7 @@ from typing import Any
 from megatron_chord.families.dense import decoder, grouped_attention
 from megatron_chord.families.moe import Names, mixture, qwen_dense_layers
 from megatron_chord.families.settings import read_rope, refuse_head_dim, refuse_sliding_layers
-from megatron_chord.families.shape import Experts, ModelShape, refuse, require
+from megatron_chord.families.shape import Experts, ModelShape, refuse, required_value
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -20,18 +20,18 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     )
     refuse_head_dim(config)
     refuse(
-        require(config, "shared_expert_intermediate_size") == 0,
+        required_value(config, "shared_expert_intermediate_size") == 0,
         config,
         "a shared expert of width 0 is not supported",
     )
     feed_forward = mixture(
         config,
         experts=Experts(
-            count=require(config, "num_experts"),
-            shared_ffn_size=require(config, "shared_expert_intermediate_size"),
+            count=required_value(config, "num_experts"),
+            shared_ffn_size=required_value(config, "shared_expert_intermediate_size"),
             dense_layers=qwen_dense_layers(config),
         ),
-        width=require(config, "moe_intermediate_size"),
+        width=required_value(config, "moe_intermediate_size"),
         normalised=bool(config.get("norm_topk_prob", False)),
         names=Names(shared="shared_expert", shared_gate="shared_expert_gate"),
     )

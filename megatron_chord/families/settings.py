@@ -14,7 +14,7 @@ from megatron_chord.families.shape import (
     Rope,
     YarnScaling,
     refuse,
-    require,
+    required_value,
 )
 
 
@@ -108,7 +108,7 @@ def _yarn(config: Mapping[str, Any], stated: Mapping[str, Any]) -> YarnScaling:
 
 def _original_max_positions(config: Mapping[str, Any], stated: Mapping[str, Any]) -> int:
     name = "original_max_position_embeddings"
-    return config.get(name) or stated.get(name) or require(config, "max_position_embeddings")
+    return config.get(name) or stated.get(name) or required_value(config, "max_position_embeddings")
 
 
 def _number(config: Mapping[str, Any], rope: Mapping[str, Any], name: str) -> float:
@@ -135,8 +135,8 @@ def refuse_biases(config: Mapping[str, Any], *names: str) -> None:
 
 def refuse_head_dim(config: Mapping[str, Any]) -> None:
     """Transformers reads ``head_dim``; vLLM's layers of Qwen2 and Qwen2-MoE do not."""
-    stated, heads = config.get("head_dim"), require(config, "num_attention_heads")
-    computed = require(config, "hidden_size") // heads
+    stated, heads = config.get("head_dim"), required_value(config, "num_attention_heads")
+    computed = required_value(config, "hidden_size") // heads
     refuse(
         stated not in (None, computed),
         config,
@@ -164,7 +164,7 @@ def refuse_short_window(config: Mapping[str, Any], *, default: int | None) -> No
     """
     _refuse_layer_types(config)
     window = config.get("sliding_window", default)
-    positions = require(config, "max_position_embeddings")
+    positions = required_value(config, "max_position_embeddings")
     refuse(
         window is not None and window < positions,
         config,

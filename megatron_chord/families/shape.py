@@ -96,7 +96,7 @@ class ModelShape:
         return bool(self.transformer.get("multi_latent_attention"))
 
 
-def require(config: Mapping[str, Any], name: str) -> Any:
+def required_value(config: Mapping[str, Any], name: str) -> Any:
     """The value in config.json. Raises ValueError with its name if it is missing."""
     if config.get(name) is None:
         raise ValueError(f"config.json of model_type {config.get('model_type')!r} has no {name!r}")
