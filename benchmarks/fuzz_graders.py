@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.records import Grade
+from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import KINDS
 

@@ -33,11 +33,11 @@ from shared import circumstances
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_chord.records import Prompt
+from megatron_chord.records import Prompt, RolloutRequest
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rollout.client import RolloutClient
-from megatron_chord.sampling.rounds import Grading, RolloutRequest, Sampling, sample
+from megatron_chord.sampling.rounds import Grading, Sampling, sample
 from tests.support.recorded import END, VERSION, numbers_template, recorded_server
 
 MODULE = """

@@ -128,6 +128,51 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """One prompt to sample rollouts of."""
+
+    prompt: Prompt
+    seed: int
+    prefix: tuple[int, ...] = ()
+    """Token ids with which every answer begins. They are not sampled, but count towards the length limit."""
+    partial_rollouts: tuple[Rollout, ...] = ()
+    """Rollouts of this prompt that were sampled earlier. Those with the finish reason `abort` are continued."""
+    is_awaited: bool = False
+    """True if sampling must not stop before this request is complete."""
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.partial_rollouts) and all(
+            rollout.finish_reason != "abort" for rollout in self.partial_rollouts
+        )
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One response's score, or the reason why there is none."""
+
+    score: float | None
+    error: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The named summands of the score, if the grader names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedRollouts:
+    """One prompt's rollouts with their grades and rewards, in the engine's order."""
+
+    prompt: Prompt
+    prefix: tuple[int, ...] = ()
+    """Token ids with which every answer begins. They are not part of ``rollouts``."""
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
+    """The whole answers, including the prefix."""
+    grades: tuple[Grade, ...]
+    rewards: tuple[float | None, ...]
+    """The weighted sum of the reward's terms, changed by the rules for form and length. None if the grading failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
     """One prompt's rollouts with their rewards and group advantages."""
 

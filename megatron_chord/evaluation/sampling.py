@@ -20,9 +20,8 @@ from megatron_chord.config_suite import BenchmarkConfig, ServerConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.evaluation.answers import Answer, AnswerFile, grading_of
 from megatron_chord.evaluation.servers import Servers
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Grade, Prompt, Rollout
 from megatron_chord.rewards.graders import Graders
-from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import RewardConfig
 from megatron_chord.rollout.client import RolloutClient

@@ -17,9 +17,8 @@ from megatron_chord.methods.groups import (
     sample_groups,
     with_advantages,
 )
-from megatron_chord.records import RolloutGroup, TrainSample
+from megatron_chord.records import GradedRollouts, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import GradedRollouts
 
 DEMONSTRATION = "demonstration"
 

@@ -24,9 +24,8 @@ from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method, refuse_several_updates
 from megatron_chord.methods.groups import answer_sample, rollout_sample, sample_groups
-from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.records import GradedRollouts, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import GradedRollouts
 
 DPO = "dpo"
 

@@ -31,9 +31,8 @@ from megatron_chord.methods.groups import (
     with_advantages,
     with_last_message,
 )
-from megatron_chord.records import Prompt
+from megatron_chord.records import GradedRollouts, Prompt
 from megatron_chord.sampling.context import DrawnPrompt, StepContext
-from megatron_chord.sampling.rounds import GradedRollouts
 
 
 @dataclass(frozen=True, kw_only=True)

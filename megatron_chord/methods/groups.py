@@ -12,9 +12,9 @@ import numpy as np
 from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.policy import group_advantages
-from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.records import GradedRollouts, Part, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import DrawnPrompt, StepContext
-from megatron_chord.sampling.rounds import GradedRollouts, TooManyGraderErrors
+from megatron_chord.sampling.rounds import TooManyGraderErrors
 
 POLICY = "policy"
 

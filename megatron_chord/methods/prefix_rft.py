@@ -37,9 +37,9 @@ from megatron_chord.losses.sft import most_uncertain
 from megatron_chord.losses.terms import Prepare, Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
 from megatron_chord.methods.groups import POLICY, policy_samples, rollout_is_trained, sample_groups
-from megatron_chord.records import Part, Prompt, Rollout, RolloutGroup, TrainSample
+from megatron_chord.records import GradedRollouts, Part, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import NUM_SEEDS, GradedRollouts, sample_seed
+from megatron_chord.sampling.rounds import NUM_SEEDS, sample_seed
 from megatron_chord.schedules import ScheduleInput, WarmupCosine
 
 PREFIX = "prefix"

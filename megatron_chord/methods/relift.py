@@ -29,8 +29,8 @@ from megatron_chord.methods.groups import (
     whole_groups,
     with_advantages,
 )
+from megatron_chord.records import GradedRollouts
 from megatron_chord.sampling.context import StepContext
-from megatron_chord.sampling.rounds import GradedRollouts
 
 
 @dataclass(frozen=True, kw_only=True)

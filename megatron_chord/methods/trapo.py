@@ -42,9 +42,9 @@ from megatron_chord.methods.base import (
 from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import POLICY, make_group, reward_stats, rollout_is_trained
 from megatron_chord.methods.prefix_rft import prefix_of
-from megatron_chord.records import Part, Prompt, Rollout, TrainSample
+from megatron_chord.records import GradedRollouts, Part, Prompt, Rollout, TrainSample
 from megatron_chord.sampling.context import DrawnPrompt, StepContext
-from megatron_chord.sampling.rounds import GradedRollouts, TooManyGraderErrors
+from megatron_chord.sampling.rounds import TooManyGraderErrors
 
 
 @dataclass(frozen=True, kw_only=True)

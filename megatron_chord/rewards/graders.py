@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+from megatron_chord.records import Grade
 from megatron_chord.rewards.kinds.base import RewardKind
-from megatron_chord.rewards.pool import Grade, GraderPool, RewardRefused
+from megatron_chord.rewards.pool import GraderPool, RewardRefused
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import RewardConfig, terms_of
 

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_chord.process_table import descendants, state_of
+from megatron_chord.records import Grade
 from megatron_chord.rewards.kinds.base import RewardKind
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import to_json
@@ -52,16 +53,6 @@ _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIR
 
 class RewardRefused(ValueError):
     """The grader of a reward cannot be loaded: the user's file, or the function in it, cannot be used."""
-
-
-@dataclass(frozen=True)
-class Grade:
-    """One response's score, or the reason why there is none."""
-
-    score: float | None
-    error: str | None = None
-    parts: Mapping[str, float] = field(default_factory=dict[str, float])
-    """The named summands of the score, if the grader names them."""
 
 
 def longest_grading_s(timeout_s: float) -> float:

@@ -13,24 +13,15 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Demonstration, Prompt, Rollout
+from megatron_chord.records import Demonstration, Grade, GradedRollouts, Prompt, Rollout, RolloutRequest
 from megatron_chord.rewards.format import shape_reward
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.overlong import overlong_penalty
-from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.table import RewardConfig, terms_of
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, rollout_json, rollout_of
-from megatron_chord.sampling.rounds import (
-    GradedRollouts,
-    Grading,
-    RolloutRequest,
-    Sampling,
-    graded_before,
-    sample,
-    sample_seed,
-)
+from megatron_chord.sampling.rounds import Grading, Sampling, graded_before, sample, sample_seed
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer
 

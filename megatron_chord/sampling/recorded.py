@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron_chord.records import Rollout
-from megatron_chord.rewards.pool import Grade
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling
+from megatron_chord.records import Grade, Rollout, RolloutRequest
+from megatron_chord.sampling.rounds import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.records import Prompt, Rollout, Span
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout, RolloutRequest, Span
 from megatron_chord.rewards.graders import Graders, PendingGrade
-from megatron_chord.rewards.pool import Grade
 from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest
@@ -40,41 +39,6 @@ class Sampling:
     step: int | None = None
     """The step for which servers keep the routes if they can (``rollout.route_store``). None: the replies contain the
     routes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutRequest:
-    """One prompt to sample rollouts of."""
-
-    prompt: Prompt
-    seed: int
-    prefix: tuple[int, ...] = ()
-    """Token ids with which every answer begins. They are not sampled, but count towards the length limit."""
-    partial_rollouts: tuple[Rollout, ...] = ()
-    """Rollouts of this prompt that were sampled earlier. Those with the finish reason `abort` are continued."""
-    is_awaited: bool = False
-    """True if sampling must not stop before this request is complete."""
-
-    @property
-    def is_answered(self) -> bool:
-        return bool(self.partial_rollouts) and all(
-            rollout.finish_reason != "abort" for rollout in self.partial_rollouts
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradedRollouts:
-    """One prompt's rollouts with their grades and rewards, in the engine's order."""
-
-    prompt: Prompt
-    prefix: tuple[int, ...] = ()
-    """Token ids with which every answer begins. They are not part of ``rollouts``."""
-    rollouts: tuple[Rollout, ...]
-    texts: tuple[str, ...]
-    """The whole answers, including the prefix."""
-    grades: tuple[Grade, ...]
-    rewards: tuple[float | None, ...]
-    """The weighted sum of the reward's terms, changed by the rules for form and length. None if the grading failed."""
 
 
 NUM_SEEDS = 2**62

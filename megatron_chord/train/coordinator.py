@@ -15,7 +15,7 @@ from megatron_chord.data.packing import Layout, PackedBatch, plan_step
 from megatron_chord.losses.aggregate import MIN_COMPARED_TOKENS, drop_zero_gradient_parts, with_scales
 from megatron_chord.losses.terms import Term
 from megatron_chord.methods.base import Collected, Method
-from megatron_chord.records import Rollout, TrainSample
+from megatron_chord.records import GradedRollouts, Rollout, TrainSample
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.runtime.heartbeat import Pulse
@@ -27,7 +27,7 @@ from megatron_chord.sampling.context import (
     with_unfinished,
 )
 from megatron_chord.sampling.recorded import SamplingRound, to_json
-from megatron_chord.sampling.rounds import GradedRollouts, part_means
+from megatron_chord.sampling.rounds import part_means
 from megatron_chord.schedules import Memory, ScheduleInput
 from megatron_chord.timing import Timer
 from megatron_chord.train.evaluate import Evaluation, HeldOutSet, evaluate

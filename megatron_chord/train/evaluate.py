@@ -9,13 +9,11 @@ from typing import Any
 from megatron_chord.config import RunConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.evaluation.metrics import Graded, bootstrap, read_metric, value_of
-from megatron_chord.records import Prompt
+from megatron_chord.records import GradedRollouts, Prompt, RolloutRequest
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.sampling.rounds import (
-    GradedRollouts,
     Grading,
-    RolloutRequest,
     Sampling,
     TooManyGraderErrors,
     part_means,

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_chord.data.pieces import pieces
 from megatron_chord.data.templates import ChatTemplate
-from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.records import GradedRollouts
 
 MOST_TOKENS = 4096
 """Maximum number of tokens of a file that are written one by one, with log-probs. Decoding one takes about 10 us."""

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chord.families.table import read_shape
-from megatron_chord.records import Prompt
+from megatron_chord.records import Prompt, RolloutRequest
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
 from megatron_chord.rollout.sync import SyncSettings, WeightSync
 from megatron_chord.routes import RouteShape
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
+from megatron_chord.sampling.rounds import Sampling, sample
 from megatron_chord.weights.folder import open_model
 from megatron_chord.weights.reader import HFReader
 from tests.distributed import steps

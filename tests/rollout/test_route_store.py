@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_chord.families.table import read_shape
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Prompt, Rollout, RolloutRequest
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.replies import GenerateRequest, RolloutError
 from megatron_chord.rollout.route_reader import read_routes
@@ -21,7 +21,7 @@ from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_s
 from megatron_chord.routes import RemoteRoutes, RouteShape
 from megatron_chord.sampling.context import DrawnPrompt
 from megatron_chord.sampling.recorded import rollout_json, rollout_of
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
+from megatron_chord.sampling.rounds import Sampling, sample
 from megatron_chord.train.remote_routes import (
     drawn_with_routes_here,
     json_with_routes_here,

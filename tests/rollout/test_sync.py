@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Prompt, Rollout, RolloutRequest
 from megatron_chord.rollout.client import PauseMode, RolloutClient
 from megatron_chord.rollout.replies import RolloutError, StaleWeights
 from megatron_chord.rollout.server import RolloutServer
 from megatron_chord.rollout.sync import SyncError, SyncSettings, TransportName, WeightSync
 from megatron_chord.rollout.transports import FileTransport
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling, sample
+from megatron_chord.sampling.rounds import Sampling, sample
 from tests.rollout import rank_program
 from tests.rollout.conftest import Servers
 from tests.rollout.helpers import (

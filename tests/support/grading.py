@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from megatron_chord.records import Grade
 from megatron_chord.rewards.graders import PendingGrade
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 
 

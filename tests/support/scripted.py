@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rewards.pool import Grade
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout
 from megatron_chord.sampling.context import DrawnPrompt
-from megatron_chord.sampling.rounds import GradedRollouts
 from megatron_chord.schedules import ScheduleInput
 
 Score = float | None

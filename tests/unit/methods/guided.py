@@ -15,9 +15,8 @@ from megatron_chord.config import RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.table import method_of
-from megatron_chord.records import Demonstration, Prompt, Rollout, TrainSample
+from megatron_chord.records import Demonstration, Grade, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
-from megatron_chord.rewards.pool import Grade
 from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.timing import Timer

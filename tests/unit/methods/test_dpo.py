@@ -21,10 +21,8 @@ from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods import dpo
 from megatron_chord.methods.dpo import demonstration_pair, is_offpolicy, pair_samples, rollout_pair
 from megatron_chord.methods.table import method_of
-from megatron_chord.records import Prompt, Rollout, RolloutGroup, TrainSample
-from megatron_chord.rewards.pool import Grade
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout, RolloutGroup, TrainSample
 from megatron_chord.sampling.context import DrawnPrompt
-from megatron_chord.sampling.rounds import GradedRollouts
 from megatron_chord.schedules import ScheduleInput
 from tests.support.tiny import tiny_run
 

@@ -22,7 +22,7 @@ from megatron_chord.methods.self_distillation import (
     self_distillation_loss,
 )
 from megatron_chord.methods.table import method_of
-from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.records import GradedRollouts
 from tests.support.scripted import ScriptedContext, WordTemplate
 from tests.support.tiny import tiny_run
 from tests.unit.methods.guided import assert_refused, stats_of, tokens_of

@@ -14,9 +14,9 @@ from megatron_chord.config import ObjectiveConfig, RunConfig
 from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.table import method_of
 from megatron_chord.methods.trapo import Answer, answers_of, is_below, sample_of, samples_of
-from megatron_chord.records import Rollout
+from megatron_chord.records import GradedRollouts, Rollout
 from megatron_chord.sampling.context import DrawnPrompt
-from megatron_chord.sampling.rounds import GradedRollouts, TooManyGraderErrors
+from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, graded, prompt
 from tests.support.tiny import tiny_run
 from tests.unit.methods.guided import PROBABILITIES, assert_refused, push_on_target, stats_of, tokens_of

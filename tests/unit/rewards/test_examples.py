@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.config_io import load_config
+from megatron_chord.records import Grade
 from megatron_chord.rewards.graders import check_reward
 from megatron_chord.rewards.kinds.function import FunctionReward
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import terms_of
 from tests.support.ranks import ROOT

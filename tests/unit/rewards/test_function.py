@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_chord.records import Grade
 from megatron_chord.rewards import pool
 from megatron_chord.rewards.graders import check_reward
 from megatron_chord.rewards.kinds.function import FunctionReward
-from megatron_chord.rewards.pool import Grade, GraderPool, RewardRefused
+from megatron_chord.rewards.pool import GraderPool, RewardRefused
 from megatron_chord.rewards.response import Response
 from tests.support.processes import is_alive
 

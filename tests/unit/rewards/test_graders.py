@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout
 from megatron_chord.rewards.graders import Graders, check_reward, combined
 from megatron_chord.rewards.kinds.base import OverlongConfig
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
-from megatron_chord.rewards.pool import Grade, RewardRefused
+from megatron_chord.rewards.pool import RewardRefused
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import RewardConfig, SumReward, check_sources, terms_of
 from megatron_chord.sampling.context import reward_of
-from megatron_chord.sampling.rounds import GradedRollouts, part_means
+from megatron_chord.sampling.rounds import part_means
 
 MODULE = """
 def brief(response):

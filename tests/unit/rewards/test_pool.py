@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chord.records import Grade
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.math import MathReward
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.pool import GraderPool
 from tests.support.grading import grades_of
 from tests.support.processes import is_alive
 

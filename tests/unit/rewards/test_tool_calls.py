@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_chord.records import Grade
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.tool_calls import grade, read_truth
 from megatron_chord.rewards.tool_replies import MAX_DEPTH, Think

@@ -19,24 +19,17 @@ import pytest
 
 from megatron_chord.config import PartialConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout, RolloutRequest
 from megatron_chord.rewards.graders import Graders, PendingGrade
 from megatron_chord.rewards.kinds.function import FunctionReward
 from megatron_chord.rewards.kinds.math import MathReward
-from megatron_chord.rewards.pool import Grade, GraderPool
+from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import SumReward
 from megatron_chord.rollout.replies import RolloutError
 from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
 from megatron_chord.sampling.recorded import to_json
-from megatron_chord.sampling.rounds import (
-    GradedRollouts,
-    Grading,
-    RolloutRequest,
-    Sampling,
-    TooManyGraderErrors,
-    sample,
-)
+from megatron_chord.sampling.rounds import Grading, Sampling, TooManyGraderErrors, sample
 from megatron_chord.schedules import Constant, ScheduleInput
 from megatron_chord.timing import Timer
 from tests.support.recorded import END, VERSION, Recorded, numbers_template, recorded_server

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Rollout
-from megatron_chord.rewards.pool import Grade
+from megatron_chord.records import Grade, GradedRollouts, Rollout, RolloutRequest
 from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import SamplingRound, answers_to, to_json
-from megatron_chord.sampling.rounds import GradedRollouts, RolloutRequest, Sampling
+from megatron_chord.sampling.rounds import Sampling
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
 from tests.support.scripted import graded, prompt
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chord.records import Prompt, Rollout
+from megatron_chord.records import Prompt, Rollout, RolloutRequest
 from megatron_chord.rewards.response import Response
 from megatron_chord.routes import RouteShape
 from megatron_chord.sampling.recorded import rollout_json, rollout_of
-from megatron_chord.sampling.rounds import RolloutRequest, Sampling, response_to, sample
+from megatron_chord.sampling.rounds import Sampling, response_to, sample
 from tests.support.decoding import END, DecodingClient
 
 SAMPLING = Sampling(num_rollouts=2, temperature=1.0, max_tokens=12, stop_token_ids=(END,))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.data.templates import ChatTemplate, load_template
-from megatron_chord.records import Message, Prompt, Rollout
+from megatron_chord.records import Message, Prompt, Rollout, RolloutRequest
 from megatron_chord.rewards.graders import Graders
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.kinds.tool_calls import ToolCallsReward
 from megatron_chord.sampling.context import reward_of
-from megatron_chord.sampling.rounds import Grading, RolloutRequest
+from megatron_chord.sampling.rounds import Grading
 from tests.support import stock
 
 QUESTION: Message = {"role": "user", "content": "What does an open <think> tag do? 2 + 2?"}

@@ -7,9 +7,7 @@ import json
 import pytest
 
 from megatron_chord.data.templates import load_template
-from megatron_chord.records import Prompt, Rollout
-from megatron_chord.rewards.pool import Grade
-from megatron_chord.sampling.rounds import GradedRollouts
+from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout
 from megatron_chord.train import sample_rows as module
 from tests.support.ranks import ROOT
 

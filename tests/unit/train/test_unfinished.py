@@ -16,8 +16,7 @@ from megatron_chord.config import AsynchronousConfig, PartialConfig, RunConfig
 from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.data.packing import make_layout
 from megatron_chord.methods.table import method_of
-from megatron_chord.records import Prompt
-from megatron_chord.rewards.pool import Grade
+from megatron_chord.records import Grade, Prompt
 from megatron_chord.sampling.context import Sources
 from megatron_chord.schedules import Constant, ScheduleInput
 from megatron_chord.train import remote_routes
