@@ -467,6 +467,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     from megatron_chord.runtime.slurm import rank_of_task
 
     with importing():
+        from megatron_chord.model.fp8 import set_environment
         from megatron_chord.train.setup import check_run
         from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopRequest
 
@@ -474,6 +475,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         os.environ.update(rank_of_task(os.environ))
     # Ranks of a job have a log each; others share a terminal, where one message is enough.
     speaks = os.environ.get("RANK", "0") == "0" or "CHORD_JOB" in os.environ
+    set_environment(run.precision)  # before the check: it imports Megatron-Core if the run has overrides
     try:
         check_run(run, _world_size(run))
         _check_machine(run)

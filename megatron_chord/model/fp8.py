@@ -80,8 +80,11 @@ def optimizer_settings(training: Fp8Training | None) -> dict[str, Any]:
 
 
 def set_environment(precision: Precision | None) -> None:
-    """Set the variables that Transformer Engine reads when it is imported. Raises RuntimeError if it is imported
-    already."""
+    """Set the variables that Transformer Engine reads when it is imported. Call it before Megatron-Core is
+    imported, because it imports Transformer Engine.
+
+    Raises RuntimeError if Transformer Engine is already imported and the variables had other values.
+    """
     training = preset(precision).training
     wanted: Mapping[str, str] = training.environment if training is not None else {}
     missing = {name: value for name, value in wanted.items() if os.environ.get(name) != value}

@@ -64,9 +64,9 @@ def train(
         Refused: settings, data or a checkpoint are not valid; raised before any work.
         Halted: one of the errors that docs/running.md lists.
     """
+    set_environment(run.precision)
     with refusing():
         shape, method = check_run(run, world_size_of_environment())
-    set_environment(run.precision)
     groups = runtime.start(
         run.parallel,
         seed=run.seed,

@@ -9,18 +9,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_chord.config import ModelConfig, ParallelConfig
+from megatron_chord.config_io import dump_config
 from megatron_chord.data.packing import make_layout
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.model.build import check_overrides, check_shape, transformer_config
 from megatron_chord.model.fp8 import check_fp8, matrix_sizes, optimizer_settings, transformer_settings
 from megatron_chord.precision import PRESETS, Precision, preset
+from tests.support.tiny import save_model, tiny_run
 
 # model_type, hidden_size, intermediate_size, layers, heads, key-value heads, further settings
 PUBLISHED: dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]] = {
@@ -206,6 +209,41 @@ except RuntimeError as error:
     )
     assert done.returncode == 0, done.stderr
     assert "set NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in done.stdout
+
+
+START = {
+    "command": "from megatron_chord.cli import main; main(['train', sys.argv[1]])",
+    "loop": """
+from megatron_chord.config_io import load_config
+from megatron_chord.train.loop import train
+train(load_config(Path(sys.argv[1])))
+""",
+}
+"""The two places at which a rank checks its settings."""
+
+
+@pytest.mark.parametrize("start", START)
+def test_a_run_with_overrides_sets_the_environment_before_its_checks(start: str, tmp_path: Path) -> None:
+    """The check of overrides imports Megatron-Core, which imports Transformer Engine. Here this ends the process."""
+    stub = tmp_path / "path" / "transformer_engine"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text(
+        "import os, sys\nsys.exit('scales: ' + os.environ.get('NVTE_FP8_BLOCK_SCALING_FP32_SCALES', 'not set'))\n"
+    )
+    run = tiny_run(save_model("qwen2", tmp_path / "model"))
+    model = replace(run.model, dtype="bf16", megatron_overrides={"attention_backend": "fused"})
+    settings = tmp_path / "run.yaml"
+    settings.write_text(dump_config(replace(run, model=model, precision="fp8_e2e")))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nfrom pathlib import Path\n{START[start]}", str(settings)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(stub.parent), *sys.path])},
+    )
+    assert done.stderr.endswith("scales: 1\n"), done.stderr
 
 
 def test_attention_backend_by_name(tmp_path: Path) -> None:
