@@ -162,6 +162,8 @@ class WeightSync:
         self._bucket_bytes = settings.bucket_bytes or BUCKET_BYTES["file" if on_cpu else settings.transport]
         self._private: PrivateFolder | None = None
         """The private folder, on the rank that made it."""
+        self._staging: list[Tensor | None] = [None, None]
+        """The buffers of ``IpcTransport``, which outlive a connection."""
         self._transport: Transport | None = None
         self._relay: Relay | None = None
         self._group: SenderGroup | None = None
@@ -187,8 +189,9 @@ class WeightSync:
         self._connected = False
 
     def close(self) -> None:
-        """Remove the private folder and drop the process groups."""
+        """Remove the private folder, and drop the process groups and the staging buffers."""
         self._disconnect()
+        self._staging = [None, None]
         if self._pool is not None:
             self._pool.shutdown(wait=False)
         if self._private is not None:
@@ -395,7 +398,7 @@ class WeightSync:
             assert folder is not None
             return FileTransport(Path(folder), sender)
         if self._settings.transport == "ipc":
-            return IpcTransport(sender, num_workers, self._device)
+            return IpcTransport(sender, num_workers, self._device, self._staging)
         assert store is not None
         device = torch.device("cpu") if self._settings.transport == "gloo" else self._device
         names = [
@@ -424,7 +427,7 @@ class WeightSync:
             folder = places[rank]["folder"]
             num_workers = sum(workers[server] for server in plan.servers[rank])
             transport = (
-                IpcTransport(0, num_workers, self._device)
+                IpcTransport(0, num_workers, self._device, self._staging)
                 if folder is None
                 else FileTransport(Path(folder), 0)
             )

@@ -175,11 +175,20 @@ class IpcTransport:
 
     A buffer must not be exported again for every bucket: each export wraps it once more (torch/csrc/CudaIPCTypes.h,
     CudaIPCSentData.original_ptr_), and freeing it after several hundred pushes would overflow the stack.
+
+    A new connection uses the buffers of the one before it. torch does not free an exported buffer whose receiver was
+    killed: it waits for ever until the receiver has closed it (torch/csrc/CudaIPCTypes.cpp, CudaIPCSentDataLimbo).
     """
 
-    def __init__(self, sender: int, num_workers: int, device: torch.device) -> None:
+    def __init__(
+        self, sender: int, num_workers: int, device: torch.device, buffers: list[Tensor | None] | None = None
+    ) -> None:
+        """``buffers``: the two buffers (uint8) of earlier connections, which no worker reads any more. None for one
+        that does not exist yet; it is added to the list when it is made."""
         self._sender, self._num_workers, self._device = sender, num_workers, device
-        self._staging: list[_Staging | None] = [None, None]
+        self._buffers: list[Tensor | None] = [None, None] if buffers is None else buffers
+        self._handles: list[list[dict] | None] = [None, None]
+        """For each buffer one IPC handle for each worker; None before the first use in this connection."""
         self._slot = 0
 
     def publish(self, bucket: Bucket, infos: Sequence[TensorInfo]) -> _Handles:
@@ -191,21 +200,16 @@ class IpcTransport:
     def make_room(self, num_bytes: int) -> _Handles:
         """A parcel without content. Raises torch.OutOfMemoryError if the GPU has no room for it."""
         self._slot = 1 - self._slot
-        staging = self._staging[self._slot]
-        if staging is None or staging.buffer.numel() < num_bytes:
+        buffer, handles = self._buffers[self._slot], self._handles[self._slot]
+        if buffer is None or buffer.numel() < num_bytes:
             with without_expandable_segments():
                 buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            staging = _Staging(buffer, [export_cuda_buffer(buffer) for _ in range(self._num_workers)])
-            self._staging[self._slot] = staging
-        fields = {"source": self._sender, "slot": self._slot, "handles": staging.handles}
-        return _Handles(fields, staging.buffer)
-
-
-@dataclass(frozen=True)
-class _Staging:
-    buffer: Tensor
-    handles: list[dict]
-    """One IPC handle for each worker."""
+            handles = None
+        if handles is None:
+            handles = [export_cuda_buffer(buffer) for _ in range(self._num_workers)]
+        self._buffers[self._slot], self._handles[self._slot] = buffer, handles
+        fields = {"source": self._sender, "slot": self._slot, "handles": handles}
+        return _Handles(fields, buffer)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_chord.rollout.transports import CudaImports, without_expandable_segments
+from megatron_chord.rollout.sync import SyncSettings, WeightSync
+from megatron_chord.rollout.transports import CudaImports, IpcTransport, without_expandable_segments
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,36 @@ def test_a_buffer_is_opened_in_the_address_space_of_the_workers_own_gpu(
         )
     assert asked[0] == opened_on
     assert asked[-1] is False, "an event of the sender's GPU is not opened"
+
+
+def test_a_new_connection_uses_the_staging_buffers_of_the_one_before_it() -> None:
+    """A killed worker never returns a buffer, so new ones would take memory at each replacement. Only the export, which
+    needs CUDA, is replaced here."""
+    exported: list[int] = []
+
+    def export(buffer: torch.Tensor) -> dict:
+        exported.append(buffer.data_ptr())
+        return {"export": len(exported)}
+
+    settings = SyncSettings(transport="ipc", timeout_s=1.0)
+    client: Any = SimpleNamespace()
+    sync = WeightSync([client], settings, exporters=[0], group=None, device=torch.device("cpu"))
+    servers: Any = {"workers": [2]}
+    with mock.patch("megatron_chord.rollout.transports.export_cuda_buffer", export):
+        parcels = []
+        for _ in range(2):
+            transport: Any = sync._make_transport(None, servers, [], [])
+            assert isinstance(transport, IpcTransport)
+            parcels.append([transport.make_room(num_bytes) for num_bytes in (100, 200, 100)])
+            sync._disconnect()
+        (first, second, again), (new_first, new_second, _) = parcels
+        assert again.fields == first.fields, "exported once in a connection"
+        for old, new in ((first, new_first), (second, new_second)):
+            assert new.memory is old.memory
+            assert new.fields["handles"] != old.fields["handles"], "exported anew"
+        assert len(exported) == 2 * 2 * 2, "for two connections, buffers and workers"
+        grown = sync._make_transport(None, servers, [], []).make_room(300)  # type: ignore[attr-defined]
+        assert grown.memory.numel() == 300
+        assert sync._staging[grown.fields["slot"]] is grown.memory, "the next connection uses the larger one"
+    sync.close()
+    assert sync._staging == [None, None]
