@@ -386,8 +386,13 @@ def _release(client: RolloutClient, *, through: int | None) -> None:
 
 
 def _free_cached_memory() -> None:
-    """Free torch's cached GPU memory, so that other processes on this rank's GPU can use it."""
+    """Free torch's cached GPU memory, so that other processes on this rank's GPU can use it.
+
+    It includes staging buffers that larger ones have replaced and that the servers have closed (``IpcTransport``).
+    torch otherwise frees these only when an allocation fails.
+    """
     if torch.cuda.is_available():
+        torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 
 

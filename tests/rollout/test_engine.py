@@ -26,7 +26,7 @@ from megatron_chord.config import ParallelConfig, RolloutConfig, TimeoutsConfig
 from megatron_chord.rollout.client import RolloutClient
 from megatron_chord.rollout.fleet import OwnServers
 from megatron_chord.rollout.sync import SyncError
-from megatron_chord.train.engine import RolloutEngine, count_own_servers
+from megatron_chord.train.engine import RolloutEngine, _free_cached_memory, count_own_servers
 from megatron_chord.train.state import TrainState
 from tests.distributed.steps import build, start_groups
 from tests.rollout.helpers import START_S
@@ -159,3 +159,11 @@ def test_one_server_for_each_group_of_gpus() -> None:
         count(2, tensor=4)
     with pytest.raises(ValueError, match=r"3 servers .* of 2 GPUs each"):
         count(4, tensor=2, count=3)
+
+
+def test_freed_memory_includes_buffers_that_servers_have_closed() -> None:
+    """torch keeps an exported buffer after its last use until it is told to look whether the receivers closed it."""
+    with mock.patch("torch.cuda") as cuda:
+        _free_cached_memory()
+    called = [name for name, _, _ in cuda.method_calls]
+    assert called == ["is_available", "ipc_collect", "empty_cache"]
