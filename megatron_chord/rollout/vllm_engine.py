@@ -34,6 +34,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.utils.nccl import unpinned_nccl_env
 
 from megatron_chord.rollout.buckets import TensorInfo, flat_size, unflatten, verify
 from megatron_chord.rollout.sender_group import SenderGroup, join_sender_group
@@ -115,17 +116,21 @@ class WeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if init_info.folder is None:
                 raise ValueError("the initialisation names no folder for files")
             self._files = BucketFiles(Path(init_info.folder))
-        self._groups = [
-            join_sender_group(
-                host,
-                port,
-                rank=1 + self._worker,
-                members=["the trainer", *(f"worker {index}" for index in range(init_info.num_workers))],
-                device=self._meeting_place,
-                timeout_s=init_info.timeout_s,
-            )
-            for host, port in init_info.endpoints
-        ]
+        # With VLLM_BATCH_INVARIANT vLLM sets NCCL's variables for the groups of its own workers. The trainer's ranks do
+        # not have these values, and NCCL waits for ever if members of a group differ in them. They are read when NCCL
+        # connects, which join_sender_group awaits.
+        with unpinned_nccl_env():
+            self._groups = [
+                join_sender_group(
+                    host,
+                    port,
+                    rank=1 + self._worker,
+                    members=["the trainer", *(f"worker {index}" for index in range(init_info.num_workers))],
+                    device=self._meeting_place,
+                    timeout_s=init_info.timeout_s,
+                )
+                for host, port in init_info.endpoints
+            ]
 
     def start_weight_update(self) -> None:
         if self._init is None:
