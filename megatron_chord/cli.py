@@ -469,7 +469,7 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
     with importing():
         from megatron_chord.model.fp8 import set_environment
         from megatron_chord.train.setup import check_run
-        from megatron_chord.train.stop import FILE_VARIABLE, Stopped, StopRequest
+        from megatron_chord.train.stop import FILE_VARIABLE, StopRequest
 
     if "RANK" not in os.environ:
         os.environ.update(rank_of_task(os.environ))
@@ -499,10 +499,29 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
         signal.signal(signal.SIGTERM, termination.on_signal)
     signal.signal(signal.SIGINT, termination.on_interrupt)
     request.listen()
+    return _train_rank(run, args, request, termination, refuse if speaks else None)
+
+
+def _train_rank(
+    run: RunConfig,
+    args: argparse.Namespace,
+    request: StopRequest,
+    termination: _Termination,
+    refuse: Callable[[ValueError], int] | None,
+) -> int:
+    """Train on this rank. Returns the exit code, or ends the process if the rank must not wait for others
+    (``train.ending``).
+
+    ``refuse`` prints a refusal; None if this rank prints no messages that all ranks have.
+    """
+    from megatron_chord.importing import importing
+
     with importing():
+        from megatron_chord.train.ending import Failed, end_alone
         from megatron_chord.train.halt import Halted
         from megatron_chord.train.loop import train
         from megatron_chord.train.start import Refused
+        from megatron_chord.train.stop import Stopped
 
     try:
         train(
@@ -514,15 +533,22 @@ def _train(run: RunConfig, args: argparse.Namespace, refuse: Callable[[ValueErro
             stop_wanted=request.is_made,
         )
     except Stopped as stopped:
-        if speaks:
+        if refuse is not None:
             print(f"{stopped}. Continue with: {_resuming(args.argv)}", file=sys.stderr)
         return stopped.exit_code
     except Halted as halted:
-        if speaks:
+        if refuse is not None:
             print(f"error: {halted}", file=sys.stderr)
-        return halted.exit_code
+        return end_alone(halted.exit_code)
     except Refused as error:
-        return refuse(error) if speaks else 2
+        return refuse(error) if refuse is not None else 2
+    except Failed as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return end_alone(1)
+    except SystemExit as ended:  # by a signal
+        if isinstance(ended.code, int):
+            end_alone(ended.code)
+        raise
     return 0
 
 

@@ -130,12 +130,17 @@ class RolloutEngine:
         self._offloads = share_gpus if run.rollout.offload is None else run.rollout.offload
         self._offload: Offload | None = None
         self._sync_seconds = 0.0
-        groups.once(self._start)
-        if self._on_trainers_gpus():
-            # While vLLM measures the free memory of the GPU, this process must not allocate any: vLLM would count it as
-            # its own and start with a smaller cache or fail (v1/worker/gpu_worker.py, determine_available_memory).
-            self.attempt(self._await_servers)
-            self.end_sampling()
+        try:
+            groups.once(self._start)
+            if self._on_trainers_gpus():
+                # While vLLM measures the free memory of the GPU, this process must not allocate any: vLLM would count
+                # it as its own and start with a smaller cache or fail (v1/worker/gpu_worker.py,
+                # determine_available_memory).
+                self.attempt(self._await_servers)
+                self.end_sampling()
+        except BaseException:
+            self.close()  # the caller has no engine to close
+            raise
 
     @property
     def clients(self) -> Sequence[RolloutClient]:

@@ -26,7 +26,7 @@ _NUMBERS = (LogprobMismatch, NonFiniteGradient, NonFiniteWeights, StaleWeights)
 _SERVICE = (SyncError, RolloutError, ServerError, TooManyGraderErrors)
 ERRORS = (*_NUMBERS, *_SERVICE)
 """Each of them is raised on every rank."""
-_LOST = (RankLost,)
+ALONE = (RankLost,)
 """Raised on the ranks that are left."""
 
 
@@ -47,7 +47,7 @@ def halting() -> Iterator[None]:
         raise _halted(error, EXIT_CODE_NUMBERS) from error
     except _SERVICE as error:
         raise _halted(error, EXIT_CODE_SERVICE) from error
-    except _LOST as error:
+    except ALONE as error:
         raise _halted(error, EXIT_CODE_FROZEN) from error
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from torch.profiler import record_function
@@ -28,6 +27,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.best import value_in
 from megatron_chord.train.console import step_line, summary
 from megatron_chord.train.context import RunContext
+from megatron_chord.train.ending import ending
 from megatron_chord.train.evaluate import Evaluation, HeldOutSet, due_sets
 from megatron_chord.train.export import export_policy
 from megatron_chord.train.folder import CHECKPOINTS, POLICY, Resume
@@ -63,10 +63,13 @@ def train(
         Stopped: on every rank, because a stop was requested; continue with ``resume="auto"``.
         Refused: settings, data or a checkpoint are not valid; raised before any work.
         Halted: one of the errors that docs/running.md lists.
+        Failed: another error, if there are several ranks. Its traceback has been printed, and the groups of ranks still
+            exist (``train.ending``).
     """
     set_environment(run.precision)
+    world_size = world_size_of_environment()
     with refusing():
-        shape, method = check_run(run, world_size_of_environment())
+        shape, method = check_run(run, world_size)
     groups = runtime.start(
         run.parallel,
         seed=run.seed,
@@ -74,8 +77,7 @@ def train(
         coordinator_timeout_s=coordinator_timeout_s(run, method),
     )
     how = Start(resume=resume, overwrite=overwrite, allow_changed=allow_changed, stop_wanted=stop_wanted)
-    with halting(), ExitStack() as stack:
-        stack.callback(runtime.stop)
+    with halting(), ending(world_size) as stack:
         try:
             started = start_run(run, shape, method, groups, how, stack)
         except StopWanted:

@@ -309,7 +309,7 @@ def test_every_stop_that_is_listed_has_an_exit_code() -> None:
     from tests.support.ranks import ROOT
 
     text = (ROOT / "docs" / "running.md").read_text()
-    for kinds, code in ((halt._NUMBERS, 70), (halt._SERVICE, 69), (halt._LOST, 79)):
+    for kinds, code in ((halt._NUMBERS, 70), (halt._SERVICE, 69), (halt.ALONE, 79)):
         for kind in kinds:
             with pytest.raises(Halted, match=f"^{kind.__name__}: what$") as caught, halting():
                 raise kind("what")

@@ -161,6 +161,19 @@ def test_one_server_for_each_group_of_gpus() -> None:
         count(4, tensor=2, count=3)
 
 
+def test_servers_are_stopped_if_their_start_is_interrupted(tmp_path: Path) -> None:
+    fleet = mock.Mock()
+    fleet.start.side_effect = SystemExit(143)
+    groups: Any = SimpleNamespace(once=lambda action: action())
+    with (
+        mock.patch.object(RolloutEngine, "_make_fleet", return_value=fleet),
+        mock.patch("megatron_chord.train.engine._replays_routes", return_value=False),
+        pytest.raises(SystemExit),
+    ):
+        RolloutEngine(tiny_run(tmp_path), groups, is_needed=True, log_folder=tmp_path, notify=print)
+    fleet.close.assert_called_once()
+
+
 def test_freed_memory_includes_buffers_that_servers_have_closed() -> None:
     """torch keeps an exported buffer after its last use until it is told to look whether the receivers closed it."""
     with mock.patch("torch.cuda") as cuda:
