@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_chord import doctor
@@ -129,6 +130,38 @@ def interrupted(folder: Path, precision: Precision, out: Path) -> dict[str, Any]
     return results
 
 
+def gradients(folder: Path, precision: Precision | None, scores: bool) -> list[dict[str, Tensor]]:
+    """Return the gradients of two updates. With ``scores`` a pass without gradients over the same micro-batches
+    precedes each, as with ``ratio_from: recomputed``."""
+    state = fresh_state(folder, precision)
+    terms = Chord().terms(tiny_run(Path("model")))
+    scored = Chord().terms(tiny_run(Path("model"), ratio_from="recomputed"))
+    layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
+    samples = with_scales(make_samples(num_policy=12, num_sft=12), terms)
+    plan = plan_step(samples, max_tokens=128, layout=layout, pad_id=0)
+    assert len(plan.micro_batches[0]) > 1
+    update = Update(weights={"policy": 0.7, "sft": 0.3}, counts=plan.counts)
+    found = []
+    for _ in range(2):
+        if scores:
+            first = prepare_batches(state, plan.micro_batches[0], scored, temperature=1.0)[0]
+            assert "old_logprob" in first.terms["policy"].columns
+        batches = prepare_batches(state, plan.micro_batches[0], terms, temperature=1.0)
+        compute_gradients(state, batches, update, terms, temperature=1.0)
+        parameters: Any = state.parameters()
+        found.append(
+            {name: parameter.main_grad.float().cpu().clone() for name, parameter in parameters.items()}
+        )
+        apply_gradients(state)
+    return found
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the norm of the difference of all gradients, divided by the norm of ``theirs``."""
+    difference = sum(float((ours[name] - value).square().sum()) for name, value in theirs.items())
+    return (difference / sum(float(value.square().sum()) for value in theirs.values())) ** 0.5
+
+
 def peak_memory(folder: Path, precision: Precision | None) -> int:
     """Return the peak memory in bytes of an update of 16384 tokens."""
     import numpy as np
@@ -191,6 +224,16 @@ def test_resumes_as_itself_and_in_bf16(model: Path, tmp_path: Path, precision: P
     assert results["in BF16"] == pytest.approx(results["through"], rel=0.05)
     loaded, configured = results["recipe"]
     assert loaded == configured
+
+
+@pytest.mark.parametrize("precision", FP8)
+def test_a_pass_without_gradients_does_not_change_the_gradients(model: Path, precision: Precision) -> None:
+    """Transformer Engine keeps FP8 copies of weights between passes. Those of the pass before, or of the weights before
+    an update, must not be used. Attention's backward pass may sum in another order each time."""
+    (plain,), (preceded,) = (run_ranks(gradients, 1, model, precision, scores) for scores in (False, True))
+    assert distance(plain[1], plain[0]) > 0.02, "an update changes the gradients"
+    for ours, theirs in zip(preceded, plain, strict=True):
+        assert distance(ours, theirs) < 0.005
 
 
 def test_memory(tmp_path: Path, record_property: Any) -> None:
