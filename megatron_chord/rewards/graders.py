@@ -62,12 +62,17 @@ class Graders:
                 (started[name],) = pool.submit([response])
         return PendingGrade(response=response, started=started)
 
-    def wait(self, pending: Sequence[PendingGrade]) -> list[Grade]:
+    def wait(
+        self, pending: Sequence[PendingGrade], *, check: Callable[[], None] = lambda: None
+    ) -> list[Grade]:
         """One grade for each response, in their order. The terms grade at the same time.
+
+        ``check`` is called in this thread before every wait, and about every second of it. Its exception ends the wait.
 
         Raises:
             RuntimeError: closed.
             TimeoutError: the workers of a term finished nothing for a long time.
+            Exception: that of ``check``.
         """
         submitted: dict[str, tuple[list[int], Sequence[Future[list[Grade]]]]] = {}
         for name, pool in self._pools.items():
@@ -76,7 +81,7 @@ class Graders:
             submitted[name] = chosen, lists or [pending[i].started[name] for i in chosen]
         try:
             found = {
-                name: dict(zip(chosen, self._pools[name].wait(futures), strict=True))
+                name: dict(zip(chosen, self._pools[name].wait(futures, check=check), strict=True))
                 for name, (chosen, futures) in submitted.items()
             }
         finally:

@@ -121,17 +121,24 @@ class GraderPool:
             self._calls.put(call)
         return [call.grades for call in calls]
 
-    def wait(self, submitted: Sequence[Future[list[Grade]]]) -> list[Grade]:
+    def wait(
+        self, submitted: Sequence[Future[list[Grade]]], *, check: Callable[[], None] = lambda: None
+    ) -> list[Grade]:
         """The grades of submitted responses, in their order.
+
+        ``check`` is called in this thread before every wait, and about every second of it. Its exception ends the wait.
 
         Raises:
             RuntimeError: the pool is closed.
             TimeoutError: the pool finished no grading for ``longest_grading_s``.
+            Exception: that of ``check``.
         """
         limit_s, start = longest_grading_s(self._reward.timeout_s), time.monotonic()
         found: list[Grade] = []
         for number, future in enumerate(submitted):
             while True:
+                if not future.done():
+                    check()
                 try:
                     found += future.result(timeout=1.0)
                     break

@@ -67,6 +67,8 @@ class SamplingServices:
     """True if newer weights may be pushed to the servers while they sample."""
     routes: RouteShape | None = None
     """The shape of the rollouts' routes; None without router replay."""
+    check: Callable[[], None] = lambda: None
+    """Called about every second while the step is sampled or graded. Its exception ends the step's collection."""
 
 
 def unfinished_to_json(sources: Sources) -> list[dict[str, Any]]:
@@ -319,7 +321,7 @@ class StepContext:
                 taken = complete(sampled)
                 with self._timer.phase("grade"):
                     self._notify("grading")
-                    graded = grading.finish(taken, sampled, shaping)
+                    graded = grading.finish(taken, sampled, shaping, check=self._engine.check)
         else:
             if not self.has_more_recorded():
                 raise ValueError("the step requests more sampling rounds than the checkpoint has recorded")
@@ -382,6 +384,7 @@ class StepContext:
                 may_advance=self._services.may_advance,
                 on_group=add,
                 stop_after=stop_after,
+                check=self._engine.check,
             )
 
 

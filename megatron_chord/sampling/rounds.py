@@ -8,7 +8,7 @@ import statistics
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,9 @@ from megatron_chord.rewards.response import Response
 from megatron_chord.rollout.client import RolloutClient, Stop
 from megatron_chord.rollout.replies import GenerateRequest
 from megatron_chord.routes import Routes, RouteShape, joined
+
+_CHECK_S = 1.0
+"""Seconds between two calls of ``check`` while answers are sampled."""
 
 
 class TooManyGraderErrors(RuntimeError):
@@ -56,7 +59,7 @@ def sample_seed(run_seed: int, name: str, position: int) -> int:
     return int.from_bytes(digest) * NUM_SEEDS >> 64
 
 
-def sample(
+def sample(  # noqa: PLR0913 (all but the first five have a default)
     clients: Sequence[RolloutClient],
     requests: Sequence[RolloutRequest],
     sampling: Sampling,
@@ -66,6 +69,7 @@ def sample(
     may_advance: bool = False,
     on_group: Callable[[int, tuple[Rollout, ...], int], None] | None = None,
     stop_after: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[tuple[Rollout, ...]]:
     """Sample the rollouts of every request, in the order of the requests. They are spread round-robin over the servers.
 
@@ -78,11 +82,15 @@ def sample(
         stop_after: if given, sampling stops as soon as this number of requests is complete, including all with
             ``is_awaited``. The other requests return their unfinished rollouts, with the finish reason `abort`, or an
             empty tuple if nothing was sampled.
+        check: called in this thread, first and then about every second. Its exception ends the sampling.
+
+    When an exception ends the sampling, all servers drop its requests.
 
     Raises:
         RolloutError: a request failed, also after retries. A step never continues with a part of its batch.
-        Exception: that of ``on_group``.
+        Exception: that of ``on_group`` or ``check``.
     """
+    check()
     answered = [request.is_answered for request in requests]
 
     def may_stop() -> bool:
@@ -128,16 +136,38 @@ def sample(
             stop=stop if stop_after is not None else None,
         )
 
-    pool = ThreadPoolExecutor(len(clients))
-    try:
-        shares = list(pool.map(serve, range(len(clients))))
-    finally:
-        # Do not wait for the threads: after a signal the server is stopped next, which ends their requests.
-        pool.shutdown(wait=False, cancel_futures=True)
+    shares = _served(clients, serve, check)
     for index, part in enumerate(parts):
         if not answered[part.index]:
             put(part, shares[index % len(clients)][index // len(clients)])
     return [tuple(group) if any(rollout.token_ids for rollout in group) else () for group in found]
+
+
+def _served(
+    clients: Sequence[RolloutClient],
+    serve: Callable[[int], list[tuple[Rollout, ...]]],
+    check: Callable[[], None],
+) -> list[list[tuple[Rollout, ...]]]:
+    """Call ``serve`` for all servers at the same time, each in a thread, and ``check`` about every second.
+
+    The first exception of any of them is raised at once, and the requests to all servers are cancelled.
+    """
+    pool = ThreadPoolExecutor(len(clients))
+    try:
+        running = [pool.submit(serve, server) for server in range(len(clients))]
+        while wait(running, _CHECK_S, FIRST_EXCEPTION).not_done:
+            for future in running:
+                if future.done():
+                    future.result()
+            check()
+        return [future.result() for future in running]
+    except BaseException:
+        for client in clients:
+            client.cancel()
+        raise
+    finally:
+        # Do not wait for the threads: after a signal the server is stopped next, which ends their requests.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,17 +319,24 @@ class Grading:
             self._check(grades, self._num_answers)
 
     def finish(
-        self, taken: Sequence[int], sampled: Sequence[tuple[Rollout, ...]], shaping: Shaping | None = None
+        self,
+        taken: Sequence[int],
+        sampled: Sequence[tuple[Rollout, ...]],
+        shaping: Shaping | None = None,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> list[GradedRollouts]:
         """The graded rollouts of the requests with the indices ``taken``, in that order. Other requests do not count.
 
         Args:
             sampled: the rollouts of every request. Those that were not added before are graded now.
             shaping: without it the rewards are the scores.
+            check: called in this thread while it waits for grades. Its exception ends the wait.
 
         Raises:
             TooManyGraderErrors: more than ``max_error_rate`` of the gradings failed.
             RuntimeError: the graders are closed.
+            Exception: that of ``check``.
         """
         self._num_answers = None  # all errors are counted below
         for index in set(self._groups) - set(taken):
@@ -308,7 +345,7 @@ class Grading:
             if index not in self._groups:
                 self.add(index, sampled[index])
         groups = [self._groups[index] for index in taken]
-        grades = self._graders.wait([grade for group in groups for grade in group.grades])
+        grades = self._graders.wait([grade for group in groups for grade in group.grades], check=check)
         errors = [grade.error for grade in grades if grade.error is not None]
         if len(errors) > self._max_error_rate * len(grades):
             raise self._too_many(str(len(errors)), len(grades), errors[0])

@@ -218,8 +218,8 @@ class Coordinator:
         sampling rounds from a checkpoint; with it nothing is sampled.
 
         Raises:
-            StopWanted: a stop was requested while the step was sampled. Not with ``rollout.asynchronous``, because a
-                repeated step would then be sampled by other weights.
+            StopWanted: a stop was requested while the step was sampled. Not with ``rollout.asynchronous`` and
+                ``in_flight: drain``, because the resumed run would sample the step by other weights.
             ValueError: the recorded answers do not fit the requests of this step.
         """
         run, timer, before = self._run, Timer(), self._progress[now.step - 1]
@@ -231,6 +231,7 @@ class Coordinator:
             graders=self._graders,
             may_advance=run.rollout.in_flight == "keep",
             routes=self._data.routes,
+            check=self.end_if_wanted if not may_lag or run.rollout.in_flight == "keep" else _go_on,
         )
         context = StepContext(
             run,
@@ -329,13 +330,20 @@ class Coordinator:
     def _doing(self, what: str) -> None:
         self._report_progress(what)
         self.log.doing(what)
+
+    def end_if_wanted(self) -> None:
+        """Raise StopWanted if a stop was requested."""
         if self._stop_wanted():
             raise StopWanted
 
     def evaluate(
         self, clients: Sequence[RolloutClient], version: int, sets: Sequence[HeldOutSet]
     ) -> dict[str, Evaluation]:
-        """Evaluate these sets of problems, by their names. The weights of ``version`` must be on the servers."""
+        """Evaluate these sets of problems, by their names. The weights of ``version`` must be on the servers.
+
+        Raises:
+            StopWanted: a stop was requested before the end. Nothing is recorded.
+        """
         results: dict[str, Evaluation] = {}
         answers: list[GradedRollouts] = []
         for held_out in sets:
@@ -352,10 +360,15 @@ class Coordinator:
                 template=self._data.template,
                 graders=self._graders,
                 version=version,
+                check=self.end_if_wanted,
             )
             answers += graded
         self.log.write_samples(version, sample_rows(answers, self._data.template), kind="evaluation")
         return results
+
+
+def _go_on() -> None:
+    """The check of a collection that no stop interrupts."""
 
 
 def _update(collected: Collected, index: int, count: int, tokens: Mapping[str, int]) -> Update:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,11 +105,15 @@ def evaluate(
     template: ChatTemplate,
     graders: Graders,
     version: int,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, list[GradedRollouts]]:
     """Sample and grade answers to the ``problems`` as ``held_out`` says.
 
+    ``check`` is called about every second. Its exception ends the evaluation.
+
     Raises:
         TooManyGraderErrors: no answer could be graded, or more gradings failed than ``reward.max_error_rate`` allows.
+        Exception: that of ``check``.
     """
     sampling = Sampling(
         num_rollouts=held_out.samples,
@@ -137,8 +141,9 @@ def evaluate(
             version=version,
             deadline_s=run.timeouts.sampling_s,
             on_group=lambda index, rollouts, _: grading.add(index, rollouts),
+            check=check,
         )
-        graded = grading.finish(range(len(requests)), sampled)
+        graded = grading.finish(range(len(requests)), sampled, check=check)
     scores = [grade.score for item in graded for grade in item.grades if grade.score is not None]
     if not scores:
         raise TooManyGraderErrors(f"none of the evaluation's {len(problems)} problems could be graded")

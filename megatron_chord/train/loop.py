@@ -34,7 +34,7 @@ from megatron_chord.train.folder import CHECKPOINTS, POLICY, Resume
 from megatron_chord.train.halt import ERRORS, halting
 from megatron_chord.train.metrics import RunLog, read_metrics
 from megatron_chord.train.setup import check_run, coordinator_timeout_s
-from megatron_chord.train.start import Start, refusing, start_run
+from megatron_chord.train.start import UNEVALUATED, Start, refusing, start_run
 from megatron_chord.train.state import reset_optimizer
 from megatron_chord.train.step import train_step
 from megatron_chord.train.step_queue import CollectedStep
@@ -57,7 +57,7 @@ def train(
     If a run is resumed with other settings that change what is learned, it is refused unless ``allow_changed`` is true.
 
     ``check_stop`` is called before every step; it raises an exception to end the run. If ``stop_wanted`` returns true
-    on any rank before a step, or on the coordinator while it samples, the run writes a checkpoint and ends.
+    on any rank before a step, or on the coordinator while it samples or evaluates, the run ends with a checkpoint.
 
     Raises:
         Stopped: on every rank, because a stop was requested; continue with ``resume="auto"``.
@@ -83,8 +83,8 @@ def train(
         except StopWanted:
             raise Stopped("stopped as requested before the first step", exit_code=EXIT_CODE_IDLE) from None
         context, done = started.context, started.step
-        if done == 0:
-            _evaluate_first(context)
+        if started.evaluates_first:
+            _evaluate_first(context, done)
         groups.pulse.enter("computing")
         tracer = Tracer(run.output, rank=groups.rank, first_step=done, count=run.trace_steps)
         stack.callback(tracer.close)
@@ -162,9 +162,9 @@ def _run_steps(
                 is_best = _evaluate(context, step + 1)
             except StopWanted:
                 context.say(
-                    f"the evaluation after {step + 1} steps is left out: its server is lost",
+                    f"the evaluation after {step + 1} steps was interrupted; the continued run repeats it"
                 )
-                _save(context, step + 1, memory, waits=True)
+                _save(context, step + 1, memory, waits=True, unevaluated=True)
                 raise _stopped(step + 1, run.steps, first=done) from None
         is_last = step + 1 == run.steps or context.best.is_exhausted(run.evaluation.patience)
         if _is_due(run.checkpoint.every, step + 1) or is_best or is_last:
@@ -181,11 +181,13 @@ def _finish_saving(context: RunContext) -> None:
         context.say(f"the checkpoint that was being written is lost: {error}")
 
 
-def _evaluate_first(context: RunContext) -> None:
+def _evaluate_first(context: RunContext, done: int) -> None:
+    """The evaluation before the first step of this process. If it is interrupted, the next start repeats it: the run
+    begins anew, or its checkpoint after ``done`` steps says so."""
     try:
-        _evaluate(context, 0)
+        _evaluate(context, done)
     except StopWanted:
-        raise _stopped(0, context.run.steps, first=0) from None
+        raise _stopped(done, context.run.steps, first=done) from None
 
 
 def _stopped(step: int, steps: int, *, first: int) -> Stopped:
@@ -308,18 +310,23 @@ def _log_evaluation(log: RunLog, version: int, found: Mapping[str, Evaluation]) 
 
 def _push_and_measure(context: RunContext, version: int, sets: Sequence[HeldOutSet]) -> dict[str, Evaluation]:
     """Push the weights and evaluate them. If a rollout server is lost, it is called again from the beginning."""
+    groups, coordinator = context.state.groups, context.coordinator
+    groups.once(lambda: coordinator.end_if_wanted() if coordinator is not None else None)
     context.engine.push_weights(context.state, version)
     context.doing("evaluating")
 
     def measure() -> dict[str, Evaluation]:
-        assert context.coordinator is not None
-        return context.coordinator.evaluate(context.engine.clients, version, sets)
+        assert coordinator is not None
+        return coordinator.evaluate(context.engine.clients, version, sets)
 
-    return context.state.groups.once(measure)
+    return groups.once(measure)
 
 
-def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False) -> None:
-    """Save a checkpoint. With ``waits`` it is complete when this returns."""
+def _save(
+    context: RunContext, step: int, memory: Memory, *, waits: bool = False, unevaluated: bool = False
+) -> None:
+    """Save a checkpoint. With ``waits`` it is complete when this returns. With ``unevaluated`` a resumed run evaluates
+    these weights first."""
     coordinator = context.coordinator
     _drain(context)
     context.doing("saving")
@@ -327,7 +334,11 @@ def _save(context: RunContext, step: int, memory: Memory, *, waits: bool = False
         context.engine.end_sampling()
     keys = context.engine.route_keys
     run_state = coordinator.run_state(step, memory, keys) if coordinator is not None else {}
-    run_state |= {"health": context.health.to_json(), "best": context.best.to_json()}
+    run_state |= {
+        "health": context.health.to_json(),
+        "best": context.best.to_json(),
+        UNEVALUATED: unevaluated,
+    }
     with context.state.groups.pulse.phase("saving"):
         context.saver.save(context.state, run_state, best=context.best.step, waits=waits)
 

@@ -61,9 +61,13 @@ class RunLog:
         if self._trackers is not None:
             self._trackers.close(wait_s=END_S if kind is None else _LEAVING_S)
 
-    def begin(self) -> None:
-        """Open the folder's log to append. Lines of the first step and later ones, from an earlier run, are removed."""
-        _keep_steps_before(self._path, self._first_step)
+    def begin(self, *, evaluates_first: bool = False) -> None:
+        """Open the folder's log to append. Lines of the first step and later ones, from an earlier run, are removed.
+
+        With ``evaluates_first`` this run begins with the evaluation after ``first_step`` steps, so the line of an
+        earlier one is removed, too.
+        """
+        _keep_steps_before(self._path, self._first_step, with_evaluation=not evaluates_first)
         for row in read_metrics(self._folder):
             if "evaluation" not in row:
                 self._judge.add(row)  # its findings were printed by the earlier run
@@ -133,10 +137,10 @@ def write_left_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _keep_steps_before(path: Path, first_step: int) -> None:
+def _keep_steps_before(path: Path, first_step: int, *, with_evaluation: bool) -> None:
     if not path.is_file():
         return
-    kept = [row for row in _rows(path) if _is_before(row, first_step)]
+    kept = [row for row in _rows(path) if _is_before(row, first_step, with_evaluation=with_evaluation)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     temporary.replace(path)
@@ -153,6 +157,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}:{number}: not a row of metrics: {error}") from error
 
 
-def _is_before(row: Mapping[str, Any], first_step: int) -> bool:
+def _is_before(row: Mapping[str, Any], first_step: int, *, with_evaluation: bool) -> bool:
     # The `step` of an evaluation is the number of optimizer steps of the evaluated weights.
-    return row["step"] < first_step or ("evaluation" in row and 0 < first_step == row["step"])
+    is_last_evaluation = "evaluation" in row and 0 < first_step == row["step"]
+    return row["step"] < first_step or (with_evaluation and is_last_evaluation)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import plain_settings
@@ -21,6 +22,7 @@ from megatron_chord.train import checkpoint
 from megatron_chord.train.context import RunContext
 from megatron_chord.train.coordinator import Coordinator
 from megatron_chord.train.engine import RolloutEngine
+from megatron_chord.train.evaluate import due_sets
 from megatron_chord.train.folder import CHECKPOINTS, LOGS, Claim, Resume, claim
 from megatron_chord.train.health import Health
 from megatron_chord.train.learned_mu import MuGradient
@@ -42,6 +44,9 @@ from megatron_chord.train.setup import (
 from megatron_chord.train.state import build_state, restart_schedule, with_averaged, with_second_adam
 from megatron_chord.train.step_queue import StepQueue
 from megatron_chord.train.watch import clear_leftovers, start_watch
+
+UNEVALUATED = "unevaluated"
+"""Key of a checkpoint's run state: whether a stop interrupted the evaluation of its weights."""
 
 
 class Refused(ValueError):
@@ -67,6 +72,8 @@ class Started:
     """The memory of mu's schedule after these steps."""
     chat_template: str | None
     """The chat template to export with the policy; None if there is none, and on all ranks but the coordinator."""
+    evaluates_first: bool
+    """True if an evaluation is due before the first step: that of the start, or one that a stop interrupted."""
 
 
 def start_run(
@@ -91,10 +98,14 @@ def start_run(
         saved = _find(run.output / CHECKPOINTS, how.resume, groups)
         groups.once(lambda: local.open(saved))
         context = _build(run, shape, method, groups, local.coordinator, how.stop_wanted, stack)
-        step, memory = _resume(context, saved) if saved is not None else (0, dict[str, float]())
-        groups.once(lambda: local.begin(step))
+        run_state = _resume(context, saved) if saved is not None else {}
+        step, memory = run_state.get("step", 0), run_state.get("mu", {})
+        evaluates_first = run_state.get(UNEVALUATED, saved is None) and bool(due_sets(run, step))
+        groups.once(lambda: local.begin(step, evaluates_first=evaluates_first))
     template = local.data.template.exported if local.data is not None else None
-    return Started(context=context, step=step, memory=memory, chat_template=template)
+    return Started(
+        context=context, step=step, memory=memory, chat_template=template, evaluates_first=evaluates_first
+    )
 
 
 @contextmanager
@@ -180,14 +191,14 @@ class _OnCoordinator:
             log.say(f"no checkpoint in {run.output / CHECKPOINTS}: starting at step 0")
         plan_lines(run, self.shape, method, self.groups.world_size, log.say)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, *, evaluates_first: bool) -> None:
         """Take over the folder for this run, after all checks have passed. The run continues after ``step`` steps."""
         assert self.claimed is not None
         assert self.coordinator is not None
         assert self.data is not None
         log = self.coordinator.log
         self.claimed.begin(first_step=step)
-        log.begin()
+        log.begin(evaluates_first=evaluates_first)
         write_left_out(self.claimed.folder, self.data.left_out)
         if self.how.resume not in ("never", "auto"):
             checkpoint.set_aside(self.claimed.folder / CHECKPOINTS, after=step, notify=log.say)
@@ -256,7 +267,7 @@ def _build(
     state = with_second_adam(state, method.extra_rate(run))
     state = with_averaged(state, method.averaging_rate(run))
     servers = engine if wanted_routes(run, shape) is not None else None
-    queue = StepQueue(run, groups, coordinator, servers=servers)
+    queue = StepQueue(run, groups, coordinator, servers=servers, stop_wanted=stop_wanted)
     stack.callback(queue.close)
     saver = Saver(run.output / CHECKPOINTS, run.checkpoint, groups, log.say if log is not None else _silent)
     stack.callback(saver.close)
@@ -279,8 +290,8 @@ def _silent(text: str) -> None:
     pass
 
 
-def _resume(context: RunContext, path: Path) -> tuple[int, Memory]:
-    """Load weights, optimizer and cursors from a checkpoint. Returns the number of steps done and mu's memory."""
+def _resume(context: RunContext, path: Path) -> dict[str, Any]:
+    """Load weights, optimizer and cursors from a checkpoint. Returns its run state."""
     context.doing("loading the checkpoint")
     run_state = checkpoint.load(context.state, path)
     check_finite(context.state, f"{path} cannot be continued; move it away to continue from the previous one")
@@ -301,7 +312,7 @@ def _resume(context: RunContext, path: Path) -> tuple[int, Memory]:
     if schedule is not None:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
         restart_schedule(context.state, _last_reset(schedule, step))
-    return run_state["step"], run_state["mu"]
+    return run_state
 
 
 def _forget_lost_best(context: RunContext) -> None:

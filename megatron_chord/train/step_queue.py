@@ -8,7 +8,7 @@ determine which steps are in the queue, so all ranks agree on it without communi
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
@@ -20,9 +20,12 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.remote_routes import remote_of, with_routes_here
+from megatron_chord.train.stop import StopWanted
 
 CollectedStep = tuple[StepInputs, tuple[Sequence[PackedBatch], ...]]
 """A step's inputs, and this data-parallel rank's micro-batches of each update."""
+_LOOK_S = 1.0
+"""Seconds between two looks for a stop request while a step is collected by the thread."""
 _OfAllRanks = tuple[StepInputs, list[tuple[Sequence[PackedBatch], ...]]]
 
 
@@ -50,8 +53,11 @@ class StepQueue:
         coordinator: Coordinator | None,
         *,
         servers: RouteServers | None = None,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``servers``: those that keep routes; None without router replay."""
+        """``servers``: those that keep routes; None without router replay. ``stop_wanted`` is called on the coordinator
+        while it waits for a step that the thread collects."""
+        self._stop_wanted = stop_wanted
         self._servers = servers
         self._run = run
         self._groups = groups
@@ -91,11 +97,15 @@ class StepQueue:
 
         Raises:
             RolloutError: a server is lost, with routes of this step. ``forget_lost`` then removes the step.
+            StopWanted: a stop was requested. The thread still collects the step.
         """
 
         def collected() -> _OfAllRanks:
             future = self._steps[step]
             assert future is not None
+            while concurrent.futures.wait([future], _LOOK_S).not_done:
+                if self._stop_wanted():
+                    raise StopWanted
             return future.result()
 
         inputs, updates = self._groups.from_coordinator(collected)

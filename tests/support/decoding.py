@@ -54,6 +54,9 @@ class DecodingClient:
             self._rollouts(request, group, version) for request, group in zip(requests, answers, strict=True)
         ]
 
+    def cancel(self) -> None:
+        """Do nothing, because its calls of ``generate`` do not wait."""
+
     def _rollouts(
         self, request: GenerateRequest, answers: Sequence[_Answer], version: int
     ) -> tuple[Rollout, ...]:

@@ -27,5 +27,7 @@ class GradersAtOnce:
         done.set_result([self._grade(response)])
         return PendingGrade(response=response, started={"at once": done})
 
-    def wait(self, pending: Sequence[PendingGrade]) -> list[Grade]:
+    def wait(
+        self, pending: Sequence[PendingGrade], *, check: Callable[[], None] = lambda: None
+    ) -> list[Grade]:
         return [grade for item in pending for future in item.started.values() for grade in future.result()]

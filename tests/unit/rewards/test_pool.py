@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,22 @@ def test_math500_truths_grade_as_themselves(pool: GraderPool) -> None:
     )
     assert [grade for grade in others if grade.score is None] == []  # the sandbox does not slow others down
     assert sum(grade.score or 0 for grade in others) <= 2
+
+
+def test_a_wait_for_a_grade_can_be_ended() -> None:
+    """It is asked about every second. The first time is before the wait."""
+
+    class StopAskedFor(Exception):
+        pass
+
+    asked = iter(range(9))
+
+    def check() -> None:
+        if next(asked) == 1:
+            raise StopAskedFor
+
+    with GraderPool(ExactReward(workers=1)) as pool, pytest.raises(StopAskedFor):
+        pool.wait([Future()], check=check)
 
 
 def test_each_grading_is_told_of() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -225,6 +226,50 @@ def test_graders_that_are_closed_end_the_sampling(folder: Path) -> None:
 
     with pytest.raises(RuntimeError, match="the grader pool is closed"):
         sampled_and_graded(answers, graders, 2)
+
+
+def test_a_check_that_raises_ends_the_requests_to_all_servers() -> None:
+    class StopAskedFor(Exception):
+        pass
+
+    over, checks = threading.Event(), iter(range(9))
+
+    def answers(number: int, aborted: threading.Event) -> Sequence[Sequence[int]]:
+        over.wait(LIMIT_S)
+        return group(number)
+
+    def check() -> None:
+        if next(checks) == 1:  # the first is before any request
+            raise StopAskedFor
+
+    with (
+        recorded_server(answers) as first,
+        recorded_server(answers) as second,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(over.set)
+        start = time.monotonic()
+        with pytest.raises(StopAskedFor):
+            sample([first, second], asks(4), SAMPLING, version=VERSION, deadline_s=LIMIT_S, check=check)
+        while first._sampling or second._sampling:
+            assert time.monotonic() < start + LIMIT_S / 2, "the requests were not cancelled"
+            time.sleep(0.01)
+
+
+def test_a_lost_server_ends_the_sampling_while_the_first_one_is_at_work() -> None:
+    over = threading.Event()
+
+    def answers(number: int, aborted: threading.Event) -> Sequence[Sequence[int]]:
+        over.wait(LIMIT_S)
+        return group(number)
+
+    with recorded_server(answers) as first, recorded_server(answers) as lost, contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        lost.close()
+        start = time.monotonic()
+        with pytest.raises(RolloutError, match="the client was closed"):
+            sample([first, lost], asks(4), SAMPLING, version=VERSION, deadline_s=LIMIT_S)
+        assert time.monotonic() < start + LIMIT_S / 2
 
 
 def test_rewards_do_not_depend_on_when_answers_arrive(folder: Path) -> None:

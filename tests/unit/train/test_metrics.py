@@ -32,6 +32,19 @@ def test_a_warning_is_said_once_also_over_a_resume(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_an_evaluation_that_is_repeated_has_one_row(tmp_path: Path) -> None:
+    """That of the start is always repeated. A later one is repeated if a stop has interrupted it."""
+    rows: list[dict[str, Any]] = [{"step": 0, "evaluation": {}}, {"step": 0}, {"step": 1, "evaluation": {}}]
+    for first, evaluates_first, kept in ((1, False, rows), (1, True, rows[:2]), (0, True, [])):
+        with RunLog(tmp_path, steps=9, first_step=0, settings={}) as log:
+            log.begin()
+            for row in rows:
+                log.write(row)
+        with RunLog(tmp_path, steps=9, first_step=first, settings={}) as log:
+            log.begin(evaluates_first=evaluates_first)
+        assert read_metrics(tmp_path) == kept
+
+
 def test_a_start_that_is_refused_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     with RunLog(tmp_path, steps=9, first_step=0, settings={}) as log:
         log.begin()

@@ -23,6 +23,7 @@ from megatron_chord.train.context import RunContext
 from megatron_chord.train.health import Health
 from megatron_chord.train.loop import collect
 from megatron_chord.train.step_queue import StepQueue
+from megatron_chord.train.stop import StopWanted
 from tests.support.tiny import tiny_run
 
 STEPS = 4
@@ -104,7 +105,7 @@ def script() -> Script:
 class Collecting:
     """The part of a run that collects steps."""
 
-    def __init__(self, run: RunConfig, script: Any, *, servers: Any = None) -> None:
+    def __init__(self, run: RunConfig, script: Any, *, servers: Any = None, **more: Any) -> None:
         groups: Any = OneRank()
         state: Any = SimpleNamespace(groups=groups)
         self._context = RunContext(
@@ -113,7 +114,7 @@ class Collecting:
             terms={},
             state=state,
             engine=script,
-            queue=StepQueue(run, groups, script, servers=servers),
+            queue=StepQueue(run, groups, script, servers=servers, **more),
             saver=script,
             coordinator=script,
             mu_gradient=None,
@@ -194,6 +195,21 @@ def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Scri
     assert ahead.take(ScheduleInput(step=1))[0] == "1 by 0"
     ahead.drain()
     assert script.events == ["push 0", "0 sampled by 0", "1 sampled by 0", "push 1", "2 sampled by 1"]
+    ahead.close()
+
+
+@pytest.mark.parametrize("in_flight", ["drain", "keep"])
+def test_a_stop_ends_the_wait_for_a_step_that_is_sampled(script: Script, in_flight: Any) -> None:
+    """The step is not lost: the checkpoint waits for it."""
+    script.gates[1] = threading.Event()
+    ahead = Collecting(run_of(steps_ahead=1, in_flight=in_flight), script, stop_wanted=script.waiting.is_set)
+    ahead.take(ScheduleInput(step=0))
+    assert script.waiting.wait(10)
+    with pytest.raises(StopWanted):
+        ahead.take(ScheduleInput(step=1))
+    script.gates[1].set()
+    ahead.drain()
+    assert ahead.take(ScheduleInput(step=1))[0] == "1 by 0"
     ahead.close()
 
 

@@ -22,6 +22,7 @@ from megatron_chord.schedules import Constant, ScheduleInput
 from megatron_chord.train import remote_routes
 from megatron_chord.train.arrays import with_replaced
 from megatron_chord.train.coordinator import Coordinator, StepInputs
+from megatron_chord.train.stop import StopWanted
 from tests.support.decoding import END, DecodingClient
 from tests.support.grading import GradersAtOnce
 from tests.support.tiny import tiny_run
@@ -54,7 +55,7 @@ def run_of(
 class Steps:
     """The coordinator's side of a run. The weights of a step have the step's number as version."""
 
-    def __init__(self, run: RunConfig, checkpoint: Any = None) -> None:
+    def __init__(self, run: RunConfig, checkpoint: Any = None, **more: Any) -> None:
         self.run = run
         self.client = DecodingClient(LENGTHS)
         self.rows: dict[int, list[dict[str, Any]]] = {}
@@ -97,6 +98,7 @@ class Steps:
             ),
             graders=graders,
             log=log,
+            **more,
         )
         if checkpoint is not None:
             self.coordinator.restore(json.loads(checkpoint))
@@ -227,6 +229,23 @@ def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     assert resumed.rows[6] == straight.rows[6], "it goes on with what step 5 has left"
     assert before.stats == after.stats
     assert before.stats["staleness_max"] > 1
+
+
+@pytest.mark.parametrize("ahead", [None, AsynchronousConfig(), AsynchronousConfig(in_flight="keep")])
+def test_a_stop_interrupts_a_collection_unless_a_resumed_run_could_not_repeat_it(
+    ahead: AsynchronousConfig | None,
+) -> None:
+    run = run_of()
+    steps = Steps(
+        replace(run, rollout=replace(run.rollout, asynchronous=ahead)), stop_wanted=lambda: bool(steps.rows)
+    )
+    steps.take(range(1))
+    if ahead is not None and ahead.in_flight == "drain":
+        steps.take(range(1, 2))
+        return
+    with pytest.raises(StopWanted):
+        steps.collect(1)
+    assert json.loads(steps.checkpoint(1))["ahead"] == []
 
 
 def test_dropped_prompts_are_counted_and_not_asked_again() -> None:
