@@ -5,23 +5,39 @@
 
 The first line of a failure file is the exit code, the second says which process failed and how. The end of its log
 follows.
+
+``reserve`` takes the space for these files when the ranks start, so that a full disk does not prevent a requeue. Until
+they are written they are hidden.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+from megatron_chord.files import overwrite
 
 _OUTCOME = "outcome"
 _FAILURES = "failures"
 _TAIL_LINES = 25
+_RESERVED_BYTES = 4096
+
+
+def reserve(folder: Path, *, failures_of: Iterable[str], with_outcome: bool) -> None:
+    """Take the space for a failure of each of these processes, and for the outcome if this node writes it."""
+    failures = folder / _FAILURES
+    failures.mkdir(exist_ok=True)
+    paths = [_hidden(failures / who) for who in failures_of]
+    for path in [*paths, _hidden(folder / _OUTCOME)] if with_outcome else paths:
+        overwrite(path, b" " * _RESERVED_BYTES)
 
 
 def write_outcome(folder: Path, code: int) -> None:
-    temporary = folder / f".{_OUTCOME}"
-    temporary.write_text(f"{code}\n")
-    temporary.replace(folder / _OUTCOME)
+    _write(_hidden(folder / _OUTCOME), f"{code}\n")
+    _hidden(folder / _OUTCOME).replace(folder / _OUTCOME)
 
 
 def has_outcome(folder: Path) -> bool:
@@ -36,9 +52,24 @@ def record_failure(folder: Path, who: str, code: int, message: str, log: Path | 
     lines = [str(code), message]
     if log is not None:
         lines += [f"The end of {log}:", *tail(log)]
-    temporary = failures / f".{who}"
-    temporary.write_text("\n".join(lines) + "\n")
+    temporary = _hidden(failures / who)
+    _write(temporary, "\n".join(lines) + "\n")
     temporary.replace(failures / f"{now:.6f}-{who}")
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file; on a full disk only as much as was reserved for it."""
+    content = text.encode()
+    try:
+        overwrite(path, content)
+    except OSError:
+        content = content[:_RESERVED_BYTES]
+        overwrite(path, content)
+    os.truncate(path, len(content))
 
 
 def has_failure(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_chord.cluster.job import Job
+from megatron_chord.cluster.outcome import reserve
 from megatron_chord.runtime.launcher import LISTENER_VARIABLE
 
 _LOG_GRACE_S = 1.0
@@ -77,6 +78,12 @@ def start_ranks(
         meeting_point: on the first node a socket that listens on the job's port (``cluster.ports``). Rank 0 inherits
             it, because it imports for seconds before it could listen. Other nodes have none.
     """
+    numbers = range(job.first_rank, job.first_rank + job.ranks_per_node)
+    reserve(
+        job.folder,
+        failures_of=[f"rank{number}" for number in numbers],
+        with_outcome=meeting_point is not None,
+    )
     common = os.environ | environment
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))
     return [
@@ -132,10 +139,20 @@ def log_folder(job: Job) -> Path:
 
 
 def _copy(source: IO[bytes], log: Path) -> None:
-    """Copy every line to the log and to our own output, which is the job's output."""
+    """Copy every line to the log and to our own output, which is the job's output.
+
+    If one of them cannot be written, the rank must not notice it: a pipe that nobody reads would end the rank.
+    """
+    is_complete = True
     with source, log.open("ab", buffering=0) as file:
         for line in source:
-            file.write(line)
-            with contextlib.suppress(BrokenPipeError):
-                sys.stdout.buffer.write(line)
+            lines = [line]
+            try:
+                file.write(line)
+            except OSError as error:
+                if is_complete:
+                    lines.append(f"{log} lacks lines: {error.strerror}\n".encode())
+                is_complete = False
+            with contextlib.suppress(OSError):
+                sys.stdout.buffer.writelines(lines)
                 sys.stdout.buffer.flush()

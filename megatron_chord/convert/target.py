@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_chord.durable import sync_path
+from megatron_chord.files import sync_path
 
 _DISCARD_S = 1.0
 """Seconds for which ``discard`` tries, because threads may still create files in the folder."""

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_chord.files import overwrite
 from megatron_chord.network import node_name
 from megatron_chord.process_table import kill_descendants, state_of
 
@@ -43,6 +44,8 @@ each restart."""
 STACK_SIGNAL = signal.SIGUSR2
 """Signal on which a rank prints the stacks of all its threads to standard error."""
 _VERDICT = "verdict.json"
+_BEAT_BYTES = 1024
+"""Length of the file of a heartbeat, if the heartbeat is not longer."""
 _FRAMES = 4
 _READS = 20
 """Maximum number of attempts to read a file that is being written."""
@@ -138,6 +141,8 @@ class Watch:
         self._logs = logs
         self._main = threading.main_thread().ident
         self._count = 0
+        self._num_bytes = _BEAT_BYTES
+        """Length of the file of this rank's heartbeat."""
         self._ends_since = -math.inf
         """When this thread began to end the process. It then waits for the stacks of other ranks."""
         self._awake_since = time.monotonic()
@@ -172,10 +177,16 @@ class Watch:
             if now - last > self._limits.silence_s / 2:
                 self._restart_clocks(now)
             last = now
-            self._beat()
-            found = self._verdict() or self._no_progress(now) or self._silence(now)
+            found = self._look(now)
             if found is not None:
                 self._end(found)
+
+    def _look(self, now: float) -> dict[str, Any] | None:
+        """Write this rank's heartbeat. Returns the fault that another rank or this one has found, if there is one."""
+        if not self._beat():
+            # The disk is full, or cannot be written. Then the silence of others says nothing about them.
+            self._forget_silence(now)
+        return self._verdict() or self._no_progress(now) or self._silence(now)
 
     def _last_resort(self) -> None:
         """End this process if it is in a phase for ``silence_s`` longer than the phase may take.
@@ -216,17 +227,28 @@ class Watch:
         """Restart the measured times of all ranks. This is needed after this process itself was stopped or waited for
         its disk, because it does not know what the others did in that time."""
         self._awake_since = now
+        self._forget_silence(now)
+
+    def _forget_silence(self, now: float) -> None:
+        """Restart the measured times without a heartbeat of other ranks."""
         self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
 
-    def _beat(self) -> None:
+    def _beat(self) -> bool:
+        """Write this rank's heartbeat. Returns false if that is not possible; a full disk ends the run elsewhere, with
+        its own message."""
         if self.folder is None:
-            return
+            return True
         self._count += 1
         text = json.dumps(self._own_beat())
-        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own message
+        self._num_bytes = max(self._num_bytes, len(text))
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Written in place: if a file is replaced, another node may see the old one for a minute (NFS).
-            self._path(self._rank).write_text(text)
+            # Written in place: if a file is replaced, another node may see the old one for a minute (NFS). The length
+            # stays the same and the file is not truncated, so that a full disk does not matter.
+            overwrite(self._path(self._rank), text.ljust(self._num_bytes).encode())
+        except OSError:
+            return False
+        return True
 
     def _own_beat(self) -> dict[str, Any]:
         note, now = self._pulse.read(), time.monotonic()
@@ -301,6 +323,8 @@ class Watch:
                     json.dump(found, file)
             except FileExistsError:
                 found = self._verdict() or found
+            except OSError:
+                pass  # a full disk: the fault is printed below
         stacks = Path(found["stacks"])
         with contextlib.suppress(OSError):
             stacks.mkdir(parents=True, exist_ok=True)

@@ -321,7 +321,7 @@ class StepContext:
                 taken = complete(sampled)
                 with self._timer.phase("grade"):
                     self._notify("grading")
-                    graded = grading.finish(taken, sampled, shaping, check=self._engine.check)
+                    graded = grading.finish(taken, sampled, shaping, check=self._services.check)
         else:
             if not self.has_more_recorded():
                 raise ValueError("the step requests more sampling rounds than the checkpoint has recorded")
@@ -384,7 +384,7 @@ class StepContext:
                 may_advance=self._services.may_advance,
                 on_group=add,
                 stop_after=stop_after,
-                check=self._engine.check,
+                check=self._services.check,
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from megatron_chord.durable import sync_path
+from megatron_chord.files import sync_path
 
 T = TypeVar("T")
 _KEY = "array in the file"

@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from megatron_chord.durable import sync_path, write_durably
+from megatron_chord.files import sync_path, write_durably
 from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded

@@ -51,7 +51,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_chord.durable import write_durably
+from megatron_chord.files import write_durably
 
 METADATA = ".metadata"
 COMMON = "common.pt"

@@ -10,10 +10,13 @@ import pytest
 from megatron_chord.cluster.outcome import (
     described,
     exit_code_of,
+    has_failure,
     has_outcome,
     record_failure,
+    reserve,
     write_outcome,
 )
+from tests.support.full_disk import fill, small_disk
 
 
 def test_failures_are_listed_in_the_order_of_their_time(tmp_path: Path) -> None:
@@ -32,6 +35,24 @@ def test_a_missing_log_is_said_to_be_missing(tmp_path: Path) -> None:
     record_failure(tmp_path, "rank0", 1, "gone", tmp_path / "nowhere")
     (file,) = (tmp_path / "failures").iterdir()
     assert "no log" in file.read_text()
+
+
+def test_a_full_disk_hides_neither_the_outcome_nor_a_failure(tmp_path: Path) -> None:
+    """Of a long failure the beginning is kept."""
+    folder, log = tmp_path / "job", tmp_path / "log"
+    log.write_text("".join(f"line {i} {'x' * 400}\n" for i in range(25)))
+    with small_disk(folder):
+        reserve(folder, failures_of=["rank3", "rank4"], with_outcome=True)
+        assert not has_failure(folder)
+        assert not has_outcome(folder)
+        fill(folder)
+        record_failure(folder, "rank3", 137, "rank 3 was killed", log)
+        record_failure(folder, "rank4", 1, "rank 4 failed")
+        write_outcome(folder, 75)
+        assert (folder / "outcome").read_text() == "75\n"
+        first, second = sorted(path for path in (folder / "failures").iterdir())
+        assert first.read_text().startswith(f"137\nrank 3 was killed\nThe end of {log}:\nline 0 xxx")
+        assert second.read_text() == "1\nrank 4 failed\n"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,26 @@ def test_a_port_in_use_is_named_and_the_other_is_free_again(tmp_path: Path, plac
         socket.create_server(("127.0.0.1", other)).close()
 
 
+COPYING = """
+import sys
+from pathlib import Path
+from megatron_chord.cluster.ranks import _copy
+_copy(sys.stdin.buffer, Path("/dev/full"))
+"""
+
+
+def test_a_rank_whose_log_cannot_be_written_goes_on() -> None:
+    """Its output still arrives, and says once what the log lacks."""
+    lines = "".join(f"step {number}\n" for number in range(20_000))
+    copied = subprocess.run(
+        [sys.executable, "-c", COPYING], input=lines, capture_output=True, text=True, check=False
+    )
+    said = "/dev/full lacks lines: No space left on device\n"
+    assert copied.stdout.count(said) == 1
+    assert copied.stdout.replace(said, "") == lines
+    assert (copied.returncode, copied.stderr) == (0, "")
+
+
 INHERITING = """
 from megatron_chord.cluster.ports import inherited_ports
 ports = inherited_ports()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_chord.process_table import descendants
 from megatron_chord.runtime.heartbeat import EXIT_CODE, Limits, Pulse, Watch, read_verdict
+from tests.support.full_disk import make_read_only, make_writable, small_disk
 from tests.support.ranks import ROOT
 
 BEAT_S = 0.25
@@ -114,6 +117,53 @@ def test_a_stopped_process_is_named_by_those_that_run(tmp_path: Path, frozen: in
         assert verdict is not None
         assert verdict["text"] in line
         assert not any(descendants(process.pid) for process in running), "what they started has ended too"
+
+
+@contextlib.contextmanager
+def watches(folder: Path) -> Iterator[list[Watch]]:
+    """The watchdogs of two ranks. Their threads sleep, so a test decides at which times they look."""
+    limits = Limits(beat_s=1000, silence_s=SILENCE_S, phases={"computing": 3600.0})
+    found = [Watch(Pulse(), limits, rank=rank, world_size=2, folder=folder, logs=folder) for rank in range(2)]
+    try:
+        yield found
+    finally:
+        for watch in found:
+            watch.close()
+
+
+def test_a_heartbeat_needs_no_space_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file keeps its length. If nothing can be written, the last heartbeat is still there."""
+    beats: list[bytes] = []
+
+    def write(descriptor: int, content: bytes) -> int:
+        beats.append((tmp_path / "rank-0.json").read_bytes())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with watches(tmp_path) as (watch, _), monkeypatch.context() as patch:
+        watch._pulse.enter("waiting for servers")
+        assert watch._beat()
+        patch.setattr(os, "write", write)
+        assert not watch._beat()
+        assert not watch._beat()
+        assert beats == [(tmp_path / "rank-0.json").read_bytes()] * 2
+        assert json.loads(beats[0])["count"] == 2
+    assert len(beats[0]) == 1024
+
+
+def test_no_rank_counts_as_silent_for_one_that_cannot_write_itself(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "beats"), watches(tmp_path / "beats") as (zero, one):
+        start = time.monotonic()
+        assert one._beat()
+        assert zero._look(start) is None
+        make_read_only(tmp_path / "beats")
+        assert zero._look(start + 0.9 * SILENCE_S) is None
+        assert zero._look(start + 1.8 * SILENCE_S) is None
+        make_writable(tmp_path / "beats")
+        assert zero._look(start + 2.7 * SILENCE_S) is None
+        found = zero._look(start + 2.9 * SILENCE_S)
+        assert found is not None
+        assert "rank 1 on" in found["text"]
+        assert "has written no heartbeat" in found["text"]
 
 
 def test_a_file_system_that_hangs_does_not_keep_a_frozen_rank_alive(tmp_path: Path) -> None:
