@@ -1,10 +1,15 @@
-"""Writes that survive a crash of the machine, or a disk that is full."""
+"""Writes that survive a crash or a full disk, and locks, which some file systems do not have."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+"""What a file system without locks answers: NFS without its lock daemon, Lustre mounted without flock, and NFS for a
+descriptor that cannot be written (EBADF)."""
 
 
 def overwrite(path: Path, content: bytes) -> None:
@@ -35,3 +40,19 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_if_possible(descriptor: int, *, waits: bool = False) -> bool:
+    """Lock an open file or folder, until all copies of the descriptor are closed. Returns false if the file system has
+    no locks; then two processes may believe that they are alone.
+
+    Raises:
+        BlockingIOError: another process has the lock. Not with ``waits``.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import weakref
 from pathlib import Path
+
+from megatron_chord.files import lock_if_possible
 
 PREFIX = "megatron-chord."
 SHARED_MEMORY = Path("/dev/shm")
@@ -66,11 +67,13 @@ def remove_stale(place: Path) -> None:
         with contextlib.suppress(OSError):  # it belongs to another user, or no longer exists
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_left = lock_if_possible(lock)
             except OSError:
+                is_left = False
+            if is_left:
+                _remove(path, lock)
+            else:
                 os.close(lock)
-                continue
-            _remove(path, lock)
 
 
 def _make_locked(place: Path) -> tuple[Path, int]:
@@ -79,10 +82,9 @@ def _make_locked(place: Path) -> tuple[Path, int]:
         path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}.", dir=place))
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks: no other process gets a lock either
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_if_possible(
+                lock, waits=True
+            )  # where this is not possible, no other process removes the folder
             if path.exists():  # false if another process has removed it before it was locked
                 return path, lock
             os.close(lock)

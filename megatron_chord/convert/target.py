@@ -9,8 +9,6 @@ process.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import secrets
@@ -21,11 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_chord.files import sync_path
+from megatron_chord.files import lock_if_possible, sync_path
 
 _DISCARD_S = 1.0
 """Seconds for which ``discard`` tries, because threads may still create files in the folder."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HOST = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
@@ -47,6 +44,8 @@ def atomic_folder(target: Path, *, notify: Callable[[str], None] = lambda line: 
             for dead in _hidden(target):
                 shutil.rmtree(dead, ignore_errors=True)
                 notify(f"removed {dead}, which a killed process had left")
+        else:
+            notify(f"{target.parent} has no file locks: what killed processes left there is not removed")
         partial = target.with_name(f".{target.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
         partial.mkdir()
         try:
@@ -104,15 +103,13 @@ def _locked(target: Path) -> Iterator[bool]:
     while True:
         with path.open("a+") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = lock_if_possible(lock.fileno())
             except BlockingIOError:
                 raise ValueError(
                     f"another process ({_holder(target) or 'unknown'}) is writing {target}: wait for it, or choose "
                     "another target"
                 ) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
+            if not is_locked:
                 path.unlink(missing_ok=True)
                 yield False
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import itertools
 import shutil
@@ -27,6 +26,7 @@ from megatron_chord.evaluation.servers import ListedServers, Servers, own_server
 from megatron_chord.evaluation.votes import KINDS, stated_answer, to_compare, votes_of
 from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
+from megatron_chord.files import lock_if_possible
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import check_sources, needs_of
@@ -77,7 +77,7 @@ def evaluate(
         RolloutError, ServerError: the servers failed too often. The answers so far are kept.
     """
     check_suite(suite)
-    with _claimed(output):
+    with _claimed(output, say):
         policy = open_policy(source, output, say)
         shape = read_shape(policy.folder)
         check_copies(open_model(policy.folder, shape.weights), shape.weights)
@@ -364,8 +364,8 @@ def _votes(
 
 
 @contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[None]:
-    """Lock the folder of an evaluation.
+def _claimed(output: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock the folder of an evaluation. ``say`` gets a line if the file system has no locks.
 
     Raises:
         ValueError: another process is writing to it.
@@ -373,7 +373,8 @@ def _claimed(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_if_possible(lock.fileno()):
+                say(f"{output} has no file locks: a second evaluation that writes there is not noticed")
         except BlockingIOError:
             raise ValueError(f"another evaluation is writing to {output}") from None
         yield

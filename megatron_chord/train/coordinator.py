@@ -231,7 +231,7 @@ class Coordinator:
             graders=self._graders,
             may_advance=run.rollout.in_flight == "keep",
             routes=self._data.routes,
-            check=self.end_if_wanted if not may_lag or run.rollout.in_flight == "keep" else _go_on,
+            check=self.end_if_wanted if not is_asynchronous or run.rollout.in_flight == "keep" else _go_on,
         )
         context = StepContext(
             run,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Self
 
 from megatron_chord.config import RunConfig
 from megatron_chord.config_io import dump_config
+from megatron_chord.files import lock_if_possible
 from megatron_chord.report.folder import CONFIG
 from megatron_chord.report.page import REPORT
 from megatron_chord.train.health import FOLDER as NONFINITE
@@ -67,8 +67,9 @@ class Claim:
         self._lock.close()
 
 
-def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
-    """Lock the run folder. The lock is released when the process ends for any reason.
+def claim(run: RunConfig, *, resume: Resume, overwrite: bool, notify: Callable[[str], None] = print) -> Claim:
+    """Lock the run folder. The lock is released when the process ends for any reason. ``notify`` gets a line if the
+    file system has no locks.
 
     Raises:
         ValueError: another run is writing to the folder, or it has a run that is neither continued nor replaced.
@@ -79,7 +80,8 @@ def claim(run: RunConfig, *, resume: Resume, overwrite: bool) -> Claim:
     deadline = time.monotonic() + (_FORMER_LIFE_S if resume != "never" else 0.0)
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_if_possible(lock.fileno()):
+                notify(f"{run.output} has no file locks: a second run that writes there is not noticed")
             break
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chord.processes import SHARED_MEMORY, PrivateFolder, remove_stale
+from tests.support.locks import refusing
 from tests.support.processes import is_alive
 
 OWNER = """
@@ -71,6 +74,17 @@ def test_the_folder_of_a_live_process_stays(tmp_path: Path) -> None:
         process.wait(30)
         assert not path.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["somebody-else's"]
+
+
+def test_without_file_locks_folders_are_made_and_none_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
+    with (
+        contextlib.closing(PrivateFolder(tmp_path)) as first,
+        contextlib.closing(PrivateFolder(tmp_path)) as second,
+    ):
+        assert {path.name for path in tmp_path.iterdir()} == {first.path.name, second.path.name}
 
 
 def test_names_beside_shared_memory_are_not_followed(tmp_path: Path) -> None:

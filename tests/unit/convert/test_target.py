@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 from pathlib import Path
 
 import pytest
 
 from megatron_chord.convert.target import atomic_folder, discard
+from tests.support.locks import refusing
 
 
 def names(folder: Path) -> list[str]:
@@ -67,12 +69,11 @@ def test_files_of_killed_processes_are_removed_and_reported(tmp_path: Path) -> N
 def test_where_files_cannot_be_locked_the_others_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_locks(descriptor: int, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
     (tmp_path / ".a.host-123-0123abcd.partial").mkdir()
-    with atomic_folder(tmp_path / "a") as one:
+    told: list[str] = []
+    with atomic_folder(tmp_path / "a", notify=told.append) as one:
+        assert told == [f"{tmp_path} has no file locks: what killed processes left there is not removed"]
         with pytest.raises(ValueError, match="already exists"), atomic_folder(tmp_path / "a") as other:  # noqa: PT012
             assert one != other
             (tmp_path / "a").mkdir()

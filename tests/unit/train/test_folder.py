@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from megatron_chord.config import RunConfig
 from megatron_chord.train.folder import claim
 from megatron_chord.train.start import _report
+from tests.support.locks import refusing
 from tests.support.tiny import tiny_run
 
 HOLDERS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -44,6 +47,21 @@ def test_a_refused_start_keeps_the_log_that_says_why(run: RunConfig) -> None:
     with claim(run, resume="never", overwrite=False):
         (run.output / "logs" / "rollout-server-1.log").write_text("why")
     assert (run.output / "logs" / "rollout-server-1.log").is_file()
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.ENOLCK])
+def test_a_run_starts_on_a_file_system_without_locks(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    """Such as Lustre that is mounted without flock, and NFS without its lock daemon."""
+    monkeypatch.setattr(fcntl, "flock", refusing(answer))
+    told: list[str] = []
+    with claim(run, resume="auto", overwrite=False, notify=told.append):
+        pass
+    assert told == [f"{run.output} has no file locks: a second run that writes there is not noticed"]
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        claim(run, resume="auto", overwrite=False)
 
 
 def test_a_child_does_not_hold_the_folder(run: RunConfig) -> None:
