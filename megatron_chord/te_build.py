@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 GIB = 1 << 30
 JOB_MEMORY = 3 * GIB
@@ -104,21 +105,43 @@ def available_memory(
     found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
     assert found is not None, f"{meminfo} has no line MemAvailable"
     free = [int(found[1]) << 10]
-    named = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.is_file() else None
-    group = root / named[1] if named is not None else root
-    for folder in (group, *group.parents):
-        if folder.is_relative_to(root):
-            free += _free_in_group(folder)
+    groups = own.read_text() if own.is_file() else ""
+    for kind, top in ((_GROUPS, root), (_GROUPS_V1, root / "memory")):
+        named = re.search(kind.line, groups, re.MULTILINE)
+        group = top / named[1] if named is not None else top
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                free += _free_in_group(folder, kind)
     return max(min(free), 0)
 
 
-def _free_in_group(group: Path) -> list[int]:
+class _Groups(NamedTuple):
+    """How a version of Linux's control groups names things."""
+
+    line: str
+    """Pattern of the line in /proc/self/cgroup with the process's group."""
+    limit: str
+    used: str
+    unused: str
+    """The counter in ``memory.stat``, for the group and those below it, of file pages that are not in use."""
+
+
+_GROUPS = _Groups(r"^0::/(.*)$", "memory.max", "memory.current", "inactive_file")
+_GROUPS_V1 = _Groups(
+    r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:/(.*)$",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+)
+
+
+def _free_in_group(group: Path, kind: _Groups) -> list[int]:
     """Bytes that the control group may still use; empty if it has no limit."""
-    limit, used, counters = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+    limit, used, counters = group / kind.limit, group / kind.used, group / "memory.stat"
     if not (limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit()):
         return []
     unused = re.search(
-        r"^inactive_file (\d+)$", counters.read_text() if counters.is_file() else "", re.MULTILINE
+        rf"^{kind.unused} (\d+)$", counters.read_text() if counters.is_file() else "", re.MULTILINE
     )
     return [int(most) - int(used.read_text()) + (int(unused[1]) if unused is not None else 0)]
 

@@ -146,6 +146,29 @@ def test_available_memory_is_the_control_groups_where_that_is_less(tmp_path: Pat
     assert te_build.available_memory(meminfo, tmp_path, own) == 100
 
 
+def test_available_memory_is_that_of_version_1_of_control_groups(tmp_path: Path) -> None:
+    """The memory controller has a tree of its own. A container sees its group as the top of the tree."""
+    meminfo, own, top = tmp_path / "meminfo", tmp_path / "own", tmp_path / "memory"
+    meminfo.write_text("MemTotal:       24000000 kB\nMemAvailable:   20000000 kB\n")
+    own.write_text("12:cpu,cpuacct:/other\n4:memory:/slurm/job_7/step_0\n0::/system.slice\n")
+    step = top / "slurm" / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    for group, limit, used in (
+        (top, 9223372036854771712, 9000),
+        (step.parent, 8000, 5000),
+        (step, 9000, 4000),
+    ):
+        (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (group / "memory.usage_in_bytes").write_text(f"{used}\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 3000
+    (step.parent / "memory.stat").write_text("cache 9\ninactive_file 1\ntotal_inactive_file 1500\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 4500
+    own.write_text("3:hugetlb,memory:/docker/0123\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 20000000 * 1024
+    (top / "memory.limit_in_bytes").write_text("9500\n")
+    assert te_build.available_memory(meminfo, tmp_path, own) == 500
+
+
 def test_disk(host: Host, tmp_path: Path) -> None:
     check = lacks(replace(host, free_temporary=GIB // 2))["disk for temporary files"]
     assert check.found == f"0.5 GiB free in {tmp_path}"
