@@ -94,6 +94,12 @@ class ParallelConfig:
         """Number of model chunks of the whole model: pipeline stages x chunks of each stage."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
+    @property
+    def waits_in_gathers(self) -> bool:
+        """True if ranks wait in a collective while other pipeline stages push their weights: the stages push one after
+        the other, and the first gather of each begins with the push."""
+        return self.pipeline > 1 and max(self.tensor, self.expert) > 1
+
     def _check_stages(self, stages: tuple[int, ...]) -> None:
         require(self.pipeline > 1, "parallel.stages needs parallel.pipeline > 1")
         require(
@@ -854,7 +860,8 @@ class TimeoutsConfig:
     sampling_s: float = 1800.0
     """Longest time to sample all rollouts that a step or an evaluation requests at once."""
     weight_push_s: float = 600.0
-    """Longest time to push weights to the servers once."""
+    """Longest time to push weights to the servers once. With parallel.pipeline above 1, and parallel.tensor or
+    parallel.expert above 1, at most timeouts.collective_s: ranks wait in a collective while other stages push."""
 
     def __post_init__(self) -> None:
         positive(
@@ -950,6 +957,14 @@ class RunConfig:
         )
         if self.precision is not None:
             self._check_precision()
+        push_s, collective_s = self.timeouts.weight_push_s, self.timeouts.collective_s
+        require(
+            push_s <= collective_s or not self.parallel.waits_in_gathers,
+            f"timeouts.weight_push_s {push_s:g} is above timeouts.collective_s {collective_s:g}: with "
+            f"parallel.pipeline {self.parallel.pipeline}, parallel.tensor {self.parallel.tensor} and parallel.expert "
+            f"{self.parallel.expert}, ranks wait in a collective while other pipeline stages push their weights; raise "
+            "timeouts.collective_s, or lower timeouts.weight_push_s",
+        )
         self._check_best()
         require(
             self.evaluation.sets is None or self.data.evaluation is None,

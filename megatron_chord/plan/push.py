@@ -53,7 +53,10 @@ def late_push(run: RunConfig, transport: TransportName, parameters: int, *, gpus
     if seconds <= limit:
         return None
     faster = "Leave rollout.transport out, or set" if transport == "gloo" else "Set"
+    settings = "timeouts.weight_push_s"
+    if run.parallel.waits_in_gathers and 2 * seconds > run.timeouts.collective_s:
+        settings += " and timeouts.collective_s"
     return (
         f"a push of {size / 1e9:.0f} GB of weights by the transport {transport} takes about {seconds:.0f} s, "
-        f"longer than timeouts.weight_push_s ({limit:.0f} s). {faster} timeouts.weight_push_s to {2 * seconds:.0f}"
+        f"longer than timeouts.weight_push_s ({limit:.0f} s). {faster} {settings} to {2 * seconds:.0f}"
     )

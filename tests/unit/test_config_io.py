@@ -882,6 +882,22 @@ def test_overlong_and_timeouts(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in only_finding(tmp_path, f"{text}\n")
 
 
+@pytest.mark.parametrize("axis", ["tensor", "expert"])
+def test_ranks_may_wait_for_a_push_as_long_as_it_may_take(tmp_path: Path, axis: str) -> None:
+    """The ranks of a later pipeline stage wait in its first gather until the earlier stages have pushed."""
+    layout = f"parallel: {{pipeline: 2, {axis}: 2}}\n"
+    finding = only_finding(tmp_path, f"{layout}timeouts: {{weight_push_s: 900}}\n")
+    assert "timeouts.weight_push_s 900 is above timeouts.collective_s 600" in finding
+    assert "parallel.pipeline 2" in finding
+    assert f"parallel.{axis} 2" in finding
+    for text in (
+        f"{layout}timeouts: {{weight_push_s: 900, collective_s: 900}}\n",
+        f"parallel: {{{axis}: 2}}\ntimeouts: {{weight_push_s: 900}}\n",
+        "parallel: {pipeline: 2}\ntimeouts: {weight_push_s: 900}\n",
+    ):
+        assert load(tmp_path, text).timeouts.weight_push_s == 900
+
+
 def test_a_temperature_that_vllm_refuses(tmp_path: Path) -> None:
     assert "rollout.temperature must be <= 2, got 3.0" in only_finding(
         tmp_path, "rollout: {temperature: 3}\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_chord.cluster.job import Job, Node
 from megatron_chord.cluster.node_report import Report, faults, push_problems, room_problems
-from megatron_chord.config import CheckpointConfig, EvaluationConfig, TimeoutsConfig
+from megatron_chord.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TimeoutsConfig
 from megatron_chord.config_methods import SelfDistillationConfig
 from tests.support.tiny import tiny_run
 
@@ -123,6 +123,11 @@ def test_a_push_that_cannot_meet_its_deadline(tmp_path: Path) -> None:
     (found,) = push_problems(run, job(8), 70_600_000_000)
     assert "141 GB of weights by the transport gloo takes about 1571 s" in found
     assert "Leave rollout.transport out, or set timeouts.weight_push_s to 3142" in found
+    staged = replace(run, parallel=ParallelConfig(pipeline=2, tensor=4))
+    (found,) = push_problems(staged, job(8), 70_600_000_000)
+    assert "set timeouts.weight_push_s and timeouts.collective_s to 3142" in found
+    patient = replace(staged, timeouts=TimeoutsConfig(weight_push_s=3142, collective_s=3142))
+    assert list(push_problems(patient, job(8), 70_600_000_000)) == []
     assert list(push_problems(relayed, job(8), 70_600_000_000)) == []
     hurried = replace(relayed, timeouts=TimeoutsConfig(weight_push_s=14))
     (found,) = push_problems(hurried, job(8), 70_600_000_000)
