@@ -53,9 +53,15 @@ from megatron_chord.rollout.registry import JobRollout
 from megatron_chord.runtime import heartbeat
 from megatron_chord.runtime.launcher import RANK_OF_LAUNCHER
 from megatron_chord.train import stop
+from megatron_chord.train.folder import CHECKPOINTS
 from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
+CHECKPOINT_FILE = "checkpoint"
+"""The name of the newest checkpoint when a process froze. The batch script does not requeue a job that froze twice at
+the same checkpoint."""
+LATEST = "latest"
+"""``train.checkpoint.LATEST``, whose module imports Megatron."""
 _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0
@@ -200,27 +206,31 @@ class _Node:
         for rank, status in zip(self._ranks, statuses, strict=True):
             if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE):
                 message = f"rank {rank.number} on {self._job.name} {described(status)}"
-                rank.complete_log()
                 verdict = heartbeat.read_verdict(self._job.folder / _HEARTBEATS)
                 if status == heartbeat.EXIT_CODE and verdict is not None:
                     message = verdict["text"]
-                record_failure(
-                    self._job.folder, f"rank{rank.number}", exit_code_of(status), message, rank.log
-                )
-                return exit_code_of(status)
+                return self._failed(rank, exit_code_of(status), message)
         stopped = self._stopped.look(time.monotonic()) if self._stopped is not None else None
         if self._stopped is not None and stopped is not None:
             self._stopped.print_stacks()
-            rank = self._ranks[0]
-            rank.complete_log()
-            record_failure(self._job.folder, f"rank{rank.number}", heartbeat.EXIT_CODE, stopped, rank.log)
-            return heartbeat.EXIT_CODE
+            return self._failed(self._ranks[0], heartbeat.EXIT_CODE, stopped)
         if None in statuses:
             return None
         if self._job.is_head:
             write_outcome(self._job.folder, max(status for status in statuses if status is not None))
         # A stop is not a failure: with a code other than 0, srun would end nodes that are still saving.
         return 0
+
+    def _failed(self, rank: Rank, code: int, message: str) -> int:
+        """Record the failure of a rank of this node. Returns ``code``."""
+        rank.complete_log()
+        if code == heartbeat.EXIT_CODE:
+            latest = self._run.output / CHECKPOINTS / LATEST
+            with contextlib.suppress(OSError):
+                name = latest.read_text() if latest.exists() else "none\n"
+                (self._job.folder / CHECKPOINT_FILE).write_text(name)
+        record_failure(self._job.folder, f"rank{rank.number}", code, message, rank.log)
+        return code
 
     def _look_for_outcome(self) -> int | None:
         if time.monotonic() < self._next_look:

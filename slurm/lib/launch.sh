@@ -95,7 +95,7 @@ step() {
   return "$code"
 }
 
-# finish CODE: say what failed first, requeue a run that stopped with a checkpoint, exit with the run's own code.
+# finish CODE: say what failed first, requeue a run that its next start continues, exit with the run's own code.
 finish() {
   local code="$1" first
   touch "$CHORD_JOB/failures/.read" # writing to it makes an NFS client look at the folder anew
@@ -109,17 +109,35 @@ finish() {
     code=1
     echo "the nodes ended without saying how: see $CHORD_JOB/logs" >&2
   fi
-  # 75: stopped as requested. 76: the same, before a single step was done. Twice in a row: do not requeue, or it never ends.
-  if ((code == 75 || code == 76)); then
-    local before="${CHORD_JOB%-*}-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
-    if ((code == 76)) && [[ ! -f "$CHORD_JOB/preempted" && -f "$before" && "$(<"$before")" == 76 ]]; then
-      echo "stopped as requested, twice without a single step: is --time longer than --signal and the start?" >&2
-    elif ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
-      echo "stopped as requested after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)" >&2
-    else
-      echo "stopped as requested; the job goes back to the queue"
-      scontrol requeue "$SLURM_JOB_ID" && exit 0
-    fi
+  local how="stopped as requested" why_not=""
+  case "$code" in
+    75) ;;
+    76) # Stopped before a single step was done. If that happens twice in a row, it would never end.
+      local before="${CHORD_JOB%-*}-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
+      if [[ ! -f "$CHORD_JOB/preempted" && -f "$before" && "$(<"$before")" == 76 ]]; then
+        why_not=", twice without a single step: is --time longer than --signal and the start?"
+      fi
+      ;;
+    79) # A fault of the machine, or one of the run itself, which the next start would repeat.
+      how="a process froze"
+      local last="${CHORD_JOB%/*}/frozen-at" checkpoint
+      checkpoint="$(cat "$CHORD_JOB/checkpoint" 2>/dev/null || echo unknown)"
+      if [[ -f "$last" && "$(<"$last")" == "$checkpoint" ]]; then
+        why_not=" again, and there was no new checkpoint in between (the last one: $checkpoint). Is the run the cause?"
+      elif ! echo "$checkpoint" >"$last"; then
+        why_not=", and $last cannot be written"
+      fi
+      ;;
+    *) exit "$code" ;;
+  esac
+  if [[ -z "$why_not" ]] && ((${SLURM_RESTART_COUNT:-0} >= ${CHORD_MAX_RESTARTS:-100})); then
+    why_not=" after ${SLURM_RESTART_COUNT:-0} restarts, the most allowed (CHORD_MAX_RESTARTS)"
+  fi
+  if [[ -n "$why_not" ]]; then
+    echo "$how$why_not" >&2
+  else
+    echo "$how; the job goes back to the queue"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
   fi
   exit "$code"
 }

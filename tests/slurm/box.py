@@ -158,6 +158,10 @@ class Box:
         text = self.output("scontrol", "show", "job", "-o", job_id)
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
+    def slurmd(self, node: int) -> int:
+        """Return the process of the node's daemon."""
+        return self._daemons[1 + node].pid
+
     def _daemon(self, *command: str) -> None:
         output = (self.folder / "log" / "daemons.out").open("ab")
         self._daemons.append(

@@ -139,10 +139,13 @@ def rank_process(job: Submitted, rank: int) -> int:
     for pid in job.processes("megatron_chord.cli", "train"):
         with contextlib.suppress(OSError):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if f"RANK={rank}".encode() in variables and _is_node_task(parent):
+            if f"RANK={rank}".encode() in variables and _is_node_task(parent_of(pid)):
                 return pid
     raise AssertionError(f"no process of rank {rank}")
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _is_node_task(pid: int) -> bool:

@@ -25,7 +25,7 @@ from megatron_chord.network import address_in, address_towards, held_port, inter
 from megatron_chord.rollout.server import SERVER
 from megatron_chord.runtime.heartbeat import EXIT_CODE
 from tests.slurm.box import Box, address_of
-from tests.slurm.jobs import EXAMPLE, Submitted, rank_process, write_run
+from tests.slurm.jobs import EXAMPLE, Submitted, parent_of, rank_process, write_run
 from tests.support.ranks import ROOT
 from tests.support.task import metrics_of
 
@@ -110,20 +110,31 @@ def announced(job: Submitted, server: int, *, restart: int = 0) -> dict:
 
 
 def test_a_lost_node(box: Box, tmp_path: Path) -> None:
-    """Slurm requeues the job. On other nodes the job continues from its last checkpoint."""
-    settings = {"mu": 1.0, "checkpoint": {"every": 20}}
+    """A node stops responding. The run ends as frozen, but srun waits for the node. When Slurm notices that the node is
+    lost, it requeues the job. On other nodes the job continues from its last checkpoint."""
+    settings = {"mu": 1.0, "checkpoint": {"every": 20}, "watchdog": {"beat_s": 0.5, "silence_s": 15.0}}
     write_run(tmp_path, steps=4000, **settings)
     job = Submitted(box, tmp_path, nodes=2)
     latest = tmp_path / "out" / "checkpoints" / "latest"
     job.wait_for(latest.is_file)
-    lost = nodes_of(job, 0)[1]
-    box.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    rank, lost = rank_process(job, 1), nodes_of(job, 0)[1]
+    task = parent_of(rank)
+    processes = (rank, task, parent_of(task), box.slurmd(int(lost[1:])))
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
     try:
+        job.wait_for(lambda: f"error: frozen: rank 1 on {lost} (process {rank})" in job.output)
+        job.wait_for(lambda: "Exited with exit code 79" in job.output)
+        # What Slurm does by itself after SlurmdTimeout.
+        box.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
         job.wait_for(lambda: job.state() != "RUNNING")
         saved = int(latest.read_text().strip().removeprefix("step-"))
         write_run(tmp_path, steps=saved + 3, **settings)
         assert job.wait() == ("COMPLETED", 0), job.output[-6000:]
     finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
         box.run("scontrol", "update", f"nodename={lost}", "state=resume")
     assert box.job(job.id)["Restarts"] == "1"
     assert lost not in nodes_of(job, 1)
@@ -212,35 +223,43 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
-    """One of two ranks freezes. The other names it, the job ends with the code for a freeze, a new job resumes."""
+    """One of two ranks freezes. The other names it. The job goes back to the queue and resumes."""
     settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 15.0}}
     write_run(tmp_path, steps=4000, **settings)
     job = Submitted(box, tmp_path, nodes=2)
-    job.wait_for((tmp_path / "out" / "checkpoints" / "latest").is_file)
+    latest = tmp_path / "out" / "checkpoints" / "latest"
+    job.wait_for(latest.is_file)
     frozen = rank_process(job, 1)
     os.kill(frozen, signal.SIGSTOP)
-    assert job.wait() == ("FAILED", EXIT_CODE), job.output[-6000:]
+    job.wait_for(lambda: "a process froze; the job goes back to the queue" in job.output)
     assert f"failed first: frozen: rank 1 on {nodes_of(job, 0)[1]} (process {frozen})" in job.output
-    assert job.left_behind() == []
-    saved = int((tmp_path / "out" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    saved = int(latest.read_text().strip().removeprefix("step-"))
     write_run(tmp_path, steps=saved + 1, **settings)
-    again = Submitted(box, tmp_path, nodes=2)
-    assert again.wait() == ("COMPLETED", 0), again.output[-6000:]
-    assert f"{saved} of {saved + 1} steps done" in again.output
+    assert job.wait() == ("COMPLETED", 0), job.output[-6000:]
+    assert box.job(job.id)["Restarts"] == "1"
+    assert f"{saved} of {saved + 1} steps done" in job.output
+    assert job.left_behind() == []
 
 
 def test_a_frozen_rank_that_is_alone(box: Box, tmp_path: Path) -> None:
-    """No other rank can name the frozen rank. The node's program names it and makes it print its stacks."""
+    """No other rank can name the frozen rank. The node's program names it and makes it print its stacks. If it freezes
+    again before there is a checkpoint, the job ends with the code for a freeze."""
     write_run(tmp_path, steps=4000, mu=1.0, watchdog={"beat_s": 0.5, "silence_s": 15.0})
     job = Submitted(box, tmp_path, nodes=1)
-    job.wait_for(lambda: job.steps_done() >= 1)
-    frozen = rank_process(job, 0)
-    os.kill(frozen, signal.SIGSTOP)
-    assert job.wait() == ("FAILED", EXIT_CODE), job.output[-6000:]
-    named = (
-        f"failed first: frozen: rank 0 on {nodes_of(job, 0)[0]} (process {frozen}) has been stopped (SIGSTOP)"
-    )
-    assert named in job.output
+    for life in (0, 1):
+        job.wait_for(lambda life=life: f", restart {life}: " in job.output)
+        job.wait_for(lambda: job.steps_done() >= 1 and bool(job.processes("megatron_chord.cli", "train")))
+        before = job.steps_done()
+        job.wait_for(lambda before=before: job.steps_done() not in (0, before))
+        frozen = rank_process(job, 0)
+        os.kill(frozen, signal.SIGSTOP)
+        named = f"rank 0 on {nodes_of(job, life)[0]} (process {frozen}) has been stopped (SIGSTOP)"
+        if life == 0:
+            job.wait_for(lambda: "a process froze; the job goes back to the queue" in job.output)
+        else:
+            assert job.wait() == ("FAILED", EXIT_CODE), job.output[-6000:]
+        assert f"failed first: frozen: {named}" in job.output
+    assert "a process froze again, and there was no new checkpoint in between" in job.output
     assert "(most recent call first)" in job.output, "the stacks"
     assert job.left_behind() == []
 

@@ -125,8 +125,16 @@ def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
             "failed first: rank 5",
         ),
         ({"outcome": "75"}, 0, 75, "the most allowed"),
+        ({"failures/1700000001.200-rank0": "79\nfrozen: rank 5 on n5"}, 143, 79, "the most allowed"),
     ],
-    ids=["success", "no word", "srun alone knows", "the earliest failure", "restarts used up"],
+    ids=[
+        "success",
+        "no word",
+        "srun alone knows",
+        "the earliest failure",
+        "restarts used up",
+        "restarts used up, frozen",
+    ],
 )
 def test_exit_code_of_a_job(
     tmp_path: Path, files: dict[str, str], srun_code: int, code: int, said: str
@@ -162,20 +170,54 @@ def test_a_job_that_was_stopped_goes_back_to_the_queue(
     for life, text in ((1, before), (2, outcome)):
         (tmp_path / f"restart-{life}" / "failures").mkdir(parents=True)
         (tmp_path / f"restart-{life}" / "outcome").write_text(text + "\n")
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text('#!/bin/sh\necho "$@"\n')
-    scontrol.chmod(0o755)
-    done = launch(
-        tmp_path,
-        "finish 0",
-        CHORD_JOB=str(tmp_path / "restart-2"),
-        SLURM_RESTART_COUNT="2",
-        SLURM_JOB_ID="17",
-    )
+    done = finish_life(tmp_path, 2)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert ("requeue 17" in done.stdout) == (code == 0)
+
+
+def finish_life(tmp_path: Path, life: int) -> subprocess.CompletedProcess[str]:
+    """Finish job 17, whose files are in restart-LIFE. Its scontrol prints the arguments that it was given."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text('#!/bin/sh\necho "$@"\n')
+    scontrol.chmod(0o755)
+    return launch(
+        tmp_path,
+        "finish 0",
+        CHORD_JOB=str(tmp_path / f"restart-{life}"),
+        SLURM_RESTART_COUNT=str(life),
+        SLURM_JOB_ID="17",
+    )
+
+
+def test_a_job_that_froze_goes_back_to_the_queue_while_it_makes_checkpoints(tmp_path: Path) -> None:
+    """It was stopped on request in between. The second freeze at the same checkpoint is the last."""
+    frozen = "79\nfrozen: rank 1 on n1 has written no heartbeat"
+    for life, (failure, checkpoint) in enumerate(
+        [(frozen, "none"), (frozen, "step-000020"), (None, None), (frozen, "step-000020")]
+    ):
+        folder = tmp_path / f"restart-{life}"
+        (folder / "failures").mkdir(parents=True)
+        if failure is None:
+            (folder / "outcome").write_text("76\n")
+        else:
+            (folder / "failures" / "1700000001.2-rank0").write_text(f"{failure}\n")
+            (folder / "checkpoint").write_text(f"{checkpoint}\n")
+        done = finish_life(tmp_path, life)
+        is_last = life == 3
+        assert done.returncode == (79 if is_last else 0), (life, done.stderr)
+        assert ("requeue 17" in done.stdout) == (not is_last), life
+    assert "no new checkpoint in between (the last one: step-000020)" in done.stderr
+    assert "frozen: rank 1 on n1" in done.stderr
+
+
+def test_a_job_that_froze_twice_and_does_not_know_its_checkpoint_ends(tmp_path: Path) -> None:
+    for life, code in ((0, 0), (1, 79)):
+        failures = tmp_path / f"restart-{life}" / "failures"
+        failures.mkdir(parents=True)
+        (failures / "1700000001.2-rank0").write_text("79\nfrozen\n")
+        assert finish_life(tmp_path, life).returncode == code
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)

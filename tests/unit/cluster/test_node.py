@@ -1,4 +1,4 @@
-"""What a node does with a SIGTERM. Whole jobs are in tests/slurm."""
+"""What a node does with a SIGTERM and with a frozen rank. Whole jobs are in tests/slurm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from megatron_chord.cluster.job import Job, Node
-from megatron_chord.cluster.node import STOP_FILE, _Node
+from megatron_chord.cluster.node import CHECKPOINT_FILE, LATEST, STOP_FILE, _Node
 from megatron_chord.cluster.sigterm import CANCELLED_FILE, PREEMPTED_FILE
+from megatron_chord.runtime import heartbeat
+from megatron_chord.train import checkpoint
+from megatron_chord.train.folder import CHECKPOINTS
 from tests.support.tiny import tiny_run
 
 
@@ -48,3 +51,24 @@ def test_a_cancelled_job_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / CANCELLED_FILE).touch()
     assert node._must_end()
     assert killed == []
+
+
+def test_the_batch_script_learns_at_which_checkpoint_a_rank_froze(tmp_path: Path) -> None:
+    assert LATEST == checkpoint.LATEST
+    node = node_with_sigterm(tmp_path, [])
+    log = tmp_path / "log"
+    log.touch()
+    node._sigterms = ()
+    node._ranks = [SimpleNamespace(number=1, status=heartbeat.EXIT_CODE, log=log, complete_log=lambda: None)]
+    file = tmp_path / CHECKPOINT_FILE
+    assert node._watch_ranks() == heartbeat.EXIT_CODE
+    assert file.read_text() == "none\n"
+    latest = node._run.output / CHECKPOINTS / LATEST
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-000020\n")
+    assert node._watch_ranks() == heartbeat.EXIT_CODE
+    assert file.read_text() == "step-000020\n"
+    file.unlink()
+    node._ranks[0].status = 1
+    assert node._watch_ranks() == 1
+    assert not file.exists()
