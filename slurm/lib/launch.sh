@@ -34,7 +34,12 @@ prepare() {
     echo "error: start this with sbatch: it needs a Slurm allocation" >&2
     exit 2
   fi
-  export CHORD_JOB="$CHORD_JOBS/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}"
+  # A second run in one allocation has a folder of its own: files of the first, such as `stop`, would end it.
+  local folder="$CHORD_JOBS/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}" run=1
+  export CHORD_JOB="$folder"
+  while [[ -e "$CHORD_JOB" ]]; do
+    CHORD_JOB="$folder-run$((run += 1))"
+  done
   (
     umask 077
     mkdir -p "$CHORD_JOB/logs" "$CHORD_JOB/failures"
@@ -113,7 +118,7 @@ finish() {
   case "$code" in
     75) ;;
     76) # Stopped before a single step was done. If that happens twice in a row, it would never end.
-      local before="${CHORD_JOB%-*}-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
+      local before="${CHORD_JOB%/*}/restart-$((${SLURM_RESTART_COUNT:-0} - 1))/outcome"
       if [[ ! -f "$CHORD_JOB/preempted" && -f "$before" && "$(<"$before")" == 76 ]]; then
         why_not=", twice without a single step: is --time longer than --signal and the start?"
       fi

@@ -95,16 +95,38 @@ def test_a_step_in_a_container(tmp_path: Path) -> None:
     assert "--no-container-mount-home" in words
 
 
-def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
-    """They are, unless the user says where."""
+def launch_on_a_node(tmp_path: Path, body: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `body` in an allocation of node n0, with the job id 7."""
     scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
+    scontrol.parent.mkdir(exist_ok=True)
     scontrol.write_text(
         '#!/bin/sh\necho "NodeName=n0 Arch=x86_64"; echo "   NodeAddr=10.0.0.1 NodeHostName=n0"\n'
     )
     scontrol.chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0", "VLLM_CACHE_ROOT": "/scratch/vllm"}
-    done = launch(tmp_path, "prepare; env", **job)
+    return launch(tmp_path, body, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n0", **variables)
+
+
+def test_a_second_run_in_an_allocation_does_not_read_the_files_of_the_first(tmp_path: Path) -> None:
+    first = 'prepare; touch "$CHORD_JOB/stop"; echo 137 >"$CHORD_JOB/failures/1-rank3"; finish 137'
+    done = launch_on_a_node(tmp_path, first)
+    assert done.returncode == 137, done.stderr
+    jobs = tmp_path / "jobs" / "7"
+    for number in (2, 3):
+        done = launch_on_a_node(tmp_path, 'prepare; echo 0 >"$CHORD_JOB/outcome"; finish 0')
+        assert done.returncode == 0, done.stderr
+        assert f"its files are in {jobs}/restart-0-run{number}\n" in done.stdout
+    assert {path.name for path in (jobs / "restart-0-run2").iterdir()} == {
+        "failures",
+        "key",
+        "logs",
+        "outcome",
+    }
+    assert not (jobs / "restart-0" / "outcome").exists()
+
+
+def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
+    """They are, unless the user says where."""
+    done = launch_on_a_node(tmp_path, "prepare; env", VLLM_CACHE_ROOT="/scratch/vllm")
     assert done.returncode == 0, done.stderr
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert found["TRITON_CACHE_DIR"] == f"/tmp/triton-{os.getuid()}-7"
