@@ -64,7 +64,7 @@ prepare() {
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   # Compiled kernels are on each node's own disk: many nodes would lock and rewrite the files of a shared home.
   # DeepGEMM's are below VLLM_CACHE_ROOT.
-  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID-$SLURM_JOB_ID}"
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID}"
   export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-/tmp/vllm-$UID}"
   export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-/tmp/flashinfer-$UID}"
   ulimit -Sn "$(ulimit -Hn)" || true
