@@ -63,8 +63,9 @@ prepare() {
   export HF_HUB_OFFLINE=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   # Compiled kernels are on each node's own disk: many nodes would lock and rewrite the files of a shared home.
-  # DeepGEMM's are below VLLM_CACHE_ROOT.
+  # DeepGEMM's are below VLLM_CACHE_ROOT. The nodes check these folders (megatron_chord/cluster/caches.py).
   export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$UID}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-/tmp/torchinductor-$UID}"
   export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-/tmp/vllm-$UID}"
   export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-/tmp/flashinfer-$UID}"
   ulimit -Sn "$(ulimit -Hn)" || true

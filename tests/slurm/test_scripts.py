@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chord.cluster.caches import VARIABLES
 from tests.support.ranks import ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("**/*.sh"))
@@ -130,6 +131,8 @@ def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert found["TRITON_CACHE_DIR"] == f"/tmp/triton-{os.getuid()}"
+    assert set(VARIABLES) <= set(found), "the nodes check all of them"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == f"/tmp/torchinductor-{os.getuid()}"
     assert found["FLASHINFER_WORKSPACE_BASE"] == f"/tmp/flashinfer-{os.getuid()}"
     assert found["VLLM_CACHE_ROOT"] == "/scratch/vllm"
 

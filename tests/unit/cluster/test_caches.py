@@ -21,12 +21,13 @@ def test_a_folder_elsewhere_is_not_touched(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "vllm-7"
+@pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "kernels"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(PermissionError, match=r"VLLM_CACHE_ROOT is .*drwxrwxrwx"):
-        make_own_caches({"VLLM_CACHE_ROOT": str(folder)}, tmp_path)
+    with pytest.raises(PermissionError, match=rf"{name} is .*drwxrwxrwx"):
+        make_own_caches({name: str(folder)}, tmp_path)
 
 
 def test_a_link_is_refused(tmp_path: Path) -> None:
