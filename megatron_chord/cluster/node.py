@@ -12,7 +12,8 @@ If a rank fails, this program records which and when, ends all processes on its 
 srun (--kill-on-bad-exit) then ends the other nodes in the same way. SIGUSR1 is ignored here, and vLLM inherits that.
 Ranks take it as a stop request, and a file requests a stop, too (``train.stop``).
 
-In a preemption (``cluster.sigterm``) the node requests a stop with a checkpoint.
+In a preemption (``cluster.sigterm``) the node requests a stop with a checkpoint. Before the ranks start there is
+nothing to save: SIGTERM ends this program, and the batch script puts the job back into the queue.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _check_nodes(job: Job, arguments: Sequence[str], ports: Ports | None) -> int
         check=False,
     ).returncode
     if status < 0:
-        return preflight.fail(job, exit_code_of(status), [f"{job.name} {described(status)}"])
+        return preflight.fail_unless_preempted(job, exit_code_of(status), [f"{job.name} {described(status)}"])
     return status
 
 

@@ -38,6 +38,8 @@ EXIT_CODE = 78
 REFUSED = 2
 """Exit code if settings, model or data are not valid on any node; the same as that of ``megatron-chord train``."""
 _MEETING_S = 120.0
+_SIGTERM_S = 2.0
+"""Seconds in which the SIGTERM of a preemption reaches all nodes and processes of a job."""
 _SHARED_S = 60.0
 _SMOKE_S = 300.0
 
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(job, report, ports)
     except (RuntimeError, OSError) as error:
         where = host_and_port(job.head.address, job.port + 1)
-        return fail(job, EXIT_CODE, [f"{job.name} could not connect to the other nodes at {where}: {error}"])
+        return fail_unless_preempted(
+            job, EXIT_CODE, [f"{job.name} could not connect to the other nodes at {where}: {error}"]
+        )
 
 
 def _check(job: Job, report: Report, ports: Ports | None) -> int:
@@ -68,7 +72,7 @@ def _check(job: Job, report: Report, ports: Ports | None) -> int:
         set_nccl_network(os.environ, job.numeric_address())
         broken = _smoke(job, ports) if job.trains else []
         if broken:
-            return fail(job, EXIT_CODE, broken)  # at once, so that srun ends the other nodes
+            return fail_unless_preempted(job, EXIT_CODE, broken)  # and then srun ends the other nodes
         meeting.exchange("smoke", "done", _SMOKE_S + _MEETING_S)
     meeting.leave()
     return code
@@ -78,6 +82,15 @@ def fail(job: Job, code: int, lines: Sequence[str]) -> int:
     """Record a failure of the preflight on this node. Returns `code`."""
     record_failure(job.folder, f"preflight-{job.name}", code, "\n".join(["preflight", *lines]))
     return code
+
+
+def fail_unless_preempted(job: Job, code: int, lines: Sequence[str]) -> int:
+    """Record a failure as ``fail`` does, if it is not the consequence of a preemption.
+
+    A preemption ends the processes of a job one after another. So others may fail before its SIGTERM ends them.
+    """
+    time.sleep(_SIGTERM_S)
+    return fail(job, code, lines)
 
 
 def _judge(job: Job, own: Report, reports: Sequence[Report]) -> int:

@@ -52,7 +52,7 @@ prepare() {
     sed -nE 's/^NodeName=([^ ]+).*/\1/p; s/.*NodeAddr=([^ ]+).*/\1/p' | paste -d= - - | paste -sd' ' -)"
   if [[ -n "${CHORD_NETWORK:-}" ]]; then
     local addresses name entries=()
-    addresses="$(step megatron_chord.cluster.address)"
+    addresses="$(step megatron_chord.cluster.address)" || finish "$?"
     for name in $CHORD_NODES; do
       entries+=("$(grep -m 1 "^${name%%=*}=" <<<"$addresses")")
     done
@@ -111,6 +111,11 @@ finish() {
     echo "failed first: $(tail -n +2 "$first")" >&2
   elif [[ -f "$CHORD_JOB/outcome" ]]; then
     code="$(<"$CHORD_JOB/outcome")"
+  elif ((code == 143)); then
+    # SIGTERM ended the nodes before they listened to it. If the job was cancelled, it ends this script, too.
+    sleep 2
+    touch "$CHORD_JOB/preempted"
+    code=76
   elif ((code == 0)); then
     code=1
     echo "the nodes ended without saying how: see $CHORD_JOB/logs" >&2

@@ -167,6 +167,20 @@ def test_a_preempted_job(box: Box, tmp_path: Path) -> None:
     assert job.left_behind() == []
 
 
+def test_a_job_that_is_preempted_in_its_preflight(box: Box, tmp_path: Path) -> None:
+    """Its nodes do not listen to SIGTERM yet."""
+    write_run(tmp_path, steps=4000, mu=1.0)
+    job = Submitted(box, tmp_path, nodes=2, options=["--partition=spare"])
+    job.wait_for(lambda: len(job.processes("megatron_chord.cluster.preflight")) == 2)
+    urgent = ["--partition=urgent", "--exclusive", f"--nodelist={nodes_of(job, 0)[0]}", "--output=/dev/null"]
+    box.run("sbatch", *urgent, "--wrap=sleep 1")
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    assert "failed first" not in job.output
+    job.wait_for(lambda: box.job(job.id)["Restarts"] == "1")
+    box.run("scancel", job.id)
+    assert job.left_behind() == []
+
+
 def test_a_cancelled_job(box: Box, tmp_path: Path) -> None:
     """The job ends at once and does not wait for a checkpoint. Nobody could take its port before its ranks had it."""
     write_run(tmp_path, mu=1.0, steps=4000)

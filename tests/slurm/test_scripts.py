@@ -142,7 +142,7 @@ def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
     [
         ({"outcome": "0"}, 0, 0, ""),
         ({}, 0, 1, "without saying how"),
-        ({}, 143, 143, ""),
+        ({}, 9, 9, ""),
         (
             {"failures/1700000001.900-rank0": "1\nrank 0", "failures/1700000001.200-rank5": "137\nrank 5"},
             143,
@@ -201,7 +201,7 @@ def test_a_job_that_was_stopped_goes_back_to_the_queue(
     assert ("requeue 17" in done.stdout) == (code == 0)
 
 
-def finish_life(tmp_path: Path, life: int) -> subprocess.CompletedProcess[str]:
+def finish_life(tmp_path: Path, life: int, body: str = "finish 0") -> subprocess.CompletedProcess[str]:
     """Finish job 17, whose files are in restart-LIFE. Its scontrol prints the arguments that it was given."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir(exist_ok=True)
@@ -209,11 +209,30 @@ def finish_life(tmp_path: Path, life: int) -> subprocess.CompletedProcess[str]:
     scontrol.chmod(0o755)
     return launch(
         tmp_path,
-        "finish 0",
+        body,
         CHORD_JOB=str(tmp_path / f"restart-{life}"),
         SLURM_RESTART_COUNT=str(life),
         SLURM_JOB_ID="17",
     )
+
+
+def test_a_job_that_is_preempted_before_its_ranks_start_goes_back_to_the_queue(tmp_path: Path) -> None:
+    """SIGTERM ends the nodes' programs, which leave no word. Twice in a row is no reason to stop."""
+    for life in (0, 1):
+        (tmp_path / f"restart-{life}" / "failures").mkdir(parents=True)
+        done = finish_life(tmp_path, life, body="finish 143")
+        assert done.returncode == 0, done.stderr
+        assert "requeue 17" in done.stdout
+
+
+def test_a_job_that_is_cancelled_before_its_ranks_start_ends(tmp_path: Path) -> None:
+    """The SIGTERM reaches the nodes before it reaches the script."""
+    (tmp_path / "restart-0" / "failures").mkdir(parents=True)
+    done = finish_life(
+        tmp_path, 0, body="trap 'exit 143' TERM; (sleep 0.5; kill -TERM $$) >&- 2>&- & finish 143"
+    )
+    assert done.returncode == 143, done.stderr
+    assert "requeue" not in done.stdout
 
 
 def test_a_job_that_froze_goes_back_to_the_queue_while_it_makes_checkpoints(tmp_path: Path) -> None:
