@@ -37,7 +37,11 @@ EXIT_CODE = 78
 """Exit code if these nodes cannot run this job (EX_CONFIG of sysexits.h)."""
 REFUSED = 2
 """Exit code if settings, model or data are not valid on any node; the same as that of ``megatron-chord train``."""
+_ARRIVAL_S = 600.0
+"""Maximum time between the starts of the first and the last node. One may have to unpack the image of its container,
+and many may read Python's packages from a slow file system at the same time."""
 _MEETING_S = 120.0
+"""Maximum time that the nodes wait for each other later."""
 _SIGTERM_S = 2.0
 """Seconds in which the SIGTERM of a preemption reaches all nodes and processes of a job."""
 _SHARED_S = 60.0
@@ -56,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(job, report, ports)
     except (RuntimeError, OSError) as error:
         where = host_and_port(job.head.address, job.port + 1)
-        return fail_unless_preempted(
-            job, EXIT_CODE, [f"{job.name} could not connect to the other nodes at {where}: {error}"]
-        )
+        text = f"{job.name} could not connect to the other nodes at {where}: {error}"
+        return fail_unless_preempted(job, EXIT_CODE, [text])
 
 
 def _check(job: Job, report: Report, ports: Ports | None) -> int:
@@ -116,7 +119,7 @@ class _Meeting:
             job.head_address(),
             job.port + 1,
             is_master=job.is_head,
-            timeout=datetime.timedelta(seconds=_MEETING_S),
+            timeout=datetime.timedelta(seconds=_ARRIVAL_S),
             wait_for_workers=False,
             master_listen_fd=ports.preflight.detach() if ports is not None else None,
         )
@@ -126,7 +129,7 @@ class _Meeting:
         marks = self._job.folder / "preflight"
         marks.mkdir(exist_ok=True, parents=True)
         (marks / self._job.name).write_text("here\n")
-        self.exchange("here", "1", _MEETING_S)
+        self.exchange("here", "1", _ARRIVAL_S)
         report = replace(report, clock=time.time())
         unseen = _unseen(marks, self._names)
         if unseen:
@@ -135,17 +138,27 @@ class _Meeting:
         return [_parsed(text) for text in self.exchange("report", json.dumps(asdict(report)), _MEETING_S)]
 
     def exchange(self, name: str, value: str, timeout_s: float) -> list[str]:
-        """Every node's value. Raises RuntimeError if one does not come within ``timeout_s``."""
-        keys = [f"{name}/{node}" for node in self._names]
+        """Every node's value. Raises RuntimeError with the missing nodes if one does not come within ``timeout_s``."""
         self._store.set(f"{name}/{self._job.name}", value)
-        self._store.wait(keys, datetime.timedelta(seconds=timeout_s))
-        return [self._store.get(key).decode() for key in keys]
+        self._wait_for(name, timeout_s)
+        return [self._store.get(f"{name}/{node}").decode() for node in self._names]
 
     def leave(self) -> None:
         """End the meeting. The first node's process waits until all others have left, because it has the store."""
         self._store.set(f"left/{self._job.name}", "1")
         if self._job.is_head:
-            self._store.wait([f"left/{name}" for name in self._names])
+            self._wait_for("left", _MEETING_S)
+
+    def _wait_for(self, name: str, timeout_s: float) -> None:
+        keys = {node: f"{name}/{node}" for node in self._names}
+        try:
+            self._store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            missing = [node for node, key in keys.items() if not self._store.check([key])]
+            if not missing:
+                raise
+            what = f"{', '.join(missing)} did not come within {timeout_s:g} s ({name!r})"
+            raise RuntimeError(what) from error
 
 
 def _unseen(folder: Path, names: Sequence[str]) -> list[str]:

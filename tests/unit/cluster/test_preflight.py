@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -10,6 +12,8 @@ import pytest
 
 from megatron_chord.cluster import preflight
 from megatron_chord.cluster.job import Job, Node
+from megatron_chord.cluster.ports import Ports
+from megatron_chord.network import listener
 
 
 def job_in(folder: Path, index: int, port: int = 10000) -> Job:
@@ -59,3 +63,22 @@ def test_a_preemption_is_no_failure_of_the_preflight(
     monkeypatch.setattr(preflight, "_SIGTERM_S", 0.0)
     assert preflight.main(arguments) == preflight.EXIT_CODE
     assert len(list((tmp_path / "failures").iterdir())) == 1
+
+
+def test_a_node_that_starts_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later the nodes wait less, and the message names the one that does not come."""
+    monkeypatch.setattr(preflight, "_MEETING_S", 0.5)
+    ports = Ports(ranks=listener("127.0.0.1", 0), preflight=listener("127.0.0.1", 0))
+    port = ports.preflight.getsockname()[1] - 1
+    first, second = job_in(tmp_path, 0, port), job_in(tmp_path, 1, port)
+    with ports:
+        meeting = preflight._Meeting(first, ports)
+    with ThreadPoolExecutor(1) as pool:
+        here = pool.submit(meeting.exchange, "here", "0", preflight._ARRIVAL_S)
+        time.sleep(1)
+        other = preflight._Meeting(second, None)
+        assert other.exchange("here", "1", preflight._ARRIVAL_S) == here.result() == ["0", "1"]
+    with pytest.raises(RuntimeError, match=r"^n1 did not come within 0\.5 s \('report'\)$"):
+        meeting.exchange("report", "0", 0.5)
+    with pytest.raises(RuntimeError, match=r"^n0 did not come within 0\.5 s \('smoke'\)$"):
+        other.exchange("smoke", "1", 0.5)
