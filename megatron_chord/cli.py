@@ -514,6 +514,7 @@ def _train_rank(
 
     ``refuse`` prints a refusal; None if this rank prints no messages that all ranks have.
     """
+    from megatron_chord.cluster.ended import record_end
     from megatron_chord.importing import importing
 
     with importing():
@@ -533,6 +534,7 @@ def _train_rank(
             stop_wanted=request.is_made,
         )
     except Stopped as stopped:
+        record_end(stopped.exit_code)
         if refuse is not None:
             print(f"{stopped}. Continue with: {_resuming(args.argv)}", file=sys.stderr)
         return stopped.exit_code
@@ -549,6 +551,7 @@ def _train_rank(
         if isinstance(ended.code, int):
             end_alone(ended.code)
         raise
+    record_end(0)
     return 0
 
 

@@ -33,6 +33,7 @@ import torch
 from megatron_chord.cluster import preflight
 from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.caches import make_own_caches
+from megatron_chord.cluster.ended import recorded_end
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
@@ -204,21 +205,30 @@ class _Node:
             # The SIGTERM of a preemption came before the rank could ignore it, so before its first step.
             write_outcome(self._job.folder, stop.EXIT_CODE_IDLE)
             return 0
-        for rank, status in zip(self._ranks, statuses, strict=True):
-            if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE):
-                message = f"rank {rank.number} on {self._job.name} {described(status)}"
-                verdict = heartbeat.read_verdict(self._job.folder / _HEARTBEATS)
-                if status == heartbeat.EXIT_CODE and verdict is not None:
-                    message = verdict["text"]
-                return self._failed(rank, exit_code_of(status), message)
+        failed = [
+            (rank, status)
+            for rank, status in zip(self._ranks, statuses, strict=True)
+            if status not in (None, 0, stop.EXIT_CODE, stop.EXIT_CODE_IDLE)
+        ]
+        end = recorded_end(self._job.folder) if failed else None
+        if failed and end is None:
+            rank, status = failed[0]
+            message = f"rank {rank.number} on {self._job.name} {described(status)}"
+            verdict = heartbeat.read_verdict(self._job.folder / _HEARTBEATS)
+            if status == heartbeat.EXIT_CODE and verdict is not None:
+                message = verdict["text"]
+            return self._failed(rank, exit_code_of(status), message)
         stopped = self._stopped.look(time.monotonic()) if self._stopped is not None else None
         if self._stopped is not None and stopped is not None:
             self._stopped.print_stacks()
             return self._failed(self._ranks[0], heartbeat.EXIT_CODE, stopped)
         if None in statuses:
             return None
+        for rank, status in failed:
+            self._say(f"warning: after the end of the run, rank {rank.number} {described(status)}")
         if self._job.is_head:
-            write_outcome(self._job.folder, max(status for status in statuses if status is not None))
+            code = max(status for status in statuses if status is not None) if end is None else end
+            write_outcome(self._job.folder, code)
         # A stop is not a failure: with a code other than 0, srun would end nodes that are still saving.
         return 0
 

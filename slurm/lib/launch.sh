@@ -106,7 +106,12 @@ finish() {
   local code="$1" first
   touch "$CHORD_JOB/failures/.read" # writing to it makes an NFS client look at the folder anew
   first="$(find "$CHORD_JOB/failures" -type f ! -name '.*' | sort | head -n 1)"
-  if [[ -n "$first" ]]; then
+  if [[ -f "$CHORD_JOB/ended" ]]; then
+    code="$(<"$CHORD_JOB/ended")"
+    if [[ -n "$first" ]]; then
+      echo "warning: this failed after the end of the run: $(tail -n +2 "$first")" >&2
+    fi
+  elif [[ -n "$first" ]]; then
     code="$(head -n 1 "$first")"
     echo "failed first: $(tail -n +2 "$first")" >&2
   elif [[ -f "$CHORD_JOB/outcome" ]]; then

@@ -236,6 +236,27 @@ def test_a_killed_rank(box: Box, tmp_path: Path) -> None:
     assert job.left_behind() == []
 
 
+def test_a_rank_that_crashes_after_the_checkpoint(box: Box, tmp_path: Path) -> None:
+    """It crashes when its process ends, as CUDA's or NCCL's libraries may. The stopped job still goes back to the
+    queue."""
+    customized = tmp_path / "customized"
+    customized.mkdir()
+    (customized / "sitecustomize.py").write_text(
+        "import atexit, os, signal, time\n"
+        "if os.environ.get('RANK') == '1' and 'CHORD_STOP_FILE' in os.environ:\n"
+        "    atexit.register(lambda: (time.sleep(5), os.kill(os.getpid(), signal.SIGSEGV)))\n"
+    )
+    write_run(tmp_path, steps=4000, mu=1.0)
+    path = os.pathsep.join([str(customized), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job = Submitted(box, tmp_path, nodes=2, PYTHONPATH=path)
+    job.wait_for(lambda: job.steps_done() >= 1)
+    box.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for(lambda: "goes back to the queue" in job.output)
+    assert "after the end of the run, rank 1 was killed by SIGSEGV" in job.output
+    box.run("scancel", job.id)
+    assert job.left_behind() == []
+
+
 def test_a_frozen_rank(box: Box, tmp_path: Path) -> None:
     """One of two ranks freezes. The other names it. The job goes back to the queue and resumes."""
     settings = {"mu": 1.0, "checkpoint": {"every": 5}, "watchdog": {"beat_s": 0.5, "silence_s": 15.0}}

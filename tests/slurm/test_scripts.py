@@ -150,6 +150,12 @@ def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
             "failed first: rank 5",
         ),
         ({"outcome": "75"}, 0, 75, "the most allowed"),
+        (
+            {"ended": "0", "failures/1700000001.200-rank5": "139\nrank 5"},
+            139,
+            0,
+            "after the end of the run: rank 5",
+        ),
         ({"failures/1700000001.200-rank0": "79\nfrozen: rank 5 on n5"}, 143, 79, "the most allowed"),
     ],
     ids=[
@@ -158,6 +164,7 @@ def test_caches_of_kernels_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
         "srun alone knows",
         "the earliest failure",
         "restarts used up",
+        "a failure after the end",
         "restarts used up, frozen",
     ],
 )
