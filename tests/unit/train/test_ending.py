@@ -58,7 +58,11 @@ def _command(settings: Path, world_size: int, error: BaseException | None) -> in
         if error is not None:
             raise error
         return SimpleNamespace(
-            context=SimpleNamespace(coordinator=None), step=1, memory={}, chat_template=None
+            context=SimpleNamespace(coordinator=None),
+            step=1,
+            memory={},
+            chat_template=None,
+            evaluates_first=False,
         )
 
     def do_exist() -> bool:
