@@ -63,7 +63,12 @@ def assert_same_update(
     result: Any, expected: Any, what: str, *, relative: float = RELATIVE, absolute: float = ABSOLUTE
 ) -> None:
     """Assert that every metric of the oracle and every gradient agrees. A rank without whole gradients returned None in
-    their place."""
+    their place.
+
+    An error is compared with the parameter's largest gradient. A key's bias is compared with the query's: the same
+    shift of all keys changes no softmax, so the terms of its gradient nearly cancel, and their rounding is large beside
+    the sum.
+    """
     (metrics, grads), (wanted, wanted_grads) = result, expected
     for name, value in wanted.items():
         assert metrics[name] == pytest.approx(value, rel=relative, abs=absolute), f"{what}: {name}"
@@ -71,7 +76,8 @@ def assert_same_update(
         return
     assert grads.keys() == wanted_grads.keys(), what
     for name, grad in wanted_grads.items():
-        scale = grad.abs().max().item()
+        terms = wanted_grads[name.replace("k_proj.bias", "q_proj.bias")]
+        scale = max(grad.abs().max().item(), terms.abs().max().item())
         error = (grads[name].double() - grad).abs().max().item()
         assert error <= relative * scale + 1e-9, (
             f"{what}: gradient of {name} off by {error:.2e} of {scale:.2e}"
