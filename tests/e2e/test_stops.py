@@ -90,29 +90,23 @@ class ScriptedEngine:
         return 0.0
 
 
-def train_in_turn(file: Path, turns: list[tuple[Path, int | None]]) -> list[tuple[int, float]]:
-    """Start a run once for each of ``turns``: its folder, and the evaluation in which it is stopped. Return the exit
-    code of each start, and the seconds from the stop request to the end."""
+def train_until(file: Path, output: Path, stop: Path, hangs_at: int | None) -> tuple[int, float]:
+    """Start or continue a run that is stopped in evaluation ``hangs_at``. Return its exit code, and the seconds from
+    the stop request to the end."""
     from megatron_chord.config_io import load_config
     from megatron_chord.train import start
     from megatron_chord.train.loop import train
     from megatron_chord.train.stop import Stopped
 
-    ends = []
-    for output, hangs_at in turns:
-        stop = output.parent / f"stop-{output.name}-{len(ends)}"
+    def engine(run: Any, groups: Any, **_: Any) -> Any:
+        return ScriptedEngine(run.model.path, stop, hangs_at=hangs_at)
 
-        def engine(run: Any, groups: Any, stop: Path = stop, hangs_at: Any = hangs_at, **_: Any) -> Any:
-            return ScriptedEngine(run.model.path, stop, hangs_at=hangs_at)
-
-        start.RolloutEngine = engine  # type: ignore[misc, assignment]
-        run = load_config(file, [f"output={output}"])
-        try:
-            train(run, resume="auto", stop_wanted=stop.exists)
-            ends.append((0, 0.0))
-        except Stopped as stopped:
-            ends.append((stopped.exit_code, time.time() - stop.stat().st_mtime))
-    return ends
+    start.RolloutEngine = engine  # type: ignore[misc, assignment]
+    try:
+        train(load_config(file, [f"output={output}"]), resume="auto", stop_wanted=stop.exists)
+    except Stopped as stopped:
+        return stopped.exit_code, time.time() - stop.stat().st_mtime
+    return 0, 0.0
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -131,10 +125,13 @@ def test_a_stop_interrupts_every_evaluation_and_none_is_lost(tmp_path: Path, ran
     )
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     turns = [(straight, None), *((stopped, at) for at in (0, 2, 2, 3, None))]
-    ends = run_ranks(train_in_turn, ranks, file, turns)
-    for of_rank in ends:
-        assert [code for code, _ in of_rank] == [0, 76, 75, 76, 75, 0]
-        assert max(seconds for _, seconds in of_rank) < SECONDS
+    ends = [
+        run_ranks(train_until, ranks, file, output, tmp_path / f"stop-{number}", hangs_at)
+        for number, (output, hangs_at) in enumerate(turns)
+    ]
+    for code, of_ranks in zip([0, 76, 75, 76, 75, 0], ends, strict=True):
+        assert [found for found, _ in of_ranks] == [code] * ranks
+        assert max(seconds for _, seconds in of_ranks) < SECONDS
     assert [row["evaluation"]["accuracy"] for row in numbers(straight) if "evaluation" in row] == [
         *ACCURACY.values()
     ]
