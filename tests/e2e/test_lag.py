@@ -28,8 +28,8 @@ EVALUATED = {
 pytestmark = pytest.mark.usefixtures("server_key")
 
 
-class Stopped(Exception):
-    pass
+class Stopped(SystemExit):
+    """What the command line raises when a signal ends the run."""
 
 
 def stop_before(step: int) -> Callable[[], None]:
