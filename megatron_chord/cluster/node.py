@@ -55,15 +55,13 @@ from megatron_chord.rollout.registry import JobRollout
 from megatron_chord.runtime import heartbeat
 from megatron_chord.runtime.launcher import RANK_OF_LAUNCHER
 from megatron_chord.train import stop
-from megatron_chord.train.folder import CHECKPOINTS
+from megatron_chord.train.folder import CHECKPOINTS, LATEST
 from megatron_chord.train.setup import check_run
 
 STOP_FILE = "stop"
 CHECKPOINT_FILE = "checkpoint"
 """The name of the newest checkpoint when a process froze. The batch script does not requeue a job that froze twice at
 the same checkpoint."""
-LATEST = "latest"
-"""``train.checkpoint.LATEST``, whose module imports Megatron."""
 _HEARTBEATS = "heartbeats"
 _POLL_S = 0.05
 _OUTCOME_POLL_S = 1.0

@@ -37,6 +37,7 @@ from megatron_chord.runtime.parallel import ParallelGroups
 from megatron_chord.te_build import available_memory
 from megatron_chord.train import sharded
 from megatron_chord.train.arrays import read_arrays, with_arrays_of, without_arrays, write_arrays
+from megatron_chord.train.folder import LATEST
 from megatron_chord.train.optimizer_shares import Shares, described_only
 from megatron_chord.train.sanity import MARK, check_finite, stored_fault
 from megatron_chord.train.state import TrainState, parts_of
@@ -58,7 +59,6 @@ T = TypeVar("T")
 RUN_STATE = "run.json"
 ROUTES = "routes.safetensors"
 MANIFEST = "manifest.json"
-LATEST = "latest"
 SECOND = "second_optimizer"
 AVERAGED = "averaged_optimizer"
 _PARTIAL = ".partial"

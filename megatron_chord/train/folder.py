@@ -24,6 +24,8 @@ Resume = str
 """``never``, ``auto`` (the newest complete checkpoint) or the name of a checkpoint, such as ``step-000040``."""
 POLICY = "policy"
 CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+"""File in ``CHECKPOINTS`` with the name of the newest checkpoint."""
 LOGS = "logs"
 _OWN = (METRICS, SAMPLES, TENSORBOARD, TRACES, DROPPED)
 """Files that a run makes before all of its settings are checked. They are removed if the run is refused."""
