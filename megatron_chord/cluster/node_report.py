@@ -189,7 +189,7 @@ def room_problems(run: RunConfig, parameters: int, free: int) -> Iterator[str]:
     count as room.
     """
     weight = WEIGHT_BYTES[run.model.dtype]
-    checkpoint = checkpoint_bytes(parameters, weight, optimizers=method_of(run).num_optimizer_states(run))
+    checkpoint = checkpoint_bytes(parameters, weight, optimizers=method_of(run).num_optimizer_states())
     count = run.checkpoint.keep + 1 + (run.checkpoint.keep_best is not None)
     there = sum(path.stat().st_size for path in (run.output / CHECKPOINTS).rglob("*") if path.is_file())
     needed = count * checkpoint + weight * parameters

@@ -78,7 +78,7 @@ class Method:
         """``needs_demonstrations``, or a rule of the method's settings."""
         return self.needs_demonstrations
 
-    def schedule(self, run: RunConfig) -> MuSchedule | None:
+    def schedule(self) -> MuSchedule | None:
         """The schedule of mu; None for methods without mu."""
         return None
 
@@ -89,19 +89,19 @@ class Method:
             ValueError: settings that contradict each other; the message names the rule.
         """
 
-    def extra_rate(self, run: RunConfig) -> float | None:
+    def extra_rate(self) -> float | None:
         """The learning rate of extra updates (``Collected.extra``); None: no step has one."""
         return None
 
-    def averaging_rate(self, run: RunConfig) -> float | None:
+    def averaging_rate(self) -> float | None:
         """The rate of an average of the weights (``train.averaged``), which the scored column
         ``averaged_teacher_logprob`` needs; None: no average is kept."""
         return None
 
-    def num_optimizer_states(self, run: RunConfig) -> int:
+    def num_optimizer_states(self) -> int:
         """Number of optimizer states in a checkpoint: the run's, that of extra updates, and one with averaged
         weights."""
-        return 1 + (self.extra_rate(run) is not None) + (self.averaging_rate(run) is not None)
+        return 1 + (self.extra_rate() is not None) + (self.averaging_rate() is not None)
 
     def check_positions(self, run: RunConfig, max_positions: int) -> None:
         """Check the lengths of sequences that only this method makes. ``max_positions`` is the model's limit.

@@ -34,11 +34,11 @@ class Chord(Method):
 
     draws_demonstrations: ClassVar[bool] = True
 
-    def schedule(self, run: RunConfig) -> MuSchedule:
+    def schedule(self) -> MuSchedule:
         return self.settings.mu
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        schedule = self.schedule(run)
+        schedule = self.settings.mu
         stats: dict[str, Any] = {}
         samples: list[TrainSample] = []
         now, drawn = context.now, []
@@ -84,16 +84,16 @@ class Chord(Method):
         return NoiseMeasurement(demonstrations=demonstrations, uses_phi=uses_phi, trim=self.settings.mu.trim)
 
     def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
-        schedule = self.schedule(run)
+        schedule = self.settings.mu
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
 
     def uses_rollouts(self, run: RunConfig) -> bool:
-        schedule = self.schedule(run)
+        schedule = self.settings.mu
         return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
 
     def step_text(self, run: RunConfig) -> str:
         demonstrations = f"{run.batch.demonstrations} demonstrations"
-        low, high = self.schedule(run).bounds()
+        low, high = self.settings.mu.bounds()
         if not self.uses_rollouts(run):
             return f"{demonstrations}; nothing is sampled"
         if high == 0:
@@ -102,7 +102,8 @@ class Chord(Method):
         return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
 
     def check(self, run: RunConfig) -> None:
-        low, high = self.schedule(run).bounds()
+        schedule = self.settings.mu
+        low, high = schedule.bounds()
         if high > 0 and run.data.demonstrations is None:
             raise ValueError("method.mu can be above 0 but data.demonstrations is not given")
         if high > 0 and run.batch.demonstrations == 0:
@@ -113,7 +114,7 @@ class Chord(Method):
             raise ValueError(
                 "objective.kl belongs to the policy branch, but mu is 1 in every step; leave it out"
             )
-        if self.schedule(run).needs_mu_gradient:
+        if schedule.needs_mu_gradient:
             if run.parallel.distributed_optimizer:
                 raise ValueError(
                     "method.mu.rate needs the full gradient on every rank: set parallel.distributed_optimizer: false"
@@ -122,13 +123,13 @@ class Chord(Method):
                 raise ValueError(
                     "method.mu.rate needs one update per step: batch.updates_per_step and batch.epochs must be 1"
                 )
-        if self.schedule(run).measures_noise(0) and self.settings.token_weight.kind not in ("phi", "one"):
+        if schedule.measures_noise(0) and self.settings.token_weight.kind not in ("phi", "one"):
             raise ValueError(
                 "method.mu 'noise_aware' compares the two branches with token_weight phi or one, got "
                 f"{self.settings.token_weight.kind}"
             )
         end = min(run.steps, run.optim.horizon(run.steps))
-        for step in filter(self.schedule(run).resets_optimizer, range(run.steps)):
+        for step in filter(schedule.resets_optimizer, range(run.steps)):
             if run.optim.warmup_steps >= end - step:
                 limit = f"optim.decay_steps {end}" if end < run.steps else str(end)
                 raise ValueError(

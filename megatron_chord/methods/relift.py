@@ -47,7 +47,7 @@ class ReLIFT(Method):
                 "set method.entropy_coefficient for demonstrations, and leave this out"
             )
 
-    def extra_rate(self, run: RunConfig) -> float:
+    def extra_rate(self) -> float:
         return self.settings.sft_lr
 
     def step_text(self, run: RunConfig) -> str:

@@ -96,7 +96,7 @@ class SelfDistillation(Method):
                 "that optimizer's FP32 weights"
             )
 
-    def averaging_rate(self, run: RunConfig) -> float | None:
+    def averaging_rate(self) -> float | None:
         return self.settings.teacher_rate if self.settings.teacher == "averaged" else None
 
     def check_positions(self, run: RunConfig, max_positions: int) -> None:

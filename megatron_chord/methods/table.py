@@ -110,7 +110,7 @@ def _rules_of_data(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]
 
 def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, str]]:
     """Yield (whether the rule is broken, the message) for each rule."""
-    schedule = method.schedule(run)
+    schedule = method.schedule()
     if run.rollout.asynchronous is not None:
         yield (
             schedule is not None and schedule.needs_last_step,

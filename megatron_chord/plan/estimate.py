@@ -347,9 +347,9 @@ def case_of(
         transport=run.rollout.transport,
         push_limit_s=run.timeouts.weight_push_s,
         kept_checkpoints=run.checkpoint.keep + (run.checkpoint.keep_best is not None),
-        optimizer_states=method.num_optimizer_states(run),
-        host_state_bytes=_MOMENTS_BYTES * (method.extra_rate(run) is not None)
-        + _AVERAGE_BYTES * (method.averaging_rate(run) is not None),
+        optimizer_states=method.num_optimizer_states(),
+        host_state_bytes=_MOMENTS_BYTES * (method.extra_rate() is not None)
+        + _AVERAGE_BYTES * (method.averaging_rate() is not None),
         stages_checkpoints=run.checkpoint.asynchronous is not False,
         replays_routes=run.rollout.router_replay is not False,
         constants=constants,

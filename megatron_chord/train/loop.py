@@ -202,7 +202,7 @@ def _stopped(step: int, steps: int, *, first: int) -> Stopped:
 def _step(context: RunContext, now: ScheduleInput) -> Memory:
     """Run one step, and log its metrics on the coordinator. Returns the memory of mu's schedule."""
     run, method, state, coordinator = context.run, context.method, context.state, context.coordinator
-    step, schedule = now.step, method.schedule(run)
+    step, schedule = now.step, method.schedule()
     timer = Timer(mark=record_function)
     with timer.phase("total"):
         with timer.phase("collect"), state.groups.pulse.phase("collecting"):

@@ -220,7 +220,7 @@ def _changed(run: RunConfig, method: Method, done: int, allowed: bool) -> list[s
         ValueError: a difference is not allowed.
     """
     before = settings_before(run.output, done)
-    remark = schedule_change(before, run, step=done, since=_last_reset(method.schedule(run), done))
+    remark = schedule_change(before, run, step=done, since=_last_reset(method.schedule(), done))
     return check_changes(before, plain_settings(run), allowed=allowed, remarks=[remark] if remark else [])
 
 
@@ -264,14 +264,14 @@ def _build(
         reference=reference_folder(run, terms),
         fp8=preset(run.precision).training,
     )
-    state = with_second_adam(state, method.extra_rate(run))
-    state = with_averaged(state, method.averaging_rate(run))
+    state = with_second_adam(state, method.extra_rate())
+    state = with_averaged(state, method.averaging_rate())
     servers = engine if wanted_routes(run, shape) is not None else None
     queue = StepQueue(run, groups, coordinator, servers=servers, stop_wanted=stop_wanted)
     stack.callback(queue.close)
     saver = Saver(run.output / CHECKPOINTS, run.checkpoint, groups, log.say if log is not None else _silent)
     stack.callback(saver.close)
-    schedule = method.schedule(run)
+    schedule = method.schedule()
     return RunContext(
         run=run,
         method=method,
@@ -308,7 +308,7 @@ def _resume(context: RunContext, path: Path) -> dict[str, Any]:
 
     context.state.groups.once(restore)
     context.queue.restore(run_state)
-    schedule, step = context.method.schedule(context.run), run_state["step"]
+    schedule, step = context.method.schedule(), run_state["step"]
     if schedule is not None:
         _check_memory(schedule, ScheduleInput(step=step, memory=run_state["mu"]), path)
         restart_schedule(context.state, _last_reset(schedule, step))

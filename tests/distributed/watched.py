@@ -105,7 +105,7 @@ def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) ->
         num_tokens=1,
         squared_tokens=1,
     )
-    schedule = method.schedule(run)
+    schedule = method.schedule()
     mu_gradient = MuGradient() if schedule is not None and schedule.needs_mu_gradient else None
     with Watch() as watch:
         train_step(run, state, terms, inputs, [mine], step=0, mu_gradient=mu_gradient)

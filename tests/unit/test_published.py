@@ -47,7 +47,7 @@ def load(row: str, domain: str) -> RunConfig:
 
 
 def mu_of(run: RunConfig, step: int) -> float:
-    schedule = method_of(run).schedule(run)
+    schedule = method_of(run).schedule()
     assert schedule is not None
     return schedule.value(ScheduleInput(step=step))
 

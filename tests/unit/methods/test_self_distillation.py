@@ -268,9 +268,9 @@ def test_refusals(settings: Any, batch: Any, reason: str) -> None:
 def test_an_averaged_teacher_needs_the_distributed_optimizer() -> None:
     run = run_of(teacher="averaged", teacher_rate=0.1)
     method = method_of(run)
-    assert method.averaging_rate(run) == 0.1
+    assert method.averaging_rate() == 0.1
     assert method.terms(run)["policy"].scored >= {"averaged_teacher_logprob"}
-    assert method_of(run_of()).averaging_rate(run_of()) is None
+    assert method_of(run_of()).averaging_rate() is None
     with pytest.raises(ValueError, match=r"averaged needs parallel\.distributed_optimizer: true"):
         method_of(replace(run, parallel=replace(run.parallel, distributed_optimizer=False)))
 
