@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import CorrectionConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, CorrectionConfig, DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
@@ -103,14 +103,14 @@ class Method:
         weights."""
         return 1 + (self.extra_rate() is not None) + (self.averaging_rate() is not None)
 
-    def check_positions(self, run: RunConfig, max_positions: int) -> None:
+    def check_positions(self, data: DataConfig, max_positions: int) -> None:
         """Check the lengths of sequences that only this method makes. ``max_positions`` is the model's limit.
 
         Raises:
             ValueError: a sequence could be longer than the model allows.
         """
 
-    def uses_rollouts(self, run: RunConfig) -> bool:
+    def uses_rollouts(self, batch: BatchConfig) -> bool:
         """True if any step of the run uses the rollout engine."""
         return True
 
@@ -121,13 +121,13 @@ class Method:
         more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
         return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
 
-    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
+    def needs_rollouts_at(self, batch: BatchConfig, now: ScheduleInput) -> bool:
         """True if this step uses the rollout engine. The result is the same on every rank."""
         return True
 
-    def max_sampling_rounds(self, run: RunConfig) -> int:
+    def max_sampling_rounds(self, batch: BatchConfig) -> int:
         """The largest number of successive sampling rounds in a step. The step's deadline depends on it."""
-        return run.batch.sampling_attempts
+        return batch.sampling_attempts
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         """Collect the samples of one step.
@@ -159,30 +159,29 @@ class Method:
         }
 
 
-def refuse_dynamic_sampling(run: RunConfig, purpose: str) -> None:
+def refuse_dynamic_sampling(batch: BatchConfig, purpose: str) -> None:
     """Refuse dynamic sampling for a method that uses the prompts which it would replace. ``purpose`` is what the
     method does with them.
 
     Raises:
         ValueError: ``batch.sampling_attempts`` is above 1.
     """
-    if run.batch.sampling_attempts > 1:
+    if batch.sampling_attempts > 1:
         raise ValueError(
             "batch.sampling_attempts: dynamic sampling would replace the prompts whose rollouts are all wrong, but "
             f"{purpose}; leave it at 1"
         )
 
 
-def refuse_several_updates(run: RunConfig, *, also: str = "") -> None:
-    """Refuse several updates per step for a method whose loss compares pairs of answers.
+def refuse_several_updates(batch: BatchConfig, name: str, *, also: str = "") -> None:
+    """Refuse several updates per step for the method ``name``, whose loss compares pairs of answers.
 
     Raises:
         ValueError: ``batch.updates_per_step`` or ``batch.epochs`` is above 1. The message adds the reason ``also``.
     """
-    batch = run.batch
     if batch.updates_per_step > 1 or batch.epochs > 1:
         raise ValueError(
-            f"method {run.method.name} takes one update per step: a pair's gradient is valid only for the weights "
+            f"method {name} takes one update per step: a pair's gradient is valid only for the weights "
             f"before the step's first update{also and f', and {also}'}. batch.updates_per_step is "
             f"{batch.updates_per_step} and batch.epochs is {batch.epochs}; set both to 1"
         )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, RunConfig
 from megatron_chord.config_methods import ChordConfig
 from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.losses.sft import sft_term
@@ -42,7 +42,7 @@ class Chord(Method):
         stats: dict[str, Any] = {}
         samples: list[TrainSample] = []
         now, drawn = context.now, []
-        if self.needs_rollouts_at(run, now):
+        if self.needs_rollouts_at(run.batch, now):
             sampled = sample_groups(context, run)
             drawn, stats = sampled.drawn, dict(sampled.stats)
             now = replace(now, reward_mean=sampled.reward_mean)
@@ -83,18 +83,18 @@ class Chord(Method):
         assert isinstance(self.settings.mu, NoiseAware)
         return NoiseMeasurement(demonstrations=demonstrations, uses_phi=uses_phi, trim=self.settings.mu.trim)
 
-    def needs_rollouts_at(self, run: RunConfig, now: ScheduleInput) -> bool:
+    def needs_rollouts_at(self, batch: BatchConfig, now: ScheduleInput) -> bool:
         schedule = self.settings.mu
-        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
+        return batch.prompts > 0 and (schedule.needs_rewards or schedule.value(now) < 1)
 
-    def uses_rollouts(self, run: RunConfig) -> bool:
+    def uses_rollouts(self, batch: BatchConfig) -> bool:
         schedule = self.settings.mu
-        return run.batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
+        return batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
 
     def step_text(self, run: RunConfig) -> str:
         demonstrations = f"{run.batch.demonstrations} demonstrations"
         low, high = self.settings.mu.bounds()
-        if not self.uses_rollouts(run):
+        if not self.uses_rollouts(run.batch):
             return f"{demonstrations}; nothing is sampled"
         if high == 0:
             return f"{super().step_text(run)}; no demonstration is drawn"

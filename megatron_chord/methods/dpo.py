@@ -48,7 +48,7 @@ class MixedDPO(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        refuse_several_updates(run)
+        refuse_several_updates(run.batch, self.name)
         if run.batch.sampling_attempts > 1 and self.settings.offpolicy_share > 0:
             raise ValueError(
                 "batch.sampling_attempts above 1 replaces groups of equal scores, but off-policy pairs need them; "

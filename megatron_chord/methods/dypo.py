@@ -62,8 +62,8 @@ class DYPO(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        refuse_several_updates(run, also="a group must be whole")
-        refuse_dynamic_sampling(run, "method dypo trains these by SFT")
+        refuse_several_updates(run.batch, self.name, also="a group must be whole")
+        refuse_dynamic_sampling(run.batch, "method dypo trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         graded = [

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, RunConfig
 from megatron_chord.config_methods import GHPOConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.terms import Term
@@ -54,7 +54,7 @@ class GHPO(Method):
 
     needs_demonstrations: ClassVar[bool] = True
 
-    def max_sampling_rounds(self, run: RunConfig) -> int:
+    def max_sampling_rounds(self, batch: BatchConfig) -> int:
         return 1 + self.settings.stages
 
     def check(self, run: RunConfig) -> None:
@@ -62,7 +62,7 @@ class GHPO(Method):
             raise ValueError(
                 f"method.start_step {self.settings.start_step} must be below the run's steps, {run.steps}"
             )
-        refuse_dynamic_sampling(run, "method ghpo needs them for its hints")
+        refuse_dynamic_sampling(run.batch, "method ghpo needs them for its hints")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         sampled = context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)

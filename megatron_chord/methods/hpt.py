@@ -49,7 +49,7 @@ class HPT(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        refuse_dynamic_sampling(run, "method hpt trains these by SFT")
+        refuse_dynamic_sampling(run.batch, "method hpt trains these by SFT")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         graded = [

@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import PrefixRFTConfig
 from megatron_chord.losses.policy import group_advantages, surrogate
 from megatron_chord.losses.sft import most_uncertain
@@ -51,8 +51,8 @@ class PrefixRFT(Method):
 
     needs_demonstrations: ClassVar[bool] = True
 
-    def max_sampling_rounds(self, run: RunConfig) -> int:
-        return super().max_sampling_rounds(run) + 1
+    def max_sampling_rounds(self, batch: BatchConfig) -> int:
+        return super().max_sampling_rounds(batch) + 1
 
     def check(self, run: RunConfig) -> None:
         if run.batch.rollouts - self.settings.hybrids < 2:
@@ -61,17 +61,17 @@ class PrefixRFT(Method):
                 f"{run.batch.rollouts - self.settings.hybrids} unprefixed rollouts; at least 2 are needed"
             )
 
-    def lowest_share(self, now: ScheduleInput, run: RunConfig) -> float:
-        """``low`` at this step: the smallest share of a demonstration that a hybrid may begin with."""
+    def lowest_share(self, now: ScheduleInput, *, steps: int) -> float:
+        """``low`` at this step of ``steps``: the smallest share of a demonstration that a hybrid may begin with."""
         decay = WarmupCosine(
             peak=self.settings.low_start,
             valley=self.settings.low_end,
-            decay_steps=self.settings.decay_steps or run.steps,
+            decay_steps=self.settings.decay_steps or steps,
         )
         return decay.value(now)
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        lowest = self.lowest_share(context.now, run)
+        lowest = self.lowest_share(context.now, steps=run.steps)
         sampled = sample_groups(context, run, rollouts=run.batch.rollouts - self.settings.hybrids)
         demonstrations = [context.demonstration(item.prompt) for item in sampled.drawn]
         shares = [

@@ -40,7 +40,7 @@ class ReLIFT(Method):
     needs_demonstrations: ClassVar[bool] = True
 
     def check(self, run: RunConfig) -> None:
-        refuse_dynamic_sampling(run, "method relift collects their demonstrations")
+        refuse_dynamic_sampling(run.batch, "method relift collects their demonstrations")
         if run.objective.entropy_bonus_on == "all":
             raise ValueError(
                 "objective.entropy_bonus_on: method relift trains rollouts and demonstrations in different updates; "

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import SelfDistillationConfig
 from megatron_chord.data.rows import RowError
 from megatron_chord.data.thinking import without_thinking
@@ -88,7 +88,9 @@ class SelfDistillation(Method):
                         f"smaller weight, or leave objective.{name} out"
                     )
         if self.settings.shows != "right_rollout":
-            refuse_dynamic_sampling(run, f"with method.shows {self.settings.shows} these are taught, too")
+            refuse_dynamic_sampling(
+                run.batch, f"with method.shows {self.settings.shows} these are taught, too"
+            )
 
         if self.settings.teacher == "averaged" and not run.parallel.distributed_optimizer:
             raise ValueError(
@@ -99,8 +101,8 @@ class SelfDistillation(Method):
     def averaging_rate(self) -> float | None:
         return self.settings.teacher_rate if self.settings.teacher == "averaged" else None
 
-    def check_positions(self, run: RunConfig, max_positions: int) -> None:
-        limit, answer = self.teacher_prompt_limit(run), run.data.max_response_tokens
+    def check_positions(self, data: DataConfig, max_positions: int) -> None:
+        limit, answer = self.teacher_prompt_limit(data), data.max_response_tokens
         if limit + answer > max_positions:
             raise ValueError(
                 f"method.teacher_prompt_tokens {limit} + data.max_response_tokens {answer} = {limit + answer} is "
@@ -108,9 +110,8 @@ class SelfDistillation(Method):
                 f"{max_positions - answer}"
             )
 
-    def teacher_prompt_limit(self, run: RunConfig) -> int:
+    def teacher_prompt_limit(self, data: DataConfig) -> int:
         """Maximum number of tokens of a teacher's prompt."""
-        data = run.data
         return self.settings.teacher_prompt_tokens or data.max_prompt_tokens + data.max_response_tokens
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
@@ -137,7 +138,7 @@ class SelfDistillation(Method):
             text = self.teacher_text(group, index, context)
             if text is not None and text not in prompts:
                 prompts[text] = teacher_prompt(
-                    group.prompt, text, context=context, limit=self.teacher_prompt_limit(run)
+                    group.prompt, text, context=context, limit=self.teacher_prompt_limit(run.data)
                 )
             shown = None if text is None else prompts[text]
             if not rollout_is_trained(rollout, run.objective):

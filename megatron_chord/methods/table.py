@@ -118,10 +118,10 @@ def _rules_of_rollout(method: Method, run: RunConfig) -> Iterator[tuple[bool, st
             "step, but rollouts are sampled before that step ends; leave it out, or choose another schedule",
         )
         yield (
-            not method.uses_rollouts(run),
+            not method.uses_rollouts(run.batch),
             "rollout.asynchronous: this run samples nothing; leave it out",
         )
     yield (
-        run.rollout.partial is not None and not method.uses_rollouts(run),
+        run.rollout.partial is not None and not method.uses_rollouts(run.batch),
         "rollout.partial: this run samples nothing; leave it out",
     )

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import TRAPOConfig, TrustRegionWeight
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.losses.sft import sft_term
@@ -69,7 +69,7 @@ class TRAPO(Method):
     def step_text(self, run: RunConfig) -> str:
         return f"{super().step_text(run)}, in rounds of {', '.join(map(str, self.settings.counts))}"
 
-    def max_sampling_rounds(self, run: RunConfig) -> int:
+    def max_sampling_rounds(self, batch: BatchConfig) -> int:
         return len(self.settings.counts)
 
     def check(self, run: RunConfig) -> None:
@@ -78,7 +78,7 @@ class TRAPO(Method):
                 f"method.counts {list(self.settings.counts)} adds up to {sum(self.settings.counts)}, but "
                 f"batch.rollouts is {run.batch.rollouts}: the rounds divide a prompt's rollouts"
             )
-        refuse_dynamic_sampling(run, "method trapo helps these with their demonstrations")
+        refuse_dynamic_sampling(run.batch, "method trapo helps these with their demonstrations")
 
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         sampled = context.groups(run.batch.prompts, num_rollouts=self.settings.counts[0])

@@ -310,11 +310,11 @@ def case_of(
     """
     method, shape = method_of(run), read_shape(run.model.path)
     check_lengths(run.data, shape.max_positions)
-    method.check_positions(run, shape.max_positions)
+    method.check_positions(run.data, shape.max_positions)
     fp8 = preset(run.precision)
     response = _mean("response", response_tokens, run.data.max_response_tokens)
     terms = method.terms(run).values()
-    samples = method.uses_rollouts(run)
+    samples = method.uses_rollouts(run.batch)
     return Case(
         shape=shape,
         cluster=cluster,

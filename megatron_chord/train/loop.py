@@ -264,7 +264,7 @@ def _push_and_start(context: RunContext, now: ScheduleInput, *, through: int) ->
     Weights are pushed only if one of these steps samples.
     """
     steps = context.queue.not_started(now, through=through)
-    samples = [context.method.needs_rollouts_at(context.run, step) for step in steps]
+    samples = [context.method.needs_rollouts_at(context.run.batch, step) for step in steps]
     if any(samples):
         context.engine.push_weights(context.state, now.step)
     for step, does_sample in zip(steps, samples, strict=True):

@@ -102,7 +102,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
             "packed micro-batch must be a multiple of it (precision, tensor and context parallelism; docs/fp8.md)"
         )
     check_lengths(run.data, shape.max_positions)
-    method.check_positions(run, shape.max_positions)
+    method.check_positions(run.data, shape.max_positions)
     for setting, sources in sources_by_setting(run).items():
         for source in sources:
             if fault := unknown_fields(source.fields):
@@ -119,7 +119,7 @@ def check_run(run: RunConfig, world_size: int) -> tuple[ModelShape, Method]:
 
 def needs_servers(run: RunConfig, method: Method) -> bool:
     """True if the run samples at any time, for the method or for evaluation."""
-    return method.uses_rollouts(run) or bool(run.held_out())
+    return method.uses_rollouts(run.batch) or bool(run.held_out())
 
 
 def reference_folder(run: RunConfig, terms: Mapping[str, Term]) -> Path | None:
@@ -307,7 +307,7 @@ def coordinator_timeout_s(run: RunConfig, method: Method) -> float:
     rollouts = run.batch.prompts * run.batch.rollouts
     grading = max(reward.timeout_s * rollouts / reward.workers for reward in terms_of(run.reward).values())
     # An evaluation samples its sets one after the other.
-    rounds = max(method.max_sampling_rounds(run), len(run.held_out()))
+    rounds = max(method.max_sampling_rounds(run.batch), len(run.held_out()))
     sampling = rounds * (timeouts.sampling_s + grading)
     once = timeouts.server_start_s + sampling * max(1, rollout.max_off_policy_steps) + timeouts.weight_push_s
     return max(run.timeouts.collective_s, once * (1 + rollout.restarts))
@@ -337,7 +337,7 @@ def plan_lines(
     say(f"method      {one_line(run.method)}")
     say(f"objective   {one_line(run.objective)}")
     say(f"optimizer   {one_line(run.optim)}")
-    if method.uses_rollouts(run):
+    if method.uses_rollouts(run.batch):
         for name, reward in terms_of(run.reward).items():
             say(f"reward      {f'{name} = ' if isinstance(run.reward, SumReward) else ''}{one_line(reward)}")
         say(f"sampling    temperature {run.rollout.temperature}")
@@ -349,7 +349,7 @@ def plan_lines(
     )
     if run.rollout.asynchronous is not None:
         say(f"ahead       {_ahead_text(run)}")
-    if shape.experts is not None and method.uses_rollouts(run):
+    if shape.experts is not None and method.uses_rollouts(run.batch):
         say(f"routing     {router_replay(run, shape)}")
     if run.rollout.partial is not None:
         say(f"early stop  {_early_stop_text(run)}")

@@ -57,7 +57,7 @@ def mu_of(run: RunConfig, step: int) -> float:
 def test_a_row_has_the_papers_sizes(row: str, domain: str) -> None:
     run = load(row, domain)
     prompts, rollouts, demonstrations, _ = SIZES[domain]
-    samples = method_of(run).uses_rollouts(run)
+    samples = method_of(run).uses_rollouts(run.batch)
     assert samples == (row not in ("sft_light", "sft_best"))
     if samples:
         assert run.batch.prompts == prompts

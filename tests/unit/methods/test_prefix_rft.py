@@ -81,12 +81,12 @@ def test_shares_are_uniform_and_a_function_of_seed_and_position() -> None:
 )
 def test_the_shortest_prefix_decays_along_half_a_cosine(step: int, expected: float) -> None:
     method = PrefixRFT(settings=PrefixRFTConfig(decay_steps=4))
-    assert method.lowest_share(ScheduleInput(step=step), run_of()) == pytest.approx(expected, abs=1e-6)
+    assert method.lowest_share(ScheduleInput(step=step), steps=10) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_decay_takes_the_whole_run_unless_told() -> None:
-    assert PrefixRFT().lowest_share(ScheduleInput(step=5), run_of()) == pytest.approx(0.5)
-    assert PrefixRFT().lowest_share(ScheduleInput(step=10), run_of()) == pytest.approx(0.05)
+    assert PrefixRFT().lowest_share(ScheduleInput(step=5), steps=10) == pytest.approx(0.5)
+    assert PrefixRFT().lowest_share(ScheduleInput(step=10), steps=10) == pytest.approx(0.05)
 
 
 # ---- advantages

@@ -289,8 +289,8 @@ def test_demonstrations_are_needed_where_they_are_shown() -> None:
 def test_a_teachers_sequence_must_fit_the_model() -> None:
     run = run_of(limit=100)  # and answers of 16 tokens
     method = method_of(run)
-    method.check_positions(run, 116)
+    method.check_positions(run.data, 116)
     with pytest.raises(ValueError, match=r"beyond the model's 115 positions: set .* to at most 99"):
-        method.check_positions(run, 115)
+        method.check_positions(run.data, 115)
     short = run_of(limit=100, teacher_prompt_tokens=20)
-    method_of(short).check_positions(short, 36)
+    method_of(short).check_positions(short.data, 36)

@@ -129,7 +129,7 @@ def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
     names = Counter(key for output in outputs for key in (*output.losses, *output.means, *output.maxima))
     assert max(names.values()) == 1, f"reported by two terms: {names.most_common(1)}"
     assert {"logprob_gap", "logprob_gap_max", "entropy"} <= names.keys()
-    assert method.max_sampling_rounds(run) >= 1
+    assert method.max_sampling_rounds(run.batch) >= 1
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -135,5 +135,5 @@ def test_ranks_wait_long_enough_for_an_evaluation_of_several_sets(tmp_path: Path
     sets = tuple(EvaluationSetConfig(name=name, path=(Path(f"{name}.jsonl"),), every=1) for name in names)
     several = replace(run, evaluation=EvaluationConfig(sets=sets), data=replace(run.data, evaluation=None))
     longer = coordinator_timeout_s(several, method_of(several)) - coordinator_timeout_s(run, method_of(run))
-    rounds = len(sets) - method_of(run).max_sampling_rounds(run)
+    rounds = len(sets) - method_of(run).max_sampling_rounds(run.batch)
     assert longer >= rounds * run.timeouts.sampling_s
