@@ -114,13 +114,6 @@ class Method:
         """True if any step of the run uses the rollout engine."""
         return True
 
-    def step_text(self, run: RunConfig) -> str:
-        """A description of one step's data, for the printed plan of the run."""
-        own = ", each with its own demonstration" if self.uses_own_demonstrations else ""
-        attempts = run.batch.sampling_attempts
-        more = f", in up to {attempts} rounds of sampling" if attempts > 1 else ""
-        return f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts{own}{more}"
-
     def needs_rollouts_at(self, batch: BatchConfig, now: ScheduleInput) -> bool:
         """True if this step uses the rollout engine. The result is the same on every rank."""
         return True

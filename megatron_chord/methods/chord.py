@@ -91,16 +91,6 @@ class Chord(Method):
         schedule = self.settings.mu
         return batch.prompts > 0 and (schedule.needs_rewards or schedule.bounds()[0] < 1)
 
-    def step_text(self, run: RunConfig) -> str:
-        demonstrations = f"{run.batch.demonstrations} demonstrations"
-        low, high = self.settings.mu.bounds()
-        if not self.uses_rollouts(run.batch):
-            return f"{demonstrations}; nothing is sampled"
-        if high == 0:
-            return f"{super().step_text(run)}; no demonstration is drawn"
-        only = " (where mu > 0)" if low == 0 else ""
-        return f"{super().step_text(run)}{' (where mu < 1)' if high == 1 else ''} + {demonstrations}{only}"
-
     def check(self, run: RunConfig) -> None:
         schedule = self.settings.mu
         low, high = schedule.bounds()

@@ -50,12 +50,6 @@ class ReLIFT(Method):
     def extra_rate(self) -> float:
         return self.settings.sft_lr
 
-    def step_text(self, run: RunConfig) -> str:
-        return (
-            f"{run.batch.prompts} prompts x {run.batch.rollouts} rollouts; an SFT update whenever "
-            f"{self.settings.size} demonstrations of failed prompts are collected"
-        )
-
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         graded = [
             answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)

@@ -66,9 +66,6 @@ class TRAPO(Method):
 
     needs_demonstrations: ClassVar[bool] = True
 
-    def step_text(self, run: RunConfig) -> str:
-        return f"{super().step_text(run)}, in rounds of {', '.join(map(str, self.settings.counts))}"
-
     def max_sampling_rounds(self, batch: BatchConfig) -> int:
         return len(self.settings.counts)
 

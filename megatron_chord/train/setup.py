@@ -38,6 +38,7 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.hub import refusal, unresolved_name, why_offline
 from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, need_reference
 from megatron_chord.methods.base import Method, corrected
+from megatron_chord.methods.step_text import step_text
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.precision import Fp8Training, preset
@@ -344,7 +345,7 @@ def plan_lines(
     for held_out in held_out_sets(run):
         say(f"evaluation  {_evaluation_text(held_out)}")
     say(
-        f"one step    {method.step_text(run)}; {_updates_text(batch.updates_per_step, batch.epochs)}; "
+        f"one step    {step_text(method, batch)}; {_updates_text(batch.updates_per_step, batch.epochs)}; "
         f"micro-batches of at most {batch.max_tokens_per_gpu} tokens on each of {_counted(data, 'data-parallel rank')}"
     )
     if run.rollout.asynchronous is not None:
