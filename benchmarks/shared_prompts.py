@@ -88,7 +88,11 @@ def compare(args: argparse.Namespace, model: Path) -> None:
     groups = runtime.start(run.parallel, seed=0)
     state = build_state(read_shape(model), run.model, run.parallel, run.optim, groups=groups, steps=100)
     assert can_share_prompts(state.shape, run.parallel)
-    terms = {name: term for name, term in build(run.method).terms(run).items() if name == "policy"}
+    terms = {
+        name: term
+        for name, term in build(run.method).terms(run.resolved_objective(), run.batch).items()
+        if name == "policy"
+    }
     samples = with_scales(make_samples(args), terms)
     layout = packing_layout(state.shape, run.parallel, groups.data.size)
     plans = {

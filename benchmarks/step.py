@@ -228,7 +228,7 @@ def ours(arguments: argparse.Namespace, samples: list[TrainSample]) -> tuple[Any
     state = build_state(
         read_shape(arguments.model), run.model, run.parallel, run.optim, groups=groups, steps=100
     )
-    terms = build(run.method).terms(run)
+    terms = build(run.method).terms(run.resolved_objective(), run.batch)
     plan = plan_step(
         with_scales(samples, terms),
         max_tokens=arguments.max_tokens,

@@ -423,7 +423,7 @@ def _lens(
             "--policy needs demonstrations, but the run has no data.demonstrations, or --policy-rows is 0"
         )
     if isinstance(run.method, ChordConfig):
-        term = method_of(run).terms(run)[SFT]
+        term = method_of(run).terms(run.resolved_objective(), run.batch)[SFT]
         weighting = f"method.token_weight {one_line(run.method.token_weight).removeprefix('kind ')}"
         if run.method.cutoff < 1:
             weighting += f", no gradient above p = {run.method.cutoff:g}"

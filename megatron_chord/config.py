@@ -947,10 +947,7 @@ class RunConfig:
         )
         correction = self.objective.correction
         require(
-            self.rollout.has_older_tokens
-            or preset(self.precision).rollouts is not None
-            or correction is None
-            or correction.mode != "none",
+            self.needs_correction or correction is None or correction.mode != "none",
             "objective.correction.mode none turns off a correction that is on by default only with "
             "rollout.asynchronous, with rollout.partial and unfinished: carry, or with an FP8 precision; this run "
             "has none of these, so leave objective.correction out",
@@ -1002,6 +999,25 @@ class RunConfig:
             intervals.get(name) != 0,
             f"checkpoint.keep_best: {name} is never measured during the run; give its set `every`",
         )
+
+    @property
+    def needs_correction(self) -> bool:
+        """True if older or quantised weights may sample the rollouts."""
+        return self.rollout.has_older_tokens or preset(self.precision).rollouts is not None
+
+    def resolved_objective(self) -> ObjectiveConfig:
+        """`objective` with the defaults that depend on other blocks: the length by which sums are divided, and the
+        importance correction.
+
+        Correction is added if the rollouts need it. The user's own `objective.correction` has priority. With
+        `ratio_from: rollout` no correction is added, because the ratio already is the importance weight.
+        """
+        objective = self.objective
+        correction = objective.correction
+        if correction is None and self.needs_correction and objective.ratio_from != "rollout":
+            correction = CorrectionConfig()
+        length = objective.aggregation_length or self.data.max_response_tokens
+        return replace(objective, correction=correction, aggregation_length=length)
 
     def held_out(self) -> tuple[SourceConfig, ...]:
         """The sources of held-out problems: those of `data.evaluation`, or one for each of `evaluation.sets`."""

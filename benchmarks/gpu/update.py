@@ -86,7 +86,7 @@ def main() -> None:
         fp8=preset(arguments.precision).training,
         fill=fill_at_random,
     )
-    terms = build_method(run.method).terms(run)
+    terms = build_method(run.method).terms(run.resolved_objective(), run.batch)
     samples = fill_tokens(
         int(FILL * arguments.micro_batches * arguments.max_tokens),
         longest=arguments.max_tokens // 2,

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import BatchConfig, CorrectionConfig, DataConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
-from megatron_chord.precision import preset
 from megatron_chord.records import TrainSample
 from megatron_chord.sampling.context import StepContext
 from megatron_chord.schedules import MuSchedule, ScheduleInput
@@ -130,13 +129,18 @@ class Method:
         """
         raise NotImplementedError
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        """All terms that samples of ``collect`` may use, by name."""
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+        """All terms that samples of ``collect`` may use, by name.
+
+        Args:
+            objective: ``RunConfig.resolved_objective()``.
+            batch: how many prompts and rollouts a step has.
+        """
         raise NotImplementedError
 
-    def all_terms(self, run: RunConfig) -> dict[str, Term]:
+    def all_terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         """``terms``, with the entropy bonus of ``objective`` if that is averaged apart from the losses."""
-        terms, objective = self.terms(run), run.objective
+        terms = self.terms(objective, batch)
         if not objective.averages_entropy_apart:
             return terms
         chosen = terms if objective.entropy_bonus_on == "all" else self.rollout_terms
@@ -145,7 +149,7 @@ class Method:
                 terms[name],
                 entropy_bonus=objective.entropy_bonus,
                 entropy_aggregation=objective.entropy_aggregation or objective.aggregation,
-                aggregation_length=aggregation_length(run),
+                aggregation_length=aggregation_length(objective),
                 zero_gradient_column=None,
             )
             for name in chosen
@@ -180,9 +184,8 @@ def refuse_several_updates(batch: BatchConfig, name: str, *, also: str = "") -> 
         )
 
 
-def policy_term(run: RunConfig) -> Term:
+def policy_term(objective: ObjectiveConfig) -> Term:
     """The term of the on-policy branch, with the settings of ``objective``."""
-    objective = corrected(run)
     scored: set[str] = set()
     if objective.ratio_from == "recomputed":
         scored.add("old_logprob")
@@ -190,7 +193,7 @@ def policy_term(run: RunConfig) -> Term:
         scored.add("reference_logprob")
     has_penalties = objective.kl is not None or objective.entropy_bonus != 0
     return averaged_term(
-        run,
+        objective,
         lambda stats, tokens: policy_loss(stats, tokens, objective),
         pool="policy",
         scored=scored,
@@ -198,21 +201,8 @@ def policy_term(run: RunConfig) -> Term:
     )
 
 
-def corrected(run: RunConfig) -> ObjectiveConfig:
-    """``objective``, with importance correction added if the run's rollouts need it.
-
-    Rollouts need it if older or quantised weights may have sampled them. The user's own ``objective.correction`` has
-    priority. With ``ratio_from: rollout`` no correction is added, because the ratio already is the importance weight.
-    """
-    objective = run.objective
-    needs_correction = run.rollout.has_older_tokens or preset(run.precision).rollouts is not None
-    if not needs_correction or objective.ratio_from == "rollout" or objective.correction is not None:
-        return objective
-    return replace(objective, correction=CorrectionConfig())
-
-
 def averaged_term(
-    run: RunConfig,
+    objective: ObjectiveConfig,
     loss: TermLoss,
     *,
     pool: str,
@@ -225,13 +215,15 @@ def averaged_term(
     return Term(
         loss=loss,
         pool=pool,
-        aggregation=run.objective.aggregation,
-        aggregation_length=aggregation_length(run),
+        aggregation=objective.aggregation,
+        aggregation_length=aggregation_length(objective),
         scored=frozenset(scored),
         prepare=prepare,
         zero_gradient_column=zero_gradient_column,
     )
 
 
-def aggregation_length(run: RunConfig) -> int:
-    return run.objective.aggregation_length or run.data.max_response_tokens
+def aggregation_length(objective: ObjectiveConfig) -> int:
+    """The length by which a resolved objective divides sums."""
+    assert objective.aggregation_length is not None, "RunConfig.resolved_objective sets it"
+    return objective.aggregation_length

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import BatchConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import ChordConfig
 from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.losses.sft import sft_term
@@ -66,15 +66,15 @@ class Chord(Method):
             noise=noise,
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         return {
-            POLICY: policy_term(run),
+            POLICY: policy_term(objective),
             SFT: sft_term(
                 weight=self.settings.token_weight,
                 cutoff=self.settings.cutoff,
                 temperature=self.settings.sft_temperature,
                 aggregation=self.settings.aggregation,
-                aggregation_length=aggregation_length(run),
+                aggregation_length=aggregation_length(objective),
             ),
         }
 

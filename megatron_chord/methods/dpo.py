@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import DPOConfig
 from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
@@ -83,8 +83,8 @@ class MixedDPO(Method):
             },
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        return {DPO: dpo_term(beta=self.settings.beta, max_pairs=run.batch.prompts)}
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+        return {DPO: dpo_term(beta=self.settings.beta, max_pairs=batch.prompts)}
 
 
 def is_offpolicy(position: int, share: float) -> bool:

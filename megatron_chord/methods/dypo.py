@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import DYPOConfig, SimpleWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.policy import policy_loss
@@ -36,7 +36,6 @@ from megatron_chord.losses.terms import AcrossRanks, Term, TermOutput, TermToken
 from megatron_chord.methods.base import (
     Collected,
     Method,
-    corrected,
     policy_term,
     refuse_dynamic_sampling,
     refuse_several_updates,
@@ -118,9 +117,8 @@ class DYPO(Method):
         share = num_hard / max(num_hard + num_mixed, 1)
         return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        objective, settings = corrected(run), self.settings
-        base = policy_term(run)
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+        settings, base = self.settings, policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return dypo_loss(stats, tokens, objective, coefficient=settings.alignment_coefficient)
@@ -130,8 +128,8 @@ class DYPO(Method):
                 batches,
                 across,
                 beta=settings.beta,
-                max_groups=run.batch.prompts,
-                max_members=run.batch.rollouts,
+                max_groups=batch.prompts,
+                max_members=batch.rollouts,
                 with_reference=settings.reference,
             )
 

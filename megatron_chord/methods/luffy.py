@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import LuffyConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
@@ -32,11 +32,11 @@ class Luffy(Method):
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         return collect_mixed(context, run)
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return shaped_loss(stats, tokens, gamma=self.settings.gamma if self.settings.shaping else None)
 
-        return {POLICY: policy_term(run), DEMONSTRATION: averaged_term(run, loss, pool=POLICY)}
+        return {POLICY: policy_term(objective), DEMONSTRATION: averaged_term(objective, loss, pool=POLICY)}
 
 
 def shaped_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float | None) -> TermOutput:

@@ -93,13 +93,12 @@ class PrefixRFT(Method):
             samples=samples, weights={POLICY: 1.0, PREFIX: 1.0}, stats={**sampled.stats, **stats}
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        objective = run.objective
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         scored = {"old_entropy"} | ({"old_logprob"} if objective.ratio_from == "recomputed" else set())
         return {
-            POLICY: policy_term(run),
+            POLICY: policy_term(objective),
             PREFIX: averaged_term(
-                run,
+                objective,
                 lambda stats, tokens: prefix_loss(stats, tokens, objective),
                 pool=POLICY,
                 scored=scored,

@@ -16,7 +16,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import ReLIFTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
@@ -75,12 +75,12 @@ class ReLIFT(Method):
             },
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         demonstration = replace(
             sft_term(weight=SimpleWeight(kind="one"), temperature=self.settings.sft_temperature),
             entropy_bonus=self.settings.entropy_coefficient,
         )
-        return {POLICY: policy_term(run), SFT: demonstration}
+        return {POLICY: policy_term(objective), SFT: demonstration}
 
 
 def best_score(graded: GradedRollouts) -> float:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import ReMixConfig
 from megatron_chord.losses.policy import MAX_LOG_RATIO, with_penalties
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
@@ -98,8 +98,8 @@ class ReMix(Method):
             memory=remember(memory, groups, step, self.settings.lag, run.objective) if will_mix else None,
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        objective, fresh = run.objective, policy_term(run)
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+        fresh = policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return stale_loss(stats, tokens, objective)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import RLPlusConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
@@ -33,13 +33,13 @@ class RLPlus(Method):
     def collect(self, context: StepContext, run: RunConfig) -> Collected:
         return collect_mixed(context, run)
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
-            return mixture_loss(stats, tokens, gamma=self.settings.gamma, ratio_from=run.objective.ratio_from)
+            return mixture_loss(stats, tokens, gamma=self.settings.gamma, ratio_from=objective.ratio_from)
 
-        scored = {"old_logprob"} if run.objective.ratio_from == "recomputed" else set[str]()
-        demonstration = averaged_term(run, loss, pool=POLICY, scored=scored)
-        return {POLICY: policy_term(run), DEMONSTRATION: demonstration}
+        scored = {"old_logprob"} if objective.ratio_from == "recomputed" else set[str]()
+        demonstration = averaged_term(objective, loss, pool=POLICY, scored=scored)
+        return {POLICY: policy_term(objective), DEMONSTRATION: demonstration}
 
 
 def mixture_loss(stats: TokenStats, tokens: TermTokens, *, gamma: float, ratio_from: str) -> TermOutput:

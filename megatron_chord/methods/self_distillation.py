@@ -34,14 +34,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chord.config import DataConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.config_methods import SelfDistillationConfig
 from megatron_chord.data.rows import RowError
 from megatron_chord.data.thinking import without_thinking
 from megatron_chord.losses.distillation import distilled
 from megatron_chord.losses.policy import correction_weights, old_logprobs, policy_loss
 from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, TermOutput, TermTokens, TokenStats
-from megatron_chord.methods.base import Collected, Method, corrected, policy_term, refuse_dynamic_sampling
+from megatron_chord.methods.base import Collected, Method, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.groups import (
     POLICY,
     group_is_trained,
@@ -177,9 +177,8 @@ class SelfDistillation(Method):
         shown = without_thinking(solution) if settings.drop_thinking else solution
         return filled(settings.template or SOLUTION, {**texts, "solution": shown})
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
-        objective, settings = corrected(run), self.settings
-        base = policy_term(run)
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+        settings, base = self.settings, policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return self_distillation_loss(stats, tokens, objective, settings)

@@ -99,15 +99,15 @@ class TRAPO(Method):
             },
         )
 
-    def terms(self, run: RunConfig) -> dict[str, Term]:
+    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         prefix = sft_term(
             pool=POLICY,
             weight=TrustRegionWeight(threshold=self.settings.threshold),
             temperature=self.settings.sft_temperature,
-            aggregation=run.objective.aggregation,
-            aggregation_length=aggregation_length(run),
+            aggregation=objective.aggregation,
+            aggregation_length=aggregation_length(objective),
         )
-        return {POLICY: policy_term(run), SFT: prefix}
+        return {POLICY: policy_term(objective), SFT: prefix}
 
     def _next_round(
         self,

@@ -313,7 +313,7 @@ def case_of(
     method.check_positions(run.data, shape.max_positions)
     fp8 = preset(run.precision)
     response = _mean("response", response_tokens, run.data.max_response_tokens)
-    terms = method.terms(run).values()
+    terms = method.terms(run.resolved_objective(), run.batch).values()
     samples = method.uses_rollouts(run.batch)
     return Case(
         shape=shape,

@@ -98,7 +98,7 @@ class Coordinator:
         self._passes_routes = False
         """True if the log says that routes pass through rank 0."""
         self._method = method
-        self._terms: Mapping[str, Term] = method.all_terms(run)
+        self._terms: Mapping[str, Term] = method.all_terms(run.resolved_objective(), run.batch)
         self._data = data
         self._layout = layout
         self._graders = graders

@@ -37,7 +37,7 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 from megatron_chord.hub import refusal, unresolved_name, why_offline
 from megatron_chord.losses.terms import TEACHER_COLUMNS, Term, need_reference
-from megatron_chord.methods.base import Method, corrected
+from megatron_chord.methods.base import Method
 from megatron_chord.methods.step_text import step_text
 from megatron_chord.methods.table import method_of
 from megatron_chord.model.specs import has_transformer_engine
@@ -354,7 +354,7 @@ def plan_lines(
         say(f"routing     {router_replay(run, shape)}")
     if run.rollout.partial is not None:
         say(f"early stop  {_early_stop_text(run)}")
-    terms = method.all_terms(run)
+    terms = method.all_terms(run.resolved_objective(), run.batch)
     pools = {term.pool: term for term in terms.values()}
     for pool, term in pools.items():
         names = " and ".join(name for name, other in terms.items() if other.pool == pool)
@@ -399,7 +399,7 @@ def _precision_text(run: RunConfig, shape: ModelShape, data: int) -> str:
             f"micro-batches padded to multiples of {multiple} tokens",
         ]
     parts.append(f"rollouts {f'quantised by vLLM, {rollouts.quantization}' if rollouts else 'in BF16'}")
-    correction = corrected(run).correction
+    correction = run.resolved_objective().correction
     if rollouts is not None and run.objective.ratio_from == "rollout":
         parts.append("the ratio corrects for it")
     elif rollouts is not None and (correction is None or correction.mode == "none"):
@@ -432,7 +432,7 @@ def _early_stop_text(run: RunConfig) -> str:
 
 
 def _correction_text(run: RunConfig) -> str:
-    correction = corrected(run).correction
+    correction = run.resolved_objective().correction
     if run.objective.ratio_from == "rollout":
         return "older weights are the denominator of the ratio"
     if correction is None or correction.mode == "none":

@@ -251,7 +251,7 @@ def _build(
         stop_wanted=stop_wanted,
     )
     stack.callback(engine.close)
-    terms = method.all_terms(run)
+    terms = method.all_terms(run.resolved_objective(), run.batch)
     if log is not None:
         log.doing("building the model")
     state = build_state(

@@ -12,7 +12,6 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, RunC
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import drop_zero_gradient_parts, with_scales
-from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.runtime import parallel as runtime
 from megatron_chord.train.export import export_policy
@@ -21,6 +20,7 @@ from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.update import Update, compute_gradients, prepare_batches
 from megatron_chord.weights.load import load
 from megatron_chord.weights.reader import HFReader
+from tests.support.tiny import terms_of
 
 
 def start_groups(parallel: ParallelConfig) -> runtime.ParallelGroups:
@@ -94,7 +94,7 @@ def updates(
     for case in cases:
         run: RunConfig = case["run"]
         parallel = replace(run.parallel, distributed_optimizer=False)
-        terms = build_method(run.method).all_terms(run)
+        terms = terms_of(run)
         made_of = (parallel, case.get("reference"), run.model.recompute)
         if built is None or built[0] != made_of:
             # The state is reused between cases: gloo keeps the threads of every group that was ever built.

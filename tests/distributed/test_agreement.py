@@ -20,7 +20,6 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig, RunC
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import MIN_COMPARED_TOKENS, drop_zero_gradient_parts, with_scales
-from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
 from megatron_chord.train.agreement import LogprobMismatch
 from megatron_chord.train.coordinator import StepInputs
@@ -30,7 +29,7 @@ from megatron_chord.train.step import Trained, train_step
 from megatron_chord.train.update import Update
 from tests.distributed.steps import gather_hf, start_groups
 from tests.support.ranks import run_ranks
-from tests.support.tiny import VOCAB, save_qwen2, tiny_run
+from tests.support.tiny import VOCAB, save_qwen2, terms_of, tiny_run
 
 PROMPT, ANSWER, ROLLOUTS = 4, 20, 48
 MU = 0.3
@@ -79,7 +78,7 @@ class Pair:
         ]
 
     def step(self, number: int) -> Trained:
-        terms = method_of(self.run).terms(self.run)
+        terms = terms_of(self.run)
         kept = drop_zero_gradient_parts(with_scales(self.sample(), terms), terms)
         plan = plan_step(
             kept,

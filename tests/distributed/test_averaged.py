@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.table import build as build_method
 from megatron_chord.train import checkpoint
 from megatron_chord.train.state import TrainState, with_averaged
 from megatron_chord.train.update import apply_gradients, prepare_batches
 from tests.distributed.test_checkpoint import fresh_state, gradients, whole_weights
 from tests.distributed.test_terms_distillation import taught_samples
 from tests.support.ranks import run_ranks
-from tests.support.tiny import save_qwen2, tiny_run
+from tests.support.tiny import save_qwen2, terms_of, tiny_run
 
 RATE, UPDATES = 0.3, 3
 LAYOUTS: dict[str, dict[str, Any]] = {"dp2": {}, "dp2_bf16": {"dtype": "bf16"}}
@@ -89,7 +88,7 @@ class Scored:
 
 def scored(folder: Path, out: Path) -> Scored:
     run = tiny_run(folder, method="self_distillation", teacher="averaged")
-    terms = build_method(run.method).all_terms(run)
+    terms = terms_of(run)
     made, packing = fresh_state(folder, {})
     state = with_averaged(made, RATE)
     gradients(state, packing, 0)

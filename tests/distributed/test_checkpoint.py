@@ -29,7 +29,6 @@ from megatron_chord.config import CheckpointConfig, ModelConfig, OptimConfig, Pa
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.chord import Chord
 from megatron_chord.train import checkpoint
 from megatron_chord.train.checkpoint import CheckpointError
 from megatron_chord.train.saver import Saver
@@ -38,7 +37,7 @@ from megatron_chord.train.update import Update, apply_gradients, compute_gradien
 from megatron_chord.weights.torch_dist import read_metadata
 from tests.distributed.steps import gather_hf, packing_layout, start_groups
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, save_qwen2, tiny_run
+from tests.support.tiny import make_samples, save_qwen2, terms_of, tiny_run
 
 SAVED, STEPS = 2, 4
 OPTIM = OptimConfig(
@@ -84,7 +83,7 @@ def fresh_state(folder: Path, layout: dict[str, Any], optim: OptimConfig = OPTIM
 
 def gradients(state: TrainState, layout: Any, step: int) -> dict[str, float]:
     """Compute the gradients of this step's samples. Return the metrics."""
-    terms = Chord().terms(tiny_run(Path("model"), entropy_bonus=0.01))
+    terms = terms_of(tiny_run(Path("model"), entropy_bonus=0.01))
     samples = with_scales(make_samples(seed=step), terms)
     plan = plan_step(samples, max_tokens=60, layout=layout, pad_id=0)
     batches = prepare_batches(state, plan.micro_batches[state.groups.data.rank], terms, temperature=1.0)

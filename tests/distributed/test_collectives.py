@@ -11,12 +11,11 @@ from typing import Any
 from megatron_chord.config import OptimConfig, ParallelConfig
 from megatron_chord.losses.policy import COMPARED
 from megatron_chord.losses.terms import empty_output
-from megatron_chord.methods.table import method_of
 from megatron_chord.train.state import TrainState
 from tests.distributed.steps import build
 from tests.distributed.watched import LENGTH, MICRO_BATCHES, PRESETS, TRAINED, preset, watched_step
 from tests.support.ranks import ROOT, run_ranks
-from tests.support.tiny import save_model
+from tests.support.tiny import save_model, terms_of
 
 LAYERS, HIDDEN, KEYS = 2, 64, 32
 """Sizes of the model of tests.support.tiny. KEYS is two key-value heads of 16."""
@@ -82,7 +81,7 @@ def expected(layout: str, symbols: dict[str, int]) -> Calls:
 def symbols_of(state: TrainState) -> dict[str, int]:
     """The values of the letters in the table."""
     run = preset(PRESETS["chord_phi"])
-    outputs = [empty_output(term) for term in method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in terms_of(run).values()]
     groups = state.groups
     tokens = 2 * LENGTH // groups.context.size
     return {

@@ -12,7 +12,6 @@ import torch
 from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.chord import Chord
 from megatron_chord.train.learned_mu import MuGradient
 from megatron_chord.train.setup import packing_layout
 from megatron_chord.train.update import Update, prepare_batches
@@ -21,7 +20,7 @@ from tests.distributed.steps import build, gather_hf
 from tests.support.oracle import oracle_update
 from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, save_qwen2, tiny_run
+from tests.support.tiny import make_samples, save_qwen2, terms_of, tiny_run
 
 WEIGHTS = {"policy": 0.7, "sft": 0.3}
 LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {}, {"context": 2}]
@@ -33,7 +32,7 @@ def two_steps(folder: Path, layouts: list[dict[str, int]]) -> list[Any]:
     results = []
     for layout in layouts:
         run = tiny_run(folder, parallel={"distributed_optimizer": False, **layout}, max_tokens=30)
-        terms = Chord().terms(run)
+        terms = terms_of(run)
         state = build(folder, run.parallel)
         measure, slopes = MuGradient(), []
         for seed in (0, 1):

@@ -15,7 +15,6 @@ from megatron_chord.config import ParallelConfig
 from megatron_chord.config_methods import SimpleWeight
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.model.replay import RouterReplay, replays_of
 from megatron_chord.records import TrainSample
@@ -26,7 +25,7 @@ from tests.distributed import steps
 from tests.distributed.splits import assert_split_invariant
 from tests.support.oracle_terms import policy_term, sft_term
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, save_model, tiny_run
+from tests.support.tiny import make_samples, save_model, terms_of, tiny_run
 
 TP2_SP = {"tensor": 2, "sequence_parallel": True}
 PP2_VPP2 = {"pipeline": 2, "virtual_pipeline": 2}
@@ -81,7 +80,7 @@ def replay_own(folder: Path, recompute: Literal["none", "full"]) -> dict[str, An
     run = tiny_run(folder, ratio_from="recomputed")
     parallel = ParallelConfig(distributed_optimizer=False)
     state = steps.build(folder, parallel, recompute=recompute)
-    terms = build_method(run.method).terms(run)
+    terms = terms_of(run)
     (chunk,) = map(unwrapped, state.chunks)
     chosen: list[np.ndarray] = []
 

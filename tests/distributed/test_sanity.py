@@ -14,7 +14,6 @@ import torch
 from megatron_chord.config import OptimConfig, ParallelConfig, RunConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.table import method_of
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.records import TrainSample
 from megatron_chord.train import checkpoint
@@ -30,7 +29,7 @@ from megatron_chord.train.update import Update
 from tests.distributed.steps import build
 from tests.support.ranks import run_ranks
 from tests.support.task import make_task, metrics_of, run_cli
-from tests.support.tiny import make_samples, save_qwen2, tiny_run
+from tests.support.tiny import make_samples, save_qwen2, terms_of, tiny_run
 
 ALLOWED = 2
 
@@ -57,7 +56,7 @@ class Training:
         self.steps = 0
 
     def step(self, advantage: float, **constants: float) -> Trained:
-        terms, state = method_of(self.run).terms(self.run), self.state
+        terms, state = terms_of(self.run), self.state
         samples = with_scales(with_constants(make_samples(), advantage=advantage, **constants), terms)
         layout = packing_layout(state.shape, self.run.parallel, state.groups.data.size)
         plan = plan_step(samples, max_tokens=40, layout=layout, pad_id=0)

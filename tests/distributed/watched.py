@@ -85,7 +85,7 @@ def samples_of(names: Sequence[str], num_samples: int, *, has_teacher: bool) -> 
 def watched_step(run: RunConfig, state: TrainState, parallel: ParallelConfig) -> Watch:
     """Train one step of ``run``'s method with ``train_step`` and watch it."""
     method = method_of(run)
-    terms = method.terms(run)
+    terms = method.terms(run.resolved_objective(), run.batch)
     has_teacher = any("teacher_logprob" in term.scored for term in terms.values())
     samples = samples_of(list(terms), 2 * MICRO_BATCHES * state.groups.data.size, has_teacher=has_teacher)
     plan = plan_step(

@@ -19,7 +19,6 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.chord import Chord
 from megatron_chord.model import fp8
 from megatron_chord.model.forward import unwrapped
 from megatron_chord.precision import Precision, preset
@@ -29,7 +28,7 @@ from megatron_chord.train.state import TrainState, build_state
 from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from tests.distributed.steps import start_groups
 from tests.support.ranks import run_ranks
-from tests.support.tiny import make_samples, save_model, tiny_run
+from tests.support.tiny import make_samples, save_model, terms_of, tiny_run
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
 """With these sizes every matrix of every layer has sizes that are multiples of 128."""
@@ -75,7 +74,7 @@ def fresh_state(folder: Path, precision: Precision | None) -> TrainState:
 
 def train(state: TrainState, precision: Precision | None, steps: range) -> list[float]:
     """Train plain SFT on the same eight demonstrations in every step. Return the loss of each step."""
-    terms = Chord().terms(tiny_run(Path("model")))
+    terms = terms_of(tiny_run(Path("model")))
     layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
     losses = []
     for _ in steps:
@@ -134,8 +133,8 @@ def gradients(folder: Path, precision: Precision | None, scores: bool) -> list[d
     """Return the gradients of two updates. With ``scores`` a pass without gradients over the same micro-batches
     precedes each, as with ``ratio_from: recomputed``."""
     state = fresh_state(folder, precision)
-    terms = Chord().terms(tiny_run(Path("model")))
-    scored = Chord().terms(tiny_run(Path("model"), ratio_from="recomputed"))
+    terms = terms_of(tiny_run(Path("model")))
+    scored = terms_of(tiny_run(Path("model"), ratio_from="recomputed"))
     layout = packing_layout(state.shape, ParallelConfig(), 1, preset(precision).training)
     samples = with_scales(make_samples(num_policy=12, num_sft=12), terms)
     plan = plan_step(samples, max_tokens=128, layout=layout, pad_id=0)
@@ -169,7 +168,7 @@ def peak_memory(folder: Path, precision: Precision | None) -> int:
     from megatron_chord.records import Part, TrainSample
 
     state = fresh_state(folder, precision)
-    terms = Chord().terms(tiny_run(Path("model")))
+    terms = terms_of(tiny_run(Path("model")))
     length = 4096
     ids = np.random.default_rng(0).integers(3, 200, length)
     part = Part(term="sft", positions=np.arange(length // 2, length), constants={})

@@ -14,7 +14,6 @@ from megatron_chord.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_chord.data.packing import plan_step
 from megatron_chord.families.table import read_shape
 from megatron_chord.losses.aggregate import with_scales
-from megatron_chord.methods.table import build as build_method
 from megatron_chord.model.specs import has_transformer_engine
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.memory import Training, stage_memory
@@ -23,7 +22,7 @@ from megatron_chord.train.state import build_state
 from megatron_chord.train.throughput import own_gpu
 from megatron_chord.train.update import Update, apply_gradients, compute_gradients, prepare_batches
 from tests.distributed.steps import start_groups
-from tests.support.tiny import make_samples, save_model, tiny_run
+from tests.support.tiny import make_samples, save_model, terms_of, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +53,7 @@ def test_peak_of_a_step(recompute: str, tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     model = ModelConfig(path=folder, dtype="bf16", recompute=recompute)  # type: ignore[arg-type]
     state = build_state(shape, model, parallel, OptimConfig(), groups=groups, steps=10)
-    terms = build_method(run.method).terms(run)
+    terms = terms_of(run)
     sample = make_samples(num_policy=0, num_sft=1)[0]
     ids = np.arange(TOKENS, dtype=np.int64) % 65536
     part = dataclasses.replace(sample.parts[0], positions=np.arange(1, TOKENS))

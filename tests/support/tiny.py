@@ -20,6 +20,8 @@ from megatron_chord.config import (
     RunConfig,
     sources_of,
 )
+from megatron_chord.losses.terms import Term
+from megatron_chord.methods.table import build
 from megatron_chord.records import Part, TrainSample
 
 VOCAB = 203  # odd, so that every tensor-parallel layout pads it
@@ -184,6 +186,11 @@ def tiny_run(
         objective=ObjectiveConfig(**objective),
         rollout=RolloutConfig(temperature=temperature),
     )
+
+
+def terms_of(run: RunConfig) -> dict[str, Term]:
+    """All terms of the run's objective."""
+    return build(run.method).all_terms(run.resolved_objective(), run.batch)
 
 
 def make_samples(

@@ -25,9 +25,8 @@ from megatron_chord.losses.objective import objective
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.losses.terms import TermTokens, TokenStats
 from megatron_chord.methods.prefix_rft import continuation_advantages
-from megatron_chord.methods.table import METHODS
 from megatron_chord.records import Part, TrainSample
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 
 WIDTH = 16
 """Width of the padded batch, and the constant length (8192 in LUFFY's scripts)."""
@@ -185,7 +184,7 @@ def prefix_rft(b: Batch) -> Tensor:
 
 def ours(b: Batch, run: RunConfig, demonstrations: str, weights: dict[str, float]) -> Tensor:
     """The objective of the run's method over these sequences, packed into one micro-batch."""
-    terms = METHODS[run.method.name](settings=run.method).all_terms(run)
+    terms = terms_of(run)
     samples = []
     for row, (length, is_demonstration) in enumerate(zip(LENGTHS, IS_DEMONSTRATION, strict=True)):
         part = Part(

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import ObjectiveConfig, RunConfig
-from megatron_chord.config_methods import DYPOConfig
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.preference import alignment_columns
 from megatron_chord.losses.terms import TermTokens, TokenStats
-from megatron_chord.methods.dypo import DYPO, dypo_loss
+from megatron_chord.methods.dypo import dypo_loss
 from megatron_chord.methods.table import method_of
 from tests.support.scripted import ScriptedContext
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 from tests.unit.methods.guided import assert_refused, tokens_of
 
 DEMONSTRATIONS = {"a": (40, 41, 42), "b": (50, 51), "c": (60,)}
@@ -234,10 +233,10 @@ def test_with_coefficient_0_it_is_the_policy_loss() -> None:
 
 
 def test_terms() -> None:
-    terms = DYPO().terms(run_of())
+    terms = terms_of(run_of())
     assert terms["policy"].scored == {"old_logprob"}
     assert terms["policy"].pool != terms["sft"].pool
-    assert DYPO(settings=DYPOConfig(reference=True)).terms(run_of())["policy"].scored == {
+    assert terms_of(run_of(reference=True))["policy"].scored == {
         "old_logprob",
         "reference_logprob",
     }

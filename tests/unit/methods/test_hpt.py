@@ -15,7 +15,7 @@ from megatron_chord.methods.hpt import HPT, mean_score
 from megatron_chord.methods.table import method_of
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, graded, prompt
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 from tests.unit.methods.guided import assert_refused
 
 DEMONSTRATIONS = {"a": (40, 41, 42), "b": (50, 51), "c": (60,)}
@@ -92,7 +92,7 @@ def test_the_gate_reads_scores_not_rewards() -> None:
 
 
 def test_terms() -> None:
-    terms = HPT().terms(run_of(aggregation="seq-mean-token-mean"))
+    terms = terms_of(run_of(aggregation="seq-mean-token-mean"))
     assert (terms["policy"].aggregation, terms["sft"].aggregation) == ("seq-mean-token-mean", "token-mean")
     assert terms["policy"].pool != terms["sft"].pool
     outputs = [empty_output(term) for term in terms.values()]

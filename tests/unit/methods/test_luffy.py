@@ -15,6 +15,7 @@ from megatron_chord.losses.sft import sft_loss
 from megatron_chord.losses.terms import empty_output
 from megatron_chord.methods.luffy import Luffy, shaped_loss
 from megatron_chord.methods.table import method_of
+from tests.support.tiny import terms_of
 from tests.unit.methods.guided import (
     BROKEN,
     PROBABILITIES,
@@ -68,7 +69,7 @@ def test_the_answer_is_trained_and_the_prompt_is_not() -> None:
 def test_one_denominator_for_rollouts_and_demonstrations() -> None:
     run = guided_run("luffy")
     samples = Luffy().collect(scripted_draw(run, [MIXED], [RIGHT]), run).samples
-    scaled = with_scales(samples, Luffy().terms(run))
+    scaled = with_scales(samples, terms_of(run))
     # 3 rollouts of 2 tokens and a demonstration of 3.
     assert [part.constants[SCALE] for sample in scaled for part in sample.parts] == [1 / 9] * 4
 
@@ -188,14 +189,14 @@ def test_certain_and_impossible_tokens_are_finite(gamma: float | None) -> None:
 def test_settings_reach_the_loss() -> None:
     for settings, ratio in (({}, 0.5), ({"gamma": 0.3}, 0.25), ({"shaping": False}, 0.1)):
         run = guided_run("luffy", settings=settings)
-        term = method_of(run).terms(run)["demonstration"]
+        term = terms_of(run)["demonstration"]
         assert term.loss(stats_of([0.1]), tokens_of(advantage=1.0)).loss.item() == pytest.approx(-ratio)
 
 
 @pytest.mark.parametrize("name", ["luffy", "rl_plus", "srft"])
 def test_names_of_metrics_are_unique_and_the_log_prob_check_finds_its_own(name: str) -> None:
     run = guided_run(name)
-    outputs = [empty_output(term) for term in method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in terms_of(run).values()]
     names = [key for output in outputs for key in (*output.losses, *output.means, *output.maxima)]
     assert len(names) == len(set(names))
     assert {"logprob_gap", "logprob_gap_max", "entropy", "policy_loss", "demonstration_p"} <= set(names)

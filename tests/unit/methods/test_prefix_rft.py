@@ -26,7 +26,7 @@ from megatron_chord.methods.prefix_rft import (
 from megatron_chord.methods.table import method_of
 from megatron_chord.schedules import ScheduleInput
 from tests.support.scripted import ScriptedContext, graded, prompt
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 from tests.unit.methods.guided import assert_refused
 
 DEMONSTRATION = tuple(range(100, 110))
@@ -266,9 +266,7 @@ def test_with_recomputed_ratios_the_prefix_is_clipped_as_the_objective_says() ->
 
 @pytest.mark.parametrize("ratio_from", ["rollout", "recomputed"])
 def test_terms(ratio_from: Any) -> None:
-    terms = PrefixRFT().terms(
-        run_of(ratio_from=ratio_from, aggregation="seq-mean-token-sum-norm", dual_clip=3.0)
-    )
+    terms = terms_of(run_of(ratio_from=ratio_from, aggregation="seq-mean-token-sum-norm", dual_clip=3.0))
     assert terms["prefix"].pool == terms["policy"].pool
     assert terms["prefix"].aggregation == terms["policy"].aggregation == "seq-mean-token-sum-norm"
     assert terms["prefix"].aggregation_length == terms["policy"].aggregation_length == 16

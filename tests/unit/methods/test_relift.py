@@ -13,6 +13,7 @@ from megatron_chord.config_methods import ReLIFTConfig
 from megatron_chord.methods.base import Collected
 from megatron_chord.methods.relift import ReLIFT
 from megatron_chord.methods.table import method_of
+from tests.support.tiny import terms_of
 from tests.unit.methods.guided import BROKEN, RIGHT, WRONG, answer, guided_run, scripted_draw
 
 
@@ -59,7 +60,7 @@ def test_rollouts_of_failed_prompts_stay_in_the_policy_loss() -> None:
 
 def test_the_entropy_belongs_to_the_sft_update() -> None:
     run = guided_run("relift", settings={"entropy_coefficient": 0.5})
-    terms = method_of(run).all_terms(run)
+    terms = terms_of(run)
     assert {name: term.entropy_bonus for name, term in terms.items()} == {"policy": 0.0, "sft": 0.5}
 
 

@@ -16,11 +16,11 @@ from megatron_chord.config import KLConfig, ObjectiveConfig
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods import remix
-from megatron_chord.methods.remix import ReMix, choose_stale, num_stale, remember, stale_loss, stale_samples
+from megatron_chord.methods.remix import choose_stale, num_stale, remember, stale_loss, stale_samples
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Prompt, Rollout, RolloutGroup
 from megatron_chord.schedules import ScheduleInput
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 
 OBJECTIVE = ObjectiveConfig()
 
@@ -198,7 +198,7 @@ def test_a_step_of_stale_groups_alone_samples_nothing(
 
 
 def test_fresh_and_stale_tokens_are_averaged_together(tmp_path: Path) -> None:
-    terms = ReMix().terms(tiny_run(tmp_path))
+    terms = terms_of(tiny_run(tmp_path, method="remix"))
     memory = remember([], [group("a")], 0, 2, OBJECTIVE)
     stale = stale_samples([(0, memory[0]["groups"][0])], 1)  # 2 + 1 tokens
     fresh = remix.policy_samples([group("b")], OBJECTIVE)  # 2 + 1 tokens
@@ -301,7 +301,7 @@ def test_an_impossible_token_does_not_overflow() -> None:
 
 def test_no_metric_is_reported_twice_and_the_gap_is_that_of_fresh_tokens(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, method="remix", kl=KLConfig())
-    terms = method_of(run).terms(run)
+    terms = terms_of(run)
     names = {
         name: [*o.losses, *o.means, *o.maxima] for name, o in ((n, empty_output(t)) for n, t in terms.items())
     }

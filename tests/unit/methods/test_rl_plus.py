@@ -11,6 +11,7 @@ import torch
 from megatron_chord.losses.aggregate import SCALE, with_scales
 from megatron_chord.methods.rl_plus import RLPlus, mixture_loss
 from megatron_chord.methods.table import method_of
+from tests.support.tiny import terms_of
 from tests.unit.methods.guided import (
     PROBABILITIES,
     RIGHT,
@@ -32,7 +33,7 @@ def test_its_groups_are_those_of_luffy() -> None:
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5, -0.5]}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5]}
     assert collected.weights == {"policy": 1.0, "demonstration": 1.0}
-    scaled = with_scales(collected.samples, RLPlus().terms(run))
+    scaled = with_scales(collected.samples, terms_of(run))
     assert [part.constants[SCALE] for sample in scaled for part in sample.parts] == [1 / 9] * 4
 
 
@@ -101,12 +102,12 @@ def test_the_old_policy_is_asked_for_only_where_the_ratio_is_recomputed(
     ratio_from: str, columns: set[str]
 ) -> None:
     run = guided_run("rl_plus", ratio_from=ratio_from)
-    assert method_of(run).terms(run)["demonstration"].scored == columns
+    assert terms_of(run)["demonstration"].scored == columns
 
 
 def test_settings_reach_the_loss() -> None:
     run = guided_run("rl_plus", settings={"gamma": 2})
-    loss = method_of(run).terms(run)["demonstration"].loss(stats_of([0.5]), tokens_of(advantage=1.0)).loss
+    loss = terms_of(run)["demonstration"].loss(stats_of([0.5]), tokens_of(advantage=1.0)).loss
     assert loss.item() == pytest.approx(-(1 / 1.25) * 0.25)
 
 

@@ -16,7 +16,6 @@ from megatron_chord.data.rows import RowError
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import PASSES, need_reference, num_forward_passes
 from megatron_chord.methods.self_distillation import (
-    SelfDistillation,
     another_right,
     filled,
     self_distillation_loss,
@@ -24,7 +23,7 @@ from megatron_chord.methods.self_distillation import (
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import GradedRollouts
 from tests.support.scripted import ScriptedContext, WordTemplate
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 from tests.unit.methods.guided import assert_refused, stats_of, tokens_of
 
 DEMONSTRATIONS = {"a": tuple(map(ord, "demo")), "b": tuple(map(ord, "other"))}
@@ -225,11 +224,11 @@ def test_the_loss_by_hand() -> None:
 
 
 def test_terms_and_passes() -> None:
-    present = SelfDistillation().terms(run_of())["policy"]
+    present = terms_of(run_of())["policy"]
     assert present.scored == {"teacher_logprob"}
     assert (num_forward_passes([present]), need_reference([present])) == (1, False)
     run = run_of(teacher="initial", weight=0.5, ratio_from="recomputed", kl=KLConfig())
-    initial = method_of(run).terms(run)["policy"]
+    initial = terms_of(run)["policy"]
     assert initial.scored == {"reference_teacher_logprob", "old_logprob", "reference_logprob"}
     assert (num_forward_passes([initial]), need_reference([initial])) == (3, True)
     assert initial.zero_gradient_column is None
@@ -269,7 +268,7 @@ def test_an_averaged_teacher_needs_the_distributed_optimizer() -> None:
     run = run_of(teacher="averaged", teacher_rate=0.1)
     method = method_of(run)
     assert method.averaging_rate() == 0.1
-    assert method.terms(run)["policy"].scored >= {"averaged_teacher_logprob"}
+    assert terms_of(run)["policy"].scored >= {"averaged_teacher_logprob"}
     assert method_of(run_of()).averaging_rate() is None
     with pytest.raises(ValueError, match=r"averaged needs parallel\.distributed_optimizer: true"):
         method_of(replace(run, parallel=replace(run.parallel, distributed_optimizer=False)))

@@ -12,6 +12,7 @@ from megatron_chord.config_methods import SRFTConfig
 from megatron_chord.losses.aggregate import SCALE, with_scales
 from megatron_chord.methods.srft import SRFT, UNUSED, imitation_loss, signed_loss
 from megatron_chord.methods.table import method_of
+from tests.support.tiny import terms_of
 from tests.unit.methods.guided import (
     BROKEN,
     PROBABILITIES,
@@ -61,7 +62,7 @@ def test_each_expectation_is_a_mean_of_its_own() -> None:
     run = guided_run("srft")
     samples = SRFT().collect(scripted_draw(run, [MIXED], [RIGHT]), run).samples
     scales = [
-        part.constants[SCALE] for sample in with_scales(samples, SRFT().terms(run)) for part in sample.parts
+        part.constants[SCALE] for sample in with_scales(samples, terms_of(run)) for part in sample.parts
     ]
     # 3 rollouts of 2 tokens; a demonstration of 3.
     assert scales == [1 / 6] * 3 + [1 / 3]
@@ -128,7 +129,7 @@ def test_gradient_oracle_of_a_rollout(p: float, sign: float) -> None:
 
 def test_settings_reach_the_losses() -> None:
     run = guided_run("srft", settings={"sft_coefficient": 2, "rl_coefficient": 3.0})
-    terms = method_of(run).terms(run)
+    terms = terms_of(run)
     assert terms["demonstration"].loss(
         stats_of([0.5]), tokens_of(advantage=0.0)
     ).loss.item() == pytest.approx(2 * LN2)
@@ -159,7 +160,7 @@ def test_settings_without_a_meaning_are_refused(name: str) -> None:
 
 def test_an_entropy_bonus_is_taken_over_all_tokens() -> None:
     run = guided_run("srft", entropy_bonus=0.5, entropy_bonus_on="all")
-    assert {name: term.entropy_bonus for name, term in method_of(run).all_terms(run).items()} == {
+    assert {name: term.entropy_bonus for name, term in terms_of(run).items()} == {
         "policy": 0.5,
         "demonstration": 0.5,
     }

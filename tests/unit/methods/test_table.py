@@ -19,12 +19,11 @@ from megatron_chord.config import (
 from megatron_chord.config_io import ConfigError, load_config
 from megatron_chord.config_methods import MethodConfig, SimpleWeight
 from megatron_chord.losses.terms import empty_output
-from megatron_chord.methods.base import corrected
 from megatron_chord.methods.table import METHODS, build, method_of
 from megatron_chord.precision import Precision
 from megatron_chord.schedules import Binary, Constant, GradientNorm, Learned, NoiseAware
 from tests.support.ranks import ROOT
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 
 FILES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
 PUBLISHED = sorted((ROOT / "examples" / "published").glob("*.yaml"))
@@ -125,7 +124,7 @@ def test_what_a_method_owes_the_loop(tmp_path: Path, name: str) -> None:
     aligned = METHODS[name].needs_demonstrations
     run = changed(tiny_run(tmp_path, method=name), data={"aligned": aligned}, batch={"rollouts": 8})
     method = method_of(run)
-    outputs = [empty_output(term) for term in method.terms(run).values()]
+    outputs = [empty_output(term) for term in terms_of(run).values()]
     names = Counter(key for output in outputs for key in (*output.losses, *output.means, *output.maxima))
     assert max(names.values()) == 1, f"reported by two terms: {names.most_common(1)}"
     assert {"logprob_gap", "logprob_gap_max", "entropy"} <= names.keys()
@@ -208,7 +207,7 @@ def test_rollouts_of_older_weights_are_corrected_for_unless_told_otherwise(tmp_p
         (carrying, "current", off, off),
     ):
         asked = changed(run, rollout=rollout, objective={"ratio_from": ratio_from, "correction": given})
-        assert corrected(asked).correction == used
+        assert asked.resolved_objective().correction == used
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_rollout", "fp8_e2e", "fp8_tensorwise"])
@@ -221,5 +220,5 @@ def test_quantised_rollouts_are_corrected_for_unless_told_otherwise(
     expected = (
         None if precision == "bf16" else CorrectionConfig(level="token", mode="truncate", low=0.0, high=2.0)
     )
-    assert corrected(current).correction == expected
-    assert corrected(run).correction is None, "the ratio does it"
+    assert current.resolved_objective().correction == expected
+    assert run.resolved_objective().correction is None, "the ratio does it"

@@ -18,7 +18,7 @@ from megatron_chord.records import GradedRollouts, Rollout
 from megatron_chord.sampling.context import DrawnPrompt
 from megatron_chord.sampling.rounds import TooManyGraderErrors
 from tests.support.scripted import ScriptedContext, graded, prompt
-from tests.support.tiny import tiny_run
+from tests.support.tiny import terms_of, tiny_run
 from tests.unit.methods.guided import PROBABILITIES, assert_refused, push_on_target, stats_of, tokens_of
 
 DEMONSTRATION = tuple(range(90, 98))
@@ -155,7 +155,7 @@ def test_a_helped_answer_keeps_the_experts_that_the_engine_chose() -> None:
 
 def test_the_pull_of_a_prefix_token_is_limited() -> None:
     """d loss / d logit is min(1, p / 0.1) (1 - p): that of SFT from p = 0.1 on, and that of 10 DFT below."""
-    term = method_of(run_of()).terms(run_of())["sft"]
+    term = terms_of(run_of())["sft"]
     for p in PROBABILITIES:
         found = push_on_target(p, lambda stats: term.loss(stats, tokens_of((1,))))
         assert found == pytest.approx((1 if p >= 0.1 else p / 0.1) * (1 - p), rel=1e-9, abs=1e-12)
@@ -166,7 +166,7 @@ def test_the_pull_of_a_prefix_token_is_limited() -> None:
 
 
 def test_terms() -> None:
-    terms = method_of(run_of()).terms(run_of(aggregation="seq-mean-token-sum-norm"))
+    terms = terms_of(run_of(aggregation="seq-mean-token-sum-norm"))
     assert {term.pool for term in terms.values()} == {"policy"}
     assert {(term.aggregation, term.aggregation_length) for term in terms.values()} == {
         ("seq-mean-token-sum-norm", 16)

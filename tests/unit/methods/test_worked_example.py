@@ -27,6 +27,7 @@ from megatron_chord.records import TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.schedules import MuSchedule
 from tests.support.ranks import ROOT
+from tests.support.tiny import terms_of
 from tests.unit.methods.guided import (
     RIGHT,
     WRONG,
@@ -125,7 +126,7 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
     assert collected.stats["reward_mean"] == pytest.approx(1 / 6)
 
     # Six rollouts of 2 tokens, two demonstrations of 3: each branch is a mean over its own tokens.
-    scaled = with_scales(collected.samples, method.terms(run))
+    scaled = with_scales(collected.samples, terms_of(run))
     assert constants(scaled, "policy", "scale") == {0: [1 / 12] * 3, 1: [1 / 12] * 3}
     assert constants(scaled, "sft", "scale") == {0: [1 / 6], 1: [1 / 6]}
 
@@ -133,7 +134,7 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
 def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
     run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group_mean")
     method = table.method_of(run)
-    terms = method.terms(run)
+    terms = terms_of(run)
     collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
     scaled = with_scales(collected.samples, terms)
     tokens = {"policy": tokens_of_term(scaled, "policy", 0), "sft": tokens_of_term(scaled, "sft", 12)}
@@ -156,7 +157,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
 @pytest.mark.usefixtures("example")
 def test_it_reports_names_of_its_own_and_what_the_log_prob_check_reads() -> None:
     run = guided_run("rl_with_sft")
-    outputs = [empty_output(term) for term in table.method_of(run).terms(run).values()]
+    outputs = [empty_output(term) for term in terms_of(run).values()]
     names = [key for output in outputs for key in (*output.losses, *output.means, *output.maxima)]
     assert len(names) == len(set(names))
     assert {"logprob_gap", "logprob_gap_max"} <= set(names)
