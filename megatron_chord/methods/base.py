@@ -6,7 +6,8 @@ A method is a frozen dataclass that holds its settings (``config_methods``). Eve
     collect             on the coordinator: draw prompts, sample, grade; returns samples and the weights of the terms
     all_terms           the losses; they run on every rank of the last pipeline stage
 
-``methods.table`` lists them; docs/methods.md shows how to add one.
+Functions take the blocks of settings that they read. Only ``check`` takes the whole run: its rules compare blocks.
+``methods.table`` lists the methods; docs/methods.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Method:
         """The largest number of successive sampling rounds in a step. The step's deadline depends on it."""
         return batch.sampling_attempts
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
+    def collect(self, context: StepContext) -> Collected:
         """Collect the samples of one step.
 
         The loop calls it again if a server fails during the step. Each call must draw the same prompts and

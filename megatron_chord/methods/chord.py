@@ -37,26 +37,26 @@ class Chord(Method):
     def schedule(self) -> MuSchedule:
         return self.settings.mu
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        schedule = self.settings.mu
+    def collect(self, context: StepContext) -> Collected:
+        schedule, batch = self.settings.mu, context.batch
         stats: dict[str, Any] = {}
         samples: list[TrainSample] = []
         now, drawn = context.now, []
-        if self.needs_rollouts_at(run.batch, now):
-            sampled = sample_groups(context, run)
+        if self.needs_rollouts_at(batch, now):
+            sampled = sample_groups(context)
             drawn, stats = sampled.drawn, dict(sampled.stats)
             now = replace(now, reward_mean=sampled.reward_mean)
-            samples = policy_samples(sampled.groups, run.objective)
+            samples = policy_samples(sampled.groups, context.objective)
         mu = schedule.value(now)
         if mu == 1:
             samples = []
         imitated: Sequence[Demonstration] = ()
-        if mu > 0 and run.data.aligned:
-            drawn = drawn or context.prompts(run.batch.demonstrations)
-            chosen = [item.prompt.id for item in drawn[: run.batch.demonstrations]]
+        if mu > 0 and context.data.aligned:
+            drawn = drawn or context.prompts(batch.demonstrations)
+            chosen = [item.prompt.id for item in drawn[: batch.demonstrations]]
             imitated = [context.sources.demonstration_of[name] for name in chosen]
         elif mu > 0:
-            imitated = context.demonstrations(run.batch.demonstrations)
+            imitated = context.demonstrations(batch.demonstrations)
         noise = self._noise(len(imitated)) if schedule.measures_noise(now.step) else None
         return Collected(
             samples=samples + sft_samples(imitated, are_numbered=noise is not None),

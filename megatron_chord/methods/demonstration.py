@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import ObjectiveConfig
 from megatron_chord.methods.base import Collected
 from megatron_chord.methods.groups import (
     POLICY,
@@ -53,7 +53,7 @@ class GuidedGroups:
     stats: dict[str, Any]
 
 
-def sample_guided(context: StepContext, run: RunConfig) -> GuidedGroups:
+def sample_guided(context: StepContext) -> GuidedGroups:
     """Sample ``batch.prompts`` groups, each with ``batch.rollouts`` rollouts and one demonstration.
 
     The demonstration is graded like a rollout. Dynamic sampling looks at the rollouts only: it replaces a group whose
@@ -62,10 +62,10 @@ def sample_guided(context: StepContext, run: RunConfig) -> GuidedGroups:
     Raises:
         TooManyGraderErrors: too many gradings of rollouts failed.
     """
-    sampled = sample_groups(context, run)
+    sampled = sample_groups(context)
     demonstrations = context.graded_demonstrations(sampled.drawn)
     guided = [answers.rewards[0] is not None for answers in demonstrations]
-    members = with_advantages(list(map(_joined, sampled.groups, demonstrations)), run.objective)
+    members = with_advantages(list(map(_joined, sampled.groups, demonstrations)), context.objective)
     groups = [
         GuidedGroup(members=group, is_guided=is_guided)
         for group, is_guided in zip(members, guided, strict=True)
@@ -102,16 +102,16 @@ def demonstration_samples(groups: Sequence[GuidedGroup]) -> list[TrainSample]:
     ]
 
 
-def collect_mixed(context: StepContext, run: RunConfig) -> Collected:
+def collect_mixed(context: StepContext) -> Collected:
     """Collect a step with two terms of weight 1: rollouts under ``policy``, demonstrations under ``demonstration``.
 
     The samples of both have the constant ``advantage``.
     """
-    guided = sample_guided(context, run)
-    trained = trained_groups(guided.groups, run.objective)
+    guided = sample_guided(context)
+    trained = trained_groups(guided.groups, context.objective)
     # `trained` has only groups to train. Rollouts of equal rewards stay, because their advantage is not 0 if the reward
     # of their demonstration differs.
-    own = policy_samples([group.own for group in trained], replace(run.objective, equal_groups="keep"))
+    own = policy_samples([group.own for group in trained], replace(context.objective, equal_groups="keep"))
     return Collected(
         samples=own + demonstration_samples(trained),
         weights={POLICY: 1.0, DEMONSTRATION: 1.0},

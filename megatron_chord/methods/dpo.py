@@ -62,8 +62,8 @@ class MixedDPO(Method):
                     "no ratio, no advantage and no penalty); leave it out"
                 )
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = sample_groups(context, run)
+    def collect(self, context: StepContext) -> Collected:
+        sampled = sample_groups(context)
         off = [is_offpolicy(item.position, self.settings.offpolicy_share) for item in sampled.drawn]
         asked = [item for item, wanted in zip(sampled.drawn, off, strict=True) if wanted]
         graded = iter(context.graded_demonstrations(asked) if asked else [])

@@ -64,10 +64,9 @@ class DYPO(Method):
         refuse_several_updates(run.batch, self.name, also="a group must be whole")
         refuse_dynamic_sampling(run.batch, "method dypo trains these by SFT")
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [
-            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
-        ]
+    def collect(self, context: StepContext) -> Collected:
+        batch, objective = context.batch, context.objective
+        graded = [answers for _, answers in context.groups(batch.prompts, num_rollouts=batch.rollouts)]
         groups = [group for _, group in whole_groups(graded, step=context.now.step)]
         num_right = [sum(self.is_right(group)) for group in groups]
         hard = [group for group, right in zip(groups, num_right, strict=True) if right == 0]
@@ -76,8 +75,8 @@ class DYPO(Method):
         ]
         samples = [
             sample
-            for index, group in enumerate(with_advantages(mixed, run.objective))
-            for sample in self.group_samples(group, index, run.objective)
+            for index, group in enumerate(with_advantages(mixed, objective))
+            for sample in self.group_samples(group, index, objective)
         ]
         samples += [
             answer_sample(group.prompt, context.demonstration(group.prompt), term=SFT) for group in hard

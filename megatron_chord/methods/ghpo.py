@@ -64,18 +64,19 @@ class GHPO(Method):
             )
         refuse_dynamic_sampling(run.batch, "method ghpo needs them for its hints")
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
+    def collect(self, context: StepContext) -> Collected:
+        batch, objective = context.batch, context.objective
+        sampled = context.groups(batch.prompts, num_rollouts=batch.rollouts)
         trials = [Trial(drawn=item, graded=answers) for item, answers in sampled]
         first = [group for _, answers in sampled if (group := make_group(answers)) is not None]
         for stage in range(
             1, self.settings.stages + 1 if context.now.step >= self.settings.start_step else 1
         ):
-            trials = self._next_stage(trials, stage, context, run)
+            trials = self._next_stage(trials, stage, context)
         pairs = whole_groups([trial.graded for trial in trials], step=context.now.step)
-        groups = with_advantages([group for _, group in pairs], run.objective)
+        groups = with_advantages([group for _, group in pairs], objective)
         return Collected(
-            samples=policy_samples(groups, run.objective),
+            samples=policy_samples(groups, objective),
             weights={POLICY: 1.0},
             stats={**reward_stats(first or groups, num_sampled=len(sampled)), **hint_stats(trials)},
         )
@@ -83,11 +84,9 @@ class GHPO(Method):
     def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         return {POLICY: policy_term(objective)}
 
-    def _next_stage(
-        self, trials: Sequence[Trial], stage: int, context: StepContext, run: RunConfig
-    ) -> list[Trial]:
+    def _next_stage(self, trials: Sequence[Trial], stage: int, context: StepContext) -> list[Trial]:
         """Sample the trials whose rollouts are all wrong again, with this stage's hint. Returns all trials."""
-        share, limit = stage * self.settings.stage_share, run.data.max_prompt_tokens
+        share, limit = stage * self.settings.stage_share, context.data.max_prompt_tokens
         asked: dict[int, DrawnPrompt] = {}
         after = list(trials)
         for index in trials_to_repeat(trials, wrong_at_most=self.settings.wrong_at_most):
@@ -100,7 +99,7 @@ class GHPO(Method):
                 asked[index] = replace(trials[index].drawn, prompt=harder)
         if asked:
             answers = context.rollouts(
-                list(asked.values()), num_rollouts=run.batch.rollouts, attempt=f"hint{stage}"
+                list(asked.values()), num_rollouts=context.batch.rollouts, attempt=f"hint{stage}"
             )
             for index, graded in zip(asked, answers, strict=True):
                 after[index] = replace(trials[index], graded=graded, stage=stage)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chord.config import ObjectiveConfig, RunConfig
+from megatron_chord.config import ObjectiveConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.records import GradedRollouts, Part, Prompt, Rollout, RolloutGroup, TrainSample
@@ -34,7 +34,7 @@ class StepGroups:
 
 
 def sample_groups(
-    context: StepContext, run: RunConfig, *, prompts: int | None = None, rollouts: int | None = None
+    context: StepContext, *, prompts: int | None = None, rollouts: int | None = None
 ) -> StepGroups:
     """Sample ``prompts`` groups of ``rollouts`` rollouts. Default: ``batch.prompts`` and ``batch.rollouts``.
 
@@ -44,9 +44,9 @@ def sample_groups(
     Raises:
         TooManyGraderErrors: no prompt has two rollouts whose grading succeeded.
     """
-    wanted = run.batch.prompts if prompts is None else prompts
-    size = run.batch.rollouts if rollouts is None else rollouts
-    attempts = run.batch.sampling_attempts
+    wanted = context.batch.prompts if prompts is None else prompts
+    size = context.batch.rollouts if rollouts is None else rollouts
+    attempts = context.batch.sampling_attempts
     useful: list[tuple[DrawnPrompt, RolloutGroup]] = []
     equal: list[tuple[DrawnPrompt, RolloutGroup]] = []
     num_graded = rounds = 0
@@ -72,7 +72,7 @@ def sample_groups(
         stats |= {"sampling_rounds": rounds, "prompts_sampled": num_graded, "equal_score_groups": share}
     return StepGroups(
         drawn=[item for item, _ in kept],
-        groups=with_advantages([group for _, group in kept], run.objective),
+        groups=with_advantages([group for _, group in kept], context.objective),
         stats=stats,
     )
 

@@ -51,16 +51,15 @@ class HPT(Method):
     def check(self, run: RunConfig) -> None:
         refuse_dynamic_sampling(run.batch, "method hpt trains these by SFT")
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [
-            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
-        ]
+    def collect(self, context: StepContext) -> Collected:
+        batch, objective = context.batch, context.objective
+        graded = [answers for _, answers in context.groups(batch.prompts, num_rollouts=batch.rollouts)]
         pairs = whole_groups(graded, step=context.now.step)
-        groups = with_advantages([group for _, group in pairs], run.objective)
+        groups = with_advantages([group for _, group in pairs], objective)
         imitates = [mean_score(item) <= self.settings.gate for item, _ in pairs]
         explored = [group for group, sft in zip(groups, imitates, strict=True) if not sft]
         imitated = [group.prompt for group, sft in zip(groups, imitates, strict=True) if sft]
-        samples = policy_samples(explored, run.objective)
+        samples = policy_samples(explored, objective)
         samples += [answer_sample(prompt, context.demonstration(prompt), term=SFT) for prompt in imitated]
         return Collected(
             samples=samples,

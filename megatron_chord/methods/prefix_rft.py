@@ -70,12 +70,12 @@ class PrefixRFT(Method):
         )
         return decay.value(now)
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        lowest = self.lowest_share(context.now, steps=run.steps)
-        sampled = sample_groups(context, run, rollouts=run.batch.rollouts - self.settings.hybrids)
+    def collect(self, context: StepContext) -> Collected:
+        lowest = self.lowest_share(context.now, steps=context.num_steps)
+        sampled = sample_groups(context, rollouts=context.batch.rollouts - self.settings.hybrids)
         demonstrations = [context.demonstration(item.prompt) for item in sampled.drawn]
         shares = [
-            prefix_share(run.seed, item.position, low=lowest, high=self.settings.high)
+            prefix_share(context.seed, item.position, low=lowest, high=self.settings.high)
             for item in sampled.drawn
         ]
         hybrids = context.rollouts(
@@ -84,9 +84,9 @@ class PrefixRFT(Method):
             attempt="hybrid",
             prefixes=[prefix_of(*pair) for pair in zip(demonstrations, shares, strict=True)],
         )
-        samples = policy_samples(sampled.groups, run.objective)
+        samples = policy_samples(sampled.groups, context.objective)
         samples += hybrid_samples(
-            hybrids, sampled.groups, hybrids_per_prompt=self.settings.hybrids, objective=run.objective
+            hybrids, sampled.groups, hybrids_per_prompt=self.settings.hybrids, objective=context.objective
         )
         stats = {"prefix_low": lowest, **hybrid_stats(hybrids, [len(answer) for answer in demonstrations])}
         return Collected(

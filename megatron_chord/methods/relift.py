@@ -50,12 +50,11 @@ class ReLIFT(Method):
     def extra_rate(self) -> float:
         return self.settings.sft_lr
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        graded = [
-            answers for _, answers in context.groups(run.batch.prompts, num_rollouts=run.batch.rollouts)
-        ]
+    def collect(self, context: StepContext) -> Collected:
+        batch, objective = context.batch, context.objective
+        graded = [answers for _, answers in context.groups(batch.prompts, num_rollouts=batch.rollouts)]
         pairs = whole_groups(graded, step=context.now.step)
-        groups = with_advantages([group for _, group in pairs], run.objective)
+        groups = with_advantages([group for _, group in pairs], objective)
         failed = [item.prompt.id for item, _ in pairs if best_score(item) <= self.settings.wrong_at_most]
         waiting: list[str] = [*(context.memory or []), *failed]
         taken: list[str] = []
@@ -63,7 +62,7 @@ class ReLIFT(Method):
             taken, waiting = waiting[: self.settings.size], waiting[self.settings.size :]
         imitated = sft_samples([context.sources.demonstration_of[name] for name in taken])
         return Collected(
-            samples=policy_samples(groups, run.objective),
+            samples=policy_samples(groups, objective),
             weights={POLICY: 1.0},
             extra=ExtraUpdate(samples=imitated, weights={SFT: 1.0}) if taken else None,
             memory=waiting,

@@ -76,26 +76,26 @@ class ReMix(Method):
                 "ppo without objective.dual_clip"
             )
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        step, count = context.now.step, run.batch.prompts
+    def collect(self, context: StepContext) -> Collected:
+        step, count = context.now.step, context.batch.prompts
         memory: Sequence[Remembered] = context.memory or []
         wanted = (
-            num_stale(run.seed, step, count, self.settings.stale_share)
+            num_stale(context.seed, step, count, self.settings.stale_share)
             if step < self.settings.mix_steps
             else 0
         )
-        stale = choose_stale(memory, run.seed, step, wanted)
+        stale = choose_stale(memory, context.seed, step, wanted)
         groups: Sequence[RolloutGroup] = []
         stats: dict[str, Any] = {}
         if len(stale) < count:
-            sampled = sample_groups(context, run, prompts=count - len(stale))
+            sampled = sample_groups(context, prompts=count - len(stale))
             groups, stats = sampled.groups, dict(sampled.stats)
         will_mix = step + 1 < self.settings.mix_steps
         return Collected(
-            samples=policy_samples(groups, run.objective) + stale_samples(stale, step),
+            samples=policy_samples(groups, context.objective) + stale_samples(stale, step),
             weights={POLICY: 1.0, STALE: 1.0},
             stats={**stats, "stale_groups": len(stale)},
-            memory=remember(memory, groups, step, self.settings.lag, run.objective) if will_mix else None,
+            memory=remember(memory, groups, step, self.settings.lag, context.objective) if will_mix else None,
         )
 
     def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:

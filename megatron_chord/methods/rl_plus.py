@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig
 from megatron_chord.config_methods import RLPlusConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
@@ -30,8 +30,8 @@ class RLPlus(Method):
 
     needs_demonstrations: ClassVar[bool] = True
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        return collect_mixed(context, run)
+    def collect(self, context: StepContext) -> Collected:
+        return collect_mixed(context)
 
     def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

@@ -114,9 +114,9 @@ class SelfDistillation(Method):
         """Maximum number of tokens of a teacher's prompt."""
         return self.settings.teacher_prompt_tokens or data.max_prompt_tokens + data.max_response_tokens
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = sample_groups(context, run)
-        trained = [rollout for group in sampled.groups for rollout in self.taught(group, context, run)]
+    def collect(self, context: StepContext) -> Collected:
+        sampled = sample_groups(context)
+        trained = [rollout for group in sampled.groups for rollout in self.taught(group, context)]
         lengths = [len(item.teacher_prompt) for item in trained if item.teacher_prompt is not None]
         num_rollouts = sum(len(group.rollouts) for group in sampled.groups)
         kept = [item for item in trained if self.settings.weight < 1 or item.teacher_prompt is not None]
@@ -130,7 +130,7 @@ class SelfDistillation(Method):
             },
         )
 
-    def taught(self, group: RolloutGroup, context: StepContext, run: RunConfig) -> list[TaughtRollout]:
+    def taught(self, group: RolloutGroup, context: StepContext) -> list[TaughtRollout]:
         """The group's rollouts that are trained by L_RL, by L_D or by both."""
         found: list[TaughtRollout] = []
         prompts: dict[str, tuple[int, ...] | None] = {}
@@ -138,12 +138,12 @@ class SelfDistillation(Method):
             text = self.teacher_text(group, index, context)
             if text is not None and text not in prompts:
                 prompts[text] = teacher_prompt(
-                    group.prompt, text, context=context, limit=self.teacher_prompt_limit(run.data)
+                    group.prompt, text, context=context, limit=self.teacher_prompt_limit(context.data)
                 )
             shown = None if text is None else prompts[text]
-            if not rollout_is_trained(rollout, run.objective):
+            if not rollout_is_trained(rollout, context.objective):
                 continue
-            if shown is None and not group_is_trained(group, run.objective):
+            if shown is None and not group_is_trained(group, context.objective):
                 continue
             sample = rollout_sample(
                 group.prompt, rollout, advantage=advantage, taught=0.0 if shown is None else 1.0

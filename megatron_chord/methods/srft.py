@@ -77,10 +77,10 @@ class SRFT(Method):
                 "objective.entropy_bonus_on: all"
             )
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        guided = sample_guided(context, run)
-        trained = trained_groups(guided.groups, run.objective)
-        own = signed_samples(trained, run.objective, positive_reward=self.settings.positive_reward)
+    def collect(self, context: StepContext) -> Collected:
+        guided = sample_guided(context)
+        trained = trained_groups(guided.groups, context.objective)
+        own = signed_samples(trained, context.objective, positive_reward=self.settings.positive_reward)
         return Collected(
             samples=own + demonstration_samples(trained),
             weights={POLICY: 1.0, DEMONSTRATION: 1.0},

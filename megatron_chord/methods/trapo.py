@@ -77,8 +77,8 @@ class TRAPO(Method):
             )
         refuse_dynamic_sampling(run.batch, "method trapo helps these with their demonstrations")
 
-    def collect(self, context: StepContext, run: RunConfig) -> Collected:
-        sampled = context.groups(run.batch.prompts, num_rollouts=self.settings.counts[0])
+    def collect(self, context: StepContext) -> Collected:
+        sampled = context.groups(context.batch.prompts, num_rollouts=self.settings.counts[0])
         drawn = [item for item, _ in sampled]
         rounds: list[list[GradedRollouts]] = [[answers for _, answers in sampled]]
         for number in range(1, len(self.settings.counts)):
@@ -91,7 +91,7 @@ class TRAPO(Method):
         lengths = {item.prompt.id: len(context.demonstration(item.prompt)) for item in drawn}
         first = [group for answers in rounds[0] if (group := make_group(answers)) is not None]
         return Collected(
-            samples=list(samples_of(groups, run.objective)),
+            samples=list(samples_of(groups, context.objective)),
             weights={POLICY: 1.0, SFT: self.settings.sft_coefficient},
             stats={
                 **(reward_stats(first, num_sampled=len(drawn)) if first else {}),

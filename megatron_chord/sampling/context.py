@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_chord.config import RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.mixed_cursor import MixedCursor
 from megatron_chord.data.templates import ChatTemplate
@@ -104,7 +104,10 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
 
 
 class StepContext:
-    """Draws, samples and grades for one step. Holds the advanced cursors and, for the log, all rollouts of the step."""
+    """Draws, samples and grades for one step. Holds the advanced cursors and, for the log, all rollouts of the step.
+
+    Its first properties are the settings of the run that methods read.
+    """
 
     def __init__(
         self,
@@ -136,6 +139,27 @@ class StepContext:
         self._services = services
         self._timer = timer
         self._notify = notify
+
+    @property
+    def batch(self) -> BatchConfig:
+        return self._run.batch
+
+    @property
+    def data(self) -> DataConfig:
+        return self._run.data
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        return self._run.objective
+
+    @property
+    def seed(self) -> int:
+        return self._run.seed
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self._run.steps
 
     @property
     def template(self) -> ChatTemplate:

@@ -299,7 +299,7 @@ class Coordinator:
         ]
 
     def _collect_by(self, context: StepContext) -> Collected:
-        collected = self._method.collect(context, self._run)
+        collected = self._method.collect(context)
         if context.has_more_recorded():
             raise ValueError("the checkpoint has more sampling rounds than the step requests")
         return collected

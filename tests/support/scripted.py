@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout
 from megatron_chord.sampling.context import DrawnPrompt
 from megatron_chord.schedules import ScheduleInput
@@ -46,6 +47,7 @@ def graded(
 class ScriptedContext:
     """Everything that a method may ask for in a step."""
 
+    run: RunConfig
     scores: Mapping[tuple[str, str], Sequence[Score]]
     """The scores of the rollouts, by attempt and prompt id."""
     demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -55,6 +57,26 @@ class ScriptedContext:
         default_factory=list[tuple[str, Sequence[DrawnPrompt], int]]
     )
     """The attempt, the prompts and the number of rollouts of every call of ``rollouts``."""
+
+    @property
+    def batch(self) -> BatchConfig:
+        return self.run.batch
+
+    @property
+    def data(self) -> DataConfig:
+        return self.run.data
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        return self.run.objective
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed
+
+    @property
+    def num_steps(self) -> int:
+        return self.run.steps
 
     @property
     def now(self) -> ScheduleInput:

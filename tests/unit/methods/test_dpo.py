@@ -139,7 +139,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         dpo,
         "sample_groups",
-        lambda context, run: SimpleNamespace(groups=groups, drawn=drawn, stats={"reward_mean": 0.5}),
+        lambda context: SimpleNamespace(groups=groups, drawn=drawn, stats={"reward_mean": 0.5}),
     )
     asked: list[int] = []
 
@@ -149,7 +149,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     run = dpo_run(tmp_path)
     context: Any = SimpleNamespace(now=ScheduleInput(step=0), graded_demonstrations=demonstrations)
-    collected = method_of(run).collect(context, run)
+    collected = method_of(run).collect(context)
     # Pairs at odd positions are off-policy: 4 rollouts, 5 demonstration, 6 a tie, 7 demonstration.
     assert asked == [5, 7]
     assert [int(sample.parts[0].constants["is_rollout"]) for sample in collected.samples] == [

@@ -43,9 +43,9 @@ def run_of(**changes: Any) -> RunConfig:
 
 
 def collect(scores: dict[tuple[str, str], Any], **changes: Any) -> Any:
-    context: Any = ScriptedContext(scores=scores, demonstrations=DEMONSTRATIONS)
     run = run_of(**changes)
-    return method_of(run).collect(context, run)
+    context: Any = ScriptedContext(run=run, scores=scores, demonstrations=DEMONSTRATIONS)
+    return method_of(run).collect(context)
 
 
 def test_wrong_groups_are_imitated_right_ones_skipped_and_mixed_ones_trained_by_rl() -> None:

@@ -30,10 +30,14 @@ def run_of(*, limit: int = 100, **changes: Any) -> RunConfig:
     return replace(run, data=data, batch=replace(run.batch, demonstrations=0))
 
 
-def draw_of(scores: dict[tuple[str, str], Any], *, step: int = 0) -> Any:
+def draw_of(scores: dict[tuple[str, str], Any], *, step: int = 0, **changes: Any) -> Any:
     answer = (*(ord(letter) for letter in SOLUTION), 0)
     return ScriptedContext(
-        scores=scores, demonstrations=dict.fromkeys("abc", answer), step=step, template=WordTemplate()
+        run=run_of(**changes),
+        scores=scores,
+        demonstrations=dict.fromkeys("abc", answer),
+        step=step,
+        template=WordTemplate(),
     )
 
 
@@ -107,8 +111,8 @@ SCORES: dict[tuple[str, str], Any] = {
 
 
 def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
-    context = draw_of(SCORES)
-    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(advantage="group_mean"))
+    context = draw_of(SCORES, advantage="group_mean")
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context)
     asked = [
         (attempt, [(item.prompt.id, item.position) for item in drawn], samples)
         for attempt, drawn, samples in context.asked
@@ -136,33 +140,33 @@ def test_each_stage_asks_those_that_are_still_all_wrong() -> None:
 
 def test_a_prompt_that_stays_wrong_is_trained_with_its_last_hint() -> None:
     scores = {**SCORES, ("hint3", "a"): WRONG}
-    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores), run_of())
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores))
     assert text(collected.samples[0].token_ids[:-2]) == "s?\ncue\nabcdef"
     assert collected.samples[0].parts[0].constants["advantage"] == 0.0
-    dropped = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores), run_of(equal_groups="drop"))
+    dropped = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(scores, equal_groups="drop"))
     assert len(dropped.samples) == 4
 
 
 def test_no_hints_before_the_start() -> None:
     context = draw_of(SCORES, step=4)
-    collected = GHPO(settings=GHPOConfig(start_step=5)).collect(context, run_of())
+    collected = GHPO(settings=GHPOConfig(start_step=5)).collect(context)
     assert [attempt for attempt, *_ in context.asked] == [""]
     assert collected.stats["hinted_groups"] == collected.stats["hint_stage"] == 0.0
     assert "hinted_reward_mean" not in collected.stats
     later = draw_of(SCORES, step=5)
-    GHPO(settings=GHPOConfig(start_step=5)).collect(later, run_of())
+    GHPO(settings=GHPOConfig(start_step=5)).collect(later)
     assert len(later.asked) == 4
 
 
 def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
     # "s?\ncue\nab" has 9 tokens, and with "abcd" it has 11.
-    context = draw_of(SCORES)
-    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of(limit=10))
+    context = draw_of(SCORES, limit=10)
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context)
     assert [attempt for attempt, *_ in context.asked] == ["", "hint1"]
     assert text(collected.samples[0].token_ids[:-2]) == "s?\ncue\nab"
     assert collected.stats["hints_too_long"] == 1
     assert collected.stats["hint_stage"] == 1.0
-    none = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(SCORES), run_of(limit=8))
+    none = GHPO(settings=GHPOConfig(cue=CUE)).collect(draw_of(SCORES, limit=8))
     assert none.stats["hints_too_long"] == 2
     assert none.stats["hinted_groups"] == 0.0
 
@@ -170,12 +174,12 @@ def test_a_hint_beyond_the_prompt_limit_leaves_the_last_group() -> None:
 def test_groups_whose_grading_failed_are_left_out() -> None:
     scores: dict[tuple[str, str], Any] = {**SCORES, ("hint1", "c"): (None, 1.0), ("", "b"): (None, 0.0)}
     context = draw_of({**scores, ("hint1", "b"): MIXED})
-    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context, run_of())
+    collected = GHPO(settings=GHPOConfig(cue=CUE)).collect(context)
     assert [item.prompt.id for item in context.asked[1][1]] == ["a", "b", "c"]
     assert len(collected.samples) == 4
     assert collected.stats["dropped_groups"] == 1
     with pytest.raises(TooManyGraderErrors):
-        GHPO().collect(draw_of({("", name): (None, None) for name in "abc"}), run_of())
+        GHPO().collect(draw_of({("", name): (None, None) for name in "abc"}))
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ def run_of(**changes: Any) -> RunConfig:
     return replace(run, data=replace(run.data, aligned=True), batch=replace(run.batch, demonstrations=0))
 
 
-def draw_of(scores: dict[tuple[str, str], Any]) -> Any:
-    return ScriptedContext(scores=scores, demonstrations=DEMONSTRATIONS)
+def draw_of(scores: dict[tuple[str, str], Any], **changes: Any) -> Any:
+    return ScriptedContext(run=run_of(**changes), scores=scores, demonstrations=DEMONSTRATIONS)
 
 
 def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
     # One of three prompts is at or below the gate of 0, so the weights are 2/3 and 1/3. The group (1, 0) has the
     # unbiased standard deviation sqrt(1/2) and advantages of +- 0.5 sqrt(2). The group (1, 1) has none.
-    collected = HPT().collect(draw_of(SCORES), run_of(advantage_eps=1e-9))
+    collected = HPT().collect(draw_of(SCORES, advantage_eps=1e-9))
     assert collected.weights == {"policy": pytest.approx(2 / 3), "sft": pytest.approx(1 / 3)}
     found = [
         (s.token_ids.tolist(), s.parts[0].term, s.parts[0].constants.get("advantage"))
@@ -54,7 +54,7 @@ def test_all_wrong_prompts_are_trained_by_sft_and_the_others_by_grpo() -> None:
 
 
 def test_a_prompt_exactly_at_the_gate_is_trained_by_sft() -> None:
-    collected = HPT(settings=HPTConfig(gate=0.5, sft_coefficient=0.3)).collect(draw_of(SCORES), run_of())
+    collected = HPT(settings=HPTConfig(gate=0.5, sft_coefficient=0.3)).collect(draw_of(SCORES))
     assert [sample.parts[0].term for sample in collected.samples] == ["policy", "policy", "sft", "sft"]
     assert collected.weights == {"policy": pytest.approx(1 / 3), "sft": pytest.approx(0.2)}
 
@@ -67,7 +67,7 @@ def test_a_prompt_exactly_at_the_gate_is_trained_by_sft() -> None:
     ],
 )
 def test_a_step_of_one_kind(score: float, terms: set[str], weights: dict[str, float]) -> None:
-    collected = HPT().collect(draw_of(dict.fromkeys(SCORES, (score, score))), run_of())
+    collected = HPT().collect(draw_of(dict.fromkeys(SCORES, (score, score))))
     assert {sample.parts[0].term for sample in collected.samples} == terms
     assert collected.weights == weights
 
@@ -79,11 +79,11 @@ def test_equal_weights_do_not_depend_on_the_shares() -> None:
 
 def test_prompts_whose_grading_failed_are_in_neither_branch() -> None:
     # b has no group of two any more, so the step has two prompts: one for each branch.
-    collected = HPT().collect(draw_of(SCORES | {("", "b"): (None, 1.0)}), run_of())
+    collected = HPT().collect(draw_of(SCORES | {("", "b"): (None, 1.0)}))
     assert collected.weights == {"policy": 0.5, "sft": 0.5}
     assert collected.stats["dropped_groups"] == 1
     with pytest.raises(TooManyGraderErrors, match="step 0"):
-        HPT().collect(draw_of(dict.fromkeys(SCORES, (None, 1.0))), run_of())
+        HPT().collect(draw_of(dict.fromkeys(SCORES, (None, 1.0))))
 
 
 def test_the_gate_reads_scores_not_rewards() -> None:

@@ -38,7 +38,7 @@ ALL_RIGHT = [answer(RIGHT)] * 3
 def test_advantages_are_over_rollouts_and_demonstration_together() -> None:
     run = guided_run("luffy", prompts=2, advantage="group_mean")
     context = scripted_draw(run, [MIXED, ALL_WRONG], [RIGHT, RIGHT])
-    collected = Luffy().collect(context, run)
+    collected = Luffy().collect(context)
     # Rewards 1 0 0 | 1: mean 1/2. Rewards 0 0 0 | 1: mean 1/4.
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5, -0.5], 1: [-0.25] * 3}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5], 1: [0.75]}
@@ -51,7 +51,7 @@ def test_advantages_are_over_rollouts_and_demonstration_together() -> None:
 
 def test_advantages_by_the_joint_standard_deviation() -> None:
     run = guided_run("luffy", advantage_eps=1e-12)
-    collected = Luffy().collect(scripted_draw(run, [ALL_WRONG], [RIGHT]), run)
+    collected = Luffy().collect(scripted_draw(run, [ALL_WRONG], [RIGHT]))
     # Rewards 0 0 0 | 1: squared deviations 3/16 + 9/16, unbiased variance 1/4, standard deviation 1/2.
     assert constants(collected.samples, "policy", "advantage")[0] == pytest.approx([-0.5] * 3)
     assert constants(collected.samples, "demonstration", "advantage")[0] == pytest.approx([1.5])
@@ -59,7 +59,7 @@ def test_advantages_by_the_joint_standard_deviation() -> None:
 
 def test_the_answer_is_trained_and_the_prompt_is_not() -> None:
     run = guided_run("luffy")
-    samples = Luffy().collect(scripted_draw(run, [MIXED], [RIGHT]), run).samples
+    samples = Luffy().collect(scripted_draw(run, [MIXED], [RIGHT])).samples
     assert samples[-1].token_ids.tolist() == [100, 3, 30, 31, RIGHT]
     assert samples[-1].parts[0].positions.tolist() == [2, 3, 4]
     assert set(samples[-1].parts[0].constants) == {"advantage"}
@@ -68,7 +68,7 @@ def test_the_answer_is_trained_and_the_prompt_is_not() -> None:
 
 def test_one_denominator_for_rollouts_and_demonstrations() -> None:
     run = guided_run("luffy")
-    samples = Luffy().collect(scripted_draw(run, [MIXED], [RIGHT]), run).samples
+    samples = Luffy().collect(scripted_draw(run, [MIXED], [RIGHT])).samples
     scaled = with_scales(samples, terms_of(run))
     # 3 rollouts of 2 tokens and a demonstration of 3.
     assert [part.constants[SCALE] for sample in scaled for part in sample.parts] == [1 / 9] * 4
@@ -76,7 +76,7 @@ def test_one_denominator_for_rollouts_and_demonstrations() -> None:
 
 def test_groups_of_equal_rewards_are_judged_with_their_demonstration() -> None:
     run = guided_run("luffy", prompts=2, advantage="group_mean", equal_groups="drop")
-    collected = Luffy().collect(scripted_draw(run, [ALL_WRONG, ALL_RIGHT], [RIGHT, RIGHT]), run)
+    collected = Luffy().collect(scripted_draw(run, [ALL_WRONG, ALL_RIGHT], [RIGHT, RIGHT]))
     assert constants(collected.samples, "policy", "advantage") == {0: [-0.25] * 3}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.75]}
 
@@ -84,14 +84,14 @@ def test_groups_of_equal_rewards_are_judged_with_their_demonstration() -> None:
 def test_rollouts_that_were_cut_off_are_left_out_but_count_in_the_group() -> None:
     run = guided_run("luffy", advantage="group_mean", truncated="mask")
     answers = [answer(RIGHT), answer(WRONG), answer(WRONG, finish="length")]
-    collected = Luffy().collect(scripted_draw(run, [answers], [RIGHT]), run)
+    collected = Luffy().collect(scripted_draw(run, [answers], [RIGHT]))
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5]}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5]}
 
 
 def test_a_group_trains_without_a_demonstration_that_could_not_be_graded() -> None:
     run = guided_run("luffy", prompts=2, advantage="group_mean")
-    collected = Luffy().collect(scripted_draw(run, [MIXED, MIXED], [BROKEN, RIGHT]), run)
+    collected = Luffy().collect(scripted_draw(run, [MIXED, MIXED], [BROKEN, RIGHT]))
     policy = constants(collected.samples, "policy", "advantage")
     assert policy[0] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     assert policy[1] == [0.5, -0.5, -0.5]
@@ -101,7 +101,7 @@ def test_a_group_trains_without_a_demonstration_that_could_not_be_graded() -> No
 
 def test_without_a_graded_demonstration_the_rollouts_train_alone() -> None:
     run = guided_run("luffy")
-    collected = Luffy().collect(scripted_draw(run, [MIXED], [BROKEN]), run)
+    collected = Luffy().collect(scripted_draw(run, [MIXED], [BROKEN]))
     assert {part.term for sample in collected.samples for part in sample.parts} == {"policy"}
     assert collected.stats["demonstration_errors"] == 1
     assert "demonstration_reward" not in collected.stats
@@ -112,7 +112,7 @@ def test_dynamic_sampling_judges_the_rollouts_alone() -> None:
     run = replace(run, batch=replace(run.batch, sampling_attempts=2))
     order = scripted_draw(run, [MIXED] * 2, [RIGHT] * 2).sources.prompt_cursor.take(2)[0]
     answers = [ALL_WRONG if index == order[0] else MIXED for index in range(2)]
-    collected = Luffy().collect(scripted_draw(run, answers, [RIGHT] * 2), run)
+    collected = Luffy().collect(scripted_draw(run, answers, [RIGHT] * 2))
     # Without the demonstration the first prompt's group is 0 0 0 | 1.
     assert list(constants(collected.samples, "policy", "advantage")) == [order[1]]
     assert list(constants(collected.samples, "demonstration", "advantage")) == [order[1]]

@@ -155,8 +155,12 @@ def test_a_step() -> None:
     # Step 0 of the published schedule: every prefix has exactly 95 % of its demonstration, 9 of 10 tokens.
     scores: dict[tuple[str, str], Any] = {("", name): (1.0, 0.0) for name in "abc"}
     scores |= {("hybrid", "a"): (1.0,), ("hybrid", "b"): (0.0,), ("hybrid", "c"): (None,)}
-    context: Any = ScriptedContext(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
-    collected = PrefixRFT().collect(context, run_of(advantage="group_mean"))
+    context: Any = ScriptedContext(
+        run=run_of(advantage="group_mean"),
+        scores=scores,
+        demonstrations=dict.fromkeys("abc", DEMONSTRATION),
+    )
+    collected = PrefixRFT().collect(context)
     assert [(attempt, samples) for attempt, _, samples in context.asked] == [("", 2), ("hybrid", 1)]
     assert collected.weights == {"policy": 1.0, "prefix": 1.0}
     assert [len(sample.parts) for sample in collected.samples] == [1] * 6 + [2] * 2
@@ -180,8 +184,8 @@ def test_hybrids_follow_the_groups_that_are_left() -> None:
         ("hybrid", "c"): (1.0,),
     }
     demonstrations = {name: tuple(range(start, start + 10)) for name, start in (("a", 100), ("c", 300))}
-    context: Any = ScriptedContext(scores=scores, demonstrations=demonstrations)
-    collected = PrefixRFT().collect(context, run_of())
+    context: Any = ScriptedContext(run=run_of(), scores=scores, demonstrations=demonstrations)
+    collected = PrefixRFT().collect(context)
     assert [item.prompt.id for item in context.asked[1][1]] == ["a", "c"]
     assert [sample.token_ids.tolist()[2] for sample in collected.samples[-2:]] == [100, 300]
     assert [sample.parts[0].constants["advantage"] for sample in collected.samples[-2:]] == [0.5, 0.0]
@@ -193,9 +197,9 @@ def test_a_step_is_the_same_when_it_is_collected_again() -> None:
 
     def collect() -> list[list[int]]:
         context: Any = ScriptedContext(
-            scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION), step=5
+            run=run_of(), scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION), step=5
         )
-        return [sample.token_ids.tolist() for sample in PrefixRFT().collect(context, run_of()).samples]
+        return [sample.token_ids.tolist() for sample in PrefixRFT().collect(context).samples]
 
     assert collect() == collect()
     assert len({len(ids) for ids in collect()[6:]}) > 1

@@ -24,7 +24,7 @@ def step(
     answers = [[answer(last) for last in of_prompt] for of_prompt in lasts]
     context = scripted_draw(run, answers, [RIGHT] * len(lasts))
     context.memory = memory
-    return ReLIFT(settings=ReLIFTConfig(size=size)).collect(context, run)
+    return ReLIFT(settings=ReLIFTConfig(size=size)).collect(context)
 
 
 LASTS = [(WRONG, WRONG, WRONG), (WRONG, RIGHT, WRONG), (WRONG, BROKEN, WRONG)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_chord.config import KLConfig, ObjectiveConfig
+from megatron_chord.config import KLConfig, ObjectiveConfig, RunConfig
 from megatron_chord.losses.aggregate import with_scales
 from megatron_chord.losses.terms import TermTokens, TokenStats, empty_output
 from megatron_chord.methods import remix
@@ -142,13 +142,19 @@ class FakeSampling:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def __call__(self, context: Any, run: Any, *, prompts: int) -> Any:
+    def __call__(self, context: Any, *, prompts: int) -> Any:
         self.asked.append(prompts)
         groups = [
             group(f"{context.now.step}.{i}", rollout((20 + context.now.step,)), rollout((9,)))
             for i in range(prompts)
         ]
         return SimpleNamespace(groups=groups, stats={"reward_mean": 0.5})
+
+
+def context_of(run: RunConfig, *, step: int, memory: Any) -> Any:
+    return SimpleNamespace(
+        batch=run.batch, objective=run.objective, seed=run.seed, now=ScheduleInput(step=step), memory=memory
+    )
 
 
 def test_a_run_mixes_in_its_first_stage_alone_and_a_repeated_step_draws_the_same(
@@ -159,8 +165,8 @@ def test_a_run_mixes_in_its_first_stage_alone_and_a_repeated_step_draws_the_same
     run = tiny_run(tmp_path, method="remix", settings={"mix_steps": 8, "stale_share": 0.5})
     method, memory, seen = method_of(run), None, 0
     for step in range(10):
-        context: Any = SimpleNamespace(now=ScheduleInput(step=step), memory=json.loads(json.dumps(memory)))
-        collected, again = method.collect(context, run), method.collect(context, run)
+        context = context_of(run, step=step, memory=json.loads(json.dumps(memory)))
+        collected, again = method.collect(context), method.collect(context)
         assert [s.token_ids.tolist() for s in collected.samples] == [
             s.token_ids.tolist() for s in again.samples
         ]
@@ -189,8 +195,7 @@ def test_a_step_of_stale_groups_alone_samples_nothing(
     monkeypatch.setattr(remix, "sample_groups", sampling)
     run = tiny_run(tmp_path, method="remix", settings={"stale_share": 1.0})
     memory = remember([], [group("a"), group("b"), group("c")], 0, 2, OBJECTIVE)
-    context: Any = SimpleNamespace(now=ScheduleInput(step=1), memory=memory)
-    collected = method_of(run).collect(context, run)
+    collected = method_of(run).collect(context_of(run, step=1, memory=memory))
     assert sampling.asked == []
     assert collected.stats == {"stale_groups": 3}
     assert {sample.parts[0].term for sample in collected.samples} == {"stale"}

@@ -29,7 +29,7 @@ from tests.unit.methods.guided import (
 def test_its_groups_are_those_of_luffy() -> None:
     run = guided_run("rl_plus", advantage="group_mean")
     answers = [answer(RIGHT), answer(WRONG), answer(WRONG)]
-    collected = RLPlus().collect(scripted_draw(run, [answers], [RIGHT]), run)
+    collected = RLPlus().collect(scripted_draw(run, [answers], [RIGHT]))
     assert constants(collected.samples, "policy", "advantage") == {0: [0.5, -0.5, -0.5]}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5]}
     assert collected.weights == {"policy": 1.0, "demonstration": 1.0}

@@ -61,11 +61,12 @@ def run_of(*, limit: int = 100, rollouts: int = 3, weight: float = 1.0, **change
 
 def collect(scores: Mapping[str, Sequence[float | None]], run: RunConfig) -> Any:
     context: Any = Context(
+        run=run,
         scores={("", name): values for name, values in scores.items()},
         demonstrations=DEMONSTRATIONS,
         template=Template(),
     )
-    return method_of(run).collect(context, run)
+    return method_of(run).collect(context)
 
 
 def teachers(collected: Any) -> list[tuple[int, float, str | None]]:
@@ -175,6 +176,7 @@ def test_neither_does_a_text_with_a_control_token(monkeypatch: pytest.MonkeyPatc
 def test_truncated_rollouts_are_left_out_of_both_losses() -> None:
     run = run_of(template=TEMPLATE, shows="demonstration", truncated="mask")
     context: Any = Context(
+        run=run,
         scores={("", "a"): (0.0, 1.0, 0.0), ("", "b"): (0.0, 1.0, 0.0)},
         demonstrations=DEMONSTRATIONS,
         template=Template(),
@@ -188,7 +190,7 @@ def test_truncated_rollouts_are_left_out_of_both_losses() -> None:
         ]
 
     context.rollouts = cut
-    assert method_of(run).collect(context, run).samples == []
+    assert method_of(run).collect(context).samples == []
 
 
 def test_texts_are_not_read_as_templates() -> None:

@@ -34,7 +34,7 @@ LN2 = math.log(2)
 
 def test_rollouts_have_signs_and_demonstrations_joint_advantages() -> None:
     run = guided_run("srft", prompts=2, advantage="group_mean")
-    collected = SRFT().collect(scripted_draw(run, [MIXED, [answer(RIGHT)] * 3], [RIGHT, WRONG]), run)
+    collected = SRFT().collect(scripted_draw(run, [MIXED, [answer(RIGHT)] * 3], [RIGHT, WRONG]))
     assert constants(collected.samples, "policy", "sign") == {0: [1, -1, -1], 1: [1, 1, 1]}
     assert constants(collected.samples, "demonstration", "advantage") == {0: [0.5], 1: [-0.75]}
     assert set(collected.samples[0].parts[0].constants) == {"sign", "rollout_logprob"}
@@ -45,14 +45,14 @@ def test_rollouts_have_signs_and_demonstrations_joint_advantages() -> None:
 def test_the_threshold_of_right_rollouts() -> None:
     run = guided_run("srft", prompts=1)
     context = scripted_draw(run, [MIXED], [RIGHT])
-    collected = SRFT(settings=SRFTConfig(positive_reward=1.0)).collect(context, run)
+    collected = SRFT(settings=SRFTConfig(positive_reward=1.0)).collect(context)
     assert constants(collected.samples, "policy", "sign") == {0: [-1, -1, -1]}
 
 
 def test_cut_off_rollouts_equal_groups_and_failed_gradings() -> None:
     run = guided_run("srft", prompts=3, truncated="mask", equal_groups="drop")
     answers = [MIXED, [answer(RIGHT)] * 3, [answer(RIGHT), answer(WRONG), answer(BROKEN)]]
-    collected = SRFT().collect(scripted_draw(run, answers, [RIGHT, RIGHT, BROKEN]), run)
+    collected = SRFT().collect(scripted_draw(run, answers, [RIGHT, RIGHT, BROKEN]))
     assert constants(collected.samples, "policy", "sign") == {0: [1, -1], 2: [1, -1]}
     assert list(constants(collected.samples, "demonstration", "advantage")) == [0]
     assert collected.stats["demonstration_errors"] == 1
@@ -60,7 +60,7 @@ def test_cut_off_rollouts_equal_groups_and_failed_gradings() -> None:
 
 def test_each_expectation_is_a_mean_of_its_own() -> None:
     run = guided_run("srft")
-    samples = SRFT().collect(scripted_draw(run, [MIXED], [RIGHT]), run).samples
+    samples = SRFT().collect(scripted_draw(run, [MIXED], [RIGHT])).samples
     scales = [
         part.constants[SCALE] for sample in with_scales(samples, terms_of(run)) for part in sample.parts
     ]

@@ -66,8 +66,8 @@ SCORES: dict[tuple[str, str], Any] = {
 
 
 def collect(scores: dict[tuple[str, str], Any], run: RunConfig) -> tuple[Any, Any]:
-    context: Any = Context(scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
-    return context, method_of(run).collect(context, run)
+    context: Any = Context(run=run, scores=scores, demonstrations=dict.fromkeys("abc", DEMONSTRATION))
+    return context, method_of(run).collect(context)
 
 
 def test_hard_prompts_get_more_of_their_demonstration() -> None:

@@ -109,7 +109,7 @@ def test_it_draws_weighs_and_scales_as_the_formula_says(example: type[Method]) -
     run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group_mean")
     method = table.method_of(run)
     assert type(method) is example
-    collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
+    collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]))
 
     # The rewards are 1 0 0 and 0 0 0. Those of demonstrations are not among them.
     policy = constants(collected.samples, "policy", "advantage")
@@ -135,7 +135,7 @@ def test_its_loss_and_gradient_by_hand(example: type[Method]) -> None:
     run = guided_run("rl_with_sft", prompts=2, settings={"coefficient": 0.5}, advantage="group_mean")
     method = table.method_of(run)
     terms = terms_of(run)
-    collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]), run)
+    collected = method.collect(scripted_draw(run, ANSWERS, [RIGHT, RIGHT]))
     scaled = with_scales(collected.samples, terms)
     tokens = {"policy": tokens_of_term(scaled, "policy", 0), "sft": tokens_of_term(scaled, "sft", 12)}
     advantages = tokens["policy"]["advantage"].tolist()
