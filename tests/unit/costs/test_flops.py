@@ -1,4 +1,4 @@
-"""FLOPs are compared with hand arithmetic."""
+"""FLOPs are compared with hand arithmetic and with published numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import pytest
 
 from megatron_chord.costs.flops import attention_cost, decode_attention_flops, recomputed_flops, train_flops
 from tests.unit.plan.models import shape_of
+
+# GFLOP of one token's training in sequences of 2048, 8192 and 16384: 6 x (parameters without the input embedding) + 6 x
+# layers x query width x length.
+FLOPS = [
+    ("qwen2.5-7b", (43.7, 47.4, 52.3)),
+    ("llama-3.1-8b", (46.6, 51.5, 57.9)),
+    ("qwen2.5-32b", (195.9, 208.0, 224.1)),
+    ("qwen3-32b", (198.3, 217.7, 243.4)),
+    ("llama-3.1-70b", (425.0, 449.2, 481.4)),
+    ("qwen2.5-72b", (436.8, 461.0, 493.2)),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), FLOPS)
+def test_flops_of_a_token(name: str, expected: tuple[float, ...]) -> None:
+    found = [train_flops(shape_of(name), length) / 1e9 for length in (2048, 8192, 16384)]
+    assert found == pytest.approx(expected, abs=0.07)
+
+
+def test_flops_are_the_published_convention() -> None:
+    """NVIDIA publishes tokens and TFLOP per second and GPU for the same run, Llama3-8B and 70B at 8192 [MB-ARCH]."""
+    assert 14451 * train_flops(shape_of("llama-3.1-8b"), 8192) / 1e12 == pytest.approx(744, rel=1e-3)
+    assert 1602 * train_flops(shape_of("llama-3.1-70b"), 8192) / 1e12 == pytest.approx(719, rel=2e-3)
 
 
 def test_attention_cost_of_qwen2_5_7b() -> None:

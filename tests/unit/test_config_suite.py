@@ -1,4 +1,4 @@
-"""Suites: settings that are refused, settings that a benchmark takes from its suite, and the limits of a trial."""
+"""Suites: settings that are refused or taken from the suite, the limits of a trial, and the suites of the examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from megatron_chord.config_io import ConfigError, dump_config, load_suite
 from megatron_chord.data import recipes
-from megatron_chord.evaluation.evaluate import check_suite
 from tests.support.ranks import ROOT
 from tools import prepare
 
@@ -95,15 +94,6 @@ def test_refused(tmp_path: Path, change: str, finding: str) -> None:
     assert finding in str(error.value)
 
 
-def test_missing_files_are_told_at_once_with_the_command_that_makes_them(tmp_path: Path) -> None:
-    suite = load(tmp_path, SUITE[: SUITE.index("means:")])
-    with pytest.raises(
-        ValueError, match=r"(?s)a: .*a\.jsonl does not exist: make it with `python tools/prepare.py a`.*b: "
-    ) as error:
-        check_suite(suite)
-    assert f"must be in {tmp_path / 'files'}. data=FOLDER" in str(error.value)
-
-
 def test_the_paper_s_suite_has_its_protocol() -> None:
     suite = load_suite(ROOT / "examples" / "suites" / "paper.yaml")
     items = {item.name: item for item in suite.resolved()}
@@ -119,10 +109,6 @@ def test_the_paper_s_suite_has_its_protocol() -> None:
         "bfcl_live": 4,
         "bfcl": 8,
     }
-    with pytest.raises(
-        ValueError, match=r"evaluation\.jsonl does not exist: make it with `python tools/prepare.py"
-    ):
-        check_suite(load_suite(ROOT / "examples" / "suites" / "paper.yaml", ["data=nowhere"]))
 
 
 def test_the_commands_of_the_papers_suite_write_its_files() -> None:
