@@ -37,7 +37,7 @@ from megatron_chord.plan.work import Work
 MEDIAN, LARGEST = 0.15, 0.35
 """The errors that the unseen rows should not exceed."""
 ROWS = Path(__file__).with_name("planner_rows.yaml")
-CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "unit" / "plan" / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "support" / "configs"
 _OUTSIDE = (
     "not modelled: these runs send tokens to experts by HybridEP (26.04) or by all-gather (NeMo-RL v0.4), this trainer "
     "by all-to-all"

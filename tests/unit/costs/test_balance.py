@@ -12,7 +12,7 @@ from megatron_chord.costs.flops import head_flops, layer_flops, train_flops
 from megatron_chord.costs.parameters import rank_count
 from megatron_chord.costs.stages import stage_layers
 from megatron_chord.model.build import check_overrides, check_shape
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 
 def test_layers_of_a_stage() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_chord.costs.flops import attention_cost, decode_attention_flops, recomputed_flops, train_flops
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 # GFLOP of one token's training in sequences of 2048, 8192 and 16384: 6 x (parameters without the input embedding) + 6 x
 # layers x query width x length.

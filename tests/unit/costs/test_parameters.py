@@ -24,9 +24,9 @@ from megatron_chord.families.table import FAMILIES, read_shape
 from megatron_chord.plan.memory import Training, optimizer_bytes
 from megatron_chord.weights.mapping import padded_vocab_size
 from megatron_chord.weights.reader import HFReader
+from tests.support.published import CONFIGS, EXAMPLES, shape_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model
-from tests.unit.plan.models import CONFIGS, EXAMPLES, shape_of
 from tests.unit.plan.per_rank import Asked, Held, conversion_plans, held
 
 # Sizes of the published checkpoints: total_size in model.safetensors.index.json. BF16 has two bytes a parameter.

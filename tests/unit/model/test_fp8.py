@@ -5,7 +5,6 @@ Sizes come from the published config.json files. The expected verdicts were work
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,68 +17,30 @@ import pytest
 from megatron_chord.config import ModelConfig, ParallelConfig
 from megatron_chord.config_io import dump_config
 from megatron_chord.data.packing import make_layout
-from megatron_chord.families.shape import ModelShape
-from megatron_chord.families.table import read_shape
 from megatron_chord.model.build import check_overrides, check_shape, transformer_config
 from megatron_chord.model.fp8 import check_fp8, matrix_sizes, optimizer_settings, transformer_settings
 from megatron_chord.precision import PRESETS, Precision, preset
+from tests.support.published import shape_of
 from tests.support.tiny import save_model, tiny_run
 
-# model_type, hidden_size, intermediate_size, layers, heads, key-value heads, further settings
-PUBLISHED: dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]] = {
-    "Qwen2.5-7B": ("qwen2", 3584, 18944, 28, 28, 4, {}),
-    "Llama-3.1-8B": ("llama", 4096, 14336, 32, 32, 8, {}),
-    "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, {"head_dim": 128}),
-    "Qwen2.5-32B": ("qwen2", 5120, 27648, 64, 40, 8, {}),
-    "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, {"head_dim": 128}),
-    "Llama-3.3-70B": ("llama", 8192, 28672, 80, 64, 8, {}),
-    "Qwen2.5-72B": ("qwen2", 8192, 29568, 80, 64, 8, {}),
-    "Qwen3-30B-A3B": (
-        "qwen3_moe",
-        2048,
-        6144,
-        48,
-        32,
-        4,
-        {
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "norm_topk_prob": True,
-        },
-    ),
-}
-
-
-def shape_of(name: str, folder: Path) -> ModelShape:
-    family, hidden, ffn, layers, heads, groups, more = PUBLISHED[name]
-    config = {
-        "model_type": family,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        **more,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return read_shape(folder)
+DENSE = (
+    "qwen2.5-7b",
+    "llama-3.1-8b",
+    "qwen3-8b",
+    "qwen2.5-32b",
+    "qwen3-32b",
+    "llama-3.1-70b",
+    "qwen2.5-72b",
+)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "Qwen3-30B-A3B"])
-def test_blocks_of_128_by_model_and_tensor_axis(name: str, tensor: int, tmp_path: Path) -> None:
-    shape = shape_of(name, tmp_path)
-    impossible = {("Qwen2.5-72B", 2): "14784", ("Qwen2.5-72B", 4): "7392", ("Qwen2.5-72B", 8): "3696"}
+@pytest.mark.parametrize("name", DENSE)
+def test_blocks_of_128_by_model_and_tensor_axis(name: str, tensor: int) -> None:
+    shape = shape_of(name)
+    impossible = {("qwen2.5-72b", 2): "14784", ("qwen2.5-72b", 4): "7392", ("qwen2.5-72b", 8): "3696"}
     parallel = ParallelConfig(tensor=tensor)
-    if (name, tensor) == ("Qwen2.5-7B", 8):
+    if (name, tensor) == ("qwen2.5-7b", 8):
         with pytest.raises(ValueError, match="28 attention heads / tensor 8"):
             check_shape(shape, parallel)
         assert dict(matrix_sizes(shape, parallel))["MLP width 18944 / tensor 8"] == 2368
@@ -98,8 +59,8 @@ def test_blocks_of_128_by_model_and_tensor_axis(name: str, tensor: int, tmp_path
         assert alternative in str(refused.value)
 
 
-def test_experts_are_not_cut(tmp_path: Path) -> None:
-    shape = shape_of("Qwen3-30B-A3B", tmp_path)
+def test_experts_are_not_cut() -> None:
+    shape = shape_of("qwen3-30b-a3b")
     parallel = ParallelConfig(tensor=4, expert=4, sequence_parallel=True)
     assert dict(matrix_sizes(shape, parallel)) == {
         "hidden size 2048": 2048,
@@ -110,12 +71,8 @@ def test_experts_are_not_cut(tmp_path: Path) -> None:
     check_fp8(shape, parallel, "fp8_e2e")
 
 
-def test_shapes_that_are_not_even_multiples_of_16(tmp_path: Path) -> None:
-    PUBLISHED["odd"] = ("qwen2", 4096, 11000, 32, 32, 8, {})  # 11000 = 8 x 1375
-    try:
-        shape = shape_of("odd", tmp_path)
-    finally:
-        del PUBLISHED["odd"]
+def test_shapes_that_are_not_even_multiples_of_16() -> None:
+    shape = replace(shape_of("llama-3.1-8b"), ffn_size=11000)  # 8 x 1375
     for precision in ("fp8_e2e", "fp8_tensorwise"):
         with pytest.raises(ValueError, match="MLP width 11000 = 11000") as refused:
             check_fp8(shape, ParallelConfig(), precision)
@@ -172,7 +129,7 @@ def test_what_megatron_is_told() -> None:
 
 
 def test_fp8_is_never_silently_ignored(tmp_path: Path) -> None:
-    shape = shape_of("Qwen2.5-7B", tmp_path)
+    shape = shape_of("qwen2.5-7b")
     model = ModelConfig(path=tmp_path)
     with pytest.raises(ValueError, match="needs a CUDA device and Transformer Engine"):
         transformer_config(shape, model, ParallelConfig(), PRESETS["fp8_e2e"].training)
@@ -247,7 +204,7 @@ def test_a_run_with_overrides_sets_the_environment_before_its_checks(start: str,
 
 
 def test_attention_backend_by_name(tmp_path: Path) -> None:
-    shape = shape_of("Qwen2.5-7B", tmp_path)
+    shape = shape_of("qwen2.5-7b")
     config = transformer_config(
         shape, ModelConfig(path=tmp_path, megatron_overrides={"attention_backend": "fused"}), ParallelConfig()
     )

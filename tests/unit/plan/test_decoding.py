@@ -12,7 +12,7 @@ from megatron_chord.costs.gpus import GPUS
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.decoding import Server, decode_steps, exponential_scale, sampling_seconds
 from megatron_chord.plan.work import EarlyStop, Work
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 
 def work(**changes: float) -> Work:

@@ -32,7 +32,7 @@ from megatron_chord.plan.estimate import (
 from megatron_chord.plan.report import layout
 from megatron_chord.plan.search import _splits, best_block, search, search_servers
 from megatron_chord.plan.work import EarlyStop
-from tests.unit.plan.models import CLUSTER_RUNS, CONFIGS, EXAMPLES, ROLLOUT_NODES, shared
+from tests.support.published import CLUSTER_RUNS, CONFIGS, EXAMPLES, ROLLOUT_NODES, shared
 
 ROOT = EXAMPLES.parents[1]
 

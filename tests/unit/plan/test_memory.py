@@ -21,8 +21,8 @@ from megatron_chord.plan.memory import (
     server_memory,
     stage_memory,
 )
+from tests.support.published import shape_of
 from tests.support.ranks import run_ranks
-from tests.unit.plan.models import shape_of
 from tests.unit.plan.per_rank import warm_ups
 
 

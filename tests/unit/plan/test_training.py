@@ -8,7 +8,7 @@ from megatron_chord.config import ParallelConfig
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.plan.constants import CONSTANTS
 from megatron_chord.plan.training import micro_batches, pass_cost, pass_seconds, reduction_seconds, speed
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 
 def test_bubble() -> None:

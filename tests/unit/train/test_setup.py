@@ -14,8 +14,8 @@ from megatron_chord.data.packing import plan_step
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Part, TrainSample
 from megatron_chord.train.setup import coordinator_timeout_s, packing_layout, plan_lines
+from tests.support.published import shape_of
 from tests.support.tiny import tiny_run
-from tests.unit.plan.models import shape_of
 
 
 def test_packing_knows_what_long_sequences_cost() -> None:

@@ -13,7 +13,7 @@ from megatron_chord.train.coordinator import StepInputs
 from megatron_chord.train.step import Trained
 from megatron_chord.train.step_row import speed_row, step_row
 from megatron_chord.train.update import Update, UpdateResult
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 INPUTS = StepInputs(
     updates=(

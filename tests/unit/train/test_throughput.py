@@ -9,7 +9,7 @@ import torch
 
 from megatron_chord.costs.gpus import GPUS
 from megatron_chord.train.throughput import own_gpu, throughput
-from tests.unit.plan.models import shape_of
+from tests.support.published import shape_of
 
 LENGTHS = (1000, 3000, 8000)
 

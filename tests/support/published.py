@@ -1,4 +1,4 @@
-"""The config.json files of published models, beside this file. They keep only the sizes."""
+"""The sizes of published models, from their config.json files in configs/, and the cluster examples that train them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_chord.families.shape import ModelShape
 from megatron_chord.families.table import read_shape
 
 CONFIGS = Path(__file__).with_name("configs")
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "cluster"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cluster"
 CLUSTER_RUNS = {
     "chord_qwen7b": ("qwen2.5-7b", 1),
     "chord_qwen32b": ("qwen2.5-32b", 4),
