@@ -15,22 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_chord.losses.logprobs import token_logprobs
+from tests.support.head import head_inputs
 from tests.support.interpreter import run_with_triton
 from tests.support.ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 19, 8, 21, 0.7
 SPLITS = {"halves": 10, "padded": 16, "second empty": VOCAB, "first empty": 0, "one row": 1}
-"""Rows of the first rank. The second rank holds the rest of the 21. The head never gets rows of padding."""
-
-
-def make_inputs(dtype: torch.dtype, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
-    weight = scale * HIDDEN**-0.5 * torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
-    targets = torch.randint(VOCAB, (TOKENS,))
-    # The first target is the only row of its shard in the split "one row".
-    targets[:2] = torch.tensor([0, VOCAB - 1])
-    return hidden.to(dtype), weight.to(dtype), targets
+"""Rows of the first rank. The second rank holds the rest of the 21. The head never gets rows of padding. In
+"one row" the first target is the only row of its shard."""
 
 
 def factors() -> Tensor:
@@ -53,7 +45,7 @@ def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
     dist.all_reduce = counted
     results = []
     for case in cases:
-        hidden, weight, targets = make_inputs(case["dtype"], case["scale"])
+        hidden, weight, targets = head_inputs(TOKENS, HIDDEN, VOCAB, case["dtype"], scale=case["scale"])
         hidden, targets = hidden[: case["tokens"]].requires_grad_(), targets[: case["tokens"]]
         weight, targets = weight[: case["vocab"]], targets.clamp(max=case["vocab"] - 1)
         cut = case["cut"]
@@ -89,7 +81,9 @@ def heads(cases: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
 
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
-    hidden, weight, targets = (part.double() for part in make_inputs(case["dtype"], case["scale"]))
+    hidden, weight, targets = (
+        part.double() for part in head_inputs(TOKENS, HIDDEN, VOCAB, case["dtype"], scale=case["scale"])
+    )
     hidden.requires_grad_()
     weight.requires_grad_()
     targets = targets.long()

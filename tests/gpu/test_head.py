@@ -41,7 +41,7 @@ def test_kernels_compute_what_float64_does(case: dict[str, Any]) -> None:
     assert_gradient(case, ours["gradient"])
 
 
-def make_inputs(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_on_gpu(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden, device="cuda").to(dtype).requires_grad_()
     weight = (3 * hidden**-0.5 * torch.randn(VOCAB, hidden, device="cuda")).to(dtype).requires_grad_()
@@ -62,7 +62,7 @@ def run(inputs: tuple[Tensor, Tensor, Tensor], kernels: LogitKernels | None, chu
 def test_the_head_with_kernels_equals_that_with_torch(chunk: int) -> None:
     """From the same rounded BF16 logits, values agree to the last places of FP32 and gradients to a last place of
     BF16."""
-    inputs = make_inputs(tokens=600, hidden=512, dtype=torch.bfloat16)
+    inputs = inputs_on_gpu(tokens=600, hidden=512, dtype=torch.bfloat16)
     ours, theirs = run(inputs, None, chunk), run(inputs, logit_kernels_torch, chunk)
     for name in ("log-probs", "entropy", "rival"):
         assert (ours[name] - theirs[name]).abs().max() < 1e-4, name
@@ -104,7 +104,7 @@ def test_one_weight_gradient_does_not_lose_small_chunks() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    inputs = make_inputs(tokens=64, hidden=64, dtype=torch.bfloat16)
+    inputs = inputs_on_gpu(tokens=64, hidden=64, dtype=torch.bfloat16)
     run(inputs, None, chunk=32)  # compiles the kernels and allocates memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

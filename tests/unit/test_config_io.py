@@ -41,15 +41,16 @@ optim:
 SCHEDULES = [kind.__dataclass_fields__["schedule"].default for kind in get_args(schedules.MuSchedule)]
 
 
-def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+def write_yaml(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
 
-def load(tmp_path: Path, more: str = "", *overrides: str) -> RunConfig:
-    return load_config(write(tmp_path, GOOD + more), overrides)
+def good_run(tmp_path: Path, more: str = "", *overrides: str) -> RunConfig:
+    """The run of ``GOOD`` with ``more`` settings."""
+    return load_config(write_yaml(tmp_path, GOOD + more), overrides)
 
 
 def findings(path: Path, *overrides: str) -> list[str]:
@@ -59,12 +60,12 @@ def findings(path: Path, *overrides: str) -> list[str]:
 
 
 def only_finding(tmp_path: Path, more: str, *overrides: str) -> str:
-    (finding,) = findings(write(tmp_path, GOOD + more), *overrides)
+    (finding,) = findings(write_yaml(tmp_path, GOOD + more), *overrides)
     return finding
 
 
 def test_values_paths_and_overrides(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
+    path = write_yaml(tmp_path, GOOD)
     run = load_config(
         path,
         ["optim.beta2=0.95", "method.mu.peak=0.3", "data.demonstrations=other.jsonl", "model.dtype=fp32"],
@@ -123,12 +124,12 @@ def test_values_paths_and_overrides(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], finding: str) -> None:
     assert change[0] in GOOD
-    assert finding in findings(write(tmp_path, GOOD.replace(*change)))[0]
+    assert finding in findings(write_yaml(tmp_path, GOOD.replace(*change)))[0]
 
 
 def test_all_findings_come_together(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 20", "steps: many").replace("  lr: 1e-6", "  lrr: 1e-6")
-    found = findings(write(tmp_path, text), "objective.my.peak=1", "nonsense")
+    found = findings(write_yaml(tmp_path, text), "objective.my.peak=1", "nonsense")
     assert len(found) == 4
     assert any(
         line.startswith("override 'objective.my.peak=1': unknown setting 'objective.my'") for line in found
@@ -154,7 +155,7 @@ def test_a_setting_without_its_block_is_answered_with_its_full_name(
 
 
 def test_a_number_in_place_of_a_schedule_is_a_constant(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD + "method: {mu: {schedule: linear, peak: 1, valley: 0}}\n")
+    path = write_yaml(tmp_path, GOOD + "method: {mu: {schedule: linear, peak: 1, valley: 0}}\n")
     assert load_config(path, ["method.mu=0.5"]).method.mu == schedules.Constant(peak=0.5)
     assert load_config(path, ["method.mu=0.5", "method.mu.peak=0.3"]).method.mu == schedules.Constant(
         peak=0.3
@@ -183,8 +184,8 @@ def test_a_horizon_that_will_not_do(tmp_path: Path, settings: str, finding: str)
 
 
 def test_a_horizon_of_its_own(tmp_path: Path) -> None:
-    assert load(tmp_path, "  schedule: linear\n").optim.horizon(20) == 20
-    assert load(tmp_path, "  schedule: linear\n  decay_steps: 50\n").optim.horizon(20) == 50
+    assert good_run(tmp_path, "  schedule: linear\n").optim.horizon(20) == 20
+    assert good_run(tmp_path, "  schedule: linear\n  decay_steps: 50\n").optim.horizon(20) == 50
 
 
 def test_an_evaluation_interval_needs_problems(tmp_path: Path) -> None:
@@ -193,13 +194,13 @@ def test_an_evaluation_interval_needs_problems(tmp_path: Path) -> None:
         "or evaluation.sets, or set evaluation.every to 0"
     )
     assert only_finding(tmp_path, "evaluation: {every: 5}\n") == finding
-    assert load(tmp_path, "evaluation: {every: 5}\n", "data.evaluation=x.jsonl").evaluation.every == 5
-    assert load(tmp_path, "evaluation: {problems: 5}\n").evaluation.every == 0
+    assert good_run(tmp_path, "evaluation: {every: 5}\n", "data.evaluation=x.jsonl").evaluation.every == 5
+    assert good_run(tmp_path, "evaluation: {problems: 5}\n").evaluation.every == 0
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    assert findings(write(tmp_path, text)) == ["run.yaml: expected a mapping of settings"]
+    assert findings(write_yaml(tmp_path, text)) == ["run.yaml: expected a mapping of settings"]
 
 
 class TestBlocksOfSeveralKinds:
@@ -225,12 +226,12 @@ class TestBlocksOfSeveralKinds:
         ],
     )
     def test_the_naming_key_chooses(self, tmp_path: Path, text: str, expected: Any) -> None:
-        method = load(tmp_path, f"method:\n  {text}\n").method
+        method = good_run(tmp_path, f"method:\n  {text}\n").method
         assert getattr(method, text.partition(":")[0]) == expected
 
     def test_an_optional_block(self, tmp_path: Path) -> None:
-        assert load(tmp_path, "objective: {kl: null}\n").objective.kl is None
-        assert load(tmp_path, "objective: {kl: {}}\n").objective.kl == config.KLConfig()
+        assert good_run(tmp_path, "objective: {kl: null}\n").objective.kl is None
+        assert good_run(tmp_path, "objective: {kl: {}}\n").objective.kl == config.KLConfig()
 
     @pytest.mark.parametrize("kind", [*get_args(schedules.MuSchedule), *get_args(config_methods.TokenWeight)])
     def test_every_kind_is_reached_and_dumped(self, tmp_path: Path, kind: type) -> None:
@@ -242,10 +243,10 @@ class TestBlocksOfSeveralKinds:
         value = kind(**settings, **({"rate": 0.1} if kind is schedules.Learned else {}))
         name = "token_weight" if hasattr(value, "kind") else "mu"
         block = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
-        path = write(tmp_path, GOOD + yaml.safe_dump({"method": {name: block}}))
+        path = write_yaml(tmp_path, GOOD + yaml.safe_dump({"method": {name: block}}))
         run = load_config(path, [f"output={tmp_path}"])
         assert getattr(run.method, name) == value
-        assert load_config(write(tmp_path, dump_config(run))) == run
+        assert load_config(write_yaml(tmp_path, dump_config(run))) == run
 
     @pytest.mark.parametrize(
         ("text", "finding"),
@@ -300,10 +301,10 @@ class TestBlocksOfSeveralKinds:
         assert finding in only_finding(tmp_path, f"method:\n  {text}\n")
 
     def test_kind_and_schedule_of_other_blocks_choose_nothing(self, tmp_path: Path) -> None:
-        run = load(tmp_path, "  schedule: cosine\nreward: {kind: exact, workers: 3}\n")
+        run = good_run(tmp_path, "  schedule: cosine\nreward: {kind: exact, workers: 3}\n")
         assert run.optim == config.OptimConfig(lr=1e-6, schedule="cosine")
         assert run.reward == ExactReward(workers=3)
-        assert load(tmp_path, "reward: exact\n").reward == ExactReward()
+        assert good_run(tmp_path, "reward: exact\n").reward == ExactReward()
 
 
 class TestMethod:
@@ -321,13 +322,13 @@ class TestMethod:
         ],
     )
     def test_the_name_chooses(self, tmp_path: Path, text: str, expected: Any) -> None:
-        assert load(tmp_path, text).method == expected
+        assert good_run(tmp_path, text).method == expected
 
     @pytest.mark.parametrize("kind", get_args(config_methods.MethodConfig), ids=lambda kind: kind.name)
     def test_every_method_is_reached_and_dumped(self, tmp_path: Path, kind: type) -> None:
-        run = load(tmp_path, f"method: {kind.name}\n", f"output={tmp_path}")
+        run = good_run(tmp_path, f"method: {kind.name}\n", f"output={tmp_path}")
         assert run.method == kind()
-        assert load_config(write(tmp_path, dump_config(run))) == run
+        assert load_config(write_yaml(tmp_path, dump_config(run))) == run
 
     @pytest.mark.parametrize(
         ("text", "finding"),
@@ -419,7 +420,7 @@ def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new:
         else f"{GOOD}{block}: {{{name}: 1}}\n"
     )
     line = 8 if block == "batch" else 11
-    assert findings(write(tmp_path, text)) == [f"run.yaml:{line}: {old} is now {new}"]
+    assert findings(write_yaml(tmp_path, text)) == [f"run.yaml:{line}: {old} is now {new}"]
     assert only_finding(tmp_path, "", f"{old}=1") == f"override '{old}=1': {old} is now {new}"
     assert new in setting_names(RunConfig)
 
@@ -435,7 +436,7 @@ def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new:
 def test_an_old_value_is_answered_with_the_new_one(tmp_path: Path, setting: str, old: str, new: str) -> None:
     found = only_finding(tmp_path, "", f"{setting}={old}")
     assert found == f"override '{setting}={old}': {setting}: {old} is now {new}"
-    load(tmp_path, "", f"{setting}={new}")
+    good_run(tmp_path, "", f"{setting}={new}")
 
 
 class TestPlaces:
@@ -455,11 +456,11 @@ class TestPlaces:
         ],
     )
     def test_of_a_message(self, tmp_path: Path, message: str, place: str) -> None:
-        path = write(tmp_path, GOOD)
+        path = write_yaml(tmp_path, GOOD)
         assert located(message, path).replace(f"{tmp_path}/", "") == place + message
 
     def test_of_an_override(self, tmp_path: Path) -> None:
-        found = located("optim.lr is odd", write(tmp_path, GOOD), ["seed=1", "optim.lr=3"])
+        found = located("optim.lr is odd", write_yaml(tmp_path, GOOD), ["seed=1", "optim.lr=3"])
         assert found == "override 'optim.lr=3': optim.lr is odd"
 
     def test_rules_of_several_blocks_name_the_line(self, tmp_path: Path) -> None:
@@ -546,14 +547,14 @@ class TestDump:
             reward=MathReward(answer_marker=" "),
             rollout=config.RolloutConfig(servers=("http://a:1", "1e5")),
         )
-        again = load_config(write(tmp_path / "other", dump_config(run)))
+        again = load_config(write_yaml(tmp_path / "other", dump_config(run)))
         assert again == run
         assert [type(value) for value in again.model.megatron_overrides.values()] == [
             type(value) for value in run.model.megatron_overrides.values()
         ]
 
     def test_of_a_run_with_defaults_only(self, tmp_path: Path) -> None:
-        run = load(tmp_path, "", f"output={tmp_path / 'out'}")
+        run = good_run(tmp_path, "", f"output={tmp_path / 'out'}")
         dumped = yaml.safe_load(dump_config(run))
         assert dumped["objective"]["kl"] is None
         assert dumped["method"] == {
@@ -564,7 +565,7 @@ class TestDump:
             "aggregation": "token-mean",
             "sft_temperature": 1.0,
         }
-        assert load_config(write(tmp_path, dump_config(run))) == run
+        assert load_config(write_yaml(tmp_path, dump_config(run))) == run
 
 
 class TestOverrides:
@@ -584,7 +585,7 @@ class TestOverrides:
         ],
     )
     def test_of_the_method(self, tmp_path: Path, method: str, overrides: list[str], expected: Any) -> None:
-        assert load(tmp_path, f"method: {method}\n", *overrides).method == expected
+        assert good_run(tmp_path, f"method: {method}\n", *overrides).method == expected
 
     @pytest.mark.parametrize(
         ("overrides", "mu"),
@@ -601,17 +602,17 @@ class TestOverrides:
         ],
     )
     def test_of_mu(self, tmp_path: Path, overrides: list[str], mu: Any) -> None:
-        assert load(tmp_path, self.FILE, *overrides).method.mu == mu
+        assert good_run(tmp_path, self.FILE, *overrides).method.mu == mu
 
     def test_below_a_block_s_single_value(self, tmp_path: Path) -> None:
-        run = load(tmp_path, self.FILE, "method.token_weight.a=3")
+        run = good_run(tmp_path, self.FILE, "method.token_weight.a=3")
         assert run.method.token_weight == config_methods.PowerWeight(a=3.0)
-        run = load(tmp_path, self.FILE, "method.token_weight=phi")
+        run = good_run(tmp_path, self.FILE, "method.token_weight=phi")
         assert run.method.token_weight == config_methods.SimpleWeight(kind="phi")
 
     def test_of_blocks_that_are_not_in_the_file(self, tmp_path: Path) -> None:
         thinking = "data.template_arguments.enable_thinking=false"
-        run = load(
+        run = good_run(
             tmp_path,
             "",
             "objective.kl.coefficient=0.1",
@@ -648,21 +649,23 @@ class TestOverrides:
         ],
     )
     def test_what_is_wrong(self, tmp_path: Path, override: str, finding: str) -> None:
-        assert finding in findings(write(tmp_path, GOOD + self.FILE), override)[0]
+        assert finding in findings(write_yaml(tmp_path, GOOD + self.FILE), override)[0]
 
     def test_hide_no_setting_that_is_set_twice(self, tmp_path: Path) -> None:
         text = GOOD + "optim:\n  lr: 1\n"
-        assert findings(write(tmp_path, text), "optim.lr=2") == ["run.yaml:11: optim is set twice"]
+        assert findings(write_yaml(tmp_path, text), "optim.lr=2") == ["run.yaml:11: optim is set twice"]
 
     def test_of_what_is_no_yaml_are_text(self, tmp_path: Path) -> None:
-        assert load(tmp_path, "", "data.system_prompt=a: b: c").data.system_prompt == "a: b: c"
+        assert good_run(tmp_path, "", "data.system_prompt=a: b: c").data.system_prompt == "a: b: c"
 
 
 class TestBase:
     def test_settings_replace_the_base_s_key_by_key(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD + "reward: {kind: exact, workers: 3}\nrollout: {servers: [a, b]}\n", "base.yaml")
+        write_yaml(
+            tmp_path, GOOD + "reward: {kind: exact, workers: 3}\nrollout: {servers: [a, b]}\n", "base.yaml"
+        )
         run = load_config(
-            write(
+            write_yaml(
                 tmp_path,
                 "steps: 30\nbase: base.yaml\noptim: {schedule: cosine}\nreward: {kind: math}\n"
                 "rollout: {servers: [c]}\n",
@@ -688,8 +691,8 @@ class TestBase:
     def test_another_choice_replaces_the_whole_block(
         self, tmp_path: Path, below: str, own: str, expected: Any
     ) -> None:
-        write(tmp_path, GOOD + f"method: {{cutoff: 0.3, mu: {below}}}\n", "base.yaml")
-        run = load_config(write(tmp_path, f"base: base.yaml\nmethod: {{mu: {own}}}\n"))
+        write_yaml(tmp_path, GOOD + f"method: {{cutoff: 0.3, mu: {below}}}\n", "base.yaml")
+        run = load_config(write_yaml(tmp_path, f"base: base.yaml\nmethod: {{mu: {own}}}\n"))
         assert run.method == config_methods.ChordConfig(cutoff=0.3, mu=expected)
 
     @pytest.mark.parametrize(
@@ -703,29 +706,29 @@ class TestBase:
         ],
     )
     def test_of_the_method(self, tmp_path: Path, below: str, own: str, expected: dict[str, Any]) -> None:
-        write(tmp_path, GOOD + f"method: {below}\n", "base.yaml")
-        run = load_config(write(tmp_path, f"base: base.yaml\nmethod: {own}\n"))
+        write_yaml(tmp_path, GOOD + f"method: {below}\n", "base.yaml")
+        run = load_config(write_yaml(tmp_path, f"base: base.yaml\nmethod: {own}\n"))
         assert run.method == config_methods.LuffyConfig(**expected)
 
     def test_the_default_method_is_not_another_choice(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD + "method: {cutoff: 0.5}\n", "base.yaml")
-        run = load_config(write(tmp_path, "base: base.yaml\nmethod: {name: chord, mu: {peak: 0}}\n"))
+        write_yaml(tmp_path, GOOD + "method: {cutoff: 0.5}\n", "base.yaml")
+        run = load_config(write_yaml(tmp_path, "base: base.yaml\nmethod: {name: chord, mu: {peak: 0}}\n"))
         assert run.method == config_methods.ChordConfig(cutoff=0.5, mu=schedules.Constant(peak=0.0))
 
     def test_free_mappings_merge_and_overrides_come_last(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD, "base.yaml")
-        write(tmp_path, "base: base.yaml\nmodel: {megatron_overrides: {a: 1, b: 1}}\n", "middle.yaml")
+        write_yaml(tmp_path, GOOD, "base.yaml")
+        write_yaml(tmp_path, "base: base.yaml\nmodel: {megatron_overrides: {a: 1, b: 1}}\n", "middle.yaml")
         run = load_config(
-            write(tmp_path, "base: middle.yaml\nmodel: {megatron_overrides: {b: 2, c: 2}}\n"),
+            write_yaml(tmp_path, "base: middle.yaml\nmodel: {megatron_overrides: {b: 2, c: 2}}\n"),
             ["model.megatron_overrides.c=3"],
         )
         assert run.model.megatron_overrides == {"a": 1, "b": 2, "c": 3}
 
     def test_paths_are_relative_to_the_file_that_has_them(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD, "low/base.yaml")
-        write(tmp_path, "base: low/base.yaml\ndata: {evaluation: heldout.jsonl}\n", "middle.yaml")
+        write_yaml(tmp_path, GOOD, "low/base.yaml")
+        write_yaml(tmp_path, "base: low/base.yaml\ndata: {evaluation: heldout.jsonl}\n", "middle.yaml")
         run = load_config(
-            write(tmp_path, "base: ../middle.yaml\ndata: {demonstrations: e.jsonl}\n", "high/run.yaml")
+            write_yaml(tmp_path, "base: ../middle.yaml\ndata: {demonstrations: e.jsonl}\n", "high/run.yaml")
         )
         resolved = {
             name: sources[0].path[0].resolve()
@@ -741,9 +744,9 @@ class TestBase:
         assert run.output == Path("runs/x")
 
     def test_every_finding_names_its_own_file_and_line(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD + "rollout: {temprature: 1}\nsteps: 30\n", "base.yaml")
+        write_yaml(tmp_path, GOOD + "rollout: {temprature: 1}\nsteps: 30\n", "base.yaml")
         text = "base: base.yaml\noptim:\n  lr: -1\nseed: x\n"
-        assert sorted(findings(write(tmp_path, text), "optim.epss=1", "parallel.ranks=x")) == [
+        assert sorted(findings(write_yaml(tmp_path, text), "optim.epss=1", "parallel.ranks=x")) == [
             "base.yaml:11: unknown setting 'rollout.temprature'; did you mean rollout.temperature?",
             "base.yaml:12: steps is set twice",
             "override 'optim.epss=1': unknown setting 'optim.epss'; did you mean optim.eps?",
@@ -752,8 +755,8 @@ class TestBase:
         ]
 
     def test_a_broken_rule_is_told_at_the_block_of_the_upper_file(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD, "base.yaml")
-        assert findings(write(tmp_path, "base: base.yaml\noptim:\n  min_lr: 1\n")) == [
+        write_yaml(tmp_path, GOOD, "base.yaml")
+        assert findings(write_yaml(tmp_path, "base: base.yaml\noptim:\n  min_lr: 1\n")) == [
             "run.yaml:3: optim.min_lr 1.0 is above optim.lr 1e-06"
         ]
 
@@ -774,17 +777,17 @@ class TestBase:
         ],
     )
     def test_what_is_wrong(self, tmp_path: Path, text: str, finding: str) -> None:
-        write(tmp_path, "- 1\n", "list.yaml")
-        write(tmp_path, "steps: 1\n]\n", "bad.yaml")
-        write(tmp_path, "base: b.yaml\n", "a.yaml")
-        write(tmp_path, "steps: 1\nbase: run.yaml\n", "b.yaml")
-        (found,) = findings(write(tmp_path, text))
+        write_yaml(tmp_path, "- 1\n", "list.yaml")
+        write_yaml(tmp_path, "steps: 1\n]\n", "bad.yaml")
+        write_yaml(tmp_path, "base: b.yaml\n", "a.yaml")
+        write_yaml(tmp_path, "steps: 1\nbase: run.yaml\n", "b.yaml")
+        (found,) = findings(write_yaml(tmp_path, text))
         assert found.startswith(finding.replace("./", ""))
 
     def test_one_base_may_be_reached_by_many(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD, "base.yaml")
+        write_yaml(tmp_path, GOOD, "base.yaml")
         for name in ("a.yaml", "b.yaml"):
-            assert load_config(write(tmp_path, "base: base.yaml\n", name)).steps == 20
+            assert load_config(write_yaml(tmp_path, "base: base.yaml\n", name)).steps == 20
 
 
 @pytest.mark.parametrize(
@@ -854,16 +857,16 @@ def test_early_stop_and_what_goes_with_it(tmp_path: Path, text: str, finding: st
 
 
 def test_what_only_means_something_together_is_off_without_its_block(tmp_path: Path) -> None:
-    rollout = load(tmp_path).rollout
+    rollout = good_run(tmp_path).rollout
     assert (rollout.max_off_policy_steps, rollout.in_flight, rollout.carries) == (0, "drain", False)
     assert rollout.extra_of(16) == 0
     assert not rollout.has_older_tokens
-    ahead = load(tmp_path, "", "rollout.asynchronous={}").rollout
+    ahead = good_run(tmp_path, "", "rollout.asynchronous={}").rollout
     assert (ahead.max_off_policy_steps, ahead.in_flight, ahead.has_older_tokens) == (1, "drain", True)
-    partial = load(tmp_path, "", "rollout.partial={}").rollout
+    partial = good_run(tmp_path, "", "rollout.partial={}").rollout
     assert (partial.extra_of(16), partial.carries, partial.has_older_tokens) == (4, True, True)
-    assert load(tmp_path, "rollout: {partial: {}}\n", "rollout.partial=null").rollout.partial is None
-    assert load(tmp_path, "", "reward.overlong.cache=8").reward.overlong == OverlongConfig(cache=8)
+    assert good_run(tmp_path, "rollout: {partial: {}}\n", "rollout.partial=null").rollout.partial is None
+    assert good_run(tmp_path, "", "reward.overlong.cache=8").reward.overlong == OverlongConfig(cache=8)
 
 
 @pytest.mark.parametrize(
@@ -895,7 +898,7 @@ def test_ranks_may_wait_for_a_push_as_long_as_it_may_take(tmp_path: Path, axis: 
         f"parallel: {{{axis}: 2}}\ntimeouts: {{weight_push_s: 900}}\n",
         "parallel: {pipeline: 2}\ntimeouts: {weight_push_s: 900}\n",
     ):
-        assert load(tmp_path, text).timeouts.weight_push_s == 900
+        assert good_run(tmp_path, text).timeouts.weight_push_s == 900
 
 
 def test_a_temperature_that_vllm_refuses(tmp_path: Path) -> None:
@@ -913,7 +916,7 @@ def test_extra_prompts_are_a_share_rounded_up(share: float, count: int, extra: i
 
 
 def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
-    run = load(
+    run = good_run(
         tmp_path, "rollout: {asynchronous: {}}\nobjective: {ratio_from: current, correction: {mode: none}}\n"
     )
     assert run.objective.correction == config.CorrectionConfig(mode="none")
@@ -921,12 +924,12 @@ def test_a_correction_that_is_turned_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp8_rollout", "fp8_e2e", "fp8_tensorwise"])
 def test_fp8_is_one_line(tmp_path: Path, precision: str) -> None:
-    run = load(tmp_path, f"precision: {precision}\n")
-    without = load(tmp_path)
+    run = good_run(tmp_path, f"precision: {precision}\n")
+    without = good_run(tmp_path)
     assert run.precision == precision
     assert dataclasses.replace(run, precision=None) == without, "taking the line away is the way back to BF16"
     off = "objective: {ratio_from: current, correction: {mode: none}}\n"
-    assert load(tmp_path, f"precision: {precision}\n{off}").objective.correction is not None
+    assert good_run(tmp_path, f"precision: {precision}\n{off}").objective.correction is not None
 
 
 @pytest.mark.parametrize(
@@ -1023,12 +1026,14 @@ def test_sources_that_will_not_do(tmp_path: Path, text: str, reason: str) -> Non
 
 
 def test_a_reward_function_is_found_from_the_folder_of_its_yaml_file(tmp_path: Path) -> None:
-    reward = load(tmp_path, "reward: {kind: function, path: my.py, name: score, allow: [network]}\n").reward
+    reward = good_run(
+        tmp_path, "reward: {kind: function, path: my.py, name: score, allow: [network]}\n"
+    ).reward
     assert reward == FunctionReward(path=tmp_path / "my.py", name="score", allow=("network",))
     assert "reward.allow: 'internet' is none of network, subprocess, files" in only_finding(
         tmp_path, "reward: {kind: function, path: my.py, name: score, allow: [internet]}\n"
     )
-    assert findings(write(tmp_path, GOOD + "reward: function\n")) == [
+    assert findings(write_yaml(tmp_path, GOOD + "reward: function\n")) == [
         "run.yaml:11: reward.path is missing",
         "run.yaml:11: reward.name is missing",
     ]
@@ -1053,16 +1058,16 @@ reward:
 
 class TestListOfRewards:
     def test_is_the_sum_of_its_blocks(self, tmp_path: Path) -> None:
-        run = load(tmp_path, REWARDS)
+        run = good_run(tmp_path, REWARDS)
         function = FunctionReward(path=tmp_path / "my.py", name="score", weight=0.2)
         assert run.reward == SumReward(
             terms=(ExactReward(workers=3, format="chord"), function, ToolCallsReward())
         )
-        assert load_config(write(tmp_path / "other", dump_config(run))).reward == run.reward
-        assert load(tmp_path, REWARDS, "reward.overlong.cache=8").reward == dataclasses.replace(
+        assert load_config(write_yaml(tmp_path / "other", dump_config(run))).reward == run.reward
+        assert good_run(tmp_path, REWARDS, "reward.overlong.cache=8").reward == dataclasses.replace(
             run.reward, overlong=OverlongConfig(cache=8)
         )
-        assert load(tmp_path, "", "reward=[math, exact]").reward == SumReward(
+        assert good_run(tmp_path, "", "reward=[math, exact]").reward == SumReward(
             terms=(MathReward(), ExactReward())
         )
 
@@ -1093,11 +1098,11 @@ class TestListOfRewards:
         assert only_finding(tmp_path, REWARDS.replace(old, new)).startswith(finding)
 
     def test_replaces_the_reward_of_a_base(self, tmp_path: Path) -> None:
-        write(tmp_path, GOOD + "reward: {kind: exact, workers: 3}\n", "base.yaml")
-        run = load_config(write(tmp_path, "base: base.yaml\nreward: [math]\n"))
+        write_yaml(tmp_path, GOOD + "reward: {kind: exact, workers: 3}\n", "base.yaml")
+        run = load_config(write_yaml(tmp_path, "base: base.yaml\nreward: [math]\n"))
         assert run.reward == SumReward(terms=(MathReward(),))
-        write(tmp_path, GOOD + "reward: [math, exact]\n", "base.yaml")
-        run = load_config(write(tmp_path, "base: base.yaml\nreward: {overlong: {cache: 4}}\n"))
+        write_yaml(tmp_path, GOOD + "reward: [math, exact]\n", "base.yaml")
+        run = load_config(write_yaml(tmp_path, "base: base.yaml\nreward: {overlong: {cache: 4}}\n"))
         assert run.reward == SumReward(terms=(MathReward(), ExactReward()), overlong=OverlongConfig(cache=4))
 
     def test_a_list_in_place_of_another_block_is_refused(self, tmp_path: Path) -> None:
@@ -1125,7 +1130,7 @@ def places_of_findings(load: Callable[[], object]) -> set[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_findings_about_overrides_name_the_override(tmp_path: Path, method: str) -> None:
     """Whatever an override breaks in a valid file, the place of the finding is the override, not a line of the file."""
-    path = write(tmp_path, GOOD)
+    path = write_yaml(tmp_path, GOOD)
     names = [f"method.{field.name}" for field in dataclasses.fields(METHODS[method])]
     if method == "chord":
         names = sorted(setting_names(RunConfig))

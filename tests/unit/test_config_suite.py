@@ -31,7 +31,7 @@ means:
 """
 
 
-def load(tmp_path: Path, text: str, *overrides: str):
+def suite_of(tmp_path: Path, text: str, *overrides: str):
     path = tmp_path / "suite.yaml"
     path.write_text(text)
     return load_suite(path, overrides)
@@ -39,7 +39,7 @@ def load(tmp_path: Path, text: str, *overrides: str):
 
 def test_a_mean_names_metrics_that_its_benchmarks_have(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"suite.yaml:1: mean both: b has no metric avg@8, it has avg@1"):
-        load(tmp_path, SUITE)
+        suite_of(tmp_path, SUITE)
 
 
 def test_a_part_of_a_suite_has_the_means_over_it(tmp_path: Path) -> None:
@@ -47,34 +47,34 @@ def test_a_part_of_a_suite_has_the_means_over_it(tmp_path: Path) -> None:
         "  - {name: both, of: [a, b], metric: avg@1}\n  - {name: same, of: [b]}\n"
     )
     text = text.replace("metrics: [avg@8,", "metrics: [avg@1, avg@8,")
-    part = load(tmp_path, text, "only=[b]")
+    part = suite_of(tmp_path, text, "only=[b]")
     assert [item.name for item in part.resolved()] == ["b"]
     assert [mean.name for mean in part.requested_means()] == ["same"]
-    whole = load(tmp_path, text)
+    whole = suite_of(tmp_path, text)
     assert [item.name for item in whole.resolved()] == ["a", "b"]
     assert [mean.name for mean in whole.requested_means()] == ["both", "same"]
     with pytest.raises(ConfigError, match="only: there is no benchmark c, there are a, b"):
-        load(tmp_path, text, "only=[c]")
+        suite_of(tmp_path, text, "only=[c]")
 
 
 def test_benchmarks_take_from_the_suite_and_a_trial_limits_them(tmp_path: Path) -> None:
     text = SUITE[: SUITE.index("means:")]
-    a, b = load(tmp_path, text).resolved()
+    a, b = suite_of(tmp_path, text).resolved()
     assert a.file == str(tmp_path / "files" / "a.jsonl")
     assert (a.system_prompt, b.system_prompt) == ("Think.", None)
     assert a.sampling is not None
     assert b.sampling is not None
     assert (a.sampling.samples, b.sampling.samples, b.sampling.max_tokens) == (8, 1, 1024)
     assert (a.metrics, b.metrics) == (("avg@8", "pass@4", "maj@2"), ("avg@1",))
-    trial, _ = load(tmp_path, text, "samples=2", "max_tokens=50").resolved()
+    trial, _ = suite_of(tmp_path, text, "samples=2", "max_tokens=50").resolved()
     assert trial.metrics == ("avg@2", "pass@2", "maj@2")
     assert trial.sampling is not None
     assert (trial.sampling.samples, trial.sampling.max_tokens) == (2, 50)
 
 
 def test_what_is_written_down_reads_back_as_the_same(tmp_path: Path) -> None:
-    suite = load(tmp_path, SUITE[: SUITE.index("means:")], "problems=3")
-    assert load(tmp_path, dump_config(suite)) == suite
+    suite = suite_of(tmp_path, SUITE[: SUITE.index("means:")], "problems=3")
+    assert suite_of(tmp_path, dump_config(suite)) == suite
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_is_written_down_reads_back_as_the_same(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path, change: str, finding: str) -> None:
     text = SUITE[: SUITE.index("means:")].replace("metrics: [avg@8, pass@4, maj@2]", change)
     with pytest.raises(ConfigError) as error:
-        load(tmp_path, text)
+        suite_of(tmp_path, text)
     assert finding in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""A unit test in the folder of a package is named after the module that it tests."""
+"""A unit test in the folder of a package is named after the module that it tests. tests/README.md lists all helpers."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def test_a_file_is_named_after_its_module_or_listed_with_its_behaviour() -> None
     of_package = {file for file in files if (PACKAGE / file.parts[0]).is_dir()}
     named = {file for file in of_package if (PACKAGE / file.with_name(file.name[len("test_") :])).exists()}
     assert {file.as_posix() for file in of_package - named} == set(BEHAVIOURS)
+
+
+def test_every_file_of_helpers_is_in_the_table() -> None:
+    text = (UNIT.parent / "README.md").read_text()
+    helpers = {path.name for path in (UNIT.parent / "support").glob("*.py")} - {"__init__.py"}
+    assert {name for name in helpers if f"`support/{name}`" not in text} == set()

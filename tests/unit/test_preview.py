@@ -313,14 +313,14 @@ method:
 """
 
 
-def write(folder: Path, text: str = YAML) -> str:
+def run_file(folder: Path, text: str = YAML) -> str:
     path = folder / "run.yaml"
     path.write_text(text)
     return str(path)
 
 
 def test_the_command_reads_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mu", "preview", write(tmp_path), "method.mu.decay_steps=5", "steps=12"]) == 0
+    assert main(["mu", "preview", run_file(tmp_path), "method.mu.decay_steps=5", "steps=12"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("mu: warmup_cosine, peak 0.9, valley 0.05, warmup_steps 0, decay_steps 5")
     assert " 5 - 11  0.05".strip() in [line.strip() for line in printed]
@@ -328,7 +328,7 @@ def test_the_command_reads_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_wrong_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mu", "preview", write(tmp_path, YAML.replace("0.9", "1.9"))]) == 2
+    assert main(["mu", "preview", run_file(tmp_path, YAML.replace("0.9", "1.9"))]) == 2
     assert "run.yaml:12: method.mu.peak must lie in [0, 1], got 1.9" in capsys.readouterr().err
 
 
@@ -336,7 +336,7 @@ def test_a_wrong_run_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_it_starts_without_torch_and_prints_what_the_terminal_can_show(
     tmp_path: Path, encoding: str, mark: str
 ) -> None:
-    path = write(tmp_path, YAML.partition("objective")[0])
+    path = run_file(tmp_path, YAML.partition("objective")[0])
     code = (
         "import sys\nfrom megatron_chord.cli import main\n"
         f"code = main(['mu', 'preview', {path!r}])\n"
@@ -379,7 +379,7 @@ def test_the_image_shows_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    path, image = write(tmp_path, YAML.partition("objective")[0]), tmp_path / "mu.png"
+    path, image = run_file(tmp_path, YAML.partition("objective")[0]), tmp_path / "mu.png"
     assert main(["mu", "preview", path, "--plot", str(image)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"plot: {image}"
     assert image.is_file()
@@ -393,7 +393,7 @@ def test_without_matplotlib_the_command_to_install_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    path = write(tmp_path, YAML.partition("objective")[0])
+    path = run_file(tmp_path, YAML.partition("objective")[0])
     assert main(["mu", "preview", path, "--plot", str(tmp_path / "mu.png")]) == 2
     assert "pip install 'matplotlib>=3.9'" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from megatron_chord.families.table import read_shape
 from megatron_chord.methods.table import method_of
 from megatron_chord.schedules import ScheduleInput
 from megatron_chord.train.setup import check_run
-from tests.support.files import write_rows
+from tests.support.files import rows_of, write_rows
 from tests.support.ranks import ROOT
 from tools import table
 
@@ -42,7 +42,7 @@ ROWS = (
 SIZES = {"math_qwen7b": (32, 8, 64, 5000), "tools_llama3b": (96, 8, 96, 500)}
 
 
-def load(row: str, domain: str) -> RunConfig:
+def preset(row: str, domain: str) -> RunConfig:
     return load_config(FOLDER / f"{row}_{domain}.yaml")
 
 
@@ -55,7 +55,7 @@ def mu_of(run: RunConfig, step: int) -> float:
 @pytest.mark.parametrize("domain", SIZES)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_has_the_papers_sizes(row: str, domain: str) -> None:
-    run = load(row, domain)
+    run = preset(row, domain)
     prompts, rollouts, demonstrations, _ = SIZES[domain]
     samples = method_of(run).uses_rollouts(run.batch)
     assert samples == (row not in ("sft_light", "sft_best"))
@@ -74,14 +74,14 @@ def test_a_row_has_the_papers_sizes(row: str, domain: str) -> None:
 @pytest.mark.parametrize("domain", SIZES)
 def test_sft_takes_one_epoch_or_three_and_rl_starts_from_its_policy(domain: str) -> None:
     _, _, demonstrations, rows = SIZES[domain]
-    light, best = load("sft_light", domain), load("sft_best", domain)
+    light, best = preset("sft_light", domain), preset("sft_best", domain)
     assert light.steps == rows // demonstrations
     assert best.steps == 3 * light.steps
     assert best.checkpoint.export == "best"
     assert mu_of(light, 0) == mu_of(light, light.steps - 1) == 1.0
-    assert mu_of(load("grpo", domain), 0) == 0.0
+    assert mu_of(preset("grpo", domain), 0) == 0.0
     for kind, run in (("light", light), ("best", best)):
-        start = load(f"sft_{kind}_rl", domain).model.path
+        start = preset(f"sft_{kind}_rl", domain).model.path
         assert start.resolve() == (ROOT / run.output / "policy").resolve()
 
 
@@ -132,10 +132,7 @@ def test_every_suite_accepts_a_policy_and_files(tmp_path: Path) -> None:
     folder = stand_in(tmp_path)
     policy = Policy(folder=folder, source=folder, digest="")
     shape = read_shape(folder)
-    problems, calls = (
-        [json.loads(line) for line in (EXAMPLE / f"{name}_heldout.jsonl").read_text().splitlines()[:2]]
-        for name in ("problems", "calls")
-    )
+    problems, calls = (rows_of(EXAMPLE / f"{name}_heldout.jsonl")[:2] for name in ("problems", "calls"))
     suites = sorted((ROOT / "examples" / "suites").glob("*.yaml"))
     assert len(suites) >= 3
     for path in suites:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from examples.smollm2 import prepare
 from megatron_chord.config_io import load_config
 from megatron_chord.rewards.tool_calls import grade
+from tests.support.files import rows_of, write_rows
 
 EXAMPLES = Path(prepare.__file__).parent
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -138,17 +139,9 @@ def bfcl(tmp_path: Path) -> Path:
         {"id": f"row_{i}", "ground_truth": [{f"count_{i}": {"n": [i, str(i)], "unit": ["", "steps"]}}]}
         for i in range(10)
     ]
-    write(folder / name, rows)
-    write(folder / "possible_answer" / name, truths)
+    write_rows(folder / name, *rows)
+    write_rows(folder / "possible_answer" / name, *truths)
     return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_three_files_share_no_row_and_demonstrations_make_the_true_calls(
@@ -157,7 +150,7 @@ def test_the_three_files_share_no_row_and_demonstrations_make_the_true_calls(
     out = tmp_path / "calls"
     command = ["calls", str(out), "--bfcl", str(bfcl), "--demonstrations", "3", "--heldout", "2"]
     assert prepare.main(command) == 0
-    files = {name: read(out / f"{name}.jsonl") for name in ("demonstrations", "heldout", "prompts")}
+    files = {name: rows_of(out / f"{name}.jsonl") for name in ("demonstrations", "heldout", "prompts")}
     assert {name: len(rows) for name, rows in files.items()} == {
         "demonstrations": 3,
         "heldout": 2,

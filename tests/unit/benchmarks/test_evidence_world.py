@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.config_io import load_config
+from tests.support.files import rows_of
 
 WORLD = Path(__file__).resolve().parents[3] / "examples" / "evidence"
 
@@ -48,14 +48,11 @@ def test_questions_are_computed_from_the_left_modulo_ten(questions: Any) -> None
 
 def test_the_committed_world_keeps_its_promises() -> None:
     """Prompts, demonstrations and held-out questions are disjoint, and every demonstration ends with its answer."""
-
-    def rows(name: str) -> list[dict[str, str]]:
-        return [json.loads(line) for line in (WORLD / f"{name}.jsonl").read_text().splitlines()]
-
     parts = ["problems_train", "problems_heldout", "demonstrations"]
-    texts = [{row["problem"] for row in rows(name)} for name in parts]
-    assert sum(map(len, texts)) == len(set.union(*texts)) == sum(len(rows(name)) for name in parts)
-    for row in rows("demonstrations"):
+    rows = {name: rows_of(WORLD / f"{name}.jsonl") for name in parts}
+    texts = [{row["problem"] for row in rows[name]} for name in parts]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == sum(map(len, rows.values()))
+    for row in rows["demonstrations"]:
         assert row["solution"].endswith(f"}}#{row['answer']}")
         assert len(row["solution"]) < 63
 

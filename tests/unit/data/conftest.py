@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_chord.data.templates import ChatTemplate, load_template
+from tests.support.files import data_set
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -82,8 +82,4 @@ def plain(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def math_data() -> Path:
     """The folder of files such as gsm8k_test.jsonl."""
-    default = Path(__file__).parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "math"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; name the folder of the data sets in MEGATRON_CHORD_DATA")
-    return folder
+    return data_set("math")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.rendering import Renderer
 from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate
-from tests.support.files import write_rows
+from tests.support.files import rows_of, write_rows
 from tests.unit.data.conftest import CHATML
 
 USER = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 
 
-def load(
+def demonstrations_within(
     path: Path, template: ChatTemplate, *, prompt: int = 4000, response: int = 4000, overlong: str = "drop"
 ):
     return load_demonstrations(
@@ -34,7 +33,7 @@ def test_all_forms_of_a_demonstration_give_the_same_tokens(tmp_path: Path, chatm
         {"prompt": "2+2?", "response": "4"},
         {"messages": [USER, ANSWER], "id": 9},
     )
-    demonstrations, report = load(path, chatml)
+    demonstrations, report = demonstrations_within(path, chatml)
     assert {(demonstration.token_ids, demonstration.trainable) for demonstration in demonstrations} == {
         chatml.demonstration([USER, ANSWER])
     }
@@ -54,7 +53,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
         {"messages": [ANSWER, USER]},
     )
     with pytest.raises(DataError) as caught:
-        load(path, chatml)
+        demonstrations_within(path, chatml)
     assert str(caught.value).splitlines()[1:] == [
         f"{path}:2: has none of `solution`, `response`",
         f"{path}:3: has `solution`, `response`, which mean the same: keep one",
@@ -75,14 +74,14 @@ def test_row_without_a_trainable_token_is_named(tmp_path: Path, chatml: ChatTemp
     template = Untrained(**{name: getattr(chatml, name) for name in chatml.__dataclass_fields__})
     path = write_rows(tmp_path / "e.jsonl", {"problem": "2+2?", "solution": "4"})
     with pytest.raises(DataError, match=r"e\.jsonl:1: no token of the demonstration is trainable"):
-        load(path, template)
+        demonstrations_within(path, template)
 
 
 def test_template_without_stop_token_is_a_fault_of_every_row(tmp_path: Path, chatml: ChatTemplate) -> None:
     template = replace(chatml, renderer=Renderer(CHATML.replace("<|im_end|>", ""), {}, "FILE"))
     path = write_rows(tmp_path / "e.jsonl", *[{"problem": "2+2?", "solution": "4"}] * 3)
     with pytest.raises(DataError, match="3 rows cannot be used") as caught:
-        load(path, template)
+        demonstrations_within(path, template)
     assert str(caught.value).count("without a stop token") == 3
 
 
@@ -95,22 +94,22 @@ def test_overlong_demonstrations(tmp_path: Path, chatml: ChatTemplate) -> None:
     )
     num_prompt = len(chatml.prompt_ids([USER]))
     num_response = 2  # "4" and the stop token
-    kept, report = load(path, chatml, prompt=num_prompt, response=num_response)
+    kept, report = demonstrations_within(path, chatml, prompt=num_prompt, response=num_response)
     assert [demonstration.id for demonstration in kept] == ["e.jsonl:1"]
     assert (report.num_rows, report.num_overlong) == (3, 2)
     with pytest.raises(DataError, match="2 rows cannot be used") as caught:
-        load(path, chatml, prompt=num_prompt, response=num_response, overlong="fail")
+        demonstrations_within(path, chatml, prompt=num_prompt, response=num_response, overlong="fail")
     assert f"{path}:2: {num_prompt} prompt and " in str(caught.value)
     with pytest.raises(DataError, match="all 3 demonstrations have more than"):
-        load(path, chatml, response=1)
+        demonstrations_within(path, chatml, response=1)
 
 
 def test_gsm8k_is_read_as_prompts_and_as_demonstrations(math_data: Path, chatml: ChatTemplate) -> None:
     file = math_data / "gsm8k_test.jsonl"
-    demonstrations, _ = load(file, chatml)
+    demonstrations, _ = demonstrations_within(file, chatml)
     prompts, _ = load_prompts(file, chatml, max_prompt_tokens=4000, overlong="drop")
     assert len(demonstrations) == len(prompts) == 660
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = rows_of(file)
     for row, prompt, demonstration in zip(rows, prompts, demonstrations, strict=True):
         start = len(prompt.token_ids)
         assert demonstration.token_ids[:start] == prompt.token_ids

@@ -304,14 +304,14 @@ TOOL_CASES: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], Any]] = 
 """Rows for tool use: a row, its question without the functions, and its true calls. The function is always WEATHER."""
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
+def write_by_suffix(path: Path, *rows: dict[str, Any]) -> Path:
     if path.suffix == ".jsonl":
         return write_rows(path, *rows)
     pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
     return path
 
 
-def load(role: Role, path: Path, template: ChatTemplate) -> tuple[Any, str]:
+def load_row(role: Role, path: Path, template: ChatTemplate) -> tuple[Any, str]:
     if role == "prompts":
         (row,), report = load_prompts(path, template, max_prompt_tokens=5000, overlong="fail")
     else:
@@ -325,19 +325,19 @@ def load(role: Role, path: Path, template: ChatTemplate) -> tuple[Any, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_question_truth_and_answer(name: str, suffix: str, tmp_path: Path, chatml: ChatTemplate) -> None:
     row, question, truth, answer = CASES[name]
-    path = write(tmp_path / f"rows{suffix}", row)
+    path = write_by_suffix(tmp_path / f"rows{suffix}", row)
     if truth is None:
         with pytest.raises(DataError):
-            load("prompts", path, chatml)
+            load_row("prompts", path, chatml)
     else:
-        prompt, _ = load("prompts", path, chatml)
+        prompt, _ = load_row("prompts", path, chatml)
         assert prompt.messages == question
         assert prompt.truth == truth
     if answer is None:
         with pytest.raises(DataError):
-            load("demonstrations", path, chatml)
+            load_row("demonstrations", path, chatml)
     else:
-        demonstration, _ = load("demonstrations", path, chatml)
+        demonstration, _ = load_row("demonstrations", path, chatml)
         expected = chatml.demonstration([*question, {"role": "assistant", "content": answer}])
         assert (demonstration.token_ids, demonstration.trainable) == expected
 
@@ -346,11 +346,11 @@ def test_question_truth_and_answer(name: str, suffix: str, tmp_path: Path, chatm
 @pytest.mark.parametrize("name", TOOL_CASES)
 def test_functions_and_true_calls(name: str, suffix: str, tmp_path: Path, chatml: ChatTemplate) -> None:
     row, question, truth = TOOL_CASES[name]
-    prompt, _ = load("prompts", write(tmp_path / f"rows{suffix}", row), chatml)
+    prompt, _ = load_row("prompts", write_by_suffix(tmp_path / f"rows{suffix}", row), chatml)
     own = {"messages": list(question), "tools": [WEATHER], "answer": truth}
     if name == "xLAM":
         own["tools"] = [{**WEATHER, "parameters": {**WEATHER["parameters"], "required": []}}]
-    expected, _ = load("prompts", write(tmp_path / "own.jsonl", own), chatml)
+    expected, _ = load_row("prompts", write_by_suffix(tmp_path / "own.jsonl", own), chatml)
     assert (prompt.messages, prompt.truth) == (expected.messages, expected.truth)
     assert json.loads(prompt.truth) == truth
 
@@ -362,16 +362,16 @@ def test_null_keys_that_arrow_fills_in_never_reach_a_prompt(tmp_path: Path, chat
         "tools": [WEATHER, sums],
         "answer": [CALL, {"name": "sum", "arguments": {"n": 2}}],
     }
-    prompt, report = load("prompts", write(tmp_path / "rows.parquet", row), chatml)
-    expected, _ = load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+    prompt, report = load_row("prompts", write_by_suffix(tmp_path / "rows.parquet", row), chatml)
+    expected, _ = load_row("prompts", write_by_suffix(tmp_path / "rows.jsonl", row), chatml)
     assert (prompt.messages, prompt.truth) == (expected.messages, expected.truth)
     assert report.endswith("; keys that are null inside nested columns were left out")
 
 
 @pytest.mark.parametrize("empty", [[], "[]", "", None])
 def test_no_functions_are_no_functions(empty: Any, tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(tmp_path / "rows.jsonl", {"messages": [ASKED], "tools": empty, "answer": "42"})
-    assert load("prompts", path, chatml)[0].messages == (ASKED,)
+    path = write_by_suffix(tmp_path / "rows.jsonl", {"messages": [ASKED], "tools": empty, "answer": "42"})
+    assert load_row("prompts", path, chatml)[0].messages == (ASKED,)
 
 
 def test_functions_that_a_system_message_shows_are_not_shown_twice(
@@ -382,8 +382,8 @@ def test_functions_that_a_system_message_shows_are_not_shown_twice(
         {"from": "human", "value": "Bern?"},
         {"from": "gpt", "value": "<tool_call>\n{}\n</tool_call>"},
     ]
-    path = write(tmp_path / "rows.jsonl", {"conversations": turns, "tools": json.dumps([WEATHER])})
-    row, _ = load("demonstrations", path, chatml)
+    path = write_by_suffix(tmp_path / "rows.jsonl", {"conversations": turns, "tools": json.dumps([WEATHER])})
+    row, _ = load_row("demonstrations", path, chatml)
     assert (
         row.token_ids
         == chatml.demonstration(
@@ -435,7 +435,7 @@ def test_rows_that_only_look_usable_say_what_to_do(
     row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
     with pytest.raises(DataError, match=reason):
-        load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+        load_row("prompts", write_by_suffix(tmp_path / "rows.jsonl", row), chatml)
 
 
 def test_every_layout_has_a_case_that_is_read_so(tmp_path: Path, chatml: ChatTemplate) -> None:
@@ -447,25 +447,25 @@ def test_every_layout_has_a_case_that_is_read_so(tmp_path: Path, chatml: ChatTem
         names |= {ways_of(fields, "prompts")[0].name} if truth is not None else set()
         names |= {ways_of(fields, "demonstrations")[0].name} if answer is not None else set()
     assert {layout.name for layout in LAYOUTS} <= names
-    path = write(tmp_path / "rows.jsonl", CASES["LUFFY"][0])
-    assert load("prompts", path, chatml)[1].endswith(
+    path = write_by_suffix(tmp_path / "rows.jsonl", CASES["LUFFY"][0])
+    assert load_row("prompts", path, chatml)[1].endswith(
         "read as LUFFY (prompt, target, reward_model.ground_truth) rows"
     )
 
 
 def test_fields_that_change_the_problem_are_named_when_not_used(tmp_path: Path, chatml: ChatTemplate) -> None:
     for suffix in (".jsonl", ".parquet"):
-        path = write(
+        path = write_by_suffix(
             tmp_path / f"rows{suffix}", {"problem": "6*7?", "answer": "42", "context": "c", "input": "i"}
         )
-        assert load("prompts", path, chatml)[1].endswith("; not used: context, input")
+        assert load_row("prompts", path, chatml)[1].endswith("; not used: context, input")
 
 
 @pytest.mark.parametrize("written", ["1e22", "0.0000001", "142.0", "3", "-7.50"])
 def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, chatml: ChatTemplate) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"problem": "6*7?", "answer": {written}}}\n')
-    assert load("prompts", path, chatml)[0].truth == written
+    assert load_row("prompts", path, chatml)[0].truth == written
 
 
 @pytest.mark.parametrize("written", ["1e22", "0.0000001", "142.0"])
@@ -473,7 +473,7 @@ def test_a_number_is_the_truth_as_it_is_written(written: str, tmp_path: Path, ch
 def test_a_number_inside_json_text_is_the_truth_as_it_is_written(
     written: str, fields: dict[str, str] | None, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
-    path = write(
+    path = write_by_suffix(
         tmp_path / "rows.jsonl", {"prompt": [ASKED], "reward_model": f'{{"ground_truth": {written}}}'}
     )
     (prompt,), _ = load_prompts(path, chatml, max_prompt_tokens=500, overlong="fail", fields=fields)
@@ -531,12 +531,12 @@ def test_a_row_that_its_layout_cannot_read_says_why(
     role: Role, row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
     with pytest.raises(DataError, match=reason):
-        load(role, write(tmp_path / "rows.jsonl", row), chatml)
+        load_row(role, write_by_suffix(tmp_path / "rows.jsonl", row), chatml)
 
 
 def test_a_mapping_says_where_a_row_has_what_is_read(tmp_path: Path, chatml: ChatTemplate) -> None:
     row = {"turns": [{"value": "6*7?"}, {"value": ANSWER}], "meta": '{"gold": {"text": "42"}}', "note": "n"}
-    path = write(tmp_path / "rows.jsonl", row)
+    path = write_by_suffix(tmp_path / "rows.jsonl", row)
     (prompt,), report = load_prompts(
         path,
         chatml,
@@ -562,7 +562,7 @@ def test_a_mapping_says_where_a_row_has_what_is_read(tmp_path: Path, chatml: Cha
 def test_a_mapped_demonstration_is_made_of_chats_and_texts(
     asked: Any, answered: Any, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
-    path = write(tmp_path / "rows.jsonl", {"asked": asked, "info": {"target": answered}})
+    path = write_by_suffix(tmp_path / "rows.jsonl", {"asked": asked, "info": {"target": answered}})
     question = "messages" if isinstance(asked, list) else "problem"
     (row,), _ = load_demonstrations(
         path,
@@ -588,14 +588,14 @@ def test_a_mapped_demonstration_is_made_of_chats_and_texts(
 def test_a_mapping_that_leads_nowhere_says_how_far_it_leads(
     fields: dict[str, str], reason: str, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
-    path = write(tmp_path / "rows.jsonl", {"turns": [], "note": "n"})
+    path = write_by_suffix(tmp_path / "rows.jsonl", {"turns": [], "note": "n"})
     with pytest.raises(DataError, match=reason):
         load_prompts(path, chatml, max_prompt_tokens=500, overlong="fail", fields=fields)
 
 
 def test_a_few_faulty_rows_may_be_left_out(tmp_path: Path, chatml: ChatTemplate) -> None:
     good = {"problem": "6*7?", "answer": "42"}
-    path = write(tmp_path / "rows.jsonl", *[good] * 9, {"problem": "6*7?"})
+    path = write_by_suffix(tmp_path / "rows.jsonl", *[good] * 9, {"problem": "6*7?"})
     limits: dict[str, Any] = {"max_prompt_tokens": 2000, "overlong": "fail"}
     prompts, report = load_prompts(path, chatml, max_dropped=0.1, **limits)
     assert (len(prompts), report.num_rows, report.num_kept) == (9, 10, 9)
@@ -639,26 +639,26 @@ def test_two_readings_of_a_row_are_refused_with_the_line_that_chooses(
     role: Role, row: dict[str, Any], reason: str, tmp_path: Path, chatml: ChatTemplate
 ) -> None:
     with pytest.raises(DataError, match=reason) as caught:
-        load(role, write(tmp_path / "rows.jsonl", row, row), chatml)
+        load_row(role, write_by_suffix(tmp_path / "rows.jsonl", row, row), chatml)
     assert "1 row cannot be used" in str(caught.value), "the first row is enough"
 
 
 def test_two_readings_that_agree_are_one(tmp_path: Path, chatml: ChatTemplate) -> None:
     row = {"prompt": [ASKED], "label": "42", "solution": "42"}
-    prompt, report = load("prompts", write(tmp_path / "rows.jsonl", row), chatml)
+    prompt, report = load_row("prompts", write_by_suffix(tmp_path / "rows.jsonl", row), chatml)
     assert prompt.truth == "42"
     assert "read as slime" in report
 
 
 def test_the_chosen_mapping_reads_turns_of_from_and_value(tmp_path: Path, chatml: ChatTemplate) -> None:
     turns = [{"from": "human", "value": "6*7?"}, {"from": "gpt", "value": ANSWER}]
-    path = write(
+    path = write_by_suffix(
         tmp_path / "rows.jsonl", {"conversations": turns, "messages": [ASKED, {**ANSWERED, "content": "43"}]}
     )
     with pytest.raises(
         DataError, match=r"`fields: \{messages: conversations\}` or `fields: \{messages: messages\}`"
     ):
-        load("demonstrations", path, chatml)
+        load_row("demonstrations", path, chatml)
     (row,), _ = load_demonstrations(
         path,
         chatml,
@@ -671,8 +671,10 @@ def test_the_chosen_mapping_reads_turns_of_from_and_value(tmp_path: Path, chatml
 
 
 def test_an_empty_system_message_is_none(tmp_path: Path, chatml: ChatTemplate) -> None:
-    path = write(tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]})
-    demonstration, _ = load("demonstrations", path, chatml)
+    path = write_by_suffix(
+        tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]}
+    )
+    demonstration, _ = load_row("demonstrations", path, chatml)
     assert (demonstration.token_ids, demonstration.trainable) == chatml.demonstration([ASKED, ANSWERED])
 
 
@@ -688,7 +690,7 @@ def test_a_mapped_system_text_and_functions_are_shown(
     asked: Any, mapping: dict[str, str], tmp_path: Path, chatml: ChatTemplate
 ) -> None:
     def read(row: dict[str, Any], fields: dict[str, str]) -> tuple[Any, Any]:
-        path = write(tmp_path / "rows.jsonl", row)
+        path = write_by_suffix(tmp_path / "rows.jsonl", row)
         limits: dict[str, Any] = {"max_prompt_tokens": 2000, "max_response_tokens": 500, "overlong": "fail"}
         (found,), _ = load_demonstrations(path, chatml, **limits, fields=fields)
         return found.token_ids, found.trainable

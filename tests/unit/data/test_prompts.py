@@ -11,7 +11,7 @@ from megatron_chord.rewards.response import RowNeeds
 from tests.support.files import write_rows
 
 
-def load(path: Path, template: ChatTemplate, limit: int = 1000, overlong: str = "drop"):
+def prompts_within(path: Path, template: ChatTemplate, limit: int = 1000, overlong: str = "drop"):
     return load_prompts(path, template, max_prompt_tokens=limit, overlong=overlong)
 
 
@@ -20,7 +20,7 @@ def test_both_forms_of_a_question_are_the_same_prompt(tmp_path: Path, chatml: Ch
     path = write_rows(
         tmp_path / "p.jsonl", {"question": "2+2?", "answer": 4}, {"messages": chat, "truth": "4", "id": "x"}
     )
-    (first, second), report = load(path, chatml)
+    (first, second), report = prompts_within(path, chatml)
     assert first.token_ids == second.token_ids == chatml.prompt_ids(chat)
     assert (first.messages, first.truth, first.id) == (tuple(chat), "4", "p.jsonl:1")
     assert (second.messages, second.truth, second.id) == (tuple(chat), "4", "x")
@@ -29,7 +29,7 @@ def test_both_forms_of_a_question_are_the_same_prompt(tmp_path: Path, chatml: Ch
 
 def test_system_prompt_is_among_the_messages(tmp_path: Path, chatml_folder: Path) -> None:
     template = load_template(chatml_folder, system_prompt="Be brief.")
-    (prompt,), _ = load(write_rows(tmp_path / "p.jsonl", {"problem": "1?", "answer": 1}), template)
+    (prompt,), _ = prompts_within(write_rows(tmp_path / "p.jsonl", {"problem": "1?", "answer": 1}), template)
     assert [message["role"] for message in prompt.messages] == ["system", "user"]
     assert prompt.token_ids == template.prompt_ids(prompt.messages)
 
@@ -50,7 +50,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path, chatml: ChatTempl
     with path.open("a") as file:
         file.write("{")
     with pytest.raises(DataError) as caught:
-        load(path, chatml)
+        prompts_within(path, chatml)
     first, *lines = str(caught.value).splitlines()
     assert first == f"{path}: 6 rows cannot be used"
     assert lines == [
@@ -69,17 +69,17 @@ def test_overlong_prompts(tmp_path: Path, chatml: ChatTemplate) -> None:
     )
     short = len(chatml.prompt_ids([{"role": "user", "content": "1"}]))
     long = len(chatml.prompt_ids([{"role": "user", "content": "1 " * 99}]))
-    kept, report = load(path, chatml, limit=short)
+    kept, report = prompts_within(path, chatml, limit=short)
     assert [prompt.id for prompt in kept] == ["p.jsonl:1"]
     assert str(report) == f"{path}: 1 of 2 rows, 1 left out as over-long"
     with pytest.raises(DataError, match=rf"p\.jsonl:2: {long} prompt tokens, max_prompt_tokens is {short}"):
-        load(path, chatml, limit=short, overlong="fail")
+        prompts_within(path, chatml, limit=short, overlong="fail")
     with pytest.raises(DataError, match=rf"all 2 prompts have more than {short - 1} tokens"):
-        load(path, chatml, limit=short - 1)
+        prompts_within(path, chatml, limit=short - 1)
 
 
 def test_gsm8k(math_data: Path, chatml: ChatTemplate) -> None:
-    prompts, report = load(math_data / "gsm8k_test.jsonl", chatml, limit=4000)
+    prompts, report = prompts_within(math_data / "gsm8k_test.jsonl", chatml, limit=4000)
     assert report.num_kept == report.num_rows == len(prompts) == 660
     assert prompts[0].id == "gsm8k-test-0"
     assert prompts[0].truth == "18"
@@ -95,7 +95,7 @@ def test_a_reward_that_needs_no_truth_gets_rows_without_one(tmp_path: Path, chat
     )
     assert [(prompt.truth, dict(prompt.fields)) for prompt in prompts] == [("", {}), ("1", {})]
     with pytest.raises(DataError, match=r"p\.jsonl:1: has none of `answer`, `truth`"):
-        load(path, chatml)
+        prompts_within(path, chatml)
     broken = write_rows(tmp_path / "q.jsonl", {"problem": "1?", "answer": [1]})
     with pytest.raises(DataError, match="`answer` must be a string or a number"):
         load_prompts(

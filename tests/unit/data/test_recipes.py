@@ -16,15 +16,11 @@ from megatron_chord.data.layouts import at_path
 from megatron_chord.data.problems import text_key
 from megatron_chord.data.recipes import read_calls
 from megatron_chord.data.rows import DataError
-from tests.support.files import write_rows
+from tests.support.files import rows_of, write_rows
 from tests.support.ranks import ROOT
 from tools.prepare import main
 
 SHORT, LONG = "<think>\nhalve\n</think>\n\n\\boxed{15}", "word " * 60
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def openr1_row(problem: str, answer: str, generations: list[str], marks: list[bool]) -> dict[str, Any]:

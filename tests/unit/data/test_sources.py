@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from megatron_chord.data.prompts import load_prompts
 from megatron_chord.data.sources import load_sources
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.train.metrics import DROPPED, write_left_out
-from tests.support.files import write_rows
+from tests.support.files import rows_of, write_rows
 
 PROMPTS = partial(load_prompts, max_prompt_tokens=500, overlong="fail")
 
@@ -100,6 +99,6 @@ def test_every_row_that_is_left_out_is_listed_with_its_reason(tmp_path: Path, ch
     assert left_out[1]["reason"] == "has more than 200 tokens"
     file = tmp_path / DROPPED
     write_left_out(tmp_path, left_out)
-    assert [json.loads(line) for line in file.read_text().splitlines()] == left_out
+    assert rows_of(file) == left_out
     write_left_out(tmp_path, [])
     assert not file.exists()

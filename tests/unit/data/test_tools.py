@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron_chord.data.rows import DataError
 from megatron_chord.data.templates import ChatTemplate, load_template
 from megatron_chord.records import Prompt
 from megatron_chord.rewards.tool_calls import grade, read_truth
-from tests.support.files import write_rows
+from tests.support.files import data_set, write_rows
 
 MAIL = {
     "name": "mail",
@@ -31,19 +30,19 @@ LINE = (
 ROW = {"problem": "Write to Bob", "tools": [MAIL], "truth": [CALL]}
 
 
-def load(path: Path, template: ChatTemplate) -> list[Prompt]:
+def prompts_of(path: Path, template: ChatTemplate) -> list[Prompt]:
     return load_prompts(path, template, max_prompt_tokens=100_000, overlong="fail")[0]
 
 
 def fault(tmp_path: Path, template: ChatTemplate, row: dict[str, Any]) -> str:
     with pytest.raises(DataError) as caught:
-        load(write_rows(tmp_path / "p.jsonl", row), template)
+        prompts_of(write_rows(tmp_path / "p.jsonl", row), template)
     _, line = str(caught.value).splitlines()
     return line.removeprefix(f"{tmp_path}/p.jsonl:1: ")
 
 
 def test_tools_are_in_the_system_message(tmp_path: Path, chatml: ChatTemplate) -> None:
-    (prompt,) = load(write_rows(tmp_path / "p.jsonl", ROW | {"tools": [MAIL, PAY]}), chatml)
+    (prompt,) = prompts_of(write_rows(tmp_path / "p.jsonl", ROW | {"tools": [MAIL, PAY]}), chatml)
     system, user = prompt.messages
     assert (system["role"], user) == ("system", {"role": "user", "content": "Write to Bob"})
     pay = '{"type": "function", "function": {"name": "bank.pay"}}'
@@ -57,7 +56,7 @@ def test_tools_are_in_the_system_message(tmp_path: Path, chatml: ChatTemplate) -
 def test_rows_own_system_message_comes_before_the_general_one(tmp_path: Path, chatml_folder: Path) -> None:
     own = [{"role": "system", "content": "Be polite.\n"}, {"role": "user", "content": "Write to Bob"}]
     path = write_rows(tmp_path / "p.jsonl", ROW, {**ROW, "problem": None, "messages": own})
-    general, specific = load(path, load_template(chatml_folder, system_prompt="Be brief."))
+    general, specific = prompts_of(path, load_template(chatml_folder, system_prompt="Be brief."))
     assert general.messages[0]["content"].startswith("Be brief.\n\n# Tools\n")
     assert specific.messages[0]["content"].startswith("Be polite.\n\n# Tools\n")
     assert [len(prompt.messages) for prompt in (general, specific)] == [2, 2]
@@ -75,13 +74,13 @@ def test_rows_own_system_message_comes_before_the_general_one(tmp_path: Path, ch
     ],
 )
 def test_forms_of_a_row_are_the_same_prompt(tmp_path: Path, chatml: ChatTemplate, fields: dict) -> None:
-    first, second = load(write_rows(tmp_path / "p.jsonl", ROW, ROW | fields), chatml)
+    first, second = prompts_of(write_rows(tmp_path / "p.jsonl", ROW, ROW | fields), chatml)
     assert (first.messages, first.token_ids, first.truth) == (second.messages, second.token_ids, second.truth)
     assert first.truth == '[{"arguments": {"to": "Bob"}, "name": "mail"}]'
 
 
 def test_rows_without_tools_are_as_they_were(tmp_path: Path, chatml: ChatTemplate) -> None:
-    (prompt,) = load(
+    (prompt,) = prompts_of(
         write_rows(tmp_path / "p.jsonl", {"problem": "2+2?", "answer": 4, "ground_truth": [1]}), chatml
     )
     assert prompt.messages == ({"role": "user", "content": "2+2?"},)
@@ -96,7 +95,7 @@ def test_a_demonstration_has_the_same_prompt_tokens_as_the_prompt(
     path = write_rows(
         tmp_path / "e.jsonl", {**ROW, "solution": solution}, {"tools": [MAIL], "messages": chat}
     )
-    (prompt,) = load(write_rows(tmp_path / "p.jsonl", ROW), chatml)
+    (prompt,) = prompts_of(write_rows(tmp_path / "p.jsonl", ROW), chatml)
     (first, second), _ = load_demonstrations(
         path, chatml, max_prompt_tokens=10_000, max_response_tokens=1000, overlong="fail"
     )
@@ -152,25 +151,21 @@ def test_parquet_holds_them_as_text_or_nested(tmp_path: Path, chatml: ChatTempla
         return tmp_path / "p.parquet"
 
     text = {**ROW, "tools": json.dumps([MAIL]), "truth": json.dumps([CALL])}
-    (expected,) = load(write_rows(tmp_path / "p.jsonl", ROW), chatml)
-    (prompt,) = load(written(text), chatml)
+    (expected,) = prompts_of(write_rows(tmp_path / "p.jsonl", ROW), chatml)
+    (prompt,) = prompts_of(written(text), chatml)
     assert (prompt.token_ids, prompt.truth) == (expected.token_ids, expected.truth)
     for name in ("tools", "truth"):
-        (prompt,) = load(written({**text, name: ROW[name]}), chatml)
+        (prompt,) = prompts_of(written({**text, name: ROW[name]}), chatml)
         assert (prompt.token_ids, prompt.truth) == (expected.token_ids, expected.truth)
     # Without tools these columns are unused.
-    (plain,) = load(written({"problem": "2+2?", "answer": "4", "ground_truth": [CALL]}), chatml)
+    (plain,) = prompts_of(written({"problem": "2+2?", "answer": "4", "ground_truth": [CALL]}), chatml)
     assert plain.truth == "4"
 
 
 @pytest.fixture(scope="module")
 def tool_data() -> Path:
     """The folder of files such as bfcl_parallel.jsonl."""
-    default = Path(__file__).parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "tool_calling"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; name the folder of the data sets in MEGATRON_CHORD_DATA")
-    return folder
+    return data_set("tool_calling")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +173,7 @@ def tool_data() -> Path:
 )
 def test_bfcl(tool_data: Path, chatml: ChatTemplate, name: str, rows: int) -> None:
     file = tool_data / f"bfcl_{name}.jsonl"
-    prompts = load(file, chatml)
+    prompts = prompts_of(file, chatml)
     assert len(prompts) == rows
     for line, prompt in zip(file.read_text().splitlines(), prompts, strict=True):
         row = json.loads(line)

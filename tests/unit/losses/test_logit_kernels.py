@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def make_inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def make_logits(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits over the whole vocabulary, targets, and gradients of log-probs and entropies [2, tokens]."""
     tokens, vocab = case["tokens"], sum(case["widths"])
     generator = torch.Generator().manual_seed(tokens + vocab)
@@ -76,7 +76,7 @@ def column(case: dict[str, Any]) -> float | Tensor:
 
 def sweep_shards(kernels: LogitKernels, case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Return the sweep's reductions of each shard, and the gradients of all shards side by side."""
-    logits, targets, grads = (part.to(device) for part in make_inputs(case))
+    logits, targets, grads = (part.to(device) for part in make_logits(case))
     expected = reference(case)
     scale = case["scale"] if isinstance(case["scale"], float) else torch.tensor(case["scale"], device=device)
     first, reduced, gradients = 0, [], []
@@ -126,7 +126,7 @@ def in_triton_3_6(case: dict[str, Any]) -> dict[str, Any]:
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
     """Return lse, entropy and the logits' gradient for the whole vocabulary, in float64."""
-    logits, targets, grads = make_inputs(case)
+    logits, targets, grads = make_logits(case)
     logits = logits.double().requires_grad_()
     full = torch.log_softmax(logits * column(case), -1)
     entropy = -(full.exp() * full).sum(-1)
@@ -152,7 +152,7 @@ def test_a_shard_is_reduced_as_float64_does(outcomes: Any) -> None:
 
 
 def assert_reduced(case: dict[str, Any], shards: list[tuple[Tensor | None, ...]]) -> None:
-    logits, targets, _ = make_inputs(case)
+    logits, targets, _ = make_logits(case)
     z = logits.double() * column(case)
     # FP32 keeps 24 bits of z itself, and some fewer of sums of a few thousand terms.
     tolerance = 2**-21 * max(1.0, z.abs().max().item())
@@ -186,7 +186,7 @@ def test_gradients_of_shards_are_those_of_the_whole(outcomes: Any) -> None:
 def assert_gradient(case: dict[str, Any], gradient: Tensor) -> None:
     expected = reference(case)["gradient"]
     assert gradient.dtype == case["dtype"]
-    z = (make_inputs(case)[0].double() * column(case)).abs().max().item()
+    z = (make_logits(case)[0].double() * column(case)).abs().max().item()
     # log p has an absolute error of some 2^-24 |z|, and p the same relative one.
     tolerance = 2**-21 * max(1.0, z) * expected.abs().max().item() + 1e-7
     tolerance = tolerance + LAST_PLACE[case["dtype"]] * expected.abs()

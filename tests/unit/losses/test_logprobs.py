@@ -19,6 +19,7 @@ from megatron_chord.losses.logprobs import (
     chunk_tokens,
     token_logprobs,
 )
+from tests.support.head import head_inputs
 
 Head = Callable[[Tensor, Tensor, Tensor], HeadOutput]
 TOKENS, HIDDEN, VOCAB = 23, 12, 37
@@ -33,13 +34,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 
 def make_inputs(
     dtype: torch.dtype = torch.float64, tokens: int = TOKENS, vocab: int = VOCAB
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states, weight and targets. The logits have a standard deviation of about 2."""
-    torch.manual_seed(tokens + vocab)
-    hidden = torch.randn(tokens, HIDDEN, dtype=torch.float64)
-    weight = 2 * HIDDEN**-0.5 * torch.randn(vocab, HIDDEN, dtype=torch.float64)
-    targets = torch.randint(vocab, (tokens,))
-    targets[: min(2, tokens)] = torch.tensor([0, vocab - 1])[:tokens]
-    return hidden.to(dtype), weight.to(dtype), targets
+    return head_inputs(tokens, HIDDEN, vocab, dtype)
 
 
 def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, part: str) -> dict[str, Tensor]:

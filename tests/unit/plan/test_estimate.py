@@ -37,7 +37,7 @@ from tests.support.published import CLUSTER_RUNS, CONFIGS, EXAMPLES, ROLLOUT_NOD
 ROOT = EXAMPLES.parents[1]
 
 
-def run_of(name: str, *overrides: str) -> RunConfig:
+def shared_run(name: str, *overrides: str) -> RunConfig:
     """The example, with servers beside the ranks on every node."""
     return shipped(name, *shared(name), *overrides)
 
@@ -82,29 +82,29 @@ def test_a_step_is_its_phases() -> None:
 
 
 def test_work_follows_the_settings() -> None:
-    run = run_of("chord_qwen7b")
+    run = shared_run("chord_qwen7b")
     case = case_of(run, h100(), prompt_tokens=200, response_tokens=3000, demonstration_tokens=5000)
     # 32 x 8 rollouts of 3200 tokens, and 64 demonstrations of 5200.
     assert case.work.tokens == 256 * 3200 + 64 * 5200
     assert case.work.passes == 0
-    kl = case_of(run_of("chord_qwen7b", "objective.kl.coefficient=0.01"), h100())
+    kl = case_of(shared_run("chord_qwen7b", "objective.kl.coefficient=0.01"), h100())
     assert (kl.work.passes, kl.reference) == (1, True)
-    both = run_of("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
+    both = shared_run("chord_qwen7b", "objective.kl.coefficient=0.01", "objective.ratio_from=recomputed")
     assert case_of(both, h100()).work.passes == 2
     # LUFFY trains on the own demonstration of each of 16 prompts.
     assert (
         case_of(load_config(ROOT / "examples" / "methods" / "luffy.yaml"), h100()).work.demonstrations == 16
     )
-    sft = case_of(run_of("chord_qwen7b", "method.mu.peak=1"), h100())
+    sft = case_of(shared_run("chord_qwen7b", "method.mu.peak=1"), h100())
     assert (sft.work.sequences, sft.sampling_seconds(), sft.sync_seconds()) == (0, 0, 0)
 
 
 def test_partial_rollouts_shorten_the_sampling() -> None:
     """A quarter more of 126 prompts are 32, rounded up."""
-    run = run_of("chord_qwen7b")
+    run = shared_run("chord_qwen7b")
     batch = "batch.prompts=126"
     whole, carrying, dropping = (
-        case_of(run_of("chord_qwen7b", batch, *partial), h100())
+        case_of(shared_run("chord_qwen7b", batch, *partial), h100())
         for partial in (
             [],
             ["rollout.partial.max_carries=3"],
@@ -125,8 +125,8 @@ def test_scoring_is_a_third_and_recomputation_a_third_more() -> None:
     full, none = (
         estimate(case_of(run, h100()), choice_of(run)).times
         for run in (
-            run_of("chord_qwen7b", *base),
-            run_of("chord_qwen7b", *base, "model.recompute=none"),
+            shared_run("chord_qwen7b", *base),
+            shared_run("chord_qwen7b", *base, "model.recompute=none"),
         )
     )
     assert full.scoring == pytest.approx(none.training / 3)
@@ -134,14 +134,14 @@ def test_scoring_is_a_third_and_recomputation_a_third_more() -> None:
 
 
 def test_two_updates_of_half_a_step_have_larger_bubbles() -> None:
-    one, two = (run_of("chord_llama70b", f"batch.updates_per_step={count}") for count in (1, 2))
+    one, two = (shared_run("chord_llama70b", f"batch.updates_per_step={count}") for count in (1, 2))
     first, second = (estimate(case_of(run, h100(8)), choice_of(run)) for run in (one, two))
     assert second.training.micro_batches == pytest.approx(first.training.micro_batches / 2, abs=1)
     assert second.speed.bubble > first.speed.bubble
 
 
 def test_a_run_that_does_not_fit_says_by_how_much() -> None:
-    run = run_of("chord_llama70b", "rollout.offload=false")
+    run = shared_run("chord_llama70b", "rollout.offload=false")
     found = estimate(case_of(run, h100(2)), choice_of(run))
     training, sampling = found.problems
     over = (found.training_peak - 80e9) / 1e9
@@ -152,14 +152,14 @@ def test_a_run_that_does_not_fit_says_by_how_much() -> None:
 
 
 def test_a_server_that_cannot_hold_the_model_says_so() -> None:
-    run = run_of("chord_llama70b", "rollout.tensor=2")
+    run = shared_run("chord_llama70b", "rollout.tensor=2")
     (problem,) = estimate(case_of(run, h100(8)), choice_of(run)).problems
     assert "KV cache holds 0 tokens, one sample may have 9216" in problem
     assert "weights take 70.6 GB" in problem
 
 
 def test_separate_nodes_do_not_share_memory() -> None:
-    run = run_of("chord_llama70b", "rollout.gpu_memory_utilization=0.85", "rollout.offload=false")
+    run = shared_run("chord_llama70b", "rollout.gpu_memory_utilization=0.85", "rollout.offload=false")
     together = estimate(case_of(run, h100(8)), choice_of(run))
     apart = estimate(case_of(run, h100(16, rollout_nodes=8), overlap=True), choice_of(run))
     assert together.problems
@@ -173,7 +173,7 @@ def test_offloading_leaves_only_weights_beside_the_servers() -> None:
     ranks."""
     with_it, without = (
         estimate(case_of(run, h100(8)), choice_of(run))
-        for run in (run_of("chord_llama70b", *more) for more in ((), ("rollout.offload=false",)))
+        for run in (shared_run("chord_llama70b", *more) for more in ((), ("rollout.offload=false",)))
     )
     assert with_it.choice.parallel.tensor * with_it.choice.parallel.pipeline == 16
     stage = max(with_it.stages, key=lambda stage: stage.parameters)
@@ -188,14 +188,14 @@ def test_offloading_leaves_only_weights_beside_the_servers() -> None:
 
 def test_weights_travel_as_a_job_sends_them() -> None:
     """70B in BF16 is 141 GB. Over gloo each of a node's 8 GPUs receives all of it, at 0.72 GB/s a node."""
-    run, size = run_of("chord_llama70b"), 2 * 70_553_706_496
+    run, size = shared_run("chord_llama70b"), 2 * 70_553_706_496
     relayed = case_of(run, h100(8))
     assert (relayed.chosen_transport, relayed.sync_seconds()) == (
         "relay",
         pytest.approx(4.34 + size / 13.9e9),
     )
     assert estimate(relayed, choice_of(run)).warnings == ()
-    case = case_of(run_of("chord_llama70b", "rollout.transport=gloo"), h100(8))
+    case = case_of(shared_run("chord_llama70b", "rollout.transport=gloo"), h100(8))
     assert case.sync_seconds() == pytest.approx(2 + 8 * size / 0.72e9)
     assert 25 * 60 < case.sync_seconds() < 27 * 60
     (warning,) = estimate(case, choice_of(run)).warnings
@@ -203,9 +203,9 @@ def test_weights_travel_as_a_job_sends_them() -> None:
     apart = case_of(run, h100(16, rollout_nodes=8))
     assert (apart.chosen_transport, apart.sync_seconds()) == ("broadcast", pytest.approx(0.5 + size / 40e9))
     assert estimate(apart, choice_of(run)).warnings == ()
-    small = case_of(run_of("chord_qwen7b"), h100())
+    small = case_of(shared_run("chord_qwen7b"), h100())
     assert small.chosen_transport == "ipc"
-    stated = case_of(run_of("chord_llama70b", "rollout.transport=broadcast"), h100(8))
+    stated = case_of(shared_run("chord_llama70b", "rollout.transport=broadcast"), h100(8))
     assert stated.chosen_transport == "broadcast"
 
 
@@ -221,7 +221,7 @@ def test_weights_travel_as_a_job_sends_them() -> None:
 def test_memory_of_pushes_by_cuda_ipc(name: str, nodes: int, transport: str, buffers: int) -> None:
     """Servers on a node's other GPUs read an exporter's memory over CUDA IPC, with a reserve of one context of 0.5 GB.
     The exporter keeps two buffers."""
-    run = run_of(name)
+    run = shared_run(name)
     case = case_of(run, h100(nodes))
     assert case.chosen_transport == transport
     with_it, without = (
@@ -234,7 +234,7 @@ def test_memory_of_pushes_by_cuda_ipc(name: str, nodes: int, transport: str, buf
 def test_buffers_of_pushes_have_at_least_a_bucket() -> None:
     """Qwen2.5-7B with a small vocabulary: the largest matrices are those of its MLP, 18944 x 3584. In BF16 they are
     smaller than a bucket of 256 MiB, in FP32 larger."""
-    case = case_of(run_of("chord_qwen7b"), h100())
+    case = case_of(shared_run("chord_qwen7b"), h100())
     case = dataclasses.replace(case, shape=dataclasses.replace(case.shape, vocab_size=1024))
     assert case.push_buffers == 2 * 256 * 2**20
     assert dataclasses.replace(case, weight_bytes=4).push_buffers == 2 * 4 * 18944 * 3584
@@ -243,7 +243,7 @@ def test_buffers_of_pushes_have_at_least_a_bucket() -> None:
 def test_main_memory_and_disk_of_a_node() -> None:
     """Llama-3.1-70B, TP4 x PP4 x DP4: a rank offloads a quarter of its optimizer state, and copies a quarter of its
     checkpoint while it is written."""
-    run = run_of("chord_llama70b")
+    run = shared_run("chord_llama70b")
     case = case_of(run, h100(8))
     found = estimate(case, choice_of(run))
     count = max(stage.parameters for stage in found.stages)
@@ -253,7 +253,7 @@ def test_main_memory_and_disk_of_a_node() -> None:
     assert found.host.total == found.host.offloaded + found.host.staged + found.host.processes
     assert disk_bytes(case) == 3 * checkpoint_bytes(case)
     evaluated = ("data.evaluation=held.jsonl", "evaluation.every=10", "checkpoint.keep_best=accuracy")
-    best = case_of(run_of("chord_llama70b", *evaluated), h100(8))
+    best = case_of(shared_run("chord_llama70b", *evaluated), h100(8))
     assert disk_bytes(best) == 4 * checkpoint_bytes(case), "two newest, the best, and the one being written"
 
 
@@ -271,13 +271,13 @@ def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], eac
     written, also if training waits."""
     aligned = json.dumps(method["name"] == "relift")
     settings = [f"method={json.dumps(method)}", "batch.demonstrations=0", f"data.aligned={aligned}"]
-    run = run_of("chord_llama70b", *settings)
+    run = shared_run("chord_llama70b", *settings)
     case = case_of(run, h100(8))
     found = estimate(case, choice_of(run))
     count = max(stage.parameters for stage in found.stages)
     assert found.host.states == pytest.approx(8 * each * count / 4)
     assert found.host.staged == pytest.approx(8 * written * count / 4)
-    waiting = run_of("chord_llama70b", *settings, "checkpoint.asynchronous=false")
+    waiting = shared_run("chord_llama70b", *settings, "checkpoint.asynchronous=false")
     of_waiting = estimate(case_of(waiting, h100(8)), choice_of(waiting)).host
     assert of_waiting.staged == pytest.approx(8 * (written - 2 - 12) * count / 4)
     assert checkpoint_bytes(case) == pytest.approx(written * model_count(case.shape))
@@ -286,20 +286,20 @@ def test_further_optimizer_states_are_in_main_memory(method: dict[str, Any], eac
 def test_routes_of_a_step_are_in_main_memory() -> None:
     """Qwen3-30B-A3B: 48 layers x 8 experts are 384 bytes for each token of a rollout. The servers of a node keep a
     quarter of them. A replica's ranks all have those of the replica."""
-    run = run_of("chord_qwen3_30b_a3b")
+    run = shared_run("chord_qwen3_30b_a3b")
     case = case_of(run, h100(4), prompt_tokens=200, response_tokens=1000)
     found = estimate(case, choice_of(run)).host
     sequences = run.batch.prompts * run.batch.rollouts
     step = sequences * 1200 * 48 * 8
     assert found.routes == pytest.approx(step / 4 + step / 4), "the servers', and those of 8 of 32 replicas"
-    wide = run_of("chord_qwen3_30b_a3b", "parallel.context=2")
+    wide = shared_run("chord_qwen3_30b_a3b", "parallel.context=2")
     case_of_wide = case_of(wide, h100(4), prompt_tokens=200, response_tokens=1000)
     of_wide = estimate(case_of_wide, choice_of(wide)).host
     assert of_wide.routes == pytest.approx(step / 4 + step / 2), "both ranks of 4 of 16 replicas have them"
     assert found.total == found.offloaded + found.staged + found.states + found.routes + found.processes
-    off = run_of("chord_qwen3_30b_a3b", "rollout.router_replay=false")
+    off = shared_run("chord_qwen3_30b_a3b", "rollout.router_replay=false")
     assert estimate(case_of(off, h100(4)), choice_of(off)).host.routes == 0
-    dense = run_of("chord_qwen7b")
+    dense = shared_run("chord_qwen7b")
     assert estimate(case_of(dense, h100()), choice_of(dense)).host.routes == 0
 
 
@@ -333,7 +333,7 @@ def test_gpu_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_fullest_stage_may_lie_between() -> None:
     """DeepSeek-V2-Lite over 3 stages: the first has the dense layer and the last the head, so the middle one is the
     fullest."""
-    run = run_of("chord_qwen3_30b_a3b", f"model.path={CONFIGS / 'deepseek-v2-lite'}")
+    run = shared_run("chord_qwen3_30b_a3b", f"model.path={CONFIGS / 'deepseek-v2-lite'}")
     parallel = dataclasses.replace(run.parallel, tensor=1, pipeline=3, sequence_parallel=False, expert=1)
     choice = dataclasses.replace(choice_of(run), parallel=parallel)
     found = estimate(case_of(run, h100(3)), choice)
@@ -345,21 +345,22 @@ def test_the_fullest_stage_may_lie_between() -> None:
 
 def test_a_precision_of_the_run_is_planned_for() -> None:
     slow, fast = (
-        case_of(run_of("chord_qwen7b", f"precision={precision}"), h100()) for precision in ("bf16", "fp8_e2e")
+        case_of(shared_run("chord_qwen7b", f"precision={precision}"), h100())
+        for precision in ("bf16", "fp8_e2e")
     )
-    before, after = (estimate(case, choice_of(run_of("chord_qwen7b"))).times for case in (slow, fast))
+    before, after = (estimate(case, choice_of(shared_run("chord_qwen7b"))).times for case in (slow, fast))
     # Hidden size 3584, tensor 2.
     linear = (CONSTANTS.width_cost + CONSTANTS.tensor_cost) / 3584
     faster = (CONSTANTS.bf16_floor + linear) / (CONSTANTS.fp8_floor + linear)
     assert after.training == pytest.approx(before.training / faster)
     assert after.sampling < before.sampling
-    run = run_of("chord_qwen72b", "precision=fp8_e2e")
+    run = shared_run("chord_qwen72b", "precision=fp8_e2e")
     with pytest.raises(ValueError, match="29568"):
         estimate(case_of(run, h100(8)), choice_of(run))
 
 
 def test_disk() -> None:
-    case = case_of(run_of("chord_llama70b"), h100(8))
+    case = case_of(shared_run("chord_llama70b"), h100(8))
     assert export_bytes(case) == 2 * 70_553_706_496
     assert checkpoint_bytes(case) == 14 * 70_553_706_496
     tiny = case_of(load_config(ROOT / "examples" / "methods" / "sft.yaml"), h100())
@@ -370,15 +371,18 @@ def test_disk() -> None:
 BAD = [
     (lambda: Cluster(gpu=GPUS["h100"], nodes=0), "at least 1"),
     (lambda: h100(2, rollout_nodes=2), "leave none to train on"),
-    (lambda: case_of(run_of("chord_qwen7b", "rollout.tensor=16"), h100()), "does not divide the 8 GPUs"),
-    (lambda: case_of(run_of("chord_qwen7b", "rollout.tensor=8"), h100()), "28 attention heads"),
-    (lambda: case_of(run_of("chord_qwen7b"), h100(), overlap=True), "only on nodes of its own"),
-    (lambda: case_of(run_of("chord_qwen7b"), h100(), response_tokens=20_000), "response tokens 20000"),
+    (lambda: case_of(shared_run("chord_qwen7b", "rollout.tensor=16"), h100()), "does not divide the 8 GPUs"),
+    (lambda: case_of(shared_run("chord_qwen7b", "rollout.tensor=8"), h100()), "28 attention heads"),
+    (lambda: case_of(shared_run("chord_qwen7b"), h100(), overlap=True), "only on nodes of its own"),
+    (lambda: case_of(shared_run("chord_qwen7b"), h100(), response_tokens=20_000), "response tokens 20000"),
     (
-        lambda: case_of(run_of("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
+        lambda: case_of(shared_run("chord_qwen7b", "data.max_response_tokens=40000"), h100()),
         "more than the model's 32768 positions",
     ),
-    (lambda: case_of(run_of("chord_qwen7b", "batch.demonstrations=0"), h100()), "batch.demonstrations is 0"),
+    (
+        lambda: case_of(shared_run("chord_qwen7b", "batch.demonstrations=0"), h100()),
+        "batch.demonstrations is 0",
+    ),
 ]
 
 
@@ -389,17 +393,17 @@ def test_bad_input_is_refused(make: Callable[[], object], message: str) -> None:
 
 
 def test_the_trainers_own_rules_hold() -> None:
-    run = run_of("chord_qwen7b", "parallel.tensor=8")
+    run = shared_run("chord_qwen7b", "parallel.tensor=8")
     with pytest.raises(ValueError, match="28 attention heads / tensor 8; 4 key-value heads / tensor 8"):
         estimate(case_of(run, h100()), choice_of(run))
-    large = run_of("chord_llama70b")
+    large = shared_run("chord_llama70b")
     with pytest.raises(ValueError, match="does not divide the 8 processes"):
         estimate(case_of(large, h100()), choice_of(large))
 
 
 @pytest.mark.parametrize("name", ["chord_qwen7b", "chord_llama70b", "chord_qwen3_30b_a3b"])
 def test_search(name: str) -> None:
-    run, nodes = run_of(name), CLUSTER_RUNS[name][1]
+    run, nodes = shared_run(name), CLUSTER_RUNS[name][1]
     case = case_of(run, h100(nodes))
     own = estimate(case, choice_of(run))
     found = search(case, choice_of(run))
@@ -416,7 +420,7 @@ def test_search(name: str) -> None:
 
 
 def test_the_block_is_the_layout(tmp_path: Path) -> None:
-    run = run_of("chord_llama70b")
+    run = shared_run("chord_llama70b")
     case = case_of(run, h100(8))
     best = search(case, choice_of(run)).fitting[0]
     base = f"base: {EXAMPLES / 'chord_llama70b.yaml'}\n"
@@ -427,7 +431,7 @@ def test_the_block_is_the_layout(tmp_path: Path) -> None:
 
 def test_the_search_varies_servers_and_the_split_of_nodes(tmp_path: Path) -> None:
     """7B on 2 nodes whose own servers have too little cache: the search finds others, beside the ranks and apart."""
-    run = run_of("chord_qwen7b", "rollout.gpu_memory_utilization=0.2")
+    run = shared_run("chord_qwen7b", "rollout.gpu_memory_utilization=0.2")
     case = case_of(run, h100(2))
     assert estimate(case, choice_of(run)).problems
     _, placed = search_servers(case, choice_of(run))
@@ -461,7 +465,7 @@ def test_the_search_varies_servers_and_the_split_of_nodes(tmp_path: Path) -> Non
 def test_the_search_keeps_stated_settings_in_every_split_of_nodes(
     stated: list[str], expected: list[tuple[int, bool]]
 ) -> None:
-    case = case_of(run_of("chord_qwen7b", *stated), h100(4))
+    case = case_of(shared_run("chord_qwen7b", *stated), h100(4))
     assert [(one.cluster.rollout_nodes, one.offload) for one in _splits(case)] == expected
 
 
@@ -473,7 +477,7 @@ def test_the_search_keeps_to_the_main_memory(capsys: pytest.CaptureFixture[str])
 def test_the_search_tries_unequal_stages(tmp_path: Path) -> None:
     """27 layers fit 2, 4 and 8 stages only with a list. The printed block gives the same layout again."""
     overrides = (f"model.path={CONFIGS / 'deepseek-v2-lite'}", *shared("chord_qwen3_30b_a3b"))
-    run = run_of("chord_qwen3_30b_a3b", *overrides)
+    run = shared_run("chord_qwen3_30b_a3b", *overrides)
     case = case_of(run, h100(4, rollout_nodes=2))
     found = search(case, choice_of(run))
     stages = {one.choice.parallel.pipeline: one.choice.parallel.stages for one in found.fitting}
@@ -489,7 +493,7 @@ def test_the_search_tries_unequal_stages(tmp_path: Path) -> None:
 
 
 def test_the_fullest_stage_sets_the_pace() -> None:
-    run = run_of("chord_llama70b")
+    run = shared_run("chord_llama70b")
     equal, slow, even = (
         estimate(
             case_of(run, h100(8)),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.support.files import rows_of, write_rows
 
 QUICKSTART = Path(__file__).with_name("quickstart.jsonl")
 """metrics.jsonl of `make quickstart` on two cores, rounded to four digits."""
@@ -22,7 +23,7 @@ evaluation: {samples: 1}
 
 
 def rows_of_quickstart() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in QUICKSTART.read_text().splitlines()]
+    return rows_of(QUICKSTART)
 
 
 def made_up_rows(steps: int) -> list[dict[str, Any]]:
@@ -69,8 +70,7 @@ def make_run(
     """Write a run's folder. ``samples`` has the answers by the name of their file, such as ``step-000000``."""
     (folder / "samples").mkdir(parents=True)
     (folder / "config.yaml").write_text(settings)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", *rows)
     for name, answers in (samples or {}).items():
-        text = "".join(json.dumps(row) + "\n" for row in answers)
-        (folder / "samples" / f"{name}.jsonl").write_text(text)
+        write_rows(folder / "samples" / f"{name}.jsonl", *answers)
     return folder

@@ -33,7 +33,7 @@ def test_every_example_names_a_function_that_can_be_loaded(
     check_reward(reward)
 
 
-def graded(name: str, texts: list[str]) -> list[Grade]:
+def grades_by(name: str, texts: list[str]) -> list[Grade]:
     reward = FunctionReward(
         path=EXAMPLES / "run_code.py", name=name, allow=("subprocess",), workers=2, timeout_s=60
     )
@@ -43,7 +43,7 @@ def graded(name: str, texts: list[str]) -> list[Grade]:
 
 def test_sums_of_an_answer_are_worked_out() -> None:
     texts = ["Mon 59+8=67\nTue 67 - 7 = 60\n#### 60", "Mon 59+8=67\nTue 67-7=61", "#### 60"]
-    assert graded("sums_are_right", texts) == [Grade(1.0), Grade(0.0), Grade(0.0)]
+    assert grades_by("sums_are_right", texts) == [Grade(1.0), Grade(0.0), Grade(0.0)]
 
 
 def test_programs_are_tested_and_contained(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_programs_are_tested_and_contained(tmp_path: Path) -> None:
         f"import os\nassert 'PATH' not in os.environ\n{RIGHT}": 1.0,
         f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n{RIGHT}": 1.0,
     }
-    grades = graded("passes_tests", [f"So:\n```python\n{program}\n```" for program in programs])
+    grades = grades_by("passes_tests", [f"So:\n```python\n{program}\n```" for program in programs])
     assert grades == [Grade(score) for score in programs.values()]
     assert not canary.exists() or canary.read_bytes() == b""
-    assert graded("passes_tests", ["no program"]) == [Grade(0.0)]
+    assert grades_by("passes_tests", ["no program"]) == [Grade(0.0)]
 
 
 def blocks() -> list[str]:

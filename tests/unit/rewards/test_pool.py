@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from megatron_chord.records import Grade
 from megatron_chord.rewards.kinds.exact import ExactReward
 from megatron_chord.rewards.kinds.math import MathReward
 from megatron_chord.rewards.pool import GraderPool
+from tests.support.files import data_set, rows_of
 from tests.support.grading import grades_of
 from tests.support.processes import is_alive
 
@@ -253,11 +253,7 @@ def test_workers_die_with_their_parent(how: str) -> None:
 
 
 def test_math500_truths_grade_as_themselves(pool: GraderPool) -> None:
-    default = ROOT.parent / "shared" / "data"
-    file = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "math" / "math500.jsonl"
-    if not file.is_file():
-        pytest.skip(f"no {file}; name the folder of the data sets in MEGATRON_CHORD_DATA")
-    truths = [json.loads(line)["answer"] for line in file.read_text().splitlines()[::8]]
+    truths = [row["answer"] for row in rows_of(data_set("math") / "math500.jsonl")[::8]]
     right = grades_of(pool, [(f"so \\boxed{{{truth}}}.", truth) for truth in truths])
     assert right == [Grade(1.0)] * len(truths)
     others = grades_of(

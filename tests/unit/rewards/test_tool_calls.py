@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.tool_calls import grade, read_truth
 from megatron_chord.rewards.tool_replies import MAX_DEPTH, Think
+from tests.support.files import data_set, rows_of
 from tests.support.grading import grades_of
 
 MAIL = {"name": "mail", "arguments": {"to": "Bob", "lines": 2}}
@@ -376,11 +376,7 @@ def test_in_the_pool_bombs_are_zeros_and_bad_truths_errors() -> None:
 
 @pytest.fixture(scope="module")
 def bfcl() -> Path:
-    default = Path(__file__).parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("MEGATRON_CHORD_DATA", default)) / "tool_calling"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; name the folder of the data sets in MEGATRON_CHORD_DATA")
-    return folder
+    return data_set("tool_calling")
 
 
 def chosen(accepted: list[Any], *, last: bool) -> Any:
@@ -405,7 +401,7 @@ def made_calls(truth: list[dict[str, dict[str, list[Any]]]], *, last: bool = Fal
 
 @pytest.mark.parametrize("name", BFCL_FILES)
 def test_bfcl_truth_is_right_and_what_differs_is_wrong(bfcl: Path, name: str) -> None:
-    rows = [json.loads(line) for line in (bfcl / f"bfcl_{name}.jsonl").read_text().splitlines()]
+    rows = rows_of(bfcl / f"bfcl_{name}.jsonl")
     assert len(rows) == BFCL_FILES[name]
     for row in rows:
         truth = row["ground_truth"]

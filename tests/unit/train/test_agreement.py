@@ -20,7 +20,7 @@ from megatron_chord.train.update import UpdateResult
 from tests.support.tiny import tiny_run
 
 
-def run_of(folder: Path, precision: Any = None, dtype: Any = "bf16", **rollout: Any) -> RunConfig:
+def run_with_precision(folder: Path, precision: Any = None, dtype: Any = "bf16", **rollout: Any) -> RunConfig:
     run = tiny_run(folder)
     return replace(
         run,
@@ -52,15 +52,15 @@ def close(found: Limits, gap: float, factor: float | None) -> bool:
 
 
 def test_limits_by_precision(tmp_path: Path) -> None:
-    assert close(limits(run_of(tmp_path, dtype="fp32"), age=0, logit=24.0), 1e-3, 0.01)
-    assert close(limits(run_of(tmp_path), age=0, logit=0.0), 5e-2, 0.1)
-    mixed = run_of(tmp_path, dtype="fp32")
+    assert close(limits(run_with_precision(tmp_path, dtype="fp32"), age=0, logit=24.0), 1e-3, 0.01)
+    assert close(limits(run_with_precision(tmp_path), age=0, logit=0.0), 5e-2, 0.1)
+    mixed = run_with_precision(tmp_path, dtype="fp32")
     half = replace(mixed, rollout=replace(mixed.rollout, dtype="bf16"))
     assert close(limits(half, age=0, logit=0.0), 5e-2, 0.1)
     for precision in ("fp8_rollout", "fp8_e2e", "fp8_tensorwise"):
-        assert close(limits(run_of(tmp_path, precision), age=0, logit=0.0), 0.1, 0.1)
-        assert close(limits(run_of(tmp_path, precision), age=1, logit=0.0), 0.5, None)
-    own = run_of(tmp_path, "fp8_e2e", max_logprob_gap=0.2, max_probability_error=1.03)
+        assert close(limits(run_with_precision(tmp_path, precision), age=0, logit=0.0), 0.1, 0.1)
+        assert close(limits(run_with_precision(tmp_path, precision), age=1, logit=0.0), 0.5, None)
+    own = run_with_precision(tmp_path, "fp8_e2e", max_logprob_gap=0.2, max_probability_error=1.03)
     for age in (0, 1):
         assert close(limits(own, age=age, logit=24.0), 0.2, 0.03), "what the user has set is taken as it is"
 
@@ -68,7 +68,7 @@ def test_limits_by_precision(tmp_path: Path) -> None:
 def test_rounding_of_logits_is_what_bf16_makes_of_them(tmp_path: Path) -> None:
     """Two engines round the same logits to BF16 after errors of their own. The allowance covers their gap."""
     generator = torch.Generator().manual_seed(0)
-    allowance = limits(run_of(tmp_path), age=0, logit=24.0).gap - 5e-2
+    allowance = limits(run_with_precision(tmp_path), age=0, logit=24.0).gap - 5e-2
     logits = 16 + 16 * torch.rand(100_000, generator=generator, dtype=torch.float64)
     noise = 0.2 * torch.randn(2, len(logits), generator=generator, dtype=torch.float64)
     rounded = (logits + noise).bfloat16().double() - noise
@@ -91,7 +91,7 @@ def test_mean_and_standard_error() -> None:
 def test_what_a_few_tokens_show_is_not_enough_to_stop(tmp_path: Path) -> None:
     """The case that was seen: a mean gap of 0.113 over 19 to 36 tokens in BF16, with a model whose weights were
     right."""
-    run = run_of(tmp_path)
+    run = run_with_precision(tmp_path)
     for tokens in (20, 36):
         check_agreement(run, measured(spread(0.113, tokens), logit=20.0), step=2, age=0)
     with pytest.raises(LogprobMismatch, match="the same 2000 tokens"):
@@ -104,7 +104,7 @@ def test_what_a_few_tokens_show_is_not_enough_to_stop(tmp_path: Path) -> None:
 
 
 def test_beyond_a_limit_nothing_is_trained(tmp_path: Path) -> None:
-    run = run_of(tmp_path, "fp8_rollout")
+    run = run_with_precision(tmp_path, "fp8_rollout")
     check_agreement(run, measured([0.09] * 500), step=3, age=0)
     check_agreement(run, UpdateResult(loss=0.0, means={}, maxima={}), step=3, age=0)
     message = (
@@ -114,7 +114,7 @@ def test_beyond_a_limit_nothing_is_trained(tmp_path: Path) -> None:
     )
     with pytest.raises(LogprobMismatch, match=message):
         check_agreement(run, measured([0.15] * 500), step=3, age=0)
-    loose = run_of(tmp_path, "fp8_rollout", max_logprob_gap=1.0)
+    loose = run_with_precision(tmp_path, "fp8_rollout", max_logprob_gap=1.0)
     with pytest.raises(
         LogprobMismatch, match=r"probabilities .* factor of 1\.162 .*rollout\.max_probability_error"
     ):
@@ -131,4 +131,6 @@ def test_one_wild_token_among_many_does_not_stop(tmp_path: Path) -> None:
     """Without the limit on a token's factor, e^19 for one of 50000 tokens would give a mean of 3600."""
     for dtype in ("fp32", "bf16"):
         for tokens in (100, 50_000):
-            check_agreement(run_of(tmp_path, dtype=dtype), measured([1e-5] * tokens + [19.0]), step=3, age=0)
+            check_agreement(
+                run_with_precision(tmp_path, dtype=dtype), measured([1e-5] * tokens + [19.0]), step=3, age=0
+            )

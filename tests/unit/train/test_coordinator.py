@@ -37,7 +37,7 @@ LENGTHS = {100 + i: (3 + i % 5, 4 + i % 3 if i % 7 else 38) for i in range(COUNT
 LONG = {PROMPTS[i].id for i in range(0, COUNT, 7)}
 
 
-def run_of(
+def partial_run(
     *, unfinished: Any = "carry", extra: float = 0.5, max_carries: int | None = None, ahead: bool = False
 ) -> RunConfig:
     partial = (
@@ -137,7 +137,7 @@ def left_in(checkpoint: str) -> list[str]:
 
 
 def test_every_prompt_is_trained_on_once_and_none_is_lost() -> None:
-    steps = Steps(run_of())
+    steps = Steps(partial_run())
     inputs = steps.take(range(9))
     assert [len(steps.prompts(step)) for step in range(9)] == [4] * 9
     trained = [name for step in range(9) for name in steps.prompts(step)]
@@ -148,7 +148,7 @@ def test_every_prompt_is_trained_on_once_and_none_is_lost() -> None:
 
 
 def test_answers_are_as_long_as_without_early_stop() -> None:
-    steps, whole = Steps(run_of()), Steps(run_of(extra=0.0))
+    steps, whole = Steps(partial_run()), Steps(partial_run(extra=0.0))
     steps.take(range(9))
     whole.take(range(11))
     expected = {(row["prompt_id"], row["response"]) for step in range(11) for row in whole.rows[step]}
@@ -158,7 +158,7 @@ def test_answers_are_as_long_as_without_early_stop() -> None:
 
 
 def test_carried_tokens_keep_their_weights_and_are_counted_by_token() -> None:
-    steps = Steps(run_of())
+    steps = Steps(partial_run())
     inputs = steps.take(range(9))
     mixed = 0
     for step in range(9):
@@ -178,22 +178,22 @@ def test_a_bound_on_how_often_a_prompt_is_carried_over() -> None:
     def oldest(run: RunConfig) -> int:
         return max(step.stats["staleness_max"] for step in Steps(run).take(range(9)))
 
-    assert oldest(run_of()) > 2
-    assert [oldest(run_of(max_carries=most)) for most in (1, 2)] == [1, 2]
-    begun, straight = Steps(run_of(max_carries=2)), Steps(run_of(max_carries=2))
+    assert oldest(partial_run()) > 2
+    assert [oldest(partial_run(max_carries=most)) for most in (1, 2)] == [1, 2]
+    begun, straight = Steps(partial_run(max_carries=2)), Steps(partial_run(max_carries=2))
     straight.take(range(6))
     begun.take(range(3))
-    resumed = Steps(run_of(max_carries=2), begun.checkpoint(3))
+    resumed = Steps(partial_run(max_carries=2), begun.checkpoint(3))
     resumed.take(range(3, 6))
     assert {**begun.rows, **resumed.rows} == straight.rows
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_a_resumed_run_goes_on_with_the_same_prompts_and_tokens(at: int) -> None:
-    straight, begun = Steps(run_of()), Steps(run_of())
+    straight, begun = Steps(partial_run()), Steps(partial_run())
     straight.take(range(9))
     begun.take(range(at))
-    resumed = Steps(run_of(), begun.checkpoint(at))
+    resumed = Steps(partial_run(), begun.checkpoint(at))
     resumed.take(range(at, 9))
     assert {**begun.rows, **resumed.rows} == straight.rows
     assert resumed.checkpoint(9) == straight.checkpoint(9)
@@ -202,7 +202,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_tokens(at: int) -> None
 
 def test_a_step_that_is_repeated_draws_the_same() -> None:
     """A lost server makes the run repeat a step. The step must then draw the same prompts."""
-    steps, undisturbed = Steps(run_of()), Steps(run_of())
+    steps, undisturbed = Steps(partial_run()), Steps(partial_run())
     undisturbed.take(range(4))
     steps.take(range(3))
     steps.collect(3)
@@ -212,7 +212,7 @@ def test_a_step_that_is_repeated_draws_the_same() -> None:
 
 def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     """Sampling is one step ahead: the first weights sample two steps, and each later version samples one."""
-    straight = Steps(run_of(ahead=True))
+    straight = Steps(partial_run(ahead=True))
     straight.collect(0)
     for step in range(1, 6):
         straight.collect(step, version=step - 1)
@@ -220,7 +220,7 @@ def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
     saved = straight.checkpoint(5)
     (record,) = json.loads(saved)["ahead"]
     assert (record["step"], record["version"]) == (5, 4)
-    resumed = Steps(run_of(ahead=True), saved)
+    resumed = Steps(partial_run(ahead=True), saved)
     before = straight.collect(6, version=5)
     again = resumed.collect(5, recorded=record["rounds"])
     assert resumed.rows[5] == straight.rows[5]
@@ -235,7 +235,7 @@ def test_steps_sampled_ahead_are_collected_again_from_a_checkpoint() -> None:
 def test_a_stop_interrupts_a_collection_unless_a_resumed_run_could_not_repeat_it(
     ahead: AsynchronousConfig | None,
 ) -> None:
-    run = run_of()
+    run = partial_run()
     steps = Steps(
         replace(run, rollout=replace(run.rollout, asynchronous=ahead)), stop_wanted=lambda: bool(steps.rows)
     )
@@ -249,7 +249,7 @@ def test_a_stop_interrupts_a_collection_unless_a_resumed_run_could_not_repeat_it
 
 
 def test_dropped_prompts_are_counted_and_not_asked_again() -> None:
-    steps = Steps(run_of(unfinished="drop"))
+    steps = Steps(partial_run(unfinished="drop"))
     inputs = steps.take(range(9))
     trained = [name for step in range(9) for name in steps.prompts(step)]
     assert len(trained) == len(set(trained)) == 9 * 4
@@ -268,7 +268,7 @@ def test_dropped_prompts_are_counted_and_not_asked_again() -> None:
 
 
 def test_carrying_over_trains_on_prompts_with_long_answers_too() -> None:
-    steps = Steps(run_of())
+    steps = Steps(partial_run())
     steps.take(range(9))
     trained = {name for step in range(9) for name in steps.prompts(step)}
     assert len(LONG & trained) >= len(LONG & steps.first_prompts(9 * 4)) - 2, "but for the two under way"
@@ -276,11 +276,11 @@ def test_carrying_over_trains_on_prompts_with_long_answers_too() -> None:
 
 @pytest.mark.parametrize("other", [{"unfinished": "drop"}, {"extra": 0.0}])
 def test_a_checkpoint_resumed_without_carrying_samples_its_prompts_anew(other: Any) -> None:
-    begun = Steps(run_of())
+    begun = Steps(partial_run())
     begun.take(range(3))
     saved = begun.checkpoint(3)
     assert any(item["partial_rollouts"] for item in json.loads(saved)["unfinished"]["prompts"])
-    resumed = Steps(run_of(**other), saved)
+    resumed = Steps(partial_run(**other), saved)
     resumed.take(range(3, 5))
     asked = {request.prompt_ids[0]: len(request.prompt_ids) for request in resumed.client.asked}
     assert {asked[100 + int(name)] for name in left_in(saved)} == {1}, "from the beginning"
@@ -304,25 +304,25 @@ def test_a_checkpoint_resumed_without_carrying_samples_its_prompts_anew(other: A
     ],
 )
 def test_unfinished_answers_are_not_continued_with_other_settings(change: Any, reason: str) -> None:
-    begun = Steps(run_of())
+    begun = Steps(partial_run())
     begun.take(range(3))
     with pytest.raises(ValueError, match=reason):
-        Steps(change(run_of()), begun.checkpoint(3))
+        Steps(change(partial_run()), begun.checkpoint(3))
 
 
 def test_checkpoints_from_before_anything_was_stopped_are_resumed() -> None:
-    begun = Steps(run_of(extra=0.0))
+    begun = Steps(partial_run(extra=0.0))
     begun.take(range(3))
     saved = json.loads(begun.checkpoint(3))
     del saved["unfinished"]
-    resumed = Steps(run_of(), json.dumps(saved))
+    resumed = Steps(partial_run(), json.dumps(saved))
     resumed.take(range(3, 6))
     trained = [name for steps in (begun, resumed) for step in steps.rows for name in steps.prompts(step)]
     assert len(set(trained)) == 6 * 4
 
 
 def test_dynamic_sampling_goes_on_with_them_in_its_next_round() -> None:
-    run = run_of()
+    run = partial_run()
     run = replace(run, batch=replace(run.batch, sampling_attempts=3))
     steps = Steps(run)
     inputs = steps.take(range(5))
@@ -343,7 +343,7 @@ def test_without_router_replay_nothing_is_searched_for_routes(monkeypatch: pytes
         return with_replaced(value, *others)
 
     monkeypatch.setattr(remote_routes, "with_replaced", search)
-    steps = Steps(run_of())
+    steps = Steps(partial_run())
     steps.take(range(3))
     assert left_in(steps.checkpoint(3))
     assert searched == []

@@ -83,7 +83,7 @@ class Script:
         return f"{now.step} by {version}", [f"batches of {now.step}"]
 
 
-def run_of(*, steps_ahead: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
+def run_ahead(*, steps_ahead: int, in_flight: Any = "drain", **objective: Any) -> RunConfig:
     run = tiny_run(Path("model"), **objective)
     return replace(
         run,
@@ -157,13 +157,13 @@ def without_trainings(events: list[str]) -> list[str]:
 
 
 def test_without_steps_ahead_every_step_samples_with_its_own_weights(script: Script, trained: Any) -> None:
-    taken = trained(run_of(steps_ahead=0))
+    taken = trained(run_ahead(steps_ahead=0))
     assert taken == [(f"{step} by {step}", f"batches of {step}") for step in range(STEPS)]
     assert script.events[:4] == ["push 0", "0 sampled by 0", "train 0", "push 1"]
 
 
 def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Script, trained: Any) -> None:
-    taken = trained(run_of(steps_ahead=1))
+    taken = trained(run_ahead(steps_ahead=1))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 1", "3 by 2"]
     assert without_trainings(script.events) == [
         "push 0",
@@ -178,7 +178,7 @@ def test_drained_sampling_is_one_step_older_and_pushes_come_between(script: Scri
 
 def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = Collecting(run_of(steps_ahead=1), script)
+    ahead = Collecting(run_ahead(steps_ahead=1), script)
     assert ahead.take(ScheduleInput(step=0))[0] == "0 by 0"
     assert script.events[:2] == ["push 0", "0 sampled by 0"]
     script.gates[1].set()
@@ -188,7 +188,7 @@ def test_training_does_not_wait_for_the_step_after(script: Script) -> None:
 
 def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Script) -> None:
     script.gates[1] = threading.Event()
-    ahead = Collecting(run_of(steps_ahead=1, in_flight="keep"), script)
+    ahead = Collecting(run_ahead(steps_ahead=1, in_flight="keep"), script)
     ahead.take(ScheduleInput(step=0))
     assert script.waiting.wait(10)
     threading.Timer(0.3, script.gates[1].set).start()
@@ -202,7 +202,9 @@ def test_with_keep_weights_are_pushed_before_the_sampling_has_ended(script: Scri
 def test_a_stop_ends_the_wait_for_a_step_that_is_sampled(script: Script, in_flight: Any) -> None:
     """The step is not lost: the checkpoint waits for it."""
     script.gates[1] = threading.Event()
-    ahead = Collecting(run_of(steps_ahead=1, in_flight=in_flight), script, stop_wanted=script.waiting.is_set)
+    ahead = Collecting(
+        run_ahead(steps_ahead=1, in_flight=in_flight), script, stop_wanted=script.waiting.is_set
+    )
     ahead.take(ScheduleInput(step=0))
     assert script.waiting.wait(10)
     with pytest.raises(StopWanted):
@@ -214,14 +216,14 @@ def test_a_stop_ends_the_wait_for_a_step_that_is_sampled(script: Script, in_flig
 
 
 def test_more_steps_ahead_are_all_queued(script: Script, trained: Any) -> None:
-    taken = trained(run_of(steps_ahead=2, in_flight="keep"))
+    taken = trained(run_ahead(steps_ahead=2, in_flight="keep"))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 0", "2 by 0", "3 by 1"]
 
 
 def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) -> None:
     """mu is 1 for two steps. The first step of RL is sampled while the last SFT step trains, by the weights of that
     step's start."""
-    trained(run_of(steps_ahead=1, mu=Binary(switch_step=2)))
+    trained(run_ahead(steps_ahead=1, mu=Binary(switch_step=2)))
     assert without_trainings(script.events) == [
         "0 drawn by 0",
         "1 drawn by 0",
@@ -234,7 +236,7 @@ def test_steps_that_sample_nothing_push_nothing(script: Script, trained: Any) ->
 
 def test_a_failure_is_raised_when_its_step_comes(script: Script) -> None:
     script.failures[1] = [ValueError("no")]
-    ahead = Collecting(run_of(steps_ahead=1), script)
+    ahead = Collecting(run_ahead(steps_ahead=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     with pytest.raises(ValueError, match="no"):
@@ -246,14 +248,14 @@ def test_what_a_lost_server_has_not_finished_is_sampled_by_the_present_weights(
     script: Script, trained: Any
 ) -> None:
     script.failures[1] = [RolloutError("gone")]
-    taken = trained(run_of(steps_ahead=1))
+    taken = trained(run_ahead(steps_ahead=1))
     assert [common for common, _ in taken] == ["0 by 0", "1 by 1", "2 by 1", "3 by 2"]
     assert script.events.count("another server") == 1
 
 
 def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
     """The evaluation found the server lost and replaced it. Steps that were complete by then are not sampled again."""
-    ahead = Collecting(run_of(steps_ahead=1), script)
+    ahead = Collecting(run_ahead(steps_ahead=1), script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.generation += 1
@@ -263,14 +265,14 @@ def test_what_a_lost_server_has_finished_is_kept(script: Script) -> None:
 
 def test_recorded_steps_are_not_sampled_again(script: Script, trained: Any) -> None:
     record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
-    taken = trained(run_of(steps_ahead=1), 2, record=record)
+    taken = trained(run_ahead(steps_ahead=1), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 1", "3 by 2"]
     assert without_trainings(script.events) == ["2 recorded by 1", "push 2", "3 sampled by 2"]
 
 
 def test_without_steps_ahead_recorded_steps_are_dropped(script: Script, trained: Any) -> None:
     record = {"mu": {}, "ahead": [{"step": 2, "version": 1, "rounds": []}]}
-    taken = trained(run_of(steps_ahead=0), 2, record=record)
+    taken = trained(run_ahead(steps_ahead=0), 2, record=record)
     assert [common for common, _ in taken] == ["2 by 2", "3 by 3"]
 
 
@@ -320,7 +322,7 @@ class RoutedScript(Script):
 def test_a_step_whose_routes_cannot_be_read_is_collected_again() -> None:
     script = RoutedScript()
     script.kept_by = {0: "first"}
-    ahead = Collecting(run_of(steps_ahead=0), script, servers=script)
+    ahead = Collecting(run_ahead(steps_ahead=0), script, servers=script)
     assert ahead.take(ScheduleInput(step=0)) == ("0 by 0", ())
     assert script.events == ["push 0", "0 sampled by 0", "another server", "push 0", "0 sampled by 0"]
     assert script.forgotten == [0]
@@ -330,7 +332,7 @@ def test_steps_ahead_whose_routes_are_lost_are_collected_again_with_all_after_th
     """Of the steps 1 to 3, step 2 has routes on a server that an evaluation found lost."""
     script = RoutedScript()
     script.kept_by = {2: "first"}
-    ahead = Collecting(run_of(steps_ahead=3, in_flight="keep"), script, servers=script)
+    ahead = Collecting(run_ahead(steps_ahead=3, in_flight="keep"), script, servers=script)
     ahead.take(ScheduleInput(step=0))
     ahead.drain()
     script.route_stores = {"second"}

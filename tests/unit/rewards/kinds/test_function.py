@@ -143,14 +143,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def graded(path: Path, name: str, texts: Sequence[str], **settings: Any) -> list[Grade]:
+def grades_by(path: Path, name: str, texts: Sequence[str], **settings: Any) -> list[Grade]:
     settings = {"workers": 1, "timeout_s": 20.0, **settings}
     with GraderPool(FunctionReward(path=path, name=name, **settings)) as graders:
         return graders.grade_all([Response(text=text, truth="right") for text in texts])
 
 
 def only_error(path: Path, name: str, text: str, **settings: Any) -> str:
-    (grade,) = graded(path, name, [text], **settings)
+    (grade,) = grades_by(path, name, [text], **settings)
     assert grade.score is None
     assert grade.error is not None
     return grade.error
@@ -161,8 +161,8 @@ def line_of(text: str) -> int:
 
 
 def test_a_number(path: Path) -> None:
-    assert graded(path, "score", ["right", "wrong"]) == [Grade(1.0), Grade(0.0)]
-    assert graded(path, "returns", ["true"]) == [Grade(1.0)]
+    assert grades_by(path, "score", ["right", "wrong"]) == [Grade(1.0), Grade(0.0)]
+    assert grades_by(path, "returns", ["true"]) == [Grade(1.0)]
 
 
 def test_the_function_sees_the_whole_response_and_its_parts_add_up(path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_exception_is_told_by_its_last_line_and_place(path: Path) -> None:
 
 
 def test_a_call_that_hangs_is_killed_and_the_next_ones_are_graded(path: Path) -> None:
-    assert graded(path, "hangs", ["a", "hang", "b"], timeout_s=1) == [
+    assert grades_by(path, "hangs", ["a", "hang", "b"], timeout_s=1) == [
         Grade(1.0),
         Grade(None, "killed after 1 s"),
         Grade(1.0),
@@ -220,7 +220,7 @@ def test_a_call_that_hangs_is_killed_and_the_next_ones_are_graded(path: Path) ->
 
 
 def test_a_process_that_ends_is_an_error_of_its_response_alone(path: Path) -> None:
-    first, dead, last = graded(path, "dies", ["a", "die", "b"])
+    first, dead, last = grades_by(path, "dies", ["a", "die", "b"])
     assert (first, last) == (Grade(1.0), Grade(1.0))
     assert dead.error == "the grader process died (exit status 3)"
 
@@ -228,7 +228,7 @@ def test_a_process_that_ends_is_an_error_of_its_response_alone(path: Path) -> No
 def test_a_call_that_exits_is_an_error_with_its_place(path: Path) -> None:
     assert only_error(path, "exits", "x") == f"SystemExit: 3 (my_rewards.py:{line_of('    sys.exit(3)')})"
     place = line_of("        sys.exit(3)")
-    assert graded(path, "exits_async", ["a", "exit", "b"]) == [
+    assert grades_by(path, "exits_async", ["a", "exit", "b"]) == [
         Grade(1.0),
         Grade(None, f"SystemExit: 3 (my_rewards.py:{place})"),
         Grade(1.0),
@@ -237,11 +237,11 @@ def test_a_call_that_exits_is_an_error_with_its_place(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["eats_memory", "eats_memory_async"])
 def test_a_call_that_needs_more_than_its_memory_is_an_error(path: Path, name: str) -> None:
-    first, eaten, last = graded(path, name, ["a", "eat", "b"], memory_mb=1024)
+    first, eaten, last = grades_by(path, name, ["a", "eat", "b"], memory_mb=1024)
     assert (first, last) == (Grade(1.0), Grade(1.0))
     assert eaten.score is None
     assert str(eaten.error).startswith("MemoryError")
-    assert graded(path, name, ["eat"], memory_mb=4096) == [Grade(1.0)]
+    assert grades_by(path, name, ["eat"], memory_mb=4096) == [Grade(1.0)]
 
 
 def test_what_a_function_prints_is_no_result_and_fills_no_file(path: Path) -> None:
@@ -258,15 +258,15 @@ def test_what_a_function_prints_is_no_result_and_fills_no_file(path: Path) -> No
 
 def test_async_calls_run_side_by_side_up_to_the_bound(path: Path) -> None:
     start = time.monotonic()
-    assert graded(path, "sleeps", ["0.5"] * 16) == [Grade(1.0)] * 16
+    assert grades_by(path, "sleeps", ["0.5"] * 16) == [Grade(1.0)] * 16
     assert time.monotonic() - start < 0.5 * 16
     start = time.monotonic()
-    assert graded(path, "sleeps", ["0.5"] * 4, concurrency=2) == [Grade(1.0)] * 4
+    assert grades_by(path, "sleeps", ["0.5"] * 4, concurrency=2) == [Grade(1.0)] * 4
     assert time.monotonic() - start >= 1.0
 
 
 def test_a_late_async_call_ends_alone(path: Path) -> None:
-    assert graded(path, "sleeps", ["0", "60", "1"], timeout_s=3) == [
+    assert grades_by(path, "sleeps", ["0", "60", "1"], timeout_s=3) == [
         Grade(1.0),
         Grade(None, "took longer than 3 s"),
         Grade(1.0),
@@ -277,26 +277,30 @@ def test_a_late_async_call_ends_alone(path: Path) -> None:
 def test_an_async_call_that_takes_its_worker_along_is_the_only_error(
     path: Path, text: str, error: str
 ) -> None:
-    grades = graded(path, "blocks", ["a", "b", text, "c"], timeout_s=1)
+    grades = grades_by(path, "blocks", ["a", "b", text, "c"], timeout_s=1)
     assert [grade.score for grade in grades] == [1.0, 1.0, None, 1.0]
     assert error in str(grades[2].error)
 
 
 def test_lists(path: Path) -> None:
-    assert graded(path, "lists", ["right", "x", "x", "x", "right"], batch_size=3) == [
+    assert grades_by(path, "lists", ["right", "x", "x", "x", "right"], batch_size=3) == [
         Grade(3.1),
         Grade(3.0),
         Grade(3.0),
         Grade(2.0),
         Grade(2.1),
     ]
-    spread = graded(path, "lists", ["x"] * 4, batch_size=32, workers=2)
+    spread = grades_by(path, "lists", ["x"] * 4, batch_size=32, workers=2)
     assert spread == [Grade(2.0)] * 4, "no worker is idle while another has a long list"
-    assert graded(path, "lists_async", ["x"] * 4, batch_size=2) == [Grade(2.0)] * 4
+    assert grades_by(path, "lists_async", ["x"] * 4, batch_size=2) == [Grade(2.0)] * 4
     error = "the grader returned None (NoneType), expected a finite number"
-    assert graded(path, "one_wrong", ["x"] * 3, batch_size=3) == [Grade(1.0), Grade(None, error), Grade(0.0)]
+    assert grades_by(path, "one_wrong", ["x"] * 3, batch_size=3) == [
+        Grade(1.0),
+        Grade(None, error),
+        Grade(0.0),
+    ]
     error = "the grader must return a list of 2 results, got 1 of them"
-    assert graded(path, "too_few", ["x"] * 2, batch_size=2) == [Grade(None, error)] * 2
+    assert grades_by(path, "too_few", ["x"] * 2, batch_size=2) == [Grade(None, error)] * 2
 
 
 def test_network_only_where_it_is_allowed(path: Path) -> None:
@@ -305,7 +309,7 @@ def test_network_only_where_it_is_allowed(path: Path) -> None:
         # It catches the exception and returns 0. That is still not a wrong answer.
         error = only_error(path, "connects", port)
         assert error == "the grader tried socket.getaddrinfo; reward.allow has no network"
-        assert graded(path, "connects", [port], allow=("network",)) == [Grade(1.0)]
+        assert grades_by(path, "connects", [port], allow=("network",)) == [Grade(1.0)]
         assert only_error(path, "starts", "x", allow=("network",)).startswith(
             "PermissionError: a grader tried subp"
         )
@@ -313,14 +317,14 @@ def test_network_only_where_it_is_allowed(path: Path) -> None:
 
 def test_other_programs_only_where_they_are_allowed(path: Path) -> None:
     assert "tried subprocess.Popen; reward.allow has no subprocess" in only_error(path, "starts", "x")
-    assert graded(path, "starts", ["x"], allow=("subprocess",)) == [Grade(5.0)]
+    assert grades_by(path, "starts", ["x"], allow=("subprocess",)) == [Grade(5.0)]
 
 
 def test_files_are_written_only_where_it_is_allowed(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "x"
     assert "tried open; reward.allow has no files" in only_error(path, "writes", str(file))
     assert not file.exists()
-    assert graded(path, "writes", [str(file)], allow=("files",)) == [Grade(1.0)]
+    assert grades_by(path, "writes", [str(file)], allow=("files",)) == [Grade(1.0)]
 
 
 def test_what_a_killed_worker_has_started_is_killed_too(path: Path, tmp_path: Path) -> None:
@@ -336,7 +340,7 @@ def test_what_a_killed_worker_has_started_is_killed_too(path: Path, tmp_path: Pa
 def test_only_named_variables_reach_the_function(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "four")
     monkeypatch.setenv("OTHER_KEY", "hunter2")
-    (grade,) = graded(path, "variables", ["x"], environment=("JUDGE_KEY",))
+    (grade,) = grades_by(path, "variables", ["x"], environment=("JUDGE_KEY",))
     assert grade.parts == {"given": 4.0, "kept": 0.0}
     with pytest.raises(RewardRefused, match=r"reward\.environment: NO_SUCH_KEY is not set"):
         GraderPool(FunctionReward(path=path, name="score", environment=("JUDGE_KEY", "NO_SUCH_KEY")))
