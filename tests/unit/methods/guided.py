@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_chord.config import RunConfig
-from megatron_chord.data.cursor import Cursor, fingerprint
 from megatron_chord.losses.terms import TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Demonstration, Grade, Prompt, Rollout, TrainSample
 from megatron_chord.rewards.kinds.math import MathReward
-from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
-from megatron_chord.schedules import ScheduleInput
-from megatron_chord.timing import Timer
+from megatron_chord.sampling.context import SamplingServices, StepContext
 from tests.support.grading import GradersAtOnce
+from tests.support.step_context import step_context
 from tests.support.tiny import tiny_run
 
 WRONG, RIGHT, BROKEN = 50, 51, 59
@@ -71,36 +69,21 @@ def scripted_draw(
         Prompt(id=str(i), messages=({"role": "user", "content": ""},), truth="", token_ids=(100 + i, 3))
         for i in range(len(answers))
     ]
-    made = [
-        Demonstration(
+    demonstration_of = {
+        prompt.id: Demonstration(
             id=prompt.id,
             token_ids=(*prompt.token_ids, 30, 31, last),
             trainable=(False, False, True, True, True),
         )
         for prompt, last in zip(prompts, demonstrations, strict=True)
-    ]
+    }
     services: Any = SamplingServices(
         clients=[_Client(answers)],  # type: ignore[list-item]
         version=0,
         template=_Template(),  # type: ignore[arg-type]
         graders=GradersAtOnce(lambda response: GRADES[int(response.text.split()[-1])]),  # type: ignore[arg-type]
     )
-    sources = Sources(
-        prompts=prompts,
-        demonstrations=made,
-        demonstration_of={demonstration.id: demonstration for demonstration in made},
-        prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
-        demonstration_cursor=None,
-    )
-    return StepContext(
-        run,
-        services,
-        sources,
-        now=ScheduleInput(step=0),
-        memory=None,
-        timer=Timer(),
-        notify=lambda text: None,
-    )
+    return step_context(run, services, prompts, demonstration_of=demonstration_of)
 
 
 class _Template:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_chord.config import PartialConfig
-from megatron_chord.data.cursor import Cursor, fingerprint
+from megatron_chord.data.cursor import Cursor
 from megatron_chord.records import Grade, GradedRollouts, Prompt, Rollout, RolloutRequest
 from megatron_chord.rewards.graders import Graders, PendingGrade
 from megatron_chord.rewards.kinds.function import FunctionReward
@@ -28,12 +28,12 @@ from megatron_chord.rewards.pool import GraderPool
 from megatron_chord.rewards.response import Response
 from megatron_chord.rewards.table import SumReward
 from megatron_chord.rollout.replies import RolloutError
-from megatron_chord.sampling.context import SamplingServices, Sources, StepContext
+from megatron_chord.sampling.context import SamplingServices, StepContext
 from megatron_chord.sampling.recorded import to_json
 from megatron_chord.sampling.rounds import Grading, Sampling, TooManyGraderErrors, sample
-from megatron_chord.schedules import Constant, ScheduleInput
-from megatron_chord.timing import Timer
+from megatron_chord.schedules import Constant
 from tests.support.recorded import END, VERSION, Recorded, numbers_template, recorded_server
+from tests.support.step_context import step_context
 from tests.support.tiny import tiny_run
 
 LIMIT_S = 100.0
@@ -332,27 +332,10 @@ def context_of(client: Any, graders: Graders, *, extra: float, recorded: Any = N
         reward=replace(run.reward, max_error_rate=0.0),
         rollout=replace(run.rollout, partial=PartialConfig(extra_prompts=extra)),
     )
-    drawn = prompts(8)
-    sources = Sources(
-        prompts=drawn,
-        demonstrations=(),
-        demonstration_of={},
-        prompt_cursor=Cursor(name="prompts", size=8, seed=0, data=fingerprint(drawn)),
-        demonstration_cursor=None,
-    )
     services = SamplingServices(
         clients=[client], version=VERSION, template=numbers_template(), graders=graders
     )
-    return StepContext(
-        run,
-        services,
-        sources,
-        now=ScheduleInput(step=0),
-        memory=None,
-        timer=Timer(),
-        notify=lambda text: None,
-        recorded=recorded,
-    )
+    return step_context(run, services, prompts(8), recorded=recorded)
 
 
 def test_answers_that_are_stopped_are_neither_graded_nor_counted(folder: Path) -> None:
