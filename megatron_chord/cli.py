@@ -514,7 +514,7 @@ def _train_rank(
 
     ``refuse`` prints a refusal; None if this rank prints no messages that all ranks have.
     """
-    from megatron_chord.cluster.ended import record_end
+    from megatron_chord.cluster.outcome import record_end
     from megatron_chord.importing import importing
 
     with importing():

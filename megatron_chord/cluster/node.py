@@ -33,13 +33,13 @@ import torch
 from megatron_chord.cluster import preflight
 from megatron_chord.cluster.address import set_nccl_network
 from megatron_chord.cluster.caches import make_own_caches
-from megatron_chord.cluster.ended import recorded_end
 from megatron_chord.cluster.job import Job, job_of
 from megatron_chord.cluster.outcome import (
     described,
     exit_code_of,
     has_outcome,
     record_failure,
+    recorded_end,
     write_outcome,
 )
 from megatron_chord.cluster.ports import Ports, hold_ports

@@ -1,10 +1,11 @@
 """The outcome of a restart of a job, in files that its batch script reads.
 
     outcome             exit code of the ranks; the first node writes it when its ranks have ended without a failure
+    ended               exit code of the run; rank 0 writes it when the policy, or the checkpoint of a stop, is complete
     failures/TIME-...   one file for each failed process, named by the time of its end: the first file is the cause
 
 The first line of a failure file is the exit code, the second says which process failed and how. The end of its log
-follows.
+follows. What fails after ``ended`` was written, when processes end, does not change the exit code of the job.
 
 ``reserve`` takes the space for these files when the ranks start, so that a full disk does not prevent a requeue. Until
 they are written they are hidden.
@@ -12,6 +13,7 @@ they are written they are hidden.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -21,23 +23,25 @@ from pathlib import Path
 from megatron_chord.files import overwrite
 
 _OUTCOME = "outcome"
+_ENDED = "ended"
 _FAILURES = "failures"
 _TAIL_LINES = 25
 _RESERVED_BYTES = 4096
 
 
 def reserve(folder: Path, *, failures_of: Iterable[str], with_outcome: bool) -> None:
-    """Take the space for a failure of each of these processes, and for the outcome if this node writes it."""
+    """Take the space for a failure of each of these processes, and, on the first node, for the outcome and the end."""
     failures = folder / _FAILURES
     failures.mkdir(exist_ok=True)
     paths = [_hidden(failures / who) for who in failures_of]
-    for path in [*paths, _hidden(folder / _OUTCOME)] if with_outcome else paths:
+    if with_outcome:
+        paths += [_hidden(folder / _OUTCOME), _hidden(folder / _ENDED)]
+    for path in paths:
         overwrite(path, b" " * _RESERVED_BYTES)
 
 
 def write_outcome(folder: Path, code: int) -> None:
-    _write(_hidden(folder / _OUTCOME), f"{code}\n")
-    _hidden(folder / _OUTCOME).replace(folder / _OUTCOME)
+    _write(folder / _OUTCOME, f"{code}\n")
 
 
 def has_outcome(folder: Path) -> bool:
@@ -52,24 +56,40 @@ def record_failure(folder: Path, who: str, code: int, message: str, log: Path | 
     lines = [str(code), message]
     if log is not None:
         lines += [f"The end of {log}:", *tail(log)]
-    temporary = _hidden(failures / who)
-    _write(temporary, "\n".join(lines) + "\n")
-    temporary.replace(failures / f"{now:.6f}-{who}")
+    _write(failures / f"{now:.6f}-{who}", "\n".join(lines) + "\n", reserved=who)
+
+
+def record_end(code: int) -> None:
+    """Record the exit code of the run, if this process is rank 0 of a job. Without the file the exit codes of the ranks
+    count, so nothing is raised."""
+    folder = os.environ.get("CHORD_JOB")
+    if folder is not None and os.environ.get("RANK") == "0":
+        with contextlib.suppress(OSError):
+            _write(Path(folder) / _ENDED, f"{code}\n")
+
+
+def recorded_end(folder: Path) -> int | None:
+    """The exit code that rank 0 has recorded. None: the run has not ended, or rank 0 failed."""
+    try:
+        return int((folder / _ENDED).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file; on a full disk only as much as was reserved for it."""
-    content = text.encode()
+def _write(path: Path, text: str, *, reserved: str | None = None) -> None:
+    """Write a file. On a full disk only as much is written as was reserved, under the name ``reserved`` or its own."""
+    hidden, content = _hidden(path.with_name(reserved or path.name)), text.encode()
     try:
-        overwrite(path, content)
+        overwrite(hidden, content)
     except OSError:
         content = content[:_RESERVED_BYTES]
-        overwrite(path, content)
-    os.truncate(path, len(content))
+        overwrite(hidden, content)
+    os.truncate(hidden, len(content))
+    hidden.replace(path)
 
 
 def has_failure(folder: Path) -> bool:

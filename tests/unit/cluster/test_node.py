@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_chord.cluster.ended import record_end
 from megatron_chord.cluster.job import Job, Node
 from megatron_chord.cluster.node import CHECKPOINT_FILE, LATEST, STOP_FILE, _Node
+from megatron_chord.cluster.outcome import record_end
 from megatron_chord.cluster.sigterm import CANCELLED_FILE, PREEMPTED_FILE
 from megatron_chord.runtime import heartbeat
 from megatron_chord.train import checkpoint

@@ -12,7 +12,9 @@ from megatron_chord.cluster.outcome import (
     exit_code_of,
     has_failure,
     has_outcome,
+    record_end,
     record_failure,
+    recorded_end,
     reserve,
     write_outcome,
 )
@@ -37,7 +39,9 @@ def test_a_missing_log_is_said_to_be_missing(tmp_path: Path) -> None:
     assert "no log" in file.read_text()
 
 
-def test_a_full_disk_hides_neither_the_outcome_nor_a_failure(tmp_path: Path) -> None:
+def test_a_full_disk_hides_no_outcome_no_end_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a long failure the beginning is kept."""
     folder, log = tmp_path / "job", tmp_path / "log"
     log.write_text("".join(f"line {i} {'x' * 400}\n" for i in range(25)))
@@ -48,6 +52,11 @@ def test_a_full_disk_hides_neither_the_outcome_nor_a_failure(tmp_path: Path) -> 
         fill(folder)
         record_failure(folder, "rank3", 137, "rank 3 was killed", log)
         record_failure(folder, "rank4", 1, "rank 4 failed")
+        monkeypatch.setenv("CHORD_JOB", str(folder))
+        monkeypatch.setenv("RANK", "0")
+        assert recorded_end(folder) is None
+        record_end(75)
+        assert recorded_end(folder) == 75
         write_outcome(folder, 75)
         assert (folder / "outcome").read_text() == "75\n"
         first, second = sorted(path for path in (folder / "failures").iterdir())
@@ -67,6 +76,19 @@ def test_a_full_disk_hides_neither_the_outcome_nor_a_failure(tmp_path: Path) -> 
 def test_exit_codes(status: int, code: int, text: str) -> None:
     assert exit_code_of(status) == code
     assert described(status) == text
+
+
+def test_only_rank_0_of_a_job_records_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("CHORD_JOB", raising=False)
+    record_end(75)
+    monkeypatch.setenv("CHORD_JOB", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    record_end(75)
+    assert recorded_end(tmp_path) is None
+    monkeypatch.setenv("CHORD_JOB", str(tmp_path / "absent"))
+    monkeypatch.setenv("RANK", "0")
+    record_end(75)
 
 
 def test_outcome(tmp_path: Path) -> None:
