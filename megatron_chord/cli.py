@@ -371,9 +371,10 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     from megatron_chord.data.inspect import Inspector
     from megatron_chord.data.lens_page import lens_section
     from megatron_chord.data.lens_screen import show_lens
-    from megatron_chord.data.page import page, write_page
+    from megatron_chord.data.page import page
     from megatron_chord.data.screen import show
     from megatron_chord.families.table import read_shape
+    from megatron_chord.files import write_whole
     from megatron_chord.rewards.reading import truth_reader
     from megatron_chord.train.setup import load_data
 
@@ -394,7 +395,7 @@ def _show_data(run: RunConfig, args: argparse.Namespace, refuse: Callable[[Value
     if args.html is not None:
         more = [] if lens is None else [lens_section(lens, shown=args.examples)]
         try:
-            write_page(args.html, page(inspection, title=str(args.config), more=more))
+            write_whole(args.html, page(inspection, title=str(args.config), more=more))
         except OSError as error:
             return _refuse(f"--html: {error}")
         print(f"page: {args.html}")

@@ -33,6 +33,20 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file. Who reads it finds what was there before, or all of ``text``.
+
+    It is first written under a hidden name beside ``path``, and not yet on the disk when this returns.
+    """
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        hidden.write_text(text, encoding="utf-8")
+        hidden.replace(path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
+
+
 def sync_path(path: Path) -> None:
     """Wait until a written file is on the disk, or the names of the files in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from megatron_chord.files import lock_if_possible
+from megatron_chord.files import lock_if_possible, write_whole
 
 PREFIX = "megatron-chord."
 SHARED_MEMORY = Path("/dev/shm")
@@ -52,9 +52,7 @@ class PrivateFolder:
 
     def also_remove(self, names: set[str]) -> None:
         """Let another process that has to remove the folder also remove these files in ``SHARED_MEMORY``."""
-        temporary = self.path / f"{_ALSO}.tmp"
-        temporary.write_text("".join(f"{name}\n" for name in sorted(names)))
-        temporary.replace(self.path / _ALSO)
+        write_whole(self.path / _ALSO, "".join(f"{name}\n" for name in sorted(names)))
 
     def close(self) -> None:
         """Remove the folder. May be called again."""

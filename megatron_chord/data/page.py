@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from pathlib import Path
 
 from megatron_chord.data.inspect import Example, Inspection, Lengths, Overlap, SetReport, findings
 from megatron_chord.data.page_style import SCRIPT, STYLE
@@ -23,23 +20,6 @@ _LEGEND = (
     ("o", "text of the template, not trained"),
     ("", "text that is not trained"),
 )
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write the page completely, or not at all.
-
-    Raises:
-        OSError: the folder is missing or cannot be written to.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def page(inspection: Inspection, *, title: str, more: Sequence[tuple[str, str, str]] = ()) -> str:

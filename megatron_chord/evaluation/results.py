@@ -13,6 +13,7 @@ from typing import Any
 from megatron_chord.config_suite import BenchmarkConfig, SuiteConfig
 from megatron_chord.evaluation.answers import Answer
 from megatron_chord.evaluation.metrics import Graded, bootstrap, by_category, read_metric, value_of
+from megatron_chord.files import write_whole
 from megatron_chord.records import Prompt
 
 RESULTS, PROBLEMS, TABLE, ROW = "results.json", "problems.jsonl", "results.md", "row.md"
@@ -187,9 +188,7 @@ def write(folder: Path, results: Mapping[str, Any], problems: Sequence[ProblemRe
         RESULTS: json.dumps(results, indent=2) + "\n",
     }
     for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(folder / name)
+        write_whole(folder / name, text)
 
 
 def read_problems(folder: Path) -> list[ProblemResult]:

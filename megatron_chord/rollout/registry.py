@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_chord.files import write_whole
 from megatron_chord.precision import Fp8Rollouts
 from megatron_chord.rollout.server import ServerSettings
 from megatron_chord.rollout.sync import TransportName
@@ -106,7 +107,7 @@ class Registry:
     def order(self, order: ServerOrder) -> None:
         """Have all nodes start these servers."""
         fields = asdict(order) | {"model": str(order.model.resolve())}
-        _write(self._folder / _ORDER, json.dumps(fields))
+        write_whole(self._folder / _ORDER, json.dumps(fields))
 
     def ordered(self) -> ServerOrder | None:
         """The servers to start; None as long as this is not known."""
@@ -120,7 +121,7 @@ class Registry:
         return ServerOrder(**fields | {"model": Path(fields["model"]), "settings": settings})
 
     def announce(self, server: int, announcement: Announcement) -> None:
-        _write(self._path(server, "json"), json.dumps(asdict(announcement)))
+        write_whole(self._path(server, "json"), json.dumps(asdict(announcement)))
 
     def announced(self, server: int) -> Announcement | None:
         """The newest announcement. The server may have stopped since."""
@@ -129,7 +130,7 @@ class Registry:
 
     def give_up(self, server: int, life: int) -> None:
         """Request a new server instead of the one with this ``life``."""
-        _write(self._path(server, "replace"), str(life))
+        write_whole(self._path(server, "replace"), str(life))
 
     def given_up(self, server: int) -> int:
         """The last life that was given up; -1 if none was."""
@@ -153,12 +154,6 @@ def read_key(folder: Path) -> str:
     if len(key) < 20:
         raise ValueError(f"{path} must hold a key of at least 20 characters, it has {len(key)}")
     return key
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _read(path: Path) -> str | None:

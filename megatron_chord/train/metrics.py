@@ -12,6 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_chord.files import write_whole
 from megatron_chord.judgement import Judge
 from megatron_chord.settings_tree import setting
 from megatron_chord.train.tags import scalars, tagged
@@ -141,9 +142,7 @@ def _keep_steps_before(path: Path, first_step: int, *, with_evaluation: bool) ->
     if not path.is_file():
         return
     kept = [row for row in _rows(path) if _is_before(row, first_step, with_evaluation=with_evaluation)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

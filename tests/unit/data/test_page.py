@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from megatron_chord.data.demonstrations import load_demonstrations
 from megatron_chord.data.inspect import Inspection, Inspector
-from megatron_chord.data.page import page, write_page
+from megatron_chord.data.page import page
 from megatron_chord.data.templates import ChatTemplate
 from tests.support.files import write_rows
 
@@ -96,13 +95,3 @@ def test_every_token_says_what_it_is(inspection: Inspection) -> None:
     assert kinds[-answer:] == ["a"] * (answer - 1) + ["s"]
     assert kinds[0] == "o"
     assert None in kinds[:-answer]
-
-
-def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError):  # noqa: PT011 (whatever the system says)
-        write_page(tmp_path / "none" / "page.html", "text")
-    folder = tmp_path / "page.html"
-    folder.mkdir()
-    with pytest.raises(OSError):  # noqa: PT011
-        write_page(folder, "text")
-    assert [*tmp_path.iterdir()] == [folder]
