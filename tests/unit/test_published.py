@@ -134,7 +134,7 @@ def test_every_suite_accepts_a_policy_and_files(tmp_path: Path) -> None:
     shape = read_shape(folder)
     problems, calls = (rows_of(EXAMPLE / f"{name}_heldout.jsonl")[:2] for name in ("problems", "calls"))
     suites = sorted((ROOT / "examples" / "suites").glob("*.yaml"))
-    assert len(suites) >= 3
+    assert suites
     for path in suites:
         data = tmp_path / path.stem
         for item in load_suite(path).benchmarks:

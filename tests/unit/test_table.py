@@ -76,7 +76,7 @@ def evaluate(row: table.Row, *, missing: int = 0, **values: float) -> None:
 def test_a_row_comes_after_the_one_that_it_starts_from(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "math:model.path=/models/q", "tools:model.path=/models/l")
     order = list(rows)
-    assert len(order) == 2 * len(table.TITLES) == 20
+    assert sorted(order) == sorted(f"{key}_{domain}" for key in table.TITLES for domain in ("math", "tools"))
     for kind in ("light", "best"):
         for domain in ("math", "tools"):
             start, rl = rows[f"sft_{kind}_{domain}"], rows[f"sft_{kind}_rl_{domain}"]
@@ -120,9 +120,10 @@ def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
 def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None:
     """The settings of each row belong to a run whose data can be read. A tool-call row is graded as in the paper."""
     rows = rows_of(tmp_path, QUICK)
-    assert len(rows) == 20
     # Both domains start from the same model here. Its answers to the two suites are two evaluations.
-    assert len({row.evaluation for row in rows.values()}) == len({row.run for row in rows.values()}) == 20
+    assert (
+        len({row.evaluation for row in rows.values()}) == len({row.run for row in rows.values()}) == len(rows)
+    )
     for name, row in rows.items():
         if row.key == table.BASE:
             continue
