@@ -42,9 +42,9 @@ quickstart-real: $(REAL)/model $(REAL)/calls
 $(REAL)/model $(REAL)/calls: | $(INSTALLED)
 	$(BIN)/python $(REAL)/prepare.py $(@F) $@
 
-# Unit tests on all cores. The others start several processes each and often wait for them, so on any machine three files
-# run at a time (tests/conftest.py). A test that fails runs once more, because a process can be too slow on a loaded
-# machine. -rR lists the tests that ran twice.
+# Unit tests on all cores, two workers each. The others start several processes each and often wait for them, so on
+# any machine three files run at a time (tests/conftest.py). A test that fails runs once more, because a process can
+# be too slow on a loaded machine. -rR lists the tests that ran twice.
 #
 # Python may not write bytecode where PYTHONDONTWRITEBYTECODE is set, as in many containers. Each of the tests' processes
 # would then compile the modules of this project again.

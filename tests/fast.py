@@ -6,7 +6,6 @@ python -m tests.fast --list       only print which tests run and which files are
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -62,9 +61,9 @@ def main() -> int:
     if "--list" in sys.argv[1:]:
         print(describe())
         return 0
-    workers = str(min(os.cpu_count() or 1, 8))
     # The layouts take the longest, so they come first.
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
+    workers = ["-n", "auto", "--maxprocesses", "8"]
+    command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(describe())
     return code
