@@ -13,7 +13,7 @@ import glob
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -368,6 +368,14 @@ class ObjectiveConfig:
     def averages_entropy_apart(self) -> bool:
         """True if the entropy bonus is an average of its own, and not a part of the policy loss per token."""
         return self.entropy_bonus_on == "all" or self.entropy_aggregation is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedObjective(ObjectiveConfig):
+    """`objective` with its defaults that depend on other blocks: `correction` and `aggregation_length`. No file has
+    it."""
+
+    aggregation_length: int = field()  # without the default that it would inherit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1005,19 +1013,18 @@ class RunConfig:
         """True if older or quantised weights may sample the rollouts."""
         return self.rollout.has_older_tokens or preset(self.precision).rollouts is not None
 
-    def resolved_objective(self) -> ObjectiveConfig:
-        """`objective` with the defaults that depend on other blocks: the length by which sums are divided, and the
-        importance correction.
+    def resolved_objective(self) -> ResolvedObjective:
+        """`objective` with the length by which sums are divided, and with the importance correction.
 
         Correction is added if the rollouts need it. The user's own `objective.correction` has priority. With
         `ratio_from: rollout` no correction is added, because the ratio already is the importance weight.
         """
         objective = self.objective
-        correction = objective.correction
-        if correction is None and self.needs_correction and objective.ratio_from != "rollout":
-            correction = CorrectionConfig()
-        length = objective.aggregation_length or self.data.max_response_tokens
-        return replace(objective, correction=correction, aggregation_length=length)
+        settings = {setting.name: getattr(objective, setting.name) for setting in fields(objective)}
+        if objective.correction is None and self.needs_correction and objective.ratio_from != "rollout":
+            settings["correction"] = CorrectionConfig()
+        settings["aggregation_length"] = objective.aggregation_length or self.data.max_response_tokens
+        return ResolvedObjective(**settings)
 
     def held_out(self) -> tuple[SourceConfig, ...]:
         """The sources of held-out problems: those of `data.evaluation`, or one for each of `evaluation.sets`."""

@@ -6,7 +6,8 @@ A method is a frozen dataclass that holds its settings (``config_methods``). Eve
     collect             on the coordinator: draw prompts, sample, grade; returns samples and the weights of the terms
     all_terms           the losses; they run on every rank of the last pipeline stage
 
-Functions take the blocks of settings that they read. Only ``check`` takes the whole run: its rules compare blocks.
+``collect`` reads the run's other settings from its context. The other functions take the blocks that they read. Only
+``check`` takes the whole run, because its rules compare blocks.
 ``methods.table`` lists the methods; docs/methods.md shows how to add one.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ResolvedObjective, RunConfig
 from megatron_chord.losses.noise import NoiseMeasurement
 from megatron_chord.losses.policy import policy_loss
 from megatron_chord.losses.terms import Prepare, Term, TermLoss
@@ -130,16 +131,16 @@ class Method:
         """
         raise NotImplementedError
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         """All terms that samples of ``collect`` may use, by name.
 
         Args:
-            objective: ``RunConfig.resolved_objective()``.
+            objective: the run's, with its defaults filled in (``RunConfig.resolved_objective``).
             batch: how many prompts and rollouts a step has.
         """
         raise NotImplementedError
 
-    def all_terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def all_terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         """``terms``, with the entropy bonus of ``objective`` if that is averaged apart from the losses."""
         terms = self.terms(objective, batch)
         if not objective.averages_entropy_apart:
@@ -150,7 +151,7 @@ class Method:
                 terms[name],
                 entropy_bonus=objective.entropy_bonus,
                 entropy_aggregation=objective.entropy_aggregation or objective.aggregation,
-                aggregation_length=aggregation_length(objective),
+                aggregation_length=objective.aggregation_length,
                 zero_gradient_column=None,
             )
             for name in chosen
@@ -185,7 +186,7 @@ def refuse_several_updates(batch: BatchConfig, name: str, *, also: str = "") -> 
         )
 
 
-def policy_term(objective: ObjectiveConfig) -> Term:
+def policy_term(objective: ResolvedObjective) -> Term:
     """The term of the on-policy branch, with the settings of ``objective``."""
     scored: set[str] = set()
     if objective.ratio_from == "recomputed":
@@ -203,7 +204,7 @@ def policy_term(objective: ObjectiveConfig) -> Term:
 
 
 def averaged_term(
-    objective: ObjectiveConfig,
+    objective: ResolvedObjective,
     loss: TermLoss,
     *,
     pool: str,
@@ -217,14 +218,8 @@ def averaged_term(
         loss=loss,
         pool=pool,
         aggregation=objective.aggregation,
-        aggregation_length=aggregation_length(objective),
+        aggregation_length=objective.aggregation_length,
         scored=frozenset(scored),
         prepare=prepare,
         zero_gradient_column=zero_gradient_column,
     )
-
-
-def aggregation_length(objective: ObjectiveConfig) -> int:
-    """The length by which a resolved objective divides sums."""
-    assert objective.aggregation_length is not None, "RunConfig.resolved_objective sets it"
-    return objective.aggregation_length

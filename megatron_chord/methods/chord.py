@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import ChordConfig
 from megatron_chord.losses.noise import NUMBER, NoiseMeasurement
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import Collected, Method, aggregation_length, policy_term
+from megatron_chord.methods.base import Collected, Method, policy_term
 from megatron_chord.methods.groups import POLICY, policy_samples, sample_groups
 from megatron_chord.records import Demonstration, Part, TrainSample
 from megatron_chord.sampling.context import StepContext
@@ -66,7 +66,7 @@ class Chord(Method):
             noise=noise,
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         return {
             POLICY: policy_term(objective),
             SFT: sft_term(
@@ -74,7 +74,7 @@ class Chord(Method):
                 cutoff=self.settings.cutoff,
                 temperature=self.settings.sft_temperature,
                 aggregation=self.settings.aggregation,
-                aggregation_length=aggregation_length(objective),
+                aggregation_length=objective.aggregation_length,
             ),
         }
 

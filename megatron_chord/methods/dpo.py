@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import DPOConfig
 from megatron_chord.losses.preference import dpo_term
 from megatron_chord.losses.terms import Term
@@ -83,7 +83,7 @@ class MixedDPO(Method):
             },
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         return {DPO: dpo_term(beta=self.settings.beta, max_pairs=batch.prompts)}
 
 

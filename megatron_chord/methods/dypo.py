@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import DYPOConfig, SimpleWeight
 from megatron_chord.losses.aggregate import SCALE
 from megatron_chord.losses.policy import policy_loss
@@ -116,7 +116,7 @@ class DYPO(Method):
         share = num_hard / max(num_hard + num_mixed, 1)
         return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         settings, base = self.settings, policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import GHPOConfig
 from megatron_chord.data.templates import ChatTemplate
 from megatron_chord.losses.terms import Term
@@ -81,7 +81,7 @@ class GHPO(Method):
             stats={**reward_stats(first or groups, num_sampled=len(sampled)), **hint_stats(trials)},
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         return {POLICY: policy_term(objective)}
 
     def _next_stage(self, trials: Sequence[Trial], stage: int, context: StepContext) -> list[Trial]:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import HPTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
@@ -77,7 +77,7 @@ class HPT(Method):
         share = statistics.fmean(imitates)
         return {POLICY: 1 - share, SFT: self.settings.sft_coefficient * share}
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         demonstration = sft_term(weight=SimpleWeight(kind="one"), temperature=self.settings.sft_temperature)
         return {POLICY: policy_term(objective), SFT: demonstration}
 

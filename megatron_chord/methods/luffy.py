@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective
 from megatron_chord.config_methods import LuffyConfig
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
 from megatron_chord.methods.base import Collected, Method, averaged_term, policy_term
@@ -32,7 +32,7 @@ class Luffy(Method):
     def collect(self, context: StepContext) -> Collected:
         return collect_mixed(context)
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return shaped_loss(stats, tokens, gamma=self.settings.gamma if self.settings.shaping else None)
 

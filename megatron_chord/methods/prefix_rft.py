@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import PrefixRFTConfig
 from megatron_chord.losses.policy import group_advantages, surrogate
 from megatron_chord.losses.sft import most_uncertain
@@ -93,7 +93,7 @@ class PrefixRFT(Method):
             samples=samples, weights={POLICY: 1.0, PREFIX: 1.0}, stats={**sampled.stats, **stats}
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         scored = {"old_entropy"} | ({"old_logprob"} if objective.ratio_from == "recomputed" else set())
         return {
             POLICY: policy_term(objective),

@@ -16,7 +16,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import ReLIFTConfig, SimpleWeight
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
@@ -74,7 +74,7 @@ class ReLIFT(Method):
             },
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         demonstration = replace(
             sft_term(weight=SimpleWeight(kind="one"), temperature=self.settings.sft_temperature),
             entropy_bonus=self.settings.entropy_coefficient,

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import ReMixConfig
 from megatron_chord.losses.policy import MAX_LOG_RATIO, with_penalties
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
@@ -98,7 +98,7 @@ class ReMix(Method):
             memory=remember(memory, groups, step, self.settings.lag, context.objective) if will_mix else None,
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         fresh = policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

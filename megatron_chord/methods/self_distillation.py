@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, DataConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import SelfDistillationConfig
 from megatron_chord.data.rows import RowError
 from megatron_chord.data.thinking import without_thinking
@@ -177,7 +177,7 @@ class SelfDistillation(Method):
         shown = without_thinking(solution) if settings.drop_thinking else solution
         return filled(settings.template or SOLUTION, {**texts, "solution": shown})
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         settings, base = self.settings, policy_term(objective)
 
         def loss(stats: TokenStats, tokens: TermTokens) -> TermOutput:

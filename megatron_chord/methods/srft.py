@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import SRFTConfig
 from megatron_chord.losses.policy import logprob_gap_stats
 from megatron_chord.losses.terms import Term, TermOutput, TermTokens, TokenStats
@@ -87,7 +87,7 @@ class SRFT(Method):
             stats=guided.stats,
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         def of_rollouts(stats: TokenStats, tokens: TermTokens) -> TermOutput:
             return signed_loss(stats, tokens, coefficient=self.settings.rl_coefficient)
 

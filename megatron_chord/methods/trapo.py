@@ -27,18 +27,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_chord.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_chord.config import BatchConfig, ObjectiveConfig, ResolvedObjective, RunConfig
 from megatron_chord.config_methods import TRAPOConfig, TrustRegionWeight
 from megatron_chord.losses.policy import group_advantages
 from megatron_chord.losses.sft import sft_term
 from megatron_chord.losses.terms import Term
-from megatron_chord.methods.base import (
-    Collected,
-    Method,
-    aggregation_length,
-    policy_term,
-    refuse_dynamic_sampling,
-)
+from megatron_chord.methods.base import Collected, Method, policy_term, refuse_dynamic_sampling
 from megatron_chord.methods.chord import SFT
 from megatron_chord.methods.groups import POLICY, make_group, reward_stats, rollout_is_trained
 from megatron_chord.methods.prefix_rft import prefix_of
@@ -99,13 +93,13 @@ class TRAPO(Method):
             },
         )
 
-    def terms(self, objective: ObjectiveConfig, batch: BatchConfig) -> dict[str, Term]:
+    def terms(self, objective: ResolvedObjective, batch: BatchConfig) -> dict[str, Term]:
         prefix = sft_term(
             pool=POLICY,
             weight=TrustRegionWeight(threshold=self.settings.threshold),
             temperature=self.settings.sft_temperature,
             aggregation=objective.aggregation,
-            aggregation_length=aggregation_length(objective),
+            aggregation_length=objective.aggregation_length,
         )
         return {POLICY: policy_term(objective), SFT: prefix}
 

@@ -106,7 +106,7 @@ def with_unfinished(sources: Sources, saved: Sequence[Mapping[str, Any]], *, kee
 class StepContext:
     """Draws, samples and grades for one step. Holds the advanced cursors and, for the log, all rollouts of the step.
 
-    Its first properties are the settings of the run that methods read.
+    Methods read the run's settings from ``batch``, ``data``, ``objective``, ``seed`` and ``num_steps``.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class StepContext:
 
     @property
     def objective(self) -> ObjectiveConfig:
+        """As in the run's file. ``Method.terms`` gets it with its defaults filled in."""
         return self._run.objective
 
     @property
