@@ -1,7 +1,8 @@
-"""Writes that survive a crash or a full disk, and locks, which some file systems do not have."""
+"""Writes of files: over an old one, to the disk, or all at once; and locks, which some file systems do not have."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -34,16 +35,18 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file. Who reads it finds what was there before, or all of ``text``.
+    """Replace a text file. A reader finds the old text or all of the new one.
 
-    It is first written under a hidden name beside ``path``, and not yet on the disk when this returns.
+    Only one process may write ``path`` at a time. It writes a hidden file beside it and renames that. The text need not
+    be on the disk when this returns.
     """
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         hidden.write_text(text, encoding="utf-8")
         hidden.replace(path)
     except BaseException:
-        hidden.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            hidden.unlink(missing_ok=True)
         raise
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_chord.config import RunConfig
+from megatron_chord.files import write_whole
 from megatron_chord.process_table import descendants
 from megatron_chord.processes import die_with_parent
 from megatron_chord.rollout.server import RolloutServer, ServerSettings, start_server
@@ -172,10 +173,7 @@ def _run(place: Place, size: Size, job: Job) -> str | None:
         "cpu_seconds": _cpu_seconds() - cpu,
         **read_record(stages[-1].output),
     }
-    path = place.result(job)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(place.result(job), json.dumps(result))
     return None
 
 

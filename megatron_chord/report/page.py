@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +14,7 @@ import yaml
 
 from megatron_chord.config import BatchConfig, DataConfig, ModelConfig, RunConfig, sources_of
 from megatron_chord.config_io import dump_config
+from megatron_chord.files import write_whole
 from megatron_chord.judgement import judge
 from megatron_chord.report.curves import all_charts, curves, evaluation_lines, totals
 from megatron_chord.report.folder import RunRecord, read_runs
@@ -44,14 +43,7 @@ def write_report(folders: Sequence[Path], to: Path) -> Path:
         ValueError: a folder holds no run, or a file of it cannot be read.
         OSError: the page cannot be written.
     """
-    text = page(read_runs(folders))
-    temporary = to.with_name(f".{to.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(to)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_whole(to, page(read_runs(folders)))
     return to
 
 
