@@ -29,12 +29,12 @@ _TAIL_LINES = 25
 _RESERVED_BYTES = 4096
 
 
-def reserve(folder: Path, *, failures_of: Iterable[str], with_outcome: bool) -> None:
+def reserve(folder: Path, *, failures_of: Iterable[str], on_first_node: bool) -> None:
     """Take the space for a failure of each of these processes, and, on the first node, for the outcome and the end."""
     failures = folder / _FAILURES
     failures.mkdir(exist_ok=True)
     paths = [_hidden(failures / who) for who in failures_of]
-    if with_outcome:
+    if on_first_node:
         paths += [_hidden(folder / _OUTCOME), _hidden(folder / _ENDED)]
     for path in paths:
         overwrite(path, b" " * _RESERVED_BYTES)
@@ -81,7 +81,8 @@ def _hidden(path: Path) -> Path:
 
 
 def _write(path: Path, text: str, *, reserved: str | None = None) -> None:
-    """Write a file. On a full disk only as much is written as was reserved, under the name ``reserved`` or its own."""
+    """Write a file. On a full disk it is cut to the bytes that were reserved. ``reserved`` is the name under which they
+    were, if that is not the file's own."""
     hidden, content = _hidden(path.with_name(reserved or path.name)), text.encode()
     try:
         overwrite(hidden, content)

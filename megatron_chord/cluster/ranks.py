@@ -82,7 +82,7 @@ def start_ranks(
     reserve(
         job.folder,
         failures_of=[f"rank{number}" for number in numbers],
-        with_outcome=meeting_point is not None,
+        on_first_node=meeting_point is not None,
     )
     common = os.environ | environment
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.ranks_per_node)))

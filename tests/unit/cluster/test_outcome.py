@@ -46,7 +46,7 @@ def test_a_full_disk_hides_no_outcome_no_end_and_no_failure(
     folder, log = tmp_path / "job", tmp_path / "log"
     log.write_text("".join(f"line {i} {'x' * 400}\n" for i in range(25)))
     with small_disk(folder):
-        reserve(folder, failures_of=["rank3", "rank4"], with_outcome=True)
+        reserve(folder, failures_of=["rank3", "rank4"], on_first_node=True)
         assert not has_failure(folder)
         assert not has_outcome(folder)
         fill(folder)
@@ -89,6 +89,7 @@ def test_only_rank_0_of_a_job_records_the_end(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CHORD_JOB", str(tmp_path / "absent"))
     monkeypatch.setenv("RANK", "0")
     record_end(75)
+    assert not (tmp_path / "absent").exists()
 
 
 def test_outcome(tmp_path: Path) -> None:
