@@ -1,3 +1,5 @@
+"""Settings are read from YAML and overrides. Every finding says where it is."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""`megatron-chord settings` and docs/settings.md describe every setting."""
+
 from __future__ import annotations
 
 import dataclasses

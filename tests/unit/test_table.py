@@ -27,7 +27,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # paths in quick_start.txt begin there
 
 
-def rows_of(tmp_path: Path, *arguments: str) -> dict[str, table.Row]:
+def table_rows(tmp_path: Path, *arguments: str) -> dict[str, table.Row]:
     folders = [f"--runs={tmp_path / 'runs'}", f"--evaluations={tmp_path / 'evaluations'}"]
     rows = table.rows_of(table._arguments([*arguments, *folders]))
     return {f"{row.key}_{row.domain}": row for row in rows}
@@ -74,7 +74,7 @@ def evaluate(row: table.Row, *, missing: int = 0, **values: float) -> None:
 
 
 def test_a_row_comes_after_the_one_that_it_starts_from(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, "math:model.path=/models/q", "tools:model.path=/models/l")
+    rows = table_rows(tmp_path, "math:model.path=/models/q", "tools:model.path=/models/l")
     order = list(rows)
     assert sorted(order) == sorted(f"{key}_{domain}" for key in table.TITLES for domain in ("math", "tools"))
     for kind in ("light", "best"):
@@ -90,7 +90,7 @@ def test_a_row_comes_after_the_one_that_it_starts_from(tmp_path: Path) -> None:
 
 def test_a_setting_reaches_its_rows_and_the_closest_one_wins(tmp_path: Path) -> None:
     given = ("grpo_math:optim.lr=1e-5", "grpo:optim.lr=2e-5", "math:optim.lr=3e-5", "optim.lr=4e-5")
-    rows = rows_of(tmp_path, *given, "sft_best_rl_math:model.path=/chosen", "math:model.path=/m")
+    rows = table_rows(tmp_path, *given, "sft_best_rl_math:model.path=/chosen", "math:model.path=/m")
     rates = {
         name: load_config(row.preset, row.settings).optim.lr
         for name, row in rows.items()
@@ -105,7 +105,7 @@ def test_a_setting_reaches_its_rows_and_the_closest_one_wins(tmp_path: Path) -> 
 
 
 def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, "math:data.demonstrations=/all.jsonl", "luffy:data.demonstrations=/own.jsonl")
+    rows = table_rows(tmp_path, "math:data.demonstrations=/all.jsonl", "luffy:data.demonstrations=/own.jsonl")
     for key in table.TITLES:
         if key != table.BASE:
             row = rows[f"{key}_math"]
@@ -119,8 +119,9 @@ def test_rows_without_demonstrations_take_none(tmp_path: Path) -> None:
 
 def test_the_quick_start_gives_every_row_what_it_can_use(tmp_path: Path) -> None:
     """The settings of each row belong to a run whose data can be read. A tool-call row is graded as in the paper."""
-    rows = rows_of(tmp_path, QUICK)
+    rows = table_rows(tmp_path, QUICK)
     # Both domains start from the same model here. Its answers to the two suites are two evaluations.
+    assert set(rows) == {f"{key}_{domain}" for key in table.TITLES for domain in ("math", "tools")}
     assert (
         len({row.evaluation for row in rows.values()}) == len({row.run for row in rows.values()}) == len(rows)
     )
@@ -158,19 +159,19 @@ def test_what_will_not_do_is_refused(argument: str, message: str, capsys: pytest
 
 
 def test_each_model_is_asked_the_benchmarks_of_its_kind(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, "--row=chord_phi")
+    rows = table_rows(tmp_path, "--row=chord_phi")
     math = ["aime24 avg@32", "aime25 avg@32", "amc avg@8", "math500 avg@4", "mmlu_pro avg@1"]
     assert table.columns_of(rows["chord_phi_math"].suite) == math
     tools = ["bfcl_non_live avg@1", "bfcl_live avg@1", "bfcl avg@1"]
     assert table.columns_of(rows["chord_phi_tools"].suite) == tools
     assert set(table.PAPER_COLUMNS) <= {*math, *tools}
-    quick = rows_of(tmp_path, QUICK)
+    quick = table_rows(tmp_path, QUICK)
     assert table.columns_of(quick["grpo_math"].suite) == ["heldout avg@4"]
     assert table.columns_of(quick["grpo_tools"].suite) == ["calls avg@2"]
 
 
 def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
-    row = rows_of(tmp_path, QUICK, "steps=4")["grpo_math"]
+    row = table_rows(tmp_path, QUICK, "steps=4")["grpo_math"]
     assert table.training_state(row) == table.evaluation_state(row) == "missing"
     train(row, steps=3, policy=False)
     assert table.training_state(row) == "step 3 of 4"
@@ -180,13 +181,13 @@ def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
     assert table.evaluation_state(row) == "1 answers missing"
     evaluate(row, heldout=0.5)
     assert table.evaluation_state(row) == "done"
-    longer = rows_of(tmp_path, QUICK, "steps=8")["grpo_math"]
+    longer = table_rows(tmp_path, QUICK, "steps=8")["grpo_math"]
     assert table.training_state(longer) == "step 4 of 8", "a trial is not the row"
-    other = rows_of(tmp_path, QUICK, "suite:samples=2")["grpo_math"]
+    other = table_rows(tmp_path, QUICK, "suite:samples=2")["grpo_math"]
     assert table.evaluation_state(other) == "of another suite"
-    moved = rows_of(tmp_path, QUICK, "suite:server.requests=2")["grpo_math"]
+    moved = table_rows(tmp_path, QUICK, "suite:server.requests=2")["grpo_math"]
     assert table.evaluation_state(moved) == "done", "how many requests a server gets changes no answer"
-    other = rows_of(tmp_path, QUICK, "suite:server.dtype=bf16")["grpo_math"]
+    other = table_rows(tmp_path, QUICK, "suite:server.dtype=bf16")["grpo_math"]
     assert table.evaluation_state(other) == "of another suite"
     written = (row.evaluation / results.RESULTS).stat().st_mtime
     os.utime(row.evaluation / SUITE, (written + 1, written + 1))
@@ -198,7 +199,7 @@ def test_what_is_done_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_the_table_has_ours_beside_the_papers(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path)
+    rows = table_rows(tmp_path)
     math, tools = rows["chord_phi_math"], rows["chord_phi_tools"]
     train(math)
     evaluate(math, amc=0.6124, aime24=0.18)
@@ -237,7 +238,7 @@ def test_the_papers_numbers_agree_with_what_its_text_says() -> None:
 
 
 def test_jobs_for_what_is_missing(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, QUICK, "--row=math")
+    rows = table_rows(tmp_path, QUICK, "--row=math")
     train(rows["sft_best_math"])
     train(rows["grpo_math"])
     evaluate(rows["grpo_math"])
@@ -255,7 +256,7 @@ def test_jobs_for_what_is_missing(tmp_path: Path) -> None:
     assert after("train-sft_best_rl") is None
     assert after("evaluate-sft_best") is None
     assert after("evaluate-base") is None
-    nowhere = rows_of(tmp_path, QUICK, "model.path=/nowhere", "--row=base")["base_math"]
+    nowhere = table_rows(tmp_path, QUICK, "model.path=/nowhere", "--row=base")["base_math"]
     assert list(table.jobs_of([nowhere], "paper")) == []
     alone = [rows["sft_light_rl_math"]]
     with pytest.raises(
@@ -277,7 +278,7 @@ def test_jobs_are_submitted_once(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     queue = tmp_path / "queue"
     queue.write_text("")
-    rows = [row for name, row in rows_of(tmp_path, QUICK, "--row=math").items() if "sft_light" in name]
+    rows = [row for name, row in table_rows(tmp_path, QUICK, "--row=math").items() if "sft_light" in name]
     assert table.submit(rows, "paper") == []
     said = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
     assert [words[0] for words in said[::2]] == [str(row.preset) for row in rows]
@@ -297,7 +298,7 @@ def test_jobs_are_submitted_once(
 def test_a_row_that_fails_stops_only_those_that_start_from_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rows = rows_of(tmp_path, QUICK, "sft_light:model.path=/nowhere")
+    rows = table_rows(tmp_path, QUICK, "sft_light:model.path=/nowhere")
     chosen = [rows["sft_light_math"], rows["sft_light_rl_math"], rows["grpo_math"]]
     train(chosen[2])
     evaluate(chosen[2])

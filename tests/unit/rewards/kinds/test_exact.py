@@ -15,6 +15,8 @@ from megatron_chord.rewards.kinds.exact import ExactReward
         ("so 18", False),
         ("The answer is 18.", False),
         ("<answer>18</answer>", False),
+        (r"so \boxed{18", False),
+        (r"so \boxed{ }", False),
         ("so ####", False),
         ("so #### \n18", False),
     ],
