@@ -55,12 +55,6 @@ def pytest_collection_finish() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """The number of workers of ``-n auto``: two for each core, because unit tests often wait for other processes."""
-    return 2 * len(os.sched_getaffinity(0))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Define pytest-timeout's setting where the plugin is missing. A GPU machine may have only pytest; tests then have
     no limit."""

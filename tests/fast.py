@@ -6,6 +6,7 @@ python -m tests.fast --list       only print which tests run and which files are
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -61,9 +62,9 @@ def main() -> int:
     if "--list" in sys.argv[1:]:
         print(describe())
         return 0
+    workers = str(min(2 * (os.cpu_count() or 1), 16))  # two for each core, because unit tests often wait
     # The layouts take the longest, so they come first.
-    workers = ["-n", "auto", "--maxprocesses", "8"]
-    command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(describe())
     return code
