@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chord.files import write_whole
 from megatron_chord.report.folder import CONFIG, read_settings
 from megatron_chord.settings_tree import are_blocks, setting
 
@@ -134,9 +135,7 @@ def write_settings(folder: Path, text: str, *, first_step: int) -> None:
             (kept / _name(0)).write_text(current.read_text(encoding="utf-8"), encoding="utf-8")
         (kept / _name(first_step)).write_text(text, encoding="utf-8")
     # A process that is killed here must not leave half a file: a resumed run reads it.
-    written = current.with_suffix(".new")
-    written.write_text(text, encoding="utf-8")
-    written.replace(current)
+    write_whole(current, text)
 
 
 def _segments(folder: Path) -> list[tuple[int, Path]]:
