@@ -42,18 +42,17 @@ quickstart-real: $(REAL)/model $(REAL)/calls
 $(REAL)/model $(REAL)/calls: | $(INSTALLED)
 	$(BIN)/python $(REAL)/prepare.py $(@F) $@
 
-# Unit tests on all cores, two workers each, because they often wait (at most 16 workers). The others start several
-# processes each, so on any machine three files run at a time (tests/conftest.py). A test that fails runs once more,
-# because a process can be too slow on a loaded machine. -rR lists the tests that ran twice.
+# Unit tests on all cores; tests/fast.py says how many. The others start several processes each and often wait for
+# them, so on any machine three files run at a time (tests/conftest.py). A test that fails runs once more, because a
+# process can be too slow on a loaded machine. -rR lists the tests that ran twice.
 #
 # Python may not write bytecode where PYTHONDONTWRITEBYTECODE is set, as in many containers. Each of the tests' processes
 # would then compile the modules of this project again.
 PYTEST := $(BIN)/python -m pytest --reruns 1 -raR
-UNIT_WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? 2 * n : 16)))
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	$(PYTEST) -q -n $(UNIT_WORKERS) tests/unit
+	$(PYTEST) -q -n $$($(BIN)/python -m tests.fast --workers) tests/unit
 	$(PYTEST) -n 3 --dist loadfile --durations 15 tests --ignore tests/unit
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

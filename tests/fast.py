@@ -2,6 +2,7 @@
 
 python -m tests.fast              run them
 python -m tests.fast --list       only print which tests run and which files are left out
+python -m tests.fast --workers    only print how many of them run at a time
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = "tests/unit"
+WORKERS = min(2 * (os.cpu_count() or 1), 16)
+"""Number of unit tests that run at a time. Each core has two, because they often wait."""
 LAYOUTS: dict[str, str] = {
     "tensor, sequence, pipeline, virtual pipeline, context and data parallel, each over 2 ranks": (
         "tests/distributed/test_split_invariance.py::test_every_layout_computes_the_reference_step[untied-2]"
@@ -62,9 +65,12 @@ def main() -> int:
     if "--list" in sys.argv[1:]:
         print(describe())
         return 0
-    workers = str(min(2 * (os.cpu_count() or 1), 16))  # two for each core, because unit tests often wait
+    if "--workers" in sys.argv[1:]:
+        print(WORKERS)
+        return 0
     # The layouts take the longest, so they come first.
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
+    workers = ["-n", str(WORKERS)]
+    command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", "not slow", *LAYOUTS.values(), UNIT]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(describe())
     return code
