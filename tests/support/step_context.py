@@ -27,21 +27,27 @@ def step_context(
         demonstration_of: the demonstration of each prompt, by the prompt's id.
         recorded: the step's sampling rounds from a checkpoint.
     """
-    given = demonstration_of or {}
-    sources = Sources(
-        prompts=prompts,
-        demonstrations=list(given.values()),
-        demonstration_of=given,
-        prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
-        demonstration_cursor=None,
-    )
     return StepContext(
         run,
         services,
-        sources,
+        sources_at_start(prompts, demonstration_of),
         now=ScheduleInput(step=0),
         memory=None,
         timer=Timer(),
         notify=lambda text: None,
         recorded=recorded,
+    )
+
+
+def sources_at_start(
+    prompts: Sequence[Prompt], demonstration_of: Mapping[str, Demonstration] | None = None
+) -> Sources:
+    """The data of a run at its start. It draws no demonstrations but those of its prompts."""
+    given = demonstration_of or {}
+    return Sources(
+        prompts=prompts,
+        demonstrations=list(given.values()),
+        demonstration_of=given,
+        prompt_cursor=Cursor(name="prompts", size=len(prompts), seed=0, data=fingerprint(prompts)),
+        demonstration_cursor=None,
     )

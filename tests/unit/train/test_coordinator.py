@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_chord.config import AsynchronousConfig, PartialConfig, RunConfig
-from megatron_chord.data.cursor import Cursor, fingerprint
+from megatron_chord.data.cursor import Cursor
 from megatron_chord.data.packing import make_layout
 from megatron_chord.methods.table import method_of
 from megatron_chord.records import Grade, Prompt
-from megatron_chord.sampling.context import Sources
 from megatron_chord.schedules import Constant, ScheduleInput
 from megatron_chord.train import remote_routes
 from megatron_chord.train.arrays import with_replaced
@@ -25,6 +24,7 @@ from megatron_chord.train.coordinator import Coordinator, StepInputs
 from megatron_chord.train.stop import StopWanted
 from tests.support.decoding import END, DecodingClient
 from tests.support.grading import GradersAtOnce
+from tests.support.step_context import sources_at_start
 from tests.support.tiny import tiny_run
 
 COUNT = 60
@@ -73,13 +73,7 @@ class Steps:
         data: Any = SimpleNamespace(
             template=template,
             routes=None,
-            sources=Sources(
-                prompts=PROMPTS,
-                demonstrations=(),
-                demonstration_of={},
-                prompt_cursor=Cursor(name="prompts", size=COUNT, seed=0, data=fingerprint(PROMPTS)),
-                demonstration_cursor=None,
-            ),
+            sources=sources_at_start(PROMPTS),
         )
         graders: Any = GradersAtOnce(lambda response: Grade(float(len(response.text) % 2), None))
         log: Any = SimpleNamespace(write_samples=self.rows.__setitem__, doing=lambda text: None)
